@@ -1,0 +1,87 @@
+"""The `pastkey` command. Imports the stage of the chosen command and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pastkey.command import Command, Parser
+from pastkey.errors import PastkeyError, missing_extra
+
+# command -> (stage, one line of help). The stage's cli.py has a Command of the same name.
+COMMANDS = {
+    "train": ("train", "train a decoder on text: text -> checkpoint/"),
+    "export": ("export", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
+    "verify": ("export", "compare a bundle with its source, or with its own uncached run"),
+    "run": ("runtime", "generate text: bundle/ -> text"),
+    "bench": ("runtime", "measure prefill and decode speed of a bundle"),
+    "inspect": ("runtime", "show a bundle's sizes, operators and execution providers"),
+    "devices": ("runtime", "list the execution providers of this machine"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0 well, 1 a difference was found, 2 the user's mistake."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        import pastkey
+
+        print(f"pastkey {pastkey.__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"no command {name!r}; the commands are {', '.join(COMMANDS)}", "pastkey")
+    prog = f"pastkey {name}"
+    stage, summary = COMMANDS[name]
+    try:
+        command: Command = getattr(importlib.import_module(f"pastkey.{stage}.cli"), f"{name}_command")
+        parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
+        command.add_arguments(parser)
+        status = command.run(parser.parse_args(rest))
+        sys.stdout.flush()
+        return status
+    except PastkeyError as error:
+        return _fail(str(error), prog)
+    except ModuleNotFoundError as error:
+        mended = missing_extra(error, stage)
+        if mended is error:
+            raise
+        return _fail(str(mended), prog)
+    except BrokenPipeError:
+        # The reader went away (| head): say nothing, and keep the interpreter's own flush quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _fail("interrupted", prog, status=130)
+    except MemoryError:
+        return _fail("not enough memory: close other programs, or take a smaller model or context", prog)
+    except OSError as error:
+        return _fail(_os_sentence(error), prog)
+
+
+def _overview() -> str:
+    lines = ["usage: pastkey COMMAND ...", "", "text --train--> checkpoint/ --export--> bundle/ --run--> text", ""]
+    lines += [f"  {name:<9} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`pastkey COMMAND --help` shows the arguments of one, `pastkey --version` the version."])
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}; nothing half-written was kept: free some space and try again"
+    return f"{error.strerror or error}{where}"
+
+
+def _fail(sentence: str, prog: str, status: int = 2) -> int:
+    print(f"{prog}: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The bundle's manifest: what `export` writes and `run` reads. The one place that knows its fields.
+
+    bundle/  pastkey.json                       this manifest
+             config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
+             onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
+             onnx/pastkey.onnx                                logits of the last position, for `generate`
+             onnx/*.onnx_data                                 the weights, once
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import names
+from .errors import IntegrityError
+from .folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """The cache of one attention call, observed by running the module."""
+
+    kv_heads: int  # K
+    key_head_size: int  # D of the keys
+    value_head_size: int  # D of the values
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself. `parity` and `quality` hold the figures measured at export."""
+
+    pastkey_version: str
+    source: str  # what was exported: a checkpoint's name, or a module's class
+    precision: str  # names.PRECISIONS
+    target: str  # names.TARGETS
+    graph: str  # names.GRAPHS
+    graph_reason: str  # why this graph
+    vocab_size: int
+    context_length: int  # tokens
+    layers: tuple[KVGeometry, ...]  # one per attention call, in order
+    opset: int
+    ir_version: int
+    min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
+    bos_token_id: int | None = None  # put in front of every prompt when not null
+    eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
+    operators: Mapping[str, int] = field(default_factory=dict)  # operator -> nodes, as exported
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)  # path relative to the folder -> size, sha256
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "bundle", "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder whose manifest, paths and sizes were checked."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def common_graph(self) -> Path:
+        """The graph with the logits of every position."""
+        return self.path / names.COMMON_GRAPH[self.manifest.precision]
+
+    @property
+    def last_graph(self) -> Path:
+        """The graph with the logits of the last position only."""
+        return self.path / names.LAST_GRAPH
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """tokenizer.json, or None for a bundle that speaks ids only."""
+        return self.path / names.TOKENIZER if names.TOKENIZER in self.manifest.files else None
+
+
+def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
+    """Reads and checks a bundle before onnxruntime sees a byte of it.
+
+    Version, paths and sizes are checked always. Hashes: remembered from an earlier load (None), hashed now (True),
+    or left alone (False). Raises MissingFileError, InputError or IntegrityError.
+    """
+    folder = Path(path)
+    content = read_manifest(folder, "bundle", FORMAT_VERSION)
+    manifest = _parse(folder, content)
+    bundle = Bundle(folder, manifest)
+    for needed in (bundle.common_graph, bundle.last_graph):
+        if needed.relative_to(folder).as_posix() not in manifest.files:
+            raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
+    check_sizes(folder, manifest.files)
+    if verify is not False:
+        check_hashes(folder, manifest.files, remembered=not verify)
+    return bundle
+
+
+def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
+    fields = {f.name: f for f in dataclasses.fields(Manifest)}
+    values = {key: value for key, value in content.items() if key not in ("kind", "format_version")}
+    unknown = sorted(set(values) - set(fields))
+    missing = sorted(
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        what = f"an unknown key {unknown[0]!r}" if unknown else f"no {missing[0]!r}"
+        raise IntegrityError(f"{folder / names.MANIFEST} has {what}: it was altered or cut short")
+    try:
+        values["layers"] = tuple(KVGeometry(**layer) for layer in values["layers"])
+        values["eos_token_ids"] = tuple(int(token) for token in values.get("eos_token_ids", ()))
+        for name in ("vocab_size", "context_length", "opset", "ir_version"):
+            if not isinstance(values[name], int) or values[name] < 1:
+                raise ValueError(f"{name} is {values[name]!r}")
+        if values["precision"] not in names.COMMON_GRAPH:
+            raise ValueError(f"precision is {values['precision']!r}")
+        if values["graph"] not in names.GRAPHS:
+            raise ValueError(f"graph is {values['graph']!r}")
+    except (TypeError, ValueError) as error:
+        raise IntegrityError(f"{folder / names.MANIFEST} is not valid: {error}") from None
+    values["files"] = parse_records(folder, values.get("files"))
+    return Manifest(**values)

@@ -1,0 +1,145 @@
+"""The decoder's configuration: one flat frozen dataclass, under Hugging Face's names, validated here.
+
+`to_json` writes a config.json that transformers reads too, where an architecture of its own computes the same:
+Llama, Qwen2 (bias on q, k, v) and Qwen3 (normalised queries and keys).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import InputError
+
+PositionEncoding = Literal["rope", "learned", "sinusoidal"]
+Norm = Literal["rmsnorm", "layernorm", "none"]
+Mlp = Literal["swiglu", "gelu", "none"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and variant of a decoder-only transformer. Sizes count elements, never bytes."""
+
+    vocab_size: int  # V
+    max_position_embeddings: int = 256  # the context length, in tokens
+    hidden_size: int = 192
+    intermediate_size: int = 512  # width of the MLP; 0 without one
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 6  # H
+    num_key_value_heads: int = 3  # K, divides H; K < H is grouped-query attention
+    head_dim: int = 32  # D
+    position_encoding: PositionEncoding = "rope"
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm: Norm = "rmsnorm"
+    norm_eps: float = 1e-5
+    mlp: Mlp = "swiglu"
+    qkv_bias: bool = False  # bias on the query, key and value projections
+    bias: bool = False  # bias on every other projection
+    qk_norm: bool = False  # RMSNorm over each query and key head, before the rotation
+    tie_word_embeddings: bool = True  # the output head is the token embedding
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
+            _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, name, self, "a whole number from 1")
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, name, self, "a whole number from 1")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self,
+            f"a divisor of num_attention_heads ({self.num_attention_heads})",
+        )
+        _require(self.position_encoding in ("rope", "learned", "sinusoidal"), "position_encoding", self, "rope, learned or sinusoidal")
+        _require(self.norm in ("rmsnorm", "layernorm", "none"), "norm", self, "rmsnorm, layernorm or none")
+        _require(self.mlp in ("swiglu", "gelu", "none"), "mlp", self, "swiglu, gelu or none")
+        _require(
+            _is_int(self.intermediate_size) and (self.intermediate_size >= 1) == (self.mlp != "none"),
+            "intermediate_size",
+            self,
+            "0 without an MLP and at least 1 with one",
+        )
+        if self.position_encoding == "rope":
+            _require(self.head_dim % 2 == 0, "head_dim", self, "an even number, since rotary positions turn pairs")
+            _require(self.rope_theta > 0, "rope_theta", self, "a positive number")
+        _require(self.norm_eps > 0, "norm_eps", self, "a positive number")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            _require(value is None or (_is_int(value) and 0 <= value < self.vocab_size), name, self, "a token id or null")
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's name of the architecture that computes the same, or "pastkey" where there is none."""
+        llama_like = (
+            self.position_encoding == "rope" and self.norm == "rmsnorm" and self.mlp == "swiglu" and not self.bias
+        )
+        if not llama_like or (self.qkv_bias and self.qk_norm):
+            return "pastkey"
+        if self.qk_norm:
+            return "qwen3"
+        return "qwen2" if self.qkv_bias else "llama"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of config.json."""
+        own = dataclasses.asdict(self)
+        return own | _derived(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ModelConfig:
+        """Reads what `to_json` wrote. Raises InputError on unknown, missing or invalid keys."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        own = {key: value for key, value in content.items() if key in fields}
+        missing = [
+            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in content
+        ]
+        if missing:
+            raise InputError(f"config.json has no {missing[0]!r}: it was not written by pastkey train, or was cut short")
+        config = cls(**own)
+        unknown = sorted(set(content) - set(fields) - set(_derived(config)))
+        if unknown:
+            raise InputError(
+                f"config.json has the key {unknown[0]!r}, which this version of pastkey does not know: "
+                "export with the version that wrote the checkpoint"
+            )
+        return config
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _derived(config: ModelConfig) -> dict[str, Any]:
+    """What transformers reads beside the shared names, all of it determined by the configuration."""
+    architectures = {
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "pastkey": "Decoder",
+    }
+    derived: dict[str, Any] = {
+        "architectures": [architectures[config.model_type]],
+        "model_type": config.model_type,
+        "torch_dtype": "float32",
+    }
+    if config.model_type != "pastkey":
+        derived |= {
+            "hidden_act": "silu",
+            "rms_norm_eps": config.norm_eps,
+            "attention_bias": False,  # transformers' qwen2 has its bias built in
+            "mlp_bias": False,
+            # transformers 5 reads the first, 4.57 the field rope_theta and ignores this without a word
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        }
+    return derived
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, config: ModelConfig, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{name} is {getattr(config, name)!r}; it must be {expected}")

@@ -1,0 +1,81 @@
+"""What can go wrong by a user's hand. Each is one sentence: what was found, what was expected, what to do.
+
+Every class is also the builtin a caller would catch. The command line prints the sentence and exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class PastkeyError(Exception):
+    """A mistake that the user can mend."""
+
+    def __str__(self) -> str:
+        # FileNotFoundError and KeyError would format their arguments in their own way.
+        return str(self.args[0]) if self.args else ""
+
+
+class InputError(PastkeyError, ValueError):
+    """A value, a text or a file content that cannot be used."""
+
+
+class MissingFileError(PastkeyError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class ExistingFolderError(PastkeyError, FileExistsError):
+    """An output folder that is already there."""
+
+
+class IntegrityError(PastkeyError, ValueError):
+    """A checkpoint or bundle with a missing, truncated, altered or newer-version file."""
+
+
+class ContractError(PastkeyError, ValueError):
+    """A module that the cache cannot be grafted onto."""
+
+
+class ParityError(PastkeyError, ValueError):
+    """A bundle that does not compute what its source computes."""
+
+
+class NumericsError(PastkeyError, ArithmeticError):
+    """NaN or infinity where a number was expected."""
+
+
+class ProviderError(PastkeyError, ValueError):
+    """An execution provider that does not exist here, or that did not take the model."""
+
+
+class MissingExtraError(PastkeyError, ImportError):
+    """A package that an optional part of pastkey needs."""
+
+
+# Which extra brings a module that a stage imports.
+_EXTRA_OF = {
+    "onnxruntime": "cpu",
+    "torch": "export",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "matplotlib": "export",
+    "tqdm": "export",
+    "jinja2": "chat",
+}
+
+
+def missing_extra(error: ModuleNotFoundError, stage: str | None = None) -> ModuleNotFoundError | MissingExtraError:
+    """The sentence for a missing optional package, or `error` itself when the package is none of ours.
+
+    `stage` is the stage being entered ("train", "export"), whose extra is named in preference.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRA_OF:
+        return error
+    extra = _EXTRA_OF[package]
+    if stage in ("train", "export") and extra == "export":
+        extra = stage
+    return MissingExtraError(
+        f"the package {package!r} is not installed, which this part of pastkey needs: "
+        f"type  pip install 'pastkey[{extra}]'  and try again"
+    )

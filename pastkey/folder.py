@@ -1,0 +1,230 @@
+"""Folders that are whole or not there: written beside their target and renamed, read only after a check.
+
+A checkpoint and a bundle both carry a manifest, pastkey.json, with size and sha256 of each of their files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import ExistingFolderError, InputError, IntegrityError, MissingFileError
+from .names import MANIFEST
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    size: int  # bytes
+    sha256: str  # hexadecimal
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `target`; renames it to `target` on success, removes it on any failure.
+
+    Raises ExistingFolderError when the target exists, unless `force` is given and the target is a folder that
+    pastkey wrote (or an empty one): nothing else is ever replaced.
+    """
+    refuse_existing(target, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o777 & ~_umask())
+        refuse_existing(target, force=force)  # it may have appeared meanwhile
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            target.rename(old / target.name)
+            work.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """Raises ExistingFolderError where `whole_folder` would. Call it before long work."""
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise ExistingFolderError(f"{target} already exists: choose another --out, or replace it with --force")
+    replaceable = target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))
+    if not replaceable:
+        raise ExistingFolderError(
+            f"{target} exists and pastkey did not write it (it has no {MANIFEST}), so --force does not replace it: "
+            "choose another --out"
+        )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes readable JSON atomically."""
+    partial = path.with_name(path.name + ".new")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of one file."""
+    return FileRecord(size=path.stat().st_size, sha256=sha256(path))
+
+
+def file_records(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The manifest's `files`: for each path relative to the folder (with forward slashes), its size and hash."""
+    return {name: asdict(file_record(folder / name)) for name in sorted(files)}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises MissingFileError or IntegrityError, each naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise IntegrityError(f"{path} is not valid JSON ({error}): it was cut short or altered") from None
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{path} holds a JSON {type(content).__name__}; an object was expected")
+    return content
+
+
+def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:
+    """Reads pastkey.json of a "checkpoint" or "bundle" and checks its kind and version."""
+    if not folder.exists():
+        raise MissingFileError(f"no such {kind}: {folder} does not exist")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; a {kind} is a folder")
+    if not (folder / MANIFEST).is_file():
+        raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}")
+    manifest = read_json(folder / MANIFEST)
+    found = manifest.get("kind")
+    if found != kind:
+        hint = {"checkpoint": "export it first", "bundle": "name the checkpoint it came from"}.get(str(found), "")
+        raise InputError(f"{folder} is a {found!r} folder; a {kind} was expected" + (f": {hint}" if hint else ""))
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise IntegrityError(f"{folder / MANIFEST} has no valid format_version (found {version!r})")
+    if version > newest_version:
+        raise IntegrityError(
+            f"{folder} has {kind} format version {version}; this pastkey reads up to {newest_version}: upgrade pastkey"
+        )
+    return manifest
+
+
+def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
+    """The manifest's `files`, each path checked to stay inside the folder."""
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{folder / MANIFEST} has no list of files")
+    records = {}
+    for name, entry in content.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
+            raise IntegrityError(f"{folder / MANIFEST} names {name!r}, which is not a path inside the folder")
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(size, int) or not isinstance(digest, str):
+            raise IntegrityError(f"{folder / MANIFEST} has no size and sha256 for {name!r}")
+        records[name] = FileRecord(size, digest)
+    return records
+
+
+def check_sizes(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """Raises IntegrityError naming the first file that is missing, of another size, or outside the folder."""
+    root = folder.resolve()
+    for name, record in records.items():
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing: copy the whole folder again")
+        if root not in path.resolve().parents and not _stored_elsewhere(path):
+            raise IntegrityError(f"{path} leads out of the folder: copy the file itself into it")
+        size = path.stat().st_size
+        if size != record.size:
+            raise IntegrityError(
+                f"{path} has {size} bytes, {record.size} were expected: it was truncated or altered, copy it again"
+            )
+
+
+def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered: bool = True) -> None:
+    """Raises IntegrityError naming the first file whose content is not what was written.
+
+    A hash that matched is remembered by size, modification time and inode in the user's cache folder, since
+    hashing 154 MB takes half of a model's load; `remembered=False` hashes again whatever is remembered.
+    """
+    memory = _HashMemory(folder)
+    for name, record in records.items():
+        path = folder / name
+        if remembered and memory.knows(path, record):
+            continue
+        found = sha256(path)
+        if found != record.sha256:
+            raise IntegrityError(
+                f"{path} was altered: its sha256 is {found[:12]}…, {record.sha256[:12]}… was expected; copy it again"
+            )
+        memory.add(path, record)
+    memory.save()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stored_elsewhere(path: Path) -> bool:
+    """Whether this is a link of a content-addressed download cache, whose folders hold links to files beside them.
+
+    Such a cache links snapshots/REV/FILE to ../../blobs/HASH: its own layout, not a path that a manifest chose.
+    """
+    return path.is_symlink() and "blobs" in path.resolve().parts and "snapshots" in path.absolute().parts
+
+
+class _HashMemory:
+    """Which files of one folder were seen with which hash, in a small file of the user's cache folder."""
+
+    def __init__(self, folder: Path) -> None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+        self._path = Path(home) / "pastkey" / f"{key}.json"
+        self._seen: dict[str, Any] = {}
+        self._changed = False
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            self._seen = content if isinstance(content, dict) else {}
+
+    @staticmethod
+    def _state(path: Path, record: FileRecord) -> list[Any]:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, record.sha256]
+
+    def knows(self, path: Path, record: FileRecord) -> bool:
+        return self._seen.get(str(path)) == self._state(path, record)
+
+    def add(self, path: Path, record: FileRecord) -> None:
+        self._seen[str(path)] = self._state(path, record)
+        self._changed = True
+
+    def save(self) -> None:
+        if not self._changed:
+            return
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._seen)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

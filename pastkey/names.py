@@ -1,0 +1,64 @@
+"""Every name that a graph, a folder or another program relies on, once.
+
+Shape letters used throughout: B batch, T new tokens, P past tokens, S = P + T, H query heads, K key/value heads,
+D head size, V vocabulary.
+"""
+
+from typing import Final
+
+# --- graph inputs and outputs -------------------------------------------------------------------------------------
+INPUT_IDS: Final = "input_ids"  # (B, T) int64
+ATTENTION_MASK: Final = "attention_mask"  # (B, S) int64, 1 for a real token, 0 for padding
+POSITION_IDS: Final = "position_ids"  # (B, T) int64
+LOGITS: Final = "logits"  # (B, T, V) float32
+
+# --- axes ---------------------------------------------------------------------------------------------------------
+BATCH: Final = "batch_size"
+SEQUENCE: Final = "sequence_length"  # T
+PAST: Final = "past_sequence_length"  # P, or the capacity of a shared buffer
+TOTAL: Final = "total_sequence_length"  # S
+
+
+def past_key(layer: int) -> str:
+    """Input (B, K, P, D): the cached keys of one attention call."""
+    return f"past_key_values.{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    """Input (B, K, P, D): the cached values of one attention call."""
+    return f"past_key_values.{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    """Output (B, K, S, D): the keys with the new tokens' appended."""
+    return f"present.{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    """Output (B, K, S, D): the values with the new tokens' appended."""
+    return f"present.{layer}.value"
+
+
+# --- files of a folder --------------------------------------------------------------------------------------------
+MANIFEST: Final = "pastkey.json"
+CONFIG: Final = "config.json"
+GENERATION_CONFIG: Final = "generation_config.json"
+GENAI_CONFIG: Final = "genai_config.json"
+TOKENIZER: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+WEIGHTS: Final = "model.safetensors"
+
+# The graph that every loader finds by its precision's usual name: logits of all positions.
+COMMON_GRAPH: Final = {
+    "fp32": "onnx/model.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
+# pastkey's own graph over the same weights: logits of the last position only, (B, 1, V).
+LAST_GRAPH: Final = "onnx/pastkey.onnx"
+DATA_SUFFIX: Final = "_data"  # weights stand beside the common graph: onnx/model_quantized.onnx_data
+
+PRECISIONS: Final = ("int8", "fp32")
+TARGETS: Final = ("cpu", "cuda", "webgpu", "portable")
+GRAPHS: Final = ("fused", "standard")
