@@ -1,0 +1,244 @@
+"""The whole decoder: token embedding, positions, masked self-attention, residual connections, next-token logits.
+
+No cache anywhere: the model reads all tokens and answers at every position, which is what training needs. `export`
+grafts the cache onto its attention calls.
+
+Shape letters: B batch, T tokens, E hidden size, H query heads, K key/value heads, D head size, V vocabulary.
+Parameters carry the names of Hugging Face's Llama, so that transformers loads what was trained here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pastkey.config import ModelConfig
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B, 1, T, D/2)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer: `forward(input_ids, position_ids) -> logits`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._initialize()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits of the next token at every position.
+
+        `input_ids` (B, T) int64 and `position_ids` (B, T) int64, counted from 0, give (B, T, V) float32.
+        """
+        hidden = self.model(input_ids, position_ids)  # (B, T, E)
+        logits: Tensor = self.lm_head(hidden)  # (B, T, V)
+        return logits
+
+    def _initialize(self) -> None:
+        """Normal weights of deviation 0.02, as GPT-2 has them; smaller ones where a layer adds to the residual.
+
+        Radford et al. 2019, section 2.3: the sum over 2 N residual additions keeps its variance.
+        """
+        residual_std = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=residual_std if name.endswith(("o_proj", "down_proj")) else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+
+
+class Backbone(nn.Module):
+    """Everything but the output head: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.position_encoding = config.position_encoding
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_encoding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        elif config.position_encoding == "sinusoidal":
+            self.sinusoids = Sinusoids(config.hidden_size)
+        else:
+            self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.embed_tokens(input_ids)  # (B, T, E)
+        rotation = None
+        if self.position_encoding == "learned":
+            hidden = hidden + self.embed_positions(position_ids)  # (B, T, E)
+        elif self.position_encoding == "sinusoidal":
+            hidden = hidden + self.sinusoids(position_ids)  # (B, T, E)
+        else:
+            rotation = self.rotary(position_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, rotation)  # (B, T, E)
+        output: Tensor = self.norm(hidden)  # (B, T, E)
+        return output
+
+
+class Layer(nn.Module):
+    """Attention, then an MLP, each normalised on its way in and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config)
+        self.has_mlp = config.mlp != "none"
+        if self.has_mlp:
+            self.post_attention_layernorm = make_norm(config)
+            self.mlp = SwigluMlp(config) if config.mlp == "swiglu" else GeluMlp(config)
+
+    def forward(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation)  # (B, T, E)
+        if self.has_mlp:
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))  # (B, T, E)
+        return hidden
+
+
+class Attention(nn.Module):
+    """Masked multi-head self-attention; with K < H, K/V heads are shared by groups of query heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        query_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
+        batch, length, _ = hidden.shape
+        query = self.q_proj(hidden).view(batch, length, self.heads, self.head_dim)  # (B, T, H, D)
+        key = self.k_proj(hidden).view(batch, length, self.kv_heads, self.head_dim)  # (B, T, K, D)
+        value = self.v_proj(hidden).view(batch, length, self.kv_heads, self.head_dim)  # (B, T, K, D)
+        query = self.q_norm(query).transpose(1, 2)  # (B, H, T, D)
+        key = self.k_norm(key).transpose(1, 2)  # (B, K, T, D)
+        value = value.transpose(1, 2)  # (B, K, T, D)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self.kv_heads < self.heads
+        )  # (B, H, T, D)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim)  # (B, T, H * D)
+        output: Tensor = self.o_proj(mixed)  # (B, T, E)
+        return output
+
+
+class SwigluMlp(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020, https://arxiv.org/abs/2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))  # (B, T, E)
+        return output
+
+
+class GeluMlp(nn.Module):
+    """down(gelu(up(x))), as in GPT-2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(F.gelu(self.up_proj(hidden), approximate="tanh"))  # (B, T, E)
+        return output
+
+
+class Rotary(nn.Module):
+    """The angles by which RoPE turns each pair of a head, Su et al. 2021, https://arxiv.org/abs/2104.09864."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self.register_buffer("inv_freq", 1.0 / theta**exponents, persistent=False)  # (D/2,)
+
+    def forward(self, position_ids: Tensor) -> Rotation:
+        # From the positions themselves rather than from a table, which would grow the exported graph with the context.
+        angles = position_ids[:, None, :, None].float() * self.inv_freq  # (B, 1, T, D/2)
+        return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
+    """Turns the pairs (i, i + D/2) of `heads` (B, heads, T, D): the rotate-half layout of Hugging Face's Llama."""
+    cos, sin = rotation
+    first, second = heads.chunk(2, dim=-1)  # each (B, heads, T, D/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # (B, heads, T, D)
+
+
+class Sinusoids(nn.Module):
+    """Sines and cosines of the position, interleaved, Vaswani et al. 2017, section 3.5."""
+
+    inv_freq: Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        exponents = torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size
+        self.register_buffer("inv_freq", 1.0 / 10000.0**exponents, persistent=False)  # (ceil(E/2),)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        angles = position_ids[:, :, None].float() * self.inv_freq  # (B, T, ceil(E/2))
+        pairs = torch.stack((angles.sin(), angles.cos()), dim=-1)  # (B, T, ceil(E/2), 2)
+        return pairs.flatten(2)[:, :, : self.hidden_size]  # (B, T, E): an odd E drops the last cosine
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The configured normalisation over the hidden size."""
+    if config.norm == "none":
+        return nn.Identity()
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
+
+
+def positions_like(input_ids: Tensor) -> Tensor:
+    """Positions 0, 1, ... T - 1 for every row: (B, T) int64."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder, prompt: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+) -> list[list[int]]:
+    """The naive reference: every step reads the whole text again. The fast path is `pastkey.runtime`.
+
+    `prompt` (B, P) int64 gives for each row its new ids, ended by (and without) the end token, by `max_new_tokens` or
+    by the context length. `temperature` 0 takes the likeliest token; above, `seed` decides.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = prompt  # (B, P), then one more column per step
+    end = model.config.eos_token_id
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - prompt.shape[1])):
+        logits = model(ids, positions_like(ids))[:, -1]  # (B, V)
+        if temperature > 0:
+            chosen = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)  # (B, 1)
+        else:
+            chosen = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+        ids = torch.cat((ids, chosen), dim=1)
+        ended |= chosen[:, 0] == end if end is not None else False
+        if ended.all():
+            break
+    rows = ids[:, prompt.shape[1] :].tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]
