@@ -1,1 +1,47 @@
-"""placeholder"""
+"""bundle/ -> text, with numpy, onnxruntime and tokenizers: nothing else.
+
+    import pastkey
+    lm = pastkey.load("bundle/")
+    print(lm.generate("Once upon a time").text)
+
+From the outside in: `language_model` (text in, text out), `text` (tokens <-> text), `generate` (the loop over ids),
+`sampling` (logits -> token), `session` (one onnxruntime session and its cache), `cache` (keys and values),
+`providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's `--help`
+does not wait for onnxruntime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .generate import Generation as Generation
+    from .language_model import Chunk as Chunk
+    from .language_model import Completion as Completion
+    from .language_model import LanguageModel as LanguageModel
+    from .language_model import load as load
+    from .sampling import SamplingConfig as SamplingConfig
+    from .session import Session as Session
+
+_MODULE_OF = {
+    "Chunk": "language_model",
+    "Completion": "language_model",
+    "Generation": "generate",
+    "LanguageModel": "language_model",
+    "SamplingConfig": "sampling",
+    "Session": "session",
+    "load": "language_model",
+}
+
+__all__ = ["Chunk", "Completion", "Generation", "LanguageModel", "SamplingConfig", "Session", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

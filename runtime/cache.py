@@ -1,0 +1,143 @@
+"""The cache of keys and values: what the tokens so far left in every attention call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey import names
+from pastkey.bundle import KVGeometry
+from pastkey.errors import InputError
+
+from .ort import onnxruntime
+
+GROWTH_STEP = 256  # rows by which a shared buffer grows at least
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One cached tensor of the graph, (B, kv_heads, P, head_size)."""
+
+    past: str  # input
+    present: str  # output
+    kv_heads: int
+    head_size: int
+
+
+class KVCache:
+    """Keys and values of `length` tokens in each of `batch` rows, bound to one session's inputs and outputs.
+
+    Shared form (the fused graph): past and present are one buffer of `capacity` rows, and a run writes the new rows
+    into it. It grows in steps, because a buffer of the whole context would be paid for by the shortest prompt. A
+    row of a padded batch keeps its real tokens first, without its padding.
+
+    Concatenating form (the standard graph): a run returns new tensors, which become the next run's past.
+
+    A run is `reserve`, the session's run, `advance`; a run that failed between them leaves the cache as it was.
+    """
+
+    def __init__(
+        self,
+        binding: Any,
+        layers: Sequence[KVGeometry],
+        *,
+        shared: bool,
+        context_length: int,
+        device: str = "cpu",
+    ) -> None:
+        """`binding` is the session's onnxruntime.IOBinding; `device` is where the tensors live ("cpu", "cuda")."""
+        self._binding = binding
+        self._shared = shared
+        self._context_length = context_length
+        self._device = device
+        self._tensors: list[_Tensor] = []
+        for i, layer in enumerate(layers):
+            self._tensors += [
+                _Tensor(names.past_key(i), names.present_key(i), layer.kv_heads, layer.key_head_size),
+                _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
+            ]
+        self._values: list[Any] = []  # one OrtValue per tensor
+        self._capacity = 0
+        self.batch = 0  # B
+        self.length = 0  # tokens per row, padding included
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the tensors have room for."""
+        return self._capacity if self._shared else self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        row = sum(tensor.kv_heads * tensor.head_size for tensor in self._tensors) * np.float32().nbytes
+        return self.batch * self.capacity * row
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Makes room for `tokens` new tokens in each of `batch` rows and binds what changed by that."""
+        if self.length and batch != self.batch:
+            raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
+        if self._shared:
+            if batch != self.batch or self.length + tokens > self._capacity:
+                self._grow(batch, self.length + tokens)
+            return
+        if not self.length:
+            self.batch = batch
+            self._values = [self._place(np.zeros(self._shape(t, 0), np.float32)) for t in self._tensors]
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            self._binding.bind_ortvalue_input(tensor.past, value)
+            self._binding.bind_output(tensor.present, self._device)  # unbinds the last run's tensor
+
+    def advance(self, tokens: int) -> None:
+        """Takes in the tokens of the run that has just ended."""
+        self.length += tokens
+        if not self._shared:
+            # `reserve` binds before the session binds its logits, and onnxruntime keeps the order of binding.
+            self._values = self._binding.get_outputs()[: len(self._tensors)]
+
+    def trim(self, length: int) -> None:
+        """Forgets all but the first `length` tokens of each row."""
+        if not 0 <= length <= self.length:
+            raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
+        if not self._shared and length < self.length:
+            self._values = [self._place(np.ascontiguousarray(value.numpy()[:, :, :length])) for value in self._values]
+        self.length = length
+
+    def reset(self) -> None:
+        """Forgets everything. A shared buffer is kept for the next prompt."""
+        self.length = 0
+        if not self._shared:
+            self._values = []
+
+    def layer(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Copies of one attention call's keys and values, each (B, K, length, D)."""
+        if not self.length:
+            raise InputError("the cache is empty")
+        keys, values = (self._values[2 * index + i].numpy()[:, :, : self.length] for i in (0, 1))
+        return keys.copy(), values.copy()
+
+    def _grow(self, batch: int, needed: int) -> None:
+        """Moves the shared buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
+        wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
+        capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
+        old, self._values = self._values, []
+        for i, tensor in enumerate(self._tensors):
+            array = np.zeros(self._shape(tensor, capacity, batch), np.float32)
+            if self.length:
+                array[:, :, : self.length] = old[i].numpy()[:, :, : self.length]
+                old[i] = None  # one tensor at a time is held twice
+            value = self._place(array)
+            self._binding.bind_ortvalue_input(tensor.past, value)
+            self._binding.bind_ortvalue_output(tensor.present, value)
+            self._values.append(value)
+        self.batch, self._capacity = batch, capacity
+
+    def _shape(self, tensor: _Tensor, rows: int, batch: int | None = None) -> tuple[int, int, int, int]:
+        return (self.batch if batch is None else batch, tensor.kv_heads, rows, tensor.head_size)
+
+    def _place(self, array: npt.NDArray[Any]) -> Any:
+        """An OrtValue on the device; on the CPU it is the array itself, without a copy."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)

@@ -1,0 +1,135 @@
+"""Execution providers: the hardware back ends of onnxruntime, by short names, without silent fall-back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pastkey.errors import ProviderError
+
+from .ort import onnxruntime
+
+CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a provider before it is there."""
+
+    name: str  # onnxruntime's name
+    hardware: str
+    source: str  # what brings it
+
+
+_GPU = "pip install 'pastkey[gpu]' and an NVIDIA driver with CUDA and cuDNN"
+_OWN_BUILD = "a build of onnxruntime with"
+
+KNOWN = {
+    "cpu": Known(CPU, "any processor", "pip install 'pastkey[cpu]'"),
+    "cuda": Known("CUDAExecutionProvider", "NVIDIA GPUs", _GPU),
+    "tensorrt": Known("TensorrtExecutionProvider", "NVIDIA GPUs, compiled engines", f"{_GPU} and TensorRT"),
+    "nvtensorrtrtx": Known("NvTensorRTRTXExecutionProvider", "NVIDIA RTX GPUs", f"{_OWN_BUILD} --use_nv_tensorrt_rtx"),
+    "openvino": Known("OpenVINOExecutionProvider", "Intel CPU, GPU, NPU", "pip install 'pastkey[openvino]'"),
+    "webgpu": Known("WebGpuExecutionProvider", "any GPU with Vulkan, Metal or D3D12", "pip install 'pastkey[webgpu]'"),
+    "qnn": Known("QNNExecutionProvider", "Qualcomm NPUs", "pip install 'pastkey[qnn]'"),
+    "coreml": Known("CoreMLExecutionProvider", "Apple GPU and neural engine", "pip install 'pastkey[cpu]' on macOS"),
+    "dml": Known("DmlExecutionProvider", "any GPU under Windows", "pip install onnxruntime-directml on Windows"),
+    "xnnpack": Known("XnnpackExecutionProvider", "mobile processors", f"{_OWN_BUILD} --use_xnnpack"),
+    "rocm": Known("ROCMExecutionProvider", "AMD GPUs", "pip install onnxruntime-rocm"),
+    "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx"),
+    "nnapi": Known("NnapiExecutionProvider", "Android accelerators", "onnxruntime for Android"),
+    "acl": Known("ACLExecutionProvider", "ARM processors", f"{_OWN_BUILD} --use_acl"),
+    "dnnl": Known("DnnlExecutionProvider", "Intel processors", f"{_OWN_BUILD} --use_dnnl"),
+    "cann": Known("CANNExecutionProvider", "Huawei Ascend", "pip install onnxruntime-cann"),
+    "vitisai": Known("VitisAIExecutionProvider", "AMD NPUs", "AMD's Ryzen AI software"),
+    "azure": Known(
+        "AzureExecutionProvider", "remote endpoints, for graphs made for them", "pip install 'pastkey[cpu]'"
+    ),
+}
+
+# Where a bundle made for a target runs when nothing else is asked for.
+_DEFAULT_OF_TARGET = {"cuda": "cuda", "webgpu": "webgpu"}
+
+# Providers whose memory the cache lives in. With any other, tensors are handed over in the processor's memory.
+_DEVICE_OF = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+
+Choice = str | tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One line of `pastkey devices`."""
+
+    short_name: str
+    name: str  # onnxruntime's name
+    hardware: str
+    available: bool
+    note: str  # what brings it when it is absent, else ""
+
+
+def devices() -> list[Device]:
+    """Every known provider, and those that this onnxruntime has beyond them; available ones first."""
+    here = onnxruntime.get_available_providers()
+    rows = [
+        Device(short, known.name, known.hardware, known.name in here, "" if known.name in here else known.source)
+        for short, known in KNOWN.items()
+    ]
+    known_names = {known.name for known in KNOWN.values()}
+    rows += [Device(short_name(name), name, "", True, "") for name in here if name not in known_names]
+    return sorted(rows, key=lambda device: not device.available)
+
+
+def resolve(choice: Choice | Sequence[Choice] | None, target: str = "cpu") -> list[tuple[str, dict[str, Any]]]:
+    """The providers to open a session with, in order of preference, the CPU last.
+
+    `choice` is a short name ("cuda"), onnxruntime's name, a pair of a name and its options, a sequence of these, or
+    None: the bundle's target decides. Raises ProviderError for one that does not exist here.
+    """
+    if choice is None:
+        choice = _DEFAULT_OF_TARGET.get(target, "cpu")
+        reason = f"the bundle was made for {target}; "
+    else:
+        reason = ""
+    choices = [choice] if isinstance(choice, (str, tuple)) else list(choice)
+    here = onnxruntime.get_available_providers()
+    chosen: dict[str, dict[str, Any]] = {}
+    for entry in choices:
+        asked, options = (entry, {}) if isinstance(entry, str) else entry
+        name = full_name(asked)
+        if name not in here:
+            known = KNOWN.get(short_name(name)) if name else None
+            what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
+            remedy = f"; {known.source} brings it" if known else ""
+            raise ProviderError(f"{reason}{what}; here are: {', '.join(map(short_name, here))}{remedy}")
+        chosen[name] = dict(options)
+    chosen.setdefault(CPU, {})  # shapes and sizes are computed there whatever else runs
+    return list(chosen.items())
+
+
+def require_active(wanted: Sequence[tuple[str, dict[str, Any]]], active: Sequence[str]) -> None:
+    """Raises ProviderError when onnxruntime opened a session without a provider that was asked for."""
+    for name, _ in wanted:
+        if name not in active:
+            raise ProviderError(
+                f"onnxruntime could not start the execution provider {short_name(name)!r} "
+                f"(a driver or a library of its is missing); it fell back to {', '.join(map(short_name, active))}: "
+                f"ask for one of these, or see onnxruntime's message for what {short_name(name)} lacks"
+            )
+
+
+def cache_device(active: Sequence[str]) -> str:
+    """Where the cache of a session with these providers lives: onnxruntime's device name."""
+    return _DEVICE_OF.get(active[0], "cpu")
+
+
+def full_name(name: str) -> str:
+    """onnxruntime's name of a provider, or "" for an unknown one. Upper and lower case do not matter."""
+    wanted = name.lower().removesuffix("executionprovider")
+    by_name = {full.lower().removesuffix("executionprovider"): full for full in onnxruntime.get_available_providers()}
+    return KNOWN[wanted].name if wanted in KNOWN else by_name.get(wanted, "")
+
+
+def short_name(name: str) -> str:
+    """The name a user types: "CUDAExecutionProvider" -> "cuda"."""
+    return name.removesuffix("ExecutionProvider").lower()

@@ -1,0 +1,280 @@
+"""One onnxruntime session and its cache: token ids in, logits out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey import names
+from pastkey.bundle import Bundle, Manifest
+from pastkey.errors import InputError, IntegrityError, MissingExtraError, NumericsError
+
+from . import providers as ep
+from .cache import KVCache
+from .ort import OrtError, onnxruntime, parse_version
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+# Tokens per run of a prefill. Attention scores and activations of a run grow with it; larger is no faster.
+PREFILL_CHUNK = 256
+
+
+class Session:
+    """A bundle's graph with a cache: each call appends its tokens to those before.
+
+    `graph="last"` gives the logits of the last position only, which is what generation needs; `graph="common"` gives
+    those of every position. `length` counts the tokens in the cache.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        graph: Literal["last", "common"] = "last",
+        providers: ep.Choice | Sequence[ep.Choice] | None = None,
+        threads: int | None = None,
+        profile_prefix: Path | None = None,
+    ) -> None:
+        """Opens the graph and checks it against the manifest.
+
+        `threads` is the number of threads within an operator, None for the physical cores this process may use.
+        With `profile_prefix`, onnxruntime writes a profile whose file name starts with it.
+        Raises ProviderError, IntegrityError, or InputError for an impossible number of threads.
+        """
+        path = {"last": bundle.last_graph, "common": bundle.common_graph}[graph]
+        self.manifest = bundle.manifest
+        self.onnx = _open(path, bundle.manifest, providers, threads, profile_prefix)
+        self.providers: list[str] = self.onnx.get_providers()
+        _cross_check(self.onnx, bundle.manifest, path)
+        self._last_only = graph == "last"
+        self._fused = bundle.manifest.graph == "fused"
+        self._binding = self.onnx.io_binding()
+        self.cache = KVCache(
+            self._binding,
+            bundle.manifest.layers,
+            shared=self._fused,
+            context_length=bundle.manifest.context_length,
+            device=ep.cache_device(self.providers),
+        )
+        self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
+        self._ones = np.ones(0, np.int64)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache, per row, padding included."""
+        return self.cache.length
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.cache.reset()
+        self._mask = None
+
+    def trim(self, length: int) -> None:
+        """Forgets all but the first `length` tokens of each row."""
+        self.cache.trim(length)
+        self._mask = None if self._mask is None or not length else self._mask[:, :length]
+
+    def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
+        """Appends the tokens `ids` (T,) of one row, in runs of at most `chunk_size`; returns the last one's logits (V,).
+
+        The chunks bound the memory of activations and attention scores, which grow with the tokens of a run. They are
+        of even size, and of two tokens at least where the chunk size allows: a run of one token takes another path
+        through the attention operator, which differs in the last bits.
+        """
+        ids = self._checked(ids, 1)
+        size = PREFILL_CHUNK if chunk_size is None else chunk_size
+        if size < 1:
+            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
+        count = math.ceil(ids.size / size)
+        if size > 1:
+            count = min(count, max(1, ids.size // 2))
+        for chunk in np.array_split(ids, count):
+            logits = self._run(chunk[None])
+        return logits[0, -1]
+
+    def decode(self, token: int) -> Logits:
+        """Appends one token to one row; returns its logits (V,)."""
+        return self._run(self._checked([token], 1)[None])[0, -1]
+
+    def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
+        """Appends the tokens `ids` (B, T) in one run; returns logits (B, T, V), or (B, 1, V) of the "last" graph.
+
+        `mask` (B, T) is 1 for a real token and 0 for padding, None for no padding. Rows of different lengths are
+        padded at their right end; tokens appended later stand after the padding, which no token ever sees. The
+        standard graph takes padding anywhere. Logits at padding mean nothing.
+        """
+        ids = self._checked(ids, 2)
+        return self._run(ids, None if mask is None else self._checked_mask(mask, ids))
+
+    # --- one run --------------------------------------------------------------------------------------------------
+    def _run(self, ids: Ids, mask: Ids | None = None) -> Logits:
+        """Appends checked ids (B, T). The one place where the graph is run."""
+        batch, tokens = ids.shape
+        start = self.length
+        if self._fused and batch > 1 and tokens > 1 and start:
+            raise InputError(
+                f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
+                "appends several tokens to one row only; append them one by one, or export with --graph standard"
+            )
+        self.cache.reserve(batch, tokens)
+        full_mask, positions = self._mask_and_positions(batch, tokens, mask)
+        # A fresh array each run: the caller may keep it.
+        logits = np.empty((batch, 1 if self._last_only else tokens, self.manifest.vocab_size), np.float32)
+        bind, value = self._binding.bind_ortvalue_input, onnxruntime.OrtValue.ortvalue_from_numpy
+        bind(names.INPUT_IDS, value(ids))
+        bind(names.ATTENTION_MASK, value(full_mask))
+        bind(names.POSITION_IDS, value(positions))
+        self._binding.bind_ortvalue_output(names.LOGITS, value(logits))
+        self.onnx.run_with_iobinding(self._binding)
+        self._check_finite(logits, start, tokens, mask)
+        self.cache.advance(tokens)
+        self._mask = None if self._mask is None and mask is None else full_mask
+        return logits
+
+    def _mask_and_positions(self, batch: int, tokens: int, mask: Ids | None) -> tuple[Ids, Ids]:
+        """attention_mask (B, S) and position_ids (B, T): a token's position is the number of real tokens before it."""
+        total = self.length + tokens
+        if self._mask is None and mask is None:
+            if self._ones.size < batch * total:
+                self._ones = np.ones(2 * batch * total, np.int64)
+            positions = np.broadcast_to(np.arange(self.length, total), (batch, tokens))
+            return self._ones[: batch * total].reshape(batch, total), np.ascontiguousarray(positions)
+        past = np.ones((batch, self.length), np.int64) if self._mask is None else self._mask
+        new = np.ones((batch, tokens), np.int64) if mask is None else mask
+        full = np.concatenate([past, new], axis=1)
+        positions = np.maximum(np.cumsum(full, axis=1) - 1, 0)[:, self.length :]
+        return full, np.ascontiguousarray(positions)
+
+    # --- checks ---------------------------------------------------------------------------------------------------
+    def _checked(self, ids: npt.ArrayLike, ndim: int) -> Ids:
+        """`ids` as int64, in range, and within the context."""
+        array = np.asarray(ids)
+        if array.ndim != ndim or not array.size or array.dtype.kind not in "iu":
+            raise InputError(
+                f"token ids are whole numbers of shape {'(T,)' if ndim == 1 else '(B, T)'}, at least one; "
+                f"found {array.dtype} of shape {array.shape}"
+            )
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self.manifest.vocab_size:
+            wrong = low if low < 0 else high
+            raise InputError(
+                f"token id {wrong} is out of range: this model's ids are 0 to {self.manifest.vocab_size - 1}"
+            )
+        tokens, context = array.shape[-1], self.manifest.context_length
+        if self.length + tokens > context:
+            found = f"the prompt has {tokens} tokens"
+            if self.length:
+                found = f"{self.length} tokens are in the cache and {tokens} more were given"
+            raise InputError(f"{found}; the context is {context}: shorten the text, or export with a larger --context")
+        return np.ascontiguousarray(array, np.int64)
+
+    def _checked_mask(self, mask: npt.ArrayLike, ids: Ids) -> Ids | None:
+        """`mask` as int64, or None when nothing is padded."""
+        array = np.asarray(mask).astype(np.int64)
+        if array.shape != ids.shape or not np.isin(array, (0, 1)).all():
+            raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
+        if array.all():
+            return None
+        if self._last_only and not array[:, -1].all():
+            raise InputError('a row ends in padding, and this graph gives the last position only: open graph="common"')
+        if self._fused and (self.length or (np.diff(array, axis=1) > 0).any() or not array[:, 0].all()):
+            raise InputError(
+                "this bundle's graph takes padding only in the first run and only at the right end of a row: "
+                "pad there, or export with --graph standard"
+            )
+        return array
+
+    def _check_finite(self, logits: Logits, start: int, tokens: int, mask: Ids | None) -> None:
+        finite = np.isfinite(logits).all(axis=-1)  # (B, T)
+        if mask is not None and not self._last_only:
+            finite |= mask == 0
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            position = start + tokens - 1 if self._last_only else start + int(column)
+            raise NumericsError(
+                f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
+                "damaged or overflow at this precision; export again, and see `pastkey verify`"
+            )
+
+
+def default_threads() -> int:
+    """The physical cores this process may use; 0, which leaves it to onnxruntime, where that cannot be known."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def _open(
+    path: Path,
+    manifest: Manifest,
+    providers: ep.Choice | Sequence[ep.Choice] | None,
+    threads: int | None,
+    profile_prefix: Path | None,
+) -> Any:
+    """An onnxruntime.InferenceSession whose providers are those asked for."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; it must be at least 1")
+    if parse_version(onnxruntime.__version__) < parse_version(manifest.min_onnxruntime):
+        raise MissingExtraError(
+            f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
+            "type  pip install --upgrade 'pastkey[cpu]'  and try again"
+        )
+    wanted = ep.resolve(providers, manifest.target)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = default_threads() if threads is None else threads
+    options.inter_op_num_threads = 1  # a decoder is a chain: nothing runs beside it
+    options.log_severity_level = 3  # errors; warnings about shapes of the shared buffer mean nothing here
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+    except OrtError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
+    ep.require_active(wanted, session.get_providers())
+    return session
+
+
+def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
+    """Raises IntegrityError naming a tensor that the graph and the manifest see differently, and both shapes."""
+    found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
+    expected: dict[str, list[int | str]] = {
+        names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
+        names.ATTENTION_MASK: [names.BATCH, names.TOTAL],
+        names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
+    }
+    for i, layer in enumerate(manifest.layers):
+        for kind, past, present in (
+            (layer.key_head_size, names.past_key(i), names.present_key(i)),
+            (layer.value_head_size, names.past_value(i), names.present_value(i)),
+        ):
+            expected[past] = [names.BATCH, layer.kv_heads, names.PAST, kind]
+            expected[present] = [names.BATCH, layer.kv_heads, names.TOTAL, kind]
+    expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
+    for name, shape in expected.items():
+        if name not in found:
+            raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
+        # Sizes must agree; what a free axis is called does not matter here.
+        same_rank = len(found[name]) == len(shape)
+        if not same_rank or any(isinstance(b, int) and a != b for a, b in zip(found[name], shape, strict=True)):
+            raise IntegrityError(
+                f"{name!r} is {_show(found[name])} in {path} and {_show(shape)} in the manifest: export it again"
+            )
+    for name in sorted(set(found) - set(expected)):
+        raise IntegrityError(f"{path} has the tensor {name!r}, which the manifest does not speak of: export it again")
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"

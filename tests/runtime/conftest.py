@@ -1,0 +1,222 @@
+"""A tiny decoder as a bundle, written out by hand in ONNX's textual syntax, and the same function in numpy.
+
+The runtime is tested against this, so that its tests need neither torch nor the exporter. Learned positions, H query
+heads over K key/value heads, two attention calls, no normalisation: x += attention(x); logits = x · embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.parser
+import pytest
+
+from pastkey import names
+from pastkey.bundle import Bundle, KVGeometry, Manifest, open_bundle
+from pastkey.folder import file_records, write_json
+
+V, E, H, K = 37, 24, 4, 2
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Sizes and weights of the decoder."""
+
+    layers: tuple[KVGeometry, ...]
+    context_length: int
+    weights: Mapping[str, Array]
+
+    @classmethod
+    def random(cls, sizes: Sequence[tuple[int, int]], context_length: int, seed: int = 0) -> Tiny:
+        """`sizes` holds the head size of keys and of values of each attention call."""
+        rng = np.random.default_rng(seed)
+        shapes = {"embedding": (V, E), "position": (context_length, E)}
+        for i, (key, value) in enumerate(sizes):
+            shapes |= {
+                f"wq{i}": (E, H * key),
+                f"wk{i}": (E, K * key),
+                f"wv{i}": (E, K * value),
+                f"wo{i}": (H * value, E),
+            }
+        weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+        return cls(tuple(KVGeometry(K, key, value) for key, value in sizes), context_length, weights)
+
+    def __call__(self, ids: Sequence[int]) -> Array:
+        """The reference: logits (T, V) of an uncached pass over one row, in float64."""
+        w = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
+        count = len(ids)
+        x = w["embedding"][list(ids)] + w["position"][:count]  # (T, E)
+        for i in range(len(self.layers)):
+            q, k, v = (
+                (x @ w[f"w{name}{i}"]).reshape(count, heads, -1) for name, heads in (("q", H), ("k", K), ("v", K))
+            )
+            heads = []
+            for h in range(H):
+                scores = q[:, h] @ k[:, h // (H // K)].T / np.sqrt(q.shape[-1])
+                scores[np.triu_indices(count, 1)] = -np.inf
+                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+                heads.append(scores / scores.sum(axis=-1, keepdims=True) @ v[:, h // (H // K)])
+            x = x + np.concatenate(heads, axis=-1) @ w[f"wo{i}"]
+        return x @ w["embedding"].T
+
+
+FUSED_MASK = """
+    one = Constant <value_ints = [1]> ()
+    real = ReduceSum <keepdims = 0> (attention_mask, one)
+    last = Sub(real, one)
+    seqlens = Cast <to = 6> (last)
+    mask_shape = Shape <start = 1> (attention_mask)
+    scalar = Squeeze(mask_shape)
+    total = Cast <to = 6> (scalar)
+"""
+FUSED_ATTENTION = """
+    a{i}, present.{i}.key, present.{i}.value =
+        com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}>
+        (q{i}, k{i}, v{i}, past_key_values.{i}.key, past_key_values.{i}.value, seqlens, total)
+"""
+STANDARD_MASK = """
+    zero = Constant <value_int = 0> ()
+    step = Constant <value_int = 1> ()
+    axis0 = Constant <value_ints = [0]> ()
+    axis1 = Constant <value_ints = [1]> ()
+    mask_shape = Shape <start = 1> (attention_mask)
+    ids_shape = Shape <start = 1> (input_ids)
+    s = Squeeze(mask_shape)
+    t = Squeeze(ids_shape)
+    p = Sub(s, t)
+    columns = Range(zero, s, step)
+    rows = Range(p, s, step)
+    rows_up = Unsqueeze(rows, axis1)
+    causal = LessOrEqual(columns, rows_up)
+    real = Cast <to = 9> (attention_mask)
+    real_up = Unsqueeze(real, axis1)
+    allowed = And(causal, real_up)
+    nought = Constant <value_float = 0.0> ()
+    minus = Constant <value_float = -1000000000.0> ()
+    bias3 = Where(allowed, nought, minus)
+    bias = Unsqueeze(bias3, axis1)
+"""
+# A group's query heads stand below one another, (B, K, H/K * T, D), so that keys and values need no repetition.
+STANDARD_ATTENTION = """
+    qs{i} = Constant <value_ints = [0, 0, {H}, {D}]> ()
+    ks{i} = Constant <value_ints = [0, 0, {K}, {D}]> ()
+    vs{i} = Constant <value_ints = [0, 0, {K}, {DV}]> ()
+    group{i} = Constant <value_ints = [0, {K}, -1, {D}]> ()
+    heads{i} = Constant <value_ints = [0, {H}, -1, 0]> ()
+    groups{i} = Constant <value_ints = [0, {K}, -1, 0]> ()
+    apart{i} = Constant <value_ints = [0, {H}, -1, {DV}]> ()
+    flat{i} = Constant <value_ints = [0, 0, -1]> ()
+    scale{i} = Constant <value_float = {SCALE}> ()
+    q4{i} = Reshape(q{i}, qs{i})
+    qt{i} = Transpose <perm = [0, 2, 1, 3]> (q4{i})
+    qg{i} = Reshape(qt{i}, group{i})
+    k4{i} = Reshape(k{i}, ks{i})
+    kt{i} = Transpose <perm = [0, 2, 1, 3]> (k4{i})
+    v4{i} = Reshape(v{i}, vs{i})
+    vt{i} = Transpose <perm = [0, 2, 1, 3]> (v4{i})
+    present.{i}.key = Concat <axis = 2> (past_key_values.{i}.key, kt{i})
+    present.{i}.value = Concat <axis = 2> (past_key_values.{i}.value, vt{i})
+    kk{i} = Transpose <perm = [0, 1, 3, 2]> (present.{i}.key)
+    dot{i} = MatMul(qg{i}, kk{i})
+    scaled{i} = Mul(dot{i}, scale{i})
+    byhead{i} = Reshape(scaled{i}, heads{i})
+    biased{i} = Add(byhead{i}, bias)
+    soft{i} = Softmax <axis = -1> (biased{i})
+    bygroup{i} = Reshape(soft{i}, groups{i})
+    out{i} = MatMul(bygroup{i}, present.{i}.value)
+    outh{i} = Reshape(out{i}, apart{i})
+    outt{i} = Transpose <perm = [0, 2, 1, 3]> (outh{i})
+    a{i} = Reshape(outt{i}, flat{i})
+"""
+
+
+def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool) -> onnx.ModelProto:
+    """The decoder with a cache, as ONNX."""
+    mask, attention = {"fused": (FUSED_MASK, FUSED_ATTENTION), "standard": (STANDARD_MASK, STANDARD_ATTENTION)}[graph]
+    inputs = ["int64[B, T] input_ids", "int64[B, S] attention_mask", "int64[B, T] position_ids"]
+    outputs = [f"float[B, {1 if last_only else 'T'}, {V}] logits"]
+    body = (
+        mask + "word = Gather(embedding, input_ids)\n place = Gather(position, position_ids)\n x0 = Add(word, place)\n"
+    )
+    for i, layer in enumerate(tiny.layers):
+        for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size)):
+            inputs.append(f"float[B, {K}, P{i}, {size}] past_key_values.{i}.{kind}")
+            outputs.append(f"float[B, {K}, S{i}, {size}] present.{i}.{kind}")
+        sizes = {"D": layer.key_head_size, "DV": layer.value_head_size, "SCALE": repr(layer.key_head_size**-0.5)}
+        body += "".join(f"{name}{i} = MatMul(x{i}, w{name}{i})\n" for name in "qkv")
+        body += attention.format(i=i, H=H, K=K, **sizes)
+        body += f"o{i} = MatMul(a{i}, wo{i})\n x{i + 1} = Add(x{i}, o{i})\n"
+    end = f"x{len(tiny.layers)}"
+    if last_only:
+        body += f"index = Constant <value_ints = [-1]> ()\n end = Gather <axis = 1> ({end}, index)\n"
+        end = "end"
+    body += f"head = Transpose <perm = [1, 0]> (embedding)\n logits = MatMul({end}, head)\n"
+    text = (
+        '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>\n'
+        f"tiny ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{body}}}"
+    )
+    # The syntax wants quotes around a name with dots in it.
+    model = onnx.parser.parse_model(re.sub(r"(past_key_values|present)\.\d\.\w+", r'"\g<0>"', text))
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in tiny.weights.items())
+    return model
+
+
+def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
+    """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in."""
+    (folder / "onnx").mkdir(parents=True)
+    onnx.save(tiny_graph(tiny, graph, last_only=False), folder / names.COMMON_GRAPH["fp32"])
+    onnx.save(tiny_graph(tiny, graph, last_only=True), folder / names.LAST_GRAPH)
+    tokenizer = fields.pop("tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save(str(folder / names.TOKENIZER))
+    manifest = {
+        "pastkey_version": "0", "source": "tiny", "precision": "fp32", "target": "cpu", "graph": graph,
+        "graph_reason": "asked for", "vocab_size": V, "context_length": tiny.context_length, "layers": tiny.layers,
+        "opset": 17, "ir_version": 8, "min_onnxruntime": "1.23.0",
+        "files": file_records(folder, [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]),
+    }  # fmt: skip
+    write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json())
+    return open_bundle(folder, verify=False)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    return Tiny.random([(8, 8), (16, 16)], context_length=600)
+
+
+@pytest.fixture(scope="session")
+def tiny_odd() -> Tiny:
+    """Head sizes that only the standard graph takes."""
+    return Tiny.random([(5, 3), (6, 6)], context_length=24)
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    def make(tiny: Tiny, graph: str = "fused", **fields: Any) -> Bundle:
+        return write_bundle(tmp_path_factory.mktemp("bundle") / "b", tiny, graph, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["fused", "standard"])
+def bundle(request: pytest.FixtureRequest, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
+    """The tiny decoder, once with each attention."""
+    return make_bundle(tiny, request.param)
+
+
+@pytest.fixture(scope="session")
+def fused_bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
+    return make_bundle(tiny, "fused")
+
+
+@pytest.fixture(scope="session")
+def standard_bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
+    return make_bundle(tiny, "standard")
