@@ -5,9 +5,9 @@
     print(lm.generate("Once upon a time").text)
 
 From the outside in: `language_model` (text in, text out), `text` (tokens <-> text), `generate` (the loop over ids),
-`sampling` (logits -> token), `session` (one onnxruntime session and its cache), `cache` (keys and values),
-`providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's `--help`
-does not wait for onnxruntime.
+`sampling` (logits -> token) by `settings`, `session` (one onnxruntime session and its cache), `cache` (keys and
+values), `providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's
+`--help` does not wait for onnxruntime.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from .language_model import Completion as Completion
     from .language_model import LanguageModel as LanguageModel
     from .language_model import load as load
-    from .sampling import SamplingConfig as SamplingConfig
     from .session import Session as Session
+    from .settings import SamplingConfig as SamplingConfig
 
 _MODULE_OF = {
     "Chunk": "language_model",
     "Completion": "language_model",
     "Generation": "generate",
     "LanguageModel": "language_model",
-    "SamplingConfig": "sampling",
+    "SamplingConfig": "settings",
     "Session": "session",
     "load": "language_model",
 }

@@ -120,7 +120,7 @@ class KVCache:
         return keys.copy(), values.copy()
 
     def _grow(self, batch: int, needed: int) -> None:
-        """Moves the shared buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
+        """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
         wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
         capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
         old, self._values = self._values, []

@@ -11,7 +11,7 @@ from pastkey.errors import MissingExtraError, missing_extra
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 try:
-    import onnxruntime
+    import onnxruntime as onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as _state
 except ModuleNotFoundError as error:
     raise missing_extra(error) from None

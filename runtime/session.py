@@ -45,12 +45,15 @@ class Session:
         """Opens the graph and checks it against the manifest.
 
         `threads` is the number of threads within an operator, None for the physical cores this process may use.
-        With `profile_prefix`, onnxruntime writes a profile whose file name starts with it.
+        With `profile_prefix`, onnxruntime records where each operator ran, in a file whose name starts with it.
         Raises ProviderError, IntegrityError, or InputError for an impossible number of threads.
         """
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}; it must be at least 1")
+        self.threads = default_threads() if threads is None else threads
         path = {"last": bundle.last_graph, "common": bundle.common_graph}[graph]
         self.manifest = bundle.manifest
-        self.onnx = _open(path, bundle.manifest, providers, threads, profile_prefix)
+        self.onnx = _open(path, bundle.manifest, providers, self.threads, profile_prefix)
         self.providers: list[str] = self.onnx.get_providers()
         _cross_check(self.onnx, bundle.manifest, path)
         self._last_only = graph == "last"
@@ -65,6 +68,7 @@ class Session:
         )
         self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
         self._ones = np.ones(0, np.int64)
+        self.resets = 0  # how often the cache was emptied: whoever fills it can tell when another took it over
 
     @property
     def length(self) -> int:
@@ -75,6 +79,7 @@ class Session:
         """Forgets all tokens."""
         self.cache.reset()
         self._mask = None
+        self.resets += 1
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
@@ -82,13 +87,13 @@ class Session:
         self._mask = None if self._mask is None or not length else self._mask[:, :length]
 
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
-        """Appends the tokens `ids` (T,) of one row, in runs of at most `chunk_size`; returns the last one's logits (V,).
+        """Appends the tokens `ids` (T,) of one row, in runs of about `chunk_size`; returns the last one's logits (V,).
 
         The chunks bound the memory of activations and attention scores, which grow with the tokens of a run. They are
         of even size, and of two tokens at least where the chunk size allows: a run of one token takes another path
         through the attention operator, which differs in the last bits.
         """
-        ids = self._checked(ids, 1)
+        ids = self.checked(ids, 1)
         size = PREFILL_CHUNK if chunk_size is None else chunk_size
         if size < 1:
             raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
@@ -97,11 +102,11 @@ class Session:
             count = min(count, max(1, ids.size // 2))
         for chunk in np.array_split(ids, count):
             logits = self._run(chunk[None])
-        return logits[0, -1]
+        return _last(logits)
 
     def decode(self, token: int) -> Logits:
         """Appends one token to one row; returns its logits (V,)."""
-        return self._run(self._checked([token], 1)[None])[0, -1]
+        return _last(self._run(self.checked([token], 1)[None]))
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Appends the tokens `ids` (B, T) in one run; returns logits (B, T, V), or (B, 1, V) of the "last" graph.
@@ -110,7 +115,7 @@ class Session:
         padded at their right end; tokens appended later stand after the padding, which no token ever sees. The
         standard graph takes padding anywhere. Logits at padding mean nothing.
         """
-        ids = self._checked(ids, 2)
+        ids = self.checked(ids, 2)
         return self._run(ids, None if mask is None else self._checked_mask(mask, ids))
 
     # --- one run --------------------------------------------------------------------------------------------------
@@ -153,8 +158,8 @@ class Session:
         return full, np.ascontiguousarray(positions)
 
     # --- checks ---------------------------------------------------------------------------------------------------
-    def _checked(self, ids: npt.ArrayLike, ndim: int) -> Ids:
-        """`ids` as int64, in range, and within the context."""
+    def checked(self, ids: npt.ArrayLike, ndim: int) -> Ids:
+        """`ids`, of shape (T,) or (B, T), as int64. Raises InputError unless they can be appended now."""
         array = np.asarray(ids)
         if array.ndim != ndim or not array.size or array.dtype.kind not in "iu":
             raise InputError(
@@ -204,6 +209,12 @@ class Session:
             )
 
 
+def _last(logits: Logits) -> Logits:
+    """Logits (V,) of the last position of one row's (1, T, V)."""
+    last: Logits = logits[0, -1]
+    return last
+
+
 def default_threads() -> int:
     """The physical cores this process may use; 0, which leaves it to onnxruntime, where that cannot be known."""
     if not hasattr(os, "sched_getaffinity"):
@@ -219,12 +230,10 @@ def _open(
     path: Path,
     manifest: Manifest,
     providers: ep.Choice | Sequence[ep.Choice] | None,
-    threads: int | None,
+    threads: int,
     profile_prefix: Path | None,
 ) -> Any:
     """An onnxruntime.InferenceSession whose providers are those asked for."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1")
     if parse_version(onnxruntime.__version__) < parse_version(manifest.min_onnxruntime):
         raise MissingExtraError(
             f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
@@ -232,12 +241,14 @@ def _open(
         )
     wanted = ep.resolve(providers, manifest.target)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = default_threads() if threads is None else threads
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # a decoder is a chain: nothing runs beside it
     options.log_severity_level = 3  # errors; warnings about shapes of the shared buffer mean nothing here
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+        # A weight that was packed for its kernel would be reported as no bytes.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except OrtError as error:

@@ -1,0 +1,208 @@
+"""The commands run, bench, inspect and devices: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pastkey.command import Command, finite_float, id_list, natural_int, positive_int, print_json, say
+from pastkey.errors import InputError
+
+from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, MAX_NEW_TOKENS, SamplingConfig
+
+if TYPE_CHECKING:
+    from .bench import BenchReport
+    from .placement import Inspection
+
+
+# The flags of SamplingConfig's fields: type, meaning.
+_SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
+    "temperature": (finite_float, "0 takes the likeliest token, above it tokens are drawn"),
+    "top_k": (natural_int, "draw from the K likeliest tokens; 0 for all"),
+    "top_p": (finite_float, "draw from the likeliest tokens that have probability P together"),
+    "min_p": (finite_float, "drop tokens of less than P times the likeliest one's probability"),
+    "repetition_penalty": (finite_float, "above 1, repeat less"),
+    "seed": (natural_int, "the same seed draws the same text"),
+}
+
+
+# --- run ----------------------------------------------------------------------------------------------------------
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_bundle(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
+    add = parser.add_argument
+    add("--max-new-tokens", metavar="N", type=natural_int, default=MAX_NEW_TOKENS, help="at most so many (%(default)s)")
+    for name, (kind, meaning) in _SAMPLING.items():
+        default = getattr(SamplingConfig, name)
+        shown = "drawn afresh" if default is None else default
+        flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
+        add(flag, metavar=letter, type=kind, default=default, help=f"{meaning} ({shown})")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times"
+    )
+    _add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    parser.epilog = (
+        "The continuation goes to standard output as it comes, without the prompt: text, or ids without a tokenizer."
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .language_model import load
+
+    prompt = arguments.prompt_ids if arguments.prompt is None else arguments.prompt
+    if prompt == "-":
+        prompt = _standard_input()
+    options = {name: getattr(arguments, name) for name in _SAMPLING}
+    options |= {"max_new_tokens": arguments.max_new_tokens, "stop": arguments.stop}
+    model = load(arguments.bundle, providers=arguments.provider, threads=arguments.threads)
+    if arguments.json:
+        print_json(dataclasses.asdict(model.generate(prompt, **options)))
+        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
+    for chunk in model.stream(prompt, **options):
+        text = chunk.text if model.tokenizer else "".join(f"{token} " for token in chunk.ids)
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise InputError("standard input is not valid UTF-8: convert it first") from None
+
+
+# --- bench --------------------------------------------------------------------------------------------------------
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    _add_bundle(parser)
+    parser.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=positive_int,
+        default=BENCH_PROMPT_TOKENS,
+        help="prefill so many (%(default)s)",
+    )
+    parser.add_argument(
+        "--new-tokens", metavar="N", type=natural_int, default=BENCH_NEW_TOKENS, help="decode so many (%(default)s)"
+    )
+    _add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import bench
+
+    report = bench(
+        arguments.bundle,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        providers=arguments.provider,
+        threads=arguments.threads,
+    )
+    if arguments.json:
+        print_json(report.to_json())
+    else:
+        _print_bench(report)
+    return 0
+
+
+def _print_bench(report: BenchReport) -> None:
+    settings = dict(report.settings)
+    note = settings.pop("note", None)
+    decode, memory = report.decode_tokens_per_second, report.peak_rss_bytes
+    print(f"prefill  {report.prefill_tokens_per_second:10.1f} tokens/s  ({settings['prompt_tokens']} tokens)")
+    print(f"decode   {decode:10.1f} tokens/s  ({settings['new_tokens']} tokens)" if decode else "decode   no room")
+    print(f"load     {report.load_seconds:10.3f} s")
+    print(f"memory   {memory / 2**20:10.1f} MiB at the peak" if memory else "memory   unknown on this system")
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    if note:
+        say(f"note: {note}")
+
+
+# --- inspect ------------------------------------------------------------------------------------------------------
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_bundle(parser)
+    _add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .placement import inspect
+
+    inspection = inspect(arguments.bundle, providers=arguments.provider, threads=arguments.threads)
+    if arguments.json:
+        print_json(inspection.to_json())
+    else:
+        _print_inspection(inspection)
+    return 0
+
+
+def _print_inspection(inspection: Inspection) -> None:
+    manifest = inspection.manifest
+    per_token = inspection.kv_bytes_per_token
+    print(f"{manifest.source}: {manifest.precision}, {manifest.graph} graph ({manifest.graph_reason})")
+    print(
+        f"vocabulary {manifest.vocab_size}, context {manifest.context_length}, "
+        f"{len(manifest.layers)} attention calls, opset {manifest.opset}, onnxruntime >= {manifest.min_onnxruntime}"
+    )
+    print(f"\n{'bytes':>14}  file")
+    for name, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
+        print(f"{record.size:>14,}  {name}")
+    print(f"{inspection.total_bytes:>14,}  together; weights {inspection.weight_bytes:,}")
+    print(
+        f"{per_token:>14,}  of keys and values per token, {per_token * manifest.context_length:,} at the full context"
+    )
+    print(f"\n{'provider':<12}{'nodes':>6}{'weight bytes':>16}  operators, as they run after optimisation")
+    for share in inspection.shares:
+        operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
+        print(f"{share.provider:<12}{share.nodes:>6}{share.weight_bytes:>16,}  {operators}")
+    for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
+        if figures:
+            print(f"\n{title} at export")
+            for name, value in figures.items():
+                print(f"  {name}: {value}")
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    from .ort import onnxruntime
+    from .providers import devices
+
+    rows = devices()
+    if arguments.json:
+        print_json({"onnxruntime": onnxruntime.__version__, "devices": [dataclasses.asdict(row) for row in rows]})
+        return 0
+    print(f"onnxruntime {onnxruntime.__version__}")
+    for row in rows:
+        state = "available" if row.available else "absent"
+        print(f"  {row.short_name:<14} {state:<10} {row.hardware}" + (f"; {row.note}" if row.note else ""))
+    return 0
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder that pastkey export wrote")
+
+
+def _add_placement(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", metavar="N", type=positive_int, help="threads within an operator (physical cores)")
+    parser.add_argument("--provider", metavar="X", help="execution provider, as pastkey devices lists them")
+
+
+run_command = Command(_add_run, _run)
+bench_command = Command(_add_bench, _bench)
+inspect_command = Command(_add_inspect, _inspect)
+devices_command = Command(_add_devices, _devices)

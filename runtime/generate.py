@@ -1,0 +1,83 @@
+"""The engine: one token after another from a session. It knows ids, not text; printing belongs to the command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
+
+from pastkey.errors import InputError
+
+from .sampling import Sampler
+from .session import Session
+from .settings import SamplingConfig
+
+FinishReason = Literal["stop", "length"]
+
+
+class Generation:
+    """One continuation, as an iterator over its new tokens.
+
+    It ends at an end token, which is not yielded ("stop"), or after `max_new_tokens` or at the end of the context
+    ("length"). `finish_reason` is None until then, and the times in seconds are complete then.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        end_ids: Collection[int] = (),
+        sampling: SamplingConfig | None = None,
+    ) -> None:
+        """Takes the session over: its cache is reset. Raises InputError for a prompt that the model cannot take."""
+        context = session.manifest.context_length
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+        if len(prompt) == 0:
+            raise InputError("the prompt is empty: give at least one token to continue from")
+        session.reset()
+        session.checked(prompt, ndim=1)
+        self._owned = session.resets
+        self.prompt_tokens = len(prompt)
+        self.new_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        # The last token of all need not be fed, so that it may stand one behind the context.
+        self._limit = min(max_new_tokens, context - len(prompt) + 1)
+        self._tokens = self._generate(session, list(prompt), frozenset(end_ids), Sampler(sampling or SamplingConfig()))
+
+    def __iter__(self) -> Iterator[int]:
+        return self._tokens
+
+    def __next__(self) -> int:
+        return next(self._tokens)
+
+    def _generate(self, session: Session, ids: list[int], end_ids: frozenset[int], sample: Sampler) -> Iterator[int]:
+        self._require_ownership(session)
+        started = time.perf_counter()
+        logits = session.prefill(ids)
+        self.prefill_seconds = time.perf_counter() - started
+        while self.new_tokens < self._limit:
+            started = time.perf_counter()
+            if self.new_tokens:
+                self._require_ownership(session)
+                logits = session.decode(ids[-1])
+            token = sample(logits, ids)
+            self.decode_seconds += time.perf_counter() - started
+            if token in end_ids:
+                self.finish_reason = "stop"
+                return
+            self.new_tokens += 1
+            ids.append(token)
+            yield token
+        self.finish_reason = "length"
+
+    def _require_ownership(self, session: Session) -> None:
+        if session.resets != self._owned:
+            raise InputError(
+                "another generation began on this model before this one ended: finish one before the next, or load "
+                "the bundle once for each"
+            )

@@ -1,0 +1,151 @@
+"""Tokens to text and back. Streamed text comes in whole characters, and stop strings never show."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from pastkey.errors import InputError, IntegrityError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte, in vocabularies that fall back to bytes
+
+
+class TextCodec:
+    """A bundle's tokenizer.json.
+
+    `encode` gives the complete prompt: the tokenizer's own post-processor adds the begin token where there is one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        # A saved tokenizer may cut or pad what it encodes; a prompt is neither.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_file(cls, path: Path) -> TextCodec:
+        """Reads tokenizer.json. Raises IntegrityError when it is not one."""
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise IntegrityError(f"{path} is not a tokenizer that can be read: {error}") from None
+        return cls(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt. Raises InputError when there are none, or when a word has no token."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError("the text is not valid UTF-8: pass it in that encoding") from None
+        try:
+            encoding = self._tokenizer.encode(text)
+            unknown = _uncovered_word(text, encoding.offsets)
+        except Exception:  # a word-level vocabulary without an unknown token: the library names no word
+            unknown = next((word for word in text.split() if not self._encodes(word)), text)
+        if unknown is not None:
+            raise InputError(
+                f"no token covers {unknown!r}: this model's vocabulary is made of other words or characters"
+            )
+        if not encoding.ids:
+            raise InputError("the prompt is empty and the tokenizer adds no begin token: give at least one word")
+        return list(encoding.ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token stands for one byte, so that its character depends on the tokens beside it."""
+        return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
+
+    def _encodes(self, word: str) -> bool:
+        try:
+            return bool(self._tokenizer.encode(word, add_special_tokens=False).ids)
+        except Exception:
+            return False
+
+
+class TextStream:
+    """Decodes token by token: what `push` returns, and at last `flush`, is together `decode` of all the ids.
+
+    A character whose bytes are not all there is held back. Only a short window of ids is decoded each time: those
+    since the last whole character, behind the ones before it, which decide about the space between words.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._context: list[int] = []  # ids whose text is out
+        self._window: list[int] = []  # ids after them
+        self._emitted = 0  # characters of the window's text that are out
+
+    def push(self, token: int) -> str:
+        """Takes the next token; returns the text that is certain by it, "" while there is none."""
+        self._window.append(token)
+        if self._codec.is_byte(token):
+            return ""  # one byte more may change what the whole run of bytes means
+        text = self._text()
+        whole = len(text) - text.endswith(REPLACEMENT)  # the last character may still be completed
+        new = text[self._emitted : whole]
+        self._emitted = max(self._emitted, whole)
+        if text and whole == len(text):
+            self._context, self._window, self._emitted = self._window, [], 0
+        return new
+
+    def flush(self) -> str:
+        """The text held back, when no token follows."""
+        text = self._text()[self._emitted :]
+        self._emitted += len(text)
+        return text
+
+    def _text(self) -> str:
+        """The window's text as it stands behind the context."""
+        return self._codec.decode(self._context + self._window)[len(self._codec.decode(self._context)) :]
+
+
+class StopStrings:
+    """Cuts a stream of text before the first of some strings, holding back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Takes more text; returns the part that no stop string can reach. After `found` nothing comes."""
+        if self.found:
+            return ""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            cut = min(places)
+        else:
+            cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        out, self._held = self._held[:cut], self._held[cut:]
+        return out
+
+    def flush(self) -> str:
+        """The text held back, when no more follows."""
+        return "" if self.found else self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _uncovered_word(text: str, offsets: Sequence[tuple[int, int]]) -> str | None:
+    """The first word of `text` with a visible character that no token covers: a tokenizer drops it without a word."""
+    covered = bytearray(len(text))
+    for start, end in offsets:
+        covered[start:end] = b"\1" * (end - start)
+    for i, character in enumerate(text):
+        # Normalisation may rightly drop control characters and accents.
+        if not covered[i] and not character.isspace() and unicodedata.category(character)[0] not in "CM":
+            return next(m[0] for m in re.finditer(r"\S+", text) if m.end() > i)
+    return None
