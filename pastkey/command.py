@@ -28,7 +28,7 @@ class Command:
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number from 1."""
-    value = int(text)
+    value = _int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return value
@@ -36,7 +36,7 @@ def positive_int(text: str) -> int:
 
 def natural_int(text: str) -> int:
     """argparse type: a whole number from 0."""
-    value = int(text)
+    value = _int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
     return value
@@ -44,10 +44,20 @@ def natural_int(text: str) -> int:
 
 def finite_float(text: str) -> float:
     """argparse type: a number that is neither infinite nor NaN."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def id_list(text: str) -> list[int]:
