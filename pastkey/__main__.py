@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _overview() -> str:
     lines = ["usage: pastkey COMMAND ...", "", "text --train--> checkpoint/ --export--> bundle/ --run--> text", ""]
     lines += [f"  {name:<9} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join([*lines, "", "`pastkey COMMAND --help` shows the arguments of one, `pastkey --version` the version."])
+    return "\n".join(
+        [*lines, "", "`pastkey COMMAND --help` shows the arguments of one, `pastkey --version` the version."]
+    )
 
 
 def _os_sentence(error: OSError) -> str:

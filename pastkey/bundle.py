@@ -1,10 +1,10 @@
 """The bundle's manifest: what `export` writes and `run` reads. The one place that knows its fields.
 
-    bundle/  pastkey.json                       this manifest
-             config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
-             onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
-             onnx/pastkey.onnx                                logits of the last position, for `generate`
-             onnx/*.onnx_data                                 the weights, once
+bundle/  pastkey.json                       this manifest
+         config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
+         onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
+         onnx/pastkey.onnx                                logits of the last position, for `generate`
+         onnx/*.onnx_data                                 the weights, once
 """
 
 from __future__ import annotations

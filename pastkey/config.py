@@ -53,7 +53,12 @@ class ModelConfig:
             self,
             f"a divisor of num_attention_heads ({self.num_attention_heads})",
         )
-        _require(self.position_encoding in ("rope", "learned", "sinusoidal"), "position_encoding", self, "rope, learned or sinusoidal")
+        _require(
+            self.position_encoding in ("rope", "learned", "sinusoidal"),
+            "position_encoding",
+            self,
+            "rope, learned or sinusoidal",
+        )
         _require(self.norm in ("rmsnorm", "layernorm", "none"), "norm", self, "rmsnorm, layernorm or none")
         _require(self.mlp in ("swiglu", "gelu", "none"), "mlp", self, "swiglu, gelu or none")
         _require(
@@ -68,7 +73,9 @@ class ModelConfig:
         _require(self.norm_eps > 0, "norm_eps", self, "a positive number")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            _require(value is None or (_is_int(value) and 0 <= value < self.vocab_size), name, self, "a token id or null")
+            _require(
+                value is None or (_is_int(value) and 0 <= value < self.vocab_size), name, self, "a token id or null"
+            )
 
     @property
     def model_type(self) -> str:
@@ -96,7 +103,9 @@ class ModelConfig:
             name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in content
         ]
         if missing:
-            raise InputError(f"config.json has no {missing[0]!r}: it was not written by pastkey train, or was cut short")
+            raise InputError(
+                f"config.json has no {missing[0]!r}: it was not written by pastkey train, or was cut short"
+            )
         config = cls(**own)
         unknown = sorted(set(content) - set(fields) - set(_derived(config)))
         if unknown:

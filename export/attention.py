@@ -1,0 +1,131 @@
+"""Seeing every attention call of a module: `intercept` hands each one to a handler instead of torch.
+
+Two places are watched, because neither is enough alone. A TorchFunctionMode sees the function itself, also where
+a file says `from torch.nn.functional import scaled_dot_product_attention`; but while torch runs one of its own
+Python functions (nn.MultiheadAttention, nn.TransformerEncoderLayer) the mode is suspended, and only a replaced
+`F.scaled_dot_product_attention` is reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_ATTENTION = F.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one scaled_dot_product_attention, queries and cache in their (B, heads, T, D) form."""
+
+    query: Tensor  # (B, H, T, D)
+    key: Tensor  # (B, K, T, D)
+    value: Tensor  # (B, K, T, Dv)
+    mask: Tensor | None  # what the module passed as attn_mask
+    dropout: float
+    is_causal: bool
+    scale: float  # factor on the scores
+    where: str  # file:line of the call, for error messages
+
+    @property
+    def groups(self) -> int:
+        """How many query heads share one key/value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+
+Handler = Callable[[AttentionCall], Tensor]
+
+
+@contextlib.contextmanager
+def intercept(handler: Handler, watch: Callable[..., None] | None = None) -> Iterator[None]:
+    """While open, each attention call goes to `handler` once, and its result (B, H, T, Dv) to the caller.
+
+    `watch(func, args, kwargs)` is shown every other torch function that the module calls itself.
+    """
+    mode = _AttentionMode(handler, watch)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one closed C++ kernel
+    F.scaled_dot_product_attention = mode.attend  # type: ignore[assignment]
+    try:
+        with mode:
+            yield
+    finally:
+        F.scaled_dot_product_attention = _ATTENTION
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def torch_attention(call: AttentionCall) -> Tensor:
+    """torch's own causal attention, the reference: (B, H, T, Dv)."""
+    return _ATTENTION(call.query, call.key, call.value, is_causal=True, scale=call.scale, enable_gqa=call.groups > 1)
+
+
+class _AttentionMode(TorchFunctionMode):
+    def __init__(self, handler: Handler, watch: Callable[..., None] | None) -> None:
+        super().__init__()
+        self._handler = handler
+        self._watch = watch
+        self._busy = False  # inside the handler: its own torch calls are not the module's
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATTENTION and not self._busy:
+            return self.attend(*args, **kwargs)
+        if self._watch is not None and not self._busy:
+            self._watch(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Stands in for F.scaled_dot_product_attention."""
+        if self._busy:
+            return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        self._busy = True
+        try:
+            shape = query.shape
+            call = AttentionCall(
+                *(_four_axes(tensor) for tensor in (query, key, value)),
+                mask=attn_mask,
+                dropout=dropout_p,
+                is_causal=is_causal,
+                scale=float(scale) if scale is not None else float(shape[-1]) ** -0.5,
+                where=_caller(),
+            )
+            output = self._handler(call)
+            return output if query.dim() == 4 else output.reshape(*shape[:-1], output.shape[-1])
+        finally:
+            self._busy = False
+
+
+def _four_axes(tensor: Tensor) -> Tensor:
+    """(B, T, D), which is one head, as (B, 1, T, D)."""
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
+
+
+def _caller() -> str:
+    """file:line of the innermost frame that is neither torch's nor ours."""
+    own = {str(Path(__file__).parent), str(Path(torch.__file__).parent)}
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not any(file.startswith(folder) for folder in own) and not file.startswith("<"):
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "torch"

@@ -1,0 +1,135 @@
+"""The commands `export` and `verify`: parse, run, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from pastkey import names
+from pastkey.command import Command, positive_int, print_json, say
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", help="a checkpoint folder, or path/to/file.py:factory, where factory() returns the module")
+    add("--out", required=True, metavar="BUNDLE", help="the folder to write")
+    add("--precision", choices=names.PRECISIONS, default="int8", help="of the weights (default: int8)")
+    add("--target", choices=names.TARGETS, default="cpu", help="where it will run (default: cpu)")
+    add("--graph", choices=("auto", *names.GRAPHS), default="auto", help="which graph (default: auto)")
+    add("--context", type=positive_int, metavar="N", help="context length in tokens; required for a module")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json of a module; without one the bundle speaks ids only")
+    add("--force", action="store_true", help="replace an existing bundle")
+    add("--json", action="store_true", help="print the report as one JSON object")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .pipeline import export
+
+    with _Stages() as stages:
+        report = export(
+            arguments.source,
+            arguments.out,
+            arguments.precision,
+            arguments.target,
+            arguments.graph,
+            arguments.tokenizer,
+            arguments.context,
+            arguments.force,
+            progress=stages.next,
+        )
+    if arguments.json:
+        print_json(report.to_json())
+        return 0
+    say(
+        f"{report.path}: {report.manifest.graph} graph, {report.manifest.precision}, {report.weight_bytes:,} bytes of "
+        f"weights ({report.weight_bytes / report.fp32_weight_bytes:.3f} of float32), {report.seconds:.1f} s"
+    )
+    _say_parity(report.manifest.parity["fp32"], "float32 against torch")
+    if "int8" in report.manifest.parity:
+        _say_parity(report.manifest.parity["int8"], "int8 against itself")
+        quality = report.manifest.quality
+        say(
+            f"  int8 against float32: KL divergence {quality['kl_divergence']:.2g} nats, "
+            f"top-1 agreement {quality['top1_agreement']:.1%}"
+        )
+    say(f"next:  pastkey run {report.path} --prompt{'' if report.manifest.files.get(names.TOKENIZER) else '-ids'} ...")
+    return 0
+
+
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", help="the bundle folder")
+    add("source", nargs="?", help="what it was exported from; without it, the bundle's own uncached run")
+    add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pastkey.bundle import open_bundle
+
+    from .observe import observe
+    from .source import open_source
+    from .verify import verify
+
+    bundle = open_bundle(arguments.bundle, verify=True)
+    if arguments.source is None:
+        verification = verify(bundle)
+    else:
+        source = open_source(arguments.source, context_length=bundle.manifest.context_length)
+        observation = observe(source.module, source.context_length)
+        verification = verify(bundle, source.module, layers=observation.layers, vocab_size=observation.input_vocab_size)
+    result = verification.to_json()
+    if arguments.json:
+        print_json(result)
+    else:
+        _say_parity(result, f"{bundle.path} against {verification.reference}")
+        for check in verification.checks:
+            if not check.ok:
+                say(f"  {check.name}: {check.detail}")
+    return 0 if verification.ok else 1
+
+
+def _say_parity(verification: dict, title: str) -> None:  # type: ignore[type-arg]
+    say(f"  {title}, {verification['tokens']} tokens: {'equal' if verification['ok'] else 'DIFFERENT'}")
+    for name, check in verification["checks"].items():
+        mark = "ok  " if check["ok"] else "FAIL"
+        if check["measure"] == "first_difference":
+            figure = "identical ids" if check["value"] is None else f"first differs at token {check['value']}"
+        else:
+            figure = f"{check['measure'].replace('_', ' ')} {check['value']:.1e} (limit {check['limit']:.0e})"
+        say(f"    {mark} {name:<12} {figure}")
+
+
+class _Stages:
+    """Shows the stages of an export: a line each, with the seconds of the one before; redrawn on a terminal."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._current = ""
+        self._live = sys.stderr.isatty()
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def next(self, stage: str) -> None:
+        self._end()
+        self._current, self._started = stage, time.perf_counter()
+        if self._live:
+            print(f"  … {stage}", end="", file=sys.stderr, flush=True)
+
+    def _end(self) -> None:
+        if not self._current:
+            return
+        start = "\r\x1b[K" if self._live else ""
+        print(f"{start}  {self._current}  {time.perf_counter() - self._started:.1f} s", file=sys.stderr, flush=True)
+        self._current = ""
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._end()
+        elif self._current and self._live:
+            print(file=sys.stderr, flush=True)
+
+
+export_command = Command(_add_export_arguments, _export)
+verify_command = Command(_add_verify_arguments, _verify)

@@ -1,0 +1,154 @@
+"""Writing a bundle's files: the graphs over one weights file, and the configurations that other programs read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey import names
+from pastkey.bundle import Bundle, Manifest
+from pastkey.folder import write_json
+
+from .passes import keep_last_position
+from .source import Source
+
+# Below this, a weight stands in the graph itself: shapes and axes must, for onnxruntime to infer shapes from them.
+_INLINE_BYTES = 1024
+_ALIGNMENT = 64  # bytes; a cache line
+_PAGE_ALIGNMENT, _PAGE_ALIGNED_FROM = 4096, 1 << 20  # large weights start on a page, to be mapped
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+def write_graphs(model: ir.Model, folder: Path, precision: str) -> None:
+    """Writes the common graph, its weights, and pastkey's own graph over the same weights. Changes `model`."""
+    common = folder / names.COMMON_GRAPH[precision]
+    common.parent.mkdir(parents=True, exist_ok=True)
+    _move_weights_out(model, common.with_name(common.name + names.DATA_SUFFIX))
+    ir.save(model, common)
+    keep_last_position(model)
+    ir.save(model, folder / names.LAST_GRAPH)
+
+
+def weights_file(bundle: Bundle) -> Path:
+    """The external data of a bundle's graphs."""
+    return bundle.common_graph.with_name(bundle.common_graph.name + names.DATA_SUFFIX)
+
+
+def count_operators(model: ir.Model) -> dict[str, int]:
+    """Operator -> number of nodes, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph).most_common())
+
+
+def _move_weights_out(model: ir.Model, path: Path) -> None:
+    """Writes the larger initializers to one file and points the graph at it.
+
+    Initializers over the same memory are written once and share the bytes: a tied head and its embedding.
+    """
+    # (address, bytes) -> offset, and the array itself: while it lives, no other array has its address
+    written: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+    with path.open("wb") as file:
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            array = np.ascontiguousarray(value.const_value.numpy())
+            if array.nbytes < _INLINE_BYTES:
+                continue
+            memory = (array.__array_interface__["data"][0], array.nbytes)
+            if memory not in written:
+                alignment = _PAGE_ALIGNMENT if array.nbytes >= _PAGE_ALIGNED_FROM else _ALIGNMENT
+                file.write(b"\0" * (-file.tell() % alignment))
+                written[memory] = (file.tell(), array)
+                file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                written[memory][0],
+                array.nbytes,
+                value.const_value.dtype,
+                shape=ir.Shape(array.shape),
+                name=str(value.name),
+                base_dir=path.parent,
+            )
+
+
+# --- configurations -----------------------------------------------------------------------------------------------
+def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
+    """config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
+    write_json(folder / names.CONFIG, _config(source, manifest, heads))
+    eos = list(manifest.eos_token_ids)
+    special = {
+        "bos_token_id": manifest.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": eos[0] if eos else None,
+    }
+    write_json(folder / names.GENERATION_CONFIG, special | {"max_length": manifest.context_length})
+    write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
+    if source.tokenizer is not None:
+        # bytes, so that the tokenizer is the very one the model was trained with
+        (folder / names.TOKENIZER).write_bytes(source.tokenizer.read_bytes())
+        write_json(folder / names.TOKENIZER_CONFIG, source.tokenizer_config)
+
+
+def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+    """What transformers, optimum and transformers.js read: the source's own, or the observed sizes."""
+    first = manifest.layers[0]
+    observed = {
+        "model_type": "pastkey",
+        "architectures": [manifest.source],
+        "vocab_size": manifest.vocab_size,
+        "max_position_embeddings": manifest.context_length,
+        "num_hidden_layers": len(manifest.layers),
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": first.kv_heads,
+        "head_dim": first.key_head_size,
+        "hidden_size": heads[0] * first.key_head_size,
+        "bos_token_id": manifest.bos_token_id,
+        "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
+    }
+    graph = Path(names.COMMON_GRAPH[manifest.precision]).name
+    return (source.config or observed) | {"transformers.js_config": {"use_external_data_format": {graph: 1}}}
+
+
+def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+    """What onnxruntime-genai reads."""
+    first = manifest.layers[0]
+    decoder = {
+        "filename": names.COMMON_GRAPH[manifest.precision],
+        "head_size": first.key_head_size,
+        "hidden_size": heads[0] * first.key_head_size,
+        "num_attention_heads": heads[0],
+        "num_hidden_layers": len(manifest.layers),
+        "num_key_value_heads": first.kv_heads,
+        "session_options": {"provider_options": []},
+        "inputs": {
+            "input_ids": names.INPUT_IDS,
+            "attention_mask": names.ATTENTION_MASK,
+            "position_ids": names.POSITION_IDS,
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": names.LOGITS,
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    present = {key: value for key, value in special.items() if value is not None}
+    return {
+        "model": {
+            "type": "decoder",
+            **present,
+            "context_length": manifest.context_length,
+            "vocab_size": manifest.vocab_size,
+            "decoder": decoder,
+        },
+        "search": {
+            "max_length": manifest.context_length,
+            "do_sample": False,
+            "num_beams": 1,
+            "past_present_share_buffer": manifest.graph == "fused",
+        },
+    }

@@ -1,0 +1,250 @@
+"""The one idea: the cache is grafted onto the attention calls while torch traces the module.
+
+Call number i takes past_key_values.i.key/.value, emits the attention node, and yields present.i.key/.value. The
+module's own code never mentions a cache, and nothing is pattern-matched afterwards.
+
+Two graphs, one mechanism:
+
+    fused      com.microsoft.GroupQueryAttention; past and present may be one buffer, written in place
+    standard   ONNX-standard operators only: concatenation, two products and a softmax; any head size, any padding
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops
+
+from pastkey import names
+from pastkey.bundle import KVGeometry
+from pastkey.errors import ContractError
+
+from .attention import AttentionCall, intercept
+from .observe import Observation, evaluating
+
+OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers know it well
+IR_VERSION = 10  # onnxruntime loads it since 1.18
+DECODER = "decoder"  # the module's name inside the grafted one, stripped from weight names afterwards
+
+# Sizes that the example inputs have. Each dynamic dimension needs at least 2, or torch takes it for a constant.
+_BATCH, _PAST, _NEW = 2, 5, 3
+
+_FLOAT, _INT32 = 1, 6  # ONNX's numbers of the element types
+
+
+@dataclass(frozen=True)
+class GraphChoice:
+    """Which graph, and why, in words that stand in the manifest."""
+
+    graph: str
+    reason: str
+
+
+def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoice:
+    """`asked` is "auto" or a graph's name. Raises ContractError where the asked one cannot take the geometry."""
+    obstacle = next((found for g in observation.geometry if (found := _fused_obstacle(g))), None)
+    if asked == "fused" and obstacle:
+        raise ContractError(f"the fused graph cannot take {obstacle}: use --graph standard, or auto")
+    if asked != "auto":
+        return GraphChoice(asked, "asked for")
+    if target == "portable":
+        return GraphChoice("standard", "target portable: standard operators only")
+    if obstacle:
+        return GraphChoice("standard", f"GroupQueryAttention cannot take {obstacle}")
+    return GraphChoice("fused", f"target {target}: one shared cache buffer, written in place")
+
+
+def _fused_obstacle(geometry: KVGeometry) -> str | None:
+    if geometry.key_head_size != geometry.value_head_size:
+        return f"keys of size {geometry.key_head_size} and values of size {geometry.value_head_size}"
+    if geometry.key_head_size % 8:
+        return f"a head size of {geometry.key_head_size}, not a multiple of 8"
+    return None
+
+
+# --- tracing ------------------------------------------------------------------------------------------------------
+def trace(module: nn.Module, observation: Observation, graph: str, context_length: int) -> ir.Model:
+    """The module as an ONNX graph with explicit past key values, float32, names as in `pastkey.names`.
+
+    Raises ContractError when torch cannot trace the module.
+    """
+    calls: list[int] = []
+    grafted = _Grafted(module, graph, calls)
+    layers = observation.geometry
+    new = min(_NEW, context_length)
+    arguments = (
+        torch.zeros(_BATCH, new, dtype=torch.long),
+        torch.ones(_BATCH, _PAST + new, dtype=torch.long),
+        torch.zeros(_BATCH, new, dtype=torch.long),
+        [torch.zeros(_BATCH, g.kv_heads, _PAST, size) for g in layers for size in (g.key_head_size, g.value_head_size)],
+    )
+    dim = torch.export.Dim
+    batch, total, past = dim(names.BATCH), dim(names.TOTAL), dim(names.PAST)
+    # A module may assert that T is within its context: tell torch that it always is.
+    sequence = dim(names.SEQUENCE, max=context_length) if context_length > 2 else None
+    shapes = (
+        {0: batch, 1: sequence},
+        {0: batch, 1: total if graph == "fused" else dim.DYNAMIC},
+        {0: batch, 1: sequence},
+        [{0: batch, 2: past}] * (2 * len(layers)),
+    )
+    inputs = [names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS]
+    outputs = [names.LOGITS]
+    for i in range(len(layers)):
+        inputs += [names.past_key(i), names.past_value(i)]
+        outputs += [names.present_key(i), names.present_value(i)]
+    with evaluating(module), _quiet():
+        try:
+            program = torch.export.export(
+                grafted.eval(),
+                arguments,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            exported = torch.onnx.export(
+                program,
+                (),
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except ContractError:
+            raise
+        except Exception as error:
+            raise ContractError(_trace_sentence(module, error)) from error
+    assert exported is not None
+    if calls[-1] != len(layers):
+        raise ContractError(
+            f"{type(module).__name__} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
+            "the calls must not depend on the input"
+        )
+    return exported.model
+
+
+class _Grafted(nn.Module):
+    """The module with its cache: what torch traces."""
+
+    def __init__(self, module: nn.Module, graph: str, calls: list[int]) -> None:
+        super().__init__()
+        self.decoder = module
+        self._attention = _FusedAttention if graph == "fused" else _StandardAttention
+        self._calls = calls  # appended to: torch undoes what tracing assigns to attributes
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        attention = self._attention(attention_mask, input_ids.shape[1], past[0].shape[2])
+        present: list[Tensor] = []
+
+        def graft(call: AttentionCall) -> Tensor:
+            if len(present) == len(past):
+                raise ContractError("the module made more attention calls while traced than when run")
+            output, key, value = attention(call, *past[len(present) : len(present) + 2])
+            present.extend((key, value))
+            return output
+
+        with intercept(graft):
+            logits = self.decoder(input_ids, position_ids=position_ids)
+        self._calls.append(len(present) // 2)
+        return (logits, *present)
+
+
+_Attention = Callable[[AttentionCall, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class _FusedAttention:
+    """GroupQueryAttention, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md."""
+
+    def __init__(self, attention_mask: Tensor, new: int, past: int) -> None:
+        # seqlens_k (B,) int32: real tokens per row, minus one, as the operator has it
+        self._last = (attention_mask.sum(1) - 1).to(torch.int32)
+        # total_sequence_length, int32 scalar: read from the mask, since the past axis is a buffer's capacity here
+        shape = ops.symbolic("Shape", (attention_mask,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
+        self._total = shape.squeeze(0).to(torch.int32)
+        self._total_size = attention_mask.shape[1]
+
+    def __call__(self, call: AttentionCall, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, heads, new, size = call.query.shape
+        kv_heads = call.key.shape[1]
+        present = (batch, kv_heads, self._total_size, size)
+        output, key, value = ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (
+                *(t.transpose(1, 2).flatten(2) for t in (call.query, call.key, call.value)),  # (B, T, heads * D)
+                past_key,
+                past_value,
+                self._last,
+                self._total,
+            ),
+            {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale},
+            dtypes=(_FLOAT, _FLOAT, _FLOAT),
+            shapes=((batch, new, heads * size), present, present),
+            version=1,
+        )
+        return output.unflatten(2, (heads, size)).transpose(1, 2), key, value
+
+
+class _StandardAttention:
+    """softmax(q kᵀ · scale) v over past and new tokens, in operators that every execution provider has."""
+
+    def __init__(self, attention_mask: Tensor, new: int, past: int) -> None:
+        # Position in the cache, not position_ids: a row's padding hole keeps its columns.
+        causal = torch.arange(past + new)[None, :] <= (torch.arange(new) + past)[:, None]  # (T, S)
+        self._allowed = (causal[None] & (attention_mask > 0)[:, None, :])[:, None, None]  # (B, 1, 1, T, S)
+
+    def __call__(self, call: AttentionCall, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key = torch.cat([past_key, call.key], 2)  # (B, K, S, D)
+        value = torch.cat([past_value, call.value], 2)  # (B, K, S, Dv)
+        batch, heads, new, size = call.query.shape
+        kv_heads, total = key.shape[1], key.shape[2]
+        # The query heads that share a key/value head become rows of one product, so that nothing is repeated.
+        rows = (batch, kv_heads, call.groups * new, size)
+        scores = (call.query * call.scale).reshape(rows) @ key.transpose(2, 3)  # (B, K, G*T, S)
+        scores = scores.view(batch, kv_heads, call.groups, new, total)
+        # The lowest finite number and not -inf: a padding row that may see nothing must not become NaN.
+        scores = torch.where(self._allowed, scores, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).view(batch, kv_heads, call.groups * new, total)
+        output = (weights @ value).view(batch, heads, new, value.shape[3])
+        return output, key, value
+
+
+# --- torch's own words --------------------------------------------------------------------------------------------
+class _quiet(warnings.catch_warnings):  # noqa: N801 - a context manager, named like the one it extends
+    """Holds back what torch says about its own exporter, which no user can act on."""
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self._loggers = [
+            logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "torch._export")
+        ]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *details: object) -> None:
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+        super().__exit__(*details)
+
+
+def _trace_sentence(module: nn.Module, error: BaseException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, ContractError):
+        return str(cause)
+    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    return (
+        f"torch could not trace {type(module).__name__} with a symbolic length: {line[:300]}; forward must not branch "
+        "on values or lengths, take lengths from tensor.shape and positions from position_ids"
+    )

@@ -1,0 +1,282 @@
+"""Parity: what the runtime computes from a bundle, step by step, against an uncached run.
+
+The reference is the module that was exported, run without a cache in torch; or, for a bundle alone and for int8, the
+bundle's own uncached run. What verifies is what ships: every figure comes out of `pastkey.runtime`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from pastkey.bundle import Bundle
+from pastkey.errors import ParityError
+from pastkey.runtime import Generation, Session
+
+from .evaluate import Logits, kl_divergence, relative_difference, top1_agreement
+from .observe import Layer, run_uncached
+
+Ids = npt.NDArray[np.int64]
+
+# --- tolerances and sizes, in this one place ----------------------------------------------------------------------
+# max |difference| over max |logit|. State it relative: torch and onnxruntime in float32 differ by 9e-5 at logits of 44.
+MAX_RELATIVE_DIFFERENCE = 1e-5
+# int8 decoded token by token takes another path through attention than int8 prefill; the last bits, amplified by int8
+# activations, may cost no more than int8 itself costs against float32 (nats), or than rounding can explain.
+KL_FLOOR = 1e-6
+TOKENS = 150  # length of the text that is compared, where the context has room for it
+CHUNK_SIZES = (1, 7, 64)
+GREEDY_TOKENS = 64
+BATCH_LENGTH = 40  # the longest row of the batch
+BATCH_STEPS = 4  # tokens decoded after it
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: its figure, and the limit that it had to keep."""
+
+    name: str
+    ok: bool
+    measure: str  # "max_relative_difference", "mean_kl" (nats) or "first_difference" (of the token ids, or null)
+    value: float | int | None
+    limit: float | None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one bundle, and int8's distance from float32 where the source was at hand."""
+
+    reference: str  # "source" or "own uncached run"
+    tokens: int
+    checks: tuple[Check, ...]
+    quality: dict[str, float]  # kl_divergence (nats), top1_agreement (share)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        checks = {check.name: {k: v for k, v in asdict(check).items() if k != "name"} for check in self.checks}
+        return {"ok": self.ok, "reference": self.reference, "tokens": self.tokens, "checks": checks} | self.quality
+
+    def require_ok(self, what: str) -> None:
+        """Raises ParityError naming the first check that failed."""
+        failed = next((check for check in self.checks if not check.ok), None)
+        if failed is not None:
+            raise ParityError(f"{what} does not compute what its source computes: {failed.detail}")
+
+
+# --- the reference ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Uncached:
+    """One text of T tokens in a single run without a past."""
+
+    logits: Logits  # (T, V)
+    cache: tuple[tuple[Logits, Logits], ...]  # per layer, keys and values (K, T, D)
+
+
+class Reference(Protocol):
+    def __call__(self, ids: Ids) -> Uncached: ...
+
+
+class ModuleReference:
+    """The module in torch, as its author wrote it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, ids: Ids) -> Uncached:
+        run = run_uncached(self._module, torch.from_numpy(ids[None]))
+        cache = tuple((k[0].numpy(), v[0].numpy()) for k, v in zip(run.keys, run.values, strict=True))
+        return Uncached(run.logits[0].numpy(), cache)
+
+
+class OwnReference:
+    """The bundle's common graph, all tokens in one run."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._session = Session(bundle, graph="common")
+        self._layers = len(bundle.manifest.layers)
+
+    def __call__(self, ids: Ids) -> Uncached:
+        self._session.reset()
+        logits = self._session.forward(ids[None])[0]
+        return Uncached(logits, tuple(_rows(self._session, i) for i in range(self._layers)))
+
+
+def _rows(session: Session, layer: int) -> tuple[Logits, Logits]:
+    keys, values = session.cache.layer(layer)
+    return keys[0], values[0]
+
+
+# --- verifying ----------------------------------------------------------------------------------------------------
+def verify(
+    bundle: Bundle, module: nn.Module | None = None, *, layers: tuple[Layer, ...] = (), vocab_size: int | None = None
+) -> Verification:
+    """Runs every check. `layers` name the attention calls in messages; `vocab_size` bounds the ids that are tried."""
+    return _Verifier(bundle, module, layers, vocab_size or bundle.manifest.vocab_size).run()
+
+
+class _Verifier:
+    def __init__(self, bundle: Bundle, module: nn.Module | None, layers: tuple[Layer, ...], vocab_size: int) -> None:
+        self._bundle = bundle
+        self._layers = layers
+        self._context = bundle.manifest.context_length
+        self._ids = np.random.default_rng(0).integers(0, vocab_size, min(TOKENS, self._context), dtype=np.int64)
+        self._common = Session(bundle, graph="common")
+        self._last = Session(bundle, graph="last")
+        # int8 is compared with itself: its distance from float32 is quality, not parity.
+        self._own = OwnReference(bundle)
+        self._exact = bundle.manifest.precision == "fp32"
+        self._reference: Reference = ModuleReference(module) if module is not None and self._exact else self._own
+        self._quality = self._measure_quality(module) if module is not None and not self._exact else {}
+        recorded = self._quality.get("kl_divergence", bundle.manifest.quality.get("kl_divergence", 0.0))
+        self._kl_limit = max(float(recorded), KL_FLOOR)
+        self._expected = self._reference(self._ids)
+        self._decode_noise = 0.0  # max |difference| of logits, decode against prefill
+
+    def run(self) -> Verification:
+        checks = [self._prefill(), self._decode()]
+        checks += [self._chunked(size) for size in CHUNK_SIZES]
+        checks += [self._batch(), self._greedy()]
+        reference = "own uncached run" if self._reference is self._own else "source"
+        return Verification(reference, len(self._ids), tuple(checks), self._quality)
+
+    def _measure_quality(self, module: nn.Module | None) -> dict[str, float]:
+        assert module is not None
+        reference, logits = ModuleReference(module)(self._ids).logits, self._own(self._ids).logits
+        return {
+            "kl_divergence": kl_divergence(reference, logits),
+            "top1_agreement": top1_agreement(reference, logits),
+        }
+
+    # --- checks ---------------------------------------------------------------------------------------------------
+    def _prefill(self) -> Check:
+        """All tokens in one run, through both graphs."""
+        self._common.reset()
+        logits = self._common.forward(self._ids[None])[0]
+        self._last.reset()
+        last = self._last.forward(self._ids[None])[0, -1]
+        return self._compare("prefill", self._expected.logits, logits, last)
+
+    def _decode(self) -> Check:
+        """One token at a time from the first on."""
+        self._common.reset()
+        self._last.reset()
+        steps = [(self._common.forward(token[None, None])[0], self._last.decode(int(token))) for token in self._ids]
+        logits = np.concatenate([step for step, _ in steps])
+        self._decode_noise = float(np.abs(logits - self._expected.logits).max())
+        return self._compare("decode", self._expected.logits, logits, steps[-1][1], single=True)
+
+    def _chunked(self, size: int) -> Check:
+        """The prompt in chunks, through the common graph and as `generate` prefills."""
+        self._common.reset()
+        count = -(-len(self._ids) // size)
+        chunks = np.array_split(self._ids, count)
+        logits = np.concatenate([self._common.forward(chunk[None])[0] for chunk in chunks])
+        self._last.reset()
+        last = self._last.prefill(self._ids, chunk_size=size)
+        return self._compare(f"chunks_of_{size}", self._expected.logits, logits, last, single=size == 1)
+
+    def _batch(self) -> Check:
+        """Rows of different lengths prefilled and decoded together against each alone."""
+        steps = min(BATCH_STEPS, self._context - 1)
+        longest = min(BATCH_LENGTH, self._context - steps)
+        lengths = sorted({longest, -(-longest // 2), 1}, reverse=True)
+        texts = [np.roll(self._ids, -row)[: length + steps] for row, length in enumerate(lengths)]
+        ids = np.zeros((len(lengths), longest), np.int64)
+        mask = np.zeros_like(ids)
+        for row, length in enumerate(lengths):
+            ids[row, :length], mask[row, :length] = texts[row][:length], 1
+        self._common.reset()
+        together = [self._common.forward(ids, mask)]
+        together += [
+            self._common.forward(np.array([[text[length + step]] for text, length in zip(texts, lengths, strict=True)]))
+            for step in range(steps)
+        ]
+        found, expected = [], []
+        for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+            found.append(np.concatenate([together[0][row, :length], *(step[row] for step in together[1:])]))
+            expected.append(self._alone(text, length))
+        return self._compare("batch", np.concatenate(expected), np.concatenate(found), None, locate=False)
+
+    def _alone(self, text: Ids, length: int) -> Logits:
+        """One row by itself: the reference's uncached run, or the bundle's own prefill and decode."""
+        if self._exact:
+            return self._reference(text).logits
+        self._common.reset()
+        runs = [self._common.forward(text[None, :length])[0]]
+        runs += [self._common.forward(token[None, None])[0] for token in text[length:]]
+        return np.concatenate(runs)
+
+    def _greedy(self) -> Check:
+        """The continuation that `generate` writes against the reference's uncached one."""
+        prompt = self._ids[: max(1, min(16, self._context // 2))].tolist()
+        generation = Generation(self._last, prompt, max_new_tokens=GREEDY_TOKENS)
+        found = list(generation)
+        allowed = MAX_RELATIVE_DIFFERENCE if self._exact else 2 * self._decode_noise
+        text = list(prompt)
+        for step, token in enumerate(found):
+            logits = self._reference(np.array(text, np.int64)).logits[-1]
+            best = int(logits.argmax())
+            if best != token:
+                gap = float(logits[best] - logits[token])
+                scale = float(np.abs(logits).max()) if self._exact else 1.0
+                close = gap <= allowed * scale
+                detail = f"token {step} of the greedy continuation is {token}; the uncached run has {best}"
+                return Check("greedy", close, "first_difference", step, None, detail)
+            text.append(token)
+        return Check("greedy", True, "first_difference", None, None)
+
+    # --- judging --------------------------------------------------------------------------------------------------
+    def _compare(
+        self,
+        name: str,
+        expected: Logits,
+        found: Logits,
+        last: Logits | None,
+        *,
+        single: bool = False,
+        locate: bool = True,
+    ) -> Check:
+        """`last` (V,) is what pastkey's own graph gave for the last position; `single`: tokens came one by one."""
+        value = relative_difference(expected, found)
+        if last is not None:
+            value = max(value, relative_difference(expected[-1:], last[None]))
+        if self._exact or not single:
+            measure, limit = "max_relative_difference", MAX_RELATIVE_DIFFERENCE
+        else:
+            measure, limit = "mean_kl", self._kl_limit
+            value = kl_divergence(expected, found)
+        ok = value <= limit
+        detail = "" if ok else self._explain(name, value, measure, limit, locate)
+        return Check(name, ok, measure, value, limit, detail)
+
+    def _explain(self, name: str, value: float, measure: str, limit: float, locate: bool) -> str:
+        what = {
+            "max_relative_difference": f"logits differ by {value:.1e} of the largest logit (limit {limit:.0e})",
+            "mean_kl": f"predictions differ by {value:.1e} nats (limit {limit:.1e})",
+        }[measure]
+        where = f", first in {self._first_layer()}" if locate else ""
+        return (
+            f"in the check {name!r} {what}{where}. A module must take every position from position_ids and every "
+            "length from tensor.shape; a length that was made a Python number is baked into the graph"
+        )
+
+    def _first_layer(self) -> str:
+        """The first attention call whose cached keys or values differ from the uncached run's."""
+        for index, (keys, values) in enumerate(self._expected.cache):
+            found = _rows(self._common, index)
+            if any(
+                relative_difference(a, b) > 10 * MAX_RELATIVE_DIFFERENCE
+                for a, b in zip((keys, values), found, strict=True)
+            ):
+                layer = self._layers[index] if self._layers else None
+                return f"layer {index}" + (f" ({layer.module}, {layer.where})" if layer else "")
+        return "what follows the last layer's keys and values"
