@@ -1,0 +1,329 @@
+"""Training: draw a batch, predict every next token, take a step, and from time to time save, validate and show.
+
+The same settings give the same losses, bit by bit, whether the run was interrupted or not: every step's batch comes
+from (seed, step), and a checkpoint holds all that a step leaves behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pastkey import names
+from pastkey.errors import InputError, MissingFileError, NumericsError
+from pastkey.folder import refuse_existing, whole_folder
+
+from .checkpoint import (
+    TOKENS_TRAIN,
+    TOKENS_VAL,
+    TrainingState,
+    discard_unfinished,
+    load_checkpoint,
+    load_optimizer,
+    save_checkpoint,
+)
+from .data import (
+    LESSON_PROMPTS,
+    Batch,
+    Corpus,
+    DataInfo,
+    Tokens,
+    story_corpus,
+    survey,
+    text_corpus,
+    write_lesson,
+    write_tokens,
+)
+from .model import Decoder, generate, positions_like
+from .report import Metrics, Progress, draw_loss_curve
+from .settings import TrainConfig
+from .tokenizer import TextTokenizer, lesson_tokenizer, make_tokenizer, read_tokenizer
+
+_BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second memory than the default suits short runs
+_FINAL_RATE: Final = 0.05  # where the cosine ends, as a share of the peak learning rate
+_SAMPLE_TOKENS: Final = 200
+_MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resumed run may change
+
+
+# --- the two ways to begin ----------------------------------------------------------------------------------------
+def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: bool = False) -> dict[str, Any]:
+    """Trains from the beginning into the new folder `out` and returns the final figures.
+
+    `data` names text files and folders; without any, the preset's built-in corpus is learnt. Raises InputError,
+    MissingFileError, ExistingFolderError or NumericsError, and then leaves no folder that was not there before.
+    """
+    refuse_existing(out, force=force)
+    with whole_folder(out, force=force) as work:
+        info, tokenizer = _prepare(config, work, data)
+        torch.manual_seed(config.seed)
+        model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+        save_checkpoint(work, model, _state(0, {}, config, info, {}))
+    run = Run(out, config, info, tokenizer, model, step=0, moments={})
+    try:
+        return run.go()
+    except Exception:
+        if run.saved_step == 0:  # nothing was learnt yet
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
+    """Goes on with the run in `out` as if it had never stopped, and returns the final figures.
+
+    `given` holds settings by their TrainConfig names; one that differs from the run's raises InputError, except for
+    those of _MAY_CHANGE. Raises MissingFileError where there is nothing to resume.
+    """
+    if not (out / names.MANIFEST).exists():
+        raise MissingFileError(
+            f"there is nothing to resume: {out} is not a checkpoint; leave out --resume to begin one"
+        )
+    discard_unfinished(out)
+    checkpoint = load_checkpoint(out)
+    training = checkpoint.training
+    if not {"step", "settings", "data", "files"} <= set(training):
+        raise InputError(f"{out} has no training state to resume from: it holds the model alone")
+    moments = load_optimizer(out, training)
+    saved, info = TrainConfig(**training["settings"]), DataInfo(**training["data"])
+    for name, value in given.items():
+        if name not in _MAY_CHANGE and value != getattr(saved, name):
+            raise InputError(
+                f"the run in {out} was started with {name} {getattr(saved, name)}, not {value}: "
+                "leave the setting out, or start a new run"
+            )
+    if data and survey(text_corpus(data)).fingerprint != info.fingerprint:
+        raise InputError(f"the run in {out} was started on other text ({info.corpus}): start a new run for new text")
+    config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
+    step = int(training["step"])
+    if step >= config.steps:
+        raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
+    tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
+    return Run(out, config, info, tokenizer, checkpoint.model, step=step, moments=moments).go()
+
+
+def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[DataInfo, TextTokenizer]:
+    """Writes the tokenizer and the token files."""
+    if config.preset == "classic" and not data:
+        tokenizer = lesson_tokenizer()
+        tokenizer.save(folder)
+        return write_lesson(folder, tokenizer), tokenizer
+    corpus: Corpus = text_corpus(data) if data else story_corpus(config.seed)
+    found = survey(corpus)
+    tokenizer = make_tokenizer(config.tokenizer, corpus.documents(), config.vocab_size)
+    context = config.model_config(tokenizer.vocab_size, tokenizer.begin, tokenizer.end).max_position_embeddings
+    tokenizer.save(folder)
+    return write_tokens(folder, corpus, found, tokenizer, context), tokenizer
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+class Run:
+    """One training run between its beginning, or its resumption, and its last step."""
+
+    def __init__(
+        self,
+        out: Path,
+        config: TrainConfig,
+        info: DataInfo,
+        tokenizer: TextTokenizer,
+        model: Decoder,
+        *,
+        step: int,
+        moments: Mapping[str, Tensor],
+    ) -> None:
+        self.out, self.config, self.info, self.tokenizer, self.model = out, config, info, tokenizer, model
+        context = model.config.max_position_embeddings
+        self.train_tokens = Tokens(out / TOKENS_TRAIN, info, context)
+        self.val_tokens = Tokens(out / TOKENS_VAL, info, context)
+        self.optimizer = make_optimizer(model, config)
+        _restore_moments(self.optimizer, model, moments, step)
+        self.step = self.saved_step = step
+        self.figures: dict[str, Any] = {}
+
+    def go(self) -> dict[str, Any]:
+        """Takes the steps that are left. Returns the final figures."""
+        with (
+            _deterministic(self.config.threads),
+            Metrics(self.out, self.step) as metrics,
+            Progress(self.step, self.config.steps) as progress,
+        ):
+            started, tokens = time.monotonic(), 0
+            while self.step < self.config.steps:
+                row = self._one_step()
+                tokens += row.pop("tokens")
+                speed = tokens / (time.monotonic() - started)
+                metrics.add(row)
+                progress.update(self.step, row["loss"], speed)
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    self.figures = {"train_loss": row["loss"]} | self._validate() | {"tokens_per_second": round(speed)}
+                    metrics.add(
+                        {"step": self.step, "val_loss": self.figures["val_loss"]}
+                        | {"bits_per_byte": self.figures["bits_per_byte"]}
+                    )
+                    self._save(metrics)
+                    progress.say(self._summary())
+                    for text in self.samples():
+                        progress.say(f"    {text}")
+        return {
+            "checkpoint": str(self.out),
+            "preset": self.config.preset,
+            "step": self.step,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "seconds": round(time.monotonic() - started, 1),
+        } | self.figures
+
+    def _one_step(self) -> dict[str, Any]:
+        """One optimizer step: gradients of `accumulate` batches, clipped, then AdamW at the step's learning rate."""
+        config = self.config
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        loss_sum, tokens = 0.0, 0
+        for part in range(config.accumulate):
+            inputs, targets = self.train_tokens.draw(
+                config.batch_size, config.seed, self.step * config.accumulate + part
+            )
+            loss = next_token_loss(self.model, (inputs, targets))
+            (loss / config.accumulate).backward()
+            loss_sum += loss.item() / config.accumulate
+            tokens += targets.numel()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip).item()
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            raise NumericsError(
+                f"training broke at step {self.step + 1}: the loss is {loss_sum} and the gradient norm {norm}; "
+                f"take a smaller --learning-rate than {config.learning_rate}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"step": self.step, "loss": loss_sum, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Loss over the whole held-out text, in nats per token and in bits per byte, which no tokenizer flatters."""
+        self.model.eval()
+        nats, count = 0.0, 0
+        for inputs, targets in self.val_tokens.windows(self.config.batch_size):
+            nats += next_token_loss(self.model, (inputs, targets)).item() * targets.numel()
+            count += targets.numel()
+        return {"val_loss": nats / count, "bits_per_byte": nats / math.log(2) / self.info.val_bytes}
+
+    def _save(self, metrics: Metrics) -> None:
+        metrics.flush()
+        moments = _moments(self.optimizer, self.model)
+        save_checkpoint(self.out, self.model, _state(self.step, moments, self.config, self.info, self.figures))
+        self.saved_step = self.step
+        draw_loss_curve(self.out)
+
+    def _summary(self) -> str:
+        return (
+            f"step {self.step}: held-out loss {self.figures['val_loss']:.3f} nats per token, "
+            f"{self.figures['bits_per_byte']:.3f} bits per byte; saved in {self.out}"
+        )
+
+    def samples(self) -> list[str]:
+        """What the model says now: to the lesson's prompts, or from an empty prompt."""
+        self.model.eval()
+        if self.info.row_length is not None:
+            return [f"{prompt} -> {self._continue(prompt)}" for prompt in LESSON_PROMPTS]
+        return [self._continue("")]
+
+    def _continue(self, prompt: str) -> str:
+        ids = torch.tensor([self.tokenizer.prompt(prompt) or [self.info.end]])  # (1, P)
+        temperature = 0.0 if self.info.row_length is not None else 0.7
+        return self.tokenizer.decode(
+            generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
+        )
+
+
+# --- its parts ----------------------------------------------------------------------------------------------------
+def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
+    """Mean cross-entropy, in nats, of the next token at every position."""
+    inputs, targets = batch
+    logits = model(inputs, positions_like(inputs))  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """A linear warm-up to the peak, then half a cosine down, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (_FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW that decays the weights of projections, and neither norms nor biases nor embeddings.
+
+    An embedding's row is pulled up only when its token occurs; decay at every step would shrink the rare ones away.
+    """
+    decayed, free = _parameter_groups(model)
+    return torch.optim.AdamW(
+        [
+            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+            {"params": list(free.values()), "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=_BETAS,
+    )
+
+
+def _parameter_groups(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    decayed, free = {}, {}
+    for name, parameter in model.named_parameters():
+        (decayed if name.endswith("proj.weight") else free)[name] = parameter
+    return decayed, free
+
+
+def _parameter_names(model: Decoder) -> list[str]:
+    """In the order in which the optimizer numbers its parameters."""
+    return [name for group in _parameter_groups(model) for name in group]
+
+
+def _moments(optimizer: torch.optim.AdamW, model: Decoder) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{name}.{moment}": state[number][moment]
+        for number, name in enumerate(_parameter_names(model))
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def _restore_moments(optimizer: torch.optim.AdamW, model: Decoder, moments: Mapping[str, Tensor], step: int) -> None:
+    if step == 0:
+        return
+    state = {
+        number: {"step": torch.tensor(float(step))}
+        | {moment: moments[f"{name}.{moment}"] for moment in ("exp_avg", "exp_avg_sq")}
+        for number, name in enumerate(_parameter_names(model))
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _state(
+    step: int, moments: Mapping[str, Tensor], config: TrainConfig, info: DataInfo, figures: Mapping[str, Any]
+) -> TrainingState:
+    return TrainingState(step, moments, dataclasses.asdict(config), info.to_json(), figures)
+
+
+@contextmanager
+def _deterministic(threads: int | None) -> Iterator[None]:
+    """Only algorithms that give the same sums every time, and the threads that were asked for; both put back after."""
+    before, threads_before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.set_num_threads(threads_before)

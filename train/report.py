@@ -1,0 +1,134 @@
+"""What training shows: a progress bar or lines, metrics.jsonl, and the loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from pastkey.command import say
+
+from .checkpoint import LOSS_CURVE, METRICS
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per step ("step", "loss", "learning_rate", ...) and per validation ("val_loss").
+
+    Opening it drops the lines after `step`, which a killed run wrote and a resumed one writes again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / METRICS
+        kept = [row for row in read_metrics(folder) if row["step"] <= step]
+        partial = path.with_name(path.name + ".new")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def flush(self) -> None:
+        """Puts the lines on the disk, before the checkpoint that counts on them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    path = folder / METRICS
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def draw_loss_curve(folder: Path) -> None:
+    """Writes loss.png from metrics.jsonl: training and validation loss in nats per token over the steps."""
+    rows = read_metrics(folder)
+    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
+    if validation:
+        steps, losses = zip(*validation, strict=True)
+        axes.plot(steps, losses, color="#08519c", marker="o", markersize=3, label="held-out text")
+        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (-6, 8), textcoords="offset points", ha="right")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    partial = folder / (LOSS_CURVE + ".new")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(folder / LOSS_CURVE)
+
+
+class Progress:
+    """A bar with tokens per second and time left on a terminal; elsewhere a plain line every few seconds."""
+
+    _LINE_SECONDS = 10.0
+
+    def __init__(self, step: int, steps: int) -> None:
+        self._first, self._steps = step, steps
+        self._bar = (
+            tqdm(initial=step, total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+        self._started = self._line_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            return
+        now = time.monotonic()
+        if now - self._line_at < self._LINE_SECONDS:
+            return
+        self._line_at = now
+        left = (now - self._started) / (step - self._first) * (self._steps - step)
+        say(f"step {step} of {self._steps}: loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """A line beside the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            say(text)

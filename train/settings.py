@@ -1,0 +1,146 @@
+"""Every setting of training, once: the defaults, the presets, and how settings become a model's configuration.
+
+No torch here, so that the command line can show all of it at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pastkey.config import ModelConfig
+from pastkey.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Sizes that are None are the preset's."""
+
+    preset: str = "llama"
+    steps: int = 700  # optimizer steps
+    batch_size: int = 16  # rows of a forward pass
+    accumulate: int = 1  # forward passes per optimizer step
+    learning_rate: float = 3e-3  # at the peak, after the warm-up
+    warmup_steps: int = 40
+    weight_decay: float = 0.1  # on weight matrices only
+    gradient_clip: float = 1.0  # the largest norm of all gradients together
+    save_every: int = 100  # steps between checkpoints, each with validation, sample and curve
+    seed: int = 0
+    threads: int | None = None  # None: as many as torch chooses
+    tokenizer: str = "bpe"  # bpe, char, word, or the path of a tokenizer.json
+    vocab_size: int = 1024  # tokens at most, for a tokenizer that is trained
+    context: int | None = None  # tokens
+    hidden_size: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise InputError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
+        for name in ("steps", "batch_size", "accumulate", "save_every", "vocab_size"):
+            _require(getattr(self, name) >= 1, name, self, "a whole number from 1")
+        for name in ("threads", "context", "hidden_size", "layers", "heads", "kv_heads", "head_dim"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, self, "a whole number from 1")
+        _require(self.learning_rate > 0, "learning_rate", self, "a positive number")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, name, self, "zero or more")
+        _require(self.gradient_clip > 0, "gradient_clip", self, "a positive number")
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> TrainConfig:
+        """The preset's settings, with those given in their place."""
+        preset = PRESETS.get(given.get("preset", cls.preset), PRESETS[cls.preset])
+        return cls(**(dict(preset.training) | dict(given)))
+
+    def model_config(self, vocab_size: int, bos_token_id: int | None, eos_token_id: int) -> ModelConfig:
+        """The decoder's shape: the preset's, with the sizes that were given, and the others following them."""
+        preset = PRESETS[self.preset].model
+        hidden_size = self.hidden_size or preset["hidden_size"]
+        heads = self.heads or preset["num_attention_heads"]
+        shape = dict(preset)
+        shape["max_position_embeddings"] = self.context or preset["max_position_embeddings"]
+        shape["num_hidden_layers"] = self.layers or preset["num_hidden_layers"]
+        shape["hidden_size"] = hidden_size
+        shape["intermediate_size"] = preset["intermediate_size"] * hidden_size // preset["hidden_size"]
+        shape["num_attention_heads"] = heads
+        # Without a word about K/V heads, keep the preset's number where it still divides the heads.
+        fitting = heads % preset["num_key_value_heads"] == 0
+        multi_head = preset["num_key_value_heads"] == preset["num_attention_heads"]
+        shape["num_key_value_heads"] = self.kv_heads or (
+            preset["num_key_value_heads"] if fitting and not multi_head else heads
+        )
+        resized = self.hidden_size is not None or self.heads is not None
+        shape["head_dim"] = self.head_dim or (max(1, hidden_size // heads) if resized else preset["head_dim"])
+        return ModelConfig(vocab_size=vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **shape)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A kind of decoder, and the settings of training that it departs from."""
+
+    summary: str
+    model: Mapping[str, Any]  # fields of ModelConfig
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of TrainConfig
+
+
+_SMALL: Final = {
+    "max_position_embeddings": 256,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+}
+
+PRESETS: Final[Mapping[str, Preset]] = {
+    "classic": Preset(
+        "the smallest decoder: sinusoidal positions and one attention layer with its residual connection",
+        {
+            "max_position_embeddings": 8,
+            "hidden_size": 16,
+            "intermediate_size": 0,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "position_encoding": "sinusoidal",
+            "norm": "none",
+            "mlp": "none",
+            "tie_word_embeddings": False,
+        },
+        {
+            "steps": 400,
+            "learning_rate": 0.03,
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "save_every": 400,
+            "tokenizer": "word",
+        },
+    ),
+    "gpt2": Preset(
+        "learned positions, LayerNorm, GELU, biases",
+        _SMALL
+        | {
+            "intermediate_size": 768,
+            "num_key_value_heads": 6,
+            "position_encoding": "learned",
+            "norm": "layernorm",
+            "mlp": "gelu",
+            "qkv_bias": True,
+            "bias": True,
+        },
+    ),
+    "llama": Preset("RoPE, RMSNorm, SwiGLU, grouped-query attention", _SMALL),
+    "qwen2": Preset("llama with bias on queries, keys and values", _SMALL | {"qkv_bias": True}),
+    "qwen3": Preset("llama with normalised queries and keys", _SMALL | {"qk_norm": True}),
+}
+
+
+def _require(condition: bool, name: str, config: TrainConfig, expected: str) -> None:
+    if not condition:
+        raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)!r}; it must be {expected}")

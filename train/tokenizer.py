@@ -1,0 +1,185 @@
+"""Tokenizers: byte-level BPE, words, characters, and the classic lesson's five words.
+
+Whatever a tokenizer puts around a prompt, it puts there itself, by the post-processor in tokenizer.json, so that
+`Tokenizer.from_file(path).encode(text).ids` is the whole prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from pastkey import names
+from pastkey.errors import InputError, MissingFileError
+
+END_OF_TEXT: Final = "<|endoftext|>"  # begins every document and thereby ends the one before it, as in GPT-2's corpus
+UNKNOWN: Final = "<unk>"
+LESSON_END: Final = "<EOS>"
+LESSON_WORDS: Final = ("what", "is", "statquest", "awesome", LESSON_END)
+
+KINDS: Final = ("bpe", "char", "word")
+_BYTES = 256
+# What end tokens are called in tokenizers that others made.
+_END_NAMES: Final = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "[SEP]", LESSON_END)
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer, and which of its tokens begin and end a document."""
+
+    tokenizer: Tokenizer
+    end: int  # generation ends at this id
+    begin: int | None  # put in front of every prompt by the post-processor, or None
+
+    @property
+    def vocab_size(self) -> int:
+        """V: one more than the largest id."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text alone. Raises InputError for a character or word that is not in the vocabulary."""
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises plain Exception
+            raise InputError(f"the text has a word or character that the tokenizer does not know ({error})") from None
+        return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a prompt, with what the tokenizer adds to it."""
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without special tokens."""
+        text: str = self.tokenizer.decode(ids)
+        return text
+
+    def document(self, text: str) -> list[int]:
+        """A document as training reads it: begin token, text, and an end token where the next begin is not one."""
+        begin = [] if self.begin is None else [self.begin]
+        ids = [token for piece in _pieces(text) for token in self.encode(piece)]
+        return begin + ids + ([] if self.begin == self.end else [self.end])
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
+        (folder / names.TOKENIZER).write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+        config = {
+            # The one class name that transformers 4 and 5 both load; 5's own name breaks 4.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            # transformers.js goes by this flag alone and never looks at the post-processor.
+            "add_bos_token": self.begin is not None,
+            "bos_token": None if self.begin is None else self.tokenizer.id_to_token(self.begin),
+            "eos_token": self.tokenizer.id_to_token(self.end),
+            "clean_up_tokenization_spaces": False,
+        }
+        content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / names.TOKENIZER_CONFIG).write_text(content, encoding="utf-8")
+
+
+def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """The tokenizer of a kind in KINDS, trained on the documents, or else the one of the file named `kind`."""
+    if kind == "bpe":
+        return train_bpe(documents, vocab_size)
+    if kind == "char":
+        return train_char(documents)
+    if kind == "word":
+        return train_word(documents, vocab_size)
+    return read_tokenizer(Path(kind))
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Byte-level BPE: any UTF-8 text comes back unchanged. The same documents give the same tokenizer."""
+    if vocab_size <= _BYTES:
+        raise InputError(
+            f"--vocab-size is {vocab_size}; byte-level BPE needs at least {_BYTES + 1}, or take --tokenizer char"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(END_OF_TEXT, special=True, normalized=False)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
+    return _beginning_with_end(tokenizer)
+
+
+def train_char(documents: Iterable[str]) -> TextTokenizer:
+    """One token per character that occurs. A text with any other character is refused, rather than changed."""
+    characters = sorted({character for text in documents for character in text})
+    vocabulary = {token: number for number, token in enumerate([END_OF_TEXT, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _beginning_with_end(tokenizer)
+
+
+def train_word(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """The most frequent words and punctuation marks, and one token for all others. Spacing is not kept."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = [AddedToken(token, special=True, normalized=False) for token in (END_OF_TEXT, UNKNOWN)]
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=max(vocab_size, len(specials) + 1), special_tokens=specials, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return _beginning_with_end(tokenizer)
+
+
+def lesson_tokenizer() -> TextTokenizer:
+    """The classic lesson's: five words, and <EOS> after every prompt. Any other word is refused by `encode`."""
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(LESSON_WORDS)}, unk_token=UNKNOWN)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(LESSON_END, special=True, normalized=False)])
+    end = tokenizer.token_to_id(LESSON_END)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {LESSON_END}", special_tokens=[(LESSON_END, end)]
+    )
+    return TextTokenizer(tokenizer, end=end, begin=None)
+
+
+def read_tokenizer(path: Path) -> TextTokenizer:
+    """An existing tokenizer.json; its end token is found by the names in use."""
+    if not path.is_file():
+        raise MissingFileError(
+            f"no tokenizer {str(path)!r}: it must be {', '.join(KINDS)} or the path of a tokenizer.json"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(f"{path} is not a tokenizer.json that this version of tokenizers reads: {error}") from None
+    end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
+    if end is None:
+        raise InputError(f"{path} has no end token; one of {', '.join(_END_NAMES)} was expected among its tokens")
+    added = tokenizer.encode("").ids
+    return TextTokenizer(tokenizer, end=end, begin=added[0] if added else None)
+
+
+def _beginning_with_end(tokenizer: Tokenizer) -> TextTokenizer:
+    """Makes the end token the begin token too, which lets an empty prompt begin a document."""
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, end)]
+    )
+    return TextTokenizer(tokenizer, end=end, begin=end)
+
+
+def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """A long text in pieces of about `size` characters, cut before a space: encoding all at once takes gigabytes."""
+    start = 0
+    while len(text) - start > 2 * size:
+        cut = text.find(" ", start + size, start + 2 * size)
+        cut = start + size if cut < 0 else cut
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
