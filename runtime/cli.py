@@ -188,7 +188,7 @@ def _devices(arguments: argparse.Namespace) -> int:
     print(f"onnxruntime {onnxruntime.__version__}")
     for row in rows:
         state = "available" if row.available else "absent"
-        print(f"  {row.short_name:<14} {state:<10} {row.hardware}" + (f"; {row.note}" if row.note else ""))
+        print(f"  {row.short_name:<14} {state:<10} {row.hardware}" + (f"; comes with {row.note}" if row.note else ""))
     return 0
 
 

@@ -13,39 +13,35 @@ from .ort import onnxruntime
 CPU = "CPUExecutionProvider"
 
 
+# Reaches a remote service with graphs made for it; a decoder asked to run there would run on the CPU in silence.
+_NOT_HARDWARE = {"AzureExecutionProvider"}
+
+
 @dataclass(frozen=True)
 class Known:
-    """What is known of a provider before it is there."""
+    """What is known of a provider, whether or not it is here."""
 
     name: str  # onnxruntime's name
     hardware: str
     source: str  # what brings it
 
 
-_GPU = "pip install 'pastkey[gpu]' and an NVIDIA driver with CUDA and cuDNN"
-_OWN_BUILD = "a build of onnxruntime with"
+_SOURCE_BUILD = "onnxruntime built from source with"
 
 KNOWN = {
     "cpu": Known(CPU, "any processor", "pip install 'pastkey[cpu]'"),
-    "cuda": Known("CUDAExecutionProvider", "NVIDIA GPUs", _GPU),
-    "tensorrt": Known("TensorrtExecutionProvider", "NVIDIA GPUs, compiled engines", f"{_GPU} and TensorRT"),
-    "nvtensorrtrtx": Known("NvTensorRTRTXExecutionProvider", "NVIDIA RTX GPUs", f"{_OWN_BUILD} --use_nv_tensorrt_rtx"),
-    "openvino": Known("OpenVINOExecutionProvider", "Intel CPU, GPU, NPU", "pip install 'pastkey[openvino]'"),
-    "webgpu": Known("WebGpuExecutionProvider", "any GPU with Vulkan, Metal or D3D12", "pip install 'pastkey[webgpu]'"),
+    "cuda": Known("CUDAExecutionProvider", "NVIDIA GPUs", "pip install 'pastkey[gpu]', with CUDA and cuDNN"),
+    "tensorrt": Known("TensorrtExecutionProvider", "NVIDIA GPUs", "pip install 'pastkey[gpu]', with TensorRT"),
+    "openvino": Known("OpenVINOExecutionProvider", "Intel CPUs, GPUs, NPUs", "pip install 'pastkey[openvino]'"),
+    "webgpu": Known("WebGpuExecutionProvider", "GPUs by Vulkan, Metal or D3D12", "pip install 'pastkey[webgpu]'"),
     "qnn": Known("QNNExecutionProvider", "Qualcomm NPUs", "pip install 'pastkey[qnn]'"),
-    "coreml": Known("CoreMLExecutionProvider", "Apple GPU and neural engine", "pip install 'pastkey[cpu]' on macOS"),
-    "dml": Known("DmlExecutionProvider", "any GPU under Windows", "pip install onnxruntime-directml on Windows"),
-    "xnnpack": Known("XnnpackExecutionProvider", "mobile processors", f"{_OWN_BUILD} --use_xnnpack"),
-    "rocm": Known("ROCMExecutionProvider", "AMD GPUs", "pip install onnxruntime-rocm"),
-    "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx"),
+    "coreml": Known("CoreMLExecutionProvider", "Apple GPUs and neural engines", "pip install 'pastkey[cpu]' on macOS"),
+    "dml": Known("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
+    "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx, with ROCm"),
+    "rocm": Known("ROCMExecutionProvider", "AMD GPUs, of older releases", f"{_SOURCE_BUILD} --use_rocm"),
+    "xnnpack": Known("XnnpackExecutionProvider", "ARM processors", f"{_SOURCE_BUILD} --use_xnnpack"),
     "nnapi": Known("NnapiExecutionProvider", "Android accelerators", "onnxruntime for Android"),
-    "acl": Known("ACLExecutionProvider", "ARM processors", f"{_OWN_BUILD} --use_acl"),
-    "dnnl": Known("DnnlExecutionProvider", "Intel processors", f"{_OWN_BUILD} --use_dnnl"),
-    "cann": Known("CANNExecutionProvider", "Huawei Ascend", "pip install onnxruntime-cann"),
-    "vitisai": Known("VitisAIExecutionProvider", "AMD NPUs", "AMD's Ryzen AI software"),
-    "azure": Known(
-        "AzureExecutionProvider", "remote endpoints, for graphs made for them", "pip install 'pastkey[cpu]'"
-    ),
+    "cann": Known("CANNExecutionProvider", "Huawei Ascend NPUs", "pip install onnxruntime-cann"),
 }
 
 # Where a bundle made for a target runs when nothing else is asked for.
@@ -70,7 +66,7 @@ class Device:
 
 def devices() -> list[Device]:
     """Every known provider, and those that this onnxruntime has beyond them; available ones first."""
-    here = onnxruntime.get_available_providers()
+    here = available()
     rows = [
         Device(short, known.name, known.hardware, known.name in here, "" if known.name in here else known.source)
         for short, known in KNOWN.items()
@@ -91,8 +87,9 @@ def resolve(choice: Choice | Sequence[Choice] | None, target: str = "cpu") -> li
         reason = f"the bundle was made for {target}; "
     else:
         reason = ""
-    choices = [choice] if isinstance(choice, (str, tuple)) else list(choice)
-    here = onnxruntime.get_available_providers()
+    pair = isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], dict)
+    choices: Sequence[Choice] = [choice] if isinstance(choice, str) or pair else choice  # type: ignore[list-item, assignment]
+    here = available()
     chosen: dict[str, dict[str, Any]] = {}
     for entry in choices:
         asked, options = (entry, {}) if isinstance(entry, str) else entry
@@ -100,8 +97,8 @@ def resolve(choice: Choice | Sequence[Choice] | None, target: str = "cpu") -> li
         if name not in here:
             known = KNOWN.get(short_name(name)) if name else None
             what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
-            remedy = f"; {known.source} brings it" if known else ""
-            raise ProviderError(f"{reason}{what}; here are: {', '.join(map(short_name, here))}{remedy}")
+            remedy = f"; it comes with {known.source}" if known else ""
+            raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
         chosen[name] = dict(options)
     chosen.setdefault(CPU, {})  # shapes and sizes are computed there whatever else runs
     return list(chosen.items())
@@ -112,9 +109,8 @@ def require_active(wanted: Sequence[tuple[str, dict[str, Any]]], active: Sequenc
     for name, _ in wanted:
         if name not in active:
             raise ProviderError(
-                f"onnxruntime could not start the execution provider {short_name(name)!r} "
-                f"(a driver or a library of its is missing); it fell back to {', '.join(map(short_name, active))}: "
-                f"ask for one of these, or see onnxruntime's message for what {short_name(name)} lacks"
+                f"onnxruntime could not start the execution provider {short_name(name)!r}, for want of a driver or a "
+                f"library (its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
             )
 
 
@@ -123,10 +119,15 @@ def cache_device(active: Sequence[str]) -> str:
     return _DEVICE_OF.get(active[0], "cpu")
 
 
+def available() -> list[str]:
+    """The providers of this onnxruntime, by its names."""
+    return [name for name in onnxruntime.get_available_providers() if name not in _NOT_HARDWARE]
+
+
 def full_name(name: str) -> str:
     """onnxruntime's name of a provider, or "" for an unknown one. Upper and lower case do not matter."""
     wanted = name.lower().removesuffix("executionprovider")
-    by_name = {full.lower().removesuffix("executionprovider"): full for full in onnxruntime.get_available_providers()}
+    by_name = {short_name(full): full for full in available()}
     return KNOWN[wanted].name if wanted in KNOWN else by_name.get(wanted, "")
 
 

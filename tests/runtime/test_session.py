@@ -1,0 +1,325 @@
+"""Every way through the cache computes what one uncached pass computes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pastkey import names
+from pastkey.bundle import Bundle, KVGeometry, Manifest, open_bundle
+from pastkey.errors import InputError, IntegrityError, MissingExtraError, NumericsError, ProviderError
+from pastkey.folder import file_records, write_json
+from pastkey.runtime.session import Session, default_threads
+
+if TYPE_CHECKING:
+    from conftest import Tiny
+
+MakeBundle = Callable[..., Bundle]
+TOLERANCE = 2e-6  # of the largest logit: float32 against the reference's float64
+
+
+def random_ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 37, count)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.fixture
+def session(bundle: Bundle) -> Session:
+    return Session(bundle, graph="common", threads=1)
+
+
+@pytest.fixture
+def last(bundle: Bundle) -> Session:
+    return Session(bundle, threads=1)
+
+
+# --- one row ------------------------------------------------------------------------------------------------------
+def test_forward_equals_the_uncached_reference(session: Session, tiny: Tiny) -> None:
+    ids = random_ids(40)
+    assert_close(session.forward(ids[None])[0], tiny(ids))
+
+
+def test_the_last_graph_gives_the_last_position(last: Session, tiny: Tiny) -> None:
+    ids = random_ids(40)
+    logits = last.forward(ids[None])
+    assert_close(logits[0], tiny(ids)[-1:])
+
+
+def test_decode_token_by_token_equals_prefill_across_growth(last: Session, tiny: Tiny) -> None:
+    ids = random_ids(330)  # beyond the first buffer of 256
+    steps = np.stack([last.decode(int(token)) for token in ids])
+    assert_close(steps, tiny(ids))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 64, 256, 1000])
+def test_chunked_prefill_equals_one_pass(last: Session, tiny: Tiny, chunk_size: int) -> None:
+    ids = random_ids(65)
+    assert_close(last.prefill(ids, chunk_size), tiny(ids)[-1])
+    assert last.length == 65
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_of_bounded_size(last: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    run = last._run
+    monkeypatch.setattr(last, "_run", lambda ids: sizes.append(ids.shape[1]) or run(ids))
+    last.prefill(random_ids(600))
+    assert sizes == [200, 200, 200]
+    for count, chunk_size in ((65, 64), (7, 2), (3, 2), (9, 4)):
+        sizes.clear()
+        last.reset()
+        last.prefill(random_ids(count), chunk_size)
+        assert sum(sizes) == count
+        assert min(sizes) >= 2
+        assert max(sizes) <= chunk_size + 1
+
+
+def test_prefill_after_decode_continues(last: Session, tiny: Tiny) -> None:
+    ids = random_ids(30)
+    last.prefill(ids[:10])
+    last.decode(int(ids[10]))
+    assert_close(last.prefill(ids[11:]), tiny(ids)[-1])
+
+
+def test_decode_after_trim_equals_fresh_prefill(session: Session, tiny: Tiny) -> None:
+    first, second = random_ids(40, seed=1), random_ids(40, seed=2)
+    session.prefill(first)
+    session.trim(15)
+    mixed = np.concatenate([first[:15], second])
+    assert_close(np.stack([session.decode(int(token)) for token in second]), tiny(mixed)[15:])
+
+
+def test_reset_forgets(session: Session, tiny: Tiny) -> None:
+    session.prefill(random_ids(20, seed=1))
+    session.reset()
+    assert session.length == 0
+    assert_close(session.forward(random_ids(9)[None])[0], tiny(random_ids(9)))
+
+
+def test_logits_of_a_step_stay_what_they_were(last: Session) -> None:
+    first = last.decode(3)
+    kept = first.copy()
+    last.decode(4)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_head_sizes_that_differ_between_keys_and_values_and_layers(tiny_odd: Tiny, make_bundle: MakeBundle) -> None:
+    session = Session(make_bundle(tiny_odd, "standard"), threads=1)
+    ids = random_ids(24)
+    assert_close(np.stack([session.decode(int(token)) for token in ids]), tiny_odd(ids))
+
+
+# --- several rows -------------------------------------------------------------------------------------------------
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), steps=st.integers(0, 6), seed=st.integers(0, 99))
+def test_a_padded_batch_equals_each_row_alone(
+    session: Session, tiny: Tiny, lengths: list[int], steps: int, seed: int
+) -> None:
+    session.reset()
+    longest = max(lengths)
+    texts = [random_ids(length + steps, seed=seed + row) for row, length in enumerate(lengths)]
+    ids, mask = np.zeros((2, len(lengths), longest), np.int64)
+    for row, length in enumerate(lengths):
+        ids[row, :length], mask[row, :length] = texts[row][:length], 1
+    expected = [tiny(text) for text in texts]
+    logits = session.forward(ids, mask)
+    for row, length in enumerate(lengths):
+        assert_close(logits[row, :length], expected[row][:length])
+    for step in range(steps):
+        column = [[text[length + step]] for text, length in zip(texts, lengths, strict=True)]
+        logits = session.forward(column)
+        for row, length in enumerate(lengths):
+            assert_close(logits[row], expected[row][length + step : length + step + 1])
+
+
+def test_a_padded_batch_survives_trim_and_growth(session: Session, tiny: Tiny) -> None:
+    texts = [random_ids(300, seed=1), random_ids(300, seed=2)]
+    ids, mask = np.array([texts[0][:8], texts[1][:8]]), np.ones((2, 8), np.int64)
+    mask[1, 5:] = 0
+    session.forward(ids, mask)
+    for step in range(20):
+        session.forward([[1 + step], [2 + step]])
+    session.trim(8)
+    for step in range(280):
+        logits = session.forward([[texts[0][8 + step]], [texts[1][5 + step]]])
+    assert_close(logits[0, 0], tiny(texts[0][:288])[-1])
+    assert_close(logits[1, 0], tiny(texts[1][:285])[-1])
+
+
+def test_the_standard_graph_takes_padding_at_the_left(standard_bundle: Bundle, tiny: Tiny) -> None:
+    session = Session(standard_bundle, threads=1)
+    session.forward([[0, 0, 5], [6, 7, 8]], [[0, 0, 1], [1, 1, 1]])
+    logits = session.forward([[9, 1], [9, 2]])
+    assert_close(logits[:, 0], np.stack([tiny([5, 9, 1])[-1], tiny([6, 7, 8, 9, 2])[-1]]))
+
+
+def test_several_tokens_to_several_rows_are_refused_by_the_fused_graph_only(
+    fused_bundle: Bundle, standard_bundle: Bundle, tiny: Tiny
+) -> None:
+    session = Session(fused_bundle, threads=1)
+    session.forward([[1, 2], [3, 4]])
+    with pytest.raises(InputError, match="appends several tokens to one row only"):
+        session.forward([[5, 6], [7, 8]])
+    session.forward([[5], [7]])  # and the session is as usable as before
+    assert_close(session.forward([[6], [8]])[1], tiny([3, 4, 7, 8])[-1:])
+    session = Session(standard_bundle, threads=1)
+    session.forward([[1, 2], [3, 4]])
+    assert_close(session.forward([[5, 6], [7, 8]])[1], tiny([3, 4, 7, 8])[-1:])
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]]])
+def test_the_fused_graph_refuses_padding_that_is_not_at_the_right(fused_bundle: Bundle, mask: list[list[int]]) -> None:
+    with pytest.raises(InputError, match="only at the right end"):
+        Session(fused_bundle, graph="common", threads=1).forward([[1, 2, 3]], mask)
+
+
+def test_the_last_graph_refuses_a_row_that_ends_in_padding(last: Session) -> None:
+    with pytest.raises(InputError, match='open graph="common"'):
+        last.forward([[1, 2], [3, 0]], [[1, 1], [1, 0]])
+
+
+def test_a_mask_of_another_shape_or_other_values_is_refused(session: Session) -> None:
+    for mask in ([[1]], [[1, 2]]):
+        with pytest.raises(InputError, match="ones and zeros of shape"):
+            session.forward([[1, 2]], mask)
+
+
+def test_another_number_of_rows_needs_a_reset(session: Session) -> None:
+    session.forward([[1, 2], [3, 4]])
+    with pytest.raises(InputError, match="call reset"):
+        session.decode(1)
+    session.reset()
+    session.decode(1)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ids", [[37], [-1], [3, 10**9]])
+def test_ids_out_of_range_are_refused(last: Session, ids: list[int]) -> None:
+    with pytest.raises(InputError, match="out of range: this model's ids are 0 to 36"):
+        last.prefill(ids)
+    assert last.length == 0
+
+
+@pytest.mark.parametrize("ids", [[], [[1, 2]], [0.5], ["a"], 3])
+def test_what_is_no_row_of_ids_is_refused(last: Session, ids: Any) -> None:
+    with pytest.raises(InputError, match=r"token ids are whole numbers of shape \(T,\)"):
+        last.prefill(ids)
+
+
+def test_the_whole_context_is_usable_and_no_more(last: Session) -> None:
+    with pytest.raises(InputError, match="the prompt has 601 tokens; the context is 600"):
+        last.prefill(random_ids(601))
+    last.prefill(random_ids(599))
+    last.decode(1)
+    with pytest.raises(InputError, match="600 tokens are in the cache and 1 more were given"):
+        last.decode(1)
+    assert last.length == 600
+
+
+@pytest.mark.parametrize("chunk_size", [0, -3])
+def test_an_impossible_chunk_size_is_refused(last: Session, chunk_size: int) -> None:
+    with pytest.raises(InputError, match="chunk_size"):
+        last.prefill([1, 2], chunk_size)
+
+
+def test_nan_in_the_logits_names_the_position(tiny: Tiny, make_bundle: MakeBundle) -> None:
+    weights = dict(tiny.weights)
+    weights["position"] = weights["position"].copy()
+    weights["position"][5] = np.nan
+    broken = make_bundle(replace(tiny, weights=weights), "standard")
+    session = Session(broken, graph="common", threads=1)
+    session.prefill(random_ids(5))
+    with pytest.raises(NumericsError, match="position 5 of row 0"):
+        session.decode(1)
+    with pytest.raises(NumericsError, match="position 7 of row 0"):
+        Session(broken, threads=1).prefill(random_ids(8))
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
+    return replace(bundle, manifest=replace(bundle.manifest, **fields))
+
+
+def test_a_manifest_of_other_sizes_names_the_tensor_and_both_shapes(bundle: Bundle) -> None:
+    layers = (bundle.manifest.layers[0], KVGeometry(2, 16, 24))
+    with pytest.raises(IntegrityError) as caught:
+        Session(with_manifest(bundle, layers=layers))
+    assert "'past_key_values.1.value' is (B, 2, P1, 16)" in str(caught.value)
+    assert "(batch_size, 2, past_sequence_length, 24) in the manifest" in str(caught.value)
+
+
+def test_a_manifest_of_another_vocabulary_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(IntegrityError, match=r"'logits' is \(B, 1, 37\) .*\(batch_size, sequence_length, 38\)"):
+        Session(with_manifest(bundle, vocab_size=38))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_manifest_with_other_layers_names_the_tensor(bundle: Bundle, count: int) -> None:
+    layers = (bundle.manifest.layers * 2)[:count]
+    with pytest.raises(IntegrityError, match=r"has (the|no) tensor '(present|past_key_values)\.\d"):
+        Session(with_manifest(bundle, layers=layers))
+
+
+def test_a_graph_that_is_none_is_one_sentence(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "b"
+    shutil.copytree(bundle.path, copy)
+    (copy / names.LAST_GRAPH).write_bytes(b"no graph at all")
+    with pytest.raises(IntegrityError, match=r"onnxruntime .* cannot load .*pastkey\.onnx"):
+        Session(replace(bundle, path=copy))
+
+
+def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle: Bundle) -> None:
+    with pytest.raises(MissingExtraError, match=r"needs onnxruntime 99\.1\.0.*pip install --upgrade"):
+        Session(with_manifest(bundle, min_onnxruntime="99.1.0"))
+
+
+def test_an_absent_provider_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(ProviderError, match="'qnn'"):
+        Session(bundle, providers="qnn")
+
+
+def test_threads(bundle: Bundle) -> None:
+    assert Session(bundle, threads=2).threads == 2
+    assert Session(bundle).threads == default_threads()
+    with pytest.raises(InputError, match="threads is 0"):
+        Session(bundle, threads=0)
+
+
+def test_a_download_cache_of_links_is_loaded(tiny: Tiny, make_bundle: MakeBundle, tmp_path: Path) -> None:
+    """Weights beside the graph, each file a link to a blob under another name, as such caches lay them out."""
+    source = make_bundle(tiny, "fused")
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    (snapshot / "onnx").mkdir(parents=True)
+    data = source.path / "onnx" / ("model.onnx" + names.DATA_SUFFIX)
+    for graph in (source.common_graph, source.last_graph):
+        model = onnx.load(graph)
+        onnx.save(model, graph, save_as_external_data=True, location=data.name, size_threshold=0)
+    files = [path for path in source.path.rglob("*") if path.is_file() and path.name != names.MANIFEST]
+    records = file_records(source.path, [path.relative_to(source.path).as_posix() for path in files])
+    write_json(source.path / names.MANIFEST, replace(source.manifest, files=records).to_json())
+    for number, path in enumerate([*files, source.path / names.MANIFEST]):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.relative_to(source.path)).symlink_to(blobs / str(number))
+    session = Session(open_bundle(snapshot, verify=True), graph="common", threads=1)
+    ids = random_ids(12)
+    assert_close(session.forward(ids[None])[0], tiny(ids))
+
+
+def test_the_manifest_is_the_bundles(session: Session, bundle: Bundle) -> None:
+    assert isinstance(session.manifest, Manifest)
+    assert session.manifest is bundle.manifest
+    assert session.providers == ["CPUExecutionProvider"]
