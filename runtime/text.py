@@ -26,6 +26,7 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
     @classmethod
     def from_file(cls, path: Path) -> TextCodec:
@@ -59,6 +60,10 @@ class TextCodec:
         """The text of ids, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def has_text(self, token: int) -> bool:
+        """Whether a token is not left out by `decode`."""
+        return token not in self._special and self._tokenizer.id_to_token(token) is not None
+
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte, so that its character depends on the tokens beside it."""
         return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
@@ -85,6 +90,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that is certain by it, "" while there is none."""
+        if not self._codec.has_text(token):
+            return ""
         self._window.append(token)
         if self._codec.is_byte(token):
             return ""  # one byte more may change what the whole run of bytes means

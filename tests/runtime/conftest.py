@@ -7,7 +7,7 @@ heads over K key/value heads, two attention calls, no normalisation: x += attent
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 import onnx.parser
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from pastkey import names
 from pastkey.bundle import Bundle, KVGeometry, Manifest, open_bundle
@@ -187,6 +188,14 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     return open_bundle(folder, verify=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what a load remembers out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     return Tiny.random([(8, 8), (16, 16)], context_length=600)
@@ -220,3 +229,19 @@ def fused_bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
 @pytest.fixture(scope="session")
 def standard_bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
     return make_bundle(tiny, "standard")
+
+
+@pytest.fixture(scope="session")
+def letters() -> Tokenizer:
+    """A tokenizer with one letter for each of the tiny decoder's ids; a is 0."""
+    alphabet = "abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE"
+    assert len(alphabet) == V
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def speaking_bundle(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
+    """The tiny decoder with a tokenizer."""
+    return make_bundle(tiny, "fused", tokenizer=letters)
