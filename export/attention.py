@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _ATTENTION = F.scaled_dot_product_attention
+_NOT_THE_USERS = (Path(__file__).parent, Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class _AttentionMode(TorchFunctionMode):
                 dropout=dropout_p,
                 is_causal=is_causal,
                 scale=float(scale) if scale is not None else float(shape[-1]) ** -0.5,
-                where=_caller(),
+                where=calling_line(),
             )
             output = self._handler(call)
             return output if query.dim() == 4 else output.reshape(*shape[:-1], output.shape[-1])
@@ -119,13 +122,20 @@ def _four_axes(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
 
-def _caller() -> str:
-    """file:line of the innermost frame that is neither torch's nor ours."""
-    own = {str(Path(__file__).parent), str(Path(torch.__file__).parent)}
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not any(file.startswith(folder) for folder in own) and not file.startswith("<"):
-            return f"{Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "torch"
+def calling_line() -> str:
+    """file:line of the innermost running frame that is neither torch's nor ours."""
+    return _user_line(traceback.walk_stack(sys._getframe(1))) or "torch"
+
+
+def failing_line(error: BaseException) -> str | None:
+    """file:line where the user's code led to an error, or None when it never passed through it."""
+    return _user_line(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def _user_line(frames: Iterable[tuple[FrameType, int]]) -> str | None:
+    """Of frames with the innermost first."""
+    for frame, line in frames:
+        file = Path(frame.f_code.co_filename)
+        if not any(folder in file.parents for folder in _NOT_THE_USERS) and not file.name.startswith("<"):
+            return f"{file.name}:{line}"
+    return None

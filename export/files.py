@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey import names
-from pastkey.bundle import Bundle, Manifest
+from pastkey.bundle import Manifest
 from pastkey.folder import write_json
 
 from .passes import keep_last_position
@@ -24,19 +24,18 @@ _PAGE_ALIGNMENT, _PAGE_ALIGNED_FROM = 4096, 1 << 20  # large weights start on a 
 
 
 # --- graphs -------------------------------------------------------------------------------------------------------
-def write_graphs(model: ir.Model, folder: Path, precision: str) -> None:
-    """Writes the common graph, its weights, and pastkey's own graph over the same weights. Changes `model`."""
+def write_graphs(model: ir.Model, folder: Path, precision: str) -> int:
+    """Writes the common graph, its weights, and pastkey's own graph over the same weights. Changes `model`.
+
+    Returns the bytes of the weights, in their own file and in the graph.
+    """
     common = folder / names.COMMON_GRAPH[precision]
     common.parent.mkdir(parents=True, exist_ok=True)
-    _move_weights_out(model, common.with_name(common.name + names.DATA_SUFFIX))
+    weight_bytes = _move_weights_out(model, common.with_name(common.name + names.DATA_SUFFIX))
     ir.save(model, common)
     keep_last_position(model)
     ir.save(model, folder / names.LAST_GRAPH)
-
-
-def weights_file(bundle: Bundle) -> Path:
-    """The external data of a bundle's graphs."""
-    return bundle.common_graph.with_name(bundle.common_graph.name + names.DATA_SUFFIX)
+    return weight_bytes
 
 
 def count_operators(model: ir.Model) -> dict[str, int]:
@@ -44,11 +43,14 @@ def count_operators(model: ir.Model) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph).most_common())
 
 
-def _move_weights_out(model: ir.Model, path: Path) -> None:
+def _move_weights_out(model: ir.Model, path: Path) -> int:
     """Writes the larger initializers to one file and points the graph at it.
 
-    Initializers over the same memory are written once and share the bytes: a tied head and its embedding.
+    Initializers over the same memory are written once and share the bytes: a tied head and its embedding. A model
+    so small that all its weights stand in the graph gets no file. Returns the bytes of all floating-point and
+    quantized weights.
     """
+    inline = 0
     # (address, bytes) -> offset, and the array itself: while it lives, no other array has its address
     written: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
     with path.open("wb") as file:
@@ -56,6 +58,7 @@ def _move_weights_out(model: ir.Model, path: Path) -> None:
             assert value.const_value is not None
             array = np.ascontiguousarray(value.const_value.numpy())
             if array.nbytes < _INLINE_BYTES:
+                inline += array.nbytes if array.dtype in (np.float32, np.uint8) else 0
                 continue
             memory = (array.__array_interface__["data"][0], array.nbytes)
             if memory not in written:
@@ -72,12 +75,16 @@ def _move_weights_out(model: ir.Model, path: Path) -> None:
                 name=str(value.name),
                 base_dir=path.parent,
             )
+        external = file.tell()
+    if not external:
+        path.unlink()
+    return external + inline
 
 
 # --- configurations -----------------------------------------------------------------------------------------------
 def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
     """config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
-    write_json(folder / names.CONFIG, _config(source, manifest, heads))
+    write_json(folder / names.CONFIG, _config(folder, source, manifest, heads))
     eos = list(manifest.eos_token_ids)
     special = {
         "bos_token_id": manifest.bos_token_id,
@@ -92,7 +99,7 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
         write_json(folder / names.TOKENIZER_CONFIG, source.tokenizer_config)
 
 
-def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+def _config(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
     """What transformers, optimum and transformers.js read: the source's own, or the observed sizes."""
     first = manifest.layers[0]
     observed = {
@@ -108,8 +115,11 @@ def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[st
         "bos_token_id": manifest.bos_token_id,
         "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
     }
-    graph = Path(names.COMMON_GRAPH[manifest.precision]).name
-    return (source.config or observed) | {"transformers.js_config": {"use_external_data_format": {graph: 1}}}
+    config = source.config or observed
+    graph = names.COMMON_GRAPH[manifest.precision]
+    if (folder / (graph + names.DATA_SUFFIX)).exists():
+        config = config | {"transformers.js_config": {"use_external_data_format": {Path(graph).name: 1}}}
+    return config
 
 
 def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:

@@ -11,9 +11,11 @@ Two graphs, one mechanism:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -25,7 +27,7 @@ from pastkey import names
 from pastkey.bundle import KVGeometry
 from pastkey.errors import ContractError
 
-from .attention import AttentionCall, intercept
+from .attention import AttentionCall, failing_line, intercept
 from .observe import Observation, evaluating
 
 OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers know it well
@@ -77,7 +79,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
     calls: list[int] = []
     grafted = _Grafted(module, graph, calls)
     layers = observation.geometry
-    new = min(_NEW, context_length)
+    new = min(_NEW, context_length)  # a longer one would overrun a table of positions
     arguments = (
         torch.zeros(_BATCH, new, dtype=torch.long),
         torch.ones(_BATCH, _PAST + new, dtype=torch.long),
@@ -87,7 +89,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
     dim = torch.export.Dim
     batch, total, past = dim(names.BATCH), dim(names.TOTAL), dim(names.PAST)
     # A module may assert that T is within its context: tell torch that it always is.
-    sequence = dim(names.SEQUENCE, max=context_length) if context_length > 2 else None
+    sequence = dim(names.SEQUENCE, max=max(context_length, _NEW))
     shapes = (
         {0: batch, 1: sequence},
         {0: batch, 1: total if graph == "fused" else dim.DYNAMIC},
@@ -99,7 +101,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
     for i in range(len(layers)):
         inputs += [names.past_key(i), names.past_value(i)]
         outputs += [names.present_key(i), names.present_value(i)]
-    with evaluating(module), _quiet():
+    with evaluating(module), _quiet(), _without_mask_detection():
         try:
             program = torch.export.export(
                 grafted.eval(),
@@ -218,33 +220,58 @@ class _StandardAttention:
 
 
 # --- torch's own words --------------------------------------------------------------------------------------------
-class _quiet(warnings.catch_warnings):  # noqa: N801 - a context manager, named like the one it extends
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Holds back what torch says about its own exporter, which no user can act on."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        self._loggers = [
-            logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "torch._export")
-        ]
-        self._levels = [logger.level for logger in self._loggers]
-        for logger in self._loggers:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        for logger in loggers:
             logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
-    def __exit__(self, *details: object) -> None:
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
-        super().__exit__(*details)
+
+@contextlib.contextmanager
+def _without_mask_detection() -> Iterator[None]:
+    """nn.TransformerEncoder compares its mask with the causal one by value, which no trace can follow.
+
+    Where it gets here, `observe` has already seen that the mask is the causal one.
+    """
+    name = "_detect_is_causal_mask"
+    original = getattr(torch.nn.modules.transformer, name, None)
+    if original is None:
+        yield
+        return
+    setattr(
+        torch.nn.modules.transformer,
+        name,
+        lambda mask, is_causal=None, size=None: mask is not None if is_causal is None else is_causal,
+    )
+    try:
+        yield
+    finally:
+        setattr(torch.nn.modules.transformer, name, original)
 
 
 def _trace_sentence(module: nn.Module, error: BaseException) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, ContractError):
-        return str(cause)
-    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    known = next((cause for cause in chain if isinstance(cause, ContractError)), None)
+    if known is not None:
+        return str(known)
+    line = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
+    where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)
     return (
-        f"torch could not trace {type(module).__name__} with a symbolic length: {line[:300]}; forward must not branch "
-        "on values or lengths, take lengths from tensor.shape and positions from position_ids"
+        f"torch could not trace {type(module).__name__} with a symbolic length{f' at {where}' if where else ''}: "
+        f"{line[:300]}; forward must not branch on values or lengths: take lengths from tensor.shape and positions "
+        "from position_ids"
     )

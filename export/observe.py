@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pastkey.bundle import KVGeometry
 from pastkey.errors import ContractError, PastkeyError
 
-from .attention import AttentionCall, Handler, intercept, torch_attention
+from .attention import AttentionCall, Handler, calling_line, failing_line, intercept, torch_attention
 
 CONTRACT = "forward(input_ids, position_ids) -> logits (B, T, V)"
 _SEED = 0
@@ -174,7 +174,7 @@ class _Observer:
         if func in (torch.softmax, F.softmax, Tensor.softmax, torch.exp, Tensor.exp) and isinstance(scores, Tensor):
             square = scores.dim() >= 3 and scores.shape[-2:] == (self._length, self._length)
             if square and self._length > 2:
-                self._softmaxes.append(self._place())
+                self._softmaxes.append(f"{self._place()} ({calling_line()})")
 
     def _place(self) -> str:
         return f"{self._stack[-1] if self._stack else ''} of {_name(self._module)}".removeprefix(" of ")
@@ -269,7 +269,7 @@ def _check_module(module: nn.Module) -> None:
             f"forward({', '.join(names)}) of {_name(module)} does not take position_ids: with a cache the new tokens "
             f"do not start at position 0, so write  {CONTRACT}  and use position_ids for the position encoding"
         )
-    tensors = {name: t for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":
             raise ContractError(f"{name} of {_name(module)} is on {tensor.device}: call module.cpu() first")
@@ -309,8 +309,8 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
         raise
     except Exception as error:
         raise ContractError(
-            f"{_name(module)} failed on input_ids and position_ids of shape ({batch}, {length}) with "
-            f"{type(error).__name__}: {_first_line(error)}; expected  {CONTRACT}"
+            f"{_name(module)} failed on input_ids and position_ids of shape ({batch}, {length}) at "
+            f"{failing_line(error)} with {type(error).__name__}: {_first_line(error)}; expected  {CONTRACT}"
         ) from error
     if not isinstance(output, Tensor):
         what = (

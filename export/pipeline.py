@@ -22,7 +22,7 @@ from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError
 from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
 
-from .files import count_operators, weights_file, write_configurations, write_graphs
+from .files import count_operators, write_configurations, write_graphs
 from .graft import IR_VERSION, OPSET, GraphChoice, choose_graph, trace
 from .observe import Observation, observe
 from .passes import clean
@@ -163,9 +163,8 @@ class _Job:
             eos_token_ids=source.eos_token_ids,
             operators=count_operators(model),
         )
-        write_graphs(model, folder, precision)
-        bundle = Bundle(folder, manifest)
-        return bundle, weights_file(bundle).stat().st_size
+        weight_bytes = write_graphs(model, folder, precision)
+        return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:
         """Raises ParityError when the bundle does not compute what its source computes."""
