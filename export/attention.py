@@ -57,7 +57,7 @@ def intercept(handler: Handler, watch: Callable[..., None] | None = None) -> Ite
     mode = _AttentionMode(handler, watch)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one closed C++ kernel
-    F.scaled_dot_product_attention = mode.attend  # type: ignore[assignment]
+    F.scaled_dot_product_attention = mode.attend
     try:
         with mode:
             yield
@@ -104,7 +104,9 @@ class _AttentionMode(TorchFunctionMode):
         try:
             shape = query.shape
             call = AttentionCall(
-                *(_four_axes(tensor) for tensor in (query, key, value)),
+                query=_four_axes(query),
+                key=_four_axes(key),
+                value=_four_axes(value),
                 mask=attn_mask,
                 dropout=dropout_p,
                 is_causal=is_causal,

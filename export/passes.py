@@ -120,8 +120,8 @@ def restore_weight_names(model: ir.Model, module: nn.Module) -> None:
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     known: dict[tuple[object, ...], list[tuple[str, np.ndarray]]] = {}
     for name, tensor in tensors.items():
-        array = tensor.detach().numpy()
-        for form in (array, array.T) if array.ndim == 2 else (array,):
+        held: np.ndarray = tensor.detach().numpy()
+        for form in (held, held.T) if held.ndim == 2 else (held,):
             known.setdefault((form.dtype.str, form.shape, _sample(form)), []).append((name, form))
     taken = {name for name in model.graph.initializers if name in tensors}
     for value in tuple(model.graph.initializers.values()):
@@ -216,10 +216,9 @@ def keep_last_position(model: ir.Model) -> None:
         assert node is not None
         logits.name = f"{names.LOGITS}_of_every_position"
         chosen = _last_of(model, logits, after=node)
-        chosen.name, chosen.type, chosen.dtype = names.LOGITS, logits.type, logits.dtype
+        chosen.name, chosen.type, chosen.shape = names.LOGITS, logits.type, logits.shape
         model.graph.outputs[list(model.graph.outputs).index(logits)] = chosen
-        vocabulary, logits = logits.shape, chosen
-        logits.shape = vocabulary
+        logits = chosen
     assert logits.shape is not None
     logits.shape = ir.Shape((names.BATCH, 1, logits.shape[-1]))
 

@@ -63,7 +63,7 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> BlockQuantized:
 
 def dequantize_blocks(quantized: BlockQuantized) -> np.ndarray:
     """(N, K) float32, what the kernels compute with."""
-    values = (quantized.data.astype(np.float32) - _ZERO) * quantized.scales[:, :, None]
+    values: np.ndarray = (quantized.data.astype(np.float32) - _ZERO) * quantized.scales[:, :, None]
     return values.reshape(len(values), -1)[:, : quantized.columns]
 
 

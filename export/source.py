@@ -156,12 +156,13 @@ def _call_factory(file: Path, name: str) -> nn.Module:
 def _import_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"pastkey_source_{file.stem}", file)
     assert spec is not None
-    assert spec.loader is not None
+    loader = spec.loader
+    assert loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
     sys.path.insert(0, str(file.resolve().parent))  # the file may import its neighbours
     try:
-        _run_user_code(file, "importing", lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+        _run_user_code(file, "importing", lambda: loader.exec_module(module))
     finally:
         sys.path.remove(str(file.resolve().parent))
     return module

@@ -1,0 +1,1 @@
+"""Measurements. Never timed tests: figures are printed with their settings, and ratios come from interleaved runs."""
