@@ -1,0 +1,158 @@
+"""text -> checkpoint/ -> bundle/ -> text, by the commands, and from a wheel where there is no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from tokenizers import Tokenizer
+
+import pastkey
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture of conftest.py
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ("what is statquest", "statquest is what")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_classic_lesson_is_learnt_and_survives_int8(classic: Path, pastkey_command: Run, prompt: str) -> None:
+    done = pastkey_command("run", classic / "bundle", "--prompt", prompt, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["text"] == "awesome"
+    assert answer["finish_reason"] == "stop"
+    assert answer["new_tokens"] == 1
+
+
+def test_python_gives_what_the_command_gives(classic: Path) -> None:
+    lm = pastkey.load(classic / "bundle")
+    assert [lm.generate(prompt).text for prompt in PROMPTS] == ["awesome", "awesome"]
+    assert "".join(chunk.text for chunk in lm.stream(PROMPTS[0])) == "awesome"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_plain_onnxruntime_runs_the_exported_graph_in_a_loop_of_its_own(classic: Path, prompt: str) -> None:
+    bundle = classic / "bundle"
+    session = onnxruntime.InferenceSession(bundle / "onnx" / "model_quantized.onnx", providers=["CPUExecutionProvider"])
+    ids = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(prompt).ids
+    past = {
+        value.name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    answer: list[int] = []
+    fed = 0
+    while len(answer) < 3:
+        new = (ids + answer)[fed:]
+        feeds = {
+            "input_ids": np.array([new]),
+            "attention_mask": np.ones((1, fed + len(new)), np.int64),
+            "position_ids": np.arange(fed, fed + len(new))[None],
+        }
+        logits, *present = session.run(None, feeds | past)
+        past = dict(zip(past, present, strict=True))
+        fed += len(new)
+        answer.append(int(logits[0, -1].argmax()))
+        if answer[-1] == ids[-1]:  # <EOS>
+            break
+    assert Tokenizer.from_file(str(bundle / "tokenizer.json")).decode(answer) == "awesome"
+
+
+def test_verify_accepts_what_export_wrote(classic: Path, pastkey_command: Run) -> None:
+    done = pastkey_command("verify", classic / "bundle", classic / "checkpoint", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"] is True
+
+
+def test_an_uninstalled_checkout_works() -> None:
+    """Without site-packages there is no editable install to lean on."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pastkey.runtime as r; print(r.__file__)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == ROOT / "runtime" / "__init__.py"
+
+
+@pytest.mark.parametrize("command", ["", *(["train", "export", "verify", "run", "bench", "inspect", "devices"])])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\nfrom pastkey.__main__ import main\n"
+        f"try: main({[*([command] if command else []), '--help']!r})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy', 'tokenizers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "usage:" in done.stdout
+
+
+def test_an_unknown_command_lists_those_that_exist(pastkey_command: Run) -> None:
+    done = pastkey_command("serve")
+    assert done.returncode == 2
+    assert done.stderr.startswith("pastkey: no command 'serve'; the commands are train, export, verify")
+    assert done.stderr.count("\n") == 1
+
+
+# --- the wheel ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy without build/, where setuptools would leave deleted modules to ship again."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pastkey", "train", "export", "runtime"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source], check=True
+    )
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if ".dist-info/" not in name]
+    assert all(name.startswith("pastkey/") for name in files), files
+    expected = {f"pastkey/{file.name}" for file in (ROOT / "pastkey").iterdir() if file.is_file()}
+    for stage in ("train", "export", "runtime"):
+        expected |= {f"pastkey/{stage}/{file.name}" for file in (ROOT / stage).glob("*.py")}
+    assert set(files) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("onnxruntime_version", ["==1.23.*", ""], ids=["oldest", "newest"])
+def test_the_wheel_with_the_cpu_extra_is_a_working_runtime(
+    wheel: Path, classic: Path, tmp_path: Path, onnxruntime_version: str
+) -> None:
+    """The oldest and the newest onnxruntime that the manifest claims, each in an environment without torch."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    requirements = [f"{wheel}[cpu]", *([f"onnxruntime{onnxruntime_version}"] if onnxruntime_version else [])]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(classic / "bundle", elsewhere / "bundle")
+    code = (
+        "import importlib.util as u, pastkey\n"
+        "print([m for m in ('torch', 'onnx', 'transformers') if u.find_spec(m)])\n"
+        "lm = pastkey.load('bundle')\n"
+        f"print([lm.generate(p).text for p in {PROMPTS!r}])\n"
+    )
+    done = subprocess.run([python, "-c", code], cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "['awesome', 'awesome']"]
+    command = tmp_path / "venv" / "bin" / "pastkey"
+    done = subprocess.run([command, "inspect", "bundle"], cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([command, "export", "x", "--out", "y"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'pastkey[export]'" in done.stderr
+    assert done.stderr.count("\n") == 1
