@@ -7,7 +7,6 @@ This package holds what the stages agree on and imports the standard library onl
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(runtime, name)
     if name == "__version__":
+        import importlib.metadata  # here, since it takes longer than the rest of this file
+
         try:
             return importlib.metadata.version("pastkey")
         except importlib.metadata.PackageNotFoundError:
