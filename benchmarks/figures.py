@@ -58,6 +58,10 @@ def rows(fp32: Bundle, int8: Bundle, stories: dict[str, float], rounds: int, dem
     parity = fp32.manifest.parity["fp32"]["checks"]
     worst = max(check["value"] for check in parity.values() if check["measure"] == "max_relative_difference")
     training = json.loads((demo / "checkpoint" / "pastkey.json").read_text(encoding="utf-8"))["training"]["figures"]
+    imports = [
+        1e3 * import_seconds("pastkey", beforehand="sys"),
+        1e3 * import_seconds("pastkey.runtime.language_model", beforehand="numpy, onnxruntime"),
+    ]
     return [
         "| | float32 | int8 |",
         "|---|---|---|",
@@ -75,9 +79,8 @@ def rows(fp32: Bundle, int8: Bundle, stories: dict[str, float], rounds: int, dem
         f"{onnxruntime.__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}.",
         "",
-        f"`import pastkey` takes {import_seconds('pastkey', 'sys') * 1e3:.0f} ms, and `import pastkey.runtime` with its "
-        f"session {import_seconds('pastkey.runtime.language_model', 'numpy, onnxruntime') * 1e3:.0f} ms more than numpy and "
-        "onnxruntime (medians of 11 processes).",
+        f"`import pastkey` takes {imports[0]:.0f} ms, and `import pastkey.runtime` with its session "
+        f"{imports[1]:.0f} ms more than numpy and onnxruntime (medians of 11 processes).",
     ]
 
 
