@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pastkey.command import Command, finite_float, id_list, natural_int, positive_int, print_json, say
@@ -168,8 +168,26 @@ def _print_inspection(inspection: Inspection) -> None:
     for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
         if figures:
             print(f"\n{title} at export")
-            for name, value in figures.items():
-                print(f"  {name}: {value}")
+            _print_figures(figures, indent=2)
+
+
+def _print_figures(figures: Mapping[str, Any], indent: int) -> None:
+    """One line per figure, and one per group of figures that holds no further group."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
+            print(f"{'':{indent}}{name}")
+            _print_figures(value, indent + 2)
+        elif isinstance(value, Mapping):
+            shown = ", ".join(f"{key} {_figure(inner)}" for key, inner in value.items() if inner not in (None, ""))
+            print(f"{'':{indent}}{name}: {shown}")
+        else:
+            print(f"{'':{indent}}{name}: {_figure(value)}")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 # --- devices ------------------------------------------------------------------------------------------------------

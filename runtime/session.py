@@ -149,8 +149,8 @@ class Session:
         if self._mask is None and mask is None:
             if self._ones.size < batch * total:
                 self._ones = np.ones(2 * batch * total, np.int64)
-            positions = np.broadcast_to(np.arange(self.length, total), (batch, tokens))
-            return self._ones[: batch * total].reshape(batch, total), np.ascontiguousarray(positions)
+            positions = np.arange(self.length, total, dtype=np.int64)[None].repeat(batch, axis=0)
+            return self._ones[: batch * total].reshape(batch, total), positions
         past = np.ones((batch, self.length), np.int64) if self._mask is None else self._mask
         new = np.ones((batch, tokens), np.int64) if mask is None else mask
         full = np.concatenate([past, new], axis=1)
@@ -197,6 +197,8 @@ class Session:
         return array
 
     def _check_finite(self, logits: Logits, start: int, tokens: int, mask: Ids | None) -> None:
+        if np.isfinite(logits).all():
+            return
         finite = np.isfinite(logits).all(axis=-1)  # (B, T)
         if mask is not None and not self._last_only:
             finite |= mask == 0

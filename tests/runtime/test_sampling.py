@@ -138,6 +138,16 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     assert {sampler(LOGITS, []) for _ in range(500)} == {1, 3}
 
 
+@pytest.mark.parametrize(("drawn", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_unit_interval_draw_tokens_with_probability(drawn: float, expected: int) -> None:
+    class Fixed(np.random.Generator):
+        def random(self, *_: object, **__: object) -> float:  # type: ignore[override]
+            return drawn
+
+    logits = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf])
+    assert sampling.draw(logits, Fixed(np.random.PCG64(0))) == expected
+
+
 def test_a_seed_repeats_and_another_does_not() -> None:
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))

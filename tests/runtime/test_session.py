@@ -248,6 +248,14 @@ def test_nan_in_the_logits_names_the_position(tiny: Tiny, make_bundle: MakeBundl
         Session(broken, threads=1).prefill(random_ids(8))
 
 
+def test_nan_at_padding_is_no_error(session: Session) -> None:
+    logits = np.zeros((1, 3, 37), np.float32)
+    logits[0, 2] = np.nan
+    session._check_finite(logits, 0, 3, np.array([[1, 1, 0]]))
+    with pytest.raises(NumericsError, match="position 2"):
+        session._check_finite(logits, 0, 3, np.array([[1, 0, 1]]))
+
+
 # --- opening ------------------------------------------------------------------------------------------------------
 def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, **fields))
