@@ -52,14 +52,15 @@ Handler = Callable[[AttentionCall], Tensor]
 def intercept(handler: Handler, watch: Callable[..., None] | None = None) -> Iterator[None]:
     """While open, each attention call goes to `handler` once, and its result (B, H, T, Dv) to the caller.
 
-    `watch(func, args, kwargs)` is shown every other torch function that the module calls itself.
+    `watch(func, args, kwargs)` is shown every other torch function that the module calls itself. What torch.compile
+    wrapped runs as plain Python meanwhile: compiled code calls nothing that could be intercepted.
     """
     mode = _AttentionMode(handler, watch)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one closed C++ kernel
     F.scaled_dot_product_attention = mode.attend
     try:
-        with mode:
+        with mode, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         F.scaled_dot_product_attention = _ATTENTION
@@ -67,8 +68,16 @@ def intercept(handler: Handler, watch: Callable[..., None] | None = None) -> Ite
 
 
 def torch_attention(call: AttentionCall) -> Tensor:
-    """torch's own causal attention, the reference: (B, H, T, Dv)."""
-    return _ATTENTION(call.query, call.key, call.value, is_causal=True, scale=call.scale, enable_gqa=call.groups > 1)
+    """What torch computes for the call as the module made it, the reference: (B, H, T, Dv)."""
+    return _ATTENTION(
+        call.query,
+        call.key,
+        call.value,
+        attn_mask=call.mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        enable_gqa=call.groups > 1,
+    )
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -103,6 +112,8 @@ class _AttentionMode(TorchFunctionMode):
         self._busy = True
         try:
             shape = query.shape
+            if attn_mask is not None and query.dim() == 3:
+                attn_mask = _four_axes(attn_mask)
             call = AttentionCall(
                 query=_four_axes(query),
                 key=_four_axes(key),

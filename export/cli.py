@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 
@@ -26,7 +27,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from .pipeline import export
 
-    with _Stages() as stages:
+    with _Stages() as stages, _prints_of_the_module():
         report = export(
             arguments.source,
             arguments.out,
@@ -75,9 +76,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.source is None:
         verification = verify(bundle)
     else:
-        source = open_source(arguments.source, context_length=bundle.manifest.context_length)
-        observation = observe(source.module, source.context_length)
-        verification = verify(bundle, source.module, layers=observation.layers, vocab_size=observation.input_vocab_size)
+        with _prints_of_the_module():
+            source = open_source(arguments.source, context_length=bundle.manifest.context_length)
+            observation = observe(source.module, source.context_length)
+            verification = verify(bundle, source.module, layers=observation.layers)
     result = verification.to_json()
     if arguments.json:
         print_json(result)
@@ -98,6 +100,11 @@ def _say_parity(verification: dict, title: str) -> None:  # type: ignore[type-ar
         else:
             figure = f"{check['measure'].replace('_', ' ')} {check['value']:.1e} (limit {check['limit']:.0e})"
         say(f"    {mark} {name:<12} {figure}")
+
+
+def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
+    """Sends what the user's file prints to standard error: standard output is for the one JSON object."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 class _Stages:

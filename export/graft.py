@@ -129,7 +129,17 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
             f"{type(module).__name__} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
             "the calls must not depend on the input"
         )
+    _require_float32(module, exported.model)
     return exported.model
+
+
+def _require_float32(module: nn.Module, model: ir.Model) -> None:
+    for value in model.graph.initializers.values():
+        if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            raise ContractError(
+                f"{type(module).__name__} computes with {value.name} in {value.dtype.name.lower()}: leave out autocast "
+                "and casts, the graph is made in float32"
+            )
 
 
 class _Grafted(nn.Module):
@@ -268,10 +278,14 @@ def _trace_sentence(module: nn.Module, error: BaseException) -> str:
     known = next((cause for cause in chain if isinstance(cause, ContractError)), None)
     if known is not None:
         return str(known)
-    line = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
+    lines = [line.strip(" -") for line in str(chain[-1]).splitlines() if line.strip()] or [type(chain[-1]).__name__]
+    # torch's first line on a broken constraint is about its logging, the second about the constraint.
+    line = lines[1 if lines[0].startswith("Constraints violated") and len(lines) > 1 else 0]
+    if "complex" in line:
+        line += " (keep rotary tables as real cos and sin, not as complex numbers)"
     where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)
     return (
         f"torch could not trace {type(module).__name__} with a symbolic length{f' at {where}' if where else ''}: "
-        f"{line[:300]}; forward must not branch on values or lengths: take lengths from tensor.shape and positions "
+        f"{line[:400]}; forward must not branch on values or lengths: take lengths from tensor.shape and positions "
         "from position_ids"
     )

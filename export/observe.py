@@ -40,7 +40,6 @@ class Observation:
 
     layers: tuple[Layer, ...]
     vocab_size: int  # V, the width of the logits
-    input_vocab_size: int  # rows of the embedding that input_ids index; V where none was seen
 
     @property
     def geometry(self) -> tuple[KVGeometry, ...]:
@@ -119,17 +118,39 @@ def observe(module: nn.Module, context_length: int) -> Observation:
     """Runs the module at two shapes and checks that it keeps the contract. Raises ContractError where it does not."""
     _check_module(module)
     longest = min(7, context_length)
-    vocab_size, input_vocab_size = _probe_vocabulary(module, longest)
-    runs = [
-        _Observer(module, batch, length, input_vocab_size).layers()
-        for batch, length in ((2, longest), (3, max(min(2, context_length), longest - 2)))
-    ]
-    if len(runs[0]) != len(runs[1]) or [a.geometry for a in runs[0]] != [b.geometry for b in runs[1]]:
+    vocab_size = _probe_vocabulary(module, longest)
+    _check_last_position(module, longest, context_length)
+    runs = [_Observer(module, batch, length, vocab_size) for batch, length in ((2, longest), (3, max(2, longest - 2)))]
+    if runs[0].masked:  # a window shows where the text is longer than it
+        runs.append(_Observer(module, 1, context_length, vocab_size))
+    return Observation(_attention_layers(module, runs), vocab_size)
+
+
+def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, ...]:
+    """The attention calls, seen to be the same in runs of different lengths."""
+    # A softmax over T x T scores is one for every T; over as many experts as there are tokens, for one only.
+    by_hand = runs[0].softmaxes
+    if by_hand and (runs[1].softmaxes or runs[1].length == 2):
+        length = runs[0].length
         raise ContractError(
-            f"{_name(module)} makes different attention calls for different lengths ({len(runs[0])} and "
-            f"{len(runs[1])}): the calls and their head sizes must not depend on the input"
+            f"{by_hand[0]} computes attention by hand, a softmax over ({length}, {length}) scores, which no cache can "
+            "be grafted onto: replace softmax(q @ k.transpose(-2, -1) * scale + mask) @ v by  "
+            "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
         )
-    return Observation(tuple(runs[0]), vocab_size, input_vocab_size)
+    first = runs[0].layers
+    if not first:
+        raise ContractError(
+            f"{_name(module)} made no call of F.scaled_dot_product_attention, so there is nothing to graft a cache "
+            "onto: compute attention as  F.scaled_dot_product_attention(q, k, v, is_causal=True)  (with "
+            "nn.MultiheadAttention, pass need_weights=False)"
+        )
+    for run in runs[1:]:
+        if [a.geometry for a in first] != [b.geometry for b in run.layers]:
+            raise ContractError(
+                f"{_name(module)} makes different attention calls for different lengths ({len(first)} and "
+                f"{len(run.layers)}): the calls and their head sizes must not depend on the input"
+            )
+    return tuple(first)
 
 
 def random_ids(count: int, length: int, vocab_size: int, seed: int = _SEED) -> Tensor:
@@ -139,48 +160,32 @@ def random_ids(count: int, length: int, vocab_size: int, seed: int = _SEED) -> T
 
 
 class _Observer:
-    """One run of the module at one shape."""
+    """One run of the module at one shape, and what was seen of it."""
 
     def __init__(self, module: nn.Module, batch: int, length: int, vocab_size: int) -> None:
+        self.length = length
+        self.layers: list[Layer] = []
+        self.masked = False  # whether a call passed a mask of its own
+        self.softmaxes: list[str] = []  # submodules that compute a softmax over T x T scores themselves
         self._module = module
         self._batch = batch
-        self._length = length
-        self._ids = random_ids(batch, length, vocab_size)
-        self._layers: list[Layer] = []
         self._stack: list[str] = []  # the submodules being run
-        self._softmaxes: list[str] = []  # submodules that compute a softmax over T x T scores themselves
-
-    def layers(self) -> list[Layer]:
-        with _tracking(self._module, self._stack):
-            positions = torch.arange(self._length).expand_as(self._ids)
-            with evaluating(self._module), intercept(self._record, self._watch):
-                _guarded(self._module, self._ids, positions)
-        if self._softmaxes:
-            raise ContractError(
-                f"{self._softmaxes[0]} computes attention by hand, a softmax over ({self._length}, {self._length}) "
-                f"scores, which no cache can be grafted onto: replace softmax(q @ k.transpose(-2, -1) * scale + mask) "
-                "@ v by  F.scaled_dot_product_attention(q, k, v, is_causal=True)"
-            )
-        if not self._layers:
-            raise ContractError(
-                f"{_name(self._module)} made no call of F.scaled_dot_product_attention, so there is nothing to graft "
-                "a cache onto: compute attention as  F.scaled_dot_product_attention(q, k, v, is_causal=True)  "
-                "(with nn.MultiheadAttention, pass need_weights=False)"
-            )
-        return self._layers
+        ids = random_ids(batch, length, vocab_size)
+        with _tracking(module, self._stack), evaluating(module), intercept(self._record, self._watch):
+            _guarded(module, ids, torch.arange(length).expand_as(ids))
 
     def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         scores = args[0] if args else kwargs.get("input")
         if func in (torch.softmax, F.softmax, Tensor.softmax, torch.exp, Tensor.exp) and isinstance(scores, Tensor):
-            square = scores.dim() >= 3 and scores.shape[-2:] == (self._length, self._length)
-            if square and self._length > 2:
-                self._softmaxes.append(f"{self._place()} ({calling_line()})")
+            square = scores.dim() >= 3 and scores.shape[-2:] == (self.length, self.length)
+            if square and self.length > 2:
+                self.softmaxes.append(f"{self._place()} ({calling_line()})")
 
     def _place(self) -> str:
         return f"{self._stack[-1] if self._stack else ''} of {_name(self._module)}".removeprefix(" of ")
 
     def _record(self, call: AttentionCall) -> Tensor:
-        number = len(self._layers)
+        number = len(self.layers)
         told = f"attention call {number} ({call.where}, in {self._place()})"
         self._check_shapes(call, told)
         self._check_causal(call, told)
@@ -191,22 +196,27 @@ class _Observer:
             )
         geometry = KVGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3])
         module = self._stack[-1] if self._stack else ""
-        self._layers.append(Layer(geometry, call.query.shape[1], module, call.where))
+        self.masked |= call.mask is not None
+        self.layers.append(Layer(geometry, call.query.shape[1], module, call.where))
         return torch_attention(call)
 
     def _check_shapes(self, call: AttentionCall, told: str) -> None:
         shapes = [tuple(tensor.shape) for tensor in (call.query, call.key, call.value)]
-        expected = all(len(shape) == 4 and shape[0] == self._batch and shape[2] == self._length for shape in shapes)
+        expected = all(len(shape) == 4 and shape[0] == self._batch and shape[2] == self.length for shape in shapes)
         if not expected:
             raise ContractError(
                 f"{told} received query, key and value of shapes {', '.join(map(str, shapes))} for a batch of "
-                f"{self._batch} and {self._length} tokens: expected (B, heads, T, head size), self-attention over "
+                f"{self._batch} and {self.length} tokens: expected (B, heads, T, head size), self-attention over "
                 "the new tokens alone"
             )
         if call.query.shape[1] % call.key.shape[1]:
             raise ContractError(
                 f"{told} has {call.query.shape[1]} query heads for {call.key.shape[1]} key/value heads: "
                 "expected a multiple"
+            )
+        if call.query.dtype != torch.float32:
+            raise ContractError(
+                f"{told} computes in {call.query.dtype}: leave out autocast and casts, the graph is made in float32"
             )
 
     def _check_causal(self, call: AttentionCall, told: str) -> None:
@@ -217,7 +227,7 @@ class _Observer:
                 f"{told} is not causal: a decoder's token sees only itself and earlier ones, write "
                 "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
             )
-        causal = torch.ones(self._length, self._length, dtype=torch.bool).tril()
+        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
         mask = call.mask
         seen = mask if mask.dtype == torch.bool else mask > -1e4
         plain = mask.dtype == torch.bool or bool((mask[seen] == 0).all())
@@ -283,8 +293,23 @@ def _check_module(module: nn.Module) -> None:
             raise ContractError(f"the weight {name} of {_name(module)} holds NaN or infinity: training went wrong")
 
 
-def _probe_vocabulary(module: nn.Module, length: int) -> tuple[int, int]:
-    """V of the logits, and the rows of the embedding that input_ids index."""
+def _check_last_position(module: nn.Module, length: int, context_length: int) -> None:
+    """Runs the module at the end of the context, where a table of positions may be too short."""
+    ids = torch.zeros(1, length, dtype=torch.long)
+    try:
+        _guarded(module, ids, torch.arange(context_length - length, context_length)[None])
+    except ContractError as error:
+        cause = error.__cause__ or error
+        where = failing_line(cause)
+        raise ContractError(
+            f"{_name(module)} fails at position {context_length - 1}, the last of a context of {context_length} tokens"
+            f"{f', at {where}' if where else ''} with {type(cause).__name__}: {_first_line(cause)}; give the context "
+            "length that the module was made for, or a smaller one"
+        ) from error
+
+
+def _probe_vocabulary(module: nn.Module, length: int) -> int:
+    """V, the width of the logits. Raises ContractError when input_ids index an embedding of fewer rows."""
     ids = torch.zeros(2, length, dtype=torch.long)
     rows: list[int] = []
 
@@ -297,7 +322,14 @@ def _probe_vocabulary(module: nn.Module, length: int) -> tuple[int, int]:
 
     with evaluating(module), intercept(torch_attention, watch):
         logits = _guarded(module, ids, torch.arange(length).expand_as(ids))
-    return logits.shape[-1], min([*rows, logits.shape[-1]])
+    vocab_size = logits.shape[-1]
+    if rows and min(rows) < vocab_size:
+        raise ContractError(
+            f"{_name(module)} returns logits of {vocab_size} tokens and embeds {min(rows)}: a generated id of "
+            f"{min(rows)} or more could not be read back; give both the same vocabulary, e.g. return "
+            f"logits[..., :{min(rows)}]"
+        )
+    return vocab_size
 
 
 def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -309,8 +341,9 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
         raise
     except Exception as error:
         raise ContractError(
-            f"{_name(module)} failed on input_ids and position_ids of shape ({batch}, {length}) at "
-            f"{failing_line(error)} with {type(error).__name__}: {_first_line(error)}; expected  {CONTRACT}"
+            f"{_name(module)} failed on input_ids and position_ids of shape ({batch}, {length})"
+            f"{f' at {where}' if (where := failing_line(error)) else ''} with {type(error).__name__}: "
+            f"{_first_line(error)}; expected  {CONTRACT}"
         ) from error
     if not isinstance(output, Tensor):
         what = (
@@ -329,6 +362,8 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
             f"{_name(module)} returned shape {tuple(output.shape)} for {batch} rows of {length} tokens: "
             f"return logits (B, T, V) = ({batch}, {length}, V)"
         )
+    if output.dtype != torch.float32:
+        raise ContractError(f"{_name(module)} returned {output.dtype} logits: return float32, e.g. logits.float()")
     if not bool(torch.isfinite(output).all()):
         raise ContractError(f"{_name(module)} returned NaN or infinity in its logits: check its weights and masks")
     return output

@@ -169,10 +169,7 @@ class _Job:
     def verify(self, bundle: Bundle) -> Verification:
         """Raises ParityError when the bundle does not compute what its source computes."""
         self.say(f"verify {bundle.manifest.precision}: prefill, decode, chunks, batch, greedy")
-        observation = self.observation
-        verification = verify(
-            bundle, self.source.module, layers=observation.layers, vocab_size=observation.input_vocab_size
-        )
+        verification = verify(bundle, self.source.module, layers=self.observation.layers)
         verification.require_ok(f"the {bundle.manifest.precision} export of {self.source.name}")
         return verification
 

@@ -23,7 +23,7 @@ def rehearse(module: nn.Module, observation: Observation, context_length: int) -
     """Runs the end of a text alone with the cached keys and values of its beginning. Raises ContractError."""
     length = min(12, context_length)
     past = length // 2
-    ids = random_ids(2, length, observation.input_vocab_size, seed=1)
+    ids = random_ids(2, length, observation.vocab_size, seed=1)
     whole = _Outputs(module)
     with whole:
         expected = run_uncached(module, ids)

@@ -174,7 +174,7 @@ def _run_user_code(file: Path, what: str, call: Any) -> Any:
         return call()
     except PastkeyError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without its `if __name__ == "__main__"` may exit
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
         where = f"{file}:{lines[-1]}" if lines else str(file)
         raise InputError(f"{what} failed at {where} with {type(error).__name__}: {error}") from error

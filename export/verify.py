@@ -116,19 +116,19 @@ def _rows(session: Session, layer: int) -> tuple[Logits, Logits]:
 
 
 # --- verifying ----------------------------------------------------------------------------------------------------
-def verify(
-    bundle: Bundle, module: nn.Module | None = None, *, layers: tuple[Layer, ...] = (), vocab_size: int | None = None
-) -> Verification:
-    """Runs every check. `layers` name the attention calls in messages; `vocab_size` bounds the ids that are tried."""
-    return _Verifier(bundle, module, layers, vocab_size or bundle.manifest.vocab_size).run()
+def verify(bundle: Bundle, module: nn.Module | None = None, *, layers: tuple[Layer, ...] = ()) -> Verification:
+    """Runs every check. `layers` name the attention calls in messages."""
+    return _Verifier(bundle, module, layers).run()
 
 
 class _Verifier:
-    def __init__(self, bundle: Bundle, module: nn.Module | None, layers: tuple[Layer, ...], vocab_size: int) -> None:
+    def __init__(self, bundle: Bundle, module: nn.Module | None, layers: tuple[Layer, ...]) -> None:
         self._bundle = bundle
         self._layers = layers
         self._context = bundle.manifest.context_length
-        self._ids = np.random.default_rng(0).integers(0, vocab_size, min(TOKENS, self._context), dtype=np.int64)
+        self._ids = np.random.default_rng(0).integers(
+            0, bundle.manifest.vocab_size, min(TOKENS, self._context), dtype=np.int64
+        )
         self._common = Session(bundle, graph="common")
         self._last = Session(bundle, graph="last")
         # int8 is compared with itself: its distance from float32 is quality, not parity.
