@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pastkey.command import Command, finite_float, natural_int, positive_int, print_json, say
-from pastkey.errors import InputError
 
 from .settings import PRESETS, TrainConfig
 
@@ -23,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="UTF-8 text files, or folders of .txt and .md files (default: the built-in stories, or the classic lesson)",
+        help="UTF-8 text files, or folders of .txt and .md files (default: built-in stories, or the classic lesson)",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on with the run in CHECKPOINT")

@@ -278,7 +278,8 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def _parameter_groups(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    decayed, free = {}, {}
+    decayed: dict[str, Tensor] = {}
+    free: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         (decayed if name.endswith("proj.weight") else free)[name] = parameter
     return decayed, free

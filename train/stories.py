@@ -66,16 +66,16 @@ def _tell(node: Node, told: Slots, dice: random.Random) -> tuple[str, Slots]:
             sentence, told = _tell(part, told, dice)
             sentences.append(sentence)
         return " ".join(filter(None, sentences)), told
-    words = []
-    for part in _parts(node):
-        if isinstance(part, str):
-            words.append(part)
+    text = ""
+    for piece in _parts(node):
+        if isinstance(piece, str):
+            text += piece
             continue
-        if part.slot not in told:
+        if piece.slot not in told:
             taken = _settled_names(told)
-            told = {**told, part.slot: (dice.choice([e for e in SLOTS[part.slot] if e["name"] not in taken]),)}
-        words.append(part.render(told[part.slot][0]))
-    return "".join(words), told
+            told = {**told, piece.slot: (dice.choice([e for e in SLOTS[piece.slot] if e["name"] not in taken]),)}
+        text += piece.render(told[piece.slot][0])
+    return text, told
 
 
 # --- checking -----------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def lesson_tokenizer() -> TextTokenizer:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(LESSON_END, special=True, normalized=False)])
-    end = tokenizer.token_to_id(LESSON_END)
+    end = LESSON_WORDS.index(LESSON_END)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {LESSON_END}", special_tokens=[(LESSON_END, end)]
     )
@@ -160,14 +160,16 @@ def read_tokenizer(path: Path) -> TextTokenizer:
     end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
     if end is None:
         raise InputError(f"{path} has no end token; one of {', '.join(_END_NAMES)} was expected among its tokens")
-    added = tokenizer.encode("").ids
-    return TextTokenizer(tokenizer, end=end, begin=added[0] if added else None)
+    probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
+    added_in_front = bool(probe.special_tokens_mask[0])  # 1 for what the post-processor adds, 0 for the text's own
+    return TextTokenizer(tokenizer, end=end, begin=probe.ids[0] if added_in_front else None)
 
 
 def _beginning_with_end(tokenizer: Tokenizer) -> TextTokenizer:
     """Makes the end token the begin token too, which lets an empty prompt begin a document."""
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, end)]
     )

@@ -1,0 +1,53 @@
+"""What the tests of training share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pastkey import names
+from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState
+from pastkey.train.settings import TrainConfig
+
+TINY: dict[str, Any] = {
+    "preset": "llama",
+    "steps": 12,
+    "batch_size": 4,
+    "save_every": 4,
+    "warmup_steps": 2,
+    "context": 32,
+    "hidden_size": 16,
+    "layers": 1,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 8,
+    "tokenizer": "char",
+    "threads": 1,
+}
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    return TrainConfig.from_given(TINY | changes)
+
+
+def bare_checkpoint(folder: Path) -> Path:
+    """A folder with stand-ins for the files that a save expects to be there."""
+    (folder / "training").mkdir(parents=True)
+    for name in (names.TOKENIZER, names.TOKENIZER_CONFIG):
+        (folder / name).write_text("{}", encoding="utf-8")
+    for name in (TOKENS_TRAIN, TOKENS_VAL):
+        (folder / name).write_bytes(b"\x00\x00")
+    return folder
+
+
+def no_state(step: int = 0, **figures: Any) -> TrainingState:
+    return TrainingState(step, {}, {}, {}, figures)
+
+
+def write_corpus(path: Path, paragraphs: int = 60) -> Path:
+    """A text file of a few kilobytes, in one document."""
+    lines = [
+        f"Line {number}: the cat sat on mat {number * 7 % 13}, and the dog saw it." for number in range(paragraphs)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

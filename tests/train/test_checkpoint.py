@@ -1,0 +1,195 @@
+"""A checkpoint is whole at every moment, and a reader names what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from pastkey import names
+from pastkey.config import ModelConfig
+from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.train import checkpoint as module
+from pastkey.train.checkpoint import STATE, discard_unfinished, load_checkpoint, load_optimizer, save_checkpoint
+from pastkey.train.model import Decoder
+
+from .helpers import bare_checkpoint, no_state
+
+
+def decoder(seed: int, **changes: Any) -> Decoder:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": 13, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    return Decoder(ModelConfig(**(sizes | heads | changes)))
+
+
+def weights(model: Decoder) -> float:
+    return sum(tensor.double().sum().item() for tensor in model.state_dict().values())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = bare_checkpoint(tmp_path / "checkpoint")
+    save_checkpoint(folder, decoder(1), no_state(5, val_loss=1.5))
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_was_saved_is_loaded(tied: bool, tmp_path: Path) -> None:
+    model = decoder(3, tie_word_embeddings=tied)
+    folder = bare_checkpoint(tmp_path / "c")
+    save_checkpoint(folder, model, no_state(7))
+    loaded = load_checkpoint(str(folder))
+    assert loaded.config == model.config
+    assert loaded.training["step"] == 7
+    assert loaded.tokenizer_path == folder / "tokenizer.json"
+    assert not loaded.model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
+    assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
+    with safe_open(folder / names.WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
+        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118 (not a dict)
+    assert not list(folder.rglob("*.new"))
+
+
+def test_nothing_is_pickled(saved: Path) -> None:
+    for file in saved.rglob("*"):
+        if file.is_file():
+            assert not file.read_bytes().startswith((b"\x80", b"PK")), file  # pickle, torch.save
+
+
+def test_the_model_loads_without_the_training_state(saved: Path) -> None:
+    shutil.rmtree(saved / "training")
+    checkpoint = load_checkpoint(saved)
+    with pytest.raises(IntegrityError, match=r"state\.safetensors is missing"):
+        load_optimizer(saved, checkpoint.training)
+
+
+@pytest.mark.parametrize("name", [names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
+def test_a_damaged_file_is_named(saved: Path, name: str, damage: str) -> None:
+    file = saved / name
+    content = bytearray(file.read_bytes())
+    file.unlink()
+    if damage == "truncated":
+        file.write_bytes(content[:-1])
+    elif damage == "altered":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(IntegrityError, match=rf"{name} .*{damage if damage != 'altered' else 'was altered'}"):
+        load_checkpoint(saved)
+
+
+def test_a_newer_version_asks_for_an_upgrade(saved: Path) -> None:
+    manifest = json.loads((saved / names.MANIFEST).read_text())
+    (saved / names.MANIFEST).write_text(json.dumps(manifest | {"format_version": 2}))
+    with pytest.raises(IntegrityError, match="upgrade pastkey"):
+        load_checkpoint(saved)
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none")
+    with pytest.raises(MissingFileError, match="not a checkpoint"):
+        load_checkpoint(tmp_path)
+    (tmp_path / names.MANIFEST).write_text('{"kind": "bundle", "format_version": 1}')
+    with pytest.raises(InputError, match="a checkpoint was expected"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_manifest_cannot_list_files_outside(saved: Path) -> None:
+    manifest = json.loads((saved / names.MANIFEST).read_text())
+    manifest["training"]["files"]["../elsewhere"] = {"size": 1, "sha256": "0"}
+    (saved / names.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="not a path inside"):
+        load_checkpoint(saved)
+
+
+def test_weights_that_do_not_fit_the_configuration_are_named(saved: Path, tmp_path: Path) -> None:
+    folder = bare_checkpoint(tmp_path / "other")
+    save_checkpoint(folder, decoder(1, hidden_size=10), no_state())
+    manifest = json.loads((saved / names.MANIFEST).read_text())
+    manifest["files"][names.CONFIG] = json.loads((folder / names.MANIFEST).read_text())["files"][names.CONFIG]
+    shutil.copy(folder / names.CONFIG, saved / names.CONFIG)
+    (saved / names.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match=r"model\.safetensors does not fit"):
+        load_checkpoint(saved)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may clean up after it."""
+
+
+def operations(monkeypatch: pytest.MonkeyPatch, limit: int) -> Iterator[None]:
+    """Makes the process "die" before its `limit`-th change of the disk."""
+    done = 0
+
+    def counted(original: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > limit:
+                raise Killed
+            return original(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("limit", range(12))
+def test_a_save_cut_short_at_any_operation_leaves_the_old_or_the_new(
+    saved: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = decoder(1), decoder(2)
+    dying = operations(monkeypatch, limit)
+    next(dying)
+    killed = False
+    try:
+        save_checkpoint(saved, new, no_state(6))
+    except Killed:
+        killed = True
+    next(dying, None)
+    assert killed == (limit < 9)  # three fsyncs, the manifest's fsync and rename, one folder fsync, three renames
+    checkpoint = load_checkpoint(saved)
+    step = checkpoint.training["step"]
+    assert step == (5 if limit < 5 else 6)
+    assert weights(checkpoint.model) == weights(old if step == 5 else new)
+    load_optimizer(saved, checkpoint.training)
+    discard_unfinished(saved)
+    assert not list(saved.rglob("*.new"))
+    save_checkpoint(saved, decoder(3), no_state(7))
+    assert weights(load_checkpoint(saved).model) == weights(decoder(3))
+
+
+def test_a_reader_leaves_a_save_in_progress_alone(saved: Path) -> None:
+    pending = saved / (STATE + ".new")
+    pending.write_bytes(b"half of the next")
+    load_checkpoint(saved)
+    assert pending.exists()
+    discard_unfinished(saved)
+    assert not pending.exists()
+
+
+def test_a_full_disk_keeps_the_checkpoint_and_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:100])
+        if path.name.startswith("state"):
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "_write_through", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(saved, decoder(2), no_state(6))
+    assert not list(saved.rglob("*.new"))
+    assert weights(load_checkpoint(saved).model) == weights(decoder(1))

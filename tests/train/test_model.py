@@ -1,0 +1,194 @@
+"""What every decoder of every variant must do, and that transformers computes the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pastkey.config import ModelConfig
+from pastkey.train.checkpoint import save_checkpoint
+from pastkey.train.model import Decoder, Sinusoids, generate, positions_like
+
+from .helpers import bare_checkpoint, no_state
+
+BASE = {
+    "vocab_size": 101,
+    "max_position_embeddings": 40,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "eos_token_id": 7,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500.0},
+    "gpt2": {"position_encoding": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "qkv_bias": True},
+    "classic": {
+        "position_encoding": "sinusoidal",
+        "norm": "none",
+        "mlp": "none",
+        "intermediate_size": 0,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
+    "odd": {"hidden_size": 9, "position_encoding": "sinusoidal", "head_dim": 3, "max_position_embeddings": 8},
+}
+
+
+def decoder(variant: str, **changes: Any) -> Decoder:
+    """A decoder with weights large enough that a mistake shows."""
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(**(BASE | VARIANTS[variant] | changes))).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def random_ids(rows: int, length: int) -> Tensor:
+    return torch.randint(0, BASE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_have_one_row_per_position_and_look_only_back(variant: str) -> None:
+    model = decoder(variant)
+    ids = random_ids(3, 7)
+    with torch.no_grad():
+        logits = model(ids, positions_like(ids))
+        changed = ids.clone()
+        changed[:, 5] = (changed[:, 5] + 1) % 101
+        after = model(changed, positions_like(ids))
+    assert logits.shape == (3, 7, 101)
+    assert torch.allclose(logits[:, :5], after[:, :5], atol=1e-5)
+    assert not torch.allclose(logits[:, 5:], after[:, 5:], atol=1e-2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_order_of_tokens_matters(variant: str) -> None:
+    model = decoder(variant)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        there, back = (model(tokens, positions_like(tokens))[0, -1] for tokens in (ids, torch.tensor([[4, 3, 5, 6]])))
+    assert not torch.allclose(there, back, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
+def test_rotary_logits_depend_on_distances_alone(variant: str) -> None:
+    model = decoder(variant)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        near, far = model(ids, positions_like(ids)), model(ids, positions_like(ids) + 21)
+    assert torch.allclose(near, far, atol=2e-4)
+
+
+def test_sinusoids_are_those_of_the_paper() -> None:
+    encoding = Sinusoids(5)(torch.tensor([[0, 3]]))[0]
+    assert encoding[0].tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]
+    expected = [
+        torch.sin(torch.tensor(3.0)),
+        torch.cos(torch.tensor(3.0)),
+        torch.sin(torch.tensor(3 / 10000 ** (2 / 5))),
+    ]
+    assert torch.allclose(encoding[1][:3], torch.stack(expected))
+
+
+def test_grouped_queries_share_heads_as_repeated_ones_would() -> None:
+    grouped = decoder("llama")
+    full = decoder("llama", num_key_value_heads=4)
+    state = dict(grouped.state_dict())
+    for name, tensor in grouped.state_dict().items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            state[name] = tensor.view(2, 10, -1).repeat_interleave(2, dim=0).reshape(40, -1)
+    full.load_state_dict(state)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.allclose(grouped(ids, positions_like(ids)), full(ids, positions_like(ids)), atol=1e-5)
+
+
+def test_attention_goes_through_the_one_function_that_export_intercepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    original = F.scaled_dot_product_attention
+
+    def seen(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    ids = random_ids(1, 4)
+    decoder("llama")(ids, positions_like(ids))
+    assert calls == [{"is_causal": True, "enable_gqa": True}] * 2
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
+def test_transformers_loads_the_checkpoint_and_computes_the_same(variant: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    model = decoder(variant)
+    save_checkpoint(bare_checkpoint(tmp_path), model, no_state())
+    ids = random_ids(3, 17)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers warns of its own deprecations
+        import transformers
+
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        ours, theirs = model(ids, positions_like(ids)), loaded(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
+
+
+def test_generate_takes_the_likeliest_token_until_the_end_token() -> None:
+    model = decoder("llama")
+    prompt = random_ids(3, 4)
+    rows = generate(model, prompt, 12)
+    for row, start in zip(rows, prompt.tolist(), strict=True):
+        ids = start + row
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), positions_like(torch.tensor([ids])))[0]
+        assert row == logits[3 : 3 + len(row)].argmax(dim=-1).tolist()
+        assert len(row) == 12 or logits[3 + len(row)].argmax() == 7
+        assert 7 not in row
+
+
+def test_generate_stops_at_the_context_and_repeats_under_a_seed() -> None:
+    model = decoder("odd", eos_token_id=None)
+    prompt = random_ids(2, 3)
+    assert [len(row) for row in generate(model, prompt, 50, temperature=1.0, seed=4)] == [5, 5]
+    first, again, other = (generate(model, prompt, 5, temperature=1.0, seed=seed) for seed in (4, 4, 5))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(8, 1, 1), (10, 3, 1), (80, 5, 5)])
+def test_odd_sizes_work(head_dim: int, heads: int, kv_heads: int) -> None:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": 33}
+    model = decoder("llama", **sizes, num_hidden_layers=1, max_position_embeddings=8)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
+    assert model(ids, positions_like(ids)).shape == (1, 8, 33)
+
+
+def test_the_model_exports_with_both_axes_symbolic() -> None:
+    for variant in ("llama", "gpt2", "classic"):
+        model = decoder(variant)
+        ids = random_ids(2, 5)
+        axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export warns of its own internals
+            program = torch.export.export(model, (ids, positions_like(ids).contiguous()), dynamic_shapes=(axes, axes))
+        other = random_ids(3, 11)
+        with torch.no_grad():
+            exported = program.module()(other, positions_like(other).contiguous())
+            assert torch.allclose(exported, model(other, positions_like(other)), atol=1e-5)

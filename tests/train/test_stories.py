@@ -1,0 +1,175 @@
+"""Every story that is told is accepted, and what the grammar would not tell is not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pastkey.errors import InputError
+from pastkey.train.plots import CHARACTERS, SLOTS, STORY, Node
+from pastkey.train.stories import Mention, _parts, acceptance, check_story, read_stories, stories
+
+TOLD = list(itertools.islice(stories(11), 400))
+NAMES = sorted({entry["name"] for entry in CHARACTERS})
+
+LOST = (
+    "There once was a brave fox named Sam who lived by the sea. Sam loved the yellow scarf that his uncle had given "
+    "him. On a windy morning Sam carried the scarf to the beach. There he built a castle of sand, and when he looked "
+    'up, the scarf was gone. Then Lily, a gentle hedgehog, came by. "Do not worry, Sam, we will find it," said Lily. '
+    "They looked near the rocks, but it was not there. At last Lily found the yellow scarf beside the old boat. "
+    '"Thank you, Lily!" said Sam, and they walked home when the wind grew calm. Sam and Lily stayed good friends ever '
+    "after."
+)
+
+
+def test_every_story_told_is_accepted() -> None:
+    refused = [verdict.reason for text in TOLD if not (verdict := check_story(text)).ok]
+    assert refused == []
+    assert acceptance(TOLD) == 1.0
+
+
+def test_stories_hardly_ever_repeat() -> None:
+    # Among n of N equally likely stories n²/2N pairs are expected to be the same: none of 30,000 says N is beyond 10⁸.
+    told = list(itertools.islice(stories(5), 30_000))
+    assert len(set(told)) == len(told)
+
+
+def test_the_same_seed_tells_the_same_stories() -> None:
+    again = list(itertools.islice(stories(11), 20))
+    assert again == TOLD[:20]
+    assert list(itertools.islice(stories(12), 20)) != again
+
+
+def test_stories_are_short_and_of_few_words() -> None:
+    lengths = [len(text.split()) for text in TOLD]
+    assert 55 <= min(lengths)
+    assert max(lengths) <= 140
+    assert len({word for text in TOLD for word in re.findall(r"[a-z]+", text.lower())}) < 700
+
+
+def test_articles_fit_their_nouns() -> None:
+    for text in itertools.islice(stories(3), 3000):
+        assert not re.search(r"\b[Aa] [aeiou]", text), text
+        assert not re.search(r"\ban [^aeiou]", text), text
+        assert "  " not in text
+        assert re.search(r"\.$", text)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("said Lily. They", "said Clara. They"),  # the friend's name changes
+        ("the yellow scarf beside", "the red scarf beside"),  # another color is found
+        ("the yellow scarf beside", "the yellow drum beside"),  # another thing is found
+        ("the scarf was gone", "the ball was gone"),  # another thing is lost
+        ("There he built", "There she built"),  # another pronoun
+        ("his uncle", "her uncle"),
+        ("near the rocks", "behind the ferns"),  # a hiding place of the forest, at the beach
+        ("beside the old boat", "in a hollow tree"),
+        ("a castle of sand", "the hens"),
+        ("when the wind grew calm", "when the rain stopped"),  # the weather was windy
+        ("Then Lily, a gentle hedgehog", "Then Sam, a gentle hedgehog"),  # one's own friend
+        ("Then Lily, a gentle hedgehog", "Then Lily, a brave hedgehog"),  # as brave as the hero
+        ("They looked", "they looked"),
+        ("Sam and Lily stayed", "Sam and Lily stay"),
+        ("There once was a brave", "There once was brave"),
+        (" ever after.", " ever after"),
+        ("Lily found", "Lily  found"),
+    ],
+)
+def test_what_does_not_agree_is_refused(right: str, wrong: str) -> None:
+    assert check_story(LOST).ok
+    assert LOST.count(right) == 1
+    verdict = check_story(LOST.replace(right, wrong))
+    assert not verdict.ok
+    assert verdict.reason
+
+
+@pytest.mark.parametrize("text", TOLD[:60])
+def test_a_story_with_one_name_changed_is_refused(text: str) -> None:
+    places = list(re.finditer(rf"\b({'|'.join(NAMES)})\b", text))
+    for place in places:
+        # Swapping the only mention of a friend gives another story just as good, so only repeated names are changed.
+        if sum(other[0] == place[0] for other in places) > 1:
+            other = "Hugo" if place[0] != "Hugo" else "Mia"
+            assert not check_story(text[: place.start()] + other + text[place.end() :]).ok
+
+
+def test_a_story_cut_short_or_gone_on_is_refused() -> None:
+    for text in TOLD[:60]:
+        words = text.split(" ")
+        for end in range(len(words)):
+            assert not check_story(" ".join(words[:end])).ok
+        assert not check_story(text + " The end.").ok
+        assert not check_story(text + " " + text).ok
+
+
+def test_sentences_in_another_order_are_refused() -> None:
+    for text in TOLD[:60]:
+        sentences = re.split(r"(?<=\.) ", text)
+        for i in range(len(sentences) - 1):
+            swapped = [*sentences[:i], sentences[i + 1], sentences[i], *sentences[i + 2 :]]
+            assert not check_story(" ".join(swapped)).ok
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=200))
+def test_any_other_text_is_refused_without_a_crash(text: str) -> None:
+    assert not check_story(text).ok
+
+
+def test_space_around_a_story_does_not_matter() -> None:
+    assert check_story(f"\n  {LOST}\n").ok
+
+
+def test_the_reason_says_where_the_story_left_the_grammar() -> None:
+    reason = check_story(
+        LOST.replace("the ball was gone", "").replace("the scarf was gone", "the ball was gone")
+    ).reason
+    assert "ball was gone" in reason
+
+
+def test_every_slot_and_feature_of_the_plots_exists() -> None:
+    def templates(node: Node) -> list[str]:
+        return [node] if isinstance(node, str) else [text for part in node for text in templates(part)]
+
+    used = set()
+    for template in templates(STORY):
+        for part in _parts(template):
+            if isinstance(part, Mention):
+                used.add(part.slot)
+                assert all(part.feature in entry for entry in SLOTS[part.slot]), template
+    assert used == set(SLOTS)
+
+
+def test_the_share_of_no_story_is_refused() -> None:
+    with pytest.raises(InputError, match="no story"):
+        acceptance([])
+
+
+def test_stories_are_read_from_paragraphs_and_from_json_lines(tmp_path: Path) -> None:
+    paragraphs, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    paragraphs.write_text(f"{LOST}\n\n{TOLD[0]}<|endoftext|>\n{TOLD[1]}\n", encoding="utf-8")
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in (LOST, *TOLD[:2])), encoding="utf-8")
+    assert read_stories(paragraphs) == read_stories(lines) == [LOST, *TOLD[:2]]
+
+
+def test_the_command_prints_the_share(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.txt"
+    file.write_text(f"{LOST}\n\nThis is no story.\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pastkey.train.stories", "--check"]
+    done = subprocess.run([*command, str(file), "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"stories": 2, "accepted_share": 0.5}
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, check=True)
+    assert "50.0% of 2 stories" in done.stdout
+    done = subprocess.run([*command, str(tmp_path / "none.txt")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no such file" in done.stderr

@@ -1,0 +1,139 @@
+"""Tokenizers return the text they were given, and say what they add to it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from pastkey.errors import InputError, MissingFileError
+from pastkey.train.tokenizer import (
+    END_OF_TEXT,
+    TextTokenizer,
+    _pieces,
+    lesson_tokenizer,
+    make_tokenizer,
+    read_tokenizer,
+    train_bpe,
+    train_char,
+    train_word,
+)
+
+TEXTS = ["the cat sat on the mat.\n", "Ein Kätzchen, 12 Mäuse\tund ein Haus 🏠.\r\n", "  two  spaces  "]
+BPE = train_bpe(TEXTS * 20, 300)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text())
+def test_bpe_returns_any_text_unchanged(text: str) -> None:
+    ids = BPE.tokenizer.encode(text).ids
+    assert BPE.tokenizer.decode(ids, skip_special_tokens=False) == END_OF_TEXT + text
+    assert all(0 <= token < BPE.vocab_size for token in ids)
+
+
+def test_bpe_has_the_size_asked_for_and_is_the_same_every_time() -> None:
+    assert BPE.vocab_size == 300
+    assert train_bpe(TEXTS * 20, 300).tokenizer.to_str() == BPE.tokenizer.to_str()
+    assert len(BPE.encode("the cat")) < len("the cat")
+    assert train_bpe(TEXTS, 257).encode("ab") == [BPE.encode("a")[0], BPE.encode("b")[0]]
+
+
+def test_bpe_needs_a_token_for_every_byte() -> None:
+    with pytest.raises(InputError, match="--vocab-size is 256.*at least 257"):
+        train_bpe(TEXTS, 256)
+
+
+def test_characters_return_the_text_and_refuse_others() -> None:
+    tokenizer = train_char(TEXTS)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.prompt(text)) == text
+        assert len(tokenizer.encode(text)) == len(text)
+    with pytest.raises(InputError, match="does not know"):
+        tokenizer.encode("the qat")
+
+
+def test_words_keep_the_frequent_and_merge_the_rest() -> None:
+    tokenizer = train_word(["a a a b b c, c"] * 3, 6)
+    assert tokenizer.vocab_size == 6
+    assert tokenizer.decode(tokenizer.prompt("a, b c")) == "a , b c"
+    assert tokenizer.encode("zebra") == [tokenizer.tokenizer.token_to_id("<unk>")]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "word"])
+def test_a_prompt_begins_with_the_token_that_ends_documents(kind: str) -> None:
+    tokenizer = make_tokenizer(kind, TEXTS, 280)
+    end = tokenizer.tokenizer.token_to_id(END_OF_TEXT)
+    assert tokenizer.begin == tokenizer.end == end
+    assert tokenizer.prompt("") == [end]
+    assert tokenizer.prompt("the cat") == [end, *tokenizer.encode("the cat")] == tokenizer.document("the cat")
+    assert tokenizer.decode([end, *tokenizer.encode("cat")]) == "cat"
+
+
+def test_the_lesson_has_five_words_and_ends_every_prompt_itself(tmp_path: Path) -> None:
+    lesson_tokenizer().save(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert sorted(tokenizer.get_vocab()) == ["<EOS>", "awesome", "is", "statquest", "what"]
+    end = tokenizer.token_to_id("<EOS>")
+    assert tokenizer.encode("what is statquest").tokens == ["what", "is", "statquest", "<EOS>"]
+    assert tokenizer.encode("").ids == [end]
+    assert tokenizer.decode([tokenizer.token_to_id("awesome"), end]) == "awesome"
+    with pytest.raises(InputError, match="does not know"):
+        lesson_tokenizer().encode("what is love")
+
+
+def test_the_configuration_says_what_is_added(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (config["add_bos_token"], config["bos_token"], config["eos_token"]) == (True, END_OF_TEXT, END_OF_TEXT)
+    lesson_tokenizer().save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (config["add_bos_token"], config["bos_token"], config["eos_token"]) == (False, None, "<EOS>")
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, train_char(TEXTS), lesson_tokenizer()], ids=["bpe", "char", "lesson"])
+def test_transformers_reads_the_same_prompt(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    tokenizer.save(tmp_path)
+    text = "what is statquest" if tokenizer.begin is None else "the cat sat"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers warns of its own deprecations
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        assert theirs(text)["input_ids"] == tokenizer.prompt(text)
+        assert theirs.eos_token_id == tokenizer.end
+        assert theirs.decode(tokenizer.encode(text)) == text
+
+
+def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path: Path) -> None:
+    lesson_tokenizer().save(tmp_path)
+    found = make_tokenizer(str(tmp_path / "tokenizer.json"), [], 0)
+    assert (found.begin, found.end) == (None, 4)  # what it adds stands behind the prompt
+    BPE.save(tmp_path)
+    found = make_tokenizer(str(tmp_path / "tokenizer.json"), [], 0)
+    assert (found.begin, found.end) == (BPE.begin, BPE.end)
+    with pytest.raises(MissingFileError, match="bpe, char, word or the path"):
+        make_tokenizer("bpee", [], 0)
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(InputError, match=r"bad\.json is not a tokenizer\.json"):
+        read_tokenizer(tmp_path / "bad.json")
+    (tmp_path / "endless.json").write_text(
+        Tokenizer.from_str(BPE.tokenizer.to_str().replace("<|endoftext|>", "<b>")).to_str()
+    )
+    with pytest.raises(InputError, match="no end token"):
+        read_tokenizer(tmp_path / "endless.json")
+
+
+@given(st.text(alphabet="ab ", max_size=60), st.integers(1, 7))
+def test_pieces_of_a_long_text_are_the_text(text: str, size: int) -> None:
+    pieces = list(_pieces(text, size))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= 2 * size for piece in pieces) or text == ""
