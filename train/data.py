@@ -252,10 +252,12 @@ class Tokens:
         earliest = max(0, start - self._context + 1)
         before = self._tokens[earliest : start + 1]
         if self._info.begin is not None:
-            found = np.flatnonzero(before == self._info.begin)
-            return earliest + int(found[-1]) if len(found) else start
-        found = np.flatnonzero(before[:-1] == self._info.end)
-        return earliest + int(found[-1]) + 1 if len(found) else start
+            starts = np.flatnonzero(before == self._info.begin)
+        else:
+            starts = np.flatnonzero(before[:-1] == self._info.end) + 1
+        if len(starts):
+            return earliest + int(starts[-1])
+        return 0 if earliest == 0 else start
 
 
 def _as_batch(rows: NDArray[Any]) -> Batch:

@@ -45,7 +45,7 @@ def test_bpe_has_the_size_asked_for_and_is_the_same_every_time() -> None:
 
 
 def test_bpe_needs_a_token_for_every_byte() -> None:
-    with pytest.raises(InputError, match="--vocab-size is 256.*at least 257"):
+    with pytest.raises(InputError, match=r"--vocab-size is 256.*at least 257"):
         train_bpe(TEXTS, 256)
 
 
