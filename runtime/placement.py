@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -58,7 +60,7 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         session = Session(bundle, providers=providers, threads=threads, profile_prefix=Path(folder) / "profile")
         session.prefill([0] * min(2, manifest.context_length))
-        profile = json.loads(Path(session.onnx.end_profiling()).read_text(encoding="utf-8"))
+        profile = _read_profile(Path(session.onnx.end_profiling()))
     return Inspection(
         manifest=manifest,
         weight_bytes=weights or sizes[names.COMMON_GRAPH[manifest.precision]],
@@ -66,6 +68,14 @@ def inspect(
         kv_bytes_per_token=kv_bytes_per_token(manifest),
         shares=read_shares(profile),
     )
+
+
+def _read_profile(path: Path) -> list[dict[str, Any]]:
+    try:
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # onnxruntime does not tell when it cannot write
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent)) from None
+    return events
 
 
 def kv_bytes_per_token(manifest: Manifest) -> int:

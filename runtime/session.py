@@ -48,8 +48,9 @@ class Session:
         With `profile_prefix`, onnxruntime records where each operator ran, in a file whose name starts with it.
         Raises ProviderError, IntegrityError, or InputError for an impossible number of threads.
         """
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}; it must be at least 1")
+        most = max(256, os.cpu_count() or 1)  # some thousands of threads take all memory before they do anything
+        if threads is not None and not 1 <= threads <= most:
+            raise InputError(f"threads is {threads}; it must be 1 to {most}, and the physical cores are the fastest")
         self.threads = default_threads() if threads is None else threads
         path = {"last": bundle.last_graph, "common": bundle.common_graph}[graph]
         self.manifest = bundle.manifest
@@ -100,6 +101,7 @@ class Session:
         count = math.ceil(ids.size / size)
         if size > 1:
             count = min(count, max(1, ids.size // 2))
+        self.cache.reserve(1, ids.size)  # one growth for all chunks
         for chunk in np.array_split(ids, count):
             logits = self._run(chunk[None])
         return _last(logits)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,13 @@ def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle: Bundle) 
     assert session.cache.nbytes == 600 * ROW_BYTES
 
 
+def test_a_large_shared_buffer_grows_by_a_quarter(make_bundle: Callable[..., Bundle], tiny: Tiny) -> None:
+    session = Session(make_bundle(type(tiny).random([(8, 8)], 4000), "fused"), threads=1)
+    session.prefill(np.ones(2048, np.int64))
+    session.decode(1)
+    assert session.cache.capacity == 2560
+
+
 def test_a_shared_buffer_stays_where_it_is_between_runs(fused_bundle: Bundle) -> None:
     session = Session(fused_bundle, threads=1)
     session.prefill([1, 2, 3])
@@ -70,10 +78,14 @@ def test_a_shared_buffer_stays_where_it_is_between_runs(fused_bundle: Bundle) ->
     assert [value.data_ptr() for value in session.cache._values] == pointers
 
 
-def test_a_long_prompt_takes_one_growth(fused_bundle: Bundle) -> None:
+def test_a_long_prompt_takes_one_growth(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(fused_bundle, threads=1)
-    session.forward(np.ones((1, 300), np.int64))
-    assert session.cache.capacity == 512
+    growths: list[int] = []
+    grow = session.cache._grow
+    monkeypatch.setattr(session.cache, "_grow", lambda batch, rows: growths.append(rows) or grow(batch, rows))
+    session.prefill(np.ones(520, np.int64), chunk_size=64)
+    assert growths == [520]
+    assert session.cache.capacity == 600
 
 
 def test_the_concatenating_form_holds_what_there_is(standard_bundle: Bundle) -> None:

@@ -50,6 +50,12 @@ def test_an_end_token_ends_it_and_is_not_yielded(session: Session, tiny: Tiny) -
     assert generation.new_tokens == len(tokens)
 
 
+def test_an_end_token_at_once_leaves_nothing(session: Session, tiny: Tiny) -> None:
+    generation = Generation(session, PROMPT, max_new_tokens=20, end_ids=greedy(tiny, PROMPT, 1))
+    assert list(generation) == []
+    assert generation.finish_reason == "stop"
+
+
 @pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
 def test_the_last_token_may_stand_behind_the_context(session: Session, prompt: int, expected: int) -> None:
     session.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})

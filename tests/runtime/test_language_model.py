@@ -76,6 +76,13 @@ def test_a_stop_string_ends_the_text_before_it(model: LanguageModel) -> None:
     assert model.generate("abc", max_new_tokens=30, stop=stop).text == completion.text
 
 
+def test_text_held_back_for_a_stop_string_comes_at_the_end(model: LanguageModel) -> None:
+    text = model.generate("abc", max_new_tokens=10).text
+    completion = model.generate("abc", max_new_tokens=10, stop=text[-2:] + "~")
+    assert (completion.text, completion.finish_reason) == (text, "length")
+    assert "".join(chunk.text for chunk in model.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
+
+
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3]])
 def test_a_stop_string_that_is_none_is_refused(model: LanguageModel, stop: object) -> None:
     with pytest.raises(InputError, match="stop is"):

@@ -36,6 +36,16 @@ def test_nothing_is_left_behind(bundle: Bundle, tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_profile_that_was_cut_short_means_a_full_disk(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "profile.json"
+    cut.write_text('[{"cat": "Node", "na')
+    monkeypatch.setattr("onnxruntime.InferenceSession.end_profiling", lambda _: str(cut))
+    with pytest.raises(OSError, match="No space left"):
+        inspect(bundle.path, threads=1)
+
+
 def test_one_token_of_context_is_enough(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
     assert inspect(make_bundle(type(tiny).random([(8, 8)], 1), "fused").path, threads=1).shares
 

@@ -300,10 +300,12 @@ def test_an_absent_provider_is_refused(bundle: Bundle) -> None:
 
 
 def test_threads(bundle: Bundle) -> None:
-    assert Session(bundle, threads=2).threads == 2
+    session = Session(bundle, threads=2)
+    assert session.threads == session.onnx.get_session_options().intra_op_num_threads == 2
     assert Session(bundle).threads == default_threads()
-    with pytest.raises(InputError, match="threads is 0"):
-        Session(bundle, threads=0)
+    for threads in (0, -1, 100_000):
+        with pytest.raises(InputError, match=f"threads is {threads}; it must be 1 to "):
+            Session(bundle, threads=threads)
 
 
 def test_a_download_cache_of_links_is_loaded(tiny: Tiny, make_bundle: MakeBundle, tmp_path: Path) -> None:
