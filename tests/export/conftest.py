@@ -1,0 +1,72 @@
+"""Exported bundles that tests share: one export takes seconds, so each is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from pastkey.bundle import Bundle, open_bundle
+from pastkey.export import Report, export
+
+from .decoders import CASES, MORE_CASES
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A module and the bundle that was made of it."""
+
+    module: nn.Module
+    report: Report
+    bundle: Bundle
+
+    def graph(self, *, last: bool = False) -> onnx.ModelProto:
+        """The graph with its weights left in their file."""
+        path = self.bundle.last_graph if last else self.bundle.common_graph
+        return onnx.load(path, load_external_data=False)
+
+    def weights(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The initializers of the common graph by name."""
+        model = onnx.load(self.bundle.common_graph)
+        return {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer}
+
+    def torch_logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """(T, V): the module as its author runs it."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return self.module.eval()(torch.tensor([ids]), torch.arange(len(ids))[None])[0].numpy()
+
+
+Export = Callable[..., Exported]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what a load remembers out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """exported(NAME, precision, graph): a case of the table, exported once for all tests."""
+    made: dict[tuple[str, str, str], Exported] = {}
+
+    def make(name: str, precision: str = "fp32", graph: str = "auto") -> Exported:
+        key = (name, precision, graph)
+        if key not in made:
+            case = (CASES | MORE_CASES)[name]
+            module = case.build()
+            out: Path = tmp_path_factory.mktemp(name) / "bundle"
+            report = export(module, out, precision=precision, graph=graph, context_length=case.context)
+            made[key] = Exported(module, report, open_bundle(out, verify=False))
+        return made[key]
+
+    return make

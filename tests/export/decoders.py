@@ -1,0 +1,453 @@
+"""Decoders as people write them, small: what export is tested on.
+
+Every module keeps the contract forward(input_ids, position_ids) -> logits; those that break it stand in the tests
+that show how. All weights come from seed 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from pastkey.config import ModelConfig
+from pastkey.train.model import Decoder
+
+
+class Plain(nn.Module):
+    """Learned positions and attention layers with a residual; each step is a method, for others to replace."""
+
+    def __init__(
+        self,
+        *,
+        vocab: int = 37,
+        width: int = 32,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        size: int = 8,
+        value_size: int | None = None,
+        context: int = 40,
+        layers: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.kv_heads, self.size = heads, kv_heads or heads, size
+        self.value_size = value_size or size
+        self.context, self.width, self.vocab = context, width, vocab
+        self.token = nn.Embedding(vocab, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(self.block() for _ in range(layers))
+        self.head = nn.Linear(width, vocab, bias=bias)
+        self.more()
+
+    def more(self) -> None:
+        """Further parameters of a variant."""
+
+    def block(self) -> nn.ModuleDict:
+        return nn.ModuleDict(
+            {
+                "norm": nn.LayerNorm(self.width),
+                "q": nn.Linear(self.width, self.heads * self.size),
+                "k": nn.Linear(self.width, self.kv_heads * self.size),
+                "v": nn.Linear(self.width, self.kv_heads * self.value_size),
+                "o": nn.Linear(self.heads * self.value_size, self.width),
+            }
+        )
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids, position_ids)  # (B, T, width)
+        for block in self.blocks:
+            hidden = self.apply_block(block, hidden, position_ids)
+        return self.logits(hidden)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids) + self.position(position_ids)
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        batch, length, _ = hidden.shape
+        normed = block["norm"](hidden)
+        query, key, value = (
+            block[name](normed).view(batch, length, heads, -1).transpose(1, 2)  # (B, heads, T, D)
+            for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
+        )
+        query, key = self.turn(query, position_ids), self.turn(key, position_ids)
+        mixed = self.attend(query, key, value)  # (B, H, T, Dv)
+        return hidden + block["o"](mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+        return heads
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.kv_heads < self.heads)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden)
+
+
+class Tied(Plain):
+    """The output head is the token embedding."""
+
+    def more(self) -> None:
+        self.head.weight = self.token.weight
+
+
+class TableRope(Plain):
+    """Rotary positions from tables indexed by position; pairs (2i, 2i + 1), as llama2.c turns them."""
+
+    def more(self) -> None:
+        frequencies = 1 / 10000 ** (torch.arange(0, self.size, 2) / self.size)
+        angles = torch.outer(torch.arange(self.context).float(), frequencies)  # (context, D/2)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids)
+
+    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+        cos, sin = self.cos[position_ids][:, None], self.sin[position_ids][:, None]
+        even, odd = heads[..., 0::2], heads[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+class RepeatedKv(TableRope):
+    """Keys and values repeated by hand for the query heads, as llama2.c does."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        groups = self.heads // self.kv_heads
+        key, value = (t[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+class FiveTimes(TableRope):
+    """One block applied five times over one set of weights, head tied by F.linear."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids, position_ids)
+        for _ in range(5):
+            hidden = self.apply_block(self.blocks[0], hidden, position_ids)
+        return F.linear(hidden, self.token.weight)
+
+
+class OneHead(Plain):
+    """A single head without an axis of its own: q, k and v are (B, T, D)."""
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        query, key, value = (block[name](hidden) for name in "qkv")
+        return hidden + block["o"](F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3))
+
+
+class Softcapped(Plain):
+    """Logits kept within 30 by a tanh, and scores scaled by a number of the author's."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return 30 * torch.tanh(self.head(hidden) * 4 / 30)
+
+
+class NanoGpt(nn.Module):
+    """nanoGPT's habits: fused qkv, dropout everywhere, a length assertion, sdpa imported by name, tied head."""
+
+    def __init__(self, vocab: int = 65, width: int = 48, heads: int = 3, layers: int = 2, context: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.context, self.heads = context, heads
+        self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(context, width)
+        self.drop = nn.Dropout(0.1)
+        self.h = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "ln_1": nn.LayerNorm(width, bias=False),
+                    "c_attn": nn.Linear(width, 3 * width),
+                    "c_proj": nn.Linear(width, width),
+                    "ln_2": nn.LayerNorm(width, bias=False),
+                    "c_fc": nn.Linear(width, 4 * width),
+                    "c_out": nn.Linear(4 * width, width),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.ln_f = nn.LayerNorm(width, bias=False)
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+        self.wte.weight = self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        batch, length = input_ids.size()
+        assert length <= self.context, f"{length} tokens, the context is {self.context}"
+        x = self.drop(self.wte(input_ids) + self.wpe(position_ids))
+        for block in self.h:
+            q, k, v = block["c_attn"](block["ln_1"](x)).split(x.size(-1), dim=2)
+            q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
+            y = scaled_dot_product_attention(
+                q, k, v, attn_mask=None, dropout_p=0.1 if self.training else 0, is_causal=True
+            )
+            x = x + block["c_proj"](y.transpose(1, 2).contiguous().view(batch, length, -1))
+            x = x + self.drop(block["c_out"](F.gelu(block["c_fc"](block["ln_2"](x)))))
+        return self.lm_head(self.ln_f(x))
+
+
+class MultiHead(Plain):
+    """nn.MultiheadAttention, sequence first, as its default is."""
+
+    batch_first = False
+
+    def block(self) -> nn.ModuleDict:
+        attention = nn.MultiheadAttention(self.width, self.heads, batch_first=self.batch_first)
+        return nn.ModuleDict({"attention": attention})
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1])
+        x = hidden if self.batch_first else hidden.transpose(0, 1)
+        mixed, _ = block["attention"](x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
+        return hidden + (mixed if self.batch_first else mixed.transpose(0, 1))
+
+
+class MultiHeadBatchFirst(MultiHead):
+    batch_first = True
+
+
+class EncoderLayers(Plain):
+    """nn.TransformerEncoderLayer, one by one."""
+
+    def block(self) -> nn.ModuleDict:
+        layer = nn.TransformerEncoderLayer(self.width, self.heads, 2 * self.width, batch_first=True, norm_first=True)
+        return nn.ModuleDict({"layer": layer})
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1])
+        return block["layer"](hidden, src_mask=mask, is_causal=True)
+
+
+class Encoder(Plain):
+    """A whole nn.TransformerEncoder; it finds out by itself whether its mask is the causal one."""
+
+    hint: bool | None = None
+
+    def more(self) -> None:
+        layer = nn.TransformerEncoderLayer(self.width, self.heads, 2 * self.width, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids, position_ids)
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1])
+        return self.logits(self.encoder(hidden, mask=mask, is_causal=self.hint))
+
+
+class HintedEncoder(Encoder):
+    """The same, told that its mask is causal."""
+
+    hint = True
+
+
+# --- of which an export takes its time, so that only some are exported in a quick run -------------------------------
+class GptJ(Plain):
+    """Attention and MLP side by side, rotary over half of each head, interleaved."""
+
+    def more(self) -> None:
+        self.up, self.down = nn.Linear(self.width, 64), nn.Linear(64, self.width)
+        self.register_buffer("frequencies", 1 / 10000 ** (torch.arange(0, 4, 2) / 4))
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids)
+
+    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+        angles = position_ids[:, None, :, None] * self.frequencies
+        cos, sin = (t.repeat_interleave(2, -1) for t in (angles.cos(), angles.sin()))
+        turned, kept = heads[..., :4], heads[..., 4:]
+        crossed = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+        return torch.cat((turned * cos + crossed * sin, kept), -1)
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        mlp = self.down(F.gelu(self.up(block["norm"](hidden))))
+        return super().apply_block(block, hidden, position_ids) + mlp
+
+
+class Experts(Plain):
+    """A mixture of as many experts as there are tokens in the first run, densely routed."""
+
+    def more(self) -> None:
+        self.router = nn.Linear(self.width, 7)
+        self.into = nn.Parameter(torch.randn(7, self.width, 48) * 0.1)
+        self.out = nn.Parameter(torch.randn(7, 48, self.width) * 0.1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        weights = self.router(hidden).softmax(-1)  # (B, T, 7)
+        inner = F.silu(torch.einsum("btc,ecd->bted", hidden, self.into))
+        return self.head(hidden + torch.einsum("bted,edc,bte->btc", inner, self.out, weights))
+
+
+class Scaled(Plain):
+    """Embeddings and logits scaled, RMSNorm by hand."""
+
+    def more(self) -> None:
+        self.gain = nn.Parameter(torch.rand(self.width) + 0.5)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return super().embed(input_ids, position_ids) * math.sqrt(self.width)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.head(normed * self.gain) / 8.0
+
+
+class BothPositions(TableRope):
+    """A position table and rotary positions."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids) + self.position(position_ids)
+
+
+class TiedProjections(Plain):
+    """Queries, keys and values of one matrix."""
+
+    def more(self) -> None:
+        for block in self.blocks:
+            block["k"] = block["v"] = block["q"]
+
+
+class BufferedMask(Plain):
+    """The causal mask as a buffer, cut to the length."""
+
+    def more(self) -> None:
+        self.register_buffer("mask", torch.ones(self.context, self.context, dtype=torch.bool).tril())
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = query.shape[2]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask[None, None, :length, :length])
+
+
+class OffsetPositions(Plain):
+    """Positions counted from the first one that is given."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        positions = position_ids[:, :1] + torch.arange(input_ids.shape[1])
+        return self.token(input_ids) + self.position(positions)
+
+
+class KeepsThings(Plain):
+    """Counts its runs in a buffer and keeps the last hidden state."""
+
+    def more(self) -> None:
+        self.register_buffer("runs", torch.zeros(()))
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        self.runs += 1
+        self.last = super().embed(input_ids, position_ids)
+        return self.last
+
+
+class LowRank(Plain):
+    """A head whose weight is computed: W + B A."""
+
+    def more(self) -> None:
+        self.down, self.up = nn.Parameter(torch.randn(4, self.width)), nn.Parameter(torch.randn(self.vocab, 4))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head.weight + self.up @ self.down * 0.1)
+
+
+class CompiledAttention(Plain):
+    """A compiled part, which must run as plain Python to be seen."""
+
+    def more(self) -> None:
+        self.attend = torch.compile(self.attend, backend="eager")
+
+
+class Wrapper(nn.Module):
+    """Passes everything on, as DataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.module(*args, **kwargs)
+
+
+# --- those of pastkey train ---------------------------------------------------------------------------------------
+def llama(**changes: object) -> Decoder:
+    """RoPE, RMSNorm, SwiGLU, grouped-query attention, tied head."""
+    sizes = {
+        "vocab_size": 61, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 80,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    return _trained(ModelConfig(**(sizes | changes)))
+
+
+def gpt2(**changes: object) -> Decoder:
+    """Learned positions, LayerNorm, GELU, biases, a head of its own."""
+    changes = {
+        "position_encoding": "learned", "norm": "layernorm", "mlp": "gelu", "qkv_bias": True, "bias": True,
+        "num_key_value_heads": 4, "tie_word_embeddings": False,
+    } | changes  # fmt: skip
+    return llama(**changes)
+
+
+def _trained(config: ModelConfig) -> Decoder:
+    """With weights as large as training makes them: at their first values all logits are nearly 0."""
+    torch.manual_seed(0)
+    model = Decoder(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+            elif "norm" not in name:
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """A decoder, its context, and the graph that auto must choose."""
+
+    build: Callable[[], nn.Module]
+    context: int
+    graph: str = "fused"
+
+
+CASES = {
+    "head_size_8_one_head_context_8": Case(lambda: Plain(heads=1, vocab=33, context=8), 8),
+    "head_size_10_context_11": Case(lambda: Plain(size=10, kv_heads=2, context=11), 11, "standard"),
+    "head_size_80_unaligned_vocabulary": Case(lambda: Plain(heads=1, size=80, vocab=131, width=40), 40),
+    "wider_values_context_2": Case(lambda: Plain(size=8, value_size=12, context=2), 2, "standard"),
+    "three_axes": Case(lambda: OneHead(heads=1, size=16, vocab=5, width=6, context=8), 8),
+    "one_block_five_times": Case(lambda: FiveTimes(size=10, kv_heads=2, width=40), 40, "standard"),
+    "multi_query_repeated_by_hand": Case(lambda: RepeatedKv(kv_heads=1), 11),
+    "softcap_bias_and_scale": Case(lambda: Softcapped(bias=True, vocab=50), 40),
+    "nano_gpt": Case(NanoGpt, 32),
+    "multi_head_attention": Case(lambda: MultiHead(layers=2), 11),
+    "transformer_encoder": Case(Encoder, 11),
+    "llama": Case(llama, 40),
+    "gpt2": Case(gpt2, 40),
+}
+
+# Further ones whose export is tested, but not in a quick run.
+MORE_CASES = {
+    "encoder_layers": Case(EncoderLayers, 20),
+    "hinted_encoder": Case(HintedEncoder, 20),
+    "multi_head_batch_first": Case(MultiHeadBatchFirst, 20),
+    "gpt_j": Case(GptJ, 20),
+    "experts": Case(Experts, 20),
+    "scaled": Case(Scaled, 20),
+    "both_positions": Case(BothPositions, 20),
+    "tied_projections": Case(TiedProjections, 20),
+    "buffered_mask": Case(BufferedMask, 20),
+    "offset_positions": Case(OffsetPositions, 20),
+    "keeps_things": Case(KeepsThings, 20),
+    "low_rank": Case(LowRank, 20),
+    "compiled_part": Case(CompiledAttention, 20),
+    "compiled": Case(lambda: torch.compile(Plain(), backend="eager"), 20),
+    "wrapped": Case(lambda: Wrapper(Plain()), 20),
+    "data_parallel": Case(lambda: nn.DataParallel(Plain()), 20),
+    "vocabulary_of_one": Case(lambda: Plain(vocab=1), 20),
+    "vocabulary_of_two": Case(lambda: Plain(vocab=2), 20),
+    "multi_query": Case(lambda: Plain(kv_heads=1), 20),
+}  # fmt: skip
