@@ -65,8 +65,9 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
     refuse_existing(out, force=force)
     with whole_folder(out, force=force) as work:
         info, tokenizer = _prepare(config, work, data)
-        torch.manual_seed(config.seed)
-        model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
         save_checkpoint(work, model, _state(0, {}, config, info, {}))
     run = Run(out, config, info, tokenizer, model, step=0, moments={})
     try:

@@ -1,0 +1,118 @@
+"""`pastkey train` as it is typed, with the mistakes that are made."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pastkey.__main__ import main
+
+from .helpers import TINY, write_corpus
+
+FLAGS = [item for name, value in TINY.items() for item in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "text.txt")
+
+
+def test_json_is_the_only_thing_on_standard_output(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "c"), "--data", str(text), "--json", *FLAGS]) == 0
+    out, err = capsys.readouterr()
+    figures = json.loads(out)
+    assert figures["step"] == 12
+    assert {"val_loss", "bits_per_byte", "tokens_per_second", "parameters", "seconds"} <= set(figures)
+    assert "held-out loss" in err
+
+
+def test_without_json_standard_output_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--preset", "classic", "--out", str(tmp_path / "c"), "--steps", "200"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "what is statquest -> awesome" in err
+    assert "pastkey export" in err
+
+
+def test_resume_goes_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["train", "--out", str(tmp_path / "c")]
+    assert main([*out, "--data", str(text), *FLAGS]) == 0
+    assert main([*out, "--resume"]) == 2
+    assert "trained already" in capsys.readouterr().err
+    assert main([*out, "--resume", "--steps", "14", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "none.txt"], "no such file or folder: none.txt"),
+        (["--data", "empty.txt"], "empty.txt is empty"),
+        (["--data", "line.txt"], "line.txt holds a single line"),
+        (["--data", "latin.txt"], "latin.txt is not UTF-8"),
+        (["--data", "empty"], "the folder empty has no .txt"),
+        (["--preset", "gpt5"], "no preset 'gpt5'; the presets are classic, gpt2, llama, qwen2, qwen3"),
+        (["--resume"], "there is nothing to resume"),
+        (["--resume", "--force"], "not allowed with argument"),
+        (["--data", "text.txt", "--context", "100000"], "give more text, or a smaller --context"),
+        (["--data", "text.txt", "--vocab-size", "10"], "byte-level BPE needs at least 257"),
+        (["--data", "text.txt", "--tokenizer", "sentencepiece"], "it must be bpe, char, word or the path"),
+        (["--data", "text.txt", "--head-dim", "7"], "head_dim is 7; it must be an even number"),
+        (["--data", "text.txt", "--heads", "4", "--kv-heads", "3"], "must be a divisor"),
+        (["--steps", "0"], "--steps"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a positive number"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "text.txt")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "line.txt").write_text("hello world\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    try:
+        status = main(["train", "--out", "c", *arguments])
+    except SystemExit as exit_of_argparse:
+        status = int(exit_of_argparse.code or 0)
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "precious").touch()
+    for flags in ([], ["--force"]):
+        assert main(["train", "--preset", "classic", "--out", str(tmp_path / "c"), *flags]) == 2
+        assert "choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "c" / "precious").exists()
+
+
+def test_help_starts_quickly() -> None:
+    fastest = 1.0
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pastkey", "train", "--help"], capture_output=True, text=True, check=True
+        )
+        fastest = min(fastest, time.perf_counter() - started)
+    assert "--resume" in done.stdout
+    assert fastest < 0.3

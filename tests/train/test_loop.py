@@ -1,0 +1,310 @@
+"""A run learns, is the same every time, and goes on after any interruption as if there had been none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pastkey.errors import ExistingFolderError, InputError, IntegrityError, MissingFileError, NumericsError
+from pastkey.train import loop
+from pastkey.train.checkpoint import load_checkpoint, load_optimizer
+from pastkey.train.data import LESSON_PROMPTS
+from pastkey.train.model import generate, positions_like
+from pastkey.train.report import read_metrics
+from pastkey.train.settings import TrainConfig
+from pastkey.train.tokenizer import read_tokenizer
+
+from .helpers import TINY, tiny, write_corpus
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "text.txt")
+
+
+def losses(folder: Path) -> list[Any]:
+    """Everything of the metrics that is the same for the same run."""
+    return [tuple(row.items()) for row in read_metrics(folder)]
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = load_checkpoint(one), load_checkpoint(two)
+    moments = (load_optimizer(one, a.training), load_optimizer(two, b.training))
+    return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)) and all(
+        torch.equal(moments[0][name], moments[1][name]) for name in moments[0]
+    )
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path: Path) -> None:
+    started = time.monotonic()
+    loop.train(TrainConfig.from_given({"preset": "classic"}), tmp_path / "c")
+    assert time.monotonic() - started < 20
+    checkpoint = load_checkpoint(tmp_path / "c")
+    tokenizer = read_tokenizer(checkpoint.tokenizer_path)
+    for prompt in LESSON_PROMPTS:
+        ids = tokenizer.prompt(prompt)
+        (answer,) = generate(checkpoint.model, torch.tensor([ids]), 4)
+        assert tokenizer.decode(answer) == "awesome"
+        whole = torch.tensor([[*ids, *answer]])
+        with torch.no_grad():
+            best = checkpoint.model(whole, positions_like(whole))[0, len(ids) - 1 :].topk(2).values
+        assert ((best[:, 0] - best[:, 1]) > 5).all(), best  # int8 must not be able to turn the answer
+
+
+def test_a_run_learns_and_reports(text: Path, tmp_path: Path) -> None:
+    figures = loop.train(tiny(steps=150, save_every=75, learning_rate=0.01), tmp_path / "c", data=[text])
+    first, last = (row["loss"] for row in (read_metrics(tmp_path / "c")[0], read_metrics(tmp_path / "c")[-2]))
+    assert last < 0.6 * first
+    assert figures["step"] == 150
+    assert figures["val_loss"] < 0.6 * first
+    # Characters of ASCII text are bytes: nats per token over ln 2, but for the end token that no byte pays for.
+    assert figures["bits_per_byte"] == pytest.approx(figures["val_loss"] / math.log(2), rel=0.02)
+    assert (tmp_path / "c" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    validations = [row for row in read_metrics(tmp_path / "c") if "val_loss" in row]
+    assert [row["step"] for row in validations] == [75, 150]
+    assert json.loads((tmp_path / "c" / "pastkey.json").read_text())["training"]["step"] == 150
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "llama", "qwen2", "qwen3", "classic"])
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_every_preset_trains_on_text(preset: str, kind: str, text: Path, tmp_path: Path) -> None:
+    config = tiny(preset=preset, tokenizer=kind, vocab_size=261, steps=2, context=8)
+    loop.train(config, tmp_path / "c", data=[text])
+    assert load_checkpoint(tmp_path / "c").config.max_position_embeddings == 8
+
+
+def test_the_built_in_stories_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "story_corpus", lambda seed: loop_story_corpus(seed, 100))
+    from pastkey.train.data import story_corpus as loop_story_corpus
+
+    loop.train(tiny(steps=2, tokenizer="bpe", vocab_size=400), tmp_path / "c")
+    training = load_checkpoint(tmp_path / "c").training
+    assert training["data"]["corpus"] == "built-in stories"
+    assert training["data"]["documents"] == 100
+
+
+def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> None:
+    loop.train(tiny(steps=1, batch_size=4, accumulate=3, save_every=1), tmp_path / "c", data=[text])
+    row = read_metrics(tmp_path / "c")[0]
+    training = load_checkpoint(tmp_path / "c").training
+    config, info = TrainConfig(**training["settings"]), loop.DataInfo(**training["data"])
+    shape = load_checkpoint(tmp_path / "c").config
+    torch.manual_seed(config.seed)
+    model = loop.Decoder(shape)
+    tokens = loop.Tokens(tmp_path / "c" / loop.TOKENS_TRAIN, info, 32)
+    batches = [tokens.draw(4, config.seed, part) for part in range(3)]
+    loss = loop.next_token_loss(model, (torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])))
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    config = tiny(steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [loop.learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == max(rates) == pytest.approx(1.0)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.05 <= rates[-1] < 0.06
+
+
+def test_only_projections_decay(text: Path, tmp_path: Path) -> None:
+    loop.train(tiny(preset="gpt2", steps=1), tmp_path / "c", data=[text])
+    model = load_checkpoint(tmp_path / "c").model
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = loop.make_optimizer(model, tiny(weight_decay=0.5, learning_rate=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        share = 0.95 if name.endswith("proj.weight") else 1.0
+        assert torch.allclose(parameter, share * before[name]), name
+
+
+# --- interruption -------------------------------------------------------------------------------------------------
+def test_the_same_seed_gives_the_same_run(text: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        loop.train(tiny(seed=seed), tmp_path / name, data=[text])
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [4, 5, 7, 11])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    stop_at: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.train(tiny(), tmp_path / "whole", data=[text])
+    original = loop.Run._one_step
+
+    def stopping(run: loop.Run) -> dict[str, Any]:
+        if run.step == stop_at:
+            raise Stop
+        return original(run)
+
+    monkeypatch.setattr(loop.Run, "_one_step", stopping)
+    with pytest.raises(Stop):
+        loop.train(tiny(), tmp_path / "resumed", data=[text])
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "resumed").training["step"] == stop_at // 4 * 4
+    loop.resume(tmp_path / "resumed", {})
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert same_weights(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_lines_of_the_metrics_after_the_checkpoint_are_written_again(text: Path, tmp_path: Path) -> None:
+    loop.train(tiny(), tmp_path / "whole", data=[text])
+    loop.train(tiny(steps=8), tmp_path / "c", data=[text])
+    with (tmp_path / "c" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
+    loop.resume(tmp_path / "c", {"steps": 12})
+    steps = [row["step"] for row in read_metrics(tmp_path / "c") if "loss" in row]
+    assert steps == list(range(1, 13))
+
+
+def command(out: Path, text: Path) -> list[str]:
+    options = {name.replace("_", "-"): value for name, value in (TINY | {"steps": 24, "save_every": 2}).items()}
+    flags = [item for name, value in options.items() for item in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "pastkey", "train", "--out", str(out), "--data", str(text), *flags]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_end(text: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole, text), check=True, capture_output=True)
+    dice = random.Random(1)
+    kills = 0
+    for _ in range(8):
+        resuming = ["--resume"] if killed.exists() else []
+        process = subprocess.Popen(
+            [*command(killed, text), *resuming], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        waited_for = killed / "metrics.jsonl"
+        while not waited_for.exists() and process.poll() is None:
+            time.sleep(0.01)
+        if resuming:
+            time.sleep(2.0)  # the start of Python and torch, where nothing is written
+        time.sleep(dice.uniform(0, 1.0))
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        if killed.exists():
+            load_checkpoint(killed)
+    else:
+        subprocess.run([*command(killed, text), "--resume"], check=True, capture_output=True)
+    assert kills > 0
+    assert losses(killed) == losses(whole)
+    assert same_weights(killed, whole)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+def test_settings_of_a_run_cannot_change_when_it_is_resumed(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    loop.train(tiny(steps=8), out, data=[text])
+    with pytest.raises(InputError, match="started with preset llama, not gpt2"):
+        loop.resume(out, {"preset": "gpt2", "steps": 12})
+    with pytest.raises(InputError, match="started with batch_size 4, not 5"):
+        loop.resume(out, {"batch_size": 5, "steps": 12})
+    with pytest.raises(InputError, match=r"started on other text \(text\.txt\)"):
+        loop.resume(out, {"steps": 12}, data=[write_corpus(tmp_path / "other.txt", 70)])
+    with pytest.raises(InputError, match="trained already, to step 8 of 8"):
+        loop.resume(out, {})
+    assert loop.resume(out, {"steps": 12, "batch_size": 4, "threads": 1}, data=[text])["step"] == 12
+
+
+def test_there_must_be_something_to_resume(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="nothing to resume"):
+        loop.resume(tmp_path / "none", {})
+    loop.train(tiny(steps=4), tmp_path / "c", data=[text])
+    (tmp_path / "c" / loop.TOKENS_VAL).write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"tokens-val\.bin"):
+        loop.resume(tmp_path / "c", {"steps": 8})
+
+
+def test_a_folder_that_exists_is_kept_unless_forced(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    loop.train(tiny(steps=4), out, data=[text])
+    with pytest.raises(ExistingFolderError, match="already exists"):
+        loop.train(tiny(steps=4, seed=1), out, data=[text])
+    with pytest.raises(MissingFileError):  # bad input does not cost the old checkpoint
+        loop.train(tiny(steps=4, seed=1), out, data=[tmp_path / "none"], force=True)
+    assert load_checkpoint(out).training["settings"]["seed"] == 0
+    loop.train(tiny(steps=4, seed=1), out, data=[text], force=True)
+    assert load_checkpoint(out).training["settings"]["seed"] == 1
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_with_a_sentence(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match=r"training broke at step \d+.*smaller --learning-rate"):
+        loop.train(tiny(steps=60, learning_rate=1e30, warmup_steps=0, save_every=60), tmp_path / "c", data=[text])
+    assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.parametrize("broken", ["one line", b"\xff\xfe"])
+def test_a_bad_corpus_leaves_nothing(broken: str | bytes, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(broken.encode() if isinstance(broken, str) else broken)
+    with pytest.raises(InputError):
+        loop.train(tiny(), tmp_path / "deep" / "c", data=[file])
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["text.txt"]
+    assert not (tmp_path / "deep" / "c").exists()
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.save_checkpoint
+
+    def full_at_8(folder: Path, model: Any, state: Any) -> None:
+        if state.step >= 8:
+            raise OSError(28, "No space left on device", str(folder))
+        original(folder, model, state)
+
+    monkeypatch.setattr(loop, "save_checkpoint", full_at_8)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(tiny(), tmp_path / "c", data=[text])
+    assert load_checkpoint(tmp_path / "c").training["step"] == 4
+
+
+def test_training_puts_torch_back_as_it_was(text: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    loop.train(tiny(steps=1), tmp_path / "c", data=[text])
+    assert torch.rand(1) == expected
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_the_checkpoint_records_is_the_run(text: Path, tmp_path: Path) -> None:
+    config = tiny(steps=4)
+    loop.train(config, tmp_path / "c", data=[text])
+    training = load_checkpoint(tmp_path / "c").training
+    assert TrainConfig(**training["settings"]) == config
+    assert dataclasses.asdict(config) == training["settings"]
+    assert str(tmp_path) not in (tmp_path / "c" / "pastkey.json").read_text()
+    shutil.rmtree(tmp_path / "c" / "training")
+    with pytest.raises(IntegrityError, match=r"training.* is missing"):
+        loop.resume(tmp_path / "c", {"steps": 8})

@@ -1,0 +1,66 @@
+"""The lines and the picture that a run leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pastkey.train import report
+from pastkey.train.report import Metrics, Progress, draw_loss_curve, read_metrics
+
+
+def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path: Path) -> None:
+    with Metrics(tmp_path, 0) as metrics:
+        for step in (1, 2, 3):
+            metrics.add({"step": step, "loss": 1 / step})
+        metrics.flush()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    with Metrics(tmp_path, 2) as metrics:
+        metrics.add({"step": 3, "loss": 0.5})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+
+
+def test_metrics_are_strict_json(tmp_path: Path) -> None:
+    with Metrics(tmp_path, 0) as metrics:
+        with pytest.raises(ValueError, match="JSON compliant"):
+            metrics.add({"step": 1, "loss": float("nan")})
+        metrics.add({"step": 1, "loss": 2.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("rows", [[{"step": 1, "loss": 3.0}], [{"step": 1, "loss": 3.0}, {"step": 1, "val_loss": 2.9}]])
+def test_the_curve_is_drawn_from_however_many_points(rows: list[dict[str, float]], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_loss_curve(tmp_path)
+    assert (tmp_path / "loss.png").stat().st_size > 2000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_away_from_a_terminal_progress_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(report.time, "monotonic", lambda: now)
+    with Progress(0, 40) as progress:
+        for step in range(1, 41):
+            now += 1.0
+            progress.update(step, 2.0, 1234.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "step 10 of 40: loss 2.000, 1,234 tokens/s, 30 s left"
+    assert len(lines) == 4
+
+
+def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: True)
+    with Progress(0, 2) as progress:
+        progress.update(1, 2.0, 1234.5)
+        progress.say("a line beside it")
+        progress.update(2, 1.5, 1234.5)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "loss 1.500, 1,234 tokens/s" in shown
+    assert "a line beside it\n" in shown

@@ -1,0 +1,87 @@
+"""Presets, the sizes that follow from one another, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pastkey.errors import InputError
+from pastkey.train.settings import PRESETS, TrainConfig
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_gives_a_model(preset: str) -> None:
+    config = TrainConfig.from_given({"preset": preset})
+    model = config.model_config(99, None, 0)
+    assert model.vocab_size == 99
+    assert model.head_dim == PRESETS[preset].model["head_dim"]
+    assert model.max_position_embeddings == PRESETS[preset].model["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "model_type"),
+    [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("gpt2", "pastkey"), ("classic", "pastkey")],
+)
+def test_presets_are_the_architectures_they_are_named_after(preset: str, model_type: str) -> None:
+    assert TrainConfig.from_given({"preset": preset}).model_config(99, None, 0).model_type == model_type
+
+
+def test_what_is_given_goes_before_the_preset() -> None:
+    classic = TrainConfig.from_given({"preset": "classic"})
+    assert classic.tokenizer == "word"
+    assert TrainConfig.from_given({"preset": "classic", "tokenizer": "char", "steps": 3}).tokenizer == "char"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"hidden_size": 40, "heads": 5}, {"num_key_value_heads": 5, "head_dim": 8}),
+        ({"hidden_size": 80, "heads": 1}, {"num_key_value_heads": 1, "head_dim": 80}),
+        ({"heads": 3, "head_dim": 10}, {"num_key_value_heads": 3, "head_dim": 10}),
+        ({"preset": "gpt2", "heads": 2}, {"num_key_value_heads": 2, "head_dim": 96}),
+        ({"heads": 12}, {"num_key_value_heads": 3, "head_dim": 16}),
+        ({"heads": 4, "kv_heads": 2}, {"num_key_value_heads": 2, "head_dim": 48}),
+        ({"context": 8, "layers": 1}, {"max_position_embeddings": 8, "num_hidden_layers": 1}),
+        ({"hidden_size": 6, "heads": 3}, {"intermediate_size": 16, "head_dim": 2}),
+    ],
+)
+def test_sizes_that_are_not_given_follow_those_that_are(given: dict[str, Any], expected: dict[str, int]) -> None:
+    model = TrainConfig.from_given(given).model_config(99, None, 0)
+    assert {name: getattr(model, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"preset": "gpt5"}, "no preset 'gpt5'; the presets are classic"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"batch_size": -1}, "--batch-size is -1"),
+        ({"learning_rate": 0.0}, "--learning-rate is 0.0"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
+        ({"weight_decay": -0.1}, "--weight-decay is -0.1"),
+        ({"heads": 0}, "--heads is 0"),
+    ],
+)
+def test_nonsense_is_refused(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        TrainConfig.from_given(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"heads": 4, "kv_heads": 3}, "num_key_value_heads is 3; it must be a divisor"),
+        ({"head_dim": 7}, "head_dim is 7; it must be an even number"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        TrainConfig.from_given(given).model_config(99, None, 0)
+
+
+def test_the_settings_load_without_torch() -> None:
+    code = "import sys, pastkey.train, pastkey.train.cli, pastkey.train.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
