@@ -31,6 +31,8 @@ class _Tensor:
 class KVCache:
     """Keys and values of `length` tokens in each of `batch` rows, bound to one session's inputs and outputs.
 
+    `binding` is the onnxruntime.IOBinding that the next run goes through: the session binds the rest to it.
+
     Shared form (the fused graph): past and present are one buffer of `capacity` rows, and a run writes the new rows
     into it. It grows in steps, because a buffer of the whole context would be paid for by the shortest prompt. A
     row of a padded batch keeps its real tokens first, without its padding.
@@ -42,15 +44,18 @@ class KVCache:
 
     def __init__(
         self,
-        binding: Any,
+        onnx: Any,
         layers: Sequence[KVGeometry],
         *,
         shared: bool,
         context_length: int,
         device: str = "cpu",
     ) -> None:
-        """`binding` is the session's onnxruntime.IOBinding; `device` is where the tensors live ("cpu", "cuda")."""
-        self._binding = binding
+        """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda")."""
+        self.binding = onnx.io_binding()
+        # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
+        # form takes turns, so that the last run's tensors outlast the binding of the next.
+        self._other_binding = self.binding if shared else onnx.io_binding()
         self._shared = shared
         self._context_length = context_length
         self._device = device
@@ -88,15 +93,16 @@ class KVCache:
             self.batch = batch
             self._values = [self._place(np.zeros(self._shape(t, 0), np.float32)) for t in self._tensors]
         for tensor, value in zip(self._tensors, self._values, strict=True):
-            self._binding.bind_ortvalue_input(tensor.past, value)
-            self._binding.bind_output(tensor.present, self._device)  # unbinds the last run's tensor
+            self.binding.bind_ortvalue_input(tensor.past, value)
+            self.binding.bind_output(tensor.present, self._device)
 
     def advance(self, tokens: int) -> None:
         """Takes in the tokens of the run that has just ended."""
         self.length += tokens
         if not self._shared:
             # `reserve` binds before the session binds its logits, and onnxruntime keeps the order of binding.
-            self._values = self._binding.get_outputs()[: len(self._tensors)]
+            self._values = self.binding.get_outputs()[: len(self._tensors)]
+            self.binding, self._other_binding = self._other_binding, self.binding
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
@@ -111,6 +117,8 @@ class KVCache:
         self.length = 0
         if not self._shared:
             self._values = []
+            self.binding.clear_binding_outputs()
+            self._other_binding.clear_binding_outputs()
 
     def layer(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Copies of one attention call's keys and values, each (B, K, length, D)."""
@@ -124,20 +132,20 @@ class KVCache:
         wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
         capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
         old, self._values = self._values, []
+        self.batch, self._capacity = batch, capacity
         for i, tensor in enumerate(self._tensors):
-            array = np.zeros(self._shape(tensor, capacity, batch), np.float32)
+            array = np.zeros(self._shape(tensor, capacity), np.float32)
             if self.length:
                 array[:, :, : self.length] = old[i].numpy()[:, :, : self.length]
                 old[i] = None  # one tensor at a time is held twice
             value = self._place(array)
-            self._binding.bind_ortvalue_input(tensor.past, value)
-            self._binding.bind_ortvalue_output(tensor.present, value)
+            self.binding.bind_ortvalue_input(tensor.past, value)
+            self.binding.bind_ortvalue_output(tensor.present, value)
             self._values.append(value)
-        self.batch, self._capacity = batch, capacity
 
-    def _shape(self, tensor: _Tensor, rows: int, batch: int | None = None) -> tuple[int, int, int, int]:
-        return (self.batch if batch is None else batch, tensor.kv_heads, rows, tensor.head_size)
+    def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, int, int, int]:
+        return (self.batch, tensor.kv_heads, rows, tensor.head_size)
 
     def _place(self, array: npt.NDArray[Any]) -> Any:
-        """An OrtValue on the device; on the CPU it is the array itself, without a copy."""
+        """An OrtValue on the device with this content; on the CPU it is the array itself, without a copy."""
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)

@@ -59,9 +59,8 @@ class Session:
         _cross_check(self.onnx, bundle.manifest, path)
         self._last_only = graph == "last"
         self._fused = bundle.manifest.graph == "fused"
-        self._binding = self.onnx.io_binding()
         self.cache = KVCache(
-            self._binding,
+            self.onnx,
             bundle.manifest.layers,
             shared=self._fused,
             context_length=bundle.manifest.context_length,
@@ -134,12 +133,13 @@ class Session:
         full_mask, positions = self._mask_and_positions(batch, tokens, mask)
         # A fresh array each run: the caller may keep it.
         logits = np.empty((batch, 1 if self._last_only else tokens, self.manifest.vocab_size), np.float32)
-        bind, value = self._binding.bind_ortvalue_input, onnxruntime.OrtValue.ortvalue_from_numpy
+        binding = self.cache.binding
+        bind, value = binding.bind_ortvalue_input, onnxruntime.OrtValue.ortvalue_from_numpy
         bind(names.INPUT_IDS, value(ids))
         bind(names.ATTENTION_MASK, value(full_mask))
         bind(names.POSITION_IDS, value(positions))
-        self._binding.bind_ortvalue_output(names.LOGITS, value(logits))
-        self.onnx.run_with_iobinding(self._binding)
+        binding.bind_ortvalue_output(names.LOGITS, value(logits))
+        self.onnx.run_with_iobinding(binding)
         self._check_finite(logits, start, tokens, mask)
         self.cache.advance(tokens)
         self._mask = None if self._mask is None and mask is None else full_mask

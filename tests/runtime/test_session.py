@@ -248,6 +248,24 @@ def test_nan_in_the_logits_names_the_position(tiny: Tiny, make_bundle: MakeBundl
         Session(broken, threads=1).prefill(random_ids(8))
 
 
+@pytest.mark.parametrize("graph", ["fused", "standard"])
+def test_a_run_that_failed_leaves_the_cache_as_it_was(tiny: Tiny, make_bundle: MakeBundle, graph: str) -> None:
+    weights = dict(tiny.weights)
+    weights["position"] = weights["position"].copy()
+    weights["position"][5:] = np.nan
+    session = Session(make_bundle(replace(tiny, weights=weights), graph), threads=1)
+    ids = random_ids(5)
+    session.prefill(ids)
+    keys, _ = session.cache.layer(0)
+    for _ in range(2):
+        with pytest.raises(NumericsError):
+            session.decode(1)
+    assert session.length == 5
+    np.testing.assert_array_equal(session.cache.layer(0)[0], keys)
+    session.trim(4)
+    assert_close(session.decode(int(ids[4])), tiny(ids)[-1])
+
+
 def test_nan_at_padding_is_no_error(session: Session) -> None:
     logits = np.zeros((1, 3, 37), np.float32)
     logits[0, 2] = np.nan
