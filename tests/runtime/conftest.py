@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -22,6 +23,10 @@ from tokenizers import Tokenizer, decoders, models
 from pastkey import names
 from pastkey.bundle import Bundle, KVGeometry, Manifest, open_bundle
 from pastkey.folder import file_records, write_json
+
+# The same examples each time, and as long as they take on a busy machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 V, E, H, K = 37, 24, 4, 2
 Array = npt.NDArray[Any]

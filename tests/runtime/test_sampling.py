@@ -116,7 +116,8 @@ def test_whatever_the_settings_a_token_that_is_left_is_drawn(
     token = Sampler(SamplingConfig(temperature, top_k, top_p, min_p, seed=seed))(logits, [])
     assert 0 <= token < logits.size
     if top_k:
-        assert token in kept(sampling.keep_top_k(logits, top_k))
+        # Logits that differ by less than float64 can tell from the largest are ties.
+        assert token in kept(sampling.keep_top_k(sampling.apply_temperature(logits, temperature), top_k))
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -123,7 +123,7 @@ def test_head_sizes_that_differ_between_keys_and_values_and_layers(tiny_odd: Tin
 
 
 # --- several rows -------------------------------------------------------------------------------------------------
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), steps=st.integers(0, 6), seed=st.integers(0, 99))
 def test_a_padded_batch_equals_each_row_alone(
     session: Session, tiny: Tiny, lengths: list[int], steps: int, seed: int
