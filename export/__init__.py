@@ -17,21 +17,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipeline import Report as Report
     from .pipeline import export as export
-    from .verify import Verification as Verification
-    from .verify import verify as verify
 
-_MODULE_OF = {"Report": "pipeline", "export": "pipeline", "Verification": "verify", "verify": "verify"}
-
-__all__ = ["Report", "Verification", "export", "verify"]
+__all__ = ["Report", "export"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f".{_MODULE_OF[name]}", __name__)
+        pipeline = importlib.import_module(".pipeline", __name__)
     except ModuleNotFoundError as error:
         from pastkey.errors import missing_extra
 
         raise missing_extra(error, "export") from None
-    return getattr(module, name)
+    return getattr(pipeline, name)

@@ -1,0 +1,326 @@
+"""From a module to a bundle: odd decoders give right ones, wrong decoders give none."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pastkey import names
+from pastkey.bundle import open_bundle
+from pastkey.errors import ContractError, ExistingFolderError, InputError, ParityError
+from pastkey.export import export, files, pipeline
+from pastkey.export.pipeline import MIN_ONNXRUNTIME
+
+from .conftest import Export
+from .decoders import CASES, MORE_CASES, Case, NanoGpt, Plain
+from .plain_loop import run_chunks
+
+
+def assert_plain_loop_equals_torch(exported: Any, context: int) -> None:
+    """Ids fed one by one, all at once and in chunks, to each graph of the bundle."""
+    ids = np.random.default_rng(1).integers(0, exported.bundle.manifest.vocab_size, context).tolist()
+    expected = exported.torch_logits(ids)
+    tolerance = 1e-5 * max(float(np.abs(expected).max()), 1e-6)
+    half = max(1, context // 2)
+    for chunks in ([[i] for i in ids], [ids], [ids[:half], ids[half : half + 1], ids[half + 1 :]]):
+        chunks = [chunk for chunk in chunks if chunk]
+        found = run_chunks(exported.bundle.common_graph, chunks)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+        last = run_chunks(exported.bundle.last_graph, chunks)
+        ends = np.cumsum([len(chunk) for chunk in chunks]) - 1
+        np.testing.assert_allclose(last, expected[ends], rtol=0, atol=tolerance)
+
+
+# --- right ones ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", CASES)
+def test_the_exported_file_in_plain_onnxruntime_equals_torch(name: str, exported: Export) -> None:
+    made = exported(name)
+    case = CASES[name]
+    assert made.bundle.manifest.graph == case.graph
+    assert made.report.verification.ok
+    assert made.report.verification.reference == "source"
+    assert_plain_loop_equals_torch(made, case.context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_CASES)
+def test_further_decoders_in_plain_onnxruntime_equal_torch(name: str, exported: Export) -> None:
+    made = exported(name)
+    assert_plain_loop_equals_torch(made, MORE_CASES[name].context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.graph == "fused"])
+def test_the_standard_graph_of_what_fused_takes_equals_torch(name: str, exported: Export) -> None:
+    made = exported(name, graph="standard")
+    assert made.bundle.manifest.graph == "standard"
+    assert_plain_loop_equals_torch(made, CASES[name].context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES | MORE_CASES)
+def test_int8_of_every_decoder_verifies(name: str, exported: Export) -> None:
+    made = exported(name, "int8")
+    case = (CASES | MORE_CASES)[name]
+    assert made.report.verification.ok
+    ids = np.random.default_rng(1).integers(0, made.bundle.manifest.vocab_size, case.context).tolist()
+    expected, found = made.torch_logits(ids), run_chunks(made.bundle.common_graph, [ids])
+    assert np.abs(found - expected).max() <= 0.1 * max(float(np.abs(expected).max()), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [2, 8, 11, 40])
+@pytest.mark.parametrize("size", [8, 10, 16, 80])
+def test_every_context_and_head_size(size: int, context: int, tmp_path: Path) -> None:
+    module = Plain(size=size, heads=1, vocab=33, context=context)
+    report = export(module, tmp_path / "bundle", context_length=context)
+    assert report.verification.ok
+    assert report.verification.tokens == context
+    assert report.manifest.graph == ("standard" if size == 10 else "fused")
+
+
+def test_a_block_applied_five_times_is_stored_once(exported: Export) -> None:
+    made = exported("one_block_five_times")
+    parameters = {name: p for name, p in made.module.named_parameters() if not name.startswith(("position", "head"))}
+    needed = sum(p.numel() for p in parameters.values()) * 4 + (made.module.cos.numel() * 2) * 4
+    assert len(made.bundle.manifest.layers) == 5
+    assert needed <= made.report.weight_bytes <= needed + 1024  # and a few constants
+    stored = sum(file.stat().st_size for file in (made.bundle.path / "onnx").glob("*_data"))
+    assert stored <= needed + 1024
+
+
+# --- the report and the manifest ----------------------------------------------------------------------------------
+def test_the_manifest_records_what_was_measured(exported: Export) -> None:
+    made = exported("llama", "int8")
+    manifest = made.bundle.manifest
+    checks = {"prefill", "decode", "chunks_of_1", "chunks_of_7", "chunks_of_64", "batch", "greedy"}
+    assert set(manifest.parity) == {"fp32", "int8"}
+    for parity in manifest.parity.values():
+        assert parity["ok"] is True
+        assert parity["tokens"] == 40
+        assert set(parity["checks"]) == checks
+    assert manifest.parity["fp32"]["reference"] == "source"
+    assert manifest.parity["int8"]["reference"] == "own uncached run"
+    for check in manifest.parity["fp32"]["checks"].values():
+        if check["measure"] == "max_relative_difference":
+            assert 0 <= check["value"] <= check["limit"] == 1e-5
+    assert 0 < manifest.quality["kl_divergence"] < 0.05
+    assert 0.5 < manifest.quality["top1_agreement"] <= 1
+    assert made.report.verification.quality == dict(manifest.quality)
+
+
+def test_the_quality_figures_are_those_of_the_two_models(exported: Export) -> None:
+    from pastkey.export.evaluate import kl_divergence
+    from pastkey.export.verify import TOKENS
+
+    made = exported("llama", "int8")
+    ids = np.random.default_rng(0).integers(0, 61, min(TOKENS, 40)).tolist()
+    found = kl_divergence(made.torch_logits(ids), run_chunks(made.bundle.common_graph, [ids]))
+    assert found == pytest.approx(made.bundle.manifest.quality["kl_divergence"], rel=0.01)
+
+
+def test_the_report_is_json(exported: Export) -> None:
+    made = exported("llama", "int8")
+    content = json.loads(json.dumps(made.report.to_json(), allow_nan=False))
+    assert content["bundle"] == str(made.bundle.path)
+    assert content["weight_bytes"] < content["fp32_weight_bytes"]
+    assert content["seconds"] > 0
+    assert (content["graph"], content["layers"], content["precision"]) == ("fused", 2, "int8")
+
+
+def test_the_manifest_says_what_the_graph_is(exported: Export) -> None:
+    made = exported("head_size_10_context_11")
+    manifest, graph = made.bundle.manifest, made.graph()
+    assert manifest.source == "Plain"
+    assert manifest.graph_reason == "GroupQueryAttention cannot take a head size of 10, not a multiple of 8"
+    assert (manifest.vocab_size, manifest.context_length) == (37, 11)
+    assert manifest.opset == next(o.version for o in graph.opset_import if o.domain == "")
+    assert manifest.ir_version == graph.ir_version
+    assert manifest.min_onnxruntime == MIN_ONNXRUNTIME
+    operators = [node.op_type for node in graph.graph.node]
+    assert dict(manifest.operators) == {name: operators.count(name) for name in set(operators)}
+
+
+def test_the_folder_holds_the_files_of_the_manifest_and_nothing_else(exported: Export) -> None:
+    bundle = exported("llama", "int8").bundle
+    found = {path.relative_to(bundle.path).as_posix() for path in bundle.path.rglob("*") if path.is_file()}
+    assert found == {*bundle.manifest.files, names.MANIFEST}
+    assert found == {
+        "pastkey.json", "config.json", "generation_config.json", "genai_config.json",
+        "onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data", "onnx/pastkey.onnx",
+    }  # fmt: skip
+    assert list(bundle.path.parent.iterdir()) == [bundle.path]
+
+
+@dataclasses.dataclass
+class Replaced:
+    """One export of a module in training mode, over an old bundle in a folder with an unusual name."""
+
+    module: NanoGpt
+    before: dict[str, Tensor]
+    out: Path
+    stages: list[str]
+
+
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory: pytest.TempPathFactory) -> Replaced:
+    out = tmp_path_factory.mktemp("a") / "größer & 50 %"
+    out.mkdir()
+    (out / names.MANIFEST).write_text("{}")
+    (out / "old.txt").write_text("")
+    module = NanoGpt(layers=1).train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    stages: list[str] = []
+    export(module, out, context_length=32, force=True, progress=stages.append)
+    return Replaced(module, before, out, stages)
+
+
+def test_force_replaces_a_bundle_whatever_its_name(replaced: Replaced) -> None:
+    assert open_bundle(replaced.out, verify=True).manifest.context_length == 32
+    assert not (replaced.out / "old.txt").exists()
+    assert list(replaced.out.parent.iterdir()) == [replaced.out]
+
+
+def test_stages_are_announced_in_order(replaced: Replaced) -> None:
+    assert [stage.split()[0] for stage in replaced.stages] == ["observe", "trace", "write", "verify", "write", "verify"]
+
+
+def test_the_module_is_left_as_it_was(replaced: Replaced) -> None:
+    assert all(child.training for child in replaced.module.modules())
+    state = replaced.module.state_dict()
+    assert all(torch.equal(tensor, replaced.before[name]) for name, tensor in state.items())
+    assert torch.is_grad_enabled()
+
+
+# --- wrong ones ---------------------------------------------------------------------------------------------------
+class BakedPositions(Plain):
+    """Behaves while traced as it never does when run."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            position_ids = position_ids * 0 + torch.arange(input_ids.shape[1])
+        return super().embed(input_ids, position_ids)
+
+
+class BakedLayer(Plain):
+    """Its second layer is another one while traced."""
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() and block is self.blocks[1]:
+            hidden = hidden.flip(-1)
+        return super().apply_block(block, hidden, position_ids)
+
+
+@pytest.mark.parametrize(
+    ("module", "check", "layer"),
+    [
+        (BakedPositions(layers=2), "'decode'", "first in layer 0 (, decoders.py:"),
+        (BakedLayer(layers=2), "'prefill'", "first in layer 1 (, decoders.py:"),
+    ],
+    ids=["positions", "second_layer"],
+)
+def test_a_wrong_graph_is_found_and_no_folder_is_left(
+    module: nn.Module, check: str, layer: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ParityError) as caught:
+        export(module, tmp_path / "bundle", context_length=20)
+    sentence = str(caught.value)
+    assert f"in the check {check}" in sentence
+    assert "position_ids" in sentence
+    assert layer in sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path: Path) -> None:
+    class FirstRow(Plain):
+        def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            return super().embed(input_ids, position_ids[:1])
+
+    with pytest.raises(ParityError, match="in the check 'batch'"):
+        export(FirstRow(), tmp_path / "bundle", precision="fp32", context_length=20)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"precision": "int5"}, "precision is 'int5'; it must be one of int8, fp32"),
+        ({"target": "tpu"}, "target is 'tpu'; it must be one of cpu, cuda, webgpu, portable"),
+        ({"graph": "dynamic"}, "graph is 'dynamic'; it must be one of auto, fused, standard"),
+        ({"graph": "fused", "target": "portable"}, "with --target portable use standard"),
+        ({"context_length": None}, "Plain has no context length of its own: give it with context_length=N"),
+        ({"context_length": 1}, "the context length is 1; it must be a whole number of tokens from 2"),
+        ({"context_length": "8"}, "the context length is '8'; it must be a whole number of tokens from 2"),
+    ],
+)
+def test_unknown_choices_are_refused_before_any_work(
+    settings: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "observe", None)
+    with pytest.raises(InputError) as caught:
+        export(Plain(), tmp_path / "bundle", **({"context_length": 8} | settings))
+    assert sentence in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fused_is_refused_for_heads_it_cannot_take(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="the fused graph cannot take a head size of 10, not a multiple of 8"):
+        export(Plain(size=10), tmp_path / "bundle", graph="fused", context_length=8)
+
+
+def test_a_nan_weight_is_named_and_no_folder_is_left(tmp_path: Path) -> None:
+    module = Plain()
+    with torch.no_grad():
+        module.blocks[0]["o"].weight[0, 0] = float("nan")
+    with pytest.raises(ContractError, match=r"the weight blocks\.0\.o\.weight of Plain holds NaN"):
+        export(module, tmp_path / "bundle", context_length=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["write_json", "_move_weights_out"])
+def test_a_full_disk_leaves_nothing_behind(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *rest: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, step, full)
+    with pytest.raises(OSError, match="No space left"):
+        export(Plain(heads=1), tmp_path / "bundle", precision="fp32", context_length=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_replacing_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / names.MANIFEST).write_text("{}")
+
+    def full(model: object, folder: Path, precision: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(pipeline, "write_graphs", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(Plain(heads=1), out, precision="fp32", context_length=8, force=True)
+    assert list(tmp_path.iterdir()) == [out]
+    assert (out / names.MANIFEST).read_text() == "{}"
+
+
+def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "open_source", None)
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.txt").write_text("mine")
+    for force, words in ((False, "already exists: choose another --out, or"), (True, "pastkey did not write it")):
+        with pytest.raises(ExistingFolderError, match=words):
+            export(Plain(), tmp_path / "bundle", context_length=8, force=force)
+    assert (tmp_path / "bundle" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_table_of_cases_has_both_graphs() -> None:
+    graphs = [case.graph for case in CASES.values() if isinstance(case, Case)]
+    assert {"fused", "standard"} == set(graphs)

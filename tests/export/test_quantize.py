@@ -1,0 +1,321 @@
+"""int8 in blocks: the arrays, the graph, and what it costs in bytes and in exactness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pastkey.config import ModelConfig
+from pastkey.errors import InputError
+from pastkey.export import export
+from pastkey.export.evaluate import kl_divergence
+from pastkey.export.quantize import choose_block_size, dequantize_blocks, quantize, quantize_blocks
+from pastkey.train.settings import PRESETS
+
+from .conftest import Export, Exported
+from .decoders import _trained
+from .plain_loop import onnxruntime, run_chunks
+
+Array = npt.NDArray[Any]
+
+MATRICES = st.tuples(st.integers(1, 5), st.integers(1, 70)).flatmap(
+    lambda shape: arrays(np.float32, shape, elements=st.floats(-(2.0**100), 2.0**100, width=32))
+)
+
+
+# --- arrays -------------------------------------------------------------------------------------------------------
+@given(MATRICES, st.sampled_from([16, 32]))
+@settings(max_examples=200, deadline=None)
+def test_a_round_trip_errs_by_half_a_step_at_most(matrix: Array, block_size: int) -> None:
+    quantized = quantize_blocks(matrix, block_size)
+    rows, columns = matrix.shape
+    blocks = -(-columns // block_size)
+    assert quantized.data.shape == (rows, blocks, block_size)
+    assert quantized.scales.shape == (rows, blocks)
+    assert (quantized.data.dtype, quantized.scales.dtype) == (np.uint8, np.float32)
+    found = dequantize_blocks(quantized)
+    assert found.shape == matrix.shape
+    step = np.repeat(quantized.scales, block_size, axis=1)[:, :columns].astype(np.float64)
+    # numbers below the smallest normal one may be stored as zero
+    slack = np.maximum(step * 0.5001, np.finfo(np.float32).tiny * 127)
+    assert (np.abs(found.astype(np.float64) - matrix) <= slack).all()
+
+
+@given(MATRICES, st.sampled_from([16, 32]))
+@settings(max_examples=100, deadline=None)
+def test_quantizing_what_was_dequantized_changes_nothing(matrix: Array, block_size: int) -> None:
+    once = quantize_blocks(matrix, block_size)
+    twice = quantize_blocks(dequantize_blocks(once), block_size)
+    np.testing.assert_allclose(dequantize_blocks(twice), dequantize_blocks(once), rtol=1e-6, atol=1e-36)
+
+
+def test_zeros_are_stored_as_zeros() -> None:
+    quantized = quantize_blocks(np.zeros((2, 40), np.float32), 32)
+    assert (quantized.data == 128).all()
+    assert (dequantize_blocks(quantized) == 0).all()
+    assert np.isfinite(quantized.scales).all()
+
+
+@pytest.mark.parametrize("number", [1.0, -3.5, 1e-30, 1e30])
+def test_a_constant_block_is_exact(number: float) -> None:
+    matrix = np.full((1, 32), number, np.float32)
+    np.testing.assert_allclose(dequantize_blocks(quantize_blocks(matrix, 32)), matrix, rtol=1e-6)
+
+
+def test_a_block_too_small_to_divide_by_becomes_zero() -> None:
+    matrix = np.full((1, 32), 1e-40, np.float32)
+    matrix[0, 0] = -1e-40
+    quantized = quantize_blocks(matrix, 32)
+    assert np.isfinite(quantized.scales).all()
+    assert (np.abs(dequantize_blocks(quantized)) <= 1e-37).all()
+
+
+def test_both_ends_of_the_range_are_used_and_padding_is_zero() -> None:
+    matrix = np.array([[-2.0, 2.0, 1.0]], np.float32)
+    quantized = quantize_blocks(matrix, 16)
+    assert quantized.data[0, 0, :4].tolist() == [1, 255, 192, 128]
+    assert (quantized.data[0, 0, 3:] == 128).all()
+    assert quantized.scales[0, 0] == pytest.approx(2 / 127)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_matrix_that_is_not_finite_is_refused(number: float) -> None:
+    matrix = np.ones((2, 3), np.float32)
+    matrix[1, 2] = number
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_blocks(matrix, 16)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"), [(1, 16), (16, 16), (17, 32), (32, 32), (48, 16), (64, 32), (80, 16), (576, 32)]
+)
+def test_the_block_size_with_the_fewer_bytes_is_chosen(columns: int, expected: int) -> None:
+    def stored(size: int) -> int:
+        return -(-columns // size) * (size + 4)
+
+    assert choose_block_size(columns) == expected
+    assert stored(expected) <= min(stored(16), stored(32))
+
+
+# --- the graph ----------------------------------------------------------------------------------------------------
+def graph_of(body: str, **weights: Array) -> ir.Model:
+    """A graph x (2, K), i (2,) -> y with initializers."""
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["": 20]>\ng (float[2,{weights["w"].shape[-2]}] x, int64[2] i'
+        + "".join(f", float[{','.join(map(str, w.shape))}] {name}" for name, w in weights.items())
+        + f") => (float[2,N] y) {{ {body} }}"
+    )
+    for value in tuple(model.graph.inputs):
+        if value.name in weights:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.Tensor(weights[value.name], name=value.name)
+            model.graph.register_initializer(value)
+    return model
+
+
+def run(model: ir.Model, x: Array) -> Array:
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"x": x, "i": np.array([3, 0], np.int64)}
+    return session.run(["y"], {v.name: feeds[v.name] for v in session.get_inputs()})[0]
+
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(2, 50)).astype(np.float32)
+W = RNG.normal(size=(50, 23)).astype(np.float32)  # (K, N), K no multiple of the block
+BIAS = RNG.normal(size=23).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("body", "weights", "expected"),
+    [
+        ("y = MatMul(x, w)", {"w": W}, X @ W),
+        ("t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t)", {"w": np.ascontiguousarray(W.T)}, X @ W),
+        ("y = Gemm(x, w)", {"w": W}, X @ W),
+        ("y = Gemm(x, w, b)", {"w": W, "b": BIAS}, X @ W + BIAS),
+        ("y = Gemm <transB = 1> (x, w, b)", {"w": np.ascontiguousarray(W.T), "b": BIAS}, X @ W + BIAS),
+    ],
+    ids=["MatMul", "MatMul_of_a_transposed_weight", "Gemm", "Gemm_with_bias", "Gemm_transB"],
+)
+def test_every_form_of_a_product_is_quantized(body: str, weights: dict[str, Array], expected: Array) -> None:
+    model = graph_of(body, **weights)
+    if weights["w"].shape[0] == 23:  # x has K columns whichever way the weight lies
+        model.graph.inputs[0].shape = ir.Shape([2, 50])
+    quantize(model)
+    operators = [node.op_type for node in model.graph]
+    assert operators[0] == "MatMulNBits"
+    assert set(operators) <= {"MatMulNBits", "Add"}
+    stored = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
+    assert {name: (a.dtype.name, a.shape) for name, a in stored.items() if name != "b"} == {
+        "w.blocks": ("uint8", (23, 2, 32)),
+        "w.scales": ("float32", (23, 2)),
+    }
+    # a product of 50 terms, each wrong by half a step of the weights and of the activations
+    np.testing.assert_allclose(run(model, X), expected, atol=0.15)
+
+
+def test_a_gathered_table_is_quantized_and_cut_to_its_width() -> None:
+    table = RNG.normal(size=(5, 50)).astype(np.float32)
+    model = graph_of("y = Gather(w, i)", w=table)
+    quantize(model)
+    assert [node.op_type for node in model.graph] == ["GatherBlockQuantized", "Slice"]
+    expected = dequantize_blocks(quantize_blocks(table, 32))[[3, 0]]
+    np.testing.assert_array_equal(run(model, X[:, :5]), expected)
+
+
+def test_a_tied_table_is_stored_once_for_both_uses() -> None:
+    table = RNG.normal(size=(5, 48)).astype(np.float32)
+    model = graph_of("e = Gather(w, i) t = Transpose <perm = [1, 0]> (w) y = MatMul(e, t)", w=table)
+    quantize(model)
+    data = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
+    assert set(data) == {"w.table", "w.blocks", "w.scales"}
+    assert np.shares_memory(data["w.table"], data["w.blocks"])
+    assert [node.op_type for node in model.graph] == ["GatherBlockQuantized", "MatMulNBits"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "t = Transpose <perm = [1, 0]> (x) y = MatMul(t, x)",
+        "y = Gemm <alpha = 2.0> (x, w)",
+        "t = Transpose <perm = [1, 0]> (x) y = Gemm <transA = 1> (t, w)",
+    ],
+    ids=["no_weight", "alpha", "transA"],
+)
+def test_what_has_no_quantized_form_is_left_alone(body: str) -> None:
+    model = graph_of(body, w=W)
+    quantize(model)
+    assert "MatMulNBits" not in {node.op_type for node in model.graph}
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    broken = W.copy()
+    broken[3, 3] = np.nan
+    with pytest.raises(InputError, match="the weight w holds NaN or infinity, which cannot be quantized"):
+        quantize(graph_of("y = MatMul(x, w)", w=broken))
+
+
+# --- whole decoders -----------------------------------------------------------------------------------------------
+def float_matrices(model: onnx.ModelProto) -> list[str]:
+    """Initializers in float32 that have two axes and more than a handful of elements, scales excepted."""
+    return [
+        t.name
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT
+        and len(t.dims) >= 2
+        and np.prod(t.dims) > 16
+        and not t.name.endswith(".scales")
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_matrix_is_left_in_float(name: str, exported: Export) -> None:
+    made = exported(name, "int8")
+    for last in (False, True):
+        assert float_matrices(made.graph(last=last)) == []
+    assert float_matrices(exported(name).graph()) != []
+    operators = made.bundle.manifest.operators
+    assert not {"MatMul", "Gemm", "Gather"} & set(operators)
+    linear = sum(p.dim() == 2 for p in made.module.parameters())
+    tables = 1 if name == "llama" else 2  # tokens, and learned positions
+    assert operators["GatherBlockQuantized"] == tables
+    assert operators["MatMulNBits"] == linear - tables + (name == "llama")  # a tied matrix is both
+
+
+def test_products_run_on_int8_activations(exported: Export) -> None:
+    for node in exported("llama", "int8").graph().graph.node:
+        if node.op_type == "MatMulNBits":
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert (attributes["bits"], attributes["accuracy_level"]) == (8, 4)
+            assert attributes["block_size"] in (16, 32)
+
+
+def test_stored_blocks_are_the_modules_weights(exported: Export) -> None:
+    for name in ("llama", "gpt2"):
+        made = exported(name, "int8")
+        weights = made.weights()
+        known = dict(made.module.named_parameters())
+        blocks = [key for key in weights if key.endswith(".blocks")]
+        assert len(blocks) > 10
+        for key in blocks:
+            data, scales = weights[key], weights[key.removesuffix("blocks") + "scales"]
+            parameter = known[key.removesuffix(".blocks")].detach().numpy()
+            values = ((data.astype(np.float32) - 128) * scales[..., None]).reshape(len(data), -1)
+            found = values[:, : parameter.shape[1]]
+            step = np.repeat(scales, data.shape[2], axis=1)[:, : parameter.shape[1]]
+            assert (np.abs(found - parameter) <= 0.5001 * step).all()
+
+
+def exact_products(made: Exported, path: Path) -> Path:
+    """The int8 graph with its weights computed in float32: accuracy level 1 leaves activations alone."""
+    model = onnx.load(made.bundle.common_graph)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(
+    name: str, exported: Export, tmp_path: Path
+) -> None:
+    import torch
+
+    made = exported(name, "int8")
+    weights = made.weights()
+    dequantized = {}
+    for key, parameter in made.module.named_parameters():
+        data = weights.get(f"{key}.blocks", weights.get(f"{key}.table"))
+        if data is not None:
+            scales = weights[f"{key}.scales"]
+            blocks = data.reshape(*scales.shape, -1).astype(np.float32)
+            dequantized[key] = ((blocks - 128) * scales[..., None]).reshape(len(data), -1)[:, : parameter.shape[1]]
+    assert len(dequantized) == sum(p.dim() == 2 for p in made.module.parameters())
+    ids = RNG.integers(0, 61, 40).tolist()
+    with torch.no_grad():
+        kept = {key: p.clone() for key, p in made.module.named_parameters()}
+        try:
+            for key, array in dequantized.items():
+                made.module.get_parameter(key).copy_(torch.from_numpy(array))
+            expected = made.torch_logits(ids)
+        finally:
+            for key, tensor in kept.items():
+                made.module.get_parameter(key).copy_(tensor)
+    exact = run_chunks(exact_products(made, tmp_path / "exact.onnx"), [ids])
+    np.testing.assert_allclose(exact, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    shipped = run_chunks(made.bundle.common_graph, [ids])
+    assert 0 < np.abs(shipped - expected).max() <= 0.05 * np.abs(expected).max()
+    assert kl_divergence(expected, shipped) < 0.02
+
+
+def test_small_decoders_shrink_to_a_third_at_most(exported: Export) -> None:
+    for name in ("llama", "gpt2"):
+        report = exported(name, "int8").report
+        assert report.fp32_weight_bytes == exported(name).report.weight_bytes
+        assert report.weight_bytes <= 0.33 * report.fp32_weight_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+def test_int8_takes_at_most_0_29_of_float32_from_three_million_parameters(
+    preset: str, tied: bool, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 2003, "hidden_size": 256, "intermediate_size": 700, "tie_word_embeddings": tied}
+    module = _trained(ModelConfig(**(dict(PRESETS[preset].model) | sizes)))
+    assert sum(p.numel() for p in module.parameters()) >= 3_000_000
+    report = export(module, tmp_path / "bundle", context_length=256)
+    assert report.verification.ok
+    assert report.weight_bytes / report.fp32_weight_bytes <= 0.29
+    stored = sum(path.stat().st_size for path in (tmp_path / "bundle" / "onnx").iterdir())
+    assert stored / report.fp32_weight_bytes <= 0.3  # both graphs included

@@ -1,0 +1,199 @@
+"""Verify finds what is wrong with a bundle, says where, and finds nothing wrong with a right one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from pastkey import names
+from pastkey.bundle import Bundle, open_bundle
+from pastkey.errors import ParityError
+from pastkey.export.observe import observe
+from pastkey.export.verify import (
+    MAX_RELATIVE_DIFFERENCE,
+    Check,
+    ModuleReference,
+    OwnReference,
+    Verification,
+    verify,
+)
+from pastkey.folder import file_record
+
+from .conftest import Export, Exported
+from .decoders import llama
+
+CHECKS = ["prefill", "decode", "chunks_of_1", "chunks_of_7", "chunks_of_64", "batch", "greedy"]
+
+
+def alter_weight(bundle: Bundle, folder: Path, name: str, factor: float, rehash: bool = True) -> Bundle:
+    """A copy of the bundle whose weight `name` has one row multiplied, with a manifest that agrees with it."""
+    copy = folder / "altered"
+    shutil.copytree(bundle.path, copy)
+    graph = onnx.load(copy / names.COMMON_GRAPH[bundle.manifest.precision], load_external_data=False)
+    tensor = next(t for t in graph.graph.initializer if t.name == name)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    data = copy / "onnx" / place["location"]
+    content = bytearray(data.read_bytes())
+    offset, count = int(place["offset"]), int(np.prod(tensor.dims[1:]))
+    row = np.frombuffer(content, np.float32, count, offset) * np.float32(factor)
+    content[offset : offset + row.nbytes] = row.tobytes()
+    data.write_bytes(content)
+    if rehash:
+        manifest = json.loads((copy / names.MANIFEST).read_text())
+        manifest["files"][f"onnx/{place['location']}"]["sha256"] = file_record(data).sha256
+        (copy / names.MANIFEST).write_text(json.dumps(manifest))
+    return open_bundle(copy, verify=rehash)
+
+
+# --- right bundles ------------------------------------------------------------------------------------------------
+def test_fp32_against_its_source_is_equal_in_every_check(exported: Export) -> None:
+    made = exported("llama")
+    verification = verify(made.bundle, made.module)
+    assert verification.ok
+    assert verification.reference == "source"
+    assert [check.name for check in verification.checks] == CHECKS
+    for check in verification.checks[:-1]:
+        assert check.measure == "max_relative_difference"
+        assert 0 < check.value <= check.limit == MAX_RELATIVE_DIFFERENCE
+    assert verification.checks[-1].value is None
+    assert verification.quality == {}
+
+
+@pytest.mark.parametrize("name", ["llama", "head_size_10_context_11", "wider_values_context_2"])
+def test_a_bundle_alone_is_compared_with_its_own_uncached_run(name: str, exported: Export) -> None:
+    verification = verify(exported(name).bundle)
+    assert verification.ok
+    assert verification.reference == "own uncached run"
+    assert [check.name for check in verification.checks] == CHECKS
+
+
+def test_int8_decode_may_cost_no_more_than_int8_itself(exported: Export) -> None:
+    made = exported("llama", "int8")
+    checks = {check.name: check for check in verify(made.bundle, made.module).checks}
+    assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {"decode", "chunks_of_1"}
+    assert checks["decode"].limit == pytest.approx(made.bundle.manifest.quality["kl_divergence"], rel=1e-3)
+    assert checks["decode"].value <= checks["decode"].limit
+    assert checks["chunks_of_7"].limit == checks["batch"].limit == MAX_RELATIVE_DIFFERENCE
+    assert checks["chunks_of_7"].value <= MAX_RELATIVE_DIFFERENCE
+
+
+def test_int8_alone_is_held_to_the_recorded_divergence(exported: Export) -> None:
+    made = exported("llama", "int8")
+    verification = verify(made.bundle)
+    assert verification.ok
+    decode = next(check for check in verification.checks if check.name == "decode")
+    assert decode.limit == made.bundle.manifest.quality["kl_divergence"]
+
+
+def test_verifying_twice_gives_the_same_figures(exported: Export) -> None:
+    made = exported("llama")
+    assert verify(made.bundle, made.module).to_json() == verify(made.bundle, made.module).to_json()
+
+
+def test_the_two_references_agree(exported: Export) -> None:
+    made = exported("gpt2")
+    ids = np.arange(20, dtype=np.int64)
+    module, own = ModuleReference(made.module)(ids), OwnReference(made.bundle)(ids)
+    np.testing.assert_allclose(own.logits, module.logits, atol=1e-5 * np.abs(module.logits).max())
+    assert len(own.cache) == len(module.cache) == 2
+    for found, expected in zip(own.cache, module.cache, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape == (4, 20, 16)
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+# --- wrong bundles ------------------------------------------------------------------------------------------------
+def findings(verification: Verification) -> dict[str, Check]:
+    return {check.name: check for check in verification.checks if not check.ok}
+
+
+@pytest.mark.parametrize(
+    ("weight", "where"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", "first in layer 0 (model.layers.0.self_attn, model.py:"),
+        ("model.layers.0.self_attn.o_proj.weight", "first in layer 1 (model.layers.1.self_attn, model.py:"),
+        ("model.layers.1.mlp.down_proj.weight", "first in what follows the last layer's keys and values"),
+    ],
+)
+def test_an_altered_weight_is_found_and_its_layer_named(
+    weight: str, where: str, exported: Export, tmp_path: Path
+) -> None:
+    made = exported("llama")
+    bundle = alter_weight(made.bundle, tmp_path, weight, 2.0)
+    verification = verify(bundle, made.module, layers=observe(made.module, 40).layers)
+    assert not verification.ok
+    found = findings(verification)
+    assert {"prefill", "decode", "chunks_of_1", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
+    assert where in found["prefill"].detail
+    assert found["prefill"].value > MAX_RELATIVE_DIFFERENCE
+    with pytest.raises(ParityError, match="what I exported does not compute what its source computes: in the check"):
+        verification.require_ok("what I exported")
+
+
+def test_an_altered_bundle_is_equal_to_itself(exported: Export, tmp_path: Path) -> None:
+    """Without its source, only what the cache does can be judged."""
+    bundle = alter_weight(exported("llama").bundle, tmp_path, "model.layers.0.self_attn.k_proj.weight", 2.0)
+    assert verify(bundle).ok
+
+
+def test_a_change_just_above_the_tolerance_is_found(exported: Export, tmp_path: Path) -> None:
+    made = exported("llama")
+    bundle = alter_weight(made.bundle, tmp_path, "model.embed_tokens.weight", 1.0 + 3e-4)
+    expected = made.torch_logits(list(range(40)))
+    assert np.abs(expected).max() > 1
+    assert "prefill" in findings(verify(bundle, made.module))
+
+
+def test_another_source_of_the_same_shape_is_found(exported: Export) -> None:
+    other = llama()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 0.01
+    assert not verify(exported("llama").bundle, other).ok
+
+
+def test_greedy_ids_that_differ_are_told_with_their_step(exported: Export, tmp_path: Path) -> None:
+    made = exported("llama")
+    bundle = alter_weight(made.bundle, tmp_path, "model.layers.0.self_attn.k_proj.weight", -30.0)
+    greedy = findings(verify(bundle, made.module)).get("greedy")
+    assert greedy is not None
+    assert greedy.measure == "first_difference"
+    assert f"token {greedy.value} of the greedy continuation is" in greedy.detail
+
+
+def broken_cache(made: Exported, folder: Path) -> Bundle:
+    """A copy whose layer 1 answers with layer 0's cached values."""
+    copy = folder / "broken"
+    shutil.copytree(made.bundle.path, copy)
+    for path in (copy / names.COMMON_GRAPH["fp32"], copy / names.LAST_GRAPH):
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            for index, name in enumerate(node.input):
+                if name == "past_key_values.1.value":
+                    node.input[index] = "past_key_values.0.value"
+        onnx.save(model, path)
+    return Bundle(copy, made.bundle.manifest)
+
+
+def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported: Export, tmp_path: Path) -> None:
+    made = exported("head_size_10_context_11")
+    assert verify(made.bundle).ok
+    two = exported("one_block_five_times")
+    verification = verify(broken_cache(two, tmp_path))
+    found = findings(verification)
+    assert "prefill" not in found  # there is no past in it
+    assert {"decode", "chunks_of_1", "chunks_of_7"} <= set(found)
+    assert "first in layer 1" in found["decode"].detail
+
+
+def test_the_json_has_one_figure_per_check(exported: Export) -> None:
+    content = verify(exported("llama").bundle).to_json()
+    json.dumps(content, allow_nan=False)
+    assert content["ok"] is True
+    assert list(content["checks"]) == CHECKS
+    assert set(content["checks"]["decode"]) == {"ok", "measure", "value", "limit", "detail"}
