@@ -6,9 +6,16 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pastkey import names
+from pastkey.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.command import Command, positive_int, print_json, say
+from pastkey.errors import InputError
+
+if TYPE_CHECKING:
+    from .observe import Observation
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +73,6 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from pastkey.bundle import open_bundle
-
     from .observe import observe
     from .source import open_source
     from .verify import verify
@@ -79,6 +84,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         with _prints_of_the_module():
             source = open_source(arguments.source, context_length=bundle.manifest.context_length)
             observation = observe(source.module, source.context_length)
+            _require_same_shape(bundle, source.name, observation)
             verification = verify(bundle, source.module, layers=observation.layers)
     result = verification.to_json()
     if arguments.json:
@@ -89,6 +95,20 @@ def _verify(arguments: argparse.Namespace) -> int:
             if not check.ok:
                 say(f"  {check.name}: {check.detail}")
     return 0 if verification.ok else 1
+
+
+def _require_same_shape(bundle: Bundle, source: str, observation: Observation) -> None:
+    manifest = bundle.manifest
+    if (manifest.vocab_size, manifest.layers) != (observation.vocab_size, observation.geometry):
+        raise InputError(
+            f"{bundle.path} has {manifest.vocab_size} tokens and the cache {_shown(manifest.layers)}, {source} has "
+            f"{observation.vocab_size} and {_shown(observation.geometry)}: name the source that it was exported from"
+        )
+
+
+def _shown(layers: Sequence[KVGeometry]) -> str:
+    first = layers[0]
+    return f"of {len(layers)} layers, {first.kv_heads} heads of size {first.key_head_size}"
 
 
 def _say_parity(verification: dict, title: str) -> None:  # type: ignore[type-arg]

@@ -29,6 +29,7 @@ from pastkey.errors import ContractError
 
 from .attention import AttentionCall, failing_line, intercept
 from .observe import Observation, evaluating
+from .simplify import simplify
 
 OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers know it well
 IR_VERSION = 10  # onnxruntime loads it since 1.18
@@ -117,6 +118,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
                 output_names=outputs,
                 opset_version=OPSET,
                 dynamo=True,
+                optimize=False,  # `simplify` does it, exactly
                 verbose=False,
             )
         except ContractError:
@@ -129,6 +131,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
             f"{type(module).__name__} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
             "the calls must not depend on the input"
         )
+    simplify(exported.model)
     _require_float32(module, exported.model)
     return exported.model
 
