@@ -172,7 +172,7 @@ class Run:
                     self._save(metrics)
                     progress.say(self._summary())
                     for text in self.samples():
-                        progress.say(f"    {text}")
+                        progress.say("    " + text.replace("\n", "\n    "))
         return {
             "checkpoint": str(self.out),
             "preset": self.config.preset,

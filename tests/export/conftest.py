@@ -11,12 +11,16 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+from pastkey import names
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.export import Report, export
+from pastkey.folder import write_json
+from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
-from .decoders import CASES, MORE_CASES
+from .decoders import CASES, MORE_CASES, llama
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,29 @@ class Exported:
         """(T, V): the module as its author runs it."""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return self.module.eval()(torch.tensor([ids]), torch.arange(len(ids))[None])[0].numpy()
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    """A tokenizer of as many words as `llama` has embeddings; the last one ends a text."""
+    vocabulary = {f"w{i}": i for i in range(60)} | {"<end>": 60}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, words: Tokenizer) -> Path:
+    """A checkpoint folder as `pastkey train` writes it, of an untrained decoder."""
+    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
+    (folder / "training").mkdir(parents=True)
+    words.save(str(folder / names.TOKENIZER))
+    write_json(folder / names.TOKENIZER_CONFIG, {"eos_token": "<end>", "bos_token": None})
+    for name in (TOKENS_TRAIN, TOKENS_VAL):
+        (folder / name).write_bytes(b"\0\0")
+    save_checkpoint(folder, llama(eos_token_id=60), TrainingState(0, {}, {}, {}, {}))
+    return folder
 
 
 Export = Callable[..., Exported]
