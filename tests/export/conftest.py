@@ -48,7 +48,7 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def words() -> Tokenizer:
+def word_tokenizer() -> Tokenizer:
     """A tokenizer of as many words as `llama` has embeddings; the last one ends a text."""
     vocabulary = {f"w{i}": i for i in range(60)} | {"<end>": 60}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
@@ -58,11 +58,11 @@ def words() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, words: Tokenizer) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Tokenizer) -> Path:
     """A checkpoint folder as `pastkey train` writes it, of an untrained decoder."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     (folder / "training").mkdir(parents=True)
-    words.save(str(folder / names.TOKENIZER))
+    word_tokenizer.save(str(folder / names.TOKENIZER))
     write_json(folder / names.TOKENIZER_CONFIG, {"eos_token": "<end>", "bos_token": None})
     for name in (TOKENS_TRAIN, TOKENS_VAL):
         (folder / name).write_bytes(b"\0\0")
