@@ -66,10 +66,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from . import loop
 
-    if arguments.resume:
-        figures = loop.resume(arguments.out, given, data=arguments.data)
-    else:
-        figures = loop.train(config, arguments.out, data=arguments.data, force=arguments.force)
+    try:
+        if arguments.resume:
+            figures = loop.resume(arguments.out, given, data=arguments.data)
+        else:
+            figures = loop.train(config, arguments.out, data=arguments.data, force=arguments.force)
+    except KeyboardInterrupt:
+        if arguments.out.exists():
+            say(f"{arguments.out} keeps the last checkpoint: --resume goes on from it")
+        raise
     if arguments.json:
         print_json(figures)
     else:

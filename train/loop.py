@@ -164,15 +164,9 @@ class Run:
                 metrics.add(row)
                 progress.update(self.step, row["loss"], speed)
                 if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                    self.figures = {"train_loss": row["loss"]} | self._validate() | {"tokens_per_second": round(speed)}
-                    metrics.add(
-                        {"step": self.step, "val_loss": self.figures["val_loss"]}
-                        | {"bits_per_byte": self.figures["bits_per_byte"]}
-                    )
+                    self._validate(row["loss"], round(speed))
                     self._save(metrics)
                     progress.say(self._summary())
-                    for text in self.samples():
-                        progress.say("    " + text.replace("\n", "\n    "))
         return {
             "checkpoint": str(self.out),
             "preset": self.config.preset,
@@ -209,16 +203,22 @@ class Run:
         return {"step": self.step, "loss": loss_sum, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, train_loss: float, tokens_per_second: int) -> None:
         """Loss over the whole held-out text, in nats per token and in bits per byte, which no tokenizer flatters."""
         self.model.eval()
         nats, count = 0.0, 0
         for inputs, targets in self.val_tokens.windows(self.config.batch_size):
             nats += next_token_loss(self.model, (inputs, targets)).item() * targets.numel()
             count += targets.numel()
-        return {"val_loss": nats / count, "bits_per_byte": nats / math.log(2) / self.info.val_bytes}
+        self.figures = {
+            "train_loss": train_loss,
+            "val_loss": nats / count,
+            "bits_per_byte": nats / math.log(2) / self.info.val_bytes,
+            "tokens_per_second": tokens_per_second,
+        }
 
     def _save(self, metrics: Metrics) -> None:
+        metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
         moments = _moments(self.optimizer, self.model)
         save_checkpoint(self.out, self.model, _state(self.step, moments, self.config, self.info, self.figures))
@@ -226,10 +226,11 @@ class Run:
         draw_loss_curve(self.out)
 
     def _summary(self) -> str:
-        return (
+        figures = (
             f"step {self.step}: held-out loss {self.figures['val_loss']:.3f} nats per token, "
             f"{self.figures['bits_per_byte']:.3f} bits per byte; saved in {self.out}"
         )
+        return "\n".join([figures, *self.samples()]).replace("\n", "\n    ")
 
     def samples(self) -> list[str]:
         """What the model says now: to the lesson's prompts, or from an empty prompt."""

@@ -44,8 +44,8 @@ class Decoder(nn.Module):
     def _initialize(self) -> None:
         """Projections keep the variance of what they read; those that add to the residual stream start at zero.
 
-        Every layer is then the identity at first, and the embedding, drawn large, reaches the top undisturbed: a
-        decoder learns to copy a name from earlier in the text several times sooner than with small random weights.
+        Every layer is then the identity at first, and the embedding, drawn large, reaches each of them undisturbed:
+        so a decoder learns much sooner to copy a name from earlier in the text than from small random weights.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
