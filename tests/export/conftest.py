@@ -47,6 +47,15 @@ class Exported:
             return self.module.eval()(torch.tensor([ids]), torch.arange(len(ids))[None])[0].numpy()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Modules this small are slower on several threads, and much slower beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def word_tokenizer() -> Tokenizer:
     """A tokenizer of as many words as `llama` has embeddings; the last one ends a text."""

@@ -104,7 +104,7 @@ def test_the_fused_graph_has_one_attention_operator_per_layer(exported: Export) 
     for name in ("llama", "gpt2", "multi_head_attention"):
         made = exported(name)
         nodes = [node for node in made.graph().graph.node if node.op_type == "GroupQueryAttention"]
-        assert len(nodes) == len(made.bundle.manifest.layers) == 2
+        assert len(nodes) == len(made.bundle.manifest.layers)
         assert {node.domain for node in nodes} == {"com.microsoft"}
         assert "Softmax" not in {node.op_type for node in made.graph().graph.node}
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[0].attribute}

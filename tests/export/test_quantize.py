@@ -22,7 +22,7 @@ from pastkey.export.quantize import choose_block_size, dequantize_blocks, quanti
 from pastkey.train.settings import PRESETS
 
 from .conftest import Export, Exported
-from .decoders import _trained
+from .decoders import drawn
 from .plain_loop import onnxruntime, run_chunks
 
 Array = npt.NDArray[Any]
@@ -312,7 +312,7 @@ def test_int8_takes_at_most_0_29_of_float32_from_three_million_parameters(
     preset: str, tied: bool, tmp_path: Path
 ) -> None:
     sizes = {"vocab_size": 2003, "hidden_size": 256, "intermediate_size": 700, "tie_word_embeddings": tied}
-    module = _trained(ModelConfig(**(dict(PRESETS[preset].model) | sizes)))
+    module = drawn(ModelConfig(**(dict(PRESETS[preset].model) | sizes)))
     assert sum(p.numel() for p in module.parameters()) >= 3_000_000
     report = export(module, tmp_path / "bundle", context_length=256)
     assert report.verification.ok
