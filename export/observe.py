@@ -297,7 +297,8 @@ def _check_last_position(module: nn.Module, length: int, context_length: int) ->
     """Runs the module at the end of the context, where a table of positions may be too short."""
     ids = torch.zeros(1, length, dtype=torch.long)
     try:
-        _guarded(module, ids, torch.arange(context_length - length, context_length)[None])
+        with evaluating(module), intercept(torch_attention):
+            _guarded(module, ids, torch.arange(context_length - length, context_length)[None])
     except ContractError as error:
         cause = error.__cause__ or error
         where = failing_line(cause)

@@ -34,6 +34,11 @@ def rehearse(module: nn.Module, observation: Observation, context_length: int) -
     if _close(expected.logits[:, past:], found) and _close(expected.logits[:, :past], beginning.logits):
         return
     name = type(module).__name__
+    if not _close(expected.logits, run_uncached(module, ids).logits):
+        raise ContractError(
+            f"{name} gives other logits each time it is run: leave out what is random outside training (F.dropout "
+            "needs training=self.training; noise has no place in a decoder)"
+        )
     if not _close(expected.logits[:, :past], beginning.logits):
         raise ContractError(
             f"{name} gives earlier tokens other logits when later tokens are present: it looks ahead somewhere outside "

@@ -61,6 +61,16 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
+def test_a_module_in_training_mode_runs_as_if_it_were_not() -> None:
+    class Strict(Plain):
+        def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            return super().embed(input_ids, position_ids)
+
+    assert observe(Strict().train(), 20).vocab_size == 37
+
+
 def test_hooks_are_removed_after_a_refusal() -> None:
     module = LastPosition()
     refusal(module)

@@ -110,6 +110,17 @@ def test_looking_ahead_outside_attention_is_refused(change: object) -> None:
     assert "looks ahead somewhere outside its attention calls" in refusal(Ahead())
 
 
+@pytest.mark.parametrize(
+    "change", [F.dropout, lambda logits: logits + torch.randn_like(logits) * 0.1], ids=["dropout", "noise"]
+)
+def test_randomness_outside_training_is_refused(change: object) -> None:
+    class Random(Plain):
+        def logits(self, hidden: Tensor) -> Tensor:
+            return change(self.head(hidden))  # type: ignore[operator]
+
+    assert "Random gives other logits each time it is run" in refusal(Random())
+
+
 def test_no_positions_at_all_are_accepted() -> None:
     """Attention that is causal gives order enough; nothing is baked in that a cache would break."""
 
