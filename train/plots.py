@@ -56,6 +56,9 @@ TRAITS: Final = _table(
     "friendly | friendliest",
 )
 
+# A friend is described in other words than the hero, so that two characters are never told apart by one trait.
+MANNERS: Final = _names("merry shy patient honest sleepy busy polite playful")
+
 HOMES: Final = _table(
     "name house",
     "by the sea | the house by the sea",
@@ -180,7 +183,7 @@ SLOTS: Final[Mapping[str, tuple[Entry, ...]]] = {
     "hero": CHARACTERS,
     "friend": CHARACTERS,
     "trait": TRAITS,
-    "manner": TRAITS,  # the friend's trait, which is never the hero's
+    "manner": MANNERS,
     "home": HOMES,
     "weather": WEATHERS,
     "elder": FAMILY,

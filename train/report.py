@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -27,12 +28,16 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        path = folder / METRICS
-        kept = [row for row in read_metrics(folder) if row["step"] <= step]
-        partial = path.with_name(path.name + ".new")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        # In binary, since the position to cut at counts bytes; cutting in place needs no room on a full disk.
+        self._file = (folder / METRICS).open("ab+")
+        self._file.seek(0)
+        kept = 0
+        for line in self._file:
+            row = _parse(line)
+            if row is None or row["step"] > step:
+                break
+            kept += len(line)
+        self._file.truncate(kept)
 
     def __enter__(self) -> Self:
         return self
@@ -43,7 +48,7 @@ class Metrics:
         self._file.close()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
         """Puts the lines on the disk, before the checkpoint that counts on them."""
@@ -53,16 +58,19 @@ class Metrics:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
-    path = folder / METRICS
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    if not (folder / METRICS).exists():
+        return []
+    with (folder / METRICS).open("rb") as file:
+        return [row for line in file if (row := _parse(line)) is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The row of a line, or None for one that a kill or a full disk cut short."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith(b"\n") else None
 
 
 def draw_loss_curve(folder: Path) -> None:
@@ -86,9 +94,14 @@ def draw_loss_curve(folder: Path) -> None:
     axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
     partial = folder / (LOSS_CURVE + ".new")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(folder / LOSS_CURVE)
+    try:
+        partial.write_bytes(picture.getvalue())
+        partial.replace(folder / LOSS_CURVE)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Progress:

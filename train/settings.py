@@ -115,9 +115,8 @@ PRESETS: Final[Mapping[str, Preset]] = {
         },
         {
             "steps": 400,
-            "learning_rate": 0.03,
+            "learning_rate": 0.01,
             "warmup_steps": 0,
-            "weight_decay": 0.0,
             "save_every": 400,
             "tokenizer": "word",
         },

@@ -23,7 +23,7 @@ NAMES = sorted({entry["name"] for entry in CHARACTERS})
 LOST = (
     "There once was a brave fox named Sam who lived by the sea. Sam loved the yellow scarf that his uncle had given "
     "him. On a windy morning Sam carried the scarf to the beach. There he built a castle of sand, and when he looked "
-    'up, the scarf was gone. Then Lily, a gentle hedgehog, came by. "Do not worry, Sam, we will find it," said Lily. '
+    'up, the scarf was gone. Then Lily, a merry hedgehog, came by. "Do not worry, Sam, we will find it," said Lily. '
     "They looked near the rocks, but it was not there. At last Lily found the yellow scarf beside the old boat. "
     '"Thank you, Lily!" said Sam, and they walked home when the wind grew calm. Sam and Lily stayed good friends ever '
     "after."
@@ -76,8 +76,8 @@ def test_articles_fit_their_nouns() -> None:
         ("beside the old boat", "in a hollow tree"),
         ("a castle of sand", "the hens"),
         ("when the wind grew calm", "when the rain stopped"),  # the weather was windy
-        ("Then Lily, a gentle hedgehog", "Then Sam, a gentle hedgehog"),  # one's own friend
-        ("Then Lily, a gentle hedgehog", "Then Lily, a brave hedgehog"),  # as brave as the hero
+        ("Then Lily, a merry hedgehog", "Then Sam, a merry hedgehog"),  # one's own friend
+        ("Then Lily, a merry hedgehog", "Then Lily, a brave hedgehog"),  # a word for heroes
         ("They looked", "they looked"),
         ("Sam and Lily stayed", "Sam and Lily stay"),
         ("There once was a brave", "There once was brave"),
