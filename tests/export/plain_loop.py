@@ -20,6 +20,30 @@ def open_graph(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def run_batch(path: Path, ids: Array, mask: Array, new: Array) -> tuple[Array, Array]:
+    """Logits of a padded prompt (B, T), and of further tokens `new` (B, N) that are appended one column at a time.
+
+    `mask` (B, T) is 1 for a real token. What is appended stands after the padding, which no token sees.
+    """
+    session = open_graph(path)
+    past = {
+        value.name: np.zeros([len(ids), value.shape[1], 0, value.shape[3]], np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
+    outputs = [value.name for value in session.get_outputs()]
+    logits = []
+    for column in [ids, *(new[:, i : i + 1] for i in range(new.shape[1]))]:
+        if logits:
+            mask = np.concatenate([mask, np.ones_like(column)], axis=1)
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -column.shape[1] :]
+        feeds = {"input_ids": column, "attention_mask": mask, "position_ids": positions}
+        found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
+        logits.append(found["logits"])
+        past = {name: found[name.replace("past_key_values.", "present.")] for name in past}
+    return logits[0], np.concatenate(logits[1:], axis=1)
+
+
 def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
     """Logits (T, V) of one text that is given to the graph in chunks; each takes the cache that the last one left."""
     session = open_graph(path)

@@ -21,7 +21,7 @@ from pastkey.export.pipeline import MIN_ONNXRUNTIME
 
 from .conftest import Export
 from .decoders import CASES, MORE_CASES, Case, NanoGpt, Plain
-from .plain_loop import run_chunks
+from .plain_loop import run_batch, run_chunks
 
 
 def assert_plain_loop_equals_torch(exported: Any, context: int) -> None:
@@ -85,6 +85,35 @@ def test_every_context_and_head_size(size: int, context: int, tmp_path: Path) ->
     assert report.verification.ok
     assert report.verification.tokens == context
     assert report.manifest.graph == ("standard" if size == 10 else "fused")
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("llama", "right"),
+        ("multi_head_attention", "right"),
+        ("head_size_10_context_11", "right"),
+        ("head_size_10_context_11", "left"),
+        ("one_block_five_times", "left"),
+    ],
+)
+def test_padded_rows_in_plain_onnxruntime_equal_each_row_alone(name: str, side: str, exported: Export) -> None:
+    """The standard graph takes padding at either end, the fused one at the right."""
+    made = exported(name)
+    lengths, steps = (6, 3, 1), 3
+    rng = np.random.default_rng(2)
+    texts = [rng.integers(0, made.bundle.manifest.vocab_size, length + steps) for length in lengths]
+    ids, mask = np.zeros((3, 6), np.int64), np.zeros((3, 6), np.int64)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        place = slice(length) if side == "right" else slice(6 - length, None)
+        ids[row, place], mask[row, place] = text[:length], 1
+    new = np.stack([text[-steps:] for text in texts])
+    prompt, further = run_batch(made.bundle.common_graph, ids, mask, new)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        expected = made.torch_logits(text.tolist())
+        found = np.concatenate([prompt[row][mask[row] == 1], further[row]])
+        assert len(found) == length + steps
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_block_applied_five_times_is_stored_once(exported: Export) -> None:
