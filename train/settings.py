@@ -19,14 +19,14 @@ class TrainConfig:
     """How to train. Sizes that are None are the preset's."""
 
     preset: str = "llama"
-    steps: int = 700  # optimizer steps
-    batch_size: int = 16  # rows of a forward pass
+    steps: int = 2400  # optimizer steps
+    batch_size: int = 6  # rows of a forward pass
     accumulate: int = 1  # forward passes per optimizer step
-    learning_rate: float = 3e-3  # at the peak, after the warm-up
+    learning_rate: float = 5e-3  # at the peak, after the warm-up
     warmup_steps: int = 40
     weight_decay: float = 0.1  # on weight matrices only
     gradient_clip: float = 1.0  # the largest norm of all gradients together
-    save_every: int = 100  # steps between checkpoints, each with validation, sample and curve
+    save_every: int = 250  # steps between checkpoints, each with validation, sample and curve
     seed: int = 0
     threads: int | None = None  # None: as many as torch chooses
     tokenizer: str = "bpe"  # bpe, char, word, or the path of a tokenizer.json
@@ -88,12 +88,12 @@ class Preset:
 
 
 _SMALL: Final = {
-    "max_position_embeddings": 256,
-    "hidden_size": 192,
-    "intermediate_size": 512,
+    "max_position_embeddings": 192,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 32,
 }
 
@@ -125,8 +125,8 @@ PRESETS: Final[Mapping[str, Preset]] = {
         "learned positions, LayerNorm, GELU, biases",
         _SMALL
         | {
-            "intermediate_size": 768,
-            "num_key_value_heads": 6,
+            "intermediate_size": 512,
+            "num_key_value_heads": 4,
             "position_encoding": "learned",
             "norm": "layernorm",
             "mlp": "gelu",
