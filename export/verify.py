@@ -34,6 +34,7 @@ ROUNDING_ALLOWANCE = 3
 # activations, may cost no more than int8 itself costs against float32 (nats), or than rounding can explain.
 KL_FLOOR = 1e-6
 TOKENS = 150  # length of the text that is compared, where the context has room for it
+RANDOM_TOKENS = 16  # at its beginning; the model itself writes the rest
 CHUNK_SIZES = (1, 7, 64)
 GREEDY_TOKENS = 64
 BATCH_LENGTH = 40  # the longest row of the batch
@@ -123,9 +124,15 @@ class OwnReference:
 
 
 def _own_text(session: Session, length: int) -> Ids:
-    """A text (T,) that the bundle itself writes: of its kind, where random ids would be of none."""
-    generation = Generation(session, [0], max_new_tokens=length, sampling=SamplingConfig(temperature=1.0, seed=0))
-    return np.array(list(generation), np.int64)
+    """A text (T,): some random ids, and what the bundle itself writes after them.
+
+    Its own text is of its kind, where random ids would be of none; but a model may repeat one token for ever, and
+    attention over equal tokens gives the same whatever its weights.
+    """
+    beginning = min(RANDOM_TOKENS, -(-length // 2))
+    ids: list[int] = np.random.default_rng(0).integers(0, session.manifest.vocab_size, beginning).tolist()
+    sampling = SamplingConfig(temperature=1.0, seed=0)
+    return np.array([*ids, *Generation(session, ids, max_new_tokens=length - beginning, sampling=sampling)], np.int64)
 
 
 def _rows(session: Session, layer: int) -> tuple[Logits, Logits]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey import names
@@ -18,9 +19,10 @@ from pastkey.bundle import open_bundle
 from pastkey.errors import ContractError, ExistingFolderError, InputError, ParityError
 from pastkey.export import export, files, pipeline
 from pastkey.export.pipeline import MIN_ONNXRUNTIME
+from pastkey.runtime import Session
 
 from .conftest import Export
-from .decoders import CASES, MORE_CASES, Case, NanoGpt, Plain
+from .decoders import CASES, MORE_CASES, Case, NanoGpt, Plain, TableRope
 from .plain_loop import run_batch, run_chunks
 
 
@@ -148,10 +150,12 @@ def test_the_manifest_records_what_was_measured(exported: Export) -> None:
 
 def test_the_quality_figures_are_those_of_the_two_models(exported: Export) -> None:
     from pastkey.export.evaluate import kl_divergence
-    from pastkey.export.verify import TOKENS
+    from pastkey.export.verify import _own_text
 
     made = exported("llama", "int8")
-    ids = np.random.default_rng(0).integers(0, 61, min(TOKENS, 40)).tolist()
+    ids = _own_text(Session(made.bundle), 40).tolist()
+    assert len(ids) == 40
+    assert len(set(ids)) > 10
     found = kl_divergence(made.torch_logits(ids), run_chunks(made.bundle.common_graph, [ids]))
     assert found == pytest.approx(made.bundle.manifest.quality["kl_divergence"], rel=0.01)
 
@@ -266,6 +270,33 @@ def test_a_wrong_graph_is_found_and_no_folder_is_left(
     assert "position_ids" in sentence
     assert layer in sentence
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_graph_is_found_in_a_model_that_only_repeats_itself(tmp_path: Path) -> None:
+    """Over equal tokens attention gives the same, whatever its weights: the text must not be all of one token."""
+
+    class Repeating(TableRope):
+        def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+            if torch.compiler.is_exporting():
+                position_ids = position_ids * 0
+            return super().turn(heads, position_ids)
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            return F.linear(hidden, self.token.weight)
+
+    module = Repeating()
+    with torch.no_grad():
+        greedy = run_greedily(module, [0], 12)
+    assert set(greedy) == {0}
+    with pytest.raises(ParityError, match="in the check 'prefill'"):
+        export(module, tmp_path / "bundle", precision="fp32", context_length=20)
+
+
+def run_greedily(module: nn.Module, ids: list[int], steps: int) -> list[int]:
+    for _ in range(steps):
+        positions = torch.arange(len(ids))[None]
+        ids = [*ids, int(module(torch.tensor([ids]), positions)[0, -1].argmax())]
+    return ids
 
 
 def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path: Path) -> None:
