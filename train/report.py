@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from tqdm import tqdm
 
 from pastkey.command import say
@@ -89,7 +90,10 @@ def draw_loss_curve(folder: Path) -> None:
         axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), (-6, 8), textcoords="offset points", ha="right")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")  # the first steps are many times the last
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     for side in ("top", "right"):

@@ -115,6 +115,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         },
         {
             "steps": 400,
+            "batch_size": 16,
             "learning_rate": 0.01,
             "warmup_steps": 0,
             "save_every": 400,

@@ -41,11 +41,11 @@ def test_what_is_given_goes_before_the_preset() -> None:
         ({"hidden_size": 40, "heads": 5}, {"num_key_value_heads": 5, "head_dim": 8}),
         ({"hidden_size": 80, "heads": 1}, {"num_key_value_heads": 1, "head_dim": 80}),
         ({"heads": 3, "head_dim": 10}, {"num_key_value_heads": 3, "head_dim": 10}),
-        ({"preset": "gpt2", "heads": 2}, {"num_key_value_heads": 2, "head_dim": 96}),
-        ({"heads": 12}, {"num_key_value_heads": 3, "head_dim": 16}),
-        ({"heads": 4, "kv_heads": 2}, {"num_key_value_heads": 2, "head_dim": 48}),
+        ({"preset": "gpt2", "heads": 2}, {"num_key_value_heads": 2, "head_dim": 64}),
+        ({"heads": 8}, {"num_key_value_heads": 2, "head_dim": 16}),
+        ({"heads": 2, "kv_heads": 1}, {"num_key_value_heads": 1, "head_dim": 64}),
         ({"context": 8, "layers": 1}, {"max_position_embeddings": 8, "num_hidden_layers": 1}),
-        ({"hidden_size": 6, "heads": 3}, {"intermediate_size": 16, "head_dim": 2}),
+        ({"hidden_size": 6, "heads": 3}, {"intermediate_size": 12, "head_dim": 2}),
     ],
 )
 def test_sizes_that_are_not_given_follow_those_that_are(given: dict[str, Any], expected: dict[str, int]) -> None:
