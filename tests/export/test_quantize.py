@@ -314,7 +314,7 @@ def test_int8_takes_at_most_0_29_of_float32_from_three_million_parameters(
     sizes = {"vocab_size": 2003, "hidden_size": 288, "intermediate_size": 800, "tie_word_embeddings": tied}
     module = drawn(ModelConfig(**(dict(PRESETS[preset].model) | sizes)))
     assert sum(p.numel() for p in module.parameters()) >= 3_000_000
-    report = export(module, tmp_path / "bundle", context_length=256)
+    report = export(module, tmp_path / "bundle", context_length=module.config.max_position_embeddings)
     assert report.verification.ok
     assert report.weight_bytes / report.fp32_weight_bytes <= 0.29
     stored = sum(path.stat().st_size for path in (tmp_path / "bundle" / "onnx").iterdir())
