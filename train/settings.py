@@ -19,7 +19,7 @@ class TrainConfig:
     """How to train. Sizes that are None are the preset's."""
 
     preset: str = "llama"
-    steps: int = 2400  # optimizer steps
+    steps: int = 2000  # optimizer steps
     batch_size: int = 6  # rows of a forward pass
     accumulate: int = 1  # forward passes per optimizer step
     learning_rate: float = 5e-3  # at the peak, after the warm-up
