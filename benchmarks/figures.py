@@ -26,7 +26,7 @@ from pastkey.runtime.ort import onnxruntime
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- figures: make figures -->", "<!-- end of figures -->"
-PROMPT, NEW = 192, 64  # tokens; together the demo's context
+PROMPT, NEW = 128, 64  # tokens; together the demo's context
 
 
 def main() -> int:
@@ -85,7 +85,7 @@ def rows(fp32: Bundle, int8: Bundle, stories: dict[str, float], rounds: int, dem
 
 
 def describe(training: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in training.items() if "valid" in name)
+    return f"held-out loss {training['val_loss']:.3f} nats per token, {training['bits_per_byte']:.3f} bits per byte"
 
 
 def weight_bytes(bundle: Bundle) -> int:
