@@ -47,7 +47,7 @@ class Manifest:
     opset: int
     ir_version: int
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
-    bos_token_id: int | None = None  # put in front of every prompt when not null
+    bos_token_id: int | None = None  # the begin token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
     operators: Mapping[str, int] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Any] = field(default_factory=dict)
