@@ -55,7 +55,13 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Raises ExistingFolderError where `whole_folder` would. Call it before long work."""
+    """Raises ExistingFolderError where `whole_folder` would, InputError where no folder can be made.
+
+    Call it before long work.
+    """
+    file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise InputError(f"{target} lies under {file}, which is a file: choose another --out")
     if not os.path.lexists(target):
         return
     if not force:
