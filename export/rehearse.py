@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pastkey.errors import ContractError
 
+from .attention import failing_line
 from .observe import Observation, random_ids, run_cached, run_uncached
 
 # Relative to the largest logit. Loose: torch's own kernels differ by shape; a module with state is far beyond.
@@ -21,6 +22,19 @@ _TOLERANCE = 1e-3
 
 def rehearse(module: nn.Module, observation: Observation, context_length: int) -> None:
     """Runs the end of a text alone with the cached keys and values of its beginning. Raises ContractError."""
+    try:
+        _rehearse(module, observation, context_length)
+    except ContractError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ContractError(
+            f"{type(module).__name__} fails on tokens that do not begin at position 0, at {failing_line(error)} with "
+            f"{type(error).__name__}: {line}; take position_ids as they are and every length from tensor.shape"
+        ) from error
+
+
+def _rehearse(module: nn.Module, observation: Observation, context_length: int) -> None:
     length = min(12, context_length)
     past = length // 2
     ids = random_ids(2, length, observation.vocab_size, seed=1)

@@ -33,6 +33,10 @@ ROUNDING_ALLOWANCE = 3
 # int8 decoded token by token takes another path through attention than int8 prefill; the last bits, amplified by int8
 # activations, may cost no more than int8 itself costs against float32 (nats), or than rounding can explain.
 KL_FLOOR = 1e-6
+# How far int8 may be from float32 at all (nats): an export beyond it has lost the model. Later, against the source, no
+# further than twice what was measured at export.
+MAX_KL = 0.5
+RECORDED_KL_ALLOWANCE = 2
 TOKENS = 150  # length of the text that is compared, where the context has room for it
 RANDOM_TOKENS = 16  # at its beginning; the model itself writes the rest
 CHUNK_SIZES = (1, 7, 64)
@@ -160,8 +164,9 @@ class _Verifier:
         self._source = ModuleReference(module) if module is not None and self._exact else None
         self._reference: Reference = self._source or self._own
         self._quality = self._measure_quality(module) if module is not None and not self._exact else {}
-        recorded = self._quality.get("kl_divergence", bundle.manifest.quality.get("kl_divergence", 0.0))
-        self._kl_limit = max(float(recorded), KL_FLOOR)
+        self._recorded_kl: float | None = bundle.manifest.quality.get("kl_divergence")
+        measured = self._quality.get("kl_divergence", 0.0)
+        self._kl_limit = max(measured if self._recorded_kl is None else self._recorded_kl, KL_FLOOR)
         self._expected = self._reference(self._ids)
         self._decode_noise = 0.0  # max |difference| of logits, decode against prefill
 
@@ -169,6 +174,8 @@ class _Verifier:
         checks = [self._prefill(), self._decode()]
         checks += [self._chunked(size) for size in CHUNK_SIZES]
         checks += [self._batch(), self._greedy()]
+        if self._quality:
+            checks.append(self._against_float32())
         reference = "own uncached run" if self._reference is self._own else "source"
         return Verification(reference, len(self._ids), tuple(checks), self._quality)
 
@@ -255,6 +262,17 @@ class _Verifier:
                 detail = f"token {step} of the greedy continuation is {token}; the uncached run has {best}"
                 return Check("greedy", gap <= allowed * scale, "first_difference", step, None, detail)
         return Check("greedy", True, "first_difference", None, None)
+
+    def _against_float32(self) -> Check:
+        """int8 against the source in float32: that it is the same model at all."""
+        value, limit = self._quality["kl_divergence"], MAX_KL
+        if self._recorded_kl is not None:
+            limit = min(limit, RECORDED_KL_ALLOWANCE * max(self._recorded_kl, KL_FLOOR))
+        detail = (
+            f"its predictions are {value:.2g} nats from the source's in float32 (limit {limit:.2g}): it is another "
+            "model's bundle, or int8 does not suit this model (export with precision fp32)"
+        )
+        return Check("float32", value <= limit, "mean_kl", value, limit, "" if value <= limit else detail)
 
     # --- judging --------------------------------------------------------------------------------------------------
     def _compare(

@@ -49,7 +49,8 @@ def apply_repetition_penalty(logits: Scores, seen: Iterable[int], penalty: float
     """
     ids = np.unique(np.fromiter(seen, np.int64))
     penalised = logits.copy()
-    penalised[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+    with np.errstate(over="ignore"):  # beyond every number is out of reach, which is what was asked for
+        penalised[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
     return penalised
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .data import (
+    LESSON,
     LESSON_PROMPTS,
     Batch,
     Corpus,
@@ -63,19 +65,37 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
     MissingFileError, ExistingFolderError or NumericsError, and then leaves no folder that was not there before.
     """
     refuse_existing(out, force=force)
-    with whole_folder(out, force=force) as work:
-        info, tokenizer = _prepare(config, work, data)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
-        save_checkpoint(work, model, _state(0, {}, config, info, {}))
-    run = Run(out, config, info, tokenizer, model, step=0, moments={})
+    with _set_aside(out) as replaced:
+        with whole_folder(out) as work:
+            info, tokenizer = _prepare(config, work, data)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+            save_checkpoint(work, model, _state(0, {}, config, info, {}))
+        run = Run(out, config, info, tokenizer, model, step=0, moments={})
+        try:
+            return run.go()
+        except BaseException as error:
+            # Nothing was learnt yet. An interrupted run may still be resumed, unless it stands in another's place.
+            if run.saved_step == 0 and (replaced or isinstance(error, Exception)):
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _set_aside(out: Path) -> Iterator[bool]:
+    """Keeps the folder that --force replaces until the new run has saved something, and puts it back when it fails."""
+    if not out.exists():
+        yield False
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.absolute().parent))
+    out.rename(aside / out.name)
     try:
-        return run.go()
-    except Exception:
-        if run.saved_step == 0:  # nothing was learnt yet
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+        yield True
+    finally:
+        if not out.exists():
+            (aside / out.name).rename(out)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
@@ -114,6 +134,7 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
 def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[DataInfo, TextTokenizer]:
     """Writes the tokenizer and the token files."""
     if config.preset == "classic" and not data:
+        _check_lesson(config)
         tokenizer = lesson_tokenizer()
         tokenizer.save(folder)
         return write_lesson(folder, tokenizer), tokenizer
@@ -123,6 +144,16 @@ def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[D
     context = config.model_config(tokenizer.vocab_size, tokenizer.begin, tokenizer.end).max_position_embeddings
     tokenizer.save(folder)
     return write_tokens(folder, corpus, found, tokenizer, context), tokenizer
+
+
+def _check_lesson(config: TrainConfig) -> None:
+    if config.tokenizer != "word":
+        raise InputError(
+            f"the classic lesson is learnt by words, not with --tokenizer {config.tokenizer}: leave it out"
+        )
+    needed = max(len(row.split()) for row in LESSON)
+    if config.context is not None and config.context < needed:
+        raise InputError(f"--context {config.context} is too short for the classic lesson, which takes {needed} tokens")
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
