@@ -76,7 +76,11 @@ def test_a_bundle_alone_is_compared_with_its_own_uncached_run(name: str, exporte
 def test_int8_decode_may_cost_no_more_than_int8_itself(exported: Export) -> None:
     made = exported("llama", "int8")
     checks = {check.name: check for check in verify(made.bundle, made.module).checks}
-    assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {"decode", "chunks_of_1", "float32"}
+    assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {
+        "decode",
+        "chunks_of_1",
+        "float32",
+    }
     assert checks["decode"].limit == pytest.approx(made.bundle.manifest.quality["kl_divergence"], rel=1e-3)
     assert checks["decode"].value <= checks["decode"].limit
     assert checks["chunks_of_7"].limit == checks["batch"].limit == MAX_RELATIVE_DIFFERENCE
