@@ -130,3 +130,13 @@ def test_no_positions_at_all_are_accepted() -> None:
 
     module = NoPositions()
     rehearse(module, observe(module, 20), 20)
+
+
+def test_a_failure_beyond_position_0_is_told_with_its_line() -> None:
+    class Short(Plain):
+        def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            return self.token(input_ids) + self.position.weight[: 2 * input_ids.shape[1] - 1][position_ids]
+
+    sentence = refusal(Short(), context=12)
+    assert "fails on tokens that do not begin at position 0, at test_rehearse.py:" in sentence
+    assert "take position_ids as they are" in sentence

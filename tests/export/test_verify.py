@@ -161,6 +161,20 @@ def test_another_source_of_the_same_shape_is_found(exported: Export) -> None:
     assert not verify(exported("llama").bundle, other).ok
 
 
+def test_int8_against_another_source_of_the_same_shape_is_found(exported: Export) -> None:
+    made = exported("llama", "int8")
+    other = llama()
+    with torch.no_grad():
+        other.model.norm.weight *= -1
+    verification = verify(made.bundle, other)
+    found = next(check for check in verification.checks if check.name == "float32")
+    assert (found.measure, found.ok, verification.ok) == ("mean_kl", False, False)
+    assert found.value is not None
+    assert found.limit is not None
+    assert found.value > 10 * found.limit
+    assert "another model's bundle" in found.detail
+
+
 def test_greedy_ids_that_differ_are_told_with_their_step(exported: Export, tmp_path: Path) -> None:
     made = exported("llama")
     bundle = alter_weight(made.bundle, tmp_path, "model.layers.0.self_attn.k_proj.weight", -30.0)

@@ -351,3 +351,10 @@ def test_the_manifest_is_the_bundles(session: Session, bundle: Bundle) -> None:
     assert isinstance(session.manifest, Manifest)
     assert session.manifest is bundle.manifest
     assert session.providers == ["CPUExecutionProvider"]
+
+
+def test_a_graph_that_the_manifest_does_not_list_is_refused(tiny: Tiny, make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(tiny)
+    (bundle.path / "onnx" / "further.onnx").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"further\.onnx is not listed in pastkey\.json"):
+        open_bundle(bundle.path)
