@@ -94,8 +94,7 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
     write_json(folder / names.GENERATION_CONFIG, special | {"max_length": manifest.context_length})
     write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
     if source.tokenizer is not None:
-        # bytes, so that the tokenizer is the very one the model was trained with
-        (folder / names.TOKENIZER).write_bytes(source.tokenizer.read_bytes())
+        (folder / names.TOKENIZER).write_bytes(source.tokenizer)
         write_json(folder / names.TOKENIZER_CONFIG, source.tokenizer_config)
 
 

@@ -25,7 +25,7 @@ class Source:
     module: nn.Module
     name: str  # what the manifest calls it
     context_length: int  # tokens
-    tokenizer: Path | None = None  # tokenizer.json
+    tokenizer: bytes | None = None  # the content of tokenizer.json
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where the source has one
     bos_token_id: int | None = None
@@ -58,7 +58,7 @@ def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length
         raise InputError(
             f"{name} has no context length of its own: give it with context_length=N (on the command line, --context N)"
         )
-    return Source(module, name, _checked_context(context_length), **_read_tokenizer(tokenizer))
+    return Source(module, name, _checked_context(context_length), **read_tokenizer(tokenizer))
 
 
 def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: int | None) -> Source:
@@ -70,16 +70,20 @@ def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: i
         )
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
-    longest = config.max_position_embeddings
-    if context_length is not None and context_length > longest:
-        raise InputError(f"--context {context_length} is more than the {longest} tokens that {path} was trained for")
-    context = _checked_context(context_length or longest)
-    found = _read_tokenizer(tokenizer or checkpoint.tokenizer_path)
+    context = context_of(path, config.max_position_embeddings, context_length)
+    found = read_tokenizer(tokenizer or checkpoint.tokenizer_path)
     if config.eos_token_id is not None:
         found["eos_token_ids"] = (config.eos_token_id,)
     found["bos_token_id"] = config.bos_token_id
     content = config.to_json() | {"max_position_embeddings": context}
     return Source(checkpoint.model, path.resolve().name, context, config=content, **found)
+
+
+def context_of(path: Path, longest: int, asked: int | None) -> int:
+    """The context length in tokens: what the model was trained for, or less where less was asked for."""
+    if asked is not None and asked > longest:
+        raise InputError(f"--context {asked} is more than the {longest} tokens that {path} was trained for")
+    return _checked_context(asked or longest)
 
 
 def _checked_context(length: int) -> int:
@@ -89,7 +93,7 @@ def _checked_context(length: int) -> int:
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------------
-def _read_tokenizer(path: str | Path | None) -> dict[str, Any]:
+def read_tokenizer(path: str | Path | None) -> dict[str, Any]:
     """The fields of a Source that a tokenizer.json and the tokenizer_config.json beside it give."""
     if path is None:
         return {}
@@ -101,7 +105,8 @@ def _read_tokenizer(path: str | Path | None) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        content = file.read_bytes()  # kept as it is: the very tokenizer that the model was trained with
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:
         raise InputError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
     beside = file.with_name(names.TOKENIZER_CONFIG)
@@ -109,7 +114,7 @@ def _read_tokenizer(path: str | Path | None) -> dict[str, Any]:
     ids = {key: _token_id(tokenizer, config.get(key)) for key in ("bos_token", "eos_token")}
     eos = ids["eos_token"]
     return {
-        "tokenizer": file,
+        "tokenizer": content,
         "tokenizer_config": config,
         "bos_token_id": ids["bos_token"],
         "eos_token_ids": () if eos is None else (eos,),
@@ -126,14 +131,14 @@ def check_tokenizer(source: Source, vocab_size: int) -> None:
     """Raises InputError when the tokenizer makes ids that the model has no embedding for."""
     if source.tokenizer is None:
         return
-    vocabulary = json.loads(source.tokenizer.read_text(encoding="utf-8"))
+    vocabulary = json.loads(source.tokenizer)
     added = [token["id"] for token in vocabulary.get("added_tokens", [])]
     model = vocabulary.get("model", {}).get("vocab", {})
     ids = list(model.values()) if isinstance(model, dict) else list(range(len(model)))
     largest = max([*added, *ids], default=-1)
     if largest >= vocab_size:
         raise InputError(
-            f"{source.tokenizer} makes token ids up to {largest}, but the model has {vocab_size} embeddings "
+            f"the tokenizer of {source.name} makes token ids up to {largest}, but the model has {vocab_size} embeddings "
             f"(ids 0 to {vocab_size - 1}): give the tokenizer that the model was trained with"
         )
 

@@ -139,7 +139,7 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(checkpoint: Path) -> None:
     source = open_source(checkpoint)
     assert (source.name, source.context_length) == ("checkpoint", 40)
-    assert source.tokenizer == checkpoint / names.TOKENIZER
+    assert source.tokenizer == (checkpoint / names.TOKENIZER).read_bytes()
     assert source.eos_token_ids == (60,)
     assert source.config["model_type"] == "llama"
     assert source.tokenizer_config["eos_token"] == "<end>"
@@ -207,7 +207,7 @@ def test_a_tokenizer_brings_its_special_tokens_in_either_form(word_tokenizer: To
     path = save(word_tokenizer, tmp_path, eos_token={"content": "<end>"}, bos_token="w3")
     for given in (path, tmp_path):  # the file, or its folder
         source = open_source(Plain(vocab=61), context_length=8, tokenizer=given)
-        assert source.tokenizer == path
+        assert source.tokenizer == (tmp_path / names.TOKENIZER).read_bytes()
         assert (source.bos_token_id, source.eos_token_ids) == (3, (60,))
 
 
