@@ -138,8 +138,8 @@ def check_tokenizer(source: Source, vocab_size: int) -> None:
     largest = max([*added, *ids], default=-1)
     if largest >= vocab_size:
         raise InputError(
-            f"the tokenizer of {source.name} makes token ids up to {largest}, but the model has {vocab_size} embeddings "
-            f"(ids 0 to {vocab_size - 1}): give the tokenizer that the model was trained with"
+            f"the tokenizer of {source.name} makes token ids up to {largest}, but the model has {vocab_size} "
+            f"embeddings (ids 0 to {vocab_size - 1}): give the tokenizer that the model was trained with"
         )
 
 
