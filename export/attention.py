@@ -3,7 +3,7 @@
 Two places are watched, because neither is enough alone. A TorchFunctionMode sees the function itself, also where
 a file says `from torch.nn.functional import scaled_dot_product_attention`; but while torch runs one of its own
 Python functions (nn.MultiheadAttention, nn.TransformerEncoderLayer) the mode is suspended, and only a replaced
-`F.scaled_dot_product_attention` is reached.
+`F.scaled_dot_product_attention` is reached. A library with a public hook for attention calls `attend` from it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _ATTENTION = F.scaled_dot_product_attention
+_STATEMENT = "pastkey_statement"
 _NOT_THE_USERS = (Path(__file__).parent, Path(torch.__file__).parent)
 
 
@@ -38,6 +39,10 @@ class AttentionCall:
     is_causal: bool
     scale: float  # factor on the scores
     where: str  # file:line of the call, for error messages
+    # What scaled_dot_product_attention has no argument for; `attend` takes it.
+    window: int | None = None  # a token sees so many, itself and those before it
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
+    sinks: Tensor | None = None  # (H,) a further score per head, which takes its share of the softmax
 
     @property
     def groups(self) -> int:
@@ -59,28 +64,74 @@ def intercept(handler: Handler, watch: Callable[..., None] | None = None) -> Ite
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one closed C++ kernel
     F.scaled_dot_product_attention = mode.attend
+    before, _AttentionMode.active = _AttentionMode.active, mode
     try:
         with mode, torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        _AttentionMode.active = before
         F.scaled_dot_product_attention = _ATTENTION
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+def attend(call: AttentionCall) -> Tensor:
+    """The attention of a library's hook: to the handler of the open `intercept`, or computed: (B, H, T, Dv)."""
+    mode = _AttentionMode.active
+    return torch_attention(call) if mode is None else mode.hand_over(call)
+
+
 def torch_attention(call: AttentionCall) -> Tensor:
     """What torch computes for the call as the module made it, the reference: (B, H, T, Dv)."""
-    return _ATTENTION(
-        call.query,
-        call.key,
-        call.value,
-        attn_mask=call.mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        enable_gqa=call.groups > 1,
-    )
+    if call.window is None and call.softcap is None and call.sinks is None:
+        return _ATTENTION(
+            call.query,
+            call.key,
+            call.value,
+            attn_mask=call.mask,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            enable_gqa=call.groups > 1,
+        )
+    return attention_over(call, call.key, call.value)
+
+
+def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
+    """The call's queries, the last T of S tokens, over keys (B, K, S, D) and values (B, K, S, Dv), written out."""
+    new, total = call.query.shape[2], key.shape[2]
+    scores = (call.query * call.scale) @ key.repeat_interleave(call.groups, 1).transpose(2, 3)  # (B, H, T, S)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores.masked_fill(~visible(new, total, call.window), -torch.inf)
+    if call.sinks is not None:
+        sinks = call.sinks[:, None, None].expand(len(scores), -1, new, 1)
+        scores = torch.cat([scores, sinks], 3)
+    return scores.softmax(-1)[..., :total] @ value.repeat_interleave(call.groups, 1)
+
+
+def visible(new: int, total: int, window: int | None = None) -> Tensor:
+    """(T, S), whether the token of that row, the last T of S, sees the one of that column."""
+    distance = torch.arange(total - new, total)[:, None] - torch.arange(total)[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def stated_mask(window: int | None) -> Tensor:
+    """A mask that is not built but stated: causal, and within the window. Only attention that is intercepted knows it.
+
+    The statement is an attribute, which a traced tensor keeps as well.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    setattr(mask, _STATEMENT, (window,))
+    return mask
+
+
+def statement(mask: Tensor | None) -> tuple[int | None] | None:
+    """(window,) of a stated mask, None for any other."""
+    return getattr(mask, _STATEMENT, None)
 
 
 class _AttentionMode(TorchFunctionMode):
+    active: _AttentionMode | None = None  # of the open `intercept`
+
     def __init__(self, handler: Handler, watch: Callable[..., None] | None) -> None:
         super().__init__()
         self._handler = handler
@@ -109,23 +160,31 @@ class _AttentionMode(TorchFunctionMode):
         """Stands in for F.scaled_dot_product_attention."""
         if self._busy:
             return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        shape = query.shape
+        stated = statement(attn_mask)
+        if stated is not None:
+            attn_mask = None
+        elif attn_mask is not None and query.dim() == 3:
+            attn_mask = _four_axes(attn_mask)
+        call = AttentionCall(
+            query=_four_axes(query),
+            key=_four_axes(key),
+            value=_four_axes(value),
+            mask=attn_mask,
+            dropout=dropout_p,
+            is_causal=is_causal or stated is not None,
+            scale=float(scale) if scale is not None else float(shape[-1]) ** -0.5,
+            where=calling_line(),
+            window=stated[0] if stated is not None else None,
+        )
+        output = self.hand_over(call)
+        return output if query.dim() == 4 else output.reshape(*shape[:-1], output.shape[-1])
+
+    def hand_over(self, call: AttentionCall) -> Tensor:
+        """Gives the call to the handler, whose own torch calls are not the module's."""
         self._busy = True
         try:
-            shape = query.shape
-            if attn_mask is not None and query.dim() == 3:
-                attn_mask = _four_axes(attn_mask)
-            call = AttentionCall(
-                query=_four_axes(query),
-                key=_four_axes(key),
-                value=_four_axes(value),
-                mask=attn_mask,
-                dropout=dropout_p,
-                is_causal=is_causal,
-                scale=float(scale) if scale is not None else float(shape[-1]) ** -0.5,
-                where=calling_line(),
-            )
-            output = self._handler(call)
-            return output if query.dim() == 4 else output.reshape(*shape[:-1], output.shape[-1])
+            return self._handler(call)
         finally:
             self._busy = False
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", help="a checkpoint folder, or path/to/file.py:factory, where factory() returns the module")
+    add("source", help="a checkpoint, a Hugging Face folder, a .gguf file, or path/to/file.py:factory, for a module")
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
     add("--precision", choices=names.PRECISIONS, default="int8", help="of the weights (default: int8)")
     add("--target", choices=names.TARGETS, default="cpu", help="where it will run (default: cpu)")
@@ -28,6 +28,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context", type=positive_int, metavar="N", help="context length in tokens; required for a module")
     add("--tokenizer", metavar="FILE", help="tokenizer.json of a module; without one the bundle speaks ids only")
     add("--force", action="store_true", help="replace an existing bundle")
+    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print the report as one JSON object")
 
 
@@ -44,6 +45,7 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.tokenizer,
             arguments.context,
             arguments.force,
+            trust_remote_code=arguments.trust_remote_code,
             progress=stages.next,
         )
     if arguments.json:
@@ -69,6 +71,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", help="the bundle folder")
     add("source", nargs="?", help="what it was exported from; without it, the bundle's own uncached run")
+    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
 
 
@@ -82,7 +85,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         verification = verify(bundle)
     else:
         with _prints_of_the_module():
-            source = open_source(arguments.source, context_length=bundle.manifest.context_length)
+            source = open_source(
+                arguments.source,
+                context_length=bundle.manifest.context_length,
+                trust_remote_code=arguments.trust_remote_code,
+            )
             observation = observe(source.module, source.context_length)
             _require_same_shape(bundle, source.name, observation)
             verification = verify(bundle, source.module, layers=observation.layers)

@@ -27,7 +27,7 @@ from pastkey import names
 from pastkey.bundle import KVGeometry
 from pastkey.errors import ContractError
 
-from .attention import AttentionCall, failing_line, intercept
+from .attention import AttentionCall, failing_line, intercept, visible
 from .observe import Observation, evaluating
 from .simplify import simplify
 
@@ -191,6 +191,13 @@ class _FusedAttention:
         batch, heads, new, size = call.query.shape
         kv_heads = call.key.shape[1]
         present = (batch, kv_heads, self._total_size, size)
+        attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale}
+        if call.window is not None:
+            attributes["local_window_size"] = call.window
+        if call.softcap is not None:
+            attributes["softcap"] = call.softcap
+        # Inputs 7 to 10 are the rotary tables, positions and a bias, which the graph does not use.
+        sinks = () if call.sinks is None else (None, None, None, None, call.sinks)
         output, key, value = ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             (
@@ -199,8 +206,9 @@ class _FusedAttention:
                 past_value,
                 self._last,
                 self._total,
+                *sinks,
             ),
-            {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale},
+            attributes,
             dtypes=(_FLOAT, _FLOAT, _FLOAT),
             shapes=((batch, new, heads * size), present, present),
             version=1,
@@ -212,9 +220,19 @@ class _StandardAttention:
     """softmax(q kᵀ · scale) v over past and new tokens, in operators that every execution provider has."""
 
     def __init__(self, attention_mask: Tensor, new: int, past: int) -> None:
-        # Position in the cache, not position_ids: a row's padding hole keeps its columns.
-        causal = torch.arange(past + new)[None, :] <= (torch.arange(new) + past)[:, None]  # (T, S)
-        self._allowed = (causal[None] & (attention_mask > 0)[:, None, :])[:, None, None]  # (B, 1, 1, T, S)
+        real = attention_mask > 0
+        # Order in the cache, not position_ids: a row's padding hole keeps its columns.
+        causal = visible(new, past + new)  # (T, S)
+        self._causal = (causal[None] & real[:, None, :])[:, None, None]  # (B, 1, 1, T, S)
+        self._number = real.to(torch.int64).cumsum(1)  # (B, S), of each real token in its row
+        self._new = new
+        self._allowed: dict[int | None, Tensor] = {None: self._causal}  # by window
+
+    def _visible(self, window: int | None) -> Tensor:
+        if window is not None and window not in self._allowed:
+            distance = self._number[:, -self._new :, None] - self._number[:, None, :]  # (B, T, S)
+            self._allowed[window] = self._causal & (distance < window)[:, None, None]
+        return self._allowed[window]
 
     def __call__(self, call: AttentionCall, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = torch.cat([past_key, call.key], 2)  # (B, K, S, D)
@@ -225,9 +243,14 @@ class _StandardAttention:
         rows = (batch, kv_heads, call.groups * new, size)
         scores = (call.query * call.scale).reshape(rows) @ key.transpose(2, 3)  # (B, K, G*T, S)
         scores = scores.view(batch, kv_heads, call.groups, new, total)
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
         # The lowest finite number and not -inf: a padding row that may see nothing must not become NaN.
-        scores = torch.where(self._allowed, scores, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1).view(batch, kv_heads, call.groups * new, total)
+        scores = torch.where(self._visible(call.window), scores, torch.finfo(scores.dtype).min)
+        if call.sinks is not None:
+            sinks = call.sinks.view(1, kv_heads, call.groups, 1, 1).expand(batch, -1, -1, new, 1)
+            scores = torch.cat([scores, sinks], 4)
+        weights = scores.softmax(-1)[..., :total].reshape(batch, kv_heads, call.groups * new, total)
         output = (weights @ value).view(batch, heads, new, value.shape[3])
         return output, key, value
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pastkey.bundle import KVGeometry
 from pastkey.errors import ContractError, PastkeyError
 
-from .attention import AttentionCall, Handler, calling_line, failing_line, intercept, torch_attention
+from .attention import AttentionCall, Handler, attention_over, calling_line, failing_line, intercept, torch_attention
 
 CONTRACT = "forward(input_ids, position_ids) -> logits (B, T, V)"
 _SEED = 0
@@ -32,6 +32,7 @@ class Layer:
     heads: int  # H
     module: str  # path of the submodule that made the call
     where: str  # file:line of the call
+    window: int | None = None  # a token sees so many, where attention is local
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,10 @@ def run_cached(module: nn.Module, past: Uncached, input_ids: Tensor) -> Tensor:
     start = past.logits.shape[1]
     length = start + input_ids.shape[1]
     layer = iter(zip(past.keys, past.values, strict=True))
-    allowed = torch.arange(length)[None, :] <= torch.arange(start, length)[:, None]  # (T, S)
 
     def attend(call: AttentionCall) -> Tensor:
         key, value = next(layer)
-        return F.scaled_dot_product_attention(
-            call.query,
-            torch.cat([key, call.key], 2),
-            torch.cat([value, call.value], 2),
-            attn_mask=allowed,
-            scale=call.scale,
-            enable_gqa=call.groups > 1,
-        )
+        return attention_over(call, torch.cat([key, call.key], 2), torch.cat([value, call.value], 2))
 
     positions = torch.arange(start, length).expand_as(input_ids)
     return _call(module, input_ids, positions, attend)
@@ -197,7 +190,7 @@ class _Observer:
         geometry = KVGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3])
         module = self._stack[-1] if self._stack else ""
         self.masked |= call.mask is not None
-        self.layers.append(Layer(geometry, call.query.shape[1], module, call.where))
+        self.layers.append(Layer(geometry, call.query.shape[1], module, call.where, call.window))
         return torch_attention(call)
 
     def _check_shapes(self, call: AttentionCall, told: str) -> None:

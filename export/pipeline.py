@@ -75,12 +75,14 @@ def export(
     context_length: int | None = None,
     force: bool = False,
     *,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
 
     `module_or_path` is a torch.nn.Module with forward(input_ids (B, T), position_ids (B, T)) -> logits (B, T, V) whose
-    attention is F.scaled_dot_product_attention(q, k, v, is_causal=True); a checkpoint folder; or "file.py:factory".
+    attention is F.scaled_dot_product_attention(q, k, v, is_causal=True); a transformers model for causal language
+    modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, or "file.py:factory".
     `precision`: "int8" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
     "standard". `context_length` in tokens is required for a module. `progress` is called with each stage's name.
 
@@ -91,7 +93,10 @@ def export(
     say = progress or (lambda stage: None)
     _check_choices(precision, target, graph)
     refuse_existing(Path(out), force=force)
-    source = open_source(module_or_path, tokenizer=tokenizer, context_length=context_length)
+    say("open the source")
+    source = open_source(
+        module_or_path, tokenizer=tokenizer, context_length=context_length, trust_remote_code=trust_remote_code
+    )
 
     say(f"observe the attention calls of {source.name}")
     observation = observe(source.module, source.context_length)

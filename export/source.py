@@ -1,4 +1,4 @@
-"""What can be exported: a module in hand, a checkpoint of pastkey train, or path/to/file.py:factory."""
+"""What can be exported: a module in hand, path/to/file.py:factory, a checkpoint, a Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from pastkey.errors import InputError, MissingFileError, PastkeyError
 from pastkey.folder import read_json
 
 
+SOURCES = "a checkpoint folder, a Hugging Face folder, a .gguf file, or path/to/file.py:factory"
+
+
 @dataclass(frozen=True)
 class Source:
     """A module with what a bundle says of it."""
@@ -33,14 +36,22 @@ class Source:
 
 
 def open_source(
-    source: nn.Module | str | Path, *, tokenizer: str | Path | None = None, context_length: int | None = None
+    source: nn.Module | str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    context_length: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Opens what `export` was given.
 
     Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
-    its own, and may shorten a checkpoint's.
+    its own, and may shorten that of others. `trust_remote_code` lets a Hugging Face folder run the Python that it brings.
     """
     if isinstance(source, nn.Module):
+        if _is_of_transformers(source):
+            from .pretrained import open_model
+
+            return open_model(source, tokenizer=tokenizer, context_length=context_length)
         return _from_module(source, tokenizer, context_length)
     text = str(source)
     file, colon, factory = text.rpartition(":")
@@ -48,7 +59,25 @@ def open_source(
         return _from_module(_call_factory(Path(file), factory), tokenizer, context_length)
     if text.endswith(".py"):
         raise InputError(f"{text} names a file without its factory: write {text}:NAME, where NAME() returns the module")
-    return _from_checkpoint(Path(source), tokenizer, context_length)
+    path = Path(source)
+    if not path.exists():
+        raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}")
+    if path.suffix == ".gguf":
+        from .pretrained import open_gguf
+
+        return open_gguf(path, tokenizer=tokenizer, context_length=context_length)
+    if (path / names.CONFIG).is_file() and not (path / names.MANIFEST).exists():
+        from .pretrained import open_folder
+
+        return open_folder(
+            path, tokenizer=tokenizer, context_length=context_length, trust_remote_code=trust_remote_code
+        )
+    return _from_checkpoint(path, tokenizer, context_length)
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")  # whoever made the module has imported it
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
 def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length: int | None) -> Source:
@@ -64,10 +93,6 @@ def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length
 def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: int | None) -> Source:
     from pastkey.train.checkpoint import load_checkpoint
 
-    if not path.exists():
-        raise MissingFileError(
-            f"no such source: {path} does not exist; expected a checkpoint folder, or path/to/file.py:factory"
-        )
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
     context = context_of(path, config.max_position_embeddings, context_length)
@@ -79,10 +104,10 @@ def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: i
     return Source(checkpoint.model, path.resolve().name, context, config=content, **found)
 
 
-def context_of(path: Path, longest: int, asked: int | None) -> int:
+def context_of(name: object, longest: int, asked: int | None) -> int:
     """The context length in tokens: what the model was trained for, or less where less was asked for."""
     if asked is not None and asked > longest:
-        raise InputError(f"--context {asked} is more than the {longest} tokens that {path} was trained for")
+        raise InputError(f"--context {asked} is more than the {longest} tokens that {name} was trained for")
     return _checked_context(asked or longest)
 
 

@@ -6,6 +6,7 @@ bundle's own uncached run. What verifies is what ships: every figure comes out o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -95,7 +96,7 @@ class Reference(Protocol):
 
 
 class ModuleReference:
-    """The module in torch, as its author wrote it."""
+    """The module in torch, as its author wrote it: a Hugging Face decoder with transformers' own attention."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -103,15 +104,22 @@ class ModuleReference:
     def rounding(self, ids: Ids) -> float:
         """max |difference| over max |logit| between the module in float64 and in float32; 0 where it has no float64."""
         try:
-            exact = run_uncached(copy.deepcopy(self._module).double(), torch.from_numpy(ids[None])).logits
+            exact = self._logits(copy.deepcopy(self._module).double(), ids)
         except Exception:  # whatever a user's module raises in a precision that it was not written for
             return 0.0
-        return relative_difference(exact[0].numpy(), self(ids).logits)
+        return relative_difference(exact, self(ids).logits)
+
+    def _logits(self, module: nn.Module, ids: Ids) -> Logits:
+        native = getattr(module, "native", contextlib.nullcontext)
+        with native():
+            logits: Logits = run_uncached(module, torch.from_numpy(ids[None])).logits[0].numpy()
+        return logits
 
     def __call__(self, ids: Ids) -> Uncached:
         run = run_uncached(self._module, torch.from_numpy(ids[None]))
+        logits = self._logits(self._module, ids) if hasattr(self._module, "native") else run.logits[0].numpy()
         cache = tuple((k[0].numpy(), v[0].numpy()) for k, v in zip(run.keys, run.values, strict=True))
-        return Uncached(run.logits[0].numpy(), cache)
+        return Uncached(logits, cache)
 
 
 class OwnReference:

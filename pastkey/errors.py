@@ -61,6 +61,10 @@ _EXTRA_OF = {
     "matplotlib": "export",
     "tqdm": "export",
     "jinja2": "chat",
+    "transformers": "huggingface",
+    "accelerate": "gguf",
+    "gguf": "gguf",
+    "optimum": "optimum",
 }
 
 

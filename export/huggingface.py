@@ -1,0 +1,145 @@
+"""A Hugging Face decoder as a module of the contract, through transformers' two public hooks.
+
+`AttentionInterface` hands us each attention call with what the configuration says of it (scaling, softcap, sinks);
+`AttentionMaskInterface` asks for each mask, which we state instead of building: causal, and within which window. What
+we cannot carry over is refused by name. No architecture is known here.
+
+https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pastkey.errors import ContractError
+
+from .attention import AttentionCall, attend, calling_line, stated_mask, statement
+
+GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
+NATIVE = "eager"  # its own attention that every architecture has, written out: the reference
+# What attention calls are given that changes nothing about attention: caches are off, positions are in q and k.
+_HARMLESS = {
+    "attention_mask", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids",
+    "past_key_values", "return_dict", "use_cache",
+}  # fmt: skip
+
+
+class HuggingFaceDecoder(nn.Module):
+    """forward(input_ids, position_ids) -> logits (B, T, V) of a transformers model for causal language modelling."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        _register_hooks()
+        if hasattr(model, "set_experts_implementation"):  # transformers 5: the one that a trace can follow
+            with contextlib.suppress(ValueError):  # no experts
+                model.set_experts_implementation("batched_mm")
+        try:
+            model.set_attn_implementation(GRAFT)
+        except ValueError as error:
+            raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        # A mask of ones, since without one transformers looks for several texts packed into a row.
+        logits: Tensor = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=torch.ones_like(input_ids),
+            use_cache=False,
+        ).logits
+        return logits
+
+    @contextlib.contextmanager
+    def native(self) -> Iterator[None]:
+        """While open, the model computes attention and masks itself."""
+        self.model.set_attn_implementation(NATIVE)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(GRAFT)
+
+
+def _register_hooks() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(GRAFT, _attention)
+    AttentionMaskInterface.register(GRAFT, _mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, K, T, D)
+    value: Tensor,  # (B, K, T, Dv)
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: (B, T, H, Dv) and no weights."""
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if unknown:
+        raise ContractError(
+            f"{type(module).__name__} computes attention with {', '.join(unknown)}, which the graft cannot carry over"
+        )
+    stated = statement(attention_mask)
+    if stated is None and attention_mask is None and (is_causal is False or not getattr(module, "is_causal", True)):
+        raise ContractError(f"{type(module).__name__} is not causal: only decoders can be exported")
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask if stated is None else None,
+        dropout=dropout,
+        is_causal=stated is not None or attention_mask is None,
+        scale=float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5,
+        where=calling_line(),
+        # The mask is what transformers' own attention goes by; the argument is for kernels that build none.
+        window=sliding_window if stated is None else stated[0],
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return attend(call).transpose(1, 2), None
+
+
+def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Tensor:
+    """transformers' mask function: what `mask_function(batch, head, query, key)` allows, stated."""
+    return stated_mask(_window(mask_function))
+
+
+def _window(allowed: Callable[..., Any]) -> int | None:
+    """The window of a causal mask, or None without one. Raises ContractError for any other mask."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        seen = _row(allowed, _FAR)
+        if not seen[_FAR] or seen[_FAR + 1 :].any():
+            raise ContractError("a mask lets tokens see later ones: only causal attention can be exported")
+        window = None if seen[0] else int(seen.sum())
+        for query in (0, 1, _FAR // 2, _FAR - 1, _FAR):
+            expected = torch.arange(_FAR + 2)
+            expected = (expected <= query) & (expected > query - (window or _FAR + 2))
+            if not torch.equal(_row(allowed, query), expected):
+                raise ContractError(
+                    "a mask is neither causal nor a causal window (chunked or prefix attention, say), which the graft "
+                    "cannot carry over"
+                )
+    return window
+
+
+_FAR = 1 << 17  # a position beyond any window
+
+
+def _row(allowed: Callable[..., Any], query: int) -> Tensor:
+    """Which keys the token at `query` sees."""
+    zero = torch.zeros((), dtype=torch.long)
+    row = allowed(zero, zero, torch.tensor(query), torch.arange(_FAR + 2))
+    return torch.as_tensor(row).expand(_FAR + 2)

@@ -1,0 +1,256 @@
+"""Opening what transformers can read: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
+
+Everything about an architecture is transformers' business: the configuration, the weights' names, the tokenizer. Here
+stands only what must hold before its model may be exported, and what a bundle says of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pastkey import names
+from pastkey.errors import InputError, MissingFileError, missing_extra
+from pastkey.folder import read_json
+
+from .source import Source, context_of, read_tokenizer
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def open_folder(
+    folder: Path, *, tokenizer: str | Path | None, context_length: int | None, trust_remote_code: bool
+) -> Source:
+    """A folder with config.json and safetensors. Raises InputError or MissingFileError."""
+    content = read_json(folder / names.CONFIG)
+    _check_folder(folder, content, trust_remote_code)
+    with _transformers(folder) as library:
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        config = library.AutoConfig.from_pretrained(folder, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(f"{folder} holds an encoder-decoder ({config.model_type}): only decoders can be exported")
+        model = _load(library, folder, config=config, use_safetensors=True, **options)
+        has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        found = library.AutoTokenizer.from_pretrained(folder, **options) if has_tokenizer and not tokenizer else None
+    return _source(folder.resolve().name, model, found, tokenizer, context_length)
+
+
+def open_gguf(file: Path, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
+    """A GGUF file, whose weights, configuration, tokenizer and chat template are all in it."""
+    if not file.is_file():
+        raise MissingFileError(f"no such file: {file}")
+    _check_gguf(file)
+    with _transformers(file) as library:
+        options = {"gguf_file": file.name, "local_files_only": True}
+        model = _load(library, file.parent, named=file, **options)
+        found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
+    return _source(file.stem, model, found, tokenizer, context_length)
+
+
+def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
+    """A model in hand, which is left as it is: exported is a copy."""
+    return _source(
+        type(model).__name__, torch.nn.Module.float(copy.deepcopy(model)).eval(), None, tokenizer, context_length
+    )
+
+
+# --- before loading -----------------------------------------------------------------------------------------------
+def _check_folder(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    if "auto_map" in config and not trust_remote_code:
+        raise InputError(
+            f"{folder} brings Python code of its own ({', '.join(sorted(set(_custom_code(config))))}), which loading "
+            "it would run: read that code, and if you trust it add --trust-remote-code"
+        )
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict):
+        raise InputError(
+            f"the weights of {folder} are quantized already (quantization_config says "
+            f"{quantized.get('quant_method', 'so')}): export the unquantized model, pastkey quantizes it itself"
+        )
+    if any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
+        return
+    pickled = sorted({found.name for pattern in _PICKLED for found in folder.glob(pattern)})
+    if pickled:
+        raise InputError(
+            f"{folder} has its weights only as {pickled[0]}, a pickle, which can run any code when it is read: if you "
+            'trust it, convert it with  python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"  and export that folder"
+        )
+    raise MissingFileError(f"{folder} has a config.json and no weights: expected model.safetensors beside it")
+
+
+def _custom_code(config: dict[str, Any]) -> Iterator[str]:
+    for reference in config["auto_map"].values():
+        for name in reference if isinstance(reference, list) else [reference]:
+            if isinstance(name, str):
+                yield name.split("--")[-1].split(".")[0] + ".py"
+
+
+def _check_gguf(file: Path) -> None:
+    """Raises InputError for a file that is not GGUF, is cut short, or is of an architecture that nobody dequantizes."""
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "gguf") from None
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"{file} is not a GGUF file: it does not begin with the letters GGUF")
+    try:
+        reader = gguf.GGUFReader(file)
+        tensors = list(reader.tensors)
+    except Exception as error:  # numpy's, for whatever it read past the end
+        raise InputError(f"{file} is cut short or damaged ({_first_line(error)}): fetch it again") from None
+    size = file.stat().st_size
+    for tensor in tensors:
+        if tensor.data_offset + tensor.n_bytes > size:
+            raise InputError(
+                f"{file} is cut short: the tensor {tensor.name} ends at byte "
+                f"{tensor.data_offset + tensor.n_bytes:,} of {size:,}; fetch it again"
+            )
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _transformers(source: Path) -> Iterator[Any]:
+    """The library, silent; what it raises about the source becomes a sentence."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "huggingface") from None
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    except (InputError, MissingFileError):
+        raise
+    except Exception as error:  # of every kind: each reader of a format has its own
+        raise InputError(
+            f"transformers {transformers.__version__} cannot load {source}: {_first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> Any:
+    """The model in float32, all of whose weights came out of its files."""
+    model, info = library.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        ignore_mismatched_sizes=True,  # told below, with the sizes
+        output_loading_info=True,
+        **options,
+    )
+    source = named or folder
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise InputError(
+            f"the weight {name} of {source} has shape {tuple(found)} and its config.json asks for {tuple(expected)}: "
+            "one of the two is another model's"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{source} has no weight {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
+            f"{type(model).__name__} needs: the files are incomplete, or config.json is another model's"
+        )
+    known = {_numberless(name) for name in model.state_dict()}
+    beyond = [name for name in sorted(info["unexpected_keys"]) if _numberless(name) in known]
+    if beyond:
+        raise InputError(
+            f"{source} has the weight {beyond[0]!r}, for which {type(model).__name__} of its config.json has no layer: "
+            "one of the two is another model's"
+        )
+    # transformers refuses its own float() on weights that were dequantized, although they are float32 or float16 now.
+    return torch.nn.Module.float(model).eval()
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+# --- what a bundle says of it -------------------------------------------------------------------------------------
+def _source(
+    name: str, model: Any, tokenizer: Any | None, given: str | Path | None, context_length: int | None
+) -> Source:
+    from .huggingface import HuggingFaceDecoder
+
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None and context_length is None:
+        raise InputError(f"the configuration of {name} names no context length: give it with --context N")
+    context = context_of(name, longest or context_length, context_length)
+    fields = read_tokenizer(given) if given else _tokenizer(tokenizer, context)
+    generation = getattr(model, "generation_config", None)
+    for key in ("bos_token_id", "eos_token_id"):
+        stated = next((v for c in (generation, config) if (v := getattr(c, key, None)) is not None), None)
+        if stated is not None:
+            ids = tuple(stated) if isinstance(stated, list | tuple) else (stated,)
+            fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
+    return Source(HuggingFaceDecoder(model), name, context, config=_config(config, context), **fields)
+
+
+def _config(config: Any, context: int) -> dict[str, Any]:
+    """config.json for transformers 4 and 5, and for transformers.js, which needs every size written out."""
+    content: dict[str, Any] = config.to_dict()
+    for name in ("auto_map", "quantization_config", "_name_or_path", "transformers_version"):
+        content.pop(name, None)
+    content |= {"max_position_embeddings": context, "dtype": "float32", "torch_dtype": "float32"}
+    rope = content.get("rope_parameters")
+    if isinstance(rope, dict):  # transformers 5's; 4.57 reads rope_theta and ignores this without a word
+        per_kind = [kind for kind in rope.values() if isinstance(kind, dict)]
+        theta = next((kind["rope_theta"] for kind in (rope, *per_kind) if "rope_theta" in kind), None)
+        if theta is not None:
+            content.setdefault("rope_theta", theta)
+    return content
+
+
+def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
+    """The fields of a Source that a tokenizer of transformers gives."""
+    if tokenizer is None:
+        return {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"its tokenizer is a {type(tokenizer).__name__}, which is not of the tokenizers library: convert it to a "
+            "tokenizer.json and give that with --tokenizer"
+        )
+    probe = tokenizer("a")["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config: dict[str, Any] = {
+        # The one class name that transformers 4 and 5 both load; 5's own name breaks 4.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # transformers.js goes by this flag alone and never looks at the post-processor.
+        "add_bos_token": bos is not None and probe[:1] == [bos],
+        "clean_up_tokenization_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+        "model_max_length": context,
+    }
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = getattr(tokenizer, key, None)
+        if token is not None:
+            config[key] = str(token)
+    if getattr(tokenizer, "chat_template", None):
+        config["chat_template"] = tokenizer.chat_template
+    return {
+        "tokenizer": backend.to_str().encode(),
+        "tokenizer_config": config,
+        "bos_token_id": bos,
+        "eos_token_ids": () if eos is None else (eos,),
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300].rstrip(".")
