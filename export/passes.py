@@ -184,6 +184,8 @@ def strip_traces(model: ir.Model) -> None:
         value.metadata_props.clear()
         value.doc_string = None
         if value.const_value is not None:
+            if isinstance(value.const_value, ir.TensorProtoTensor):  # a constant of a file: it cannot be changed
+                value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
             value.const_value.metadata_props.clear()
             value.const_value.doc_string = None
     for node in model.graph:

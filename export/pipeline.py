@@ -19,11 +19,12 @@ from torch import nn
 import pastkey
 from pastkey import names
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import InputError
+from pastkey.errors import ContractError, InputError
 from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
 
+from . import optimum
 from .files import count_operators, write_configurations, write_graphs
-from .graft import IR_VERSION, OPSET, GraphChoice, choose_graph, trace
+from .graft import IR_VERSION, GraphChoice, choose_graph, trace
 from .observe import Observation, observe
 from .passes import clean
 from .quantize import quantize
@@ -98,20 +99,12 @@ def export(
         module_or_path, tokenizer=tokenizer, context_length=context_length, trust_remote_code=trust_remote_code
     )
 
-    say(f"observe the attention calls of {source.name}")
-    observation = observe(source.module, source.context_length)
-    check_tokenizer(source, observation.vocab_size)
-    choice = choose_graph(graph, target, observation)
-    rehearse(source.module, observation, source.context_length)
-
-    say(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
-    model = trace(source.module, observation, choice.graph, source.context_length)
-    clean(model, source.module, observation.geometry, observation.vocab_size)
+    made = _make_graph(source, target, graph, say)
 
     with whole_folder(Path(out), force=force) as folder:
-        job = _Job(source, observation, choice, target, say)
+        job = _Job(made.source, made.observation, made.choice, target, say)
         fp32 = folder if precision == "fp32" else folder / ".fp32"
-        bundle, fp32_bytes = job.write(model, fp32, "fp32")
+        bundle, fp32_bytes = job.write(made.model, fp32, "fp32")
         verification = job.verify(bundle)
         parity, weight_bytes = {"fp32": verification.to_json()}, fp32_bytes
         if precision == "int8":
@@ -123,6 +116,55 @@ def export(
             shutil.rmtree(fp32)
         manifest = job.finish(bundle, parity, verification.quality)
     return Report(Path(out), manifest, verification, weight_bytes, fp32_bytes, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A clean float32 graph of the source."""
+
+    source: Source
+    model: ir.Model
+    observation: Observation
+    choice: GraphChoice
+
+
+def _make_graph(source: Source, target: str, graph: str, say: Progress) -> _Made:
+    try:
+        return _graft(source, target, graph, say)
+    except ContractError as error:
+        if source.folder is None:
+            raise
+        if not optimum.is_installed():
+            raise ContractError(
+                f"{error}; optimum's exporter knows some models that the graft cannot take: in a virtual environment "
+                f"of its own type  {optimum.INSTALL}  and then this command again"
+            ) from error
+        if graph == "fused":
+            raise
+        say(f"the graft cannot take it ({error}): ask optimum's exporter")
+        return _by_optimum(source)
+
+
+def _graft(source: Source, target: str, graph: str, say: Progress) -> _Made:
+    say(f"observe the attention calls of {source.name}")
+    observation = observe(source.module, source.context_length)
+    check_tokenizer(source, observation.vocab_size)
+    choice = choose_graph(graph, target, observation)
+    rehearse(source.module, observation, source.context_length)
+    say(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
+    model = trace(source.module, observation, choice.graph, source.context_length)
+    clean(model, source.module, observation.geometry, observation.vocab_size)
+    return _Made(source, model, observation, choice)
+
+
+def _by_optimum(source: Source) -> _Made:
+    assert source.folder is not None
+    native = optimum.NativeDecoder(source.module.model)
+    made = optimum.export_with_optimum(source.folder, native)
+    check_tokenizer(source, made.observation.vocab_size)
+    clean(made.model, native, made.observation.geometry, made.observation.vocab_size)
+    choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
+    return _Made(dataclasses.replace(source, module=native), made.model, made.observation, choice)
 
 
 def _check_choices(precision: str, target: str, graph: str) -> None:
@@ -161,7 +203,7 @@ class _Job:
             vocab_size=observation.vocab_size,
             context_length=source.context_length,
             layers=observation.geometry,
-            opset=OPSET,
+            opset=model.opset_imports[""],
             ir_version=IR_VERSION,
             min_onnxruntime=MIN_ONNXRUNTIME,
             bos_token_id=source.bos_token_id,

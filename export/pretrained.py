@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +42,8 @@ def open_folder(
         model = _load(library, folder, config=config, use_safetensors=True, **options)
         has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
         found = library.AutoTokenizer.from_pretrained(folder, **options) if has_tokenizer and not tokenizer else None
-    return _source(folder.resolve().name, model, found, tokenizer, context_length)
+    source = _source(folder.resolve().name, model, found, tokenizer, context_length)
+    return dataclasses.replace(source, folder=folder)
 
 
 def open_gguf(file: Path, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
@@ -131,7 +134,8 @@ def _transformers(source: Path) -> Iterator[Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield transformers
+        with contextlib.redirect_stderr(io.StringIO()):  # bars and advice that no setting holds back
+            yield transformers
     except (InputError, MissingFileError):
         raise
     except Exception as error:  # of every kind: each reader of a format has its own

@@ -1,4 +1,4 @@
-"""What can be exported: a module in hand, path/to/file.py:factory, a checkpoint, a Hugging Face folder or a GGUF file."""
+"""What can be exported: a module, path/to/file.py:factory, a checkpoint, a Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from pastkey import names
 from pastkey.errors import InputError, MissingFileError, PastkeyError
 from pastkey.folder import read_json
 
-
 SOURCES = "a checkpoint folder, a Hugging Face folder, a .gguf file, or path/to/file.py:factory"
 
 
@@ -33,6 +32,7 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where the source has one
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    folder: Path | None = None  # of a Hugging Face model, for optimum's exporter where the graft cannot take it
 
 
 def open_source(
@@ -45,7 +45,7 @@ def open_source(
     """Opens what `export` was given.
 
     Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
-    its own, and may shorten that of others. `trust_remote_code` lets a Hugging Face folder run the Python that it brings.
+    its own, and may shorten that of others. `trust_remote_code` runs the Python that a Hugging Face folder brings.
     """
     if isinstance(source, nn.Module):
         if _is_of_transformers(source):
