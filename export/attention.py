@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pastkey.errors import ContractError
+
 _ATTENTION = F.scaled_dot_product_attention
 _STATEMENT = "pastkey_statement"
 _NOT_THE_USERS = (Path(__file__).parent, Path(torch.__file__).parent)
@@ -114,19 +116,33 @@ def visible(new: int, total: int, window: int | None = None) -> Tensor:
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def stated_mask(window: int | None) -> Tensor:
-    """A mask that is not built but stated: causal, and within the window. Only attention that is intercepted knows it.
+@dataclass(frozen=True)
+class Statement:
+    """What a mask would be: causal and within the window, or something that no attention call may use."""
+
+    window: int | None = None
+    obstacle: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.window is None or self.window > 0
+
+
+def stated_mask(statement: Statement) -> Tensor:
+    """A mask that is not built but stated. Only attention that is intercepted knows it.
 
     The statement is an attribute, which a traced tensor keeps as well.
     """
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    setattr(mask, _STATEMENT, (window,))
+    setattr(mask, _STATEMENT, statement)
     return mask
 
 
-def statement(mask: Tensor | None) -> tuple[int | None] | None:
-    """(window,) of a stated mask, None for any other."""
-    return getattr(mask, _STATEMENT, None)
+def statement(mask: Tensor | None) -> Statement | None:
+    """Of a stated mask, None for any other. Raises ContractError where it states that it cannot be used."""
+    found: Statement | None = getattr(mask, _STATEMENT, None)
+    if found is not None and found.obstacle is not None:
+        raise ContractError(f"the mask of the attention call at {calling_line()} {found.obstacle}")
+    return found
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -175,7 +191,7 @@ class _AttentionMode(TorchFunctionMode):
             is_causal=is_causal or stated is not None,
             scale=float(scale) if scale is not None else float(shape[-1]) ** -0.5,
             where=calling_line(),
-            window=stated[0] if stated is not None else None,
+            window=stated.window if stated is not None else None,
         )
         output = self.hand_over(call)
         return output if query.dim() == 4 else output.reshape(*shape[:-1], output.shape[-1])

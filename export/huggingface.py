@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # a mask is asked while torch traces, too
 
 from pastkey.errors import ContractError
 
-from .attention import AttentionCall, attend, calling_line, stated_mask, statement
+from .attention import AttentionCall, Statement, attend, calling_line, stated_mask, statement
 
 GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
 NATIVE = "eager"  # its own attention that every architecture has, written out: the reference
@@ -105,7 +106,7 @@ def _attention(
         scale=float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5,
         where=calling_line(),
         # The mask is what transformers' own attention goes by; the argument is for kernels that build none.
-        window=sliding_window if stated is None else stated[0],
+        window=sliding_window if stated is None else stated.window,
         softcap=softcap,
         sinks=s_aux,
     )
@@ -113,26 +114,29 @@ def _attention(
 
 
 def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Tensor:
-    """transformers' mask function: what `mask_function(batch, head, query, key)` allows, stated."""
-    return stated_mask(_window(mask_function))
+    """transformers' mask function: what `mask_function(batch, head, query, key)` allows, stated.
+
+    Some masks are made and never used, so an obstacle is only told to the attention call that it stops.
+    """
+    with _disable_current_modes():
+        stated = _state(mask_function)
+    return stated_mask(stated)
 
 
-def _window(allowed: Callable[..., Any]) -> int | None:
-    """The window of a causal mask, or None without one. Raises ContractError for any other mask."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        seen = _row(allowed, _FAR)
-        if not seen[_FAR] or seen[_FAR + 1 :].any():
-            raise ContractError("a mask lets tokens see later ones: only causal attention can be exported")
-        window = None if seen[0] else int(seen.sum())
-        for query in (0, 1, _FAR // 2, _FAR - 1, _FAR):
-            expected = torch.arange(_FAR + 2)
-            expected = (expected <= query) & (expected > query - (window or _FAR + 2))
-            if not torch.equal(_row(allowed, query), expected):
-                raise ContractError(
-                    "a mask is neither causal nor a causal window (chunked or prefix attention, say), which the graft "
-                    "cannot carry over"
-                )
-    return window
+def _state(allowed: Callable[..., Any]) -> Statement:
+    seen = _row(allowed, _FAR)
+    if not seen[_FAR] or seen[_FAR + 1 :].any():
+        return Statement(obstacle="is not causal: a decoder's token sees itself and earlier ones, and only those")
+    window = None if seen[0] else int(seen.sum())
+    for query in (0, 1, _FAR // 2, _FAR - 1, _FAR):
+        key = torch.arange(_FAR + 2)
+        expected = (key <= query) & (key > query - (window or _FAR + 2))
+        if not torch.equal(_row(allowed, query), expected):
+            return Statement(
+                obstacle="is neither causal nor a causal window (chunked or prefix attention, say), which the graft "
+                "cannot carry over"
+            )
+    return Statement(window)
 
 
 _FAR = 1 << 17  # a position beyond any window

@@ -105,7 +105,11 @@ def export(
         job = _Job(made.source, made.observation, made.choice, target, say)
         fp32 = folder if precision == "fp32" else folder / ".fp32"
         bundle, fp32_bytes = job.write(made.model, fp32, "fp32")
-        verification = job.verify(bundle)
+        verification = job.verify(bundle, but=("batch",) if made.by_optimum else ())
+        if not verification.ok:  # positions that count a batch's padding, too: ALiBi by columns
+            job = dataclasses.replace(job, padding=False)
+            bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, padding=False))
+            verification = job.verify(bundle)
         parity, weight_bytes = {"fp32": verification.to_json()}, fp32_bytes
         if precision == "int8":
             model = ir.load(bundle.common_graph)
@@ -126,6 +130,7 @@ class _Made:
     model: ir.Model
     observation: Observation
     choice: GraphChoice
+    by_optimum: bool = False
 
 
 def _make_graph(source: Source, target: str, graph: str, say: Progress) -> _Made:
@@ -164,7 +169,7 @@ def _by_optimum(source: Source) -> _Made:
     check_tokenizer(source, made.observation.vocab_size)
     clean(made.model, native, made.observation.geometry, made.observation.vocab_size)
     choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
-    return _Made(dataclasses.replace(source, module=native), made.model, made.observation, choice)
+    return _Made(dataclasses.replace(source, module=native), made.model, made.observation, choice, True)
 
 
 def _check_choices(precision: str, target: str, graph: str) -> None:
@@ -188,6 +193,7 @@ class _Job:
     choice: GraphChoice
     target: str
     say: Progress
+    padding: bool = True
 
     def write(self, model: ir.Model, folder: Path, precision: str) -> tuple[Bundle, int]:
         """Writes the graphs of one precision. Returns the bundle so far, and the bytes of its weights."""
@@ -208,16 +214,18 @@ class _Job:
             min_onnxruntime=MIN_ONNXRUNTIME,
             bos_token_id=source.bos_token_id,
             eos_token_ids=source.eos_token_ids,
+            padding=self.padding,
             operators=count_operators(model),
         )
         weight_bytes = write_graphs(model, folder, precision)
         return Bundle(folder, manifest), weight_bytes
 
-    def verify(self, bundle: Bundle) -> Verification:
-        """Raises ParityError when the bundle does not compute what its source computes."""
+    def verify(self, bundle: Bundle, *, but: tuple[str, ...] = ()) -> Verification:
+        """Raises ParityError when the bundle does not compute what its source computes, `but` for some checks."""
         self.say(f"verify {bundle.manifest.precision}: prefill, decode, chunks, batch, greedy")
         verification = verify(bundle, self.source.module, layers=self.observation.layers)
-        verification.require_ok(f"the {bundle.manifest.precision} export of {self.source.name}")
+        if any(not check.ok and check.name not in but for check in verification.checks):
+            verification.require_ok(f"the {bundle.manifest.precision} export of {self.source.name}")
         return verification
 
     def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, float]) -> Manifest:

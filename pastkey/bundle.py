@@ -49,6 +49,7 @@ class Manifest:
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     bos_token_id: int | None = None  # the begin token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
+    padding: bool = True  # whether rows of different lengths may share a batch
     operators: Mapping[str, int] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +124,8 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
                 raise ValueError(f"{name} is {values[name]!r}")
         if values["precision"] not in names.COMMON_GRAPH:
             raise ValueError(f"precision is {values['precision']!r}")
+        if not isinstance(values.get("padding", True), bool):
+            raise ValueError(f"padding is {values['padding']!r}")
         if values["graph"] not in names.GRAPHS:
             raise ValueError(f"graph is {values['graph']!r}")
     except (TypeError, ValueError) as error:

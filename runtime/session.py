@@ -185,6 +185,11 @@ class Session:
     def _checked_mask(self, mask: npt.ArrayLike, ids: Ids) -> Ids | None:
         """`mask` as int64, or None when nothing is padded."""
         array = np.asarray(mask).astype(np.int64)
+        if not self.manifest.padding and not array.all():
+            raise InputError(
+                "this bundle takes no padding, since its positions count every column of the cache: give rows of equal "
+                "length, or each row alone"
+            )
         if array.shape != ids.shape or not np.isin(array, (0, 1)).all():
             raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         if array.all():
