@@ -28,7 +28,7 @@ from pastkey.bundle import KVGeometry
 from pastkey.errors import ContractError
 
 from .attention import AttentionCall, failing_line, intercept, visible
-from .observe import Observation, evaluating
+from .observe import Observation, evaluating, name_of
 from .simplify import simplify
 
 OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers know it well
@@ -128,7 +128,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
     assert exported is not None
     if calls[-1] != len(layers):
         raise ContractError(
-            f"{type(module).__name__} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
+            f"{name_of(module)} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
             "the calls must not depend on the input"
         )
     simplify(exported.model)
@@ -140,7 +140,7 @@ def _require_float32(module: nn.Module, model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             raise ContractError(
-                f"{type(module).__name__} computes with {value.name} in {value.dtype.name.lower()}: leave out autocast "
+                f"{name_of(module)} computes with {value.name} in {value.dtype.name.lower()}: leave out autocast "
                 "and casts, the graph is made in float32"
             )
 
@@ -311,7 +311,7 @@ def _trace_sentence(module: nn.Module, error: BaseException) -> str:
         line += " (keep rotary tables as real cos and sin, not as complex numbers)"
     where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)
     return (
-        f"torch could not trace {type(module).__name__} with a symbolic length{f' at {where}' if where else ''}: "
+        f"torch could not trace {name_of(module)} with a symbolic length{f' at {where}' if where else ''}: "
         f"{line[:400]}; forward must not branch on values or lengths: take lengths from tensor.shape and positions "
         "from position_ids"
     )

@@ -37,6 +37,7 @@ class HuggingFaceDecoder(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.shown_name = type(model).__name__
         _register_hooks()
         if hasattr(model, "set_experts_implementation"):  # transformers 5: the one that a trace can follow
             with contextlib.suppress(ValueError):  # no experts

@@ -133,14 +133,14 @@ def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, 
     first = runs[0].layers
     if not first:
         raise ContractError(
-            f"{_name(module)} made no call of F.scaled_dot_product_attention, so there is nothing to graft a cache "
+            f"{name_of(module)} made no call of F.scaled_dot_product_attention, so there is nothing to graft a cache "
             "onto: compute attention as  F.scaled_dot_product_attention(q, k, v, is_causal=True)  (with "
             "nn.MultiheadAttention, pass need_weights=False)"
         )
     for run in runs[1:]:
         if [a.geometry for a in first] != [b.geometry for b in run.layers]:
             raise ContractError(
-                f"{_name(module)} makes different attention calls for different lengths ({len(first)} and "
+                f"{name_of(module)} makes different attention calls for different lengths ({len(first)} and "
                 f"{len(run.layers)}): the calls and their head sizes must not depend on the input"
             )
     return tuple(first)
@@ -175,7 +175,7 @@ class _Observer:
                 self.softmaxes.append(f"{self._place()} ({calling_line()})")
 
     def _place(self) -> str:
-        return f"{self._stack[-1] if self._stack else ''} of {_name(self._module)}".removeprefix(" of ")
+        return f"{self._stack[-1] if self._stack else ''} of {name_of(self._module)}".removeprefix(" of ")
 
     def _record(self, call: AttentionCall) -> Tensor:
         number = len(self.layers)
@@ -269,21 +269,21 @@ def _check_module(module: nn.Module) -> None:
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if "position_ids" not in names and not takes_any:
         raise ContractError(
-            f"forward({', '.join(names)}) of {_name(module)} does not take position_ids: with a cache the new tokens "
+            f"forward({', '.join(names)}) of {name_of(module)} does not take position_ids: with a cache the new tokens "
             f"do not start at position 0, so write  {CONTRACT}  and use position_ids for the position encoding"
         )
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":
-            raise ContractError(f"{name} of {_name(module)} is on {tensor.device}: call module.cpu() first")
+            raise ContractError(f"{name} of {name_of(module)} is on {tensor.device}: call module.cpu() first")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise ContractError(f"{name} of {_name(module)} is {tensor.dtype}: call module.float() first")
+            raise ContractError(f"{name} of {name_of(module)} is {tensor.dtype}: call module.float() first")
         if (
             tensor.is_floating_point()
             and not bool(torch.isfinite(tensor).all())
             and name in dict(module.named_parameters())
         ):
-            raise ContractError(f"the weight {name} of {_name(module)} holds NaN or infinity: training went wrong")
+            raise ContractError(f"the weight {name} of {name_of(module)} holds NaN or infinity: training went wrong")
 
 
 def _check_last_position(module: nn.Module, length: int, context_length: int) -> None:
@@ -296,7 +296,7 @@ def _check_last_position(module: nn.Module, length: int, context_length: int) ->
         cause = error.__cause__ or error
         where = failing_line(cause)
         raise ContractError(
-            f"{_name(module)} fails at position {context_length - 1}, the last of a context of {context_length} tokens"
+            f"{name_of(module)} fails at position {context_length - 1}, the last of a context of {context_length} tokens"
             f"{f', at {where}' if where else ''} with {type(cause).__name__}: {_first_line(cause)}; give the context "
             "length that the module was made for, or a smaller one"
         ) from error
@@ -319,7 +319,7 @@ def _probe_vocabulary(module: nn.Module, length: int) -> int:
     vocab_size = logits.shape[-1]
     if rows and min(rows) < vocab_size:
         raise ContractError(
-            f"{_name(module)} returns logits of {vocab_size} tokens and embeds {min(rows)}: a generated id of "
+            f"{name_of(module)} returns logits of {vocab_size} tokens and embeds {min(rows)}: a generated id of "
             f"{min(rows)} or more could not be read back; give both the same vocabulary, e.g. return "
             f"logits[..., :{min(rows)}]"
         )
@@ -335,7 +335,7 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
         raise
     except Exception as error:
         raise ContractError(
-            f"{_name(module)} failed on input_ids and position_ids of shape ({batch}, {length})"
+            f"{name_of(module)} failed on input_ids and position_ids of shape ({batch}, {length})"
             f"{f' at {where}' if (where := failing_line(error)) else ''} with {type(error).__name__}: "
             f"{_first_line(error)}; expected  {CONTRACT}"
         ) from error
@@ -345,26 +345,27 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
             if isinstance(output, tuple | list)
             else f"a {type(output).__name__}"
         )
-        raise ContractError(f"{_name(module)} returned {what}: return the logits alone, one tensor (B, T, V)")
+        raise ContractError(f"{name_of(module)} returned {what}: return the logits alone, one tensor (B, T, V)")
     if output.dim() == 3 and output.shape[:2] == (batch, 1) and length > 1:
         raise ContractError(
-            f"{_name(module)} returned logits of the last position only, {tuple(output.shape)} for {length} tokens: "
+            f"{name_of(module)} returned logits of the last position only, {tuple(output.shape)} for {length} tokens: "
             "return the logits of every position, (B, T, V); the exporter makes the shorter graph itself"
         )
     if output.dim() != 3 or output.shape[:2] != (batch, length):
         raise ContractError(
-            f"{_name(module)} returned shape {tuple(output.shape)} for {batch} rows of {length} tokens: "
+            f"{name_of(module)} returned shape {tuple(output.shape)} for {batch} rows of {length} tokens: "
             f"return logits (B, T, V) = ({batch}, {length}, V)"
         )
     if output.dtype != torch.float32:
-        raise ContractError(f"{_name(module)} returned {output.dtype} logits: return float32, e.g. logits.float()")
+        raise ContractError(f"{name_of(module)} returned {output.dtype} logits: return float32, e.g. logits.float()")
     if not bool(torch.isfinite(output).all()):
-        raise ContractError(f"{_name(module)} returned NaN or infinity in its logits: check its weights and masks")
+        raise ContractError(f"{name_of(module)} returned NaN or infinity in its logits: check its weights and masks")
     return output
 
 
-def _name(module: nn.Module) -> str:
-    return type(module).__name__
+def name_of(module: nn.Module) -> str:
+    """What messages call a module: its class, or that of what it wraps."""
+    return str(getattr(module, "shown_name", type(module).__name__))
 
 
 def _first_line(error: BaseException) -> str:

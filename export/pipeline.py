@@ -29,6 +29,7 @@ from .observe import Observation, observe
 from .passes import clean
 from .quantize import quantize
 from .rehearse import rehearse
+from .resources import parameters, require_disk, require_memory
 from .source import Source, check_tokenizer, open_source
 from .verify import Verification, verify
 
@@ -88,7 +89,8 @@ def export(
     "standard". `context_length` in tokens is required for a module. `progress` is called with each stage's name.
 
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
-    ContractError (the cache cannot be grafted onto the module) or ParityError (the bundle differs from the source).
+    ResourceError (too little memory or disk), ContractError (the cache cannot be grafted onto it) or ParityError
+    (the bundle differs from the source).
     """
     started = time.perf_counter()
     say = progress or (lambda stage: None)
@@ -99,6 +101,9 @@ def export(
         module_or_path, tokenizer=tokenizer, context_length=context_length, trust_remote_code=trust_remote_code
     )
 
+    weights = parameters(source.module)
+    require_memory(weights, loaded=True)
+    require_disk(Path(out), weights, precision)
     made = _make_graph(source, target, graph, say)
 
     with whole_folder(Path(out), force=force) as folder:

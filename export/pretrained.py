@@ -21,6 +21,7 @@ from pastkey import names
 from pastkey.errors import InputError, MissingFileError, missing_extra
 from pastkey.folder import read_json
 
+from .resources import require_memory
 from .source import Source, context_of, read_tokenizer
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -34,6 +35,9 @@ def open_folder(
     """A folder with config.json and safetensors. Raises InputError or MissingFileError."""
     content = read_json(folder / names.CONFIG)
     _check_folder(folder, content, trust_remote_code)
+    half = str(content.get("dtype", content.get("torch_dtype"))) in ("float16", "bfloat16")
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    require_memory(stored // (2 if half else 4), loaded=False)
     with _transformers(folder) as library:
         options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
@@ -50,7 +54,7 @@ def open_gguf(file: Path, *, tokenizer: str | Path | None, context_length: int |
     """A GGUF file, whose weights, configuration, tokenizer and chat template are all in it."""
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
-    _check_gguf(file)
+    require_memory(_check_gguf(file), loaded=False)
     with _transformers(file) as library:
         options = {"gguf_file": file.name, "local_files_only": True}
         model = _load(library, file.parent, named=file, **options)
@@ -97,8 +101,8 @@ def _custom_code(config: dict[str, Any]) -> Iterator[str]:
                 yield name.split("--")[-1].split(".")[0] + ".py"
 
 
-def _check_gguf(file: Path) -> None:
-    """Raises InputError for a file that is not GGUF, is cut short, or is of an architecture that nobody dequantizes."""
+def _check_gguf(file: Path) -> int:
+    """How many weights the file holds. Raises InputError for one that is not GGUF, or is cut short."""
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -118,6 +122,7 @@ def _check_gguf(file: Path) -> None:
                 f"{file} is cut short: the tensor {tensor.name} ends at byte "
                 f"{tensor.data_offset + tensor.n_bytes:,} of {size:,}; fetch it again"
             )
+    return sum(int(tensor.n_elements) for tensor in tensors)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

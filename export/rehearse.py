@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pastkey.errors import ContractError
 
 from .attention import failing_line
-from .observe import Observation, random_ids, run_cached, run_uncached
+from .observe import Observation, name_of, random_ids, run_cached, run_uncached
 
 # Relative to the largest logit. Loose: torch's own kernels differ by shape; a module with state is far beyond.
 _TOLERANCE = 1e-3
@@ -29,7 +29,7 @@ def rehearse(module: nn.Module, observation: Observation, context_length: int) -
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0][:200]
         raise ContractError(
-            f"{type(module).__name__} fails on tokens that do not begin at position 0, at {failing_line(error)} with "
+            f"{name_of(module)} fails on tokens that do not begin at position 0, at {failing_line(error)} with "
             f"{type(error).__name__}: {line}; take position_ids as they are and every length from tensor.shape"
         ) from error
 
@@ -47,7 +47,7 @@ def _rehearse(module: nn.Module, observation: Observation, context_length: int) 
         found = run_cached(module, beginning, ids[:, past:])
     if _close(expected.logits[:, past:], found) and _close(expected.logits[:, :past], beginning.logits):
         return
-    name = type(module).__name__
+    name = name_of(module)
     if not _close(expected.logits, run_uncached(module, ids).logits):
         raise ContractError(
             f"{name} gives other logits each time it is run: leave out what is random outside training (F.dropout "

@@ -42,6 +42,10 @@ class NumericsError(PastkeyError, ArithmeticError):
     """NaN or infinity where a number was expected."""
 
 
+class ResourceError(PastkeyError, OSError):
+    """Not enough memory or disk for the work."""
+
+
 class ProviderError(PastkeyError, ValueError):
     """An execution provider that does not exist here, or that did not take the model."""
 

@@ -106,3 +106,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
         return made[key]
 
     return make
+
+
+_FAMILY_FIGURES: dict[str, float] = {}
+
+
+@pytest.fixture
+def record_family() -> dict[str, float]:
+    """family -> its worst figure, shown at the end of the run."""
+    return _FAMILY_FIGURES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _FAMILY_FIGURES:
+        return
+    terminalreporter.section(f"{len(_FAMILY_FIGURES)} Hugging Face families, largest difference of the largest logit")
+    for family, figure in sorted(_FAMILY_FIGURES.items()):
+        terminalreporter.write_line(f"{family:<20} {figure:.1e}")

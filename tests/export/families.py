@@ -61,7 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "diffllama": {},
-    "dots1": _EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": _EXPERTS
+    | {"n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "ernie4_5": {},
     "exaone4": _KINDS,
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},

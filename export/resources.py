@@ -1,0 +1,70 @@
+"""What an export will need, estimated and said before the work starts rather than found out in the middle of it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from torch import nn
+
+from pastkey.errors import ResourceError
+
+# Measured peaks, in copies of the float32 weights: the module itself, then its trace and the arrays that are written.
+_COPIES_IN_MEMORY = 4
+_COPIES_AFTER_LOADING = 3
+_BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
+# int8 is quantized from the float32 files, which stand beside it until it is done.
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "int8": 4.0 + 1.2}
+
+
+def parameters(module: nn.Module) -> int:
+    """How many weights the module has, each counted once."""
+    return sum({id(p): p.numel() for p in [*module.parameters(), *module.buffers()]}.values())
+
+
+def require_disk(out: Path, weights: int, precision: str) -> None:
+    """Raises ResourceError when `out` lies on a disk without room for a bundle of so many weights."""
+    needed = int(weights * _BYTES_PER_WEIGHT[precision])
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ResourceError(
+            f"exporting {weights:,} weights to {out} takes about {_shown(needed)} of disk and {_shown(free)} are free: "
+            "make room, or choose another place with --out"
+        )
+
+
+def require_memory(weights: int, *, loaded: bool) -> None:
+    """Raises ResourceError when the machine has not the memory to export so many weights, `loaded` or not yet."""
+    needed = (_COPIES_AFTER_LOADING if loaded else _COPIES_IN_MEMORY) * 4 * weights + _BASE_BYTES
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"exporting {weights:,} weights takes about {_shown(needed)} of memory and {_shown(free)} are available: "
+            "end other programs, or export on a larger machine"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, or None where the system does not say (Linux and its containers do)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            cached = next(
+                int(line.split()[1])
+                for line in (group / "memory.stat").read_text().splitlines()
+                if line.startswith("inactive_file ")
+            )
+            found.append(int(limit) - int((group / "memory.current").read_text()) + cached)
+    return min(found) if found else None
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
