@@ -1,4 +1,4 @@
-"""What can be exported: a module in hand, a checkpoint of pastkey train, or path/to/file.py:factory."""
+"""What can be exported: a module, a checkpoint of pastkey train, a llama2.c .bin, or path/to/file.py:factory."""
 
 from __future__ import annotations
 
@@ -48,6 +48,10 @@ def open_source(
         return _from_module(_call_factory(Path(file), factory), tokenizer, context_length)
     if text.endswith(".py"):
         raise InputError(f"{text} names a file without its factory: write {text}:NAME, where NAME() returns the module")
+    if text.endswith(".bin") and not Path(source).is_dir():
+        from .llama2c import open_llama2c
+
+        return open_llama2c(Path(source), tokenizer, context_length)
     return _from_checkpoint(Path(source), tokenizer, context_length)
 
 
