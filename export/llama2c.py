@@ -3,7 +3,7 @@
 Both are read as https://github.com/karpathy/llama2.c writes them, little-endian, without padding between tensors:
 
     model      version 0: seven int32 (`_SIZES`), of which a negative vocabulary size says that the head is untied
-               version 1: "ak42" reversed, int32 version, the seven, a byte that says whether the head is tied; 256 bytes
+               version 1: "24ka", int32 version, the seven, a byte that is 1 when the head is tied; padded to 256 bytes
                then the tensors in the order of `_ORDER`, those of all layers in one block per kind
     tokenizer  int32 longest piece, then for each piece float32 score, int32 byte length, the bytes
 """
@@ -47,7 +47,7 @@ _ORDER = {
 
 _SPACE = "▁"  # how SentencePiece writes a space inside a piece; llama2.c has put the space back
 _SPECIALS = ("<unk>", "<s>", "</s>")  # ids 0 to 2
-_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # ids 3 to 258
+_RESERVED = (*_SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)))  # ids 0 to 258
 
 
 def open_llama2c(path: Path, tokenizer: str | Path | None, context_length: int | None) -> Source:
@@ -59,10 +59,11 @@ def open_llama2c(path: Path, tokenizer: str | Path | None, context_length: int |
     model = Decoder(config)
     model.load_state_dict(_read_weights(header, config))
     context = context_of(path, config.max_position_embeddings, context_length)
-    found: dict[str, Any] = {"bos_token_id": BOS, "eos_token_ids": (EOS, BOS)}
-    if tokenizer is not None:
-        is_bin = Path(tokenizer).suffix == ".bin"
-        found |= _read_tokenizer_bin(Path(tokenizer), config) if is_bin else read_tokenizer(tokenizer)
+    if tokenizer is not None and Path(tokenizer).suffix == ".bin":
+        found = _read_tokenizer_bin(Path(tokenizer), config)
+    else:
+        found = read_tokenizer(tokenizer)
+    found |= {"bos_token_id": BOS, "eos_token_ids": (EOS, BOS)}
     content = config.to_json() | {"max_position_embeddings": context}
     return Source(model.eval(), path.stem, context, config=content, **found)
 
@@ -167,7 +168,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _split_pairs(weight: Tensor, config: ModelConfig) -> Tensor:
     """(heads * D, E) that make rotary pairs (2i, 2i + 1), reordered to make our pairs (i, i + D/2)."""
-    return weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    halves: Tensor = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    return halves
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
@@ -181,8 +183,9 @@ def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
             f"{path} has {len(pieces)} pieces and the model {config.vocab_size} embeddings: give the tokenizer that "
             "the model was trained with"
         )
-    first = tuple(piece.strip() for piece, _ in pieces[: len(_SPECIALS) + len(_BYTES)])
-    if first != _SPECIALS + _BYTES or len({piece for piece, _ in pieces}) != len(pieces):
+    # llama2.c writes line breaks around <s> and </s>.
+    texts = [text.strip() if i < len(_RESERVED) else text.replace(" ", _SPACE) for i, (text, _) in enumerate(pieces)]
+    if tuple(texts[: len(_RESERVED)]) != _RESERVED or len(set(texts)) != len(texts):
         raise InputError(
             f"the pieces of {path} are not {', '.join(_SPECIALS)}, the 256 bytes, and then each its own text: give the "
             "tokenizer's tokenizer.json instead"
@@ -196,7 +199,8 @@ def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
         "unk_token": _SPECIALS[0],
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer": _sentencepiece(pieces).to_str().encode(), "tokenizer_config": configuration}
+    tokenizer = _sentencepiece(dict(zip(texts, (score for _, score in pieces), strict=True)))
+    return {"tokenizer": tokenizer.to_str().encode(), "tokenizer_config": configuration}
 
 
 def _read_pieces(path: Path) -> list[tuple[str, float]]:
@@ -220,17 +224,17 @@ def _read_pieces(path: Path) -> list[tuple[str, float]]:
     return pieces
 
 
-def _sentencepiece(pieces: list[tuple[str, float]]) -> Tokenizer:
+def _sentencepiece(scores: dict[str, float]) -> Tokenizer:
     """SentencePiece's BPE: a space in front, then always the merge whose piece has the highest score.
 
-    Our merges are pairs in order of preference instead: every pair of pieces that makes a piece, by its score.
+    `scores` holds every piece in the order of the ids. The tokenizers library takes the pairs to merge, in order of
+    preference: all that make a piece, by its score.
     """
-    texts = [*_SPECIALS, *_BYTES, *(text.replace(" ", _SPACE) for text, _ in pieces[len(_SPECIALS) + len(_BYTES) :])]
-    vocabulary = {text: number for number, text in enumerate(texts)}
-    ordinary = dict.fromkeys(texts[len(_SPECIALS) + len(_BYTES) :])
+    vocabulary = {text: number for number, text in enumerate(scores)}
+    ordinary = dict(list(scores.items())[len(_RESERVED) :])
     merges = [
         (text[:cut], text[cut:])
-        for text in sorted(ordinary, key=lambda text: -pieces[vocabulary[text]][1])
+        for text in sorted(ordinary, key=lambda text: -ordinary[text])
         for cut in range(1, len(text))
         if text[:cut] in ordinary and text[cut:] in ordinary
     ]
