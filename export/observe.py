@@ -134,8 +134,9 @@ def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, 
         length = runs[0].length
         raise ContractError(
             f"{by_hand[0]} computes attention by hand, a softmax over ({length}, {length}) scores, which no cache can "
-            "be grafted onto: replace softmax(q @ k.transpose(-2, -1) * scale + mask) @ v by  "
-            "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
+            "be grafted onto: change the three lines  scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1));  "
+            'scores = scores.masked_fill(future, float("-inf"));  y = scores.softmax(-1) @ v  to the one  '
+            "y = F.scaled_dot_product_attention(q, k, v, is_causal=True)"
         )
     first = runs[0].layers
     if not first:
