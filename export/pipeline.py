@@ -80,7 +80,8 @@ def export(
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
 
     `module_or_path` is a torch.nn.Module with forward(input_ids (B, T), position_ids (B, T)) -> logits (B, T, V) whose
-    attention is F.scaled_dot_product_attention(q, k, v, is_causal=True); a checkpoint folder; or "file.py:factory".
+    attention is F.scaled_dot_product_attention(q, k, v, is_causal=True); a checkpoint folder; a llama2.c .bin
+    (`tokenizer` may then be the one of its own format); or "file.py:factory".
     `precision`: "int8" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
     "standard". `context_length` in tokens is required for a module. `progress` is called with each stage's name.
 
