@@ -56,8 +56,9 @@ def open_llama2c(path: Path, tokenizer: str | Path | None, context_length: int |
     Raises MissingFileError or InputError.
     """
     header, config = _read_header(path)
+    state = _read_weights(header, config)  # before a decoder is made of sizes that may be nonsense
     model = Decoder(config)
-    model.load_state_dict(_read_weights(header, config))
+    model.load_state_dict(state)
     context = context_of(path, config.max_position_embeddings, context_length)
     if tokenizer is not None and Path(tokenizer).suffix == ".bin":
         found = _read_tokenizer_bin(Path(tokenizer), config)

@@ -270,7 +270,8 @@ def test_a_bundle_speaks_with_the_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tok.bin").write_bytes(tokenizer_bin(PIECES))
     toy = dataclasses.replace(Toy(), vocab=len(PIECES))
     model, out = checkpoint(tmp_path, toy.version0()), tmp_path / "bundle"
-    assert main(["export", str(model), "--tokenizer", str(tmp_path / "tok.bin"), "--out", str(out)]) == 0
+    options = ["--tokenizer", str(tmp_path / "tok.bin"), "--precision", "fp32", "--out", str(out)]
+    assert main(["export", str(model), *options]) == 0
     manifest = open_bundle(out).manifest
     assert (manifest.bos_token_id, manifest.eos_token_ids) == (1, (2, 1))
     lm = load(out)
@@ -290,7 +291,8 @@ def test_a_tokenizer_json_is_taken_too_and_the_format_keeps_its_own_end(tokenize
 def test_without_a_tokenizer_the_command_says_that_the_bundle_speaks_ids_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", str(checkpoint(tmp_path, WHOLE)), "--out", str(tmp_path / "bundle")]) == 0
+    options = ["--precision", "fp32", "--out", str(tmp_path / "bundle")]
+    assert main(["export", str(checkpoint(tmp_path, WHOLE)), *options]) == 0
     assert "--prompt-ids ...   (ids only: no --tokenizer was given)" in capsys.readouterr().err
 
 
