@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", help="a checkpoint, a Hugging Face folder, a .gguf file, or path/to/file.py:factory, for a module")
+    add("source", help="a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory")
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
     add("--precision", choices=names.PRECISIONS, default="int8", help="of the weights (default: int8)")
     add("--target", choices=names.TARGETS, default="cpu", help="where it will run (default: cpu)")
     add("--graph", choices=("auto", *names.GRAPHS), default="auto", help="which graph (default: auto)")
     add("--context", type=positive_int, metavar="N", help="context length in tokens; required for a module")
-    add("--tokenizer", metavar="FILE", help="tokenizer.json of a module; without one the bundle speaks ids only")
+    add(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.json of a module, or llama2.c's tokenizer .bin; without one, ids only",
+    )
     add("--force", action="store_true", help="replace an existing bundle")
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print the report as one JSON object")
@@ -63,7 +67,9 @@ def _export(arguments: argparse.Namespace) -> int:
             f"  int8 against float32: KL divergence {quality['kl_divergence']:.2g} nats, "
             f"top-1 agreement {quality['top1_agreement']:.1%}"
         )
-    say(f"next:  pastkey run {report.path} --prompt{'' if report.manifest.files.get(names.TOKENIZER) else '-ids'} ...")
+    speaks = names.TOKENIZER in report.manifest.files
+    hint = "--prompt ..." if speaks else "--prompt-ids ...   (ids only: no --tokenizer was given)"
+    say(f"next:  pastkey run {report.path} {hint}")
     return 0
 
 

@@ -127,8 +127,9 @@ def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, 
         length = runs[0].length
         raise ContractError(
             f"{by_hand[0]} computes attention by hand, a softmax over ({length}, {length}) scores, which no cache can "
-            "be grafted onto: replace softmax(q @ k.transpose(-2, -1) * scale + mask) @ v by  "
-            "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
+            "be grafted onto: change the three lines  scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1));  "
+            'scores = scores.masked_fill(future, float("-inf"));  y = scores.softmax(-1) @ v  to the one  '
+            "y = F.scaled_dot_product_attention(q, k, v, is_causal=True)"
         )
     first = runs[0].layers
     if not first:
@@ -296,8 +297,8 @@ def _check_last_position(module: nn.Module, length: int, context_length: int) ->
         cause = error.__cause__ or error
         where = failing_line(cause)
         raise ContractError(
-            f"{name_of(module)} fails at position {context_length - 1}, the last of a context of {context_length} tokens"
-            f"{f', at {where}' if where else ''} with {type(cause).__name__}: {_first_line(cause)}; give the context "
+            f"{name_of(module)} fails at position {context_length - 1}, the last of a context of {context_length} "
+            f"tokens{f', at {where}' if where else ''} with {type(cause).__name__}: {_first_line(cause)}; give the context "
             "length that the module was made for, or a smaller one"
         ) from error
 

@@ -84,7 +84,8 @@ def export(
 
     `module_or_path` is a torch.nn.Module with forward(input_ids (B, T), position_ids (B, T)) -> logits (B, T, V) whose
     attention is F.scaled_dot_product_attention(q, k, v, is_causal=True); a transformers model for causal language
-    modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, or "file.py:factory".
+    modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
+    .bin (`tokenizer` may then be the one of its own format), or "file.py:factory".
     `precision`: "int8" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
     "standard". `context_length` in tokens is required for a module. `progress` is called with each stage's name.
 

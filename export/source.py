@@ -1,4 +1,4 @@
-"""What can be exported: a module, path/to/file.py:factory, a checkpoint, a Hugging Face folder or a GGUF file."""
+"""What can be exported: a module, file.py:factory, a checkpoint, a Hugging Face folder, GGUF, or llama2.c."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pastkey import names
 from pastkey.errors import InputError, MissingFileError, PastkeyError
 from pastkey.folder import read_json
 
-SOURCES = "a checkpoint folder, a Hugging Face folder, a .gguf file, or path/to/file.py:factory"
+SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ def open_source(
     path = Path(source)
     if not path.exists():
         raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}")
+    if path.suffix == ".bin":
+        from .llama2c import open_llama2c
+
+        return open_llama2c(path, tokenizer, context_length)
     if path.suffix == ".gguf":
         from .pretrained import open_gguf
 

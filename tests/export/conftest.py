@@ -82,14 +82,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Tokeniz
 Export = Callable[..., Exported]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what a load remembers out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """exported(NAME, precision, graph): a case of the table, exported once for all tests."""

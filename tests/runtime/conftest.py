@@ -7,7 +7,7 @@ heads over K key/value heads, two attention calls, no normalisation: x += attent
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,14 +191,6 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     }  # fmt: skip
     write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json())
     return open_bundle(folder, verify=False)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what a load remembers out of the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")
