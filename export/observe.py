@@ -298,8 +298,8 @@ def _check_last_position(module: nn.Module, length: int, context_length: int) ->
         where = failing_line(cause)
         raise ContractError(
             f"{name_of(module)} fails at position {context_length - 1}, the last of a context of {context_length} "
-            f"tokens{f', at {where}' if where else ''} with {type(cause).__name__}: {_first_line(cause)}; give the context "
-            "length that the module was made for, or a smaller one"
+            f"tokens{f', at {where}' if where else ''} with {type(cause).__name__}: {_first_line(cause)}; give the "
+            "context length that the module was made for, or a smaller one"
         ) from error
 
 

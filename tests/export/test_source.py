@@ -155,7 +155,7 @@ def test_the_context_of_a_checkpoint_can_be_shortened_but_not_stretched(checkpoi
 def test_a_missing_folder_is_told_what_a_source_is(tmp_path: Path) -> None:
     sentence = refusal(MissingFileError, tmp_path / "none")
     assert f"no such source: {tmp_path}/none does not exist" in sentence
-    assert "a checkpoint folder, or path/to/file.py:factory" in sentence
+    assert "a llama2.c .bin, or path/to/file.py:factory" in sentence
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
