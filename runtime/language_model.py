@@ -136,7 +136,8 @@ class LanguageModel:
             end_ids=self.manifest.eos_token_ids,
             sampling=SamplingConfig(**sampling),
         )
-        return self._stream(generation, StopStrings(stops))
+        after_text = isinstance(prompt, str) and bool(prompt.strip())
+        return self._stream(generation, StopStrings(stops), after_text)
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Logits (T, V) of every position of `ids` (T,), by one uncached pass."""
@@ -154,8 +155,10 @@ class LanguageModel:
             raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
         return self.tokenizer.encode(prompt)
 
-    def _stream(self, generation: Generation, stops: StopStrings) -> Generator[Chunk, None, Completion]:
-        text = None if self.tokenizer is None else TextStream(self.tokenizer)
+    def _stream(
+        self, generation: Generation, stops: StopStrings, after_text: bool
+    ) -> Generator[Chunk, None, Completion]:
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, after_text=after_text)
         texts: list[str] = []
         ids: list[int] = []
         for token in generation:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from pastkey.errors import InputError, IntegrityError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte, in vocabularies that fall back to bytes
 
 
@@ -68,6 +69,10 @@ class TextCodec:
         """Whether a token stands for one byte, so that its character depends on the tokens beside it."""
         return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
 
+    def begins_word(self, token: int) -> bool:
+        """Whether a token carries the space before it, which SentencePiece's decoder drops where a text begins."""
+        return (self._tokenizer.id_to_token(token) or "").startswith(_SPACE)
+
     def _encodes(self, word: str) -> bool:
         try:
             return bool(self._tokenizer.encode(word, add_special_tokens=False).ids)
@@ -78,12 +83,15 @@ class TextCodec:
 class TextStream:
     """Decodes token by token: what `push` returns, and at last `flush`, is together `decode` of all the ids.
 
+    `after_text`: what is decoded goes on from a text, so that the space of its first word is kept.
+
     A character whose bytes are not all there is held back. Only a short window of ids is decoded each time: those
     since the last whole character, behind the ones before it, which decide about the space between words.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, *, after_text: bool = False) -> None:
         self._codec = codec
+        self._after_text = after_text
         self._context: list[int] = []  # ids whose text is out
         self._window: list[int] = []  # ids after them
         self._emitted = 0  # characters of the window's text that are out
@@ -93,6 +101,14 @@ class TextStream:
         if not self._codec.has_text(token):
             return ""
         self._window.append(token)
+        if self._after_text:
+            self._after_text = False
+            if self._codec.begins_word(token) and not self._codec.decode([token]).startswith(" "):
+                return " " + self._certain(token)
+        return self._certain(token)
+
+    def _certain(self, token: int) -> str:
+        """What is out by `token`, the last of the window."""
         if self._codec.is_byte(token):
             return ""  # one byte more may change what the whole run of bytes means
         text = self._text()

@@ -246,3 +246,19 @@ def test_a_tokenizer_file_that_is_none_is_named(tmp_path: Path, content: str) ->
     path.write_text(content)
     with pytest.raises(IntegrityError, match=r"tokenizer\.json is not a tokenizer"):
         TextCodec.from_file(path)
+
+
+def test_a_continuation_keeps_the_space_that_sentencepiece_drops_where_a_text_begins() -> None:
+    vocabulary = {"<unk>": 0, "▁Once": 1, "▁time": 2, "ly": 3, "▁": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    codec = TextCodec(tokenizer)
+
+    def streamed(ids: list[int], **options: bool) -> str:
+        stream = TextStream(codec, **options)
+        return "".join([*(stream.push(token) for token in ids), stream.flush()])
+
+    assert streamed([2, 3, 1]) == "timely Once"
+    assert streamed([2, 3, 1], after_text=True) == " timely Once"
+    assert streamed([3, 1], after_text=True) == "ly Once"
+    assert streamed([4, 2], after_text=True) == codec.decode([1, 4, 2])[len("Once") :]
