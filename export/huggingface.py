@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes  # a mask is asked while torch traces, too
 
 from pastkey.errors import ContractError
@@ -39,22 +40,25 @@ class HuggingFaceDecoder(nn.Module):
         self.model = model
         self.shown_name = type(model).__name__
         _register_hooks()
-        if hasattr(model, "set_experts_implementation"):  # transformers 5: the one that a trace can follow
+        self._experts: Callable[[], contextlib.AbstractContextManager[Any]] = _EveryExpert
+        if hasattr(model, "set_experts_implementation"):  # transformers 5
+            self._experts = contextlib.nullcontext
             with contextlib.suppress(ValueError):  # no experts
-                model.set_experts_implementation("batched_mm")
+                model.set_experts_implementation("batched_mm")  # the one that a trace can follow
         try:
             model.set_attn_implementation(GRAFT)
         except ValueError as error:
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        # A mask of ones, since without one transformers looks for several texts packed into a row.
-        logits: Tensor = self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=torch.ones_like(input_ids),
-            use_cache=False,
-        ).logits
+        with self._experts():
+            # A mask of ones, since without one transformers looks for several texts packed into a row.
+            logits: Tensor = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=torch.ones_like(input_ids),
+                use_cache=False,
+            ).logits
         return logits
 
     @contextlib.contextmanager
@@ -65,6 +69,18 @@ class HuggingFaceDecoder(nn.Module):
             yield
         finally:
             self.model.set_attn_implementation(GRAFT)
+
+
+class _EveryExpert(TorchFunctionMode):
+    """transformers 4 goes through the experts that have tokens, which no trace can: let it go through all.
+
+    It takes them from `(tokens per expert > 0).nonzero()`; one without tokens adds nothing.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.nonzero, torch.nonzero) and args[0].dim() == 1 and args[0].dtype == torch.bool:
+            return [torch.tensor([expert]) for expert in range(args[0].shape[0])]
+        return func(*args, **(kwargs or {}))
 
 
 def _register_hooks() -> None:
