@@ -4,11 +4,11 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-From the outside in: `dialogue` (a conversation at the terminal), `chat` (a conversation) by `template` (its form),
-`language_model` (text in, text out), `text` (tokens <-> text), `generate` (the loop over ids),
-`sampling` (logits -> token) by `settings`, `session` (one onnxruntime session and its cache), `cache` (keys and
-values), `providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's
-`--help` does not wait for onnxruntime.
+From the outside in: `dialogue` (a conversation at the terminal), `chat` (a conversation) by `template` (its written
+form), `language_model` (text in, text out), `text` (tokens <-> text), `generate` (the loop over ids), `sampling`
+(logits -> token) by `settings`, `session` (one onnxruntime session and its cache), `cache` (keys and values),
+`providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's `--help`
+does not wait for onnxruntime.
 """
 
 from __future__ import annotations
