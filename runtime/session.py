@@ -68,7 +68,7 @@ class Session:
         )
         self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
         self._ones = np.ones(0, np.int64)
-        self._held: list[int] | None = []  # the ids in the cache; None for several rows, padding, or a run cut short
+        self._held: list[int] | None = []  # the ids in the cache; None for several rows or padding, or while unsure
         self.resets = 0  # how often the cache was emptied: whoever fills it can tell when another took it over
 
     @property
@@ -102,10 +102,10 @@ class Session:
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
+        held, self._held = self._held, None  # an interrupt may come at any time
         self.cache.trim(length)
         self._mask = None if self._mask is None or not length else self._mask[:, :length]
-        if self._held is not None:
-            del self._held[length:]
+        self._held = None if held is None else held[:length]
 
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
         """Appends the tokens `ids` (T,) of one row, in runs of about `chunk_size`; returns the last one's logits (V,).
@@ -121,7 +121,9 @@ class Session:
         count = math.ceil(ids.size / size)
         if size > 1:
             count = min(count, max(1, ids.size // 2))
+        held, self._held = self._held, None
         self.cache.reserve(1, ids.size)  # one growth for all chunks
+        self._held = held
         for chunk in np.array_split(ids, count):
             logits = self._run(chunk[None])
         return _last(logits)
@@ -150,7 +152,7 @@ class Session:
                 f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
-        held, self._held = self._held, None  # for as long as it is not certain
+        held, self._held = self._held, None
         self.cache.reserve(batch, tokens)
         full_mask, positions = self._mask_and_positions(batch, tokens, mask)
         # A fresh array each run: the caller may keep it.

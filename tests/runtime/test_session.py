@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -420,3 +421,29 @@ def test_rewinding_forgets_a_run_that_was_cut_short(
             session.decode(10)
     assert session.rewind([*IDS, 10, 11]) == 0
     np.testing.assert_allclose(session.prefill(IDS), tiny(IDS)[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("step", ["reserve", "trim", "_place"])
+def test_a_session_that_was_interrupted_while_its_cache_changed_begins_anew(
+    session: Session, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    prompt = [token % 37 for token in range(300)]
+    session.prefill(prompt[:200])
+    calls = itertools.count()
+    method = getattr(session.cache, step)
+
+    def interrupted(*arguments: Any) -> Any:
+        if step == "_place" and next(calls) < 1:
+            return method(*arguments)
+        raise KeyboardInterrupt
+
+    def change() -> None:
+        session.trim(150)
+        session.prefill(prompt[150:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.cache, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            change()
+    assert session.rewind(prompt) == 0
+    np.testing.assert_allclose(session.prefill(prompt), tiny(prompt)[-1], atol=1e-4)
