@@ -76,8 +76,9 @@ class ChatTemplate:
 def _default(folder: Path, found: Any) -> str:
     """The template for plain conversations, of one alone or of several with names."""
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    if isinstance(found, dict):
+        named, found = found, found.get("default")
         if named and found is None:
             raise InputError(
                 f"{folder} has chat templates named {', '.join(map(str, named))}, and none named default, which is the "

@@ -138,10 +138,11 @@ def folder_with(path: Path, config: dict[str, Any] | None, file: str | None = No
         ({"chat_template": "{{ eos_token }}a", "eos_token": {"content": "</s>"}, "bos_token": None}, None, "</s>a"),
         ({"chat_template": "{{ add_bos_token }}a", "add_bos_token": True}, None, "a"),
         ({"chat_template": [{"name": "x", "template": "b"}, {"name": "default", "template": "a"}]}, None, "a"),
+        ({"chat_template": {"x": "b", "default": "a"}}, None, "a"),
         ({"chat_template": "b", "bos_token": "<s>"}, "{{ bos_token }}é", "<s>é"),
         (None, "a", "a"),
     ],
-    ids=["string", "object", "no_token", "named", "file_first", "file_alone"],
+    ids=["string", "object", "no_token", "named", "mapped", "file_first", "file_alone"],
 )
 def test_where_a_template_is_found(
     config: dict[str, Any] | None, file: str | None, expected: str, tmp_path: Path
