@@ -140,6 +140,7 @@ def read_tokenizer(path: str | Path | None) -> dict[str, Any]:
         raise InputError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
     beside = file.with_name(names.TOKENIZER_CONFIG)
     config = read_json(beside) if beside.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= _chat_template(file.with_name(names.CHAT_TEMPLATE))
     ids = {key: _token_id(tokenizer, config.get(key)) for key in ("bos_token", "eos_token")}
     eos = ids["eos_token"]
     return {
@@ -148,6 +149,16 @@ def read_tokenizer(path: str | Path | None) -> dict[str, Any]:
         "bos_token_id": ids["bos_token"],
         "eos_token_ids": () if eos is None else (eos,),
     }
+
+
+def _chat_template(file: Path) -> dict[str, str]:
+    """A template in a file of its own, for tokenizer_config.json: the one place where transformers.js looks for it."""
+    if not file.is_file():
+        return {}
+    try:
+        return {"chat_template": file.read_text(encoding="utf-8")}
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not valid UTF-8: save it in that encoding") from None
 
 
 def _token_id(tokenizer: Any, token: Any) -> int | None:

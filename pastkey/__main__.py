@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("export", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
     "verify": ("export", "compare a bundle with its source, or with its own uncached run"),
     "run": ("runtime", "generate text: bundle/ -> text"),
+    "chat": ("runtime", "hold a conversation by the bundle's chat template"),
     "bench": ("runtime", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime", "show a bundle's sizes, operators and execution providers"),
     "devices": ("runtime", "list the execution providers of this machine"),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from .errors import InputError
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence in place of usage and message."""
@@ -66,6 +68,14 @@ def id_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
+def decode_input(content: bytes) -> str:
+    """The text of what came in on standard input. Raises InputError unless it is UTF-8."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError("standard input is not valid UTF-8: convert it first") from None
 
 
 def say(text: str) -> None:

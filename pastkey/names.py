@@ -46,6 +46,7 @@ GENERATION_CONFIG: Final = "generation_config.json"
 GENAI_CONFIG: Final = "genai_config.json"
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+CHAT_TEMPLATE: Final = "chat_template.jinja"
 WEIGHTS: Final = "model.safetensors"
 
 # The graph that every loader finds by its precision's usual name: logits of all positions.

@@ -4,10 +4,11 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-From the outside in: `language_model` (text in, text out), `text` (tokens <-> text), `generate` (the loop over ids),
-`sampling` (logits -> token) by `settings`, `session` (one onnxruntime session and its cache), `cache` (keys and
-values), `providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's
-`--help` does not wait for onnxruntime.
+From the outside in: `dialogue` (a conversation at the terminal), `chat` (a conversation) by `template` (its written
+form), `language_model` (text in, text out), `text` (tokens <-> text), `generate` (the loop over ids), `sampling`
+(logits -> token) by `settings`, `session` (one onnxruntime session and its cache), `cache` (keys and values),
+`providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's `--help`
+does not wait for onnxruntime.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat import Chat as Chat
     from .generate import Generation as Generation
     from .language_model import Chunk as Chunk
     from .language_model import Completion as Completion
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .settings import SamplingConfig as SamplingConfig
 
 _MODULE_OF = {
+    "Chat": "chat",
     "Chunk": "language_model",
     "Completion": "language_model",
     "Generation": "generate",
@@ -34,7 +37,7 @@ _MODULE_OF = {
     "load": "language_model",
 }
 
-__all__ = ["Chunk", "Completion", "Generation", "LanguageModel", "SamplingConfig", "Session", "load"]
+__all__ = ["Chat", "Chunk", "Completion", "Generation", "LanguageModel", "SamplingConfig", "Session", "load"]
 
 
 def __getattr__(name: str) -> Any:

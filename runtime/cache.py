@@ -132,7 +132,7 @@ class KVCache:
         wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
         capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
         old, self._values = self._values, []
-        self.batch, self._capacity = batch, capacity
+        self.batch, self._capacity = batch, 0  # until the buffers are there: memory may end before
         for i, tensor in enumerate(self._tensors):
             array = np.zeros(self._shape(tensor, capacity), np.float32)
             if self.length:
@@ -142,6 +142,7 @@ class KVCache:
             self.binding.bind_ortvalue_input(tensor.past, value)
             self.binding.bind_ortvalue_output(tensor.present, value)
             self._values.append(value)
+        self._capacity = capacity
 
     def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, int, int, int]:
         return (self.batch, tensor.kv_heads, rows, tensor.head_size)

@@ -1,4 +1,4 @@
-"""The commands run, bench, inspect and devices: parse, call, print."""
+"""The commands run, chat, bench, inspect and devices: parse, call, print."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pastkey.command import Command, finite_float, id_list, natural_int, positive_int, print_json, say
+from pastkey.command import Command, decode_input, finite_float, id_list, natural_int, positive_int, print_json, say
 from pastkey.errors import InputError
 
-from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, MAX_NEW_TOKENS, SamplingConfig
+from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, CHAT_NEW_TOKENS, MAX_NEW_TOKENS, SamplingConfig
 
 if TYPE_CHECKING:
     from .bench import BenchReport
+    from .chat import Chat
+    from .language_model import Completion
     from .placement import Inspection
 
 
@@ -36,16 +38,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
-    add = parser.add_argument
-    add("--max-new-tokens", metavar="N", type=natural_int, default=MAX_NEW_TOKENS, help="at most so many (%(default)s)")
-    for name, (kind, meaning) in _SAMPLING.items():
-        default = getattr(SamplingConfig, name)
-        shown = "drawn afresh" if default is None else default
-        flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
-        add(flag, metavar=letter, type=kind, default=default, help=f"{meaning} ({shown})")
-    parser.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times"
-    )
+    _add_generation(parser, MAX_NEW_TOKENS)
     _add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     parser.epilog = (
@@ -59,14 +52,14 @@ def _run(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt_ids if arguments.prompt is None else arguments.prompt
     if prompt == "-":
         prompt = _standard_input()
-    options = {name: getattr(arguments, name) for name in _SAMPLING}
-    options |= {"max_new_tokens": arguments.max_new_tokens, "stop": arguments.stop}
+    options = _generation_options(arguments)
     model = load(arguments.bundle, providers=arguments.provider, threads=arguments.threads)
     if arguments.json:
-        print_json(dataclasses.asdict(model.generate(prompt, **options)))
+        completion = dataclasses.asdict(model.generate(prompt, **options))
+        del completion["reused_tokens"]  # none: nothing was generated before
+        print_json(completion)
         return 0
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding shows what it can
+    _show_what_can_be_shown()
     for chunk in model.stream(prompt, **options):
         text = chunk.text if model.tokenizer else "".join(f"{token} " for token in chunk.ids)
         print(text, end="", flush=True)
@@ -74,11 +67,51 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError:
-        raise InputError("standard input is not valid UTF-8: convert it first") from None
+# --- chat ---------------------------------------------------------------------------------------------------------
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_bundle(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument("--prompt", metavar="TEXT", help="one question: print its answer and end; - reads it all")
+    _add_generation(parser, CHAT_NEW_TOKENS)
+    _add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object instead of the text")
+    parser.epilog = (
+        "Without --prompt, each line of standard input is a question; /reset begins a new conversation, /exit ends."
+    )
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    if arguments.json and arguments.prompt is None:
+        raise InputError("--json holds the answer to one question: give it with --prompt TEXT")
+    from .dialogue import converse, print_answer
+    from .language_model import load
+
+    options = _generation_options(arguments)
+    model = load(arguments.bundle, providers=arguments.provider, threads=arguments.threads)
+    chat = model.chat(arguments.system)
+    prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
+    if arguments.json:
+        print_json(_answer_json(chat, chat.ask(prompt, **options)))
+        return 0
+    _show_what_can_be_shown()
+    if prompt is not None:
+        print_answer(chat, prompt, **options)
+    else:
+        converse(chat, **options)
+    return 0
+
+
+def _answer_json(chat: Chat, answer: Completion) -> dict[str, Any]:
+    return {
+        "messages": chat.messages,
+        "text": answer.text,
+        "ids": answer.ids,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "reused_tokens": answer.reused_tokens,
+        "new_tokens": answer.new_tokens,
+        "seconds": answer.prefill_seconds + answer.decode_seconds,
+    }
 
 
 # --- bench --------------------------------------------------------------------------------------------------------
@@ -215,12 +248,41 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder that pastkey export wrote")
 
 
+def _add_generation(parser: argparse.ArgumentParser, most: int) -> None:
+    add = parser.add_argument
+    add("--max-new-tokens", metavar="N", type=natural_int, default=most, help="at most so many (%(default)s)")
+    for name, (kind, meaning) in _SAMPLING.items():
+        default = getattr(SamplingConfig, name)
+        shown = "drawn afresh" if default is None else default
+        flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
+        add(flag, metavar=letter, type=kind, default=default, help=f"{meaning} ({shown})")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
+
+
+def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What _add_generation's flags were set to. Raises InputError for settings out of range."""
+    sampling = {name: getattr(arguments, name) for name in _SAMPLING}
+    SamplingConfig(**sampling)  # now, and not after the first question
+    return sampling | {"max_new_tokens": arguments.max_new_tokens, "stop": arguments.stop}
+
+
+def _standard_input() -> str:
+    return decode_input(sys.stdin.buffer.read()).removesuffix("\n")
+
+
+def _show_what_can_be_shown() -> None:
+    """A terminal of another encoding shows a question mark for what it cannot."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", metavar="N", type=positive_int, help="threads within an operator (physical cores)")
     parser.add_argument("--provider", metavar="X", help="execution provider, as pastkey devices lists them")
 
 
 run_command = Command(_add_run, _run)
+chat_command = Command(_add_chat, _chat)
 bench_command = Command(_add_bench, _bench)
 inspect_command = Command(_add_inspect, _inspect)
 devices_command = Command(_add_devices, _devices)

@@ -30,15 +30,23 @@ class Generation:
         max_new_tokens: int,
         end_ids: Collection[int] = (),
         sampling: SamplingConfig | None = None,
+        reuse_prefix: bool = False,
     ) -> None:
-        """Takes the session over: its cache is reset. Raises InputError for a prompt that the model cannot take."""
+        """Takes the session over: its cache is reset, or with `reuse_prefix` kept as far as the prompt begins with it.
+
+        Raises InputError for a prompt that the model cannot take.
+        """
         context = session.manifest.context_length
         if max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")
-        session.reset()
-        session.checked(prompt, ndim=1)
+        if reuse_prefix:
+            self.reused_tokens = session.rewind(prompt)
+        else:
+            self.reused_tokens = 0
+            session.reset()
+        session.checked(prompt[self.reused_tokens :], ndim=1)
         self._owned = session.resets
         self.prompt_tokens = len(prompt)
         self.new_tokens = 0
@@ -58,7 +66,7 @@ class Generation:
     def _generate(self, session: Session, ids: list[int], end_ids: frozenset[int], sample: Sampler) -> Iterator[int]:
         self._require_ownership(session)
         started = time.perf_counter()
-        logits = session.prefill(ids)
+        logits = session.prefill(ids[self.reused_tokens :])
         self.prefill_seconds = time.perf_counter() - started
         while self.new_tokens < self._limit:
             started = time.perf_counter()

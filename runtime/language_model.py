@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from .providers import Choice
 from .session import Session
 from .settings import MAX_NEW_TOKENS, SamplingConfig
 from .text import StopStrings, TextCodec, TextStream
+
+if TYPE_CHECKING:
+    from .chat import Chat
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Completion:
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    reused_tokens: int = 0  # of the prompt's, those whose keys and values were in the cache already
 
 
 def load(
@@ -56,6 +60,16 @@ def load(
     """
     bundle = open_bundle(path, verify=verify)
     return LanguageModel(bundle, providers=providers, threads=threads)
+
+
+def completed(stream: Generator[Chunk, None, Completion]) -> Completion:
+    """What a stream returns at its end."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            completion: Completion = end.value
+            return completion
 
 
 class LanguageModel:
@@ -88,29 +102,29 @@ class LanguageModel:
         repetition_penalty: float = SamplingConfig.repetition_penalty,
         stop: str | Sequence[str] = (),
         seed: int | None = SamplingConfig.seed,
+        reuse_prefix: bool = False,
     ) -> Completion:
         """Continues `prompt`, a text or token ids. See SamplingConfig for how tokens are chosen.
 
+        With `reuse_prefix`, what the prompt shares with the beginning of the last one and its continuation is not
+        computed again. Keys and values that came one by one may differ from a prefill's in the last bits.
         Raises InputError for a prompt that is empty, too long or has no tokens, and for settings out of range;
         NumericsError when the model yields NaN or infinity.
         """
-        stream = self.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            seed=seed,
+        return completed(
+            self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=stop,
+                seed=seed,
+                reuse_prefix=reuse_prefix,
+            )
         )
-        while True:
-            try:
-                next(stream)
-            except StopIteration as end:
-                completion: Completion = end.value
-                return completion
 
     def stream(
         self,
@@ -118,6 +132,7 @@ class LanguageModel:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: str | Sequence[str] = (),
+        reuse_prefix: bool = False,
         **sampling: Any,
     ) -> Generator[Chunk, None, Completion]:
         """Yields a Chunk for each new token as it comes; takes what `generate` takes, and returns its Completion.
@@ -135,9 +150,16 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             end_ids=self.manifest.eos_token_ids,
             sampling=SamplingConfig(**sampling),
+            reuse_prefix=reuse_prefix,
         )
         after_text = isinstance(prompt, str) and bool(prompt.strip())
         return self._stream(generation, StopStrings(stops), after_text)
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A new conversation by the bundle's chat template, told `system` first. See Chat for what it raises."""
+        from .chat import Chat
+
+        return Chat(self, system)
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Logits (T, V) of every position of `ids` (T,), by one uncached pass."""
@@ -181,4 +203,5 @@ class LanguageModel:
             generation.new_tokens,
             generation.prefill_seconds,
             generation.decode_seconds,
+            generation.reused_tokens,
         )

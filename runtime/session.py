@@ -68,6 +68,7 @@ class Session:
         )
         self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
         self._ones = np.ones(0, np.int64)
+        self._held: list[int] | None = []  # the ids in the cache; None for several rows or padding, or while unsure
         self.resets = 0  # how often the cache was emptied: whoever fills it can tell when another took it over
 
     @property
@@ -79,12 +80,32 @@ class Session:
         """Forgets all tokens."""
         self.cache.reset()
         self._mask = None
+        self._held = []
         self.resets += 1
+
+    def rewind(self, ids: Sequence[int]) -> int:
+        """Forgets all but what the cache shares with the beginning of `ids` (T,), and at most all of them but one.
+
+        Returns the number of tokens that stay: `ids` from there on remain to be appended.
+        """
+        shared = 0
+        for held, token in zip(self._held or (), ids[:-1], strict=False):
+            if held != token:
+                break
+            shared += 1
+        if not shared:
+            self.reset()
+        else:
+            self.trim(shared)
+            self.resets += 1
+        return shared
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
+        held, self._held = self._held, None  # an interrupt may come at any time
         self.cache.trim(length)
         self._mask = None if self._mask is None or not length else self._mask[:, :length]
+        self._held = None if held is None else held[:length]
 
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
         """Appends the tokens `ids` (T,) of one row, in runs of about `chunk_size`; returns the last one's logits (V,).
@@ -100,7 +121,9 @@ class Session:
         count = math.ceil(ids.size / size)
         if size > 1:
             count = min(count, max(1, ids.size // 2))
+        held, self._held = self._held, None
         self.cache.reserve(1, ids.size)  # one growth for all chunks
+        self._held = held
         for chunk in np.array_split(ids, count):
             logits = self._run(chunk[None])
         return _last(logits)
@@ -129,6 +152,7 @@ class Session:
                 f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
+        held, self._held = self._held, None
         self.cache.reserve(batch, tokens)
         full_mask, positions = self._mask_and_positions(batch, tokens, mask)
         # A fresh array each run: the caller may keep it.
@@ -143,6 +167,9 @@ class Session:
         self._check_finite(logits, start, tokens, mask)
         self.cache.advance(tokens)
         self._mask = None if self._mask is None and mask is None else full_mask
+        if held is not None and batch == 1 and self._mask is None:
+            held += ids[0].tolist()
+            self._held = held
         return logits
 
     def _mask_and_positions(self, batch: int, tokens: int, mask: Ids | None) -> tuple[Ids, Ids]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pastkey.errors import InputError
 
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
+CHAT_NEW_TOKENS = 512  # of an answer
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 

@@ -38,14 +38,17 @@ class TextCodec:
             raise IntegrityError(f"{path} is not a tokenizer that can be read: {error}") from None
         return cls(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a prompt. Raises InputError when there are none, or when a word has no token."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt. Raises InputError when there are none, or when a word has no token.
+
+        `add_special_tokens=False` is for a text that writes its own begin token, as a chat template does.
+        """
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InputError("the text is not valid UTF-8: pass it in that encoding") from None
         try:
-            encoding = self._tokenizer.encode(text)
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
             unknown = _uncovered_word(text, encoding.offsets)
         except Exception:  # a word-level vocabulary without an unknown token: the library names no word
             unknown = next((word for word in text.split() if not self._encodes(word)), text)

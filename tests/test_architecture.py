@@ -131,8 +131,8 @@ def test_no_file_of_the_package_has_grown_past_a_glance() -> None:
 
 def test_the_runtime_imports_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, pastkey.runtime.language_model, pastkey.runtime.bench, pastkey.runtime.placement\n"
-        "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers', 'matplotlib', 'tqdm'}\n"
+        "import sys, pastkey.runtime.bench, pastkey.runtime.dialogue, pastkey.runtime.placement\n"
+        "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers', 'matplotlib', 'tqdm', 'jinja2'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

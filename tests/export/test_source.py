@@ -217,6 +217,21 @@ def test_a_tokenizer_without_a_configuration_has_no_special_tokens(word_tokenize
     assert source.tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+def test_a_chat_template_in_a_file_of_its_own_comes_into_the_configuration(
+    word_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = save(word_tokenizer, tmp_path, eos_token="<end>", chat_template="in the configuration")
+    source = open_source(Plain(vocab=61), context_length=8, tokenizer=path)
+    assert source.tokenizer_config == {"eos_token": "<end>", "chat_template": "in the configuration"}
+    template = "{{ messages }}\né\n"
+    (tmp_path / names.CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    source = open_source(Plain(vocab=61), context_length=8, tokenizer=path)
+    assert source.tokenizer_config == {"eos_token": "<end>", "chat_template": template}  # as transformers prefers it
+    assert source.eos_token_ids == (60,)
+    (tmp_path / names.CHAT_TEMPLATE).write_bytes(b"\xff")
+    assert "chat_template.jinja is not valid UTF-8" in refusal(InputError, Plain(vocab=61), tokenizer=path)
+
+
 def test_a_missing_tokenizer_is_told(tmp_path: Path) -> None:
     sentence = refusal(MissingFileError, Plain(), tokenizer=tmp_path / "none.json")
     assert sentence == f"no such tokenizer: {tmp_path}/none.json does not exist; expected a tokenizer.json"

@@ -138,9 +138,9 @@ def test_a_text_for_a_bundle_without_tokenizer(command: Run, bundle: Bundle) -> 
     fails(command("run", bundle.path, "--prompt", "a"), "has no tokenizer", "--prompt-ids")
 
 
-@pytest.mark.parametrize("name", ["run", "bench", "inspect"])
+@pytest.mark.parametrize("name", ["run", "chat", "bench", "inspect"])
 def test_what_is_no_bundle(command: Run, tmp_path: Path, name: str) -> None:
-    prompt = ["--prompt", "a"] if name == "run" else []
+    prompt = ["--prompt", "a"] if name in ("run", "chat") else []
     fails(command(name, tmp_path / "none", *prompt), "no such bundle")
     fails(command(name, tmp_path, *prompt), "is not a bundle")
     fails(command(name, Path(__file__), *prompt), "is a file")
@@ -192,7 +192,7 @@ def test_devices_takes_no_arguments(command: Run) -> None:
 
 
 # --- starting -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["run", "bench", "inspect", "devices"])
+@pytest.mark.parametrize("name", ["run", "chat", "bench", "inspect", "devices"])
 def test_help_needs_no_heavy_import(name: str) -> None:
     program = (
         "import sys\nfrom pastkey.__main__ import main\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -358,3 +359,91 @@ def test_a_graph_that_the_manifest_does_not_list_is_refused(tiny: Tiny, make_bun
     (bundle.path / "onnx" / "further.onnx").write_bytes(b"")
     with pytest.raises(IntegrityError, match=r"further\.onnx is not listed in pastkey\.json"):
         open_bundle(bundle.path)
+
+
+# --- rewinding ----------------------------------------------------------------------------------------------------
+IDS = [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        ([5, 6, 7, 8, 9, 10, 11], 5),
+        ([5, 6, 7, 8, 9], 4),  # one is left to feed, for its logits
+        ([5, 6, 7], 2),
+        ([5, 6, 1, 8, 9, 10], 2),
+        ([1, 6, 7], 0),
+        ([5], 0),
+    ],
+)
+def test_rewinding_keeps_what_is_shared_and_the_rest_equals_a_fresh_prefill(
+    session: Session, tiny: Tiny, wanted: list[int], kept: int
+) -> None:
+    session.prefill(IDS[:-2])
+    for token in IDS[-2:]:
+        session.decode(token)
+    resets = session.resets
+    assert session.rewind(wanted) == kept
+    assert session.length == kept
+    assert session.resets == resets + 1  # whoever else used the cache can tell
+    np.testing.assert_allclose(session.prefill(wanted[kept:]), tiny(wanted)[-1], atol=1e-4)
+    assert session.rewind([*wanted, 3]) == len(wanted)
+
+
+def test_rewinding_after_a_trim_keeps_no_more_than_there_is(session: Session) -> None:
+    session.prefill(IDS)
+    session.trim(2)
+    assert session.rewind(IDS) == 2
+
+
+def test_rewinding_forgets_rows_that_it_cannot_compare(session: Session) -> None:
+    session.forward([[5, 6], [7, 8]])
+    assert session.rewind([5, 6, 7]) == 0
+    session.reset()
+    session.prefill([5, 6])
+    assert session.rewind([5, 6, 7]) == 2
+
+
+def test_rewinding_forgets_padding(bundle: Bundle) -> None:
+    session = Session(bundle, graph="common", threads=1)
+    session.forward([[5, 6, 7]], mask=[[1, 1, 0]])
+    assert session.rewind([5, 6, 7, 8]) == 0
+
+
+def test_rewinding_forgets_a_run_that_was_cut_short(
+    session: Session, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt may come between the run and what is noted of it."""
+    session.prefill(IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(session.cache, "advance", lambda tokens: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            session.decode(10)
+    assert session.rewind([*IDS, 10, 11]) == 0
+    np.testing.assert_allclose(session.prefill(IDS), tiny(IDS)[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("step", ["reserve", "trim", "_place"])
+def test_a_session_that_was_interrupted_while_its_cache_changed_begins_anew(
+    session: Session, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    prompt = [token % 37 for token in range(300)]
+    session.prefill(prompt[:200])
+    calls = itertools.count()
+    method = getattr(session.cache, step)
+
+    def interrupted(*arguments: Any) -> Any:
+        if step == "_place" and next(calls) < 1:
+            return method(*arguments)
+        raise KeyboardInterrupt
+
+    def change() -> None:
+        session.trim(150)
+        session.prefill(prompt[150:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.cache, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            change()
+    assert session.rewind(prompt) == 0
+    np.testing.assert_allclose(session.prefill(prompt), tiny(prompt)[-1], atol=1e-4)
