@@ -144,7 +144,7 @@ def _quantize_gather(model: ir.Model, node: ir.Node, quantized: dict[int, _Store
 
 
 def _quantize_product(model: ir.Model, node: ir.Node, quantized: dict[int, _Stored]) -> None:
-    found = _constant_factor(node)
+    found = constant_factor(node)
     if found is None:
         return
     value, transposed = found
@@ -171,8 +171,10 @@ def _quantize_product(model: ir.Model, node: ir.Node, quantized: dict[int, _Stor
     _replace(model, node, nodes)
 
 
-def _constant_factor(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The initializer that the product multiplies by, and whether it lies as (K, N)."""
+def constant_factor(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """The initializer that a product multiplies by, and whether it lies as (K, N); None for any other node."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return None
     factor = node.inputs[1]
     transposed = True
     if node.op_type == "Gemm":

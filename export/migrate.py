@@ -1,0 +1,225 @@
+"""Scale migration: making activations easier to quantize, exactly, by moving their scale into the weights.
+
+Most of int8's error is that of the activations: in a block of 32, one channel that is far larger than the others takes
+all of the block's precision. Dividing a channel by s and multiplying the weights that read it by s changes no product;
+the division is folded into whatever makes the channel, so that it costs nothing at run time:
+
+    1. Mul(x, weight), LayerNormalization(x, weight, bias)   the norm before q, k, v and before gate and up
+    2. MatMul(x, W) [+ bias]                                 up_proj before down_proj, since Mul(gate, up) is linear in up
+    3. GroupQueryAttention(q, k, MatMul(x, W))               v_proj before o_proj, equal for the heads that share a value
+
+How much is moved, s = max|x|^a / max|W|^(1 - a), is chosen for each activation by the error of its quantized products
+on text. SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from .passes import add_weight, weight
+from .quantize import choose_block_size, constant_factor, dequantize_blocks, quantize_blocks
+
+_STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)  # the exponents a that are tried
+_MAX_FACTOR = 100.0
+_CHANNELWISE = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A weight whose last axis (or, of a matrix stored transposed, first) is the activation's channels."""
+
+    node: ir.Node
+    index: int  # of the weight among the node's inputs
+    axis: int
+
+
+@dataclass
+class Group:
+    """The products that read one activation, and what can take the division of its channels."""
+
+    activation: str
+    products: list[Fold]  # axis: the one that the activation is multiplied with
+    folds: list[Fold] = field(default_factory=list)
+    heads: int = 1  # query heads, where attention makes the activation
+    shared_by: int = 1  # neighbouring ones that read one value head, whose factors must be equal
+
+
+def find_groups(model: ir.Model) -> list[Group]:
+    """Every activation that only products with weights read, and whose maker can take a division."""
+    readers: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        if constant_factor(node) is not None and node.inputs[0] is not None:
+            readers.setdefault(str(node.inputs[0].name), []).append(node)
+    groups = []
+    for name, nodes in readers.items():
+        activation = nodes[0].inputs[0]
+        assert activation is not None
+        if len(tuple(activation.uses())) != len(nodes) or activation.is_graph_output():
+            continue
+        group = Group(name, [_as_fold(node, reads=True) for node in nodes])
+        if all(_only_here(fold) for fold in group.products) and _collect(activation, group):
+            groups.append(group)
+    return groups
+
+
+def _as_fold(product: ir.Node, *, reads: bool) -> Fold:
+    """The weight of a product: its rows read the activation, its columns are the next one."""
+    found = constant_factor(product)
+    assert found is not None
+    _, stored_input_first = found
+    return Fold(product, 1, 0 if stored_input_first == reads else 1)
+
+
+def _only_here(fold: Fold) -> bool:
+    """Whether nothing else reads the weight: a shared one (a tied head, a block applied twice) stays as it is."""
+    value = fold.node.inputs[fold.index]
+    return weight(value) is not None and value is not None and len(tuple(value.uses())) == 1
+
+
+def _collect(value: ir.Value, group: Group) -> bool:
+    """Adds what must be divided for `value` to be divided. Returns whether all of it can be."""
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in _CHANNELWISE:
+        group.folds += [Fold(node, i, -1) for i in range(1, len(node.inputs)) if node.inputs[i] is not None]
+        return all(weight(node.inputs[fold.index]) is not None for fold in group.folds if fold.node is node)
+    vectors = [i for i, v in enumerate(node.inputs) if (a := weight(v)) is not None and a.ndim >= 1 and a.size > 1]
+    made = [v for v in node.inputs if v is not None and weight(v) is None]
+    if node.op_type == "Mul":
+        if len(vectors) == 1:
+            group.folds.append(Fold(node, vectors[0], -1))
+            return True
+        return any(_alone(v) and _collected(v, group) for v in reversed(made))
+    if node.op_type == "Add" and len(vectors) == 1 and len(made) == 1 and _alone(made[0]):
+        group.folds.append(Fold(node, vectors[0], -1))
+        return _collect(made[0], group)
+    if node.op_type == "MatMul" and constant_factor(node) is not None:
+        group.folds.append(_as_fold(node, reads=False))
+        return _only_here(group.folds[-1])
+    if node.op_type == "Reshape" and made and _alone(made[0]):
+        return _collect(made[0], group)
+    if node.op_type == "GroupQueryAttention" and value is node.outputs[0]:
+        values = node.inputs[2]
+        heads, kv_heads = (int(node.attributes[name].as_int()) for name in ("num_heads", "kv_num_heads"))
+        group.heads, group.shared_by = heads, heads // kv_heads
+        return values is not None and _alone(values) and _linear_in_heads(values) and _collect(values, group)
+    return False
+
+
+def _collected(value: ir.Value, group: Group) -> bool:
+    """As `_collect`, but leaves the group as it was where it fails."""
+    before = list(group.folds)
+    if _collect(value, group):
+        return True
+    group.folds = before
+    return False
+
+
+def _alone(value: ir.Value) -> bool:
+    return len(tuple(value.uses())) == 1 and not value.is_graph_output()
+
+
+def _linear_in_heads(value: ir.Value) -> bool:
+    """Whether a value reaches attention from its product through nothing but reshapes and a bias."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Reshape", "Add") and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "MatMul"
+
+
+# --- migrating ----------------------------------------------------------------------------------------------------
+def migrate(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Moves scales in place. `samples` holds rows (N, K) of each group's activation on text.
+
+    Returns each activation's exponent a; 0 where nothing was moved.
+    """
+    chosen: dict[str, float] = {}
+    for group in groups:
+        rows = samples[group.activation]
+        matrices = [_matrix(fold) for fold in group.products]
+        strength, factors = _best(rows, matrices, group)
+        chosen[group.activation] = strength
+        if strength == 0:
+            continue
+        for fold in group.products:
+            _scale(model, fold, factors)
+        for fold in group.folds:
+            _scale(model, fold, 1 / _as_made(factors, group, fold))
+    return chosen
+
+
+def _matrix(fold: Fold) -> np.ndarray:
+    """(N, K), a row per output."""
+    array = weight(fold.node.inputs[fold.index])
+    assert array is not None
+    return array.T if fold.axis == 0 else array
+
+
+def _best(rows: np.ndarray, matrices: list[np.ndarray], group: Group) -> tuple[float, np.ndarray]:
+    exact = [rows @ matrix.T for matrix in matrices]
+    best = (np.inf, 0.0, np.ones(rows.shape[1], np.float32))
+    for strength in _STRENGTHS:
+        factors = _factors(rows, matrices, group, strength)
+        error = 0.0
+        for matrix, expected in zip(matrices, exact, strict=True):
+            block = choose_block_size(matrix.shape[1])
+            found = _rounded(rows / factors, block) @ _rounded(matrix * factors, block).T
+            error += float(np.square(found - expected, dtype=np.float64).sum())
+        if error < best[0]:
+            best = (error, strength, factors)
+    return best[1], best[2]
+
+
+def _factors(rows: np.ndarray, matrices: list[np.ndarray], group: Group, strength: float) -> np.ndarray:
+    """s (K,), around 1."""
+    if strength == 0:
+        return np.ones(rows.shape[1], np.float32)
+    x = np.abs(rows).max(0)
+    w = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
+    if group.shared_by > 1:
+        x, w = (_over_shared(array, group) for array in (x, w))
+    x, w = np.maximum(x, 1e-5 * x.max()), np.maximum(w, 1e-5 * w.max())
+    factors = x**strength / w ** (1 - strength)
+    factors /= np.exp(np.log(factors).mean())
+    return np.clip(factors, 1 / _MAX_FACTOR, _MAX_FACTOR).astype(np.float32)
+
+
+def _over_shared(channels: np.ndarray, group: Group) -> np.ndarray:
+    """The largest over the query heads that share a value head, for each of them. (H * D,) in and out."""
+    heads = channels.reshape(group.heads // group.shared_by, group.shared_by, -1)  # (K, G, D)
+    return np.broadcast_to(heads.max(1, keepdims=True), heads.shape).reshape(-1)
+
+
+def _as_made(factors: np.ndarray, group: Group, fold: Fold) -> np.ndarray:
+    """The factors at the weight that makes the activation: one for each value head instead of each query head."""
+    array = weight(fold.node.inputs[fold.index])
+    assert array is not None
+    if group.shared_by == 1 or array.shape[fold.axis] == len(factors):
+        return factors
+    return factors.reshape(group.heads // group.shared_by, group.shared_by, -1)[:, 0].reshape(-1)
+
+
+def _rounded(matrix: np.ndarray, block_size: int) -> np.ndarray:
+    return dequantize_blocks(quantize_blocks(matrix, block_size))
+
+
+def _scale(model: ir.Model, fold: Fold, factors: np.ndarray) -> None:
+    """Multiplies the weight along its axis, as a new one: another node may read the old one."""
+    value = fold.node.inputs[fold.index]
+    array = weight(value)
+    assert value is not None
+    assert array is not None
+    shape = [1] * array.ndim
+    shape[fold.axis] = len(factors)
+    name = str(value.name)
+    scaled = np.ascontiguousarray(array * factors.reshape(shape)).astype(np.float32)
+    if len(tuple(value.uses())) == 1:
+        value.const_value = ir.Tensor(scaled, name=name)
+        return
+    number = sum(1 for known in model.graph.initializers if str(known).startswith(f"{name}.scaled"))
+    fold.node.replace_input_with(fold.index, add_weight(model, f"{name}.scaled_{number}", scaled))
