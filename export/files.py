@@ -15,6 +15,7 @@ from pastkey.bundle import Manifest
 from pastkey.folder import write_json
 
 from .passes import keep_last_position
+from .programs import JS_DTYPE, declare_cache
 from .source import Source
 
 # Below this, a weight stands in the graph itself: shapes and axes must, for onnxruntime to infer shapes from them.
@@ -99,10 +100,9 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
 
 
 def _config(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
-    """What transformers, optimum and transformers.js read: the source's own, or the observed sizes."""
+    """What transformers, optimum and transformers.js read: the source's own where it declares the graph's cache."""
     first = manifest.layers[0]
-    observed = {
-        "model_type": "pastkey",
+    sizes = {
         "architectures": [manifest.source],
         "vocab_size": manifest.vocab_size,
         "max_position_embeddings": manifest.context_length,
@@ -114,11 +114,11 @@ def _config(folder: Path, source: Source, manifest: Manifest, heads: Sequence[in
         "bos_token_id": manifest.bos_token_id,
         "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
     }
-    config = source.config or observed
     graph = names.COMMON_GRAPH[manifest.precision]
+    javascript: dict[str, Any] = {"dtype": JS_DTYPE[manifest.precision]}  # else Node and browser each have their own
     if (folder / (graph + names.DATA_SUFFIX)).exists():
-        config = config | {"transformers.js_config": {"use_external_data_format": {Path(graph).name: 1}}}
-    return config
+        javascript["use_external_data_format"] = {Path(graph).name: 1}
+    return declare_cache(source.config, sizes, manifest.layers) | {"transformers.js_config": javascript}
 
 
 def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
