@@ -10,9 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pastkey import names
 from pastkey.bundle import KVGeometry
 
 Config = Mapping[str, Any]  # config.json
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 # --- versions -----------------------------------------------------------------------------------------------------
@@ -25,20 +30,19 @@ ONNXRUNTIME_OF = {"onnxruntime-genai": "1.31.0", "onnxruntime-node": "1.30.0", "
 
 
 # --- transformers.js ----------------------------------------------------------------------------------------------
-# Its word for a bundle's precision; the graph's file is named after it.
-JS_DTYPE = {"fp32": "fp32", "int8": "q8", "fp16": "fp16", "int4": "q4"}
-JS_SUFFIX = {"fp32": "", "q8": "_quantized", "fp16": "_fp16", "q4": "_q4"}
+# The file that it opens for a dtype, and the dtype that it takes where none is named.
+JS_GRAPH = {dtype: names.COMMON_GRAPH[precision] for precision, dtype in names.TRANSFORMERS_JS_DTYPE.items()}
 JS_DEFAULT_DTYPE = {"Node": "fp32", "browser": "q8"}
 
 # Decoders that it has, by the key of config.json that says how many layers have a cache.
 _JS_LAYERS_KEY = {
-    "num_hidden_layers": frozenset(
+    "num_hidden_layers": _words(
         """afmoe apertus arcee cohere cohere2 deepseek_v3 ernie4_5 falcon gemma gemma2 gemma3_text glm glm_moe_dsa
         gpt_neox gpt_oss granite helium hrm_text hunyuan_v1_dense llama llama4_text ministral ministral3 mistral
         mistral4 mobilellm modernbert-decoder nanochat olmo olmo2 olmo3 opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
-        smollm3 solar_open stablelm starcoder2 vaultgemma youtu""".split()
+        smollm3 solar_open stablelm starcoder2 vaultgemma youtu"""
     ),
-    "n_layer": frozenset("bloom codegen gpt2 gpt_bigcode gptj jais".split()),
+    "n_layer": _words("bloom codegen gpt2 gpt_bigcode gptj jais"),
     "n_layers": frozenset({"mpt"}),
     "num_layers": frozenset({"exaone", "gpt_neo"}),
     "num_transformer_layers": frozenset({"openelm"}),
@@ -46,18 +50,16 @@ _JS_LAYERS_KEY = {
 
 # Parts of a tokenizer.json that it can run, by the part's place there.
 JS_TOKENIZER_PARTS = {
-    "normalizer": frozenset(
+    "normalizer": _words(
         """BertNormalizer Precompiled Sequence Replace NFC NFD NFKC NFKD Strip StripAccents Lowercase
-        Prepend""".split()
+        Prepend"""
     ),
-    "pre_tokenizer": frozenset(
+    "pre_tokenizer": _words(
         """BertPreTokenizer Sequence Whitespace WhitespaceSplit Metaspace ByteLevel Split Punctuation Digits Replace
-        FixedLength""".split()
+        FixedLength"""
     ),
-    "post_processor": frozenset("TemplateProcessing ByteLevel BertProcessing RobertaProcessing Sequence".split()),
-    "decoder": frozenset(
-        "ByteLevel WordPiece Metaspace BPEDecoder CTC Sequence Replace Fuse Strip ByteFallback".split()
-    ),
+    "post_processor": _words("TemplateProcessing ByteLevel BertProcessing RobertaProcessing Sequence"),
+    "decoder": _words("ByteLevel WordPiece Metaspace BPEDecoder CTC Sequence Replace Fuse Strip ByteFallback"),
 }
 
 
@@ -67,36 +69,49 @@ def js_layers_key(model_type: str) -> str | None:
 
 
 # --- onnxruntime-genai --------------------------------------------------------------------------------------------
-GENAI_TYPES = frozenset(
+GENAI_TYPES = _words(
     """chatglm decoder ernie4_5 gemma gemma2 gemma3_text gpt2 gptoss granite internlm2 lfm2 llama mistral nemotron olmo
-    phi phimoe phi3 phi3small qwen2 qwen3 smollm3""".split()
+    phi phimoe phi3 phi3small qwen2 qwen3 smollm3"""
 )
+# What it calls the graph's tensors; these are its defaults too.
+GENAI_INPUTS = {
+    "input_ids": names.INPUT_IDS,
+    "attention_mask": names.ATTENTION_MASK,
+    "position_ids": names.POSITION_IDS,
+    "past_key_names": "past_key_values.%d.key",
+    "past_value_names": "past_key_values.%d.value",
+}
+GENAI_OUTPUTS = {
+    "logits": names.LOGITS,
+    "present_key_names": "present.%d.key",
+    "present_value_names": "present.%d.value",
+}
 GENAI_TOKENIZER_MODELS = frozenset({"BPE"})  # of tokenizer.json, for these classes, with or without "Fast":
-GENAI_TOKENIZER_CLASSES = frozenset(
+GENAI_TOKENIZER_CLASSES = _words(
     """BaichuanTokenizer CodeGenTokenizer CodeLlamaTokenizer GPT2Tokenizer GPTNeoXTokenizer GemmaTokenizer
     InternLM2Tokenizer LlamaTokenizer MistralCommonBackend Phi3Tokenizer PreTrainedTokenizer PythonBackend
-    Qwen2Tokenizer SentencePieceBackend TokenizersBackend""".split()
+    Qwen2Tokenizer SentencePieceBackend TokenizersBackend"""
 )
 
 
 # --- transformers and optimum -------------------------------------------------------------------------------------
 # Decoders of transformers 4.57, whose configuration class parses config.json.
-TRANSFORMERS_TYPES = frozenset(
+TRANSFORMERS_TYPES = _words(
     """apertus arcee biogpt bitnet bloom blt code_llama codegen cohere cohere2 cpmant ctrl dbrx deepseek_v2 deepseek_v3
     diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe exaone4 falcon flex_olmo gemma gemma2 gemma3_text gemma3n_text glm
     glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoeshared
     helium hunyuan_v1_dense hunyuan_v1_moe jetmoe llama llama4_text longcat_flash minimax ministral mistral mixtral
     modernbert-decoder moshi mpt nemotron olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm""".split()
+    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm"""
 )
 # Fast tokenizer classes of transformers 4.57 that make the begin token themselves, whatever tokenizer.json says.
 TRANSFORMERS_ADDS_BOS = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
 
-_OPTIMUM_KV_HEADS = frozenset(
+_OPTIMUM_KV_HEADS = _words(
     """arcee deepseek_v3 cohere gemma gemma3_text glm granite gpt_oss helium mistral llama nemotron qwen2 qwen3
-    qwen3_moe smollm3 stablelm""".split()
+    qwen3_moe smollm3 stablelm"""
 )
-_OPTIMUM_HEAD_DIM = frozenset("gemma gemma3_text gpt_oss nemotron".split())
+_OPTIMUM_HEAD_DIM = _words("gemma gemma3_text gpt_oss nemotron")
 
 # Names that a configuration class gives to what others call hidden_size and num_attention_heads.
 _OTHER_NAMES = {
@@ -127,10 +142,11 @@ def optimum_cache(config: Config) -> Expected | str:
             return key
     kv_heads, kv_from = _optimum_kv_heads(config, kind, heads)
     if kind == "deepseek_v3":
-        sizes = [config.get(key) for key in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")]
-        if not all(map(_positive, sizes)):
-            return "qk_rope_head_dim, qk_nope_head_dim or v_head_dim"
-        key_size, value_size, size_from = sizes[0] + sizes[1], sizes[2], "qk_rope_head_dim + qk_nope_head_dim"
+        parts = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        if missing := next((part for part in parts if not _positive(config.get(part))), None):
+            return missing
+        rope, nope, value_size = (int(config[part]) for part in parts)
+        key_size, size_from = rope + nope, "qk_rope_head_dim + qk_nope_head_dim and v_head_dim"
     elif kind in _OPTIMUM_HEAD_DIM and _positive(config.get("head_dim")):
         key_size = value_size = config["head_dim"]
         size_from = "head_dim"
