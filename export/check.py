@@ -84,7 +84,11 @@ def _javascript(where: str, package: str) -> _Program:
 
 
 _PROGRAMS = (
-    _Program("pastkey", lambda c: f"pastkey.load({str(c.bundle.path)!r})", (rules.pastkey_opens, rules.speaks_text)),
+    _Program(
+        "pastkey",
+        lambda c: f"pastkey.load({str(c.bundle.path)!r})",
+        (rules.pastkey_opens, rules.feeds_every_input, rules.speaks_text),
+    ),
     _Program(
         "onnxruntime",
         lambda c: (

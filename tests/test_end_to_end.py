@@ -81,7 +81,9 @@ def test_an_uninstalled_checkout_works() -> None:
     assert Path(done.stdout.strip()) == ROOT / "runtime" / "__init__.py"
 
 
-@pytest.mark.parametrize("command", ["", *(["train", "export", "verify", "run", "bench", "inspect", "devices"])])
+@pytest.mark.parametrize(
+    "command", ["", *(["train", "export", "verify", "check", "run", "bench", "inspect", "devices"])]
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\nfrom pastkey.__main__ import main\n"
