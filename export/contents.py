@@ -101,7 +101,7 @@ def read_contents(bundle: Bundle) -> Contents:
         genai_config=_json(bundle.path / names.GENAI_CONFIG),
         tokenizer=tokenizer,
         tokenizer_config=_json(bundle.path / names.TOKENIZER_CONFIG),
-        special_ids=() if tokenizer.problem else _special_ids(bundle.path / names.TOKENIZER),
+        special_ids=() if tokenizer.problem else special_ids((bundle.path / names.TOKENIZER).read_bytes()),
     )
 
 
@@ -112,10 +112,11 @@ def _json(path: Path) -> Json:
         return Json({}, str(error).replace(f"{path}", path.name))
 
 
-def _special_ids(path: Path) -> tuple[int, ...]:
+def special_ids(tokenizer: bytes) -> tuple[int, ...]:
+    """What the post-processor of a tokenizer.json adds to every text; () where it cannot be read."""
     try:
-        return tuple(Tokenizer.from_file(str(path)).encode("").ids)
-    except Exception:  # the library raises nothing more specific; pastkey's own verdict names the file
+        return tuple(Tokenizer.from_buffer(tokenizer).encode("").ids)
+    except Exception:  # the library raises nothing more specific
         return ()
 
 

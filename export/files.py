@@ -14,6 +14,7 @@ from pastkey import names
 from pastkey.bundle import Manifest
 from pastkey.folder import write_json
 
+from .contents import special_ids
 from .passes import keep_last_position
 from .programs import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 from .source import Source
@@ -97,11 +98,20 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
     write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
     if source.tokenizer is not None:
         (folder / names.TOKENIZER).write_bytes(source.tokenizer)
-        # Without a class, transformers goes by the model_type and may add tokens of its own; of itself it also makes
-        # token_type_ids, which no graph here takes.
-        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        takes = {"model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK]}
-        write_json(folder / names.TOKENIZER_CONFIG, kind | source.tokenizer_config | takes)
+        write_json(folder / names.TOKENIZER_CONFIG, _tokenizer_config(source, source.tokenizer))
+
+
+def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:
+    """The source's own, with what other programs would guess wrong."""
+    own = source.tokenizer_config
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # else transformers goes by the model_type, and may add tokens
+        **own,
+        "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],  # else transformers makes token_type_ids too
+    }
+    if "add_bos_token" not in own and special_ids(tokenizer)[:1] == (source.bos_token_id,):
+        config["add_bos_token"] = True  # transformers.js runs the post-processor only where this is said
+    return config
 
 
 def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:

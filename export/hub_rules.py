@@ -10,7 +10,7 @@ from pastkey import names
 
 from . import programs
 from .contents import Contents, Graph
-from .rules import Finding, Rule, cache_inputs, graph_name, sizes, stop, warn
+from .rules import Finding, Rule, cache_inputs, expected_tokens, graph_name, sizes, stop, warn
 
 
 # --- optimum ------------------------------------------------------------------------------------------------------
@@ -161,10 +161,10 @@ def js_tokenizer(contents: Contents, graph: Graph) -> Iterator[Finding]:
         for kind in _kinds(contents.tokenizer.get(place)):
             if kind not in known:
                 yield warn(f"it speaks ids only: it does not know the {place} {kind!r} of tokenizer.json")
-    if contents.adds_bos and not (config.get("add_bos_token") or config.get("add_eos_token")):
+    if contents.special_ids and not (config.get("add_bos_token") or config.get("add_eos_token")):
         yield warn(
-            "its text-generation pipeline leaves out the begin token that the model expects, and gives other text "
-            f'without a word: write "add_bos_token": true in {names.TOKENIZER_CONFIG}'
+            f"its text-generation pipeline gives other text without a word, {expected_tokens(contents)}, which it "
+            f'leaves out: write "add_bos_token": true in {names.TOKENIZER_CONFIG}'
         )
     if (contents.bundle.path / "chat_template.jinja").exists() and not config.get("chat_template"):
         yield warn(

@@ -123,8 +123,13 @@ def speaks_text(contents: Contents, graph: Graph) -> Iterator[Finding]:
 def plain_loop_must_know(contents: Contents, graph: Graph) -> Iterator[Finding]:
     if contents.bundle.manifest.graph == "fused":
         yield warn("pad a batch on the right, and append one token per row at a time: so the fused graph counts")
-    if contents.adds_bos:
-        yield warn("encode prompts with special tokens (tokenizers does by default): the model expects a begin token")
+    if contents.special_ids:
+        yield warn(f"encode prompts with special tokens, as tokenizers does by default: {expected_tokens(contents)}")
+
+
+def expected_tokens(contents: Contents) -> str:
+    """Why text differs without the special tokens, the begin token for one."""
+    return f"since the model expects the tokens {list(contents.special_ids)} that tokenizer.json adds to a prompt"
 
 
 # --- onnxruntime-genai --------------------------------------------------------------------------------------------
@@ -222,9 +227,9 @@ def genai_tokenizer(contents: Contents, graph: Graph) -> Iterator[Finding]:
             f"it speaks ids only: it does not know the tokenizer_class {kind!r}; write PreTrainedTokenizerFast in "
             f"{names.TOKENIZER_CONFIG}"
         )
-    elif contents.adds_bos:
+    elif contents.special_ids:
         yield warn(
-            "it leaves out the begin token that the model expects, and gives other text without a word: call "
+            f"it gives other text without a word, {expected_tokens(contents)}, which it leaves out: call "
             'tokenizer.update_options(add_special_tokens="true") first'
         )
 

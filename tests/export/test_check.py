@@ -364,7 +364,7 @@ def test_the_command_prints_a_verdict_per_program(bundle: Path, capsys: pytest.C
     assert [head[0] for head in heads] == list(ALL)
     assert [head[-1].strip() for head in heads] == ["loads"] * 3 + ["does not load"] * 3
     assert any(line.startswith("    reason: config.json has the model_type 'mine'") for line in lines)
-    assert any(line.startswith("    warning: it leaves out the begin token") for line in lines)
+    assert any(line.startswith("    warning: it gives other text without a word") for line in lines)
 
 
 def test_the_command_prints_one_json_object(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

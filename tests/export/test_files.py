@@ -11,12 +11,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from tokenizers import Tokenizer, models, processors
 
 from pastkey import names
+from pastkey.export import export
 from pastkey.export.files import count_operators, write_graphs
 from pastkey.folder import sha256
 
 from .conftest import Export, Exported
+from .decoders import CASES
 
 
 def places(made: Exported) -> dict[str, tuple[int, int]]:
@@ -146,3 +149,20 @@ def test_generation_config_ends_at_the_context(exported: Export) -> None:
     content = read(exported("llama"), names.GENERATION_CONFIG)
     assert content["max_length"] == 40
     assert content["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_tokenizer_config_says_what_other_programs_would_guess(adds: bool, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[]))
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / names.TOKENIZER))
+    (tmp_path / names.TOKENIZER_CONFIG).write_text(json.dumps({"bos_token": "<s>", "model_max_length": 8}))
+    case = CASES["three_axes"]
+    report = export(case.build(), tmp_path / "bundle", "fp32", tokenizer=tmp_path, context_length=case.context)
+    assert json.loads((report.path / names.TOKENIZER_CONFIG).read_text(encoding="utf-8")) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "model_max_length": 8,
+        "model_input_names": ["input_ids", "attention_mask"],
+    } | ({"add_bos_token": True} if adds else {})
