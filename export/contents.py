@@ -123,15 +123,21 @@ def special_ids(tokenizer: bytes) -> tuple[int, ...]:
 def _graph(path: Path) -> Graph:
     try:
         model = onnx.load(path, load_external_data=False)
+        weights = _weights(model.graph)
     except Exception as error:  # of the protobuf library, several kinds
         raise IntegrityError(f"{path} is not an ONNX graph ({error}): it was cut short, copy it again") from None
-    weights: dict[str, int] = {}
-    for initializer in model.graph.initializer:
+    return Graph(_tensors(model.graph.input), _tensors(model.graph.output), weights)
+
+
+def _weights(graph: onnx.GraphProto) -> dict[str, int]:
+    """The files of the external initializers, each with the bytes that they reach to."""
+    ends: dict[str, int] = {}
+    for initializer in graph.initializer:
         place = {entry.key: entry.value for entry in initializer.external_data}
         if place:
             end = int(place.get("offset", 0)) + int(place.get("length", 0))
-            weights[place["location"]] = max(end, weights.get(place["location"], 0))
-    return Graph(_tensors(model.graph.input), _tensors(model.graph.output), weights)
+            ends[place["location"]] = max(end, ends.get(place["location"], 0))
+    return ends
 
 
 def _tensors(values: Any) -> dict[str, Tensor]:

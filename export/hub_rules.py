@@ -19,7 +19,7 @@ def optimum_makes_the_cache(contents: Contents, graph: Graph) -> Iterator[Findin
     if config.problem:
         yield stop(f"{config.problem}; expected the sizes of the cache and a known model_type")
         return
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in programs.TRANSFORMERS_TYPES:
         yield stop(f"config.json has the model_type {kind!r}, which transformers 4.57 does not know{_none_fits(kind)}")
         return
@@ -52,8 +52,8 @@ def optimum_tokenizer(contents: Contents, graph: Graph) -> Iterator[Finding]:
         return
     config = contents.tokenizer_config
     kind = config.get("tokenizer_class")
-    takes = config.get("model_input_names", ["token_type_ids"])
-    if str(kind).startswith("PreTrainedTokenizer") and "token_type_ids" in takes:
+    takes = config.get("model_input_names")
+    if str(kind).startswith("PreTrainedTokenizer") and not (isinstance(takes, list) and "token_type_ids" not in takes):
         yield warn(
             'the tokenizer also returns token_type_ids, which generate(**inputs) refuses: write "model_input_names": '
             f'["input_ids", "attention_mask"] in {names.TOKENIZER_CONFIG}'
@@ -90,8 +90,8 @@ def js_knows_the_model(contents: Contents, graph: Graph) -> Iterator[Finding]:
     if config.problem:
         yield stop(f"{config.problem}; expected the number of layers and a known model_type")
         return
-    kind = config.get("model_type")
-    key = programs.js_layers_key(str(kind))
+    kind = str(config.get("model_type"))
+    key = programs.js_layers_key(kind)
     if key is None:
         yield stop(f"config.json has the model_type {kind!r}, which it does not have{_none_fits(kind)}")
     elif not isinstance(config.get(key), int) or config.get(key) < graph.layers:
@@ -131,7 +131,7 @@ def js_finds_the_files(where: str) -> Rule:
 def _js_finds_the_weights(where: str, contents: Contents, graph: Graph, declared: Any) -> Iterator[Finding]:
     file = Path(graph_name(contents)).name
     count = declared.get(file, declared.get("model", 0)) if isinstance(declared, dict) else declared
-    chunks = int(count) if isinstance(count, int) else 0  # true is 1
+    chunks = min(int(count), 100) if isinstance(count, int) else 0  # true is 1; it takes 100 at most
     fetched = {f"{file}_data{f'_{i}' if i else ''}" for i in range(chunks)}
     folder = contents.bundle.common_graph.parent
     for name in sorted(fetched - set(graph.weights)):

@@ -138,7 +138,7 @@ def genai_config_fits(contents: Contents, graph: Graph) -> Iterator[Finding]:
     if config.problem:
         yield stop(f"{config.problem}: it is all that the program reads; export again")
         return
-    kind, decoder = config.section("model").get("type"), config.section("model", "decoder")
+    kind, decoder = str(config.section("model").get("type")), config.section("model", "decoder")
     if kind not in programs.GENAI_TYPES:
         yield stop(f'{names.GENAI_CONFIG} has the model type {kind!r}, which it does not know: write "decoder"')
     if decoder.get("filename") != graph_name(contents):
@@ -218,7 +218,7 @@ def genai_tokenizer(contents: Contents, graph: Graph) -> Iterator[Finding]:
         missing = contents.tokenizer.problem or contents.tokenizer_config.problem
         yield warn(f"it speaks ids only: {missing}")
         return
-    model = contents.tokenizer.section("model").get("type")
+    model = str(contents.tokenizer.section("model").get("type"))
     kind = str(contents.tokenizer_config.get("tokenizer_class", ""))
     if model not in programs.GENAI_TOKENIZER_MODELS:
         yield warn(f"it speaks ids only: it cannot read a tokenizer.json of the kind {model!r}, only BPE")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +343,27 @@ def test_weights_cut_short_are_named_with_both_sizes(bundle: Path) -> None:
     found = verdicts(bundle)
     assert not any(verdict.loads for verdict in found.values())
     assert f"has {size // 2} bytes; the graph's weights fill {size} bytes" in found["onnxruntime"].reasons[0]
+
+
+def _places(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield (*place, key)
+            yield from _places(value, (*place, key))
+
+
+@pytest.mark.parametrize("file", [names.CONFIG, names.GENERATION_CONFIG, names.GENAI_CONFIG, names.TOKENIZER_CONFIG])
+def test_values_of_any_kind_are_judged_and_never_fail(file: str, bundle: Path) -> None:
+    whole = json.loads((bundle / file).read_text(encoding="utf-8"))
+    for place in _places(whole):
+        for odd in (None, True, -1, 0.5, "odd", ["odd"], {"odd": ["odd"]}):
+            content = json.loads(json.dumps(whole))
+            parent = content
+            for key in place[:-1]:
+                parent = parent[key]
+            parent[place[-1]] = odd
+            (bundle / file).write_text(json.dumps(content), encoding="utf-8")
+            assert tuple(verdicts(bundle)) == ALL
 
 
 # --- no bundle, and the command -----------------------------------------------------------------------------------
