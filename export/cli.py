@@ -1,4 +1,4 @@
-"""The commands `export` and `verify`: parse, run, report."""
+"""The commands `export`, `verify` and `check`: parse, run, report."""
 
 from __future__ import annotations
 
@@ -135,6 +135,29 @@ def _say_parity(verification: dict, title: str) -> None:  # type: ignore[type-ar
         say(f"    {mark} {name:<12} {figure}")
 
 
+def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="the bundle folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: per program, loads and why not")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from .check import check
+
+    verdicts = check(arguments.bundle)
+    if arguments.json:
+        print_json({"bundle": arguments.bundle, "programs": {v.program: v.to_json() for v in verdicts}})
+        return 0
+    width = max(len(verdict.program) for verdict in verdicts)
+    for verdict in verdicts:
+        print(f"{verdict.program:<{width}}  {'loads' if verdict.loads else 'does not load'}")
+        if verdict.loads:
+            print(f"    {verdict.how}")
+        for kind, sentences in (("reason", verdict.reasons), ("warning", verdict.warnings)):
+            for sentence in sentences:
+                print(f"    {kind}: {sentence}")
+    return 0
+
+
 def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
     """Sends what the user's file prints to standard error: standard output is for the one JSON object."""
     return contextlib.redirect_stdout(sys.stderr)
@@ -173,3 +196,4 @@ class _Stages:
 
 export_command = Command(_add_export_arguments, _export)
 verify_command = Command(_add_verify_arguments, _verify)
+check_command = Command(_add_check_arguments, _check)

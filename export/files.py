@@ -14,7 +14,9 @@ from pastkey import names
 from pastkey.bundle import Manifest
 from pastkey.folder import write_json
 
+from .contents import special_ids
 from .passes import keep_last_position
+from .programs import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 from .source import Source
 
 # Below this, a weight stands in the graph itself: shapes and axes must, for onnxruntime to infer shapes from them.
@@ -84,7 +86,8 @@ def _move_weights_out(model: ir.Model, path: Path) -> int:
 # --- configurations -----------------------------------------------------------------------------------------------
 def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
     """config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
-    write_json(folder / names.CONFIG, _config(folder, source, manifest, heads))
+    config = _config(source, manifest, heads) | _loading(folder, manifest)
+    write_json(folder / names.CONFIG, config)
     eos = list(manifest.eos_token_ids)
     special = {
         "bos_token_id": manifest.bos_token_id,
@@ -95,14 +98,26 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
     write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
     if source.tokenizer is not None:
         (folder / names.TOKENIZER).write_bytes(source.tokenizer)
-        write_json(folder / names.TOKENIZER_CONFIG, source.tokenizer_config)
+        write_json(folder / names.TOKENIZER_CONFIG, _tokenizer_config(source, source.tokenizer))
 
 
-def _config(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
-    """What transformers, optimum and transformers.js read: the source's own, or the observed sizes."""
+def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:
+    """The source's own, with what other programs would guess wrong."""
+    own = source.tokenizer_config
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # else transformers goes by the model_type, and may add tokens
+        **own,
+        "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],  # else transformers makes token_type_ids too
+    }
+    if "add_bos_token" not in own and special_ids(tokenizer)[:1] == (source.bos_token_id,):
+        config["add_bos_token"] = True  # transformers.js runs the post-processor only where this is said
+    return config
+
+
+def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+    """What transformers, optimum and transformers.js read: the source's own where it declares the graph's cache."""
     first = manifest.layers[0]
-    observed = {
-        "model_type": "pastkey",
+    sizes = {
         "architectures": [manifest.source],
         "vocab_size": manifest.vocab_size,
         "max_position_embeddings": manifest.context_length,
@@ -114,11 +129,19 @@ def _config(folder: Path, source: Source, manifest: Manifest, heads: Sequence[in
         "bos_token_id": manifest.bos_token_id,
         "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
     }
-    config = source.config or observed
+    return declare_cache(source.config, sizes, manifest.layers)
+
+
+def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """What config.json says of the files beside it.
+
+    transformers.js takes its default precision from it: without, that is fp32 in Node and q8 in a browser.
+    """
     graph = names.COMMON_GRAPH[manifest.precision]
+    javascript: dict[str, Any] = {"dtype": names.TRANSFORMERS_JS_DTYPE[manifest.precision]}
     if (folder / (graph + names.DATA_SUFFIX)).exists():
-        config = config | {"transformers.js_config": {"use_external_data_format": {Path(graph).name: 1}}}
-    return config
+        javascript["use_external_data_format"] = {Path(graph).name: 1}
+    return {"transformers.js_config": javascript}
 
 
 def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
@@ -132,18 +155,8 @@ def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[i
         "num_hidden_layers": len(manifest.layers),
         "num_key_value_heads": first.kv_heads,
         "session_options": {"provider_options": []},
-        "inputs": {
-            "input_ids": names.INPUT_IDS,
-            "attention_mask": names.ATTENTION_MASK,
-            "position_ids": names.POSITION_IDS,
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": names.LOGITS,
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "inputs": GENAI_INPUTS,
+        "outputs": GENAI_OUTPUTS,
     }
     present = {key: value for key, value in special.items() if value is not None}
     return {

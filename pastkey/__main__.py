@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("train", "train a decoder on text: text -> checkpoint/"),
     "export": ("export", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
     "verify": ("export", "compare a bundle with its source, or with its own uncached run"),
+    "check": ("export", "say which other programs load a bundle, and why not"),
     "run": ("runtime", "generate text: bundle/ -> text"),
     "chat": ("runtime", "hold a conversation by the bundle's chat template"),
     "bench": ("runtime", "measure prefill and decode speed of a bundle"),

@@ -61,7 +61,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle folder whose manifest, paths and sizes were checked."""
+    """A bundle folder and its manifest; `open_bundle` has checked the files' paths and sizes too."""
 
     path: Path
     manifest: Manifest
@@ -82,16 +82,20 @@ class Bundle:
         return self.path / names.TOKENIZER if names.TOKENIZER in self.manifest.files else None
 
 
+def read_bundle(path: str | Path) -> Bundle:
+    """Reads the manifest alone and looks at no other file. Raises MissingFileError, InputError or IntegrityError."""
+    folder = Path(path)
+    return Bundle(folder, _parse(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
+
+
 def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     """Reads and checks a bundle before onnxruntime sees a byte of it.
 
     Version, paths and sizes are checked always. Hashes: remembered from an earlier load (None), hashed now (True),
     or left alone (False). Raises MissingFileError, InputError or IntegrityError.
     """
-    folder = Path(path)
-    content = read_manifest(folder, "bundle", FORMAT_VERSION)
-    manifest = _parse(folder, content)
-    bundle = Bundle(folder, manifest)
+    bundle = read_bundle(path)
+    folder, manifest = bundle.path, bundle.manifest
     for needed in (bundle.common_graph, bundle.last_graph):
         if needed.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")

@@ -68,11 +68,13 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         (folder / names.TOKENIZER).write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+        added = self.tokenizer.encode("").ids  # around every text, by the post-processor
         config = {
             # The one class name that transformers 4 and 5 both load; 5's own name breaks 4.
             "tokenizer_class": "PreTrainedTokenizerFast",
-            # transformers.js goes by this flag alone and never looks at the post-processor.
+            # transformers.js runs the post-processor only where one of these says that it adds something.
             "add_bos_token": self.begin is not None,
+            "add_eos_token": self.end in added[self.begin is not None :],
             "bos_token": None if self.begin is None else self.tokenizer.id_to_token(self.begin),
             "eos_token": self.tokenizer.id_to_token(self.end),
             "clean_up_tokenization_spaces": False,

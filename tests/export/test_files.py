@@ -11,12 +11,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from tokenizers import Tokenizer, models, processors
 
 from pastkey import names
+from pastkey.export import export
 from pastkey.export.files import count_operators, write_graphs
 from pastkey.folder import sha256
 
 from .conftest import Export, Exported
+from .decoders import CASES
 
 
 def places(made: Exported) -> dict[str, tuple[int, int]]:
@@ -66,7 +69,7 @@ def test_a_model_without_large_weights_has_no_weights_file(exported: Export) -> 
     made = exported("three_axes")
     onnx_files = {path.name for path in (made.bundle.path / "onnx").iterdir()}
     assert onnx_files == {"model.onnx", "pastkey.onnx"}
-    assert "transformers.js_config" not in json.loads((made.bundle.path / names.CONFIG).read_text())
+    assert json.loads((made.bundle.path / names.CONFIG).read_text())["transformers.js_config"] == {"dtype": "fp32"}
 
 
 def test_a_large_weight_starts_on_a_page(tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def read(made: Exported, name: str) -> Any:
 
 def test_config_json_of_a_module_holds_the_observed_sizes(exported: Export) -> None:
     config = read(exported("multi_query_repeated_by_hand"), names.CONFIG)
-    assert config["model_type"] == "pastkey"
+    assert config["model_type"] == "llama"  # whose cache is the same
     assert config["architectures"] == ["RepeatedKv"]
     assert (config["vocab_size"], config["max_position_embeddings"]) == (37, 11)
     assert (config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]) == (1, 4, 4)
@@ -120,8 +123,11 @@ def test_config_json_of_a_module_holds_the_observed_sizes(exported: Export) -> N
 
 def test_config_json_declares_the_weights_file_to_transformers_js(exported: Export) -> None:
     fp32, int8 = read(exported("llama"), names.CONFIG), read(exported("llama", "int8"), names.CONFIG)
-    assert fp32["transformers.js_config"] == {"use_external_data_format": {"model.onnx": 1}}
-    assert int8["transformers.js_config"] == {"use_external_data_format": {"model_quantized.onnx": 1}}
+    assert fp32["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    assert int8["transformers.js_config"] == {
+        "dtype": "q8",
+        "use_external_data_format": {"model_quantized.onnx": 1},
+    }
 
 
 def test_genai_config_names_the_graphs_own_tensors(exported: Export) -> None:
@@ -143,3 +149,20 @@ def test_generation_config_ends_at_the_context(exported: Export) -> None:
     content = read(exported("llama"), names.GENERATION_CONFIG)
     assert content["max_length"] == 40
     assert content["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_tokenizer_config_says_what_other_programs_would_guess(adds: bool, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[]))
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / names.TOKENIZER))
+    (tmp_path / names.TOKENIZER_CONFIG).write_text(json.dumps({"bos_token": "<s>", "model_max_length": 8}))
+    case = CASES["three_axes"]
+    report = export(case.build(), tmp_path / "bundle", "fp32", tokenizer=tmp_path, context_length=case.context)
+    assert json.loads((report.path / names.TOKENIZER_CONFIG).read_text(encoding="utf-8")) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "model_max_length": 8,
+        "model_input_names": ["input_ids", "attention_mask"],
+    } | ({"add_bos_token": True} if adds else {})
