@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -191,7 +192,7 @@ class _FusedAttention:
         batch, heads, new, size = call.query.shape
         kv_heads = call.key.shape[1]
         present = (batch, kv_heads, self._total_size, size)
-        attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale}
+        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale}
         if call.window is not None:
             attributes["local_window_size"] = call.window
         if call.softcap is not None:

@@ -5,8 +5,8 @@ all of the block's precision. Dividing a channel by s and multiplying the weight
 the division is folded into whatever makes the channel, so that it costs nothing at run time:
 
     1. Mul(x, weight), LayerNormalization(x, weight, bias)   the norm before q, k, v and before gate and up
-    2. MatMul(x, W) [+ bias]                                 up_proj before down_proj, since Mul(gate, up) is linear in up
-    3. GroupQueryAttention(q, k, MatMul(x, W))               v_proj before o_proj, equal for the heads that share a value
+    2. MatMul(x, W) [+ bias]                                 up_proj before down_proj: Mul(gate, up) is linear in up
+    3. GroupQueryAttention(q, k, MatMul(x, W))               v_proj before o_proj, equal for heads that share a value
 
 How much is moved, s = max|x|^a / max|W|^(1 - a), is chosen for each activation by the error of its quantized products
 on text. SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
@@ -91,7 +91,7 @@ def _collect(value: ir.Value, group: Group) -> bool:
     vectors = [i for i, v in enumerate(node.inputs) if (a := weight(v)) is not None and a.ndim >= 1 and a.size > 1]
     made = [v for v in node.inputs if v is not None and weight(v) is None]
     if node.op_type == "Mul":
-        if len(vectors) == 1:
+        if len(vectors) == 1 and len(made) == 1:
             group.folds.append(Fold(node, vectors[0], -1))
             return True
         return any(_alone(v) and _collected(v, group) for v in reversed(made))
@@ -186,7 +186,7 @@ def _factors(rows: np.ndarray, matrices: list[np.ndarray], group: Group, strengt
     x, w = np.maximum(x, 1e-5 * x.max()), np.maximum(w, 1e-5 * w.max())
     factors = x**strength / w ** (1 - strength)
     factors /= np.exp(np.log(factors).mean())
-    return np.clip(factors, 1 / _MAX_FACTOR, _MAX_FACTOR).astype(np.float32)
+    return np.asarray(np.clip(factors, 1 / _MAX_FACTOR, _MAX_FACTOR), np.float32)
 
 
 def _over_shared(channels: np.ndarray, group: Group) -> np.ndarray:

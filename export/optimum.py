@@ -85,12 +85,15 @@ def _observe(model: ir.Model, heads: int) -> Observation:
     """Sizes as the graph states them; a position input is added where it has none, for every loader feeds one."""
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
-    layers = []
+    layers: list[Layer] = []
     while (key := inputs.get(names.past_key(len(layers)))) is not None:
         value = inputs[names.past_value(len(layers))]
         assert key.shape is not None
         assert value.shape is not None
-        geometry = KVGeometry(int(key.shape[1]), int(key.shape[3]), int(value.shape[3]))
+        sizes = (key.shape[1], key.shape[3], value.shape[3])
+        if not all(isinstance(size, int) for size in sizes):
+            raise ContractError("optimum's graph leaves the sizes of its cache open, where numbers are needed")
+        geometry = KVGeometry(*(int(str(size)) for size in sizes))
         layers.append(Layer(geometry, heads, f"layer {len(layers)}", "optimum"))
     if names.POSITION_IDS not in inputs:
         positions = ir.Value(
@@ -99,4 +102,4 @@ def _observe(model: ir.Model, heads: int) -> Observation:
         graph.inputs.append(positions)
     logits = next(value for value in graph.outputs if value.name == names.LOGITS)
     assert logits.shape is not None
-    return Observation(tuple(layers), int(logits.shape[2]))
+    return Observation(tuple(layers), int(str(logits.shape[2])))

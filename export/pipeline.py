@@ -1,6 +1,7 @@
 """checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
 
-observe -> rehearse -> trace -> clean -> write fp32 -> verify [-> quantize -> write int8 -> verify] -> bundle/
+observe -> rehearse -> trace -> clean -> write fp32 -> verify
+    [-> calibrate -> quantize -> write int8 -> verify] -> bundle/
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pastkey.errors import ContractError, InputError
 from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
 
 from . import optimum
+from .calibrate import calibrate
 from .files import count_operators, write_configurations, write_graphs
 from .graft import IR_VERSION, GraphChoice, choose_graph, trace
 from .observe import Observation, observe
@@ -118,7 +120,9 @@ def export(
             verification = job.verify(bundle)
         parity, weight_bytes = {"fp32": verification.to_json()}, fp32_bytes
         if precision == "int8":
+            say("calibrate int8 on text of the model's own")
             model = ir.load(bundle.common_graph)
+            calibrate(model, bundle)
             quantize(model)
             bundle, weight_bytes = job.write(model, folder, "int8")
             verification = job.verify(bundle)

@@ -39,7 +39,7 @@ def open_folder(
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     require_memory(stored // (2 if half else 4), loaded=False)
     with _transformers(folder) as library:
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(f"{folder} holds an encoder-decoder ({config.model_type}): only decoders can be exported")
@@ -56,7 +56,7 @@ def open_gguf(file: Path, *, tokenizer: str | Path | None, context_length: int |
         raise MissingFileError(f"no such file: {file}")
     require_memory(_check_gguf(file), loaded=False)
     with _transformers(file) as library:
-        options = {"gguf_file": file.name, "local_files_only": True}
+        options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         model = _load(library, file.parent, named=file, **options)
         found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
     return _source(file.stem, model, found, tokenizer, context_length)
@@ -133,7 +133,7 @@ def _transformers(source: Path) -> Iterator[Any]:
         import transformers
     except ModuleNotFoundError as error:
         raise missing_extra(error, "huggingface") from None
-    from transformers.utils import logging
+    logging: Any = transformers.utils.logging  # without types
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -197,10 +197,10 @@ def _source(
     from .huggingface import HuggingFaceDecoder
 
     config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is None and context_length is None:
+    longest: int | None = getattr(config, "max_position_embeddings", None) or context_length
+    if longest is None:
         raise InputError(f"the configuration of {name} names no context length: give it with --context N")
-    context = context_of(name, longest or context_length, context_length)
+    context = context_of(name, longest, context_length)
     fields = read_tokenizer(given) if given else _tokenizer(tokenizer, context)
     generation = getattr(model, "generation_config", None)
     for key in ("bos_token_id", "eos_token_id"):

@@ -223,7 +223,9 @@ def test_force_replaces_a_bundle_whatever_its_name(replaced: Replaced) -> None:
 
 
 def test_stages_are_announced_in_order(replaced: Replaced) -> None:
-    assert [stage.split()[0] for stage in replaced.stages] == ["observe", "trace", "write", "verify", "write", "verify"]
+    assert [stage.split()[0] for stage in replaced.stages] == [
+        *("open", "observe", "trace", "write", "verify", "calibrate", "write", "verify"),
+    ]
 
 
 def test_the_module_is_left_as_it_was(replaced: Replaced) -> None:
