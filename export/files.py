@@ -84,7 +84,8 @@ def _move_weights_out(model: ir.Model, path: Path) -> int:
 # --- configurations -----------------------------------------------------------------------------------------------
 def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
     """config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
-    write_json(folder / names.CONFIG, _config(folder, source, manifest, heads))
+    config = _config(source, manifest, heads) | _loading(folder, manifest, heads)
+    write_json(folder / names.CONFIG, config)
     eos = list(manifest.eos_token_ids)
     special = {
         "bos_token_id": manifest.bos_token_id,
@@ -95,10 +96,12 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
     write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
     if source.tokenizer is not None:
         (folder / names.TOKENIZER).write_bytes(source.tokenizer)
-        write_json(folder / names.TOKENIZER_CONFIG, source.tokenizer_config)
+        # transformers adds token_type_ids by itself, which no graph here takes.
+        takes = {"model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK]}
+        write_json(folder / names.TOKENIZER_CONFIG, source.tokenizer_config | takes)
 
 
-def _config(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
     """What transformers, optimum and transformers.js read: the source's own, or the observed sizes."""
     first = manifest.layers[0]
     observed = {
@@ -114,11 +117,20 @@ def _config(folder: Path, source: Source, manifest: Manifest, heads: Sequence[in
         "bos_token_id": manifest.bos_token_id,
         "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
     }
-    config = source.config or observed
+    return source.config or observed
+
+
+def _loading(folder: Path, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+    """What config.json says of the files beside it and of the cache, whatever the source's own says.
+
+    transformers.js takes its default precision from it: without, that is fp32 in Node and q8 in a browser. optimum
+    knows no head size of most architectures, and divides hidden_size by num_attention_heads.
+    """
     graph = names.COMMON_GRAPH[manifest.precision]
+    javascript: dict[str, Any] = {"dtype": names.TRANSFORMERS_JS_DTYPE[manifest.precision]}
     if (folder / (graph + names.DATA_SUFFIX)).exists():
-        config = config | {"transformers.js_config": {"use_external_data_format": {Path(graph).name: 1}}}
-    return config
+        javascript["use_external_data_format"] = {Path(graph).name: 1}
+    return {"hidden_size": heads[0] * manifest.layers[0].key_head_size, "transformers.js_config": javascript}
 
 
 def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ COMMON_GRAPH: Final = {
     "fp16": "onnx/model_fp16.onnx",
     "int4": "onnx/model_q4.onnx",
 }
+# What transformers.js calls a precision, and finds the common graph by.
+TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "int8": "q8", "fp16": "fp16", "int4": "q4"}
 # pastkey's own graph over the same weights: logits of the last position only, (B, 1, V).
 LAST_GRAPH: Final = "onnx/pastkey.onnx"
 DATA_SUFFIX: Final = "_data"  # weights stand beside the common graph: onnx/model_quantized.onnx_data

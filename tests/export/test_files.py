@@ -66,7 +66,8 @@ def test_a_model_without_large_weights_has_no_weights_file(exported: Export) -> 
     made = exported("three_axes")
     onnx_files = {path.name for path in (made.bundle.path / "onnx").iterdir()}
     assert onnx_files == {"model.onnx", "pastkey.onnx"}
-    assert "transformers.js_config" not in json.loads((made.bundle.path / names.CONFIG).read_text())
+    config = json.loads((made.bundle.path / names.CONFIG).read_text())
+    assert "use_external_data_format" not in config["transformers.js_config"]
 
 
 def test_a_large_weight_starts_on_a_page(tmp_path: Path) -> None:
@@ -118,10 +119,10 @@ def test_config_json_of_a_module_holds_the_observed_sizes(exported: Export) -> N
     assert (config["head_dim"], config["hidden_size"]) == (8, 32)
 
 
-def test_config_json_declares_the_weights_file_to_transformers_js(exported: Export) -> None:
+def test_config_json_declares_precision_and_weights_file_to_transformers_js(exported: Export) -> None:
     fp32, int8 = read(exported("llama"), names.CONFIG), read(exported("llama", "int8"), names.CONFIG)
-    assert fp32["transformers.js_config"] == {"use_external_data_format": {"model.onnx": 1}}
-    assert int8["transformers.js_config"] == {"use_external_data_format": {"model_quantized.onnx": 1}}
+    assert fp32["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    assert int8["transformers.js_config"] == {"dtype": "q8", "use_external_data_format": {"model_quantized.onnx": 1}}
 
 
 def test_genai_config_names_the_graphs_own_tensors(exported: Export) -> None:

@@ -92,6 +92,7 @@ def test_the_configuration_says_what_is_added(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (config["add_bos_token"], config["bos_token"], config["eos_token"]) == (True, END_OF_TEXT, END_OF_TEXT)
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     lesson_tokenizer().save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (config["add_bos_token"], config["bos_token"], config["eos_token"]) == (False, None, "<EOS>")
