@@ -24,7 +24,7 @@ class Answer:
     """What a program makes of a prompt."""
 
     prompt_ids: list[int]  # as it tokenizes the prompt
-    ids: list[int]  # the new tokens, with the end token where it came
+    ids: list[int]  # the new tokens; some programs give the end token too
 
 
 def genai(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 PROMPTS = (
     "Zoë had 37",
     "Tom had 2 red",
-    "“Oh!” – 1 234 times.\n\n  Ben had 37",
+    "“Oh!” (1 234 times).\n\n  Ben had 37",
     "Anna said: “Oh!”<|endoftext|>Lily had 2",
     "",
 )
@@ -38,20 +38,19 @@ def test_the_same_folder_gives_the_same_greedy_tokens(bundles: Callable[[str], P
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert answer.prompt_ids == lm.prompt_ids(prompt)
         expected, clear = greedy(lm, answer.prompt_ids)
-        assert answer.ids[:clear] == expected[:clear]
-        if clear == len(expected):
-            assert answer.ids == expected
+        ids = [token for token in answer.ids if token not in lm.manifest.eos_token_ids]
+        assert ids[:clear] == expected[:clear]
+        if clear > len(expected):
+            assert ids == expected  # it ended where pastkey did
         compared += clear
     assert compared >= NEW_TOKENS  # or it was too close everywhere to say anything
 
 
 def greedy(lm: pastkey.LanguageModel, prompt_ids: list[int]) -> tuple[list[int], int]:
-    """pastkey's tokens with the end token where it came, and how many of them come before the first close call."""
+    """pastkey's new tokens, and how many choices come before the first close one: one more than tokens with the end."""
     completion = lm.generate(prompt_ids, max_new_tokens=NEW_TOKENS)
-    ids = completion.ids
-    logits = lm.logits([*prompt_ids, *ids])[len(prompt_ids) - 1 :]  # (new tokens + 1, V)
-    if completion.finish_reason == "stop":
-        ids = [*ids, int(logits[-1].argmax())]
-    first, second = np.sort(logits[: len(ids)], axis=-1)[:, :-3:-1].T
+    logits = lm.logits([*prompt_ids, *completion.ids])[len(prompt_ids) - 1 :]  # (new tokens + 1, V)
+    choices = len(completion.ids) + (completion.finish_reason == "stop")
+    first, second = np.sort(logits[:choices], axis=-1)[:, :-3:-1].T
     close = np.flatnonzero(first - second < CLOSE)
-    return ids, int(close[0]) if close.size else len(ids)
+    return completion.ids, int(close[0]) if close.size else choices
