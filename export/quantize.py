@@ -12,7 +12,7 @@ Rules over the graph:
     2. Gemm(x, W[, bias])       -> MatMulNBits [+ Add]
     3. Gather(E, ids), axis 0   -> (Gather(blocks, ids) - 128) * Gather(scales, ids) [+ Slice back to the width
                                    before padding]
-    4. MatMul(x, Transpose(E))  -> MatMulNBits over the very blocks of rule 3: a tied head is stored once
+    4. MatMul(x, Transpose(E))  -> MatMulNBits over the very bytes of rule 3: a tied head is stored once
 """
 
 from __future__ import annotations
@@ -92,10 +92,15 @@ def quantize(model: ir.Model) -> None:
 
 @dataclass(frozen=True)
 class _Stored:
-    """The initializers of one quantized matrix."""
+    """The initializers of one quantized matrix.
+
+    `blocks` and `table` are over the same bytes. MatMulNBits reads and rearranges all of its own at load and then lets
+    go of them, unless something else uses them too; of a table, only the rows that are gathered come into memory.
+    """
 
     matrix: BlockQuantized
-    blocks: ir.Value  # (N, blocks, block_size) uint8
+    blocks: ir.Value  # (N, blocks, block_size) uint8, for products
+    table: ir.Value  # the same, for gathering
     scales: ir.Value  # (N, blocks) float32
 
 
@@ -114,6 +119,7 @@ def _store(model: ir.Model, value: ir.Value, transposed: bool, quantized: dict[i
         quantized[id(value)] = _Stored(
             blocks,
             add_weight(model, f"{value.name}.blocks", blocks.data),
+            add_weight(model, f"{value.name}.table", blocks.data),
             add_weight(model, f"{value.name}.scales", blocks.scales),
         )
     return quantized[id(value)]
@@ -138,7 +144,7 @@ def _quantize_gather(model: ir.Model, node: ir.Node, quantized: dict[int, _Store
         return add_weight(model, f"{node.name}.{what}", content)
 
     # With ... for the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
-    integers = step("Cast", step("Gather", stored.blocks, indices, axis=0), to=ir.DataType.FLOAT)
+    integers = step("Cast", step("Gather", stored.table, indices, axis=0), to=ir.DataType.FLOAT)
     centred = step("Sub", integers, constant("zero_point", np.array(_ZERO, np.float32)))
     scales = step("Unsqueeze", step("Gather", stored.scales, indices, axis=0), constant("last", np.array([-1])))
     rows = step("Reshape", step("Mul", centred, scales), constant("flat", np.array([0] * len(indices.shape) + [-1])))

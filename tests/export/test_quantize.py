@@ -177,7 +177,8 @@ def test_a_tied_table_is_stored_once_for_both_uses() -> None:
     model = graph_of("e = Gather(w, i) t = Transpose <perm = [1, 0]> (w) y = MatMul(e, t)", w=table)
     quantize(model)
     data = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
-    assert [name for name in data if data[name].size > 4] == ["w.blocks", "w.scales"]
+    assert {name for name in data if data[name].size > 4} == {"w.blocks", "w.table", "w.scales"}
+    assert np.shares_memory(data["w.table"], data["w.blocks"])
     assert [node.op_type for node in model.graph] == [*GATHERED, "MatMulNBits"]
 
 
@@ -275,9 +276,10 @@ def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(
     weights = made.weights()
     dequantized = {}
     for key, parameter in made.module.named_parameters():
-        if f"{key}.blocks" in weights:
-            blocks, scales = weights[f"{key}.blocks"].astype(np.float32), weights[f"{key}.scales"]
-            dequantized[key] = ((blocks - 128) * scales[..., None]).reshape(len(blocks), -1)[:, : parameter.shape[1]]
+        data = weights.get(f"{key}.blocks", weights.get(f"{key}.table"))
+        if data is not None:
+            values = (data.astype(np.float32) - 128) * weights[f"{key}.scales"][..., None]
+            dequantized[key] = values.reshape(len(data), -1)[:, : parameter.shape[1]]
     assert len(dequantized) == sum(p.dim() == 2 for p in made.module.parameters())
     ids = RNG.integers(0, 61, 40).tolist()
     with torch.no_grad():
