@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import threading
@@ -29,9 +30,9 @@ _POLICY = "default-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:"
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Serves files by the longest prefix of their path; what the page posts goes to a queue, with its path."""
+    """Serves files by the beginning of their path; what the page posts goes to a queue, with its path."""
 
-    def __init__(self, *arguments: Any, places: Mapping[str, Path | bytes], posted: Queue[tuple[str, Any]]) -> None:
+    def __init__(self, *arguments: Any, places: Mapping[str, Path], posted: Queue[tuple[str, Any]]) -> None:
         self._places, self._posted = places, posted
         super().__init__(*arguments)
 
@@ -59,7 +60,8 @@ class _Handler(SimpleHTTPRequestHandler):
 def visit(chromium: str, page: str, places: Mapping[str, Path], *, seconds: float = 120) -> tuple[str, Any]:
     """Opens `page` and waits for its first POST: the path, and the content. Raises queue.Empty after `seconds`.
 
-    `places` maps the paths of addresses, the first that fits, to files or folders. Nothing but 127.0.0.1 is reached.
+    `places` maps the beginning of an address's path to a file or folder; the first that fits counts. Nothing but
+    127.0.0.1 is reached.
     """
     posted: Queue[tuple[str, Any]] = Queue()
     with (
@@ -69,7 +71,9 @@ def visit(chromium: str, page: str, places: Mapping[str, Path], *, seconds: floa
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}{page}"
         command = [chromium, *_FLAGS, f"--user-data-dir={profile}", address]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+        home = os.environ | {"HOME": profile, "XDG_CONFIG_HOME": profile}  # its crash reporter writes there
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=home) as browser:
             try:
                 return posted.get(timeout=seconds)
             finally:

@@ -76,7 +76,7 @@ def _answers(command: Sequence[str | Path | int]) -> list[Answer]:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in answers]
 
