@@ -35,8 +35,7 @@ from .resources import parameters, require_disk, require_memory
 from .source import Source, check_tokenizer, open_source
 from .verify import Verification, verify
 
-# The oldest onnxruntime that loads what a precision uses: GatherBlockQuantized with 8 bits came with 1.23, which is
-# also the oldest that pastkey runs on.
+# The oldest onnxruntime that what is exported was run on; 8-bit MatMulNBits itself came with 1.22.
 MIN_ONNXRUNTIME = "1.23.0"
 
 Progress = Callable[[str], None]
