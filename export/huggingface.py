@@ -46,7 +46,7 @@ class HuggingFaceDecoder(nn.Module):
             with contextlib.suppress(ValueError):  # no experts
                 model.set_experts_implementation("batched_mm")  # the one that a trace can follow
         try:
-            model.set_attn_implementation(GRAFT)
+            set_attention(model, GRAFT)
         except ValueError as error:
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
@@ -64,11 +64,24 @@ class HuggingFaceDecoder(nn.Module):
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:
         """While open, the model computes attention and masks itself."""
-        self.model.set_attn_implementation(NATIVE)
+        set_attention(self.model, NATIVE)
         try:
             yield
         finally:
-            self.model.set_attn_implementation(GRAFT)
+            set_attention(self.model, GRAFT)
+
+
+def set_attention(model: Any, implementation: str) -> None:
+    """Chooses one of transformers' attention implementations, without its advice about it."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(implementation)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 class _EveryExpert(TorchFunctionMode):

@@ -19,6 +19,7 @@ from pastkey import names
 from pastkey.bundle import KVGeometry
 from pastkey.errors import ContractError
 
+from .huggingface import NATIVE, set_attention
 from .observe import Layer, Observation
 from .simplify import simplify
 
@@ -28,10 +29,12 @@ INSTALL = "pip install 'pastkey[cpu,export,optimum]'"
 class NativeDecoder(nn.Module):
     """The transformers model as it is, which makes its positions itself: what optimum's graph is compared with."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
+        """`decoder` is a HuggingFaceDecoder, whose model is taken over."""
         super().__init__()
-        self.model = model
-        model.set_attn_implementation("eager")
+        self.model: Any = decoder.model
+        self.shown_name = type(self.model).__name__
+        set_attention(self.model, NATIVE)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(B, T) -> logits (B, T, V)."""
