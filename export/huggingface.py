@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes  # a mask is asked while torch traces, too
 
-from pastkey.errors import ContractError
+from pastkey.errors import ContractError, InputError
 
 from .attention import AttentionCall, Statement, attend, calling_line, stated_mask, statement
 
@@ -94,6 +94,35 @@ class _EveryExpert(TorchFunctionMode):
         if func in (Tensor.nonzero, torch.nonzero) and args[0].dim() == 1 and args[0].dtype == torch.bool:
             return [torch.tensor([expert]) for expert in range(args[0].shape[0])]
         return func(*args, **(kwargs or {}))
+
+
+def freeze_rotary(model: Any, context_length: int) -> None:
+    """Keeps rotary frequencies that change with the length of a text as they are up to `context_length` tokens.
+
+    Raises InputError where they would change within it: cached keys would then have been turned by other angles.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        found = [k for k in (kinds.values() if isinstance(kinds, dict) else [kinds]) if isinstance(k, str)]
+        moving = [kind for kind in found if kind == "longrope" or "dynamic" in kind]
+        if not moving:
+            continue
+        longest = _constant_until(module)
+        if context_length > longest:
+            raise InputError(
+                f"the rotary positions of {type(model).__name__} ({moving[0]}) change once a text is longer than "
+                f"{longest} tokens, which no cache survives: export with --context {longest} or less"
+            )
+        module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+
+
+def _constant_until(rotary: Any) -> int:
+    """The longest text, in tokens, within which a rotary embedding of transformers keeps its first frequencies."""
+    config = rotary.config
+    stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    name = "original_max_position_embeddings"
+    lengths = [d[name] for d in (stated, *stated.values()) if isinstance(d, dict) and name in d]
+    return int(min(lengths) if lengths else getattr(config, name, None) or rotary.original_max_seq_len)
 
 
 def _register_hooks() -> None:
