@@ -25,7 +25,12 @@ from .quantize import choose_block_size, constant_factor, dequantize_blocks, qua
 
 _STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)  # the exponents a that are tried
 _MAX_FACTOR = 100.0
-_CHANNELWISE = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+# Norms, and which of their inputs have a weight for each channel.
+_CHANNELWISE = {
+    "LayerNormalization": (1, 2),
+    "SimplifiedLayerNormalization": (1,),
+    "SkipSimplifiedLayerNormalization": (2,),
+}
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,9 @@ def _collect(value: ir.Value, group: Group) -> bool:
     if node is None:
         return False
     if node.op_type in _CHANNELWISE:
-        group.folds += [Fold(node, i, -1) for i in range(1, len(node.inputs)) if node.inputs[i] is not None]
-        return all(weight(node.inputs[fold.index]) is not None for fold in group.folds if fold.node is node)
+        channels = [i for i in _CHANNELWISE[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None]
+        group.folds += [Fold(node, i, -1) for i in channels]
+        return value is node.outputs[0] and all(weight(node.inputs[i]) is not None for i in channels)
     vectors = [i for i, v in enumerate(node.inputs) if (a := weight(v)) is not None and a.ndim >= 1 and a.size > 1]
     made = [v for v in node.inputs if v is not None and weight(v) is None]
     if node.op_type == "Mul":

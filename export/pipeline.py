@@ -26,6 +26,7 @@ from pastkey.folder import file_records, parse_records, refuse_existing, whole_f
 from . import optimum
 from .calibrate import calibrate
 from .files import count_operators, write_configurations, write_graphs
+from .fuse import fuse
 from .graft import IR_VERSION, GraphChoice, choose_graph, trace
 from .observe import Observation, observe
 from .passes import clean
@@ -169,6 +170,8 @@ def _graft(source: Source, target: str, graph: str, say: Progress) -> _Made:
     rehearse(source.module, observation, source.context_length)
     say(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
     model = trace(source.module, observation, choice.graph, source.context_length)
+    if choice.graph == "fused":
+        fuse(model, source.context_length)
     clean(model, source.module, observation.geometry, observation.vocab_size)
     return _Made(source, model, observation, choice)
 

@@ -1,0 +1,336 @@
+"""Passes that put onnxruntime's fused operators in place of what torch wrote, for the fused graph. Each is exact.
+
+    1. fuse_norms       x / sqrt(mean(x²) + e) * w               -> SimplifiedLayerNormalization (RMSNorm)
+    2. fuse_skips       a + b, then that norm                    -> SkipSimplifiedLayerNormalization, the sum an output
+    3. fuse_rotary      q cos + rotate(q) sin before attention   -> GroupQueryAttention with do_rotary and two tables
+
+What does not match is left as it is: the graph is right without any of them, and verified with them.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from pastkey import names
+from pastkey.runtime.ort import onnxruntime
+
+from .passes import add_weight, replace_uses, weight
+
+_DOMAIN = "com.microsoft"
+_ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads of such sizes only
+
+
+def fuse(model: ir.Model, context_length: int) -> None:
+    """Runs the passes in their order, on a graph that still has its shapes.
+
+    `context_length` is how many positions the rotary tables hold.
+    """
+    fuse_norms(model)
+    fuse_skips(model)
+    fuse_rotary(model, context_length)
+    _drop_unread(model)
+
+
+# --- norms --------------------------------------------------------------------------------------------------------
+def fuse_norms(model: ir.Model) -> None:
+    """RMSNorm as torch writes it, with the weight at either side."""
+    for node in tuple(model.graph):
+        if node.op_type != "Mul" or len(node.inputs) != 2:
+            continue
+        scale, normed = _weight_and_rest(node)
+        if scale is None or normed is None:
+            continue
+        found = _normalised(normed)
+        if found is None:
+            continue
+        x, epsilon = found
+        new = ir.node(
+            "SimplifiedLayerNormalization",
+            [x, scale],
+            {"axis": -1, "epsilon": epsilon, "stash_type": 1},
+            name=node.name,
+        )
+        _put(model, node, new)
+    _drop_unread(model)
+
+
+def _weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """The operand that is a vector of weights, and the other one."""
+    for scale, rest in (tuple(node.inputs), tuple(reversed(node.inputs))):
+        array = weight(scale)
+        if array is not None and array.ndim == 1 and array.size > 1 and weight(rest) is None:
+            return scale, rest
+    return None, None
+
+
+def _normalised(value: ir.Value) -> tuple[ir.Value, float] | None:
+    """(x, epsilon) of x * (1 / sqrt(mean(x ** 2, -1) + epsilon))."""
+    product = _made_by(value, "Mul")
+    if product is None:
+        return None
+    for x, inverse in (tuple(product.inputs), tuple(reversed(product.inputs))):
+        root = _input_of(_input_of(inverse, "Reciprocal"), "Sqrt")
+        total = _made_by(root, "Add")
+        if total is None or x is None:
+            continue
+        mean, epsilon = (total.inputs[0], weight(total.inputs[1]))
+        if epsilon is None or epsilon.size != 1:
+            continue
+        square = _input_of(mean, "ReduceMean")
+        reduced = _made_by(mean, "ReduceMean")
+        power = _made_by(square, "Pow")
+        if reduced is None or power is None or power.inputs[0] is not x:
+            continue
+        exponent, axes = weight(power.inputs[1]), weight(reduced.inputs[1]) if len(reduced.inputs) > 1 else None
+        last = [-1] if x.shape is None else [-1, len(x.shape) - 1]
+        if (
+            exponent is not None
+            and axes is not None
+            and exponent.tolist() == 2
+            and axes.tolist() in ([a] for a in last)
+        ):
+            return x, float(epsilon.item())
+    return None
+
+
+def fuse_skips(model: ir.Model) -> None:
+    """The residual sum before a norm, which the rest of the graph reads too."""
+    for node in tuple(model.graph):
+        if node.op_type != "SimplifiedLayerNormalization":
+            continue
+        total = _made_by(node.inputs[0], "Add")
+        if total is None or any(value is None or weight(value) is not None for value in total.inputs):
+            continue
+        if total.outputs[0].is_graph_output():
+            continue
+        new = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [*total.inputs, node.inputs[1]],
+            {"epsilon": node.attributes["epsilon"].as_float()},
+            domain=_DOMAIN,
+            num_outputs=4,
+            name=node.name,
+        )
+        if any(user is not node and _before(model, user, node) for user, _ in total.outputs[0].uses()):
+            continue
+        for output, suffix in zip(new.outputs[1:3], ("mean", "inverse"), strict=True):
+            output.name = f"{node.name}_{suffix}"
+        summed = total.outputs[0]
+        name = summed.name
+        new.outputs[3].name = f"{name}_sum"
+        _put(model, node, new)
+        replace_uses(summed, new.outputs[3])
+    _drop_unread(model)
+
+
+def _before(model: ir.Model, one: ir.Node, other: ir.Node) -> bool:
+    order = {id(node): place for place, node in enumerate(model.graph)}
+    return order[id(one)] < order[id(other)]
+
+
+# --- rotary positions ---------------------------------------------------------------------------------------------
+def fuse_rotary(model: ir.Model, context_length: int) -> None:
+    """Lifts the rotation of queries and keys into attention, where both are turned by the same angles."""
+    tables: dict[tuple[int, int], list[ir.Value] | None] = {}
+    for node in tuple(model.graph):
+        if node.op_type != "GroupQueryAttention" or len(node.inputs) > 7:
+            continue
+        query, key = _rotation(node.inputs[0]), _rotation(node.inputs[1])
+        if query is None or key is None or (query.cos, query.sin) != (key.cos, key.sin):
+            continue
+        angles = (id(query.cos), id(query.sin))
+        if angles not in tables:
+            tables[angles] = _tables(model, query, context_length)
+        found = tables[angles]
+        if found is None:
+            continue
+        for i, rotation in enumerate((query, key)):
+            _feed_unrotated(model, node, i, rotation.x)
+        new = ir.node(
+            node.op_type,
+            [*node.inputs, *found],
+            {**node.attributes, "do_rotary": 1},
+            domain=_DOMAIN,
+            num_outputs=len(node.outputs),
+            name=node.name,
+        )
+        model.graph.insert_before(node, new)
+        for old_output, output in zip(node.outputs, new.outputs, strict=True):
+            output.name, output.type, output.shape = old_output.name, old_output.type, old_output.shape
+            replace_uses(old_output, output)
+            for place, end in enumerate(model.graph.outputs):
+                if end is old_output:
+                    model.graph.outputs[place] = output
+        model.graph.remove(node, safe=True)
+    _drop_unread(model)
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """Queries or keys x (B, T, H, D) that are turned by cos and sin, D / 2 wide, or `doubled`: D, both halves equal."""
+
+    x: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    doubled: bool
+
+
+def _rotation(value: ir.Value | None) -> _Rotation | None:
+    """What turns a query or key (B, T, H * D), in either of the ways in which people write it."""
+    turned = _input_of(_input_of(value, "Reshape"), "Transpose")
+    found = _by_halves(turned) or _by_swapping(turned)
+    before = None if found is None else _made_by(found.x, "Transpose")
+    if found is None or before is None or before.inputs[0] is None:
+        return None
+    if list(before.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+        return None
+    return dataclasses.replace(found, x=before.inputs[0])
+
+
+def _by_swapping(turned: ir.Value | None) -> _Rotation | None:
+    """x cos + concat(-x₂, x₁) sin."""
+    direct, crossed = _operands(turned, "Add", "Mul")
+    if direct is None or crossed is None:
+        return None
+    x, swapped = direct.inputs[0], _made_by(crossed.inputs[0], "Concat")
+    if swapped is None or x is None or len(swapped.inputs) != 2:
+        return None
+    upper, lower = _made_by(_input_of(swapped.inputs[0], "Neg"), "Slice"), _made_by(swapped.inputs[1], "Slice")
+    if upper is None or lower is None or not _are_halves(x, lower, upper):
+        return None
+    cos, sin = direct.inputs[1], crossed.inputs[1]
+    return None if cos is None or sin is None else _Rotation(x, cos, sin, doubled=True)
+
+
+def _are_halves(x: ir.Value, lower: ir.Node, upper: ir.Node) -> bool:
+    first, end, start = weight(lower.inputs[1]), weight(lower.inputs[2]), weight(upper.inputs[1])
+    same = lower.inputs[0] is x and upper.inputs[0] is x
+    return (
+        same
+        and first is not None
+        and end is not None
+        and start is not None
+        and first.tolist() == [0]
+        and end.tolist() == start.tolist()
+    )
+
+
+def _by_halves(turned: ir.Value | None) -> _Rotation | None:
+    """concat(x₁ cos - x₂ sin, x₂ cos + x₁ sin)."""
+    whole = _made_by(turned, "Concat")
+    if whole is None or len(whole.inputs) != 2:
+        return None
+    left, right = _operands(whole.inputs[0], "Sub", "Mul"), _operands(whole.inputs[1], "Add", "Mul")
+    if None in (*left, *right):
+        return None
+    (first, cos), (second, sin) = (tuple(node.inputs) for node in left if node is not None)
+    expected = [(second, cos), (first, sin)]
+    if [tuple(node.inputs) for node in right if node is not None] != expected or cos is None or sin is None:
+        return None
+    split = _made_by(first, "Split")
+    if split is None or list(split.outputs) != [first, second] or split.inputs[0] is None:
+        return None
+    return _Rotation(split.inputs[0], cos, sin, doubled=False)
+
+
+def _operands(value: ir.Value | None, operator: str, made_by: str) -> tuple[ir.Node | None, ir.Node | None]:
+    """The nodes that make the two operands of the node that makes the value."""
+    node = _made_by(value, operator)
+    if node is None or len(node.inputs) != 2:
+        return None, None
+    return _made_by(node.inputs[0], made_by), _made_by(node.inputs[1], made_by)
+
+
+def _tables(model: ir.Model, rotation: _Rotation, context_length: int) -> list[ir.Value] | None:
+    """cos and sin of every position, (context, D / 2), or None where they are not of positions alone."""
+    arrays = []
+    for value in (rotation.cos, rotation.sin):
+        array = _at_all_positions(model, value, context_length)
+        if array is None or array.size % context_length:
+            return None
+        array = array.reshape(context_length, -1)
+        if rotation.doubled:
+            array, again = np.split(array, 2, axis=1)
+            if not np.array_equal(array, again):
+                return None
+        if 2 * array.shape[1] % _ROTARY_MULTIPLE:
+            return None
+        arrays.append(np.ascontiguousarray(array))
+    number = sum(1 for name in model.graph.initializers if str(name).startswith("cos_cache"))
+    return [add_weight(model, f"{name}_cache_{number}", a) for name, a in zip(("cos", "sin"), arrays, strict=True)]
+
+
+def _at_all_positions(model: ir.Model, value: ir.Value, context_length: int) -> np.ndarray | None:
+    """The value for position_ids 0, 1, ..., or None where it depends on more: what makes it is cut out and run."""
+    inside: set[int] = set()
+    constants: dict[str, np.ndarray] = {}
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        producer = current.producer()
+        array = weight(current)
+        if array is not None:
+            constants[str(current.name)] = array
+        elif producer is not None and id(producer) not in inside:
+            inside.add(id(producer))
+            waiting += [v for v in producer.inputs if v is not None]
+        elif producer is None and current.name != names.POSITION_IDS:
+            return None
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [ir.to_proto(node) for node in model.graph if id(node) in inside],
+        "angles",
+        [helper.make_tensor_value_info(names.POSITION_IDS, onnx.TensorProto.INT64, [1, None])],
+        [helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opset = helper.make_opsetid("", model.opset_imports[""])
+    content = helper.make_model(graph, opset_imports=[opset], ir_version=model.ir_version).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {names.POSITION_IDS: np.arange(context_length)[None]})
+    return np.asarray(found)
+
+
+def _feed_unrotated(model: ir.Model, attention: ir.Node, index: int, heads: ir.Value) -> None:
+    """Gives attention `heads` (B, T, H, D) as (B, T, H * D)."""
+    fed = attention.inputs[index]
+    assert fed is not None
+    reshape = fed.producer()
+    assert reshape is not None
+    new = ir.node("Reshape", [heads, reshape.inputs[1]], dict(reshape.attributes), name=f"{reshape.name}_unrotated")
+    new.outputs[0].name = f"{fed.name}_unrotated"
+    model.graph.insert_before(attention, new)
+    attention.replace_input_with(index, new.outputs[0])
+
+
+# --- the graph ----------------------------------------------------------------------------------------------------
+def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == operator else None
+
+
+def _input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
+    """The first input of the node of that type that makes the value."""
+    node = _made_by(value, operator)
+    return None if node is None else node.inputs[0]
+
+
+def _put(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    """Puts `new` in the place of `old`; its first output takes over name and readers."""
+    model.graph.insert_before(old, new)
+    output = old.outputs[0]
+    name = output.name
+    replace_uses(output, new.outputs[0])
+    model.graph.remove(old, safe=True)
+    new.outputs[0].name = name
+
+
+def _drop_unread(model: ir.Model) -> None:
+    common.RemoveUnusedNodesPass()(model)

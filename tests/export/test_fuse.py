@@ -1,0 +1,81 @@
+"""Fused operators compute what torch wrote, and stand only where they do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from torch import Tensor
+
+from pastkey.export.evaluate import relative_difference
+from pastkey.export.fuse import fuse
+from pastkey.export.graft import trace
+from pastkey.export.observe import observe
+from pastkey.export.passes import clean
+
+from .decoders import CASES, Plain, TableRope, llama
+from .plain_loop import run_chunks
+
+CONTEXT = 40
+
+
+def graphs(module: object, folder: Path) -> tuple[Path, Path, Counter[str]]:
+    """The fused graph of a decoder before and after the passes, and the operators after them."""
+    observation = observe(module, CONTEXT)
+    for name in ("before", "after"):
+        model = trace(module, observation, "fused", CONTEXT)
+        if name == "after":
+            fuse(model, CONTEXT)
+        clean(model, module, observation.geometry, observation.vocab_size)
+        ir.save(model, folder / f"{name}.onnx")
+    return folder / "before.onnx", folder / "after.onnx", Counter(node.op_type for node in model.graph)
+
+
+def rotating(path: Path) -> list[bool]:
+    """For each attention call, whether it turns queries and keys itself."""
+    nodes = [node for node in ir.load(path).graph if node.op_type == "GroupQueryAttention"]
+    return [node.attributes.get_int("do_rotary", 0) == 1 for node in nodes]
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"qkv_bias": True}], ids=["llama", "qwen3", "qwen2"])
+def test_norms_skips_and_rotation_are_fused_exactly(changes: dict[str, bool], tmp_path: Path) -> None:
+    before, after, operators = graphs(llama(**changes), tmp_path)
+    assert rotating(after) == [True, True]
+    assert not {"Pow", "ReduceMean", "Reciprocal", "Sqrt", "Cos", "Sin", "Split"} & set(operators)
+    assert operators["SkipSimplifiedLayerNormalization"] == 4  # all but the first one, which follows the embedding
+    assert operators["SimplifiedLayerNormalization"] == 1 + 4 * ("qk_norm" in changes)
+    ids = np.random.default_rng(0).integers(0, 61, CONTEXT).tolist()
+    expected = run_chunks(before, [ids])
+    assert relative_difference(expected, run_chunks(after, [ids])) < 3e-6
+    one_by_one = run_chunks(after, [ids[:20], *([token] for token in ids[20:])])
+    assert relative_difference(expected, one_by_one) < 3e-6
+
+
+def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path: Path) -> None:
+    before, after, operators = graphs(llama(head_dim=24, hidden_size=48), tmp_path)
+    assert rotating(after) == [False, False]
+    assert operators["SkipSimplifiedLayerNormalization"] == 4
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
+
+
+class TurnedByToken(TableRope):
+    """Angles that depend on more than the position."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        self.shift = input_ids % 3
+        return super().embed(input_ids, position_ids)
+
+    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+        return super().turn(heads, (position_ids + self.shift) % CONTEXT)
+
+
+@pytest.mark.parametrize("build", [Plain, TableRope, lambda: TurnedByToken(size=16), CASES["gpt2"].build])
+def test_what_is_not_the_pattern_is_left_alone(build: object, tmp_path: Path) -> None:
+    before, after, _ = graphs(build(), tmp_path)
+    assert not any(rotating(after))
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) == 0
