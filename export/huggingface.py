@@ -46,7 +46,7 @@ class HuggingFaceDecoder(nn.Module):
             with contextlib.suppress(ValueError):  # no experts
                 model.set_experts_implementation("batched_mm")  # the one that a trace can follow
         try:
-            model.set_attn_implementation(GRAFT)
+            set_attention(model, GRAFT)
         except ValueError as error:
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
@@ -64,11 +64,11 @@ class HuggingFaceDecoder(nn.Module):
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:
         """While open, the model computes attention and masks itself."""
-        self.model.set_attn_implementation(NATIVE)
+        set_attention(self.model, NATIVE)
         try:
             yield
         finally:
-            self.model.set_attn_implementation(GRAFT)
+            set_attention(self.model, GRAFT)
 
 
 class _EveryExpert(TorchFunctionMode):
@@ -81,6 +81,18 @@ class _EveryExpert(TorchFunctionMode):
         if func in (Tensor.nonzero, torch.nonzero) and args[0].dim() == 1 and args[0].dtype == torch.bool:
             return [torch.tensor([expert]) for expert in range(args[0].shape[0])]
         return func(*args, **(kwargs or {}))
+
+
+def set_attention(model: Any, implementation: str) -> None:
+    """Chooses among transformers' attention implementations, without its advice: `observe` sees what comes of it."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(implementation)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _register_hooks() -> None:

@@ -60,7 +60,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
     "exaone4": _KINDS,
     "exaone_moe": _EXPERTS | _KINDS,
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "flex_olmo": _EXPERTS,
     "gemma": {},
     "gemma2": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
@@ -71,7 +70,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _ROUTED | _LATENT,
     "gpt2": {},
     "gpt_bigcode": {},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": WINDOW},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "num_hidden_layers": 2,
+        "window_size": WINDOW,
+    },
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_oss": _EXPERTS | _KINDS,
     "gptj": {"rotary_dim": 8, "n_inner": 112},
@@ -117,6 +121,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "computes attention by hand"),
     "deepseek_v2": (_ROUTED | _LATENT, "complex"),
     "doge": ({}, "an attn_mask that is not the causal one"),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, "computes attention by hand"),
     "lfm2": ({"layer_types": ["full_attention", "conv", "full_attention"]}, "keeps state across positions"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "chunked or prefix"),
     "mamba": ({}, "made no call of F.scaled_dot_product_attention"),
@@ -127,8 +132,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "openai-gpt": ({}, "computes attention by hand"),
     "xglm": ({"ffn_dim": 112, "num_layers": 3, "attention_heads": 4, "d_model": 64}, "computes attention by hand"),
 }
-
-_PROPERTIES = {"falcon": {"head_dim"}}  # read-only there, though every configuration may be given one
+_BY_HAND = "it computes this attention by hand, not through AttentionInterface"
+_UNTRACED = "its experts are picked by values, in a way that no trace can follow"
+_OTHERWISE = "it is refused for another reason"
+# Families that transformers 4.57 has, too, and what keeps them from being exported (or refused as above) there.
+FROM_TRANSFORMERS_5: dict[str, str] = {
+    "codegen": _BY_HAND,
+    "ctrl": _BY_HAND,
+    "deepseek_v2": _OTHERWISE,
+    "deepseek_v3": _UNTRACED,
+    "diffllama": _BY_HAND,
+    "dots1": _UNTRACED,
+    "glm4_moe": _UNTRACED,
+    "gptj": _BY_HAND,
+    "jetmoe": _BY_HAND,
+    "nemotron": _BY_HAND,
+    "olmoe": _BY_HAND,
+    "phimoe": _BY_HAND,
+    "qwen2_moe": _BY_HAND,
+    "stablelm": _BY_HAND,
+    "xglm": _OTHERWISE,
+}
 
 
 def build(family: str) -> nn.Module:
@@ -140,7 +164,7 @@ def build(family: str) -> nn.Module:
     logging.set_verbosity_error()  # remarks on sizes this small
     try:
         known = transformers.AutoConfig.for_model(family)
-        named = {k: v for k, v in _COMMON.items() if hasattr(known, k) and k not in _PROPERTIES.get(family, ())}
+        named = {k: v for k, v in _COMMON.items() if hasattr(known, k) and not _is_derived(known, k)}
         extras = FAMILIES[family] if family in FAMILIES else REFUSED[family][0]
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(family, **(named | extras))
@@ -155,3 +179,9 @@ def build(family: str) -> nn.Module:
             else:
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.1
     return model.eval()
+
+
+def _is_derived(config: Any, name: str) -> bool:
+    """Whether a configuration computes this field from others, and lets nobody set it."""
+    field = getattr(type(config), name, None)
+    return isinstance(field, property) and field.fset is None
