@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes  # a mask is asked while torch traces, too
 
-from pastkey.errors import ContractError
+from pastkey.errors import ContractError, InputError
 
 from .attention import AttentionCall, Statement, attend, calling_line, stated_mask, statement
 
@@ -71,6 +71,19 @@ class HuggingFaceDecoder(nn.Module):
             set_attention(self.model, GRAFT)
 
 
+def set_attention(model: Any, implementation: str) -> None:
+    """Chooses one of transformers' attention implementations, without its advice about it."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(implementation)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 class _EveryExpert(TorchFunctionMode):
     """transformers 4 goes through the experts that have tokens, which no trace can: let it go through all.
 
@@ -83,16 +96,33 @@ class _EveryExpert(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def set_attention(model: Any, implementation: str) -> None:
-    """Chooses among transformers' attention implementations, without its advice: `observe` sees what comes of it."""
-    from transformers.utils import logging
+def freeze_rotary(model: Any, context_length: int) -> None:
+    """Keeps rotary frequencies that change with the length of a text as they are up to `context_length` tokens.
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model.set_attn_implementation(implementation)
-    finally:
-        logging.set_verbosity(verbosity)
+    Raises InputError where they would change within it: cached keys would then have been turned by other angles.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        found = [k for k in (kinds.values() if isinstance(kinds, dict) else [kinds]) if isinstance(k, str)]
+        moving = [kind for kind in found if kind == "longrope" or "dynamic" in kind]
+        if not moving:
+            continue
+        longest = _constant_until(module)
+        if context_length > longest:
+            raise InputError(
+                f"the rotary positions of {type(model).__name__} ({moving[0]}) change once a text is longer than "
+                f"{longest} tokens, which no cache survives: export with --context {longest} or less"
+            )
+        module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+
+
+def _constant_until(rotary: Any) -> int:
+    """The longest text, in tokens, within which a rotary embedding of transformers keeps its first frequencies."""
+    config = rotary.config
+    stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    name = "original_max_position_embeddings"
+    lengths = [d[name] for d in (stated, *stated.values()) if isinstance(d, dict) and name in d]
+    return int(min(lengths) if lengths else getattr(config, name, None) or rotary.original_max_seq_len)
 
 
 def _register_hooks() -> None:

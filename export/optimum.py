@@ -34,10 +34,12 @@ INSTALL = "pip install 'pastkey[cpu,export,optimum]'"
 class NativeDecoder(nn.Module):
     """The transformers model as it is, which makes its positions itself: what optimum's graph is compared with."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
+        """`decoder` is a HuggingFaceDecoder, whose model is taken over."""
         super().__init__()
-        self.model = model
-        set_attention(model, NATIVE)
+        self.model: Any = decoder.model
+        self.shown_name = type(self.model).__name__
+        set_attention(self.model, NATIVE)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(B, T) -> logits (B, T, V)."""

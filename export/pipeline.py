@@ -35,9 +35,10 @@ from .resources import parameters, require_disk, require_memory
 from .source import Source, check_tokenizer, open_source
 from .verify import Verification, verify
 
-# The oldest onnxruntime that loads what a precision uses: GatherBlockQuantized with 8 bits came with 1.23, which is
-# also the oldest that pastkey runs on.
+# The oldest onnxruntime that what is exported was run on; 8-bit MatMulNBits itself came with 1.22.
 MIN_ONNXRUNTIME = "1.23.0"
+# GroupQueryAttention of 1.23 sees another window: 1.23.2 gave other logits, 1.24.4 the right ones.
+MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
 
 Progress = Callable[[str], None]
 
@@ -174,7 +175,7 @@ def _graft(source: Source, target: str, graph: str, say: Progress) -> _Made:
 
 def _by_optimum(source: Source) -> _Made:
     assert source.folder is not None
-    native = optimum.NativeDecoder(source.module.model)
+    native = optimum.NativeDecoder(source.module)
     made = optimum.export_with_optimum(source.folder, native)
     check_tokenizer(source, made.observation.vocab_size)
     clean(made.model, native, made.observation.geometry, made.observation.vocab_size)
@@ -221,7 +222,7 @@ class _Job:
             layers=observation.geometry,
             opset=model.opset_imports[""],
             ir_version=IR_VERSION,
-            min_onnxruntime=MIN_ONNXRUNTIME,
+            min_onnxruntime=self._min_onnxruntime(),
             bos_token_id=source.bos_token_id,
             eos_token_ids=source.eos_token_ids,
             padding=self.padding,
@@ -229,6 +230,10 @@ class _Job:
         )
         weight_bytes = write_graphs(model, folder, precision)
         return Bundle(folder, manifest), weight_bytes
+
+    def _min_onnxruntime(self) -> str:
+        windows = self.choice.graph == "fused" and any(layer.window for layer in self.observation.layers)
+        return MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME
 
     def verify(self, bundle: Bundle, *, but: tuple[str, ...] = ()) -> Verification:
         """Raises ParityError when the bundle does not compute what its source computes, `but` for some checks."""

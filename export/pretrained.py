@@ -194,13 +194,14 @@ def _numberless(name: str) -> str:
 def _source(
     name: str, model: Any, tokenizer: Any | None, given: str | Path | None, context_length: int | None
 ) -> Source:
-    from .huggingface import HuggingFaceDecoder
+    from .huggingface import HuggingFaceDecoder, freeze_rotary
 
     config = model.config.get_text_config()
     longest: int | None = getattr(config, "max_position_embeddings", None) or context_length
     if longest is None:
         raise InputError(f"the configuration of {name} names no context length: give it with --context N")
     context = context_of(name, longest, context_length)
+    freeze_rotary(model, context)
     fields = read_tokenizer(given) if given else _tokenizer(tokenizer, context)
     generation = getattr(model, "generation_config", None)
     for key in ("bos_token_id", "eos_token_id"):

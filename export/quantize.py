@@ -1,15 +1,17 @@
 """int8 weights in blocks: arrays first, then the graph.
 
 Each row of a matrix is cut into blocks of `block_size` weights that share one float32 scale, max |w| / 127; a
-weight is stored as round(w / scale) + 128 in a uint8. Products become com.microsoft.MatMulNBits, embeddings
-com.microsoft.GatherBlockQuantized (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md);
-at accuracy level 4 activations are quantized to int8 per block too, at run time.
+weight is stored as round(w / scale) + 128 in a uint8. Products become com.microsoft.MatMulNBits
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md); at accuracy level 4 activations are
+quantized to int8 per block too, at run time. Embeddings gather blocks and scales, and multiply: onnxruntime's operator
+for that, GatherBlockQuantized, is not in the WebAssembly that transformers.js loads in a browser.
 
 Rules over the graph:
 
     1. MatMul(x, W)             -> MatMulNBits
     2. Gemm(x, W[, bias])       -> MatMulNBits [+ Add]
-    3. Gather(E, ids), axis 0   -> GatherBlockQuantized [+ Slice back to the width before padding]
+    3. Gather(E, ids), axis 0   -> (Gather(blocks, ids) - 128) * Gather(scales, ids) [+ Slice back to the width
+                                   before padding]
     4. MatMul(x, Transpose(E))  -> MatMulNBits over the very bytes of rule 3: a tied head is stored once
 """
 
@@ -88,15 +90,18 @@ def quantize(model: ir.Model) -> None:
     model.graph.opset_imports[_DOMAIN] = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Stored:
-    """The initializers of one quantized matrix; the gathered form lies over the same bytes."""
+    """The initializers of one quantized matrix.
+
+    `blocks` and `table` are over the same bytes. MatMulNBits reads and rearranges all of its own at load and then lets
+    go of them, unless something else uses them too; of a table, only the rows that are gathered come into memory.
+    """
 
     matrix: BlockQuantized
-    name: str
-    blocks: ir.Value | None = None  # (N, blocks, block_size), as MatMulNBits reads it
-    table: ir.Value | None = None  # (N, blocks * block_size), as GatherBlockQuantized reads it
-    scales: ir.Value | None = None  # (N, blocks)
+    blocks: ir.Value  # (N, blocks, block_size) uint8, for products
+    table: ir.Value  # the same, for gathering
+    scales: ir.Value  # (N, blocks) float32
 
 
 def _store(model: ir.Model, value: ir.Value, transposed: bool, quantized: dict[int, _Stored]) -> _Stored:
@@ -111,9 +116,12 @@ def _store(model: ir.Model, value: ir.Value, transposed: bool, quantized: dict[i
             raise InputError(
                 f"the weight {value.name} holds {error}, which cannot be quantized: training went wrong"
             ) from None
-        stored = _Stored(blocks, str(value.name))
-        stored.scales = add_weight(model, f"{value.name}.scales", blocks.scales)
-        quantized[id(value)] = stored
+        quantized[id(value)] = _Stored(
+            blocks,
+            add_weight(model, f"{value.name}.blocks", blocks.data),
+            add_weight(model, f"{value.name}.table", blocks.data),
+            add_weight(model, f"{value.name}.scales", blocks.scales),
+        )
     return quantized[id(value)]
 
 
@@ -122,24 +130,26 @@ def _quantize_gather(model: ir.Model, node: ir.Node, quantized: dict[int, _Store
     array = weight(table)
     if table is None or array is None or array.ndim != 2 or array.dtype != np.float32:
         return
+    assert indices is not None
     stored = _store(model, table, False, quantized)
-    data = stored.matrix.data
-    if stored.table is None:
-        stored.table = add_weight(model, f"{stored.name}.table", data.reshape(len(data), -1))
-    new = ir.node(
-        "GatherBlockQuantized",
-        [stored.table, indices, stored.scales],
-        {"bits": BITS, "block_size": stored.matrix.block_size, "gather_axis": 0, "quantize_axis": 1},
-        domain=_DOMAIN,
-        name=node.name,
-    )
-    nodes = [new]
-    if data.shape[1] * data.shape[2] != stored.matrix.columns:
-        bounds = [
-            add_weight(model, f"{stored.name}.{end}", np.array([number], np.int64))
-            for end, number in (("start", 0), ("end", stored.matrix.columns), ("axis", -1))
-        ]
-        nodes.append(ir.node("Slice", [new.outputs[0], *bounds], name=f"{node.name}_width"))
+    nodes: list[ir.Node] = []
+
+    def step(operator: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
+        nodes.append(ir.node(operator, inputs, attributes, name=f"{node.name}_{operator}_{len(nodes)}"))
+        return nodes[-1].outputs[0]
+
+    def constant(what: str, content: np.ndarray) -> ir.Value:
+        return add_weight(model, f"{node.name}.{what}", content)
+
+    # With ... for the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
+    integers = step("Cast", step("Gather", stored.table, indices, axis=0), to=ir.DataType.FLOAT)
+    centred = step("Sub", integers, constant("zero_point", np.array(_ZERO, np.float32)))
+    scales = step("Unsqueeze", step("Gather", stored.scales, indices, axis=0), constant("last", np.array([-1])))
+    flat = step("Concat", step("Shape", indices), constant("rest", np.array([-1])), axis=0)
+    rows = step("Reshape", step("Mul", centred, scales), flat)
+    if stored.matrix.data[0].size != stored.matrix.columns:
+        bounds = (("start", 0), ("width", stored.matrix.columns), ("axis", -1))
+        step("Slice", rows, *(constant(what, np.array([number])) for what, number in bounds))
     _replace(model, node, nodes)
 
 
@@ -150,8 +160,6 @@ def _quantize_product(model: ir.Model, node: ir.Node, quantized: dict[int, _Stor
     value, transposed = found
     stored = _store(model, value, transposed, quantized)
     rows, _, block_size = stored.matrix.data.shape
-    if stored.blocks is None:
-        stored.blocks = add_weight(model, f"{stored.name}.blocks", stored.matrix.data)
     new = ir.node(
         "MatMulNBits",
         [node.inputs[0], stored.blocks, stored.scales],

@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error) from None
 
-OLDEST = (1, 23, 0)  # the first release with 8-bit GatherBlockQuantized
+OLDEST = (1, 23, 0)  # the oldest release that the tests run
 BROKEN = {(1, 24, 1): "refuses weight files that are links, as download caches keep them"}
 
 # What onnxruntime raises has no common base class of its own.

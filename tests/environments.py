@@ -1,8 +1,9 @@
-"""Virtual environments that tests run other programs in, kept in .environments/ of the checkout between runs."""
+"""Environments that tests run other programs in, kept in .environments/ of the checkout between runs."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -37,3 +38,28 @@ def environment(name: str, requirements: Sequence[str], *, checkout: str | None 
     subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
     stamp.write_text(content)
     return python
+
+
+def node_environment(manifest: Path) -> Path:
+    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
+    folder = _FOLDER / "node"
+    stamp, content = folder / "stamp", hashlib.sha256(manifest.read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == content:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(manifest, folder)
+    # The CPU library is in the package; its install script would fetch others from elsewhere.
+    quiet = os.environ | {"ONNXRUNTIME_NODE_INSTALL": "skip"}
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, env=quiet, check=True)
+    stamp.write_text(content)
+    return folder
+
+
+def install_chromium() -> str | None:
+    """The path of Chromium, from Debian's package where it is absent and may be installed; None where it cannot be."""
+    if shutil.which("chromium") is None and shutil.which("apt-get") is not None and os.geteuid() == 0:
+        noninteractive = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+            subprocess.run(["apt-get", "--quiet=2", *command], env=noninteractive, check=True)
+    return shutil.which("chromium")

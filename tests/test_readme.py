@@ -30,10 +30,21 @@ def test_the_example_exports_and_runs_by_the_commands_of_the_readme(
     assert len(re.findall(r"\d+", done.stdout)) == 5
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "CONTRIBUTING.md"])
+def test_the_programs_that_are_shown_are_those_that_the_tests_run() -> None:
+    page = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- (tests/programs/\S+) -->\n```\w+\n(.*?)```\n<!-- end -->", page, re.DOTALL)
+    folder = ROOT / "tests" / "programs"
+    run = {*folder.glob("greedy*"), folder / "page.html"}
+    assert {name for name, _ in shown} == {path.relative_to(ROOT).as_posix() for path in run}
+    for name, content in shown:
+        assert content == (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/programs.md", "CONTRIBUTING.md"])
 def test_files_that_the_pages_name_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     made = {"tokenizer.json", "config.json", "tokenizer_config.json", "model.safetensors", "pastkey.json", "file.py"}
+    made |= {"genai_config.json"}
     for name in set(re.findall(r"`([\w/]+\.(?:py|md|json|safetensors))`", text)) - made:
         folders = [ROOT, ROOT / "export", ROOT / "runtime", ROOT / "train"]
         assert any((folder / name).exists() for folder in folders), f"{page} names {name}"

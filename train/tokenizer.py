@@ -78,6 +78,8 @@ class TextTokenizer:
             "bos_token": None if self.begin is None else self.tokenizer.id_to_token(self.begin),
             "eos_token": self.tokenizer.id_to_token(self.end),
             "clean_up_tokenization_spaces": False,
+            # transformers adds token_type_ids unless told what the model takes, and then generate() refuses them.
+            "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],
         }
         content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / names.TOKENIZER_CONFIG).write_text(content, encoding="utf-8")

@@ -73,7 +73,7 @@ def test_a_bundle_alone_is_compared_with_its_own_uncached_run(name: str, exporte
     assert [check.name for check in verification.checks] == CHECKS
 
 
-def test_int8_decode_may_cost_no_more_than_int8_itself(exported: Export) -> None:
+def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported: Export) -> None:
     made = exported("llama", "int8")
     checks = {check.name: check for check in verify(made.bundle, made.module).checks}
     assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {
@@ -81,7 +81,7 @@ def test_int8_decode_may_cost_no_more_than_int8_itself(exported: Export) -> None
         "chunks_of_1",
         "float32",
     }
-    assert checks["decode"].limit == pytest.approx(made.bundle.manifest.quality["kl_divergence"], rel=1e-3)
+    assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.quality["kl_divergence"], rel=1e-3)
     assert checks["decode"].value <= checks["decode"].limit
     assert checks["chunks_of_7"].limit == checks["batch"].limit == MAX_RELATIVE_DIFFERENCE
     assert checks["chunks_of_7"].value <= MAX_RELATIVE_DIFFERENCE
@@ -92,7 +92,7 @@ def test_int8_alone_is_held_to_the_recorded_divergence(exported: Export) -> None
     verification = verify(made.bundle)
     assert verification.ok
     decode = next(check for check in verification.checks if check.name == "decode")
-    assert decode.limit == made.bundle.manifest.quality["kl_divergence"]
+    assert decode.limit == 2 * made.bundle.manifest.quality["kl_divergence"]
 
 
 def test_verifying_twice_gives_the_same_figures(exported: Export) -> None:

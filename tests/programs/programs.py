@@ -1,0 +1,87 @@
+"""The other programs: each continues prompts greedily from a bundle's folder, in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ..environments import GENAI, OPTIMUM, environment, install_chromium, node_environment
+from .browser import visit
+
+_HERE = Path(__file__).parent
+_OFFLINE = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program makes of a prompt."""
+
+    prompt_ids: list[int]  # as it tokenizes the prompt
+    ids: list[int]  # the new tokens; some programs give the end token too
+
+
+def genai(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+    """onnxruntime-genai."""
+    return _answers([environment(*GENAI), _HERE / "greedy_genai.py", bundle, new_tokens, *prompts])
+
+
+def optimum(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+    """optimum's ORTModelForCausalLM with transformers 4.57."""
+    return _answers([environment(*OPTIMUM), _HERE / "greedy_optimum.py", bundle, new_tokens, *prompts])
+
+
+def node(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+    """transformers.js in Node."""
+    folder = _node_folder()
+    for name in ("greedy.mjs", "greedy_node.mjs"):  # Node looks for packages beside the script
+        shutil.copy(_HERE / name, folder)
+    return _answers(["node", folder / "greedy_node.mjs", bundle, new_tokens, *prompts])
+
+
+def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+    """transformers.js in headless Chromium."""
+    packages = _node_folder() / "node_modules"
+    chromium = install_chromium()
+    if chromium is None:
+        pytest.skip("chromium is not installed, and only root can install Debian's package")
+    request = bundle.parent / f"{bundle.name}-request.json"
+    request.write_text(json.dumps({"newTokens": new_tokens, "prompts": list(prompts)}))
+    places = {
+        "/page.html": _HERE / "page.html",
+        "/greedy.mjs": _HERE / "greedy.mjs",
+        "/request.json": request,
+        "/node_modules": packages,
+        "/bundle": bundle,
+    }
+    path, content = visit(chromium, "/page.html", places)
+    assert path == "/answers", content
+    return [Answer(answer["prompt_ids"], answer["ids"]) for answer in content]
+
+
+PROGRAMS = {program.__name__: program for program in (genai, optimum, node, browser)}
+
+
+def _answers(command: Sequence[str | Path | int]) -> list[Answer]:
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | _OFFLINE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    return [Answer(answer["prompt_ids"], answer["ids"]) for answer in answers]
+
+
+def _node_folder() -> Path:
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    return node_environment(_HERE / "package.json")
