@@ -70,12 +70,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _ROUTED | _LATENT,
     "gpt2": {},
     "gpt_bigcode": {},
-    "gpt_neo": {
-        "attention_types": [[["global", "local"], 1]],
-        "num_layers": 2,
-        "num_hidden_layers": 2,
-        "window_size": WINDOW,
-    },
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_oss": _EXPERTS | _KINDS,
     "gptj": {"rotary_dim": 8, "n_inner": 112},
@@ -122,6 +116,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v2": (_ROUTED | _LATENT, "complex"),
     "doge": ({}, "an attn_mask that is not the causal one"),
     "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, "computes attention by hand"),
+    "gpt_neo": (
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_hidden_layers": 2},
+        "computes attention by hand",
+    ),
     "lfm2": ({"layer_types": ["full_attention", "conv", "full_attention"]}, "keeps state across positions"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "chunked or prefix"),
     "mamba": ({}, "made no call of F.scaled_dot_product_attention"),
