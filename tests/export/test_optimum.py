@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pastkey.errors import InputError
 from pastkey.export import Report, export
 from pastkey.runtime import Session, load
 
+from ..conftest import Run
 from .families import CONTEXT, build
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # optimum's and transformers' own
@@ -85,8 +87,11 @@ def test_padding_is_computed_right_or_refused(made: Made) -> None:
     np.testing.assert_allclose(padded, session.forward(ids[1:, :3])[0, 2], rtol=0, atol=1e-4)
 
 
-def test_pages_of_remarks_are_held_back(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    export(made.folder, tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err == ""
+def test_the_command_says_who_exported_and_prints_no_pages(made: Made, tmp_path: Path, pastkey_command: Run) -> None:
+    choices = ("--precision", "fp32", "--context", CONTEXT, "--out", "bundle", "--json")
+    done = pastkey_command("export", made.folder, *choices, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "optimum" in json.loads(done.stdout)["graph_reason"]
+    assert "ask optimum's exporter" in done.stderr
+    for remark in ("TracerWarning", "tied weights", "deprecated"):
+        assert remark not in done.stderr
