@@ -169,7 +169,7 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    return attend(call).transpose(1, 2), None
+    return attend(call).transpose(1, 2).contiguous(), None
 
 
 def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Tensor:

@@ -6,7 +6,12 @@ verified in the same way, and the manifest says where it came from.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import tempfile
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +58,8 @@ class OptimumExport:
 def is_installed() -> bool:
     """Whether optimum's exporter can be imported here."""
     try:
-        import optimum.exporters.onnx  # noqa: F401
+        with _without_remarks():
+            import optimum.exporters.onnx  # noqa: F401
     except ImportError:
         return False
     return True
@@ -61,18 +67,20 @@ def is_installed() -> bool:
 
 def export_with_optimum(folder: Path, module: NativeDecoder) -> OptimumExport:
     """Runs optimum's exporter on a Hugging Face folder. Raises ContractError where it refuses the model, too."""
-    from optimum.exporters.onnx import main_export
+    with _without_remarks():
+        from optimum.exporters.onnx import main_export
 
     with tempfile.TemporaryDirectory(prefix="pastkey-optimum-") as temporary:
         try:
-            main_export(
-                str(folder),
-                output=temporary,
-                task="text-generation-with-past",
-                do_validation=False,  # `verify` does it, with the runtime that ships
-                local_files_only=True,
-                device="cpu",
-            )
+            with _without_remarks():
+                main_export(
+                    str(folder),
+                    output=temporary,
+                    task="text-generation-with-past",
+                    do_validation=False,  # `verify` does it, with the runtime that ships
+                    local_files_only=True,
+                    device="cpu",
+                )
             model = ir.load(Path(temporary) / "model.onnx")
             for value in model.graph.initializers.values():  # into memory, before their file goes
                 if value.const_value is not None:
@@ -82,6 +90,23 @@ def export_with_optimum(folder: Path, module: NativeDecoder) -> OptimumExport:
             raise ContractError(f"optimum's exporter cannot take {folder} either: {line}") from error
     simplify(model)
     return OptimumExport(model, _observe(model, module.model.config.num_attention_heads))
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Holds back pages on the tracing of what turns out right, or does not verify."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _observe(model: ir.Model, heads: int) -> Observation:

@@ -112,6 +112,11 @@ def record_family() -> dict[str, float]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _FAMILY_FIGURES:
         return
-    terminalreporter.section(f"{len(_FAMILY_FIGURES)} Hugging Face families, largest difference of the largest logit")
+    import transformers
+
+    terminalreporter.section(
+        f"{len(_FAMILY_FIGURES)} Hugging Face families under transformers {transformers.__version__}: "
+        "max |difference| / max |logit|"
+    )
     for family, figure in sorted(_FAMILY_FIGURES.items()):
         terminalreporter.write_line(f"{family:<20} {figure:.1e}")

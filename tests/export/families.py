@@ -1,7 +1,7 @@
-"""Tiny decoders of every Hugging Face family that the graft takes, randomly initialised. Needs transformers.
+"""Tiny decoders of Hugging Face families, randomly initialised: what the graft takes, and what it refuses and why.
 
 Sizes are stated under the names that most configurations share; a family states what it has beside or instead. The
-windows are smaller than the text that `verify` compares, so that it sees tokens leave them.
+windows are smaller than the text that `verify` compares, so that it sees tokens leave them. Needs transformers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,32 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": 0,
 }  # fmt: skip
-_MULTI_HEAD = {"num_key_value_heads": 4}
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-_KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+_ROUTED = _EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_LATENT: dict[str, Any] = {  # keys and values out of a smaller vector, and heads of two sizes
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_KINDS: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+}
+_SOFTCAP: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
 
 # family -> what its configuration has beside the common sizes
 FAMILIES: dict[str, dict[str, Any]] = {
-    "apertus": {},
+    "afmoe": _EXPERTS | _KINDS,
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "arcee": {},
     "biogpt": {},
     "bitnet": {},
@@ -33,49 +52,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": _KINDS,
     "ctrl": {"dff": 112},
-    "deepseek_v2": _EXPERTS
-    | {
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "head_dim": 8,
-    },
-    "deepseek_v3": _EXPERTS
-    | {
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "head_dim": 8,
-        "num_key_value_heads": 4,
-    },
+    "cwm": _KINDS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "deepseek_v3": _ROUTED | _LATENT,
     "diffllama": {},
-    "dots1": _EXPERTS
-    | {"n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "dots1": _ROUTED | {"n_shared_experts": 1},
     "ernie4_5": {},
+    "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
     "exaone4": _KINDS,
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "exaone_moe": _EXPERTS | _KINDS,
+    "flex_olmo": _EXPERTS,
     "gemma": {},
-    "gemma2": _KINDS | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "gemma2": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
     "gemma3_text": _KINDS | {"query_pre_attn_scalar": 16},
     "glm": {"partial_rotary_factor": 0.5},
     "glm4": {"partial_rotary_factor": 0.5},
-    "glm4_moe": _EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "glm4_moe": _ROUTED,
+    "glm4_moe_lite": _ROUTED | _LATENT,
     "gpt2": {},
     "gpt_bigcode": {},
     "gpt_neox": {"rotary_pct": 0.5},
-    "gpt_neox_japanese": {"intermediate_multiple_size": 2},
     "gpt_oss": _EXPERTS | _KINDS,
     "gptj": {"rotary_dim": 8, "n_inner": 112},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
@@ -83,11 +78,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": _EXPERTS | {"attention_multiplier": 0.3, "shared_intermediate_size": 48},
     "helium": {},
     "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": _EXPERTS,
+    "jais2": {},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
     "llama": {},
     "minimax_m2": _EXPERTS | {"rotary_dim": 8},
     "ministral": _KINDS,
     "mistral": {"sliding_window": WINDOW},
     "mixtral": _EXPERTS | {"sliding_window": WINDOW},
+    "nanochat": {},
     "nemotron": {},
     "olmo": {},
     "olmo2": {},
@@ -104,63 +103,53 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _EXPERTS,
     "seed_oss": {},
     "smollm3": {},
+    "solar_open": _ROUTED,
     "stablelm": {"partial_rotary_factor": 0.5},
     "starcoder2": {"sliding_window": WINDOW},
-    "vaultgemma": _KINDS | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
-    "xglm": {"ffn_dim": 112, "num_layers": 3, "attention_heads": 4, "d_model": 64},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": WINDOW},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
-    "openai-gpt": {},
-    "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"]},
-    "mamba": {},
-    "nanochat": {},
-    "flex_olmo": _EXPERTS,
-    "hunyuan_v1_moe": _EXPERTS,
-    "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
-    "solar_open": _EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "afmoe": _EXPERTS | _KINDS,
-    "jais2": {},
-    "cwm": _KINDS,
-    "youtu": {
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "head_dim": 8,
-        "num_key_value_heads": 4,
-    },
-    "exaone_moe": _EXPERTS | _KINDS,
-    "glm4_moe_lite": _EXPERTS
-    | {
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "head_dim": 8,
-        "num_key_value_heads": 4,
-    },
-    "longcat_flash": {},
-    "jetmoe": {},
-    "doge": {},
-    "zamba": {},
-    "rwkv": {},
-    "llama4_text": _EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16},
-    "moonshine": {},
-    "dbrx": {
-        "d_model": 64,
-        "n_heads": 4,
-        "n_layers": 2,
-        "max_seq_len": CONTEXT,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
-        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-    },
+    "vaultgemma": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
+    "youtu": _LATENT,
+}
+
+# family -> what its configuration has beside the common sizes, and words of the reason that it is refused with
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom": ({"n_layer": 2, "n_head": 4}, "computes attention by hand"),
+    "deepseek_v2": (_ROUTED | _LATENT, "complex"),
+    "doge": ({}, "an attn_mask that is not the causal one"),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, "computes attention by hand"),
+    "gpt_neo": (
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_hidden_layers": 2},
+        "computes attention by hand",
+    ),
+    "lfm2": ({"layer_types": ["full_attention", "conv", "full_attention"]}, "keeps state across positions"),
+    "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "chunked or prefix"),
+    "mamba": ({}, "made no call of F.scaled_dot_product_attention"),
+    "mpt": (
+        {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
+        "computes attention by hand",
+    ),
+    "openai-gpt": ({}, "computes attention by hand"),
+    "xglm": ({"ffn_dim": 112, "num_layers": 3, "attention_heads": 4, "d_model": 64}, "computes attention by hand"),
+}
+_BY_HAND = "it computes this attention by hand, not through AttentionInterface"
+_UNTRACED = "its experts are picked by values, in a way that no trace can follow"
+_OTHERWISE = "it is refused for another reason"
+# Families that transformers 4.57 has, too, and what keeps them from being exported (or refused as above) there.
+FROM_TRANSFORMERS_5: dict[str, str] = {
+    "codegen": _BY_HAND,
+    "ctrl": _BY_HAND,
+    "deepseek_v2": _OTHERWISE,
+    "deepseek_v3": _UNTRACED,
+    "diffllama": _BY_HAND,
+    "dots1": _UNTRACED,
+    "glm4_moe": _UNTRACED,
+    "gptj": _BY_HAND,
+    "jetmoe": _BY_HAND,
+    "nemotron": _BY_HAND,
+    "olmoe": _BY_HAND,
+    "phimoe": _BY_HAND,
+    "qwen2_moe": _BY_HAND,
+    "stablelm": _BY_HAND,
+    "xglm": _OTHERWISE,
 }
 
 
@@ -168,11 +157,18 @@ def build(family: str) -> nn.Module:
     """The model with weights large enough that attention is sharp and every part of it shows."""
     import transformers
 
-    known = transformers.AutoConfig.for_model(family)
-    sizes = {k: v for k, v in _COMMON.items() if hasattr(known, k)} | FAMILIES[family]
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **sizes)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    logging: Any = transformers.utils.logging  # without types
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # remarks on sizes this small
+    try:
+        known = transformers.AutoConfig.for_model(family)
+        named = {k: v for k, v in _COMMON.items() if hasattr(known, k) and not _is_derived(known, k)}
+        extras = FAMILIES[family] if family in FAMILIES else REFUSED[family][0]
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(family, **(named | extras))
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    finally:
+        logging.set_verbosity(verbosity)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -181,3 +177,9 @@ def build(family: str) -> nn.Module:
             else:
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.1
     return model.eval()
+
+
+def _is_derived(config: Any, name: str) -> bool:
+    """Whether a configuration computes this field from others, and lets nobody set it."""
+    field = getattr(type(config), name, None)
+    return isinstance(field, property) and field.fset is None
