@@ -95,6 +95,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 context_length=bundle.manifest.context_length,
                 trust_remote_code=arguments.trust_remote_code,
+                say=say,
             )
             observation = observe(source.module, source.context_length)
             _require_same_shape(bundle, source.name, observation)
