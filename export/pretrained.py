@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,7 +84,11 @@ def open_gguf(
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         model = _load(library, file.parent, named=file, **options)
         found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
-    return _source(file.stem, model, found, tokenizer, context_length)
+    source = _source(file.stem, model, found, tokenizer, context_length)
+    if found is None or source.tokenizer is None:
+        return source
+    own = _without_tokens_from(model.get_input_embeddings().num_embeddings, source.tokenizer)
+    return dataclasses.replace(source, tokenizer=own)
 
 
 def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
@@ -292,6 +297,17 @@ def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
         "bos_token_id": bos,
         "eos_token_ids": () if eos is None else (eos,),
     }
+
+
+def _without_tokens_from(end: int, tokenizer: bytes) -> bytes:
+    """tokenizer.json without added tokens of ids from `end` on.
+
+    transformers adds tokens that it expects of every tokenizer of a kind, such as <|endoftext|>, where a GGUF file
+    has none.
+    """
+    content = json.loads(tokenizer)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _first_line(error: BaseException) -> str:

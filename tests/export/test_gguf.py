@@ -149,14 +149,13 @@ def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path: Path, 
     assert "foo" in sentence
 
 
-@pytest.mark.parametrize("package", ["gguf", "accelerate"])
 def test_a_package_that_is_not_installed_comes_with_its_extra(
-    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, package: str
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     sentence = refusal(file)
-    assert f"the package {package!r} is not installed" in sentence
+    assert "the package 'gguf' is not installed" in sentence
     assert "pip install 'pastkey[gguf]'" in sentence
 
 

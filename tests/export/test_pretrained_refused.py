@@ -21,7 +21,7 @@ from pastkey.errors import ResourceError  # noqa: E402
 from pastkey.export import export, resources  # noqa: E402
 from pastkey.export.source import open_source  # noqa: E402
 
-from .conftest import Export
+from .conftest import Export  # noqa: E402
 from .tiny_llama import VOCABULARY, bpe, llama, sizes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
@@ -42,7 +42,9 @@ def test_an_empty_folder(tmp_path: Path, refusal: Callable[..., str]) -> None:
 
 
 def test_a_bundle_is_no_source(exported: Export, refusal: Callable[..., str]) -> None:
-    assert "is a bundle, not a checkpoint" in refusal(exported("llama").bundle.path)
+    assert "is a 'bundle' folder; a checkpoint was expected: name the checkpoint it came from" in refusal(
+        exported("llama").bundle.path
+    )
 
 
 def test_weights_that_are_only_pickled_come_with_a_command_that_converts_them(
