@@ -28,7 +28,7 @@ from .tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 
 WIDTH, HIDDEN, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
-TEXTS = ("Once upon a time", " two  spaces", "äöü 🙂\n\ttab", "<|im_start|>user", "")
+TEXTS = ("Once upon a time", " two  spaces", "äöü 🙂\n\ttab", "<|im_start|>user")
 
 
 def write_gguf(file: Path, *, quantized: bool = False, architecture: str = "llama") -> Path:
