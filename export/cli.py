@@ -96,6 +96,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 context_length=bundle.manifest.context_length,
                 trust_remote_code=arguments.trust_remote_code,
+                say=say,
             )
             verification = _against(bundle, source)
     result = verification.to_json()

@@ -15,7 +15,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
     Raises ContractError when torch cannot trace the module.
     """
     calls: list[int] = []
-    grafted = _Grafted(module, graph, calls)
+    grafted = _Grafted(module, graph, calls, observation.geometry)
     layers = observation.geometry
     new = min(_NEW, context_length)  # a longer one would overrun a table of positions
     arguments = (
@@ -149,9 +149,10 @@ def _require_float32(module: nn.Module, model: ir.Model) -> None:
 class _Grafted(nn.Module):
     """The module with its cache: what torch traces."""
 
-    def __init__(self, module: nn.Module, graph: str, calls: list[int]) -> None:
+    def __init__(self, module: nn.Module, graph: str, calls: list[int], layers: Sequence[KVGeometry]) -> None:
         super().__init__()
         self.decoder = module
+        self._layers = layers
         self._attention = _FusedAttention if graph == "fused" else _StandardAttention
         self._calls = calls  # appended to: torch undoes what tracing assigns to attributes
 
@@ -164,6 +165,7 @@ class _Grafted(nn.Module):
         def graft(call: AttentionCall) -> Tensor:
             if len(present) == len(past):
                 raise ContractError("the module made more attention calls while traced than when run")
+            _require_observed(self.decoder, call, self._layers[len(present) // 2])
             output, key, value = attention(call, *past[len(present) : len(present) + 2])
             present.extend((key, value))
             return output
@@ -172,6 +174,17 @@ class _Grafted(nn.Module):
             logits = self.decoder(input_ids, position_ids=position_ids)
         self._calls.append(len(present) // 2)
         return (logits, *present)
+
+
+def _require_observed(module: nn.Module, call: AttentionCall, observed: KVGeometry) -> None:
+    """transformers repeats keys and values for the query heads while torch traces, and not when it runs."""
+    traced = KVGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3])
+    if traced != observed:
+        raise ContractError(
+            f"the attention call at {call.where} has {traced.kv_heads} key/value heads of size {traced.key_head_size} "
+            f"while {name_of(module)} is traced, and {observed.kv_heads} of size {observed.key_head_size} when it is "
+            "run: where it wraps a transformers model, export that model itself, or its folder"
+        )
 
 
 _Attention = Callable[[AttentionCall, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]

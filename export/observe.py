@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey.bundle import KVGeometry
-from pastkey.errors import ContractError, PastkeyError
+from pastkey.errors import ContractError, NumericsError, PastkeyError
 
 from .attention import AttentionCall, Handler, attention_over, calling_line, failing_line, intercept, torch_attention
 
@@ -108,7 +108,9 @@ def _call(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None, han
 
 # --- observing ----------------------------------------------------------------------------------------------------
 def observe(module: nn.Module, context_length: int) -> Observation:
-    """Runs the module at two shapes and checks that it keeps the contract. Raises ContractError where it does not."""
+    """Runs the module at two shapes and checks that it keeps the contract. Raises ContractError where it does not,
+    and NumericsError for a weight that holds NaN or infinity.
+    """
     _check_module(module)
     longest = min(7, context_length)
     vocab_size = _probe_vocabulary(module, longest)
@@ -245,7 +247,7 @@ def _tracking(module: nn.Module, stack: list[str]) -> Iterator[None]:
         if not path:
             continue
 
-        def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
+        def enter(_module: nn.Module, _args: Any, path: str = path_in(module, path)) -> None:
             stack.append(path)
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -276,15 +278,21 @@ def _check_module(module: nn.Module) -> None:
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":
-            raise ContractError(f"{name} of {name_of(module)} is on {tensor.device}: call module.cpu() first")
+            raise ContractError(
+                f"{path_in(module, name)} of {name_of(module)} is on {tensor.device}: call module.cpu() first"
+            )
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise ContractError(f"{name} of {name_of(module)} is {tensor.dtype}: call module.float() first")
+            raise ContractError(
+                f"{path_in(module, name)} of {name_of(module)} is {tensor.dtype}: call module.float() first"
+            )
         if (
             tensor.is_floating_point()
             and not bool(torch.isfinite(tensor).all())
             and name in dict(module.named_parameters())
         ):
-            raise ContractError(f"the weight {name} of {name_of(module)} holds NaN or infinity: training went wrong")
+            raise NumericsError(
+                f"the weight {path_in(module, name)} of {name_of(module)} holds NaN or infinity: training went wrong"
+            )
 
 
 def _check_last_position(module: nn.Module, length: int, context_length: int) -> None:
@@ -367,6 +375,11 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
 def name_of(module: nn.Module) -> str:
     """What messages call a module: its class, or that of what it wraps."""
     return str(getattr(module, "shown_name", type(module).__name__))
+
+
+def path_in(module: nn.Module, path: str) -> str:
+    """A submodule's or weight's path as its author knows it: within what the module wraps."""
+    return path.removeprefix("model.") if hasattr(module, "shown_name") else path
 
 
 def _first_line(error: BaseException) -> str:

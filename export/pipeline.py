@@ -94,8 +94,8 @@ def export(
     "standard". `context_length` in tokens is required for a module. `progress` is called with each stage's name.
 
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
-    ResourceError (too little memory or disk), ContractError (the cache cannot be grafted onto it) or ParityError
-    (the bundle differs from the source).
+    ResourceError (too little memory or disk), ContractError (the cache cannot be grafted onto it), NumericsError
+    (a weight that is no number) or ParityError (the bundle differs from the source).
     """
     started = time.perf_counter()
     say = progress or (lambda stage: None)
@@ -103,7 +103,12 @@ def export(
     refuse_existing(Path(out), force=force)
     say("open the source")
     source = open_source(
-        module_or_path, tokenizer=tokenizer, context_length=context_length, trust_remote_code=trust_remote_code
+        module_or_path,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        trust_remote_code=trust_remote_code,
+        say=say,
+        before_loading=lambda weights: require_disk(Path(out), weights, precision),
     )
 
     weights = parameters(source.module)

@@ -10,8 +10,9 @@ import contextlib
 import copy
 import dataclasses
 import io
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +31,64 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def open_folder(
-    folder: Path, *, tokenizer: str | Path | None, context_length: int | None, trust_remote_code: bool
+    folder: Path,
+    *,
+    tokenizer: str | Path | None,
+    context_length: int | None,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+    before_loading: Callable[[int], None],
 ) -> Source:
-    """A folder with config.json and safetensors. Raises InputError or MissingFileError."""
+    """A folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError."""
     content = read_json(folder / names.CONFIG)
-    _check_folder(folder, content, trust_remote_code)
+    code = _custom_code(folder, content)
+    _check_folder(folder, content)
+    if code and not trust_remote_code:
+        raise InputError(
+            f"{folder} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
+            "and if you trust it add --trust-remote-code"
+        )
     half = str(content.get("dtype", content.get("torch_dtype"))) in ("float16", "bfloat16")
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    require_memory(stored // (2 if half else 4), loaded=False)
+    weights = stored // (2 if half else 4)
+    require_memory(weights, loaded=False)
+    before_loading(weights)
+    if code:
+        say(f"run the Python code that {folder} brings: {', '.join(code)}")
     with _transformers(folder) as library:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(f"{folder} holds an encoder-decoder ({config.model_type}): only decoders can be exported")
         model = _load(library, folder, config=config, use_safetensors=True, **options)
-        has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-        found = library.AutoTokenizer.from_pretrained(folder, **options) if has_tokenizer and not tokenizer else None
+        wanted = _has_tokenizer(folder) and not tokenizer
+        found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
     source = _source(folder.resolve().name, model, found, tokenizer, context_length)
     return dataclasses.replace(source, folder=folder)
 
 
-def open_gguf(file: Path, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
+def open_gguf(
+    file: Path,
+    *,
+    tokenizer: str | Path | None,
+    context_length: int | None,
+    before_loading: Callable[[int], None],
+) -> Source:
     """A GGUF file, whose weights, configuration, tokenizer and chat template are all in it."""
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
-    require_memory(_check_gguf(file), loaded=False)
+    weights = _check_gguf(file)
+    require_memory(weights, loaded=False)
+    before_loading(weights)
     with _transformers(file) as library:
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         model = _load(library, file.parent, named=file, **options)
         found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
-    return _source(file.stem, model, found, tokenizer, context_length)
+    source = _source(file.stem, model, found, tokenizer, context_length)
+    if found is None or source.tokenizer is None:
+        return source
+    own = _without_tokens_from(model.get_input_embeddings().num_embeddings, source.tokenizer)
+    return dataclasses.replace(source, tokenizer=own)
 
 
 def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
@@ -70,12 +99,7 @@ def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int 
 
 
 # --- before loading -----------------------------------------------------------------------------------------------
-def _check_folder(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    if "auto_map" in config and not trust_remote_code:
-        raise InputError(
-            f"{folder} brings Python code of its own ({', '.join(sorted(set(_custom_code(config))))}), which loading "
-            "it would run: read that code, and if you trust it add --trust-remote-code"
-        )
+def _check_folder(folder: Path, config: dict[str, Any]) -> None:
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict):
         raise InputError(
@@ -86,19 +110,31 @@ def _check_folder(folder: Path, config: dict[str, Any], trust_remote_code: bool)
         return
     pickled = sorted({found.name for pattern in _PICKLED for found in folder.glob(pattern)})
     if pickled:
+        kinds = ["AutoModelForCausalLM", *(["AutoTokenizer"] if _has_tokenizer(folder) else [])]
+        saving = (
+            f"[kind.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-safetensors'!r}) for kind in kinds]"
+        )
         raise InputError(
             f"{folder} has its weights only as {pickled[0]}, a pickle, which can run any code when it is read: if you "
-            'trust it, convert it with  python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"  and export that folder"
+            f'trust it, convert it with  python -c "import transformers as t; kinds = '
+            f'{", ".join(f"t.{kind}" for kind in kinds)},; {saving}"  and export that folder'
         )
     raise MissingFileError(f"{folder} has a config.json and no weights: expected model.safetensors beside it")
 
 
-def _custom_code(config: dict[str, Any]) -> Iterator[str]:
-    for reference in config["auto_map"].values():
-        for name in reference if isinstance(reference, list) else [reference]:
-            if isinstance(name, str):
-                yield name.split("--")[-1].split(".")[0] + ".py"
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The Python files that the folder's auto_map entries name."""
+    beside = folder / names.TOKENIZER_CONFIG
+    references: list[Any] = []
+    for content in (config, read_json(beside) if beside.is_file() else {}):
+        entries = content.get("auto_map")
+        for reference in entries.values() if isinstance(entries, dict) else [entries]:
+            references += reference if isinstance(reference, list) else [reference]
+    return sorted({name.split("--")[-1].split(".")[0] + ".py" for name in references if isinstance(name, str)})
 
 
 def _check_gguf(file: Path) -> int:
@@ -251,14 +287,28 @@ def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
         token = getattr(tokenizer, key, None)
         if token is not None:
             config[key] = str(token)
-    if getattr(tokenizer, "chat_template", None):
-        config["chat_template"] = tokenizer.chat_template
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # in a file, several with names are a list: transformers.js reads nothing else
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        config["chat_template"] = template
     return {
         "tokenizer": backend.to_str().encode(),
         "tokenizer_config": config,
         "bos_token_id": bos,
         "eos_token_ids": () if eos is None else (eos,),
     }
+
+
+def _without_tokens_from(end: int, tokenizer: bytes) -> bytes:
+    """tokenizer.json without added tokens of ids from `end` on.
+
+    transformers adds tokens that it expects of every tokenizer of a kind, such as <|endoftext|>, where a GGUF file
+    has none.
+    """
+    content = json.loads(tokenizer)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
 def _first_line(error: BaseException) -> str:

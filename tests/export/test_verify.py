@@ -28,7 +28,7 @@ from pastkey.folder import file_record
 from .conftest import Export, Exported
 from .decoders import llama
 
-CHECKS = ["prefill", "decode", "chunks_of_1", "chunks_of_7", "chunks_of_64", "batch", "greedy"]
+CHECKS = ["prefill", "decode", "chunks_of_7", "chunks_of_64", "batch", "greedy"]
 
 
 def alter_weight(bundle: Bundle, folder: Path, name: str, factor: float, rehash: bool = True) -> Bundle:
@@ -78,7 +78,6 @@ def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported: Export) -
     checks = {check.name: check for check in verify(made.bundle, made.module).checks}
     assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {
         "decode",
-        "chunks_of_1",
         "float32",
     }
     assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.quality["kl_divergence"], rel=1e-3)
@@ -133,7 +132,7 @@ def test_an_altered_weight_is_found_and_its_layer_named(
     verification = verify(bundle, made.module, layers=observe(made.module, 40).layers)
     assert not verification.ok
     found = findings(verification)
-    assert {"prefill", "decode", "chunks_of_1", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
+    assert {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
     assert where in found["prefill"].detail
     assert found["prefill"].value > MAX_RELATIVE_DIFFERENCE
     with pytest.raises(ParityError, match="what I exported does not compute what its source computes: in the check"):
@@ -205,7 +204,7 @@ def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported: Export, 
     verification = verify(broken_cache(two, tmp_path))
     found = findings(verification)
     assert "prefill" not in found  # there is no past in it
-    assert {"decode", "chunks_of_1", "chunks_of_7"} <= set(found)
+    assert {"decode", "chunks_of_7"} <= set(found)
     assert "first in layer 1" in found["decode"].detail
 
 

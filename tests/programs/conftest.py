@@ -14,6 +14,7 @@ from pastkey.train.loop import train
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
+from ..environments import smollm2
 from ..shared import shared
 
 # Short documents, so that the decoders learn to end; after name and number there is one way to go on, so that few
@@ -50,6 +51,7 @@ BUNDLES: dict[str, Callable[[Path], None]] = {
     "llama-standard": lambda out: trained(out, preset="llama", head_dim=10),  # which the fused graph cannot have
     "gpt2": lambda out: trained(out, preset="gpt2", kv_heads=4),
     "stories260K": stories,
+    "smollm2": lambda out: export(smollm2(), out),
     "llama-fp32": lambda out: trained(out, preset="llama", precision="fp32"),
 }
 
