@@ -108,8 +108,11 @@ def fuse_skips(model: ir.Model) -> None:
         total = _made_by(node.inputs[0], "Add")
         if total is None or any(value is None or weight(value) is not None for value in total.inputs):
             continue
-        if total.outputs[0].is_graph_output():
-            continue
+        one, other = total.inputs
+        assert one is not None
+        assert other is not None
+        if one.shape is None or one.shape != other.shape or total.outputs[0].is_graph_output():
+            continue  # the operator does not spread one over the other, as Add does
         new = ir.node(
             "SkipSimplifiedLayerNormalization",
             [*total.inputs, node.inputs[1]],
@@ -125,6 +128,7 @@ def fuse_skips(model: ir.Model) -> None:
         summed = total.outputs[0]
         name = summed.name
         new.outputs[3].name = f"{name}_sum"
+        new.outputs[3].shape, new.outputs[3].type = summed.shape, summed.type
         _put(model, node, new)
         replace_uses(summed, new.outputs[3])
     _drop_unread(model)
@@ -327,6 +331,7 @@ def _put(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
     model.graph.insert_before(old, new)
     output = old.outputs[0]
     name = output.name
+    new.outputs[0].shape, new.outputs[0].type = output.shape, output.type
     replace_uses(output, new.outputs[0])
     model.graph.remove(old, safe=True)
     new.outputs[0].name = name

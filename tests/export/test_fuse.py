@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 from pastkey.export.evaluate import relative_difference
 from pastkey.export.fuse import fuse
@@ -79,3 +79,20 @@ def test_what_is_not_the_pattern_is_left_alone(build: object, tmp_path: Path) ->
     assert not any(rotating(after))
     ids = list(range(30))
     assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) == 0
+
+
+class OneRowOfPositions(Plain):
+    """A sum that spreads one row over the batch, before an RMSNorm: Add does so, the fused operator does not."""
+
+    def more(self) -> None:
+        self.norm = nn.RMSNorm(self.width)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.norm(self.token(input_ids) + self.position.weight[3])
+
+
+def test_a_sum_that_spreads_is_not_fused(tmp_path: Path) -> None:
+    before, after, operators = graphs(OneRowOfPositions(), tmp_path)
+    assert operators["SimplifiedLayerNormalization"] == 1
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
