@@ -308,8 +308,9 @@ def _feed_unrotated(model: ir.Model, attention: ir.Node, index: int, heads: ir.V
     assert fed is not None
     reshape = fed.producer()
     assert reshape is not None
-    new = ir.node("Reshape", [heads, reshape.inputs[1]], dict(reshape.attributes), name=f"{reshape.name}_unrotated")
-    new.outputs[0].name = f"{fed.name}_unrotated"
+    name = f"{attention.name}_unrotated_{index}"  # two calls may share a query
+    new = ir.node("Reshape", [heads, reshape.inputs[1]], dict(reshape.attributes), name=name)
+    new.outputs[0].name = f"{name}_output"
     model.graph.insert_before(attention, new)
     attention.replace_input_with(index, new.outputs[0])
 
