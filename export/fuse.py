@@ -111,8 +111,8 @@ def fuse_skips(model: ir.Model) -> None:
         one, other = total.inputs
         assert one is not None
         assert other is not None
-        if one.shape is None or one.shape != other.shape or total.outputs[0].is_graph_output():
-            continue  # the operator does not spread one over the other, as Add does
+        if one.shape is None or one.shape != other.shape or len(one.shape) != 3 or total.outputs[0].is_graph_output():
+            continue  # the operator takes (B, T, E) and does not spread one over the other, as Add does
         new = ir.node(
             "SkipSimplifiedLayerNormalization",
             [*total.inputs, node.inputs[1]],
