@@ -20,8 +20,9 @@ from torch import nn
 import pastkey
 from pastkey import names
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import ContractError, InputError
+from pastkey.errors import ContractError, InputError, ParityError, PastkeyError
 from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
+from pastkey.runtime.ort import OrtError
 
 from . import optimum
 from .calibrate import calibrate
@@ -246,7 +247,16 @@ class _Job:
     def verify(self, bundle: Bundle, *, but: tuple[str, ...] = ()) -> Verification:
         """Raises ParityError when the bundle does not compute what its source computes, `but` for some checks."""
         self.say(f"verify {bundle.manifest.precision}: prefill, decode, chunks, batch, greedy")
-        verification = verify(bundle, self.source.module, layers=self.observation.layers)
+        try:
+            verification = verify(bundle, self.source.module, layers=self.observation.layers)
+        except (*OrtError, RuntimeError) as error:  # a run by bindings raises the latter
+            if isinstance(error, PastkeyError):
+                raise
+            line = str(error).strip().splitlines()[0][:300]
+            raise ParityError(
+                f"onnxruntime cannot run the {bundle.manifest.precision} export of {self.source.name} ({line}): try "
+                "--graph standard"
+            ) from error
         if any(not check.ok and check.name not in but for check in verification.checks):
             verification.require_ok(f"the {bundle.manifest.precision} export of {self.source.name}")
         return verification

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from pastkey.export.pipeline import MIN_ONNXRUNTIME
 from pastkey.runtime import Session
 
 from .conftest import Export
-from .decoders import CASES, MORE_CASES, Case, NanoGpt, Plain, TableRope
+from .decoders import CASES, MORE_CASES, Case, NanoGpt, Plain, TableRope, llama
 from .plain_loop import run_batch, run_chunks
 
 
@@ -385,3 +386,17 @@ def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path, monkeypat
 def test_the_table_of_cases_has_both_graphs() -> None:
     graphs = [case.graph for case in CASES.values() if isinstance(case, Case)]
     assert {"fused", "standard"} == set(graphs)
+
+
+def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: ir.Model, context_length: int) -> None:
+        for node in model.graph:
+            if node.op_type == "GroupQueryAttention":
+                node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", 1)
+
+    monkeypatch.setattr(pipeline, "fuse", spoil)
+    with pytest.raises(ParityError, match=r"onnxruntime cannot run the fp32 export of Decoder .*try --graph standard"):
+        export(llama(), tmp_path / "bundle", precision="fp32", context_length=40)
+    assert list(tmp_path.iterdir()) == []
