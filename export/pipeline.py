@@ -43,6 +43,7 @@ MIN_ONNXRUNTIME = "1.23.0"
 MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
 
 Progress = Callable[[str], None]
+_RUN_ERRORS: tuple[type[Exception], ...] = (*OrtError, RuntimeError)  # a run by bindings raises the latter
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class _Job:
         self.say(f"verify {bundle.manifest.precision}: prefill, decode, chunks, batch, greedy")
         try:
             verification = verify(bundle, self.source.module, layers=self.observation.layers)
-        except (*OrtError, RuntimeError) as error:  # a run by bindings raises the latter
+        except _RUN_ERRORS as error:
             if isinstance(error, PastkeyError):
                 raise
             line = str(error).strip().splitlines()[0][:300]
