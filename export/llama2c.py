@@ -78,8 +78,6 @@ class _Header:
 
 
 def _read_header(path: Path) -> tuple[_Header, ModelConfig]:
-    if not path.is_file():
-        raise MissingFileError(f"no such source: {path} does not exist; expected the .bin of a llama2.c checkpoint")
     with path.open("rb") as file:
         start = file.read(_HEADER_BYTES)
     version, offset, size = 0, 0, 4 * len(_SIZES)

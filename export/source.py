@@ -62,11 +62,11 @@ def open_source(
     path = Path(source)
     if not path.exists():
         raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}")
-    if path.suffix == ".bin":
+    if path.suffix == ".bin" and path.is_file():
         from .llama2c import open_llama2c
 
         return open_llama2c(path, tokenizer, context_length)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and path.is_file():
         from .pretrained import open_gguf
 
         return open_gguf(path, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)

@@ -198,7 +198,8 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused(content: bytes, words: st
 
 def test_a_missing_checkpoint_is_told(tmp_path: Path) -> None:
     sentence = refusal(MissingFileError, tmp_path / "none.bin")
-    assert sentence == f"no such source: {tmp_path}/none.bin does not exist; expected the .bin of a llama2.c checkpoint"
+    assert sentence.startswith(f"no such source: {tmp_path}/none.bin does not exist; expected")
+    assert "a llama2.c .bin" in sentence
 
 
 def test_a_context_longer_than_the_header_says_is_refused(tmp_path: Path) -> None:
