@@ -13,18 +13,32 @@ from pastkey.bundle import Bundle
 from pastkey.runtime import Generation, SamplingConfig, Session
 from pastkey.runtime.ort import onnxruntime
 
+from .evaluate import relative_difference
 from .migrate import find_groups, migrate
 
 TOKENS = 256  # length of the text, where the context has room for it
+# Of the largest logit. Moving a scale rounds every weight anew, by 6e-8; a wrong fold changes everything.
+_MAX_CHANGE = 1e-4
 _ROWS = 128  # of each activation, spread over the text
 
 
-def calibrate(model: ir.Model, bundle: Bundle) -> None:
-    """Migrates scales in `model`, the float32 graph of `bundle`, by the activations on a text of the model's own."""
+def calibrated(bundle: Bundle) -> ir.Model:
+    """The float32 graph of `bundle` with scales migrated by the activations on a text of the model's own.
+
+    It is run against the graph as it was: should the logits change, for a form of graph that nobody thought of, then
+    that one is returned.
+    """
+    model = ir.load(bundle.common_graph)
     groups = find_groups(model)
-    if groups:
-        samples = activations(bundle.common_graph, [group.activation for group in groups], own_text(bundle))
-        migrate(model, groups, samples)
+    if not groups:
+        return model
+    ids = own_text(bundle)
+    samples = run(model, bundle.common_graph.parent, [names.LOGITS, *(group.activation for group in groups)], ids)
+    migrate(model, groups, samples)
+    found = run(model, bundle.common_graph.parent, [names.LOGITS], ids)[names.LOGITS]
+    if relative_difference(samples[names.LOGITS], found) > _MAX_CHANGE:
+        return ir.load(bundle.common_graph)
+    return model
 
 
 def own_text(bundle: Bundle) -> list[int]:
@@ -40,16 +54,20 @@ def own_text(bundle: Bundle) -> list[int]:
     ]
 
 
-def activations(graph: Path, wanted: Sequence[str], ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """Rows (N, K) float32 of each wanted value of the graph, run on `ids` without a past."""
-    model = ir.load(graph)
+def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """Rows (N, K) float32 of each wanted value of the graph, run on `ids` without a past. Spread over the text.
+
+    `folder` holds the weights that the graph names, and those that it has in memory are written beside them meanwhile.
+    """
     made = {str(value.name): value for node in model.graph for value in node.outputs}
-    for name in wanted:
-        made[name].type = ir.TensorType(ir.DataType.FLOAT)
-        model.graph.outputs.append(made[name])
-    probe = graph.with_name("calibration.onnx")  # beside the weights, which it reads
-    ir.save(model, probe)
+    ends = list(model.graph.outputs)
+    extra = [made[name] for name in wanted if made[name] not in ends]
+    for value in extra:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.outputs.extend(extra)
+    probe, data = folder / "probe.onnx", "probe.onnx_data"
     try:
+        ir.save(model, probe, external_data=data)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
@@ -66,6 +84,10 @@ def activations(graph: Path, wanted: Sequence[str], ids: Sequence[int]) -> dict[
         }
         found = session.run(list(wanted), feeds | past)
     finally:
-        probe.unlink()
+        model.graph.outputs[:] = ends
+        for value in extra:
+            value.type = None
+        probe.unlink(missing_ok=True)
+        (folder / data).unlink(missing_ok=True)
     chosen = np.linspace(0, length - 1, min(_ROWS, length)).astype(int)
     return {name: rows.reshape(-1, rows.shape[-1])[chosen] for name, rows in zip(wanted, found, strict=True)}

@@ -25,6 +25,8 @@ from .passes import add_weight, replace_uses, weight
 
 _DOMAIN = "com.microsoft"
 _ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads of such sizes only
+# Tables grow with the context: at most so many bytes of them, or such a share of the weights.
+_TABLE_BYTES, _TABLE_SHARE = 4 << 20, 0.02
 
 
 def fuse(model: ir.Model, context_length: int) -> None:
@@ -142,6 +144,8 @@ def _before(model: ir.Model, one: ir.Node, other: ir.Node) -> bool:
 # --- rotary positions ---------------------------------------------------------------------------------------------
 def fuse_rotary(model: ir.Model, context_length: int) -> None:
     """Lifts the rotation of queries and keys into attention, where both are turned by the same angles."""
+    weights = sum(array.nbytes for v in model.graph.initializers.values() if (array := weight(v)) is not None)
+    allowed = max(_TABLE_BYTES, _TABLE_SHARE * weights)
     tables: dict[tuple[int, int], list[ir.Value] | None] = {}
     for node in tuple(model.graph):
         if node.op_type != "GroupQueryAttention" or len(node.inputs) > 7:
@@ -151,7 +155,7 @@ def fuse_rotary(model: ir.Model, context_length: int) -> None:
             continue
         angles = (id(query.cos), id(query.sin))
         if angles not in tables:
-            tables[angles] = _tables(model, query, context_length)
+            tables[angles] = _tables(model, query, context_length, allowed)
         found = tables[angles]
         if found is None:
             continue
@@ -183,6 +187,7 @@ class _Rotation:
     x: ir.Value
     cos: ir.Value
     sin: ir.Value
+    half: int  # D / 2
     doubled: bool
 
 
@@ -207,23 +212,30 @@ def _by_swapping(turned: ir.Value | None) -> _Rotation | None:
     if swapped is None or x is None or len(swapped.inputs) != 2:
         return None
     upper, lower = _made_by(_input_of(swapped.inputs[0], "Neg"), "Slice"), _made_by(swapped.inputs[1], "Slice")
-    if upper is None or lower is None or not _are_halves(x, lower, upper):
-        return None
+    half = None if upper is None or lower is None else _half(x, lower, upper)
     cos, sin = direct.inputs[1], crossed.inputs[1]
-    return None if cos is None or sin is None else _Rotation(x, cos, sin, doubled=True)
+    if half is None or cos is None or sin is None or not _on_last_axis(swapped):
+        return None
+    return _Rotation(x, cos, sin, half, doubled=True)
 
 
-def _are_halves(x: ir.Value, lower: ir.Node, upper: ir.Node) -> bool:
+def _half(x: ir.Value, lower: ir.Node, upper: ir.Node) -> int | None:
+    """D / 2, where the slices are the two halves of x's last axis."""
+    if lower.inputs[0] is not x or upper.inputs[0] is not x:
+        return None
     first, end, start = weight(lower.inputs[1]), weight(lower.inputs[2]), weight(upper.inputs[1])
-    same = lower.inputs[0] is x and upper.inputs[0] is x
-    return (
-        same
-        and first is not None
-        and end is not None
-        and start is not None
-        and first.tolist() == [0]
-        and end.tolist() == start.tolist()
-    )
+    axes = [weight(node.inputs[3]) if len(node.inputs) > 3 else None for node in (lower, upper)]
+    if first is None or end is None or start is None or any(a is None or a.tolist() not in ([3], [-1]) for a in axes):
+        return None
+    size = None if x.shape is None else x.shape[-1]
+    cut = int(end.item())
+    return cut if first.tolist() == [0] and start.tolist() == [cut] and size == 2 * cut else None
+
+
+def _on_last_axis(node: ir.Node) -> bool:
+    """Whether a Concat or Split is along the last of four axes."""
+    axis = node.attributes.get("axis")
+    return axis is not None and axis.as_int() in (3, -1)
 
 
 def _by_halves(turned: ir.Value | None) -> _Rotation | None:
@@ -239,9 +251,13 @@ def _by_halves(turned: ir.Value | None) -> _Rotation | None:
     if [tuple(node.inputs) for node in right if node is not None] != expected or cos is None or sin is None:
         return None
     split = _made_by(first, "Split")
-    if split is None or list(split.outputs) != [first, second] or split.inputs[0] is None:
+    if split is None or list(split.outputs) != [first, second] or not (_on_last_axis(split) and _on_last_axis(whole)):
         return None
-    return _Rotation(split.inputs[0], cos, sin, doubled=False)
+    x = split.inputs[0]
+    size = None if x is None or x.shape is None else x.shape[-1]
+    if x is None or not isinstance(size, int) or (len(split.inputs) > 1 and split.inputs[1] is not None):
+        return None
+    return _Rotation(x, cos, sin, size // 2, doubled=False)
 
 
 def _operands(value: ir.Value | None, operator: str, made_by: str) -> tuple[ir.Node | None, ir.Node | None]:
@@ -252,20 +268,21 @@ def _operands(value: ir.Value | None, operator: str, made_by: str) -> tuple[ir.N
     return _made_by(node.inputs[0], made_by), _made_by(node.inputs[1], made_by)
 
 
-def _tables(model: ir.Model, rotation: _Rotation, context_length: int) -> list[ir.Value] | None:
-    """cos and sin of every position, (context, D / 2), or None where they are not of positions alone."""
+def _tables(model: ir.Model, rotation: _Rotation, context_length: int, allowed: float) -> list[ir.Value] | None:
+    """cos and sin of every position, (context, D / 2), or None where they are too large or not of positions alone."""
+    if context_length * 2 * rotation.half * 4 > allowed or 2 * rotation.half % _ROTARY_MULTIPLE:
+        return None
     arrays = []
     for value in (rotation.cos, rotation.sin):
         array = _at_all_positions(model, value, context_length)
-        if array is None or array.size % context_length:
+        width = rotation.half * (2 if rotation.doubled else 1)
+        if array is None or array.shape[-2:] != (context_length, width) or array.size != context_length * width:
             return None
-        array = array.reshape(context_length, -1)
+        array = array.reshape(context_length, width)
         if rotation.doubled:
             array, again = np.split(array, 2, axis=1)
             if not np.array_equal(array, again):
                 return None
-        if 2 * array.shape[1] % _ROTARY_MULTIPLE:
-            return None
         arrays.append(np.ascontiguousarray(array))
     number = sum(1 for name in model.graph.initializers if str(name).startswith("cos_cache"))
     return [add_weight(model, f"{name}_cache_{number}", a) for name, a in zip(("cos", "sin"), arrays, strict=True)]
@@ -282,6 +299,8 @@ def _at_all_positions(model: ir.Model, value: ir.Value, context_length: int) -> 
         array = weight(current)
         if array is not None:
             constants[str(current.name)] = array
+        elif producer is not None and producer.domain:
+            return None  # an operator of somebody else's
         elif producer is not None and id(producer) not in inside:
             inside.add(id(producer))
             waiting += [v for v in producer.inputs if v is not None]

@@ -66,8 +66,10 @@ def find_groups(model: ir.Model) -> list[Group]:
         if len(tuple(activation.uses())) != len(nodes) or activation.is_graph_output():
             continue
         group = Group(name, [_as_fold(node, reads=True) for node in nodes])
-        if all(_only_here(fold) for fold in group.products) and _collect(activation, group):
-            groups.append(group)
+        if all(_only_here(fold) for fold in group.products):
+            channels = _matrix(group.products[0]).shape[1]
+            if _collect(activation, group, channels):
+                groups.append(group)
     return groups
 
 
@@ -85,42 +87,51 @@ def _only_here(fold: Fold) -> bool:
     return weight(value) is not None and value is not None and len(tuple(value.uses())) == 1
 
 
-def _collect(value: ir.Value, group: Group) -> bool:
-    """Adds what must be divided for `value` to be divided. Returns whether all of it can be."""
+def _collect(value: ir.Value, group: Group, channels: int) -> bool:
+    """Adds what must be divided for the `channels` of `value` to be divided. Returns whether all of it can be."""
     node = value.producer()
     if node is None:
         return False
     if node.op_type in _CHANNELWISE:
-        channels = [i for i in _CHANNELWISE[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None]
-        group.folds += [Fold(node, i, -1) for i in channels]
-        return value is node.outputs[0] and all(weight(node.inputs[i]) is not None for i in channels)
-    vectors = [i for i, v in enumerate(node.inputs) if (a := weight(v)) is not None and a.ndim >= 1 and a.size > 1]
+        weights = [i for i in _CHANNELWISE[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None]
+        return value is node.outputs[0] and all(_add(Fold(node, i, -1), group, channels) for i in weights)
+    vectors = [i for i, v in enumerate(node.inputs) if (a := weight(v)) is not None and a.size > 1]
     made = [v for v in node.inputs if v is not None and weight(v) is None]
     if node.op_type == "Mul":
         if len(vectors) == 1 and len(made) == 1:
-            group.folds.append(Fold(node, vectors[0], -1))
-            return True
-        return any(_alone(v) and _collected(v, group) for v in reversed(made))
+            return _add(Fold(node, vectors[0], -1), group, channels)
+        return any(_alone(v) and _collected(v, group, channels) for v in reversed(made))
     if node.op_type == "Add" and len(vectors) == 1 and len(made) == 1 and _alone(made[0]):
-        group.folds.append(Fold(node, vectors[0], -1))
-        return _collect(made[0], group)
+        return _add(Fold(node, vectors[0], -1), group, channels) and _collect(made[0], group, channels)
     if node.op_type == "MatMul" and constant_factor(node) is not None:
-        group.folds.append(_as_fold(node, reads=False))
-        return _only_here(group.folds[-1])
+        fold = _as_fold(node, reads=False)
+        return _only_here(fold) and _add(fold, group, channels)
     if node.op_type == "Reshape" and made and _alone(made[0]):
-        return _collect(made[0], group)
+        # Whatever is regrouped on the way: where both ends have so many channels, each keeps its place among them.
+        return _collect(made[0], group, channels)
     if node.op_type == "GroupQueryAttention" and value is node.outputs[0]:
         values = node.inputs[2]
         heads, kv_heads = (int(node.attributes[name].as_int()) for name in ("num_heads", "kv_num_heads"))
         group.heads, group.shared_by = heads, heads // kv_heads
-        return values is not None and _alone(values) and _linear_in_heads(values) and _collect(values, group)
+        through = values is not None and _alone(values) and _linear_in_heads(values)
+        return through and values is not None and _collect(values, group, channels // group.shared_by)
     return False
 
 
-def _collected(value: ir.Value, group: Group) -> bool:
+def _add(fold: Fold, group: Group, channels: int) -> bool:
+    """Adds a weight that has one number, or one column, for each channel."""
+    array = weight(fold.node.inputs[fold.index])
+    product = fold.node.op_type == "MatMul"
+    if array is None or array.shape[fold.axis] != channels or (not product and array.size != channels):
+        return False
+    group.folds.append(fold)
+    return True
+
+
+def _collected(value: ir.Value, group: Group, channels: int) -> bool:
     """As `_collect`, but leaves the group as it was where it fails."""
     before = list(group.folds)
-    if _collect(value, group):
+    if _collect(value, group, channels):
         return True
     group.folds = before
     return False

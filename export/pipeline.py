@@ -25,7 +25,7 @@ from pastkey.folder import file_records, parse_records, refuse_existing, whole_f
 from pastkey.runtime.ort import OrtError
 
 from . import optimum
-from .calibrate import calibrate
+from .calibrate import calibrated
 from .files import count_operators, write_configurations, write_graphs
 from .fuse import fuse
 from .graft import IR_VERSION, GraphChoice, choose_graph, trace
@@ -130,8 +130,7 @@ def export(
         parity, weight_bytes = {"fp32": verification.to_json()}, fp32_bytes
         if precision == "int8":
             say("calibrate int8 on text of the model's own")
-            model = ir.load(bundle.common_graph)
-            calibrate(model, bundle)
+            model = calibrated(bundle)
             quantize(model)
             bundle, weight_bytes = job.write(model, folder, "int8")
             verification = job.verify(bundle)

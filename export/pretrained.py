@@ -283,10 +283,8 @@ def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
         "clean_up_tokenization_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
         "model_max_length": context,
     }
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = getattr(tokenizer, key, None)
-        if token is not None:
-            config[key] = str(token)
+    # Every one that has a name, since a chat template may write any of them.
+    config |= {key: str(token) for key, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):  # in a file, several with names are a list: transformers.js reads nothing else
         template = [{"name": name, "template": text} for name, text in template.items()]

@@ -62,6 +62,15 @@ def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path: P
     assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
 
 
+def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pastkey.export.fuse._TABLE_BYTES", CONTEXT * 16 * 4 - 1)  # cos and sin, half a head each
+    monkeypatch.setattr("pastkey.export.fuse._TABLE_SHARE", 0)
+    before, after, _ = graphs(llama(), tmp_path)
+    assert rotating(after) == [False, False]
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
+
+
 class TurnedByToken(TableRope):
     """Angles that depend on more than the position."""
 

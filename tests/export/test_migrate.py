@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor, nn
 
-from pastkey.export import export
-from pastkey.export.calibrate import activations, own_text
+from pastkey.export import calibrate, export
+from pastkey.export.calibrate import own_text, run
 from pastkey.export.evaluate import kl_divergence, relative_difference
 from pastkey.export.migrate import find_groups, migrate
 from pastkey.export.quantize import quantize
@@ -24,7 +26,7 @@ def migrated(graph: Path, ids: list[int], out: Path) -> tuple[ir.Model, dict[str
     """The graph with its scales moved, written to `out`, and the exponents."""
     model = ir.load(graph)
     groups = find_groups(model)
-    chosen = migrate(model, groups, activations(graph, [group.activation for group in groups], ids))
+    chosen = migrate(model, groups, run(model, graph.parent, [group.activation for group in groups], ids))
     ir.save(model, out, external_data=f"{out.name}_data")
     return model, chosen
 
@@ -50,6 +52,60 @@ def test_moving_scales_changes_no_logits(name: str, groups: int, exported: Expor
     _, chosen = migrated(graph, ids, tmp_path / "moved.onnx")
     assert set(chosen) == {group.activation for group in found}
     assert relative_difference(expected, run_chunks(tmp_path / "moved.onnx", [ids])) < 5e-6
+
+
+class PerHead(nn.Module):
+    """Something between a product and the next one that treats channels in groups of 16, or of its own shape."""
+
+    def __init__(self, inner: nn.Module | nn.Parameter, *, add: bool = False) -> None:
+        super().__init__()
+        self.inner, self.add = inner, add
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (-1, 16))
+        if not isinstance(self.inner, nn.Module):
+            return (groups + self.inner if self.add else groups * self.inner).flatten(2)
+        return self.inner(groups).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("place", "between"),
+    [
+        ("self_attn.o_proj", lambda: PerHead(nn.RMSNorm(16))),
+        ("self_attn.o_proj", lambda: PerHead(nn.Linear(16, 16, bias=False))),
+        ("self_attn.o_proj", lambda: PerHead(nn.Parameter(torch.rand(4, 16) + 0.5))),
+        ("mlp.down_proj", lambda: PerHead(nn.RMSNorm(16))),
+        ("mlp.down_proj", lambda: PerHead(nn.Linear(16, 16, bias=False))),
+    ],
+)
+def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(
+    place: str, between: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    module = llama()
+    for layer in module.model.layers:
+        parent, name = place.split(".")
+        owner = layer.get_submodule(parent)
+        setattr(owner, name, nn.Sequential(between(), owner.get_submodule(name)))
+    graph = export(module, tmp_path / "fp32", precision="fp32", context_length=40).path / "onnx" / "model.onnx"
+    ids = np.random.default_rng(0).integers(0, 61, 40).tolist()
+    migrated(graph, ids, tmp_path / "moved.onnx")
+    assert relative_difference(run_chunks(graph, [ids]), run_chunks(tmp_path / "moved.onnx", [ids])) < 5e-6
+    report = export(module, tmp_path / "int8", context_length=40)
+    assert report.manifest.quality["kl_divergence"] < 0.02
+
+
+def test_a_migration_that_changes_the_logits_is_not_taken(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = exported("llama")
+
+    def wrong(model: ir.Model, *_: object) -> None:
+        value = model.graph.initializers["model.layers.0.self_attn.q_proj.weight"]
+        value.const_value = ir.Tensor(value.const_value.numpy() * 1.5, name=value.name)
+
+    monkeypatch.setattr(calibrate, "migrate", wrong)
+    model = calibrate.calibrated(made.bundle)
+    for name, array in made.weights().items():
+        np.testing.assert_array_equal(model.graph.initializers[name].const_value.numpy(), array)
+    assert not list(made.bundle.common_graph.parent.glob("probe*"))
 
 
 def test_channels_of_other_sizes_cost_int8_less(tmp_path: Path) -> None:
