@@ -107,6 +107,7 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
             f"{quantized.get('quant_method', 'so')}): export the unquantized model, pastkey quantizes it itself"
         )
     if any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
+        _check_safetensors(folder)
         return
     pickled = sorted({found.name for pattern in _PICKLED for found in folder.glob(pattern)})
     if pickled:
@@ -120,6 +121,33 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
             f'{", ".join(f"t.{kind}" for kind in kinds)},; {saving}"  and export that folder'
         )
     raise MissingFileError(f"{folder} has a config.json and no weights: expected model.safetensors beside it")
+
+
+def _check_safetensors(folder: Path) -> None:
+    """Raises MissingFileError or InputError where a file is missing or shorter than its own header says."""
+    for index in folder.glob("*.safetensors.index.json"):
+        listed = read_json(index).get("weight_map")
+        missing = sorted({str(f) for f in listed.values()} if isinstance(listed, dict) else {"weight_map"})
+        missing = [name for name in missing if not (folder / name).is_file()]
+        if missing:
+            raise MissingFileError(
+                f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
+                f"{index.name} names: fetch what is missing"
+            )
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")  # of the header, which is JSON
+            header = opened.read(length) if length < size else b""
+        try:
+            tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            raise InputError(f"{file} is cut short or damaged, its header is no JSON: fetch it again") from None
+        if expected != size:
+            raise InputError(
+                f"{file} is cut short or damaged: it has {size:,} bytes and its header says {expected:,}; fetch it again"
+            )
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -251,7 +251,8 @@ def generation_config_fits(contents: Contents, graph: Graph) -> Iterator[Finding
 
 
 def genai_ends(contents: Contents, graph: Graph) -> Iterator[Finding]:
-    yield from _ends(contents, contents.genai_config.section("model").get("eos_token_id"), names.GENAI_CONFIG)
+    if contents.genai_config.problem is None:  # else that is told, and nothing is known
+        yield from _ends(contents, contents.genai_config.section("model").get("eos_token_id"), names.GENAI_CONFIG)
 
 
 def _ends(contents: Contents, found: Any, where: str) -> Iterator[Finding]:
