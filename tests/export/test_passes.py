@@ -122,6 +122,7 @@ def test_the_scale_of_the_module_is_the_operators(exported: Export) -> None:
 def test_weights_carry_the_modules_names(made: Exported) -> None:
     known = dict([*made.module.named_parameters(), *made.module.named_buffers()])
     stored = {name: array for name, array in made.weights().items() if array.size > 16}
+    stored = {name: array for name, array in stored.items() if not name.startswith(("cos_cache", "sin_cache"))}
     assert stored
     for name, array in stored.items():
         assert name in known, name

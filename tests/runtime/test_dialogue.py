@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -196,6 +197,14 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C until it ends: one that comes just before readline waits for input is seen with the next."""
+        for _ in range(30):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=2)
+                return
+
     def end(self) -> int:
         """The exit status."""
         try:
@@ -224,7 +233,7 @@ def test_at_a_terminal(talking: Path, model: LanguageModel, ending: str) -> None
     terminal.type("abc\n")
     assert expected[0] in terminal.until("\n> ")
     if ending == "interrupt":
-        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.interrupt()
     else:
         terminal.type(ending)
     assert terminal.end() == 0

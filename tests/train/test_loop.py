@@ -276,7 +276,7 @@ def test_what_force_replaces_stays_until_the_new_run_has_saved_something(
 def test_the_classic_lesson_refuses_settings_that_it_cannot_be_learnt_with(tmp_path: Path) -> None:
     for settings, reason in (({"tokenizer": "bpe"}, "by words"), ({"context": 3}, "too short for the classic lesson")):
         with pytest.raises(InputError, match=reason):
-            loop.train(TrainConfig(preset="classic", **settings), tmp_path / "c")
+            loop.train(TrainConfig.from_given({"preset": "classic", **settings}), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 
 
