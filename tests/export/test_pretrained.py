@@ -112,6 +112,20 @@ def test_the_configuration_suits_old_and_new_programs(bundle: Path) -> None:
     assert transformers.AutoConfig.from_pretrained(bundle).rope_parameters["rope_theta"] == 50000.0
 
 
+def test_every_special_token_that_a_template_may_write_comes_along(llama_folder: Path) -> None:
+    tokenizer = bpe(bos=True)
+    tokenizer.add_special_tokens({"cls_token": tokenizer.bos_token, "sep_token": tokenizer.eos_token})
+    tokenizer.chat_template = "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{{ sep_token }}{% endfor %}"
+    tokenizer.save_pretrained(llama_folder)
+    config = open_source(llama_folder).tokenizer_config
+    (llama_folder / names.CHAT_TEMPLATE).unlink(missing_ok=True)
+    (llama_folder / names.TOKENIZER_CONFIG).write_text(json.dumps(config))
+    messages = [{"role": "user", "content": "ab"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert expected == f"{tokenizer.bos_token}ab{tokenizer.eos_token}"
+    assert ChatTemplate.from_folder(llama_folder).render(messages) == expected
+
+
 def test_templates_with_names_are_written_as_a_list(llama_folder: Path) -> None:
     tokenizer = bpe(bos=True)
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "tools: " + TEMPLATE}
