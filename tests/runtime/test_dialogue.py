@@ -172,7 +172,12 @@ class Terminal:
         import pty
 
         self.ours, theirs = pty.openpty()
-        program = [sys.executable, "-m", "pastkey", "chat", str(bundle), "--threads", "1", *FLAGS]
+        # Tests that run in the background of a shell, as in CI, hand on that Ctrl-C is ignored.
+        code = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from pastkey.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        )
+        program = [sys.executable, "-c", code, "chat", str(bundle), "--threads", "1", *FLAGS]
         environment = os.environ | {"TERM": "dumb", "INPUTRC": os.devnull}
         self.process = subprocess.Popen(
             program, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
