@@ -166,7 +166,7 @@ def js_tokenizer(contents: Contents, graph: Graph) -> Iterator[Finding]:
             f"its text-generation pipeline gives other text without a word, {expected_tokens(contents)}, which it "
             f'leaves out: write "add_bos_token": true in {names.TOKENIZER_CONFIG}'
         )
-    if (contents.bundle.path / "chat_template.jinja").exists() and not config.get("chat_template"):
+    if (contents.bundle.path / names.CHAT_TEMPLATE).exists() and not config.get("chat_template"):
         yield warn(
             f"it does not read chat_template.jinja: put the template under chat_template in {names.TOKENIZER_CONFIG}"
         )

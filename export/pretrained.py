@@ -146,7 +146,7 @@ def _check_safetensors(folder: Path) -> None:
             raise InputError(f"{file} is cut short or damaged, its header is no JSON: fetch it again") from None
         if expected != size:
             raise InputError(
-                f"{file} is cut short or damaged: it has {size:,} bytes its header says {expected:,}; fetch it again"
+                f"{file} is cut short or damaged: it has {size:,} bytes, its header says {expected:,}; fetch it again"
             )
 
 
