@@ -21,7 +21,7 @@ import onnx_ir.passes.common as common
 from pastkey import names
 from pastkey.runtime.ort import onnxruntime
 
-from .passes import add_weight, replace_uses, weight
+from .passes import add_weight, replace_node, take_over, weight
 
 _DOMAIN = "com.microsoft"
 _ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates heads of such sizes only
@@ -37,7 +37,7 @@ def fuse(model: ir.Model, context_length: int) -> None:
     fuse_norms(model)
     fuse_skips(model)
     fuse_rotary(model, context_length)
-    _drop_unread(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 # --- norms --------------------------------------------------------------------------------------------------------
@@ -59,8 +59,7 @@ def fuse_norms(model: ir.Model) -> None:
             {"axis": -1, "epsilon": epsilon, "stash_type": 1},
             name=node.name,
         )
-        _put(model, node, new)
-    _drop_unread(model)
+        replace_node(model, node, new)
 
 
 def _weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
@@ -123,22 +122,11 @@ def fuse_skips(model: ir.Model) -> None:
             num_outputs=4,
             name=node.name,
         )
-        if any(user is not node and _before(model, user, node) for user, _ in total.outputs[0].uses()):
-            continue
-        for output, suffix in zip(new.outputs[1:3], ("mean", "inverse"), strict=True):
-            output.name = f"{node.name}_{suffix}"
-        summed = total.outputs[0]
-        name = summed.name
-        new.outputs[3].name = f"{name}_sum"
-        new.outputs[3].shape, new.outputs[3].type = summed.shape, summed.type
-        _put(model, node, new)
-        replace_uses(summed, new.outputs[3])
-    _drop_unread(model)
-
-
-def _before(model: ir.Model, one: ir.Node, other: ir.Node) -> bool:
-    order = {id(node): place for place, node in enumerate(model.graph)}
-    return order[id(one)] < order[id(other)]
+        for number, unused in enumerate(new.outputs[1:3]):
+            unused.name = f"{node.name}_unused_{number}"
+        model.graph.insert_before(total, new)  # others may read the sum before the norm does
+        take_over(model, node.outputs[0], new.outputs[0])
+        take_over(model, total.outputs[0], new.outputs[3])
 
 
 # --- rotary positions ---------------------------------------------------------------------------------------------
@@ -169,15 +157,7 @@ def fuse_rotary(model: ir.Model, context_length: int) -> None:
             num_outputs=len(node.outputs),
             name=node.name,
         )
-        model.graph.insert_before(node, new)
-        for old_output, output in zip(node.outputs, new.outputs, strict=True):
-            output.name, output.type, output.shape = old_output.name, old_output.type, old_output.shape
-            replace_uses(old_output, output)
-            for place, end in enumerate(model.graph.outputs):
-                if end is old_output:
-                    model.graph.outputs[place] = output
-        model.graph.remove(node, safe=True)
-    _drop_unread(model)
+        replace_node(model, node, new)
 
 
 @dataclass(frozen=True)
@@ -344,18 +324,3 @@ def _input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
     """The first input of the node of that type that makes the value."""
     node = _made_by(value, operator)
     return None if node is None else node.inputs[0]
-
-
-def _put(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    """Puts `new` in the place of `old`; its first output takes over name and readers."""
-    model.graph.insert_before(old, new)
-    output = old.outputs[0]
-    name = output.name
-    new.outputs[0].shape, new.outputs[0].type = output.shape, output.type
-    replace_uses(output, new.outputs[0])
-    model.graph.remove(old, safe=True)
-    new.outputs[0].name = name
-
-
-def _drop_unread(model: ir.Model) -> None:
-    common.RemoveUnusedNodesPass()(model)

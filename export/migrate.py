@@ -113,8 +113,7 @@ def _collect(value: ir.Value, group: Group, channels: int) -> bool:
         values = node.inputs[2]
         heads, kv_heads = (int(node.attributes[name].as_int()) for name in ("num_heads", "kv_num_heads"))
         group.heads, group.shared_by = heads, heads // kv_heads
-        through = values is not None and _alone(values) and _linear_in_heads(values)
-        return through and values is not None and _collect(values, group, channels // group.shared_by)
+        return values is not None and _alone(values) and _collect(values, group, channels // group.shared_by)
     return False
 
 
@@ -139,14 +138,6 @@ def _collected(value: ir.Value, group: Group, channels: int) -> bool:
 
 def _alone(value: ir.Value) -> bool:
     return len(tuple(value.uses())) == 1 and not value.is_graph_output()
-
-
-def _linear_in_heads(value: ir.Value) -> bool:
-    """Whether a value reaches attention from its product through nothing but reshapes and a bias."""
-    node = value.producer()
-    while node is not None and node.op_type in ("Reshape", "Add") and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node is not None and node.op_type == "MatMul"
 
 
 # --- migrating ----------------------------------------------------------------------------------------------------

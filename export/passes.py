@@ -60,6 +60,26 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
         node.replace_input_with(index, new)
 
 
+def take_over(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Makes `new` what `old` was: its name, type and shape, its readers, its place among the graph's outputs."""
+    name, old.name = old.name, None
+    new.name, new.type, new.shape = name, old.type, old.shape
+    replace_uses(old, new)
+    for place, end in enumerate(model.graph.outputs):
+        if end is old:
+            model.graph.outputs[place] = new
+
+
+def replace_node(model: ir.Model, old: ir.Node, *nodes: ir.Node) -> None:
+    """Puts `nodes` in the place of `old`, whose outputs the last one's take over, one by one."""
+    model.graph.insert_before(old, nodes)
+    for number, node in enumerate(nodes[:-1]):
+        node.outputs[0].name = f"{old.outputs[0].name}_part_{number}"
+    for output, new in zip(old.outputs, nodes[-1].outputs, strict=True):
+        take_over(model, output, new)
+    model.graph.remove(old, safe=True)
+
+
 def drop_unused_weights(model: ir.Model) -> None:
     """Removes the initializers that no node reads."""
     for name, value in tuple(model.graph.initializers.items()):

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from pastkey.errors import InputError
 
-from .passes import add_weight, drop_unused_weights, replace_uses, weight
+from .passes import add_weight, drop_unused_weights, replace_node, weight
 
 BITS = 8
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
@@ -150,7 +150,7 @@ def _quantize_gather(model: ir.Model, node: ir.Node, quantized: dict[int, _Store
     if stored.matrix.data[0].size != stored.matrix.columns:
         bounds = (("start", 0), ("width", stored.matrix.columns), ("axis", -1))
         step("Slice", rows, *(constant(what, np.array([number])) for what, number in bounds))
-    _replace(model, node, nodes)
+    replace_node(model, node, *nodes)
 
 
 def _quantize_product(model: ir.Model, node: ir.Node, quantized: dict[int, _Stored]) -> None:
@@ -176,7 +176,7 @@ def _quantize_product(model: ir.Model, node: ir.Node, quantized: dict[int, _Stor
     nodes = [new]
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         nodes.append(ir.node("Add", [new.outputs[0], node.inputs[2]], name=f"{node.name}_bias"))
-    _replace(model, node, nodes)
+    replace_node(model, node, *nodes)
 
 
 def constant_factor(node: ir.Node) -> tuple[ir.Value, bool] | None:
@@ -197,22 +197,6 @@ def constant_factor(node: ir.Node) -> tuple[ir.Value, bool] | None:
     if factor is None or array is None or array.ndim != 2 or array.dtype != np.float32:
         return None
     return factor, transposed
-
-
-def _replace(model: ir.Model, old: ir.Node, nodes: list[ir.Node]) -> None:
-    """Puts `nodes` in place of `old`; the last one's output takes its name and its uses."""
-    model.graph.insert_before(old, nodes)
-    output, new = old.outputs[0], nodes[-1].outputs[0]
-    for number, node in enumerate(nodes[:-1]):
-        node.outputs[0].name = f"{output.name}_part_{number}"
-    name = output.name
-    new.shape, new.type = output.shape, output.type
-    replace_uses(output, new)
-    for index, value in enumerate(model.graph.outputs):
-        if value is output:
-            model.graph.outputs[index] = new
-    model.graph.remove(old, safe=True)
-    new.name = name
 
 
 def _axis(node: ir.Node) -> int:
