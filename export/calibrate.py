@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey import names
-from pastkey.bundle import Bundle
-from pastkey.runtime import Generation, SamplingConfig, Session
+from pastkey.bundle import Bundle, Manifest
+from pastkey.runtime import Session
 from pastkey.runtime.ort import onnxruntime
 
-from .evaluate import relative_difference
+from .evaluate import own_text, relative_difference
 from .migrate import find_groups, migrate
 
 TOKENS = 256  # length of the text, where the context has room for it
@@ -32,7 +32,8 @@ def calibrated(bundle: Bundle) -> ir.Model:
     groups = find_groups(model)
     if not groups:
         return model
-    ids = own_text(bundle)
+    manifest = bundle.manifest
+    ids = own_text(Session(bundle), [begin_token(manifest)], min(TOKENS, manifest.context_length))
     samples = run(model, bundle.common_graph.parent, [names.LOGITS, *(group.activation for group in groups)], ids)
     migrate(model, groups, samples)
     found = run(model, bundle.common_graph.parent, [names.LOGITS], ids)[names.LOGITS]
@@ -41,23 +42,16 @@ def calibrated(bundle: Bundle) -> ir.Model:
     return model
 
 
-def own_text(bundle: Bundle) -> list[int]:
-    """What the model itself writes from its begin token on: text of its kind, without asking anybody for some."""
-    manifest = bundle.manifest
-    session = Session(bundle)
-    sampling = SamplingConfig(temperature=1.0, seed=0)
-    starts = [token for token in (manifest.bos_token_id, *manifest.eos_token_ids) if token is not None]
-    start = min(starts[0] if starts else 0, manifest.vocab_size - 1)
-    return [
-        start,
-        *Generation(session, [start], max_new_tokens=min(TOKENS, manifest.context_length) - 1, sampling=sampling),
-    ]
+def begin_token(manifest: Manifest) -> int:
+    """What a text of the model's begins with, or else the end token, or else the first of all."""
+    known = [token for token in (manifest.bos_token_id, *manifest.eos_token_ids) if token is not None]
+    return min(known[0] if known else 0, manifest.vocab_size - 1)
 
 
 def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]) -> dict[str, np.ndarray]:
     """Rows (N, K) float32 of each wanted value of the graph, run on `ids` without a past. Spread over the text.
 
-    `folder` holds the weights that the graph names, and those that it has in memory are written beside them meanwhile.
+    `folder` holds the weights file that the graph names; where some were changed since, all are written anew meanwhile.
     """
     made = {str(value.name): value for node in model.graph for value in node.outputs}
     ends = list(model.graph.outputs)
@@ -67,7 +61,8 @@ def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]
     model.graph.outputs.extend(extra)
     probe, data = folder / "probe.onnx", "probe.onnx_data"
     try:
-        ir.save(model, probe, external_data=data)
+        changed = any(_is_large_and_in_memory(value) for value in model.graph.initializers.values())
+        ir.save(model, probe, external_data=data if changed else None)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
@@ -91,3 +86,8 @@ def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]
         (folder / data).unlink(missing_ok=True)
     chosen = np.linspace(0, length - 1, min(_ROWS, length)).astype(int)
     return {name: rows.reshape(-1, rows.shape[-1])[chosen] for name, rows in zip(wanted, found, strict=True)}
+
+
+def _is_large_and_in_memory(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= 1 << 10

@@ -1,9 +1,11 @@
-"""How far two models' predictions are apart, in the field's own figures."""
+"""How far two models' predictions are apart, in the field's own figures, and a text to measure it on."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
+from pastkey.runtime import Generation, SamplingConfig, Session
 
 Logits = npt.NDArray[np.float32]
 
@@ -30,3 +32,12 @@ def relative_difference(reference: Logits, logits: Logits) -> float:
     """max |difference| / max |reference|: 1e-5 on logits of 44 is 4.4e-4."""
     largest = float(np.abs(reference).max())
     return float(np.abs(reference - logits).max()) / max(largest, float(np.finfo(np.float32).tiny))
+
+
+def own_text(session: Session, beginning: list[int], length: int) -> list[int]:
+    """`length` token ids: `beginning`, and what the bundle itself writes after it, drawn at temperature 1.
+
+    Its own text is of its kind, where random ids would be of none, and nobody has to be asked for some.
+    """
+    sampling = SamplingConfig(temperature=1.0, seed=0)
+    return [*beginning, *Generation(session, beginning, max_new_tokens=length - len(beginning), sampling=sampling)]

@@ -12,9 +12,6 @@ Two graphs, one mechanism:
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +27,7 @@ from pastkey.errors import ContractError
 
 from .attention import AttentionCall, failing_line, intercept, visible
 from .observe import Observation, evaluating, name_of
+from .quiet import quiet
 from .simplify import simplify
 
 OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers know it well
@@ -103,7 +101,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
     for i in range(len(layers)):
         inputs += [names.past_key(i), names.past_value(i)]
         outputs += [names.present_key(i), names.present_value(i)]
-    with evaluating(module), _quiet(), _without_mask_detection():
+    with evaluating(module), quiet(), _without_mask_detection():
         try:
             program = torch.export.export(
                 grafted.eval(),
@@ -270,25 +268,6 @@ class _StandardAttention:
 
 
 # --- torch's own words --------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back what torch says about its own exporter, which no user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "torch._export")]
-    levels = [logger.level for logger in loggers]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
 @contextlib.contextmanager
 def _without_mask_detection() -> Iterator[None]:
     """nn.TransformerEncoder compares its mask with the causal one by value, which no trace can follow.

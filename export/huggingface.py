@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes  # a mask is ask
 from pastkey.errors import ContractError, InputError
 
 from .attention import AttentionCall, Statement, attend, calling_line, stated_mask, statement
+from .quiet import quiet
 
 GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
 NATIVE = "eager"  # its own attention that every architecture has, written out: the reference
+_FAR = 1 << 17  # a position beyond any window
 # What attention calls are given that changes nothing about attention: caches are off, positions are in q and k.
 _HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
@@ -46,7 +48,7 @@ class HuggingFaceDecoder(nn.Module):
             with contextlib.suppress(ValueError):  # no experts
                 model.set_experts_implementation("batched_mm")  # the one that a trace can follow
         try:
-            set_attention(model, GRAFT)
+            self._set_attention(GRAFT)
         except ValueError as error:
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
@@ -64,24 +66,15 @@ class HuggingFaceDecoder(nn.Module):
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:
         """While open, the model computes attention and masks itself."""
-        set_attention(self.model, NATIVE)
+        self._set_attention(NATIVE)
         try:
             yield
         finally:
-            set_attention(self.model, GRAFT)
+            self._set_attention(GRAFT)
 
-
-def set_attention(model: Any, implementation: str) -> None:
-    """Chooses one of transformers' attention implementations, without its advice about it."""
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model.set_attn_implementation(implementation)
-    finally:
-        logging.set_verbosity(verbosity)
+    def _set_attention(self, implementation: str) -> None:
+        with quiet():  # transformers has advice about it
+            self.model.set_attn_implementation(implementation)
 
 
 class _EveryExpert(TorchFunctionMode):
@@ -196,9 +189,6 @@ def _state(allowed: Callable[..., Any]) -> Statement:
                 "cannot carry over"
             )
     return Statement(window)
-
-
-_FAR = 1 << 17  # a position beyond any window
 
 
 def _row(allowed: Callable[..., Any], query: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey.bundle import KVGeometry
-from pastkey.errors import ContractError, NumericsError, PastkeyError
+from pastkey.errors import ContractError, NumericsError, PastkeyError, first_line
 
 from .attention import AttentionCall, Handler, attention_over, calling_line, failing_line, intercept, torch_attention
 
@@ -306,7 +306,7 @@ def _check_last_position(module: nn.Module, length: int, context_length: int) ->
         where = failing_line(cause)
         raise ContractError(
             f"{name_of(module)} fails at position {context_length - 1}, the last of a context of {context_length} "
-            f"tokens{f', at {where}' if where else ''} with {type(cause).__name__}: {_first_line(cause)}; give the "
+            f"tokens{f', at {where}' if where else ''} with {type(cause).__name__}: {first_line(cause)}; give the "
             "context length that the module was made for, or a smaller one"
         ) from error
 
@@ -346,7 +346,7 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
         raise ContractError(
             f"{name_of(module)} failed on input_ids and position_ids of shape ({batch}, {length})"
             f"{f' at {where}' if (where := failing_line(error)) else ''} with {type(error).__name__}: "
-            f"{_first_line(error)}; expected  {CONTRACT}"
+            f"{first_line(error)}; expected  {CONTRACT}"
         ) from error
     if not isinstance(output, Tensor):
         what = (
@@ -380,7 +380,3 @@ def name_of(module: nn.Module) -> str:
 def path_in(module: nn.Module, path: str) -> str:
     """A submodule's or weight's path as its author knows it: within what the module wraps."""
     return path.removeprefix("model.") if hasattr(module, "shown_name") else path
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -6,12 +6,7 @@ verified in the same way, and the manifest says where it came from.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +17,11 @@ from torch import Tensor, nn
 
 from pastkey import names
 from pastkey.bundle import KVGeometry
-from pastkey.errors import ContractError
+from pastkey.errors import ContractError, first_line
 
-from .huggingface import NATIVE, set_attention
+from .huggingface import NATIVE
 from .observe import Layer, Observation
+from .quiet import quiet
 from .simplify import simplify
 
 INSTALL = "pip install 'pastkey[cpu,export,optimum]'"
@@ -37,9 +33,11 @@ class NativeDecoder(nn.Module):
     def __init__(self, decoder: nn.Module) -> None:
         """`decoder` is a HuggingFaceDecoder, whose model is taken over."""
         super().__init__()
-        self.model: Any = decoder.model
-        self.shown_name = type(self.model).__name__
-        set_attention(self.model, NATIVE)
+        model: Any = decoder.model
+        self.model = model
+        self.shown_name = type(model).__name__
+        with quiet():  # transformers has advice about it
+            model.set_attn_implementation(NATIVE)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """(B, T) -> logits (B, T, V)."""
@@ -58,7 +56,7 @@ class OptimumExport:
 def is_installed() -> bool:
     """Whether optimum's exporter can be imported here."""
     try:
-        with _without_remarks():
+        with quiet():
             import optimum.exporters.onnx  # noqa: F401
     except ImportError:
         return False
@@ -67,12 +65,12 @@ def is_installed() -> bool:
 
 def export_with_optimum(folder: Path, module: NativeDecoder) -> OptimumExport:
     """Runs optimum's exporter on a Hugging Face folder. Raises ContractError where it refuses the model, too."""
-    with _without_remarks():
+    with quiet():
         from optimum.exporters.onnx import main_export
 
     with tempfile.TemporaryDirectory(prefix="pastkey-optimum-") as temporary:
         try:
-            with _without_remarks():
+            with quiet():
                 main_export(
                     str(folder),
                     output=temporary,
@@ -86,27 +84,9 @@ def export_with_optimum(folder: Path, module: NativeDecoder) -> OptimumExport:
                 if value.const_value is not None:
                     value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
         except Exception as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ContractError(f"optimum's exporter cannot take {folder} either: {line}") from error
+            raise ContractError(f"optimum's exporter cannot take {folder} either: {first_line(error)}") from error
     simplify(model)
     return OptimumExport(model, _observe(model, module.model.config.num_attention_heads))
-
-
-@contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Holds back pages on the tracing of what turns out right, or does not verify."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _observe(model: ir.Model, heads: int) -> Observation:

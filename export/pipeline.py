@@ -20,7 +20,7 @@ from torch import nn
 import pastkey
 from pastkey import names
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import ContractError, InputError, ParityError, PastkeyError
+from pastkey.errors import ContractError, InputError, ParityError, PastkeyError, first_line
 from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
 from pastkey.runtime.ort import OrtError
 
@@ -252,10 +252,9 @@ class _Job:
         except _RUN_ERRORS as error:
             if isinstance(error, PastkeyError):
                 raise
-            line = str(error).strip().splitlines()[0][:300]
             raise ParityError(
-                f"onnxruntime cannot run the {bundle.manifest.precision} export of {self.source.name} ({line}): try "
-                "--graph standard"
+                f"onnxruntime cannot run the {bundle.manifest.precision} export of {self.source.name} "
+                f"({first_line(error)}): try --graph standard"
             ) from error
         if any(not check.ok and check.name not in but for check in verification.checks):
             verification.require_ok(f"the {bundle.manifest.precision} export of {self.source.name}")

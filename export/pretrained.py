@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 
 from pastkey import names
-from pastkey.errors import InputError, MissingFileError, missing_extra
+from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
 from pastkey.folder import read_json
 
+from .quiet import quiet
 from .resources import require_memory
 from .source import Source, context_of, read_tokenizer
 
@@ -178,7 +178,7 @@ def _check_gguf(file: Path) -> int:
         reader = gguf.GGUFReader(file)
         tensors = list(reader.tensors)
     except Exception as error:  # numpy's, for whatever it read past the end
-        raise InputError(f"{file} is cut short or damaged ({_first_line(error)}): fetch it again") from None
+        raise InputError(f"{file} is cut short or damaged ({first_line(error)}): fetch it again") from None
     size = file.stat().st_size
     for tensor in tensors:
         if tensor.data_offset + tensor.n_bytes > size:
@@ -197,24 +197,14 @@ def _transformers(source: Path) -> Iterator[Any]:
         import transformers
     except ModuleNotFoundError as error:
         raise missing_extra(error, "huggingface") from None
-    logging: Any = transformers.utils.logging  # without types
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # bars and advice that no setting holds back
+        with quiet():
             yield transformers
     except (InputError, MissingFileError):
         raise
     except Exception as error:  # of every kind: each reader of a format has its own
-        raise InputError(
-            f"transformers {transformers.__version__} cannot load {source}: {_first_line(error)}"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        reason = first_line(error).rstrip(".")
+        raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
 
 
 def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> Any:
@@ -335,8 +325,3 @@ def _without_tokens_from(end: int, tokenizer: bytes) -> bytes:
     content = json.loads(tokenizer)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
     return json.dumps(content, ensure_ascii=False).encode()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:300].rstrip(".")

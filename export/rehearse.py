@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pastkey.errors import ContractError
+from pastkey.errors import ContractError, first_line
 
 from .attention import failing_line
 from .observe import Observation, name_of, path_in, random_ids, run_cached, run_uncached
@@ -27,10 +27,10 @@ def rehearse(module: nn.Module, observation: Observation, context_length: int) -
     except ContractError:
         raise
     except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0][:200]
         raise ContractError(
             f"{name_of(module)} fails on tokens that do not begin at position 0, at {failing_line(error)} with "
-            f"{type(error).__name__}: {line}; take position_ids as they are and every length from tensor.shape"
+            f"{type(error).__name__}: {first_line(error)}; take position_ids as they are and every length from "
+            "tensor.shape"
         ) from error
 
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from pastkey.bundle import Bundle
 from pastkey.errors import ParityError
-from pastkey.runtime import Generation, SamplingConfig, Session
+from pastkey.runtime import Generation, Session
 
-from .evaluate import Logits, kl_divergence, relative_difference, top1_agreement
+from .evaluate import Logits, kl_divergence, own_text, relative_difference, top1_agreement
 from .observe import Layer, run_uncached
 
 Ids = npt.NDArray[np.int64]
@@ -86,16 +86,15 @@ class Verification:
 
 
 # --- the reference ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Uncached:
-    """One text of T tokens in a single run without a past."""
-
-    logits: Logits  # (T, V)
-    cache: tuple[tuple[Logits, Logits], ...]  # per layer, keys and values (K, T, D)
+Cache = tuple[tuple[Logits, Logits], ...]  # per layer, keys and values (K, T, D)
 
 
 class Reference(Protocol):
-    def __call__(self, ids: Ids) -> Uncached: ...
+    """One text of T tokens in a single run without a past."""
+
+    def logits(self, ids: Ids) -> Logits: ...  # (T, V)
+
+    def cache(self, ids: Ids) -> Cache: ...
 
 
 class ModuleReference:
@@ -104,25 +103,25 @@ class ModuleReference:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
+    def logits(self, ids: Ids) -> Logits:
+        return self._logits(self._module, ids)
+
+    def cache(self, ids: Ids) -> Cache:
+        run = run_uncached(self._module, torch.from_numpy(ids[None]))
+        return tuple((k[0].numpy(), v[0].numpy()) for k, v in zip(run.keys, run.values, strict=True))
+
     def rounding(self, ids: Ids) -> float:
         """max |difference| over max |logit| between the module in float64 and in float32; 0 where it has no float64."""
         try:
             exact = self._logits(copy.deepcopy(self._module).double(), ids)
         except Exception:  # whatever a user's module raises in a precision that it was not written for
             return 0.0
-        return relative_difference(exact, self(ids).logits)
+        return relative_difference(exact, self.logits(ids))
 
     def _logits(self, module: nn.Module, ids: Ids) -> Logits:
-        native = getattr(module, "native", contextlib.nullcontext)
-        with native():
+        with getattr(module, "native", contextlib.nullcontext)():
             logits: Logits = run_uncached(module, torch.from_numpy(ids[None])).logits[0].numpy()
         return logits
-
-    def __call__(self, ids: Ids) -> Uncached:
-        run = run_uncached(self._module, torch.from_numpy(ids[None]))
-        logits = self._logits(self._module, ids) if hasattr(self._module, "native") else run.logits[0].numpy()
-        cache = tuple((k[0].numpy(), v[0].numpy()) for k, v in zip(run.keys, run.values, strict=True))
-        return Uncached(logits, cache)
 
 
 class OwnReference:
@@ -132,22 +131,24 @@ class OwnReference:
         self._session = Session(bundle, graph="common")
         self._layers = len(bundle.manifest.layers)
 
-    def __call__(self, ids: Ids) -> Uncached:
+    def logits(self, ids: Ids) -> Logits:
         self._session.reset()
-        logits = self._session.forward(ids[None])[0]
-        return Uncached(logits, tuple(_rows(self._session, i) for i in range(self._layers)))
+        logits: Logits = self._session.forward(ids[None])[0]
+        return logits
+
+    def cache(self, ids: Ids) -> Cache:
+        self.logits(ids)
+        return tuple(_rows(self._session, i) for i in range(self._layers))
 
 
-def _own_text(session: Session, length: int) -> Ids:
+def _text(session: Session, length: int) -> Ids:
     """A text (T,): some random ids, and what the bundle itself writes after them.
 
-    Its own text is of its kind, where random ids would be of none; but a model may repeat one token for ever, and
-    attention over equal tokens gives the same whatever its weights.
+    A model may repeat one token for ever, and attention over equal tokens gives the same whatever its weights.
     """
     beginning = min(RANDOM_TOKENS, -(-length // 2))
     ids: list[int] = np.random.default_rng(0).integers(0, session.manifest.vocab_size, beginning).tolist()
-    sampling = SamplingConfig(temperature=1.0, seed=0)
-    return np.array([*ids, *Generation(session, ids, max_new_tokens=length - beginning, sampling=sampling)], np.int64)
+    return np.array(own_text(session, ids, length), np.int64)
 
 
 def _rows(session: Session, layer: int) -> tuple[Logits, Logits]:
@@ -170,18 +171,18 @@ class _Verifier:
         self._common = Session(bundle, graph="common")
         self._last = Session(bundle, graph="last")
         windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
-        self._ids = _own_text(self._last, min(max(TOKENS, *windows, 0), self._context))
+        self._ids = _text(self._last, min(max(TOKENS, *windows, 0), self._context))
         # int8 is compared with itself: its distance from float32 is quality, not parity.
         self._own = OwnReference(bundle)
         self._exact = bundle.manifest.precision == "fp32"
         self._source = ModuleReference(module) if module is not None and self._exact else None
         self._reference: Reference = self._source or self._own
+        self._expected = self._reference.logits(self._ids)  # (T, V)
         self._quality = self._measure_quality(module) if module is not None and not self._exact else {}
         self._recorded_kl: float | None = bundle.manifest.quality.get("kl_divergence")
         measured = self._quality.get("kl_divergence", 0.0)
         cost = measured if self._recorded_kl is None else self._recorded_kl
         self._kl_limit = DECODE_KL_ALLOWANCE * max(cost, KL_FLOOR)
-        self._expected = self._reference(self._ids)
         self._decode_noise = 0.0  # max |difference| of logits, decode against prefill
 
     def run(self) -> Verification:
@@ -195,10 +196,10 @@ class _Verifier:
 
     def _measure_quality(self, module: nn.Module | None) -> dict[str, float]:
         assert module is not None
-        reference, logits = ModuleReference(module)(self._ids).logits, self._own(self._ids).logits
+        exact = ModuleReference(module).logits(self._ids)
         return {
-            "kl_divergence": kl_divergence(reference, logits),
-            "top1_agreement": top1_agreement(reference, logits),
+            "kl_divergence": kl_divergence(exact, self._expected),
+            "top1_agreement": top1_agreement(exact, self._expected),
         }
 
     # --- checks ---------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class _Verifier:
         logits = self._common.forward(self._ids[None])[0]
         self._last.reset()
         last = self._last.forward(self._ids[None])[0, -1]
-        return self._compare("prefill", self._expected.logits, logits, last)
+        return self._compare("prefill", self._expected, logits, last)
 
     def _decode(self) -> Check:
         """One token at a time from the first on."""
@@ -216,8 +217,8 @@ class _Verifier:
         self._last.reset()
         steps = [(self._common.forward(token[None, None])[0], self._last.decode(int(token))) for token in self._ids]
         logits = np.concatenate([step for step, _ in steps])
-        self._decode_noise = float(np.abs(logits - self._expected.logits).max())
-        return self._compare("decode", self._expected.logits, logits, steps[-1][1], single=True)
+        self._decode_noise = float(np.abs(logits - self._expected).max())
+        return self._compare("decode", self._expected, logits, steps[-1][1], single=True)
 
     def _chunked(self, size: int) -> Check:
         """The prompt in chunks, through the common graph and as `generate` prefills."""
@@ -227,7 +228,7 @@ class _Verifier:
         logits = np.concatenate([self._common.forward(chunk[None])[0] for chunk in chunks])
         self._last.reset()
         last = self._last.prefill(self._ids, chunk_size=size)
-        return self._compare(f"chunks_of_{size}", self._expected.logits, logits, last)
+        return self._compare(f"chunks_of_{size}", self._expected, logits, last)
 
     def _batch(self) -> Check:
         """Rows of different lengths prefilled and decoded together against each alone."""
@@ -254,7 +255,7 @@ class _Verifier:
     def _alone(self, text: Ids, length: int) -> Logits:
         """One row by itself: the reference's uncached run, or the bundle's own prefill and decode."""
         if self._exact:
-            return self._reference(text).logits
+            return self._reference.logits(text)
         self._common.reset()
         runs = [self._common.forward(text[None, :length])[0]]
         runs += [self._common.forward(token[None, None])[0] for token in text[length:]]
@@ -267,7 +268,7 @@ class _Verifier:
         found = list(generation)
         allowed = MAX_RELATIVE_DIFFERENCE if self._exact else 2 * self._decode_noise
         # One uncached run over the whole continuation: up to the first difference it is the reference's own, too.
-        logits = self._reference(np.array([*prompt, *found[:-1]], np.int64)).logits[len(prompt) - 1 :]
+        logits = self._reference.logits(np.array([*prompt, *found[:-1]], np.int64))[len(prompt) - 1 :]
         for step, token in enumerate(found):
             best = int(logits[step].argmax())
             if best != token:
@@ -327,7 +328,7 @@ class _Verifier:
 
     def _first_layer(self) -> str:
         """The first attention call whose cached keys or values differ from the uncached run's."""
-        for index, (keys, values) in enumerate(self._expected.cache):
+        for index, (keys, values) in enumerate(self._reference.cache(self._ids)):
             found = _rows(self._common, index)
             if any(
                 relative_difference(a, b) > 10 * MAX_RELATIVE_DIFFERENCE

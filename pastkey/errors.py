@@ -54,6 +54,12 @@ class MissingExtraError(PastkeyError, ImportError):
     """A package that an optional part of pastkey needs."""
 
 
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """What a library's error says in its first line, or its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:longest]
+
+
 # Which extra brings a module that a stage imports.
 _EXTRA_OF = {
     "onnxruntime": "cpu",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pastkey import names
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import InputError, IntegrityError, MissingExtraError, NumericsError
+from pastkey.errors import InputError, IntegrityError, MissingExtraError, NumericsError, first_line
 
 from . import providers as ep
 from .cache import KVCache
@@ -288,7 +288,7 @@ def _open(
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except OrtError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
     return session

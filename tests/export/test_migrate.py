@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.export import calibrate, export
-from pastkey.export.calibrate import own_text, run
-from pastkey.export.evaluate import kl_divergence, relative_difference
+from pastkey.export.calibrate import run
+from pastkey.export.evaluate import kl_divergence, own_text, relative_difference
 from pastkey.export.migrate import find_groups, migrate
 from pastkey.export.quantize import quantize
+from pastkey.runtime import Session
 
 from .conftest import Export
 from .decoders import llama
@@ -43,7 +44,7 @@ def migrated(graph: Path, ids: list[int], out: Path) -> tuple[ir.Model, dict[str
 def test_moving_scales_changes_no_logits(name: str, groups: int, exported: Export, tmp_path: Path) -> None:
     made = exported(name)
     graph = made.bundle.common_graph
-    ids = own_text(made.bundle)
+    ids = own_text(Session(made.bundle), [0], made.bundle.manifest.context_length)
     found = find_groups(ir.load(graph))
     assert len(found) == groups, [group.activation for group in found]
     if not groups:

@@ -151,10 +151,10 @@ def test_the_manifest_records_what_was_measured(exported: Export) -> None:
 
 def test_the_quality_figures_are_those_of_the_two_models(exported: Export) -> None:
     from pastkey.export.evaluate import kl_divergence
-    from pastkey.export.verify import _own_text
+    from pastkey.export.verify import _text
 
     made = exported("llama", "int8")
-    ids = _own_text(Session(made.bundle), 40).tolist()
+    ids = _text(Session(made.bundle), 40).tolist()
     assert len(ids) == 40
     assert len(set(ids)) > 10
     found = kl_divergence(made.torch_logits(ids), run_chunks(made.bundle.common_graph, [ids]))

@@ -102,10 +102,12 @@ def test_verifying_twice_gives_the_same_figures(exported: Export) -> None:
 def test_the_two_references_agree(exported: Export) -> None:
     made = exported("gpt2")
     ids = np.arange(20, dtype=np.int64)
-    module, own = ModuleReference(made.module)(ids), OwnReference(made.bundle)(ids)
-    np.testing.assert_allclose(own.logits, module.logits, atol=1e-5 * np.abs(module.logits).max())
-    assert len(own.cache) == len(module.cache) == 2
-    for found, expected in zip(own.cache, module.cache, strict=True):
+    module, own = ModuleReference(made.module), OwnReference(made.bundle)
+    logits = module.logits(ids)
+    np.testing.assert_allclose(own.logits(ids), logits, atol=1e-5 * np.abs(logits).max())
+    caches = own.cache(ids), module.cache(ids)
+    assert len(caches[0]) == len(caches[1]) == 2
+    for found, expected in zip(*caches, strict=True):
         for a, b in zip(found, expected, strict=True):
             assert a.shape == b.shape == (4, 20, 16)
             np.testing.assert_allclose(a, b, atol=1e-4)
