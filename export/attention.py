@@ -127,13 +127,13 @@ class Statement:
         assert self.window is None or self.window > 0
 
 
-def stated_mask(statement: Statement) -> Tensor:
+def stated_mask(stated: Statement) -> Tensor:
     """A mask that is not built but stated. Only attention that is intercepted knows it.
 
     The statement is an attribute, which a traced tensor keeps as well.
     """
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    setattr(mask, _STATEMENT, statement)
+    setattr(mask, _STATEMENT, stated)
     return mask
 
 

@@ -105,12 +105,12 @@ def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:
     """The source's own, with what other programs would guess wrong."""
     own = source.tokenizer_config
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # else transformers goes by the model_type, and may add tokens
+        "tokenizer_class": names.TOKENIZER_CLASS,  # else transformers goes by the model_type, and may add tokens
         **own,
         "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],  # else transformers makes token_type_ids too
     }
-    if "add_bos_token" not in own and special_ids(tokenizer)[:1] == (source.bos_token_id,):
-        config["add_bos_token"] = True  # transformers.js runs the post-processor only where this is said
+    # transformers.js runs the post-processor only where this is said.
+    config.setdefault("add_bos_token", special_ids(tokenizer)[:1] == (source.bos_token_id,))
     return config
 
 

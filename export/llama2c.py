@@ -190,9 +190,6 @@ def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
             "tokenizer's tokenizer.json instead"
         )
     configuration = {
-        # The one class name that transformers 4 and 5 both load; transformers.js adds BOS by the flag alone.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": True,
         "bos_token": _SPECIALS[BOS],
         "eos_token": _SPECIALS[EOS],
         "unk_token": _SPECIALS[0],

