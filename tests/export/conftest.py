@@ -22,7 +22,8 @@ from pastkey.export import Report, export
 from pastkey.folder import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
-from .decoders import CASES, MORE_CASES, llama
+from .cases import CASES, MORE_CASES
+from .decoders import llama
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ that show how. All weights come from seed 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -399,53 +397,3 @@ def drawn(config: ModelConfig) -> Decoder:
             if "norm" not in name:
                 parameter.normal_(std=0.1)
     return model.eval()
-
-
-# --- the table ----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Case:
-    """A decoder, its context, and the graph that auto must choose."""
-
-    build: Callable[[], nn.Module]
-    context: int
-    graph: str = "fused"
-
-
-CASES = {
-    "head_size_8_one_head_context_8": Case(lambda: Plain(heads=1, vocab=33, context=8), 8),
-    "head_size_10_context_11": Case(lambda: Plain(size=10, kv_heads=2, context=11), 11, "standard"),
-    "head_size_80_unaligned_vocabulary": Case(lambda: Plain(heads=1, size=80, vocab=131, width=40), 40),
-    "wider_values_context_2": Case(lambda: Plain(size=8, value_size=12, context=2), 2, "standard"),
-    "three_axes": Case(lambda: OneHead(heads=1, size=16, vocab=5, width=6, context=8), 8),
-    "one_block_five_times": Case(lambda: FiveTimes(size=10, kv_heads=2, width=40), 40, "standard"),
-    "multi_query_repeated_by_hand": Case(lambda: RepeatedKv(kv_heads=1), 11),
-    "softcap_bias_and_scale": Case(lambda: Softcapped(bias=True, vocab=50), 40),
-    "nano_gpt": Case(lambda: NanoGpt(layers=1), 32),
-    "multi_head_attention": Case(MultiHead, 11),
-    "transformer_encoder": Case(Encoder, 11),
-    "llama": Case(llama, 40),
-    "gpt2": Case(gpt2, 40),
-}
-
-# Further ones whose export is tested, but not in a quick run.
-MORE_CASES = {
-    "encoder_layers": Case(EncoderLayers, 20),
-    "hinted_encoder": Case(HintedEncoder, 20),
-    "multi_head_batch_first": Case(MultiHeadBatchFirst, 20),
-    "gpt_j": Case(GptJ, 20),
-    "experts": Case(Experts, 20),
-    "scaled": Case(Scaled, 20),
-    "both_positions": Case(BothPositions, 20),
-    "tied_projections": Case(TiedProjections, 20),
-    "buffered_mask": Case(BufferedMask, 20),
-    "offset_positions": Case(OffsetPositions, 20),
-    "keeps_things": Case(KeepsThings, 20),
-    "low_rank": Case(LowRank, 20),
-    "compiled_part": Case(CompiledAttention, 20),
-    "compiled": Case(lambda: torch.compile(Plain(), backend="eager"), 20),
-    "wrapped": Case(lambda: Wrapper(Plain()), 20),
-    "data_parallel": Case(lambda: nn.DataParallel(Plain()), 20),
-    "vocabulary_of_one": Case(lambda: Plain(vocab=1), 20),
-    "vocabulary_of_two": Case(lambda: Plain(vocab=2), 20),
-    "multi_query": Case(lambda: Plain(kv_heads=1), 20),
-}  # fmt: skip

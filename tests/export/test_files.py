@@ -18,8 +18,8 @@ from pastkey.export import export
 from pastkey.export.files import count_operators, write_graphs
 from pastkey.folder import sha256
 
+from .cases import CASES
 from .conftest import Export, Exported
-from .decoders import CASES
 
 
 def places(made: Exported) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,8 @@ from pastkey.export.graft import trace
 from pastkey.export.observe import observe
 from pastkey.export.passes import clean
 
-from .decoders import CASES, Plain, TableRope, llama
+from .cases import CASES
+from .decoders import Plain, TableRope, llama
 from .plain_loop import run_chunks
 
 CONTEXT = 40

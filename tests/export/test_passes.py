@@ -19,8 +19,8 @@ from pastkey.export.passes import (
     weight,
 )
 
+from .cases import CASES
 from .conftest import Export, Exported
-from .decoders import CASES
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

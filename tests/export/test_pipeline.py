@@ -22,8 +22,9 @@ from pastkey.export import export, files, pipeline
 from pastkey.export.pipeline import MIN_ONNXRUNTIME
 from pastkey.runtime import Session
 
+from .cases import CASES, MORE_CASES, Case
 from .conftest import Export
-from .decoders import CASES, MORE_CASES, Case, NanoGpt, Plain, TableRope, llama
+from .decoders import NanoGpt, Plain, TableRope, llama
 from .plain_loop import run_batch, run_chunks
 
 

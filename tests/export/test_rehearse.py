@@ -11,7 +11,8 @@ from pastkey.errors import ContractError
 from pastkey.export.observe import observe
 from pastkey.export.rehearse import rehearse
 
-from .decoders import CASES, Plain
+from .cases import CASES
+from .decoders import Plain
 
 
 def refusal(module: nn.Module, context: int = 20) -> str:
