@@ -34,10 +34,12 @@ def calibrated(bundle: Bundle) -> ir.Model:
         return model
     manifest = bundle.manifest
     ids = own_text(Session(bundle), [begin_token(manifest)], min(TOKENS, manifest.context_length))
-    samples = run(model, bundle.common_graph.parent, [names.LOGITS, *(group.activation for group in groups)], ids)
-    migrate(model, groups, samples)
-    found = run(model, bundle.common_graph.parent, [names.LOGITS], ids)[names.LOGITS]
-    if relative_difference(samples[names.LOGITS], found) > _MAX_CHANGE:
+    folder = bundle.common_graph.parent
+    before = run(model, folder, [names.LOGITS, *(group.activation for group in groups)], ids)
+    chosen = np.linspace(0, len(ids) - 1, min(_ROWS, len(ids))).astype(int)
+    migrate(model, groups, {group.activation: before[group.activation][chosen] for group in groups})
+    after = run(model, folder, [names.LOGITS], ids)
+    if relative_difference(before[names.LOGITS], after[names.LOGITS]) > _MAX_CHANGE:
         return ir.load(bundle.common_graph)
     return model
 
@@ -49,7 +51,7 @@ def begin_token(manifest: Manifest) -> int:
 
 
 def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """Rows (N, K) float32 of each wanted value of the graph, run on `ids` without a past. Spread over the text.
+    """The rows (T, K) float32 of each wanted value of the graph, run on `ids` without a past.
 
     `folder` holds the weights file that the graph names; where some were changed since, all are written anew meanwhile.
     """
@@ -84,8 +86,7 @@ def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]
             value.type = None
         probe.unlink(missing_ok=True)
         (folder / data).unlink(missing_ok=True)
-    chosen = np.linspace(0, length - 1, min(_ROWS, length)).astype(int)
-    return {name: rows.reshape(-1, rows.shape[-1])[chosen] for name, rows in zip(wanted, found, strict=True)}
+    return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in zip(wanted, found, strict=True)}
 
 
 def _is_large_and_in_memory(value: ir.Value) -> bool:
