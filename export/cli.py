@@ -1,4 +1,4 @@
-"""The commands `export`, `verify` and `check`: parse, run, report."""
+"""The commands `export`, `verify`, `check` and `eval`: parse, run, report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pastkey import names
@@ -14,7 +14,10 @@ from pastkey.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.command import Command, positive_int, print_json, say
 from pastkey.errors import ContractError, InputError
 
+from .settings import EVAL_LENGTH, EVAL_WINDOWS, GREEDY_PROMPT_TOKENS, GREEDY_PROMPTS, GREEDY_TOKENS
+
 if TYPE_CHECKING:
+    from .evaluate import Evaluation, Ids
     from .observe import Observation
     from .source import Source
     from .verify import Verification
@@ -173,6 +176,93 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", help="the bundle folder")
+    add("--text", required=True, metavar="FILE", help="a UTF-8 text file to measure it on")
+    add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or whatever export takes, run in torch")
+    shown = f"{EVAL_LENGTH}, or the context where that is shorter"
+    add("--length", type=positive_int, metavar="N", help=f"tokens of a window ({shown})")
+    add(
+        "--windows",
+        type=positive_int,
+        default=EVAL_WINDOWS,
+        metavar="N",
+        help="take so many at most, one after another from the beginning of the text (%(default)s)",
+    )
+    add("--threads", type=positive_int, metavar="N", help="threads within an operator of a bundle (physical cores)")
+    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
+    add("--json", action="store_true", help="print one JSON object: the same figures, null for those without reference")
+    parser.epilog = (
+        "perplexity: exp of the mean loss in nats over every token of a window but its first. kl_divergence: "
+        "KL(reference || bundle) in nats, mean over all positions. top1_agreement: share of positions whose most "
+        f"likely token is the same. greedy_agreement: the first {GREEDY_PROMPT_TOKENS} tokens, or half, of each of the "
+        f"first {GREEDY_PROMPTS} windows are a prompt, which both continue greedily by {GREEDY_TOKENS} tokens, or by "
+        "fewer where a window has no room for them; the tokens before the first difference, as a share of all. "
+        "Windows are plain cuts of the whole text's tokens: a begin token that the tokenizer adds stands in the first "
+        "one only."
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from .evaluate import BundlePredictions, cut_windows, evaluate, read_tokens
+
+    bundle = open_bundle(arguments.bundle)
+    context = bundle.manifest.context_length
+    length = min(EVAL_LENGTH, context) if arguments.length is None else arguments.length
+    if not 2 <= length <= context:
+        raise InputError(f"--length is {length}; windows of this bundle have 2 to {context} tokens, its context")
+    ids = read_tokens(arguments.text, bundle)
+    windows = cut_windows(ids, length, arguments.windows)
+    reference = None
+    with _prints_of_the_module():
+        if arguments.reference is not None:
+            from .reference import open_reference
+
+            reference = open_reference(
+                arguments.reference,
+                bundle,
+                ids,
+                windows[0].size,
+                threads=arguments.threads,
+                trust_remote_code=arguments.trust_remote_code,
+                say=say,
+            )
+        own = BundlePredictions(bundle, threads=arguments.threads)
+        evaluation = evaluate(own, windows, reference, progress=_bar)
+    if arguments.json:
+        print_json(evaluation.to_json())
+    else:
+        _print_evaluation(evaluation)
+    return 0
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    figures = {
+        "perplexity": (evaluation.perplexity, ".5g", ""),
+        "reference_perplexity": (evaluation.reference_perplexity, ".5g", ""),
+        "kl_divergence": (evaluation.kl_divergence, ".2g", " nats"),
+        "top1_agreement": (evaluation.top1_agreement, ".1%", ""),
+        "greedy_agreement": (evaluation.greedy_agreement, ".1%", ""),
+    }
+    for name, (value, form, unit) in figures.items():
+        if value is not None:
+            print(f"{name:<20}  {value:{form}}{unit}")
+    against = "" if evaluation.reference is None else f" against {evaluation.reference}"
+    print(
+        f"{evaluation.bundle}{against}: {evaluation.tokens:,} tokens in windows of at most {evaluation.length}, "
+        f"{evaluation.windows} of them"
+    )
+
+
+def _bar(windows: Sequence[Ids], what: str) -> Iterable[Ids]:
+    """A progress bar on a terminal, nothing otherwise."""
+    from tqdm import tqdm
+
+    bar: Iterable[Ids] = tqdm(windows, desc=what, unit="window", disable=not sys.stderr.isatty())
+    return bar
+
+
 def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
     """Sends what the user's file prints to standard error: standard output is for the one JSON object."""
     return contextlib.redirect_stdout(sys.stderr)
@@ -212,3 +302,4 @@ class _Stages:
 export_command = Command(_add_export_arguments, _export)
 verify_command = Command(_add_verify_arguments, _verify)
 check_command = Command(_add_check_arguments, _check)
+eval_command = Command(_add_eval_arguments, _eval)

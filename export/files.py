@@ -15,7 +15,7 @@ from pastkey.bundle import Manifest
 from pastkey.folder import write_json
 
 from .contents import special_ids
-from .passes import keep_last_position
+from .last_position import keep_last_position
 from .programs import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 from .source import Source
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from .passes import add_weight, weight
+from .graph import add_weight, weight
 from .quantize import choose_block_size, constant_factor, dequantize_blocks, quantize_blocks
 
 _STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)  # the exponents a that are tried

@@ -8,8 +8,6 @@ What torch writes is not yet a bundle's graph. `CLEAN` is the order in which it 
     4. restore_weight_names     the module's own names in place of torch's val_131
     5. name_axes                the axes of inputs and outputs by the names of `pastkey.names`
     6. strip_traces             no paths, source lines or doc strings of the exporting machine
-
-and `keep_last_position` makes pastkey's own graph of the common one.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from pastkey import names
 from pastkey.bundle import KVGeometry
 
 from .graft import DECODER, IR_VERSION
+from .graph import add_weight, drop_unused_weights, replace_uses, weight
 
 Pass = Callable[[ir.Model], None]
 
@@ -39,54 +38,6 @@ def clean(model: ir.Model, module: nn.Module, layers: tuple[KVGeometry, ...], vo
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
-def weight(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initializer, or None for any other value."""
-    if value is None or value.const_value is None or value.producer() is not None:
-        return None
-    return value.const_value.numpy()
-
-
-def add_weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer over this very array, not a copy."""
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def replace_uses(old: ir.Value, new: ir.Value) -> None:
-    """Makes every node that reads `old` read `new`."""
-    for node, index in tuple(old.uses()):
-        node.replace_input_with(index, new)
-
-
-def take_over(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
-    """Makes `new` what `old` was: its name, type and shape, its readers, its place among the graph's outputs."""
-    name, old.name = old.name, None
-    new.name, new.type, new.shape = name, old.type, old.shape
-    replace_uses(old, new)
-    for place, end in enumerate(model.graph.outputs):
-        if end is old:
-            model.graph.outputs[place] = new
-
-
-def replace_node(model: ir.Model, old: ir.Node, *nodes: ir.Node) -> None:
-    """Puts `nodes` in the place of `old`, whose outputs the last one's take over, one by one."""
-    model.graph.insert_before(old, nodes)
-    for number, node in enumerate(nodes[:-1]):
-        node.outputs[0].name = f"{old.outputs[0].name}_part_{number}"
-    for output, new in zip(old.outputs, nodes[-1].outputs, strict=True):
-        take_over(model, output, new)
-    model.graph.remove(old, safe=True)
-
-
-def drop_unused_weights(model: ir.Model) -> None:
-    """Removes the initializers that no node reads."""
-    for name, value in tuple(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[name]
-
-
 def merge_equal_weights(model: ir.Model) -> None:
     """Makes initializers of equal type, shape and content one."""
     first: dict[tuple[object, ...], list[tuple[ir.Value, np.ndarray]]] = {}
@@ -216,67 +167,3 @@ def strip_traces(model: ir.Model) -> None:
             value.doc_string = None
             if id(value) not in ends:
                 value.shape = value.type = None
-
-
-# --- pastkey's own graph ------------------------------------------------------------------------------------------
-# Operators that treat every position by itself, so that choosing one position may come before them.
-_POSITIONWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Neg", "Min", "Max", "Clip"}
-_PRODUCTS = {"MatMul", "MatMulNBits"}
-
-
-def keep_last_position(model: ir.Model) -> None:
-    """Makes `logits` (B, 1, V), of the last of the new tokens, choosing it before the output head where it can."""
-    logits = next(value for value in model.graph.outputs if value.name == names.LOGITS)
-    product = _output_head(logits)
-    if product is not None:
-        hidden = product.inputs[0]
-        assert hidden is not None
-        chosen = _last_of(model, hidden, before=product)
-        product.replace_input_with(0, chosen)
-    else:
-        node = logits.producer()
-        assert node is not None
-        logits.name = f"{names.LOGITS}_of_every_position"
-        chosen = _last_of(model, logits, after=node)
-        chosen.name, chosen.type, chosen.shape = names.LOGITS, logits.type, logits.shape
-        model.graph.outputs[list(model.graph.outputs).index(logits)] = chosen
-        logits = chosen
-    assert logits.shape is not None
-    logits.shape = ir.Shape((names.BATCH, 1, logits.shape[-1]))
-
-
-def _output_head(logits: ir.Value) -> ir.Node | None:
-    """The product (B, T, hidden) x (hidden, V) that makes the logits, through nothing but position-wise operators."""
-    node = logits.producer()
-    while node is not None and node.op_type in _POSITIONWISE:
-        made = [value for value in node.inputs if value is not None and not _constant(value)]
-        if len(made) != 1:
-            return None
-        node = made[0].producer()
-    if node is None or node.op_type not in _PRODUCTS or not all(_constant(v) for v in node.inputs[1:] if v):
-        return None
-    return node
-
-
-def _constant(value: ir.Value) -> bool:
-    """An initializer, or a transposed one."""
-    if weight(value) is not None:
-        return True
-    producer = value.producer()
-    return producer is not None and producer.op_type == "Transpose" and weight(producer.inputs[0]) is not None
-
-
-def _last_of(model: ir.Model, value: ir.Value, before: ir.Node | None = None, after: ir.Node | None = None) -> ir.Value:
-    """value[:, -1:] as a node."""
-    bounds = [
-        add_weight(model, f"last_position_{name}", np.array([number], np.int64))
-        for name, number in (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1))
-    ]
-    node = ir.node("Slice", [value, *bounds], name="last_position")
-    node.outputs[0].name = "last_position"
-    if before is not None:
-        model.graph.insert_before(before, node)
-    else:
-        assert after is not None
-        model.graph.insert_after(after, node)
-    return node.outputs[0]

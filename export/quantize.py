@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from pastkey.errors import InputError
 
-from .passes import add_weight, drop_unused_weights, replace_node, weight
+from .graph import add_weight, drop_unused_weights, replace_node, weight
 
 BITS = 8
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from pastkey import names
-from pastkey.errors import InputError, MissingFileError, PastkeyError
+from pastkey.errors import ContextLengthError, InputError, MissingFileError, PastkeyError
 from pastkey.folder import read_json
 
 SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
@@ -125,7 +125,9 @@ def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: i
 def context_of(name: object, longest: int, asked: int | None) -> int:
     """The context length in tokens: what the model was trained for, or less where less was asked for."""
     if asked is not None and asked > longest:
-        raise InputError(f"--context {asked} is more than the {longest} tokens that {name} was trained for")
+        raise ContextLengthError(
+            f"--context {asked} is more than the {longest} tokens that {name} was trained for", longest
+        )
     return _checked_context(asked or longest)
 
 

@@ -82,7 +82,7 @@ def test_an_uninstalled_checkout_works() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", *(["train", "export", "verify", "check", "run", "chat", "bench", "inspect", "devices"])]
+    "command", ["", *(["train", "export", "verify", "check", "eval", "run", "chat", "bench", "inspect", "devices"])]
 )
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (

@@ -45,7 +45,10 @@ def rotating(path: Path) -> list[bool]:
 def test_norms_skips_and_rotation_are_fused_exactly(changes: dict[str, bool], tmp_path: Path) -> None:
     before, after, operators = graphs(llama(**changes), tmp_path)
     assert rotating(after) == [True, True]
-    assert not {"Pow", "ReduceMean", "Reciprocal", "Sqrt", "Cos", "Sin", "Split"} & set(operators)
+    assert not {"Pow", "ReduceMean", "Reciprocal", "Sqrt", "Split"} & set(operators)
+    assert (operators["Cos"], operators["Sin"]) == (1, 1)  # of the tables, which are computed at load
+    # Of the two tables only; norms of single heads take q and k apart and together, by two shapes that are computed.
+    assert operators["Reshape"] == (12 if "qk_norm" in changes else 2)
     assert operators["SkipSimplifiedLayerNormalization"] == 4  # all but the first one, which follows the embedding
     assert operators["SimplifiedLayerNormalization"] == 1 + 4 * ("qk_norm" in changes)
     ids = np.random.default_rng(0).integers(0, 61, CONTEXT).tolist()
@@ -64,8 +67,8 @@ def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path: P
 
 
 def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pastkey.export.fuse._TABLE_BYTES", CONTEXT * 16 * 4 - 1)  # cos and sin, half a head each
-    monkeypatch.setattr("pastkey.export.fuse._TABLE_SHARE", 0)
+    monkeypatch.setattr("pastkey.export.rotary._TABLE_BYTES", CONTEXT * 16 * 4 - 1)  # cos and sin, half a head each
+    monkeypatch.setattr("pastkey.export.rotary._TABLE_SHARE", 0)
     before, after, _ = graphs(llama(), tmp_path)
     assert rotating(after) == [False, False]
     ids = list(range(30))
@@ -88,7 +91,8 @@ def test_what_is_not_the_pattern_is_left_alone(build: object, tmp_path: Path) ->
     before, after, _ = graphs(build(), tmp_path)
     assert not any(rotating(after))
     ids = list(range(30))
-    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) == 0
+    # Not to the bit: a product whose result is not reshaped any more runs as another kernel.
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
 
 
 class OneRowOfPositions(Plain):

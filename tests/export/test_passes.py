@@ -11,13 +11,9 @@ import pytest
 
 from pastkey import names
 from pastkey.export.graft import IR_VERSION, OPSET
-from pastkey.export.passes import (
-    fold_transposed_weights,
-    keep_last_position,
-    merge_equal_weights,
-    share_transposed_weights,
-    weight,
-)
+from pastkey.export.graph import weight
+from pastkey.export.last_position import keep_last_position
+from pastkey.export.passes import fold_transposed_weights, merge_equal_weights, share_transposed_weights
 
 from .cases import CASES
 from .conftest import Export, Exported

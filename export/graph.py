@@ -1,0 +1,66 @@
+"""Small steps on an onnx_ir graph that every pass takes: weights, replacing, looking back."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+def weight(value: ir.Value | None) -> np.ndarray | None:
+    """The array of an initializer, or None for any other value."""
+    if value is None or value.const_value is None or value.producer() is not None:
+        return None
+    return value.const_value.numpy()
+
+
+def add_weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer over this very array, not a copy."""
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def replace_uses(old: ir.Value, new: ir.Value) -> None:
+    """Makes every node that reads `old` read `new`."""
+    for node, index in tuple(old.uses()):
+        node.replace_input_with(index, new)
+
+
+def take_over(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Makes `new` what `old` was: its name, type and shape, its readers, its place among the graph's outputs."""
+    name, old.name = old.name, None
+    new.name, new.type, new.shape = name, old.type, old.shape
+    replace_uses(old, new)
+    for place, end in enumerate(model.graph.outputs):
+        if end is old:
+            model.graph.outputs[place] = new
+
+
+def replace_node(model: ir.Model, old: ir.Node, *nodes: ir.Node) -> None:
+    """Puts `nodes` in the place of `old`, whose outputs the last one's take over, one by one."""
+    model.graph.insert_before(old, nodes)
+    for number, node in enumerate(nodes[:-1]):
+        node.outputs[0].name = f"{old.outputs[0].name}_part_{number}"
+    for output, new in zip(old.outputs, nodes[-1].outputs, strict=True):
+        take_over(model, output, new)
+    model.graph.remove(old, safe=True)
+
+
+def drop_unused_weights(model: ir.Model) -> None:
+    """Removes the initializers that no node reads."""
+    for name, value in tuple(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
+def made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node that makes the value, where it is of that type."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == operator else None
+
+
+def input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
+    """The first input of the node of that type that makes the value."""
+    node = made_by(value, operator)
+    return None if node is None else node.inputs[0]
