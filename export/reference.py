@@ -113,14 +113,17 @@ def _is_bundle(path: Path) -> bool:
 
 
 def _require_known(path: str) -> None:
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in (names.MANIFEST, names.CONFIG)):
+    """Raises where neither a bundle nor a source can be meant; which source it is, `open_source` finds out."""
+    expected = f"expected another bundle, {SOURCES}"
+    place = Path(path)
+    if place.is_dir() and not any((place / name).is_file() for name in (names.MANIFEST, names.CONFIG)):
         raise InputError(
-            f"{path} cannot be a reference, it has neither {names.MANIFEST} nor {names.CONFIG}: expected another "
-            f"bundle, {SOURCES}"
+            f"{path} cannot be a reference, it has neither {names.MANIFEST} nor {names.CONFIG}: {expected}"
         )
-    if not folder.exists() and not path.rpartition(":")[0].endswith(".py"):
-        raise MissingFileError(f"no such reference: {path} does not exist; expected another bundle, {SOURCES}")
+    if place.is_file() and place.suffix not in (".bin", ".gguf", ".py"):
+        raise InputError(f"{path} cannot be a reference, it is a file of another kind: {expected}")
+    if not place.exists() and not path.rpartition(":")[0].endswith(".py"):
+        raise MissingFileError(f"no such reference: {path} does not exist; {expected}")
 
 
 def _too_short(path: str, longest: int, length: int) -> InputError:

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("export", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
     "verify": ("export", "compare a bundle with its source, or with its own uncached run"),
     "check": ("export", "say which other programs load a bundle, and why not"),
+    "eval": ("export", "measure perplexity on a text, and how far a bundle is from a reference"),
     "run": ("runtime", "generate text: bundle/ -> text"),
     "chat": ("runtime", "hold a conversation by the bundle's chat template"),
     "bench": ("runtime", "measure prefill and decode speed of a bundle"),

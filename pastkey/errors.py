@@ -18,6 +18,14 @@ class InputError(PastkeyError, ValueError):
     """A value, a text or a file content that cannot be used."""
 
 
+class ContextLengthError(InputError):
+    """A context longer than the `longest` tokens that a model was made for."""
+
+    def __init__(self, sentence: str, longest: int) -> None:
+        super().__init__(sentence)
+        self.longest = longest
+
+
 class MissingFileError(PastkeyError, FileNotFoundError):
     """A file or folder that is not there."""
 
