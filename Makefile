@@ -6,8 +6,9 @@ PASTKEY := $(BIN)/pastkey
 PYTEST_ARGS ?=
 # `make test SLOW=1` runs the slow tests too, as CI does.
 SLOW ?=
+BENCH_ARGS ?=
 
-.PHONY: demo test check figures clean
+.PHONY: demo test check figures bench clean
 
 # From nothing to text: train on the built-in stories, export to fp32 and int8, prove it, tell a story.
 demo: $(VENV)/installed
@@ -27,6 +28,11 @@ check: $(VENV)/installed
 # The figures of the README, measured again on this machine. Needs the bundles of `make demo`.
 figures: $(VENV)/installed
 	$(BIN)/python -m benchmarks.figures demo
+
+# pastkey beside other engines on this machine, each installed in an environment of its own: benchmarks/results.md.
+# `make bench BENCH_ARGS=--full` measures more engines and how pastkey scales. The same command goes on after a stop.
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
 
 # pip 25.1 is the first that knows dependency groups.
 $(VENV)/installed: pyproject.toml

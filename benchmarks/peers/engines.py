@@ -1,0 +1,133 @@
+"""The engines that are compared, and a client for their workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+class EngineError(Exception):
+    """An engine, a conversion or an installation that failed: a sentence that names its log."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One program at one precision."""
+
+    name: str  # on the command line
+    title: str  # in tables and charts
+    runtime: str  # a key of environments.ENVIRONMENTS; workers/{runtime}_worker.py speaks for it
+    precision: str  # as its own converter calls it
+    full: bool = False  # measured with --full only
+    rival: bool = False  # an int8 peer: the fastest of these is what every engine is compared with
+
+
+REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey", "fp32")  # what quality is compared with
+ENGINES = (
+    Engine("pastkey-int8", "pastkey int8", "pastkey", "int8"),
+    REFERENCE,
+    Engine("genai-int8", "onnxruntime-genai int8", "genai", "int8", rival=True),
+    Engine("llama-q8_0", "llama.cpp Q8_0", "llama", "Q8_0", rival=True),
+    Engine("pastkey-int4", "pastkey int4", "pastkey", "int4", full=True),
+    Engine("genai-int4", "onnxruntime-genai int4", "genai", "int4", full=True),
+    Engine("llama-q4_0", "llama.cpp Q4_0", "llama", "Q4_0", full=True),
+    Engine("optimum-fp32", "optimum-onnx fp32", "optimum", "fp32", full=True),
+    Engine("optimum-int8", "optimum-onnx int8 dynamic", "optimum", "int8", full=True, rival=True),
+    Engine("transformers-fp32", "transformers eager fp32", "transformers", "fp32", full=True),
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An engine with all that its worker needs."""
+
+    engine: Engine
+    python: Path  # of its environment
+    model: Path  # what it loads: a file or a folder
+    size: int  # bytes of all files in it
+    versions: dict[str, str]  # package -> version
+    identity: str  # a digest of model, versions and settings: part of the key of whatever is measured on it
+
+
+class Worker:
+    """An engine in a process of its own, which starts at the first request."""
+
+    def __init__(self, prepared: Prepared, *, threads: int, context: int, logs: Path) -> None:
+        """`context` is the most tokens that any request will need. What the engine prints goes to a file in `logs`."""
+        self.engine = prepared.engine
+        self._log = logs / f"run-{prepared.engine.name}.log"
+        self._command = [
+            str(prepared.python),
+            str(WORKERS / f"{prepared.engine.runtime}_worker.py"),
+            str(prepared.model),
+            f"--threads={threads}",
+            f"--context={context}",
+        ]
+        self._process: subprocess.Popen[str] | None = None
+        self.spawned = 0.0  # time.perf_counter() just before its process began
+        self.load_seconds = 0.0  # from its imports' end to a loaded model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it may have died
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def start(self) -> None:
+        """Loads the model, unless that has been done."""
+        if self._process is None:
+            environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+            with self._log.open("a") as log:
+                self.spawned = time.perf_counter()
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment,
+                )
+            self.load_seconds = self._reply()["load_seconds"]
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """What the worker replies to one request of workers/protocol.py. Raises EngineError when it dies of it."""
+        self.start()
+        assert self._process is not None
+        stdin: IO[str] | None = self._process.stdin
+        assert stdin is not None
+        try:
+            print(json.dumps({"do": do, **request}), file=stdin, flush=True)
+        except BrokenPipeError:
+            raise self._failure() from None
+        return self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._failure()
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _failure(self) -> EngineError:
+        assert self._process is not None
+        status = self._process.wait()
+        return EngineError(
+            f"{self.engine.title} ended with exit status {status}: see {self._log.name} in the work folder"
+        )

@@ -1,0 +1,231 @@
+"""How far each engine's predictions are from float32's, on the same token ids."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pastkey.bundle import Bundle
+from pastkey.errors import InputError, MissingFileError
+from pastkey.export.evaluate import log_softmax
+from pastkey.runtime import Generation, SamplingConfig, Session
+from pastkey.runtime.template import ChatTemplate
+from pastkey.runtime.text import TextCodec
+from tests.environments import ROOT
+
+from .engines import Prepared, Worker
+from .progress import steps
+from .store import Store, digest
+
+WINDOW = 512  # tokens
+ANSWER = 24  # tokens
+_ROWS = 64  # positions whose distributions are held in float64 at once
+_BESIDE = ROOT.parent / "shared" / "data" / "wikitext-2" / "valid.txt"  # used where it is, never required
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "What is the capital of Japan?",
+    "How many days are in a week?",
+    "What color is the sky on a clear day?",
+    "Who wrote Romeo and Juliet?",
+    "What is the largest planet in the solar system?",
+    "What is the chemical symbol for gold?",
+    "At what temperature does water boil, in degrees Celsius?",
+    "How many legs does a spider have?",
+    "What is the largest ocean on Earth?",
+    "In which country are the pyramids of Giza?",
+    "Who painted the Mona Lisa?",
+    "What gas do plants take in from the air?",
+    "How many continents are there?",
+    "What is the opposite of hot?",
+    "What is 7 plus 5?",
+    "Which planet is known as the Red Planet?",
+    "What is the tallest mountain in the world?",
+    "What language is spoken in Brazil?",
+    "How many sides does a triangle have?",
+    "What is frozen water called?",
+    "Which animal is known as the king of the jungle?",
+    "What is the currency of the United Kingdom?",
+    "Who was the first person to walk on the Moon?",
+    "What do bees make?",
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids to measure on."""
+
+    name: str  # for a reader
+    windows: tuple[tuple[int, ...], ...]  # each WINDOW ids
+
+    def prompt(self, length: int) -> list[int]:
+        """The first `length` ids of all windows in a row, from the beginning again where there are too few."""
+        ids = [token for window in self.windows for token in window]
+        return (ids * math.ceil(length / len(ids)))[:length]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One engine beside float32."""
+
+    kl_divergence: float  # KL(float32 || engine), nats per token
+    top1_agreement: float  # share of positions, 0 to 1
+    perplexity: float
+    equal_answers: float  # share of the questions whose greedy answer is the same to its end
+    equal_tokens: float  # share of those answers' tokens that come before the first difference
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+def text_file(given: Path | None) -> Path | None:
+    """The file of --text, or the one beside the checkout, or None. Raises MissingFileError or InputError."""
+    if given is None:
+        return _BESIDE if _BESIDE.is_file() else None
+    if not given.is_file():
+        raise MissingFileError(f"no such text: {given} is not a file")
+    if given.stat().st_size < WINDOW:  # a token is a byte at least
+        raise InputError(_too_short(given, f"{given.stat().st_size} bytes"))
+    return given
+
+
+def windows_of_file(file: Path, codec: TextCodec, count: int) -> Text:
+    """Up to `count` windows from the beginning of a text, each begun as the tokenizer begins a text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not valid UTF-8: convert it first") from None
+    ids = codec.encode(text, add_special_tokens=False)
+    whole = codec.encode(text)
+    begin = next((whole[:n] for n in range(3) if whole[n : n + 8] == ids[:8]), [])
+    size = WINDOW - len(begin)
+    if len(ids) < size:
+        raise InputError(_too_short(file, f"{len(ids)} tokens"))
+    count = min(count, len(ids) // size)
+    return Text(file.name, tuple((*begin, *ids[i * size : (i + 1) * size]) for i in range(count)))
+
+
+def windows_of_own(bundle: Bundle, identity: str, count: int, threads: int, store: Store) -> Text:
+    """`count` windows that the float32 model itself writes at temperature 1, with the seeds 0, 1, 2, ..."""
+    from pastkey.export.calibrate import begin_token  # brings the exporter, which nothing else here needs
+
+    session: list[Session] = []  # opened for the first window that is not stored
+
+    def write(seed: int) -> list[int]:
+        session[:] = session or [Session(bundle, threads=threads)]
+        beginning, sampling = [begin_token(bundle.manifest)], SamplingConfig(temperature=1.0, seed=seed)
+        return beginning + list(Generation(session[0], beginning, max_new_tokens=WINDOW - 1, sampling=sampling))
+
+    name = "a text that the float32 model wrote itself (temperature 1)"
+    key = {"reference": identity, "length": WINDOW}
+    seeds = steps(range(count), "text of the model's own")
+    return Text(name, tuple(tuple(store.once(f"text-{s}", key, lambda s=s: write(s))) for s in seeds))
+
+
+def _too_short(file: Path, found: str) -> str:
+    return f"{file} has {found}; one window of {WINDOW} tokens is needed: give a longer --text"
+
+
+def question_ids(bundle: Bundle, codec: TextCodec) -> list[list[int]]:
+    """The questions as prompts, by the chat template where the bundle has one."""
+    try:
+        template = ChatTemplate.from_folder(bundle.path)
+    except InputError:
+        return [codec.encode(f"Question: {question}\nAnswer:") for question in QUESTIONS]
+    texts = [template.render([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [codec.encode(text, add_special_tokens=False) for text in texts]
+
+
+# --- measurements -------------------------------------------------------------------------------------------------
+def compare(reference: np.ndarray, logits: np.ndarray, ids: Sequence[int]) -> dict[str, float]:
+    """Means over the positions of one window, for logits (T, V): KL divergence, top-1 agreement, and cross entropy."""
+    kl, entropy = 0.0, 0.0  # sums of nats
+    following = np.array([*ids[1:], 0])
+    for start in range(0, len(ids), _ROWS):
+        rows = slice(start, start + _ROWS)
+        p, q = log_softmax(reference[rows]), log_softmax(logits[rows])
+        kl += float(np.maximum((np.exp(p) * (p - q)).sum(-1), 0).sum())
+        likelihood = np.take_along_axis(q, following[rows, None], -1)[:, 0]
+        entropy -= float(likelihood[: len(ids) - 1 - start].sum())  # nothing follows the last position
+    return {
+        "kl_divergence": kl / len(ids),
+        "top1_agreement": float((reference.argmax(-1) == logits.argmax(-1)).mean()),
+        "cross_entropy": entropy / (len(ids) - 1),
+    }
+
+
+def measure_windows(
+    workers: Sequence[Worker], prepared: Sequence[Prepared], text: Text, threads: int, store: Store
+) -> dict[str, list[dict[str, float]]]:
+    """engine -> the figures of each window. The first worker is the reference."""
+    found: dict[str, list[dict[str, float]]] = {one.engine.name: [] for one in prepared}
+    for ids in steps(text.windows, "quality, windows"):
+        reference: list[np.ndarray] = []  # of this window, once an engine needs it
+
+        def measure(worker: Worker, ids: Sequence[int] = ids, reference: list[np.ndarray] = reference) -> object:
+            reference[:] = reference or [_logits(workers[0], ids, store)]
+            logits = reference[0] if worker is workers[0] else _logits(worker, ids, store)
+            return compare(reference[0], logits, ids)
+
+        for worker, one in zip(workers, prepared, strict=True):
+            key = {"reference": prepared[0].identity, "engine": one.identity, "ids": digest(ids), "threads": threads}
+            name = f"quality-{one.engine.name}-{key['ids']}"
+            found[one.engine.name].append(store.once(name, key, lambda worker=worker: measure(worker)))
+    return found
+
+
+def measure_answers(
+    workers: Sequence[Worker], prepared: Sequence[Prepared], prompts: Sequence[list[int]], threads: int, store: Store
+) -> dict[str, list[list[int]]]:
+    """engine -> the greedy continuation of each prompt."""
+    found = {}
+    for worker, one in steps(list(zip(workers, prepared, strict=True)), "quality, answers"):
+        found[one.engine.name] = store.once(
+            f"answers-{one.engine.name}",
+            {"engine": one.identity, "prompts": digest(prompts), "threads": threads},
+            lambda worker=worker: [worker.ask("generate", ids=ids, new_tokens=ANSWER)["ids"] for ids in prompts],
+        )
+    return found
+
+
+def summary(
+    windows: Sequence[dict[str, float]],
+    answers: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    ends: Iterable[int],
+) -> Quality:
+    """Figures over all windows and answers. What comes after an end token in `expected` does not count."""
+    ended = frozenset(ends)
+    whole = [_cut(answer, ended) for answer in expected]
+    shared = [_shared(answer, right) for answer, right in zip(answers, whole, strict=True)]
+    return Quality(
+        kl_divergence=statistics.fmean(window["kl_divergence"] for window in windows),
+        top1_agreement=statistics.fmean(window["top1_agreement"] for window in windows),
+        perplexity=math.exp(statistics.fmean(window["cross_entropy"] for window in windows)),
+        equal_answers=statistics.fmean(n == len(right) for n, right in zip(shared, whole, strict=True)),
+        equal_tokens=sum(shared) / sum(map(len, whole)),
+    )
+
+
+def _logits(worker: Worker, ids: Sequence[int], store: Store) -> np.ndarray:
+    """(T, V) float32."""
+    file = store.folder / "logits.npy"
+    worker.ask("logits", ids=list(ids), out=str(file.resolve()))
+    found: np.ndarray = np.load(file)
+    file.unlink()
+    return found
+
+
+def _cut(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """`ids` up to the first end token, which is part of an answer."""
+    first = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[: first + 1])
+
+
+def _shared(ids: Sequence[int], expected: Sequence[int]) -> int:
+    """How many tokens are the same before the first difference."""
+    pairs = zip(ids, expected, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(expected)))

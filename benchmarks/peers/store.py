@@ -1,0 +1,64 @@
+"""Finished steps on disk, so that a run that was interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pastkey.errors import InputError
+from pastkey.folder import write_json
+
+_MARK = "made-by-pastkey-benchmarks"
+
+
+class Store:
+    """A work folder: steps/NAME.json holds the result of a step and the key that it belongs to.
+
+    A key says everything that the result depends on. A step whose key has changed is done again.
+    """
+
+    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
+        """`fresh` forgets all steps. Raises InputError for a folder with other things in it."""
+        if folder.exists() and not (folder.is_dir() and ((folder / _MARK).exists() or not any(folder.iterdir()))):
+            raise InputError(f"{folder} holds other things: give an empty or a new folder as --work")
+        self.folder = folder = folder.resolve()  # other programs are given paths in it
+        self.steps, self.models, self.logs = (folder / name for name in ("steps", "models", "logs"))
+        for part in (self.steps, self.models, self.logs):
+            if fresh:
+                shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True, exist_ok=True)
+        (folder / _MARK).touch()
+
+    def once(self, name: str, key: Mapping[str, Any], make: Callable[[], Any], *, product: Path | None = None) -> Any:
+        """The result of a step: as it was stored under this key, or else made now and stored.
+
+        A step whose `product`, a file or folder that it writes, is gone is done again.
+        """
+        file = self.steps / f"{name}.json"
+        wanted = json.loads(json.dumps(key))
+        if file.is_file() and (product is None or product.exists()):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["key"] == wanted:
+                return found["value"]
+        value = json.loads(json.dumps(make()))  # as it will be read
+        write_json(file, {"key": wanted, "value": value})
+        return value
+
+
+def digest(content: Any) -> str:
+    """A short name for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest_of_files(path: Path) -> str:
+    """A short name for the content of a file, or of the files of a folder and their names."""
+    total = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
+        total.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as content:
+            total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()[:12]

@@ -1,0 +1,15 @@
+"""llama.cpp's own quantization: GGUF_IN GGUF_OUT Q8_0|Q4_0."""
+
+import ctypes
+import os
+import sys
+
+import llama_cpp
+
+source, out, precision = sys.argv[1:]
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[precision]
+parameters.allow_requantize = True  # the source may be quantized already; every engine starts from the same
+parameters.nthread = os.cpu_count() or 1
+if llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(parameters)) != 0:
+    sys.exit(f"llama.cpp cannot quantize {source}")
