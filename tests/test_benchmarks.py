@@ -24,7 +24,7 @@ from .export.decoders import llama
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
 from benchmarks.peers import chart, quality, results, scaling, speed
-from benchmarks.peers.engines import ENGINES, REFERENCE, Engine, EngineError, Prepared, Worker
+from benchmarks.peers.engines import ENGINES, REFERENCE, EngineError, Prepared, Worker
 from benchmarks.peers.store import Store, digest_of_files
 
 BY_NAME = {engine.name: engine for engine in ENGINES}
@@ -179,7 +179,7 @@ def test_the_page_has_every_figure_with_its_unit() -> None:
     ]  # fmt: skip
     assert "| pastkey int8 | 1.18 (1.07 to 1.31) | 1.18 (1.07 to 1.31) |" in lines
     assert "- llama.cpp Q4_0: it is raining" in lines
-    assert "program 1.2.3" in page
+    assert "- program 1.2.3: pastkey int8 by pastkey export --precision int8; pastkey fp32 by" in page
     assert "| transformers eager fp32 | 538 | 0 |" in page
 
 
@@ -250,8 +250,21 @@ def test_quality_and_speed_are_measured_by_workers_and_then_remembered(prepared:
     assert speed.ratio(rounds, "pastkey-fp32", ["pastkey-fp32"], 8, "decode").median == 1
 
 
+def test_without_a_text_the_model_writes_one_once(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "WINDOW", 16)
+    bundle, store = open_bundle(prepared.model), Store(tmp_path / "work")
+    first = quality.windows_of_own(bundle, "tiny", 2, 1, store)
+    assert [len(window) for window in first.windows] == [16, 16]
+    assert first.windows[0] != first.windows[1]
+    assert "wrote itself" in first.name
+    monkeypatch.setattr(quality, "Generation", None)
+    assert quality.windows_of_own(bundle, "tiny", 2, 1, store) == first
+
+
 def test_a_worker_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
-    engine = Engine("pastkey-int8", "pastkey int8", "pastkey", "int8")
+    engine = BY_NAME["pastkey-int8"]
     one = Prepared(engine, Path(sys.executable), tmp_path / "nothing", 1, {}, "")
     sentence = r"pastkey int8 ended with exit status 1: see run-pastkey-int8\.log"
     with Worker(one, threads=1, context=40, logs=tmp_path) as worker, pytest.raises(EngineError, match=sentence):

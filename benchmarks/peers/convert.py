@@ -50,7 +50,7 @@ def prepare(engine: Engine, source: Source, store: Store) -> Prepared:
     python = python_of(engine.runtime)
     versions = versions_of(engine.runtime, python)
     out = store.models / (engine.name + (".gguf" if engine.runtime == "llama" else ""))
-    key = {"source": source.content, "precision": engine.precision, "versions": versions}
+    key = {"source": source.content, "how": engine.how, "versions": versions}
 
     def make() -> dict[str, int]:
         say(f"convert the weights for {engine.title}")

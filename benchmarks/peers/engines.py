@@ -26,22 +26,39 @@ class Engine:
     title: str  # in tables and charts
     runtime: str  # a key of environments.ENVIRONMENTS; workers/{runtime}_worker.py speaks for it
     precision: str  # as its own converter calls it
+    how: str  # its conversion, for a reader
     full: bool = False  # measured with --full only
     rival: bool = False  # an int8 peer: the fastest of these is what every engine is compared with
 
 
-REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey", "fp32")  # what quality is compared with
+# What quality is compared with.
+REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey", "fp32", "pastkey export --precision fp32")
 ENGINES = (
-    Engine("pastkey-int8", "pastkey int8", "pastkey", "int8"),
+    Engine("pastkey-int8", "pastkey int8", "pastkey", "int8", "pastkey export --precision int8"),
     REFERENCE,
-    Engine("genai-int8", "onnxruntime-genai int8", "genai", "int8", rival=True),
-    Engine("llama-q8_0", "llama.cpp Q8_0", "llama", "Q8_0", rival=True),
-    Engine("pastkey-int4", "pastkey int4", "pastkey", "int4", full=True),
-    Engine("genai-int4", "onnxruntime-genai int4", "genai", "int4", full=True),
-    Engine("llama-q4_0", "llama.cpp Q4_0", "llama", "Q4_0", full=True),
-    Engine("optimum-fp32", "optimum-onnx fp32", "optimum", "fp32", full=True),
-    Engine("optimum-int8", "optimum-onnx int8 dynamic", "optimum", "int8", full=True, rival=True),
-    Engine("transformers-fp32", "transformers eager fp32", "transformers", "fp32", full=True),
+    Engine("genai-int8", "onnxruntime-genai int8", "genai", "int8", "its model builder, -p int8 -e cpu", rival=True),
+    Engine("llama-q8_0", "llama.cpp Q8_0", "llama", "Q8_0", "llama_model_quantize to Q8_0", rival=True),
+    Engine("pastkey-int4", "pastkey int4", "pastkey", "int4", "pastkey export --precision int4", full=True),
+    Engine("genai-int4", "onnxruntime-genai int4", "genai", "int4", "its model builder, -p int4 -e cpu", full=True),
+    Engine("llama-q4_0", "llama.cpp Q4_0", "llama", "Q4_0", "llama_model_quantize to Q4_0", full=True),
+    Engine("optimum-fp32", "optimum-onnx fp32", "optimum", "fp32", "ORTModelForCausalLM with export=True", full=True),
+    Engine(
+        "optimum-int8",
+        "optimum-onnx int8 dynamic",
+        "optimum",
+        "int8",
+        "ORTQuantizer, dynamic, avx512_vnni, per channel",
+        full=True,
+        rival=True,
+    ),
+    Engine(
+        "transformers-fp32",
+        "transformers eager fp32",
+        "transformers",
+        "fp32",
+        "torch, attn_implementation='eager'",
+        full=True,
+    ),
 )
 
 

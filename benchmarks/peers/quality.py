@@ -105,7 +105,8 @@ def windows_of_file(file: Path, codec: TextCodec, count: int) -> Text:
     if len(ids) < size:
         raise InputError(_too_short(file, f"{len(ids)} tokens"))
     count = min(count, len(ids) // size)
-    return Text(file.name, tuple((*begin, *ids[i * size : (i + 1) * size]) for i in range(count)))
+    name = "wikitext-2's validation text" if file == _BESIDE else file.name
+    return Text(name, tuple((*begin, *ids[i * size : (i + 1) * size]) for i in range(count)))
 
 
 def windows_of_own(bundle: Bundle, identity: str, count: int, threads: int, store: Store) -> Text:

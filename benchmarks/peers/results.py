@@ -133,9 +133,12 @@ def machine() -> list[str]:
 
 
 def _versions(rows: Sequence[Row]) -> list[str]:
-    """A line for each program."""
-    of = {row.engine.runtime: row.versions for row in rows}
-    return [", ".join(f"{name} {version}" for name, version in versions.items()) for versions in of.values()]
+    """A line for each program: its versions, and how its engines were made."""
+    lines = []
+    for runtime, versions in {row.engine.runtime: row.versions for row in rows}.items():
+        how = [f"{row.engine.title} by {row.engine.how}" for row in rows if row.engine.runtime == runtime]
+        lines.append(", ".join(f"{name} {version}" for name, version in versions.items()) + ": " + "; ".join(how))
+    return lines
 
 
 def _lines(path: str) -> list[str]:
