@@ -39,9 +39,11 @@ def main() -> None:
         ids = TextCodec.from_file(bundle.tokenizer).encode(arguments.text.read_text(encoding="utf-8"))
         middle, length = len(ids) // 2, arguments.length
         windows = [ids[start : start + length] for start in range(middle, middle + arguments.windows * length, length)]
+        text = calibrate.calibration_text(bundle, None)
+        calibrated = calibrate.calibrated(bundle, text.chosen_by)
         folder, plain = bundle.common_graph.parent, ir.load(bundle.common_graph)
         expected = [logits(plain, folder, window) for window in windows]
-        for name, model in (("plain", plain), ("calibrated", calibrate.calibrated(bundle))):
+        for name, model in (("plain", plain), ("calibrated", calibrated)):
             quantize(model)
             found = [logits(model, folder, window) for window in windows]
             pairs = list(zip(expected, found, strict=True))
@@ -52,7 +54,8 @@ def main() -> None:
 
 def logits(model: ir.Model, folder: Path, ids: list[int]) -> np.ndarray:
     """(T, V), of every position."""
-    return calibrate.run(model, folder, [names.LOGITS], ids)[names.LOGITS]
+    with calibrate.probing(model, folder, [names.LOGITS]) as probe:
+        return probe(np.array(ids))[names.LOGITS]
 
 
 if __name__ == "__main__":

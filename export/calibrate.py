@@ -1,29 +1,104 @@
-"""Activations on text, for whatever is chosen by them: the scales that are migrated into weights."""
+"""Texts to calibrate on, and activations on them, for whatever is chosen by them: scales that move into weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from tokenizers import Tokenizer
 
 from pastkey import names
 from pastkey.bundle import Bundle, Manifest
+from pastkey.errors import InputError
 from pastkey.runtime import Session
 from pastkey.runtime.ort import onnxruntime
+from pastkey.runtime.text import TextCodec
 
-from .evaluate import own_text, relative_difference
+from .evaluate import BundlePredictions, Ids, cut_windows, encode_file, evaluate, relative_difference
 from .migrate import find_groups, migrate
 
-TOKENS = 256  # length of the text, where the context has room for it
+WINDOWS, LENGTH = 8, 256  # of calibration text, and tokens of each, where the context has room for them
+MIN_TOKENS = 64  # of a calibration file: fewer say nothing about the activations of other texts
+_MEASURED = 2  # windows that are kept apart, to measure on
 # Of the largest logit. Moving a scale rounds every weight anew, by 6e-8; a wrong fold changes everything.
 _MAX_CHANGE = 1e-4
-_ROWS = 128  # of each activation, spread over the text
+_ROWS = 512  # of each activation, spread over the text
 
 
-def calibrated(bundle: Bundle) -> ir.Model:
-    """The float32 graph of `bundle` with scales migrated by the activations on a text of the model's own.
+Probe = Callable[[Ids], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows of token ids (T,): some to choose by, and others to measure on."""
+
+    source: str  # "own", or "given" by the user
+    chosen_by: tuple[Ids, ...]
+    measured_on: tuple[Ids, ...]
+
+
+def read_calibration(file: str | Path, tokenizer: bytes | None) -> list[int]:
+    """The token ids of the user's calibration text. Raises MissingFileError or InputError where it cannot be used."""
+    if tokenizer is None:
+        raise InputError(
+            "this model has no tokenizer to read a calibration text with: give --tokenizer FILE, or leave out "
+            "--calibration for text of the model's own"
+        )
+    ids = encode_file(file, TextCodec(Tokenizer.from_str(tokenizer.decode())))
+    if len(ids) < MIN_TOKENS:
+        raise InputError(
+            f"{file} is too short to calibrate on, {len(ids)} tokens: at least {MIN_TOKENS} are needed, and "
+            f"{WINDOWS * LENGTH:,} are used; leave out --calibration for text of the model's own"
+        )
+    return ids
+
+
+def calibration_text(bundle: Bundle, ids: Sequence[int] | None) -> CalibrationText:
+    """Windows of the user's text, spread over all of it; without one, of what the float32 bundle itself writes.
+
+    Its own text is of its kind, and nobody has to be asked for some.
+    """
+    length = min(LENGTH, bundle.manifest.context_length)
+    if ids is None:
+        windows = own_texts(Session(bundle), begin_token(bundle.manifest), WINDOWS, length)
+    else:
+        cut = cut_windows(ids, min(length, len(ids) // 2), len(ids))
+        windows = [cut[i] for i in np.linspace(0, len(cut) - 1, min(WINDOWS, len(cut))).astype(int)]
+    kept = min(_MEASURED, len(windows) - 1)
+    return CalibrationText("own" if ids is None else "given", tuple(windows[kept:]), tuple(windows[:kept]))
+
+
+def measured(exact: Bundle, bundle: Bundle, text: CalibrationText) -> dict[str, Any]:
+    """What `bundle` costs against float32, on the windows that nothing was chosen by: the manifest's quality."""
+    found = evaluate(BundlePredictions(bundle), text.measured_on, BundlePredictions(exact))
+    return {
+        "kl_divergence": found.kl_divergence,  # nats
+        "top1_agreement": found.top1_agreement,
+        "greedy_agreement": found.greedy_agreement,
+        "tokens": found.tokens,
+        "text": text.source,
+    }
+
+
+def own_texts(session: Session, beginning: int, count: int, length: int) -> list[Ids]:
+    """`count` windows (length,): `beginning` and what the model writes after it, drawn at temperature 1."""
+    random = np.random.default_rng(0)
+    texts = np.full((count, length), beginning, np.int64)
+    session.reset()
+    for place in range(1, length):
+        logits = session.forward(texts[:, place - 1 : place])[:, -1]  # (count, V)
+        # Gumbel's trick: the largest of logits and such noise is drawn with the softmax's probabilities.
+        texts[:, place] = (logits + random.gumbel(size=logits.shape)).argmax(-1)
+    return list(texts)
+
+
+def calibrated(bundle: Bundle, windows: Sequence[Ids]) -> ir.Model:
+    """The float32 graph of `bundle` with scales migrated by the activations on `windows` (T,) of token ids.
 
     It is run against the graph as it was: should the logits change, for a form of graph that nobody thought of, then
     that one is returned.
@@ -32,14 +107,17 @@ def calibrated(bundle: Bundle) -> ir.Model:
     groups = find_groups(model)
     if not groups:
         return model
-    manifest = bundle.manifest
-    ids = own_text(Session(bundle), [begin_token(manifest)], min(TOKENS, manifest.context_length))
-    folder = bundle.common_graph.parent
-    before = run(model, folder, [names.LOGITS, *(group.activation for group in groups)], ids)
-    chosen = np.linspace(0, len(ids) - 1, min(_ROWS, len(ids))).astype(int)
-    migrate(model, groups, {group.activation: before[group.activation][chosen] for group in groups})
-    after = run(model, folder, [names.LOGITS], ids)
-    if relative_difference(before[names.LOGITS], after[names.LOGITS]) > _MAX_CHANGE:
+    folder, rows = bundle.common_graph.parent, -(-_ROWS // len(windows))
+    wanted, samples = [group.activation for group in groups], list[dict[str, np.ndarray]]()
+    with probing(model, folder, [names.LOGITS, *wanted]) as probe:
+        for ids in windows:
+            found = probe(ids)
+            chosen = np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int)
+            samples.append({name: found[name][chosen] for name in wanted})
+    migrate(model, groups, {name: np.concatenate([sample[name] for sample in samples]) for name in wanted})
+    with probing(model, folder, [names.LOGITS]) as probe:
+        after = probe(windows[-1])
+    if relative_difference(found[names.LOGITS], after[names.LOGITS]) > _MAX_CHANGE:
         return ir.load(bundle.common_graph)
     return model
 
@@ -50,8 +128,9 @@ def begin_token(manifest: Manifest) -> int:
     return min(known[0] if known else 0, manifest.vocab_size - 1)
 
 
-def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """The rows (T, K) float32 of each wanted value of the graph, run on `ids` without a past.
+@contextlib.contextmanager
+def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Probe]:
+    """Opens the graph to look at values inside it: the rows (T, K) float32 of each wanted one, on ids without a past.
 
     `folder` holds the weights file that the graph names; where some were changed since, all are written anew meanwhile.
     """
@@ -68,24 +147,27 @@ def run(model: ir.Model, folder: Path, wanted: Sequence[str], ids: Sequence[int]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
-        past = {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-            for value in session.get_inputs()
-            if value.name not in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
-        }
-        length = len(ids)
-        feeds = {
-            names.INPUT_IDS: np.array([ids], np.int64),
-            names.ATTENTION_MASK: np.ones((1, length), np.int64),
-            names.POSITION_IDS: np.arange(length)[None],
-        }
-        found = session.run(list(wanted), feeds | past)
+        yield lambda ids: _run(session, wanted, ids)
     finally:
         model.graph.outputs[:] = ends
         for value in extra:
             value.type = None
         probe.unlink(missing_ok=True)
         (folder / data).unlink(missing_ok=True)
+
+
+def _run(session: Any, wanted: Sequence[str], ids: Ids) -> dict[str, np.ndarray]:
+    past = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name not in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
+    }
+    feeds = {
+        names.INPUT_IDS: ids[None],
+        names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
+        names.POSITION_IDS: np.arange(len(ids))[None],
+    }
+    found = session.run(list(wanted), feeds | past)
     return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in zip(wanted, found, strict=True)}
 
 

@@ -36,6 +36,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="tokenizer.json of a module, or llama2.c's tokenizer .bin; without one, ids only",
     )
+    add("--calibration", metavar="FILE", help="text that int8 is made for (default: what the model itself writes)")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print the report as one JSON object")
@@ -54,6 +55,7 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.tokenizer,
             arguments.context,
             arguments.force,
+            calibration=arguments.calibration,
             trust_remote_code=arguments.trust_remote_code,
             progress=stages.next,
         )

@@ -84,14 +84,19 @@ def read_tokens(file: str | Path, bundle: Bundle) -> list[int]:
 
     Raises MissingFileError or InputError for a file that has no such text, or a bundle that has no tokenizer.
     """
-    from pastkey.train.data import read_text
-
-    path = Path(file)
     if bundle.tokenizer is None:
         raise InputError(
             f"{bundle.path} has no tokenizer and speaks ids only, so it cannot read a text: export it again with "
             "--tokenizer FILE"
         )
+    return encode_file(file, TextCodec.from_file(bundle.tokenizer))
+
+
+def encode_file(file: str | Path, codec: TextCodec) -> list[int]:
+    """As `read_tokens`, by any tokenizer."""
+    from pastkey.train.data import read_text
+
+    path = Path(file)
     if not path.exists():
         raise MissingFileError(f"no such text file: {path} does not exist")
     if path.is_dir():
@@ -99,7 +104,7 @@ def read_tokens(file: str | Path, bundle: Bundle) -> list[int]:
     text = read_text(path)
     if not text.strip():
         raise InputError(f"{path} is empty: a text of at least 2 tokens was expected")
-    ids = TextCodec.from_file(bundle.tokenizer).encode(text)
+    ids = codec.encode(text)
     if len(ids) < 2:
         raise InputError(f"{path} is too short, 1 token: at least 2 are needed, one to predict the other from")
     return ids

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from pastkey import names
 
-from .graph import add_weight, weight
+from .graph import add_weight, made_by, weight
 
 # Operators that treat every position by itself, so that choosing one position may come before them.
 _POSITIONWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Neg", "Min", "Max", "Clip"}
@@ -17,12 +17,12 @@ _PRODUCTS = {"MatMul", "MatMulNBits"}
 def keep_last_position(model: ir.Model) -> None:
     """Makes `logits` (B, 1, V), of the last of the new tokens, choosing it before the output head where it can."""
     logits = next(value for value in model.graph.outputs if value.name == names.LOGITS)
-    product = _output_head(logits)
+    product = output_head(logits)
     if product is not None:
-        hidden = product.inputs[0]
-        assert hidden is not None
-        chosen = _last_of(model, hidden, before=product)
-        product.replace_input_with(0, chosen)
+        hidden, readers = _hidden(product)
+        chosen = _last_of(model, hidden, before=readers[0])
+        for reader in readers:
+            reader.replace_input_with(0, chosen)
     else:
         node = logits.producer()
         assert node is not None
@@ -35,25 +35,42 @@ def keep_last_position(model: ir.Model) -> None:
     logits.shape = ir.Shape((names.BATCH, 1, logits.shape[-1]))
 
 
-def _output_head(logits: ir.Value) -> ir.Node | None:
+def output_head(logits: ir.Value) -> ir.Node | None:
     """The product (B, T, hidden) x (hidden, V) that makes the logits, through nothing but position-wise operators."""
     node = logits.producer()
-    while node is not None and node.op_type in _POSITIONWISE:
-        made = [value for value in node.inputs if value is not None and not _constant(value)]
+    while node is not None and (node.op_type in _POSITIONWISE or _splits_other_axes(node)):
+        made = {id(v.producer()): v for v in node.inputs if v is not None and not _constant(v)}
         if len(made) != 1:
             return None
-        node = made[0].producer()
+        (value,) = made.values()
+        node = value.producer()
     if node is None or node.op_type not in _PRODUCTS or not all(_constant(v) for v in node.inputs[1:] if v):
         return None
     return node
 
 
+def _splits_other_axes(node: ir.Node) -> bool:
+    """A Split that is not along the positions, axis 1 of three."""
+    return node.op_type == "Split" and node.attributes.get_int("axis", 0) not in (1, -2)
+
+
+def _hidden(product: ir.Node) -> tuple[ir.Value, list[ir.Node]]:
+    """What the head reads, and the nodes that do, in order: of an int8 head, those that make its two readings of it."""
+    twice = made_by(product.inputs[0], "Concat")
+    rest = None if twice is None else made_by(twice.inputs[1], "Sub")
+    hidden = product.inputs[0] if rest is None else rest.inputs[0]
+    assert hidden is not None
+    if rest is None:
+        return hidden, [product]
+    return hidden, [*(node for node, _ in hidden.uses() if node.op_type == "Reshape"), rest]
+
+
 def _constant(value: ir.Value) -> bool:
-    """An initializer, or a transposed one."""
-    if weight(value) is not None:
-        return True
+    """An initializer, or computed from nothing else: a transposed one, scales."""
     producer = value.producer()
-    return producer is not None and producer.op_type == "Transpose" and weight(producer.inputs[0]) is not None
+    if producer is None:
+        return weight(value) is not None
+    return bool(producer.inputs) and all(_constant(v) for v in producer.inputs if v is not None)
 
 
 def _last_of(model: ir.Model, value: ir.Value, before: ir.Node | None = None, after: ir.Node | None = None) -> ir.Value:

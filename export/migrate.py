@@ -8,20 +8,23 @@ the division is folded into whatever makes the channel, so that it costs nothing
     2. MatMul(x, W) [+ bias]                                 up_proj before down_proj: Mul(gate, up) is linear in up
     3. GroupQueryAttention(q, k, MatMul(x, W))               v_proj before o_proj, equal for heads that share a value
 
-How much is moved, s = max|x|^a / max|W|^(1 - a), is chosen for each activation by the error of its quantized products
+How much is moved, s = rms(x)^a / max|W|^(1 - a), is chosen for each activation by the error of its quantized products
 on text. SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
+Channels that may move are put in the order of their size as well (`order`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
+from .blocks import choose_block_size, dequantize_blocks, quantize_blocks
 from .graph import add_weight, weight
-from .quantize import choose_block_size, constant_factor, dequantize_blocks, quantize_blocks
+from .order import Makers, by_size, find_makers
+from .quantize import constant_factor
 
 _STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)  # the exponents a that are tried
 _MAX_FACTOR = 100.0
@@ -51,10 +54,11 @@ class Group:
     folds: list[Fold] = field(default_factory=list)
     heads: int = 1  # query heads, where attention makes the activation
     shared_by: int = 1  # neighbouring ones that read one value head, whose factors must be equal
+    makers: Makers | None = None  # where channels have no order of their own
 
 
 def find_groups(model: ir.Model) -> list[Group]:
-    """Every activation that only products with weights read, and whose maker can take a division."""
+    """Every activation that only products with weights read, and whose channels can be divided or moved where made."""
     readers: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if constant_factor(node) is not None and node.inputs[0] is not None:
@@ -68,7 +72,10 @@ def find_groups(model: ir.Model) -> list[Group]:
         group = Group(name, [_as_fold(node, reads=True) for node in nodes])
         if all(_only_here(fold) for fold in group.products):
             channels = _matrix(group.products[0]).shape[1]
-            if _collect(activation, group, channels):
+            group.makers = find_makers(activation, channels)
+            if not _collect(activation, group, channels):
+                group.folds = []
+            if group.folds or group.makers is not None:
                 groups.append(group)
     return groups
 
@@ -148,16 +155,17 @@ def migrate(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.n
     """
     chosen: dict[str, float] = {}
     for group in groups:
-        rows = samples[group.activation]
+        rows = _of_one_size(samples[group.activation])
         matrices = [_matrix(fold) for fold in group.products]
         strength, factors = _best(rows, matrices, group)
         chosen[group.activation] = strength
-        if strength == 0:
-            continue
-        for fold in group.products:
-            _scale(model, fold, factors)
-        for fold in group.folds:
-            _scale(model, fold, 1 / _as_made(factors, group, fold))
+        if strength != 0:
+            for fold in group.products:
+                _scale(model, fold, factors)
+            for fold in group.folds:
+                _scale(model, fold, 1 / _as_made(factors, group, fold))
+        if group.makers is not None:
+            _move(model, group, group.makers, by_size(rows / factors))
     return chosen
 
 
@@ -171,23 +179,30 @@ def _matrix(fold: Fold) -> np.ndarray:
 def _best(rows: np.ndarray, matrices: list[np.ndarray], group: Group) -> tuple[float, np.ndarray]:
     exact = [rows @ matrix.T for matrix in matrices]
     best = (np.inf, 0.0, np.ones(rows.shape[1], np.float32))
-    for strength in _STRENGTHS:
+    for strength in _STRENGTHS if group.folds else (0.0,):
         factors = _factors(rows, matrices, group, strength)
         error = 0.0
+        order = slice(None) if group.makers is None else by_size(rows / factors)
         for matrix, expected in zip(matrices, exact, strict=True):
             block = choose_block_size(matrix.shape[1])
-            found = _rounded(rows / factors, block) @ _rounded(matrix * factors, block).T
+            found = _rounded((rows / factors)[:, order], block) @ _rounded((matrix * factors)[:, order], block).T
             error += float(np.square(found - expected, dtype=np.float64).sum())
         if error < best[0]:
             best = (error, strength, factors)
     return best[1], best[2]
 
 
+def _of_one_size(rows: np.ndarray) -> np.ndarray:
+    """Rows (N, K) over their own root mean squares: a begin token's may be a thousand times larger than any other."""
+    sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(1, keepdims=True))
+    return np.asarray(rows / np.maximum(sizes, np.finfo(np.float32).tiny), np.float32)
+
+
 def _factors(rows: np.ndarray, matrices: list[np.ndarray], group: Group, strength: float) -> np.ndarray:
     """s (K,), around 1."""
     if strength == 0:
         return np.ones(rows.shape[1], np.float32)
-    x = np.abs(rows).max(0)
+    x = np.sqrt(np.square(rows).mean(0))
     w = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
     if group.shared_by > 1:
         x, w = (_over_shared(array, group) for array in (x, w))
@@ -216,18 +231,35 @@ def _rounded(matrix: np.ndarray, block_size: int) -> np.ndarray:
     return dequantize_blocks(quantize_blocks(matrix, block_size))
 
 
+def _move(model: ir.Model, group: Group, makers: Makers, order: np.ndarray) -> None:
+    """Puts the channels in a new order, on both sides."""
+    made = [_as_fold(product, reads=False) for product in makers.products]
+    for fold in (*group.products, *made, *(Fold(node, index, -1) for node, index in makers.vectors)):
+        _change(model, fold, lambda array, axis: np.take(array, order, axis))
+
+
 def _scale(model: ir.Model, fold: Fold, factors: np.ndarray) -> None:
-    """Multiplies the weight along its axis, as a new one: another node may read the old one."""
+    """Multiplies the weight along its axis."""
+
+    def scaled(array: np.ndarray, axis: int) -> np.ndarray:
+        shape = [1] * array.ndim
+        shape[axis] = len(factors)
+        result: np.ndarray = array * factors.reshape(shape)
+        return result
+
+    _change(model, fold, scaled)
+
+
+def _change(model: ir.Model, fold: Fold, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
+    """Changes the weight along its axis, as a new one: another node may read the old one."""
     value = fold.node.inputs[fold.index]
     array = weight(value)
     assert value is not None
     assert array is not None
-    shape = [1] * array.ndim
-    shape[fold.axis] = len(factors)
     name = str(value.name)
-    scaled = np.ascontiguousarray(array * factors.reshape(shape)).astype(np.float32)
+    changed = np.ascontiguousarray(change(array, fold.axis), np.float32)
     if len(tuple(value.uses())) == 1:
-        value.const_value = ir.Tensor(scaled, name=name)
+        value.const_value = ir.Tensor(changed, name=name)
         return
     number = sum(1 for known in model.graph.initializers if str(known).startswith(f"{name}.scaled"))
-    fold.node.replace_input_with(fold.index, add_weight(model, f"{name}.scaled_{number}", scaled))
+    fold.node.replace_input_with(fold.index, add_weight(model, f"{name}.scaled_{number}", changed))

@@ -25,7 +25,7 @@ from pastkey.folder import file_records, parse_records, refuse_existing, whole_f
 from pastkey.runtime.ort import OrtError
 
 from . import optimum
-from .calibrate import calibrated
+from .calibrate import calibrated, calibration_text, measured, read_calibration
 from .files import count_operators, write_configurations, write_graphs
 from .fuse import fuse
 from .graft import IR_VERSION, GraphChoice, choose_graph, trace
@@ -83,6 +83,7 @@ def export(
     context_length: int | None = None,
     force: bool = False,
     *,
+    calibration: str | Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -93,7 +94,8 @@ def export(
     modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
     .bin (`tokenizer` may then be the one of its own format), or "file.py:factory".
     `precision`: "int8" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
-    "standard". `context_length` in tokens is required for a module. `progress` is called with each stage's name.
+    "standard". `context_length` in tokens is required for a module. `calibration` is a text file that int8 is made for
+    and measured on, instead of text that the model itself writes. `progress` is called with each stage's name.
 
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
     ResourceError (too little memory or disk), ContractError (the cache cannot be grafted onto it), NumericsError
@@ -102,6 +104,8 @@ def export(
     started = time.perf_counter()
     say = progress or (lambda stage: None)
     _check_choices(precision, target, graph)
+    if calibration is not None and precision == "fp32":
+        raise InputError("float32 needs no calibration: leave out --calibration, or export with --precision int8")
     refuse_existing(Path(out), force=force)
     say("open the source")
     source = open_source(
@@ -113,6 +117,7 @@ def export(
         before_loading=lambda weights: require_disk(Path(out), weights, precision),
     )
 
+    calibration_ids = None if calibration is None else read_calibration(calibration, source.tokenizer)
     weights = parameters(source.module)
     require_memory(weights, loaded=True)
     require_disk(Path(out), weights, precision)
@@ -127,16 +132,18 @@ def export(
             job = dataclasses.replace(job, padding=False)
             bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, padding=False))
             verification = job.verify(bundle)
-        parity, weight_bytes = {"fp32": verification.to_json()}, fp32_bytes
+        parity, weight_bytes, quality = {"fp32": verification.to_json()}, fp32_bytes, dict[str, Any]()
         if precision == "int8":
-            say("calibrate int8 on text of the model's own")
-            model = calibrated(bundle)
+            say(f"calibrate int8 on {calibration or 'text of the model itself'}")
+            text = calibration_text(bundle, calibration_ids)
+            model = calibrated(bundle, text.chosen_by)
             quantize(model)
-            bundle, weight_bytes = job.write(model, folder, "int8")
+            exact, (bundle, weight_bytes) = bundle, job.write(model, folder, "int8")
+            quality = measured(exact, bundle, text)
             verification = job.verify(bundle)
             parity["int8"] = verification.to_json()
             shutil.rmtree(fp32)
-        manifest = job.finish(bundle, parity, verification.quality)
+        manifest = job.finish(bundle, parity, quality)
     return Report(Path(out), manifest, verification, weight_bytes, fp32_bytes, time.perf_counter() - started)
 
 
@@ -260,7 +267,7 @@ class _Job:
             verification.require_ok(f"the {bundle.manifest.precision} export of {self.source.name}")
         return verification
 
-    def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, float]) -> Manifest:
+    def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Manifest:
         """Writes the configurations and, last of all, the manifest with every file's hash."""
         folder = bundle.path
         manifest = dataclasses.replace(bundle.manifest, parity=parity, quality=quality)

@@ -1,18 +1,19 @@
-"""int8 weights in blocks: arrays first, then the graph.
+"""int8 weights in blocks: the graph. `blocks` has the arrays, `pack` joins products.
 
-Each row of a matrix is cut into blocks of `block_size` weights that share one float32 scale, max |w| / 127; a
-weight is stored as round(w / scale) + 128 in a uint8. Products become com.microsoft.MatMulNBits
-(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md); at accuracy level 4 activations are
-quantized to int8 per block too, at run time. Embeddings gather blocks and scales, and multiply: onnxruntime's operator
-for that, GatherBlockQuantized, is not in the WebAssembly that transformers.js loads in a browser.
+Products become com.microsoft.MatMulNBits (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md);
+at accuracy level 4 activations are quantized to int8 per block too, at run time. Embeddings gather blocks and scales,
+and multiply: onnxruntime's operator for that, GatherBlockQuantized, is not in the WebAssembly that transformers.js
+loads in a browser. Scales are Cast(bytes) * factors, which onnxruntime folds into constants when it loads the graph.
 
 Rules over the graph:
 
-    1. MatMul(x, W)             -> MatMulNBits
+    1. MatMul(x, W)             -> MatMulNBits, joined with others that read x
     2. Gemm(x, W[, bias])       -> MatMulNBits [+ Add]
     3. Gather(E, ids), axis 0   -> (Gather(blocks, ids) - 128) * Gather(scales, ids) [+ Slice back to the width
                                    before padding]
     4. MatMul(x, Transpose(E))  -> MatMulNBits over the very bytes of rule 3: a tied head is stored once
+    5. the output head          -> reads x twice, as int8 and as int8 of what that left of x: the rounding of this
+                                   one activation is a third of int8's error, and a second row costs little beside one
 """
 
 from __future__ import annotations
@@ -22,67 +23,37 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from pastkey import names
 from pastkey.errors import InputError
 
+from .blocks import BlockQuantized, choose_block_size, quantize_blocks
 from .graph import add_weight, drop_unused_weights, replace_node, weight
+from .last_position import output_head
+from .pack import Pack, find_packs, split_up
 
 BITS = 8
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
-_BLOCK_SIZES = (32, 16)
 _ZERO = 128
 _DOMAIN = "com.microsoft"
 
 
-@dataclass(frozen=True)
-class BlockQuantized:
-    """A matrix (N, K) in int8 blocks."""
-
-    data: np.ndarray  # (N, blocks, block_size) uint8, offset by 128; the last block padded with zeros
-    scales: np.ndarray  # (N, blocks) float32
-    columns: int  # K
-
-    @property
-    def block_size(self) -> int:
-        return int(self.data.shape[2])
-
-
-# --- arrays -------------------------------------------------------------------------------------------------------
-def quantize_blocks(matrix: np.ndarray, block_size: int) -> BlockQuantized:
-    """Quantizes (N, K) float32 row by row. Raises ValueError on NaN or infinity."""
-    if not np.isfinite(matrix).all():
-        raise ValueError("NaN or infinity")
-    rows, columns = matrix.shape
-    blocks = -(-columns // block_size)
-    padded = np.zeros((rows, blocks * block_size), np.float32)
-    padded[:, :columns] = matrix
-    padded = padded.reshape(rows, blocks, block_size)
-    scales = np.abs(padded).max(2) / np.float32(127)
-    # A block of zeros, or of numbers too small to divide by, is stored as zeros.
-    scales[scales < np.finfo(np.float32).tiny] = 1
-    data = np.rint(padded / scales[:, :, None]) + _ZERO
-    return BlockQuantized(data.astype(np.uint8), scales.astype(np.float32), columns)
-
-
-def dequantize_blocks(quantized: BlockQuantized) -> np.ndarray:
-    """(N, K) float32, what the kernels compute with."""
-    values: np.ndarray = (quantized.data.astype(np.float32) - _ZERO) * quantized.scales[:, :, None]
-    return values.reshape(len(values), -1)[:, : quantized.columns]
-
-
-def choose_block_size(columns: int) -> int:
-    """32 weights to a scale, or 16 where padding a row to a multiple of 32 costs more than the further scales."""
-    return min(_BLOCK_SIZES, key=lambda size: -(-columns // size) * (size + 4))
-
-
-# --- the graph ----------------------------------------------------------------------------------------------------
 def quantize(model: ir.Model) -> None:
     """Quantizes every matrix of the graph in place, by the rules above. Raises InputError on NaN or infinity."""
-    quantized: dict[int, _Stored] = {}  # by the identity of the initializer: one that is used twice is stored once
+    stored: dict[
+        tuple[int, ...], _Stored
+    ] = {}  # by the identity of initializers: one that is used twice is stored once
+    head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
+    packs = find_packs([n for n in model.graph if n.op_type == "MatMul" and n is not head and constant_factor(n)])
+    joined = {id(node) for pack in packs for node in pack.products}
     for node in tuple(model.graph):
         if node.op_type == "Gather" and _axis(node) == 0:
-            _quantize_gather(model, node, quantized)
-        elif node.op_type in ("MatMul", "Gemm"):
-            _quantize_product(model, node, quantized)
+            _quantize_gather(model, node, stored)
+        elif node is head:
+            _quantize_head(model, node, stored)
+        elif node.op_type in ("MatMul", "Gemm") and id(node) not in joined:
+            _quantize_product(model, node, stored)
+    for pack in packs:
+        _quantize_pack(model, pack, stored)
     for node in tuple(model.graph):
         if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             model.graph.remove(node, safe=True)
@@ -90,6 +61,7 @@ def quantize(model: ir.Model) -> None:
     model.graph.opset_imports[_DOMAIN] = 1
 
 
+# --- weights ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Stored:
     """The initializers of one quantized matrix.
@@ -101,84 +73,158 @@ class _Stored:
     matrix: BlockQuantized
     blocks: ir.Value  # (N, blocks, block_size) uint8, for products
     table: ir.Value  # the same, for gathering
-    scales: ir.Value  # (N, blocks) float32
+    scales: ir.Value  # (N, blocks) float32, computed at load
 
 
-def _store(model: ir.Model, value: ir.Value, transposed: bool, quantized: dict[int, _Stored]) -> _Stored:
-    """Quantizes an initializer (N, K), or (K, N) when `transposed`, once."""
-    if id(value) not in quantized:
-        array = weight(value)
-        assert array is not None
-        matrix = array.T if transposed else array
-        try:
-            blocks = quantize_blocks(matrix, choose_block_size(matrix.shape[1]))
-        except ValueError as error:
-            raise InputError(
-                f"the weight {value.name} holds {error}, which cannot be quantized: training went wrong"
-            ) from None
-        quantized[id(value)] = _Stored(
-            blocks,
-            add_weight(model, f"{value.name}.blocks", blocks.data),
-            add_weight(model, f"{value.name}.table", blocks.data),
-            add_weight(model, f"{value.name}.scales", blocks.scales),
+def _store(model: ir.Model, factors: list[tuple[ir.Value, bool]], stored: dict[tuple[int, ...], _Stored]) -> _Stored:
+    """Quantizes initializers (N, K), or (K, N) with True beside them, and stores them below one another, once."""
+    key = tuple(id(value) for value, _ in factors)
+    if key not in stored:
+        parts = [_quantized(value, transposed) for value, transposed in factors]
+        data, codes, factor = (
+            np.concatenate([getattr(part, name) for part in parts]) if len(parts) > 1 else getattr(parts[0], name)
+            for name in ("data", "codes", "factors")
         )
-    return quantized[id(value)]
+        name = "+".join(str(value.name) for value, _ in factors)
+        stored[key] = _Stored(
+            BlockQuantized(data, codes, factor, parts[0].columns),
+            add_weight(model, f"{name}.blocks", data),
+            add_weight(model, f"{name}.table", data),
+            _computed_scales(model, name, codes, factor),
+        )
+    return stored[key]
 
 
-def _quantize_gather(model: ir.Model, node: ir.Node, quantized: dict[int, _Stored]) -> None:
+def _quantized(value: ir.Value, transposed: bool) -> BlockQuantized:
+    array = weight(value)
+    assert array is not None
+    matrix = array.T if transposed else array
+    try:
+        return quantize_blocks(matrix, choose_block_size(matrix.shape[1]))
+    except ValueError as error:
+        raise InputError(
+            f"the weight {value.name} holds {error}, which cannot be quantized: training went wrong"
+        ) from None
+
+
+def _computed_scales(model: ir.Model, name: str, codes: np.ndarray, factors: np.ndarray) -> ir.Value:
+    whole = ir.node(
+        "Cast", [add_weight(model, f"{name}.scale_codes", codes)], {"to": ir.DataType.FLOAT}, name=f"{name}.scale_cast"
+    )
+    scales = ir.node(
+        "Mul", [whole.outputs[0], add_weight(model, f"{name}.scale_factors", factors)], name=f"{name}.scales"
+    )
+    for node in (whole, scales):
+        node.outputs[0].name = f"{node.name}_output"
+    model.graph.insert_before(model.graph[0], (whole, scales))
+    return scales.outputs[0]
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+class _Steps:
+    """Nodes that will take the place of one."""
+
+    def __init__(self, model: ir.Model, node: ir.Node) -> None:
+        self._model, self._node, self.nodes = model, node, list[ir.Node]()
+
+    def add(self, operator: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: int) -> ir.Value:
+        """A node of ONNX's own; returns its first output."""
+        name = f"{self._node.name}_{operator}_{len(self.nodes)}"
+        self.nodes.append(ir.node(operator, inputs, attributes, num_outputs=outputs, name=name))
+        return self.nodes[-1].outputs[0]
+
+    def product(self, x: ir.Value | None, stored: _Stored) -> ir.Value:
+        self.nodes.append(_product(x, stored, str(self._node.name)))
+        return self.nodes[-1].outputs[0]
+
+    def constant(self, what: str, content: np.ndarray) -> ir.Value:
+        return add_weight(self._model, f"{self._node.name}.{what}", content)
+
+    def replace(self) -> None:
+        replace_node(self._model, self._node, *self.nodes)
+
+
+def _product(x: ir.Value | None, stored: _Stored, name: str) -> ir.Node:
+    attributes = {
+        "K": stored.matrix.columns,
+        "N": len(stored.matrix.data),
+        "bits": BITS,
+        "block_size": stored.matrix.block_size,
+        "accuracy_level": ACCURACY_LEVEL,
+    }
+    return ir.node("MatMulNBits", [x, stored.blocks, stored.scales], attributes, domain=_DOMAIN, name=name)
+
+
+def _quantize_product(model: ir.Model, node: ir.Node, stored: dict[tuple[int, ...], _Stored]) -> None:
+    found = constant_factor(node)
+    if found is None:
+        return
+    steps = _Steps(model, node)
+    output = steps.product(node.inputs[0], _store(model, [found], stored))
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        steps.add("Add", output, node.inputs[2])
+    steps.replace()
+
+
+def _quantize_pack(model: ir.Model, pack: Pack, stored: dict[tuple[int, ...], _Stored]) -> None:
+    factors = [found for node in pack.products if (found := constant_factor(node)) is not None]
+    joined = _product(pack.products[0].inputs[0], _store(model, factors, stored), str(pack.products[0].name))
+    split_up(model, pack, joined, [_rows(*factor) for factor in factors])
+
+
+def _quantize_head(model: ir.Model, node: ir.Node, stored: dict[tuple[int, ...], _Stored]) -> None:
+    """Rule 5, where a row divides into whole blocks; the first row of two repeats what the kernel itself does."""
+    found = constant_factor(node)
+    if found is None:
+        return
+    head = _store(model, [found], stored)
+    columns, size = head.matrix.columns, head.matrix.block_size
+    if node.op_type != "MatMul" or columns % size:
+        _quantize_product(model, node, stored)
+        return
+    steps, x = _Steps(model, node), node.inputs[0]
+    split, whole = (
+        steps.constant(f"{name}_shape", np.array(shape))
+        for name, shape in (
+            ("split", (0, 0, columns // size, size)),
+            ("whole", (0, 0, columns)),
+        )
+    )
+    blocks = steps.add("Reshape", x, split)
+    largest = steps.add("ReduceMax", steps.add("Abs", blocks), steps.constant("last_axis", np.array([-1])), keepdims=1)
+    tiny = steps.constant("tiny", np.array(np.finfo(np.float32).tiny * 127, np.float32))
+    scale = steps.add("Div", steps.add("Max", largest, tiny), steps.constant("levels", np.array(127, np.float32)))
+    rounded = steps.add("Mul", steps.add("Round", steps.add("Div", blocks, scale)), scale)
+    first = steps.add("Reshape", rounded, whole)
+    twice = steps.add("Concat", first, steps.add("Sub", x, first), axis=0)  # (2 B, T, K)
+    both = steps.add("Split", steps.product(twice, head), outputs=2, axis=0, num_outputs=2)
+    (parts,) = (n for n in steps.nodes if n.outputs[0] is both)
+    parts.outputs[1].name = f"{node.name}_of_the_rest"
+    steps.add("Add", *parts.outputs)
+    steps.replace()
+
+
+def _quantize_gather(model: ir.Model, node: ir.Node, stored: dict[tuple[int, ...], _Stored]) -> None:
     table, indices = node.inputs
     array = weight(table)
     if table is None or array is None or array.ndim != 2 or array.dtype != np.float32:
         return
     assert indices is not None
-    stored = _store(model, table, False, quantized)
-    nodes: list[ir.Node] = []
-
-    def step(operator: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
-        nodes.append(ir.node(operator, inputs, attributes, name=f"{node.name}_{operator}_{len(nodes)}"))
-        return nodes[-1].outputs[0]
-
-    def constant(what: str, content: np.ndarray) -> ir.Value:
-        return add_weight(model, f"{node.name}.{what}", content)
-
+    steps, found = _Steps(model, node), _store(model, [(table, False)], stored)
     # With ... for the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
-    integers = step("Cast", step("Gather", stored.table, indices, axis=0), to=ir.DataType.FLOAT)
-    centred = step("Sub", integers, constant("zero_point", np.array(_ZERO, np.float32)))
-    scales = step("Unsqueeze", step("Gather", stored.scales, indices, axis=0), constant("last", np.array([-1])))
-    flat = step("Concat", step("Shape", indices), constant("rest", np.array([-1])), axis=0)
-    rows = step("Reshape", step("Mul", centred, scales), flat)
-    if stored.matrix.data[0].size != stored.matrix.columns:
-        bounds = (("start", 0), ("width", stored.matrix.columns), ("axis", -1))
-        step("Slice", rows, *(constant(what, np.array([number])) for what, number in bounds))
-    replace_node(model, node, *nodes)
+    integers = steps.add("Cast", steps.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
+    centred = steps.add("Sub", integers, steps.constant("zero_point", np.array(_ZERO, np.float32)))
+    last = steps.constant("last", np.array([-1]))
+    scales = steps.add("Unsqueeze", steps.add("Gather", found.scales, indices, axis=0), last)
+    flat = steps.add("Concat", steps.add("Shape", indices), steps.constant("rest", np.array([-1])), axis=0)
+    rows = steps.add("Reshape", steps.add("Mul", centred, scales), flat)
+    if found.matrix.data[0].size != found.matrix.columns:
+        bounds = (("start", 0), ("width", found.matrix.columns), ("axis", -1))
+        steps.add("Slice", rows, *(steps.constant(what, np.array([number])) for what, number in bounds))
+    steps.replace()
 
 
-def _quantize_product(model: ir.Model, node: ir.Node, quantized: dict[int, _Stored]) -> None:
-    found = constant_factor(node)
-    if found is None:
-        return
-    value, transposed = found
-    stored = _store(model, value, transposed, quantized)
-    rows, _, block_size = stored.matrix.data.shape
-    new = ir.node(
-        "MatMulNBits",
-        [node.inputs[0], stored.blocks, stored.scales],
-        {
-            "K": stored.matrix.columns,
-            "N": rows,
-            "bits": BITS,
-            "block_size": block_size,
-            "accuracy_level": ACCURACY_LEVEL,
-        },
-        domain=_DOMAIN,
-        name=node.name,
-    )
-    nodes = [new]
-    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        nodes.append(ir.node("Add", [new.outputs[0], node.inputs[2]], name=f"{node.name}_bias"))
-    replace_node(model, node, *nodes)
-
-
+# --- what the graph multiplies by ---------------------------------------------------------------------------------
 def constant_factor(node: ir.Node) -> tuple[ir.Value, bool] | None:
     """The initializer that a product multiplies by, and whether it lies as (K, N); None for any other node."""
     if node.op_type not in ("MatMul", "Gemm"):
@@ -197,6 +243,13 @@ def constant_factor(node: ir.Node) -> tuple[ir.Value, bool] | None:
     if factor is None or array is None or array.ndim != 2 or array.dtype != np.float32:
         return None
     return factor, transposed
+
+
+def _rows(factor: ir.Value, transposed: bool) -> int:
+    """N of a factor (N, K), or (K, N) when `transposed`."""
+    array = weight(factor)
+    assert array is not None
+    return int(array.shape[1 if transposed else 0])
 
 
 def _axis(node: ir.Node) -> int:

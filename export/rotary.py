@@ -156,7 +156,8 @@ def _tables(model: ir.Model, rotation: _Rotation, context_length: int, allowed: 
         array = _at_all_positions(model, value, nodes, context_length)
         if array.shape[-2:] != (context_length, width) or array.size != context_length * width:
             return None
-        if rotation.doubled and not np.array_equal(*np.split(array, 2, axis=-1)):
+        first, second = np.split(array, 2, axis=-1)
+        if rotation.doubled and not np.array_equal(first, second):
             return None
     return _write_tables(model, rotation, [node for nodes in angles for node in nodes or ()], context_length)
 

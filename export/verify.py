@@ -179,7 +179,9 @@ class _Verifier:
         self._reference: Reference = self._source or self._own
         self._expected = self._reference.logits(self._ids)  # (T, V)
         self._quality = self._measure_quality(module) if module is not None and not self._exact else {}
-        self._recorded_kl: float | None = bundle.manifest.quality.get("kl_divergence")
+        # Measured on this very text when it was exported; manifest.quality is on another.
+        recorded = bundle.manifest.parity.get(bundle.manifest.precision, {})
+        self._recorded_kl: float | None = recorded.get("kl_divergence")
         measured = self._quality.get("kl_divergence", 0.0)
         cost = measured if self._recorded_kl is None else self._recorded_kl
         self._kl_limit = DECODE_KL_ALLOWANCE * max(cost, KL_FLOOR)

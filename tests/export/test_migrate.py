@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.export import calibrate, export
-from pastkey.export.calibrate import run
-from pastkey.export.evaluate import kl_divergence, own_text, relative_difference
+from pastkey.export.calibrate import own_texts, probing
+from pastkey.export.evaluate import kl_divergence, relative_difference
 from pastkey.export.migrate import find_groups, migrate
 from pastkey.export.quantize import quantize
 from pastkey.runtime import Session
@@ -27,7 +27,9 @@ def migrated(graph: Path, ids: list[int], out: Path) -> tuple[ir.Model, dict[str
     """The graph with its scales moved, written to `out`, and the exponents."""
     model = ir.load(graph)
     groups = find_groups(model)
-    chosen = migrate(model, groups, run(model, graph.parent, [group.activation for group in groups], ids))
+    with probing(model, graph.parent, [group.activation for group in groups]) as probe:
+        samples = probe(np.array(ids))
+    chosen = migrate(model, groups, samples)
     ir.save(model, out, external_data=f"{out.name}_data")
     return model, chosen
 
@@ -36,15 +38,15 @@ def migrated(graph: Path, ids: list[int], out: Path) -> tuple[ir.Model, dict[str
     ("name", "groups"),
     [
         ("llama", 8),  # per layer: q k v, o (two query heads to a value head), gate and up, down; the head is tied
-        ("gpt2", 7),  # per layer: q k v, o, the MLP's first product (GELU ends it there); the head
-        ("nano_gpt", 2),  # q, k, v are one product, so that the values have none of their own; the head is tied
+        ("gpt2", 9),  # per layer: q k v, o, the MLP's two products (GELU lets channels move, no more); the head
+        ("nano_gpt", 3),  # q, k, v are one product, so that the values have none of their own; the head is tied
         ("one_block_five_times", 0),  # its weights have five places
     ],
 )
 def test_moving_scales_changes_no_logits(name: str, groups: int, exported: Export, tmp_path: Path) -> None:
     made = exported(name)
     graph = made.bundle.common_graph
-    ids = own_text(Session(made.bundle), [0], made.bundle.manifest.context_length)
+    (ids,) = (t.tolist() for t in own_texts(Session(made.bundle), 0, 1, made.bundle.manifest.context_length))
     found = find_groups(ir.load(graph))
     assert len(found) == groups, [group.activation for group in found]
     if not groups:
@@ -53,6 +55,30 @@ def test_moving_scales_changes_no_logits(name: str, groups: int, exported: Expor
     _, chosen = migrated(graph, ids, tmp_path / "moved.onnx")
     assert set(chosen) == {group.activation for group in found}
     assert relative_difference(expected, run_chunks(tmp_path / "moved.onnx", [ids])) < 5e-6
+
+
+@pytest.mark.parametrize(("name", "moving"), [("llama", 2), ("gpt2", 2), ("one_block_five_times", 0)])
+def test_channels_between_two_products_are_put_in_the_order_of_their_size(
+    name: str, moving: int, exported: Export, tmp_path: Path
+) -> None:
+    """One activation of each layer's MLP; GPT-2's first product has a bias, which moves along."""
+    graph = exported(name).bundle.common_graph
+    model = ir.load(graph)
+    groups = [group for group in find_groups(model) if group.makers is not None]
+    assert len(groups) == moving
+    if not moving:
+        return
+    wanted = [group.activation for group in groups]
+    ids = np.random.default_rng(0).integers(0, 61, 40)
+    with probing(model, graph.parent, wanted) as probe:
+        before = probe(ids)
+    migrated(graph, ids.tolist(), tmp_path / "moved.onnx")
+    with probing(ir.load(tmp_path / "moved.onnx"), tmp_path, wanted) as probe:
+        after = probe(ids)
+    for name in wanted:
+        sizes = np.abs(after[name] / np.sqrt(np.square(before[name]).mean(1, keepdims=True))).max(0)
+        assert (np.diff(sizes) > -1e-4 * sizes.max()).all()
+        assert not (np.diff(np.abs(before[name]).max(0)) >= 0).all()
 
 
 class PerHead(nn.Module):
@@ -103,7 +129,7 @@ def test_a_migration_that_changes_the_logits_is_not_taken(exported: Export, monk
         value.const_value = ir.Tensor(value.const_value.numpy() * 1.5, name=value.name)
 
     monkeypatch.setattr(calibrate, "migrate", wrong)
-    model = calibrate.calibrated(made.bundle)
+    model = calibrate.calibrated(made.bundle, [np.arange(40)])
     for name, array in made.weights().items():
         np.testing.assert_array_equal(model.graph.initializers[name].const_value.numpy(), array)
     assert not list(made.bundle.common_graph.parent.glob("probe*"))

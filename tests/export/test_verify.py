@@ -80,7 +80,7 @@ def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported: Export) -
         "decode",
         "float32",
     }
-    assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.quality["kl_divergence"], rel=1e-3)
+    assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.parity["int8"]["kl_divergence"], rel=1e-3)
     assert checks["decode"].value <= checks["decode"].limit
     assert checks["chunks_of_7"].limit == checks["batch"].limit == MAX_RELATIVE_DIFFERENCE
     assert checks["chunks_of_7"].value <= MAX_RELATIVE_DIFFERENCE
@@ -91,7 +91,7 @@ def test_int8_alone_is_held_to_the_recorded_divergence(exported: Export) -> None
     verification = verify(made.bundle)
     assert verification.ok
     decode = next(check for check in verification.checks if check.name == "decode")
-    assert decode.limit == 2 * made.bundle.manifest.quality["kl_divergence"]
+    assert decode.limit == 2 * made.bundle.manifest.parity["int8"]["kl_divergence"]
 
 
 def test_verifying_twice_gives_the_same_figures(exported: Export) -> None:
