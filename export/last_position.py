@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from pastkey import names
 
-from .graph import add_weight, made_by, weight
+from .graph import add_weight, input_of, made_by, weight
 
 # Operators that treat every position by itself, so that choosing one position may come before them.
 _POSITIONWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Neg", "Min", "Max", "Clip"}
@@ -38,31 +38,33 @@ def keep_last_position(model: ir.Model) -> None:
 def output_head(logits: ir.Value) -> ir.Node | None:
     """The product (B, T, hidden) x (hidden, V) that makes the logits, through nothing but position-wise operators."""
     node = logits.producer()
-    while node is not None and (node.op_type in _POSITIONWISE or _splits_other_axes(node)):
-        made = {id(v.producer()): v for v in node.inputs if v is not None and not _constant(v)}
+    while node is not None and (node.op_type in _POSITIONWISE or _sums_readings(node)):
+        made = [value for value in node.inputs if value is not None and not _constant(value)]
         if len(made) != 1:
             return None
-        (value,) = made.values()
-        node = value.producer()
+        node = made[0].producer()
     if node is None or node.op_type not in _PRODUCTS or not all(_constant(v) for v in node.inputs[1:] if v):
         return None
     return node
 
 
-def _splits_other_axes(node: ir.Node) -> bool:
-    """A Split that is not along the positions, axis 1 of three."""
-    return node.op_type == "Split" and node.attributes.get_int("axis", 0) not in (1, -2)
+def _sums_readings(node: ir.Node) -> bool:
+    """What an int8 head ends in: its product (2, B, T, V) of two readings, summed over the first axis."""
+    if node.op_type != "ReduceSum" or len(node.inputs) < 2 or made_by(node.inputs[0], "MatMulNBits") is None:
+        return False
+    axes = weight(node.inputs[1])
+    return axes is not None and axes.tolist() == [0]
 
 
 def _hidden(product: ir.Node) -> tuple[ir.Value, list[ir.Node]]:
     """What the head reads, and the nodes that do, in order: of an int8 head, those that make its two readings of it."""
     twice = made_by(product.inputs[0], "Concat")
-    rest = None if twice is None else made_by(twice.inputs[1], "Sub")
+    rest = None if twice is None else made_by(input_of(twice.inputs[1], "Unsqueeze"), "Sub")
     hidden = product.inputs[0] if rest is None else rest.inputs[0]
     assert hidden is not None
     if rest is None:
         return hidden, [product]
-    return hidden, [*(node for node, _ in hidden.uses() if node.op_type == "Reshape"), rest]
+    return hidden, [*(node for node, _ in hidden.uses() if node.op_type in ("Reshape", "Pad")), rest]
 
 
 def _constant(value: ir.Value) -> bool:

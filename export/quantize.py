@@ -18,6 +18,7 @@ Rules over the graph:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.errors import InputError
 
-from .blocks import BlockQuantized, choose_block_size, quantize_blocks
+from .blocks import BlockQuantized, choose_block_size, choose_head_block_size, quantize_blocks
 from .graph import add_weight, drop_unused_weights, replace_node, weight
 from .last_position import output_head
 from .pack import Pack, find_packs, split_up
@@ -39,21 +40,19 @@ _DOMAIN = "com.microsoft"
 
 def quantize(model: ir.Model) -> None:
     """Quantizes every matrix of the graph in place, by the rules above. Raises InputError on NaN or infinity."""
-    stored: dict[
-        tuple[int, ...], _Stored
-    ] = {}  # by the identity of initializers: one that is used twice is stored once
     head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
+    weights = _Weights(model, head)
     packs = find_packs([n for n in model.graph if n.op_type == "MatMul" and n is not head and constant_factor(n)])
     joined = {id(node) for pack in packs for node in pack.products}
     for node in tuple(model.graph):
         if node.op_type == "Gather" and _axis(node) == 0:
-            _quantize_gather(model, node, stored)
+            _quantize_gather(model, node, weights)
         elif node is head:
-            _quantize_head(model, node, stored)
+            _quantize_head(model, node, weights)
         elif node.op_type in ("MatMul", "Gemm") and id(node) not in joined:
-            _quantize_product(model, node, stored)
+            _quantize_product(model, node, weights)
     for pack in packs:
-        _quantize_pack(model, pack, stored)
+        _quantize_pack(model, pack, weights)
     for node in tuple(model.graph):
         if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             model.graph.remove(node, safe=True)
@@ -76,31 +75,41 @@ class _Stored:
     scales: ir.Value  # (N, blocks) float32, computed at load
 
 
-def _store(model: ir.Model, factors: list[tuple[ir.Value, bool]], stored: dict[tuple[int, ...], _Stored]) -> _Stored:
-    """Quantizes initializers (N, K), or (K, N) with True beside them, and stores them below one another, once."""
-    key = tuple(id(value) for value, _ in factors)
-    if key not in stored:
-        parts = [_quantized(value, transposed) for value, transposed in factors]
-        data, codes, factor = (
-            np.concatenate([getattr(part, name) for part in parts]) if len(parts) > 1 else getattr(parts[0], name)
-            for name in ("data", "codes", "factors")
-        )
-        name = "+".join(str(value.name) for value, _ in factors)
-        stored[key] = _Stored(
-            BlockQuantized(data, codes, factor, parts[0].columns),
-            add_weight(model, f"{name}.blocks", data),
-            add_weight(model, f"{name}.table", data),
-            _computed_scales(model, name, codes, factor),
-        )
-    return stored[key]
+class _Weights:
+    """The quantized matrices of a graph: one that is used twice is stored once."""
+
+    def __init__(self, model: ir.Model, head: ir.Node | None) -> None:
+        self._model = model
+        factor = None if head is None else constant_factor(head)
+        self._head = None if factor is None else factor[0]  # a tied table is stored as the head's
+        self._stored: dict[tuple[int, ...], _Stored] = {}  # by the identity of initializers
+
+    def store(self, factors: list[tuple[ir.Value, bool]]) -> _Stored:
+        """Quantizes initializers (N, K), or (K, N) with True beside them, that are read below one another."""
+        key = tuple(id(value) for value, _ in factors)
+        if key not in self._stored:
+            choose = choose_head_block_size if factors[0][0] is self._head else choose_block_size
+            parts = [_quantized(value, transposed, choose) for value, transposed in factors]
+            data, codes, factor = (
+                getattr(parts[0], name) if len(parts) == 1 else np.concatenate([getattr(part, name) for part in parts])
+                for name in ("data", "codes", "factors")
+            )
+            name = "+".join(str(value.name) for value, _ in factors)
+            self._stored[key] = _Stored(
+                BlockQuantized(data, codes, factor, parts[0].columns),
+                add_weight(self._model, f"{name}.blocks", data),
+                add_weight(self._model, f"{name}.table", data),
+                _computed_scales(self._model, name, codes, factor),
+            )
+        return self._stored[key]
 
 
-def _quantized(value: ir.Value, transposed: bool) -> BlockQuantized:
+def _quantized(value: ir.Value, transposed: bool, block_size: Callable[[int], int]) -> BlockQuantized:
     array = weight(value)
     assert array is not None
     matrix = array.T if transposed else array
     try:
-        return quantize_blocks(matrix, choose_block_size(matrix.shape[1]))
+        return quantize_blocks(matrix, block_size(matrix.shape[1]))
     except ValueError as error:
         raise InputError(
             f"the weight {value.name} holds {error}, which cannot be quantized: training went wrong"
@@ -155,62 +164,59 @@ def _product(x: ir.Value | None, stored: _Stored, name: str) -> ir.Node:
     return ir.node("MatMulNBits", [x, stored.blocks, stored.scales], attributes, domain=_DOMAIN, name=name)
 
 
-def _quantize_product(model: ir.Model, node: ir.Node, stored: dict[tuple[int, ...], _Stored]) -> None:
+def _quantize_product(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     found = constant_factor(node)
     if found is None:
         return
     steps = _Steps(model, node)
-    output = steps.product(node.inputs[0], _store(model, [found], stored))
+    output = steps.product(node.inputs[0], weights.store([found]))
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         steps.add("Add", output, node.inputs[2])
     steps.replace()
 
 
-def _quantize_pack(model: ir.Model, pack: Pack, stored: dict[tuple[int, ...], _Stored]) -> None:
+def _quantize_pack(model: ir.Model, pack: Pack, weights: _Weights) -> None:
     factors = [found for node in pack.products if (found := constant_factor(node)) is not None]
-    joined = _product(pack.products[0].inputs[0], _store(model, factors, stored), str(pack.products[0].name))
+    activation = pack.products[0].inputs[0]
+    joined = _product(activation, weights.store(factors), str(pack.products[0].name))
     split_up(model, pack, joined, [_rows(*factor) for factor in factors])
 
 
-def _quantize_head(model: ir.Model, node: ir.Node, stored: dict[tuple[int, ...], _Stored]) -> None:
-    """Rule 5, where a row divides into whole blocks; the first row of two repeats what the kernel itself does."""
+def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
+    """Rule 5. The first reading repeats what the kernel itself does, so that the second is what it leaves."""
     found = constant_factor(node)
-    if found is None:
+    if found is None or node.op_type != "MatMul":
+        _quantize_product(model, node, weights)
         return
-    head = _store(model, [found], stored)
-    columns, size = head.matrix.columns, head.matrix.block_size
-    if node.op_type != "MatMul" or columns % size:
-        _quantize_product(model, node, stored)
-        return
-    steps, x = _Steps(model, node), node.inputs[0]
-    split, whole = (
-        steps.constant(f"{name}_shape", np.array(shape))
-        for name, shape in (
-            ("split", (0, 0, columns // size, size)),
-            ("whole", (0, 0, columns)),
-        )
-    )
-    blocks = steps.add("Reshape", x, split)
-    largest = steps.add("ReduceMax", steps.add("Abs", blocks), steps.constant("last_axis", np.array([-1])), keepdims=1)
+    steps, x, head = _Steps(model, node), node.inputs[0], weights.store([found])
+    columns, blocks, size = head.matrix.columns, head.matrix.data.shape[1], head.matrix.block_size
+    padded = x
+    if columns % size:
+        padding = np.array([0, 0, 0, 0, 0, blocks * size - columns])
+        padded = steps.add("Pad", x, steps.constant("padding", padding))
+    split = steps.add("Reshape", padded, steps.constant("split_shape", np.array([0, 0, blocks, size])))
+    largest = steps.add("ReduceMax", steps.add("Abs", split), steps.constant("last_axis", np.array([-1])), keepdims=1)
     tiny = steps.constant("tiny", np.array(np.finfo(np.float32).tiny * 127, np.float32))
     scale = steps.add("Div", steps.add("Max", largest, tiny), steps.constant("levels", np.array(127, np.float32)))
-    rounded = steps.add("Mul", steps.add("Round", steps.add("Div", blocks, scale)), scale)
-    first = steps.add("Reshape", rounded, whole)
-    twice = steps.add("Concat", first, steps.add("Sub", x, first), axis=0)  # (2 B, T, K)
-    both = steps.add("Split", steps.product(twice, head), outputs=2, axis=0, num_outputs=2)
-    (parts,) = (n for n in steps.nodes if n.outputs[0] is both)
-    parts.outputs[1].name = f"{node.name}_of_the_rest"
-    steps.add("Add", *parts.outputs)
+    rounded = steps.add("Mul", steps.add("Round", steps.add("Div", split, scale)), scale)
+    first = steps.add("Reshape", rounded, steps.constant("whole_shape", np.array([0, 0, blocks * size])))
+    if columns % size:
+        bounds = (("start", 0), ("width", columns), ("axis", -1))
+        first = steps.add("Slice", first, *(steps.constant(what, np.array([number])) for what, number in bounds))
+    axis = steps.constant("first_axis", np.array([0]))
+    readings = (steps.add("Unsqueeze", reading, axis) for reading in (first, steps.add("Sub", x, first)))
+    twice = steps.add("Concat", *readings, axis=0)  # (2, B, T, K)
+    steps.add("ReduceSum", steps.product(twice, head), axis, keepdims=0)
     steps.replace()
 
 
-def _quantize_gather(model: ir.Model, node: ir.Node, stored: dict[tuple[int, ...], _Stored]) -> None:
+def _quantize_gather(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     table, indices = node.inputs
     array = weight(table)
     if table is None or array is None or array.ndim != 2 or array.dtype != np.float32:
         return
     assert indices is not None
-    steps, found = _Steps(model, node), _store(model, [(table, False)], stored)
+    steps, found = _Steps(model, node), weights.store([(table, False)])
     # With ... for the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
     integers = steps.add("Cast", steps.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
     centred = steps.add("Sub", integers, steps.constant("zero_point", np.array(_ZERO, np.float32)))

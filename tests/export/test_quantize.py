@@ -232,8 +232,8 @@ def head_error(precise: bool, columns: int) -> float:
 
 
 def test_the_output_head_reads_what_int8_left_of_its_input_too() -> None:
-    assert head_error(True, 64) < head_error(False, 64) / 50
-    assert head_error(True, 50) == head_error(False, 50)  # no whole blocks: as any other product
+    for columns in (64, 60):  # in whole blocks, and padded
+        assert head_error(True, columns) < head_error(False, columns) / 50
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_products_run_on_int8_activations(exported: Export) -> None:
         if node.op_type == "MatMulNBits":
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert (attributes["bits"], attributes["accuracy_level"]) == (8, 4)
-            assert attributes["block_size"] in (16, 32)
+            assert attributes["block_size"] in (16, 32, 64, 128)
 
 
 def scales_of(weights: dict[str, Array], name: str) -> Array:
