@@ -77,6 +77,12 @@ class Bundle:
         return self.path / names.LAST_GRAPH
 
     @property
+    def long_graph(self) -> Path | None:
+        """The graph with an int8 cache, or None for a bundle without one."""
+        path = self.path / names.LONG_GRAPH
+        return path if path.is_file() else None
+
+    @property
     def tokenizer(self) -> Path | None:
         """tokenizer.json, or None for a bundle that speaks ids only."""
         return self.path / names.TOKENIZER if names.TOKENIZER in self.manifest.files else None

@@ -66,6 +66,8 @@ class KVCache:
                 _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
             ]
         self._values: list[Any] = []  # one OrtValue per tensor
+        # Of a shared buffer on the CPU its memory, (B, K, capacity, D): keys and values of each call in turn.
+        self.arrays: list[npt.NDArray[np.float32]] = []
         self._capacity = 0
         self.batch = 0  # B
         self.length = 0  # tokens per row, padding included
@@ -131,7 +133,7 @@ class KVCache:
         """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
         wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
         capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
-        old, self._values = self._values, []
+        old, self._values, self.arrays = self._values, [], []
         self.batch, self._capacity = batch, 0  # until the buffers are there: memory may end before
         for i, tensor in enumerate(self._tensors):
             array = np.zeros(self._shape(tensor, capacity), np.float32)
@@ -142,6 +144,7 @@ class KVCache:
             self.binding.bind_ortvalue_input(tensor.past, value)
             self.binding.bind_ortvalue_output(tensor.present, value)
             self._values.append(value)
+            self.arrays.append(array)
         self._capacity = capacity
 
     def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, int, int, int]:

@@ -17,6 +17,7 @@ from pastkey.errors import InputError, IntegrityError, MissingExtraError, Numeri
 
 from . import providers as ep
 from .cache import KVCache
+from .int8_cache import LONG_CONTEXT, MIN_ONNXRUNTIME, Int8Decoder
 from .ort import OrtError, onnxruntime, parse_version
 
 Ids = npt.NDArray[np.int64]
@@ -41,10 +42,13 @@ class Session:
         providers: ep.Choice | Sequence[ep.Choice] | None = None,
         threads: int | None = None,
         profile_prefix: Path | None = None,
+        int8_cache_from: int | None = LONG_CONTEXT,
     ) -> None:
         """Opens the graph and checks it against the manifest.
 
-        `threads` is the number of threads within an operator, None for the physical cores this process may use.
+        `threads` is the number of threads within an operator, None for the physical cores this process may use. After
+        `int8_cache_from` tokens, one row is decoded with an int8 cache, where the bundle has a graph for that and
+        onnxruntime an operator; the first such token loads the weights once more. None: never.
         With `profile_prefix`, onnxruntime records where each operator ran, in a file whose name starts with it.
         Raises ProviderError, IntegrityError, or InputError for an impossible number of threads.
         """
@@ -66,6 +70,11 @@ class Session:
             context_length=bundle.manifest.context_length,
             device=ep.cache_device(self.providers),
         )
+        able = graph == "last" and self._fused and ep.cache_device(self.providers) == "cpu" and profile_prefix is None
+        new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
+        self._long_graph = bundle.long_graph if able and new else None
+        self._int8_from = math.inf if int8_cache_from is None or self._long_graph is None else int8_cache_from
+        self._int8: Int8Decoder | None = None
         self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
         self._ones = np.ones(0, np.int64)
         self._held: list[int] | None = []  # the ids in the cache; None for several rows or padding, or while unsure
@@ -74,11 +83,13 @@ class Session:
     @property
     def length(self) -> int:
         """Tokens in the cache, per row, padding included."""
-        return self.cache.length
+        return max(self.cache.length, 0 if self._int8 is None else self._int8.length)
 
     def reset(self) -> None:
         """Forgets all tokens."""
         self.cache.reset()
+        if self._int8 is not None:
+            self._int8.trim(0)
         self._mask = None
         self._held = []
         self.resets += 1
@@ -103,7 +114,11 @@ class Session:
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
         held, self._held = self._held, None  # an interrupt may come at any time
-        self.cache.trim(length)
+        if self._int8 is None:
+            self.cache.trim(length)
+        elif length < self.length:
+            self._int8.trim(length)
+            self.cache.trim(min(length, self.cache.length))
         self._mask = None if self._mask is None or not length else self._mask[:, :length]
         self._held = None if held is None else held[:length]
 
@@ -122,6 +137,7 @@ class Session:
         if size > 1:
             count = min(count, max(1, ids.size // 2))
         held, self._held = self._held, None
+        self._settle()
         self.cache.reserve(1, ids.size)  # one growth for all chunks
         self._held = held
         for chunk in np.array_split(ids, count):
@@ -153,6 +169,14 @@ class Session:
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
         held, self._held = self._held, None
+        if ids.size == 1 and start >= self._int8_from and self._mask is None and mask is None:
+            logits = self._int8_decoder().decode(ids, self.cache)
+            self._check_finite(logits, start, 1, None)
+            if held is not None:
+                held += ids[0].tolist()
+                self._held = held
+            return logits
+        self._settle()
         self.cache.reserve(batch, tokens)
         full_mask, positions = self._mask_and_positions(batch, tokens, mask)
         # A fresh array each run: the caller may keep it.
@@ -171,6 +195,18 @@ class Session:
             held += ids[0].tolist()
             self._held = held
         return logits
+
+    def _settle(self) -> None:
+        """Brings the float32 cache up to what was decoded with int8."""
+        if self._int8 is not None:
+            self._int8.settle(self.cache)
+
+    def _int8_decoder(self) -> Int8Decoder:
+        if self._int8 is None:
+            assert self._long_graph is not None
+            onnx = _open(self._long_graph, self.manifest, self.providers, self.threads, None)
+            self._int8 = Int8Decoder(onnx, self.manifest)
+        return self._int8
 
     def _mask_and_positions(self, batch: int, tokens: int, mask: Ids | None) -> tuple[Ids, Ids]:
         """attention_mask (B, S) and position_ids (B, T): a token's position is the number of real tokens before it."""

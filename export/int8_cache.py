@@ -1,0 +1,123 @@
+"""pastkey's graph for decoding after a long text: keys and values are cached as int8.
+
+Attention over a long cache reads more bytes than the weights are. GroupQueryAttention takes a cache of int8 with one
+scale per channel of each head, max |x| / 127 over calibration text with some room; what lies beyond is cut off.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey import names
+from pastkey.bundle import Bundle
+from pastkey.runtime import Session
+from pastkey.runtime.int8_cache import LONG_CONTEXT, MIN_ONNXRUNTIME
+from pastkey.runtime.ort import OrtError, onnxruntime, parse_version
+
+from .calibrate import CalibrationText
+from .evaluate import Ids, kl_divergence
+from .graph import add_weight
+
+_ROOM = 1.5  # over the largest number of the calibration text: cutting off costs more than coarser steps do
+KL_FLOOR = 1e-5  # nats, below which nobody can tell
+_PROMPT = 16  # tokens that are prefilled before the others are decoded, to measure
+_K_SCALE, _V_SCALE = 12, 13  # inputs of GroupQueryAttention
+_DOMAIN = "com.microsoft"
+_RUN_ERRORS: tuple[type[Exception], ...] = (*OrtError, RuntimeError)  # a run by bindings raises the latter
+
+
+def add_int8_cache(bundle: Bundle, text: CalibrationText, cost_of_weights: float) -> dict[str, float]:
+    """Writes the graph where the bundle can take one, and keeps it where the cache costs no more than int8 weights do.
+
+    `cost_of_weights` is KL in nats. Returns {"int8_cache_kl": KL(float32 cache || int8 cache)}, mean over the tokens
+    that are decoded, for the manifest's quality; nothing where there is no such graph.
+    """
+    manifest = bundle.manifest
+    new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
+    if manifest.graph != "fused" or manifest.context_length <= LONG_CONTEXT or manifest.target != "cpu" or not new:
+        return {}
+    write_long_graph(bundle, text.chosen_by)
+    try:
+        cost = _cost(bundle, text.measured_on[0])
+    except _RUN_ERRORS:  # a form of attention that the operator has no int8 cache for
+        cost = np.inf
+    if not cost <= max(cost_of_weights, KL_FLOOR):
+        (bundle.path / names.LONG_GRAPH).unlink()
+        return {}
+    return {"int8_cache_kl": cost}
+
+
+def _cost(bundle: Bundle, ids: Ids) -> float:
+    decoded = []
+    for first in (None, 1):
+        session = Session(bundle, int8_cache_from=first)
+        session.prefill(ids[:_PROMPT])
+        decoded.append(np.stack([session.decode(int(token)) for token in ids[_PROMPT:]]))
+    return kl_divergence(*decoded)
+
+
+def write_long_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
+    """Writes the graph beside the others of `bundle`, over the same weights; `windows` (T,) are calibration text.
+
+    The scales stand in the graph's metadata too, for the runtime to move what another graph has cached.
+    """
+    scales = _scales(bundle, windows)
+    model = ir.load(bundle.last_graph)
+    calls = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    ends = {str(value.name): value for value in [*model.graph.inputs, *model.graph.outputs]}
+    for i, call in enumerate(calls):
+        keys, values = scales[2 * i], scales[2 * i + 1]
+        inputs = [*call.inputs, *[None] * (_K_SCALE - len(call.inputs))]
+        for what, array in (("key", keys), ("value", values)):
+            inputs.append(add_weight(model, f"cache_scales.{i}.{what}", array))
+        per_channel: dict[str, Any] = {
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": 8,
+        }
+        new = ir.node(
+            call.op_type,
+            inputs,
+            dict(call.attributes) | per_channel,
+            domain=_DOMAIN,
+            num_outputs=len(call.outputs),
+            name=call.name,
+        )
+        model.graph.insert_before(call, new)
+        for old, output in zip(call.outputs, new.outputs, strict=True):
+            name, old.name = old.name, None
+            output.name, output.type, output.shape = name, old.type, old.shape
+            for node, index in tuple(old.uses()):
+                node.replace_input_with(index, output)
+            for place, end in enumerate(model.graph.outputs):
+                if end is old:
+                    model.graph.outputs[place] = output
+                    ends[str(name)] = output
+        model.graph.remove(call, safe=True)
+        cached = (names.past_key(i), names.past_value(i), names.present_key(i), names.present_value(i))
+        for name in cached:
+            ends[name].type = ir.TensorType(ir.DataType.INT8)
+        for name, array in zip(cached[:2], (keys, values), strict=True):
+            model.metadata_props[name] = base64.b64encode(array.astype("<f4").tobytes()).decode()
+    ir.save(model, bundle.path / names.LONG_GRAPH)
+
+
+def _scales(bundle: Bundle, windows: Sequence[Ids]) -> list[np.ndarray]:
+    """Of keys and values of each attention call in turn, (K * D,) float32."""
+    session = Session(bundle)
+    largest: list[np.ndarray] = []
+    for ids in windows:
+        session.reset()
+        session.prefill(ids)
+        found = [
+            np.abs(array[0]).max(1) for i in range(len(bundle.manifest.layers)) for array in session.cache.layer(i)
+        ]
+        largest = found if not largest else [np.maximum(a, b) for a, b in zip(largest, found, strict=True)]
+    smallest = float(np.finfo(np.float32).tiny)
+    return [np.maximum(array.reshape(-1) * _ROOM / 127, smallest).astype(np.float32) for array in largest]

@@ -1,0 +1,86 @@
+"""Decoding with an int8 cache after a long text: the same model, in less memory, and back again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pastkey.bundle import Bundle, open_bundle
+from pastkey.export import export
+from pastkey.export.evaluate import kl_divergence
+from pastkey.runtime import Session, session
+from pastkey.runtime.int8_cache import LONG_CONTEXT
+
+from .decoders import llama
+
+IDS = np.random.default_rng(0).integers(0, 61, 80)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("long") / "bundle"
+    export(llama(), folder, context_length=LONG_CONTEXT + 1)
+    return open_bundle(folder)
+
+
+def decoded(session: Session, first: int = 20) -> np.ndarray:
+    session.reset()
+    session.prefill(IDS[:first])
+    return np.stack([session.decode(int(token)) for token in IDS[first:]])
+
+
+def test_an_int8_cache_costs_no_more_than_int8_weights(bundle: Bundle) -> None:
+    assert bundle.long_graph is not None
+    quality = bundle.manifest.quality
+    assert 0 < quality["int8_cache_kl"] <= max(quality["kl_divergence"], 1e-5)
+    exact, rounded = (decoded(Session(bundle, int8_cache_from=first)) for first in (None, 30))
+    np.testing.assert_array_equal(rounded[:10], exact[:10])  # tokens 20 to 29
+    assert np.abs(rounded[10:] - exact[10:]).max() > 0
+    assert kl_divergence(exact, rounded) < 1e-3
+
+
+def test_a_context_that_never_gets_long_has_no_such_graph(tmp_path: Path) -> None:
+    report = export(llama(), tmp_path / "short", context_length=LONG_CONTEXT)
+    made = open_bundle(tmp_path / "short")
+    assert made.long_graph is None
+    assert "int8_cache_kl" not in report.manifest.quality
+    assert decoded(Session(made, int8_cache_from=1)).shape == (60, 61)
+
+
+def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(bundle: Bundle) -> None:
+    """Several tokens at once go through the float32 cache, which gets the rows that only the other one had."""
+    one = Session(bundle, int8_cache_from=1)
+    one.prefill(IDS[:20])
+    for token in IDS[20:40].tolist():
+        one.decode(token)
+    assert (one.length, one.cache.length) == (40, 20)
+    found = one.prefill(IDS[40:])
+    assert (one.length, one.cache.length) == (80, 80)
+    other = Session(bundle, int8_cache_from=None)
+    expected = other.prefill(IDS)
+    assert kl_divergence(expected[None], found[None]) < 1e-3
+    for mine, theirs in zip(one.cache.layer(0), other.cache.layer(0), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=0.02 * np.abs(theirs).max())
+    again = one.decode(3)
+    assert kl_divergence(other.decode(3)[None], again[None]) < 1e-3
+
+
+@pytest.mark.parametrize("length", [10, 30])
+def test_trimming_forgets_in_both_caches(bundle: Bundle, length: int) -> None:
+    one = Session(bundle, int8_cache_from=1)
+    before = decoded(one)
+    one.trim(length)
+    assert one.length == length
+    after = np.stack([one.decode(int(token)) for token in IDS[length:]])
+    np.testing.assert_allclose(after[-50:], before[-50:], atol=0.02 * np.abs(before).max())
+    one.reset()
+    assert one.length == 0
+    np.testing.assert_array_equal(decoded(one), before)
+
+
+def test_an_older_onnxruntime_decodes_without_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = decoded(Session(bundle, int8_cache_from=None))
+    monkeypatch.setattr(session, "MIN_ONNXRUNTIME", "999.0.0")
+    np.testing.assert_array_equal(decoded(Session(bundle, int8_cache_from=1)), exact)
