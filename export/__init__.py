@@ -5,8 +5,9 @@
 
 In the order of the data: `source` (what can be exported), `observe` (which attention calls it makes), `rehearse`
 (would a cache work?), `graft` (the cache, while torch traces), `simplify` and `passes` (the graph made clean),
-`quantize` (int8), `files` (the bundle), `verify` (parity) and `evaluate` (figures); `pipeline` is the whole of it, and
-`attention` is how a call is seen at all. Everything loads on first use: torch and onnx wait until they are needed.
+`quantize` (int8), `budget` (how much of it), `files` (the bundle), `verify` (parity) and `evaluate` (figures);
+`pipeline` is the whole of it, and `attention` is how a call is seen at all. Everything loads on first use: torch and
+onnx wait until they are needed.
 """
 
 from __future__ import annotations

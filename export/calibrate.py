@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -28,9 +28,13 @@ _MEASURED = 2  # windows that are kept apart, to measure on
 # Of the largest logit. Moving a scale rounds every weight anew, by 6e-8; a wrong fold changes everything.
 _MAX_CHANGE = 1e-4
 _ROWS = 512  # of each activation, spread over the text
+_NOTHING: Mapping[str, np.ndarray] = {}
 
 
-Probe = Callable[[Ids], dict[str, np.ndarray]]
+class Probe(Protocol):
+    """Runs the graph on ids (T,), and on whatever further inputs it has."""
+
+    def __call__(self, ids: Ids, further: Mapping[str, np.ndarray] = ..., /) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
-        yield lambda ids: _run(session, wanted, ids)
+        yield lambda ids, further=_NOTHING: _run(session, wanted, ids, further)
     finally:
         model.graph.outputs[:] = ends
         for value in extra:
@@ -156,18 +160,18 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
         (folder / data).unlink(missing_ok=True)
 
 
-def _run(session: Any, wanted: Sequence[str], ids: Ids) -> dict[str, np.ndarray]:
+def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     past = {
         value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
         for value in session.get_inputs()
-        if value.name not in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
+        if value.name not in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS, *further)
     }
     feeds = {
         names.INPUT_IDS: ids[None],
         names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
         names.POSITION_IDS: np.arange(len(ids))[None],
     }
-    found = session.run(list(wanted), feeds | past)
+    found = session.run(list(wanted), feeds | past | dict(further))
     return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in zip(wanted, found, strict=True)}
 
 

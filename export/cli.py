@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pastkey import names
 from pastkey.bundle import Bundle, KVGeometry, open_bundle
-from pastkey.command import Command, positive_int, print_json, say
+from pastkey.command import Command, finite_float, positive_int, print_json, say
 from pastkey.errors import ContractError, InputError
 
 from .settings import EVAL_LENGTH, EVAL_WINDOWS, GREEDY_PROMPT_TOKENS, GREEDY_PROMPTS, GREEDY_TOKENS
@@ -19,6 +19,7 @@ from .settings import EVAL_LENGTH, EVAL_WINDOWS, GREEDY_PROMPT_TOKENS, GREEDY_PR
 if TYPE_CHECKING:
     from .evaluate import Evaluation, Ids
     from .observe import Observation
+    from .pipeline import Report
     from .source import Source
     from .verify import Verification
 
@@ -37,6 +38,19 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer.json of a module, or llama2.c's tokenizer .bin; without one, ids only",
     )
     add("--calibration", metavar="FILE", help="text that int8 is made for (default: what the model itself writes)")
+    add(
+        "--max-kl",
+        type=finite_float,
+        metavar="NATS",
+        help="what int8 may cost: the matrices that cost most stay in float32 until its KL divergence is no larger",
+    )
+    add(
+        "--sensitivity",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write what each matrix costs in int8, as .json or as a chart .png; may be given twice",
+    )
     add("--force", action="store_true", help="replace an existing bundle")
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print the report as one JSON object")
@@ -56,6 +70,8 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.context,
             arguments.force,
             calibration=arguments.calibration,
+            max_kl=arguments.max_kl,
+            sensitivity=arguments.sensitivity,
             trust_remote_code=arguments.trust_remote_code,
             progress=stages.next,
         )
@@ -74,10 +90,20 @@ def _export(arguments: argparse.Namespace) -> int:
             f"  int8 against float32: KL divergence {quality['kl_divergence']:.2g} nats, "
             f"top-1 agreement {quality['top1_agreement']:.1%}"
         )
+        _say_sensitivity(report)
     speaks = names.TOKENIZER in report.manifest.files
     hint = "--prompt ..." if speaks else "--prompt-ids ...   (ids only: no --tokenizer was given)"
     say(f"next:  pastkey run {report.path} {hint}")
     return 0
+
+
+def _say_sensitivity(report: Report) -> None:
+    kept = report.manifest.quality.get("float32_weights", [])
+    if kept:
+        say(f"  kept in float32, to meet --max-kl: {len(kept)} {'weight' if len(kept) == 1 else 'weights'}")
+    if report.sensitivity is not None:
+        worst = report.sensitivity.rows[:3]
+        say("  int8 costs most at " + ", ".join(f"{row.weight} ({row.kl_divergence:.2g} nats)" for row in worst))
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:

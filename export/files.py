@@ -20,7 +20,7 @@ from .programs import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 from .source import Source
 
 # Below this, a weight stands in the graph itself: shapes and axes must, for onnxruntime to infer shapes from them.
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 _ALIGNMENT = 64  # bytes; a cache line
 _PAGE_ALIGNMENT, _PAGE_ALIGNED_FROM = 4096, 1 << 20  # large weights start on a page, to be mapped
 
@@ -59,7 +59,7 @@ def _move_weights_out(model: ir.Model, path: Path) -> int:
         for value in model.graph.initializers.values():
             assert value.const_value is not None
             array = np.ascontiguousarray(value.const_value.numpy())
-            if array.nbytes < _INLINE_BYTES:
+            if array.nbytes < INLINE_BYTES:
                 inline += array.nbytes if array.dtype in (np.float32, np.uint8) else 0
                 continue
             memory = (array.__array_interface__["data"][0], array.nbytes)

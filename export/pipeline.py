@@ -7,9 +7,10 @@ observe -> rehearse -> trace -> clean -> write fp32 -> verify
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,19 @@ from pastkey.folder import file_records, parse_records, refuse_existing, whole_f
 from pastkey.runtime.ort import OrtError
 
 from . import optimum
-from .calibrate import calibrated, calibration_text, measured, read_calibration
+from .budget import check_budget, make_int8
+from .calibrate import calibration_text, read_calibration
 from .files import count_operators, write_configurations, write_graphs
 from .fuse import fuse
 from .graft import IR_VERSION, GraphChoice, choose_graph, trace
+from .int8_cache import add_int8_cache
 from .observe import Observation, observe
 from .passes import clean
-from .quantize import quantize
 from .rehearse import rehearse
 from .resources import parameters, require_disk, require_memory
+from .sensitivity import Sensitivity
 from .source import Source, check_tokenizer, open_source
+from .tables import check_tables, write_table
 from .verify import Verification, verify
 
 # The oldest onnxruntime that what is exported was run on; 8-bit MatMulNBits itself came with 1.22.
@@ -56,6 +60,7 @@ class Report:
     weight_bytes: int  # of this bundle
     fp32_weight_bytes: int  # of the same graph in float32
     seconds: float
+    sensitivity: Sensitivity | None = None  # what each matrix costs, where that was measured
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -84,6 +89,8 @@ def export(
     force: bool = False,
     *,
     calibration: str | Path | None = None,
+    max_kl: float | None = None,
+    sensitivity: Sequence[str | Path] = (),
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -95,17 +102,23 @@ def export(
     .bin (`tokenizer` may then be the one of its own format), or "file.py:factory".
     `precision`: "int8" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
     "standard". `context_length` in tokens is required for a module. `calibration` is a text file that int8 is made for
-    and measured on, instead of text that the model itself writes. `progress` is called with each stage's name.
+    and measured on, instead of text that the model itself writes. `max_kl` in nats bounds what int8 may cost there: the
+    matrices that cost most stay in float32 until it does not cost more. `sensitivity` names files, .json or .png, for a
+    table of what each matrix costs. `progress` is called with each stage's name.
 
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
     ResourceError (too little memory or disk), ContractError (the cache cannot be grafted onto it), NumericsError
-    (a weight that is no number) or ParityError (the bundle differs from the source).
+    (a weight that is no number), ParityError (the bundle differs from the source) or QualityError (`max_kl` cannot be
+    met with every product in float32).
     """
     started = time.perf_counter()
     say = progress or (lambda stage: None)
     _check_choices(precision, target, graph)
     if calibration is not None and precision == "fp32":
         raise InputError("float32 needs no calibration: leave out --calibration, or export with --precision int8")
+    check_budget(max_kl, precision)
+    tables = check_tables(sensitivity, precision)
+    by_matrix = max_kl is not None or bool(tables)
     refuse_existing(Path(out), force=force)
     say("open the source")
     source = open_source(
@@ -114,13 +127,13 @@ def export(
         context_length=context_length,
         trust_remote_code=trust_remote_code,
         say=say,
-        before_loading=lambda weights: require_disk(Path(out), weights, precision),
+        before_loading=lambda weights: require_disk(Path(out), weights, precision, by_matrix=by_matrix),
     )
 
     calibration_ids = None if calibration is None else read_calibration(calibration, source.tokenizer)
     weights = parameters(source.module)
     require_memory(weights, loaded=True)
-    require_disk(Path(out), weights, precision)
+    require_disk(Path(out), weights, precision, by_matrix=by_matrix)
     made = _make_graph(source, target, graph, say)
 
     with whole_folder(Path(out), force=force) as folder:
@@ -132,19 +145,23 @@ def export(
             job = dataclasses.replace(job, padding=False)
             bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, padding=False))
             verification = job.verify(bundle)
-        parity, weight_bytes, quality = {"fp32": verification.to_json()}, fp32_bytes, dict[str, Any]()
+        parity, weight_bytes, quality, table = {"fp32": verification.to_json()}, fp32_bytes, dict[str, Any](), None
         if precision == "int8":
             say(f"calibrate int8 on {calibration or 'text of the model itself'}")
             text = calibration_text(bundle, calibration_ids)
-            model = calibrated(bundle, text.chosen_by)
-            quantize(model)
-            exact, (bundle, weight_bytes) = bundle, job.write(model, folder, "int8")
-            quality = measured(exact, bundle, text)
+            writing = functools.partial(job.write, folder=folder, precision="int8")
+            made_int8 = make_int8(bundle, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
+            bundle, weight_bytes = made_int8.bundle, made_int8.weight_bytes
+            quality, table = made_int8.quality, made_int8.sensitivity
             verification = job.verify(bundle)
             parity["int8"] = verification.to_json()
+            quality |= add_int8_cache(bundle, text, quality["kl_divergence"])
             shutil.rmtree(fp32)
         manifest = job.finish(bundle, parity, quality)
-    return Report(Path(out), manifest, verification, weight_bytes, fp32_bytes, time.perf_counter() - started)
+        for path in tables:
+            assert table is not None
+            write_table(path, table)
+    return Report(Path(out), manifest, verification, weight_bytes, fp32_bytes, time.perf_counter() - started, table)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Rules over the graph:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +38,18 @@ _ZERO = 128
 _DOMAIN = "com.microsoft"
 
 
-def quantize(model: ir.Model) -> None:
-    """Quantizes every matrix of the graph in place, by the rules above. Raises InputError on NaN or infinity."""
-    head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
-    weights = _Weights(model, head)
-    packs = find_packs([n for n in model.graph if n.op_type == "MatMul" and n is not head and constant_factor(n)])
+def quantize(model: ir.Model, keep: Collection[str] = (), head: ir.Node | None = None) -> None:
+    """Quantizes every matrix of the graph in place, by the rules above, but the initializers named in `keep`.
+
+    `head` is the output head, where the graph does not show it. Raises InputError on NaN or infinity.
+    """
+    if head is None:
+        head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
+    weights = _Weights(model, head, frozenset(keep))
+    packs = find_packs([n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.factor(n)])
     joined = {id(node) for pack in packs for node in pack.products}
     for node in tuple(model.graph):
-        if node.op_type == "Gather" and _axis(node) == 0:
+        if gathered_table(node) is not None:
             _quantize_gather(model, node, weights)
         elif node is head:
             _quantize_head(model, node, weights)
@@ -78,11 +82,21 @@ class _Stored:
 class _Weights:
     """The quantized matrices of a graph: one that is used twice is stored once."""
 
-    def __init__(self, model: ir.Model, head: ir.Node | None) -> None:
+    def __init__(self, model: ir.Model, head: ir.Node | None, keep: frozenset[str]) -> None:
         self._model = model
+        self._keep = keep  # names of initializers that stay in float32
         factor = None if head is None else constant_factor(head)
         self._head = None if factor is None else factor[0]  # a tied table is stored as the head's
         self._stored: dict[tuple[int, ...], _Stored] = {}  # by the identity of initializers
+
+    def factor(self, node: ir.Node) -> tuple[ir.Value, bool] | None:
+        """As `constant_factor`, of a matrix that is to be quantized."""
+        found = constant_factor(node)
+        return None if found is None or self.kept(found[0]) else found
+
+    def kept(self, value: ir.Value) -> bool:
+        """Whether it stays in float32."""
+        return value.name in self._keep
 
     def store(self, factors: list[tuple[ir.Value, bool]]) -> _Stored:
         """Quantizes initializers (N, K), or (K, N) with True beside them, that are read below one another."""
@@ -165,7 +179,7 @@ def _product(x: ir.Value | None, stored: _Stored, name: str) -> ir.Node:
 
 
 def _quantize_product(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
-    found = constant_factor(node)
+    found = weights.factor(node)
     if found is None:
         return
     steps = _Steps(model, node)
@@ -176,7 +190,7 @@ def _quantize_product(model: ir.Model, node: ir.Node, weights: _Weights) -> None
 
 
 def _quantize_pack(model: ir.Model, pack: Pack, weights: _Weights) -> None:
-    factors = [found for node in pack.products if (found := constant_factor(node)) is not None]
+    factors = [found for node in pack.products if (found := weights.factor(node)) is not None]
     activation = pack.products[0].inputs[0]
     joined = _product(activation, weights.store(factors), str(pack.products[0].name))
     split_up(model, pack, joined, [_rows(*factor) for factor in factors])
@@ -184,7 +198,7 @@ def _quantize_pack(model: ir.Model, pack: Pack, weights: _Weights) -> None:
 
 def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     """Rule 5. The first reading repeats what the kernel itself does, so that the second is what it leaves."""
-    found = constant_factor(node)
+    found = weights.factor(node)
     if found is None or node.op_type != "MatMul":
         _quantize_product(model, node, weights)
         return
@@ -211,9 +225,8 @@ def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
 
 
 def _quantize_gather(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
-    table, indices = node.inputs
-    array = weight(table)
-    if table is None or array is None or array.ndim != 2 or array.dtype != np.float32:
+    table, indices = gathered_table(node), node.inputs[1]
+    if table is None or weights.kept(table):
         return
     assert indices is not None
     steps, found = _Steps(model, node), weights.store([(table, False)])
@@ -251,15 +264,19 @@ def constant_factor(node: ir.Node) -> tuple[ir.Value, bool] | None:
     return factor, transposed
 
 
+def gathered_table(node: ir.Node) -> ir.Value | None:
+    """The initializer (V, K) float32 whose rows a node gathers; None for any other node."""
+    if node.op_type != "Gather" or _number(node, "axis", 0) != 0:
+        return None
+    array = weight(node.inputs[0])
+    return node.inputs[0] if array is not None and array.ndim == 2 and array.dtype == np.float32 else None
+
+
 def _rows(factor: ir.Value, transposed: bool) -> int:
     """N of a factor (N, K), or (K, N) when `transposed`."""
     array = weight(factor)
     assert array is not None
     return int(array.shape[1 if transposed else 0])
-
-
-def _axis(node: ir.Node) -> int:
-    return int(_number(node, "axis", 0))
 
 
 def _number(node: ir.Node, name: str, default: float) -> float:

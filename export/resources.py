@@ -16,6 +16,7 @@ _COPIES_AFTER_LOADING = 4
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
 # int8 is made from float32 files, which are tried once more with scales moved: more than it and them together.
 _BYTES_PER_WEIGHT = {"fp32": 4, "int8": 8}
+_BYTES_BY_MATRIX = 15  # where each matrix is measured: calibrated float32, and one graph of that and int8, as well
 
 
 def parameters(module: nn.Module) -> int:
@@ -23,9 +24,9 @@ def parameters(module: nn.Module) -> int:
     return sum({id(p): p.numel() for p in [*module.parameters(), *module.buffers()]}.values())
 
 
-def require_disk(out: Path, weights: int, precision: str) -> None:
+def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = False) -> None:
     """Raises ResourceError when `out` lies on a disk without room for a bundle of so many weights."""
-    needed = weights * _BYTES_PER_WEIGHT[precision]
+    needed = weights * (_BYTES_BY_MATRIX if by_matrix else _BYTES_PER_WEIGHT[precision])
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if needed > free:

@@ -46,6 +46,10 @@ class ParityError(PastkeyError, ValueError):
     """A bundle that does not compute what its source computes."""
 
 
+class QualityError(PastkeyError, ValueError):
+    """An int8 bundle that is further from float32 than the user allows."""
+
+
 class NumericsError(PastkeyError, ArithmeticError):
     """NaN or infinity where a number was expected."""
 

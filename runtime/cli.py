@@ -220,6 +220,8 @@ def _print_figures(figures: Mapping[str, Any], indent: int) -> None:
 def _figure(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -1,0 +1,126 @@
+"""A graph in which each matrix is float32 or int8 by an input, so that one session runs every mixture of the two.
+
+Products compute some of their rows in each precision, and the gate says where the one ends: at none or at all of them.
+So a mixture costs what its products cost, and is exactly what a graph of its own would give:
+
+    1. MatMul or Gemm(x, W)   -> Concat(int8 of x[..., :gate, :], float32 of x[..., gate:, :])
+    2. Gather(E, ids)         -> Where(gate, int8, float32): cheap enough to do both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey import names
+
+from .graph import add_weight, replace_node, weight
+from .last_position import output_head
+from .quantize import constant_factor, gathered_table, quantize
+
+GATES = "int8_gates"  # (matrices,) int64: how many rows of each product are int8
+_ALL = np.iinfo(np.int64).max
+_ROW_AXIS = -2
+
+
+@dataclass
+class Matrix:
+    """An initializer that `quantize` makes int8."""
+
+    weight: str  # its name
+    shape: tuple[int, ...]
+    bytes: int  # in float32
+    product: bool = False  # multiplied by; a tied table is gathered too
+
+
+def gates(matrices: Iterable[Matrix], int8: Iterable[str]) -> np.ndarray:
+    """(matrices,) int64: the input that makes int8 of the weights that are named, and float32 of the others."""
+    chosen = frozenset(int8)
+    return np.array([_ALL if matrix.weight in chosen else 0 for matrix in matrices], np.int64)
+
+
+def add_gates(model: ir.Model) -> tuple[Matrix, ...]:
+    """Adds the input GATES to a float32 graph. Returns its matrices, in the order of the gates.
+
+    Nodes that share an initializer share its gate. Raises InputError on NaN or infinity.
+    """
+    head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
+    originals = frozenset(model.graph.initializers)
+    gated, int8_head = _Gated(model), None
+    for node in tuple(model.graph):
+        table, factor = gathered_table(node), constant_factor(node)
+        if table is not None:
+            gated.gather(node, table)
+        elif factor is not None:
+            int8 = gated.product(node, factor[0])
+            int8_head = int8 if node is head else int8_head
+    gates_input = gated.input
+    gates_input.shape = ir.Shape((len(gated.matrices),))
+    model.graph.inputs.append(gates_input)
+    quantize(model, originals, int8_head)
+    return tuple(gated.matrices.values())
+
+
+class _Gated:
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self.input = ir.Value(name=GATES, type=ir.TensorType(ir.DataType.INT64))
+        self.matrices: dict[str, Matrix] = {}
+        self._copies: dict[str, ir.Value] = {}  # what `quantize` is to take instead: the same array by another name
+        self._constants: dict[int, ir.Value] = {}
+
+    def product(self, node: ir.Node, factor: ir.Value) -> ir.Node:
+        """Rule 1. Returns the product that is to be int8."""
+        number, copy = self._matrix(factor, product=True)
+        x, name, steps = node.inputs[0], f"{node.name}_gated", list[ir.Node]()
+
+        def add(operator: str, *inputs: ir.Value | None, attributes: Iterable[ir.Attr] = ()) -> ir.Value:
+            steps.append(ir.Node("", operator, inputs, attributes, name=f"{name}_{len(steps)}"))
+            return steps[-1].outputs[0]
+
+        end = add("Gather", self.input, self._constant(number))
+        zero, most, axis = (self._constant(n) for n in (0, _ALL, _ROW_AXIS))
+        first, rest = add("Slice", x, zero, end, axis), add("Slice", x, end, most, axis)
+        if node.inputs[1] is not factor:
+            transposing = node.inputs[1].producer() if node.inputs[1] is not None else None
+            assert transposing is not None
+            copy = add("Transpose", copy, attributes=transposing.attributes.values())
+        int8 = add(node.op_type, first, copy, *node.inputs[2:], attributes=node.attributes.values())
+        made = int8.producer()
+        assert made is not None
+        exact = add(node.op_type, rest, *node.inputs[1:], attributes=node.attributes.values())
+        add("Concat", int8, exact, attributes=[ir.AttrInt64("axis", _ROW_AXIS)])
+        replace_node(self._model, node, *steps)
+        return made
+
+    def gather(self, node: ir.Node, table: ir.Value) -> None:
+        """Rule 2."""
+        number, copy = self._matrix(table)
+        name, indices = f"{node.name}_gated", node.inputs[1]
+        gate = ir.node("Gather", [self.input, self._constant(number)], name=f"{name}_gate")
+        chosen = ir.node("Cast", gate.outputs, {"to": ir.DataType.BOOL}, name=f"{name}_chosen")
+        int8 = ir.node("Gather", [copy, indices], name=f"{name}_int8")
+        exact = ir.node("Gather", [table, indices], name=f"{name}_float")
+        both = ir.node("Where", [chosen.outputs[0], int8.outputs[0], exact.outputs[0]], name=name)
+        replace_node(self._model, node, gate, chosen, int8, exact, both)
+
+    def _matrix(self, value: ir.Value, *, product: bool = False) -> tuple[int, ir.Value]:
+        """The gate's number, and the initializer that becomes int8."""
+        name, array = str(value.name), weight(value)
+        assert array is not None
+        matrix = self.matrices.setdefault(name, Matrix(name, array.shape, array.nbytes))
+        matrix.product |= product
+        if name not in self._copies:
+            copy = ir.Value(name=f"{name}.int8", shape=value.shape, type=value.type, const_value=value.const_value)
+            self._model.graph.register_initializer(copy)
+            self._copies[name] = copy
+        return list(self.matrices).index(name), self._copies[name]
+
+    def _constant(self, number: int) -> ir.Value:
+        """(1,) int64."""
+        if number not in self._constants:
+            self._constants[number] = add_weight(self._model, f"{GATES}.constant_{number}", np.array([number]))
+        return self._constants[number]
