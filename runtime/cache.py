@@ -15,7 +15,7 @@ from pastkey.errors import InputError
 
 from .ort import onnxruntime
 
-GROWTH_STEP = 256  # rows by which a shared buffer grows at least
+GROWTH_STEP = 128  # rows by which a shared buffer grows at least
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; larger is no faster.
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 128
 
 
 class Session:
