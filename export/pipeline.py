@@ -150,12 +150,13 @@ def export(
             say(f"calibrate int8 on {calibration or 'text of the model itself'}")
             text = calibration_text(bundle, calibration_ids)
             writing = functools.partial(job.write, folder=folder, precision="int8")
-            made_int8 = make_int8(bundle, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
+            exact = bundle
+            made_int8 = make_int8(exact, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
             bundle, weight_bytes = made_int8.bundle, made_int8.weight_bytes
             quality, table = made_int8.quality, made_int8.sensitivity
             verification = job.verify(bundle)
             parity["int8"] = verification.to_json()
-            quality |= add_int8_cache(bundle, text, quality["kl_divergence"])
+            quality |= add_int8_cache(exact, bundle, text)
             shutil.rmtree(fp32)
         manifest = job.finish(bundle, parity, quality)
         for path in tables:
