@@ -8,11 +8,12 @@ a whole number from 1 to 255 times one float32 of the row. They are rounded up, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_ZERO = 128
+ZERO = 128
 _BLOCK_SIZES = (32, 16)
 _HEAD_BLOCK_SIZES = (128, 64, 32, 16)
 _HEAD_PADDING = 1.125  # at most, of a row
@@ -51,13 +52,13 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> BlockQuantized:
     padded = padded.reshape(rows, blocks, block_size)
     codes, factors = _encode_scales(np.abs(padded).max(2) / np.float32(127))
     scales = codes.astype(np.float32) * factors
-    data = np.clip(np.rint(padded / scales[:, :, None]), -127, 127) + _ZERO
+    data = np.clip(np.rint(padded / scales[:, :, None]), -127, 127) + ZERO
     return BlockQuantized(data.astype(np.uint8), codes, factors, columns)
 
 
 def dequantize_blocks(quantized: BlockQuantized) -> np.ndarray:
     """(N, K) float32, what the kernels compute with."""
-    values: np.ndarray = (quantized.data.astype(np.float32) - _ZERO) * quantized.scales[:, :, None]
+    values: np.ndarray = (quantized.data.astype(np.float32) - ZERO) * quantized.scales[:, :, None]
     return values.reshape(len(values), -1)[:, : quantized.columns]
 
 
@@ -66,9 +67,23 @@ def choose_block_size(columns: int) -> int:
     return min(_BLOCK_SIZES, key=lambda size: -(-columns // size) * (size + 1))
 
 
+def join(parts: Sequence[BlockQuantized]) -> BlockQuantized:
+    """Matrices of equal K and block size below one another, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return BlockQuantized(
+        np.concatenate([part.data for part in parts]),
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.factors for part in parts]),
+        parts[0].columns,
+    )
+
+
 def choose_head_block_size(columns: int) -> int:
-    """The widest that pads a row by an eighth at most. The head reads its activation twice, and can do with few scales:
-    they are a fifth of what a product of one row reads from memory with 32 weights to a scale."""
+    """The widest that pads a row by an eighth at most: the head reads its activation twice, and can do with few scales.
+
+    They are a fifth of what a product of one row reads from memory with 32 weights to a scale.
+    """
     return next(
         size for size in _HEAD_BLOCK_SIZES if -(-columns // size) * size <= _HEAD_PADDING * columns or size == 16
     )

@@ -20,6 +20,7 @@ from pastkey.runtime.ort import onnxruntime
 from pastkey.runtime.text import TextCodec
 
 from .evaluate import BundlePredictions, Ids, cut_windows, encode_file, evaluate, relative_difference
+from .files import INLINE_BYTES
 from .migrate import find_groups, migrate
 
 WINDOWS, LENGTH = 8, 256  # of calibration text, and tokens of each, where the context has room for them
@@ -177,4 +178,4 @@ def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np
 
 def _is_large_and_in_memory(value: ir.Value) -> bool:
     tensor = value.const_value
-    return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= 1 << 10
+    return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= INLINE_BYTES

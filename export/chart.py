@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def _kinds(placed: Sequence[tuple[Row, int, str]]) -> list[str]:
     return [kind for kind in usual if kind in found] + sorted(found.difference(usual))
 
 
-def _heat_map(axes, cells: np.ndarray, layers: list[int], kinds: list[str]) -> None:  # type: ignore[no-untyped-def]
+def _heat_map(axes: Any, cells: np.ndarray, layers: list[int], kinds: list[str]) -> None:
     from matplotlib.colors import LogNorm
 
     known = cells[np.isfinite(cells) & (cells > 0)]
@@ -76,14 +77,13 @@ def _heat_map(axes, cells: np.ndarray, layers: list[int], kinds: list[str]) -> N
     axes.figure.colorbar(image, ax=axes, label="nats", pad=0.02)
 
 
-def _bars(axes, worst: Sequence[Row]) -> None:  # type: ignore[no-untyped-def]
+def _bars(axes: Any, worst: Sequence[Row]) -> None:
     floor = np.finfo(np.float64).tiny
     costs = [max(row.kl_divergence, floor) for row in worst]
     bars = axes.barh(range(len(worst)), costs, color="#3b6ea5")
     axes.bar_label(bars, [f"{row.kl_divergence:.1e}" for row in worst], padding=3)
     axes.set_yticks(range(len(worst)), [_shortened(row.weight) for row in worst], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xscale("linear")
     axes.set_xlim(0, 1.22 * max(costs))
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
     axes.set_xlabel("nats")

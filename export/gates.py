@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from pastkey import names
 
-from .graph import add_weight, replace_node, weight
+from .graph import Steps, add_weight, replace_node, weight
 from .last_position import output_head
 from .quantize import constant_factor, gathered_table, quantize
 
@@ -75,37 +75,29 @@ class _Gated:
     def product(self, node: ir.Node, factor: ir.Value) -> ir.Node:
         """Rule 1. Returns the product that is to be int8."""
         number, copy = self._matrix(factor, product=True)
-        x, name, steps = node.inputs[0], f"{node.name}_gated", list[ir.Node]()
-
-        def add(operator: str, *inputs: ir.Value | None, attributes: Iterable[ir.Attr] = ()) -> ir.Value:
-            steps.append(ir.Node("", operator, inputs, attributes, name=f"{name}_{len(steps)}"))
-            return steps[-1].outputs[0]
-
-        end = add("Gather", self.input, self._constant(number))
+        x, steps = node.inputs[0], Steps(self._model, f"{node.name}_gated")
+        end = steps.add("Gather", self.input, self._constant(number))
         zero, most, axis = (self._constant(n) for n in (0, _ALL, _ROW_AXIS))
-        first, rest = add("Slice", x, zero, end, axis), add("Slice", x, end, most, axis)
+        first, rest = steps.add("Slice", x, zero, end, axis), steps.add("Slice", x, end, most, axis)
         if node.inputs[1] is not factor:
             transposing = node.inputs[1].producer() if node.inputs[1] is not None else None
             assert transposing is not None
-            copy = add("Transpose", copy, attributes=transposing.attributes.values())
-        int8 = add(node.op_type, first, copy, *node.inputs[2:], attributes=node.attributes.values())
+            copy = steps.add("Transpose", copy, **transposing.attributes)
+        int8 = steps.add(node.op_type, first, copy, *node.inputs[2:], **node.attributes)
         made = int8.producer()
         assert made is not None
-        exact = add(node.op_type, rest, *node.inputs[1:], attributes=node.attributes.values())
-        add("Concat", int8, exact, attributes=[ir.AttrInt64("axis", _ROW_AXIS)])
-        replace_node(self._model, node, *steps)
+        exact = steps.add(node.op_type, rest, *node.inputs[1:], **node.attributes)
+        steps.add("Concat", int8, exact, axis=_ROW_AXIS)
+        replace_node(self._model, node, *steps.nodes)
         return made
 
     def gather(self, node: ir.Node, table: ir.Value) -> None:
         """Rule 2."""
         number, copy = self._matrix(table)
-        name, indices = f"{node.name}_gated", node.inputs[1]
-        gate = ir.node("Gather", [self.input, self._constant(number)], name=f"{name}_gate")
-        chosen = ir.node("Cast", gate.outputs, {"to": ir.DataType.BOOL}, name=f"{name}_chosen")
-        int8 = ir.node("Gather", [copy, indices], name=f"{name}_int8")
-        exact = ir.node("Gather", [table, indices], name=f"{name}_float")
-        both = ir.node("Where", [chosen.outputs[0], int8.outputs[0], exact.outputs[0]], name=name)
-        replace_node(self._model, node, gate, chosen, int8, exact, both)
+        steps, indices = Steps(self._model, f"{node.name}_gated"), node.inputs[1]
+        chosen = steps.add("Cast", steps.add("Gather", self.input, self._constant(number)), to=ir.DataType.BOOL)
+        steps.add("Where", chosen, steps.add("Gather", copy, indices), steps.add("Gather", table, indices))
+        replace_node(self._model, node, *steps.nodes)
 
     def _matrix(self, value: ir.Value, *, product: bool = False) -> tuple[int, ir.Value]:
         """The gate's number, and the initializer that becomes int8."""

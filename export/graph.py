@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -64,3 +66,28 @@ def input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
     """The first input of the node of that type that makes the value."""
     node = made_by(value, operator)
     return None if node is None else node.inputs[0]
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads the value, None where several do or none."""
+    readers = [node for node, _ in value.uses()]
+    return readers[0] if len(readers) == 1 else None
+
+
+class Steps:
+    """New nodes in a row, named after `name`, and their constants. They stand in no graph yet."""
+
+    def __init__(self, model: ir.Model, name: str) -> None:
+        self._model, self._name = model, name
+        self.nodes: list[ir.Node] = []
+
+    def add(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """A node of ONNX's own, with numbers or `ir.Attr` as attributes; returns its output."""
+        new = ir.node(operator, inputs, attributes, name=f"{self._name}_{operator}_{len(self.nodes)}")
+        new.outputs[0].name = f"{new.name}_output"
+        self.nodes.append(new)
+        return new.outputs[0]
+
+    def constant(self, what: str, content: np.ndarray) -> ir.Value:
+        """An initializer."""
+        return add_weight(self._model, f"{self._name}.{what}", content)

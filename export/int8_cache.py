@@ -18,19 +18,18 @@ from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.runtime import Session
 from pastkey.runtime.int8_cache import LONG_CONTEXT, MIN_ONNXRUNTIME
-from pastkey.runtime.ort import OrtError, onnxruntime, parse_version
+from pastkey.runtime.ort import RunError, onnxruntime, parse_version
 
 from .calibrate import CalibrationText
-from .evaluate import Ids, kl_divergence
-from .graph import add_weight
+from .evaluate import BundlePredictions, Ids, kl_divergence
+from .graph import add_weight, replace_node
+from .verify import KL_FLOOR
 
 _ROOM = 1.5  # over the largest number of the calibration text: cutting off costs more than coarser steps do
-KL_FLOOR = 1e-5  # nats, below which nobody can tell
 _ALLOWED = 2  # times the divergence of int8 decoded with a float32 cache
 _PROMPT = 16  # tokens that are prefilled before the others are decoded, to measure
-_K_SCALE, _V_SCALE = 12, 13  # inputs of GroupQueryAttention
+_K_SCALE = 12  # inputs of GroupQueryAttention: this one, and v_scale behind it
 _DOMAIN = "com.microsoft"
-_RUN_ERRORS: tuple[type[Exception], ...] = (*OrtError, RuntimeError)  # a run by bindings raises the latter
 
 
 def add_int8_cache(exact: Bundle, bundle: Bundle, text: CalibrationText) -> dict[str, float]:
@@ -44,10 +43,12 @@ def add_int8_cache(exact: Bundle, bundle: Bundle, text: CalibrationText) -> dict
     if manifest.graph != "fused" or manifest.context_length <= LONG_CONTEXT or manifest.target != "cpu" or not new:
         return {}
     write_long_graph(bundle, text.chosen_by)
-    plain = _divergence(exact, bundle, text, None)
+    reference = BundlePredictions(exact)
+    expected = np.concatenate([reference.logits(ids)[_PROMPT:] for ids in text.measured_on])
+    plain = kl_divergence(expected, _decoded(bundle, text, None))
     try:
-        cost = _divergence(exact, bundle, text, 1)
-    except _RUN_ERRORS:  # a form of attention that the operator has no int8 cache for
+        cost = kl_divergence(expected, _decoded(bundle, text, 1))
+    except RunError:  # a form of attention that the operator has no int8 cache for
         cost = np.inf
     if not cost <= _ALLOWED * max(plain, KL_FLOOR):
         (bundle.path / names.LONG_GRAPH).unlink()
@@ -55,17 +56,14 @@ def add_int8_cache(exact: Bundle, bundle: Bundle, text: CalibrationText) -> dict
     return {"int8_cache_kl": cost}
 
 
-def _divergence(exact: Bundle, bundle: Bundle, text: CalibrationText, int8_cache_from: int | None) -> float:
-    """KL from float32 of what is decoded token by token."""
-    reference, session = Session(exact, graph="common"), Session(bundle, int8_cache_from=int8_cache_from)
-    found = []
+def _decoded(bundle: Bundle, text: CalibrationText, int8_cache_from: int | None) -> np.ndarray:
+    """The logits of all windows, token by token after the prompts."""
+    session, logits = Session(bundle, int8_cache_from=int8_cache_from), list[np.ndarray]()
     for ids in text.measured_on:
-        reference.reset()
         session.reset()
         session.prefill(ids[:_PROMPT])
-        decoded = np.stack([session.decode(int(token)) for token in ids[_PROMPT:]])
-        found.append(kl_divergence(reference.forward(ids[None])[0, _PROMPT:], decoded))
-    return float(np.mean(found))
+        logits += [session.decode(int(token)) for token in ids[_PROMPT:]]
+    return np.stack(logits)
 
 
 def write_long_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
@@ -76,7 +74,6 @@ def write_long_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
     scales = _scales(bundle, windows)
     model = ir.load(bundle.last_graph)
     calls = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    ends = {str(value.name): value for value in [*model.graph.inputs, *model.graph.outputs]}
     for i, call in enumerate(calls):
         keys, values = scales[2 * i], scales[2 * i + 1]
         inputs = [*call.inputs, *[None] * (_K_SCALE - len(call.inputs))]
@@ -95,22 +92,12 @@ def write_long_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
             num_outputs=len(call.outputs),
             name=call.name,
         )
-        model.graph.insert_before(call, new)
-        for old, output in zip(call.outputs, new.outputs, strict=True):
-            name, old.name = old.name, None
-            output.name, output.type, output.shape = name, old.type, old.shape
-            for node, index in tuple(old.uses()):
-                node.replace_input_with(index, output)
-            for place, end in enumerate(model.graph.outputs):
-                if end is old:
-                    model.graph.outputs[place] = output
-                    ends[str(name)] = output
-        model.graph.remove(call, safe=True)
-        cached = (names.past_key(i), names.past_value(i), names.present_key(i), names.present_value(i))
-        for name in cached:
-            ends[name].type = ir.TensorType(ir.DataType.INT8)
-        for name, array in zip(cached[:2], (keys, values), strict=True):
+        replace_node(model, call, new)
+        for name, array in ((names.past_key(i), keys), (names.past_value(i), values)):
             model.metadata_props[name] = base64.b64encode(array.astype("<f4").tobytes()).decode()
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if len(value.shape or ()) == 4:  # of the cache
+            value.type = ir.TensorType(ir.DataType.INT8)
     ir.save(model, bundle.path / names.LONG_GRAPH)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .graph import add_weight, made_by, weight
+from .graph import add_weight, made_by, only_reader, take_over, weight
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def find_packs(products: list[ir.Node]) -> list[Pack]:
 def _attention_of(products: list[ir.Node]) -> Pack | None:
     """Rule 1, where q, k and v all come from these products and go nowhere else, all with a bias or all without."""
     for node in products:
-        (reader, _), *_ = node.outputs[0].uses() or ((None, 0),)
+        reader = only_reader(node.outputs[0])
         if reader is not None and reader.op_type == "Add":
-            (reader, _), *_ = reader.outputs[0].uses() or ((None, 0),)
+            reader = only_reader(reader.outputs[0])
         if reader is None or reader.op_type != "GroupQueryAttention":
             continue
         found = [_with_bias(value) for value in reader.inputs[:3]]
@@ -57,14 +57,14 @@ def _attention_of(products: list[ir.Node]) -> Pack | None:
 
 def _with_bias(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]:
     """The product that makes a value read by one node only, and the vector that is added to it."""
-    if value is None or len(tuple(value.uses())) != 1:
+    if value is None or only_reader(value) is None:
         return None, None
     total = made_by(value, "Add")
     if total is None:
         return made_by(value, "MatMul"), None
     vectors = [v for v in total.inputs if (array := weight(v)) is not None and array.ndim == 1]
     made = [v for v in total.inputs if weight(v) is None]
-    if len(vectors) != 1 or len(made) != 1 or made[0] is None or len(tuple(made[0].uses())) != 1:
+    if len(vectors) != 1 or len(made) != 1 or made[0] is None or only_reader(made[0]) is None:
         return None, None
     return made_by(made[0], "MatMul"), vectors[0]
 
@@ -83,10 +83,7 @@ def split_up(model: ir.Model, pack: Pack, joined: ir.Node, widths: list[int]) ->
     )
     model.graph.insert_after(joined, parts)
     for product, part in zip(pack.products, parts.outputs, strict=True):
-        old = product.outputs[0]
-        part.name, old.name = old.name, None
-        for node, index in tuple(old.uses()):
-            node.replace_input_with(index, part)
+        take_over(model, product.outputs[0], part)
         model.graph.remove(product, safe=True)
 
 

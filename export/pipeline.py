@@ -23,7 +23,7 @@ from pastkey import names
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError, ParityError, PastkeyError, first_line
 from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
-from pastkey.runtime.ort import OrtError
+from pastkey.runtime.ort import RunError
 
 from . import optimum
 from .budget import check_budget, make_int8
@@ -47,7 +47,6 @@ MIN_ONNXRUNTIME = "1.23.0"
 MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
 
 Progress = Callable[[str], None]
-_RUN_ERRORS: tuple[type[Exception], ...] = (*OrtError, RuntimeError)  # a run by bindings raises the latter
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,8 @@ def export(
             text = calibration_text(bundle, calibration_ids)
             writing = functools.partial(job.write, folder=folder, precision="int8")
             exact = bundle
-            made_int8 = make_int8(exact, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
-            bundle, weight_bytes = made_int8.bundle, made_int8.weight_bytes
-            quality, table = made_int8.quality, made_int8.sensitivity
+            int8 = make_int8(exact, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
+            bundle, weight_bytes, quality, table = int8.bundle, int8.weight_bytes, int8.quality, int8.sensitivity
             verification = job.verify(bundle)
             parity["int8"] = verification.to_json()
             quality |= add_int8_cache(exact, bundle, text)
@@ -274,7 +272,7 @@ class _Job:
         self.say(f"verify {bundle.manifest.precision}: prefill, decode, chunks, batch, greedy")
         try:
             verification = verify(bundle, self.source.module, layers=self.observation.layers)
-        except _RUN_ERRORS as error:
+        except RunError as error:
             if isinstance(error, PastkeyError):
                 raise
             raise ParityError(

@@ -27,14 +27,13 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.errors import InputError
 
-from .blocks import BlockQuantized, choose_block_size, choose_head_block_size, quantize_blocks
-from .graph import add_weight, drop_unused_weights, replace_node, weight
+from .blocks import ZERO, BlockQuantized, choose_block_size, choose_head_block_size, join, quantize_blocks
+from .graph import Steps, add_weight, drop_unused_weights, replace_node, weight
 from .last_position import output_head
 from .pack import Pack, find_packs, split_up
 
 BITS = 8
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
-_ZERO = 128
 _DOMAIN = "com.microsoft"
 
 
@@ -103,17 +102,13 @@ class _Weights:
         key = tuple(id(value) for value, _ in factors)
         if key not in self._stored:
             choose = choose_head_block_size if factors[0][0] is self._head else choose_block_size
-            parts = [_quantized(value, transposed, choose) for value, transposed in factors]
-            data, codes, factor = (
-                getattr(parts[0], name) if len(parts) == 1 else np.concatenate([getattr(part, name) for part in parts])
-                for name in ("data", "codes", "factors")
-            )
+            matrix = join([_quantized(value, transposed, choose) for value, transposed in factors])
             name = "+".join(str(value.name) for value, _ in factors)
             self._stored[key] = _Stored(
-                BlockQuantized(data, codes, factor, parts[0].columns),
-                add_weight(self._model, f"{name}.blocks", data),
-                add_weight(self._model, f"{name}.table", data),
-                _computed_scales(self._model, name, codes, factor),
+                matrix,
+                add_weight(self._model, f"{name}.blocks", matrix.data),
+                add_weight(self._model, f"{name}.table", matrix.data),
+                _computed_scales(self._model, name, matrix),
             )
         return self._stored[key]
 
@@ -130,43 +125,15 @@ def _quantized(value: ir.Value, transposed: bool, block_size: Callable[[int], in
         ) from None
 
 
-def _computed_scales(model: ir.Model, name: str, codes: np.ndarray, factors: np.ndarray) -> ir.Value:
-    whole = ir.node(
-        "Cast", [add_weight(model, f"{name}.scale_codes", codes)], {"to": ir.DataType.FLOAT}, name=f"{name}.scale_cast"
-    )
-    scales = ir.node(
-        "Mul", [whole.outputs[0], add_weight(model, f"{name}.scale_factors", factors)], name=f"{name}.scales"
-    )
-    for node in (whole, scales):
-        node.outputs[0].name = f"{node.name}_output"
-    model.graph.insert_before(model.graph[0], (whole, scales))
-    return scales.outputs[0]
+def _computed_scales(model: ir.Model, name: str, matrix: BlockQuantized) -> ir.Value:
+    steps = Steps(model, name)
+    codes = steps.add("Cast", steps.constant("scale_codes", matrix.codes), to=ir.DataType.FLOAT)
+    scales = steps.add("Mul", codes, steps.constant("scale_factors", matrix.factors))
+    model.graph.insert_before(model.graph[0], steps.nodes)
+    return scales
 
 
 # --- rules --------------------------------------------------------------------------------------------------------
-class _Steps:
-    """Nodes that will take the place of one."""
-
-    def __init__(self, model: ir.Model, node: ir.Node) -> None:
-        self._model, self._node, self.nodes = model, node, list[ir.Node]()
-
-    def add(self, operator: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: int) -> ir.Value:
-        """A node of ONNX's own; returns its first output."""
-        name = f"{self._node.name}_{operator}_{len(self.nodes)}"
-        self.nodes.append(ir.node(operator, inputs, attributes, num_outputs=outputs, name=name))
-        return self.nodes[-1].outputs[0]
-
-    def product(self, x: ir.Value | None, stored: _Stored) -> ir.Value:
-        self.nodes.append(_product(x, stored, str(self._node.name)))
-        return self.nodes[-1].outputs[0]
-
-    def constant(self, what: str, content: np.ndarray) -> ir.Value:
-        return add_weight(self._model, f"{self._node.name}.{what}", content)
-
-    def replace(self) -> None:
-        replace_node(self._model, self._node, *self.nodes)
-
-
 def _product(x: ir.Value | None, stored: _Stored, name: str) -> ir.Node:
     attributes = {
         "K": stored.matrix.columns,
@@ -182,11 +149,10 @@ def _quantize_product(model: ir.Model, node: ir.Node, weights: _Weights) -> None
     found = weights.factor(node)
     if found is None:
         return
-    steps = _Steps(model, node)
-    output = steps.product(node.inputs[0], weights.store([found]))
+    nodes = [_product(node.inputs[0], weights.store([found]), str(node.name))]
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        steps.add("Add", output, node.inputs[2])
-    steps.replace()
+        nodes.append(ir.node("Add", [nodes[0].outputs[0], node.inputs[2]], name=f"{node.name}_bias"))
+    replace_node(model, node, *nodes)
 
 
 def _quantize_pack(model: ir.Model, pack: Pack, weights: _Weights) -> None:
@@ -202,7 +168,7 @@ def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     if found is None or node.op_type != "MatMul":
         _quantize_product(model, node, weights)
         return
-    steps, x, head = _Steps(model, node), node.inputs[0], weights.store([found])
+    x, head, steps = node.inputs[0], weights.store([found]), Steps(model, str(node.name))
     columns, blocks, size = head.matrix.columns, head.matrix.data.shape[1], head.matrix.block_size
     padded = x
     if columns % size:
@@ -214,14 +180,13 @@ def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     scale = steps.add("Div", steps.add("Max", largest, tiny), steps.constant("levels", np.array(127, np.float32)))
     rounded = steps.add("Mul", steps.add("Round", steps.add("Div", split, scale)), scale)
     first = steps.add("Reshape", rounded, steps.constant("whole_shape", np.array([0, 0, blocks * size])))
-    if columns % size:
-        bounds = (("start", 0), ("width", columns), ("axis", -1))
-        first = steps.add("Slice", first, *(steps.constant(what, np.array([number])) for what, number in bounds))
+    first = _without_padding(steps, first, head.matrix)
     axis = steps.constant("first_axis", np.array([0]))
     readings = (steps.add("Unsqueeze", reading, axis) for reading in (first, steps.add("Sub", x, first)))
     twice = steps.add("Concat", *readings, axis=0)  # (2, B, T, K)
-    steps.add("ReduceSum", steps.product(twice, head), axis, keepdims=0)
-    steps.replace()
+    product = _product(twice, head, str(node.name))
+    both = ir.node("ReduceSum", [product.outputs[0], axis], {"keepdims": 0}, name=f"{node.name}_sum")
+    replace_node(model, node, *steps.nodes, product, both)
 
 
 def _quantize_gather(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
@@ -229,18 +194,23 @@ def _quantize_gather(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     if table is None or weights.kept(table):
         return
     assert indices is not None
-    steps, found = _Steps(model, node), weights.store([(table, False)])
+    steps, found = Steps(model, str(node.name)), weights.store([(table, False)])
     # With ... for the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
     integers = steps.add("Cast", steps.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
-    centred = steps.add("Sub", integers, steps.constant("zero_point", np.array(_ZERO, np.float32)))
+    centred = steps.add("Sub", integers, steps.constant("zero_point", np.array(ZERO, np.float32)))
     last = steps.constant("last", np.array([-1]))
     scales = steps.add("Unsqueeze", steps.add("Gather", found.scales, indices, axis=0), last)
     flat = steps.add("Concat", steps.add("Shape", indices), steps.constant("rest", np.array([-1])), axis=0)
-    rows = steps.add("Reshape", steps.add("Mul", centred, scales), flat)
-    if found.matrix.data[0].size != found.matrix.columns:
-        bounds = (("start", 0), ("width", found.matrix.columns), ("axis", -1))
-        steps.add("Slice", rows, *(steps.constant(what, np.array([number])) for what, number in bounds))
-    steps.replace()
+    _without_padding(steps, steps.add("Reshape", steps.add("Mul", centred, scales), flat), found.matrix)
+    replace_node(model, node, *steps.nodes)
+
+
+def _without_padding(steps: Steps, rows: ir.Value, matrix: BlockQuantized) -> ir.Value:
+    """Rows (..., blocks * block_size) as (..., K)."""
+    if matrix.data[0].size == matrix.columns:
+        return rows
+    bounds = (("start", 0), ("width", matrix.columns), ("axis", -1))
+    return steps.add("Slice", rows, *(steps.constant(what, np.array([number])) for what, number in bounds))
 
 
 # --- what the graph multiplies by ---------------------------------------------------------------------------------

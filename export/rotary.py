@@ -17,7 +17,7 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.runtime.ort import onnxruntime
 
-from .graph import add_weight, input_of, made_by, replace_node, weight
+from .graph import Steps, input_of, made_by, replace_node, weight
 
 _DOMAIN = "com.microsoft"
 _HEAD_MULTIPLE = 16  # GroupQueryAttention rotates heads of such sizes only
@@ -200,48 +200,36 @@ def _at_all_positions(model: ir.Model, value: ir.Value, nodes: list[ir.Node], co
 def _write_tables(model: ir.Model, rotation: _Rotation, angles: list[ir.Node], context_length: int) -> list[ir.Value]:
     """The same nodes again, over all positions instead of position_ids."""
     number = sum(1 for node in model.graph if node.name and node.name.startswith("cos_cache"))
-    new: list[ir.Node] = []
+    steps = Steps(model, f"rotary_{number}")
 
-    def step(operator: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
-        new.append(ir.node(operator, inputs, attributes, name=f"rotary_{number}_{len(new)}"))
-        new[-1].outputs[0].name = f"{new[-1].name}_output"
-        return new[-1].outputs[0]
+    def whole(what: str, *content: int) -> ir.Value:
+        return steps.constant(what, np.array(content))
 
-    def constant(what: str, *content: int) -> ir.Value:
-        return add_weight(model, f"rotary_{number}_{what}", np.array(content, np.int64))
-
-    scalar = [add_weight(model, f"rotary_{number}_{name}", np.array(n)) for name, n in (("from", 0), ("step", 1))]
-    end = add_weight(model, f"rotary_{number}_context", np.array(context_length))
-    positions = step("Unsqueeze", step("Range", scalar[0], end, scalar[1]), constant("row", 0))  # (1, context)
-    made: dict[int, ir.Value] = {}
+    bounds = (steps.constant(what, np.array(n)) for what, n in (("from", 0), ("context", context_length), ("step", 1)))
+    positions = steps.add("Unsqueeze", steps.add("Range", *bounds), whole("row", 0))  # (1, context)
+    made: dict[int, ir.Value] = {}  # by the identity of what is made again
     for node in angles:
         if id(node.outputs[0]) in made:
             continue
         inputs = [
             positions if v is not None and v.name == names.POSITION_IDS else made.get(id(v), v) for v in node.inputs
         ]
-        copy = ir.Node(
-            node.domain,
-            node.op_type,
-            inputs,
-            tuple(node.attributes.values()),
-            num_outputs=len(node.outputs),
-            name=f"rotary_{number}_{len(new)}",
-        )
+        attributes, name = tuple(node.attributes.values()), f"rotary_{number}_{len(steps.nodes)}"
+        copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=name)
         for place, (old, output) in enumerate(zip(node.outputs, copy.outputs, strict=True)):
-            output.name = f"{copy.name}_output_{place}"
+            output.name = f"{name}_output_{place}"
             made[id(old)] = output
-        new.append(copy)
+        steps.nodes.append(copy)
     tables = []
-    flat = constant("shape", context_length, -1)
+    flat = whole("shape", context_length, -1)
     for name, value in (("cos", rotation.cos), ("sin", rotation.sin)):
-        table = step("Reshape", made[id(value)], flat)
+        table = steps.add("Reshape", made[id(value)], flat)
         if rotation.doubled:
-            bounds = (constant(f"{name}_start", 0), constant(f"{name}_end", rotation.half), constant(f"{name}_axis", 1))
-            table = step("Slice", table, *bounds)
-        new[-1].name = table.name = f"{name}_cache_{number}"
+            half = (whole(f"{name}_{what}", n) for what, n in (("start", 0), ("end", rotation.half), ("axis", 1)))
+            table = steps.add("Slice", table, *half)
+        steps.nodes[-1].name = table.name = f"{name}_cache_{number}"
         tables.append(table)
-    model.graph.insert_before(model.graph[0], new)
+    model.graph.insert_before(model.graph[0], steps.nodes)
     return tables
 
 

@@ -126,13 +126,18 @@ class _Exact:
 class _Mixture:
     """A graph with gates, and what it gives with all of them closed."""
 
-    def __init__(self, matrices: tuple[Matrix, ...], windows: Sequence[Ids], run: Callable[..., np.ndarray]) -> None:
-        self.matrices, self._windows, self._run = matrices, windows, run
+    def __init__(
+        self,
+        matrices: tuple[Matrix, ...],
+        windows: Sequence[Ids],
+        run: Callable[..., np.ndarray],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self.matrices, self._windows, self._run, self._pool = matrices, windows, run, pool
         exact = (run(ids, gates(matrices, ())) for ids in windows)  # each (T, V)
         self._exact = [
             [_Exact(logits[start : start + _ROWS]) for start in range(0, len(logits), _ROWS)] for logits in exact
         ]
-        self._pool = ThreadPoolExecutor(os.cpu_count())
 
     def measure(self, int8: Iterable[str]) -> tuple[float, float]:
         """KL divergence in nats and top-1 agreement, means over positions, with int8 of the weights that are named."""
@@ -151,5 +156,5 @@ class _Mixture:
 @contextlib.contextmanager
 def _opened(model: ir.Model, folder: Path, windows: Sequence[Ids]) -> Iterator[_Mixture]:
     matrices = add_gates(model)
-    with probing(model, folder, [names.LOGITS]) as probe:
-        yield _Mixture(matrices, windows, lambda ids, chosen: probe(ids, {GATES: chosen})[names.LOGITS])
+    with probing(model, folder, [names.LOGITS]) as probe, ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield _Mixture(matrices, windows, lambda ids, chosen: probe(ids, {GATES: chosen})[names.LOGITS], pool)

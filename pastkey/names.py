@@ -61,7 +61,7 @@ COMMON_GRAPH: Final = {
 TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "int8": "q8", "fp16": "fp16", "int4": "q4"}
 # pastkey's own graph over the same weights: logits of the last position only, (B, 1, V).
 LAST_GRAPH: Final = "onnx/pastkey.onnx"
-# The same with an int8 cache: decoding after a long text reads half as many bytes. Some bundles have it.
+# The same with an int8 cache, a quarter of the bytes that decoding after a long text reads. Some bundles have it.
 LONG_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 DATA_SUFFIX: Final = "_data"  # weights stand beside the common graph: onnx/model_quantized.onnx_data
 

@@ -50,8 +50,10 @@ class KVCache:
         shared: bool,
         context_length: int,
         device: str = "cpu",
+        dtype: type[np.generic] = np.float32,
     ) -> None:
         """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda")."""
+        self.onnx = onnx
         self.binding = onnx.io_binding()
         # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
         # form takes turns, so that the last run's tensors outlast the binding of the next.
@@ -59,6 +61,7 @@ class KVCache:
         self._shared = shared
         self._context_length = context_length
         self._device = device
+        self._dtype = np.dtype(dtype)
         self._tensors: list[_Tensor] = []
         for i, layer in enumerate(layers):
             self._tensors += [
@@ -67,7 +70,7 @@ class KVCache:
             ]
         self._values: list[Any] = []  # one OrtValue per tensor
         # Of a shared buffer on the CPU its memory, (B, K, capacity, D): keys and values of each call in turn.
-        self.arrays: list[npt.NDArray[np.float32]] = []
+        self.arrays: list[npt.NDArray[Any]] = []
         self._capacity = 0
         self.batch = 0  # B
         self.length = 0  # tokens per row, padding included
@@ -80,7 +83,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        row = sum(tensor.kv_heads * tensor.head_size for tensor in self._tensors) * np.float32().nbytes
+        row = sum(tensor.kv_heads * tensor.head_size for tensor in self._tensors) * self._dtype.itemsize
         return self.batch * self.capacity * row
 
     def reserve(self, batch: int, tokens: int) -> None:
@@ -93,7 +96,7 @@ class KVCache:
             return
         if not self.length:
             self.batch = batch
-            self._values = [self._place(np.zeros(self._shape(t, 0), np.float32)) for t in self._tensors]
+            self._values = [self._place(np.zeros(self._shape(t, 0), self._dtype)) for t in self._tensors]
         for tensor, value in zip(self._tensors, self._values, strict=True):
             self.binding.bind_ortvalue_input(tensor.past, value)
             self.binding.bind_output(tensor.present, self._device)
@@ -136,7 +139,7 @@ class KVCache:
         old, self._values, self.arrays = self._values, [], []
         self.batch, self._capacity = batch, 0  # until the buffers are there: memory may end before
         for i, tensor in enumerate(self._tensors):
-            array = np.zeros(self._shape(tensor, capacity), np.float32)
+            array = np.zeros(self._shape(tensor, capacity), self._dtype)
             if self.length:
                 array[:, :, : self.length] = old[i].numpy()[:, :, : self.length]
                 old[i] = None  # one tensor at a time is held twice

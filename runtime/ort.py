@@ -23,6 +23,8 @@ BROKEN = {(1, 24, 1): "refuses weight files that are links, as download caches k
 OrtError: tuple[type[Exception], ...] = tuple(
     kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
+# What a run may raise: by bindings, a plain RuntimeError.
+RunError: tuple[type[Exception], ...] = (*OrtError, RuntimeError)
 
 
 def parse_version(text: str) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pastkey.bundle import Bundle, open_bundle
+from pastkey.errors import InputError
 from pastkey.export import export, int8_cache
 from pastkey.export.evaluate import kl_divergence
 from pastkey.runtime import Session, session
@@ -71,6 +72,24 @@ def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(bundle: Bundle) 
         np.testing.assert_allclose(mine, theirs, atol=0.02 * np.abs(theirs).max())
     again = one.decode(3)
     assert kl_divergence(other.decode(3)[None], again[None]) < 1e-3
+
+
+@pytest.mark.parametrize("length", [-1, 81])
+def test_an_impossible_length_is_refused_and_changes_nothing(bundle: Bundle, length: int) -> None:
+    one = Session(bundle, int8_cache_from=1)
+    decoded(one)
+    with pytest.raises(InputError, match="holds 80 tokens and cannot be trimmed"):
+        one.trim(length)
+    assert one.length == 80
+
+
+def test_several_rows_keep_the_float32_cache(bundle: Bundle) -> None:
+    one, other = Session(bundle, int8_cache_from=1), Session(bundle, int8_cache_from=None)
+    for either in (one, other):
+        either.forward(IDS[:40].reshape(2, 20))
+    np.testing.assert_array_equal(one.forward(IDS[40:42, None]), other.forward(IDS[40:42, None]))
+    with pytest.raises(InputError, match="holds 2 rows and 1 were given"):
+        one.decode(3)
 
 
 @pytest.mark.parametrize("length", [10, 30])
