@@ -30,8 +30,6 @@ _ROWS = 64  # positions whose probabilities are held in float64 at once: a vocab
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
-
-
 def log_softmax(logits: Logits) -> LogProbabilities:
     """log p over the last axis, in float64: differences of 1e-9 nats are measured here."""
     wide = logits.astype(np.float64)
@@ -210,9 +208,9 @@ def evaluate(
     not finite.
     """
     longest = max(ids.size for ids in windows)
-    sums = _Sums()
+    sums = Sums()
     for ids in progress(windows, "predict"):
-        _add(sums, ids, bundle, reference)
+        sums.add(ids, bundle.logits(ids), None if reference is None else reference.logits(ids))
     figures: dict[str, float | None] = dict.fromkeys(
         ("kl_divergence", "top1_agreement", "greedy_agreement", "reference_perplexity")
     )
@@ -237,7 +235,7 @@ def evaluate(
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Over the windows so far; losses and KL in nats."""
 
     loss: float = 0.0
@@ -247,23 +245,20 @@ class _Sums:
     tokens: int = 0
     predicted: int = 0  # all but the first of each window
 
-
-def _add(sums: _Sums, ids: Ids, bundle: BundlePredictions, reference: Predictions | None) -> None:
-    """One window. Its logits are forgotten on return."""
-    logits = bundle.logits(ids)
-    expected = None if reference is None else reference.logits(ids)
-    for start in range(0, ids.size, _ROWS):
-        rows = slice(start, start + _ROWS)
-        following = ids[start + 1 : start + _ROWS + 1]  # one fewer than rows at the window's end
-        q = log_softmax(logits[rows])
-        sums.loss += _loss(q, following)
-        if expected is not None:
-            p = log_softmax(expected[rows])
-            sums.reference_loss += _loss(p, following)
-            sums.kl += float(_kl(p, q).sum())
-            sums.same_top += int((expected[rows].argmax(-1) == logits[rows].argmax(-1)).sum())
-    sums.tokens += ids.size
-    sums.predicted += ids.size - 1
+    def add(self, ids: Ids, logits: Logits, expected: Logits | None = None) -> None:
+        """One window (T,) with its logits (T, V), and those of the reference."""
+        for start in range(0, ids.size, _ROWS):
+            rows = slice(start, start + _ROWS)
+            following = ids[start + 1 : start + _ROWS + 1]  # one fewer than rows at the window's end
+            q = log_softmax(logits[rows])
+            self.loss += _loss(q, following)
+            if expected is not None:
+                p = log_softmax(expected[rows])
+                self.reference_loss += _loss(p, following)
+                self.kl += float(_kl(p, q).sum())
+                self.same_top += int((expected[rows].argmax(-1) == logits[rows].argmax(-1)).sum())
+        self.tokens += ids.size
+        self.predicted += ids.size - 1
 
 
 def _loss(log_probabilities: LogProbabilities, following: Ids) -> float:

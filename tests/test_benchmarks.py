@@ -259,7 +259,7 @@ def test_without_a_text_the_model_writes_one_once(
     assert [len(window) for window in first.windows] == [16, 16]
     assert first.windows[0] != first.windows[1]
     assert "wrote itself" in first.name
-    monkeypatch.setattr(quality, "Generation", None)
+    monkeypatch.setattr(quality, "own_texts", None)
     assert quality.windows_of_own(bundle, "tiny", 2, 1, store) == first
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from pastkey.bundle import Bundle
+from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
-from pastkey.export.evaluate import log_softmax
-from pastkey.runtime import Generation, SamplingConfig, Session
+from pastkey.export.calibrate import begin_token, own_texts
+from pastkey.export.evaluate import Sums, agreeing_tokens
+from pastkey.runtime import Session
 from pastkey.runtime.template import ChatTemplate
 from pastkey.runtime.text import TextCodec
 from tests.environments import ROOT
@@ -24,7 +26,6 @@ from .store import Store, digest
 
 WINDOW = 512  # tokens
 ANSWER = 24  # tokens
-_ROWS = 64  # positions whose distributions are held in float64 at once
 _BESIDE = ROOT.parent / "shared" / "data" / "wikitext-2" / "valid.txt"  # used where it is, never required
 
 QUESTIONS = (
@@ -110,20 +111,15 @@ def windows_of_file(file: Path, codec: TextCodec, count: int) -> Text:
 
 
 def windows_of_own(bundle: Bundle, identity: str, count: int, threads: int, store: Store) -> Text:
-    """`count` windows that the float32 model itself writes at temperature 1, with the seeds 0, 1, 2, ..."""
-    from pastkey.export.calibrate import begin_token  # brings the exporter, which nothing else here needs
+    """`count` windows that the float32 model itself writes at temperature 1."""
 
-    session: list[Session] = []  # opened for the first window that is not stored
+    def write() -> list[list[int]]:
+        say("let the model write a text")
+        texts = own_texts(Session(bundle, threads=threads), begin_token(bundle.manifest), count, WINDOW)
+        return [text.tolist() for text in texts]
 
-    def write(seed: int) -> list[int]:
-        session[:] = session or [Session(bundle, threads=threads)]
-        beginning, sampling = [begin_token(bundle.manifest)], SamplingConfig(temperature=1.0, seed=seed)
-        return beginning + list(Generation(session[0], beginning, max_new_tokens=WINDOW - 1, sampling=sampling))
-
-    name = "a text that the float32 model wrote itself (temperature 1)"
-    key = {"reference": identity, "length": WINDOW}
-    seeds = steps(range(count), "text of the model's own")
-    return Text(name, tuple(tuple(store.once(f"text-{s}", key, lambda s=s: write(s))) for s in seeds))
+    windows = store.once("text", {"reference": identity, "windows": count, "length": WINDOW}, write)
+    return Text("a text that the float32 model wrote itself (temperature 1)", tuple(map(tuple, windows)))
 
 
 def _too_short(file: Path, found: str) -> str:
@@ -143,18 +139,12 @@ def question_ids(bundle: Bundle, codec: TextCodec) -> list[list[int]]:
 # --- measurements -------------------------------------------------------------------------------------------------
 def compare(reference: np.ndarray, logits: np.ndarray, ids: Sequence[int]) -> dict[str, float]:
     """Means over the positions of one window, for logits (T, V): KL divergence, top-1 agreement, and cross entropy."""
-    kl, entropy = 0.0, 0.0  # sums of nats
-    following = np.array([*ids[1:], 0])
-    for start in range(0, len(ids), _ROWS):
-        rows = slice(start, start + _ROWS)
-        p, q = log_softmax(reference[rows]), log_softmax(logits[rows])
-        kl += float(np.maximum((np.exp(p) * (p - q)).sum(-1), 0).sum())
-        likelihood = np.take_along_axis(q, following[rows, None], -1)[:, 0]
-        entropy -= float(likelihood[: len(ids) - 1 - start].sum())  # nothing follows the last position
+    sums = Sums()
+    sums.add(np.array(ids), logits, reference)
     return {
-        "kl_divergence": kl / len(ids),
-        "top1_agreement": float((reference.argmax(-1) == logits.argmax(-1)).mean()),
-        "cross_entropy": entropy / (len(ids) - 1),
+        "kl_divergence": sums.kl / sums.tokens,
+        "top1_agreement": sums.same_top / sums.tokens,
+        "cross_entropy": sums.loss / sums.predicted,
     }
 
 
@@ -201,7 +191,7 @@ def summary(
     """Figures over all windows and answers. What comes after an end token in `expected` does not count."""
     ended = frozenset(ends)
     whole = [_cut(answer, ended) for answer in expected]
-    shared = [_shared(answer, right) for answer, right in zip(answers, whole, strict=True)]
+    shared = [agreeing_tokens(answer, right) for answer, right in zip(answers, whole, strict=True)]
     return Quality(
         kl_divergence=statistics.fmean(window["kl_divergence"] for window in windows),
         top1_agreement=statistics.fmean(window["top1_agreement"] for window in windows),
@@ -224,9 +214,3 @@ def _cut(ids: Sequence[int], ends: frozenset[int]) -> list[int]:
     """`ids` up to the first end token, which is part of an answer."""
     first = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     return list(ids[: first + 1])
-
-
-def _shared(ids: Sequence[int], expected: Sequence[int]) -> int:
-    """How many tokens are the same before the first difference."""
-    pairs = zip(ids, expected, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(expected)))

@@ -102,7 +102,7 @@ def test_products_are_moved_until_the_written_bundle_itself_keeps_within(
     rounds: list[tuple[str, ...]] = []
 
     def promising(*arguments: object) -> Sensitivity:
-        found = sensitivity(*arguments)  # type: ignore[arg-type]
+        found = sensitivity(*arguments)
         return Sensitivity(found.kl_divergence, found.rows, ())
 
     def counting(model: ir.Model, keep: tuple[str, ...]) -> None:
@@ -130,7 +130,7 @@ def test_float32_has_nothing_to_bound_or_to_tell(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pipeline, "open_source", None)
     for options in ({"max_kl": 0.1}, {"sensitivity": [tmp_path / "table.json"]}):
         with pytest.raises(InputError, match="leave it out, or export with --precision int8"):
-            export(Plain(), tmp_path / "bundle", "fp32", context_length=8, **options)  # type: ignore[arg-type]
+            export(Plain(), tmp_path / "bundle", "fp32", context_length=8, **options)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_products_are_joined_with_others_of_their_kind(
 def test_a_matrix_of_equal_numbers_is_exported(place: str, number: float, tmp_path: Path) -> None:
     module = Plain()
     with torch.no_grad():
-        module.get_submodule(place).weight.fill_(number)  # type: ignore[operator, union-attr]
+        module.get_submodule(place).weight.fill_(number)
     report = export(module, tmp_path / "bundle", context_length=40, max_kl=0.1)
     assert report.verification.ok
     assert np.isfinite(report.manifest.quality["kl_divergence"])

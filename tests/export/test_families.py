@@ -12,11 +12,11 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.errors import ContractError  # noqa: E402
-from pastkey.export import export  # noqa: E402
-from pastkey.export.verify import MAX_RELATIVE_DIFFERENCE  # noqa: E402
+from pastkey.errors import ContractError
+from pastkey.export import export
+from pastkey.export.verify import MAX_RELATIVE_DIFFERENCE
 
-from .families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, REFUSED, WINDOW, build  # noqa: E402
+from .families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, REFUSED, WINDOW, build
 
 QUICK = ("gpt2", "llama", "gemma2", "gpt_oss")  # one of each kind: absolute positions, rotary, windows, experts
 REFUSED_WHILE_TRACING = ("deepseek_v2",)  # the others in a second, at the first look

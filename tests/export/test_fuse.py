@@ -86,13 +86,20 @@ class TurnedByToken(TableRope):
         return super().turn(heads, (position_ids + self.shift) % CONTEXT)
 
 
-@pytest.mark.parametrize("build", [Plain, TableRope, lambda: TurnedByToken(size=16), CASES["gpt2"].build])
-def test_what_is_not_the_pattern_is_left_alone(build: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "allowed"),
+    [
+        (Plain, 0),
+        (TableRope, 0),
+        (lambda: TurnedByToken(size=16), 0),
+        (CASES["gpt2"].build, 3e-6),  # a product whose result is not reshaped any more runs as another kernel
+    ],
+)
+def test_what_is_not_the_pattern_is_left_alone(build: object, allowed: float, tmp_path: Path) -> None:
     before, after, _ = graphs(build(), tmp_path)
     assert not any(rotating(after))
     ids = list(range(30))
-    # Not to the bit: a product whose result is not reshaped any more runs as another kernel.
-    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) <= allowed
 
 
 class OneRowOfPositions(Plain):

@@ -16,14 +16,14 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from pastkey import names  # noqa: E402
-from pastkey.__main__ import main  # noqa: E402
-from pastkey.bundle import open_bundle  # noqa: E402
-from pastkey.export import export  # noqa: E402
-from pastkey.runtime import load  # noqa: E402
+from pastkey import names
+from pastkey.__main__ import main
+from pastkey.bundle import open_bundle
+from pastkey.export import export
+from pastkey.runtime import load
 
-from ..environments import smollm2  # noqa: E402
-from .tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe  # noqa: E402
+from ..environments import smollm2
+from .tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 

@@ -13,15 +13,15 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey import names  # noqa: E402
-from pastkey.__main__ import main  # noqa: E402
-from pastkey.bundle import open_bundle  # noqa: E402
-from pastkey.export import export  # noqa: E402
-from pastkey.export.source import open_source  # noqa: E402
-from pastkey.runtime import load  # noqa: E402
-from pastkey.runtime.template import ChatTemplate  # noqa: E402
+from pastkey import names
+from pastkey.__main__ import main
+from pastkey.bundle import open_bundle
+from pastkey.export import export
+from pastkey.export.source import open_source
+from pastkey.runtime import load
+from pastkey.runtime.template import ChatTemplate
 
-from .tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe, greedy, llama, sizes  # noqa: E402
+from .tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe, greedy, llama, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 

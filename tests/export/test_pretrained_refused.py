@@ -15,14 +15,14 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey import names  # noqa: E402
-from pastkey.__main__ import main  # noqa: E402
-from pastkey.errors import ResourceError  # noqa: E402
-from pastkey.export import export, resources  # noqa: E402
-from pastkey.export.source import open_source  # noqa: E402
+from pastkey import names
+from pastkey.__main__ import main
+from pastkey.errors import ResourceError
+from pastkey.export import export, resources
+from pastkey.export.source import open_source
 
-from .conftest import Export  # noqa: E402
-from .tiny_llama import VOCABULARY, bpe, llama, sizes  # noqa: E402
+from .conftest import Export
+from .tiny_llama import VOCABULARY, bpe, llama, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 

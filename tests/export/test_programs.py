@@ -137,7 +137,7 @@ def _learned_positions(checkpoint: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["gpt2", "multi_query_repeated_by_hand"])
 def test_transformers_parses_what_is_declared(name: str, exported: Export) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     bundle = exported(name).bundle
     config = transformers.AutoConfig.from_pretrained(bundle.path)
     first = bundle.manifest.layers[0]

@@ -106,7 +106,7 @@ def test_positions_taken_half_from_elsewhere_are_refused() -> None:
 def test_looking_ahead_outside_attention_is_refused(change: object) -> None:
     class Ahead(Plain):
         def logits(self, hidden: Tensor) -> Tensor:
-            return change(self.head(hidden))  # type: ignore[operator]
+            return change(self.head(hidden))
 
     assert "looks ahead somewhere outside its attention calls" in refusal(Ahead())
 
@@ -117,7 +117,7 @@ def test_looking_ahead_outside_attention_is_refused(change: object) -> None:
 def test_randomness_outside_training_is_refused(change: object) -> None:
     class Random(Plain):
         def logits(self, hidden: Tensor) -> Tensor:
-            return change(self.head(hidden))  # type: ignore[operator]
+            return change(self.head(hidden))
 
     assert "Random gives other logits each time it is run" in refusal(Random())
 

@@ -11,8 +11,8 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.errors import InputError  # noqa: E402
-from pastkey.export import export  # noqa: E402
+from pastkey.errors import InputError
+from pastkey.export import export
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 

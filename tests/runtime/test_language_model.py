@@ -54,7 +54,7 @@ def test_a_prompt_of_ids_is_the_same_as_its_text(model: LanguageModel, letters: 
 
 def test_stream_is_generate_in_pieces(model: LanguageModel) -> None:
     settings = {"max_new_tokens": 15, "temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "seed": 3}
-    expected = model.generate("abc", **settings)  # type: ignore[arg-type]
+    expected = model.generate("abc", **settings)
     chunks = list(model.stream("abc", **settings))
     assert all(isinstance(chunk, Chunk) for chunk in chunks)
     assert "".join(chunk.text for chunk in chunks) == expected.text
@@ -86,7 +86,7 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(model: LanguageModel)
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3]])
 def test_a_stop_string_that_is_none_is_refused(model: LanguageModel, stop: object) -> None:
     with pytest.raises(InputError, match="stop is"):
-        model.generate("abc", stop=stop)  # type: ignore[arg-type]
+        model.generate("abc", stop=stop)
 
 
 def test_an_end_token_ends_the_text(

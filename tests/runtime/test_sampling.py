@@ -142,7 +142,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 @pytest.mark.parametrize(("drawn", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
 def test_the_ends_of_the_unit_interval_draw_tokens_with_probability(drawn: float, expected: int) -> None:
     class Fixed(np.random.Generator):
-        def random(self, *_: object, **__: object) -> float:  # type: ignore[override]
+        def random(self, *_: object, **__: object) -> float:
             return drawn
 
     logits = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf])
@@ -169,8 +169,8 @@ def test_a_seed_repeats_and_another_does_not() -> None:
 )  # fmt: skip
 def test_settings_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"{field} is .*; it must be "):
-        SamplingConfig(**{field: value})  # type: ignore[arg-type]
+        SamplingConfig(**{field: value})
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
+    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))

@@ -67,7 +67,7 @@ ALL = [byte_level, sentence_piece, word_level, characters, word_piece]
 # --- streams ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("make", ALL)
 def test_the_pieces_of_any_ids_are_together_their_text(make: object) -> None:
-    tokenizer = make()  # type: ignore[operator]
+    tokenizer = make()
     codec = TextCodec(tokenizer)
 
     @given(ids=st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=30))
@@ -82,7 +82,7 @@ def test_the_pieces_of_any_ids_are_together_their_text(make: object) -> None:
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
 @given(data=st.binary(max_size=20))
 def test_the_pieces_of_any_bytes_are_together_their_text(make: object, data: bytes) -> None:
-    tokenizer = make()  # type: ignore[operator]
+    tokenizer = make()
     byte_names = [f"<0x{byte:02X}>" for byte in data] if make is sentence_piece else []
     by_byte = dict(zip(range(256), _byte_letters(), strict=True))
     ids = [tokenizer.token_to_id(name) for name in byte_names or [by_byte[byte] for byte in data]]
@@ -203,7 +203,7 @@ def test_an_empty_prompt_without_begin_token_is_refused() -> None:
 )
 def test_a_word_without_token_is_named(make: object, text: str, word: str) -> None:
     with pytest.raises(InputError, match=f"no token covers {word}"):
-        TextCodec(make()).encode(text)  # type: ignore[operator]
+        TextCodec(make()).encode(text)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_word_without_token_is_named(make: object, text: str, word: str) -> No
     ],
 )
 def test_text_that_tokens_cover_is_taken(make: object, text: str) -> None:
-    assert TextCodec(make()).encode(text)  # type: ignore[operator]
+    assert TextCodec(make()).encode(text)
 
 
 def test_accents_that_the_normalizer_drops_are_no_missing_words() -> None:

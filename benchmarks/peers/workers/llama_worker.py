@@ -11,7 +11,7 @@ from protocol import serve
 
 class LlamaCpp:
     def __init__(self, model: str, threads: int, context: int) -> None:
-        llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
         if not self._model:
@@ -60,7 +60,7 @@ class LlamaCpp:
 
 
 @llama_cpp.llama_log_callback
-def _SILENT(level: int, text: bytes, data: ctypes.c_void_p) -> None:  # noqa: N802
+def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """Drops what llama.cpp logs."""
 
 

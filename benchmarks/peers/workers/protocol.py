@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -84,6 +85,6 @@ def _generate(model: Engine, ids: list[int], new_tokens: int) -> dict[str, Any]:
 
 def _peak_rss_bytes() -> int:
     """VmHWM: what ru_maxrss says, without what the parent held before this process became its own program."""
-    with open("/proc/self/status") as status:  # noqa: PTH123 - pathlib would be imported for this alone
-        line = next(line for line in status if line.startswith("VmHWM:"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
