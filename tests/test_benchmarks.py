@@ -350,3 +350,13 @@ def test_parameters_are_counted_as_torch_counts_them() -> None:
     model = Decoder(scaling.configuration(width, layers))
     matrices = {id(p): p.numel() for p in model.parameters() if p.ndim == 2}
     assert sum(matrices.values()) == scaling.parameters(width, layers)
+
+
+def test_a_random_model_is_exported_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "VOCAB", 64)
+    assert scaling.main(["64", "1", str(tmp_path / "made")]) == 0
+    assert open_bundle(tmp_path / "made").manifest.precision == "int8"
+    assert scaling.main(["64", "1", str(tmp_path / "made")]) == 1
+    assert "exists" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .engines import Engine
 from .quality import ANSWER, QUESTIONS, WINDOW, Quality
-from .speed import LOADS, LONG, SHORT, Load, Ratio, Speed
+from .speed import FIRST, LOADS, LONG, SHORT, Load, Ratio, Speed
 
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 EXACT = 1e-6  # nats: below it, differences are those of float32 itself
@@ -57,8 +57,8 @@ def page(rows: Sequence[Row], skipped: dict[str, str], settings: Settings, chart
         f"end, and the share of those tokens that come before the first difference. Speeds: medians of "
         f"{settings.rounds} interleaved rounds; decode of {SHORT.new} tokens after {SHORT.prompt}, and of {LONG.new} "
         f"after {LONG.prompt}. Peak: resident memory of a fresh process over {SHORT.prompt} + {SHORT.new} tokens. "
-        f"First token: of a prompt of 37 tokens, from the start of a fresh process, and in brackets from the end of "
-        f"its imports; medians of {LOADS} processes, files in the page cache.\n",
+        f"First token: of a prompt of {FIRST.prompt} tokens, from the start of a fresh process, and in brackets from "
+        f"the end of its imports; medians of {LOADS} processes, files in the page cache.\n",
     ]
     if rivals:
         parts += [

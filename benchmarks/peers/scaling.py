@@ -194,7 +194,7 @@ def export_random(width: int, layers: int, out: Path) -> None:
     torch.manual_seed(0)
     config = configuration(width, layers)
     model = Decoder(config)
-    for name, weight in model.namedparameters():
+    for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # zero before training
             torch.nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5)
     export(model, out, context_length=config.max_position_embeddings)
