@@ -15,8 +15,8 @@ import numpy as np
 
 ZERO = 128
 _BLOCK_SIZES = (32, 16)
-_HEAD_BLOCK_SIZES = (128, 64, 32, 16)
-_HEAD_PADDING = 1.125  # at most, of a row
+_HEAD_BLOCK_SIZES = (64, 32, 16)
+_HEAD_PADDING = 1.0625  # at most, of a row
 _LARGEST_CODE = np.float32(255)
 
 
@@ -80,7 +80,7 @@ def join(parts: Sequence[BlockQuantized]) -> BlockQuantized:
 
 
 def choose_head_block_size(columns: int) -> int:
-    """The widest that pads a row by an eighth at most: the head reads its activation twice, and can do with few scales.
+    """The widest that pads a row by a sixteenth at most: the head reads its input twice, and can do with few scales.
 
     They are a fifth of what a product of one row reads from memory with 32 weights to a scale.
     """

@@ -15,7 +15,7 @@ from pastkey.bundle import Manifest
 from pastkey.folder import write_json
 
 from .contents import special_ids
-from .last_position import keep_last_position
+from .last_position import keep_last_positions
 from .programs import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 from .source import Source
 
@@ -35,7 +35,7 @@ def write_graphs(model: ir.Model, folder: Path, precision: str) -> int:
     common.parent.mkdir(parents=True, exist_ok=True)
     weight_bytes = _move_weights_out(model, common.with_name(common.name + names.DATA_SUFFIX))
     ir.save(model, common)
-    keep_last_position(model)
+    keep_last_positions(model)
     ir.save(model, folder / names.LAST_GRAPH)
     return weight_bytes
 

@@ -43,7 +43,8 @@ def replace_node(model: ir.Model, old: ir.Node, *nodes: ir.Node) -> None:
     """Puts `nodes` in the place of `old`, whose outputs the last one's take over, one by one."""
     model.graph.insert_before(old, nodes)
     for number, node in enumerate(nodes[:-1]):
-        node.outputs[0].name = f"{old.outputs[0].name}_part_{number}"
+        for place, output in enumerate(node.outputs):
+            output.name = f"{old.outputs[0].name}_part_{number}" + (f"_{place}" if place else "")
     for output, new in zip(old.outputs, nodes[-1].outputs, strict=True):
         take_over(model, output, new)
     model.graph.remove(old, safe=True)
@@ -83,10 +84,18 @@ class Steps:
 
     def add(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """A node of ONNX's own, with numbers or `ir.Attr` as attributes; returns its output."""
-        new = ir.node(operator, inputs, attributes, name=f"{self._name}_{operator}_{len(self.nodes)}")
-        new.outputs[0].name = f"{new.name}_output"
+        return self.add_several(operator, 1, *inputs, **attributes)[0]
+
+    def add_several(
+        self, operator: str, outputs: int, *inputs: ir.Value | None, **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """As `add`, of a node with several outputs."""
+        name = f"{self._name}_{operator}_{len(self.nodes)}"
+        new = ir.node(operator, inputs, attributes, num_outputs=outputs, name=name)
+        for place, output in enumerate(new.outputs):
+            output.name = f"{name}_output" + (f"_{place}" if place else "")
         self.nodes.append(new)
-        return new.outputs[0]
+        return tuple(new.outputs)
 
     def constant(self, what: str, content: np.ndarray) -> ir.Value:
         """An initializer."""

@@ -1,4 +1,7 @@
-"""pastkey's own graph of the common one: the logits of the last position only, which is what generation needs."""
+"""pastkey's own graph of the common one: the logits of the last positions only, as many as the runtime asks for.
+
+Generation needs one, or those of a few tokens that are tried at once.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import onnx_ir as ir
 
 from pastkey import names
 
-from .graph import add_weight, input_of, made_by, weight
+from .graph import Steps, made_by, weight
 
 # Operators that treat every position by itself, so that choosing one position may come before them.
 _POSITIONWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Neg", "Min", "Max", "Clip"}
 _PRODUCTS = {"MatMul", "MatMulNBits"}
 
 
-def keep_last_position(model: ir.Model) -> None:
-    """Makes `logits` (B, 1, V), of the last of the new tokens, choosing it before the output head where it can."""
+def keep_last_positions(model: ir.Model) -> None:
+    """Makes `logits` those of the last of the new tokens, (B, N, V), choosing before the output head where it can.
+
+    N is a new input, `logits_to_keep`.
+    """
     logits = next(value for value in model.graph.outputs if value.name == names.LOGITS)
     product = output_head(logits)
     if product is not None:
@@ -32,13 +38,16 @@ def keep_last_position(model: ir.Model) -> None:
         model.graph.outputs[list(model.graph.outputs).index(logits)] = chosen
         logits = chosen
     assert logits.shape is not None
-    logits.shape = ir.Shape((names.BATCH, 1, logits.shape[-1]))
+    logits.shape = ir.Shape((names.BATCH, names.LOGITS_TO_KEEP, logits.shape[-1]))
 
 
 def output_head(logits: ir.Value) -> ir.Node | None:
     """The product (B, T, hidden) x (hidden, V) that makes the logits, through nothing but position-wise operators."""
     node = logits.producer()
-    while node is not None and (node.op_type in _POSITIONWISE or _sums_readings(node)):
+    while node is not None and node.op_type in _POSITIONWISE:
+        readings = _summed_readings(node)
+        if readings is not None:
+            return readings
         made = [value for value in node.inputs if value is not None and not _constant(value)]
         if len(made) != 1:
             return None
@@ -48,18 +57,19 @@ def output_head(logits: ir.Value) -> ir.Node | None:
     return node
 
 
-def _sums_readings(node: ir.Node) -> bool:
-    """What an int8 head ends in: its product (2, B, T, V) of two readings, summed over the first axis."""
-    if node.op_type != "ReduceSum" or len(node.inputs) < 2 or made_by(node.inputs[0], "MatMulNBits") is None:
-        return False
-    axes = weight(node.inputs[1])
-    return axes is not None and axes.tolist() == [0]
+def _summed_readings(node: ir.Node) -> ir.Node | None:
+    """What an int8 head ends in: its product (B, 2 T, V) of two readings, whose halves `node` adds."""
+    makers = {made_by(value, "Split") for value in node.inputs}
+    halves = makers.pop()
+    if node.op_type != "Add" or makers or halves is None:
+        return None
+    return made_by(halves.inputs[0], "MatMulNBits")
 
 
 def _hidden(product: ir.Node) -> tuple[ir.Value, list[ir.Node]]:
     """What the head reads, and the nodes that do, in order: of an int8 head, those that make its two readings of it."""
     twice = made_by(product.inputs[0], "Concat")
-    rest = None if twice is None else made_by(input_of(twice.inputs[1], "Unsqueeze"), "Sub")
+    rest = None if twice is None else made_by(twice.inputs[1], "Sub")
     hidden = product.inputs[0] if rest is None else rest.inputs[0]
     assert hidden is not None
     if rest is None:
@@ -76,16 +86,16 @@ def _constant(value: ir.Value) -> bool:
 
 
 def _last_of(model: ir.Model, value: ir.Value, before: ir.Node | None = None, after: ir.Node | None = None) -> ir.Value:
-    """value[:, -1:] as a node."""
-    bounds = [
-        add_weight(model, f"last_position_{name}", np.array([number], np.int64))
-        for name, number in (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1))
-    ]
-    node = ir.node("Slice", [value, *bounds], name="last_position")
-    node.outputs[0].name = "last_position"
+    """value[:, -N:] as nodes."""
+    count = ir.Value(name=names.LOGITS_TO_KEEP, shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.inputs.append(count)
+    steps = Steps(model, "last_positions")
+    start = steps.add("Neg", count)
+    end, axis = (steps.constant(n, np.array([i])) for n, i in (("end", np.iinfo(np.int64).max), ("axis", 1)))
+    chosen = steps.add("Slice", value, start, end, axis)
     if before is not None:
-        model.graph.insert_before(before, node)
+        model.graph.insert_before(before, steps.nodes)
     else:
         assert after is not None
-        model.graph.insert_after(after, node)
-    return node.outputs[0]
+        model.graph.insert_after(after, steps.nodes)
+    return chosen

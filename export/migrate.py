@@ -10,11 +10,15 @@ the division is folded into whatever makes the channel, so that it costs nothing
 
 How much is moved, s = rms(x)^a / max|W|^(1 - a), is chosen for each activation by the error of its quantized products
 on text. SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
-Channels that may move are put in the order of their size as well (`order`).
+Channels that may move are put in the order of their size as well (`order`), and value heads are turned: v_proj's
+columns and o_proj's rows by one rotation for all heads, which attention commutes with. It spreads what a few channels
+have over all of a head, so that an int8 cache, whose scales are a channel's, cuts off next to nothing. QuaRot,
+https://arxiv.org/abs/2404.00456, turns values so.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,7 +56,7 @@ class Group:
     activation: str
     products: list[Fold]  # axis: the one that the activation is multiplied with
     folds: list[Fold] = field(default_factory=list)
-    heads: int = 1  # query heads, where attention makes the activation
+    heads: int = 0  # query heads, where attention makes the activation
     shared_by: int = 1  # neighbouring ones that read one value head, whose factors must be equal
     makers: Makers | None = None  # where channels have no order of their own
 
@@ -156,6 +160,11 @@ def migrate(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.n
     chosen: dict[str, float] = {}
     for group in groups:
         rows = _of_one_size(samples[group.activation])
+        if group.heads and group.folds:
+            rotation = _rotation(rows.shape[1] // group.heads)
+            rows = _turned(rows, -1, rotation)
+            for fold in (*group.products, *group.folds):
+                _change(model, fold, functools.partial(_turned, rotation=rotation))
         matrices = [_matrix(fold) for fold in group.products]
         strength, factors = _best(rows, matrices, group)
         chosen[group.activation] = strength
@@ -225,6 +234,21 @@ def _as_made(factors: np.ndarray, group: Group, fold: Fold) -> np.ndarray:
     if group.shared_by == 1 or array.shape[fold.axis] == len(factors):
         return factors
     return factors.reshape(group.heads // group.shared_by, group.shared_by, -1)[:, 0].reshape(-1)
+
+
+def _rotation(size: int) -> np.ndarray:
+    """An orthogonal (D, D) whose columns have something of every channel: the discrete cosine transform."""
+    angles = np.pi / size * (np.arange(size)[:, None] + 0.5) * np.arange(size)
+    turned = np.cos(angles) * np.sqrt(2 / size)
+    turned[:, 0] = np.sqrt(1 / size)
+    return turned
+
+
+def _turned(array: np.ndarray, axis: int, rotation: np.ndarray) -> np.ndarray:
+    """Every head along the axis, whose channels are heads times D, multiplied by the rotation (D, D)."""
+    last = np.moveaxis(array, axis, -1)
+    heads = last.reshape(*last.shape[:-1], -1, len(rotation)) @ rotation
+    return np.asarray(np.moveaxis(heads.reshape(last.shape), -1, axis), np.float32)
 
 
 def _rounded(matrix: np.ndarray, block_size: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 Products become com.microsoft.MatMulNBits (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md);
 at accuracy level 4 activations are quantized to int8 per block too, at run time. Embeddings gather blocks and scales,
 and multiply: onnxruntime's operator for that, GatherBlockQuantized, is not in the WebAssembly that transformers.js
-loads in a browser. Scales are Cast(bytes) * factors, which onnxruntime folds into constants when it loads the graph.
+loads in a browser. Scales are Cast(bytes) * factors, of many matrices at once, which onnxruntime folds into constants
+when it loads the graph.
 
 Rules over the graph:
 
@@ -28,13 +29,14 @@ from pastkey import names
 from pastkey.errors import InputError
 
 from .blocks import ZERO, BlockQuantized, choose_block_size, choose_head_block_size, join, quantize_blocks
-from .graph import Steps, add_weight, drop_unused_weights, replace_node, weight
+from .graph import Steps, add_weight, drop_unused_weights, replace_node, replace_uses, weight
 from .last_position import output_head
 from .pack import Pack, find_packs, split_up
 
 BITS = 8
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
 _DOMAIN = "com.microsoft"
+_COMPUTED_TOGETHER = 30  # matrices; their sizes must stand in the graph itself, where few bytes may
 
 
 def quantize(model: ir.Model, keep: Collection[str] = (), head: ir.Node | None = None) -> None:
@@ -56,6 +58,7 @@ def quantize(model: ir.Model, keep: Collection[str] = (), head: ir.Node | None =
             _quantize_product(model, node, weights)
     for pack in packs:
         _quantize_pack(model, pack, weights)
+    weights.compute_scales()
     for node in tuple(model.graph):
         if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             model.graph.remove(node, safe=True)
@@ -75,7 +78,7 @@ class _Stored:
     matrix: BlockQuantized
     blocks: ir.Value  # (N, blocks, block_size) uint8, for products
     table: ir.Value  # the same, for gathering
-    scales: ir.Value  # (N, blocks) float32, computed at load
+    scales: ir.Value  # (N, blocks) float32; `compute_scales` puts what is computed at load in its place
 
 
 class _Weights:
@@ -108,9 +111,33 @@ class _Weights:
                 matrix,
                 add_weight(self._model, f"{name}.blocks", matrix.data),
                 add_weight(self._model, f"{name}.table", matrix.data),
-                _computed_scales(self._model, name, matrix),
+                ir.Value(name=f"{name}.scales"),
             )
         return self._stored[key]
+
+    def compute_scales(self) -> None:
+        """Adds the nodes for the scales of all matrices. Those of as many blocks to a row are computed together.
+
+        onnxruntime folds them at load, and takes longer for a node than for its numbers.
+        """
+        by_width: dict[int, list[_Stored]] = {}
+        for stored in self._stored.values():
+            by_width.setdefault(stored.matrix.codes.shape[1], []).append(stored)
+        for width, same in by_width.items():
+            for first in range(0, len(same), _COMPUTED_TOGETHER):
+                group = same[first : first + _COMPUTED_TOGETHER]
+                steps = Steps(self._model, f"scales_of_{width}_{first}")
+                codes, factors = (
+                    steps.constant(what, np.concatenate([getattr(stored.matrix, what) for stored in group]))
+                    for what in ("codes", "factors")
+                )
+                parts = (steps.add("Mul", steps.add("Cast", codes, to=ir.DataType.FLOAT), factors),)
+                if len(group) > 1:
+                    rows = steps.constant("rows", np.array([len(stored.matrix.data) for stored in group]))
+                    parts = steps.add_several("Split", len(group), parts[0], rows, axis=0)
+                self._model.graph.insert_before(self._model.graph[0], steps.nodes)
+                for stored, part in zip(group, parts, strict=True):
+                    replace_uses(stored.scales, part)
 
 
 def _quantized(value: ir.Value, transposed: bool, block_size: Callable[[int], int]) -> BlockQuantized:
@@ -123,14 +150,6 @@ def _quantized(value: ir.Value, transposed: bool, block_size: Callable[[int], in
         raise InputError(
             f"the weight {value.name} holds {error}, which cannot be quantized: training went wrong"
         ) from None
-
-
-def _computed_scales(model: ir.Model, name: str, matrix: BlockQuantized) -> ir.Value:
-    steps = Steps(model, name)
-    codes = steps.add("Cast", steps.constant("scale_codes", matrix.codes), to=ir.DataType.FLOAT)
-    scales = steps.add("Mul", codes, steps.constant("scale_factors", matrix.factors))
-    model.graph.insert_before(model.graph[0], steps.nodes)
-    return scales
 
 
 # --- rules --------------------------------------------------------------------------------------------------------
@@ -181,12 +200,14 @@ def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     rounded = steps.add("Mul", steps.add("Round", steps.add("Div", split, scale)), scale)
     first = steps.add("Reshape", rounded, steps.constant("whole_shape", np.array([0, 0, blocks * size])))
     first = _without_padding(steps, first, head.matrix)
-    axis = steps.constant("first_axis", np.array([0]))
-    readings = (steps.add("Unsqueeze", reading, axis) for reading in (first, steps.add("Sub", x, first)))
-    twice = steps.add("Concat", *readings, axis=0)  # (2, B, T, K)
+    twice = steps.add("Concat", first, steps.add("Sub", x, first), axis=1)  # (B, 2 T, K)
     product = _product(twice, head, str(node.name))
-    both = ir.node("ReduceSum", [product.outputs[0], axis], {"keepdims": 0}, name=f"{node.name}_sum")
-    replace_node(model, node, *steps.nodes, product, both)
+    # Of two numbers each, which is slower as a reduction.
+    halves = ir.node(
+        "Split", product.outputs, {"axis": 1, "num_outputs": 2}, num_outputs=2, name=f"{node.name}_readings"
+    )
+    both = ir.node("Add", halves.outputs, name=f"{node.name}_sum")
+    replace_node(model, node, *steps.nodes, product, halves, both)
 
 
 def _quantize_gather(model: ir.Model, node: ir.Node, weights: _Weights) -> None:

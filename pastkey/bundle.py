@@ -3,7 +3,7 @@
 bundle/  pastkey.json                       this manifest
          config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
-         onnx/pastkey.onnx                                logits of the last position, for `generate`
+         onnx/pastkey.onnx                                logits of the last positions, for `generate`
          onnx/*.onnx_data                                 the weights, once
 """
 
@@ -73,7 +73,7 @@ class Bundle:
 
     @property
     def last_graph(self) -> Path:
-        """The graph with the logits of the last position only."""
+        """The graph with the logits of the last positions only."""
         return self.path / names.LAST_GRAPH
 
     @property

@@ -11,6 +11,7 @@ INPUT_IDS: Final = "input_ids"  # (B, T) int64
 ATTENTION_MASK: Final = "attention_mask"  # (B, S) int64, 1 for a real token, 0 for padding
 POSITION_IDS: Final = "position_ids"  # (B, T) int64
 LOGITS: Final = "logits"  # (B, T, V) float32
+LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, an input of pastkey's own graphs: of how many last positions
 
 # --- axes ---------------------------------------------------------------------------------------------------------
 BATCH: Final = "batch_size"
@@ -59,7 +60,7 @@ COMMON_GRAPH: Final = {
 }
 # What transformers.js calls a precision, and finds the common graph by.
 TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "int8": "q8", "fp16": "fp16", "int4": "q4"}
-# pastkey's own graph over the same weights: logits of the last position only, (B, 1, V).
+# pastkey's own graph over the same weights: logits of the last LOGITS_TO_KEEP positions only.
 LAST_GRAPH: Final = "onnx/pastkey.onnx"
 # The same with an int8 cache, a quarter of the bytes that decoding after a long text reads. Some bundles have it.
 LONG_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"

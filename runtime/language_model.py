@@ -103,11 +103,13 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         seed: int | None = SamplingConfig.seed,
         reuse_prefix: bool = False,
+        lookahead: bool = True,
     ) -> Completion:
         """Continues `prompt`, a text or token ids. See SamplingConfig for how tokens are chosen.
 
         With `reuse_prefix`, what the prompt shares with the beginning of the last one and its continuation is not
-        computed again. Keys and values that came one by one may differ from a prefill's in the last bits.
+        computed again. With `lookahead`, where the text repeats itself, several tokens are tried in one step, and those
+        stay that would have been chosen one by one. Both may differ in the last bits from what is computed otherwise.
         Raises InputError for a prompt that is empty, too long or has no tokens, and for settings out of range;
         NumericsError when the model yields NaN or infinity.
         """
@@ -123,6 +125,7 @@ class LanguageModel:
                 stop=stop,
                 seed=seed,
                 reuse_prefix=reuse_prefix,
+                lookahead=lookahead,
             )
         )
 
@@ -133,6 +136,7 @@ class LanguageModel:
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: str | Sequence[str] = (),
         reuse_prefix: bool = False,
+        lookahead: bool = True,
         **sampling: Any,
     ) -> Generator[Chunk, None, Completion]:
         """Yields a Chunk for each new token as it comes; takes what `generate` takes, and returns its Completion.
@@ -151,6 +155,7 @@ class LanguageModel:
             end_ids=self.manifest.eos_token_ids,
             sampling=SamplingConfig(**sampling),
             reuse_prefix=reuse_prefix,
+            lookahead=lookahead,
         )
         after_text = isinstance(prompt, str) and bool(prompt.strip())
         return self._stream(generation, StopStrings(stops), after_text)

@@ -18,6 +18,7 @@ from pastkey.errors import InputError, IntegrityError, MissingExtraError, Numeri
 from . import providers as ep
 from .cache import KVCache
 from .int8_cache import LONG_CONTEXT, MIN_ONNXRUNTIME, Int8Cache
+from .lookahead import GUESSES
 from .ort import OrtError, onnxruntime, parse_version
 
 Ids = npt.NDArray[np.int64]
@@ -25,12 +26,14 @@ Logits = npt.NDArray[np.float32]
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; 256 are 3 % faster.
 PREFILL_CHUNK = 128
+# Tokens of a run that still counts as decoding.
+MOST_TRIED = GUESSES + 1
 
 
 class Session:
     """A bundle's graph with a cache: each call appends its tokens to those before.
 
-    `graph="last"` gives the logits of the last position only, which is what generation needs; `graph="common"` gives
+    `graph="last"` gives the logits of the last positions only, which is what generation needs; `graph="common"` gives
     those of every position. `length` counts the tokens in the cache.
     """
 
@@ -62,6 +65,8 @@ class Session:
         self.providers: list[str] = self.onnx.get_providers()
         _cross_check(self.onnx, bundle.manifest, path)
         self._last_only = graph == "last"
+        # Without this input, which bundles of pastkey 0.1's first days lack, the last graph knows one position.
+        self._keeps = any(value.name == names.LOGITS_TO_KEEP for value in self.onnx.get_inputs())
         self._fused = bundle.manifest.graph == "fused"
         self.cache = KVCache(
             self.onnx,
@@ -115,10 +120,11 @@ class Session:
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
         held, self._held = self._held, None  # an interrupt may come at any time
-        self._settle()
-        self.cache.trim(length)
-        if self._int8 is not None:
-            self._int8.cache.trim(min(length, self._int8.cache.length))
+        caches = [self.cache] if self._int8 is None else [self.cache, self._int8.cache]
+        longest = max(caches, key=lambda cache: cache.length)
+        longest.trim(length)  # refuses what cannot be
+        for cache in caches:
+            cache.trim(min(length, cache.length))
         self._mask = None if self._mask is None or not length else self._mask[:, :length]
         self._held = None if held is None else held[:length]
 
@@ -148,6 +154,21 @@ class Session:
         """Appends one token to one row; returns its logits (V,)."""
         return _last(self._run(self.checked([token], 1)[None]))
 
+    @property
+    def can_try(self) -> bool:
+        """Whether `extend` can append several tokens, and `trim` forget some of them without moving the others."""
+        return self._fused and (self._keeps or not self._last_only)
+
+    def extend(self, ids: npt.ArrayLike) -> Logits:
+        """Appends the tokens `ids` (T,) of one row in one run; returns the logits (T, V) of each.
+
+        Needs `can_try` for more than one.
+        """
+        ids = self.checked(ids, 1)
+        assert ids.size == 1 or self.can_try, "this graph gives one position's logits"
+        logits: Logits = self._run(ids[None], keep=ids.size)[0]
+        return logits
+
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Appends the tokens `ids` (B, T) in one run; returns logits (B, T, V), or (B, 1, V) of the "last" graph.
 
@@ -159,8 +180,8 @@ class Session:
         return self._run(ids, None if mask is None else self._checked_mask(mask, ids))
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def _run(self, ids: Ids, mask: Ids | None = None) -> Logits:
-        """Appends checked ids (B, T). The one place where the graph is run."""
+    def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1) -> Logits:
+        """Appends checked ids (B, T); `keep`: positions of the last graph's logits. The one place where it is run."""
         batch, tokens = ids.shape
         start = self.length
         if self._fused and batch > 1 and tokens > 1 and start:
@@ -172,13 +193,16 @@ class Session:
         cache = self._cache_for(ids, mask)
         cache.reserve(batch, tokens)
         full_mask, positions = self._mask_and_positions(batch, tokens, mask)
+        kept = np.array([keep], np.int64)  # a bound value is no copy: its array must outlive the run
         # A fresh array each run: the caller may keep it.
-        logits = np.empty((batch, 1 if self._last_only else tokens, self.manifest.vocab_size), np.float32)
+        logits = np.empty((batch, keep if self._last_only else tokens, self.manifest.vocab_size), np.float32)
         binding = cache.binding
         bind, value = binding.bind_ortvalue_input, onnxruntime.OrtValue.ortvalue_from_numpy
         bind(names.INPUT_IDS, value(ids))
         bind(names.ATTENTION_MASK, value(full_mask))
         bind(names.POSITION_IDS, value(positions))
+        if self._keeps:
+            bind(names.LOGITS_TO_KEEP, value(kept))
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
         cache.onnx.run_with_iobinding(binding)
         self._check_finite(logits, start, tokens, mask)
@@ -192,7 +216,7 @@ class Session:
     def _cache_for(self, ids: Ids, mask: Ids | None) -> KVCache:
         """The cache that a run of `ids` (B, T) goes through, brought up to what the other one holds."""
         one_row = self.cache.batch == 1 and self._mask is None and mask is None
-        if ids.size > 1 or not one_row or self.length < self._int8_from:
+        if ids.size > MOST_TRIED or not one_row or self.length < self._int8_from:
             self._settle()
             return self.cache
         if self._int8 is None:
@@ -266,14 +290,15 @@ class Session:
         return array
 
     def _check_finite(self, logits: Logits, start: int, tokens: int, mask: Ids | None) -> None:
-        if np.isfinite(logits).all():
+        # A sum is finite only where every number is, and takes a third of the time of looking at each.
+        if math.isfinite(float(logits.sum())) or np.isfinite(logits).all():
             return
-        finite = np.isfinite(logits).all(axis=-1)  # (B, T)
+        finite = np.isfinite(logits).all(axis=-1)  # (B, T), or (B, keep)
         if mask is not None and not self._last_only:
             finite |= mask == 0
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
-            position = start + tokens - 1 if self._last_only else start + int(column)
+            position = start + tokens - logits.shape[1] + int(column)
             raise NumericsError(
                 f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export again, and see `pastkey verify`"
@@ -345,6 +370,8 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
             expected[past] = [names.BATCH, layer.kv_heads, names.PAST, kind]
             expected[present] = [names.BATCH, layer.kv_heads, names.TOTAL, kind]
     expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
+    if names.LOGITS_TO_KEEP in found:
+        expected[names.LOGITS_TO_KEEP] = [1]
     for name, shape in expected.items():
         if name not in found:
             raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")

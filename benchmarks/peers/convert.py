@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
 from tests.environments import ROOT, smollm2
 
-from .engines import WORKERS, Engine, EngineError, Prepared
+from .engines import ENGINES, WORKERS, Engine, EngineError, Prepared
 from .environments import python_of, versions_of
 from .store import Store, digest, digest_of_files
 
@@ -43,6 +44,9 @@ def open_source(model: Path | None) -> Source:
 
 def prepare(engine: Engine, source: Source, store: Store) -> Prepared:
     """Installs the engine and converts the weights for it, each unless done. Raises EngineError with the reason."""
+    if engine.files_of is not None:
+        made = prepare(next(other for other in ENGINES if other.name == engine.files_of), source, store)
+        return dataclasses.replace(made, engine=engine, identity=digest([engine.name, made.identity]))
     if engine.runtime == "pastkey" and engine.precision not in names.PRECISIONS:
         raise EngineError(f"this pastkey does not export {engine.precision}")
     if engine.runtime == "llama" and source.path.is_dir():

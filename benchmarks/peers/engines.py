@@ -29,12 +29,23 @@ class Engine:
     how: str  # its conversion, for a reader
     full: bool = False  # measured with --full only
     rival: bool = False  # an int8 peer: the fastest of these is what every engine is compared with
+    files_of: str | None = None  # the engine whose converted files this one reads
+    worker: str | None = None  # instead of the runtime's
 
 
 # What quality is compared with.
 REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey", "fp32", "pastkey export --precision fp32")
 ENGINES = (
     Engine("pastkey-int8", "pastkey int8", "pastkey", "int8", "pastkey export --precision int8"),
+    Engine(
+        "pastkey-int8-steps",
+        "pastkey int8, without lookahead",
+        "pastkey",
+        "int8",
+        "the same files, generate(lookahead=False)",
+        files_of="pastkey-int8",
+        worker="pastkey_steps",
+    ),
     REFERENCE,
     Engine("genai-int8", "onnxruntime-genai int8", "genai", "int8", "its model builder, -p int8 -e cpu", rival=True),
     Engine("llama-q8_0", "llama.cpp Q8_0", "llama", "Q8_0", "llama_model_quantize to Q8_0", rival=True),
@@ -83,7 +94,7 @@ class Worker:
         self._log = logs / f"run-{prepared.engine.name}.log"
         self._command = [
             str(prepared.python),
-            str(WORKERS / f"{prepared.engine.runtime}_worker.py"),
+            str(WORKERS / f"{prepared.engine.worker or prepared.engine.runtime}_worker.py"),
             str(prepared.model),
             f"--threads={threads}",
             f"--context={context}",

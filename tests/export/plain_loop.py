@@ -37,11 +37,16 @@ def run_batch(path: Path, ids: Array, mask: Array, new: Array) -> tuple[Array, A
         if logits:
             mask = np.concatenate([mask, np.ones_like(column)], axis=1)
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -column.shape[1] :]
-        feeds = {"input_ids": column, "attention_mask": mask, "position_ids": positions}
+        feeds = {"input_ids": column, "attention_mask": mask, "position_ids": positions} | _keeping_one(session)
         found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
         logits.append(found["logits"])
         past = {name: found[name.replace("past_key_values.", "present.")] for name in past}
     return logits[0], np.concatenate(logits[1:], axis=1)
+
+
+def _keeping_one(session: Any) -> dict[str, Array]:
+    """What pastkey's own graph is told beside that: to give the logits of one position."""
+    return {v.name: np.array([1]) for v in session.get_inputs() if v.name == "logits_to_keep"}
 
 
 def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
@@ -61,7 +66,7 @@ def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
             "input_ids": np.array([chunk], np.int64),
             "attention_mask": np.ones((1, end), np.int64),
             "position_ids": np.arange(start, end, dtype=np.int64)[None],
-        }
+        } | _keeping_one(session)
         assert set(feeds) | set(past) == set(shapes)
         found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
         logits.append(found["logits"][0])

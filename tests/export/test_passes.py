@@ -12,7 +12,7 @@ import pytest
 from pastkey import names
 from pastkey.export.graft import IR_VERSION, OPSET
 from pastkey.export.graph import weight
-from pastkey.export.last_position import keep_last_position
+from pastkey.export.last_position import keep_last_positions
 from pastkey.export.passes import fold_transposed_weights, merge_equal_weights, share_transposed_weights
 
 from .cases import CASES
@@ -38,8 +38,10 @@ def test_every_axis_has_its_designed_name_or_number(made: Exported, last: bool) 
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
         "position_ids": ["batch_size", "sequence_length"],
-        "logits": ["batch_size", 1 if last else "sequence_length", made.bundle.manifest.vocab_size],
+        "logits": ["batch_size", "logits_to_keep" if last else "sequence_length", made.bundle.manifest.vocab_size],
     }
+    if last:
+        expected["logits_to_keep"] = [1]
     for i, layer in enumerate(made.bundle.manifest.layers):
         for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size)):
             expected[f"past_key_values.{i}.{kind}"] = ["batch_size", layer.kv_heads, "past_sequence_length", size]
@@ -158,7 +160,7 @@ def test_both_graphs_read_the_same_bytes(made: Exported) -> None:
 def test_the_last_position_is_chosen_before_the_output_head(exported: Export) -> None:
     for name in ("llama", "gpt2", "softcap_bias_and_scale"):
         nodes = list(exported(name).graph(last=True).graph.node)
-        chosen = next(i for i, node in enumerate(nodes) if node.name == "last_position")
+        chosen = next(i for i, node in enumerate(nodes) if node.name.startswith("last_positions"))
         assert any(node.op_type in ("MatMul", "Gemm") for node in nodes[chosen + 1 :]), name
 
 
@@ -168,10 +170,10 @@ def test_positions_are_chosen_from_the_logits_where_no_product_makes_them() -> N
         "g (float[batch_size,sequence_length,4] x) => (float[batch_size,sequence_length,4] logits)"
         " { logits = Softmax <axis = 1> (x) }"
     )
-    keep_last_position(model)
-    assert [node.op_type for node in model.graph] == ["Softmax", "Slice"]
+    keep_last_positions(model)
+    assert [node.op_type for node in model.graph] == ["Softmax", "Neg", "Slice"]
     assert [value.name for value in model.graph.outputs] == [names.LOGITS]
-    assert [str(d) for d in model.graph.outputs[0].shape] == ["batch_size", "1", "4"]
+    assert [str(d) for d in model.graph.outputs[0].shape] == ["batch_size", "logits_to_keep", "4"]
 
 
 # --- single passes ------------------------------------------------------------------------------------------------

@@ -164,8 +164,8 @@ def test_every_form_of_a_product_is_quantized(body: str, weights: dict[str, Arra
     stored = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
     assert {name: (a.dtype.name, a.shape) for name, a in stored.items() if name != "b"} == {
         "w.blocks": ("uint8", (23, 2, 32)),
-        "w.scale_codes": ("uint8", (23, 2)),
-        "w.scale_factors": ("float32", (23, 1)),
+        "scales_of_2_0.codes": ("uint8", (23, 2)),
+        "scales_of_2_0.factors": ("float32", (23, 1)),
     }
     # a product of 50 terms, each wrong by half a step of the weights and of the activations
     np.testing.assert_allclose(run(model, X), expected, atol=0.15)
@@ -185,7 +185,8 @@ def test_a_tied_table_is_stored_once_for_both_uses() -> None:
     model = graph_of("e = Gather(w, i) t = Transpose <perm = [1, 0]> (w) y = MatMul(e, t)", w=table)
     quantize(model)
     data = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
-    assert {name for name in data if data[name].size > 4} == {"w.blocks", "w.table", "w.scale_codes", "w.scale_factors"}
+    scales = {"scales_of_3_0.codes", "scales_of_3_0.factors"}
+    assert {name for name in data if data[name].size > 4} == {"w.blocks", "w.table"} | scales
     assert np.shares_memory(data["w.table"], data["w.blocks"])
     assert [node.op_type for node in model.graph] == [*SCALES, *GATHERED, "MatMulNBits"]
 
@@ -226,7 +227,7 @@ def head_error(precise: bool, columns: int) -> float:
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x})
     weights = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
-    values = (weights["w.blocks"].astype(np.float32) - 128) * scales_of(weights, "w")[..., None]
+    values = (weights["w.blocks"].astype(np.float32) - 128) * scales_of(model)["w"][..., None]
     exact = x @ values.reshape(40, -1)[:, :columns].T
     return float(np.sqrt(np.square(found - exact).mean() / np.square(exact).mean()))
 
@@ -267,7 +268,7 @@ def float_matrices(model: onnx.ModelProto) -> list[str]:
         if t.data_type == onnx.TensorProto.FLOAT
         and len(t.dims) >= 2
         and np.prod(t.dims) > 16
-        and not t.name.endswith(".scale_factors")
+        and not (t.name.startswith("scales_of_") and t.name.endswith(".factors"))
     ]
 
 
@@ -291,13 +292,52 @@ def test_products_run_on_int8_activations(exported: Export) -> None:
         if node.op_type == "MatMulNBits":
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert (attributes["bits"], attributes["accuracy_level"]) == (8, 4)
-            assert attributes["block_size"] in (16, 32, 64, 128)
+            assert attributes["block_size"] in (16, 32, 64)
 
 
-def scales_of(weights: dict[str, Array], name: str) -> Array:
-    """(N, blocks), as the graph computes them."""
-    scales: Array = weights[f"{name}.scale_codes"] * weights[f"{name}.scale_factors"]
-    return scales
+def scales_of(model: ir.Model) -> dict[str, Array]:
+    """Matrix -> its scales (N, blocks), as the graph computes them."""
+    found: dict[str, Array] = {}
+    gathered = ""
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            found[str(node.inputs[1].name).removesuffix(".blocks")] = computed(node.inputs[2])
+        elif node.op_type == "Gather" and node.inputs[0].const_value is not None:
+            gathered = str(node.inputs[0].name).removesuffix(".table")
+        elif node.op_type == "Gather" and node.inputs[0].producer().op_type in ("Mul", "Split"):
+            found[gathered] = computed(node.inputs[0])  # stands behind the gathered blocks
+    return found
+
+
+def computed(scales: ir.Value) -> Array:
+    """Cast(codes) * factors, or the part of it that a Split gives."""
+    maker, rows = scales.producer(), slice(None)
+    if maker.op_type == "Split":
+        ends = maker.inputs[1].const_value.numpy().cumsum()
+        rows = slice(*[0, *ends][scales.index() : scales.index() + 2])
+        maker = maker.inputs[0].producer()
+    codes, factors = maker.inputs[0].producer().inputs[0], maker.inputs[1]
+    whole: Array = codes.const_value.numpy() * factors.const_value.numpy()
+    return whole[rows]
+
+
+def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own() -> None:
+    """In several steps, since the sizes stand in the graph itself."""
+    matrices = {f"w{i}": RNG.normal(size=(50, 3 + i % 4)).astype(np.float32) * (i + 1) for i in range(70)}
+    body = " ".join(f"a{i} = MatMul(x{i}, w{i})" for i in range(70))
+    inputs = ", ".join([f"float[2,50] x{i}" for i in range(70)] + [f"float[50,{3 + i % 4}] w{i}" for i in range(70)])
+    outputs = ", ".join(f"float[2,{3 + i % 4}] a{i}" for i in range(70))
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["": 20]>\ng ({inputs}) => ({outputs}) {{ {body} }}')
+    for value in tuple(model.graph.inputs):
+        if value.name in matrices:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.Tensor(matrices[value.name], name=value.name)
+            model.graph.register_initializer(value)
+    quantize(model)
+    assert Counter(node.op_type for node in model.graph) == {"MatMulNBits": 70, "Cast": 3, "Mul": 3, "Split": 3}
+    for name, scales in scales_of(model).items():
+        np.testing.assert_array_equal(scales, quantize_blocks(matrices[name].T, 32).scales)
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)
@@ -306,6 +346,7 @@ class Uncalibrated:
 
     path: Path
     weights: dict[str, Array]
+    scales: dict[str, Array]
 
 
 def uncalibrated(made: Exported, folder: Path) -> Uncalibrated:
@@ -313,19 +354,21 @@ def uncalibrated(made: Exported, folder: Path) -> Uncalibrated:
     quantize(model)
     path = folder / "int8.onnx"
     ir.save(model, path)
-    return Uncalibrated(path, {v.name: v.const_value.numpy() for v in model.graph.initializers.values()})
+    weights = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
+    return Uncalibrated(path, weights, scales_of(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_stored_blocks_are_the_modules_weights(name: str, exported: Export, tmp_path: Path) -> None:
     made = exported(name)
-    weights = uncalibrated(made, inside(made, tmp_path)).weights
+    int8 = uncalibrated(made, inside(made, tmp_path))
+    weights = int8.weights
     known = dict(made.module.named_parameters())
     blocks = [key for key in weights if key.endswith(".blocks")]
     assert len(blocks) >= 9
     for key in blocks:
         plain = key.removesuffix(".blocks")
-        data, scales = weights[key], scales_of(weights, plain)
+        data, scales = weights[key], int8.scales[plain]
         parameter = np.concatenate([known[part].detach().numpy() for part in plain.split("+")])
         values = ((data.astype(np.float32) - 128) * scales[..., None]).reshape(len(data), -1)
         found = values[:, : parameter.shape[1]]
@@ -367,7 +410,7 @@ def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(
             name = joined.rsplit(".", 1)[0]
             data = int8.weights.get(f"{name}.blocks", int8.weights.get(f"{name}.table"))
             assert data is not None
-            values = (data.astype(np.float32) - 128) * scales_of(int8.weights, name)[..., None]
+            values = (data.astype(np.float32) - 128) * int8.scales[name][..., None]
             before = name.split("+")[: name.split("+").index(key)]
             first = sum(len(made.module.get_parameter(part)) for part in before)
             rows = values.reshape(len(data), -1)[first : first + len(parameter)]

@@ -144,11 +144,13 @@ STANDARD_ATTENTION = """
 """
 
 
-def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool) -> onnx.ModelProto:
-    """The decoder with a cache, as ONNX."""
+def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, keeping: bool = True) -> onnx.ModelProto:
+    """The decoder with a cache, as ONNX. `keeping`: its last positions are as many as it is told, instead of one."""
     mask, attention = {"fused": (FUSED_MASK, FUSED_ATTENTION), "standard": (STANDARD_MASK, STANDARD_ATTENTION)}[graph]
     inputs = ["int64[B, T] input_ids", "int64[B, S] attention_mask", "int64[B, T] position_ids"]
-    outputs = [f"float[B, {1 if last_only else 'T'}, {V}] logits"]
+    keeping = keeping and last_only
+    inputs += ["int64[1] logits_to_keep"] * keeping
+    outputs = [f"float[B, {'N' if keeping else 1 if last_only else 'T'}, {V}] logits"]
     body = (
         mask + "word = Gather(embedding, input_ids)\n place = Gather(position, position_ids)\n x0 = Add(word, place)\n"
     )
@@ -161,7 +163,11 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool) -> onnx.ModelProto:
         body += attention.format(i=i, H=H, K=K, **sizes)
         body += f"o{i} = MatMul(a{i}, wo{i})\n x{i + 1} = Add(x{i}, o{i})\n"
     end = f"x{len(tiny.layers)}"
-    if last_only:
+    if keeping:
+        body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
+        body += f"start = Neg(logits_to_keep)\n end = Slice({end}, start, many, axis)\n"
+        end = "end"
+    elif last_only:
         body += f"index = Constant <value_ints = [-1]> ()\n end = Gather <axis = 1> ({end}, index)\n"
         end = "end"
     body += f"head = Transpose <perm = [1, 0]> (embedding)\n logits = MatMul({end}, head)\n"
@@ -176,10 +182,14 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool) -> onnx.ModelProto:
 
 
 def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
-    """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in."""
+    """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
+
+    With `keeping=False`, the last graph is as bundles had it that know nothing of several last positions.
+    """
     (folder / "onnx").mkdir(parents=True)
     onnx.save(tiny_graph(tiny, graph, last_only=False), folder / names.COMMON_GRAPH["fp32"])
-    onnx.save(tiny_graph(tiny, graph, last_only=True), folder / names.LAST_GRAPH)
+    last = tiny_graph(tiny, graph, last_only=True, keeping=fields.pop("keeping", True))
+    onnx.save(last, folder / names.LAST_GRAPH)
     tokenizer = fields.pop("tokenizer", None)
     if tokenizer is not None:
         tokenizer.save(str(folder / names.TOKENIZER))

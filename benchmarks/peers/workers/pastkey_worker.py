@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from protocol import serve
 
 from pastkey.bundle import open_bundle
-from pastkey.runtime import Session
+from pastkey.runtime import Generation, Session
 
 
 class Pastkey:
+    lookahead = True  # as `generate` has it
+
     def __init__(self, model: str, threads: int, context: int) -> None:
         self._bundle = open_bundle(model)
         self._threads = threads
         self._session = Session(self._bundle, threads=threads)
+        self._tokens: Iterator[int] = iter(())
 
     def start(self, ids: list[int], length: int) -> int:
-        self._session.reset()
-        return int(self._session.prefill(ids).argmax())
+        new = length - len(ids) + 1  # the last one is not fed, and ends what is measured
+        self._tokens = iter(Generation(self._session, ids, max_new_tokens=new, lookahead=self.lookahead))
+        return next(self._tokens)
 
     def step(self, token: int) -> int:
-        return int(self._session.decode(token).argmax())
+        return next(self._tokens)
 
     def logits(self, ids: list[int]) -> Any:
         common = Session(self._bundle, graph="common", threads=self._threads)

@@ -1,0 +1,14 @@
+"""pastkey without lookahead: a step for each token, as the other engines decode."""
+
+from __future__ import annotations
+
+from pastkey_worker import Pastkey
+from protocol import serve
+
+
+class TokenByToken(Pastkey):
+    lookahead = False
+
+
+if __name__ == "__main__":
+    serve(TokenByToken)

@@ -1,0 +1,51 @@
+"""Guessing the next tokens from the text itself: what followed the last time that it said the same.
+
+A step of decoding is bound by reading the weights, so that trying four tokens at once costs less than two steps. The
+model judges each guess: a token counts only where the sampler chooses it, so that what is generated does not depend on
+guesses (beyond the last bits, since several tokens take another path through attention than one). Texts repeat names,
+phrases and code often enough; where one does not, guesses that fail become rare.
+
+Prompt lookup decoding, A. Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+GUESSES = 3  # tokens tried beside the one that is certain
+_SHORTEST, _LONGEST = 2, 8  # tokens in a row that must agree before a guess is made: from, and to as guesses fail
+_PLACES = 16  # where the last two tokens stood before, at most, that are looked at, the latest first
+
+
+class Lookahead:
+    """Guesses for one text, which only grows."""
+
+    def __init__(self) -> None:
+        self._after: dict[tuple[int, int], list[int]] = {}  # two tokens -> the places behind them, in order
+        self._indexed = 0
+        self._needed = _SHORTEST
+
+    def guess(self, ids: Sequence[int], most: int) -> list[int]:
+        """Up to `most` tokens that may follow `ids`, the text so far; none where it says nothing about them."""
+        for place in range(max(2, self._indexed), len(ids)):  # the end itself is indexed once something follows it
+            self._after.setdefault((ids[place - 2], ids[place - 1]), []).append(place)
+        self._indexed = len(ids)
+        if most < 1 or len(ids) < _SHORTEST:
+            return []
+        best, length = 0, 0
+        for place in reversed(self._after.get((ids[-2], ids[-1]), ())[-_PLACES:]):
+            agreeing = 2
+            while agreeing < min(place, _LONGEST) and ids[place - agreeing - 1] == ids[-agreeing - 1]:
+                agreeing += 1
+            if agreeing > length:
+                best, length = place, agreeing
+        if length < self._needed:
+            return []
+        found = list(ids[best : best + most])
+        while len(found) < most:  # the text repeats itself without a break
+            found.append(found[len(found) - (len(ids) - best)])
+        return found
+
+    def judge(self, right: int) -> None:
+        """Takes in how many tokens of the last guess were right."""
+        self._needed = _SHORTEST if right else min(self._needed + 1, _LONGEST)
