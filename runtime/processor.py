@@ -45,7 +45,7 @@ _KNOWN = {
         Int8Kernels(
             "avx2",
             False,
-            "AVX2 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.5 times as long, longer "
+            "AVX2 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, longer "
             "than in float32",
         ),
         Int8Kernels("neon_i8mm", True, "NEON kernels with i8mm; their speed is not measured"),
