@@ -54,11 +54,16 @@ def read_calibration(file: str | Path, tokenizer: bytes | None) -> list[int]:
             "this model has no tokenizer to read a calibration text with: give --tokenizer FILE, or leave out "
             "--calibration for text of the model's own"
         )
-    ids = encode_file(file, TextCodec(Tokenizer.from_str(tokenizer.decode())))
+    ids = encode_file(file, TextCodec(Tokenizer.from_str(tokenizer.decode())), MIN_TOKENS)
     if len(ids) < MIN_TOKENS:
         raise InputError(
-            f"{file} is too short to calibrate on, {len(ids)} tokens: at least {MIN_TOKENS} are needed, and "
-            f"{WINDOWS * LENGTH:,} are used; leave out --calibration for text of the model's own"
+            f"{file} is too short to calibrate on, {len(ids)} token{'s' * (len(ids) != 1)}: at least {MIN_TOKENS} are "
+            f"needed, and {WINDOWS * LENGTH:,} are used; leave out --calibration for text of the model's own"
+        )
+    if len(set(ids[1:-1])) == 1:  # the tokenizer's own may stand at the ends
+        raise InputError(
+            f"{file} is one token {len(ids)} times for this tokenizer, which says nothing about other texts: give one "
+            "in the model's language, or leave out --calibration for text of the model's own"
         )
     return ids
 
@@ -122,9 +127,8 @@ def calibrated(bundle: Bundle, windows: Sequence[Ids]) -> ir.Model:
     migrate(model, groups, {name: np.concatenate([sample[name] for sample in samples]) for name in wanted})
     with probing(model, folder, [names.LOGITS]) as probe:
         after = probe(windows[-1])
-    if relative_difference(found[names.LOGITS], after[names.LOGITS]) > _MAX_CHANGE:
-        return ir.load(bundle.common_graph)
-    return model
+    same = relative_difference(found[names.LOGITS], after[names.LOGITS]) <= _MAX_CHANGE  # NaN is not
+    return model if same else ir.load(bundle.common_graph)
 
 
 def begin_token(manifest: Manifest) -> int:

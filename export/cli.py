@@ -75,6 +75,7 @@ def _export(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
             progress=stages.next,
         )
+    _warn_of_slow_kernels(report)
     if arguments.json:
         print_json(report.to_json())
         return 0
@@ -95,6 +96,14 @@ def _export(arguments: argparse.Namespace) -> int:
     hint = "--prompt ..." if speaks else "--prompt-ids ...   (ids only: no --tokenizer was given)"
     say(f"next:  pastkey run {report.path} {hint}")
     return 0
+
+
+def _warn_of_slow_kernels(report: Report) -> None:
+    from pastkey.runtime.processor import int8_kernels
+
+    manifest = report.manifest
+    if manifest.precision == "int8" and manifest.target == "cpu" and (kernels := int8_kernels()).fast is False:
+        say(f"warning: on this processor int8 products take {kernels.note}")
 
 
 def _say_sensitivity(report: Report) -> None:

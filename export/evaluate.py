@@ -87,11 +87,14 @@ def read_tokens(file: str | Path, bundle: Bundle) -> list[int]:
             f"{bundle.path} has no tokenizer and speaks ids only, so it cannot read a text: export it again with "
             "--tokenizer FILE"
         )
-    return encode_file(file, TextCodec.from_file(bundle.tokenizer))
+    ids = encode_file(file, TextCodec.from_file(bundle.tokenizer))
+    if len(ids) < 2:
+        raise InputError(f"{file} is too short, 1 token: at least 2 are needed, one to predict the other from")
+    return ids
 
 
-def encode_file(file: str | Path, codec: TextCodec) -> list[int]:
-    """As `read_tokens`, by any tokenizer."""
+def encode_file(file: str | Path, codec: TextCodec, least: int = 2) -> list[int]:
+    """The token ids of a text file that is not empty; `least` is how many of them its refusal says are expected."""
     from pastkey.train.data import read_text
 
     path = Path(file)
@@ -101,11 +104,8 @@ def encode_file(file: str | Path, codec: TextCodec) -> list[int]:
         raise InputError(f"{path} is a folder; one UTF-8 text file was expected")
     text = read_text(path)
     if not text.strip():
-        raise InputError(f"{path} is empty: a text of at least 2 tokens was expected")
-    ids = codec.encode(text)
-    if len(ids) < 2:
-        raise InputError(f"{path} is too short, 1 token: at least 2 are needed, one to predict the other from")
-    return ids
+        raise InputError(f"{path} is empty: a text of at least {least} tokens was expected")
+    return codec.encode(text)
 
 
 def cut_windows(ids: Sequence[int], length: int, most: int) -> list[Ids]:

@@ -166,7 +166,8 @@ def migrate(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.n
             for fold in (*group.products, *group.folds):
                 _change(model, fold, functools.partial(_turned, rotation=rotation))
         matrices = [_matrix(fold) for fold in group.products]
-        strength, factors = _best(rows, matrices, group)
+        with np.errstate(over="ignore", invalid="ignore"):  # of huge weights: what is not finite is not chosen
+            strength, factors = _best(rows, matrices, group)
         chosen[group.activation] = strength
         if strength != 0:
             for fold in group.products:
@@ -190,6 +191,10 @@ def _best(rows: np.ndarray, matrices: list[np.ndarray], group: Group) -> tuple[f
     best = (np.inf, 0.0, np.ones(rows.shape[1], np.float32))
     for strength in _STRENGTHS if group.folds else (0.0,):
         factors = _factors(rows, matrices, group, strength)
+        if not all(
+            np.isfinite(scaled).all() for scaled in (rows / factors, *(matrix * factors for matrix in matrices))
+        ):
+            continue
         error = 0.0
         order = slice(None) if group.makers is None else by_size(rows / factors)
         for matrix, expected in zip(matrices, exact, strict=True):
@@ -215,6 +220,8 @@ def _factors(rows: np.ndarray, matrices: list[np.ndarray], group: Group, strengt
     w = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
     if group.shared_by > 1:
         x, w = (_over_shared(array, group) for array in (x, w))
+    if x.max() == 0 or w.max() == 0:  # a layer that was switched off has nothing to go by
+        return np.ones(rows.shape[1], np.float32)
     x, w = np.maximum(x, 1e-5 * x.max()), np.maximum(w, 1e-5 * w.max())
     factors = x**strength / w ** (1 - strength)
     factors /= np.exp(np.log(factors).mean())

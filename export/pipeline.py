@@ -23,6 +23,7 @@ from pastkey import names
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError, ParityError, PastkeyError, first_line
 from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
+from pastkey.runtime import providers
 from pastkey.runtime.ort import RunError
 
 from . import optimum
@@ -106,9 +107,9 @@ def export(
     table of what each matrix costs. `progress` is called with each stage's name.
 
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
-    ResourceError (too little memory or disk), ContractError (the cache cannot be grafted onto it), NumericsError
-    (a weight that is no number), ParityError (the bundle differs from the source) or QualityError (`max_kl` cannot be
-    met with every product in float32).
+    ProviderError (the target is not on this machine), ResourceError (too little memory or disk), ContractError (the
+    cache cannot be grafted onto it), NumericsError (a weight that is no number), ParityError (the bundle differs from
+    the source) or QualityError (`max_kl` cannot be met with every product in float32).
     """
     started = time.perf_counter()
     say = progress or (lambda stage: None)
@@ -116,9 +117,11 @@ def export(
     if calibration is not None and precision == "fp32":
         raise InputError("float32 needs no calibration: leave out --calibration, or export with --precision int8")
     check_budget(max_kl, precision)
-    tables = check_tables(sensitivity, precision)
+    tables = check_tables(sensitivity, precision, out)
     by_matrix = max_kl is not None or bool(tables)
     refuse_existing(Path(out), force=force)
+    if isinstance(module_or_path, (str, Path)) and Path(out).resolve() == Path(module_or_path).resolve():
+        raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
     say("open the source")
     source = open_source(
         module_or_path,
@@ -225,6 +228,12 @@ def _check_choices(precision: str, target: str, graph: str) -> None:
             raise InputError(f"{name} is {found!r}; it must be one of {', '.join(known)}")
     if target == "portable" and graph == "fused":
         raise InputError("the fused graph is made of one provider's operators: with --target portable use standard")
+    if target == "portable" and precision != "fp32":
+        raise InputError(
+            f"--target portable promises ONNX-standard operators only, and {precision} is multiplied by MatMulNBits, "
+            "which is onnxruntime's own: export with --precision fp32, or with --target cpu --graph standard"
+        )
+    providers.require_target(target)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from pastkey.command import Command, Parser
 from pastkey.errors import PastkeyError, missing_extra
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Command = getattr(importlib.import_module(f"pastkey.{stage}.cli"), f"{name}_command")
         parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
         command.add_arguments(parser)
-        status = command.run(parser.parse_args(rest))
+        with _cleaning_up_when_terminated():
+            status = command.run(parser.parse_args(rest))
         sys.stdout.flush()
         return status
     except PastkeyError as error:
@@ -66,6 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("not enough memory: close other programs, or take a smaller model or context", prog)
     except OSError as error:
         return _fail(_os_sentence(error), prog)
+
+
+@contextlib.contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """Ends the command by an exception on SIGTERM, as Ctrl-C does, so that what is half-written is removed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one would cut the removal short
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in that one only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _overview() -> str:

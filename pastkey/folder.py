@@ -44,14 +44,35 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         work.chmod(0o777 & ~_umask())
         refuse_existing(target, force=force)  # it may have appeared meanwhile
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            target.rename(old / target.name)
-            work.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace(target, work)
         else:
             work.rename(target)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
+
+
+def _replace(target: Path, work: Path) -> None:
+    """Puts `work` in the place of a folder, which is back in it where that does not come to pass."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        work.rename(target)
+    except BaseException:
+        if not target.exists():
+            (old / target.name).rename(target)
+        raise
+    finally:
+        if target.exists():
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, also where an impatient user interrupts that once more."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:

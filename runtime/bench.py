@@ -18,6 +18,7 @@ import pastkey
 from pastkey.bundle import open_bundle
 
 from .ort import onnxruntime
+from .processor import Int8Kernels, int8_kernels_of
 from .providers import Choice
 from .session import Session
 from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS
@@ -33,6 +34,7 @@ class BenchReport:
     decode_tokens_per_second: float | None  # None when the context has no room for a new token
     load_seconds: float  # from the folder to a session that can run, hashes left alone
     peak_rss_bytes: int | None  # of the whole process so far; None where the system does not say
+    int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ def bench(
         decode_tokens_per_second=new / statistics.median(decode_seconds) if new else None,
         load_seconds=load_seconds,
         peak_rss_bytes=peak_rss_bytes(),
+        int8_kernels=int8_kernels_of(bundle.manifest.precision, session.providers[0]),
         settings=settings,
     )
 

@@ -156,6 +156,8 @@ def _print_bench(report: BenchReport) -> None:
     print(f"decode   {decode:10.1f} tokens/s  ({settings['new_tokens']} tokens)" if decode else "decode   no room")
     print(f"load     {report.load_seconds:10.3f} s")
     print(f"memory   {memory / 2**20:10.1f} MiB at the peak" if memory else "memory   unknown on this system")
+    if report.int8_kernels is not None:
+        print(f"int8     {report.int8_kernels.note}")
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     if note:
         say(f"note: {note}")
@@ -198,6 +200,8 @@ def _print_inspection(inspection: Inspection) -> None:
     for share in inspection.shares:
         operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
         print(f"{share.provider:<12}{share.nodes:>6}{share.weight_bytes:>16,}  {operators}")
+    if inspection.int8_kernels is not None:
+        print(f"\nint8 products here: {inspection.int8_kernels.note}")
     for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
         if figures:
             print(f"\n{title} at export")
@@ -232,16 +236,24 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
 
 def _devices(arguments: argparse.Namespace) -> int:
     from .ort import onnxruntime
+    from .processor import int8_kernels
     from .providers import devices
 
-    rows = devices()
+    rows, kernels = devices(), int8_kernels()
     if arguments.json:
-        print_json({"onnxruntime": onnxruntime.__version__, "devices": [dataclasses.asdict(row) for row in rows]})
+        print_json(
+            {
+                "onnxruntime": onnxruntime.__version__,
+                "devices": [dataclasses.asdict(row) for row in rows],
+                "int8_kernels": dataclasses.asdict(kernels),
+            }
+        )
         return 0
     print(f"onnxruntime {onnxruntime.__version__}")
     for row in rows:
         state = "available" if row.available else "absent"
         print(f"  {row.short_name:<14} {state:<10} {row.hardware}" + (f"; comes with {row.note}" if row.note else ""))
+    print(f"int8 products on this processor: {kernels.note}")
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from pastkey import names
 from pastkey.bundle import Manifest, open_bundle
 
+from .processor import Int8Kernels, int8_kernels_of
 from .providers import Choice, short_name
 from .session import Session
 
@@ -41,6 +42,7 @@ class Inspection:
     total_bytes: int  # of all files
     kv_bytes_per_token: int
     shares: tuple[Share, ...]  # of the optimised graph that `generate` runs, largest first
+    int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -61,12 +63,14 @@ def inspect(
         session = Session(bundle, providers=providers, threads=threads, profile_prefix=Path(folder) / "profile")
         session.prefill([0] * min(2, manifest.context_length))
         profile = _read_profile(Path(session.onnx.end_profiling()))
+        kernels = int8_kernels_of(manifest.precision, session.providers[0])
     return Inspection(
         manifest=manifest,
         weight_bytes=weights or sizes[names.COMMON_GRAPH[manifest.precision]],
         total_bytes=sum(sizes.values()),
         kv_bytes_per_token=kv_bytes_per_token(manifest),
         shares=read_shares(profile),
+        int8_kernels=kernels,
     )
 
 

@@ -104,6 +104,18 @@ def resolve(choice: Choice | Sequence[Choice] | None, target: str = "cpu") -> li
     return list(chosen.items())
 
 
+def require_target(target: str) -> None:
+    """Raises ProviderError where a bundle made for `target` cannot be run here, as an export does to prove it."""
+    wanted = _DEFAULT_OF_TARGET.get(target, "cpu")
+    try:
+        resolve(wanted)
+    except ProviderError as error:
+        raise ProviderError(
+            f"--target {target} is proved by running the bundle there, but {error}; export where it is, or with "
+            "--target cpu"
+        ) from None
+
+
 def require_active(wanted: Sequence[tuple[str, dict[str, Any]]], active: Sequence[str]) -> None:
     """Raises ProviderError when onnxruntime opened a session without a provider that was asked for."""
     for name, _ in wanted:

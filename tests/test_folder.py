@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,44 @@ def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path: Path) -> N
         (work / "new").write_text("new")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_while_replacing_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_json(out / "pastkey.json", {})
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, force=True):
+        pass
+    assert list(tmp_path.iterdir()) == [out]
+    assert (out / "pastkey.json").is_file()
+
+
+def test_a_second_interrupt_does_not_stop_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, calls = shutil.rmtree, list[Path]()
+
+    def impatient(path: Path, **options: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    def write_until_interrupted() -> None:
+        with whole_folder(tmp_path / "out") as work:
+            (work / "a").write_text("a")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        write_until_interrupted()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:

@@ -164,8 +164,8 @@ def test_products_are_joined_with_others_of_their_kind(
     np.testing.assert_allclose(run_chunks(graph, [ids]), expected, rtol=0, atol=0.05 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("number", [0.0, 0.25])
-@pytest.mark.parametrize("place", ["blocks.0.v", "blocks.0.q", "head", "token"])
+@pytest.mark.parametrize("number", [0.0, 1e-40, 0.25])
+@pytest.mark.parametrize("place", ["blocks.0.v", "blocks.0.q", "blocks.0.o", "head", "token"])
 def test_a_matrix_of_equal_numbers_is_exported(place: str, number: float, tmp_path: Path) -> None:
     module = Plain()
     with torch.no_grad():

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,7 +166,13 @@ def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Pat
         (("{file}:Small", "--context", "many"), ("'many' is not a whole number",)),
         (("{file}:Small", "--context", "13"), ("fails at position 12, the last of a context of 13", "mine.py:")),
         (("{file}:Small", "--context", "12", "--precision", "int2"), ("invalid choice: 'int2'", "int8")),
+        (("{file}:Small", "--context", "12", "--precision", "fp16"), ("invalid choice: 'fp16'", "int8", "fp32")),
         (("{file}:Small", "--context", "12", "--target", "tpu"), ("invalid choice: 'tpu'", "cpu")),
+        (("{file}:Small", "--context", "12", "--target", "qnn"), ("invalid choice: 'qnn'", "cuda", "portable")),
+        (
+            ("{file}:Small", "--context", "12", "--target", "portable"),
+            ("--target portable promises ONNX-standard operators only", "--precision fp32", "--graph standard"),
+        ),
         (("{file}:Small", "--context", "12", "--graph", "best"), ("invalid choice: 'best'", "standard")),
         (("{file}:Small", "--context", "12", "--tokenizer", "{folder}/no.json"), ("no such tokenizer", "no.json")),
         (("{file}:Nothing", "--context", "12"), ("has no function 'Nothing'", "Small")),
@@ -180,6 +191,31 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "precision", "words"),
+    [
+        ("fma avx2", "int8", "on this processor int8 products take AVX2 kernels, for want of VNNI"),
+        ("fma avx2", "fp32", None),
+        ("fma avx2 avx_vnni", "int8", None),
+        (None, "int8", None),
+    ],
+)
+def test_a_processor_without_fast_kernels_is_one_warning(
+    flags: str | None, precision: str, words: str | None,
+    factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from pastkey.runtime import processor
+
+    found = processor.choose_int8_kernels("x86_64", None if flags is None else flags.split())
+    monkeypatch.setattr(processor, "int8_kernels", lambda: found)
+    choices = ("--context", 12, "--precision", precision, "--json")
+    status, _, told = command("export", f"{factory}:Small", *choices, "--out", tmp_path / "bundle")
+    assert status == 0
+    warnings = [line for line in told.splitlines() if "warning" in line]
+    assert len(warnings) == (words is not None)
+    assert not words or words in warnings[0]
+
+
 def test_an_out_is_needed(factory: Path, command: Command) -> None:
     fails(command("export", f"{factory}:Small"), "--out")
 
@@ -195,6 +231,13 @@ def test_force_replaces_what_pastkey_wrote_and_nothing_else(factory: Path, tmp_p
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_checkpoint_is_not_replaced_by_its_own_bundle(checkpoint: Path, tmp_path: Path, command: Command) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    fails(command("export", copy, "--out", f"{copy}/", "--force"), "is what is to be exported, and would be replaced")
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
 def test_a_full_disk_is_one_sentence(
     factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +248,38 @@ def test_a_full_disk_is_one_sentence(
     arguments = ("--context", 12, "--precision", "fp32", "--out", tmp_path / "bundle")
     fails(command("export", f"{factory}:Small", *arguments), "the disk is full", "nothing half-written was kept")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(
+    number: signal.Signals, status: int, force: bool, small: Path, tmp_path: Path
+) -> None:
+    """Stopped while the bundle's first files are there: the module waits in the verification until the signal comes."""
+    module = tmp_path / "waits.py"
+    waiting = "class Waits(Small):\n    def forward(self, input_ids, position_ids):\n        import glob, time\n"
+    waiting += "        while glob.glob('work/.bundle.*.partial'):\n            time.sleep(0.01)\n"
+    module.write_text(FACTORY + waiting + "        return super().forward(input_ids, position_ids)\n")
+    work = tmp_path / "work"
+    work.mkdir()
+    if force:
+        shutil.copytree(small, work / "bundle")
+    arguments = ["export", f"{module}:Waits", "--context", "12", "--out", "work/bundle", *["--force"] * force]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pastkey", *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        while not list(work.glob(".bundle.*.partial/.fp32/onnx/*.onnx")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "Traceback" not in told
+    assert [path.name for path in work.iterdir()] == ["bundle"] * force
+    if force:
+        open_bundle(work / "bundle", verify=True)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

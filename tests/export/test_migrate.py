@@ -121,12 +121,48 @@ def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(
     assert report.manifest.quality["kl_divergence"] < 0.02
 
 
-def test_a_migration_that_changes_the_logits_is_not_taken(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [0.0, 1e-45, 1e-40, 3e38])
+@pytest.mark.parametrize("projection", ["q_proj", "o_proj", "down_proj", "v_proj", "up_proj"])
+def test_weights_without_any_size_to_go_by_are_left_as_they_are(
+    projection: str, number: float, exported: Export, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A layer that was switched off, numbers that cannot be divided by, and one that overflows when it is scaled."""
+    made = exported("llama")
+    model = ir.load(made.bundle.common_graph)
+    groups = find_groups(model)
+    with probing(model, made.bundle.common_graph.parent, [group.activation for group in groups]) as probe:
+        samples = probe(np.arange(40))
+    for name, value in model.graph.initializers.items():
+        if f"layers.0.self_attn.{projection}" in str(name) or f"layers.0.mlp.{projection}" in str(name):
+            array = value.const_value.numpy().copy()
+            array[:] = number if number < 1 else array
+            array[0, 0] = number
+            value.const_value = ir.Tensor(array, name=value.name)
+    migrate(model, groups, samples)
+    for name, value in model.graph.initializers.items():
+        assert np.isfinite(value.const_value.numpy()).all(), name
+    assert not list(recwarn)
+
+
+def test_activations_that_are_nothing_are_left_as_they_are(exported: Export, recwarn: pytest.WarningsRecorder) -> None:
+    made = exported("llama")
+    model = ir.load(made.bundle.common_graph)
+    groups = find_groups(model)
+    with probing(model, made.bundle.common_graph.parent, [group.activation for group in groups]) as probe:
+        samples = {name: rows * 0 for name, rows in probe(np.arange(40)).items()}
+    assert set(migrate(model, groups, samples).values()) == {0}
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize("factor", [1.5, np.nan])
+def test_a_migration_that_changes_the_logits_is_not_taken(
+    factor: float, exported: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = exported("llama")
 
     def wrong(model: ir.Model, *_: object) -> None:
         value = model.graph.initializers["model.layers.0.self_attn.q_proj.weight"]
-        value.const_value = ir.Tensor(value.const_value.numpy() * 1.5, name=value.name)
+        value.const_value = ir.Tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
 
     monkeypatch.setattr(calibrate, "migrate", wrong)
     model = calibrate.calibrated(made.bundle, [np.arange(40)])

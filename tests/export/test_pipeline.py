@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -17,14 +19,21 @@ from torch import Tensor, nn
 
 from pastkey import names
 from pastkey.bundle import open_bundle
-from pastkey.errors import ContractError, ExistingFolderError, InputError, NumericsError, ParityError
+from pastkey.errors import (
+    ContractError,
+    ExistingFolderError,
+    InputError,
+    NumericsError,
+    ParityError,
+    ProviderError,
+)
 from pastkey.export import export, files, pipeline
 from pastkey.export.pipeline import MIN_ONNXRUNTIME
-from pastkey.runtime import Session
+from pastkey.runtime import Session, providers
 
 from .cases import CASES, MORE_CASES, Case
 from .conftest import Export
-from .decoders import NanoGpt, Plain, TableRope, llama
+from .decoders import NanoGpt, Plain, TableRope, gpt2, llama
 from .plain_loop import run_batch, run_chunks
 
 
@@ -322,6 +331,8 @@ def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path:
         ({"target": "tpu"}, "target is 'tpu'; it must be one of cpu, cuda, webgpu, portable"),
         ({"graph": "dynamic"}, "graph is 'dynamic'; it must be one of auto, fused, standard"),
         ({"graph": "fused", "target": "portable"}, "with --target portable use standard"),
+        ({"target": "portable"}, "int8 is multiplied by MatMulNBits, which is onnxruntime's own: export with --precis"),
+        ({"target": "portable", "graph": "standard"}, "or with --target cpu --graph standard"),
         ({"context_length": None}, "Plain has no context length of its own: give it with context_length=N"),
         ({"context_length": 1}, "the context length is 1; it must be a whole number of tokens from 2"),
         ({"context_length": "8"}, "the context length is '8'; it must be a whole number of tokens from 2"),
@@ -335,6 +346,30 @@ def test_unknown_choices_are_refused_before_any_work(
         export(Plain(), tmp_path / "bundle", **({"context_length": 8} | settings))
     assert sentence in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["cuda", "webgpu"])
+def test_a_target_that_is_not_here_is_refused_before_any_work(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "open_source", None)
+    monkeypatch.setattr(providers, "available", lambda: [providers.CPU])
+    sentence = f"--target {target} is proved by running the bundle there, but the execution provider '{target}' is not"
+    with pytest.raises(ProviderError, match=f"{sentence} on this machine; here: cpu; .*or with --target cpu"):
+        export(Plain(), tmp_path / "bundle", target=target, context_length=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, lambda: Plain(size=10)])
+def test_a_portable_bundle_has_onnx_standard_operators_only(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    export(build(), tmp_path / "bundle", precision="fp32", target="portable", context_length=40)
+    bundle = open_bundle(tmp_path / "bundle")
+    assert (bundle.manifest.target, bundle.manifest.graph) == ("portable", "standard")
+    for path in (bundle.common_graph, bundle.last_graph):
+        model = onnx.load(path, load_external_data=False)
+        assert [opset.domain for opset in model.opset_import] == [""]
+        assert {node.domain for node in model.graph.node} == {""}
+        onnx.checker.check_model(path)
 
 
 def test_fused_is_refused_for_heads_it_cannot_take(tmp_path: Path) -> None:

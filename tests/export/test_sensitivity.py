@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -187,4 +189,23 @@ def test_a_name_says_layer_and_kind(weight: str, expected: Any) -> None:
 def test_files_that_cannot_be_written_are_refused(file: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(kind, match=words):
-        check_tables([tmp_path / "fine.json", tmp_path / file], "int8")
+        check_tables([tmp_path / "fine.json", tmp_path / file], "int8", tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.json"]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "touch", denied)
+    with pytest.raises(InputError, match=r"table\.json cannot be written there \(Permission denied\): choose another"):
+        check_tables([tmp_path / "table.json"], "int8", tmp_path / "bundle")
+
+
+def test_a_table_inside_the_bundle_that_is_replaced_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bundle" / "deep").mkdir(parents=True)
+    for file in ("bundle/table.json", "bundle/deep/table.png", "bundle/deep/../table.json"):
+        with pytest.raises(InputError, match="which is replaced: put it beside that"):
+            check_tables([tmp_path / file], "int8", tmp_path / "bundle")
