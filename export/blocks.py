@@ -15,8 +15,6 @@ import numpy as np
 
 ZERO = 128
 _BLOCK_SIZES = (32, 16)
-_HEAD_BLOCK_SIZES = (64, 32, 16)
-_HEAD_PADDING = 1.0625  # at most, of a row
 _LARGEST_CODE = np.float32(255)
 
 
@@ -76,16 +74,6 @@ def join(parts: Sequence[BlockQuantized]) -> BlockQuantized:
         np.concatenate([part.codes for part in parts]),
         np.concatenate([part.factors for part in parts]),
         parts[0].columns,
-    )
-
-
-def choose_head_block_size(columns: int) -> int:
-    """The widest that pads a row by a sixteenth at most: the head reads its input twice, and can do with few scales.
-
-    They are a fifth of what a product of one row reads from memory with 32 weights to a scale.
-    """
-    return next(
-        size for size in _HEAD_BLOCK_SIZES if -(-columns // size) * size <= _HEAD_PADDING * columns or size == 16
     )
 
 

@@ -15,6 +15,7 @@ from pastkey.bundle import Manifest
 from pastkey.folder import write_json
 
 from .contents import special_ids
+from .embedding import take_embedding_rows
 from .last_position import keep_last_positions
 from .programs import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 from .source import Source
@@ -36,6 +37,7 @@ def write_graphs(model: ir.Model, folder: Path, precision: str) -> int:
     weight_bytes = _move_weights_out(model, common.with_name(common.name + names.DATA_SUFFIX))
     ir.save(model, common)
     keep_last_positions(model)
+    take_embedding_rows(model)
     ir.save(model, folder / names.LAST_GRAPH)
     return weight_bytes
 

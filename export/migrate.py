@@ -244,11 +244,17 @@ def _as_made(factors: np.ndarray, group: Group, fold: Fold) -> np.ndarray:
 
 
 def _rotation(size: int) -> np.ndarray:
-    """An orthogonal (D, D) whose columns have something of every channel: the discrete cosine transform."""
+    """An orthogonal (D, D) whose columns have as much of every channel as can be: Hadamard's, or of another size
+    than a power of two the discrete cosine transform."""
+    if size & (size - 1) == 0:
+        signs = np.ones((1, 1))
+        while len(signs) < size:
+            signs = np.block([[signs, signs], [signs, -signs]])
+        return np.asarray(signs / np.sqrt(size))
     angles = np.pi / size * (np.arange(size)[:, None] + 0.5) * np.arange(size)
-    turned = np.cos(angles) * np.sqrt(2 / size)
-    turned[:, 0] = np.sqrt(1 / size)
-    return turned
+    cosines = np.cos(angles) * np.sqrt(2 / size)
+    cosines[:, 0] = np.sqrt(1 / size)
+    return np.asarray(cosines)
 
 
 def _turned(array: np.ndarray, axis: int, rotation: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ Rules over the graph:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.errors import InputError
 
-from .blocks import ZERO, BlockQuantized, choose_block_size, choose_head_block_size, join, quantize_blocks
+from .blocks import ZERO, BlockQuantized, choose_block_size, join, quantize_blocks
 from .graph import Steps, add_weight, drop_unused_weights, replace_node, replace_uses, weight
 from .last_position import output_head
 from .pack import Pack, find_packs, split_up
@@ -46,7 +46,7 @@ def quantize(model: ir.Model, keep: Collection[str] = (), head: ir.Node | None =
     """
     if head is None:
         head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
-    weights = _Weights(model, head, frozenset(keep))
+    weights = _Weights(model, frozenset(keep))
     packs = find_packs([n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.factor(n)])
     joined = {id(node) for pack in packs for node in pack.products}
     for node in tuple(model.graph):
@@ -84,11 +84,9 @@ class _Stored:
 class _Weights:
     """The quantized matrices of a graph: one that is used twice is stored once."""
 
-    def __init__(self, model: ir.Model, head: ir.Node | None, keep: frozenset[str]) -> None:
+    def __init__(self, model: ir.Model, keep: frozenset[str]) -> None:
         self._model = model
         self._keep = keep  # names of initializers that stay in float32
-        factor = None if head is None else constant_factor(head)
-        self._head = None if factor is None else factor[0]  # a tied table is stored as the head's
         self._stored: dict[tuple[int, ...], _Stored] = {}  # by the identity of initializers
 
     def factor(self, node: ir.Node) -> tuple[ir.Value, bool] | None:
@@ -104,8 +102,7 @@ class _Weights:
         """Quantizes initializers (N, K), or (K, N) with True beside them, that are read below one another."""
         key = tuple(id(value) for value, _ in factors)
         if key not in self._stored:
-            choose = choose_head_block_size if factors[0][0] is self._head else choose_block_size
-            matrix = join([_quantized(value, transposed, choose) for value, transposed in factors])
+            matrix = join([_quantized(value, transposed) for value, transposed in factors])
             name = "+".join(str(value.name) for value, _ in factors)
             self._stored[key] = _Stored(
                 matrix,
@@ -131,21 +128,22 @@ class _Weights:
                     steps.constant(what, np.concatenate([getattr(stored.matrix, what) for stored in group]))
                     for what in ("codes", "factors")
                 )
-                parts = (steps.add("Mul", steps.add("Cast", codes, to=ir.DataType.FLOAT), factors),)
+                whole = steps.add("Mul", steps.add("Cast", codes, to=ir.DataType.FLOAT), factors)
+                parts: tuple[ir.Value, ...] = (whole,)
                 if len(group) > 1:
                     rows = steps.constant("rows", np.array([len(stored.matrix.data) for stored in group]))
-                    parts = steps.add_several("Split", len(group), parts[0], rows, axis=0)
+                    parts = steps.add_several("Split", len(group), whole, rows, axis=0)
                 self._model.graph.insert_before(self._model.graph[0], steps.nodes)
                 for stored, part in zip(group, parts, strict=True):
                     replace_uses(stored.scales, part)
 
 
-def _quantized(value: ir.Value, transposed: bool, block_size: Callable[[int], int]) -> BlockQuantized:
+def _quantized(value: ir.Value, transposed: bool) -> BlockQuantized:
     array = weight(value)
     assert array is not None
     matrix = array.T if transposed else array
     try:
-        return quantize_blocks(matrix, block_size(matrix.shape[1]))
+        return quantize_blocks(matrix, choose_block_size(matrix.shape[1]))
     except ValueError as error:
         raise InputError(
             f"the weight {value.name} holds {error}, which cannot be quantized: training went wrong"

@@ -11,7 +11,11 @@ INPUT_IDS: Final = "input_ids"  # (B, T) int64
 ATTENTION_MASK: Final = "attention_mask"  # (B, S) int64, 1 for a real token, 0 for padding
 POSITION_IDS: Final = "position_ids"  # (B, T) int64
 LOGITS: Final = "logits"  # (B, T, V) float32
-LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, an input of pastkey's own graphs: of how many last positions
+LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, an input of pastkey's own graphs: how many last positions
+
+# An input of pastkey's own graphs, where they have it: (B, T, blocks, block_size) uint8, the quantized embedding's rows
+# of INPUT_IDS. The graph's metadata says under this name where in the weights file they stand.
+EMBEDDING_ROWS: Final = "embedding_rows"
 
 # --- axes ---------------------------------------------------------------------------------------------------------
 BATCH: Final = "batch_size"

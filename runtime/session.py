@@ -17,6 +17,7 @@ from pastkey.errors import InputError, IntegrityError, MissingExtraError, Numeri
 
 from . import providers as ep
 from .cache import KVCache
+from .embedding import EmbeddingRows
 from .int8_cache import LONG_CONTEXT, MIN_ONNXRUNTIME, Int8Cache
 from .lookahead import GUESSES
 from .ort import OrtError, onnxruntime, parse_version
@@ -67,6 +68,8 @@ class Session:
         self._last_only = graph == "last"
         # Without this input, which bundles of pastkey 0.1's first days lack, the last graph knows one position.
         self._keeps = any(value.name == names.LOGITS_TO_KEEP for value in self.onnx.get_inputs())
+        place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
+        self._embedding = None if place is None else EmbeddingRows(path.parent, place)
         self._fused = bundle.manifest.graph == "fused"
         self.cache = KVCache(
             self.onnx,
@@ -203,6 +206,9 @@ class Session:
         bind(names.POSITION_IDS, value(positions))
         if self._keeps:
             bind(names.LOGITS_TO_KEEP, value(kept))
+        if self._embedding is not None:
+            rows = self._embedding[ids]
+            bind(names.EMBEDDING_ROWS, value(rows))
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
         cache.onnx.run_with_iobinding(binding)
         self._check_finite(logits, start, tokens, mask)
@@ -372,6 +378,8 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
     if names.LOGITS_TO_KEEP in found:
         expected[names.LOGITS_TO_KEEP] = [1]
+    if names.EMBEDDING_ROWS in found:
+        expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
     for name, shape in expected.items():
         if name not in found:
             raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")

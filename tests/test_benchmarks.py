@@ -280,7 +280,7 @@ def test_a_worker_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
         (["--model", "short.txt"], "short.txt is neither a .gguf file nor a folder"),
         (["--text", "nothing.txt"], "no such text: nothing.txt is not a file"),
         (["--text", "short.txt"], "short.txt has 5 bytes; one window of 512 tokens is needed"),
-        (["--only", "vllm"], "no engine 'vllm'; the engines are pastkey-int8, pastkey-fp32"),
+        (["--only", "vllm"], "no engine 'vllm'; the engines are pastkey-int8, pastkey-int8-steps, pastkey-fp32"),
         (["--rounds", "0"], "0 is not a whole number from 1"),
     ],
 )
