@@ -8,7 +8,7 @@ a whole number from 1 to 255 times one float32 of the row. They are rounded up, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> BlockQuantized:
     padded = np.zeros((rows, blocks * block_size), np.float32)
     padded[:, :columns] = matrix
     padded = padded.reshape(rows, blocks, block_size)
-    codes, factors = _encode_scales(np.abs(padded).max(2) / np.float32(127))
+    codes, factors = encode_scales(np.abs(padded).max(2) / np.float32(127))
     scales = codes.astype(np.float32) * factors
     data = np.clip(np.rint(padded / scales[:, :, None]), -127, 127) + ZERO
     return BlockQuantized(data.astype(np.uint8), codes, factors, columns)
@@ -77,10 +77,15 @@ def join(parts: Sequence[BlockQuantized]) -> BlockQuantized:
     )
 
 
-def _encode_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes (N, blocks) and float32 (N, 1) whose product is no smaller than the scales (N, blocks)."""
+def encode_scales(
+    scales: np.ndarray, rounded: Callable[[np.ndarray], np.ndarray] = np.ceil
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes (N, blocks) and float32 (N, 1) whose product is no smaller than the scales (N, blocks).
+
+    With np.rint it is the nearest to them instead.
+    """
     factors = scales.max(1, keepdims=True) / _LARGEST_CODE
     # A row of zeros, or of numbers too small to divide by, is stored as zeros.
     factors[factors < np.finfo(np.float32).tiny] = 1
-    codes = np.clip(np.ceil(scales / factors), 1, _LARGEST_CODE)
+    codes = np.clip(rounded(scales / factors), 1, _LARGEST_CODE)
     return codes.astype(np.uint8), factors.astype(np.float32)

@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Int8:
+class Quantized:
     """What was written and measured."""
 
     bundle: Bundle
@@ -45,7 +45,7 @@ def check_budget(max_kl: float | None, precision: str) -> None:
 
 def make_int8(
     exact: Bundle, text: CalibrationText, write: Write, say: Progress, *, max_kl: float | None, by_matrix: bool
-) -> Int8:
+) -> Quantized:
     """Calibrates, quantizes, writes and measures; with `max_kl`, again and again until the budget is met.
 
     `exact` is the float32 bundle, beside whose graph files may lie meanwhile. `max_kl` bounds the KL divergence from
@@ -56,7 +56,7 @@ def make_int8(
     model, table = calibrated(exact, text.chosen_by), None
     if max_kl is None and not by_matrix:
         quantize(model)
-        return Int8(*_written(exact, model, write, text), None)
+        return Quantized(*written(exact, model, write, text), None)
     folder = exact.common_graph.parent
     calibrated_graph = folder / "calibrated.onnx"
     data = calibrated_graph.name + names.DATA_SUFFIX
@@ -73,23 +73,24 @@ def make_int8(
     while True:
         model = ir.load(calibrated_graph)
         quantize(model, keep)
-        bundle, weight_bytes, quality = _written(exact, model, write, text)
+        bundle, weight_bytes, quality = written(exact, model, write, text)
         kl = quality["kl_divergence"]
         if max_kl is None:
-            return Int8(bundle, weight_bytes, quality, table)
+            return Quantized(bundle, weight_bytes, quality, table)
         if kl <= max_kl:
-            return Int8(bundle, weight_bytes, quality | {"float32_weights": list(keep)}, table)
+            return Quantized(bundle, weight_bytes, quality | {"float32_weights": list(keep)}, table)
         if table is None:
             table = measure_each()
             more = table.keep or table.worst(1)
         else:  # kernels of other shapes round in other ways: a hair over it
             more, step = table.worst(len(keep) + step), 2 * step
         if len(more) == len(keep):
-            raise missed(kl, max_kl, "with every product in float32")
+            raise missed(kl, max_kl, "int8", "with every product in float32")
         keep = more
         shutil.rmtree(bundle.common_graph.parent)
 
 
-def _written(exact: Bundle, model: ir.Model, write: Write, text: CalibrationText) -> tuple[Bundle, int, dict[str, Any]]:
+def written(exact: Bundle, model: ir.Model, write: Write, text: CalibrationText) -> tuple[Bundle, int, dict[str, Any]]:
+    """The bundle of a quantized graph, the bytes of its weights, and the manifest's quality."""
     bundle, weight_bytes = write(model)
     return bundle, weight_bytes, measured(exact, bundle, text)

@@ -25,6 +25,7 @@ from .migrate import find_groups, migrate
 
 WINDOWS, LENGTH = 8, 256  # of calibration text, and tokens of each, where the context has room for them
 MIN_TOKENS = 64  # of a calibration file: fewer say nothing about the activations of other texts
+_AT_ONCE = 32  # windows that the model writes side by side
 _MEASURED = 2  # windows that are kept apart, to measure on
 # Of the largest logit. Moving a scale rounds every weight anew, by 6e-8; a wrong fold changes everything.
 _MAX_CHANGE = 1e-4
@@ -47,7 +48,7 @@ class CalibrationText:
     measured_on: tuple[Ids, ...]
 
 
-def read_calibration(file: str | Path, tokenizer: bytes | None) -> list[int]:
+def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int = WINDOWS) -> list[int]:
     """The token ids of the user's calibration text. Raises MissingFileError or InputError where it cannot be used."""
     if tokenizer is None:
         raise InputError(
@@ -58,7 +59,7 @@ def read_calibration(file: str | Path, tokenizer: bytes | None) -> list[int]:
     if len(ids) < MIN_TOKENS:
         raise InputError(
             f"{file} is too short to calibrate on, {len(ids)} token{'s' * (len(ids) != 1)}: at least {MIN_TOKENS} are "
-            f"needed, and {WINDOWS * LENGTH:,} are used; leave out --calibration for text of the model's own"
+            f"needed, and {windows * LENGTH:,} are used; leave out --calibration for text of the model's own"
         )
     if len(set(ids[1:-1])) == 1:  # the tokenizer's own may stand at the ends
         raise InputError(
@@ -68,17 +69,17 @@ def read_calibration(file: str | Path, tokenizer: bytes | None) -> list[int]:
     return ids
 
 
-def calibration_text(bundle: Bundle, ids: Sequence[int] | None) -> CalibrationText:
-    """Windows of the user's text, spread over all of it; without one, of what the float32 bundle itself writes.
+def calibration_text(bundle: Bundle, ids: Sequence[int] | None, count: int = WINDOWS) -> CalibrationText:
+    """`count` windows of the user's text, spread over all of it; without one, of what the float32 bundle itself writes.
 
     Its own text is of its kind, and nobody has to be asked for some.
     """
     length = min(LENGTH, bundle.manifest.context_length)
     if ids is None:
-        windows = own_texts(Session(bundle), begin_token(bundle.manifest), WINDOWS, length)
+        windows = own_texts(Session(bundle), begin_token(bundle.manifest), count, length)
     else:
         cut = cut_windows(ids, min(length, len(ids) // 2), len(ids))
-        windows = [cut[i] for i in np.linspace(0, len(cut) - 1, min(WINDOWS, len(cut))).astype(int)]
+        windows = [cut[i] for i in np.linspace(0, len(cut) - 1, min(count, len(cut))).astype(int)]
     kept = min(_MEASURED, len(windows) - 1)
     return CalibrationText("own" if ids is None else "given", tuple(windows[kept:]), tuple(windows[:kept]))
 
@@ -97,13 +98,14 @@ def measured(exact: Bundle, bundle: Bundle, text: CalibrationText) -> dict[str, 
 
 def own_texts(session: Session, beginning: int, count: int, length: int) -> list[Ids]:
     """`count` windows (length,): `beginning` and what the model writes after it, drawn at temperature 1."""
-    random = np.random.default_rng(0)
-    texts = np.full((count, length), beginning, np.int64)
-    session.reset()
-    for place in range(1, length):
-        logits = session.forward(texts[:, place - 1 : place])[:, -1]  # (count, V)
-        # Gumbel's trick: the largest of logits and such noise is drawn with the softmax's probabilities.
-        texts[:, place] = (logits + random.gumbel(size=logits.shape)).argmax(-1)
+    random, texts = np.random.default_rng(0), np.full((count, length), beginning, np.int64)
+    for first in range(0, count, _AT_ONCE):
+        rows = texts[first : first + _AT_ONCE]
+        session.reset()
+        for place in range(1, length):
+            logits = session.forward(rows[:, place - 1 : place])[:, -1]  # (rows, V)
+            # Gumbel's trick: the largest of logits and such noise is drawn with the softmax's probabilities.
+            rows[:, place] = (logits + random.gumbel(size=logits.shape)).argmax(-1)
     return list(texts)
 
 

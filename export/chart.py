@@ -1,4 +1,4 @@
-"""A chart of what each matrix costs in int8: every layer's matrices as a heat map, and the ten worst as bars."""
+"""A chart of what each matrix costs in int8 or int4: every layer's matrices as a heat map, the ten worst as bars."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw(path: Path, table: Sensitivity) -> None:
     figure = Figure(figsize=(width + 7, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"KL divergence from float32 in nats, one matrix in int8 at a time; all together {table.kl_divergence:.2g}"
+        f"KL divergence from float32 in nats, one matrix quantized at a time; all together {table.kl_divergence:.2g}"
     )
     left, right = figure.subplots(1, 2, width_ratios=[width, 7])
     cells = np.full((len(layers), len(kinds)), np.nan)

@@ -37,19 +37,20 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="tokenizer.json of a module, or llama2.c's tokenizer .bin; without one, ids only",
     )
-    add("--calibration", metavar="FILE", help="text that int8 is made for (default: what the model itself writes)")
+    add("--calibration", metavar="FILE", help="text that int8 or int4 is made for (default: its own)")
     add(
         "--max-kl",
         type=finite_float,
         metavar="NATS",
-        help="what int8 may cost: the matrices that cost most stay in float32 until its KL divergence is no larger",
+        help="what it may cost: the matrices that cost most stay in float32, or of int4 in int8, until its KL "
+        "divergence is no larger",
     )
     add(
         "--sensitivity",
         action="append",
         default=[],
         metavar="FILE",
-        help="write what each matrix costs in int8, as .json or as a chart .png; may be given twice",
+        help="write what each matrix costs in int8 or int4, as .json or as a chart .png; may be given twice",
     )
     add("--force", action="store_true", help="replace an existing bundle")
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
@@ -84,11 +85,12 @@ def _export(arguments: argparse.Namespace) -> int:
         f"weights ({report.weight_bytes / report.fp32_weight_bytes:.3f} of float32), {report.seconds:.1f} s"
     )
     _say_parity(report.manifest.parity["fp32"], "float32 against torch")
-    if "int8" in report.manifest.parity:
-        _say_parity(report.manifest.parity["int8"], "int8 against itself")
+    precision = report.manifest.precision
+    if precision != "fp32":
+        _say_parity(report.manifest.parity[precision], f"{precision} against itself")
         quality = report.manifest.quality
         say(
-            f"  int8 against float32: KL divergence {quality['kl_divergence']:.2g} nats, "
+            f"  {precision} against float32: KL divergence {quality['kl_divergence']:.2g} nats, "
             f"top-1 agreement {quality['top1_agreement']:.1%}"
         )
         _say_sensitivity(report)
@@ -110,9 +112,15 @@ def _say_sensitivity(report: Report) -> None:
     kept = report.manifest.quality.get("float32_weights", [])
     if kept:
         say(f"  kept in float32, to meet --max-kl: {len(kept)} {'weight' if len(kept) == 1 else 'weights'}")
+    raised = report.manifest.quality.get("int8_weights", [])
+    if raised:
+        say(f"  in int8, where a bit buys most: {len(raised)} {'weight' if len(raised) == 1 else 'weights'}")
     if report.sensitivity is not None:
         worst = report.sensitivity.rows[:3]
-        say("  int8 costs most at " + ", ".join(f"{row.weight} ({row.kl_divergence:.2g} nats)" for row in worst))
+        say(
+            f"  {report.manifest.precision} costs most at "
+            + ", ".join(f"{row.weight} ({row.kl_divergence:.2g} nats)" for row in worst)
+        )
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""A graph in which each matrix is float32 or int8 by an input, so that one session runs every mixture of the two.
+"""A graph in which each matrix is float32 or quantized by an input, so that one session runs every mixture of the two.
 
 Products compute some of their rows in each precision, and the gate says where the one ends: at none or at all of them.
 So a mixture costs what its products cost, and is exactly what a graph of its own would give:
@@ -9,7 +9,7 @@ So a mixture costs what its products cost, and is exactly what a graph of its ow
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from pastkey import names
 
+from .gptq import FourBit
 from .graph import Steps, add_weight, replace_node, weight
 from .last_position import output_head
 from .quantize import constant_factor, gathered_table, quantize
@@ -42,10 +43,14 @@ def gates(matrices: Iterable[Matrix], int8: Iterable[str]) -> np.ndarray:
     return np.array([_ALL if matrix.weight in chosen else 0 for matrix in matrices], np.int64)
 
 
-def add_gates(model: ir.Model) -> tuple[Matrix, ...]:
+_NONE: Mapping[str, FourBit] = {}
+
+
+def add_gates(model: ir.Model, int4: Mapping[str, FourBit] = _NONE) -> tuple[Matrix, ...]:
     """Adds the input GATES to a float32 graph. Returns its matrices, in the order of the gates.
 
-    Nodes that share an initializer share its gate. Raises InputError on NaN or infinity.
+    Matrices of `int4`, by the names of initializers, are 4-bit where others are int8. Nodes that share an initializer
+    share its gate. Raises InputError on NaN or infinity.
     """
     head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
     originals = frozenset(model.graph.initializers)
@@ -60,8 +65,13 @@ def add_gates(model: ir.Model) -> tuple[Matrix, ...]:
     gates_input = gated.input
     gates_input.shape = ir.Shape((len(gated.matrices),))
     model.graph.inputs.append(gates_input)
-    quantize(model, originals, int8_head)
+    quantize(model, originals, int8_head, {_copy(name): matrix for name, matrix in int4.items()})
     return tuple(gated.matrices.values())
+
+
+def _copy(name: str) -> str:
+    """What an initializer's quantized twin is called."""
+    return f"{name}.int8"
 
 
 class _Gated:
@@ -106,7 +116,7 @@ class _Gated:
         matrix = self.matrices.setdefault(name, Matrix(name, array.shape, array.nbytes))
         matrix.product |= product
         if name not in self._copies:
-            copy = ir.Value(name=f"{name}.int8", shape=value.shape, type=value.type, const_value=value.const_value)
+            copy = ir.Value(name=_copy(name), shape=value.shape, type=value.type, const_value=value.const_value)
             self._model.graph.register_initializer(copy)
             self._copies[name] = copy
         return list(self.matrices).index(name), self._copies[name]

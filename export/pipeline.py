@@ -1,7 +1,7 @@
 """checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
 
 observe -> rehearse -> trace -> clean -> write fp32 -> verify
-    [-> calibrate -> quantize -> write int8 -> verify] -> bundle/
+    [-> calibrate -> quantize -> write int8 or int4 -> verify] -> bundle/
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pastkey.folder import file_records, parse_records, refuse_existing, whole_f
 from pastkey.runtime import providers
 from pastkey.runtime.ort import RunError
 
-from . import optimum
+from . import int4, optimum
 from .budget import check_budget, make_int8
-from .calibrate import calibration_text, read_calibration
+from .calibrate import WINDOWS, calibration_text, read_calibration
 from .files import count_operators, write_configurations, write_graphs
 from .fuse import fuse
 from .graft import IR_VERSION, GraphChoice, choose_graph, trace
@@ -100,11 +100,11 @@ def export(
     attention is F.scaled_dot_product_attention(q, k, v, is_causal=True); a transformers model for causal language
     modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
     .bin (`tokenizer` may then be the one of its own format), or "file.py:factory".
-    `precision`: "int8" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
-    "standard". `context_length` in tokens is required for a module. `calibration` is a text file that int8 is made for
-    and measured on, instead of text that the model itself writes. `max_kl` in nats bounds what int8 may cost there: the
-    matrices that cost most stay in float32 until it does not cost more. `sensitivity` names files, .json or .png, for a
-    table of what each matrix costs. `progress` is called with each stage's name.
+    `precision`: "int8", "int4" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
+    "standard". `context_length` in tokens is required for a module. `calibration` is a text file that int8 or int4 is
+    made for and measured on, instead of text that the model itself writes. `max_kl` in nats bounds what it may cost
+    there: the matrices that cost most stay in float32, or of int4 in int8, until it does not cost more. `sensitivity`
+    names files, .json or .png, for a table of what each matrix costs. `progress` is called with each stage's name.
 
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
     ProviderError (the target is not on this machine), ResourceError (too little memory or disk), ContractError (the
@@ -132,7 +132,8 @@ def export(
         before_loading=lambda weights: require_disk(Path(out), weights, precision, by_matrix=by_matrix),
     )
 
-    calibration_ids = None if calibration is None else read_calibration(calibration, source.tokenizer)
+    windows = int4.WINDOWS if precision == "int4" else WINDOWS
+    calibration_ids = None if calibration is None else read_calibration(calibration, source.tokenizer, windows)
     weights = parameters(source.module)
     require_memory(weights, loaded=True)
     require_disk(Path(out), weights, precision, by_matrix=by_matrix)
@@ -148,15 +149,18 @@ def export(
             bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, padding=False))
             verification = job.verify(bundle)
         parity, weight_bytes, quality, table = {"fp32": verification.to_json()}, fp32_bytes, dict[str, Any](), None
-        if precision == "int8":
-            say(f"calibrate int8 on {calibration or 'text of the model itself'}")
-            text = calibration_text(bundle, calibration_ids)
-            writing = functools.partial(job.write, folder=folder, precision="int8")
+        if precision != "fp32":
+            say(f"calibrate {precision} on {calibration or 'text of the model itself'}")
+            text = calibration_text(bundle, calibration_ids, windows)
+            writing = functools.partial(job.write, folder=folder, precision=precision)
             exact = bundle
-            int8 = make_int8(exact, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
-            bundle, weight_bytes, quality, table = int8.bundle, int8.weight_bytes, int8.quality, int8.sensitivity
+            if precision == "int4":
+                small = int4.make_int4(exact, text, writing, say, max_kl=max_kl)
+            else:
+                small = make_int8(exact, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
+            bundle, weight_bytes, quality, table = small.bundle, small.weight_bytes, small.quality, small.sensitivity
             verification = job.verify(bundle)
-            parity["int8"] = verification.to_json()
+            parity[precision] = verification.to_json()
             quality |= add_int8_cache(exact, bundle, text)
             shutil.rmtree(fp32)
         manifest = job.finish(bundle, parity, quality)

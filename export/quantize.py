@@ -1,4 +1,4 @@
-"""int8 weights in blocks: the graph. `blocks` has the arrays, `pack` joins products.
+"""int8 and int4 weights in blocks: the graph. `blocks` has the arrays, `pack` joins products.
 
 Products become com.microsoft.MatMulNBits (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md);
 at accuracy level 4 activations are quantized to int8 per block too, at run time. Embeddings gather blocks and scales,
@@ -15,11 +15,13 @@ Rules over the graph:
     4. MatMul(x, Transpose(E))  -> MatMulNBits over the very bytes of rule 3: a tied head is stored once
     5. the output head          -> reads x twice, as int8 and as int8 of what that left of x: the rounding of this
                                    one activation is a third of int8's error, and a second row costs little beside one
+
+Products whose matrix was rounded to 4 bits beforehand (`int4`) read that instead, and are joined among themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,26 +30,38 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.errors import InputError
 
+from . import gptq
 from .blocks import ZERO, BlockQuantized, choose_block_size, join, quantize_blocks
+from .gptq import FourBit
 from .graph import Steps, add_weight, drop_unused_weights, replace_node, replace_uses, weight
 from .last_position import output_head
 from .pack import Pack, find_packs, split_up
 
-BITS = 8
+BITS, INT4_BITS = 8, 4
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
 _DOMAIN = "com.microsoft"
 _COMPUTED_TOGETHER = 30  # matrices; their sizes must stand in the graph itself, where few bytes may
 
 
-def quantize(model: ir.Model, keep: Collection[str] = (), head: ir.Node | None = None) -> None:
+_NONE: Mapping[str, FourBit] = {}
+
+
+def quantize(
+    model: ir.Model,
+    keep: Collection[str] = (),
+    head: ir.Node | None = None,
+    int4: Mapping[str, FourBit] = _NONE,
+) -> None:
     """Quantizes every matrix of the graph in place, by the rules above, but the initializers named in `keep`.
 
-    `head` is the output head, where the graph does not show it. Raises InputError on NaN or infinity.
+    `head` is the output head, where the graph does not show it. `int4` holds matrices that only products read, by the
+    names of their initializers. Raises InputError on NaN or infinity.
     """
     if head is None:
         head = next((output_head(value) for value in model.graph.outputs if value.name == names.LOGITS), None)
-    weights = _Weights(model, frozenset(keep))
-    packs = find_packs([n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.factor(n)])
+    weights = _Weights(model, frozenset(keep), int4)
+    products = [n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.factor(n)]
+    packs = [p for bits in (BITS, INT4_BITS) for p in find_packs([n for n in products if weights.bits(n) == bits])]
     joined = {id(node) for pack in packs for node in pack.products}
     for node in tuple(model.graph):
         if gathered_table(node) is not None:
@@ -75,18 +89,20 @@ class _Stored:
     go of them, unless something else uses them too; of a table, only the rows that are gathered come into memory.
     """
 
-    matrix: BlockQuantized
+    matrix: BlockQuantized | FourBit
     blocks: ir.Value  # (N, blocks, block_size) uint8, for products
     table: ir.Value  # the same, for gathering
     scales: ir.Value  # (N, blocks) float32; `compute_scales` puts what is computed at load in its place
+    zeros: ir.Value | None = None  # zero points of 4-bit blocks
 
 
 class _Weights:
     """The quantized matrices of a graph: one that is used twice is stored once."""
 
-    def __init__(self, model: ir.Model, keep: frozenset[str]) -> None:
+    def __init__(self, model: ir.Model, keep: frozenset[str], int4: Mapping[str, FourBit]) -> None:
         self._model = model
         self._keep = keep  # names of initializers that stay in float32
+        self._int4 = int4  # by the names of initializers
         self._stored: dict[tuple[int, ...], _Stored] = {}  # by the identity of initializers
 
     def factor(self, node: ir.Node) -> tuple[ir.Value, bool] | None:
@@ -98,9 +114,16 @@ class _Weights:
         """Whether it stays in float32."""
         return value.name in self._keep
 
+    def bits(self, node: ir.Node) -> int:
+        """Of the matrix that a product reads."""
+        found = self.factor(node)
+        return INT4_BITS if found is not None and found[0].name in self._int4 else BITS
+
     def store(self, factors: list[tuple[ir.Value, bool]]) -> _Stored:
         """Quantizes initializers (N, K), or (K, N) with True beside them, that are read below one another."""
         key = tuple(id(value) for value, _ in factors)
+        if key not in self._stored and factors[0][0].name in self._int4:
+            self._stored[key] = self._store_int4([str(value.name) for value, _ in factors])
         if key not in self._stored:
             matrix = join([_quantized(value, transposed) for value, transposed in factors])
             name = "+".join(str(value.name) for value, _ in factors)
@@ -111,6 +134,12 @@ class _Weights:
                 ir.Value(name=f"{name}.scales"),
             )
         return self._stored[key]
+
+    def _store_int4(self, names_of_all: list[str]) -> _Stored:
+        matrix, name = gptq.join([self._int4[one] for one in names_of_all]), "+".join(names_of_all)
+        blocks = add_weight(self._model, f"{name}.blocks", matrix.data)
+        zeros = add_weight(self._model, f"{name}.zeros", matrix.zeros.reshape(-1))
+        return _Stored(matrix, blocks, blocks, ir.Value(name=f"{name}.scales"), zeros)
 
     def compute_scales(self) -> None:
         """Adds the nodes for the scales of all matrices. Those of as many blocks to a row are computed together.
@@ -155,11 +184,12 @@ def _product(x: ir.Value | None, stored: _Stored, name: str) -> ir.Node:
     attributes = {
         "K": stored.matrix.columns,
         "N": len(stored.matrix.data),
-        "bits": BITS,
+        "bits": BITS if stored.zeros is None else INT4_BITS,
         "block_size": stored.matrix.block_size,
         "accuracy_level": ACCURACY_LEVEL,
     }
-    return ir.node("MatMulNBits", [x, stored.blocks, stored.scales], attributes, domain=_DOMAIN, name=name)
+    inputs = [x, stored.blocks, stored.scales, *([] if stored.zeros is None else [stored.zeros])]
+    return ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, name=name)
 
 
 def _quantize_product(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
@@ -224,7 +254,7 @@ def _quantize_gather(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     replace_node(model, node, *steps.nodes)
 
 
-def _without_padding(steps: Steps, rows: ir.Value, matrix: BlockQuantized) -> ir.Value:
+def _without_padding(steps: Steps, rows: ir.Value, matrix: BlockQuantized | FourBit) -> ir.Value:
     """Rows (..., blocks * block_size) as (..., K)."""
     if matrix.data[0].size == matrix.columns:
         return rows

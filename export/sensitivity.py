@@ -1,4 +1,4 @@
-"""What int8 costs at each matrix: the KL divergence from float32 when that one alone is int8, weights and activations.
+"""What int8 or int4 costs at each matrix: the KL divergence from float32 when that one alone is quantized.
 
 All of it runs in one session, over `gates`. A mixture that keeps within a budget is found there too, by halving.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pastkey.errors import QualityError
 from .calibrate import probing
 from .evaluate import Ids, log_softmax, top1_agreement
 from .gates import GATES, Matrix, add_gates, gates
+from .gptq import FourBit
 
 _ROWS = 64  # positions that are compared at once, for a core each
 _MOST = 700.0  # nats: e to it is still a float64
@@ -29,7 +30,7 @@ _MOST = 700.0  # nats: e to it is still a float64
 
 @dataclass(frozen=True)
 class Row:
-    """One matrix in int8 among float32."""
+    """One quantized matrix among float32."""
 
     weight: str  # the initializer's name
     shape: tuple[int, ...]
@@ -43,25 +44,38 @@ class Row:
 class Sensitivity:
     """The table, and what a budget asks for."""
 
-    kl_divergence: float  # of everything in int8, in nats
+    kl_divergence: float  # of everything quantized, in nats
     rows: tuple[Row, ...]  # worst first
-    keep: tuple[str, ...] = ()  # weights that stay in float32, so that the budget is met
+    ranking: tuple[str, ...]  # weights of products, in the order in which they are given more bits
+    keep: tuple[str, ...] = ()  # the first of these, without which the budget is met
 
     def worst(self, count: int) -> tuple[str, ...]:
-        """The weights of the `count` worst products, or of all."""
-        return tuple(row.weight for row in self.rows if row.product)[:count]
+        """The first `count` of the ranking, or all."""
+        return self.ranking[:count]
 
     def to_json(self) -> dict[str, Any]:
         return {"kl_divergence": self.kl_divergence, "matrices": [asdict(row) for row in self.rows]}
 
 
-def sensitivity(model: ir.Model, folder: Path, windows: Sequence[Ids], max_kl: float | None = None) -> Sensitivity:
+_NONE: Mapping[str, FourBit] = {}
+
+
+def sensitivity(
+    model: ir.Model,
+    folder: Path,
+    windows: Sequence[Ids],
+    max_kl: float | None = None,
+    *,
+    int4: Mapping[str, FourBit] = _NONE,
+) -> Sensitivity:
     """Measures every matrix of a float32 graph on windows (T,) of token ids. Changes `model`.
 
     `folder` holds the weights file that the graph names. With `max_kl`, in nats, `keep` is as many of the worst
-    products as must stay in float32. Raises QualityError where all of them together do not suffice.
+    products as must stay in float32. With the matrices of `int4`, by the names of initializers, those are ranked, and
+    by what they cost per weight: a bit buys most where a small matrix costs much. Raises QualityError where all of them
+    together do not suffice.
     """
-    with _opened(model, folder, windows) as mixture:
+    with _opened(model, folder, windows, int4) as mixture:
         whole, _ = mixture.measure(matrix.weight for matrix in mixture.matrices)
         total = sum(matrix.bytes for matrix in mixture.matrices)
         rows = [
@@ -69,35 +83,44 @@ def sensitivity(model: ir.Model, folder: Path, windows: Sequence[Ids], max_kl: f
             for m in mixture.matrices
         ]
         rows.sort(key=lambda row: -row.kl_divergence)  # stable: equal ones in the graph's order
-        found = Sensitivity(whole, tuple(rows))
+        found = Sensitivity(whole, tuple(rows), _ranking(rows, int4))
         if max_kl is None or whole <= max_kl:
             return found
-        return Sensitivity(whole, found.rows, _fewest(found, mixture.measure, max_kl))
+        return replace(found, keep=_fewest(found, mixture.measure, max_kl, "int4" if int4 else "int8"))
+
+
+def _ranking(rows: list[Row], int4: Mapping[str, FourBit]) -> tuple[str, ...]:
+    if int4:
+        ranked = sorted((row for row in rows if row.weight in int4), key=lambda row: -row.kl_divergence / row.share)
+    else:
+        ranked = [row for row in rows if row.product]
+    return tuple(row.weight for row in ranked)
 
 
 def _fewest(
-    found: Sensitivity, measure: Callable[[Iterable[str]], tuple[float, float]], max_kl: float
+    found: Sensitivity, measure: Callable[[Iterable[str]], tuple[float, float]], max_kl: float, precision: str
 ) -> tuple[str, ...]:
-    """The worst products without which the rest in int8 keeps within the budget, by halving."""
+    """The worst products without which the quantized rest keeps within the budget, by halving."""
 
     def left(count: int) -> float:
         kept = frozenset(found.worst(count))
         return measure(row.weight for row in found.rows if row.weight not in kept)[0]
 
-    few, many = 0, len(found.worst(len(found.rows)))  # too few, and enough
+    few, many = 0, len(found.ranking)  # too few, and enough
     if left(many) > max_kl:
-        raise missed(left(many), max_kl, "with every product in float32")
+        raise missed(left(many), max_kl, precision, "with every product in float32")
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (few, middle) if left(middle) <= max_kl else (middle, many)
     return found.worst(many)
 
 
-def missed(kl: float, max_kl: float, how: str) -> QualityError:
+def missed(kl: float, max_kl: float, precision: str, how: str) -> QualityError:
     """The sentence for a budget that cannot be met."""
+    better = {"int4": "int8", "int8": "fp32"}[precision]
     return QualityError(
-        f"int8 is {kl:.3g} nats from float32 {how}, over --max-kl {max_kl:g} by {kl - max_kl:.2g}: allow more, or "
-        "export with --precision fp32"
+        f"{precision} is {kl:.3g} nats from float32 {how}, over --max-kl {max_kl:g} by {kl - max_kl:.2g}: allow more, "
+        f"or export with --precision {better}"
     )
 
 
@@ -139,9 +162,9 @@ class _Mixture:
             [_Exact(logits[start : start + _ROWS]) for start in range(0, len(logits), _ROWS)] for logits in exact
         ]
 
-    def measure(self, int8: Iterable[str]) -> tuple[float, float]:
-        """KL divergence in nats and top-1 agreement, means over positions, with int8 of the weights that are named."""
-        chosen = gates(self.matrices, int8)
+    def measure(self, quantized: Iterable[str]) -> tuple[float, float]:
+        """KL divergence in nats and top-1 agreement, means over positions, with these weights quantized."""
+        chosen = gates(self.matrices, quantized)
         pairs = [
             (exact, logits[place * _ROWS : (place + 1) * _ROWS])
             for ids, parts in zip(self._windows, self._exact, strict=True)
@@ -154,7 +177,7 @@ class _Mixture:
 
 
 @contextlib.contextmanager
-def _opened(model: ir.Model, folder: Path, windows: Sequence[Ids]) -> Iterator[_Mixture]:
-    matrices = add_gates(model)
+def _opened(model: ir.Model, folder: Path, windows: Sequence[Ids], int4: Mapping[str, FourBit]) -> Iterator[_Mixture]:
+    matrices = add_gates(model, int4)
     with probing(model, folder, [names.LOGITS]) as probe, ThreadPoolExecutor(os.cpu_count()) as pool:
         yield _Mixture(matrices, windows, lambda ids, chosen: probe(ids, {GATES: chosen})[names.LOGITS], pool)

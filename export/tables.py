@@ -1,4 +1,4 @@
-"""The table of what each matrix costs in int8, as files: JSON, or a chart."""
+"""The table of what each matrix costs in int8 or int4, as files: JSON, or a chart."""
 
 from __future__ import annotations
 

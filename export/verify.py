@@ -1,6 +1,6 @@
 """Parity: what the runtime computes from a bundle, step by step, against an uncached run.
 
-The reference is the module that was exported, run without a cache in torch; or, for a bundle alone and for int8, the
+The reference is the module that was exported, run without a cache in torch; or, for a bundle alone, int8 and int4, the
 bundle's own uncached run. What verifies is what ships: every figure comes out of `pastkey.runtime`.
 """
 
@@ -33,12 +33,13 @@ MAX_RELATIVE_DIFFERENCE = 1e-5
 ROUNDING_ALLOWANCE = 3
 # int8 decoded token by token takes another path through attention than int8 prefill; the last bits, amplified by int8
 # activations, may cost no more than twice what int8 itself costs against float32 (nats): two roundings of one size are
-# that far from each other. Or as much as rounding can explain.
-DECODE_KL_ALLOWANCE = 2
+# that far from each other. Or as much as rounding can explain. Most of what int4 costs is its weights', which are the
+# same on every path: a tenth of int8's share.
+DECODE_KL_ALLOWANCE = {"int8": 2, "int4": 0.2}
 KL_FLOOR = 1e-6
-# How far int8 may be from float32 at all (nats): an export beyond it has lost the model. Later, against the source, no
-# further than twice what was measured at export.
-MAX_KL = 0.5
+# How far int8 and int4 may be from float32 at all (nats): an export beyond it has lost the model. Later, against the
+# source, no further than twice what was measured at export.
+MAX_KL = {"int8": 0.5, "int4": 1.0}
 RECORDED_KL_ALLOWANCE = 2
 TOKENS = 150  # length of the text that is compared, where the context has room for it
 MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or so many tokens beyond a window, where it is no larger than this
@@ -63,7 +64,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of one bundle, and int8's distance from float32 where the source was at hand."""
+    """All checks of one bundle, and int8's or int4's distance from float32 where the source was at hand."""
 
     reference: str  # "source" or "own uncached run"
     tokens: int
@@ -172,9 +173,10 @@ class _Verifier:
         self._last = Session(bundle, graph="last")
         windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
         self._ids = _text(self._last, min(max(TOKENS, *windows, 0), self._context))
-        # int8 is compared with itself: its distance from float32 is quality, not parity.
+        # int8 is compared with itself, int4 too: its distance from float32 is quality, not parity.
         self._own = OwnReference(bundle)
-        self._exact = bundle.manifest.precision == "fp32"
+        self._precision = bundle.manifest.precision
+        self._exact = self._precision == "fp32"
         self._source = ModuleReference(module) if module is not None and self._exact else None
         self._reference: Reference = self._source or self._own
         self._expected = self._reference.logits(self._ids)  # (T, V)
@@ -184,7 +186,7 @@ class _Verifier:
         self._recorded_kl: float | None = recorded.get("kl_divergence")
         measured = self._quality.get("kl_divergence", 0.0)
         cost = measured if self._recorded_kl is None else self._recorded_kl
-        self._kl_limit = DECODE_KL_ALLOWANCE * max(cost, KL_FLOOR)
+        self._kl_limit = max(DECODE_KL_ALLOWANCE.get(self._precision, 0) * cost, 2 * KL_FLOOR)
         self._decode_noise = 0.0  # max |difference| of logits, decode against prefill
 
     def run(self) -> Verification:
@@ -281,13 +283,14 @@ class _Verifier:
         return Check("greedy", True, "first_difference", None, None)
 
     def _against_float32(self) -> Check:
-        """int8 against the source in float32: that it is the same model at all."""
-        value, limit = self._quality["kl_divergence"], MAX_KL
+        """int8 or int4 against the source in float32: that it is the same model at all."""
+        value, limit = self._quality["kl_divergence"], MAX_KL[self._precision]
         if self._recorded_kl is not None:
             limit = min(limit, RECORDED_KL_ALLOWANCE * max(self._recorded_kl, KL_FLOOR))
+        better = "int8" if self._precision == "int4" else "fp32"
         detail = (
             f"its predictions are {value:.2g} nats from the source's in float32 (limit {limit:.2g}): it is another "
-            "model's bundle, or int8 does not suit this model (export with precision fp32)"
+            f"model's bundle, or {self._precision} does not suit this model (export with precision {better})"
         )
         return Check("float32", value <= limit, "mean_kl", value, limit, "" if value <= limit else detail)
 

@@ -70,6 +70,6 @@ LAST_GRAPH: Final = "onnx/pastkey.onnx"
 LONG_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 DATA_SUFFIX: Final = "_data"  # weights stand beside the common graph: onnx/model_quantized.onnx_data
 
-PRECISIONS: Final = ("int8", "fp32")
+PRECISIONS: Final = ("int8", "int4", "fp32")
 TARGETS: Final = ("cpu", "cuda", "webgpu", "portable")
 GRAPHS: Final = ("fused", "standard")

@@ -327,7 +327,7 @@ def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"precision": "int5"}, "precision is 'int5'; it must be one of int8, fp32"),
+        ({"precision": "int5"}, "precision is 'int5'; it must be one of int8, int4, fp32"),
         ({"target": "tpu"}, "target is 'tpu'; it must be one of cpu, cuda, webgpu, portable"),
         ({"graph": "dynamic"}, "graph is 'dynamic'; it must be one of auto, fused, standard"),
         ({"graph": "fused", "target": "portable"}, "with --target portable use standard"),
