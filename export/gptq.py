@@ -61,13 +61,12 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
     scales = codes.astype(np.float32) * factors
     of_column = order // block_size
     numbers = np.repeat(zeros, block_size, 1)
-    numbers[:, order] = _round(
-        *(
-            torch.from_numpy(np.ascontiguousarray(array.T))
-            for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
-        ),
-        torch.from_numpy(factor),
-    ).T
+    # Transposed, so that a column lies together.
+    left, of_scales, of_zeros = (
+        torch.from_numpy(np.ascontiguousarray(array.T))
+        for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
+    )
+    numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
     return FourBit(_packed(numbers).reshape(rows, blocks, -1), _packed(zeros), codes, factors, columns)
 
 

@@ -11,12 +11,15 @@ as much in 4 bits as all others together.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from pastkey import names
 from pastkey.bundle import Bundle
@@ -92,7 +95,20 @@ def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids]) -> dict[str, 
             for name, rows in probe(ids).items():
                 square = rows.T @ rows
                 hessians[name] = square if hessians[name].size == 0 else hessians[name] + square
-    return {name: _rounded(nodes, hessians) for name, nodes in products.items()}
+    with _one_thread_each() as pool:
+        found = pool.map(lambda nodes: _rounded(nodes, hessians), products.values())
+        return dict(zip(products, found, strict=True))
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """A pool for torch's work on matrices: where threads share each of many small steps, they wait for one another."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> FourBit:
