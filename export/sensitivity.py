@@ -46,7 +46,7 @@ class Sensitivity:
 
     kl_divergence: float  # of everything quantized, in nats
     rows: tuple[Row, ...]  # worst first
-    ranking: tuple[str, ...]  # weights of products, in the order in which they are given more bits
+    ranking: tuple[str, ...] = ()  # weights of products, in the order in which they are given more bits
     keep: tuple[str, ...] = ()  # the first of these, without which the budget is met
 
     def worst(self, count: int) -> tuple[str, ...]:
