@@ -104,7 +104,7 @@ def _warn_of_slow_kernels(report: Report) -> None:
     from pastkey.runtime.processor import int8_kernels
 
     manifest = report.manifest
-    if manifest.precision == "int8" and manifest.target == "cpu" and (kernels := int8_kernels()).fast is False:
+    if manifest.precision != "fp32" and manifest.target == "cpu" and (kernels := int8_kernels()).fast is False:
         say(f"warning: on this processor int8 products take {kernels.note}")
 
 

@@ -8,7 +8,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from pastkey import names
 from pastkey.bundle import Bundle
+from pastkey.errors import first_line
 from pastkey.runtime import Session
 from pastkey.runtime.int8_cache import LONG_CONTEXT, MIN_ONNXRUNTIME
 from pastkey.runtime.ort import RunError, onnxruntime, parse_version
@@ -32,8 +33,12 @@ _K_SCALE = 12  # inputs of GroupQueryAttention: this one, and v_scale behind it
 _DOMAIN = "com.microsoft"
 
 
-def add_int8_cache(exact: Bundle, bundle: Bundle, text: CalibrationText) -> dict[str, float]:
+def add_int8_cache(
+    exact: Bundle, bundle: Bundle, text: CalibrationText, say: Callable[[str], None] = lambda stage: None
+) -> dict[str, float]:
     """Writes the graph where the bundle can take one, and keeps it where decoding is not much worse with it.
+
+    Else it `say`s why not.
 
     `exact` is the float32 bundle. Returns {"int8_cache_kl": KL(float32 || int8, decoded with an int8 cache)}, nats,
     mean over the tokens that are decoded, for the manifest's quality; nothing where there is no such graph.
@@ -48,8 +53,11 @@ def add_int8_cache(exact: Bundle, bundle: Bundle, text: CalibrationText) -> dict
     plain = kl_divergence(expected, _decoded(bundle, text, None))
     try:
         cost = kl_divergence(expected, _decoded(bundle, text, 1))
-    except RunError:  # a form of attention that the operator has no int8 cache for
+    except RunError as error:  # a form of attention that the operator has no int8 cache for
+        say(f"without an int8 cache for long texts, which onnxruntime refuses here: {first_line(error)}")
         cost = np.inf
+    if np.isfinite(cost) and cost > _ALLOWED * max(plain, KL_FLOOR):
+        say(f"without an int8 cache for long texts, which would cost {cost:.2g} nats where float32's costs {plain:.2g}")
     if not cost <= _ALLOWED * max(plain, KL_FLOOR):
         (bundle.path / names.LONG_GRAPH).unlink()
         return {}
@@ -96,7 +104,7 @@ def write_long_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
         for name, array in ((names.past_key(i), keys), (names.past_value(i), values)):
             model.metadata_props[name] = base64.b64encode(array.astype("<f4").tobytes()).decode()
     for value in [*model.graph.inputs, *model.graph.outputs]:
-        if len(value.shape or ()) == 4:  # of the cache
+        if str(value.name).startswith(("past_key_values.", "present.")):
             value.type = ir.TensorType(ir.DataType.INT8)
     ir.save(model, bundle.path / names.LONG_GRAPH)
 

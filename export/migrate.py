@@ -18,6 +18,7 @@ https://arxiv.org/abs/2404.00456, turns values so.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ class Group:
     activation: str
     products: list[Fold]  # axis: the one that the activation is multiplied with
     folds: list[Fold] = field(default_factory=list)
-    heads: int = 0  # query heads, where attention makes the activation
+    heads: int = 0  # query heads, where attention makes the activation, and
+    turnable: bool = True  # nothing on the way treats channels one by one, so that they may be mixed
     shared_by: int = 1  # neighbouring ones that read one value head, whose factors must be equal
     makers: Makers | None = None  # where channels have no order of their own
 
@@ -109,6 +111,7 @@ def _collect(value: ir.Value, group: Group, channels: int) -> bool:
     vectors = [i for i, v in enumerate(node.inputs) if (a := weight(v)) is not None and a.size > 1]
     made = [v for v in node.inputs if v is not None and weight(v) is None]
     if node.op_type == "Mul":
+        group.turnable = False
         if len(vectors) == 1 and len(made) == 1:
             return _add(Fold(node, vectors[0], -1), group, channels)
         return any(_alone(v) and _collected(v, group, channels) for v in reversed(made))
@@ -140,10 +143,10 @@ def _add(fold: Fold, group: Group, channels: int) -> bool:
 
 def _collected(value: ir.Value, group: Group, channels: int) -> bool:
     """As `_collect`, but leaves the group as it was where it fails."""
-    before = list(group.folds)
+    before = dataclasses.replace(group, folds=list(group.folds))
     if _collect(value, group, channels):
         return True
-    group.folds = before
+    group.folds, group.heads, group.shared_by = before.folds, before.heads, before.shared_by
     return False
 
 
@@ -160,7 +163,7 @@ def migrate(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.n
     chosen: dict[str, float] = {}
     for group in groups:
         rows = _of_one_size(samples[group.activation])
-        if group.heads and group.folds:
+        if group.heads and group.folds and group.turnable:
             rotation = _rotation(rows.shape[1] // group.heads)
             rows = _turned(rows, -1, rotation)
             for fold in (*group.products, *group.folds):

@@ -161,7 +161,7 @@ def export(
             bundle, weight_bytes, quality, table = small.bundle, small.weight_bytes, small.quality, small.sensitivity
             verification = job.verify(bundle)
             parity[precision] = verification.to_json()
-            quality |= add_int8_cache(exact, bundle, text)
+            quality |= add_int8_cache(exact, bundle, text, say)
             shutil.rmtree(fp32)
         manifest = job.finish(bundle, parity, quality)
         for path in tables:

@@ -86,6 +86,7 @@ class Generation:
                 session.trim(session.length - len(logits) + len(chosen))
             self.decode_seconds += time.perf_counter() - started
             for token in chosen:
+                self._require_ownership(session)
                 if token in self._end_ids:
                     self.finish_reason = "stop"
                     return

@@ -109,7 +109,8 @@ class LanguageModel:
 
         With `reuse_prefix`, what the prompt shares with the beginning of the last one and its continuation is not
         computed again. With `lookahead`, where the text repeats itself, several tokens are tried in one step, and those
-        stay that would have been chosen one by one. Both may differ in the last bits from what is computed otherwise.
+        stay that the sampler chooses from the logits of each. Both may differ in the last bits from a token a step: in
+        int8 that can be another text, as likely, and lookahead=False gives the same one every time.
         Raises InputError for a prompt that is empty, too long or has no tokens, and for settings out of range;
         NumericsError when the model yields NaN or infinity.
         """

@@ -1,9 +1,10 @@
 """Guessing the next tokens from the text itself: what followed the last time that it said the same.
 
 A step of decoding is bound by reading the weights, so that trying four tokens at once costs less than two steps. The
-model judges each guess: a token counts only where the sampler chooses it, so that what is generated does not depend on
-guesses (beyond the last bits, since several tokens take another path through attention than one). Texts repeat names,
-phrases and code often enough; where one does not, guesses that fail become rare.
+model judges each guess: a token counts only where the sampler chooses it. Several tokens take another path through
+attention than one, which differs in the last bits: in float32 the text is the same; int8 amplifies them, so that two
+texts may part where two tokens are nearly as likely, and drawn ones sooner or later do. Texts repeat names, phrases and
+code often enough; where one does not, guesses that fail become rare.
 
 Prompt lookup decoding, A. Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding
 """

@@ -69,9 +69,11 @@ def int8_kernels() -> Int8Kernels:
 def int8_kernels_of(precision: str, provider: str) -> Int8Kernels | None:
     """Those that a bundle's products take here, or None where they take none of them: float32, or another provider.
 
+    int4 multiplies by int8 activations as well, by kernels of the same instructions, and its output head is int8.
+
     `provider` is onnxruntime's name of the one that a session prefers.
     """
-    return int8_kernels() if precision == "int8" and provider == CPU else None
+    return int8_kernels() if precision in ("int8", "int4") and provider == CPU else None
 
 
 def choose_int8_kernels(machine: str, flags: Collection[str] | None) -> Int8Kernels:

@@ -222,7 +222,7 @@ class Session:
     def _cache_for(self, ids: Ids, mask: Ids | None) -> KVCache:
         """The cache that a run of `ids` (B, T) goes through, brought up to what the other one holds."""
         one_row = self.cache.batch == 1 and self._mask is None and mask is None
-        if ids.size > MOST_TRIED or not one_row or self.length < self._int8_from:
+        if ids.size > MOST_TRIED or len(ids) > 1 or not one_row or self.length < self._int8_from:
             self._settle()
             return self.cache
         if self._int8 is None:

@@ -9,7 +9,7 @@ import pytest
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
-from pastkey.export import export, int8_cache
+from pastkey.export import embedding, export, int8_cache
 from pastkey.export.evaluate import kl_divergence
 from pastkey.runtime import Session, session
 from pastkey.runtime.int8_cache import LONG_CONTEXT
@@ -39,6 +39,20 @@ def test_an_int8_cache_is_close_to_a_float32_one(bundle: Bundle) -> None:
     np.testing.assert_array_equal(rounded[:10], exact[:10])  # tokens 20 to 29
     assert np.abs(rounded[10:] - exact[10:]).max() > 0
     assert kl_divergence(exact, rounded) < 1e-3
+
+
+def test_a_table_that_is_read_from_the_file_stays_what_it_is(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows have four axes, as the cache has, and are uint8."""
+    monkeypatch.setattr(embedding, "_LARGE", 1)
+    report = export(llama(), tmp_path / "rows", context_length=LONG_CONTEXT + 1)
+    made = open_bundle(tmp_path / "rows")
+    assert made.long_graph is not None
+    assert report.manifest.quality["int8_cache_kl"] == bundle.manifest.quality["int8_cache_kl"]
+    np.testing.assert_array_equal(
+        decoded(Session(made, int8_cache_from=30)), decoded(Session(bundle, int8_cache_from=30))
+    )
 
 
 def test_a_context_that_never_gets_long_has_no_such_graph(tmp_path: Path) -> None:
