@@ -223,7 +223,7 @@ def _factors(rows: np.ndarray, matrices: list[np.ndarray], group: Group, strengt
     w = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
     if group.shared_by > 1:
         x, w = (_over_shared(array, group) for array in (x, w))
-    if x.max() == 0 or w.max() == 0:  # a layer that was switched off has nothing to go by
+    if min(x.max(), w.max()) < np.finfo(np.float32).tiny:  # a layer that was switched off has nothing to go by
         return np.ones(rows.shape[1], np.float32)
     x, w = np.maximum(x, 1e-5 * x.max()), np.maximum(w, 1e-5 * w.max())
     factors = x**strength / w ** (1 - strength)
