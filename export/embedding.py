@@ -19,8 +19,8 @@ _LARGE = 1 << 20  # bytes: a table from which on it is worth it
 
 def take_embedding_rows(model: ir.Model) -> None:
     """Makes an input of the quantized rows that are gathered by `input_ids`, where the table is large."""
-    ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
-    for node, index in tuple(ids.uses()):
+    readers = [use for value in model.graph.inputs if value.name == names.INPUT_IDS for use in value.uses()]
+    for node, index in readers:
         table = node.inputs[0]
         if node.op_type != "Gather" or index != 1 or table is None or not _is_large_table(table):
             continue
