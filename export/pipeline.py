@@ -109,7 +109,7 @@ def export(
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
     ProviderError (the target is not on this machine), ResourceError (too little memory or disk), ContractError (the
     cache cannot be grafted onto it), NumericsError (a weight that is no number), ParityError (the bundle differs from
-    the source) or QualityError (`max_kl` cannot be met with every product in float32).
+    the source) or QualityError (`max_kl` cannot be met with every product in float32, or of int4 in int8).
     """
     started = time.perf_counter()
     say = progress or (lambda stage: None)
