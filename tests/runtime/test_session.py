@@ -289,7 +289,7 @@ def test_a_manifest_of_other_sizes_names_the_tensor_and_both_shapes(bundle: Bund
 
 
 def test_a_manifest_of_another_vocabulary_is_refused(bundle: Bundle) -> None:
-    with pytest.raises(IntegrityError, match=r"'logits' is \(B, 1, 37\) .*\(batch_size, sequence_length, 38\)"):
+    with pytest.raises(IntegrityError, match=r"'logits' is \(B, N, 37\) .*\(batch_size, sequence_length, 38\)"):
         Session(with_manifest(bundle, vocab_size=38))
 
 
