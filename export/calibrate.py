@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from .migrate import find_groups, migrate
 
 WINDOWS, LENGTH = 8, 256  # of calibration text, and tokens of each, where the context has room for them
 MIN_TOKENS = 64  # of a calibration file: fewer say nothing about the activations of other texts
+_MONOTONOUS = 0.9  # of a text, as one and the same token: a word over and over, or a script the tokenizer cannot read
 _AT_ONCE = 32  # windows that the model writes side by side
 _MEASURED = 2  # windows that are kept apart, to measure on
 # Of the largest logit. Moving a scale rounds every weight anew, by 6e-8; a wrong fold changes everything.
@@ -61,10 +63,11 @@ def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int = W
             f"{file} is too short to calibrate on, {len(ids)} token{'s' * (len(ids) != 1)}: at least {MIN_TOKENS} are "
             f"needed, and {windows * LENGTH:,} are used; leave out --calibration for text of the model's own"
         )
-    if len(set(ids[1:-1])) == 1:  # the tokenizer's own may stand at the ends
+    [(_, most)] = Counter(ids).most_common(1)
+    if most > _MONOTONOUS * len(ids):
         raise InputError(
-            f"{file} is one token {len(ids)} times for this tokenizer, which says nothing about other texts: give one "
-            "in the model's language, or leave out --calibration for text of the model's own"
+            f"{file} is one token {most} times in {len(ids)} for this tokenizer, which says nothing about other texts: "
+            "give one in the model's language, or leave out --calibration for text of the model's own"
         )
     return ids
 

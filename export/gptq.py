@@ -47,6 +47,8 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
     if not np.isfinite(matrix).all():
         raise ValueError("NaN or infinity")
     rows, columns = matrix.shape
+    if not np.isfinite(hessian).all():  # activations beyond 1e19, whose squares are no float32: all count alike
+        hessian = np.eye(columns, dtype=np.float32)
     blocks = -(-columns // block_size)
     order = np.argsort(-hessian.diagonal(), kind="stable")
     factor = _compensation(hessian[np.ix_(order, order)])  # (K, K)

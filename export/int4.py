@@ -1,9 +1,10 @@
 """int4 from a verified float32 bundle: 4 bits for most of what products read, 8 where a bit buys most.
 
-1. scales are migrated and channels put in order, as for int8
-2. every matrix but embeddings and the output head is rounded to 4 bits by GPTQ (`gptq`), on text
-3. what each costs is measured, all others in float32 (`sensitivity`)
-4. one weight in 32, those of the matrices that cost most per weight, are int8 instead; for `--max-kl` more
+1. every matrix but embeddings and the output head is rounded to 4 bits by GPTQ (`gptq`), on text
+2. what each costs is measured, all others in float32 (`sensitivity`)
+3. one weight in 32, those of the matrices that cost most per weight, are int8 instead; for `--max-kl` more
+
+Scales are not migrated as for int8: that makes activations easier to round and weights harder, which 4 bits need most.
 
 Embeddings and the output head are int8 as they are there: in a small model they are a quarter of all weights, and cost
 as much in 4 bits as all others together.
@@ -27,9 +28,8 @@ from pastkey.errors import InputError
 
 from .blocks import choose_block_size
 from .budget import Progress, Quantized, Write, written
-from .calibrate import CalibrationText, calibrated, probing
+from .calibrate import CalibrationText, probing
 from .evaluate import Ids
-from .files import INLINE_BYTES
 from .gptq import FourBit, round_by_hessian
 from .graph import weight
 from .last_position import output_head
@@ -37,31 +37,26 @@ from .quantize import constant_factor, gathered_table, quantize
 from .sensitivity import Sensitivity, missed, sensitivity
 
 WINDOWS = 32  # of calibration text: a Hessian is more numbers than the scales that int8 is calibrated by
-_MIGRATED_BY = 6  # of them, as for int8
 _PROBED = 1  # window that shows what each matrix costs
 _INT8_SHARE = 1 / 32  # of the weights that may be 4-bit
 
 
 def make_int4(exact: Bundle, text: CalibrationText, write: Write, say: Progress, *, max_kl: float | None) -> Quantized:
-    """Calibrates, rounds, writes and measures; with `max_kl`, again and again until the budget is met.
+    """Rounds, writes and measures; with `max_kl`, again and again until the budget is met.
 
     As `make_int8`, but what costs too much goes to int8 and not to float32. Raises InputError on NaN or infinity, and
     QualityError where the budget is missed with every product in int8.
     """
-    folder = exact.common_graph.parent
-    calibrated_graph = folder / "calibrated.onnx"
-    model, data = calibrated(exact, text.chosen_by[:_MIGRATED_BY]), calibrated_graph.name + names.DATA_SUFFIX
-    ir.save(model, calibrated_graph, external_data=data, size_threshold_bytes=INLINE_BYTES)
-    del model
+    graph = exact.common_graph
     say("round products to 4 bits, each column making good what the ones before it cost")
-    int4 = rounded(ir.load(calibrated_graph), folder, text.chosen_by)
+    int4 = rounded(ir.load(graph), graph.parent, text.chosen_by)
     say("measure what each matrix costs in int4")
-    table = sensitivity(ir.load(calibrated_graph), folder, text.chosen_by[:_PROBED], max_kl, int4=int4)
+    table = sensitivity(ir.load(graph), graph.parent, text.chosen_by[:_PROBED], max_kl, int4=int4)
     raised = max(in_int8(table), len(table.keep))
     step = 1
     while True:
         in_8_bits = [name for name in table.worst(raised) if name in int4]
-        model = ir.load(calibrated_graph)
+        model = ir.load(graph)
         quantize(model, int4={name: matrix for name, matrix in int4.items() if name not in in_8_bits})
         bundle, weight_bytes, quality = written(exact, model, write, text)
         kl = quality["kl_divergence"]

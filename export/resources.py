@@ -14,8 +14,9 @@ from pastkey.errors import ResourceError
 _COPIES_IN_MEMORY = 5
 _COPIES_AFTER_LOADING = 4
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
-# int8 is made from float32 files, which are tried once more with scales moved: more than it and them together.
-_BYTES_PER_WEIGHT = {"fp32": 4, "int8": 8, "int4": 15}
+# int8 is made from float32 files, which are tried once more with scales moved: more than it and them together. For int4
+# each matrix is measured in one graph of float32 and it.
+_BYTES_PER_WEIGHT = {"fp32": 4, "int8": 8, "int4": 11}
 _BYTES_BY_MATRIX = 15  # where each matrix is measured: calibrated float32, and one graph of that and int8, as well
 
 

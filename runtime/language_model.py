@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,8 @@ class LanguageModel:
         threads: int | None = None,
     ) -> None:
         """See `load`."""
-        self.bundle = bundle
+        # Read again later, wherever the process has gone by then.
+        self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}

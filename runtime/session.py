@@ -80,7 +80,8 @@ class Session:
         )
         able = graph == "last" and self._fused and ep.cache_device(self.providers) == "cpu" and profile_prefix is None
         new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
-        self._long_graph = bundle.long_graph if able and new else None
+        # Opened later, wherever the process has gone by then.
+        self._long_graph = bundle.long_graph.absolute() if able and new and bundle.long_graph is not None else None
         self._int8_from = math.inf if int8_cache_from is None or self._long_graph is None else int8_cache_from
         self._choice = providers
         self._int8: Int8Cache | None = None
@@ -145,6 +146,8 @@ class Session:
         count = math.ceil(ids.size / size)
         if size > 1:
             count = min(count, max(1, ids.size // 2))
+        if count == 1:
+            return _last(self._run(ids[None]))
         held, self._held = self._held, None
         self._settle()
         self.cache.reserve(1, ids.size)  # one growth for all chunks

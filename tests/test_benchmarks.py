@@ -130,7 +130,9 @@ def test_an_answer_counts_up_to_its_end_token() -> None:
 
 
 def test_a_prompt_goes_round_where_the_text_is_short() -> None:
-    assert quality.Text("", ((1, 2), (3, 4))).prompt(6) == [1, 2, 3, 4, 1, 2]
+    text = quality.Text("", ((1, 2), (3, 4)))
+    assert text.prompt(6) == [1, 2, 3, 4, 1, 2]
+    assert [text.prompt(3, first=number) for number in (1, 2)] == [[3, 4, 1], [1, 2, 3]]
 
 
 def test_there_are_enough_questions() -> None:

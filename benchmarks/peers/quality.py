@@ -64,9 +64,10 @@ class Text:
     name: str  # for a reader
     windows: tuple[tuple[int, ...], ...]  # each WINDOW ids
 
-    def prompt(self, length: int) -> list[int]:
-        """The first `length` ids of all windows in a row, from the beginning again where there are too few."""
-        ids = [token for window in self.windows for token in window]
+    def prompt(self, length: int, first: int = 0) -> list[int]:
+        """`length` ids from the window number `first` on, counted around; from the beginning again after the last."""
+        turn = first % len(self.windows)
+        ids = [token for window in (*self.windows[turn:], *self.windows[:turn]) for token in window]
         return (ids * math.ceil(length / len(ids)))[:length]
 
 

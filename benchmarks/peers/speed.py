@@ -59,16 +59,20 @@ def race(
     threads: int,
     store: Store,
 ) -> list[Round]:
-    """Every engine runs every shape once a round, in an order that rotates. All stay loaded meanwhile."""
-    prompts = {shape: text.prompt(shape.prompt) for shape in shapes}
+    """Every engine runs every shape once a round, in an order that rotates. All stay loaded meanwhile.
+
+    Each round's prompts begin at the next window of the text: how far an engine that looks ahead guesses right differs
+    from one to the other.
+    """
     key = {
         "engines": [one.identity for one in prepared],
-        "prompts": digest([[shape.new, ids] for shape, ids in prompts.items()]),
+        "text": digest([text.windows, [[shape.prompt, shape.new] for shape in shapes]]),
         "threads": threads,
     }
     warm: list[bool] = []
 
     def one_round(number: int) -> dict[str, dict[int, list[float]]]:
+        prompts = {shape: text.prompt(shape.prompt, first=number) for shape in shapes}
         if not warm:
             for worker in workers:
                 for ids in prompts.values():

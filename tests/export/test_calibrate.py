@@ -39,11 +39,12 @@ def test_the_fewest_tokens_that_are_taken(tokenizer: bytes, tmp_path: Path) -> N
         (words(100).encode("utf-16"), "is not UTF-8 text: byte 0 is 0xff"),
         (
             b"w5 " * 100,
-            f"is one token 100 times for this tokenizer, which says nothing about other texts: .*, or {OWN}",
+            f"is one token 100 times in 100 for this tokenizer, which says nothing about other texts: .*, or {OWN}",
         ),
-        ("что это такое ".encode() * 30, "is one token 90 times for this tokenizer"),
+        ("что это такое ".encode() * 30, "is one token 90 times in 90 for this tokenizer"),
+        (b"w1 " + b"w5 " * 99, "is one token 99 times in 100 for this tokenizer"),
     ],
-    ids=["empty", "blank", "one", "63", "binary", "utf-16", "all_the_same", "all_unknown"],
+    ids=["empty", "blank", "one", "63", "binary", "utf-16", "all_the_same", "all_unknown", "nearly_the_same"],
 )
 def test_a_text_that_cannot_be_used_is_one_sentence(
     content: bytes, sentence: str, tokenizer: bytes, tmp_path: Path
@@ -59,7 +60,7 @@ def test_tokens_that_the_tokenizer_adds_do_not_make_a_text(word_tokenizer: Token
     adding.post_processor = processors.TemplateProcessing("<end> $A <end>", special_tokens=[("<end>", 60)])
     file = tmp_path / "text.txt"
     file.write_text("w5 " * 100)
-    with pytest.raises(InputError, match="is one token 102 times"):
+    with pytest.raises(InputError, match="is one token 100 times in 102"):
         read_calibration(file, adding.to_str().encode())
 
 

@@ -50,6 +50,12 @@ def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost
     assert error(found, other) < 2 * error(nearest(matrix, block_size), other)
 
 
+def test_activations_whose_squares_overflow_leave_each_weight_by_itself() -> None:
+    matrix, _ = drawn(5, 64)
+    found, alone = (round_by_hessian(matrix, h, 32) for h in (np.full((64, 64), np.inf), np.eye(64)))
+    np.testing.assert_array_equal(dequantize(found), dequantize(alone))
+
+
 @pytest.mark.parametrize(("rows", "columns", "block_size"), [(7, 50, 32), (5, 40, 16), (1, 16, 16), (3, 96, 32)])
 def test_onnxruntime_multiplies_by_what_dequantize_says(rows: int, columns: int, block_size: int) -> None:
     """Also where a row is padded, and where a row's zero points end in half a byte."""

@@ -88,6 +88,20 @@ def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(bundle: Bundle) 
     assert kl_divergence(other.decode(3)[None], again[None]) < 1e-3
 
 
+def test_a_prefill_of_a_few_tokens_stays_with_the_int8_cache(bundle: Bundle) -> None:
+    one = Session(bundle, int8_cache_from=1)
+    decoded(one)
+    one.prefill([1, 2, 3])
+    assert (one.length, one.cache.length) == (83, 20)
+
+
+def test_the_second_graph_is_found_from_another_folder(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle.path.parent)
+    one = Session(open_bundle(bundle.path.name), int8_cache_from=1)
+    monkeypatch.chdir(bundle.path)
+    assert decoded(one).shape == (60, 61)
+
+
 @pytest.mark.parametrize("length", [-1, 81])
 def test_an_impossible_length_is_refused_and_changes_nothing(bundle: Bundle, length: int) -> None:
     one = Session(bundle, int8_cache_from=1)
