@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from pastkey import names
 from pastkey.bundle import open_bundle
+from pastkey.command import say
 from pastkey.errors import InputError
 from pastkey.export import calibrate
 from pastkey.export.evaluate import kl_divergence, top1_agreement
@@ -40,7 +41,7 @@ def main() -> None:
         middle, length = len(ids) // 2, arguments.length
         windows = [ids[start : start + length] for start in range(middle, middle + arguments.windows * length, length)]
         text = calibrate.calibration_text(bundle, None)
-        calibrated = calibrate.calibrated(bundle, text.chosen_by)
+        calibrated = calibrate.calibrated(bundle, text.chosen_by, say)
         folder, plain = bundle.common_graph.parent, ir.load(bundle.common_graph)
         expected = [logits(plain, folder, window) for window in windows]
         for name, model in (("plain", plain), ("calibrated", calibrated)):

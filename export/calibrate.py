@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,11 +112,11 @@ def own_texts(session: Session, beginning: int, count: int, length: int) -> list
     return list(texts)
 
 
-def calibrated(bundle: Bundle, windows: Sequence[Ids]) -> ir.Model:
+def calibrated(bundle: Bundle, windows: Sequence[Ids], say: Callable[[str], None]) -> ir.Model:
     """The float32 graph of `bundle` with scales migrated by the activations on `windows` (T,) of token ids.
 
     It is run against the graph as it was: should the logits change, for a form of graph that nobody thought of, then
-    that one is returned.
+    that one is returned, and `say` is told.
     """
     model = ir.load(bundle.common_graph)
     groups = find_groups(model)
@@ -133,7 +133,10 @@ def calibrated(bundle: Bundle, windows: Sequence[Ids]) -> ir.Model:
     with probing(model, folder, [names.LOGITS]) as probe:
         after = probe(windows[-1])
     same = relative_difference(found[names.LOGITS], after[names.LOGITS]) <= _MAX_CHANGE  # NaN is not
-    return model if same else ir.load(bundle.common_graph)
+    if same:
+        return model
+    say("warning: moving scales changed the logits of this model: its weights are quantized as they are")
+    return ir.load(bundle.common_graph)
 
 
 def begin_token(manifest: Manifest) -> int:

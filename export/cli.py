@@ -105,7 +105,8 @@ def _warn_of_slow_kernels(report: Report) -> None:
 
     manifest = report.manifest
     if manifest.precision != "fp32" and manifest.target == "cpu" and (kernels := int8_kernels()).fast is False:
-        say(f"warning: on this processor int8 products take {kernels.note}")
+        measured = "" if manifest.precision == "int8" else " (measured with int8)"
+        say(f"warning: on this processor {manifest.precision} products take {kernels.note}{measured}")
 
 
 def _say_sensitivity(report: Report) -> None:

@@ -164,7 +164,7 @@ class BundlePredictions:
         return agreeing_tokens(self._continue(prompt, len(tokens)), tokens)
 
     def _continue(self, prompt: Ids, count: int) -> Generation:
-        return Generation(self._session, prompt.tolist(), max_new_tokens=count)
+        return Generation(self._session, prompt.tolist(), max_new_tokens=count, lookahead=False)
 
 
 # --- evaluating ---------------------------------------------------------------------------------------------------

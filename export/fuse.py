@@ -32,6 +32,18 @@ def fuse(model: ir.Model, context_length: int) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+def where_rotated(model: ir.Model) -> str:
+    """For people: how many attention calls of a fused graph turn queries and keys themselves."""
+    turning = [
+        "do_rotary" in node.attributes and node.attributes["do_rotary"].as_int() == 1
+        for node in model.graph
+        if node.op_type == "GroupQueryAttention"
+    ]
+    if not any(turning):
+        return "rotary positions, if it has some, outside attention, as torch wrote them"
+    return f"rotary positions inside attention in {sum(turning)} of {len(turning)} calls"
+
+
 # --- norms --------------------------------------------------------------------------------------------------------
 def fuse_norms(model: ir.Model) -> None:
     """RMSNorm as torch writes it, with the weight at either side."""

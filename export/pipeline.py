@@ -30,7 +30,7 @@ from . import int4, optimum
 from .budget import check_budget, make_int8
 from .calibrate import WINDOWS, calibration_text, read_calibration
 from .files import count_operators, write_configurations, write_graphs
-from .fuse import fuse
+from .fuse import fuse, where_rotated
 from .graft import IR_VERSION, GraphChoice, choose_graph, trace
 from .int8_cache import add_int8_cache
 from .observe import Observation, observe
@@ -109,7 +109,7 @@ def export(
     Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
     ProviderError (the target is not on this machine), ResourceError (too little memory or disk), ContractError (the
     cache cannot be grafted onto it), NumericsError (a weight that is no number), ParityError (the bundle differs from
-    the source) or QualityError (`max_kl` cannot be met with every product in float32, or of int4 in int8).
+    the source) or QualityError (`max_kl` cannot be met, of int4 with every product in int8).
     """
     started = time.perf_counter()
     say = progress or (lambda stage: None)
@@ -117,7 +117,7 @@ def export(
     if calibration is not None and precision == "fp32":
         raise InputError("float32 needs no calibration: leave out --calibration, or export with --precision int8")
     check_budget(max_kl, precision)
-    tables = check_tables(sensitivity, precision, out)
+    tables = check_tables(sensitivity, precision, out, [module_or_path, tokenizer, calibration])
     by_matrix = max_kl is not None or bool(tables)
     refuse_existing(Path(out), force=force)
     if isinstance(module_or_path, (str, Path)) and Path(out).resolve() == Path(module_or_path).resolve():
@@ -208,6 +208,7 @@ def _graft(source: Source, target: str, graph: str, say: Progress) -> _Made:
     model = trace(source.module, observation, choice.graph, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)
+        choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
     clean(model, source.module, observation.geometry, observation.vocab_size)
     return _Made(source, model, observation, choice)
 

@@ -37,7 +37,7 @@ class Row:
     kl_divergence: float  # from float32 in nats, mean over positions
     top1_agreement: float  # share of positions, 0 to 1
     share: float  # of the bytes of all matrices, 0 to 1
-    product: bool  # multiplied by, so that it can stay in float32; embeddings are gathered only
+    product: bool  # multiplied by; an embedding that is not the output head is gathered only
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Sensitivity:
 
     kl_divergence: float  # of everything quantized, in nats
     rows: tuple[Row, ...]  # worst first
-    ranking: tuple[str, ...] = ()  # weights of products, in the order in which they are given more bits
+    ranking: tuple[str, ...] = ()  # in the order in which they are given more bits; of int4, what is 4-bit
     keep: tuple[str, ...] = ()  # the first of these, without which the budget is met
 
     def worst(self, count: int) -> tuple[str, ...]:
@@ -71,9 +71,9 @@ def sensitivity(
     """Measures every matrix of a float32 graph on windows (T,) of token ids. Changes `model`.
 
     `folder` holds the weights file that the graph names. With `max_kl`, in nats, `keep` is as many of the worst
-    products as must stay in float32. With the matrices of `int4`, by the names of initializers, those are ranked, and
+    ones as must stay in float32. With the matrices of `int4`, by the names of initializers, those are ranked, and
     by what they cost per weight: a bit buys most where a small matrix costs much. Raises QualityError where all of them
-    together do not suffice.
+    together do not suffice, since embeddings and output head are int8 in any case.
     """
     with _opened(model, folder, windows, int4) as mixture:
         whole, _ = mixture.measure(matrix.weight for matrix in mixture.matrices)
@@ -93,14 +93,14 @@ def _ranking(rows: list[Row], int4: Mapping[str, FourBit]) -> tuple[str, ...]:
     if int4:
         ranked = sorted((row for row in rows if row.weight in int4), key=lambda row: -row.kl_divergence / row.share)
     else:
-        ranked = [row for row in rows if row.product]
+        ranked = rows
     return tuple(row.weight for row in ranked)
 
 
 def _fewest(
     found: Sensitivity, measure: Callable[[Iterable[str]], tuple[float, float]], max_kl: float, precision: str
 ) -> tuple[str, ...]:
-    """The worst products without which the quantized rest keeps within the budget, by halving."""
+    """The worst matrices without which the quantized rest keeps within the budget, by halving."""
 
     def left(count: int) -> float:
         kept = frozenset(found.worst(count))
@@ -108,7 +108,7 @@ def _fewest(
 
     few, many = 0, len(found.ranking)  # too few, and enough
     if left(many) > max_kl:
-        raise missed(left(many), max_kl, precision, "with every product in float32")
+        raise missed(left(many), max_kl, precision, "even with float32 in place of all that is 4-bit")
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (few, middle) if left(middle) <= max_kl else (middle, many)

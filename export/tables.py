@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from .sensitivity import Sensitivity
 _ENDINGS = (".json", ".png")
 
 
-def check_tables(files: Sequence[str | Path], precision: str, out: str | Path) -> tuple[Path, ...]:
+def check_tables(
+    files: Sequence[str | Path], precision: str, out: str | Path, read: Sequence[object]
+) -> tuple[Path, ...]:
     """The files to write, looked at before the work. Raises InputError or MissingFileError where one cannot be.
 
-    `out` is the bundle's folder, which is replaced as a whole.
+    `out` is the bundle's folder, which is replaced as a whole; `read` are the source and the files that belong to it,
+    as the user gave them: those that are paths are not written to.
     """
+    inputs = [Path(str(item)).resolve() for item in read if isinstance(item, (str, Path))]
     paths = tuple(Path(file) for file in files)
     if paths and precision == "fp32":
         raise InputError("--sensitivity tells what int8 costs: leave it out, or export with --precision int8")
@@ -31,32 +36,28 @@ def check_tables(files: Sequence[str | Path], precision: str, out: str | Path) -
             raise MissingFileError(f"--sensitivity {path}: there is no folder {path.parent} to write it to")
         if Path(out).resolve() in path.resolve().parents:
             raise InputError(f"--sensitivity {path} lies in the bundle {out}, which is replaced: put it beside that")
+        if any(known in (path.resolve(), *path.resolve().parents) for known in inputs):
+            raise InputError(f"--sensitivity {path} is part of what is to be exported: choose another name")
         try:
-            _partial(path).touch()
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
         except OSError as error:
             raise InputError(
                 f"--sensitivity {path} cannot be written there ({error.strerror}): choose another folder"
             ) from None
-        _partial(path).unlink()
         if path.suffix == ".png":
             importlib.import_module("matplotlib")
     return paths
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".new")
-
-
 def write_table(path: Path, table: Sensitivity) -> None:
     """Writes one of them, by its ending. A file that was there is replaced."""
-    if path.suffix == ".json":
-        write_json(path, table.to_json())
-        return
-    from .chart import draw
+    with tempfile.TemporaryDirectory(prefix=".pastkey-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        if path.suffix == ".json":
+            write_json(made, table.to_json())
+        else:
+            from .chart import draw
 
-    partial = _partial(path)
-    try:
-        draw(partial, table)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            draw(made, table)
+        made.replace(path)

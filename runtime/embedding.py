@@ -44,9 +44,17 @@ class EmbeddingRows:
         rows = []
         for token in ids.flat:
             assert token < self._vocab_size, f"id {token} of a table of {self._vocab_size} rows"
-            os.lseek(self._file, self._offset + int(token) * self._row_bytes, os.SEEK_SET)
-            rows.append(os.read(self._file, self._row_bytes))
+            rows.append(_read_at(self._file, self._row_bytes, self._offset + int(token) * self._row_bytes))
         content = b"".join(rows)
         if len(content) != ids.size * self._row_bytes:
             raise IntegrityError("the weights file was cut short while it was in use: copy it again")
         return np.frombuffer(content, np.uint8).reshape(*ids.shape, *self._row_shape)
+
+
+def _seek_and_read(file: int, size: int, offset: int) -> bytes:
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.read(file, size)
+
+
+# Without a position of the file: a forked process shares that with its parent. Windows has no pread, and no fork.
+_read_at = getattr(os, "pread", _seek_and_read)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -60,16 +61,20 @@ def measure(arguments: argparse.Namespace) -> None:
     reference = prepare(REFERENCE, source, store)
     bundle = open_bundle(reference.model)
     codec = _codec(bundle.tokenizer, source)
-    shapes = [shape for shape in (speed.SHORT, speed.LONG) if shape.length <= bundle.manifest.context_length]
-    if not shapes:
-        raise InputError(
-            f"the context of {source.name} is {bundle.manifest.context_length} tokens; {speed.SHORT.length} are needed"
-        )
-    text = (
+    whole = (
         quality.windows_of_own(bundle, reference.identity, count, threads, store)
         if file is None
-        else quality.windows_of_file(file, codec, count)
+        else quality.windows_of_file(file, codec, max(count, speed.STRIDE * arguments.rounds))
     )
+    text = dataclasses.replace(whole, windows=whole.windows[:count])
+    context_length = bundle.manifest.context_length
+    shapes = [
+        shape for shape in (speed.SHORT, speed.LONG) if shape.length <= context_length and shape.prompt <= whole.tokens
+    ]
+    if speed.SHORT not in shapes:
+        raise InputError(f"the context of {source.name} is {context_length} tokens; {speed.SHORT.length} are needed")
+    if speed.LONG not in shapes:
+        say(f"without {speed.LONG.prompt} tokens of prompt: the text has {whole.tokens}, the context {context_length}")
     prompts = quality.question_ids(bundle, codec)
 
     prepared, skipped = _prepare_all(engines, reference, source, store)
@@ -80,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> None:
         ]
         windows = quality.measure_windows(workers, prepared, text, threads, store)
         answers = quality.measure_answers(workers, prepared, prompts, threads, store)
-        rounds = speed.race(workers, prepared, text, shapes, arguments.rounds, threads, store)
+        rounds = speed.race(workers, prepared, whole, shapes, arguments.rounds, threads, store)
     loads = speed.measure_loads(prepared, text, context, threads, store)
     peaks = speed.measure_memory(prepared, text, threads, store)
 
@@ -112,7 +117,15 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.full and int8 is not None:
         charts, too_large = scaling.measure(int8, threads, store, HERE.parent / "docs" if folder == HERE else folder)
         skipped |= too_large
-    settings = Settings(source.name, text.name, len(text.windows), arguments.rounds, threads, _command(arguments))
+    settings = Settings(
+        model=source.name,
+        text=text.name,
+        windows=len(text.windows),
+        places=speed.places(whole, arguments.rounds),
+        rounds=arguments.rounds,
+        threads=threads,
+        command=_command(arguments),
+    )
     _write(rows, skipped, settings, charts, folder)
 
 

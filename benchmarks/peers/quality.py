@@ -64,11 +64,17 @@ class Text:
     name: str  # for a reader
     windows: tuple[tuple[int, ...], ...]  # each WINDOW ids
 
+    @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return sum(map(len, self.windows))
+
     def prompt(self, length: int, first: int = 0) -> list[int]:
-        """`length` ids from the window number `first` on, counted around; from the beginning again after the last."""
+        """`length` ids, `tokens` at most, from the window number `first` on, counted around."""
         turn = first % len(self.windows)
         ids = [token for window in (*self.windows[turn:], *self.windows[:turn]) for token in window]
-        return (ids * math.ceil(length / len(ids)))[:length]
+        assert length <= len(ids), "a text that repeats itself would be easy to guess"
+        return ids[:length]
 
 
 @dataclass(frozen=True)

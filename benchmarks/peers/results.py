@@ -38,6 +38,7 @@ class Settings:
     model: str
     text: str
     windows: int
+    places: int  # of the text where the prompts begin
     rounds: int
     threads: int
     command: str
@@ -55,11 +56,11 @@ def page(rows: Sequence[Row], skipped: dict[str, str], settings: Settings, chart
         f"perplexity: means over {settings.windows} times {WINDOW} tokens of {settings.text}. Answers: the share "
         f"of {len(QUESTIONS)} short questions whose greedy answer (up to {ANSWER} tokens) equals float32's to its "
         f"end, and the share of those tokens that come before the first difference. Speeds: medians of "
-        f"{settings.rounds} interleaved rounds, each from another place of that text on; decode of {SHORT.new} tokens "
-        f"after {SHORT.prompt}, and of {LONG.new} after {LONG.prompt}. Peak: resident memory of a fresh process over "
-        f"{SHORT.prompt} + {SHORT.new} tokens. First token: of a prompt of {FIRST.prompt} tokens, from the start of a "
-        f"fresh process, and in brackets from the end of its imports; medians of {LOADS} processes, files in the page "
-        f"cache.\n",
+        f"{settings.rounds} interleaved rounds, whose prompts begin at {settings.places} places of that text; decode "
+        f"of {SHORT.new} tokens after {SHORT.prompt}, and of {LONG.new} after {LONG.prompt}. Peak: resident memory of "
+        f"a fresh process over {SHORT.prompt} + {SHORT.new} tokens. First token: of a prompt of {FIRST.prompt} tokens, "
+        f"from the start of a fresh process, and in brackets from the end of its imports; medians of {LOADS} "
+        f"processes, files in the page cache.\n",
     ]
     if rivals:
         parts += [

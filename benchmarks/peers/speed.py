@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from .engines import Prepared, Worker
 from .progress import steps
-from .quality import Text
+from .quality import WINDOW, Text
 from .store import Store, digest
 
 
@@ -26,6 +27,7 @@ class Shape:
 
 
 SHORT, LONG = Shape(512, 128), Shape(2000, 64)
+STRIDE = math.ceil(LONG.prompt / WINDOW)  # windows from one round's prompts to the next round's
 FIRST = Shape(37, 0)  # what is loaded for
 LOADS = 5  # fresh processes of each engine
 
@@ -61,8 +63,8 @@ def race(
 ) -> list[Round]:
     """Every engine runs every shape once a round, in an order that rotates. All stay loaded meanwhile.
 
-    Each round's prompts begin at the next window of the text: how far an engine that looks ahead guesses right differs
-    from one to the other.
+    Each round's prompts begin at another of `places` of the text: how far an engine that looks ahead guesses right
+    differs from one to the other.
     """
     key = {
         "engines": [one.identity for one in prepared],
@@ -72,7 +74,7 @@ def race(
     warm: list[bool] = []
 
     def one_round(number: int) -> dict[str, dict[int, list[float]]]:
-        prompts = {shape: text.prompt(shape.prompt, first=number) for shape in shapes}
+        prompts = {shape: text.prompt(shape.prompt, first=number * STRIDE) for shape in shapes}
         if not warm:
             for worker in workers:
                 for ids in prompts.values():
@@ -98,6 +100,11 @@ def race(
             }
         )
     return found
+
+
+def places(text: Text, rounds: int) -> int:
+    """At how many places of the text the prompts of so many rounds begin."""
+    return len({number * STRIDE % len(text.windows) for number in range(rounds)})
 
 
 def _speed(shape: Shape, prefill_seconds: float, decode_seconds: float) -> Speed:

@@ -267,14 +267,22 @@ def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(
     arguments = ["export", f"{module}:Waits", "--context", "12", "--out", "work/bundle", *["--force"] * force]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pastkey", *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pastkey", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background ignore
     )
     with process:
-        while not list(work.glob(".bundle.*.partial/.fp32/onnx/*.onnx")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        told = process.communicate(timeout=60)[1]
+        try:
+            while not list(work.glob(".bundle.*.partial/.fp32/onnx/*.onnx")):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(number)
+            told = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == status
     assert "Traceback" not in told
     assert [path.name for path in work.iterdir()] == ["bundle"] * force

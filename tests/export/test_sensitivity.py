@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pastkey.export.calibrate import probing
 from pastkey.export.chart import place
 from pastkey.export.evaluate import kl_divergence, top1_agreement
 from pastkey.export.gates import GATES, add_gates, gates
+from pastkey.export.int4 import rounded
 from pastkey.export.quantize import quantize
 from pastkey.export.sensitivity import Row, Sensitivity, sensitivity
 from pastkey.export.tables import check_tables, write_table
@@ -113,10 +115,21 @@ def test_a_budget_keeps_the_fewest_of_the_worst_products(exported: Export) -> No
     assert sensitivity(ir.load(bundle.common_graph), folder, windows, plain.kl_divergence * 1.01).keep == ()
 
 
-def test_a_budget_below_what_the_embeddings_cost_is_refused_with_the_distance(exported: Export) -> None:
+def test_a_budget_below_what_the_embeddings_cost_keeps_them_too(exported: Export) -> None:
     bundle = exported("nano_gpt").bundle
-    with pytest.raises(QualityError, match=r"with every product in float32, over --max-kl 1e-12 by \d"):
-        sensitivity(ir.load(bundle.common_graph), bundle.common_graph.parent, windows_of(bundle), 1e-12)
+    windows, folder = windows_of(bundle), bundle.common_graph.parent
+    found = sensitivity(ir.load(bundle.common_graph), folder, windows, 1e-12)
+    assert found.keep == found.ranking
+    assert {row.weight for row in found.rows} == set(found.keep)
+    assert not all(row.product for row in found.rows)
+
+
+def test_int4_cannot_get_below_what_int8_embeddings_cost(exported: Export) -> None:
+    bundle = exported("nano_gpt").bundle
+    windows, folder = windows_of(bundle), bundle.common_graph.parent
+    int4 = rounded(ir.load(bundle.common_graph), folder, windows)
+    with pytest.raises(QualityError, match=r"in place of all that is 4-bit, over --max-kl 1e-12 by \d"):
+        sensitivity(ir.load(bundle.common_graph), folder, windows, 1e-12, int4=int4)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -189,23 +202,40 @@ def test_a_name_says_layer_and_kind(weight: str, expected: Any) -> None:
 def test_files_that_cannot_be_written_are_refused(file: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(kind, match=words):
-        check_tables([tmp_path / "fine.json", tmp_path / file], "int8", tmp_path / "bundle")
+        check_tables([tmp_path / "fine.json", tmp_path / file], "int8", tmp_path / "bundle", [])
     assert [path.name for path in tmp_path.iterdir()] == ["folder.json"]
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(path: Path) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def denied(**where: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(where["dir"]))
 
-    monkeypatch.setattr(Path, "touch", denied)
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
     with pytest.raises(InputError, match=r"table\.json cannot be written there \(Permission denied\): choose another"):
-        check_tables([tmp_path / "table.json"], "int8", tmp_path / "bundle")
+        check_tables([tmp_path / "table.json"], "int8", tmp_path / "bundle", [])
+
+
+def test_a_table_over_what_is_exported_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    read = [tmp_path / "checkpoint", str(tmp_path / "tokenizer.json"), None]
+    for file in ("checkpoint/config.json", "tokenizer.json"):
+        with pytest.raises(InputError, match="is part of what is to be exported: choose another name"):
+            check_tables([tmp_path / file], "int8", tmp_path / "bundle", read)
+
+
+def test_a_file_of_a_like_name_stays(tmp_path: Path) -> None:
+    like = tmp_path / "table.json.new"
+    like.write_text("precious")
+    [path] = check_tables([tmp_path / "table.json"], "int8", tmp_path / "bundle", [])
+    write_table(path, a_table())
+    assert like.read_text() == "precious"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["table.json", "table.json.new"]
 
 
 def test_a_table_inside_the_bundle_that_is_replaced_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bundle" / "deep").mkdir(parents=True)
     for file in ("bundle/table.json", "bundle/deep/table.png", "bundle/deep/../table.json"):
         with pytest.raises(InputError, match="which is replaced: put it beside that"):
-            check_tables([tmp_path / file], "int8", tmp_path / "bundle")
+            check_tables([tmp_path / file], "int8", tmp_path / "bundle", [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,14 @@ def test_rows_are_the_tables(folder: Path) -> None:
     found = EmbeddingRows(folder, json.dumps(PLACE))[ids]
     assert found.shape == (2, 3, 3, 16)
     np.testing.assert_array_equal(found, TABLE[ids])
+
+
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="this system has no fork")
+def test_reading_moves_no_position_that_a_forked_process_shares(folder: Path) -> None:
+    rows = EmbeddingRows(folder, json.dumps(PLACE))
+    os.lseek(rows._file, 5, os.SEEK_SET)
+    rows[np.array([[10, 3]])]
+    assert os.lseek(rows._file, 0, os.SEEK_CUR) == 5
 
 
 @pytest.mark.parametrize(
