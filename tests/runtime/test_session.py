@@ -78,7 +78,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_bounded_size(last: Session, mon
     run = last._run
     monkeypatch.setattr(last, "_run", lambda ids: sizes.append(ids.shape[1]) or run(ids))
     last.prefill(random_ids(600))
-    assert sizes == [120] * 5
+    assert sizes == [200] * 3
     for count, chunk_size in ((65, 64), (7, 2), (3, 2), (9, 4)):
         sizes.clear()
         last.reset()
