@@ -149,7 +149,7 @@ def _chosen(only: Sequence[str] | None, full: bool) -> list[Engine]:
     for name in only or ():
         if name not in known:
             raise InputError(f"no engine {name!r}; the engines are {', '.join(known)}")
-    wanted = [known[name] for name in only] if only else [e for e in ENGINES if full or not e.full]
+    wanted = [known[name] for name in dict.fromkeys(only)] if only else [e for e in ENGINES if full or not e.full]
     return [REFERENCE, *(engine for engine in wanted if engine is not REFERENCE)]
 
 
