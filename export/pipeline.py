@@ -135,7 +135,7 @@ def export(
     windows = int4.WINDOWS if precision == "int4" else WINDOWS
     calibration_ids = None if calibration is None else read_calibration(calibration, source.tokenizer, windows)
     weights = parameters(source.module)
-    require_memory(weights, loaded=True)
+    require_memory(weights, loaded_for=precision)
     require_disk(Path(out), weights, precision, by_matrix=by_matrix)
     made = _make_graph(source, target, graph, say)
 

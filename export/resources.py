@@ -10,9 +10,10 @@ from torch import nn
 
 from pastkey.errors import ResourceError
 
-# Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace, the arrays that are written.
+# Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace, the arrays that are written. int4
+# holds X^T X of every activation as well (6.4).
 _COPIES_IN_MEMORY = 5
-_COPIES_AFTER_LOADING = 4
+_COPIES_AFTER_LOADING = {"fp32": 4, "int8": 4, "int4": 6}
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
 # int8 is made from float32 files, which are tried once more with scales moved: more than it and them together. For int4
 # each matrix is measured in one graph of float32 and it.
@@ -37,9 +38,13 @@ def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = F
         )
 
 
-def require_memory(weights: int, *, loaded: bool) -> None:
-    """Raises ResourceError when the machine has not the memory to export so many weights, `loaded` or not yet."""
-    needed = (_COPIES_AFTER_LOADING if loaded else _COPIES_IN_MEMORY) * 4 * weights + _BASE_BYTES
+def require_memory(weights: int, *, loaded_for: str | None) -> None:
+    """Raises ResourceError when the machine has not the memory to export so many weights.
+
+    `loaded_for`: the precision that they were loaded for, or None while they are not.
+    """
+    copies = _COPIES_IN_MEMORY if loaded_for is None else _COPIES_AFTER_LOADING[loaded_for]
+    needed = copies * 4 * weights + _BASE_BYTES
     free = available_memory()
     if free is not None and needed > free:
         raise ResourceError(
