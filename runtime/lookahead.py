@@ -4,7 +4,7 @@ A step of decoding is bound by reading the weights, so that trying four tokens a
 model judges each guess: a token counts only where the sampler chooses it. Several tokens take another path through
 attention than one, which differs in the last bits: in float32 the text is the same; int8 amplifies them, so that two
 texts may part where two tokens are nearly as likely, and drawn ones sooner or later do. Texts repeat names, phrases and
-code often enough; where one does not, guesses that fail become rare.
+code often enough; where one does not, guesses are short, and those that fail become rare.
 
 Prompt lookup decoding, A. Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-GUESSES = 3  # tokens tried beside the one that is certain
+GUESSES = 3  # tokens tried beside the one that is certain, at most
 _SHORTEST, _LONGEST = 2, 8  # tokens in a row that must agree before a guess is made: from, and to as guesses fail
 _PLACES = 16  # where the last two tokens stood before, at most, that are looked at, the latest first
 
@@ -42,6 +42,7 @@ class Lookahead:
                 best, length = place, agreeing
         if length < self._needed:
             return []
+        most = min(most, length - 1)  # what agrees in two tokens only is right less often
         found = list(ids[best : best + most])
         while len(found) < most:  # the text repeats itself without a break
             found.append(found[len(found) - (len(ids) - best)])

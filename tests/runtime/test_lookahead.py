@@ -24,12 +24,13 @@ PROMPT = [5, 6, 7, 9, 11, 5, 6, 7]
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
-        ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5]),
-        ([1, 2, 3, 1, 2], [3, 1, 2]),  # beyond the end it is what the guess itself says
-        ([7, 7, 7], [7, 7, 7]),
-        ([1, 2, 1, 2], [1, 2, 1]),
-        ([1, 2, 8, 9, 1, 2, 7, 6, 1, 2], [7, 6, 1]),  # the latest place
-        ([3, 1, 2, 8, 9, 5, 4, 1, 2, 7, 6, 3, 1, 2], [8, 9, 5]),  # unless more agrees at another
+        ([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5, 6, 7]),
+        ([0, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5, 6]),  # one less than agree
+        ([0, 0, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5]),
+        ([7] * 5, [7, 7, 7]),  # beyond the end it is what the guess itself says
+        ([1, 2, 1, 2, 1, 2], [1, 2, 1]),
+        ([1, 2, 8, 9, 1, 2, 7, 6, 1, 2], [7]),  # the latest place
+        ([3, 1, 2, 8, 9, 5, 4, 1, 2, 7, 6, 3, 1, 2], [8, 9]),  # unless more agrees at another
         ([1, 2, 3, 4, 5], []),
         ([1, 2, 3, 4, 2], []),  # one token alone says nothing
         ([1], []),
@@ -41,8 +42,8 @@ def test_what_followed_the_last_time_is_guessed(ids: list[int], expected: list[i
 
 
 def test_no_more_is_guessed_than_there_is_room_for() -> None:
-    ids = [1, 2, 3, 4, 5, 1, 2]
-    assert [Lookahead().guess(ids, most) for most in (-1, 0, 1, 2)] == [[], [], [3], [3, 4]]
+    ids = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    assert [Lookahead().guess(ids, most) for most in (-1, 0, 1, 2, 3)] == [[], [], [4], [4, 5], [4, 5]]
 
 
 def test_a_growing_text_is_guessed_as_a_whole_one() -> None:
