@@ -28,7 +28,7 @@ class Engine:
     precision: str  # as its own converter calls it
     how: str  # its conversion, for a reader
     full: bool = False  # measured with --full only
-    rival: bool = False  # an int8 peer: the fastest of these is what every engine is compared with
+    rival: bool = False  # an int8 peer that answers as the model does: every engine is compared with the fastest
     files_of: str | None = None  # the engine whose converted files this one reads
     worker: str | None = None  # instead of the runtime's
 
@@ -59,8 +59,7 @@ ENGINES = (
         "optimum",
         "int8",
         "ORTQuantizer, dynamic, avx512_vnni, per channel",
-        full=True,
-        rival=True,
+        full=True,  # and no rival: it is another model by then
     ),
     Engine(
         "transformers-fp32",
