@@ -40,7 +40,9 @@ def test_the_programs_that_are_shown_are_those_that_the_tests_run() -> None:
         assert content == (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/design.md", "docs/programs.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/design.md", "docs/programs.md", "docs/performance.md", "CONTRIBUTING.md"]
+)
 def test_files_that_the_pages_name_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     made = {"tokenizer.json", "config.json", "tokenizer_config.json", "model.safetensors", "pastkey.json", "file.py"}
