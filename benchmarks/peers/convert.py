@@ -14,6 +14,7 @@ from pathlib import Path
 from pastkey import names
 from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
+from pastkey.runtime.processor import int8_kernels
 from tests.environments import ROOT, smollm2
 
 from .engines import ENGINES, WORKERS, Engine, EngineError, Prepared
@@ -80,7 +81,8 @@ def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Sto
             run([*builder, "-p", engine.precision, "-e", "cpu"], log)
             shutil.rmtree(cache, ignore_errors=True)
         case "optimum":
-            run([python, WORKERS / "optimum_convert.py", _huggingface(source, store), out, engine.precision], log)
+            folder, kernels = _huggingface(source, store), int8_kernels().name
+            run([python, WORKERS / "optimum_convert.py", folder, out, engine.precision, kernels], log)
         case "transformers":
             shutil.copytree(_huggingface(source, store), out)
 

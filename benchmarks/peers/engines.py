@@ -58,7 +58,7 @@ ENGINES = (
         "optimum-onnx int8 dynamic",
         "optimum",
         "int8",
-        "ORTQuantizer, dynamic, avx512_vnni, per channel",
+        "ORTQuantizer, dynamic, per channel, avx512_vnni or else avx2",
         full=True,  # and no rival: it is another model by then
     ),
     Engine(
