@@ -51,7 +51,7 @@ def open_folder(
     half = str(content.get("dtype", content.get("torch_dtype"))) in ("float16", "bfloat16")
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     weights = stored // (2 if half else 4)
-    require_memory(weights, loaded_for=None)
+    require_memory(weights)
     before_loading(weights)
     if code:
         say(f"run the Python code that {folder} brings: {', '.join(code)}")
@@ -78,7 +78,7 @@ def open_gguf(
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     weights = _check_gguf(file)
-    require_memory(weights, loaded_for=None)
+    require_memory(weights)
     before_loading(weights)
     with _transformers(file) as library:
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}

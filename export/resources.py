@@ -38,10 +38,10 @@ def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = F
         )
 
 
-def require_memory(weights: int, *, loaded_for: str | None) -> None:
+def require_memory(weights: int, *, loaded_for: str | None = None) -> None:
     """Raises ResourceError when the machine has not the memory to export so many weights.
 
-    `loaded_for`: the precision that they were loaded for, or None while they are not.
+    `loaded_for`: the precision that they were loaded for, or None while they are not yet.
     """
     copies = _COPIES_IN_MEMORY if loaded_for is None else _COPIES_AFTER_LOADING[loaded_for]
     needed = copies * 4 * weights + _BASE_BYTES

@@ -190,7 +190,7 @@ def export_random(width: int, layers: int, out: Path) -> None:
     from pastkey.export.resources import require_memory
     from pastkey.train.model import Decoder
 
-    require_memory(parameters(width, layers), loaded=False)
+    require_memory(parameters(width, layers))
     torch.manual_seed(0)
     config = configuration(width, layers)
     model = Decoder(config)
