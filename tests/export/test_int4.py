@@ -12,8 +12,8 @@ import pytest
 
 from pastkey import names
 from pastkey.bundle import open_bundle
-from pastkey.errors import QualityError
-from pastkey.export import export, int4
+from pastkey.errors import QualityError, ResourceError
+from pastkey.export import export, int4, resources
 from pastkey.export.evaluate import kl_divergence
 from pastkey.export.gates import GATES, add_gates, gates
 from pastkey.export.int4 import in_int8, rounded
@@ -129,6 +129,16 @@ def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported: Expo
     assert report.sensitivity is not None
     assert tuple(found["int8_weights"]) == report.sensitivity.worst(len(found["int8_weights"]))
     assert len(json.loads(table.read_text())["matrices"]) == 15
+
+
+def test_int4_asks_for_more_memory_than_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = llama()
+    enough = 5 * 4 * resources.parameters(module) + resources._BASE_BYTES  # for int8 once loaded, not for int4
+    monkeypatch.setattr(resources, "available_memory", lambda: enough)
+    resources.require_memory(resources.parameters(module), loaded_for="int8")
+    with pytest.raises(ResourceError, match=r"of memory and .* are available"):
+        export(module, tmp_path / "bundle", "int4", context_length=40)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_budget_that_int8_misses_is_refused_with_what_to_do(tmp_path: Path) -> None:
