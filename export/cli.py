@@ -7,7 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pastkey import names
 from pastkey.bundle import Bundle, KVGeometry, open_bundle
@@ -188,7 +188,7 @@ def _shown(layers: Sequence[KVGeometry]) -> str:
     return f"of {len(layers)} layers, {first.kv_heads} heads of size {first.key_head_size}"
 
 
-def _say_parity(verification: dict, title: str) -> None:  # type: ignore[type-arg]
+def _say_parity(verification: dict[str, Any], title: str) -> None:
     say(f"  {title}, {verification['tokens']} tokens: {'equal' if verification['ok'] else 'DIFFERENT'}")
     for name, check in verification["checks"].items():
         mark = "ok  " if check["ok"] else "FAIL"

@@ -45,7 +45,9 @@ class Graph:
         if key is None or value is None or len(key.shape) != 4 or len(value.shape) != 4:
             return None
         sizes = key.shape[1], key.shape[3], value.shape[3]
-        return KVGeometry(*sizes) if all(isinstance(size, int) for size in sizes) else None  # type: ignore[arg-type]
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        return KVGeometry(*sizes)  # type: ignore[arg-type]  # mypy does not narrow by all()
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,7 @@ def fuse(model: ir.Model, context_length: int) -> None:
 def where_rotated(model: ir.Model) -> str:
     """For people: how many attention calls of a fused graph turn queries and keys themselves."""
     turning = [
-        "do_rotary" in node.attributes and node.attributes["do_rotary"].as_int() == 1
-        for node in model.graph
-        if node.op_type == "GroupQueryAttention"
+        node.attributes.get_int("do_rotary", 0) == 1 for node in model.graph if node.op_type == "GroupQueryAttention"
     ]
     if not any(turning):
         return "rotary positions, if it has some, outside attention, as torch wrote them"

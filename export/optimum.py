@@ -57,7 +57,7 @@ def is_installed() -> bool:
     """Whether optimum's exporter can be imported here."""
     try:
         with quiet():
-            import optimum.exporters.onnx  # noqa: F401
+            import optimum.exporters.onnx  # noqa: F401 - whether it can be, is the question
     except ImportError:
         return False
     return True

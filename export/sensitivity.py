@@ -73,7 +73,7 @@ def sensitivity(
     `folder` holds the weights file that the graph names. With `max_kl`, in nats, `keep` is as many of the worst
     ones as must stay in float32. With the matrices of `int4`, by the names of initializers, those are ranked, and
     by what they cost per weight: a bit buys most where a small matrix costs much. Raises QualityError where all of them
-    together do not suffice, since embeddings and output head are int8 in any case.
+    together do not suffice: of int4, embeddings and output head are int8 in any case.
     """
     with _opened(model, folder, windows, int4) as mixture:
         whole, _ = mixture.measure(matrix.weight for matrix in mixture.matrices)
@@ -108,7 +108,7 @@ def _fewest(
 
     few, many = 0, len(found.ranking)  # too few, and enough
     if left(many) > max_kl:
-        raise missed(left(many), max_kl, precision, "even with float32 in place of all that is 4-bit")
+        raise missed(left(many), max_kl, precision, f"with every {precision} matrix in float32")
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (few, middle) if left(middle) <= max_kl else (middle, many)

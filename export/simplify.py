@@ -43,7 +43,7 @@ def simplify(model: ir.Model) -> None:
         ir.passes.Sequential(
             RewritePass(_RULES),
             common.RemoveUnusedNodesPass(),
-            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # onnx_ir leaves it untyped
             common.RemoveUnusedOpsetsPass(),
         )(model)
     ir.passes.Sequential(

@@ -23,7 +23,7 @@ def check_tables(
     `out` is the bundle's folder, which is replaced as a whole; `read` are the source and the files that belong to it,
     as the user gave them: those that are paths are not written to.
     """
-    inputs = [Path(str(item)).resolve() for item in read if isinstance(item, (str, Path))]
+    inputs = [Path(item).resolve() for item in read if isinstance(item, (str, Path))]
     paths = tuple(Path(file) for file in files)
     if paths and precision == "fp32":
         raise InputError("--sensitivity tells what int8 costs: leave it out, or export with --precision int8")

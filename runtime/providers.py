@@ -88,6 +88,7 @@ def resolve(choice: Choice | Sequence[Choice] | None, target: str = "cpu") -> li
     else:
         reason = ""
     pair = isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], dict)
+    # mypy cannot know what `pair` has looked at.
     choices: Sequence[Choice] = [choice] if isinstance(choice, str) or pair else choice  # type: ignore[list-item, assignment]
     here = available()
     chosen: dict[str, dict[str, Any]] = {}

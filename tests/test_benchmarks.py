@@ -23,6 +23,7 @@ from .export.decoders import llama
 
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 
+from benchmarks.peers import __main__ as peers
 from benchmarks.peers import chart, quality, results, scaling, speed
 from benchmarks.peers.engines import ENGINES, REFERENCE, EngineError, Prepared, Worker
 from benchmarks.peers.store import Store, digest_of_files
@@ -127,6 +128,11 @@ def test_an_answer_counts_up_to_its_end_token() -> None:
     assert found.perplexity == pytest.approx(7)
     assert found.equal_answers == 0.5
     assert found.equal_tokens == 4 / 6
+
+
+def test_an_engine_that_is_asked_for_twice_is_measured_once() -> None:
+    chosen = peers._chosen(["genai-int8", "pastkey-fp32", "genai-int8"], full=False)
+    assert [engine.name for engine in chosen] == ["pastkey-fp32", "genai-int8"]
 
 
 def test_a_prompt_goes_round_where_the_text_is_short() -> None:

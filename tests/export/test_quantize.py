@@ -1,33 +1,25 @@
-"""int8 in blocks: the arrays, the graph, and what it costs in bytes and in exactness."""
+"""int8 in blocks: the arrays, and the products and tables of a graph."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pastkey.config import ModelConfig
 from pastkey.errors import InputError
-from pastkey.export import export
 from pastkey.export.blocks import choose_block_size, dequantize_blocks, quantize_blocks
-from pastkey.export.evaluate import kl_divergence
 from pastkey.export.quantize import quantize
-from pastkey.train.settings import PRESETS
 
-from .conftest import Export, Exported
-from .decoders import drawn
-from .plain_loop import onnxruntime, run_chunks
+from .blocks import scales_of
+from .conftest import Export
+from .plain_loop import onnxruntime
 
 Array = npt.NDArray[Any]
 SCALES = ["Cast", "Mul"]  # of bytes, folded at load
@@ -259,68 +251,6 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         quantize(graph_of("y = MatMul(x, w)", w=broken))
 
 
-# --- whole decoders -----------------------------------------------------------------------------------------------
-def float_matrices(model: onnx.ModelProto) -> list[str]:
-    """Initializers in float32 that have two axes and more than a handful of elements, but for factors of scales."""
-    return [
-        t.name
-        for t in model.graph.initializer
-        if t.data_type == onnx.TensorProto.FLOAT
-        and len(t.dims) >= 2
-        and np.prod(t.dims) > 16
-        and not (t.name.startswith("scales_of_") and t.name.endswith(".factors"))
-    ]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_no_matrix_is_left_in_float(name: str, exported: Export) -> None:
-    made = exported(name, "int8")
-    for last in (False, True):
-        assert float_matrices(made.graph(last=last)) == []
-    assert float_matrices(exported(name).graph()) != []
-    operators = made.bundle.manifest.operators
-    assert not {"MatMul", "Gemm"} & set(operators)
-    linear = sum(p.dim() == 2 for p in made.module.parameters())
-    tables = 1 if name == "llama" else 2  # tokens, and learned positions
-    assert operators["Gather"] == 2 * tables  # blocks and scales
-    # A tied matrix is both; in each of two layers q, k and v are one, and gate and up.
-    assert operators["MatMulNBits"] == (linear - tables + 1 - 2 * 3 if name == "llama" else linear - tables - 2 * 2)
-
-
-def test_products_run_on_int8_activations(exported: Export) -> None:
-    for node in exported("llama", "int8").graph().graph.node:
-        if node.op_type == "MatMulNBits":
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            assert (attributes["bits"], attributes["accuracy_level"]) == (8, 4)
-            assert attributes["block_size"] in (16, 32, 64)
-
-
-def scales_of(model: ir.Model) -> dict[str, Array]:
-    """Matrix -> its scales (N, blocks), as the graph computes them."""
-    found: dict[str, Array] = {}
-    gathered = ""
-    for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            found[str(node.inputs[1].name).removesuffix(".blocks")] = computed(node.inputs[2])
-        elif node.op_type == "Gather" and node.inputs[0].const_value is not None:
-            gathered = str(node.inputs[0].name).removesuffix(".table")
-        elif node.op_type == "Gather" and node.inputs[0].producer().op_type in ("Mul", "Split"):
-            found[gathered] = computed(node.inputs[0])  # stands behind the gathered blocks
-    return found
-
-
-def computed(scales: ir.Value) -> Array:
-    """Cast(codes) * factors, or the part of it that a Split gives."""
-    maker, rows = scales.producer(), slice(None)
-    if maker.op_type == "Split":
-        ends = maker.inputs[1].const_value.numpy().cumsum()
-        rows = slice(*[0, *ends][scales.index() : scales.index() + 2])
-        maker = maker.inputs[0].producer()
-    codes, factors = maker.inputs[0].producer().inputs[0], maker.inputs[1]
-    whole: Array = codes.const_value.numpy() * factors.const_value.numpy()
-    return whole[rows]
-
-
 def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own() -> None:
     """In several steps, since the sizes stand in the graph itself."""
     matrices = {f"w{i}": RNG.normal(size=(50, 3 + i % 4)).astype(np.float32) * (i + 1) for i in range(70)}
@@ -338,119 +268,3 @@ def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own() -
     for name, scales in scales_of(model).items():
         np.testing.assert_array_equal(scales, quantize_blocks(matrices[name].T, 32).scales)
     onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-@dataclass(frozen=True)
-class Uncalibrated:
-    """A decoder's int8 graph whose scales were left where they are, and the graph's weights."""
-
-    path: Path
-    weights: dict[str, Array]
-    scales: dict[str, Array]
-
-
-def uncalibrated(made: Exported, folder: Path) -> Uncalibrated:
-    model = ir.load(made.bundle.common_graph)
-    quantize(model)
-    path = folder / "int8.onnx"
-    ir.save(model, path)
-    weights = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
-    return Uncalibrated(path, weights, scales_of(model))
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_stored_blocks_are_the_modules_weights(name: str, exported: Export, tmp_path: Path) -> None:
-    made = exported(name)
-    int8 = uncalibrated(made, inside(made, tmp_path))
-    weights = int8.weights
-    known = dict(made.module.named_parameters())
-    blocks = [key for key in weights if key.endswith(".blocks")]
-    assert len(blocks) >= 9
-    for key in blocks:
-        plain = key.removesuffix(".blocks")
-        data, scales = weights[key], int8.scales[plain]
-        parameter = np.concatenate([known[part].detach().numpy() for part in plain.split("+")])
-        values = ((data.astype(np.float32) - 128) * scales[..., None]).reshape(len(data), -1)
-        found = values[:, : parameter.shape[1]]
-        step = np.repeat(scales, data.shape[2], axis=1)[:, : parameter.shape[1]]
-        assert (np.abs(found - parameter) <= 0.5001 * step).all()
-
-
-def inside(made: Exported, folder: Path) -> Path:
-    """A folder with the weights file that the float32 graph names."""
-    for file in made.bundle.common_graph.parent.glob("*_data"):
-        shutil.copy(file, folder)
-    return folder
-
-
-def exact_products(path: Path) -> Path:
-    """The int8 graph with its weights computed in float32: accuracy level 1 leaves activations alone."""
-    model = onnx.load(path)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
-    exact = path.with_name("exact.onnx")
-    onnx.save(model, exact)
-    return exact
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(
-    name: str, exported: Export, tmp_path: Path
-) -> None:
-    import torch
-
-    made = exported(name)
-    int8 = uncalibrated(made, inside(made, tmp_path))
-    dequantized = {}
-    for key, parameter in made.module.named_parameters():
-        joined = next((k for k in int8.weights if key in k.split(".blocks")[0].split(".table")[0].split("+")), None)
-        if joined is not None and parameter.dim() == 2:
-            name = joined.rsplit(".", 1)[0]
-            data = int8.weights.get(f"{name}.blocks", int8.weights.get(f"{name}.table"))
-            assert data is not None
-            values = (data.astype(np.float32) - 128) * int8.scales[name][..., None]
-            before = name.split("+")[: name.split("+").index(key)]
-            first = sum(len(made.module.get_parameter(part)) for part in before)
-            rows = values.reshape(len(data), -1)[first : first + len(parameter)]
-            dequantized[key] = rows[:, : parameter.shape[1]]
-    assert len(dequantized) == sum(p.dim() == 2 for p in made.module.parameters())
-    ids = RNG.integers(0, 61, 40).tolist()
-    with torch.no_grad():
-        kept = {key: p.clone() for key, p in made.module.named_parameters()}
-        try:
-            for key, array in dequantized.items():
-                made.module.get_parameter(key).copy_(torch.from_numpy(array))
-            expected = made.torch_logits(ids)
-        finally:
-            for key, tensor in kept.items():
-                made.module.get_parameter(key).copy_(tensor)
-    exact = run_chunks(exact_products(int8.path), [ids])
-    np.testing.assert_allclose(exact, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    shipped = run_chunks(int8.path, [ids])
-    assert 0 < np.abs(shipped - expected).max() <= 0.05 * np.abs(expected).max()
-    assert kl_divergence(expected, shipped) < 0.02
-
-
-def test_small_decoders_shrink_to_a_third_at_most(exported: Export) -> None:
-    for name in ("llama", "gpt2"):
-        report = exported(name, "int8").report
-        assert report.fp32_weight_bytes == exported(name).report.weight_bytes
-        assert report.weight_bytes <= 0.33 * report.fp32_weight_bytes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("preset", ["gpt2", "llama"])
-def test_int8_takes_at_most_0_29_of_float32_from_three_million_parameters(
-    preset: str, tied: bool, tmp_path: Path
-) -> None:
-    sizes = {"vocab_size": 2003, "hidden_size": 288, "intermediate_size": 800, "tie_word_embeddings": tied}
-    module = drawn(ModelConfig(**(dict(PRESETS[preset].model) | sizes)))
-    assert sum(p.numel() for p in module.parameters()) >= 3_000_000
-    report = export(module, tmp_path / "bundle", context_length=module.config.max_position_embeddings)
-    assert report.verification.ok
-    assert report.weight_bytes / report.fp32_weight_bytes <= 0.29
-    stored = sum(path.stat().st_size for path in (tmp_path / "bundle" / "onnx").iterdir())
-    assert stored / report.fp32_weight_bytes <= 0.3  # both graphs included
