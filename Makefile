@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PASTKEY := $(BIN)/pastkey
 PYTEST_ARGS ?=
-# `make test SLOW=1` runs the slow tests too, as CI does.
+# `make test SLOW=1` runs the slow tests too, as CI does. WORKERS processes share the tests.
 SLOW ?=
+WORKERS ?= 2
 BENCH_ARGS ?=
 
 .PHONY: demo test check figures bench clean
@@ -19,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/tell_story.py demo/int8
 
 test: check
-	$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

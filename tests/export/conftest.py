@@ -141,25 +141,3 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         return sentence.removeprefix("pastkey export: ")
 
     return run
-
-
-_FAMILY_FIGURES: dict[str, float] = {}
-
-
-@pytest.fixture
-def record_family() -> dict[str, float]:
-    """family -> its worst figure, shown at the end of the run."""
-    return _FAMILY_FIGURES
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _FAMILY_FIGURES:
-        return
-    import transformers
-
-    terminalreporter.section(
-        f"{len(_FAMILY_FIGURES)} Hugging Face families under transformers {transformers.__version__}: "
-        "max |difference| / max |logit|"
-    )
-    for family, figure in sorted(_FAMILY_FIGURES.items()):
-        terminalreporter.write_line(f"{family:<20} {figure:.1e}")
