@@ -51,7 +51,7 @@ def make_int8(
     `exact` is the float32 bundle, beside whose graph files may lie meanwhile. `max_kl` bounds the KL divergence from
     float32 in nats on the windows that nothing is chosen by. One round is enough where int8 keeps within it; two are as
     a rule where it does not. `by_matrix` asks for the table of what each matrix costs. Raises InputError on NaN or
-    infinity, and QualityError where the budget is below what float32 itself rounds.
+    infinity, and QualityError where the budget is missed with all matrices but one in float32.
     """
     model, table = calibrated(exact, text.chosen_by, say), None
     if max_kl is None and not by_matrix:
@@ -84,8 +84,9 @@ def make_int8(
             more = table.keep or table.worst(1)
         else:  # kernels of other shapes round in other ways: a hair over it
             more, step = table.worst(len(keep) + step), 2 * step
-        if len(more) == len(keep):
-            raise missed(kl, max_kl, "int8", "with every matrix in float32")
+        more = more[: table.most_kept]
+        if len(more) <= len(keep):
+            raise missed(kl, max_kl, "int8", f"with {len(keep)} of {len(table.ranking)} matrices in float32")
         keep = more
         shutil.rmtree(bundle.common_graph.parent)
 

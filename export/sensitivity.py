@@ -53,6 +53,11 @@ class Sensitivity:
         """The first `count` of the ranking, or all."""
         return self.ranking[:count]
 
+    @property
+    def most_kept(self) -> int:
+        """How many may stay in float32 at most: one is left, or int8 would be but a name."""
+        return len(self.ranking) - 1
+
     def to_json(self) -> dict[str, Any]:
         return {"kl_divergence": self.kl_divergence, "matrices": [asdict(row) for row in self.rows]}
 
@@ -72,8 +77,8 @@ def sensitivity(
 
     `folder` holds the weights file that the graph names. With `max_kl`, in nats, `keep` is as many of the worst
     ones as must stay in float32. With the matrices of `int4`, by the names of initializers, those are ranked, and
-    by what they cost per weight: a bit buys most where a small matrix costs much. Raises QualityError where all of them
-    together do not suffice: of int4, embeddings and output head are int8 in any case.
+    by what they cost per weight: a bit buys most where a small matrix costs much. Raises QualityError where all but one
+    do not suffice, for that would be float32, and of int4 where all do not: embeddings and output head are int8 there.
     """
     with _opened(model, folder, windows, int4) as mixture:
         whole, _ = mixture.measure(matrix.weight for matrix in mixture.matrices)
@@ -106,9 +111,9 @@ def _fewest(
         kept = frozenset(found.worst(count))
         return measure(row.weight for row in found.rows if row.weight not in kept)[0]
 
-    few, many = 0, len(found.ranking)  # too few, and enough
+    few, many = 0, found.most_kept if precision == "int8" else len(found.ranking)  # too few, and enough
     if left(many) > max_kl:
-        raise missed(left(many), max_kl, precision, f"with every {precision} matrix in float32")
+        raise missed(left(many), max_kl, precision, f"with {many} of {len(found.ranking)} matrices in float32")
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (few, middle) if left(middle) <= max_kl else (middle, many)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,7 @@ class KVCache:
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
+        length = operator.index(length)
         if not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
         if not self._shared and length < self.length:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
+import numpy as np
+
 from pastkey.errors import InputError
 
 from .lookahead import GUESSES, Lookahead
@@ -40,17 +42,18 @@ class Generation:
         Raises InputError for a prompt that the model cannot take.
         """
         context = session.manifest.context_length
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+        if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number from 0")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")
-        if reuse_prefix:
-            self.reused_tokens = session.rewind(prompt)
-        else:
-            self.reused_tokens = 0
-            session.reset()
-        session.checked(prompt[self.reused_tokens :], ndim=1)
-        self._owned = session.resets
+        with session.lock:
+            if reuse_prefix:
+                self.reused_tokens = session.rewind(prompt)
+            else:
+                self.reused_tokens = 0
+                session.reset()
+            session.checked(prompt[self.reused_tokens :], ndim=1)
+            self._owned = session.resets
         self.prompt_tokens = len(prompt)
         self.new_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -70,20 +73,23 @@ class Generation:
         return next(self._tokens)
 
     def _generate(self, session: Session, ids: list[int]) -> Iterator[int]:
-        self._require_ownership(session)
-        started = time.perf_counter()
-        logits = session.prefill(ids[self.reused_tokens :])[None]
-        self.prefill_seconds = time.perf_counter() - started
+        # Another thread may take the session over between two steps, but not within one.
+        with session.lock:
+            self._require_ownership(session)
+            started = time.perf_counter()
+            logits = session.prefill(ids[self.reused_tokens :])[None]
+            self.prefill_seconds = time.perf_counter() - started
         guesses: list[int] = []
         while self.new_tokens < self._limit:
             started = time.perf_counter()
-            if self.new_tokens:
-                self._require_ownership(session)
-                guesses = self._guess(session, ids)
-                logits = session.extend([ids[-1], *guesses])
-            chosen = self._choose(logits, guesses, ids)
-            if len(chosen) < len(logits):
-                session.trim(session.length - len(logits) + len(chosen))
+            with session.lock:
+                if self.new_tokens:
+                    self._require_ownership(session)
+                    guesses = self._guess(session, ids)
+                    logits = session.extend([ids[-1], *guesses])
+                chosen = self._choose(logits, guesses, ids)
+                if len(chosen) < len(logits):
+                    session.trim(session.length - len(logits) + len(chosen))
             self.decode_seconds += time.perf_counter() - started
             for token in chosen:
                 self._require_ownership(session)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,7 +75,11 @@ def completed(stream: Generator[Chunk, None, Completion]) -> Completion:
 
 
 class LanguageModel:
-    """A loaded bundle. Generates one continuation at a time."""
+    """A loaded bundle. Generates one continuation at a time.
+
+    `generate` and `logits` may be called by several threads, which take turns; threads that shall not wait load the
+    bundle once for each. A stream that is not at its end when another generation begins ends with an InputError.
+    """
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class LanguageModel:
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self.session = Session(bundle, **self._options)
         self._common: Session | None = None
+        self._lock = threading.Lock()
 
     def generate(
         self,
@@ -116,21 +122,22 @@ class LanguageModel:
         Raises InputError for a prompt that is empty, too long or has no tokens, and for settings out of range;
         NumericsError when the model yields NaN or infinity.
         """
-        return completed(
-            self.stream(
-                prompt,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                stop=stop,
-                seed=seed,
-                reuse_prefix=reuse_prefix,
-                lookahead=lookahead,
+        with self._lock:
+            return completed(
+                self.stream(
+                    prompt,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                    repetition_penalty=repetition_penalty,
+                    stop=stop,
+                    seed=seed,
+                    reuse_prefix=reuse_prefix,
+                    lookahead=lookahead,
+                )
             )
-        )
 
     def stream(
         self,
@@ -146,7 +153,7 @@ class LanguageModel:
 
         The texts of the chunks together are the completion's.
         """
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         if any(not isinstance(text, str) or not text for text in stops):
             raise InputError(f"stop is {stop!r}; texts of at least one character were expected")
         if stops and self.tokenizer is None:
@@ -171,15 +178,18 @@ class LanguageModel:
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Logits (T, V) of every position of `ids` (T,), by one uncached pass."""
-        if self._common is None:
-            self._common = Session(self.bundle, graph="common", **self._options)
-        self._common.reset()
-        logits: npt.NDArray[np.float32] = self._common.forward(np.asarray(ids)[None])[0]
-        return logits
+        with self._lock:
+            if self._common is None:
+                self._common = Session(self.bundle, graph="common", **self._options)
+            self._common.reset()
+            logits: npt.NDArray[np.float32] = self._common.forward(self._common.checked(ids, 1)[None])[0]
+            return logits
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids that a prompt is fed as. Raises InputError for a text without tokens, or without a tokenizer."""
         if not isinstance(prompt, str):
+            if not isinstance(prompt, Iterable):
+                raise InputError(f"the prompt is {prompt!r}; a text or a sequence of token ids was expected")
             return list(prompt)
         if self.tokenizer is None:
             raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")

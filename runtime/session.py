@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +33,29 @@ PREFILL_CHUNK = 256
 MOST_TRIED = GUESSES + 1
 
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _one_at_a_time(
+    method: Callable[Concatenate[Session, P], Result],
+) -> Callable[Concatenate[Session, P], Result]:
+    """Lets a second thread wait while one is inside: both would write into the same cache."""
+
+    @wraps(method)
+    def locked(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class Session:
     """A bundle's graph with a cache: each call appends its tokens to those before.
 
     `graph="last"` gives the logits of the last positions only, which is what generation needs; `graph="common"` gives
-    those of every position. `length` counts the tokens in the cache.
+    those of every position. `length` counts the tokens in the cache. Calls from several threads take turns; who needs
+    several calls to belong together holds `lock`.
     """
 
     def __init__(
@@ -61,6 +81,7 @@ class Session:
             raise InputError(f"threads is {threads}; it must be 1 to {most}, and the physical cores are the fastest")
         self.threads = default_threads() if threads is None else threads
         path = {"last": bundle.last_graph, "common": bundle.common_graph}[graph]
+        self.lock = threading.RLock()
         self.manifest = bundle.manifest
         self.onnx = _open(path, bundle.manifest, providers, self.threads, profile_prefix)
         self.providers: list[str] = self.onnx.get_providers()
@@ -95,6 +116,7 @@ class Session:
         """Tokens in the cache, per row, padding included."""
         return max(self.cache.length, 0 if self._int8 is None else self._int8.cache.length)
 
+    @_one_at_a_time
     def reset(self) -> None:
         """Forgets all tokens."""
         self.cache.reset()
@@ -104,6 +126,7 @@ class Session:
         self._held = []
         self.resets += 1
 
+    @_one_at_a_time
     def rewind(self, ids: Sequence[int]) -> int:
         """Forgets all but what the cache shares with the beginning of `ids` (T,), and at most all of them but one.
 
@@ -121,6 +144,7 @@ class Session:
             self.resets += 1
         return shared
 
+    @_one_at_a_time
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
         held, self._held = self._held, None  # an interrupt may come at any time
@@ -132,6 +156,7 @@ class Session:
         self._mask = None if self._mask is None or not length else self._mask[:, :length]
         self._held = None if held is None else held[:length]
 
+    @_one_at_a_time
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
         """Appends the tokens `ids` (T,) of one row, in runs of about `chunk_size`; returns the last one's logits (V,).
 
@@ -156,6 +181,7 @@ class Session:
             logits = self._run(chunk[None])
         return _last(logits)
 
+    @_one_at_a_time
     def decode(self, token: int) -> Logits:
         """Appends one token to one row; returns its logits (V,)."""
         return _last(self._run(self.checked([token], 1)[None]))
@@ -165,6 +191,7 @@ class Session:
         """Whether `extend` can append several tokens, and `trim` forget some of them without moving the others."""
         return self._fused and (self._keeps or not self._last_only)
 
+    @_one_at_a_time
     def extend(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one row in one run; returns the logits (T, V) of each.
 
@@ -175,6 +202,7 @@ class Session:
         logits: Logits = self._run(ids[None], keep=ids.size)[0]
         return logits
 
+    @_one_at_a_time
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Appends the tokens `ids` (B, T) in one run; returns logits (B, T, V), or (B, 1, V) of the "last" graph.
 

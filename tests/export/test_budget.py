@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -81,13 +81,22 @@ def test_a_budget_that_int8_keeps_within_changes_nothing(whole: float, tmp_path:
     assert report.manifest.quality["kl_divergence"] == whole
 
 
-def test_a_tied_table_moves_as_a_whole_so_that_a_budget_near_nothing_is_met(tmp_path: Path) -> None:
-    report = export(llama(), tmp_path / "bundle", context_length=40, max_kl=1e-9)
-    assert report.manifest.quality["kl_divergence"] <= 1e-9
+def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as_a_whole(tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    export(llama(), tmp_path / "int8", context_length=40, sensitivity=[table])
+    rows = json.loads(table.read_text())["matrices"]
+    cheapest = rows[-1]["kl_divergence"]
+    report = export(llama(), tmp_path / "bundle", context_length=40, max_kl=2 * cheapest)
+    assert report.manifest.quality["kl_divergence"] <= 2 * cheapest
     kept = report.manifest.quality["float32_weights"]
     assert "model.embed_tokens.weight" in kept
+    assert rows[-1]["weight"] not in kept
     stored = weights_of(tmp_path / "bundle")
     assert [name for name in stored if name.startswith("model.embed_tokens")] == ["model.embed_tokens.weight"]
+    found = f"with {len(rows) - 1} of {len(rows)} matrices in float32, over --max-kl"
+    with pytest.raises(QualityError, match=found):
+        export(llama(), tmp_path / "refused", context_length=40, max_kl=cheapest / 2)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_budget_that_cannot_be_met_leaves_nothing(tmp_path: Path) -> None:
@@ -104,8 +113,9 @@ def test_products_are_moved_until_the_written_bundle_itself_keeps_within(
     """Should the mixture have promised more than the bundle keeps: one more, then two, then four."""
     rounds: list[tuple[str, ...]] = []
 
-    def promising(*arguments: object) -> Sensitivity:
-        return dataclasses.replace(sensitivity(*arguments), keep=())
+    def promising(model: ir.Model, folder: Path, windows: Any, max_kl: float) -> Sensitivity:
+        assert max_kl
+        return sensitivity(model, folder, windows)
 
     def counting(model: ir.Model, keep: tuple[str, ...]) -> None:
         rounds.append(keep)
@@ -113,10 +123,14 @@ def test_products_are_moved_until_the_written_bundle_itself_keeps_within(
 
     monkeypatch.setattr(budget, "sensitivity", promising)
     monkeypatch.setattr(budget, "quantize", counting)
-    report = export(llama(), tmp_path / "bundle", context_length=40, max_kl=1e-9)
-    assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8, 15]
+    with pytest.raises(QualityError, match="with 14 of 15 matrices in float32"):
+        export(llama(), tmp_path / "bundle", context_length=40, max_kl=1e-9)
+    assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8, 14]
+    rounds.clear()
+    report = export(llama(), tmp_path / "bundle", context_length=40, max_kl=2e-5)
+    assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8]
     assert tuple(report.manifest.quality["float32_weights"]) == rounds[-1]
-    assert report.manifest.quality["kl_divergence"] <= 1e-9
+    assert report.manifest.quality["kl_divergence"] <= 2e-5
 
 
 @pytest.mark.parametrize("max_kl", [0.0, -0.1, float("nan"), float("inf")])

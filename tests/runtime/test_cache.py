@@ -115,6 +115,13 @@ def test_trim_beyond_the_length_is_refused(session: Session, length: int) -> Non
     assert session.length == 3
 
 
+def test_trim_to_half_a_token_changes_nothing(session: Session) -> None:
+    session.prefill([1, 2, 3])
+    with pytest.raises(TypeError):
+        session.trim(1.5)  # type: ignore[arg-type]
+    assert session.length == 3
+
+
 def test_trim_to_nothing_allows_another_batch(session: Session, tiny: Tiny) -> None:
     session.prefill([1, 2, 3])
     session.trim(0)

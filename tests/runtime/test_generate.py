@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -111,8 +111,10 @@ def test_a_generation_that_another_took_over_says_so(session: Session) -> None:
         ([37], 5, "out of range"),
         ([1] * 601, 5, "the context is 600"),
         ([1], -1, "max_new"),
+        ([1], 1.5, "max_new"),
+        ([1], None, "max_new"),
     ],
 )
-def test_what_cannot_be_continued_is_refused_at_once(session: Session, prompt: list[int], new: int, word: str) -> None:
+def test_what_cannot_be_continued_is_refused_at_once(session: Session, prompt: list[int], new: Any, word: str) -> None:
     with pytest.raises(InputError, match=word):
         Generation(session, prompt, max_new_tokens=new)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -83,10 +85,52 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(model: LanguageModel)
     assert "".join(chunk.text for chunk in model.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
 
 
-@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3]])
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3, None])
 def test_a_stop_string_that_is_none_is_refused(model: LanguageModel, stop: object) -> None:
     with pytest.raises(InputError, match="stop is"):
         model.generate("abc", stop=stop)
+
+
+@pytest.mark.parametrize("prompt", [None, 3])
+def test_a_prompt_that_is_none_is_refused(model: LanguageModel, prompt: Any) -> None:
+    with pytest.raises(InputError, match="a text or a sequence of token ids was expected"):
+        model.generate(prompt)
+
+
+def test_logits_of_nothing_are_refused(model: LanguageModel) -> None:
+    with pytest.raises(InputError, match=r"shape \(T,\), at least one; found .* of shape \(0,\)"):
+        model.logits([])
+
+
+def test_threads_take_turns(model: LanguageModel) -> None:
+    prompts = [[1, 2, 3 + i] for i in range(8)]
+    expected = [(model.generate(ids, max_new_tokens=40).ids, model.logits(ids)) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            generated = [pool.submit(model.generate, ids, max_new_tokens=40) for ids in prompts]
+            logits = [pool.submit(model.logits, ids) for ids in prompts]
+            for (ids, exact), one, other in zip(expected, generated, logits, strict=True):
+                assert one.result().ids == ids
+                np.testing.assert_array_equal(other.result(), exact)
+
+
+def test_a_stream_that_another_thread_takes_over_ends_and_spoils_nothing(model: LanguageModel) -> None:
+    """Whichever comes first: right to its end, or refused."""
+    prompts = [[1, 2, 3 + i] for i in range(8)]
+    expected = [model.generate(ids, max_new_tokens=40).ids for ids in prompts]
+
+    def streamed(place: int) -> bool:
+        told: list[int] = []
+        with contextlib.suppress(InputError):  # "another generation began"
+            for chunk in model.stream(prompts[place], max_new_tokens=40):
+                told += chunk.ids
+        assert told == expected[place][: len(told)]
+        return told == expected[place]
+
+    with ThreadPoolExecutor(4) as pool:
+        finished = list(pool.map(streamed, [place for _ in range(10) for place in range(8)]))
+    assert any(finished)
+    assert [model.generate(ids, max_new_tokens=40).ids for ids in prompts] == expected
 
 
 def test_an_end_token_ends_the_text(
