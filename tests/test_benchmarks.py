@@ -292,12 +292,17 @@ def test_a_worker_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
         (["--text", "short.txt"], "short.txt has 5 bytes; one window of 512 tokens is needed"),
         (["--only", "vllm"], "no engine 'vllm'; the engines are pastkey-int8, pastkey-int8-steps, pastkey-fp32"),
         (["--rounds", "0"], "0 is not a whole number from 1"),
+        (["--threads", "9999"], "--threads is 9999; this machine has"),
+        (["--text", "binary.txt"], "binary.txt is not valid UTF-8: convert it first"),
+        (["--model", ".", "--out", "short.txt"], "short.txt cannot be made a folder (File exists): give another --out"),
+        (["--model", ".", "--work", "short.txt/work"], "work cannot be made a folder (Not a directory): give another"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_status_2(arguments: list[str], sentence: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "binary.txt").write_bytes(b"\xff" * 1000)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.peers", *arguments, "--work", tmp_path / "work"],
+        [sys.executable, "-m", "benchmarks.peers", "--work", tmp_path / "work", *arguments],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -308,6 +313,22 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(arguments: list[str], sente
     assert len(done.stderr.splitlines()) == 1
     assert sentence in done.stderr
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ([], True),
+        (["--full"], True),
+        (["--rounds", "1"], False),
+        (["--threads", "1"], False),
+        (["--only", "pastkey-int8"], False),
+        (["--model", "other.gguf"], False),
+        (["--text", "mine.txt"], False),
+    ],
+)
+def test_a_trial_leaves_the_repositorys_results_alone(arguments: list[str], kept: bool) -> None:
+    assert peers._default(peers._parse(arguments)) == kept
 
 
 def test_a_text_of_fewer_tokens_than_a_window_is_refused(tmp_path: Path, word_codec: quality.TextCodec) -> None:

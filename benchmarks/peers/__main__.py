@@ -1,11 +1,11 @@
 """pastkey beside onnxruntime-genai, llama.cpp, optimum-onnx and transformers, on the same weights and this machine.
 
     python -m benchmarks.peers [--full] [--rounds 11] [--model GGUF_OR_HF_FOLDER] [--text FILE] [--work FOLDER]
-                               [--only ENGINE ...] [--fresh]
+                               [--only ENGINE ...] [--fresh] [--out FOLDER]
 
 The first run installs every engine in an environment of its own. Each finished step is kept in the work folder: after
-an interruption, the same command goes on. Results go to results.md and results.png here, or with --only to the work
-folder.
+an interruption, the same command goes on. Results go to results.md and results.png here; those of other engines,
+weights, texts, rounds or threads than the default ones go to the work folder.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from . import chart, quality, results, scaling, speed
 from .convert import Source, open_source, prepare
 from .engines import ENGINES, REFERENCE, Engine, EngineError, Prepared, Worker
 from .results import Row, Settings
-from .store import Store
+from .store import Store, make_folder
 
 HERE = Path(__file__).parent.parent
+ROUNDS, THREADS = 11, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +55,13 @@ def measure(arguments: argparse.Namespace) -> None:
     """The whole of it, from weights to a page."""
     engines = _chosen(arguments.only, arguments.full)
     threads, count = arguments.threads, 24 if arguments.full else 6
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        raise InputError(f"--threads is {threads}; this machine has {cores} cores")
     file = quality.text_file(arguments.text)
     source = open_source(arguments.model)
+    if arguments.out is not None:
+        make_folder(arguments.out, "--out")
     store = Store(arguments.work, fresh=arguments.fresh)
 
     reference = prepare(REFERENCE, source, store)
@@ -111,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for one in sorted(prepared, key=lambda one: ENGINES.index(one.engine))
         for name in [one.engine.name]
     ]
-    folder = arguments.out or (store.folder if arguments.only else HERE)
+    folder = arguments.out or (HERE if _default(arguments) else store.folder)
     charts: list[Path] = []
     int8 = next((one for one in prepared if one.engine.name == "pastkey-int8"), None)
     if arguments.full and int8 is not None:
@@ -124,7 +130,7 @@ def measure(arguments: argparse.Namespace) -> None:
         places=speed.places(whole, arguments.rounds),
         rounds=arguments.rounds,
         threads=threads,
-        command=_command(arguments),
+        command=_command(arguments, file),
     )
     _write(rows, skipped, settings, charts, folder)
 
@@ -132,10 +138,16 @@ def measure(arguments: argparse.Namespace) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmarks.peers", description="Measure pastkey beside other engines on the same weights.")
     parser.add_argument("--full", action="store_true", help="more engines, more windows, and how pastkey scales")
-    parser.add_argument("--rounds", type=positive_int, default=11, help="of the interleaved speed runs (default 11)")
-    parser.add_argument("--threads", type=positive_int, default=2, help="of every engine (default 2)")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=ROUNDS, help=f"of the interleaved speed runs (default {ROUNDS})"
+    )
+    parser.add_argument("--threads", type=positive_int, default=THREADS, help=f"of every engine (default {THREADS})")
     parser.add_argument("--model", type=Path, help="a .gguf file or a Hugging Face folder (default: SmolLM2-135M)")
-    parser.add_argument("--text", type=Path, help="what quality is measured on (default: a text of the model's own)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="what is measured on (default: wikitext-2 in ../shared where it is, else a text of the model's own)",
+    )
     parser.add_argument("--work", type=Path, default=HERE / ".work", help="where models and finished steps are kept")
     parser.add_argument("--only", nargs="+", metavar="ENGINE", help=", ".join(engine.name for engine in ENGINES))
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
@@ -173,11 +185,17 @@ def _codec(tokenizer: Path | None, source: Source) -> TextCodec:
     return TextCodec.from_file(tokenizer)
 
 
-def _command(arguments: argparse.Namespace) -> str:
+def _default(arguments: argparse.Namespace) -> bool:
+    """Whether the results are those that the repository keeps, and not a trial."""
+    others = (arguments.only, arguments.model, arguments.text)
+    return not any(others) and (arguments.rounds, arguments.threads) == (ROUNDS, THREADS)
+
+
+def _command(arguments: argparse.Namespace, text: Path | None) -> str:
     """What to type to measure the same again; a file by its name alone."""
     parts = ["python -m benchmarks.peers"]
     parts += ["--full"] * arguments.full
-    parts += [f"--{name} {value.name}" for name in ("model", "text") if (value := getattr(arguments, name))]
+    parts += [f"--{name} {file.name}" for name, file in (("model", arguments.model), ("text", text)) if file]
     parts += [f"--only {' '.join(arguments.only)}"] if arguments.only else []
     return " ".join([*parts, f"--rounds {arguments.rounds} --threads {arguments.threads}"])
 
@@ -186,7 +204,6 @@ def _write(
     rows: Sequence[Row], skipped: dict[str, str], settings: Settings, charts: Sequence[Path], folder: Path
 ) -> None:
     """results.md and results.png, and the table on standard output."""
-    folder.mkdir(parents=True, exist_ok=True)
     if rows[0].ratios:
         chart.draw(rows, folder / "results.png")
     shown = [os.path.relpath(file, folder) for file in charts]

@@ -97,15 +97,20 @@ def text_file(given: Path | None) -> Path | None:
         raise MissingFileError(f"no such text: {given} is not a file")
     if given.stat().st_size < WINDOW:  # a token is a byte at least
         raise InputError(_too_short(given, f"{given.stat().st_size} bytes"))
+    _read(given)
     return given
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not valid UTF-8: convert it first") from None
 
 
 def windows_of_file(file: Path, codec: TextCodec, count: int) -> Text:
     """Up to `count` windows from the beginning of a text, each begun as the tokenizer begins a text."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not valid UTF-8: convert it first") from None
+    text = _read(file)
     ids = codec.encode(text, add_special_tokens=False)
     whole = codec.encode(text)
     begin = next((whole[:n] for n in range(3) if whole[n : n + 8] == ids[:8]), [])

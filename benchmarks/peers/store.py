@@ -30,7 +30,7 @@ class Store:
         for part in (self.steps, self.models, self.logs):
             if fresh:
                 shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True, exist_ok=True)
+            make_folder(part, "--work")
         (folder / _MARK).touch()
 
     def once(self, name: str, key: Mapping[str, Any], make: Callable[[], Any], *, product: Path | None = None) -> Any:
@@ -47,6 +47,14 @@ class Store:
         value = json.loads(json.dumps(make()))  # as it will be read
         write_json(file, {"key": wanted, "value": value})
         return value
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Raises InputError, which names the option, where no folder can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made a folder ({error.strerror}): give another {option}") from None
 
 
 def digest(content: Any) -> str:
