@@ -294,12 +294,20 @@ def test_a_worker_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
         (["--rounds", "0"], "0 is not a whole number from 1"),
         (["--threads", "9999"], "--threads is 9999; this machine has"),
         (["--text", "binary.txt"], "binary.txt is not valid UTF-8: convert it first"),
-        (["--model", ".", "--out", "short.txt"], "short.txt cannot be made a folder (File exists): give another --out"),
-        (["--model", ".", "--work", "short.txt/work"], "work cannot be made a folder (Not a directory): give another"),
+        (
+            ["--model", "empty.gguf", "--out", "short.txt"],
+            "short.txt cannot be made a folder (File exists): give another --out",
+        ),
+        (
+            ["--model", "empty.gguf", "--work", "short.txt"],
+            "short.txt holds other things: give an empty or a new folder",
+        ),
+        (["--model", "empty.gguf", "--work", "short.txt/x"], "cannot be made a folder (Not a directory): give another"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_status_2(arguments: list[str], sentence: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "empty.gguf").touch()
     (tmp_path / "binary.txt").write_bytes(b"\xff" * 1000)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.peers", "--work", tmp_path / "work", *arguments],
