@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from pastkey.bundle import KVGeometry
 from pastkey.errors import InputError
 
 from .ort import onnxruntime
+from .settings import is_int
 
 GROWTH_STEP = 128  # rows by which a shared buffer grows at least
 
@@ -112,8 +112,7 @@ class KVCache:
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
-        length = operator.index(length)
-        if not 0 <= length <= self.length:
+        if not is_int(length) or not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
         if not self._shared and length < self.length:
             self._values = [self._place(np.ascontiguousarray(value.numpy()[:, :, :length])) for value in self._values]

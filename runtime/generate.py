@@ -6,14 +6,12 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
-import numpy as np
-
 from pastkey.errors import InputError
 
 from .lookahead import GUESSES, Lookahead
 from .sampling import Sampler
 from .session import Logits, Session
-from .settings import SamplingConfig
+from .settings import SamplingConfig, is_int
 
 FinishReason = Literal["stop", "length"]
 
@@ -42,7 +40,7 @@ class Generation:
         Raises InputError for a prompt that the model cannot take.
         """
         context = session.manifest.context_length
-        if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
+        if not is_int(max_new_tokens) or max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {max_new_tokens}; it must be a whole number from 0")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")

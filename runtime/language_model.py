@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +95,6 @@ class LanguageModel:
         self._options: dict[str, Any] = {"providers": providers, "threads": threads}
         self.session = Session(bundle, **self._options)
         self._common: Session | None = None
-        self._lock = threading.Lock()
 
     def generate(
         self,
@@ -122,7 +120,7 @@ class LanguageModel:
         Raises InputError for a prompt that is empty, too long or has no tokens, and for settings out of range;
         NumericsError when the model yields NaN or infinity.
         """
-        with self._lock:
+        with self.session.lock:
             return completed(
                 self.stream(
                     prompt,
@@ -178,7 +176,7 @@ class LanguageModel:
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Logits (T, V) of every position of `ids` (T,), by one uncached pass."""
-        with self._lock:
+        with self.session.lock:
             if self._common is None:
                 self._common = Session(self.bundle, graph="common", **self._options)
             self._common.reset()

@@ -27,7 +27,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self, "a number from 0")
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self, "a whole number from 0, which keeps all")
+        _require(is_int(self.top_k) and self.top_k >= 0, "top_k", self, "a whole number from 0, which keeps all")
         _require(
             _is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self, "above 0 and at most 1, which keeps all"
         )
@@ -38,10 +38,11 @@ class SamplingConfig:
             self,
             "a number above 0; 1 changes nothing",
         )
-        _require(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed", self, "a whole number from 0")
+        _require(self.seed is None or (is_int(self.seed) and self.seed >= 0), "seed", self, "a whole number from 0")
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Whether it is a whole number, of numpy too."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

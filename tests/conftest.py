@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 
+def processors() -> list[int]:
+    """Those that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Gives each of the side-by-side processes that run the tests processors of its own.
 
@@ -22,8 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker is None or not hasattr(os, "sched_setaffinity"):
         return
     number, workers = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
-    own = sorted(os.sched_getaffinity(0))[number::workers]
-    if own:
+    if own := processors()[number::workers]:
         os.sched_setaffinity(0, own)
 
 
@@ -49,6 +53,7 @@ def pastkey_command() -> Run:
             capture_output=True,
             text=True,
             check=False,
+            env=os.environ | {"OMP_NUM_THREADS": str(min(2, len(processors())))},
         )
 
     return run

@@ -27,9 +27,7 @@ from .shared import shared
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 PRECISIONS = ("fp32", "int8")
-# Logits: what int8 may confuse, three times the root mean square of its error in stories260K. How the rounding falls
-# depends on the last bits of what calibration sees, and so on the number of threads.
-CLOSE = 0.25
+CLOSE = 0.1  # logits: what int8 may confuse
 
 
 def margin_where_they_part(told: list[int], found: list[int], logits: npt.NDArray[np.float32]) -> float:
@@ -84,7 +82,9 @@ def test_int8_of_stories260k_leaves_the_story_only_where_two_tokens_are_as_likel
     found = quantized.generate("", max_new_tokens=256).ids
     logits = exact.logits([1, *told])
     assert found[:32] == told[:32]
-    assert margin_where_they_part(told, found, logits) < CLOSE
+    # Three times the root mean square of int8's error here. How the rounding falls depends on the last bits of what
+    # calibration sees, and so on the number of threads.
+    assert margin_where_they_part(told, found, logits) < 0.25
     assert kl_divergence(logits, quantized.logits([1, *told])) < 1e-3
 
 

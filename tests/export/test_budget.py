@@ -113,8 +113,7 @@ def test_products_are_moved_until_the_written_bundle_itself_keeps_within(
     """Should the mixture have promised more than the bundle keeps: one more, then two, then four."""
     rounds: list[tuple[str, ...]] = []
 
-    def promising(model: ir.Model, folder: Path, windows: Any, max_kl: float) -> Sensitivity:
-        assert max_kl
+    def promising(model: ir.Model, folder: Path, windows: Any, _: float) -> Sensitivity:
         return sensitivity(model, folder, windows)
 
     def counting(model: ir.Model, keep: tuple[str, ...]) -> None:

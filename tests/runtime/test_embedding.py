@@ -29,7 +29,7 @@ def test_rows_are_the_tables(folder: Path) -> None:
     np.testing.assert_array_equal(found, TABLE[ids])
 
 
-@pytest.mark.skipif(not hasattr(os, "pread"), reason="this system has no fork")
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="this system has no pread, nor fork")
 def test_reading_moves_no_position_that_a_forked_process_shares(folder: Path) -> None:
     rows = EmbeddingRows(folder, json.dumps(PLACE))
     os.lseek(rows._file, 5, os.SEEK_SET)
