@@ -1,15 +1,36 @@
 # Two commands: `make demo` and `make test`. Both set everything up in .venv first.
 PYTHON ?= python3
+# The newest Python that CI runs: Debian 13's own is 3.13.
+NEWEST_PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 PASTKEY := $(BIN)/pastkey
+ENVIRONMENTS := .environments
+OLDEST := tests/constraints-oldest.txt
 PYTEST_ARGS ?=
 # `make test SLOW=1` runs the slow tests too, as CI does. WORKERS processes share the tests.
 SLOW ?=
 WORKERS ?= 2
 BENCH_ARGS ?=
+DOCS := .venv-docs
+# `make quick` runs every test file but these, which train, export, or run many sessions: a new one is quick until it
+# stands here.
+NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat programs)) \
+	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples picture readme trained) \
+	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline terminal verify_command) \
+	$(addprefix export/graph/test_,clean embedding_rows fuse last_logits output_head rotary save) \
+	$(addprefix export/measure/test_,eval_command evaluate predictors reference texts verify) \
+	$(addprefix export/quantize/test_,activations int4 int8 int8_kv merge odd_weights report rewrite_decoders) \
+	$(addprefix export/quantize/test_,sensitivity smoothing switches) \
+	$(addprefix runtime/test_,bench chat cli engine generate inspection int8_kv language_model open terminal turns) \
+	$(addprefix train/test_,checkpoint cli loop model report stories))
+QUICK := $(filter-out $(NOT_QUICK),$(wildcard $(addsuffix test_*.py,tests/ tests/*/ tests/*/*/)))
+# What the oldest packages run: commands from text to text, and each source.
+OLDEST_TESTS := $(addprefix tests/,train export/graph/test_clean.py export/graph/test_simplify.py \
+	$(patsubst %,export/source/test_%.py,source pretrained pretrained_refused llama2c gguf) \
+	export/test_folder_to_chat.py test_end_to_end.py test_examples.py)
 
-.PHONY: demo test check figures bench clean
+.PHONY: demo test quick check types ci oldest runtime-oldest runtime-newest figures bench docs clean
 
 # From nothing to text: train on the built-in stories, export to fp32 and int8, prove it, tell a story.
 demo: $(VENV)/installed
@@ -19,14 +40,53 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.stories demo/fp32 demo/int8
 	$(BIN)/python examples/tell_story.py demo/int8
 
-test: check
+test: check types
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(QUICK) $(PYTEST_ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# The figures of the README, measured again on this machine. Needs the bundles of `make demo`.
+types: $(VENV)/installed
+	$(BIN)/python tests/typecheck.py
+
+# What CI runs: the tests, then a part of them in each further environment.
+ci:
+	$(MAKE) test SLOW=1
+	$(MAKE) oldest
+	$(MAKE) runtime-oldest
+	$(MAKE) runtime-newest PYTHON=$(NEWEST_PYTHON)
+	$(MAKE) docs
+
+# The oldest release of every package that pyproject.toml allows, where commands export, verify, run and chat. An old
+# package may warn of a newer one beside it.
+oldest: $(ENVIRONMENTS)/oldest/installed
+	$(ENVIRONMENTS)/oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -W default -m "not slow" \
+		$(OLDEST_TESTS) $(PYTEST_ARGS)
+
+$(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable '.[all,huggingface,gguf]' --constraint $(OLDEST) \
+		pytest pytest-xdist hypothesis
+	touch $@
+
+# The runtime's tests on the wheel alone, away from the checkout: there is neither torch nor onnx.
+runtime-oldest: CONSTRAINT := --constraint $(CURDIR)/$(OLDEST)
+runtime-oldest runtime-newest:
+	rm -rf $(ENVIRONMENTS)/$@
+	mkdir -p $(ENVIRONMENTS)/$@/source $(ENVIRONMENTS)/$@/away/tests
+	cp -r pastkey train export runtime pyproject.toml README.md LICENSE $(ENVIRONMENTS)/$@/source
+	cp -r tests/conftest.py tests/onnx_text.py tests/runtime $(ENVIRONMENTS)/$@/away/tests
+	cp pyproject.toml $(ENVIRONMENTS)/$@/away
+	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
+	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet './$(ENVIRONMENTS)/$@/source[cpu,chat]' $(CONSTRAINT) \
+		pytest hypothesis
+	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest $(PYTEST_ARGS)
+
+# The figures of `make demo` in docs/performance.md, measured again on this machine. Needs the bundles of `make demo`.
 figures: $(VENV)/installed
 	$(BIN)/python -m benchmarks.figures demo
 
@@ -34,6 +94,19 @@ figures: $(VENV)/installed
 # `make bench BENCH_ARGS=--full` measures more engines and how pastkey scales. The same command goes on after a stop.
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
+
+# The site of docs/ in site/. mkdocstrings reads an installed copy: its parser does not see the mapped folders of an
+# editable install. It runs no code, so that the copy needs none of its dependencies.
+docs: $(DOCS)/installed
+	rm -rf build
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/python -I -m mkdocs build --strict --quiet
+
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
 
 # pip 25.1 is the first that knows dependency groups.
 $(VENV)/installed: pyproject.toml
@@ -43,4 +116,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf demo build dist *.egg-info
+	rm -rf demo build dist site *.egg-info

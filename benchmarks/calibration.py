@@ -17,11 +17,11 @@ import onnx_ir as ir
 
 from pastkey import names
 from pastkey.bundle import open_bundle
-from pastkey.command import say
 from pastkey.errors import InputError
-from pastkey.export import calibrate
-from pastkey.export.evaluate import kl_divergence, top1_agreement
-from pastkey.export.quantize import quantize
+from pastkey.export.measure.metrics import kl_divergence, top1_agreement
+from pastkey.export.quantize import calibration
+from pastkey.export.quantize.activations import probing
+from pastkey.export.quantize.rewrite import quantize
 from pastkey.runtime.text import TextCodec
 
 
@@ -40,9 +40,9 @@ def main() -> None:
         ids = TextCodec.from_file(bundle.tokenizer).encode(arguments.text.read_text(encoding="utf-8"))
         middle, length = len(ids) // 2, arguments.length
         windows = [ids[start : start + length] for start in range(middle, middle + arguments.windows * length, length)]
-        text = calibrate.calibration_text(bundle, None)
-        calibrated = calibrate.calibrated(bundle, text.chosen_by, say)
-        folder, plain = bundle.common_graph.parent, ir.load(bundle.common_graph)
+        text = calibration.calibration_text(bundle, None)
+        calibrated = calibration.calibrated(bundle, text.calibration_set)
+        folder, plain = bundle.all_logits_graph.parent, ir.load(bundle.all_logits_graph)
         expected = [logits(plain, folder, window) for window in windows]
         for name, model in (("plain", plain), ("calibrated", calibrated)):
             quantize(model)
@@ -55,7 +55,7 @@ def main() -> None:
 
 def logits(model: ir.Model, folder: Path, ids: list[int]) -> np.ndarray:
     """(T, V), of every position."""
-    with calibrate.probing(model, folder, [names.LOGITS]) as probe:
+    with probing(model, folder, [names.LOGITS]) as probe:
         return probe(np.array(ids))[names.LOGITS]
 
 

@@ -1,4 +1,4 @@
-"""The figures of the README, measured on the bundles of `make demo` and written between its two markers.
+"""The figures of docs/performance.md, measured on the bundles of `make demo` and written between its two markers.
 
     python -m benchmarks.figures demo [--rounds 11]
 
@@ -21,17 +21,18 @@ import numpy as np
 from tqdm import tqdm
 
 from pastkey.bundle import Bundle, open_bundle
-from pastkey.runtime import Session
+from pastkey.runtime import Engine
 from pastkey.runtime.ort import onnxruntime
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: make figures -->", "<!-- end of figures -->"
 PROMPT, NEW = 128, 64  # tokens; together the demo's context
 TURNS = 9  # of a bundle in a round
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure the README's figures.")
+    parser = argparse.ArgumentParser(description="Measure the demo's figures.")
     parser.add_argument("demo", type=Path, help="the folder of `make demo`")
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
@@ -41,14 +42,14 @@ def main() -> int:
         check=True,
         capture_output=True,
         text=True,
-        cwd=README.parent,
+        cwd=ROOT,
     )
     table = "\n".join(rows(fp32, int8, json.loads(stories.stdout), arguments.rounds, arguments.demo))
     print(table)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
     return 0
 
 
@@ -76,7 +77,7 @@ def rows(fp32: Bundle, int8: Bundle, stories: dict[str, float], rounds: int, dem
         f"| decode of {NEW} tokens after them, speed | 1 | {decode} |",
         "",
         f"The decoder of `make demo` ({describe(training)}); medians of {rounds} interleaved rounds of {TURNS} runs "
-        f"each, with their range; {Session(int8).threads} threads, accuracy level 4, shared cache buffer, CPU; "
+        f"each, with their range; {Engine(int8).threads} threads, accuracy level 4, shared cache buffer, CPU; "
         f"onnxruntime {onnxruntime.__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}.",
         "",
@@ -95,7 +96,7 @@ def weight_bytes(bundle: Bundle) -> int:
 
 def speed_ratios(fp32: Bundle, int8: Bundle, rounds: int) -> tuple[str, str]:
     """Speed of int8 over float32, "median (least to most)", for prefill and decode."""
-    sessions = [Session(bundle) for bundle in (fp32, int8)]
+    sessions = [Engine(bundle) for bundle in (fp32, int8)]
     ids = np.random.default_rng(0).integers(0, fp32.manifest.vocab_size, PROMPT + NEW)
     ratios: dict[str, list[float]] = {"prefill": [], "decode": []}
     for number in tqdm(range(rounds + 1), desc="speed", disable=not sys.stderr.isatty()):
@@ -110,7 +111,7 @@ def speed_ratios(fp32: Bundle, int8: Bundle, rounds: int) -> tuple[str, str]:
     return prefill, decode
 
 
-def timed(session: Session, ids: np.ndarray) -> dict[str, float]:
+def timed(session: Engine, ids: np.ndarray) -> dict[str, float]:
     """Seconds of each phase: medians, since a prefill of a decoder this small takes milliseconds."""
     prefill, decode = [], []
     for _ in range(TURNS):

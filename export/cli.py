@@ -4,39 +4,70 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import shlex
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, open_bundle
-from pastkey.command import Command, finite_float, positive_int, print_json, say
-from pastkey.errors import ContractError, InputError
+from pastkey.bundle import open_bundle
+from pastkey.command import Command, add_placement, finite_float, placement_of, positive_int, print_json, say
+from pastkey.errors import InputError
 
-from .settings import EVAL_LENGTH, EVAL_WINDOWS, GREEDY_PROMPT_TOKENS, GREEDY_PROMPTS, GREEDY_TOKENS
+from .progress import SILENT, Progress
+from .settings import (
+    EVAL_LENGTH,
+    EVAL_WINDOWS,
+    GRAPH_CHOICES,
+    GREEDY_PROMPT_TOKENS,
+    GREEDY_PROMPTS,
+    GREEDY_TOKENS,
+    SOURCES,
+    TOKENIZERS,
+    ExportConfig,
+)
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation, Ids
-    from .observe import Observation
+    from torch import nn
+
+    from pastkey.runtime.settings import PlacementOptions
+
+    from .graft.observe import Layer
+    from .measure.evaluate import Evaluation
     from .pipeline import Report
-    from .source import Source
-    from .verify import Verification
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The destinations of the optional arguments are the fields of ExportConfig."""
     add = parser.add_argument
-    add("source", help="a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory")
+    add("source", help=SOURCES)
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    add("--precision", choices=names.PRECISIONS, default="int8", help="of the weights (default: int8)")
-    add("--target", choices=names.TARGETS, default="cpu", help="where it will run (default: cpu)")
-    add("--graph", choices=("auto", *names.GRAPHS), default="auto", help="which graph (default: auto)")
-    add("--context", type=positive_int, metavar="N", help="context length in tokens; required for a module")
+    add("--precision", choices=names.PRECISIONS, help="of the weights (default: %(default)s)")
+    add("--target", choices=names.TARGETS, help="where it will run (default: %(default)s)")
+    add("--graph", choices=GRAPH_CHOICES, help="which graph (default: %(default)s)")
+    add(
+        "--context",
+        dest="context_length",
+        type=positive_int,
+        metavar="N",
+        help="context length in tokens; required for a module",
+    )
     add(
         "--tokenizer",
         metavar="FILE",
-        help="tokenizer.json of a module, or llama2.c's tokenizer .bin; without one, ids only",
+        help=f"of a module: {TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer .bin; "
+        "without one, ids only",
     )
+    add(
+        "--call",
+        metavar="EXPR",
+        help="how a module is called, where trying does not find it: an expression over model and ids (B, T), such as "
+        '"model(ids, None)[0]"',
+    )
+    add("--eos", type=_token_ids, action="extend", metavar="ID", help="token id that ends a text; several: 1,2")
+    _add_weights(parser)
+    add("--chat-template", metavar="FILE", help="a .jinja file in place of the source's own chat template")
     add("--calibration", metavar="FILE", help="text that int8 or int4 is made for (default: its own)")
     add(
         "--max-kl",
@@ -45,38 +76,38 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="what it may cost: the matrices that cost most stay in float32, or of int4 in int8, until its KL "
         "divergence is no larger",
     )
-    add(
-        "--sensitivity",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="write what each matrix costs in int8 or int4, as .json or as a chart .png; may be given twice",
-    )
+    add("--sensitivity", metavar="FILE", help="write what each matrix costs in int8 or int4 to this .json file")
     add("--force", action="store_true", help="replace an existing bundle")
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print the report as one JSON object")
+    parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(ExportConfig)})
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; no "
+        "training of the script is run then",
+    )
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 1,2") from None
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from .pipeline import export
+    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ExportConfig)}
+    ExportConfig(**options)  # refuses nonsense before torch loads
 
-    with _Stages() as stages, _prints_of_the_module():
-        report = export(
-            arguments.source,
-            arguments.out,
-            arguments.precision,
-            arguments.target,
-            arguments.graph,
-            arguments.tokenizer,
-            arguments.context,
-            arguments.force,
-            calibration=arguments.calibration,
-            max_kl=arguments.max_kl,
-            sensitivity=arguments.sensitivity,
-            trust_remote_code=arguments.trust_remote_code,
-            progress=stages.next,
-        )
-    _warn_of_slow_kernels(report)
+    from .pipeline import export
+    from .terminal import Stages
+
+    with Stages() as stages, _prints_of_the_module():
+        report = export(arguments.source, arguments.out, **options, progress=stages)
     if arguments.json:
         print_json(report.to_json())
         return 0
@@ -94,19 +125,10 @@ def _export(arguments: argparse.Namespace) -> int:
             f"top-1 agreement {quality['top1_agreement']:.1%}"
         )
         _say_sensitivity(report)
-    speaks = names.TOKENIZER in report.manifest.files
-    hint = "--prompt ..." if speaks else "--prompt-ids ...   (ids only: no --tokenizer was given)"
-    say(f"next:  pastkey run {report.path} {hint}")
+    has_tokenizer = names.TOKENIZER in report.manifest.files
+    hint = "--prompt ..." if has_tokenizer else "--prompt-ids ...   (ids only: no --tokenizer was given)"
+    say(f"next:  pastkey run {shlex.quote(str(report.path))} {hint}")
     return 0
-
-
-def _warn_of_slow_kernels(report: Report) -> None:
-    from pastkey.runtime.processor import int8_kernels
-
-    manifest = report.manifest
-    if manifest.precision != "fp32" and manifest.target == "cpu" and (kernels := int8_kernels()).fast is False:
-        measured = "" if manifest.precision == "int8" else " (measured with int8)"
-        say(f"warning: on this processor {manifest.precision} products take {kernels.note}{measured}")
 
 
 def _say_sensitivity(report: Report) -> None:
@@ -128,26 +150,32 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", help="the bundle folder")
     add("source", nargs="?", help="what it was exported from; without it, the bundle's own uncached run")
+    _add_weights(parser)
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
+    add_placement(parser)
     add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .source import open_source
-    from .verify import verify
+    from .measure.verify import verify
 
     bundle = open_bundle(arguments.bundle, verify=True)
-    if arguments.source is None:
-        verification = verify(bundle)
-    else:
-        with _prints_of_the_module():
-            source = open_source(
+    module: nn.Module | None = None
+    layers: tuple[Layer, ...] = ()
+    with _prints_of_the_module():
+        if arguments.source is not None:
+            from .measure.reference import open_exported
+
+            module, layers = open_exported(
                 arguments.source,
-                context_length=bundle.manifest.context_length,
+                bundle,
+                weights=arguments.weights,
                 trust_remote_code=arguments.trust_remote_code,
                 say=say,
             )
-            verification = _against(bundle, source)
+        with _shown("verify") as progress:
+            placement = cast("PlacementOptions", placement_of(arguments))
+            verification = verify(bundle, module, layers=layers, progress=progress, **placement)
     result = verification.to_json()
     if arguments.json:
         print_json(result)
@@ -157,35 +185,6 @@ def _verify(arguments: argparse.Namespace) -> int:
             if not check.ok:
                 say(f"  {check.name}: {check.detail}")
     return 0 if verification.ok else 1
-
-
-def _against(bundle: Bundle, source: Source) -> Verification:
-    from .observe import observe
-    from .optimum import NativeDecoder
-    from .verify import verify
-
-    try:
-        observation = observe(source.module, source.context_length)
-    except ContractError:
-        if source.folder is None:
-            raise
-        return verify(bundle, NativeDecoder(source.module))  # what optimum's exporter took instead
-    _require_same_shape(bundle, source.name, observation)
-    return verify(bundle, source.module, layers=observation.layers)
-
-
-def _require_same_shape(bundle: Bundle, source: str, observation: Observation) -> None:
-    manifest = bundle.manifest
-    if (manifest.vocab_size, manifest.layers) != (observation.vocab_size, observation.geometry):
-        raise InputError(
-            f"{bundle.path} has {manifest.vocab_size} tokens and the cache {_shown(manifest.layers)}, {source} has "
-            f"{observation.vocab_size} and {_shown(observation.geometry)}: name the source that it was exported from"
-        )
-
-
-def _shown(layers: Sequence[KVGeometry]) -> str:
-    first = layers[0]
-    return f"of {len(layers)} layers, {first.kv_heads} heads of size {first.key_head_size}"
 
 
 def _say_parity(verification: dict[str, Any], title: str) -> None:
@@ -205,7 +204,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from .check import check
+    from .compat.check import check
 
     verdicts = check(arguments.bundle)
     if arguments.json:
@@ -227,6 +226,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("bundle", help="the bundle folder")
     add("--text", required=True, metavar="FILE", help="a UTF-8 text file to measure it on")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or whatever export takes, run in torch")
+    _add_weights(parser)
     shown = f"{EVAL_LENGTH}, or the context where that is shorter"
     add("--length", type=positive_int, metavar="N", help=f"tokens of a window ({shown})")
     add(
@@ -245,13 +245,15 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         f"likely token is the same. greedy_agreement: the first {GREEDY_PROMPT_TOKENS} tokens, or half, of each of the "
         f"first {GREEDY_PROMPTS} windows are a prompt, which both continue greedily by {GREEDY_TOKENS} tokens, or by "
         "fewer where a window has no room for them; the tokens before the first difference, as a share of all. "
-        "Windows are plain cuts of the whole text's tokens: a begin token that the tokenizer adds stands in the first "
+        "Windows are plain cuts of the whole text's tokens: a BOS token that the tokenizer adds stands in the first "
         "one only."
     )
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from .evaluate import BundlePredictions, cut_windows, evaluate, read_tokens
+    from .measure.evaluate import evaluate
+    from .measure.predictors import BundlePredictor
+    from .measure.texts import cut_windows, read_tokens
 
     bundle = open_bundle(arguments.bundle)
     context = bundle.manifest.context_length
@@ -263,7 +265,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     reference = None
     with _prints_of_the_module():
         if arguments.reference is not None:
-            from .reference import open_reference
+            from .measure.reference import open_reference
 
             reference = open_reference(
                 arguments.reference,
@@ -271,11 +273,13 @@ def _eval(arguments: argparse.Namespace) -> int:
                 ids,
                 windows[0].size,
                 threads=arguments.threads,
+                weights=arguments.weights,
                 trust_remote_code=arguments.trust_remote_code,
                 say=say,
             )
-        own = BundlePredictions(bundle, threads=arguments.threads)
-        evaluation = evaluate(own, windows, reference, progress=_bar)
+        own = BundlePredictor(bundle, threads=arguments.threads)
+        with _shown("evaluate") as progress:
+            evaluation = evaluate(own, windows, reference, progress=progress)
     if arguments.json:
         print_json(evaluation.to_json())
     else:
@@ -301,48 +305,22 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     )
 
 
-def _bar(windows: Sequence[Ids], what: str) -> Iterable[Ids]:
-    """A progress bar on a terminal, nothing otherwise."""
-    from tqdm import tqdm
+@contextlib.contextmanager
+def _shown(stage: str) -> Iterator[Progress]:
+    """How far the stage is, on a terminal; nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield SILENT
+        return
+    from .terminal import Stages
 
-    bar: Iterable[Ids] = tqdm(windows, desc=what, unit="window", disable=not sys.stderr.isatty())
-    return bar
+    with Stages() as stages:
+        stages.stage(stage)
+        yield stages
 
 
 def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
     """Sends what the user's file prints to standard error: standard output is for the one JSON object."""
     return contextlib.redirect_stdout(sys.stderr)
-
-
-class _Stages:
-    """Shows the stages of an export: a line each, with the seconds of the one before; redrawn on a terminal."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._current = ""
-        self._live = sys.stderr.isatty()
-
-    def __enter__(self) -> _Stages:
-        return self
-
-    def next(self, stage: str) -> None:
-        self._end()
-        self._current, self._started = stage, time.perf_counter()
-        if self._live:
-            print(f"  … {stage}", end="", file=sys.stderr, flush=True)
-
-    def _end(self) -> None:
-        if not self._current:
-            return
-        start = "\r\x1b[K" if self._live else ""
-        print(f"{start}  {self._current}  {time.perf_counter() - self._started:.1f} s", file=sys.stderr, flush=True)
-        self._current = ""
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._end()
-        elif self._current and self._live:
-            print(file=sys.stderr, flush=True)
 
 
 export_command = Command(_add_export_arguments, _export)

@@ -1,7 +1,7 @@
 """checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
 
-observe -> rehearse -> trace -> clean -> write fp32 -> verify
-    [-> calibrate -> quantize -> write int8 or int4 -> verify] -> bundle/
+open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
+    [-> calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph] -> configurations -> manifest
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,36 +18,33 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
-import pastkey
-from pastkey import names
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import ContractError, InputError, ParityError, PastkeyError, first_line
-from pastkey.folder import file_records, parse_records, refuse_existing, whole_folder, write_json
+from pastkey.errors import ContractError, InputError
+from pastkey.folder import refuse_existing, whole_folder
 from pastkey.runtime import providers
-from pastkey.runtime.ort import RunError
+from pastkey.runtime.int8_kernels import int8_kernels
 
-from . import int4, optimum
-from .budget import check_budget, make_int8
-from .calibrate import WINDOWS, calibration_text, read_calibration
-from .files import count_operators, write_configurations, write_graphs
-from .fuse import fuse, where_rotated
-from .graft import IR_VERSION, GraphChoice, choose_graph, trace
-from .int8_cache import add_int8_cache
-from .observe import Observation, observe
-from .passes import clean
-from .rehearse import rehearse
+from .bundle_writer import BundleWriter, Decoder
+from .graft.contract import in_contract
+from .graft.observe import Observation
+from .graft.trace import GraphChoice, choose_graph, trace
+from .graph.clean import clean
+from .graph.fuse import fuse, where_rotated
+from .measure.verify import Verification
+from .progress import SILENT, Progress, Recorder
+from .quantize.calibration import WINDOWS, calibration_text, read_calibration
+from .quantize.int4 import WINDOWS as INT4_WINDOWS
+from .quantize.int4 import make_int4
+from .quantize.int8 import make_int8
+from .quantize.int8_kv import add_int8_kv
+from .quantize.report import check_report_file, write_report
+from .quantize.search import Quantized
+from .quantize.sensitivity import Sensitivity
 from .resources import parameters, require_disk, require_memory
-from .sensitivity import Sensitivity
-from .source import Source, check_tokenizer, open_source
-from .tables import check_tables, write_table
-from .verify import Verification, verify
-
-# The oldest onnxruntime that what is exported was run on; 8-bit MatMulNBits itself came with 1.22.
-MIN_ONNXRUNTIME = "1.23.0"
-# GroupQueryAttention of 1.23 sees another window: 1.23.2 gave other logits, 1.24.4 the right ones.
-MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
-
-Progress = Callable[[str], None]
+from .settings import ExportConfig
+from .source import optimum
+from .source.open import open_source
+from .source.source import Source, check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,7 @@ class Report:
     fp32_weight_bytes: int  # of the same graph in float32
     seconds: float
     sensitivity: Sensitivity | None = None  # what each matrix costs, where that was measured
+    warnings: tuple[str, ...] = ()  # a sentence each
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -75,235 +73,214 @@ class Report:
             "seconds": self.seconds,
             "parity": dict(self.manifest.parity),
             "quality": dict(self.manifest.quality),
+            "warnings": list(self.warnings),
         }
 
 
 def export(
     module_or_path: nn.Module | str | Path,
     out: str | Path,
-    precision: str = "int8",
-    target: str = "cpu",
-    graph: str = "auto",
-    tokenizer: str | Path | None = None,
-    context_length: int | None = None,
-    force: bool = False,
+    precision: str = ExportConfig.precision,
+    target: str = ExportConfig.target,
+    graph: str = ExportConfig.graph,
+    tokenizer: str | Path | None = ExportConfig.tokenizer,
+    context_length: int | None = ExportConfig.context_length,
+    force: bool = ExportConfig.force,
     *,
-    calibration: str | Path | None = None,
-    max_kl: float | None = None,
-    sensitivity: Sequence[str | Path] = (),
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    call: str | None = ExportConfig.call,
+    chat_template: str | Path | None = ExportConfig.chat_template,
+    calibration: str | Path | None = ExportConfig.calibration,
+    max_kl: float | None = ExportConfig.max_kl,
+    sensitivity: str | Path | None = ExportConfig.sensitivity,
+    trust_remote_code: bool = ExportConfig.trust_remote_code,
+    weights: str | Path | None = ExportConfig.weights,
+    eos: int | Sequence[int] | None = ExportConfig.eos,
+    progress: Progress = SILENT,
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
 
-    `module_or_path` is a torch.nn.Module with forward(input_ids (B, T), position_ids (B, T)) -> logits (B, T, V) whose
-    attention is F.scaled_dot_product_attention(q, k, v, is_causal=True); a transformers model for causal language
-    modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
-    .bin (`tokenizer` may then be the one of its own format), or "file.py:factory".
-    `precision`: "int8", "int4" or "fp32". `target`: "cpu", "cuda", "webgpu" or "portable". `graph`: "auto", "fused" or
-    "standard". `context_length` in tokens is required for a module. `calibration` is a text file that int8 or int4 is
-    made for and measured on, instead of text that the model itself writes. `max_kl` in nats bounds what it may cost
-    there: the matrices that cost most stay in float32, or of int4 in int8, until it does not cost more. `sensitivity`
-    names files, .json or .png, for a table of what each matrix costs. `progress` is called with each stage's name.
+    Nothing is left behind on failure.
 
-    Nothing is left behind on failure. Raises InputError, MissingFileError, ExistingFolderError, IntegrityError,
-    ProviderError (the target is not on this machine), ResourceError (too little memory or disk), ContractError (the
-    cache cannot be grafted onto it), NumericsError (a weight that is no number), ParityError (the bundle differs from
-    the source) or QualityError (`max_kl` cannot be met, of int4 with every product in int8).
+    Args:
+        module_or_path: A torch.nn.Module that is a decoder, as its author calls it; a transformers model for causal
+            language modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
+            .bin, or "file.py:factory" or "notebook.ipynb:expression".
+        out: The bundle's folder.
+        precision: "int8", "int4" or "fp32", of the weights.
+        target: "cpu", "cuda", "openvino", "webgpu" or "portable".
+        graph: "auto", "fused" or "standard".
+        tokenizer: tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a list of characters
+            as .json, a "file.py:factory" of a tokenizers.Tokenizer or a tiktoken Encoding, or for a llama2.c model the
+            tokenizer of its own format. None takes the source's.
+        context_length: In tokens. Required for a module; may shorten the context of other sources.
+        force: Replaces an existing bundle.
+        call: How a module is called where that is not found by trying, an expression over `model` and `ids` (B, T):
+            "model(ids, None)[0]".
+        chat_template: A .jinja file instead of the source's own template.
+        calibration: A text file that int8 or int4 is made for and measured on, instead of text that the model writes.
+        max_kl: Bounds the KL divergence from float32, in nats: the matrices that cost most stay in float32, or of int4
+            in int8, until it is no larger.
+        sensitivity: A .json file to write what each matrix costs to.
+        trust_remote_code: Runs the Python code that a Hugging Face folder brings.
+        weights: A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads with
+            weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand is left as it is.
+        eos: The token id, or ids, that end a text, instead of the source's own.
+        progress: Is told each stage, how far it is, and warnings.
+
+    Raises:
+        InputError: An argument that cannot be used.
+        MissingFileError, ExistingFolderError, IntegrityError: A source or target that is not as it should be.
+        ProviderError: The target's execution provider is not on this machine.
+        ResourceError: Too little memory or disk.
+        ContractError: A module that the cache cannot be grafted onto.
+        NumericsError: A weight that is NaN or infinity.
+        ParityError: The bundle differs from the source.
+        QualityError: `max_kl` cannot be met.
     """
-    started = time.perf_counter()
-    say = progress or (lambda stage: None)
-    _check_choices(precision, target, graph)
-    if calibration is not None and precision == "fp32":
-        raise InputError("float32 needs no calibration: leave out --calibration, or export with --precision int8")
-    check_budget(max_kl, precision)
-    tables = check_tables(sensitivity, precision, out, [module_or_path, tokenizer, calibration])
-    by_matrix = max_kl is not None or bool(tables)
-    refuse_existing(Path(out), force=force)
-    if isinstance(module_or_path, (str, Path)) and Path(out).resolve() == Path(module_or_path).resolve():
-        raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
-    say("open the source")
-    source = open_source(
-        module_or_path,
+    config = ExportConfig(
+        precision=precision,
+        target=target,
+        graph=graph,
         tokenizer=tokenizer,
         context_length=context_length,
+        force=force,
+        call=call,
+        chat_template=chat_template,
+        calibration=calibration,
+        max_kl=max_kl,
+        sensitivity=sensitivity,
         trust_remote_code=trust_remote_code,
-        say=say,
-        before_loading=lambda weights: require_disk(Path(out), weights, precision, by_matrix=by_matrix),
+        weights=weights,
+        eos=eos,
     )
+    return _export(module_or_path, Path(out), config, Recorder(progress))
 
-    windows = int4.WINDOWS if precision == "int4" else WINDOWS
-    calibration_ids = None if calibration is None else read_calibration(calibration, source.tokenizer, windows)
+
+def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig, progress: Recorder) -> Report:
+    started = time.perf_counter()
+    _refuse_early(module_or_path, out, config)
+    source = _open(module_or_path, out, config, progress)
+    calibration = _read_calibration(source, config)
+    decoder = _make_graph(source, config, progress)
+    with whole_folder(out, force=config.force) as folder:
+        writer = BundleWriter(decoder, config, progress)
+        bundle, fp32_bytes = writer.write(decoder.model, folder if config.precision == "fp32" else folder / ".fp32")
+        verification = writer.verify(bundle)
+        made, parity = Quantized(bundle, fp32_bytes, {}, None), {"fp32": verification.to_json()}
+        if config.precision != "fp32":
+            made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
+            parity[config.precision] = verification.to_json()
+            shutil.rmtree(bundle.path)
+        manifest = writer.finish(made.bundle, parity, made.quality)
+        if config.sensitivity is not None and made.sensitivity is not None:
+            write_report(Path(config.sensitivity), made.sensitivity)
+    seconds, warnings = time.perf_counter() - started, tuple(progress.warnings)
+    return Report(out, manifest, verification, made.weight_bytes, fp32_bytes, seconds, made.sensitivity, warnings)
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig) -> None:
+    """Raises what can be known before the work."""
+    if config.graph == "fused" and not providers.takes_fused(config.target):
+        target = config.target
+        raise InputError(
+            f"the fused graph is not known to run on {target}: with --target {target} use standard, or auto"
+        )
+    providers.require_target(config.target)
+    if config.sensitivity is not None:
+        read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
+        check_report_file(config.sensitivity, out, read)
+    refuse_existing(out, force=config.force)
+    if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
+        raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
+
+
+def _open(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig, progress: Progress) -> Source:
+    progress.stage("open the source")
+
+    def require_room(weights: int) -> None:
+        require_disk(out, weights, config.precision, by_matrix=config.measures_each_matrix)
+
+    source = open_source(
+        module_or_path,
+        tokenizer=config.tokenizer,
+        context_length=config.context_length,
+        chat_template=config.chat_template,
+        weights=config.weights,
+        eos=config.eos_ids,
+        trust_remote_code=config.trust_remote_code,
+        say=progress.warn,
+        before_loading=require_room,
+    )
+    for sentence in source.warnings:
+        progress.warn(sentence)
     weights = parameters(source.module)
-    require_memory(weights, loaded_for=precision)
-    require_disk(Path(out), weights, precision, by_matrix=by_matrix)
-    made = _make_graph(source, target, graph, say)
-
-    with whole_folder(Path(out), force=force) as folder:
-        job = _Job(made.source, made.observation, made.choice, target, say)
-        fp32 = folder if precision == "fp32" else folder / ".fp32"
-        bundle, fp32_bytes = job.write(made.model, fp32, "fp32")
-        verification = job.verify(bundle, but=("batch",) if made.by_optimum else ())
-        if not verification.ok:  # positions that count a batch's padding, too: ALiBi by columns
-            job = dataclasses.replace(job, padding=False)
-            bundle = Bundle(bundle.path, dataclasses.replace(bundle.manifest, padding=False))
-            verification = job.verify(bundle)
-        parity, weight_bytes, quality, table = {"fp32": verification.to_json()}, fp32_bytes, dict[str, Any](), None
-        if precision != "fp32":
-            say(f"calibrate {precision} on {calibration or 'text of the model itself'}")
-            text = calibration_text(bundle, calibration_ids, windows)
-            writing = functools.partial(job.write, folder=folder, precision=precision)
-            exact = bundle
-            if precision == "int4":
-                small = int4.make_int4(exact, text, writing, say, max_kl=max_kl)
-            else:
-                small = make_int8(exact, text, writing, say, max_kl=max_kl, by_matrix=bool(tables))
-            bundle, weight_bytes, quality, table = small.bundle, small.weight_bytes, small.quality, small.sensitivity
-            verification = job.verify(bundle)
-            parity[precision] = verification.to_json()
-            quality |= add_int8_cache(exact, bundle, text, say)
-            shutil.rmtree(fp32)
-        manifest = job.finish(bundle, parity, quality)
-        for path in tables:
-            assert table is not None
-            write_table(path, table)
-    return Report(Path(out), manifest, verification, weight_bytes, fp32_bytes, time.perf_counter() - started, table)
+    require_memory(weights, loaded_for=config.precision)
+    require_room(weights)
+    return source
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A clean float32 graph of the source."""
-
-    source: Source
-    model: ir.Model
-    observation: Observation
-    choice: GraphChoice
-    by_optimum: bool = False
+def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
+    if config.calibration is None:
+        return None
+    return read_calibration(config.calibration, source.tokenizer, _WINDOWS[config.precision])
 
 
-def _make_graph(source: Source, target: str, graph: str, say: Progress) -> _Made:
+# --- the graph ----------------------------------------------------------------------------------------------------
+def _make_graph(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     try:
-        return _graft(source, target, graph, say)
-    except ContractError as error:
-        if source.folder is None:
+        return _graft(source, config, progress)
+    except ContractError as refused:
+        if config.graph == "fused":
             raise
-        if not optimum.is_installed():
-            raise ContractError(
-                f"{error}; optimum's exporter knows some models that the graft cannot take: in a virtual environment "
-                f"of its own type  {optimum.INSTALL}  and then this command again"
-            ) from error
-        if graph == "fused":
-            raise
-        say(f"the graft cannot take it ({error}): ask optimum's exporter")
-        return _by_optimum(source)
+        made = optimum.take_over(source.module, refused, progress.warn)
+    check_tokenizer(source, made.observation.vocab_size, config.eos_ids)
+    choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
+    return _cleaned(source, made.model, made.observation, choice)
 
 
-def _graft(source: Source, target: str, graph: str, say: Progress) -> _Made:
-    say(f"observe the attention calls of {source.name}")
-    observation = observe(source.module, source.context_length)
-    check_tokenizer(source, observation.vocab_size)
-    choice = choose_graph(graph, target, observation)
-    rehearse(source.module, observation, source.context_length)
-    say(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
+def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
+    progress.stage(f"observe the attention calls of {source.name}")
+    contracted = in_contract(source.module, source.context_length, config.call, progress.warn)
+    source = dataclasses.replace(source, module=contracted.module, call=contracted.call)
+    observation = contracted.observation
+    check_tokenizer(source, observation.vocab_size, config.eos_ids)
+    choice = choose_graph(config.graph, config.target, observation)
+    progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
     model = trace(source.module, observation, choice.graph, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    clean(model, source.module, observation.geometry, observation.vocab_size)
-    return _Made(source, model, observation, choice)
+    return _cleaned(source, model, observation, choice)
 
 
-def _by_optimum(source: Source) -> _Made:
-    assert source.folder is not None
-    native = optimum.NativeDecoder(source.module)
-    made = optimum.export_with_optimum(source.folder, native)
-    check_tokenizer(source, made.observation.vocab_size)
-    clean(made.model, native, made.observation.geometry, made.observation.vocab_size)
-    choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
-    return _Made(dataclasses.replace(source, module=native), made.model, made.observation, choice, True)
+def _cleaned(source: Source, model: ir.Model, observation: Observation, choice: GraphChoice) -> Decoder:
+    clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
+    return Decoder(source, model, observation, choice, observation.padding)
 
 
-def _check_choices(precision: str, target: str, graph: str) -> None:
-    for name, found, known in (
-        ("precision", precision, names.PRECISIONS),
-        ("target", target, names.TARGETS),
-        ("graph", graph, ("auto", *names.GRAPHS)),
-    ):
-        if found not in known:
-            raise InputError(f"{name} is {found!r}; it must be one of {', '.join(known)}")
-    if target == "portable" and graph == "fused":
-        raise InputError("the fused graph is made of one provider's operators: with --target portable use standard")
-    if target == "portable" and precision != "fp32":
-        raise InputError(
-            f"--target portable promises ONNX-standard operators only, and {precision} is multiplied by MatMulNBits, "
-            "which is onnxruntime's own: export with --precision fp32, or with --target cpu --graph standard"
-        )
-    providers.require_target(target)
+# --- int8 and int4 ------------------------------------------------------------------------------------------------
+_MAKERS = {"int8": make_int8, "int4": make_int4}
+_WINDOWS = {"int8": WINDOWS, "int4": INT4_WINDOWS}  # of calibration text
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What the steps of one export share."""
-
-    source: Source
-    observation: Observation
-    choice: GraphChoice
-    target: str
-    say: Progress
-    padding: bool = True
-
-    def write(self, model: ir.Model, folder: Path, precision: str) -> tuple[Bundle, int]:
-        """Writes the graphs of one precision. Returns the bundle so far, and the bytes of its weights."""
-        self.say(f"write {precision} weights")
-        source, observation = self.source, self.observation
-        manifest = Manifest(
-            pastkey_version=pastkey.__version__,
-            source=source.name,
-            precision=precision,
-            target=self.target,
-            graph=self.choice.graph,
-            graph_reason=self.choice.reason,
-            vocab_size=observation.vocab_size,
-            context_length=source.context_length,
-            layers=observation.geometry,
-            opset=model.opset_imports[""],
-            ir_version=IR_VERSION,
-            min_onnxruntime=self._min_onnxruntime(),
-            bos_token_id=source.bos_token_id,
-            eos_token_ids=source.eos_token_ids,
-            padding=self.padding,
-            operators=count_operators(model),
-        )
-        weight_bytes = write_graphs(model, folder, precision)
-        return Bundle(folder, manifest), weight_bytes
-
-    def _min_onnxruntime(self) -> str:
-        windows = self.choice.graph == "fused" and any(layer.window for layer in self.observation.layers)
-        return MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME
-
-    def verify(self, bundle: Bundle, *, but: tuple[str, ...] = ()) -> Verification:
-        """Raises ParityError when the bundle does not compute what its source computes, `but` for some checks."""
-        self.say(f"verify {bundle.manifest.precision}: prefill, decode, chunks, batch, greedy")
-        try:
-            verification = verify(bundle, self.source.module, layers=self.observation.layers)
-        except RunError as error:
-            if isinstance(error, PastkeyError):
-                raise
-            raise ParityError(
-                f"onnxruntime cannot run the {bundle.manifest.precision} export of {self.source.name} "
-                f"({first_line(error)}): try --graph standard"
-            ) from error
-        if any(not check.ok and check.name not in but for check in verification.checks):
-            verification.require_ok(f"the {bundle.manifest.precision} export of {self.source.name}")
-        return verification
-
-    def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Manifest:
-        """Writes the configurations and, last of all, the manifest with every file's hash."""
-        folder = bundle.path
-        manifest = dataclasses.replace(bundle.manifest, parity=parity, quality=quality)
-        write_configurations(folder, self.source, manifest, [layer.heads for layer in self.observation.layers])
-        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        records = parse_records(folder, file_records(folder, files))
-        manifest = dataclasses.replace(manifest, files=records)
-        write_json(folder / names.MANIFEST, manifest.to_json())
-        return manifest
+def _quantize(
+    fp32: Bundle,
+    folder: Path,
+    writer: BundleWriter,
+    calibration: list[int] | None,
+    config: ExportConfig,
+    progress: Progress,
+) -> tuple[Quantized, Verification]:
+    """From a float32 bundle that was verified to one in `folder` that is verified, too."""
+    precision = config.precision
+    progress.stage(f"calibrate {precision} on {config.calibration or 'text of the model itself'}")
+    text = calibration_text(fp32, calibration, _WINDOWS[precision], progress)
+    write = functools.partial(writer.write, folder=folder, precision=precision)
+    made = _MAKERS[precision](fp32, text, write, config, progress)
+    verification = writer.verify(made.bundle)
+    made = dataclasses.replace(made, quality=made.quality | add_int8_kv(fp32, made.bundle, text, progress))
+    if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
+        measured = "" if precision == "int8" else " (measured with int8)"
+        progress.warn(f"on this processor {precision} MatMuls take {kernels.note}{measured}")
+    return made, verification

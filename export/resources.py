@@ -15,8 +15,8 @@ from pastkey.errors import ResourceError
 _COPIES_IN_MEMORY = 5
 _COPIES_AFTER_LOADING = {"fp32": 4, "int8": 4, "int4": 6}
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
-# int8 is made from float32 files, which are tried once more with scales moved: more than it and them together. For int4
-# each matrix is measured in one graph of float32 and it.
+# int8 is made from float32 files, which are tried once more with migrated scales: more than it and them together. For
+# int4 each matrix is measured in one graph of float32 and it.
 _BYTES_PER_WEIGHT = {"fp32": 4, "int8": 8, "int4": 11}
 _BYTES_BY_MATRIX = 15  # where each matrix is measured: calibrated float32, and one graph of that and int8, as well
 
@@ -57,9 +57,8 @@ def available_memory() -> int | None:
     """Bytes that this process may still take, or None where the system does not say (Linux and its containers do)."""
     found = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError, ValueError, StopIteration):
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()

@@ -1,9 +1,97 @@
-"""What `pastkey eval` measures by default: standard library only, so that `--help` can show it at once."""
+"""What an export and an evaluation are told, with the defaults of Python and of the command line alike.
+
+Standard library only, so that `--help` can show all of it at once.
+"""
 
 from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pastkey import names
+from pastkey.errors import InputError
+from pastkey.values import is_int
+
+GRAPH_CHOICES = ("auto", *names.GRAPHS)
+
+SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
+TOKENIZERS = (
+    "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a .json list of characters, or "
+    "path/to/file.py:factory"
+)
 
 EVAL_LENGTH = 512  # tokens of a window, where the context has room for them
 EVAL_WINDOWS = 24  # at most, from the beginning of the text
 GREEDY_PROMPTS = 16  # windows whose beginning is continued, at most
 GREEDY_PROMPT_TOKENS = 32  # of a window's beginning, and no more than half of it
 GREEDY_TOKENS = 32  # of a continuation, where prompt and continuation fit into a window's length
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How to export. Raises InputError for a choice that does not exist, or that another one rules out."""
+
+    precision: str = "int8"  # of the weights: names.PRECISIONS
+    target: str = "cpu"  # where the bundle will run: names.TARGETS
+    graph: str = "auto"  # GRAPH_CHOICES
+    tokenizer: str | Path | None = None  # TOKENIZERS, or llama2.c's own; None: the source's
+    context_length: int | None = None  # tokens; None: the source's
+    force: bool = False  # replace an existing bundle
+    call: str | None = None  # an expression over model and ids (B, T); None: found by trying
+    chat_template: str | Path | None = None  # a .jinja file; None: the source's
+    calibration: str | Path | None = None  # a text file; None: what the model itself writes
+    max_kl: float | None = None  # nats: the KL divergence from float32 that is allowed
+    sensitivity: str | Path | None = None  # a .json file for what each matrix costs
+    trust_remote_code: bool = False  # run the Python that a Hugging Face folder brings
+    weights: str | Path | None = None  # a module's state dict: .safetensors, or a checkpoint of torch.save
+    eos: int | Sequence[int] | None = None  # token ids that end a text; None: the source's
+
+    def __post_init__(self) -> None:
+        for name, found, known in (
+            ("precision", self.precision, names.PRECISIONS),
+            ("target", self.target, names.TARGETS),
+            ("graph", self.graph, GRAPH_CHOICES),
+        ):
+            if found not in known:
+                raise InputError(f"{name} is {found!r}; it must be one of {', '.join(known)}")
+        if self.target == "portable" and self.graph == "fused":
+            raise InputError("the fused graph is made of one provider's operators: with --target portable use standard")
+        if not all(is_int(token, 0) for token in self.eos_ids):
+            raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
+        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
+        if self.precision == "fp32":
+            self._check_float32()
+
+    def _check_float32(self) -> None:
+        for given, sentence in (
+            (self.calibration, "float32 needs no calibration: leave out --calibration"),
+            (self.max_kl, "float32 is what --max-kl measures from: leave it out"),
+            (self.sensitivity, "--sensitivity tells what int8 costs: leave it out"),
+        ):
+            if given is not None:
+                raise InputError(f"{sentence}, or export with --precision int8")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """What `eos` says, none where it says nothing."""
+        if self.eos is None:
+            return ()
+        return tuple(self.eos) if isinstance(self.eos, Sequence) else (self.eos,)
+
+    @property
+    def measures_each_matrix(self) -> bool:
+        """Whether the export may ask what each matrix alone costs."""
+        return self.max_kl is not None or self.sensitivity is not None
+
+
+def split_factory(text: str) -> tuple[Path, str] | None:
+    """The parts of path/to/file.py:factory or notebook.ipynb:expression, the second empty where it was forgotten.
+
+    None for any other text.
+    """
+    found = re.fullmatch(r"(.+?\.(?:py|ipynb))(?::(.*))?", text, re.DOTALL)
+    return None if found is None else (Path(found[1]), found[2] or "")

@@ -8,31 +8,34 @@ This package holds what the stages agree on and imports the standard library onl
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from pastkey.runtime import Completion as Completion
     from pastkey.runtime import LanguageModel as LanguageModel
     from pastkey.runtime import load as load
 
-__all__ = ["Completion", "LanguageModel", "__version__", "load"]
+    from . import errors as errors
+    from . import export as export
+    from . import runtime as runtime
+    from . import train as train
+    from .version import __version__ as __version__
+else:
+    __all__, __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "pastkey.runtime": ["Completion", "LanguageModel", "load"],
+            ".errors": ["errors"],
+            ".export": ["export"],
+            ".runtime": ["runtime"],
+            ".train": ["train"],
+            ".version": ["__version__"],
+        },
+    )
 
 # An uninstalled checkout keeps the stages beside this folder; an installed package has them inside it.
 _here = Path(__file__).resolve().parent
 if not (_here / "runtime").is_dir() and (_here.parent / "runtime" / "__init__.py").is_file():
     __path__.append(str(_here.parent))
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("load", "Completion", "LanguageModel"):
-        from pastkey import runtime
-
-        return getattr(runtime, name)
-    if name == "__version__":
-        import importlib.metadata  # here, since it takes longer than the rest of this file
-
-        try:
-            return importlib.metadata.version("pastkey")
-        except importlib.metadata.PackageNotFoundError:
-            return "0+uninstalled"
-    raise AttributeError(f"module 'pastkey' has no attribute {name!r}")

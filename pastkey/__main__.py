@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any
 
-from pastkey.command import Command, Parser
-from pastkey.errors import PastkeyError, missing_extra
+from pastkey.command import Command, Parser, say
+from pastkey.errors import NEEDED, FallbackWarning, PastkeyError, missing_extra
 
 # command -> (stage, one line of help). The stage's cli.py has a Command of the same name.
 COMMANDS = {
@@ -50,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Command = getattr(importlib.import_module(f"pastkey.{stage}.cli"), f"{name}_command")
         parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
         command.add_arguments(parser)
-        with _cleaning_up_when_terminated():
+        with _cleaning_up_when_terminated(), _fallbacks_as_sentences(prog):
             status = command.run(parser.parse_args(rest))
         sys.stdout.flush()
         return status
     except PastkeyError as error:
         return _fail(str(error), prog)
     except ModuleNotFoundError as error:
-        mended = missing_extra(error, stage)
+        mended = missing_extra(error, name if name in NEEDED else stage)
         if mended is error:
             raise
         return _fail(str(mended), prog)
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _cleaning_up_when_terminated() -> Iterator[None]:
     """Ends the command by an exception on SIGTERM, as Ctrl-C does, so that what is half-written is removed."""
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def end(number: int, _: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one would cut the removal short
         raise SystemExit(128 + number)
 
@@ -89,6 +91,23 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _fallbacks_as_sentences(prog: str) -> Iterator[None]:
+    """Shows what a provider leaves to the processor as a line, and every other warning as Python does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", FallbackWarning)  # of each graph that a command opens
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, FallbackWarning):
+                say(f"{prog}: {message}")
+            else:
+                shown(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _overview() -> str:

@@ -17,7 +17,9 @@ from typing import Any
 
 from . import names
 from .errors import IntegrityError
+from .external_data import check_external_data
 from .folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
+from .values import is_int, require
 
 FORMAT_VERSION = 1
 
@@ -29,6 +31,14 @@ class KVGeometry:
     kv_heads: int  # K
     key_head_size: int  # D of the keys
     value_head_size: int  # D of the values
+
+
+@dataclass(frozen=True)
+class StateGeometry:
+    """The cache of a short causal convolution or a shift: the last rows of what it reads."""
+
+    rows: int  # at most
+    size: int  # F
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ class Manifest:
     opset: int
     ir_version: int
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
-    bos_token_id: int | None = None  # the begin token; the bundle's tokenizer puts it in front of a prompt itself
+    states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
+    call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
+    bos_token_id: int | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
     padding: bool = True  # whether rows of different lengths may share a batch
     operators: Mapping[str, int] = field(default_factory=dict)  # operator -> nodes, as exported
@@ -67,24 +79,24 @@ class Bundle:
     manifest: Manifest
 
     @property
-    def common_graph(self) -> Path:
+    def all_logits_graph(self) -> Path:
         """The graph with the logits of every position."""
-        return self.path / names.COMMON_GRAPH[self.manifest.precision]
+        return self.path / names.ALL_LOGITS_GRAPH[self.manifest.precision]
 
     @property
-    def last_graph(self) -> Path:
+    def last_logits_graph(self) -> Path:
         """The graph with the logits of the last positions only."""
-        return self.path / names.LAST_GRAPH
+        return self.path / names.LAST_LOGITS_GRAPH
 
     @property
-    def long_graph(self) -> Path | None:
+    def int8_kv_graph(self) -> Path | None:
         """The graph with an int8 cache, or None for a bundle without one."""
-        path = self.path / names.LONG_GRAPH
+        path = self.path / names.INT8_KV_GRAPH
         return path if path.is_file() else None
 
     @property
     def tokenizer(self) -> Path | None:
-        """tokenizer.json, or None for a bundle that speaks ids only."""
+        """tokenizer.json, or None for a bundle without a tokenizer."""
         return self.path / names.TOKENIZER if names.TOKENIZER in self.manifest.files else None
 
 
@@ -97,20 +109,21 @@ def read_bundle(path: str | Path) -> Bundle:
 def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     """Reads and checks a bundle before onnxruntime sees a byte of it.
 
-    Version, paths and sizes are checked always. Hashes: remembered from an earlier load (None), hashed now (True),
-    or left alone (False). Raises MissingFileError, InputError or IntegrityError.
+    Version, paths, sizes, and where the graphs' weights lie are checked always. Hashes: remembered from an earlier load
+    (None), hashed now (True), or left alone (False). Raises MissingFileError, InputError or IntegrityError.
     """
     bundle = read_bundle(path)
     folder, manifest = bundle.path, bundle.manifest
-    for needed in (bundle.common_graph, bundle.last_graph):
+    for needed in (bundle.all_logits_graph, bundle.last_logits_graph):
         if needed.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
-    for file in bundle.common_graph.parent.glob("*"):
+    for file in bundle.all_logits_graph.parent.glob("*"):
         if file.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{file} is not listed in {names.MANIFEST}: it was added, or the list was altered")
     check_sizes(folder, manifest.files)
     if verify is not False:
         check_hashes(folder, manifest.files, remembered=not verify)
+    check_external_data(folder, manifest.files)
     return bundle
 
 
@@ -128,16 +141,29 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
         raise IntegrityError(f"{folder / names.MANIFEST} has {what}: it was altered or cut short")
     try:
         values["layers"] = tuple(KVGeometry(**layer) for layer in values["layers"])
-        values["eos_token_ids"] = tuple(int(token) for token in values.get("eos_token_ids", ()))
-        for name in ("vocab_size", "context_length", "opset", "ir_version"):
-            if not isinstance(values[name], int) or values[name] < 1:
-                raise ValueError(f"{name} is {values[name]!r}")
-        if values["precision"] not in names.COMMON_GRAPH:
+        values["states"] = tuple(StateGeometry(**state) for state in values.get("states", ()))
+        sizes = [(name, values[name]) for name in ("vocab_size", "context_length", "opset", "ir_version")]
+        sizes += [(name, size) for layer in values["layers"] for name, size in dataclasses.asdict(layer).items()]
+        sizes += [(name, size) for state in values["states"] for name, size in dataclasses.asdict(state).items()]
+        for name, size in sizes:
+            require(is_int(size, 1), name, size, "a whole number from 1")
+        values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
+        bos = values.get("bos_token_id")
+        for token in (*values["eos_token_ids"], *(() if bos is None else (bos,))):
+            require(is_int(token, 0), "a token id", token, "a whole number from 0")
+        for name in ("pastkey_version", "source", "target", "graph_reason", "min_onnxruntime"):
+            require(isinstance(values[name], str), name, values[name], "a text")
+        require(isinstance(values.get("call", ""), str), "call", values.get("call"), "a text")
+        for name in ("operators", "parity", "quality"):
+            require(isinstance(values.get(name, {}), dict), name, values.get(name), "an object")
+        if values["precision"] not in names.ALL_LOGITS_GRAPH:
             raise ValueError(f"precision is {values['precision']!r}")
         if not isinstance(values.get("padding", True), bool):
             raise ValueError(f"padding is {values['padding']!r}")
         if values["graph"] not in names.GRAPHS:
             raise ValueError(f"graph is {values['graph']!r}")
+        if values["states"] and values["graph"] != "standard":
+            raise ValueError("the fused graph has no states")
     except (TypeError, ValueError) as error:
         raise IntegrityError(f"{folder / names.MANIFEST} is not valid: {error}") from None
     values["files"] = parse_records(folder, values.get("files"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import InputError
+from .folder import decode_text
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,12 +71,45 @@ def id_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
 
 
+def key_value(text: str) -> tuple[str, str]:
+    """argparse type: K=V."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return key, value
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """The flags of where a bundle runs."""
+    add = parser.add_argument
+    add("--threads", metavar="N", type=positive_int, help="threads within an operator (physical cores)")
+    add("--provider", metavar="X", help="execution provider, as pastkey devices lists them")
+    add("--allow-fallback", action="store_true", help="let the processor run what the provider leaves")
+    for flag, what in (
+        ("--provider-option", "an option of the provider"),
+        ("--session-entry", "a setting of the session"),
+    ):
+        meaning = f"{what}, by onnxruntime's name of it; may be given several times"
+        add(flag, metavar="NAME=VALUE", type=key_value, action="append", default=[], help=meaning)
+
+
+def placement_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What those flags were set to, as `load` takes it. Raises InputError for options of no provider."""
+    if arguments.provider_option and arguments.provider is None:
+        raise InputError("--provider-option is for an execution provider: name it with --provider X")
+    return {
+        "providers": (arguments.provider, dict(arguments.provider_option))
+        if arguments.provider_option
+        else arguments.provider,
+        "threads": arguments.threads,
+        "allow_fallback": arguments.allow_fallback,
+        "session_entries": dict(arguments.session_entry),
+    }
+
+
 def decode_input(content: bytes) -> str:
     """The text of what came in on standard input. Raises InputError unless it is UTF-8."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError("standard input is not valid UTF-8: convert it first") from None
+    return decode_text(content, "standard input")
 
 
 def say(text: str) -> None:

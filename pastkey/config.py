@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import InputError
+from .values import is_int, is_number, require
 
 PositionEncoding = Literal["rope", "learned", "sinusoidal"]
 Norm = Literal["rmsnorm", "layernorm", "none"]
@@ -43,39 +44,40 @@ class ModelConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
-            _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, name, self, "a whole number from 1")
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-            _require(_is_int(getattr(self, name)) and getattr(self, name) >= 1, name, self, "a whole number from 1")
-        _require(
+        sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
+        for name in (*sizes, "num_attention_heads", "num_key_value_heads", "head_dim"):
+            require(is_int(getattr(self, name), 1), name, getattr(self, name), "a whole number from 1")
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_key_value_heads",
-            self,
+            self.num_key_value_heads,
             f"a divisor of num_attention_heads ({self.num_attention_heads})",
         )
-        _require(
+        require(
             self.position_encoding in ("rope", "learned", "sinusoidal"),
             "position_encoding",
-            self,
+            self.position_encoding,
             "rope, learned or sinusoidal",
         )
-        _require(self.norm in ("rmsnorm", "layernorm", "none"), "norm", self, "rmsnorm, layernorm or none")
-        _require(self.mlp in ("swiglu", "gelu", "none"), "mlp", self, "swiglu, gelu or none")
-        _require(
-            _is_int(self.intermediate_size) and (self.intermediate_size >= 1) == (self.mlp != "none"),
+        require(self.norm in ("rmsnorm", "layernorm", "none"), "norm", self.norm, "rmsnorm, layernorm or none")
+        require(self.mlp in ("swiglu", "gelu", "none"), "mlp", self.mlp, "swiglu, gelu or none")
+        require(
+            is_int(self.intermediate_size) and (self.intermediate_size >= 1) == (self.mlp != "none"),
             "intermediate_size",
-            self,
+            self.intermediate_size,
             "0 without an MLP and at least 1 with one",
         )
         if self.position_encoding == "rope":
-            _require(self.head_dim % 2 == 0, "head_dim", self, "an even number, since rotary positions turn pairs")
-            _require(self.rope_theta > 0, "rope_theta", self, "a positive number")
-        _require(self.norm_eps > 0, "norm_eps", self, "a positive number")
+            require(
+                self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, since rotary positions rotate pairs"
+            )
+            require(
+                is_number(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number"
+            )
+        require(is_number(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            _require(
-                value is None or (_is_int(value) and 0 <= value < self.vocab_size), name, self, "a token id or null"
-            )
+            require(value is None or (is_int(value, 0) and value < self.vocab_size), name, value, "a token id or null")
 
     @property
     def model_type(self) -> str:
@@ -139,16 +141,7 @@ def _derived(config: ModelConfig) -> dict[str, Any]:
             "rms_norm_eps": config.norm_eps,
             "attention_bias": False,  # transformers' qwen2 has its bias built in
             "mlp_bias": False,
-            # transformers 5 reads the first, 4.57 the field rope_theta and ignores this without a word
+            # transformers 5 reads the first, 4.57 the field rope_theta and silently ignores this
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         }
     return derived
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require(condition: bool, name: str, config: ModelConfig, expected: str) -> None:
-    if not condition:
-        raise InputError(f"{name} is {getattr(config, name)!r}; it must be {expected}")

@@ -5,6 +5,8 @@ Every class is also the builtin a caller would catch. The command line prints th
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class PastkeyError(Exception):
     """A mistake that the user can mend."""
@@ -16,6 +18,10 @@ class PastkeyError(Exception):
 
 class InputError(PastkeyError, ValueError):
     """A value, a text or a file content that cannot be used."""
+
+
+class OptionError(PastkeyError, TypeError):
+    """A keyword that a call does not know."""
 
 
 class ContextLengthError(InputError):
@@ -47,7 +53,7 @@ class ParityError(PastkeyError, ValueError):
 
 
 class QualityError(PastkeyError, ValueError):
-    """An int8 bundle that is further from float32 than the user allows."""
+    """An int8 or int4 bundle that is further from float32 than the user allows."""
 
 
 class NumericsError(PastkeyError, ArithmeticError):
@@ -66,42 +72,40 @@ class MissingExtraError(PastkeyError, ImportError):
     """A package that an optional part of pastkey needs."""
 
 
+class FallbackWarning(RuntimeWarning):
+    """The processor runs a part of what another execution provider was asked to run."""
+
+
 def first_line(error: BaseException, longest: int = 300) -> str:
     """What a library's error says in its first line, or its class where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:longest]
 
 
-# Which extra brings a module that a stage imports.
-_EXTRA_OF = {
-    "onnxruntime": "cpu",
-    "torch": "export",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "onnxscript": "export",
-    "safetensors": "export",
-    "matplotlib": "export",
-    "tqdm": "export",
-    "jinja2": "chat",
-    "transformers": "huggingface",
-    "accelerate": "gguf",
-    "gguf": "gguf",
-    "optimum": "optimum",
+# The optional modules that a stage or a command needs. Where one is missing, the others may be missing, too.
+NEEDED = {
+    "train": ("torch", "safetensors", "matplotlib", "tqdm"),
+    "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
+    "check": ("onnx",),
+    "huggingface": ("transformers",),
+    "gguf": ("gguf", "transformers", "accelerate"),
 }
+_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "matplotlib"}.union(*NEEDED.values())
 
 
-def missing_extra(error: ModuleNotFoundError, stage: str | None = None) -> ModuleNotFoundError | MissingExtraError:
+def missing_extra(error: ModuleNotFoundError, needed_by: str | None = None) -> ModuleNotFoundError | MissingExtraError:
     """The sentence for a missing optional package, or `error` itself when the package is none of ours.
 
-    `stage` is the stage being entered ("train", "export"), whose extra is named in preference.
+    `needed_by` is a key of NEEDED: what else it lacks is named in the same sentence. The packages themselves are
+    named and not pastkey's extras, which is right however pastkey was installed.
     """
     package = (error.name or "").partition(".")[0]
-    if package not in _EXTRA_OF:
+    if package not in _TOLD:
         return error
-    extra = _EXTRA_OF[package]
-    if stage in ("train", "export") and extra == "export":
-        extra = stage
+    wanted = NEEDED.get(needed_by or "", ())
+    missing = [module for module in wanted if module == package or importlib.util.find_spec(module) is None]
+    install = " ".join(module.replace("_", "-") for module in (missing if package in missing else [package]))
     return MissingExtraError(
         f"the package {package!r} is not installed, which this part of pastkey needs: "
-        f"type  pip install 'pastkey[{extra}]'  and try again"
+        f"type  pip install {install}  and try again"
     )

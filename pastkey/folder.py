@@ -18,6 +18,9 @@ from typing import Any
 
 from .errors import ExistingFolderError, InputError, IntegrityError, MissingFileError
 from .names import MANIFEST
+from .values import is_int
+
+_HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,32 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MissingFileError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
         raise IntegrityError(f"{path} is not valid JSON ({error}): it was cut short or altered") from None
     if not isinstance(content, dict):
         raise IntegrityError(f"{path} holds a JSON {type(content).__name__}; an object was expected")
     return content
+
+
+def read_text(path: Path) -> str:
+    """A text file's content, line ends as they are. Raises MissingFileError or InputError."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a text file was expected")
+    try:
+        return decode_text(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise MissingFileError(f"no such file: {path}") from None
+
+
+def decode_text(content: bytes, source: object) -> str:
+    """The text that these bytes of `source` are. Raises InputError naming the first byte that is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x} ({error.reason}); "
+            "convert it to UTF-8"
+        ) from None
 
 
 def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:
@@ -144,7 +168,7 @@ def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any
         hint = {"checkpoint": "export it first", "bundle": "name the checkpoint it came from"}.get(str(found), "")
         raise InputError(f"{folder} is a {found!r} folder; a {kind} was expected" + (f": {hint}" if hint else ""))
     version = manifest.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if not is_int(version, 1):
         raise IntegrityError(f"{folder / MANIFEST} has no valid format_version (found {version!r})")
     if version > newest_version:
         raise IntegrityError(
@@ -159,24 +183,31 @@ def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
         raise IntegrityError(f"{folder / MANIFEST} has no list of files")
     records = {}
     for name, entry in content.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
+        if not is_inside(name):
             raise IntegrityError(f"{folder / MANIFEST} names {name!r}, which is not a path inside the folder")
         size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(size, int) or not isinstance(digest, str):
+        if not is_int(size, 0) or not isinstance(digest, str):
             raise IntegrityError(f"{folder / MANIFEST} has no size and sha256 for {name!r}")
         records[name] = FileRecord(size, digest)
     return records
 
 
+def is_inside(name: str) -> bool:
+    """Whether this is a plain relative path, which leads to below the folder that it is said of, on every system.
+
+    No file's name has a *: with one, onnxruntime takes an address in memory for a path.
+    """
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\:*\0")
+
+
 def check_sizes(folder: Path, records: Mapping[str, FileRecord]) -> None:
     """Raises IntegrityError naming the first file that is missing, of another size, or outside the folder."""
-    root = folder.resolve()
     for name, record in records.items():
         path = folder / name
         if not path.is_file():
             raise IntegrityError(f"{path} is missing: copy the whole folder again")
-        if root not in path.resolve().parents and not _stored_elsewhere(path):
+        if leads_out(path, folder):
             raise IntegrityError(f"{path} leads out of the folder: copy the file itself into it")
         size = path.stat().st_size
         if size != record.size:
@@ -206,28 +237,40 @@ def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered:
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stored_elsewhere(path: Path) -> bool:
-    """Whether this is a link of a content-addressed download cache, whose folders hold links to files beside them.
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file of `folder` is, or lies behind, a link to outside of it.
 
-    Such a cache links snapshots/REV/FILE to ../../blobs/HASH: its own layout, not a path that a manifest chose.
+    Not where it is one that Hugging Face's cache makes to its own store, each time in just this way:
+    models--X/snapshots/REV/FILE is a link to ../../blobs/HASH, with one more .. for each folder that FILE lies in.
     """
-    return path.is_symlink() and "blobs" in path.resolve().parts and "snapshots" in path.absolute().parts
+    root, parent, target = folder.resolve(), path.parent.resolve(), path.resolve()
+    if parent != root and root not in parent.parents:
+        return True
+    return root not in target.parents and not any(
+        place.name == "snapshots"
+        and place.parent.name.startswith(_HUB_PREFIXES)
+        and path.readlink() == Path(*[".."] * (up + 2), "blobs", target.name)
+        and target == place.parent / "blobs" / target.name
+        for up, place in enumerate(parent.parents)
+    )
 
 
 class _HashMemory:
     """Which files of one folder were seen with which hash, in a small file of the user's cache folder."""
 
     def __init__(self, folder: Path) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
         key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-        self._path = Path(home) / "pastkey" / f"{key}.json"
+        self._path: Path | None = None
         self._seen: dict[str, Any] = {}
         self._changed = False
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the last: no home, as in some containers
+            home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+            self._path = Path(home) / "pastkey" / f"{key}.json"
             content = json.loads(self._path.read_text(encoding="utf-8"))
             self._seen = content if isinstance(content, dict) else {}
 
@@ -244,7 +287,7 @@ class _HashMemory:
         self._changed = True
 
     def save(self) -> None:
-        if not self._changed:
+        if self._path is None or not self._changed:
             return
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,26 +22,42 @@ BATCH: Final = "batch_size"
 SEQUENCE: Final = "sequence_length"  # T
 PAST: Final = "past_sequence_length"  # P, or the capacity of a shared buffer
 TOTAL: Final = "total_sequence_length"  # S
+PAST_ROWS: Final = "past_rows"  # of a short convolution's cache: as many as it needs, or as there are
+PRESENT_ROWS: Final = "present_rows"
 
 
-def past_key(layer: int) -> str:
+PAST_PREFIX: Final = "past_key_values."
+PRESENT_PREFIX: Final = "present."
+
+
+def past_key(layer: int | str) -> str:
     """Input (B, K, P, D): the cached keys of one attention call."""
-    return f"past_key_values.{layer}.key"
+    return f"{PAST_PREFIX}{layer}.key"
 
 
-def past_value(layer: int) -> str:
+def past_value(layer: int | str) -> str:
     """Input (B, K, P, D): the cached values of one attention call."""
-    return f"past_key_values.{layer}.value"
+    return f"{PAST_PREFIX}{layer}.value"
 
 
-def present_key(layer: int) -> str:
+def present_key(layer: int | str) -> str:
     """Output (B, K, S, D): the keys with the new tokens' appended."""
-    return f"present.{layer}.key"
+    return f"{PRESENT_PREFIX}{layer}.key"
 
 
-def present_value(layer: int) -> str:
+def present_value(layer: int | str) -> str:
     """Output (B, K, S, D): the values with the new tokens' appended."""
-    return f"present.{layer}.value"
+    return f"{PRESENT_PREFIX}{layer}.value"
+
+
+def past_conv(state: int | str) -> str:
+    """Input (B, up to k, F): the last rows of what a short causal convolution or a shift reads."""
+    return f"past_conv.{state}"
+
+
+def present_conv(state: int | str) -> str:
+    """Output (B, up to k, F): the same with the new tokens'."""
+    return f"present_conv.{state}"
 
 
 # --- files of a folder --------------------------------------------------------------------------------------------
@@ -56,20 +72,19 @@ CHAT_TEMPLATE: Final = "chat_template.jinja"
 WEIGHTS: Final = "model.safetensors"
 
 # The graph that every loader finds by its precision's usual name: logits of all positions.
-COMMON_GRAPH: Final = {
+ALL_LOGITS_GRAPH: Final = {
     "fp32": "onnx/model.onnx",
     "int8": "onnx/model_quantized.onnx",
-    "fp16": "onnx/model_fp16.onnx",
     "int4": "onnx/model_q4.onnx",
 }
-# What transformers.js calls a precision, and finds the common graph by.
-TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "int8": "q8", "fp16": "fp16", "int4": "q4"}
+# What transformers.js calls a precision, and finds the all-logits graph by.
+TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
 # pastkey's own graph over the same weights: logits of the last LOGITS_TO_KEEP positions only.
-LAST_GRAPH: Final = "onnx/pastkey.onnx"
+LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 # The same with an int8 cache, a quarter of the bytes that decoding after a long text reads. Some bundles have it.
-LONG_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
-DATA_SUFFIX: Final = "_data"  # weights stand beside the common graph: onnx/model_quantized.onnx_data
+INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
+DATA_SUFFIX: Final = "_data"  # weights stand beside the all-logits graph: onnx/model_quantized.onnx_data
 
 PRECISIONS: Final = ("int8", "int4", "fp32")
-TARGETS: Final = ("cpu", "cuda", "webgpu", "portable")
+TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "portable")
 GRAPHS: Final = ("fused", "standard")

@@ -4,47 +4,40 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-From the outside in: `dialogue` (a conversation at the terminal), `chat` (a conversation) by `template` (its written
-form), `language_model` (text in, text out), `text` (tokens <-> text), `generate` (the loop over ids), `sampling`
-(logits -> token) by `settings`, `session` (one onnxruntime session and its cache), `cache` (keys and values),
-`providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's `--help`
-does not wait for onnxruntime.
+From the outside in: `terminal` (questions and answers), `chat` (a conversation) by `chat_template` (its written form),
+`language_model` (text in, text out), `turns` (whose turn it is), `text` (tokens <-> text), `generate` (the loop over
+ids) by `prompt_lookup` (draft tokens), `sampling` (logits -> token) by `settings`, `engine` (the opened graph and its
+cache), `int8_kv` and `cache` (keys and values, in float32 and int8), `cached_ids` (of which tokens), `open` (the
+session), `providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's
+`--help` does not wait for onnxruntime.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pastkey.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .chat import Chat as Chat
+    from .completion import Chunk as Chunk
+    from .completion import Completion as Completion
+    from .engine import Engine as Engine
     from .generate import Generation as Generation
-    from .language_model import Chunk as Chunk
-    from .language_model import Completion as Completion
     from .language_model import LanguageModel as LanguageModel
     from .language_model import load as load
-    from .session import Session as Session
+    from .settings import ChatOptions as ChatOptions
+    from .settings import GenerateOptions as GenerateOptions
     from .settings import SamplingConfig as SamplingConfig
-
-_MODULE_OF = {
-    "Chat": "chat",
-    "Chunk": "language_model",
-    "Completion": "language_model",
-    "Generation": "generate",
-    "LanguageModel": "language_model",
-    "SamplingConfig": "settings",
-    "Session": "session",
-    "load": "language_model",
-}
-
-__all__ = ["Chat", "Chunk", "Completion", "Generation", "LanguageModel", "SamplingConfig", "Session", "load"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+else:
+    __all__, __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            ".chat": ["Chat"],
+            ".completion": ["Chunk", "Completion"],
+            ".engine": ["Engine"],
+            ".generate": ["Generation"],
+            ".language_model": ["LanguageModel", "load"],
+            ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig"],
+        },
+    )

@@ -7,21 +7,19 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 import pastkey
 from pastkey.bundle import open_bundle
 
+from .engine import Engine
+from .int8_kernels import Int8Kernels, int8_kernels_of
 from .ort import onnxruntime
-from .processor import Int8Kernels, int8_kernels_of
-from .providers import Choice
-from .session import Session
-from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS
+from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, PlacementOptions
 
 ROUNDS = 3  # each a prefill and a decode; the figures are medians over them
 
@@ -32,7 +30,7 @@ class BenchReport:
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float | None  # None when the context has no room for a new token
-    load_seconds: float  # from the folder to a session that can run, hashes left alone
+    load_seconds: float  # from the folder to an engine that can run, hashes left alone
     peak_rss_bytes: int | None  # of the whole process so far; None where the system does not say
     int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,30 +44,43 @@ def bench(
     *,
     prompt_tokens: int = BENCH_PROMPT_TOKENS,
     new_tokens: int = BENCH_NEW_TOKENS,
-    providers: Choice | Sequence[Choice] | None = None,
-    threads: int | None = None,
+    **placement: Unpack[PlacementOptions],
 ) -> BenchReport:
-    """Prefills `prompt_tokens` random ids and decodes `new_tokens` more, whatever the model says.
+    """Measures prefill and decode over random ids, whatever the model says.
 
-    Lengths beyond the context are clamped to it; `settings` holds what was measured, and a note when it was clamped.
+    Args:
+        path: A bundle.
+        prompt_tokens: Tokens of the prefill. Both lengths are clamped to the context, and a note in the settings says
+            so.
+        new_tokens: Tokens that are decoded after it.
+        **placement: Where it runs, as for `load`.
+
+    Returns:
+        Medians over ROUNDS prefills and decodes, and what was measured.
+
+    Raises:
+        MissingFileError: No bundle is there.
+        IntegrityError: The bundle was altered, or its graph cannot be loaded.
+        ProviderError: A provider is not here, did not start, or is not given this bundle's graph, or leaves some of it.
+        InputError: An impossible number of threads.
     """
     started = time.perf_counter()
     bundle = open_bundle(path, verify=False)
-    session = Session(bundle, providers=providers, threads=threads)
+    engine = Engine(bundle, **placement)
     load_seconds = time.perf_counter() - started
 
     context = bundle.manifest.context_length
     prompt, new = clamp(prompt_tokens, new_tokens, context)
     ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, prompt + new)
-    session.prefill(ids[: min(prompt, 16)])  # the first run of all also prepares the kernels
+    engine.prefill(ids[: min(prompt, 16)])  # the first run of all also prepares the kernels
     prefill_seconds, decode_seconds = [], []
     for _ in range(ROUNDS):
-        session.reset()
+        engine.reset()
         started = time.perf_counter()
-        session.prefill(ids[:prompt])
+        engine.prefill(ids[:prompt])
         between = time.perf_counter()
         for token in ids[prompt:].tolist():
-            session.decode(token)
+            engine.decode(token)
         prefill_seconds.append(between - started)
         decode_seconds.append(time.perf_counter() - between)
 
@@ -80,8 +91,8 @@ def bench(
         "context_length": context,
         "graph": bundle.manifest.graph,
         "precision": bundle.manifest.precision,
-        "provider": session.providers[0],
-        "threads": session.threads,
+        "provider": engine.providers[0],
+        "threads": engine.threads,
         "onnxruntime": onnxruntime.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -97,7 +108,7 @@ def bench(
         decode_tokens_per_second=new / statistics.median(decode_seconds) if new else None,
         load_seconds=load_seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        int8_kernels=int8_kernels_of(bundle.manifest.precision, session.providers[0]),
+        int8_kernels=int8_kernels_of(bundle.manifest.precision, engine.providers[0]),
         settings=settings,
     )
 

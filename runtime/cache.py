@@ -10,29 +10,29 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey import names
-from pastkey.bundle import KVGeometry
+from pastkey.bundle import KVGeometry, StateGeometry
 from pastkey.errors import InputError
+from pastkey.values import is_int
 
 from .ort import onnxruntime
-from .settings import is_int
 
 GROWTH_STEP = 128  # rows by which a shared buffer grows at least
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One cached tensor of the graph, (B, kv_heads, P, head_size)."""
+    """One cached tensor of the graph, (B, kv_heads, P, head_size), or (B, rows, head_size) of a short convolution."""
 
     past: str  # input
     present: str  # output
-    kv_heads: int
+    kv_heads: int | None  # None of a convolution
     head_size: int
 
 
 class KVCache:
-    """Keys and values of `length` tokens in each of `batch` rows, bound to one session's inputs and outputs.
+    """Keys and values of `length` tokens in each of `batch` rows, bound to one graph's inputs and outputs.
 
-    `binding` is the onnxruntime.IOBinding that the next run goes through: the session binds the rest to it.
+    `binding` is the onnxruntime.IOBinding that the next run goes through: the engine binds the rest to it.
 
     Shared form (the fused graph): past and present are one buffer of `capacity` rows, and a run writes the new rows
     into it. It grows in steps, because a buffer of the whole context would be paid for by the shortest prompt. A
@@ -40,7 +40,7 @@ class KVCache:
 
     Concatenating form (the standard graph): a run returns new tensors, which become the next run's past.
 
-    A run is `reserve`, the session's run, `advance`; a run that failed between them leaves the cache as it was.
+    A run is `reserve`, onnxruntime's run, `advance`; a run that failed between them leaves the cache as it was.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class KVCache:
         context_length: int,
         device: str = "cpu",
         dtype: type[np.generic] = np.float32,
+        states: Sequence[StateGeometry] = (),
     ) -> None:
         """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda")."""
         self.onnx = onnx
@@ -69,12 +70,22 @@ class KVCache:
                 _Tensor(names.past_key(i), names.present_key(i), layer.kv_heads, layer.key_head_size),
                 _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
             ]
+        assert not (shared and states)
+        self.trims = not states  # whether some tokens can be forgotten: the last rows do not tell those before them
+        for i, state in enumerate(states):
+            self._tensors.append(_Tensor(names.past_conv(i), names.present_conv(i), None, state.size))
+        self._state_rows = sum(state.rows * state.size for state in states)
         self._values: list[Any] = []  # one OrtValue per tensor
         # Of a shared buffer on the CPU its memory, (B, K, capacity, D): keys and values of each call in turn.
         self.arrays: list[npt.NDArray[Any]] = []
         self._capacity = 0
         self.batch = 0  # B
         self.length = 0  # tokens per row, padding included
+
+    def __del__(self) -> None:
+        # In the other order, the end of a session on WebGPU is a segmentation fault.
+        for name in ("_values", "binding", "_other_binding", "onnx"):
+            vars(self).pop(name, None)
 
     @property
     def capacity(self) -> int:
@@ -83,9 +94,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
-        row = sum(tensor.kv_heads * tensor.head_size for tensor in self._tensors) * self._dtype.itemsize
-        return self.batch * self.capacity * row
+        """Bytes that the tensors take now."""
+        row = sum((tensor.kv_heads or 0) * tensor.head_size for tensor in self._tensors)
+        return self.batch * (self.capacity * row + self._state_rows) * self._dtype.itemsize
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Makes room for `tokens` new tokens in each of `batch` rows and binds what changed by that."""
@@ -106,7 +117,7 @@ class KVCache:
         """Takes in the tokens of the run that has just ended."""
         self.length += tokens
         if not self._shared:
-            # `reserve` binds before the session binds its logits, and onnxruntime keeps the order of binding.
+            # `reserve` binds before the engine binds its logits, and onnxruntime keeps the order of binding.
             self._values = self.binding.get_outputs()[: len(self._tensors)]
             self.binding, self._other_binding = self._other_binding, self.binding
 
@@ -114,7 +125,15 @@ class KVCache:
         """Forgets all but the first `length` tokens of each row."""
         if not is_int(length) or not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
+        if not self.trims and 0 < length < self.length:
+            raise InputError(
+                "this bundle keeps the last rows of short convolutions, which cannot be trimmed: call reset() and give "
+                "the tokens again"
+            )
         if not self._shared and length < self.length:
+            if not length:
+                self.reset()
+                return
             self._values = [self._place(np.ascontiguousarray(value.numpy()[:, :, :length])) for value in self._values]
         self.length = length
 
@@ -151,7 +170,9 @@ class KVCache:
             self.arrays.append(array)
         self._capacity = capacity
 
-    def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, int, int, int]:
+    def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, ...]:
+        if tensor.kv_heads is None:
+            return (self.batch, rows, tensor.head_size)
         return (self.batch, tensor.kv_heads, rows, tensor.head_size)
 
     def _place(self, array: npt.NDArray[Any]) -> Any:

@@ -7,18 +7,38 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from pastkey.command import Command, decode_input, finite_float, id_list, natural_int, positive_int, print_json, say
+from pastkey.command import (
+    Command,
+    add_placement,
+    decode_input,
+    finite_float,
+    id_list,
+    natural_int,
+    placement_of,
+    positive_int,
+    print_json,
+    say,
+)
 from pastkey.errors import InputError
 
-from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, CHAT_NEW_TOKENS, MAX_NEW_TOKENS, SamplingConfig
+from .settings import (
+    BENCH_NEW_TOKENS,
+    BENCH_PROMPT_TOKENS,
+    CHAT_NEW_TOKENS,
+    CHAT_OPTIONS,
+    MAX_NEW_TOKENS,
+    ChatOptions,
+    PlacementOptions,
+    SamplingConfig,
+)
 
 if TYPE_CHECKING:
     from .bench import BenchReport
     from .chat import Chat
-    from .language_model import Completion
-    from .placement import Inspection
+    from .completion import Completion
+    from .inspection import Inspection
 
 
 # The flags of SamplingConfig's fields: type, meaning.
@@ -39,7 +59,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
     _add_generation(parser, MAX_NEW_TOKENS)
-    _add_placement(parser)
+    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     parser.epilog = (
         "The continuation goes to standard output as it comes, without the prompt: text, or ids without a tokenizer."
@@ -53,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if prompt == "-":
         prompt = _standard_input()
     options = _generation_options(arguments)
-    model = load(arguments.bundle, providers=arguments.provider, threads=arguments.threads)
+    model = load(arguments.bundle, **_placement(arguments))
     if arguments.json:
         completion = dataclasses.asdict(model.generate(prompt, **options))
         del completion["reused_tokens"]  # none: nothing was generated before
@@ -71,9 +91,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument(
+        "--template", metavar="FILE", help="a chat template (Jinja) to take in place of the bundle's own"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="one question: print its answer and end; - reads it all")
     _add_generation(parser, CHAT_NEW_TOKENS)
-    _add_placement(parser)
+    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object instead of the text")
     parser.epilog = (
         "Without --prompt, each line of standard input is a question; /reset begins a new conversation, /exit ends."
@@ -83,12 +106,12 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.prompt is None:
         raise InputError("--json holds the answer to one question: give it with --prompt TEXT")
-    from .dialogue import converse, print_answer
     from .language_model import load
+    from .terminal import converse, print_answer
 
     options = _generation_options(arguments)
-    model = load(arguments.bundle, providers=arguments.provider, threads=arguments.threads)
-    chat = model.chat(arguments.system)
+    model = load(arguments.bundle, **_placement(arguments))
+    chat = model.chat(arguments.system, template=arguments.template)
     prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
     if arguments.json:
         print_json(_answer_json(chat, chat.ask(prompt, **options)))
@@ -127,7 +150,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", metavar="N", type=natural_int, default=BENCH_NEW_TOKENS, help="decode so many (%(default)s)"
     )
-    _add_placement(parser)
+    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -138,8 +161,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         arguments.bundle,
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
-        providers=arguments.provider,
-        threads=arguments.threads,
+        **_placement(arguments),
     )
     if arguments.json:
         print_json(report.to_json())
@@ -166,14 +188,14 @@ def _print_bench(report: BenchReport) -> None:
 # --- inspect ------------------------------------------------------------------------------------------------------
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser)
-    _add_placement(parser)
+    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from .placement import inspect
+    from .inspection import inspect
 
-    inspection = inspect(arguments.bundle, providers=arguments.provider, threads=arguments.threads)
+    inspection = inspect(arguments.bundle, **_placement(arguments))
     if arguments.json:
         print_json(inspection.to_json())
     else:
@@ -201,7 +223,7 @@ def _print_inspection(inspection: Inspection) -> None:
         operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
         print(f"{share.provider:<12}{share.nodes:>6}{share.weight_bytes:>16,}  {operators}")
     if inspection.int8_kernels is not None:
-        print(f"\nint8 products here: {inspection.int8_kernels.note}")
+        print(f"\nint8 MatMuls here: {inspection.int8_kernels.note}")
     for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
         if figures:
             print(f"\n{title} at export")
@@ -235,9 +257,9 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
+    from .int8_kernels import int8_kernels
     from .ort import onnxruntime
-    from .processor import int8_kernels
-    from .providers import devices
+    from .providers import devices, overlapping
 
     rows, kernels = devices(), int8_kernels()
     if arguments.json:
@@ -253,7 +275,9 @@ def _devices(arguments: argparse.Namespace) -> int:
     for row in rows:
         state = "available" if row.available else "absent"
         print(f"  {row.short_name:<14} {state:<10} {row.hardware}" + (f"; comes with {row.note}" if row.note else ""))
-    print(f"int8 products on this processor: {kernels.note}")
+    print(f"int8 MatMuls on this processor: {kernels.note}")
+    if sentence := overlapping():
+        say(f"note: {sentence}")
     return 0
 
 
@@ -271,13 +295,23 @@ def _add_generation(parser: argparse.ArgumentParser, most: int) -> None:
         flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
         add(flag, metavar=letter, type=kind, default=default, help=f"{meaning} ({shown})")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
+    add(
+        "--prompt-lookup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run draft tokens from the text itself, where it repeats itself (on)",
+    )
 
 
-def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _generation_options(arguments: argparse.Namespace) -> ChatOptions:
     """What _add_generation's flags were set to. Raises InputError for settings out of range."""
-    sampling = {name: getattr(arguments, name) for name in _SAMPLING}
-    SamplingConfig(**sampling)  # now, and not after the first question
-    return sampling | {"max_new_tokens": arguments.max_new_tokens, "stop": arguments.stop}
+    options = cast(ChatOptions, {name: getattr(arguments, name) for name in CHAT_OPTIONS})
+    SamplingConfig.of(options)  # now, and not after the first question
+    return options
+
+
+def _placement(arguments: argparse.Namespace) -> PlacementOptions:
+    return cast(PlacementOptions, placement_of(arguments))
 
 
 def _standard_input() -> str:
@@ -288,11 +322,6 @@ def _show_what_can_be_shown() -> None:
     """A terminal of another encoding shows a question mark for what it cannot."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-
-
-def _add_placement(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", metavar="N", type=positive_int, help="threads within an operator (physical cores)")
-    parser.add_argument("--provider", metavar="X", help="execution provider, as pastkey devices lists them")
 
 
 run_command = Command(_add_run, _run)

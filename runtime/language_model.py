@@ -1,49 +1,35 @@
-"""Text in, text out: a bundle, its session and its tokenizer."""
+"""Text in, text out: a bundle, its engine and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
+from pastkey.values import is_int
 
+from .chat import Chat
+from .completion import Chunk, Completion, completed
+from .engine import Engine
 from .generate import Generation
-from .providers import Choice
-from .session import Session
-from .settings import MAX_NEW_TOKENS, SamplingConfig
+from .settings import (
+    GENERATE_OPTIONS,
+    MAX_NEW_TOKENS,
+    Choice,
+    GenerateOptions,
+    PlacementOptions,
+    SamplingConfig,
+    require_known,
+)
 from .text import StopStrings, TextCodec, TextStream
-
-if TYPE_CHECKING:
-    from .chat import Chat
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a stream: one token, or the text that was held back at the end."""
-
-    text: str  # whole characters only; "" while a character or a stop string is incomplete
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One continuation."""
-
-    text: str  # "" without a tokenizer; without the stop string that ended it
-    ids: list[int]  # the new tokens, end token excluded; with those of the stop string
-    finish_reason: Literal["stop", "length", "stop_string"]  # end token; max_new_tokens or context; stop string
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    reused_tokens: int = 0  # of the prompt's, those whose keys and values were in the cache already
+from .turns import Turns
 
 
 def load(
@@ -51,160 +37,260 @@ def load(
     providers: Choice | Sequence[Choice] | None = None,
     threads: int | None = None,
     verify: bool | None = None,
+    *,
+    allow_fallback: bool = False,
+    session_entries: Mapping[str, str] | None = None,
 ) -> LanguageModel:
     """Opens a bundle.
 
-    `providers` are execution providers in order of preference, as short names ("cuda") or onnxruntime's; None takes
-    the one the bundle was made for. `threads` is the number of threads within an operator, None for the physical
-    cores. `verify=True` hashes the files again, False leaves hashes alone, None trusts what it saw unchanged.
-    Raises MissingFileError, IntegrityError, ProviderError or InputError.
+    Args:
+        path: The folder that `pastkey export` wrote.
+        providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone or
+            as a pair with its options. None takes the one that the bundle was made for. One that is not on this
+            machine is an error.
+        threads: Number of threads within an operator. None takes the physical cores.
+        verify: True hashes every file again, False no file, None those that changed since they were hashed last.
+        allow_fallback: Whether the processor may run what a provider that was asked for leaves. Without it a provider
+            that was seen to run a whole graph runs all of this one, or is an error that names the operators; of any
+            other one a FallbackWarning names them.
+        session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
+
+    Raises:
+        MissingFileError: There is no bundle at `path`.
+        IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it.
+        ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
+        MissingExtraError: onnxruntime is not installed, or older than the bundle needs.
+        InputError: An argument has another type, or `threads` is out of range.
     """
-    bundle = open_bundle(path, verify=verify)
-    return LanguageModel(bundle, providers=providers, threads=threads)
-
-
-def completed(stream: Generator[Chunk, None, Completion]) -> Completion:
-    """What a stream returns at its end."""
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            completion: Completion = end.value
-            return completion
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is {path!r}; the path of a bundle folder was expected, as a str or a Path")
+    if threads is not None and not is_int(threads):
+        raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
+    if not (providers is None or _is_choice(providers)) and not (
+        isinstance(providers, Collection) and all(map(_is_choice, providers))
+    ):
+        raise InputError(
+            f'providers is {providers!r}; a name such as "cuda", a pair of a name and its options, or a list of these '
+            "was expected"
+        )
+    if session_entries is not None and not (
+        isinstance(session_entries, Mapping)
+        and all(isinstance(part, str) for item in session_entries.items() for part in item)
+    ):
+        raise InputError(
+            f'session_entries is {session_entries!r}; a mapping of texts such as {{"session.use_env_allocators": "1"}} '
+            "was expected"
+        )
+    return LanguageModel(
+        open_bundle(path, verify=verify),
+        providers=providers,
+        threads=threads,
+        allow_fallback=allow_fallback,
+        session_entries=session_entries,
+    )
 
 
 class LanguageModel:
-    """A loaded bundle. Generates one continuation at a time.
+    """A loaded bundle. It generates one continuation at a time, and several threads may use it.
 
-    `generate` and `logits` may be called by several threads, which take turns; threads that shall not wait load the
-    bundle once for each. A stream that is not at its end when another generation begins ends with an InputError.
+    They take turns, in order of arrival. `generate`, `stream`, `logits` and a Chat's answers each have the model from
+    their first step to their end; who comes meanwhile waits. Threads that shall not wait load the bundle once for each.
+
+    A stream takes nothing until its first `next`, and lets go at its end, when it is closed, and when it is collected.
+    It belongs to no thread: each `next` may come from another thread of a pool, as in a web framework. (A pool needs a
+    thread for each stream that is open, since those that wait occupy one.) The thread that was the last to advance a
+    stream counts for two things only. When it has ended and others wait, the stream loses its turn, and going on with
+    it raises InputError. When it asks for the model itself before the stream's end, it would wait for itself: unless
+    another thread goes on with the stream within three seconds, it gets an InputError, and at once where there is no
+    other thread. Finish or close the stream first.
+
+    Attributes:
+        bundle: The bundle, with its absolute path.
+        manifest: What the bundle says of itself.
+        tokenizer: Its tokenizer, or None for a bundle that has none.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        *,
-        providers: Choice | Sequence[Choice] | None = None,
-        threads: int | None = None,
+        **placement: Unpack[PlacementOptions],
     ) -> None:
         """See `load`."""
         # Read again later, wherever the process has gone by then.
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
-        self._options: dict[str, Any] = {"providers": providers, "threads": threads}
-        self.session = Session(bundle, **self._options)
-        self._common: Session | None = None
+        self._placement = placement
+        self._engine = Engine(bundle, **placement)
+        self._all_logits: Engine | None = None
+        self._turns = Turns()
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = SamplingConfig.temperature,
-        top_k: int = SamplingConfig.top_k,
-        top_p: float = SamplingConfig.top_p,
-        min_p: float = SamplingConfig.min_p,
-        repetition_penalty: float = SamplingConfig.repetition_penalty,
-        stop: str | Sequence[str] = (),
-        seed: int | None = SamplingConfig.seed,
-        reuse_prefix: bool = False,
-        lookahead: bool = True,
-    ) -> Completion:
-        """Continues `prompt`, a text or token ids. See SamplingConfig for how tokens are chosen.
+    def __repr__(self) -> str:
+        return f"<LanguageModel {self.bundle.path} ({self.manifest.precision})>"
 
-        With `reuse_prefix`, what the prompt shares with the beginning of the last one and its continuation is not
-        computed again. With `lookahead`, where the text repeats itself, several tokens are tried in one step, and those
-        stay that the sampler chooses from the logits of each. Both may differ in the last bits from a token a step: in
-        int8 that can be another text, as likely, and lookahead=False gives the same one every time.
-        Raises InputError for a prompt that is empty, too long or has no tokens, and for settings out of range;
-        NumericsError when the model yields NaN or infinity.
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
+        """Continues one prompt.
+
+        Args:
+            prompt: A text, or a sequence of token ids (T,).
+            **options: How the continuation is made.
+
+                - `max_new_tokens` (int, 64): At most so many new tokens. The end of the context may come first.
+                - `temperature` (float, 0): 0 takes the likeliest token. Above 0 tokens are drawn: 1 from the model's
+                  own distribution, less from a sharper one.
+                - `top_k` (int, 0): Draws from the k likeliest tokens; 0 from all.
+                - `top_p` (float, 1): Draws from the fewest likeliest tokens that have this probability together.
+                - `min_p` (float, 0): Drops tokens of less than this share of the likeliest one's probability.
+                - `repetition_penalty` (float, 1): Above 1, tokens of the prompt and of the text so far become less
+                  likely.
+                - `seed` (int or None, None): The same seed draws the same tokens; None draws afresh.
+                - `stop` (str or a sequence of str, none): Texts that end the continuation, which ends before them.
+                - `reuse_prefix` (bool, False): What the prompt shares with the beginning of the last prompt and its
+                  continuation is not computed again. In int8 the text may be another one, as likely.
+                - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
+                  and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
+
+        Returns:
+            The continuation, with its ids and figures.
+
+        Raises:
+            InputError: The prompt is empty, too long, or has no tokens; an option is out of range; or this thread
+                holds a stream that is not at its end.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity.
         """
-        with self.session.lock:
-            return completed(
-                self.stream(
-                    prompt,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    repetition_penalty=repetition_penalty,
-                    stop=stop,
-                    seed=seed,
-                    reuse_prefix=reuse_prefix,
-                    lookahead=lookahead,
-                )
-            )
+        require_known("generate", options, GENERATE_OPTIONS)
+        return completed(self._stream(prompt, options))
 
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        stop: str | Sequence[str] = (),
-        reuse_prefix: bool = False,
-        lookahead: bool = True,
-        **sampling: Any,
+        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
     ) -> Generator[Chunk, None, Completion]:
-        """Yields a Chunk for each new token as it comes; takes what `generate` takes, and returns its Completion.
+        """Continues one prompt token by token.
 
-        The texts of the chunks together are the completion's.
+        What is wrong with the prompt or an option is raised by this call. The model is taken at the first `next`.
+
+        Args:
+            prompt: As in `generate`.
+            **options: As in `generate`.
+
+        Yields:
+            A Chunk for each new token. Their texts together are the completion's.
+
+        Returns:
+            The Completion, as the value of StopIteration, or of `yield from`.
+
+        Raises:
+            InputError: As in `generate`, or the stream has lost its turn.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity.
         """
+        require_known("stream", options, GENERATE_OPTIONS)
+        return self._stream(prompt, options)
+
+    def chat(self, system: str | None = None, *, template: str | Path | None = None) -> Chat:
+        """Begins a conversation.
+
+        Args:
+            system: What the model is told before all else.
+            template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
+
+        Raises:
+            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used.
+            MissingFileError: There is no file at `template`.
+            MissingExtraError: jinja2 is not installed.
+        """
+        return Chat(self, system, template=template)
+
+    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """The logits of every position of a text, by one uncached pass.
+
+        The first call opens the bundle's graph for this, which holds the weights once more.
+
+        Args:
+            ids: Token ids (T,), at least one.
+
+        Returns:
+            Logits (T, V). Row t predicts the token after `ids[t]`.
+
+        Raises:
+            InputError: `ids` are empty, out of range or longer than the context; or this thread holds a stream that is
+                not at its end.
+            NumericsError: The model yields NaN or infinity.
+        """
+        tokens = self._token_ids(ids, "ids", "a sequence of token ids")
+        with self._turns.take():
+            if self._all_logits is None:
+                self._all_logits = Engine(self.bundle, graph="all_logits", **self._placement)
+            self._all_logits.reset()
+            logits: npt.NDArray[np.float32] = self._all_logits.forward(self._all_logits.checked(tokens, 1)[None])[0]
+            return logits
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The ids that a prompt is fed as.
+
+        Args:
+            prompt: A text, which the tokenizer encodes with its own BOS token, or token ids, which stay as they are.
+
+        Raises:
+            InputError: It is neither, several of them, a text without tokens, or a text for a bundle without tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return self._token_ids(prompt, "the prompt", "a text or a sequence of token ids")
+        if self.tokenizer is None:
+            raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
+        return self.tokenizer.encode(prompt)
+
+    def _token_ids(self, given: object, name: str, expected: str) -> list[int]:
+        if isinstance(given, np.ndarray):
+            given = given.tolist()
+        no_list = isinstance(given, str | bytes | bytearray | memoryview | Mapping | Set)
+        if no_list or not isinstance(given, Iterable):
+            advice = ": decode it first" if isinstance(given, bytes | bytearray | memoryview) else ""
+            raise InputError(f"{name} is {given!r:.60}; {expected} was expected{advice}")
+        tokens = list(given)
+        odd = [token for token in tokens if not is_int(token)]
+        if odd and all(isinstance(token, str | Sequence | np.ndarray) for token in tokens):
+            raise InputError(f"several prompts were given; one at a time is taken, {expected}: call this once for each")
+        if odd:
+            raise InputError(
+                f"{name} holds {odd[0]!r:.60}; token ids are whole numbers from 0 to {self.manifest.vocab_size - 1}"
+            )
+        return [int(token) for token in tokens]
+
+    def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> Generator[Chunk, None, Completion]:
+        """Checks everything, and gives the generator."""
+        stop = options.get("stop", ())
         stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         if any(not isinstance(text, str) or not text for text in stops):
             raise InputError(f"stop is {stop!r}; texts of at least one character were expected")
         if stops and self.tokenizer is None:
             raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
         generation = Generation(
-            self.session,
+            self._engine,
             self.prompt_ids(prompt),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
             end_ids=self.manifest.eos_token_ids,
-            sampling=SamplingConfig(**sampling),
-            reuse_prefix=reuse_prefix,
-            lookahead=lookahead,
+            sampling=SamplingConfig.of(options),
+            reuse_prefix=options.get("reuse_prefix", False),
+            prompt_lookup=options.get("prompt_lookup", True),
         )
         after_text = isinstance(prompt, str) and bool(prompt.strip())
-        return self._stream(generation, StopStrings(stops), after_text)
-
-    def chat(self, system: str | None = None) -> Chat:
-        """A new conversation by the bundle's chat template, told `system` first. See Chat for what it raises."""
-        from .chat import Chat
-
-        return Chat(self, system)
-
-    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """Logits (T, V) of every position of `ids` (T,), by one uncached pass."""
-        with self.session.lock:
-            if self._common is None:
-                self._common = Session(self.bundle, graph="common", **self._options)
-            self._common.reset()
-            logits: npt.NDArray[np.float32] = self._common.forward(self._common.checked(ids, 1)[None])[0]
-            return logits
-
-    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids that a prompt is fed as. Raises InputError for a text without tokens, or without a tokenizer."""
-        if not isinstance(prompt, str):
-            if not isinstance(prompt, Iterable):
-                raise InputError(f"the prompt is {prompt!r}; a text or a sequence of token ids was expected")
-            return list(prompt)
-        if self.tokenizer is None:
-            raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
-        return self.tokenizer.encode(prompt)
-
-    def _stream(
-        self, generation: Generation, stops: StopStrings, after_text: bool
-    ) -> Generator[Chunk, None, Completion]:
         text = None if self.tokenizer is None else TextStream(self.tokenizer, after_text=after_text)
+        return self._chunks(generation, text, StopStrings(stops))
+
+    def _chunks(
+        self, generation: Generation, text: TextStream | None, stops: StopStrings
+    ) -> Generator[Chunk, None, Completion]:
         texts: list[str] = []
         ids: list[int] = []
-        for token in generation:
-            ids.append(token)
-            texts.append("" if text is None else stops.push(text.push(token)))
-            yield Chunk(texts[-1], [token])
-            if stops.found:
-                break
+        with self._turns.take() as turn:
+            for token in generation:
+                ids.append(token)
+                texts.append("" if text is None else stops.push(text.push(token)))
+                yield Chunk(texts[-1], [token])
+                if stops.found:
+                    break
+                turn.resume()
         if text is not None:
             texts.append(stops.push(text.flush()) + stops.flush())
             if texts[-1]:
@@ -221,3 +307,10 @@ class LanguageModel:
             generation.decode_seconds,
             generation.reused_tokens,
         )
+
+
+def _is_choice(value: object) -> bool:
+    """Whether it names one execution provider, with options or without."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return isinstance(value[0], str) and isinstance(value[1], dict)
+    return isinstance(value, str)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+import functools
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pastkey.errors import ProviderError
+from pastkey.errors import ProviderError, first_line
 
-from .ort import onnxruntime
+from .ort import onnxruntime, wheels
+from .settings import Choice
 
 CPU = "CPUExecutionProvider"
 
 
 # Reaches a remote service with graphs made for it; a decoder asked to run there would run on the CPU in silence.
 _NOT_HARDWARE = {"AzureExecutionProvider"}
+
+
+class Fused(enum.Enum):
+    """What the fused graph does on a provider."""
+
+    RUNS = ""
+    PARTLY = "leaves its attention to the processor"
+    WRONG = "computes wrong"
+    UNKNOWN = "was never seen to run"
 
 
 @dataclass(frozen=True)
@@ -24,18 +39,45 @@ class Known:
     name: str  # onnxruntime's name
     hardware: str
     source: str  # what brings it
+    fused: Fused = Fused.UNKNOWN
+    remedy: str = ""  # what to export for it, where that is not the fused graph
+    whole: bool = False  # a graph of pastkey's was seen to run there with nothing left to the processor
+    plugin: str = ""  # the module of a provider that onnxruntime must be told of
 
 
 _SOURCE_BUILD = "onnxruntime built from source with"
 
 KNOWN = {
-    "cpu": Known(CPU, "any processor", "pip install 'pastkey[cpu]'"),
-    "cuda": Known("CUDAExecutionProvider", "NVIDIA GPUs", "pip install 'pastkey[gpu]', with CUDA and cuDNN"),
-    "tensorrt": Known("TensorrtExecutionProvider", "NVIDIA GPUs", "pip install 'pastkey[gpu]', with TensorRT"),
-    "openvino": Known("OpenVINOExecutionProvider", "Intel CPUs, GPUs, NPUs", "pip install 'pastkey[openvino]'"),
-    "webgpu": Known("WebGpuExecutionProvider", "GPUs by Vulkan, Metal or D3D12", "pip install 'pastkey[webgpu]'"),
-    "qnn": Known("QNNExecutionProvider", "Qualcomm NPUs", "pip install 'pastkey[qnn]'"),
-    "coreml": Known("CoreMLExecutionProvider", "Apple GPUs and neural engines", "pip install 'pastkey[cpu]' on macOS"),
+    "cpu": Known(CPU, "any processor", "pip install onnxruntime", Fused.RUNS),
+    "cuda": Known(
+        "CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", Fused.RUNS
+    ),
+    "tensorrt": Known(
+        "TensorrtExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with TensorRT", Fused.RUNS
+    ),
+    "openvino": Known(
+        "OpenVINOExecutionProvider",
+        "Intel CPUs, GPUs, NPUs",
+        "pip install onnxruntime-openvino",
+        Fused.PARTLY,
+        remedy="export the model again with --target openvino",
+        whole=True,
+    ),
+    "webgpu": Known(
+        "WebGpuExecutionProvider",
+        "GPUs by Vulkan, Metal or D3D12",
+        "pip install onnxruntime-webgpu",
+        Fused.WRONG,  # where one array of the processor's memory is past and present
+        remedy="export the model again with --graph standard",
+    ),
+    "qnn": Known(
+        "QNNExecutionProvider",
+        "Qualcomm NPUs",
+        "pip install onnxruntime onnxruntime-qnn",
+        whole=True,
+        plugin="onnxruntime_qnn",
+    ),
+    "coreml": Known("CoreMLExecutionProvider", "Apple GPUs and neural engines", "pip install onnxruntime on macOS"),
     "dml": Known("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
     "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx, with ROCm"),
     "rocm": Known("ROCMExecutionProvider", "AMD GPUs, of older releases", f"{_SOURCE_BUILD} --use_rocm"),
@@ -45,12 +87,10 @@ KNOWN = {
 }
 
 # Where a bundle made for a target runs when nothing else is asked for.
-_DEFAULT_OF_TARGET = {"cuda": "cuda", "webgpu": "webgpu"}
+_DEFAULT_OF_TARGET = {"cuda": "cuda", "openvino": "openvino", "webgpu": "webgpu"}
 
 # Providers whose memory the cache lives in. With any other, tensors are handed over in the processor's memory.
 _DEVICE_OF = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
-
-Choice = str | tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +105,11 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """Every known provider, and those that this onnxruntime has beyond them; available ones first."""
+    """The execution providers that are known, and those that this onnxruntime has beyond them.
+
+    Returns:
+        One Device for each; available ones first.
+    """
     here = available()
     rows = [
         Device(short, known.name, known.hardware, known.name in here, "" if known.name in here else known.source)
@@ -76,11 +120,37 @@ def devices() -> list[Device]:
     return sorted(rows, key=lambda device: not device.available)
 
 
-def resolve(choice: Choice | Sequence[Choice] | None, target: str = "cpu") -> list[tuple[str, dict[str, Any]]]:
-    """The providers to open a session with, in order of preference, the CPU last.
+@dataclass(frozen=True)
+class Placement:
+    """Where a session is to run."""
 
-    `choice` is a short name ("cuda"), onnxruntime's name, a pair of a name and its options, a sequence of these, or
-    None: the bundle's target decides. Raises ProviderError for one that does not exist here.
+    providers: tuple[tuple[str, dict[str, Any]], ...]  # onnxruntime's names and their options, in order of preference
+    whole: bool = False  # nothing may be left to the processor
+
+    @property
+    def tells(self) -> bool:
+        """Whether what is left to the processor is to be told."""
+        return self.providers[0][0] != CPU and not self.whole
+
+
+def resolve(
+    choice: Choice | Sequence[Choice] | None,
+    target: str = "cpu",
+    graph: str = "standard",
+    *,
+    allow_fallback: bool = False,
+) -> Placement:
+    """Where to open a session.
+
+    Args:
+        choice: A short name ("cuda"), onnxruntime's name, a pair of a name and its options, a sequence of these, or
+            None: the bundle's target decides. A sequence with "cpu" in it allows what stays behind to run there.
+        target: The bundle's target.
+        graph: The bundle's graph.
+        allow_fallback: Whether the processor may run what a provider leaves.
+
+    Raises:
+        ProviderError: One does not exist here, or is not given the fused graph.
     """
     if choice is None:
         choice = _DEFAULT_OF_TARGET.get(target, "cpu")
@@ -98,11 +168,39 @@ def resolve(choice: Choice | Sequence[Choice] | None, target: str = "cpu") -> li
         if name not in here:
             known = KNOWN.get(short_name(name)) if name else None
             what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
-            remedy = f"; it comes with {known.source}" if known else ""
+            remedy = f"; it comes with {known.source}" if known else f"; known are {', '.join(KNOWN)}"
+            if known and len(wheels()) > 1 and any(wheel in known.source.split() for wheel in wheels()):
+                remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
+        facts = _facts(name)
+        if graph == "fused" and facts.fused in (Fused.WRONG, Fused.UNKNOWN):
+            remedy = f", or {facts.remedy}" if facts.remedy else ""
+            raise ProviderError(
+                f"{reason}this bundle has the fused graph, which the execution provider {asked!r} {facts.fused.value}: "
+                f"take the provider 'cpu'{remedy}"
+            )
         chosen[name] = dict(options)
-    chosen.setdefault(CPU, {})  # shapes and sizes are computed there whatever else runs
-    return list(chosen.items())
+    first = next(iter(chosen), CPU)
+    whole = first != CPU and CPU not in chosen and not allow_fallback and _facts(first).whole
+    if not whole:
+        chosen.setdefault(CPU, {})
+    return Placement(tuple(chosen.items()), whole)
+
+
+def overlapping() -> str:
+    """What is said of several wheels that bring the module onnxruntime; "" of one."""
+    found = wheels()
+    if len(found) == 1:
+        return ""
+    return (
+        f"the packages {', '.join(found)} lie over one another, and the first one answers: type  "
+        f"pip uninstall {' '.join(found)}  and then  pip install  with the one that you want"
+    )
+
+
+def takes_fused(target: str) -> bool:
+    """Whether a bundle made for `target` may have the fused graph."""
+    return KNOWN[_DEFAULT_OF_TARGET.get(target, "cpu")].fused == Fused.RUNS
 
 
 def require_target(target: str) -> None:
@@ -117,14 +215,32 @@ def require_target(target: str) -> None:
         ) from None
 
 
-def require_active(wanted: Sequence[tuple[str, dict[str, Any]]], active: Sequence[str]) -> None:
+def require_active(wanted: Placement, active: Sequence[str]) -> None:
     """Raises ProviderError when onnxruntime opened a session without a provider that was asked for."""
-    for name, _ in wanted:
+    for name, _ in wanted.providers:
         if name not in active:
             raise ProviderError(
                 f"onnxruntime could not start the execution provider {short_name(name)!r}, for want of a driver or a "
                 f"library (its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
             )
+
+
+def left_behind(name: str, operators: Mapping[str, int], graph: str) -> ProviderError:
+    """What is said of a provider that was asked for by name, and leaves operators to the processor."""
+    remedy = _facts(name).remedy if graph == "fused" else ""  # it is to take the other graph
+    return ProviderError(
+        f"the execution provider {short_name(name)!r} leaves {counted(operators)} of this bundle's graph to the "
+        f"processor: {f'{remedy}, or ' if remedy else ''}let it, with allow_fallback=True, or --allow-fallback of the "
+        "commands run, chat, bench, inspect and verify"
+    )
+
+
+def counted(operators: Mapping[str, int]) -> str:
+    """As in 3 operators (Shape 2, Squeeze)."""
+    most = Counter(operators).most_common()
+    shown = ", ".join(f"{name} {count}" if count > 1 else name for name, count in most[:6])
+    number = sum(operators.values())
+    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)})"
 
 
 def cache_device(active: Sequence[str]) -> str:
@@ -133,8 +249,50 @@ def cache_device(active: Sequence[str]) -> str:
 
 
 def available() -> list[str]:
-    """The providers of this onnxruntime, by its names."""
-    return [name for name in onnxruntime.get_available_providers() if name not in _NOT_HARDWARE]
+    """The providers of this onnxruntime, by its names, and those of plugins that are installed."""
+    own = [name for name in onnxruntime.get_available_providers() if name not in _NOT_HARDWARE]
+    # Once it was registered, onnxruntime names a plugin too.
+    plugins = [known.name for known in KNOWN.values() if known.name not in own and is_plugin(known.name)]
+    return [*plugins, *own]
+
+
+def is_plugin(name: str) -> bool:
+    """Whether a provider comes from a package of its own, and that is installed."""
+    module = _facts(name).plugin
+    return bool(module) and hasattr(onnxruntime, "get_ep_devices") and _installed(module)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def plugin_devices(name: str) -> list[Any]:
+    """The devices of a plugin, onnxruntime's OrtEpDevice. Raises ProviderError where it has none."""
+    _register(name)
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise ProviderError(f"the execution provider {short_name(name)!r} finds none of its devices on this machine")
+    return devices
+
+
+@functools.cache
+def _register(name: str) -> None:
+    """Tells onnxruntime of a plugin, once in a process."""
+    if any(device.ep_name == name for device in onnxruntime.get_ep_devices()):  # an application did so already
+        return
+    module = _facts(name).plugin
+    try:
+        library = importlib.import_module(module).get_library_path()
+        onnxruntime.register_execution_provider_library(name, library)
+    except Exception as error:  # whatever its package or its library raises
+        raise ProviderError(
+            f"the execution provider {short_name(name)!r} of the package {module!r} could not be loaded "
+            f"({first_line(error)}): install a release that goes with onnxruntime {onnxruntime.__version__}"
+        ) from error
+
+
+def _facts(name: str) -> Known:
+    return KNOWN.get(short_name(name), Known(name, "", ""))
 
 
 def full_name(name: str) -> str:

@@ -44,13 +44,17 @@ class Sampler:
 def apply_repetition_penalty(logits: Scores, seen: Iterable[int], penalty: float) -> Scores:
     """Logits (V,) with those of the ids in `seen` divided by `penalty` where positive, multiplied where negative.
 
+    In float64 and cut off at its largest number, so that no penalty yields infinity, whose difference from itself no
+    temperature could divide.
+
     Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019, section 4.1,
     with the sign taken into account as is usual since.
     """
     ids = np.unique(np.fromiter(seen, np.int64))
-    penalised = logits.copy()
-    with np.errstate(over="ignore"):  # beyond every number is out of reach, which is what was asked for
-        penalised[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+    penalised = logits.astype(np.float64)
+    of_seen, most = penalised[ids], np.finfo(np.float64).max
+    with np.errstate(over="ignore"):
+        penalised[ids] = np.where(of_seen > 0, of_seen / penalty, of_seen * penalty).clip(-most, most)
     return penalised
 
 
@@ -59,9 +63,8 @@ def apply_temperature(logits: Scores, temperature: float) -> Scores:
 
     In float64 and from the largest logit down, so that no temperature above 0 overflows.
     """
-    shifted = logits.astype(np.float64) - logits.max()
     with np.errstate(over="ignore"):  # a token that far below the largest has probability 0
-        scaled: npt.NDArray[np.float64] = shifted / temperature
+        scaled: npt.NDArray[np.float64] = (logits.astype(np.float64) - logits.max()) / temperature
     return scaled
 
 

@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
-import math
-import numbers
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
-from pastkey.errors import InputError
+from pastkey.errors import OptionError
+from pastkey.values import is_int, is_number, require
+
+# An execution provider by a short name ("cuda") or onnxruntime's, alone or with its options.
+Choice = str | tuple[str, dict[str, Any]]
 
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 CHAT_NEW_TOKENS = 512  # of an answer
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
+
+
+class ChatOptions(TypedDict, total=False):
+    """The options of `Chat.ask` and `Chat.stream`; the defaults are SamplingConfig's and those named above."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    prompt_lookup: bool
+
+
+class GenerateOptions(ChatOptions, total=False):
+    """The options of `LanguageModel.generate` and `LanguageModel.stream`."""
+
+    reuse_prefix: bool
+
+
+class PlacementOptions(TypedDict, total=False):
+    """Where a bundle runs, as `load` takes it."""
+
+    providers: Choice | Sequence[Choice] | None
+    threads: int | None
+    allow_fallback: bool
+    session_entries: Mapping[str, str] | None
+
+
+CHAT_OPTIONS: frozenset[str] = ChatOptions.__optional_keys__
+GENERATE_OPTIONS: frozenset[str] = GenerateOptions.__optional_keys__
+
+
+def require_known(call: str, options: Collection[str], known: Collection[str]) -> None:
+    """Raises OptionError for the first of `options` that `call` does not know."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise OptionError(
+                f"{call}() has no option {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(sorted(known))}")
+            )
 
 
 @dataclass(frozen=True)
@@ -25,31 +75,26 @@ class SamplingConfig:
     repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of the text so far become less likely
     seed: int | None = None  # the same seed draws the same tokens; None draws afresh
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
+        """That of a call's options; those about something else are passed over."""
+        return cls(**{field.name: options[field.name] for field in dataclasses.fields(cls) if field.name in options})
+
     def __post_init__(self) -> None:
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self, "a number from 0")
-        _require(is_int(self.top_k) and self.top_k >= 0, "top_k", self, "a whole number from 0, which keeps all")
-        _require(
-            _is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self, "above 0 and at most 1, which keeps all"
+        require(
+            is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number from 0"
         )
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self, "between 0, which keeps all, and 1")
-        _require(
-            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+        require(is_int(self.top_k, 0), "top_k", self.top_k, "a whole number from 0, which keeps all")
+        require(
+            is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1, which keeps all"
+        )
+        require(
+            is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0, which keeps all, and 1"
+        )
+        require(
+            is_number(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty",
-            self,
+            self.repetition_penalty,
             "a number above 0; 1 changes nothing",
         )
-        _require(self.seed is None or (is_int(self.seed) and self.seed >= 0), "seed", self, "a whole number from 0")
-
-
-def is_int(value: object) -> bool:
-    """Whether it is a whole number, of numpy too."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require(condition: bool, name: str, config: SamplingConfig, expected: str) -> None:
-    if not condition:
-        raise InputError(f"{name} is {getattr(config, name)!r}; it must be {expected}")
+        require(self.seed is None or (is_int(self.seed, 0)), "seed", self.seed, "a whole number from 0")

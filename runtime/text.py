@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import codecs
+import itertools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -13,13 +16,18 @@ from pastkey.errors import InputError, IntegrityError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # one byte, in vocabularies that fall back to bytes
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte, in vocabularies that fall back to bytes
+# The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others counted from 256.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
 
 
 class TextCodec:
     """A bundle's tokenizer.json.
 
-    `encode` gives the complete prompt: the tokenizer's own post-processor adds the begin token where there is one.
+    `encode` gives the complete prompt: the tokenizer's own post-processor adds the BOS token where there is one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -41,7 +49,7 @@ class TextCodec:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt. Raises InputError when there are none, or when a word has no token.
 
-        `add_special_tokens=False` is for a text that writes its own begin token, as a chat template does.
+        `add_special_tokens=False` is for a text that writes its own BOS token, as a chat template does.
         """
         try:
             text.encode()
@@ -57,7 +65,7 @@ class TextCodec:
                 f"no token covers {unknown!r}: this model's vocabulary is made of other words or characters"
             )
         if not encoding.ids:
-            raise InputError("the prompt is empty and the tokenizer adds no begin token: give at least one word")
+            raise InputError("the prompt is empty and the tokenizer adds no BOS token: give at least one word")
         return list(encoding.ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -72,9 +80,27 @@ class TextCodec:
         """Whether a token stands for one byte, so that its character depends on the tokens beside it."""
         return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
 
+    def begun(self, ids: Sequence[int]) -> int:
+        """The number of bytes at the end of `ids` that begin a character without ending it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(map(self._bytes, ids)))
+        begun = decoder.getstate()[0]
+        # It waits for a surrogate's third byte, too, which is no character.
+        return len(begun) if len(begun.decode("utf-8", "replace")) == 1 else 0
+
     def begins_word(self, token: int) -> bool:
         """Whether a token carries the space before it, which SentencePiece's decoder drops where a text begins."""
         return (self._tokenizer.id_to_token(token) or "").startswith(_SPACE)
+
+    def _bytes(self, token: int) -> bytes:
+        """What a token stands for in a byte-level vocabulary, or in one that falls back to bytes."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        if byte := _BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        try:
+            return bytes(_BYTE_OF[letter] for letter in piece)
+        except KeyError:
+            return piece.encode()
 
     def _encodes(self, word: str) -> bool:
         try:
@@ -85,6 +111,8 @@ class TextCodec:
 
 class TextStream:
     """Decodes token by token: what `push` returns, and at last `flush`, is together `decode` of all the ids.
+
+    Only a character that is not complete when the ids end is left out, where `decode` gives U+FFFD.
 
     `after_text`: what is decoded goes on from a text, so that the space of its first word is kept.
 
@@ -124,9 +152,14 @@ class TextStream:
 
     def flush(self) -> str:
         """The text held back, when no token follows."""
-        text = self._text()[self._emitted :]
-        self._emitted += len(text)
-        return text
+        codec = self._codec
+        run = list(itertools.takewhile(codec.is_byte, reversed(self._window)))[::-1]
+        if run:  # one byte too many, and the decoder shows none of the run's characters
+            del self._window[len(self._window) - codec.begun(run) :]
+        text = self._text()
+        if not run and text.endswith(REPLACEMENT) and codec.begun(self._window):
+            text = text[:-1]
+        return text[self._emitted :]
 
     def _text(self) -> str:
         """The window's text as it stands behind the context."""
@@ -134,25 +167,41 @@ class TextStream:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of some strings, holding back what may be the beginning of one."""
+    """Cuts a stream of text before the first of some strings, holding back what may be the beginning of one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+    The strings stand in order, without those that begin with another one, which can tell nothing more. Then all that
+    begin with a text t are beside one another, from where t would stand on, and the one that t begins with, if there is
+    one, is the last before that place: two looks in the order, however many strings there are.
+    """
+
+    def __init__(self, stops: Collection[str]) -> None:
+        self._stops: list[str] = []
+        for stop in sorted(stops):
+            if not (self._stops and stop.startswith(self._stops[-1])):
+                self._stops.append(stop)
         self._held = ""
+        self._starts: list[int] = []  # places of the held text where a stop string may have begun
         self.found = False
 
     def push(self, text: str) -> str:
         """Takes more text; returns the part that no stop string can reach. After `found` nothing comes."""
         if self.found:
             return ""
+        new = range(len(self._held), len(self._held) + len(text))
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            cut = min(places)
-        else:
-            cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        starts = []
+        for start in (*self._starts, *new):
+            rest = self._held[start:]
+            place = bisect.bisect_right(self._stops, rest)
+            if place and rest.startswith(self._stops[place - 1]):
+                self.found = True
+                starts = [start]
+                break
+            if place < len(self._stops) and self._stops[place].startswith(rest):
+                starts.append(start)
+        cut = starts[0] if starts else len(self._held)
         out, self._held = self._held[:cut], self._held[cut:]
+        self._starts = [start - cut for start in starts]
         return out
 
     def flush(self) -> str:
@@ -160,13 +209,8 @@ class StopStrings:
         return "" if self.found else self._held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
 def _uncovered_word(text: str, offsets: Sequence[tuple[int, int]]) -> str | None:
-    """The first word of `text` with a visible character that no token covers: a tokenizer drops it without a word."""
+    """The first word of `text` with a visible character that no token covers: a tokenizer silently drops it."""
     covered = bytearray(len(text))
     for start, end in offsets:
         covered[start:end] = b"\1" * (end - start)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pastkey.__main__ import main
+
 
 def processors() -> list[int]:
     """Those that this process may use."""
@@ -55,6 +57,21 @@ def pastkey_command() -> Run:
             check=False,
             env=os.environ | {"OMP_NUM_THREADS": str(min(2, len(processors())))},
         )
+
+    return run
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse ends this way
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
 
     return run
 

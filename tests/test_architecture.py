@@ -38,7 +38,7 @@ RULES = {
         frozenset(
             {
                 "torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime",
-                "safetensors", "tokenizers", "numpy", "matplotlib", "tqdm",
+                "safetensors", "tokenizers", "numpy", "tqdm",
             }
         ),
         frozenset({"transformers", "gguf", "optimum"}),
@@ -48,34 +48,34 @@ RULES = {
 
 @dataclass(frozen=True)
 class Import:
-    module: str  # "pastkey.runtime.session", "numpy"
+    module: str  # "pastkey.runtime.engine", "numpy"
     relative: int  # dots
     lazy: bool  # inside a function or TYPE_CHECKING
     line: int
+    never: bool = False  # inside TYPE_CHECKING: for annotations, no program runs it
 
 
 def imports(file: Path) -> Iterator[Import]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
 
-    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, lazy: bool, never: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
-            inner = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                inner = True
+            typing = never or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+            inner = lazy or typing or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
             if isinstance(child, ast.Import):
                 for alias in child.names:
-                    yield Import(alias.name, 0, lazy, child.lineno)
+                    yield Import(alias.name, 0, lazy, child.lineno, never)
             elif isinstance(child, ast.ImportFrom):
                 base = child.module or ""
-                if base == "pastkey":  # `from pastkey import names`, or a stage
+                if base == "pastkey" or not base:  # `from pastkey import names`, or a stage; `from . import facts`
                     for alias in child.names:
-                        yield Import(f"pastkey.{alias.name}", child.level, lazy, child.lineno)
+                        yield Import(".".join(filter(None, (base, alias.name))), child.level, lazy, child.lineno, never)
                 else:
-                    yield Import(base, child.level, lazy, child.lineno)
+                    yield Import(base, child.level, lazy, child.lineno, never)
             else:
-                yield from visit(child, inner)
+                yield from visit(child, inner, typing)
 
-    return visit(tree, False)
+    return visit(tree, False, False)
 
 
 def source_files(folder: str) -> list[Path]:
@@ -90,7 +90,8 @@ def test_every_import_is_in_the_table(folder: str) -> None:
         for found in imports(file):
             where = f"{file.relative_to(ROOT)}:{found.line} imports {found.module}"
             if found.relative:
-                assert found.relative == 1, f"{where} with {found.relative} dots: across folders use pastkey.x"
+                depth = len(file.relative_to(ROOT / folder).parts)
+                assert found.relative <= depth, f"{where} with {found.relative} dots: across folders use pastkey.x"
                 continue
             top = found.module.partition(".")[0]
             if top == "pastkey":
@@ -101,6 +102,76 @@ def test_every_import_is_in_the_table(folder: str) -> None:
             elif top not in sys.stdlib_module_names:
                 allowed = top in rule.anywhere or (top in rule.inside and found.lazy)
                 assert allowed, f"{where}, which {folder} may not{'' if top not in rule.inside else ' at top level'}"
+
+
+# The rooms of export/, from the bottom up: each may import those before it, and compat/ source/ alone.
+ROOMS = ("graph", "graft", "source", "measure", "quantize")
+ROOM_RULES = {room: frozenset(ROOMS[: number + 1]) for number, room in enumerate(ROOMS)} | {
+    "compat": frozenset({"compat", "source"})
+}
+LEAVES = frozenset({"settings", "resources", "quiet", "progress"})  # free to all
+
+
+def target_of(file: Path, found: Import) -> tuple[str, ...]:
+    """What a relative import names, as parts below its stage: ("graph", "edit")."""
+    folder = file.relative_to(ROOT).parts[1:-1]
+    kept = folder[: len(folder) - (found.relative - 1)]
+    return (*kept, *(part for part in found.module.split(".") if part))
+
+
+def test_the_rooms_of_export_are_in_order() -> None:
+    assert {path.parent.name for path in (ROOT / "export").glob("*/__init__.py")} == set(ROOM_RULES)
+    crossings = 0
+    for room, allowed in ROOM_RULES.items():
+        for file in source_files(f"export/{room}"):
+            for found in imports(file):
+                if not found.relative:
+                    continue
+                first = target_of(file, found)[0] if target_of(file, found) else ""
+                crossings += first not in (room, "")
+                where = f"{file.relative_to(ROOT)}:{found.line} imports {first}"
+                assert first in allowed | LEAVES, f"{where}, which {room}/ may not: {', '.join(sorted(allowed))}"
+    assert crossings > 20  # the walk finds them at all
+
+
+def test_the_leaves_of_export_import_no_room() -> None:
+    for leaf in LEAVES:
+        file = ROOT / "export" / f"{leaf}.py"
+        for found in imports(file):
+            first = target_of(file, found)[:1] if found.relative else ()
+            assert set(first) <= LEAVES, (
+                f"{file.relative_to(ROOT)}:{found.line} imports {first[0]}, which a leaf may not"
+            )
+
+
+def test_no_two_modules_import_one_another() -> None:
+    """At import or later: a lazy import inside a function counts."""
+    graph: dict[str, set[str]] = {}
+    for folder in FOLDERS:
+        for file in source_files(folder):
+            module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            graph[module] = {
+                name
+                for found in imports(file)
+                if found.relative and not found.never
+                for name in [".".join((folder, *target_of(file, found)))]
+            }
+    assert sum(map(len, graph.values())) > 100
+    on_path: list[str] = []
+    done: set[str] = set()
+
+    def visit(module: str) -> None:
+        if module in done or module not in graph:
+            return
+        assert module not in on_path, f"a circle: {' -> '.join([*on_path[on_path.index(module) :], module])}"
+        on_path.append(module)
+        for other in sorted(graph[module]):
+            visit(other)
+        on_path.pop()
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module)
 
 
 def test_inside_a_folder_imports_are_relative() -> None:
@@ -131,7 +202,7 @@ def test_no_file_of_the_package_has_grown_past_a_glance() -> None:
 
 def test_the_runtime_imports_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, pastkey.runtime.bench, pastkey.runtime.dialogue, pastkey.runtime.placement\n"
+        "import sys, pastkey.runtime.bench, pastkey.runtime.terminal, pastkey.runtime.inspection\n"
         "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers', 'matplotlib', 'tqdm', 'jinja2'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -148,7 +219,7 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'onnxruntime': print(os.environ.get('ORT_DISABLE_TELEMETRY'))\n"
         "sys.meta_path.insert(0, Spy())\n"
-        "import pastkey.runtime.session\n"
+        "import pastkey.runtime.engine\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]

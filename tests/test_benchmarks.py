@@ -6,33 +6,35 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from pastkey.bundle import open_bundle
-from pastkey.errors import InputError
-from pastkey.export import export
-from pastkey.runtime import Session
-from pastkey.train.model import Decoder
-
-from .environments import ROOT
-from .export.decoders import llama
-
-sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
-
+from benchmarks.environments import ROOT
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import chart, quality, results, scaling, speed
 from benchmarks.peers.engines import ENGINES, REFERENCE, EngineError, Prepared, Worker
 from benchmarks.peers.store import Store, digest_of_files
+from benchmarks.sensitivity_chart import main as draw_sensitivity
+from benchmarks.sensitivity_chart import place
+from pastkey.bundle import open_bundle
+from pastkey.errors import InputError
+from pastkey.export import export
+from pastkey.export.quantize.report import write_report
+from pastkey.export.quantize.sensitivity import Row, Sensitivity
+from pastkey.runtime import Engine
+from pastkey.train.model import Decoder
+
+from .export.decoders import llama
 
 BY_NAME = {engine.name: engine for engine in ENGINES}
 
 
 # --- the store ----------------------------------------------------------------------------------------------------
-def counted(results: list[object]):
+def counted(results: Sequence[object]) -> Callable[[], object]:
     """A step that gives each of these in turn, so that a step done twice shows."""
     left = iter(results)
     return lambda: next(left)
@@ -228,7 +230,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def test_the_worker_of_pastkey_answers_as_its_session_does(prepared: Prepared, tmp_path: Path) -> None:
     ids = [3, 1, 4, 1, 5]
-    session, expected = Session(open_bundle(prepared.model), threads=1), []
+    session, expected = Engine(open_bundle(prepared.model), threads=1), []
     logits = session.prefill(ids)
     for _ in range(6):
         expected.append(int(logits.argmax()))
@@ -239,7 +241,7 @@ def test_the_worker_of_pastkey_answers_as_its_session_does(prepared: Prepared, t
         assert worker.ask("memory")["peak_rss_bytes"] > 1 << 20
     assert answer["ids"] == expected
     assert min(answer["prefill_seconds"], answer["decode_seconds"], worker.load_seconds) > 0
-    whole = Session(open_bundle(prepared.model), graph="common", threads=1).forward([ids])[0]
+    whole = Engine(open_bundle(prepared.model), graph="all_logits", threads=1).forward([ids])[0]
     assert np.array_equal(np.load(tmp_path / "l.npy"), whole)
 
 
@@ -269,7 +271,7 @@ def test_without_a_text_the_model_writes_one_once(
     assert [len(window) for window in first.windows] == [16, 16]
     assert first.windows[0] != first.windows[1]
     assert "wrote itself" in first.name
-    monkeypatch.setattr(quality, "own_texts", None)
+    monkeypatch.setattr(quality, "self_generated_texts", None)
     assert quality.windows_of_own(bundle, "tiny", 2, 1, store) == first
 
 
@@ -293,7 +295,7 @@ def test_a_worker_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
         (["--only", "vllm"], "no engine 'vllm'; the engines are pastkey-int8, pastkey-int8-steps, pastkey-fp32"),
         (["--rounds", "0"], "0 is not a whole number from 1"),
         (["--threads", "9999"], "--threads is 9999; this machine has"),
-        (["--text", "binary.txt"], "binary.txt is not valid UTF-8: convert it first"),
+        (["--text", "binary.txt"], "binary.txt is not UTF-8 text"),
         (
             ["--model", "empty.gguf", "--out", "short.txt"],
             "short.txt cannot be made a folder (File exists): give another --out",
@@ -361,7 +363,7 @@ def word_codec(tmp_path: Path) -> quality.TextCodec:
 
 # --- scaling ------------------------------------------------------------------------------------------------------
 def test_a_curve_is_measured_in_every_round_and_drawn(prepared: Prepared, tmp_path: Path) -> None:
-    session = Session(open_bundle(prepared.model), threads=1)
+    session = Engine(open_bundle(prepared.model), threads=1)
     points = {length: lambda length=length: scaling.after(session, length, 4) for length in (2, 30)}
     curve = scaling.curve("context", "One token", "tokens", "ms", points, {}, Store(tmp_path / "work"))
     assert list(curve.points) == [2, 30]
@@ -372,7 +374,7 @@ def test_a_curve_is_measured_in_every_round_and_drawn(prepared: Prepared, tmp_pa
 
 
 def test_a_step_of_several_rows_is_timed(prepared: Prepared) -> None:
-    session = Session(open_bundle(prepared.model), threads=1)
+    session = Engine(open_bundle(prepared.model), threads=1)
     assert scaling.together(session, rows=3, past=8, new=4) > 0
     assert session.length == 12
 
@@ -399,3 +401,48 @@ def test_a_random_model_is_exported_in_a_process_of_its_own(
     assert open_bundle(tmp_path / "made").manifest.precision == "int8"
     assert scaling.main(["64", "1", str(tmp_path / "made")]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+# --- the chart of what each matrix costs --------------------------------------------------------------------------
+def a_table(layers: int = 30) -> Sensitivity:
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
+    rng = np.random.default_rng(0)
+    rows = [
+        Row(f"model.layers.{layer}.{kind}.weight", (8, 8), float(rng.lognormal(-9, 2)), 0.9, 0.01, matmul=True)
+        for layer in range(layers)
+        for kind in kinds
+    ]
+    rows.append(Row("model.embed_tokens.weight", (61, 8), 0.0, 1.0, 0.1, matmul=False))
+    return Sensitivity(0.01, tuple(sorted(rows, key=lambda row: -row.kl_divergence)))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        a_table(),
+        a_table(1),
+        Sensitivity(0.1, (Row("head", (2, 2), 0.1, 1.0, 1.0, matmul=True),)),
+        Sensitivity(0.0, (Row("layers.0.up.weight", (2, 2), 0.0, 1.0, 1.0, matmul=True),)),
+    ],
+    ids=["thirty_layers", "one_layer", "no_layer", "no_cost"],
+)
+def test_the_file_of_an_export_is_drawn(table: Sensitivity, tmp_path: Path) -> None:
+    write_report(tmp_path / "table.json", table)
+    assert draw_sensitivity([str(tmp_path / "table.json"), str(tmp_path / "chart.png")]) == 0
+    image = imread(tmp_path / "chart.png")
+    assert min(image.shape[:2]) > 400
+    assert image.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", (3, "q_proj")),
+        ("model.layers.12.mlp.up_proj.weight.scaled_0", (12, "up_proj")),
+        ("blocks.0.o.weight", (0, "o")),
+        ("h.4.mlp.2.weight", (4, "mlp.2")),
+        ("head.weight", None),
+    ],
+)
+def test_a_name_says_layer_and_kind(weight: str, expected: tuple[int, str] | None) -> None:
+    assert place(weight) == expected

@@ -127,19 +127,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert all(name.startswith("pastkey/") for name in files), files
     expected = {f"pastkey/{file.name}" for file in (ROOT / "pastkey").iterdir() if file.is_file()}
     for stage in ("train", "export", "runtime"):
-        expected |= {f"pastkey/{stage}/{file.name}" for file in (ROOT / stage).glob("*.py")}
+        expected |= {f"pastkey/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / stage).rglob("*.py")}
     assert set(files) == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("onnxruntime_version", ["==1.23.*", ""], ids=["oldest", "newest"])
+@pytest.mark.parametrize("oldest", [True, False], ids=["oldest", "newest"])
 def test_the_wheel_with_the_cpu_extra_is_a_working_runtime(
-    wheel: Path, classic: Path, tmp_path: Path, onnxruntime_version: str
+    wheel: Path, classic: Path, tmp_path: Path, oldest: bool
 ) -> None:
-    """The oldest and the newest onnxruntime that the manifest claims, each in an environment without torch."""
+    """The oldest and the newest of what the extra allows, each in an environment without torch."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    requirements = [f"{wheel}[cpu]", *([f"onnxruntime{onnxruntime_version}"] if onnxruntime_version else [])]
+    constraints = ["--constraint", str(ROOT / "tests" / "constraints-oldest.txt")] if oldest else []
+    requirements = [f"{wheel}[cpu]", *constraints]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(classic / "bundle", elsewhere / "bundle")
@@ -157,5 +158,5 @@ def test_the_wheel_with_the_cpu_extra_is_a_working_runtime(
     assert done.returncode == 0, done.stderr
     done = subprocess.run([command, "export", "x", "--out", "y"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install 'pastkey[export]'" in done.stderr
+    assert "type pip install torch onnx onnx-ir onnxscript safetensors " in done.stderr  # tqdm comes with tokenizers
     assert done.stderr.count("\n") == 1

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from pastkey.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-REFUSED = "attention_by_hand.py:by_hand"
 
 
 def commands(file: Path) -> list[str]:
@@ -24,8 +24,7 @@ def commands(file: Path) -> list[str]:
     return re.findall(r"^pastkey (export .*)$", docstring, re.MULTILINE)
 
 
-# That of own_module.py is in the README too, and run by its tests.
-EXPORTS = [command for file in EXAMPLES if file.name != "own_module.py" for command in commands(file)]
+EXPORTS = [command for file in EXAMPLES for command in commands(file)]
 
 
 @pytest.fixture
@@ -43,10 +42,10 @@ def test_an_example_is_short(file: Path) -> None:
 
 def test_the_examples_cover_what_people_write() -> None:
     sources = {command.split()[1].removeprefix("examples/") for command in EXPORTS}
-    assert sources == {"nano_gpt.py:make", "own_rope.py:make", "attention_by_hand.py:changed", REFUSED}
+    assert sources == {"lesson.py:trained", "nano_gpt.py:make", "own_module.py:make", "own_rope.py:make"}
 
 
-@pytest.mark.parametrize("command", [c for c in EXPORTS if REFUSED not in c], ids=lambda command: command.split()[1])
+@pytest.mark.parametrize("command", [c for c in EXPORTS if "lesson" not in c], ids=lambda command: command.split()[1])
 def test_an_example_exports_verifies_and_runs(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, source, *_, bundle = command.split()
     assert main(command.split()) == 0
@@ -57,29 +56,15 @@ def test_an_example_exports_verifies_and_runs(command: str, folder: Path, capsys
     assert len(json.loads(capsys.readouterr().out)["ids"]) == 8
 
 
-def test_attention_by_hand_is_refused_with_its_line_and_the_change(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = next(command for command in EXPORTS if REFUSED in command)
-    assert main(command.split()) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    sentence = err.splitlines()[-1]
-
-    lines = (ROOT / "examples" / "attention_by_hand.py").read_text(encoding="utf-8").splitlines()
-    softmax = next(number for number, line in enumerate(lines, 1) if ".softmax(" in line)
-    assert f"attentions.0 of Decoder (attention_by_hand.py:{softmax}) computes attention by hand" in sentence
-    before, after = sentence.split("change the three lines")[1].split("to the one")
-    assert [line.strip().partition(" ")[0] for line in before.split(";")] == ["scores", "scores", "y"]
-    assert after.strip() == "y = F.scaled_dot_product_attention(q, k, v, is_causal=True)"
-    assert [path.name for path in folder.iterdir()] == ["examples"]
-
-
-def test_the_changed_attention_computes_what_the_one_by_hand_does() -> None:
-    spec = importlib.util.spec_from_file_location("attention_by_hand", ROOT / "examples" / "attention_by_hand.py")
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    ids = torch.arange(40)[None]
-    torch.testing.assert_close(example.changed()(ids, ids), example.by_hand()(ids, ids), rtol=1e-5, atol=1e-5)
+def test_the_lesson_trains_exports_itself_and_answers(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/lesson.py"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "the owl does\n"
+    manifest = json.loads((folder / "lesson" / "pastkey.json").read_text(encoding="utf-8"))
+    assert (manifest["graph"], manifest["precision"]) == ("fused", "int8")

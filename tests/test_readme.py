@@ -1,37 +1,45 @@
-"""The README keeps its word: its example is the file in examples/, and exports and runs as it says."""
+"""README and docs keep their word: their figures, links, examples and commands are those of the repository."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import figures, picture
+from pastkey import names
+from pastkey.runtime.ort import onnxruntime
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *DOCS.glob("*.md"))}
+PAGES["CONTRIBUTING.md"] = ROOT / "CONTRIBUTING.md"
 
 
-def test_the_example_in_the_readme_is_the_one_in_examples() -> None:
-    block = README.split("<!-- examples/own_module.py -->\n```python\n")[1].split("```\n<!-- end of example -->")[0]
-    assert block == (ROOT / "examples" / "own_module.py").read_text(encoding="utf-8")
+def text_of(page: str) -> str:
+    return PAGES[page].read_text(encoding="utf-8")
 
 
-def test_the_example_exports_and_runs_by_the_commands_of_the_readme(
-    pastkey_command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    export, run = re.findall(r"^    pastkey (export examples.*|run my_bundle.*)$", README, re.MULTILINE)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    done = pastkey_command(*export.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = pastkey_command(*run.split(), "--max-new-tokens", "5", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"\d+", done.stdout)) == 5
+# --- what is shown ------------------------------------------------------------------------------------------------
+def test_the_example_that_is_shown_is_the_one_in_examples() -> None:
+    page = text_of("docs/own-modules.md")
+    block = page.split("<!-- examples/lesson.py -->\n```python\n")[1].split("```\n<!-- end of example -->")[0]
+    assert block == (ROOT / "examples" / "lesson.py").read_text(encoding="utf-8")
+
+
+def test_the_worked_example_of_the_cache_is_right() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    (example,) = programs("docs/time-axis.md")
+    exec(example, {})
 
 
 def test_the_programs_that_are_shown_are_those_that_the_tests_run() -> None:
-    page = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
+    page = text_of("docs/programs.md")
     shown = re.findall(r"<!-- (tests/programs/\S+) -->\n```\w+\n(.*?)```\n<!-- end -->", page, re.DOTALL)
     folder = ROOT / "tests" / "programs"
     run = {*folder.glob("greedy*"), folder / "page.html"}
@@ -40,13 +48,144 @@ def test_the_programs_that_are_shown_are_those_that_the_tests_run() -> None:
         assert content == (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/design.md", "docs/programs.md", "docs/performance.md", "CONTRIBUTING.md"]
-)
-def test_files_that_the_pages_name_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+def test_the_table_of_the_readme_has_the_figures_of_the_results() -> None:
+    measured = {row["engine"]: row for row in picture.table(picture.RESULTS.read_text(encoding="utf-8"))}
+    shown = picture.table(text_of("README.md"))
+    assert len(shown) > 3
+    for row in shown:
+        of_engine = {heading.replace("files (MB)", "MB"): figure for heading, figure in row.items()}
+        assert of_engine.items() <= measured[row["engine"]].items()
+
+
+def test_the_bullets_of_the_readme_have_figures_of_the_results() -> None:
+    results = picture.RESULTS.read_text(encoding="utf-8").replace("|", " ").split()
+    for word in ("Small", "Accurate", "Fast", "Light"):
+        bullet = text_of("README.md").split(f"- **{word}.** ")[1].split("\n- ")[0].split("\n\n")[0]
+        figures_of_bullet = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w-])", bullet)
+        assert figures_of_bullet
+        assert set(figures_of_bullet) <= set(results), word
+
+
+def test_the_readme_counts_the_families_of_the_tests() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    from .export.families import FAMILIES
+
+    assert f"{len(FAMILIES)} Hugging Face families are verified" in text_of("README.md")
+
+
+def test_make_figures_finds_its_place_on_the_page() -> None:
+    text = figures.PAGE.read_text(encoding="utf-8")
+    assert text.count(figures.BEGIN) == text.count(figures.END) == 1
+
+
+@pytest.mark.parametrize("graph", ["model_quantized", "pastkey"])
+def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph: str, classic: Path) -> None:
+    rows = re.findall(r"^\| `(\S+)` \| (\(.*?\)) \| (float32|int64) \|", text_of("docs/bundle-format.md"), re.MULTILINE)
+    assert len(rows) > 8
+    page = {name.replace("{i}", "0"): (shape, kind.replace("float32", "float")) for name, shape, kind in rows}
+    letters = dict(
+        zip((names.BATCH, names.SEQUENCE, names.PAST, names.TOTAL, names.LOGITS_TO_KEEP), "BTPSN", strict=True)
+    )
+    session = onnxruntime.InferenceSession(classic / "bundle" / "onnx" / f"{graph}.onnx")
+    found = [
+        value for value in (*session.get_inputs(), *session.get_outputs()) if not re.search(r"\.[1-9]", value.name)
+    ]
+    assert len(found) >= 8
+    for value in found:
+        shape, kind = page[value.name]
+        assert value.type == f"tensor({kind})"
+        dims = [letters.get(dim, "number") for dim in value.shape]
+        of_page = [re.findall(r"\w+", one) for one in shape.split(", or ")]
+        assert dims in [[dim if dim in "BTPSN" else "number" for dim in one] for one in of_page], value.name
+
+
+# --- what is named ------------------------------------------------------------------------------------------------
+def test_files_that_the_pages_name_exist() -> None:
     made = {"tokenizer.json", "config.json", "tokenizer_config.json", "model.safetensors", "pastkey.json", "file.py"}
-    made |= {"genai_config.json"}
-    for name in set(re.findall(r"`([\w/]+\.(?:py|md|json|safetensors))`", text)) - made:
-        folders = [ROOT, ROOT / "export", ROOT / "runtime", ROOT / "train"]
-        assert any((folder / name).exists() for folder in folders), f"{page} names {name}"
+    made |= {"genai_config.json", "generation_config.json", "encoder.json", "vocab.json"}
+    stages = [ROOT / stage for stage in ("export", "runtime", "train")]
+    folders = [ROOT, *stages, *(folder for stage in stages for folder in stage.rglob("*/"))]
+    named = [
+        (page, name)
+        for page in PAGES
+        for name in re.findall(r"`([\w/-]+\.(?:py|md|json|safetensors))`", text_of(page))
+        if name not in made
+    ]
+    assert len(named) > 50
+    assert not [pair for pair in named if not any((folder / pair[1]).exists() for folder in folders)]
+
+
+def test_links_lead_to_files() -> None:
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page))]
+    inside = [(page, link.partition("#")[0]) for page, link in links if "://" not in link]
+    assert len(inside) > 20
+    assert not [(page, link) for page, link in inside if not (PAGES[page].parent / link).exists()]
+
+
+def test_the_site_shows_every_page() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\ntheme:")[0]
+    assert sorted(re.findall(r": (\S+\.md)$", nav, re.MULTILINE)) == sorted(path.name for path in DOCS.glob("*.md"))
+
+
+# --- what is typed ------------------------------------------------------------------------------------------------
+SHELL = """
+pastkey() { "$PYTHON" -m pastkey "$@" || { echo "failed: pastkey $*" >&2; exit 1; }; }
+"""
+MODEL = "path/to/SmolLM2-135M-Instruct"
+
+
+def commands(page: str) -> list[str]:
+    """The lines of the page's indented blocks that run pastkey."""
+    return re.findall(r"^    ((?:pastkey|printf .*\| pastkey) .*)$", text_of(page), re.MULTILINE)
+
+
+def programs(page: str) -> list[str]:
+    """The page's blocks of Python, except a file that is shown whole and is run elsewhere."""
+    text = re.sub(r"<!-- examples/.*?<!-- end of example -->", "", text_of(page), flags=re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a chat template, of random weights."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from .export.tiny_llama import TEMPLATE, bpe, llama
+
+    folder = tmp_path_factory.mktemp("source") / "model"
+    llama(max_position_embeddings=4096).save_pretrained(folder)
+    tokenizer: Any = bpe(bos=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/own-modules.md", "docs/tutorial.md"])
+def test_the_commands_and_programs_of_a_page_run_in_turn(
+    page: str, folder_of_a_chat_model: Path, tmp_path: Path
+) -> None:
+    """With a tiny model in the place of SmolLM2, and a training of a few steps."""
+    (tmp_path / MODEL).parent.mkdir(parents=True)
+    (tmp_path / MODEL).symlink_to(folder_of_a_chat_model)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    lines = [
+        f"{line} --steps 2 --batch-size 1 --layers 1" if line.startswith("pastkey train --out") else line
+        for line in commands(page)
+    ]
+    assert lines
+    files = [tmp_path / f"program{number}.py" for number in range(len(programs(page)))]
+    assert files
+    for file, program in zip(files, programs(page), strict=True):
+        file.write_text(program, encoding="utf-8")
+    script = SHELL + "\n".join([*lines, *(f'"$PYTHON" {file.name}' for file in files)])
+    done = subprocess.run(
+        ["bash", "-eu", "-o", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": sys.executable},
+        input="Once upon a time\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from pastkey.bundle import open_bundle
 from pastkey.export import export
-from pastkey.export.evaluate import kl_divergence
+from pastkey.export.measure.metrics import kl_divergence
 from pastkey.runtime import load
-from pastkey.runtime.session import Session
+from pastkey.runtime.engine import Engine
 
 from .shared import shared
 
@@ -151,7 +151,7 @@ def sorter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_the_sorter_sorts_all_its_729_inputs(sorter: Path) -> None:
     digits = np.array(list(product(range(3), repeat=6)))
-    session = Session(open_bundle(sorter))
+    session = Engine(open_bundle(sorter))
     tokens = [session.forward(digits)[:, -1].argmax(-1)]
     while len(tokens) < 6:
         tokens.append(session.forward(tokens[-1][:, None])[:, -1].argmax(-1))
@@ -161,7 +161,7 @@ def test_the_sorter_sorts_all_its_729_inputs(sorter: Path) -> None:
 
 def test_the_sorter_computes_the_logits_that_came_with_it(sorter: Path) -> None:
     partials = arrays(shared("models/gpt-nano-sort/gpt-nano-sort-t0-partials.json"))
-    found = Session(open_bundle(sorter), graph="common").forward(partials["idx"].astype(int))
+    found = Engine(open_bundle(sorter), graph="all_logits").forward(partials["idx"].astype(int))
     error = np.abs(found - partials["lm_head"]).max() / np.abs(partials["lm_head"]).max()
     assert error < (1e-5 if open_bundle(sorter).manifest.precision == "fp32" else 0.02)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         say(
             f"trained {figures['parameters']:,} parameters for {figures['step']} steps in {figures['seconds']} s; "
-            f"next: pastkey export {arguments.out} --out BUNDLE"
+            f"next: pastkey export {shlex.quote(str(arguments.out))} --out BUNDLE"
         )
     return 0
 

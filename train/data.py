@@ -1,6 +1,6 @@
 """From text to batches: documents are read, tokenized once into memory-mapped files, and drawn as windows.
 
-Documents stand one after another in the token files with the end token between them.
+Documents stand one after another in the token files with the EOS token between them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pastkey.errors import InputError, MissingFileError
+from pastkey.folder import read_text
 
 from .checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from .stories import stories
@@ -94,18 +95,6 @@ def text_corpus(paths: Sequence[Path]) -> Corpus:
                     yield text.strip()
 
     return Corpus(", ".join(path.name or str(path) for path in paths), documents)
-
-
-def read_text(path: Path) -> str:
-    """A file's text. Raises InputError naming the first byte that is not UTF-8."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x} ({error.reason}); "
-            "convert the file to UTF-8"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -224,8 +213,8 @@ class Tokens:
         """
         if self._info.row_length is not None:
             return _as_batch(self._tokens.reshape(-1, self._info.row_length))
-        dice = np.random.default_rng([seed, step])
-        starts = dice.integers(0, len(self._tokens) - self._context, size)
+        rng = np.random.default_rng([seed, step])
+        starts = rng.integers(0, len(self._tokens) - self._context, size)
         return _as_batch(np.stack([self._window(self._document_start(int(start))) for start in starts]))
 
     def windows(self, size: int) -> Iterator[Batch]:

@@ -169,7 +169,7 @@ class GeluMlp(nn.Module):
 
 
 class Rotary(nn.Module):
-    """The angles by which RoPE turns each pair of a head, Su et al. 2021, https://arxiv.org/abs/2104.09864."""
+    """The angles by which RoPE rotates each pair of a head, Su et al. 2021, https://arxiv.org/abs/2104.09864."""
 
     inv_freq: Tensor
 
@@ -185,7 +185,7 @@ class Rotary(nn.Module):
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Turns the pairs (i, i + D/2) of `heads` (B, heads, T, D): the rotate-half layout of Hugging Face's Llama."""
+    """Rotates the pairs (i, i + D/2) of `heads` (B, heads, T, D): the rotate-half layout of Hugging Face's Llama."""
     cos, sin = rotation
     first, second = heads.chunk(2, dim=-1)  # each (B, heads, T, D/2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # (B, heads, T, D)
@@ -227,7 +227,7 @@ def generate(
 ) -> list[list[int]]:
     """The naive reference: every step reads the whole text again. The fast path is `pastkey.runtime`.
 
-    `prompt` (B, P) int64 gives for each row its new ids, ended by (and without) the end token, by `max_new_tokens` or
+    `prompt` (B, P) int64 gives for each row its new ids, ended by (and without) the EOS token, by `max_new_tokens` or
     by the context length. `temperature` 0 takes the likeliest token; above, `seed` decides.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from pastkey.config import ModelConfig
 from pastkey.errors import InputError
+from pastkey.values import is_int, is_number, require
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,18 @@ class TrainConfig:
         if self.preset not in PRESETS:
             raise InputError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
         for name in ("steps", "batch_size", "accumulate", "save_every", "vocab_size"):
-            _require(getattr(self, name) >= 1, name, self, "a whole number from 1")
+            self._require(name, is_int(getattr(self, name), 1), "a whole number from 1")
         for name in ("threads", "context", "hidden_size", "layers", "heads", "kv_heads", "head_dim"):
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, self, "a whole number from 1")
-        _require(self.learning_rate > 0, "learning_rate", self, "a positive number")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            _require(getattr(self, name) >= 0, name, self, "zero or more")
-        _require(self.gradient_clip > 0, "gradient_clip", self, "a positive number")
+            value = getattr(self, name)
+            self._require(name, value is None or is_int(value, 1), "a whole number from 1")
+        for name in ("learning_rate", "gradient_clip"):
+            self._require(name, is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
+        for name in ("warmup_steps", "seed"):
+            self._require(name, is_int(getattr(self, name), 0), "a whole number from 0")
+        self._require("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number from 0")
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        require(condition, "--" + name.replace("_", "-"), getattr(self, name), expected)
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> TrainConfig:
@@ -139,8 +145,3 @@ PRESETS: Final[Mapping[str, Preset]] = {
     "qwen2": Preset("llama with bias on queries, keys and values", _SMALL | {"qkv_bias": True}),
     "qwen3": Preset("llama with normalised queries and keys", _SMALL | {"qk_norm": True}),
 }
-
-
-def _require(condition: bool, name: str, config: TrainConfig, expected: str) -> None:
-    if not condition:
-        raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)!r}; it must be {expected}")

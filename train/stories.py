@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pastkey.command import natural_int, print_json
-from pastkey.errors import InputError, MissingFileError, PastkeyError
+from pastkey.errors import InputError, PastkeyError
+from pastkey.folder import read_text
 
-from .plots import SLOTS, STORY, Entry, Node
+from .story_plots import SLOTS, STORY, Entry, Node
 
 Slots = Mapping[str, tuple[Entry, ...]]  # what each slot can still be
 
@@ -52,18 +53,18 @@ class Verdict:
 # --- telling ------------------------------------------------------------------------------------------------------
 def stories(seed: int) -> Iterator[str]:
     """Endless stories, the same for the same seed: 60 to 130 words each, in one paragraph."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     while True:
-        yield _tell(STORY, {}, dice)[0]
+        yield _tell(STORY, {}, rng)[0]
 
 
-def _tell(node: Node, told: Slots, dice: random.Random) -> tuple[str, Slots]:
+def _tell(node: Node, told: Slots, rng: random.Random) -> tuple[str, Slots]:
     if isinstance(node, list):
-        return _tell(dice.choice(node), told, dice)
+        return _tell(rng.choice(node), told, rng)
     if isinstance(node, tuple):
         sentences = []
         for part in node:
-            sentence, told = _tell(part, told, dice)
+            sentence, told = _tell(part, told, rng)
             sentences.append(sentence)
         return " ".join(filter(None, sentences)), told
     text = ""
@@ -73,7 +74,7 @@ def _tell(node: Node, told: Slots, dice: random.Random) -> tuple[str, Slots]:
             continue
         if piece.slot not in told:
             taken = _settled_names(told)
-            told = {**told, piece.slot: (dice.choice([e for e in SLOTS[piece.slot] if e["name"] not in taken]),)}
+            told = {**told, piece.slot: (rng.choice([e for e in SLOTS[piece.slot] if e["name"] not in taken]),)}
         text += piece.render(told[piece.slot][0])
     return text, told
 
@@ -160,22 +161,18 @@ def _parts(template: str) -> tuple[str | Mention, ...]:
 # --- the command --------------------------------------------------------------------------------------------------
 def read_stories(path: Path) -> list[str]:
     """The stories of a file: JSON lines with a "text" each, or paragraphs with blank or end-token lines between."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingFileError(f"no such file: {path}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: byte {error.start} is not valid text") from None
+    content = read_text(path)
     if content.lstrip().startswith("{"):
         try:
             return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} does not hold one JSON object with a text per line: {error}") from None
     blocks = re.split(r"\n\s*\n|<\|endoftext\|>", content)
-    return [" ".join(block.split("\n")).strip() for block in blocks if block.strip()]
+    return [" ".join(block.splitlines()).strip() for block in blocks if block.strip()]
 
 
 def main() -> int:
+    """Tells stories, or says how many of a file's the grammar accepts. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m pastkey.train.stories", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", type=Path, metavar="FILE", help="print the share of its stories that are accepted")
     parser.add_argument("--count", type=natural_int, default=1, help="stories to tell (default 1)")

@@ -24,7 +24,7 @@ LESSON_WORDS: Final = ("what", "is", "statquest", "awesome", LESSON_END)
 
 KINDS: Final = ("bpe", "char", "word")
 _BYTES = 256
-# What end tokens are called in tokenizers that others made.
+# What EOS tokens are called in tokenizers that others made.
 _END_NAMES: Final = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "[SEP]", LESSON_END)
 
 
@@ -60,7 +60,7 @@ class TextTokenizer:
         return text
 
     def document(self, text: str) -> list[int]:
-        """A document as training reads it: begin token, text, and an end token where the next begin is not one."""
+        """A document as training reads it: BOS token, text, and an EOS token where the next begin is not one."""
         begin = [] if self.begin is None else [self.begin]
         ids = [token for piece in _pieces(text) for token in self.encode(piece)]
         return begin + ids + ([] if self.begin == self.end else [self.end])
@@ -151,7 +151,7 @@ def lesson_tokenizer() -> TextTokenizer:
 
 
 def read_tokenizer(path: Path) -> TextTokenizer:
-    """An existing tokenizer.json; its end token is found by the names in use."""
+    """An existing tokenizer.json; its EOS token is found by the names in use."""
     if not path.is_file():
         raise MissingFileError(
             f"no tokenizer {str(path)!r}: it must be {', '.join(KINDS)} or the path of a tokenizer.json"
@@ -162,14 +162,14 @@ def read_tokenizer(path: Path) -> TextTokenizer:
         raise InputError(f"{path} is not a tokenizer.json that this version of tokenizers reads: {error}") from None
     end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
     if end is None:
-        raise InputError(f"{path} has no end token; one of {', '.join(_END_NAMES)} was expected among its tokens")
+        raise InputError(f"{path} has no EOS token; one of {', '.join(_END_NAMES)} was expected among its tokens")
     probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
     added_in_front = bool(probe.special_tokens_mask[0])  # 1 for what the post-processor adds, 0 for the text's own
     return TextTokenizer(tokenizer, end=end, begin=probe.ids[0] if added_in_front else None)
 
 
 def _beginning_with_end(tokenizer: Tokenizer) -> TextTokenizer:
-    """Makes the end token the begin token too, which lets an empty prompt begin a document."""
+    """Makes the EOS token the BOS token too, which lets an empty prompt begin a document."""
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     end = tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None

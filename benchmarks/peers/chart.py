@@ -82,7 +82,7 @@ def _label(figure: Figure, dots: Sequence[_Dot]) -> list[Bbox]:
     Returns the places of the labels, in pixels.
     """
     (axes,) = figure.axes
-    renderer = figure.canvas.get_renderer()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     taken = []
     for dot in dots:
         radius = dot.radius * figure.dpi / 72

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.environments import ROOT, smollm2
 from pastkey import names
 from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
-from pastkey.runtime.processor import int8_kernels
-from tests.environments import ROOT, smollm2
+from pastkey.runtime.int8_kernels import int8_kernels
 
 from .engines import ENGINES, WORKERS, Engine, EngineError, Prepared
 from .environments import python_of, versions_of
@@ -77,7 +77,17 @@ def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Sto
             run([python, WORKERS / "llama_convert.py", source.path, out, engine.precision], log)
         case "genai":
             folder, cache = _huggingface(source, store), store.models / "genai-cache"
-            builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", folder, "-o", out, "-c", cache]
+            builder: list[str | Path] = [
+                python,
+                "-m",
+                "onnxruntime_genai.models.builder",
+                "-i",
+                folder,
+                "-o",
+                out,
+                "-c",
+                cache,
+            ]
             run([*builder, "-p", engine.precision, "-e", "cpu"], log)
             shutil.rmtree(cache, ignore_errors=True)
         case "optimum":

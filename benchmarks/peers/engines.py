@@ -39,10 +39,10 @@ ENGINES = (
     Engine("pastkey-int8", "pastkey int8", "pastkey", "int8", "pastkey export --precision int8"),
     Engine(
         "pastkey-int8-steps",
-        "pastkey int8, without lookahead",
+        "pastkey int8, without prompt lookup",
         "pastkey",
         "int8",
-        "the same files, generate(lookahead=False)",
+        "the same files, generate(prompt_lookup=False)",
         files_of="pastkey-int8",
         worker="pastkey_steps",
     ),

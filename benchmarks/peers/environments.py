@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.environments import ROOT, environment
 from pastkey.command import say
-from tests.environments import ROOT, environment
 
 from .engines import EngineError
 

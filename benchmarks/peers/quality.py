@@ -6,19 +6,21 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.environments import ROOT
 from pastkey.bundle import Bundle
 from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
-from pastkey.export.calibrate import begin_token, own_texts
-from pastkey.export.evaluate import Sums, agreeing_tokens
-from pastkey.runtime import Session
-from pastkey.runtime.template import ChatTemplate
+from pastkey.export.measure.metrics import Sums, agreeing_tokens
+from pastkey.export.measure.texts import self_generated_texts, start_token
+from pastkey.folder import read_text
+from pastkey.runtime import Engine
+from pastkey.runtime.chat_template import ChatTemplate
 from pastkey.runtime.text import TextCodec
-from tests.environments import ROOT
 
 from .engines import Prepared, Worker
 from .progress import steps
@@ -97,20 +99,13 @@ def text_file(given: Path | None) -> Path | None:
         raise MissingFileError(f"no such text: {given} is not a file")
     if given.stat().st_size < WINDOW:  # a token is a byte at least
         raise InputError(_too_short(given, f"{given.stat().st_size} bytes"))
-    _read(given)
+    read_text(given)
     return given
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not valid UTF-8: convert it first") from None
 
 
 def windows_of_file(file: Path, codec: TextCodec, count: int) -> Text:
     """Up to `count` windows from the beginning of a text, each begun as the tokenizer begins a text."""
-    text = _read(file)
+    text = read_text(file)
     ids = codec.encode(text, add_special_tokens=False)
     whole = codec.encode(text)
     begin = next((whole[:n] for n in range(3) if whole[n : n + 8] == ids[:8]), [])
@@ -127,7 +122,7 @@ def windows_of_own(bundle: Bundle, identity: str, count: int, threads: int, stor
 
     def write() -> list[list[int]]:
         say("let the model write a text")
-        texts = own_texts(Session(bundle, threads=threads), begin_token(bundle.manifest), count, WINDOW)
+        texts = self_generated_texts(Engine(bundle, threads=threads), start_token(bundle.manifest), count, WINDOW)
         return [text.tolist() for text in texts]
 
     windows = store.once("text", {"reference": identity, "windows": count, "length": WINDOW}, write)
@@ -141,7 +136,7 @@ def _too_short(file: Path, found: str) -> str:
 def question_ids(bundle: Bundle, codec: TextCodec) -> list[list[int]]:
     """The questions as prompts, by the chat template where the bundle has one."""
     try:
-        template = ChatTemplate.from_folder(bundle.path)
+        template = ChatTemplate.from_bundle(bundle)
     except InputError:
         return [codec.encode(f"Question: {question}\nAnswer:") for question in QUESTIONS]
     texts = [template.render([{"role": "user", "content": question}]) for question in QUESTIONS]
@@ -176,7 +171,7 @@ def measure_windows(
         for worker, one in zip(workers, prepared, strict=True):
             key = {"reference": prepared[0].identity, "engine": one.identity, "ids": digest(ids), "threads": threads}
             name = f"quality-{one.engine.name}-{key['ids']}"
-            found[one.engine.name].append(store.once(name, key, lambda worker=worker: measure(worker)))
+            found[one.engine.name].append(store.once(name, key, partial(measure, worker)))
     return found
 
 
@@ -184,12 +179,16 @@ def measure_answers(
     workers: Sequence[Worker], prepared: Sequence[Prepared], prompts: Sequence[list[int]], threads: int, store: Store
 ) -> dict[str, list[list[int]]]:
     """engine -> the greedy continuation of each prompt."""
+
+    def ask(worker: Worker) -> list[list[int]]:
+        return [worker.ask("generate", ids=ids, new_tokens=ANSWER)["ids"] for ids in prompts]
+
     found = {}
     for worker, one in steps(list(zip(workers, prepared, strict=True)), "quality, answers"):
         found[one.engine.name] = store.once(
             f"answers-{one.engine.name}",
             {"engine": one.identity, "prompts": digest(prompts), "threads": threads},
-            lambda worker=worker: [worker.ask("generate", ids=ids, new_tokens=ANSWER)["ids"] for ids in prompts],
+            partial(ask, worker),
         )
     return found
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pastkey.bundle import open_bundle
 from pastkey.command import say
 from pastkey.config import ModelConfig
 from pastkey.errors import PastkeyError
-from pastkey.runtime import Session
+from pastkey.runtime import Engine
 
 from .convert import remove, run
 from .engines import EngineError, Prepared
@@ -55,15 +56,15 @@ def measure(int8: Prepared, threads: int, store: Store, folder: Path) -> tuple[l
     bundle = open_bundle(int8.model)
     key = {"engine": int8.identity, "threads": threads, "new": NEW}
     room = bundle.manifest.context_length - NEW
-    session = Session(bundle, threads=threads)
+    session = Engine(bundle, threads=threads)
     cores = os.cpu_count() or 1
     counts = sorted({cores, *(2**n for n in range(cores.bit_length()) if 2**n <= cores)})
     contexts = {length: lambda length=length: after(session, length) for length in CONTEXTS if length <= room}
     batches = {rows: lambda rows=rows: together(session, rows) for rows in BATCHES}
-    sessions = {count: Session(bundle, threads=count) for count in counts}
+    sessions = {count: Engine(bundle, threads=count) for count in counts}
     by_threads = {count: lambda one=one: after(one, 512) for count, one in sessions.items()}
     models, skipped = sizes(threads, store)
-    by_size = {parameters: lambda one=one: after(one, 128) for parameters, one in models.items()}
+    order_by_magnitude = {parameters: lambda one=one: after(one, 128) for parameters, one in models.items()}
     versions = versions_of("pastkey", Path(sys.executable))
     curves = [
         curve(
@@ -76,7 +77,7 @@ def measure(int8: Prepared, threads: int, store: Store, folder: Path) -> tuple[l
             "One token after 128, by the model's size (random weights)",
             "parameters",
             "ms per token",
-            by_size,
+            order_by_magnitude,
             {"versions": versions, "threads": threads, "new": NEW},
             store,
         ),
@@ -88,21 +89,21 @@ def measure(int8: Prepared, threads: int, store: Store, folder: Path) -> tuple[l
 
 
 # --- what is timed ------------------------------------------------------------------------------------------------
-def after(session: Session, length: int, new: int = NEW) -> float:
+def after(session: Engine, length: int, new: int = NEW) -> float:
     """Seconds of one token behind `length` others: the median of `new`."""
     session.reset()
     ids = np.random.default_rng(0).integers(0, session.manifest.vocab_size, length + new)
     session.prefill(ids[:length])
-    return statistics.median(_seconds(lambda token=token: session.decode(token)) for token in ids[length:].tolist())
+    return statistics.median(_seconds(partial(session.decode, token)) for token in ids[length:].tolist())
 
 
-def together(session: Session, rows: int, past: int = 64, new: int = NEW) -> float:
+def together(session: Engine, rows: int, past: int = 64, new: int = NEW) -> float:
     """Seconds of one step that appends a token to each of `rows` rows of `past`: the median of `new`."""
     session.reset()
     ids = np.random.default_rng(0).integers(0, session.manifest.vocab_size, (rows, past + new))
     session.forward(ids[:, :past])
     columns = [ids[:, i : i + 1] for i in range(past, past + new)]
-    return statistics.median(_seconds(lambda column=column: session.forward(column)) for column in columns)
+    return statistics.median(_seconds(partial(session.forward, column)) for column in columns)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -132,13 +133,15 @@ def curve(
 
     for number in steps(range(ROUNDS), f"scaling by {name}, rounds"):
         for x in points:
-            taken[x].append(store.once(f"scaling-{name}-{x}-{number}", key, lambda x=x: timed(x)))
-    found = {x: (1e3 * statistics.median(times), 1e3 * min(times), 1e3 * max(times)) for x, times in taken.items()}
-    return Curve(name, title, axis, unit, dict(found))
+            taken[x].append(store.once(f"scaling-{name}-{x}-{number}", key, partial(timed, x)))
+    found: dict[float, tuple[float, float, float]] = {
+        x: (1e3 * statistics.median(times), 1e3 * min(times), 1e3 * max(times)) for x, times in taken.items()
+    }
+    return Curve(name, title, axis, unit, found)
 
 
 # --- models of growing size ---------------------------------------------------------------------------------------
-def sizes(threads: int, store: Store) -> tuple[dict[int, Session], dict[str, str]]:
+def sizes(threads: int, store: Store) -> tuple[dict[int, Engine], dict[str, str]]:
     """parameters -> a session of a random model, and for each that this machine cannot export the reason."""
     sessions, skipped = {}, {}
     versions = versions_of("pastkey", Path(sys.executable))
@@ -148,7 +151,7 @@ def sizes(threads: int, store: Store) -> tuple[dict[int, Session], dict[str, str
         def make(width: int = width, layers: int = layers, out: Path = out) -> None:
             say(f"export a random model of width {width} with {layers} layers")
             remove(out)
-            command = [sys.executable, "-m", "benchmarks.peers.scaling", str(width), str(layers), out]
+            command = [sys.executable, "-m", "benchmarks.peers.scaling", str(width), str(layers), str(out)]
             run(command, store.logs / f"{out.name}.log")
 
         try:
@@ -157,7 +160,7 @@ def sizes(threads: int, store: Store) -> tuple[dict[int, Session], dict[str, str
             skipped[f"a model of {parameters(width, layers) / 1e6:.0f} million parameters"] = str(error)
             say(f"without {out.name}: {error}")
         else:
-            sessions[parameters(width, layers)] = Session(open_bundle(out), threads=threads)
+            sessions[parameters(width, layers)] = Engine(open_bundle(out), threads=threads)
     return sessions, skipped
 
 

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from .engines import Prepared, Worker
 from .progress import steps
@@ -92,7 +93,7 @@ def race(
     found = []
     for number in steps(range(rounds), "speed, rounds"):
         name = f"round-{digest(key)}-{number}"
-        taken = store.once(name, key | {"round": number}, lambda number=number: one_round(number))
+        taken = store.once(name, key | {"round": number}, partial(one_round, number))
         found.append(
             {
                 engine: {shape.prompt: _speed(shape, *times[str(shape.prompt)]) for shape in shapes}
@@ -152,7 +153,7 @@ def measure_loads(
         for one in (*prepared[number % len(prepared) :], *prepared[: number % len(prepared)]):
             key = {"engine": one.identity, "ids": digest(ids), "threads": threads, "context": context}
             name = f"load-{one.engine.name}-{number}"
-            taken[one.engine.name].append(store.once(name, key, lambda one=one: load(one)))
+            taken[one.engine.name].append(store.once(name, key, partial(load, one)))
     return {
         engine: Load(*(statistics.median(column) for column in zip(*times, strict=True)))
         for engine, times in taken.items()
@@ -171,5 +172,5 @@ def measure_memory(prepared: Sequence[Prepared], text: Text, threads: int, store
     found = {}
     for one in steps(prepared, "memory, engines"):
         key = {"engine": one.identity, "ids": digest(ids), "new": SHORT.new, "threads": threads}
-        found[one.engine.name] = store.once(f"memory-{one.engine.name}", key, lambda one=one: peak(one))
+        found[one.engine.name] = store.once(f"memory-{one.engine.name}", key, partial(peak, one))
     return found

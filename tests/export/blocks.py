@@ -24,13 +24,13 @@ def scales_of(model: ir.Model) -> dict[str, Array]:
     return found
 
 
-def computed(scales: ir.Value) -> Array:
+def computed(scales: ir.Value | None) -> Array:
     """Cast(codes) * factors, or the part of it that a Split gives."""
-    maker, rows = scales.producer(), slice(None)
-    if maker.op_type == "Split":
-        ends = maker.inputs[1].const_value.numpy().cumsum()
+    node, rows = scales.producer(), slice(None)
+    if node.op_type == "Split":
+        ends = node.inputs[1].const_value.numpy().cumsum()
         rows = slice(*[0, *ends][scales.index() : scales.index() + 2])
-        maker = maker.inputs[0].producer()
-    codes, factors = maker.inputs[0].producer().inputs[0], maker.inputs[1]
+        node = node.inputs[0].producer()
+    codes, factors = node.inputs[0].producer().inputs[0], node.inputs[1]
     whole: Array = codes.const_value.numpy() * factors.const_value.numpy()
     return whole[rows]

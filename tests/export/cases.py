@@ -76,7 +76,7 @@ MORE_CASES = {
     "keeps_things": Case(KeepsThings, 20),
     "low_rank": Case(LowRank, 20),
     "compiled_part": Case(CompiledAttention, 20),
-    "compiled": Case(lambda: torch.compile(Plain(), backend="eager"), 20),
+    "compiled": Case(lambda: torch.compile(Plain(), backend="eager"), 20),  # type: ignore[arg-type, return-value]
     "wrapped": Case(lambda: Wrapper(Plain()), 20),
     "data_parallel": Case(lambda: nn.DataParallel(Plain()), 20),
     "vocabulary_of_one": Case(lambda: Plain(vocab=1), 20),

@@ -23,6 +23,7 @@ from pastkey.folder import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
 from .cases import CASES, MORE_CASES
+from .commands import FACTORY
 from .decoders import llama
 
 
@@ -36,12 +37,12 @@ class Exported:
 
     def graph(self, *, last: bool = False) -> onnx.ModelProto:
         """The graph with its weights left in their file."""
-        path = self.bundle.last_graph if last else self.bundle.common_graph
+        path = self.bundle.last_logits_graph if last else self.bundle.all_logits_graph
         return onnx.load(path, load_external_data=False)
 
     def weights(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The initializers of the common graph by name."""
-        model = onnx.load(self.bundle.common_graph)
+        """The initializers of the all-logits graph by name."""
+        model = onnx.load(self.bundle.all_logits_graph)
         return {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer}
 
     def torch_logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
@@ -141,3 +142,27 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         return sentence.removeprefix("pastkey export: ")
 
     return run
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("mine") / "mine.py"
+    file.write_text(FACTORY)
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained(checkpoint: Path) -> Path:
+    """The checkpoint's int8 bundle."""
+    out = checkpoint.parent / "bundle"
+    assert main(["export", str(checkpoint), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def small(factory: Path) -> Path:
+    """The fp32 bundle of the factory's module."""
+    out = factory.parent / "small"
+    assert main(["export", f"{factory}:Small", "--context", "12", "--precision", "fp32", "--out", str(out)]) == 0
+    return out

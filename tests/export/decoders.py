@@ -7,6 +7,7 @@ that show how. All weights come from seed 0.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class Plain(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden = self.embed(input_ids, position_ids)  # (B, T, width)
         for block in self.blocks:
-            hidden = self.apply_block(block, hidden, position_ids)
+            hidden = self.apply_block(block, hidden, position_ids)  # type: ignore[arg-type]
         return self.logits(hidden)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class FiveTimes(TableRope):
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden = self.embed(input_ids, position_ids)
         for _ in range(5):
-            hidden = self.apply_block(self.blocks[0], hidden, position_ids)
+            hidden = self.apply_block(self.blocks[0], hidden, position_ids)  # type: ignore[arg-type]
         return F.linear(hidden, self.token.weight)
 
 
@@ -336,7 +337,7 @@ class KeepsThings(Plain):
         self.register_buffer("runs", torch.zeros(()))
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        self.runs += 1
+        self.runs += 1  # type: ignore[assignment]
         self.last = super().embed(input_ids, position_ids)
         return self.last
 
@@ -355,7 +356,7 @@ class CompiledAttention(Plain):
     """A compiled part, which must run as plain Python to be seen."""
 
     def more(self) -> None:
-        self.attend = torch.compile(self.attend, backend="eager")
+        self.attend = torch.compile(self.attend, backend="eager")  # type: ignore[method-assign]
 
 
 class Wrapper(nn.Module):
@@ -372,7 +373,7 @@ class Wrapper(nn.Module):
 # --- those of pastkey train ---------------------------------------------------------------------------------------
 def llama(**changes: object) -> Decoder:
     """RoPE, RMSNorm, SwiGLU, grouped-query attention, tied head."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 61, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 80,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     }  # fmt: skip

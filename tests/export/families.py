@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "arcee": {},
     "biogpt": {},
     "bitnet": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
     "codegen": {"rotary_dim": 8, "n_inner": 112},
     "cohere": {},
     "cohere2": _KINDS,
@@ -60,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
     "exaone4": _KINDS,
     "exaone_moe": _EXPERTS | _KINDS,
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "flex_olmo": _EXPERTS,
     "gemma": {},
     "gemma2": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
@@ -70,6 +72,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _ROUTED | _LATENT,
     "gpt2": {},
     "gpt_bigcode": {},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "num_hidden_layers": 2,
+        "window_size": WINDOW,
+    },
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_oss": _EXPERTS | _KINDS,
     "gptj": {"rotary_dim": 8, "n_inner": 112},
@@ -81,17 +89,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": _EXPERTS,
     "jais2": {},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
+    "lfm2": {"layer_types": ["full_attention", "conv", "full_attention"]},
     "llama": {},
     "minimax_m2": _EXPERTS | {"rotary_dim": 8},
     "ministral": _KINDS,
     "mistral": {"sliding_window": WINDOW},
     "mixtral": _EXPERTS | {"sliding_window": WINDOW},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
     "nanochat": {},
     "nemotron": {},
     "olmo": {},
     "olmo2": {},
     "olmo3": _KINDS,
     "olmoe": _EXPERTS,
+    "openai-gpt": {},
     "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64},
     "persimmon": {},
     "phi": {"partial_rotary_factor": 0.5},
@@ -107,28 +118,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"partial_rotary_factor": 0.5},
     "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
+    "xglm": {"ffn_dim": 112, "num_layers": 3, "attention_heads": 4, "d_model": 64},
     "youtu": _LATENT,
 }
 
 # family -> what its configuration has beside the common sizes, and words of the reason that it is refused with
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({"n_layer": 2, "n_head": 4}, "computes attention by hand"),
     "deepseek_v2": (_ROUTED | _LATENT, "complex"),
-    "doge": ({}, "an attn_mask that is not the causal one"),
-    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, "computes attention by hand"),
-    "gpt_neo": (
-        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_hidden_layers": 2},
-        "computes attention by hand",
-    ),
-    "lfm2": ({"layer_types": ["full_attention", "conv", "full_attention"]}, "keeps state across positions"),
-    "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "chunked or prefix"),
-    "mamba": ({}, "made no call of F.scaled_dot_product_attention"),
-    "mpt": (
-        {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
-        "computes attention by hand",
-    ),
-    "openai-gpt": ({}, "computes attention by hand"),
-    "xglm": ({"ffn_dim": 112, "num_layers": 3, "attention_heads": 4, "d_model": 64}, "computes attention by hand"),
+    "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
+    "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
+    "mamba": ({}, "is a loop over positions or a recurrence"),
 }
 _BY_HAND = "it computes this attention by hand, not through AttentionInterface"
 _UNTRACED = "its experts are picked by values, in a way that no trace can follow"
@@ -175,7 +174,7 @@ def build(family: str) -> nn.Module:
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.1, generator=generator)
             else:
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.1  # type: ignore[misc]
     return model.eval()
 
 

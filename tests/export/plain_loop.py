@@ -32,7 +32,7 @@ def run_batch(path: Path, ids: Array, mask: Array, new: Array) -> tuple[Array, A
         if value.name.startswith("past_key_values.")
     }
     outputs = [value.name for value in session.get_outputs()]
-    logits = []
+    logits: list[Array] = []
     for column in [ids, *(new[:, i : i + 1] for i in range(new.shape[1]))]:
         if logits:
             mask = np.concatenate([mask, np.ones_like(column)], axis=1)

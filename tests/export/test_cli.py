@@ -1,4 +1,4 @@
-"""`pastkey export` and `pastkey verify` as a user types them: exit status, one sentence, one JSON object."""
+"""`pastkey export` as a user types it: exit status, one sentence, one JSON object."""
 
 from __future__ import annotations
 
@@ -10,113 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pastkey import names
-from pastkey.__main__ import main
 from pastkey.bundle import open_bundle
-from pastkey.export import files
+from pastkey.export.compat import configs
 from pastkey.runtime import load
 
-from .test_verify import alter_weight
-
-Result = tuple[int, str, str]  # exit status, standard output, standard error
-Command = Callable[..., Result]
-
-FACTORY = """
-import torch, torch.nn.functional as F
-from torch import nn
-
-class Small(nn.Module):
-    def __init__(self, vocab=37):
-        super().__init__()
-        torch.manual_seed(0)
-        print("number of parameters: many")
-        self.token, self.position = nn.Embedding(vocab, 16), nn.Embedding(12, 16)
-        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, vocab)
-
-    def forward(self, input_ids, position_ids):
-        x = self.token(input_ids) + self.position(position_ids)
-        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.head(x + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
-
-class NotCausal(Small):
-    def forward(self, input_ids, position_ids):
-        print("forward")
-        x = self.token(input_ids) + self.position(position_ids)
-        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.head(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
-
-class Baked(Small):
-    def forward(self, input_ids, position_ids):
-        if torch.compiler.is_exporting():
-            position_ids = position_ids * 0
-        return super().forward(input_ids, position_ids)
-
-def other_weights():
-    module = Small()
-    with torch.no_grad():
-        module.head.weight[3] += 0.5
-    return module
-
-def other_vocabulary():
-    return Small(38)
-"""
+from .commands import FACTORY, Command, fails
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: object) -> Result:
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:  # argparse ends this way
-            status = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-def fails(result: Result, *words: str) -> None:
-    """One sentence on standard error, nothing on standard output, exit status 2."""
-    status, out, err = result
-    assert (status, out) == (2, "")
-    sentence = err.splitlines()[-1]
-    assert sentence.startswith("pastkey "), err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in sentence
-
-
-@pytest.fixture(scope="session")
-def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("mine") / "mine.py"
-    file.write_text(FACTORY)
-    return file
-
-
-@pytest.fixture(scope="session")
-def trained(checkpoint: Path) -> Path:
-    """The checkpoint's int8 bundle."""
-    out = checkpoint.parent / "bundle"
-    assert main(["export", str(checkpoint), "--out", str(out)]) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def small(factory: Path) -> Path:
-    """The fp32 bundle of the factory's module."""
-    out = factory.parent / "small"
-    assert main(["export", f"{factory}:Small", "--context", "12", "--precision", "fp32", "--out", str(out)]) == 0
-    return out
-
-
-# --- export -------------------------------------------------------------------------------------------------------
-def test_a_checkpoint_becomes_a_bundle_that_speaks(trained: Path, checkpoint: Path) -> None:
+def test_a_checkpoint_becomes_a_bundle_that_generates(trained: Path, checkpoint: Path) -> None:
     bundle = open_bundle(trained, verify=True)
     assert (bundle.manifest.precision, bundle.manifest.graph) == ("int8", "fused")
     assert bundle.manifest.eos_token_ids == (60,)
@@ -164,22 +71,21 @@ def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Pat
         (("{file}:Small", "--context", "1"), ("the context length is 1",)),
         (("{file}:Small", "--context", "0"), ("--context", "0 is not a whole number from 1")),
         (("{file}:Small", "--context", "many"), ("'many' is not a whole number",)),
-        (("{file}:Small", "--context", "13"), ("fails at position 12, the last of a context of 13", "mine.py:")),
+        (("{file}:Small", "--context", "13"), ("fails on 13 tokens, the context that was asked for", "mine.py:")),
         (("{file}:Small", "--context", "12", "--precision", "int2"), ("invalid choice: 'int2'", "int8")),
         (("{file}:Small", "--context", "12", "--precision", "fp16"), ("invalid choice: 'fp16'", "int8", "fp32")),
         (("{file}:Small", "--context", "12", "--target", "tpu"), ("invalid choice: 'tpu'", "cpu")),
         (("{file}:Small", "--context", "12", "--target", "qnn"), ("invalid choice: 'qnn'", "cuda", "portable")),
-        (
-            ("{file}:Small", "--context", "12", "--target", "portable"),
-            ("--target portable promises ONNX-standard operators only", "--precision fp32", "--graph standard"),
-        ),
         (("{file}:Small", "--context", "12", "--graph", "best"), ("invalid choice: 'best'", "standard")),
         (("{file}:Small", "--context", "12", "--tokenizer", "{folder}/no.json"), ("no such tokenizer", "no.json")),
         (("{file}:Nothing", "--context", "12"), ("has no function 'Nothing'", "Small")),
         (("{file}", "--context", "12"), ("names a file without its factory",)),
         (("{folder}/none.py:make", "--context", "12"), ("no such file", "none.py")),
         (("{folder}/none",), ("no such source", "none does not exist")),
-        (("{file}:NotCausal", "--context", "12"), ("is not causal", "is_causal=True", "mine.py:")),
+        (
+            ("{file}:NotCausal", "--context", "12"),
+            ("cannot be given a cache: mine.py:", "lets the token at position 0 see that at 1, a later one"),
+        ),
         (("{file}:Baked", "--context", "12"), ("in the check 'prefill'", "position_ids", "layer 0")),
     ],
 )
@@ -194,7 +100,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("flags", "precision", "words"),
     [
-        ("fma avx2", "int8", "on this processor int8 products take AVX2 kernels, for want of VNNI"),
+        ("fma avx2", "int8", "on this processor int8 MatMuls take AVX2 kernels, for want of VNNI"),
         ("fma avx2", "fp32", None),
         ("fma avx2 avx_vnni", "int8", None),
         (None, "int8", None),
@@ -204,10 +110,11 @@ def test_a_processor_without_fast_kernels_is_one_warning(
     flags: str | None, precision: str, words: str | None,
     factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from pastkey.runtime import processor
+    from pastkey.export import pipeline
+    from pastkey.runtime.int8_kernels import choose_int8_kernels
 
-    found = processor.choose_int8_kernels("x86_64", None if flags is None else flags.split())
-    monkeypatch.setattr(processor, "int8_kernels", lambda: found)
+    found = choose_int8_kernels("x86_64", None if flags is None else flags.split())
+    monkeypatch.setattr(pipeline, "int8_kernels", lambda: found)
     choices = ("--context", 12, "--precision", precision, "--json")
     status, _, told = command("export", f"{factory}:Small", *choices, "--out", tmp_path / "bundle")
     assert status == 0
@@ -244,7 +151,7 @@ def test_a_full_disk_is_one_sentence(
     def full(path: Path, content: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(configs, "write_json", full)
     arguments = ("--context", 12, "--precision", "fp32", "--out", tmp_path / "bundle")
     fails(command("export", f"{factory}:Small", *arguments), "the disk is full", "nothing half-written was kept")
     assert not list(tmp_path.iterdir())
@@ -290,99 +197,85 @@ def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(
         open_bundle(work / "bundle", verify=True)
 
 
-# --- verify -------------------------------------------------------------------------------------------------------
-def test_verify_against_the_source_and_alone(small: Path, factory: Path, command: Command) -> None:
-    status, out, err = command("verify", small, f"{factory}:Small")
-    assert (status, out) == (0, "")
-    assert f"{small} against source, 12 tokens: equal" in err
-    status, out, err = command("verify", small)
-    assert (status, out) == (0, "")
-    assert f"{small} against own uncached run, 12 tokens: equal" in err
+# --- what comes with an own decoder ---------------------------------------------------------------------------------
+def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_path: Path, command: Command) -> None:
+    """From cells that would train to text, and `verify` and `eval` with the same weights."""
+    import torch
 
-
-def test_verify_json_is_one_object_with_a_figure_per_check(small: Path, factory: Path, command: Command) -> None:
-    status, printed, _ = command("verify", small, f"{factory}:Small", "--json")
-    assert (status, printed.count("\n")) == (0, 1)
-    result = json.loads(printed)
-    assert (result["ok"], result["reference"]) == (True, "source")
-    for name in ("prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"):
-        assert 0 <= result["checks"][name]["value"] <= 1e-5
-    assert result["checks"]["greedy"] == {
-        "ok": True, "measure": "first_difference", "value": None, "limit": None, "detail": "",
-    }  # fmt: skip
-
-
-def test_verify_int8_measures_its_distance_from_the_source(trained: Path, checkpoint: Path, command: Command) -> None:
-    status, printed, _ = command("verify", trained, checkpoint, "--json")
-    result = json.loads(printed)
-    assert status == 0
-    assert 0 < result["kl_divergence"] < 0.05
-    assert result["top1_agreement"] > 0.5
-
-
-def test_altered_weights_with_a_matching_manifest_are_a_difference(
-    small: Path, factory: Path, tmp_path: Path, command: Command
-) -> None:
-    altered = alter_weight(open_bundle(small), tmp_path, "qkv.weight", 3.0).path
-    status, printed, _ = command("verify", altered, f"{factory}:Small", "--json")
-    result = json.loads(printed)
-    assert (status, printed.count("\n"), result["ok"]) == (1, 1, False)
-    assert result["checks"]["prefill"]["ok"] is False
-    assert result["checks"]["prefill"]["value"] > 1e-5
-    assert "first in layer 0 (, mine.py:" in result["checks"]["prefill"]["detail"]
-    status, printed, told = command("verify", altered, f"{factory}:Small")
-    assert (status, printed) == (1, "")
-    assert "DIFFERENT" in told
-    assert "FAIL prefill" in told
-
-
-def test_another_source_is_a_difference(small: Path, factory: Path, command: Command) -> None:
-    status, printed, _ = command("verify", small, f"{factory}:other_weights", "--json")
-    assert (status, json.loads(printed)["ok"]) == (1, False)
-
-
-def test_a_source_of_another_shape_is_a_mistake(small: Path, factory: Path, checkpoint: Path, command: Command) -> None:
-    fails(
-        command("verify", small, f"{factory}:other_vocabulary"),
-        "has 37 tokens",
-        "Small has 38",
-        "name the source that it was exported from",
+    cells = ["%pip install torch", FACTORY, "model = Small()\nfor step in range(3):\n    raise SystemError('training')"]
+    content = {"cells": [{"cell_type": "code", "source": cell} for cell in cells]}
+    (tmp_path / "lesson.ipynb").write_text(json.dumps(content))
+    (tmp_path / "mine.py").write_text(FACTORY)
+    characters = "abcdefghijklmnopqrstuvwxyz .,!?\n'-:;("
+    (tmp_path / "characters.json").write_text(json.dumps({"stoi": {c: i for i, c in enumerate(characters)}}))
+    scope: dict[str, Any] = {}
+    exec(FACTORY.replace('print("number of parameters: many")', ""), scope)
+    state = {f"_orig_mod.{name}": weight + 0.25 for name, weight in scope["Small"]().state_dict().items()}
+    torch.save({"model": state, "step": 3}, tmp_path / "ckpt.pt")
+    bundle, source = tmp_path / "bundle", ("--weights", tmp_path / "ckpt.pt")
+    chosen = (
+        "--tokenizer",
+        tmp_path / "characters.json",
+        "--eos",
+        "3",
+        "--eos",
+        "7,9",
+        "--precision",
+        "fp32",
+        "--json",
     )
-    fails(command("verify", small, checkpoint), "of 1 layers, 1 heads of size 16", "of 2 layers, 2 heads of size 16")
+    status, out, told = command(
+        "export", f"{tmp_path}/lesson.ipynb:model", *source, "--context", 12, *chosen, "--out", bundle
+    )
+    assert status == 0, told
+    warnings = json.loads(out)["warnings"]
+    assert (
+        f"{tmp_path}/ckpt.pt is a pickle, read by torch.load(weights_only=True), which runs no code of it" in warnings
+    )
+    assert any("under 'model', without '_orig_mod.' in their names" in warning for warning in warnings)
+    assert open_bundle(bundle).manifest.eos_token_ids == (3, 7, 9)
+    assert isinstance(load(bundle).generate("hello", max_new_tokens=2, temperature=0).text, str)
+    assert command("verify", bundle, f"{tmp_path}/mine.py:Small", *source)[0] == 0
+    assert command("verify", bundle, f"{tmp_path}/mine.py:Small")[0] == 1
+    (tmp_path / "text").write_text("hello, is it me? ")
+    reference = ("--reference", f"{tmp_path}/lesson.ipynb:Small()", *source)
+    status, out, _ = command("eval", bundle, "--text", tmp_path / "text", *reference, "--json")
+    assert status == 0
+    assert json.loads(out)["kl_divergence"] < 1e-9
 
 
-def test_a_hash_that_does_not_match_names_the_file(small: Path, tmp_path: Path, command: Command) -> None:
-    altered = tmp_path / "altered"
-    shutil.copytree(small, altered)
-    data = altered / "onnx" / "model.onnx_data"
-    content = bytearray(data.read_bytes())
-    content[100] ^= 1
-    data.write_bytes(content)
-    fails(command("verify", altered, "--json"), "model.onnx_data was altered: its sha256 is", "copy it again")
+def test_an_eos_that_is_no_token_is_told(factory: Path, tmp_path: Path, command: Command) -> None:
+    arguments = ("export", f"{factory}:Small", "--context", 12, "--out", tmp_path / "bundle")
+    fails(command(*arguments, "--eos", "36,37"), "--eos 37 is no token of Small, which has 37 embeddings (ids 0 to 36)")
+    fails(command(*arguments, "--eos", "end"), "'end' is no list of token ids such as 1,2")
+    fails(command(*arguments, "--eos=-1"), "eos is [-1]; it must be a token id, a whole number from 0, or several")
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda f: (f / "onnx/pastkey.onnx").unlink(), ("onnx/pastkey.onnx is missing",)),
-        (lambda f: (f / "onnx/model.onnx_data").write_bytes(b"short"), ("model.onnx_data has 5 bytes", "truncated")),
-        (lambda f: (f / names.MANIFEST).unlink(), ("is not a bundle: it has no pastkey.json",)),
-        (
-            lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "bundle", "format_version": 2})),
-            ("bundle format version 2; this pastkey reads up to 1: upgrade pastkey",),
-        ),
-    ],
-    ids=["missing", "truncated", "no_manifest", "newer"],
-)
-def test_a_damaged_bundle_is_one_sentence(
-    damage: Any, words: tuple[str, ...], small: Path, tmp_path: Path, command: Command
+# --- what a source has to say -------------------------------------------------------------------------------------
+def test_an_unfinished_training_is_a_warning_and_stands_in_the_report(
+    checkpoint: Path, tmp_path: Path, command: Command
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(small, copy)
-    damage(copy)
-    fails(command("verify", copy), *words)
+    unfinished = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, unfinished)
+    manifest = json.loads((unfinished / names.MANIFEST).read_text())
+    manifest["training"] = {"step": 0, "settings": {"steps": 200}}
+    (unfinished / names.MANIFEST).write_text(json.dumps(manifest))
+    status, out, told = command("export", unfinished, "--out", tmp_path / "bundle", "--precision", "fp32", "--json")
+    assert status == 0
+    sentence = f"the training of {unfinished} stopped at step 0 of 200: go on with  pastkey train --out {unfinished} "
+    assert f"warning: {sentence}" in told
+    assert [warning for warning in json.loads(out)["warnings"] if warning.startswith(sentence)]
 
 
-def test_no_such_bundle(tmp_path: Path, command: Command) -> None:
-    fails(command("verify", tmp_path / "none"), "no such bundle")
-    fails(command("verify", tmp_path), "is not a bundle")
+def test_another_chat_template_takes_the_place_of_the_sources(
+    checkpoint: Path, tmp_path: Path, command: Command
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    arguments = ("export", checkpoint, "--out", tmp_path / "bundle", "--precision", "fp32")
+    assert command(*arguments, "--chat-template", template)[0] == 0
+    config = json.loads((tmp_path / "bundle" / names.TOKENIZER_CONFIG).read_text())
+    assert config["chat_template"] == "{{ messages[0].content }}"
+    status, _, told = command(*arguments, "--force", "--chat-template", tmp_path / "none.jinja")
+    assert status == 2
+    assert "none.jinja" in told

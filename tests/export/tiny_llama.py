@@ -8,8 +8,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 VOCABULARY, CONTEXT = 300, 80
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+# transformers 4 does not read the field of 5.
+ROPE: dict[str, Any] = (
+    {"rope_theta": 50000.0} if TRANSFORMERS_4 else {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
+)
 PROMPT = [5, 17, 256, 80, 3, 41]
 
 
@@ -17,8 +22,8 @@ def sizes(**others: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "bos_token_id": None,
-        "eos_token_id": None, "pad_token_id": None, "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
-    } | others  # fmt: skip
+        "eos_token_id": None, "pad_token_id": None,
+    } | ROPE | others  # fmt: skip
 
 
 def llama(**others: Any) -> Any:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.environments import smollm2
 from pastkey.export import export
 from pastkey.train.loop import train
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
-from ..environments import smollm2
 from ..shared import shared
 
 # Short documents, so that the decoders learn to end; after name and number there is one way to go on, so that few
@@ -44,7 +44,7 @@ def stories(out: Path) -> None:
 
 
 # name -> what writes the bundle. A line here is all that a further bundle needs.
-BUNDLES: dict[str, Callable[[Path], None]] = {
+BUNDLES: dict[str, Callable[[Path], object]] = {
     "llama": lambda out: trained(out, preset="llama"),
     "qwen2": lambda out: trained(out, preset="qwen2"),
     "qwen3": lambda out: trained(out, preset="qwen3", head_dim=32),  # which is not hidden_size / heads
@@ -54,6 +54,8 @@ BUNDLES: dict[str, Callable[[Path], None]] = {
     "smollm2": lambda out: export(smollm2(), out),
     "llama-fp32": lambda out: trained(out, preset="llama", precision="fp32"),
 }
+# Those that only other hardware loads here.
+MORE = {"llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32")}
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +69,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # as the other tests of export do: decoders this small are slower on several
             try:
-                BUNDLES[name](out)
+                (BUNDLES | MORE)[name](out)
             finally:
                 torch.set_num_threads(threads)
             made[name] = out

@@ -8,7 +8,7 @@ import onnxruntime_genai
 bundle, new_tokens, *prompts = sys.argv[1:]
 model = onnxruntime_genai.Model(bundle)
 tokenizer = onnxruntime_genai.Tokenizer(model)
-tokenizer.update_options(add_special_tokens="true")  # or the begin token is left out
+tokenizer.update_options(add_special_tokens="true")  # or the BOS token is left out
 for prompt in prompts:
     prompt_ids = tokenizer.encode(prompt)
     parameters = onnxruntime_genai.GeneratorParams(model)

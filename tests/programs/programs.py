@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ..environments import GENAI, OPTIMUM, environment, install_chromium, node_environment
+from benchmarks.environments import GENAI, OPTIMUM, environment, install_chromium, node_environment
+
 from .browser import visit
 
 _HERE = Path(__file__).parent
@@ -24,7 +25,7 @@ class Answer:
     """What a program makes of a prompt."""
 
     prompt_ids: list[int]  # as it tokenizes the prompt
-    ids: list[int]  # the new tokens; some programs give the end token too
+    ids: list[int]  # the new tokens; some programs give the EOS token too
 
 
 def genai(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:

@@ -33,7 +33,7 @@ CLOSE = 0.1
 def test_the_same_folder_gives_the_same_greedy_tokens(bundles: Callable[[str], Path], name: str, program: str) -> None:
     bundle = bundles(name)
     lm = pastkey.load(bundle)
-    # An empty prompt is one where the tokenizer adds a begin token.
+    # An empty prompt is one where the tokenizer adds a BOS token.
     prompts = [prompt for prompt in PROMPTS if prompt or tokenizer_adds_tokens(bundle)]
     answers = PROGRAMS[program](bundle, prompts, NEW_TOKENS)
     assert len(answers) == len(prompts)

@@ -6,6 +6,7 @@ heads over K key/value heads, two attention calls, no normalisation: x += attent
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,14 @@ from typing import Any
 import hypothesis
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx.parser
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from pastkey import names
 from pastkey.bundle import Bundle, KVGeometry, Manifest, open_bundle
 from pastkey.folder import file_records, write_json
+
+from ..onnx_text import encode_model
 
 # The same examples each time, and as long as they take on a busy machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -55,7 +56,16 @@ class Tiny:
         weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
         return cls(tuple(KVGeometry(K, key, value) for key, value in sizes), context_length, weights)
 
-    def __call__(self, ids: Sequence[int]) -> Array:
+    def saying(self, script: Sequence[int]) -> Tiny:
+        """A decoder of these sizes whose token after position i is `script[i]`, whatever came before."""
+        embedding = np.random.default_rng(0).normal(size=(V, E))
+        embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+        weights = {name: np.zeros_like(weight) for name, weight in self.weights.items()}
+        weights["embedding"] = embedding.astype(np.float32)
+        weights["position"][: len(script)] = 50 * embedding[list(script)]
+        return Tiny(self.layers, self.context_length, weights)
+
+    def __call__(self, ids: Sequence[int] | Array) -> Array:
         """The reference: logits (T, V) of an uncached pass over one row, in float64."""
         w = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
         count = len(ids)
@@ -88,6 +98,14 @@ FUSED_ATTENTION = """
         com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}>
         (q{i}, k{i}, v{i}, past_key_values.{i}.key, past_key_values.{i}.value, seqlens, total)
 """
+INT8_KV_ATTENTION = """
+    a{i}, present.{i}.key, present.{i}.value =
+        com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}, k_quant_type = "PER_CHANNEL",
+        v_quant_type = "PER_CHANNEL", kv_cache_bit_width = 8>
+        (q{i}, k{i}, v{i}, past_key_values.{i}.key, past_key_values.{i}.value, seqlens, total,
+        "", "", "", "", "", key_scale{i}, value_scale{i})
+"""
+PAST_NAMES = {"key": names.past_key, "value": names.past_value}
 STANDARD_MASK = """
     zero = Constant <value_int = 0> ()
     step = Constant <value_int = 1> ()
@@ -144,31 +162,32 @@ STANDARD_ATTENTION = """
 """
 
 
-def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, keeping: bool = True) -> onnx.ModelProto:
-    """The decoder with a cache, as ONNX. `keeping`: its last positions are as many as it is told, instead of one."""
-    mask, attention = {"fused": (FUSED_MASK, FUSED_ATTENTION), "standard": (STANDARD_MASK, STANDARD_ATTENTION)}[graph]
+def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool) -> str:
+    """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8."""
+    mask, attention = {
+        "fused": (FUSED_MASK, FUSED_ATTENTION),
+        "int8_kv": (FUSED_MASK, INT8_KV_ATTENTION),
+        "standard": (STANDARD_MASK, STANDARD_ATTENTION),
+    }[graph]
+    element = "int8" if graph == "int8_kv" else "float"
     inputs = ["int64[B, T] input_ids", "int64[B, S] attention_mask", "int64[B, T] position_ids"]
-    keeping = keeping and last_only
-    inputs += ["int64[1] logits_to_keep"] * keeping
-    outputs = [f"float[B, {'N' if keeping else 1 if last_only else 'T'}, {V}] logits"]
+    inputs += ["int64[1] logits_to_keep"] * last_only
+    outputs = [f"float[B, {'N' if last_only else 'T'}, {V}] logits"]
     body = (
         mask + "word = Gather(embedding, input_ids)\n place = Gather(position, position_ids)\n x0 = Add(word, place)\n"
     )
     for i, layer in enumerate(tiny.layers):
         for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size)):
-            inputs.append(f"float[B, {K}, P{i}, {size}] past_key_values.{i}.{kind}")
-            outputs.append(f"float[B, {K}, S{i}, {size}] present.{i}.{kind}")
+            inputs.append(f"{element}[B, {K}, P{i}, {size}] past_key_values.{i}.{kind}")
+            outputs.append(f"{element}[B, {K}, S{i}, {size}] present.{i}.{kind}")
         sizes = {"D": layer.key_head_size, "DV": layer.value_head_size, "SCALE": repr(layer.key_head_size**-0.5)}
         body += "".join(f"{name}{i} = MatMul(x{i}, w{name}{i})\n" for name in "qkv")
         body += attention.format(i=i, H=H, K=K, **sizes)
         body += f"o{i} = MatMul(a{i}, wo{i})\n x{i + 1} = Add(x{i}, o{i})\n"
     end = f"x{len(tiny.layers)}"
-    if keeping:
+    if last_only:
         body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
         body += f"start = Neg(logits_to_keep)\n end = Slice({end}, start, many, axis)\n"
-        end = "end"
-    elif last_only:
-        body += f"index = Constant <value_ints = [-1]> ()\n end = Gather <axis = 1> ({end}, index)\n"
         end = "end"
     body += f"head = Transpose <perm = [1, 0]> (embedding)\n logits = MatMul({end}, head)\n"
     text = (
@@ -176,26 +195,48 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, keeping: bool = True)
         f"tiny ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{body}}}"
     )
     # The syntax wants quotes around a name with dots in it.
-    model = onnx.parser.parse_model(re.sub(r"(past_key_values|present)\.\d\.\w+", r'"\g<0>"', text))
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(w, name) for name, w in tiny.weights.items())
-    return model
+    return re.sub(r"(past_key_values|present)\.\d\.\w+", r'"\g<0>"', text)
+
+
+def int8_kv_scales(tiny: Tiny) -> dict[str, Array]:
+    """One scale for all channels: (K * D,) of the keys and of the values of each layer, by the names of the graph."""
+    return {
+        f"{kind}_scale{i}": np.full(K * size, 8 / 127, np.float32)
+        for i, layer in enumerate(tiny.layers)
+        for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size))
+    }
 
 
 def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
-    With `keeping=False`, the last graph is as bundles had it that know nothing of several last positions.
+    With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
+    an int8 cache, too.
     """
     (folder / "onnx").mkdir(parents=True)
-    onnx.save(tiny_graph(tiny, graph, last_only=False), folder / names.COMMON_GRAPH["fp32"])
-    last = tiny_graph(tiny, graph, last_only=True, keeping=fields.pop("keeping", True))
-    onnx.save(last, folder / names.LAST_GRAPH)
+    data_file = fields.pop("data_file", "")
+    texts = {
+        names.ALL_LOGITS_GRAPH["fp32"]: tiny_graph(tiny, graph, last_only=False),
+        names.LAST_LOGITS_GRAPH: tiny_graph(tiny, graph, last_only=True),
+    }
+    for path, text in texts.items():
+        model, data = encode_model(text, tiny.weights, data_file)
+        (folder / path).write_bytes(model)
+        if data_file:
+            (folder / path).with_name(data_file).write_bytes(data)
+    if fields.pop("int8_kv", False):
+        scales = int8_kv_scales(tiny)
+        pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
+        metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
+        text = tiny_graph(tiny, "int8_kv", last_only=True)
+        model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
+        (folder / names.INT8_KV_GRAPH).write_bytes(model)
     tokenizer = fields.pop("tokenizer", None)
     if tokenizer is not None:
         tokenizer.save(str(folder / names.TOKENIZER))
     if "tokenizer_config" in fields:
         write_json(folder / names.TOKENIZER_CONFIG, fields.pop("tokenizer_config"))
-    manifest = {
+    manifest: dict[str, Any] = {
         "pastkey_version": "0", "source": "tiny", "precision": "fp32", "target": "cpu", "graph": graph,
         "graph_reason": "asked for", "vocab_size": V, "context_length": tiny.context_length, "layers": tiny.layers,
         "opset": 17, "ir_version": 8, "min_onnxruntime": "1.23.0",

@@ -14,11 +14,11 @@ from tokenizers import AddedToken, Tokenizer, processors
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Chat, LanguageModel, load
+from pastkey.runtime.chat_template import ChatTemplate
 from pastkey.runtime.settings import CHAT_NEW_TOKENS
-from pastkey.runtime.template import ChatTemplate
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from .conftest import Tiny
 
 # In the tiny decoder's letters. A begins, and ends nothing.
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
@@ -72,10 +72,10 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
     model: LanguageModel, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = model.chat("be brief")
-    model.session.reset()
+    model._engine.reset()
     prefilled: list[int] = []
-    prefill = model.session.prefill
-    monkeypatch.setattr(model.session, "prefill", lambda ids: (prefilled.append(len(ids)), prefill(ids))[1])
+    prefill = model._engine.prefill
+    monkeypatch.setattr(model._engine, "prefill", lambda ids: (prefilled.append(len(ids)), prefill(ids))[1])  # type: ignore[func-returns-value]
     first = chat.ask("hello", **VARIED)
     second = chat.ask("and now", **VARIED)
     prompt = rendered_ids(fresh, chat.messages[:-1])
@@ -208,6 +208,23 @@ def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
     with pytest.raises(InputError, match=words):
         chat.stream(text, **setting)
     assert chat.messages is before
+
+
+@pytest.mark.parametrize("text", [b"hello", None, ["hello"]])
+def test_what_is_no_text_is_refused(model: LanguageModel, text: Any) -> None:
+    with pytest.raises(InputError, match=r"the message is .*; a text was expected"):
+        model.chat().ask(text)
+    if text is not None:
+        with pytest.raises(InputError, match=r"system is .*; a text was expected"):
+            model.chat(text)
+
+
+def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    lm = load(speaking_bundle.path, threads=1)
+    answer = lm.chat(template=file).ask("abc", max_new_tokens=5)
+    assert answer.ids == lm.generate("abc.", max_new_tokens=5).ids
 
 
 def test_a_bundle_that_cannot_chat_says_so(

@@ -8,29 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pastkey.__main__ import main
 from pastkey.bundle import Bundle
-from pastkey.runtime import load
+from pastkey.runtime import Engine, load
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command: (exit status, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as end:  # argparse ends this way
-            status = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def fails(result: tuple[int, str, str], *words: str) -> None:
@@ -51,7 +36,14 @@ def test_run_prints_the_continuation_and_nothing_else(command: Run, speaking_bun
 
 
 def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: Bundle) -> None:
-    settings = {"max_new_tokens": 9, "temperature": 1.2, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 5}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "temperature": 1.2,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "seed": 5,
+    }
     expected = load(speaking_bundle.path, threads=1).generate("abc", repetition_penalty=1.1, **settings)
     flags = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
     status, out, err = command(
@@ -63,6 +55,25 @@ def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: B
         "text", "ids", "finish_reason", "prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds",
     ]  # fmt: skip
     assert (found["text"], found["ids"], found["new_tokens"]) == (expected.text, expected.ids, 9)
+
+
+@pytest.mark.parametrize(("flag", "most"), [("--prompt-lookup", 4), ("--no-prompt-lookup", 1)])
+def test_run_decodes_with_draft_tokens_or_without(
+    command: Run, speaking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, flag: str, most: int
+) -> None:
+    steps: list[int] = []
+    extend = Engine.extend
+
+    def recorded(engine: Engine, ids: list[int]) -> Any:
+        steps.append(len(ids))
+        return extend(engine, ids)
+
+    monkeypatch.setattr(Engine, "extend", recorded)
+    arguments = ["run", speaking_bundle.path, "--prompt", "abcabc", "--max-new-tokens", 100]
+    assert command(*arguments)[1] == command(*arguments, flag)[1]
+    steps.clear()
+    command(*arguments, flag)
+    assert max(steps) == most
 
 
 def test_run_with_ids_and_no_tokenizer_prints_ids(command: Run, bundle: Bundle) -> None:

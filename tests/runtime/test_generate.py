@@ -7,13 +7,13 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
+from pastkey.runtime.engine import Engine
 from pastkey.runtime.generate import Generation
 from pastkey.runtime.sampling import apply_repetition_penalty
-from pastkey.runtime.session import Session
 from pastkey.runtime.settings import SamplingConfig
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from .conftest import Tiny
 
 PROMPT = [5, 6, 7]
 
@@ -27,11 +27,11 @@ def greedy(tiny: Tiny, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.fixture
-def session(bundle: Bundle) -> Session:
-    return Session(bundle, threads=1)
+def session(bundle: Bundle) -> Engine:
+    return Engine(bundle, threads=1)
 
 
-def test_greedy_generation_equals_the_uncached_loop(session: Session, tiny: Tiny) -> None:
+def test_greedy_generation_equals_the_uncached_loop(session: Engine, tiny: Tiny) -> None:
     generation = Generation(session, PROMPT, max_new_tokens=20)
     assert list(generation) == greedy(tiny, PROMPT, 20)
     assert generation.finish_reason == "length"
@@ -40,7 +40,7 @@ def test_greedy_generation_equals_the_uncached_loop(session: Session, tiny: Tiny
     assert generation.decode_seconds > 0
 
 
-def test_an_end_token_ends_it_and_is_not_yielded(session: Session, tiny: Tiny) -> None:
+def test_an_end_token_ends_it_and_is_not_yielded(session: Engine, tiny: Tiny) -> None:
     expected = greedy(tiny, PROMPT, 20)
     end = next(token for i, token in enumerate(expected) if i >= 2 and token not in expected[:i])
     generation = Generation(session, PROMPT, max_new_tokens=20, end_ids=[36 if end != 36 else 35, end])
@@ -50,27 +50,27 @@ def test_an_end_token_ends_it_and_is_not_yielded(session: Session, tiny: Tiny) -
     assert generation.new_tokens == len(tokens)
 
 
-def test_an_end_token_at_once_leaves_nothing(session: Session, tiny: Tiny) -> None:
+def test_an_end_token_at_once_leaves_nothing(session: Engine, tiny: Tiny) -> None:
     generation = Generation(session, PROMPT, max_new_tokens=20, end_ids=greedy(tiny, PROMPT, 1))
     assert list(generation) == []
     assert generation.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
-def test_the_last_token_may_stand_behind_the_context(session: Session, prompt: int, expected: int) -> None:
+def test_the_last_token_may_stand_behind_the_context(session: Engine, prompt: int, expected: int) -> None:
     session.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
     generation = Generation(session, list(range(prompt)), max_new_tokens=100)
     assert len(list(generation)) == expected
     assert generation.finish_reason == "length"
 
 
-def test_none_new(session: Session) -> None:
+def test_none_new(session: Engine) -> None:
     generation = Generation(session, PROMPT, max_new_tokens=0)
     assert list(generation) == []
     assert generation.finish_reason == "length"
 
 
-def test_tokens_come_one_at_a_time(session: Session) -> None:
+def test_tokens_come_one_at_a_time(session: Engine) -> None:
     generation = Generation(session, PROMPT, max_new_tokens=10)
     next(generation)
     next(generation)
@@ -78,15 +78,15 @@ def test_tokens_come_one_at_a_time(session: Session) -> None:
     assert generation.finish_reason is None
 
 
-def test_sampling_repeats_under_a_seed(session: Session) -> None:
-    def tokens(**settings: float) -> list[int]:
+def test_sampling_repeats_under_a_seed(session: Engine) -> None:
+    def tokens(**settings: Any) -> list[int]:
         return list(Generation(session, PROMPT, max_new_tokens=25, sampling=SamplingConfig(**settings)))
 
     assert tokens(temperature=2.0, seed=1) == tokens(temperature=2.0, seed=1)
     assert tokens(temperature=2.0, seed=1) != tokens(temperature=2.0, seed=2)
 
 
-def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session: Session, tiny: Tiny) -> None:
+def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session: Engine, tiny: Tiny) -> None:
     ids = list(PROMPT)
     for _ in range(12):
         ids.append(int(np.argmax(apply_repetition_penalty(tiny(ids)[-1], ids, 3.0))))
@@ -95,7 +95,7 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session: S
     assert list(Generation(session, PROMPT, max_new_tokens=12, sampling=penalty)) == ids[3:]
 
 
-def test_a_generation_that_another_took_over_says_so(session: Session) -> None:
+def test_a_generation_that_another_took_over_says_so(session: Engine) -> None:
     first = Generation(session, PROMPT, max_new_tokens=10)
     next(first)
     second = Generation(session, [1, 2], max_new_tokens=3)
@@ -115,6 +115,6 @@ def test_a_generation_that_another_took_over_says_so(session: Session) -> None:
         ([1], None, "max_new"),
     ],
 )
-def test_what_cannot_be_continued_is_refused_at_once(session: Session, prompt: list[int], new: Any, word: str) -> None:
+def test_what_cannot_be_continued_is_refused_at_once(session: Engine, prompt: list[int], new: Any, word: str) -> None:
     with pytest.raises(InputError, match=word):
         Generation(session, prompt, max_new_tokens=new)

@@ -1,25 +1,24 @@
 from __future__ import annotations
 
-import contextlib
 import itertools
+import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import pastkey
 from pastkey import names
 from pastkey.bundle import Bundle
-from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError, ProviderError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError, OptionError, ProviderError
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
 
 if TYPE_CHECKING:
-    from conftest import Tiny
+    from .conftest import Tiny
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +48,20 @@ def test_a_prompt_of_ids_is_the_same_as_its_text(model: LanguageModel, letters: 
     ids = letters.encode("abc").ids
     expected = model.generate("abc", max_new_tokens=8)
     for prompt in (ids, tuple(ids), np.array(ids)):
-        completion = model.generate(prompt, max_new_tokens=8)
+        completion = model.generate(prompt, max_new_tokens=8)  # type: ignore[arg-type]
         assert (completion.ids, completion.text) == (expected.ids, expected.text)
     assert all(type(token) is int for token in expected.ids)
 
 
 def test_stream_is_generate_in_pieces(model: LanguageModel) -> None:
-    settings = {"max_new_tokens": 15, "temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "seed": 3}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 15,
+        "temperature": 1.5,
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "seed": 3,
+    }
     expected = model.generate("abc", **settings)
     chunks = list(model.stream("abc", **settings))
     assert all(isinstance(chunk, Chunk) for chunk in chunks)
@@ -86,15 +92,62 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(model: LanguageModel)
 
 
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3, None])
-def test_a_stop_string_that_is_none_is_refused(model: LanguageModel, stop: object) -> None:
+def test_a_stop_string_that_is_none_is_refused(model: LanguageModel, stop: Any) -> None:
     with pytest.raises(InputError, match="stop is"):
         model.generate("abc", stop=stop)
 
 
-@pytest.mark.parametrize("prompt", [None, 3])
+@pytest.mark.parametrize("prompt", [None, 3, np.array(3), b"Hi", bytearray(b"Hi"), memoryview(b"Hi")])
 def test_a_prompt_that_is_none_is_refused(model: LanguageModel, prompt: Any) -> None:
     with pytest.raises(InputError, match="a text or a sequence of token ids was expected"):
         model.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt", [["a", "b"], ["a"], ("a", "b"), [[1, 2], [3]], [[1, 2]], np.array([[1, 2]]), [np.array([1, 2])]]
+)
+def test_several_prompts_are_refused(model: LanguageModel, prompt: Any) -> None:
+    with pytest.raises(InputError, match="several prompts were given; one at a time is taken, a text or a sequence of"):
+        model.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"), [([1, 2.5], "2.5"), ([True], "True"), ([1, None], "None"), (np.array([0.5]), "0.5")]
+)
+def test_ids_that_are_no_whole_numbers_are_refused(model: LanguageModel, prompt: Any, shown: str) -> None:
+    with pytest.raises(InputError, match=f"the prompt holds {shown}; token ids are whole numbers from 0 to 36"):
+        model.generate(prompt)
+
+
+@pytest.mark.parametrize("ids", [np.array([1, 2], np.uint8), np.array([1, 2], np.int32), range(1, 3), iter([1, 2])])
+def test_ids_of_any_kind_are_taken(model: LanguageModel, ids: Any) -> None:
+    assert model.generate(ids, max_new_tokens=3).ids == model.generate([1, 2], max_new_tokens=3).ids
+
+
+def test_logits_of_a_text_are_refused(model: LanguageModel) -> None:
+    for text in ("ab", b"ab"):
+        with pytest.raises(InputError, match="a sequence of token ids was expected"):
+            model.logits(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "chat.ask", "chat.stream"])
+def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, call: str) -> None:
+    chat = byte_model.chat()
+    calls = {
+        "generate": byte_model.generate,
+        "stream": byte_model.stream,
+        "chat.ask": chat.ask,
+        "chat.stream": chat.stream,
+    }
+    with pytest.raises(OptionError, match=rf"^{call}\(\) has no option 'temprature'; did you mean 'temperature'\?$"):
+        calls[call]("?", temprature=1)
+    with pytest.raises(TypeError, match=rf"{call}\(\) has no option 'x'; its options are max_new_tokens, .*, top_p$"):
+        calls[call]("?", x=1)
+
+
+def test_an_answer_always_reuses_what_was_said(byte_model: LanguageModel) -> None:
+    with pytest.raises(OptionError, match=r"chat\.ask\(\) has no option 'reuse_prefix'"):
+        byte_model.chat().ask("?", reuse_prefix=False)  # type: ignore[call-arg]
 
 
 def test_logits_of_nothing_are_refused(model: LanguageModel) -> None:
@@ -102,35 +155,48 @@ def test_logits_of_nothing_are_refused(model: LanguageModel) -> None:
         model.logits([])
 
 
-def test_threads_take_turns(model: LanguageModel) -> None:
-    prompts = [[1, 2, 3 + i] for i in range(8)]
-    expected = [(model.generate(ids, max_new_tokens=40).ids, model.logits(ids)) for ids in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
-            generated = [pool.submit(model.generate, ids, max_new_tokens=40) for ids in prompts]
-            logits = [pool.submit(model.logits, ids) for ids in prompts]
-            for (ids, exact), one, other in zip(expected, generated, logits, strict=True):
-                assert one.result().ids == ids
-                np.testing.assert_array_equal(other.result(), exact)
+# --- characters of several tokens ---------------------------------------------------------------------------------
+MANY_BYTES = "a日é🙂."
 
 
-def test_a_stream_that_another_thread_takes_over_ends_and_spoils_nothing(model: LanguageModel) -> None:
-    """Whichever comes first: right to its end, or refused."""
-    prompts = [[1, 2, 3 + i] for i in range(8)]
-    expected = [model.generate(ids, max_new_tokens=40).ids for ids in prompts]
+@pytest.fixture(scope="module", params=["byte_level", "byte_fallback"])
+def byte_model(request: pytest.FixtureRequest, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> LanguageModel:
+    """Says MANY_BYTES after a prompt of one token, a token for each byte, and ends; it has a chat template, too."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = "".join(part for part, _ in byte_level.pre_tokenize_str(MANY_BYTES + "?"))  # one for each byte
+    data = MANY_BYTES.encode()
+    names_of = {byte: f"<0x{byte:02X}>" for byte in data + b"?"}
+    if request.param == "byte_level":
+        names_of = dict(zip(data + b"?", letters, strict=True))
+    pieces = [*names_of.values(), "<end>"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    if request.param == "byte_level":
+        tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    script = [tokenizer.token_to_id(piece) or 0 for piece in (*(names_of[byte] for byte in data), "<end>")]
+    config = {"chat_template": "{% for m in messages %}{{ '?' if m.role == 'user' }}{% endfor %}"}
+    fields = {"tokenizer": tokenizer, "tokenizer_config": config, "eos_token_ids": (script[-1],)}
+    return load(make_bundle(tiny.saying(script), "fused", **fields).path, threads=1)
 
-    def streamed(place: int) -> bool:
-        told: list[int] = []
-        with contextlib.suppress(InputError):  # "another generation began"
-            for chunk in model.stream(prompts[place], max_new_tokens=40):
-                told += chunk.ids
-        assert told == expected[place][: len(told)]
-        return told == expected[place]
 
-    with ThreadPoolExecutor(4) as pool:
-        finished = list(pool.map(streamed, [place for _ in range(10) for place in range(8)]))
-    assert any(finished)
-    assert [model.generate(ids, max_new_tokens=40).ids for ids in prompts] == expected
+@pytest.mark.parametrize("count", range(len(MANY_BYTES.encode()) + 2))
+def test_a_text_that_ends_by_length_inside_a_character_ends_before_it(byte_model: LanguageModel, count: int) -> None:
+    data = MANY_BYTES.encode()
+    expected = data[:count].decode("utf-8", "ignore")
+    completion = byte_model.generate([0], max_new_tokens=count)
+    assert completion.text == expected
+    assert len(completion.ids) == completion.new_tokens == min(count, len(data))  # which tell the rest
+    assert completion.finish_reason == ("length" if count <= len(data) else "stop")
+    assert "".join(chunk.text for chunk in byte_model.stream([0], max_new_tokens=count)) == expected
+    chat = byte_model.chat()
+    assert chat.ask("?", max_new_tokens=count).text == expected
+    assert chat.messages[-1] == {"role": "assistant", "content": expected}
+
+
+def test_a_text_that_ends_at_a_stop_string_inside_a_character_ends_before_it(byte_model: LanguageModel) -> None:
+    completion = byte_model.generate([0], stop="日")
+    assert (completion.text, completion.finish_reason) == ("a", "stop_string")
 
 
 def test_an_end_token_ends_the_text(
@@ -148,7 +214,8 @@ def test_an_end_token_ends_the_text(
 def test_generations_do_not_leak_into_one_another(model: LanguageModel) -> None:
     first = model.generate("hello", max_new_tokens=10)
     stream = model.stream("world", max_new_tokens=10)
-    next(stream)  # left unfinished
+    next(stream)
+    stream.close()
     assert model.generate("hello", max_new_tokens=10).ids == first.ids
 
 
@@ -160,7 +227,7 @@ def test_logits_of_every_position(model: LanguageModel, tiny: Tiny) -> None:
         np.testing.assert_allclose(logits, tiny(ids), atol=1e-4)
 
 
-def test_a_bundle_without_tokenizer_speaks_ids(bundle: Bundle, tiny: Tiny) -> None:
+def test_a_bundle_without_tokenizer_takes_ids(bundle: Bundle, tiny: Tiny) -> None:
     model = load(bundle.path, threads=1)
     completion = model.generate([1, 2, 3], max_new_tokens=6)
     assert completion.ids == greedy(tiny, [1, 2, 3], 6)
@@ -195,7 +262,7 @@ def test_nan_is_an_error_not_a_text(tiny: Tiny, make_bundle: Callable[..., Bundl
 def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "b"
     shutil.copytree(speaking_bundle.path, folder)
-    graph = folder / names.LAST_GRAPH
+    graph = folder / names.LAST_LOGITS_GRAPH
     content = bytearray(graph.read_bytes())
     content[-1] ^= 1
     graph.write_bytes(content)
@@ -205,6 +272,34 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle
         load(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"path": b"folder"}, "path is b'folder'; the path of a bundle folder was expected"),
+        ({"path": None}, "path is None; the path"),
+        ({"threads": "2"}, "threads is '2'; a whole number was expected"),
+        ({"threads": 1.5}, "threads is 1.5; a whole number was expected"),
+        ({"threads": True}, "threads is True; a whole number was expected"),
+        ({"providers": 3}, 'providers is 3; a name such as "cuda"'),
+        ({"providers": ["cpu", None]}, "a pair of a name and its options, or a list of these was expected"),
+        ({"providers": ("cpu", 3)}, "a pair of a name and its options, or a list of these was expected"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(speaking_bundle: Bundle, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        load(**{"path": speaking_bundle.path} | arguments)
+
+
+@pytest.mark.parametrize("providers", ["cpu", ["cpu"], ("cpu",), ("cpu", {}), [("cpu", {})], [], None])
+def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> None:
+    one: Any = np.int64(1)
+    assert load(speaking_bundle.path, providers=providers, threads=one)._engine.providers[-1].startswith("CPU")
+
+
+def test_a_model_is_shown_by_its_folder(model: LanguageModel, speaking_bundle: Bundle) -> None:
+    assert repr(model) == f"<LanguageModel {speaking_bundle.path} (fp32)>"
+
+
 def test_an_absent_provider_is_refused(speaking_bundle: Bundle) -> None:
     with pytest.raises(ProviderError, match="'coreml'"):
         load(speaking_bundle.path, providers="coreml")
@@ -212,3 +307,22 @@ def test_an_absent_provider_is_refused(speaking_bundle: Bundle) -> None:
 
 def test_the_package_itself_offers_it() -> None:
     assert (pastkey.load, pastkey.LanguageModel, pastkey.Completion) == (load, LanguageModel, Completion)
+
+
+@pytest.mark.parametrize("prompt", [{1: 2}, {1, 2}, frozenset({1})])
+def test_what_has_no_order_of_ids_is_refused(model: LanguageModel, prompt: Any) -> None:
+    with pytest.raises(InputError, match=r"the prompt is .*; a text or a sequence of token ids was expected"):
+        model.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "odd"), [([1, "a"], "'a'"), ([1, [2]], r"\[2\]"), ([1, 2.5], "2.5"), ([1, None], "None")]
+)
+def test_the_one_id_that_is_none_is_named(model: LanguageModel, prompt: Any, odd: str) -> None:
+    with pytest.raises(InputError, match=f"the prompt holds {odd}; token ids are whole numbers from 0 to"):
+        model.generate(prompt)
+
+
+def test_an_id_beyond_any_number_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(InputError, match="token id"):
+        model.generate([10**30])

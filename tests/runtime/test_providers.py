@@ -4,12 +4,24 @@ import pytest
 
 from pastkey.errors import ProviderError
 from pastkey.runtime import providers
+from pastkey.runtime.settings import Choice
 
-CPU = [("CPUExecutionProvider", {})]
+CPU = providers.Placement((("CPUExecutionProvider", {}),))
+REFUSED = [
+    known.name for known in providers.KNOWN.values() if known.fused in (providers.Fused.WRONG, providers.Fused.UNKNOWN)
+]
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(providers, "available", lambda: [*names, "CPUExecutionProvider"])
+
+
+def names_of(placement: providers.Placement) -> list[str]:
+    return [providers.short_name(name) for name, _ in placement.providers]
 
 
 @pytest.mark.parametrize("choice", [None, "cpu", "CPU", "CPUExecutionProvider", ["cpu"], ("cpu", {}), []])
-def test_the_cpu_by_every_name(choice: providers.Choice | None) -> None:
+def test_the_cpu_by_every_name(choice: Choice | None) -> None:
     assert providers.resolve(choice) == CPU
 
 
@@ -18,14 +30,55 @@ def test_a_portable_bundle_runs_on_the_cpu() -> None:
 
 
 def test_options_are_kept() -> None:
-    assert providers.resolve([("cpu", {"use_arena": "0"})]) == [("CPUExecutionProvider", {"use_arena": "0"})]
+    assert providers.resolve([("cpu", {"use_arena": "0"})]).providers == (("CPUExecutionProvider", {"use_arena": "0"}),)
 
 
-def test_the_cpu_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "available", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    names = [name for name, _ in providers.resolve("cuda")]
-    assert names == ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert [name for name, _ in providers.resolve(None, target="cuda")] == names
+def test_the_cpu_comes_last_and_what_it_runs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "CUDAExecutionProvider")
+    for placement in (providers.resolve("cuda"), providers.resolve(None, target="cuda")):
+        assert names_of(placement) == ["cuda", "cpu"]
+        assert (placement.whole, placement.tells) == (False, True)
+
+
+def test_one_that_ran_a_whole_graph_runs_all_of_it_or_is_told_that_it_need_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "OpenVINOExecutionProvider")
+    for choice in ("openvino", ("openvino", {"device_type": "CPU"}), ["openvino"]):
+        placement = providers.resolve(choice)
+        assert names_of(placement) == ["openvino"]
+        assert (placement.whole, placement.tells) == (True, False)
+    assert providers.resolve(None, target="openvino").whole
+    for placement in (providers.resolve("openvino", allow_fallback=True), providers.resolve(["openvino", "cpu"])):
+        assert names_of(placement) == ["openvino", "cpu"]
+        assert (placement.whole, placement.tells) == (False, True)
+
+
+def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
+    assert providers.counted({"Shape": 1}) == "1 operator (Shape)"
+    many = {name: 8 - i for i, name in enumerate("ABCDEFG")}
+    assert providers.counted(many) == "35 operators (A 8, B 7, C 6, D 5, E 4, F 3, ...)"
+    sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"GroupQueryAttention": 4}, "fused"))
+    assert "'openvino' leaves 4 operators (GroupQueryAttention 4)" in sentence
+    assert "--target openvino, or let it, with allow_fallback=True, or --allow-fallback of the commands" in sentence
+    assert "--target" not in str(providers.left_behind("OpenVINOExecutionProvider", {"Cos": 1}, "standard"))
+
+
+def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert providers.overlapping() == ""
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime", "onnxruntime-webgpu"])
+    here(monkeypatch)
+    with pytest.raises(ProviderError, match=r"'webgpu' is not on this machine; here: cpu; .* lie over one another"):
+        providers.resolve("webgpu")
+    with pytest.raises(ProviderError, match="it comes with pip install onnxruntime-openvino"):
+        providers.resolve("openvino")
+
+
+def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "QNNExecutionProvider" not in providers.available()
+    monkeypatch.setattr(providers, "_installed", lambda module: module == "onnxruntime_qnn")
+    assert providers.available()[0] == "QNNExecutionProvider"
+    assert providers.is_plugin("QNNExecutionProvider")
+    with pytest.raises(ProviderError, match="of the package 'onnxruntime_qnn' could not be loaded"):
+        providers.plugin_devices("QNNExecutionProvider")
 
 
 def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it() -> None:
@@ -35,7 +88,7 @@ def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it() ->
 
 @pytest.mark.parametrize("name", ["gpu9", "", "azure"])
 def test_an_unknown_provider_is_refused(name: str) -> None:
-    with pytest.raises(ProviderError, match="is unknown; here: "):
+    with pytest.raises(ProviderError, match=r"is unknown; here: .*; known are cpu, cuda, "):
         providers.resolve(name)
 
 
@@ -44,8 +97,33 @@ def test_a_bundle_made_for_absent_hardware_says_so() -> None:
         providers.resolve(None, target="webgpu")
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda", "tensorrt", "openvino"])
+def test_the_fused_graph_goes_on_where_it_was_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = providers.KNOWN[name].name
+    monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
+    assert providers.resolve(name, graph="fused").providers[0] == (full, {})
+
+
+@pytest.mark.parametrize("full", [*REFUSED, "NewExecutionProvider"])
+def test_the_fused_graph_is_refused_where_it_was_not(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
+    sentence = (
+        "this bundle has the fused graph, which the execution provider '.*' (computes wrong|was never seen to run)"
+    )
+    for choice in (full, [providers.short_name(full), "cpu"], (full, {"device": "0"})):
+        with pytest.raises(ProviderError, match=f"{sentence}: take the provider 'cpu'"):
+            providers.resolve(choice, graph="fused")
+        assert providers.resolve(choice, graph="standard").providers[0][0] == full
+
+
+def test_webgpu_has_an_alternative_that_works_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match=r"the bundle was made for webgpu; .* or export the .* --graph standard$"):
+        providers.resolve(None, target="webgpu", graph="fused")
+
+
 def test_a_provider_that_did_not_start_is_not_passed_over_in_silence() -> None:
-    wanted = [("CUDAExecutionProvider", {}), *CPU]
+    wanted = providers.Placement((("CUDAExecutionProvider", {}), *CPU.providers))
     providers.require_active(wanted, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="could not start the execution provider 'cuda'"):
         providers.require_active(wanted, ["CPUExecutionProvider"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -120,6 +122,35 @@ def test_whatever_the_settings_a_token_that_is_left_is_drawn(
         assert token in kept(sampling.keep_top_k(sampling.apply_temperature(logits, temperature), top_k))
 
 
+EXTREMES = st.sampled_from([5e-324, 1e-300, 1e-40, 1e-38, 1.0, 1e38, 1e40, 1e300, 1.7e308])
+
+
+@given(
+    logits=arrays(np.float32, 12, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    seen=st.lists(st.integers(0, 11), max_size=12),
+    penalty=EXTREMES | st.floats(1e-3, 1e3),
+    temperature=st.just(0.0) | EXTREMES,
+    rest=st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}]),
+)
+def test_no_penalty_and_temperature_overflow(
+    logits: np.ndarray, seen: list[int], penalty: float, temperature: float, rest: dict[str, Any]
+) -> None:
+    """A warning of numpy's is an error here, and infinity less infinity is one."""
+    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, seed=0, **rest)
+    penalised = sampling.apply_repetition_penalty(logits, seen, penalty)
+    assert np.isfinite(penalised).all()
+    token = Sampler(config)(logits, seen)
+    if temperature <= 1e-300:
+        assert penalised[token] == penalised.max()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
+def test_a_tiny_penalty_repeats_the_likeliest_token_that_was_seen(temperature: float) -> None:
+    logits = np.array([1, 3, 2, -1], np.float32)
+    sampler = Sampler(SamplingConfig(temperature=temperature, repetition_penalty=1e-40, seed=0))
+    assert sampler(logits, [0, 2, 3]) == 2
+
+
 def test_draws_follow_the_probabilities() -> None:
     sampler = Sampler(SamplingConfig(temperature=1.0, seed=0))
     counts = np.bincount([sampler(LOGITS, []) for _ in range(5000)], minlength=5)
@@ -142,7 +173,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 @pytest.mark.parametrize(("drawn", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
 def test_the_ends_of_the_unit_interval_draw_tokens_with_probability(drawn: float, expected: int) -> None:
     class Fixed(np.random.Generator):
-        def random(self, *_: object, **__: object) -> float:
+        def random(self, *_: object, **__: object) -> float:  # type: ignore[override]
             return drawn
 
     logits = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf])
@@ -167,10 +198,10 @@ def test_a_seed_repeats_and_another_does_not() -> None:
         ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 0.5),
     ],
 )  # fmt: skip
-def test_settings_out_of_range_are_named(field: str, value: object) -> None:
+def test_settings_out_of_range_are_named(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{field} is .*; it must be "):
         SamplingConfig(**{field: value})
 
 
 def test_numpy_numbers_are_numbers() -> None:
-    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))
+    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]

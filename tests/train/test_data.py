@@ -68,7 +68,7 @@ def test_an_empty_corpus_is_refused(content: str, tmp_path: Path) -> None:
         survey(text_corpus([tmp_path / "a.txt"]))
 
 
-def test_a_single_line_is_refused_unless_it_is_long(tmp_path: Path) -> None:
+def test_a_single_line_is_refused_unless_it_is_long() -> None:
     with pytest.raises(InputError, match="a single line of 11 bytes"):
         survey(corpus_of("hello world"))
     assert survey(corpus_of("hello world " * 1000)).documents == 1
@@ -153,7 +153,7 @@ def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path: Path) -> Non
 def test_short_documents_are_read_from_their_beginning(tmp_path: Path) -> None:
     info = written(tmp_path, corpus_of(*("abc\n" + "d" * number for number in range(40))), context=60)
     inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(50, seed=0, step=0)
-    assert (inputs[:, 0] == info.begin).all()
+    assert (inputs[:, 0] == info.begin).all()  # type: ignore[attr-defined]
     assert len({tuple(row) for row in inputs.tolist()}) > 10
 
 
@@ -168,7 +168,7 @@ def test_without_a_begin_token_documents_start_after_the_end_token(tmp_path: Pat
     tokenizer = dataclasses.replace(train_char(documents), begin=None)
     info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
     inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(50, seed=0, step=0)
-    assert {int(row[5]) for row in inputs} == {tokenizer.end}  # five characters, then the end token
+    assert {int(row[5]) for row in inputs} == {tokenizer.end}  # five characters, then the EOS token
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])

@@ -140,7 +140,8 @@ def test_transformers_loads_the_checkpoint_and_computes_the_same(variant: str, t
         warnings.simplefilter("ignore")  # transformers warns of its own deprecations
         import transformers
 
-        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        both: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = both
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     with torch.no_grad():

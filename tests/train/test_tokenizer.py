@@ -82,7 +82,7 @@ def test_the_lesson_has_five_words_and_ends_every_prompt_itself(tmp_path: Path) 
     end = tokenizer.token_to_id("<EOS>")
     assert tokenizer.encode("what is statquest").tokens == ["what", "is", "statquest", "<EOS>"]
     assert tokenizer.encode("").ids == [end]
-    assert tokenizer.decode([tokenizer.token_to_id("awesome"), end]) == "awesome"
+    assert tokenizer.decode([tokenizer.token_to_id("awesome"), end]) == "awesome"  # type: ignore[list-item]
     with pytest.raises(InputError, match="does not know"):
         lesson_tokenizer().encode("what is love")
 
@@ -130,7 +130,7 @@ def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path: Path) ->
     (tmp_path / "endless.json").write_text(
         Tokenizer.from_str(BPE.tokenizer.to_str().replace("<|endoftext|>", "<b>")).to_str()
     )
-    with pytest.raises(InputError, match="no end token"):
+    with pytest.raises(InputError, match="no EOS token"):
         read_tokenizer(tmp_path / "endless.json")
 
 

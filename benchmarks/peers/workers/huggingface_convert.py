@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 source, out = map(Path, sys.argv[1:])
-where = {"pretrained_model_name_or_path": source}
+where: dict[str, Path | str] = {"pretrained_model_name_or_path": source}
 if source.is_file():
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
 loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

@@ -59,7 +59,7 @@ class LlamaCpp:
         return np.stack([self._logits_at(i) for i in range(len(ids))])
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """Drops what llama.cpp logs."""
 

@@ -1,4 +1,4 @@
-"""pastkey without lookahead: a step for each token, as the other engines decode."""
+"""pastkey without prompt_lookup: a step for each token, as the other engines decode."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from protocol import serve
 
 
 class TokenByToken(Pastkey):
-    lookahead = False
+    prompt_lookup = False
 
 
 if __name__ == "__main__":

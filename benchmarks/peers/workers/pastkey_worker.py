@@ -8,28 +8,28 @@ from typing import Any
 from protocol import serve
 
 from pastkey.bundle import open_bundle
-from pastkey.runtime import Generation, Session
+from pastkey.runtime import Engine, Generation
 
 
 class Pastkey:
-    lookahead = True  # as `generate` has it
+    prompt_lookup = True  # as `generate` has it
 
     def __init__(self, model: str, threads: int, context: int) -> None:
         self._bundle = open_bundle(model)
         self._threads = threads
-        self._session = Session(self._bundle, threads=threads)
+        self._session = Engine(self._bundle, threads=threads)
         self._tokens: Iterator[int] = iter(())
 
     def start(self, ids: list[int], length: int) -> int:
         new = length - len(ids) + 1  # the last one is not fed, and ends what is measured
-        self._tokens = iter(Generation(self._session, ids, max_new_tokens=new, lookahead=self.lookahead))
+        self._tokens = iter(Generation(self._session, ids, max_new_tokens=new, prompt_lookup=self.prompt_lookup))
         return next(self._tokens)
 
     def step(self, token: int) -> int:
         return next(self._tokens)
 
     def logits(self, ids: list[int]) -> Any:
-        common = Session(self._bundle, graph="common", threads=self._threads)
+        common = Engine(self._bundle, graph="all_logits", threads=self._threads)
         return common.forward([ids])[0]
 
 

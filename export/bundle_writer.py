@@ -1,0 +1,109 @@
+"""Writing the bundles of one export, and proving them: float32, and what is quantized from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+import pastkey
+from pastkey import names
+from pastkey.bundle import Bundle, Manifest
+from pastkey.errors import ParityError, PastkeyError, first_line
+from pastkey.folder import file_records, parse_records, write_json
+from pastkey.runtime.ort import RunError
+
+from .compat.configs import write_configurations
+from .graft.observe import Observation
+from .graft.trace import GraphChoice
+from .graph.edit import IR_VERSION
+from .graph.save import count_operators, write_graphs
+from .measure.verify import Verification, verify
+from .progress import Progress
+from .settings import ExportConfig
+from .source.source import Source
+
+# The oldest onnxruntime that what is exported was run on; 8-bit MatMulNBits itself came with 1.22.
+MIN_ONNXRUNTIME = "1.23.0"
+# GroupQueryAttention of 1.23 sees another window: 1.23.2 gave other logits, 1.24.4 the right ones.
+MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A clean float32 graph of the source."""
+
+    source: Source
+    model: ir.Model
+    observation: Observation
+    choice: GraphChoice
+    padding: bool = True  # whether rows of different lengths may share a batch
+
+
+@dataclass(frozen=True)
+class BundleWriter:
+    """Writes and verifies the bundles of one export: float32, and what is quantized from it."""
+
+    decoder: Decoder
+    config: ExportConfig
+    progress: Progress
+
+    def write(self, model: ir.Model, folder: Path, precision: str = "fp32") -> tuple[Bundle, int]:
+        """Writes the graphs of one precision. Returns the bundle so far, and the bytes of its weights."""
+        self.progress.stage(f"write {precision} weights")
+        source, observation, choice = self.decoder.source, self.decoder.observation, self.decoder.choice
+        windows = choice.graph == "fused" and any(layer.window for layer in observation.layers)
+        manifest = Manifest(
+            pastkey_version=pastkey.__version__,
+            source=source.name,
+            precision=precision,
+            target=self.config.target,
+            graph=choice.graph,
+            graph_reason=choice.reason,
+            vocab_size=observation.vocab_size,
+            context_length=source.context_length,
+            layers=observation.geometry,
+            states=observation.states,
+            opset=model.opset_imports[""],
+            ir_version=IR_VERSION,
+            min_onnxruntime=MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME,
+            call=source.call,
+            bos_token_id=source.bos_token_id,
+            eos_token_ids=source.eos_token_ids,
+            padding=self.decoder.padding,
+            operators=count_operators(model),
+        )
+        weight_bytes = write_graphs(model, folder, precision)
+        return Bundle(folder, manifest), weight_bytes
+
+    def verify(self, bundle: Bundle) -> Verification:
+        """Raises ParityError when the bundle does not compute what its source computes."""
+        precision, source = bundle.manifest.precision, self.decoder.source
+        self.progress.stage(f"verify {precision}: prefill, decode, chunks, batch, greedy")
+        try:
+            layers = self.decoder.observation.layers
+            verification = verify(bundle, source.module, layers=layers, progress=self.progress)
+        except RunError as error:
+            if isinstance(error, PastkeyError):
+                raise
+            raise ParityError(
+                f"onnxruntime cannot run the {precision} export of {source.name} ({first_line(error)}): "
+                "try --graph standard"
+            ) from error
+        verification.require_ok(f"the {precision} export of {source.name}")
+        return verification
+
+    def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Manifest:
+        """Writes the configurations and, last of all, the manifest with every file's hash."""
+        folder = bundle.path
+        manifest = dataclasses.replace(bundle.manifest, parity=parity, quality=quality)
+        heads = [layer.heads for layer in self.decoder.observation.layers]
+        write_configurations(folder, self.decoder.source, manifest, heads)
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        records = parse_records(folder, file_records(folder, files))
+        manifest = dataclasses.replace(manifest, files=records)
+        write_json(folder / names.MANIFEST, manifest.to_json())
+        return manifest

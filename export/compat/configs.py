@@ -1,0 +1,107 @@
+"""The configurations of a bundle that other programs read: config.json, genai_config.json, the tokenizer's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pastkey import names
+from pastkey.bundle import Manifest
+from pastkey.folder import write_json
+
+from ..source.source import Source
+from .bundle_view import special_ids
+from .facts import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
+
+
+def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
+    """config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
+    config = _config(source, manifest, heads) | _loading(folder, manifest)
+    write_json(folder / names.CONFIG, config)
+    eos = list(manifest.eos_token_ids)
+    special = {
+        "bos_token_id": manifest.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": eos[0] if eos else None,
+    }
+    write_json(folder / names.GENERATION_CONFIG, special | {"max_length": manifest.context_length})
+    write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
+    if source.tokenizer is not None:
+        (folder / names.TOKENIZER).write_bytes(source.tokenizer)
+        write_json(folder / names.TOKENIZER_CONFIG, _tokenizer_config(source, source.tokenizer))
+
+
+def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:
+    """The source's own, with what other programs would guess wrong."""
+    own = source.tokenizer_config
+    config = {
+        "tokenizer_class": names.TOKENIZER_CLASS,  # else transformers goes by the model_type, and may add tokens
+        **own,
+        "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],  # else transformers makes token_type_ids too
+    }
+    # transformers.js runs the post-processor only where this is said.
+    config.setdefault("add_bos_token", special_ids(tokenizer)[:1] == (source.bos_token_id,))
+    return config
+
+
+def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+    """What transformers, optimum and transformers.js read: the source's own where it declares the graph's cache."""
+    first = manifest.layers[0]
+    sizes = {
+        "architectures": [manifest.source],
+        "vocab_size": manifest.vocab_size,
+        "max_position_embeddings": manifest.context_length,
+        "num_hidden_layers": len(manifest.layers),
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": first.kv_heads,
+        "head_dim": first.key_head_size,
+        "hidden_size": heads[0] * first.key_head_size,
+        "bos_token_id": manifest.bos_token_id,
+        "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
+    }
+    return declare_cache(source.config, sizes, manifest.layers)
+
+
+def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """What config.json says of the files beside it.
+
+    transformers.js takes its default precision from it: without, that is fp32 in Node and q8 in a browser.
+    """
+    graph = names.ALL_LOGITS_GRAPH[manifest.precision]
+    javascript: dict[str, Any] = {"dtype": names.TRANSFORMERS_JS_DTYPE[manifest.precision]}
+    if (folder / (graph + names.DATA_SUFFIX)).exists():
+        javascript["use_external_data_format"] = {Path(graph).name: 1}
+    return {"transformers.js_config": javascript}
+
+
+def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
+    """What onnxruntime-genai reads."""
+    first = manifest.layers[0]
+    decoder = {
+        "filename": names.ALL_LOGITS_GRAPH[manifest.precision],
+        "head_size": first.key_head_size,
+        "hidden_size": heads[0] * first.key_head_size,
+        "num_attention_heads": heads[0],
+        "num_hidden_layers": len(manifest.layers),
+        "num_key_value_heads": first.kv_heads,
+        "session_options": {"provider_options": []},
+        "inputs": GENAI_INPUTS,
+        "outputs": GENAI_OUTPUTS,
+    }
+    present = {key: value for key, value in special.items() if value is not None}
+    return {
+        "model": {
+            "type": "decoder",
+            **present,
+            "context_length": manifest.context_length,
+            "vocab_size": manifest.vocab_size,
+            "decoder": decoder,
+        },
+        "search": {
+            "max_length": manifest.context_length,
+            "do_sample": False,
+            "num_beams": 1,
+            "past_present_share_buffer": manifest.graph == "fused",
+        },
+    }

@@ -1,0 +1,231 @@
+"""What the other programs that load a bundle know: their versions, model types, and the cache they expect.
+
+Read in the sources of the versions named here, at the addresses beside the lists; `tests/programs/test_facts.py` holds
+the lists against what is installed. `check` judges a bundle by it, and `export` declares a `model_type`
+whose cache these programs build as the graph has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pastkey import names
+from pastkey.bundle import KVGeometry
+from pastkey.values import is_int
+
+Config = Mapping[str, Any]  # config.json
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# --- versions -----------------------------------------------------------------------------------------------------
+TRANSFORMERS_VERSION = "4.57"
+GENAI = "onnxruntime-genai 0.18"
+OPTIMUM = f"optimum-onnx 0.1, transformers {TRANSFORMERS_VERSION}"
+TRANSFORMERS_JS = "@huggingface/transformers 4.3"
+
+GENAI_SIZES_SINCE = (
+    "0.18"  # that onnxruntime-genai reads the cache's sizes off the graph; before, off its configuration
+)
+
+# The onnxruntime that a program brings with it, or the oldest that it takes.
+ONNXRUNTIME_OF = {"onnxruntime-genai": "1.31.0", "onnxruntime-node": "1.30.0", "onnxruntime-web": "1.31.0"}
+
+
+# --- transformers.js ----------------------------------------------------------------------------------------------
+# The file that it opens for a dtype, and the dtype that it takes where none is named.
+JS_GRAPH = {dtype: names.ALL_LOGITS_GRAPH[precision] for precision, dtype in names.TRANSFORMERS_JS_DTYPE.items()}
+JS_DEFAULT_DTYPE = {"Node": "fp32", "browser": "q8"}
+
+# Decoders that it has, by the key of config.json that says how many layers have a cache: getNormalizedConfig in
+# https://github.com/huggingface/transformers.js/blob/4.3.1/packages/transformers/src/configs.js
+_JS_LAYERS_KEY = {
+    "num_hidden_layers": _words(
+        """afmoe apertus arcee cohere cohere2 deepseek_v3 ernie4_5 falcon gemma gemma2 gemma3_text glm glm_moe_dsa
+        gpt_neox gpt_oss granite helium hrm_text hunyuan_v1_dense llama llama4_text ministral ministral3 mistral
+        mistral4 mobilellm modernbert-decoder nanochat olmo olmo2 olmo3 opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+        smollm3 solar_open stablelm starcoder2 vaultgemma youtu"""
+    ),
+    "n_layer": _words("bloom codegen gpt2 gpt_bigcode gptj jais"),
+    "n_layers": frozenset({"mpt"}),
+    "num_layers": frozenset({"exaone", "gpt_neo"}),
+    "num_transformer_layers": frozenset({"openelm"}),
+}
+
+# Parts of a tokenizer.json that it can run, by the part's place there: of @huggingface/tokenizers 0.2,
+# https://github.com/huggingface/tokenizers.js/tree/main/src/core
+JS_TOKENIZER_PARTS = {
+    "normalizer": _words(
+        """BertNormalizer Precompiled Sequence Replace NFC NFD NFKC NFKD Strip StripAccents Lowercase
+        Prepend"""
+    ),
+    "pre_tokenizer": _words(
+        """BertPreTokenizer Sequence Whitespace WhitespaceSplit Metaspace ByteLevel Split Punctuation Digits Replace
+        FixedLength"""
+    ),
+    "post_processor": _words("TemplateProcessing ByteLevel BertProcessing RobertaProcessing Sequence"),
+    "decoder": _words("ByteLevel WordPiece Metaspace BPEDecoder CTC Sequence Replace Fuse Strip ByteFallback"),
+}
+
+
+def js_layers_key(model_type: str) -> str | None:
+    """The key that transformers.js reads the number of layers from, or None for a type that it does not have."""
+    return next((key for key, types in _JS_LAYERS_KEY.items() if model_type in types), None)
+
+
+# --- onnxruntime-genai --------------------------------------------------------------------------------------------
+# https://github.com/microsoft/onnxruntime-genai/blob/v0.18.0/src/models/model_type.h
+GENAI_TYPES = _words(
+    """chatglm decoder ernie4_5 gemma gemma2 gemma3_text gpt2 gptoss granite internlm2 lfm2 llama mistral nemotron olmo
+    phi phimoe phi3 phi3small qwen2 qwen3 smollm3"""
+)
+# What it calls the graph's tensors; these are its defaults too.
+GENAI_INPUTS = {
+    "input_ids": names.INPUT_IDS,
+    "attention_mask": names.ATTENTION_MASK,
+    "position_ids": names.POSITION_IDS,
+    "past_key_names": names.past_key("%d"),
+    "past_value_names": names.past_value("%d"),
+}
+GENAI_OUTPUTS = {
+    "logits": names.LOGITS,
+    "present_key_names": names.present_key("%d"),
+    "present_value_names": names.present_value("%d"),
+}
+# https://github.com/microsoft/onnxruntime-extensions/blob/main/operators/tokenizer/tokenizer_jsconfig.hpp
+GENAI_TOKENIZER_MODELS = frozenset({"BPE"})  # of tokenizer.json, for these classes, with or without "Fast":
+GENAI_TOKENIZER_CLASSES = _words(
+    """BaichuanTokenizer CodeGenTokenizer CodeLlamaTokenizer GPT2Tokenizer GPTNeoXTokenizer GemmaTokenizer
+    InternLM2Tokenizer LlamaTokenizer MistralCommonBackend Phi3Tokenizer PreTrainedTokenizer PythonBackend
+    Qwen2Tokenizer SentencePieceBackend TokenizersBackend"""
+)
+
+
+# --- transformers and optimum -------------------------------------------------------------------------------------
+# Decoders of transformers 4.57, whose configuration class parses config.json: CONFIG_MAPPING_NAMES in
+# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/auto/configuration_auto.py
+TRANSFORMERS_TYPES = _words(
+    """apertus arcee biogpt bitnet bloom blt code_llama codegen cohere cohere2 cpmant ctrl dbrx deepseek_v2 deepseek_v3
+    diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe exaone4 falcon flex_olmo gemma gemma2 gemma3_text gemma3n_text glm
+    glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoeshared
+    helium hunyuan_v1_dense hunyuan_v1_moe jetmoe llama llama4_text longcat_flash minimax ministral mistral mixtral
+    modernbert-decoder moshi mpt nemotron olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2
+    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm"""
+)
+# Fast tokenizer classes of transformers 4.57 that make the BOS token themselves, whatever tokenizer.json says: those
+# with update_post_processor, as in
+# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/llama/tokenization_llama_fast.py
+TRANSFORMERS_ADDS_BOS = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
+
+# ORTModelForCausalLM's constructor in
+# https://github.com/huggingface/optimum-onnx/blob/v0.1.0/optimum/onnxruntime/modeling_decoder.py
+_OPTIMUM_KV_HEADS = _words(
+    """arcee deepseek_v3 cohere gemma gemma3_text glm granite gpt_oss helium mistral llama nemotron qwen2 qwen3
+    qwen3_moe smollm3 stablelm"""
+)
+_OPTIMUM_HEAD_DIM = _words("gemma gemma3_text gpt_oss nemotron")
+
+# Names that a configuration class gives to what others call hidden_size and num_attention_heads: its attribute_map,
+# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/gpt2/configuration_gpt2.py for one
+_OTHER_NAMES = {
+    "hidden_size": {"n_embd": "codegen ctrl gpt2 gpt_bigcode gptj openai-gpt", "d_model": "dbrx mpt xglm"},
+    "num_attention_heads": {
+        "n_head": "bloom codegen ctrl gpt2 gpt_bigcode gptj openai-gpt",
+        "n_heads": "dbrx mpt",
+        "num_heads": "gpt_neo",
+        "attention_heads": "xglm",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The cache that a program makes for every layer, and the keys of config.json that say so."""
+
+    geometry: KVGeometry
+    because: str
+
+
+def optimum_cache(config: Config) -> Expected | str:
+    """The cache that ORTModelForCausalLM makes, or the key that config.json lacks."""
+    kind = str(config.get("model_type"))
+    hidden, heads = _spelled("hidden_size", kind), _spelled("num_attention_heads", kind)
+    for key in (hidden, heads):
+        if not is_int(config.get(key), 1):
+            return key
+    kv_heads, kv_from = _optimum_kv_heads(config, kind, heads)
+    if kind == "deepseek_v3":
+        parts = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        if missing := next((part for part in parts if not is_int(config.get(part), 1)), None):
+            return missing
+        rope, nope, value_size = (int(config[part]) for part in parts)
+        key_size, size_from = rope + nope, "qk_rope_head_dim + qk_nope_head_dim and v_head_dim"
+    elif kind in _OPTIMUM_HEAD_DIM and is_int(config.get("head_dim"), 1):
+        key_size = value_size = config["head_dim"]
+        size_from = "head_dim"
+    else:
+        key_size = value_size = config[hidden] // config[heads]
+        size_from = f"{hidden} / {heads}"
+    return Expected(KVGeometry(kv_heads, key_size, value_size), f"heads from {kv_from}, their size from {size_from}")
+
+
+def _optimum_kv_heads(config: Config, kind: str, heads: str) -> tuple[int, str]:
+    key, multi_query = heads, False
+    if kind in _OPTIMUM_KV_HEADS:
+        key = "num_key_value_heads"
+    elif kind == "falcon":
+        key = "num_kv_heads"
+        multi_query = bool(config.get("multi_query", True)) and not config.get("new_decoder_architecture")
+    elif kind == "gpt_bigcode":
+        multi_query = bool(config.get("multi_query", True))
+    if multi_query:
+        return 1, "multi_query"
+    return (config[key], key) if is_int(config.get(key), 1) else (config[heads], heads)
+
+
+def _spelled(key: str, kind: str) -> str:
+    return next((other for other, kinds in _OTHER_NAMES[key].items() if kind in kinds.split()), key)
+
+
+# --- declaring a cache --------------------------------------------------------------------------------------------
+UNKNOWN_TYPE = "pastkey"  # declared where no program's type has the graph's cache
+NOTE_KEY, REPLACED_KEY = "pastkey_note", "pastkey_replaced"
+_NOTE = "the graph is the model: these keys only declare its cache to programs that build one from a known model_type"
+
+
+def declare_cache(config: Config, sizes: Config, layers: Sequence[KVGeometry]) -> dict[str, Any]:
+    """config.json whose model_type makes the programs build the graph's cache, where one does.
+
+    `config` is the source's own (may be empty), `sizes` the observed ones under Hugging Face's names, with
+    `hidden_size` = heads * head size. The source's own is kept where it suits; where only its `hidden_size` misleads
+    (optimum divides it by the heads), that alone is replaced; otherwise the type becomes llama, whose cache is any
+    number of K/V heads of one size. What was replaced is kept under its own key.
+    """
+    own = dict(config) if config.get("model_type") not in (None, UNKNOWN_TYPE) else {}
+    if own and suits(own, layers):
+        return own
+    observed = {**sizes, "architectures": config.get("architectures", sizes["architectures"])}
+    resized = {key: sizes[key] for key in ("hidden_size", "head_dim", "num_key_value_heads")}
+    for changed in ([own | resized] if own else []) + [observed | {"model_type": "llama"}]:
+        if suits(changed, layers):
+            replaced = {key: value for key, value in own.items() if changed.get(key) != value}
+            return changed | {NOTE_KEY: _NOTE} | ({REPLACED_KEY: replaced} if replaced else {})
+    return own or observed | {"model_type": UNKNOWN_TYPE}
+
+
+def suits(config: Config, layers: Sequence[KVGeometry]) -> bool:
+    """Whether both readers of config.json, transformers.js and optimum, build this cache."""
+    kind = str(config.get("model_type"))
+    key = js_layers_key(kind)
+    cache = optimum_cache(config)
+    return (
+        key is not None
+        and config.get(key) == len(layers)
+        and kind in TRANSFORMERS_TYPES
+        and isinstance(cache, Expected)
+        and all(layer == cache.geometry for layer in layers)
+    )

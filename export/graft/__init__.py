@@ -1,0 +1,1 @@
+"""A module -> ONNX with a cache."""

@@ -1,0 +1,321 @@
+"""Seeing every attention call of a module: `intercept` hands each one to a handler instead of torch.
+
+Two places are watched, because neither is enough alone. A TorchFunctionMode sees the function itself, also where
+a file says `from torch.nn.functional import scaled_dot_product_attention`; but while torch runs one of its own
+Python functions (nn.MultiheadAttention, nn.TransformerEncoderLayer) the mode is suspended, and only a replaced
+`F.scaled_dot_product_attention` is reached. A library with a public hook for attention calls `attend` from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pastkey.errors import ContractError
+
+_ATTENTION = F.scaled_dot_product_attention
+_MASK_SPEC = "pastkey_mask_spec"
+_REPLACING = threading.RLock()
+_NOT_THE_USERS = (Path(__file__).parents[1], Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Unrotated:
+    """Queries and keys before rotary positions turned them, and cos and sin of every position."""
+
+    query: Tensor  # (B, H, T, D)
+    key: Tensor  # (B, K, T, D)
+    cos: Tensor  # (context, D / 2)
+    sin: Tensor  # (context, D / 2)
+    interleaved: bool  # pairs of neighbouring channels, not of the two halves
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one scaled_dot_product_attention, queries and cache in their (B, heads, T, D) form."""
+
+    query: Tensor  # (B, H, T, D)
+    key: Tensor  # (B, K, T, D)
+    value: Tensor  # (B, K, T, Dv)
+    mask: Tensor | None  # what the module passed as attn_mask
+    dropout: float
+    is_causal: bool
+    scale: float  # factor on the scores
+    where: str  # file:line of the call, for error messages
+    # What scaled_dot_product_attention has no argument for; `attend` takes it.
+    window: int | None = None  # a token sees so many, itself and those before it
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
+    sinks: Tensor | None = None  # (H,) a further score per head, which takes its share of the softmax
+    bias: Tensor | None = None  # (H or 1, context) added to the scores by the distance of the key before the query
+    # What else makes weights (B, H', T, S) of plain q kᵀ (B, H, T, S), and S, for queries that are the last T of S
+    # tokens. Queries and keys may be several side by side, as wide as `parts` says, each with scores of its own.
+    weights: Callable[[list[Tensor], Any], Tensor] | None = None
+    parts: tuple[int, ...] = ()
+    unrotated: Unrotated | None = None  # where GroupQueryAttention may rotate instead
+
+    @property
+    def groups(self) -> int:
+        """How many query heads share one key/value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def special(self) -> str | None:
+        """What GroupQueryAttention does not compute."""
+        if self.weights is not None:
+            return "attention weights that are no softmax of scores and a mask"
+        return None if self.bias is None else "a bias on its scores (ALiBi or relative positions, say)"
+
+
+@dataclass(frozen=True)
+class RowsCall:
+    """Rows that are mixed with the few before them."""
+
+    rows: Tensor  # (B, T, F) of the new tokens
+    keep: int  # how many of the last ones a later token needs
+    where: str  # file:line, for error messages
+
+
+Handler = Callable[[AttentionCall], Tensor]
+RowsHandler = Callable[[RowsCall], Tensor]
+Watch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor | None]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, instead: Any) -> Iterator[None]:
+    """While open, an attribute of torch's is another one, where it has such a one. One thread does so at a time."""
+    with _REPLACING:
+        if name not in vars(owner):
+            yield
+            return
+        original = vars(owner)[name]
+        setattr(owner, name, instead)
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def intercept(handler: Handler, watch: Watch | None = None, rows: RowsHandler | None = None) -> Iterator[None]:
+    """While open, each attention call goes to `handler` once, and its result (B, H, T, Dv) to the caller.
+
+    `watch(func, args, kwargs)` is shown every other torch function that the module calls itself, and may return what
+    the module is given instead of its result. `rows` is given each RowsCall, and returns the kept rows with the new
+    ones behind them, (B, up to `keep` more, F). What torch.compile wrapped runs as plain Python meanwhile: compiled
+    code calls nothing that could be intercepted.
+    """
+    mode = _AttentionMode(handler, watch, rows)
+    with replaced(F, "scaled_dot_product_attention", mode.attend), replaced(_AttentionMode, "active", mode):
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one closed C++ kernel
+        try:
+            with mode, torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """The attention of a library's hook: to the handler of the open `intercept`, or computed: (B, H, T, Dv)."""
+    mode = _AttentionMode.active
+    return torch_attention(call) if mode is None else mode.hand_over(call)
+
+
+def extend(call: RowsCall) -> Tensor:
+    """The rows with those kept of earlier tokens in front: of the open `intercept`, or none."""
+    mode = _AttentionMode.active
+    return call.rows if mode is None or mode.rows is None else mode.rows(call)
+
+
+def torch_attention(call: AttentionCall) -> Tensor:
+    """What torch computes for the call as the module made it, the reference: (B, H, T, Dv)."""
+    if call.window is None and call.softcap is None and call.sinks is None and call.special is None:
+        return _ATTENTION(
+            call.query,
+            call.key,
+            call.value,
+            attn_mask=call.mask,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            enable_gqa=call.groups > 1,
+        )
+    return attention_over(call, call.key, call.value)
+
+
+def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
+    """The call's queries, the last T of S tokens, over keys (B, K, S, D) and values (B, K, S, Dv), written out."""
+    new, total = call.query.shape[2], key.shape[2]
+    if call.weights is not None:
+        weights = call.weights(raw_scores(call, key), total)
+        return weights @ repeated(value, weights.shape[1])
+    scores = (call.query * call.scale) @ repeated(key, call.query.shape[1]).transpose(2, 3)  # (B, H, T, S)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = scores.masked_fill(~visible(new, total, call.window), -torch.inf)
+    if call.bias is not None:
+        distance = torch.arange(total - new, total)[:, None] - torch.arange(total)[None, :]
+        scores = scores + call.bias[:, distance.clamp_min(0)].to(scores.dtype)
+    if call.sinks is not None:
+        sinks = call.sinks[:, None, None].expand(len(scores), -1, new, 1)
+        scores = torch.cat([scores, sinks], 3)
+    return scores.softmax(-1)[..., :total] @ repeated(value, call.query.shape[1])
+
+
+def raw_scores(call: AttentionCall, key: Tensor) -> list[Tensor]:
+    """q kᵀ (B, H, T, S) of each part of the queries and keys (B, K, S, D)."""
+    key = repeated(key, call.query.shape[1])
+    pairs = zip(call.query.split(call.parts, 3), key.split(call.parts, 3), strict=True)
+    return [query @ part.transpose(2, 3) for query, part in pairs]
+
+
+def repeated(heads: Tensor, count: int) -> Tensor:
+    """(B, K, S, D) for `count` query heads, each of the K for as many that follow one another."""
+    return heads if heads.shape[1] == count else heads.repeat_interleave(count // heads.shape[1], 1)
+
+
+def visible(new: int, total: int, window: int | None = None) -> Tensor:
+    """(T, S), whether the token of that row, the last T of S, sees the one of that column."""
+    distance = torch.arange(total - new, total)[:, None] - torch.arange(total)[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What a mask would be: causal and within the window, or something that no attention call may use."""
+
+    window: int | None = None
+    unsupported: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.window is None or self.window > 0
+
+
+def described_mask(spec: MaskSpec) -> Tensor:
+    """A mask that is not built but described. Only attention that is intercepted knows it.
+
+    The description is an attribute, which a traced tensor keeps as well.
+    """
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    setattr(mask, _MASK_SPEC, spec)
+    return mask
+
+
+def mask_spec(mask: Tensor | None) -> MaskSpec | None:
+    """Of a described mask, None for any other. Raises ContractError where the mask is unsupported."""
+    found: MaskSpec | None = getattr(mask, _MASK_SPEC, None)
+    if found is not None and found.unsupported is not None:
+        raise ContractError(f"the mask of the attention call at {calling_line()} {found.unsupported}")
+    return found
+
+
+class _AttentionMode(TorchFunctionMode):
+    active: _AttentionMode | None = None  # of the open `intercept`
+
+    def __init__(self, handler: Handler, watch: Watch | None, rows: RowsHandler | None) -> None:
+        super().__init__()
+        self.rows = rows
+        self._handler = handler
+        self._watch = watch
+        self._busy = False  # inside the handler: its own torch calls are not the module's
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATTENTION and not self._busy:
+            return self.attend(*args, **kwargs)
+        if self._watch is not None and not self._busy:
+            instead = self._watch(func, args, kwargs)
+            if instead is not None:
+                return instead
+        return func(*args, **kwargs)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Stands in for F.scaled_dot_product_attention."""
+        if self._busy:
+            return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        shape = query.shape
+        spec = mask_spec(attn_mask)
+        if spec is not None:
+            attn_mask = None
+        elif attn_mask is not None and query.dim() == 3:
+            attn_mask = _four_axes(attn_mask)
+        call = AttentionCall(
+            query=_four_axes(query),
+            key=_four_axes(key),
+            value=_four_axes(value),
+            mask=attn_mask,
+            dropout=dropout_p,
+            is_causal=is_causal or spec is not None,
+            scale=float(scale) if scale is not None else float(shape[-1]) ** -0.5,
+            where=calling_line(),
+            window=spec.window if spec is not None else None,
+        )
+        output = self.hand_over(call)
+        return output if query.dim() == 4 else output.reshape(*shape[:-1], output.shape[-1])
+
+    def hand_over(self, call: AttentionCall) -> Tensor:
+        """Gives the call to the handler, whose own torch calls are not the module's."""
+        self._busy = True
+        try:
+            return self._handler(call)
+        finally:
+            self._busy = False
+
+
+def _four_axes(tensor: Tensor) -> Tensor:
+    """(B, T, D), which is one head, as (B, 1, T, D)."""
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
+
+
+def is_users(file: Path) -> bool:
+    """Whether a frame's file is neither torch's nor ours."""
+    return not any(folder in file.parents for folder in _NOT_THE_USERS) and not file.name.startswith("<")
+
+
+def calling_line() -> str:
+    """file:line of the innermost running frame that is neither torch's nor ours."""
+    return _user_line(traceback.walk_stack(sys._getframe(1))) or "torch"
+
+
+def failing_line(error: BaseException) -> str | None:
+    """file:line where the user's code led to an error, or None when it never passed through it."""
+    return _user_line(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def is_raised(error: BaseException) -> bool:
+    """Whether the user's code says so itself, by `raise` or `assert`, and no operation failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and is_users(Path(frames[-1].filename)) and (frames[-1].line or "").startswith(_SAID)
+
+
+_SAID = ("raise", "assert")
+
+
+def _user_line(frames: Iterable[tuple[FrameType, int]]) -> str | None:
+    """Of frames with the innermost first."""
+    for frame, line in frames:
+        file = Path(frame.f_code.co_filename)
+        if is_users(file):
+            return f"{file.name}:{line}"
+    return None

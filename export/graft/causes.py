@@ -1,0 +1,97 @@
+"""Why a module cannot be given a cache: all that stands in the way, the true cause first, in one sentence."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pastkey.errors import ContractError
+
+
+class Kind(enum.IntEnum):
+    """The kinds of causes. A former one explains what is seen of a latter one."""
+
+    CHANCE = enum.auto()
+    STATE = enum.auto()
+    WRITES = enum.auto()  # a cache written in place
+    ROWS = enum.auto()  # texts of a batch see one another
+    LOOK_AHEAD = enum.auto()
+    FIXED = enum.auto()  # one length alone
+    RECURRENCE = enum.auto()
+    LENGTH = enum.auto()  # numbers made from T
+    DATA = enum.auto()  # branches on values
+    UNKNOWN = enum.auto()
+
+
+# What to write instead, where something keeps the model; said once for all places of a kind.
+_ADVICE = {
+    Kind.CHANCE: "what is random belongs to training alone (F.dropout takes training=self.training, and "
+    "scaled_dot_product_attention dropout_p=self.dropout if self.training else 0.0; noise goes under if self.training)",
+    Kind.STATE: "logits must depend on the text alone, so keep nothing on self from one call to the next",
+    Kind.WRITES: "the exported graph brings a cache of its own, so compute attention from the keys and values of this "
+    "call, as for a whole text from position 0, without the buffers",
+    Kind.ROWS: "texts of a batch are independent of one another in a decoder; trained so, the model cannot be decoded "
+    "with a cache",
+    Kind.LOOK_AHEAD: "a decoder generates token by token, and later ones are not there yet; trained so, the model "
+    "cannot be decoded with a cache, and one that does not look ahead is another model",
+    Kind.FIXED: "take the length from the ids, ids.size(1), and as many rows of a table",
+    Kind.RECURRENCE: "a cache holds keys and values of attention, and such a model cannot be decoded with it (but "
+    "write an operation on whole tensors where a loop does the same)",
+    Kind.LENGTH: "each token that is added changes numbers of all before it, of which nothing can be kept then, and "
+    "the model cannot be decoded with a cache",
+    Kind.DATA: "no graph can follow Python that looks at values (where a loop leaves out experts without tokens, "
+    "compute every expert for every token and multiply by the router's weights, 0 for those that are not chosen)",
+}
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that stands in the way."""
+
+    kind: Kind
+    what: str  # a verb and what follows
+    where: str = ""  # file:line
+    owner: str = field(default="", compare=False)  # class of the submodule
+
+
+class ObstacleError(Exception):
+    """One cause, where it is met."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause.what)
+        self.cause = cause
+
+
+class NoCacheError(ContractError):
+    """No cache can be given to the module that is called `name`."""
+
+    def __init__(self, name: str, causes: Iterable[Cause]) -> None:
+        self.name = name
+        self.causes = tuple(sorted(_true(dict.fromkeys(causes)), key=lambda cause: cause.kind))
+        parts = []
+        for i, cause in enumerate(self.causes):
+            told = f"{cause.where} {cause.what}" if cause.where else f"it {cause.what}"
+            last = i + 1 == len(self.causes) or self.causes[i + 1].kind != cause.kind
+            parts.append(f"{told}: {_ADVICE[cause.kind]}" if last and cause.kind in _ADVICE else told)
+        if len(parts) == 1:
+            super().__init__(f"{name} cannot be given a cache: {parts[0]}")
+        else:
+            listed = ";  ".join(f"({i}) {part}" for i, part in enumerate(parts, 1))
+            super().__init__(f"{name} cannot be given a cache, for {len(parts)} reasons:  {listed}")
+
+    def with_(self, seen: Iterable[Cause]) -> NoCacheError:
+        """With what was seen from outside and is not among the causes yet."""
+        places = {(cause.kind, cause.where) for cause in self.causes}
+        kinds = {kind for kind, _ in places}
+        return NoCacheError(
+            self.name,
+            [*self.causes, *(c for c in seen if (c.kind, c.where) not in places and (c.where or c.kind not in kinds))],
+        )
+
+
+def _true(causes: Iterable[Cause]) -> list[Cause]:
+    """Without what is unknown of a submodule in which something is known to stand in the way."""
+    causes = list(causes)
+    known = {cause.owner for cause in causes if cause.kind != Kind.UNKNOWN and cause.owner}
+    return [cause for cause in causes if cause.kind != Kind.UNKNOWN or cause.owner not in known]

@@ -1,0 +1,1 @@
+"""A decoder as its author wrote it -> one of the contract, by following the time axis of its uncached trace."""

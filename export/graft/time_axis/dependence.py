@@ -1,0 +1,38 @@
+"""Which tensors of a run are made of the tokens: what each operator reads is followed to what it gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_OF_THE_SHAPE = ("_like", "new_zeros", "new_ones", "new_full", "new_empty")  # whatever the numbers are
+
+
+class Dependence(TorchDispatchMode):
+    """While open, keeps what is made of `ids`. Views share what they are made of, as they share their memory."""
+
+    def __init__(self, ids: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made = {_memory(ids): ids}  # kept, so that no other tensor takes its place
+
+    def __contains__(self, tensors: object) -> bool:
+        return any(isinstance(t, Tensor) and _memory(t) in self._made for t in tree_leaves(tensors))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if (args, kwargs) in self and not any(part in name for part in _OF_THE_SHAPE):
+            written = args[:1] if name.endswith("_") else []
+            for tensor in tree_leaves([result, written]):
+                if isinstance(tensor, Tensor):
+                    self._made[_memory(tensor)] = tensor
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    with torch._C._DisableTorchDispatch():
+        return tensor.untyped_storage().data_ptr()

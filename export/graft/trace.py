@@ -1,0 +1,344 @@
+"""The one idea: the cache is grafted onto the attention calls while torch traces the module.
+
+Call number i takes past_key_values.i.key/.value, emits the attention node, and yields present.i.key/.value. The
+module's own code never mentions a cache, and attention is never pattern-matched in a graph.
+
+Two graphs, one mechanism:
+
+    fused      com.microsoft.GroupQueryAttention; past and present may be one buffer, written in place
+    standard   ONNX-standard operators only: concatenation, two MatMuls and a softmax; any head size, any padding
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops
+
+from pastkey import names
+from pastkey.bundle import KVGeometry
+from pastkey.errors import ContractError
+from pastkey.runtime.providers import takes_fused
+
+from ..graph.edit import OPSET
+from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
+from ..graph.simplify import simplify
+from ..quiet import quiet
+from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
+from .observe import Layer, Observation, evaluating, name_of
+from .time_axis.traced import whole_objects
+
+# Sizes that the example inputs have. Each dynamic dimension needs at least 2, or torch takes it for a constant.
+_BATCH, _PAST, _NEW = 2, 5, 3
+
+_LOWEST = -1e30  # of a bias, whose -inf would make NaN of a row that sees nothing
+_FLOAT, _INT32 = 1, 6  # ONNX's numbers of the element types
+
+
+@dataclass(frozen=True)
+class GraphChoice:
+    """Which graph, and why, in words that stand in the manifest."""
+
+    graph: str
+    reason: str
+
+
+def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoice:
+    """`asked` is "auto" or a graph's name. Raises ContractError where the asked one cannot take the geometry."""
+    if observation.states and asked != "fused":
+        return GraphChoice("standard", "rows are kept beside the keys and values of attention")
+    unsupported = (
+        "rows that are kept beside keys and values"
+        if observation.states
+        else next((found for layer in observation.layers if (found := _unsupported_by_fused(layer))), None)
+    )
+    if asked == "fused" and unsupported:
+        raise ContractError(f"the fused graph cannot take {unsupported}: use --graph standard, or auto")
+    if asked != "auto":
+        return GraphChoice(asked, "asked for")
+    if target == "portable":
+        return GraphChoice("standard", "target portable: standard operators only")
+    if not takes_fused(target):
+        return GraphChoice("standard", f"target {target}: the fused graph is not known to run there")
+    if unsupported:
+        return GraphChoice("standard", f"GroupQueryAttention cannot take {unsupported}")
+    return GraphChoice("fused", f"target {target}: one shared cache buffer, written in place")
+
+
+def _unsupported_by_fused(layer: Layer) -> str | None:
+    geometry = layer.geometry
+    if layer.special is not None:
+        return layer.special
+    if geometry.key_head_size != geometry.value_head_size:
+        return f"keys of size {geometry.key_head_size} and values of size {geometry.value_head_size}"
+    if geometry.key_head_size % 8:
+        return f"a head size of {geometry.key_head_size}, not a multiple of 8"
+    return None
+
+
+# --- tracing ------------------------------------------------------------------------------------------------------
+def trace(module: nn.Module, observation: Observation, graph: str, context_length: int) -> ir.Model:
+    """The module as an ONNX graph with explicit past key values, float32, names as in `pastkey.names`.
+
+    Raises ContractError when torch cannot trace the module.
+    """
+    calls: list[int] = []
+    grafted = _Grafted(module, graph, calls, observation.geometry)
+    layers, states = observation.geometry, observation.states
+    new = min(_NEW, context_length)  # a longer one would overrun a table of positions
+    arguments = (
+        torch.zeros(_BATCH, new, dtype=torch.long),
+        torch.ones(_BATCH, _PAST + new, dtype=torch.long),
+        torch.zeros(_BATCH, new, dtype=torch.long),
+        [torch.zeros(_BATCH, g.kv_heads, _PAST, size) for g in layers for size in (g.key_head_size, g.value_head_size)],
+        [torch.zeros(_BATCH, _PAST, state.size) for state in states],
+    )
+    dim = torch.export.Dim
+    batch, total, past = dim(names.BATCH), dim(names.TOTAL), dim(names.PAST)
+    # A module may assert that T is within its context: tell torch that it always is.
+    sequence = dim(names.SEQUENCE, max=max(context_length, _NEW))
+    shapes = (
+        {0: batch, 1: sequence},
+        {0: batch, 1: total if graph == "fused" else dim.DYNAMIC},
+        {0: batch, 1: sequence},
+        [{0: batch, 2: past}] * (2 * len(layers)),
+        [{0: batch, 1: dim.DYNAMIC} for _ in states],
+    )
+    inputs = [names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS]
+    outputs = [names.LOGITS]
+    for i in range(len(layers)):
+        inputs += [names.past_key(i), names.past_value(i)]
+        outputs += [names.present_key(i), names.present_value(i)]
+    inputs += [names.past_conv(i) for i in range(len(states))]
+    outputs += [names.present_conv(i) for i in range(len(states))]
+    with evaluating(module), quiet(), _without_mask_detection(), whole_objects():
+        try:
+            program = torch.export.export(
+                grafted.eval(),
+                arguments,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            exported = torch.onnx.export(
+                program,
+                (),
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,  # `simplify` does it, exactly
+                verbose=False,
+            )
+        except ContractError:
+            raise
+        except Exception as error:
+            raise ContractError(_trace_sentence(module, error)) from error
+    assert exported is not None
+    if calls[-1] != len(layers):
+        raise ContractError(
+            f"{name_of(module)} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
+            "the calls must not depend on the input"
+        )
+    simplify(exported.model)
+    _require_float32(module, exported.model)
+    return exported.model
+
+
+def _require_float32(module: nn.Module, model: ir.Model) -> None:
+    for value in model.graph.initializers.values():
+        if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            raise ContractError(
+                f"{name_of(module)} computes with {value.name} in {value.dtype.name.lower()}: leave out autocast "
+                "and casts, the graph is made in float32"
+            )
+
+
+class _Grafted(nn.Module):
+    """The module with its cache: what torch traces."""
+
+    def __init__(self, module: nn.Module, graph: str, calls: list[int], layers: Sequence[KVGeometry]) -> None:
+        super().__init__()
+        self.decoder = module  # under the name clean.DECODER, which the weights' names begin with
+        self._layers = layers
+        self._attention = _FusedAttention if graph == "fused" else _StandardAttention
+        self._calls = calls  # appended to: torch undoes what tracing assigns to attributes
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[Tensor],
+        past_rows: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        attention = self._attention(attention_mask, input_ids.shape[1], past[0].shape[2])
+        present: list[Tensor] = []
+        present_rows: list[Tensor] = []
+
+        def graft(call: AttentionCall) -> Tensor:
+            if len(present) == len(past):
+                raise ContractError("the module made more attention calls while traced than when run")
+            _require_observed(self.decoder, call, self._layers[len(present) // 2])
+            output, key, value = attention(call, *past[len(present) : len(present) + 2])
+            present.extend((key, value))
+            return output
+
+        def extend(call: RowsCall) -> Tensor:
+            rows = torch.cat([past_rows[len(present_rows)], call.rows], 1)
+            bounds = (torch.tensor([n]) for n in (-call.keep, torch.iinfo(torch.int64).max, 1))
+            last = ops.symbolic("Slice", (rows, *bounds), dtype=torch.float32, shape=rows.shape)  # or as many as it has
+            present_rows.append(last)
+            return rows
+
+        with intercept(graft, rows=extend):
+            logits = self.decoder(input_ids, position_ids=position_ids)
+        self._calls.append(len(present) // 2)
+        return (logits, *present, *present_rows)
+
+
+def _require_observed(module: nn.Module, call: AttentionCall, observed: KVGeometry) -> None:
+    """transformers repeats keys and values for the query heads while torch traces, and not when it runs."""
+    traced = KVGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3])
+    if traced != observed:
+        raise ContractError(
+            f"the attention call at {call.where} has {traced.kv_heads} key/value heads of size {traced.key_head_size} "
+            f"while {name_of(module)} is traced, and {observed.kv_heads} of size {observed.key_head_size} when it is "
+            "run: where it wraps a transformers model, export that model itself, or its folder"
+        )
+
+
+_Attention = Callable[[AttentionCall, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class _FusedAttention:
+    """GroupQueryAttention, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md."""
+
+    def __init__(self, attention_mask: Tensor, _new: int, _past: int) -> None:
+        # seqlens_k (B,) int32: real tokens per row, minus one, as the operator has it
+        self._last = (attention_mask.sum(1) - 1).to(torch.int32)
+        # total_sequence_length, int32 scalar: read from the mask, since the past axis is a buffer's capacity here
+        shape = ops.symbolic("Shape", (attention_mask,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
+        self._total = shape.squeeze(0).to(torch.int32)
+        self._total_size = attention_mask.shape[1]
+
+    def __call__(self, call: AttentionCall, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, heads, new, size = call.query.shape
+        kv_heads = call.key.shape[1]
+        present = (batch, kv_heads, self._total_size, size)
+        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale}
+        if call.window is not None:
+            attributes["local_window_size"] = call.window
+        if call.softcap is not None:
+            attributes["softcap"] = call.softcap
+        query, key = call.query, call.key
+        tables: tuple[Tensor, ...] = ()
+        rotary = call.unrotated
+        if rotary is not None and rotary.key.shape == key.shape and not size % ROTARY_MULTIPLE:
+            query, key, tables = rotary.query, rotary.key, (rotary.cos, rotary.sin)
+            attributes |= {"do_rotary": 1, "rotary_interleaved": int(rotary.interleaved)}
+        # Inputs 9 and 10 are positions and a bias, which the graph does not use.
+        sinks = () if call.sinks is None else (*(tables or (None, None)), None, None, call.sinks)
+        output, key, value = ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (
+                *(t.transpose(1, 2).flatten(2) for t in (query, key, call.value)),  # (B, T, heads * D)
+                past_key,
+                past_value,
+                self._last,
+                self._total,
+                *(sinks or tables),
+            ),
+            attributes,
+            dtypes=(_FLOAT, _FLOAT, _FLOAT),
+            shapes=((batch, new, heads * size), present, present),
+            version=1,
+        )
+        return output.unflatten(2, (heads, size)).transpose(1, 2), key, value
+
+
+class _StandardAttention:
+    """softmax(q kᵀ · scale) v over past and new tokens, in operators that every execution provider has."""
+
+    def __init__(self, attention_mask: Tensor, new: int, past: int) -> None:
+        real = attention_mask > 0
+        # Order in the cache, not position_ids: a row's padding hole keeps its columns.
+        causal = visible(new, past + new)  # (T, S)
+        self._causal = (causal[None] & real[:, None, :])[:, None, None]  # (B, 1, 1, T, S)
+        self._number = real.to(torch.int64).cumsum(1)  # (B, S), of each real token in its row
+        self._new = new
+        self._allowed: dict[int | None, Tensor] = {None: self._causal}  # by window
+
+    def _visible(self, window: int | None) -> Tensor:
+        if window is not None and window not in self._allowed:
+            distance = self._number[:, -self._new :, None] - self._number[:, None, :]  # (B, T, S)
+            self._allowed[window] = self._causal & (distance < window)[:, None, None]
+        return self._allowed[window]
+
+    def __call__(self, call: AttentionCall, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key = torch.cat([past_key, call.key], 2)  # (B, K, S, D)
+        value = torch.cat([past_value, call.value], 2)  # (B, K, S, Dv)
+        batch, heads, new, size = call.query.shape
+        kv_heads, total = key.shape[1], key.shape[2]
+        if call.weights is not None:
+            weights = call.weights(raw_scores(call, key), total)
+            return weights @ repeated(value, weights.shape[1]), key, value
+        # The query heads that share a key/value head become rows of one MatMul, so that nothing is repeated.
+        rows = (batch, kv_heads, call.groups * new, size)
+        scores = (call.query * call.scale).reshape(rows) @ key.transpose(2, 3)  # (B, K, G*T, S)
+        scores = scores.view(batch, kv_heads, call.groups, new, total)
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        if call.bias is not None:
+            distance = self._number[:, -new:, None] - self._number[:, None, :]  # (B, T, S)
+            bias = call.bias.clamp_min(_LOWEST)[:, distance.clamp(0, call.bias.shape[1] - 1)]  # (H or 1, B, T, S)
+            bias = bias.transpose(0, 1)
+            scores = scores + (bias[:, None] if len(call.bias) == 1 else bias.unflatten(1, (kv_heads, call.groups)))
+        # The lowest finite number and not -inf: a padding row that may see nothing must not become NaN.
+        scores = torch.where(self._visible(call.window), scores, torch.finfo(scores.dtype).min)
+        if call.sinks is not None:
+            sinks = call.sinks.view(1, kv_heads, call.groups, 1, 1).expand(batch, -1, -1, new, 1)
+            scores = torch.cat([scores, sinks], 4)
+        weights = scores.softmax(-1)[..., :total].reshape(batch, kv_heads, call.groups * new, total)
+        output = (weights @ value).view(batch, heads, new, value.shape[3])
+        return output, key, value
+
+
+# --- torch's own words --------------------------------------------------------------------------------------------
+def _without_mask_detection() -> contextlib.AbstractContextManager[None]:
+    """nn.TransformerEncoder compares its mask with the causal one by value, which no trace can follow.
+
+    Where it gets here, `observe` has already seen that the mask is the causal one.
+    """
+
+    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        del size
+        return mask is not None if is_causal is None else is_causal
+
+    return replaced(torch.nn.modules.transformer, "_detect_is_causal_mask", detect)
+
+
+def _trace_sentence(module: nn.Module, error: BaseException) -> str:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    known = next((cause for cause in chain if isinstance(cause, ContractError)), None)
+    if known is not None:
+        return str(known)
+    lines = [line.strip(" -") for line in str(chain[-1]).splitlines() if line.strip()] or [type(chain[-1]).__name__]
+    # torch's first line on a broken constraint is about its logging, the second about the constraint.
+    line = lines[1 if lines[0].startswith("Constraints violated") and len(lines) > 1 else 0]
+    if "complex" in line:
+        line += " (keep rotary tables as real cos and sin, not as complex numbers)"
+    where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)
+    return (
+        f"torch could not trace {name_of(module)} with a symbolic length{f' at {where}' if where else ''}: "
+        f"{line[:400]}; forward must not branch on values or lengths: take lengths from tensor.shape and positions "
+        "from position_ids"
+    )

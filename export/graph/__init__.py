@@ -1,0 +1,1 @@
+"""ONNX -> better ONNX, exactly: every pass keeps what the graph computes."""

@@ -1,0 +1,109 @@
+"""Small steps on an onnx_ir graph that every pass takes: weights, replacing, looking back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers know it well
+IR_VERSION = 10  # onnxruntime loads it since 1.18
+CONTRIB_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
+
+
+def weight(value: ir.Value | None) -> np.ndarray | None:
+    """The array of an initializer, or None for any other value."""
+    if value is None or value.const_value is None or value.producer() is not None:
+        return None
+    return value.const_value.numpy()
+
+
+def add_weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer over this very array, not a copy."""
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def replace_uses(old: ir.Value, new: ir.Value) -> None:
+    """Makes every node that reads `old` read `new`."""
+    for node, index in tuple(old.uses()):
+        node.replace_input_with(index, new)
+
+
+def replace_value(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Makes `new` what `old` was: its name, type and shape, its readers, its place among the graph's outputs."""
+    name, old.name = old.name, None
+    new.name, new.type, new.shape = name, old.type, old.shape
+    replace_uses(old, new)
+    for place, end in enumerate(model.graph.outputs):
+        if end is old:
+            model.graph.outputs[place] = new
+
+
+def replace_node(model: ir.Model, old: ir.Node, *nodes: ir.Node) -> None:
+    """Puts `nodes` in the place of `old`, whose outputs the last one's take over, one by one."""
+    model.graph.insert_before(old, nodes)
+    for number, node in enumerate(nodes[:-1]):
+        for place, output in enumerate(node.outputs):
+            output.name = f"{old.outputs[0].name}_part_{number}" + (f"_{place}" if place else "")
+    for output, new in zip(old.outputs, nodes[-1].outputs, strict=True):
+        replace_value(model, output, new)
+    model.graph.remove(old, safe=True)
+
+
+def drop_unused_weights(model: ir.Model) -> None:
+    """Removes the initializers that no node reads."""
+    for name, value in tuple(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
+def producer(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node that makes the value, where it is of that type."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == operator else None
+
+
+def input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
+    """The first input of the node of that type that makes the value."""
+    node = producer(value, operator)
+    return None if node is None else node.inputs[0]
+
+
+def sole_consumer(value: ir.Value) -> ir.Node | None:
+    """The one node that reads the value, None where several do or none."""
+    readers = [node for node, _ in value.uses()]
+    return readers[0] if len(readers) == 1 else None
+
+
+class NodeBuilder:
+    """New nodes in a row, named after `name`, and their constants. They stand in no graph yet.
+
+    onnx_ir's Tape names no nodes, and adds initializers to a graph only where it puts the nodes at that graph's end.
+    """
+
+    def __init__(self, model: ir.Model, name: str) -> None:
+        self._model, self._name = model, name
+        self.nodes: list[ir.Node] = []
+
+    def add(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """A node of ONNX's own, with numbers or `ir.Attr` as attributes; returns its output."""
+        return self.add_several(operator, 1, *inputs, **attributes)[0]
+
+    def add_several(
+        self, operator: str, outputs: int, *inputs: ir.Value | None, **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """As `add`, of a node with several outputs."""
+        name = f"{self._name}_{operator}_{len(self.nodes)}"
+        new = ir.node(operator, inputs, attributes, num_outputs=outputs, name=name)
+        for place, output in enumerate(new.outputs):
+            output.name = f"{name}_output" + (f"_{place}" if place else "")
+        self.nodes.append(new)
+        return tuple(new.outputs)
+
+    def constant(self, what: str, content: np.ndarray) -> ir.Value:
+        """An initializer."""
+        return add_weight(self._model, f"{self._name}.{what}", content)

@@ -1,0 +1,143 @@
+"""Passes that put onnxruntime's fused operators in place of what torch wrote, for the fused graph. Each is exact.
+
+    1. fuse_norms       x / sqrt(mean(x²) + e) * w               -> SimplifiedLayerNormalization (RMSNorm)
+    2. fuse_skips       a + b, then that norm                    -> SkipSimplifiedLayerNormalization, the sum an output
+    3. fuse_rotary      q cos + rotate(q) sin before attention   -> GroupQueryAttention with do_rotary (rotary.py)
+    4. drop_reshapes    heads split and joined again             -> nothing
+
+What does not match is left as it is: the graph is right without any of them, and verified with them.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from .edit import CONTRIB_DOMAIN, input_of, producer, replace_node, replace_uses, replace_value, weight
+from .rotary import fuse_rotary
+
+
+def fuse(model: ir.Model, context_length: int) -> None:
+    """Runs the passes in their order, on a graph that still has its shapes.
+
+    `context_length` is how many positions the rotary tables hold.
+    """
+    fuse_norms(model)
+    fuse_skips(model)
+    fuse_rotary(model, context_length)
+    drop_reshapes(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def where_rotated(model: ir.Model) -> str:
+    """For people: how many attention calls of a fused graph rotate queries and keys themselves."""
+    rotating = [
+        node.attributes.get_int("do_rotary", 0) == 1 for node in model.graph if node.op_type == "GroupQueryAttention"
+    ]
+    if not any(rotating):
+        return "rotary positions, if it has some, outside attention, as torch wrote them"
+    return f"rotary positions inside attention in {sum(rotating)} of {len(rotating)} calls"
+
+
+# --- norms --------------------------------------------------------------------------------------------------------
+def fuse_norms(model: ir.Model) -> None:
+    """RMSNorm as torch writes it, with the weight at either side."""
+    for node in tuple(model.graph):
+        if node.op_type != "Mul" or len(node.inputs) != 2:
+            continue
+        scale, normed = _weight_and_rest(node)
+        if scale is None or normed is None:
+            continue
+        found = _normalised(normed)
+        if found is None:
+            continue
+        x, epsilon = found
+        new = ir.node(
+            "SimplifiedLayerNormalization",
+            [x, scale],
+            {"axis": -1, "epsilon": epsilon, "stash_type": 1},
+            name=node.name,
+        )
+        replace_node(model, node, new)
+
+
+def _weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """The operand that is a vector of weights, and the other one."""
+    for scale, rest in (tuple(node.inputs), tuple(reversed(node.inputs))):
+        array = weight(scale)
+        if array is not None and array.ndim == 1 and array.size > 1 and weight(rest) is None:
+            return scale, rest
+    return None, None
+
+
+def _normalised(value: ir.Value) -> tuple[ir.Value, float] | None:
+    """(x, epsilon) of x * (1 / sqrt(mean(x ** 2, -1) + epsilon))."""
+    product = producer(value, "Mul")
+    if product is None:
+        return None
+    for x, inverse in (tuple(product.inputs), tuple(reversed(product.inputs))):
+        root = input_of(input_of(inverse, "Reciprocal"), "Sqrt")
+        total = producer(root, "Add")
+        if total is None or x is None:
+            continue
+        mean, epsilon = (total.inputs[0], weight(total.inputs[1]))
+        if epsilon is None or epsilon.size != 1:
+            continue
+        square = input_of(mean, "ReduceMean")
+        reduced = producer(mean, "ReduceMean")
+        power = producer(square, "Pow")
+        if reduced is None or power is None or power.inputs[0] is not x:
+            continue
+        exponent, axes = weight(power.inputs[1]), weight(reduced.inputs[1]) if len(reduced.inputs) > 1 else None
+        last = [-1] if x.shape is None else [-1, len(x.shape) - 1]
+        if (
+            exponent is not None
+            and axes is not None
+            and exponent.tolist() == 2
+            and axes.tolist() in ([a] for a in last)
+        ):
+            return x, float(epsilon.item())
+    return None
+
+
+def fuse_skips(model: ir.Model) -> None:
+    """The residual sum before a norm, which the rest of the graph reads too."""
+    for node in tuple(model.graph):
+        if node.op_type != "SimplifiedLayerNormalization":
+            continue
+        total = producer(node.inputs[0], "Add")
+        if total is None or any(value is None or weight(value) is not None for value in total.inputs):
+            continue
+        one, other = total.inputs
+        assert one is not None
+        assert other is not None
+        if one.shape is None or one.shape != other.shape or len(one.shape) != 3 or total.outputs[0].is_graph_output():
+            continue  # the operator takes (B, T, E) and does not spread one over the other, as Add does
+        new = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [*total.inputs, node.inputs[1]],
+            {"epsilon": node.attributes["epsilon"].as_float()},
+            domain=CONTRIB_DOMAIN,
+            num_outputs=4,
+            name=node.name,
+        )
+        for number, unused in enumerate(new.outputs[1:3]):
+            unused.name = f"{node.name}_unused_{number}"
+        model.graph.insert_before(total, new)  # others may read the sum before the norm does
+        replace_value(model, node.outputs[0], new.outputs[0])
+        replace_value(model, total.outputs[0], new.outputs[3])
+
+
+# --- heads --------------------------------------------------------------------------------------------------------
+def drop_reshapes(model: ir.Model) -> None:
+    """Reads a value from before a chain of Reshapes that ends in the very shape that it began with."""
+    for node in tuple(model.graph):
+        if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
+            continue
+        shape, value = node.outputs[0].shape, node.inputs[0]
+        while value is not None and shape is not None:
+            if value.shape == shape:
+                replace_uses(node.outputs[0], value)
+                break
+            value = input_of(value, "Reshape")

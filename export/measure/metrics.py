@@ -1,0 +1,118 @@
+"""The field's figures: how well a model predicts a text, and how far two models' predictions are apart."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey.errors import NumericsError
+from pastkey.runtime.engine import Ids, Logits
+
+Probabilities = npt.NDArray[np.float32]
+LogProbabilities = npt.NDArray[np.float64]
+
+_ROWS = 64  # positions whose probabilities are held in float64 at once: a vocabulary may be large
+_FAR = 60.0  # nats: e to it weighs what float32 probabilities have lost by underflow, 1e-38, less than 1e-12
+
+
+# --- logits -------------------------------------------------------------------------------------------------------
+def log_softmax(logits: Logits) -> LogProbabilities:
+    """log p over the last axis, in float64: differences of 1e-9 nats are measured here."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
+
+
+def softmax(logits: Logits) -> Probabilities:
+    """p over the last axis, as `kl_by_position` takes it."""
+    return np.exp(log_softmax(logits)).astype(np.float32)
+
+
+def kl_by_position(reference: Logits, p: Probabilities, logits: Logits) -> npt.NDArray[np.float64]:
+    """KL(reference || other) in nats of each position, from (..., V) and the reference's softmax `p`.
+
+    With d the differences of the logits less their mean under p, KL = log sum p e^d, and that is
+    log(1 + sum p (e^d - 1 - d)): of terms that are all positive, so that nothing cancels however small it is.
+    """
+    d = logits - reference
+    d -= np.einsum("...v,...v->...", p, d)[..., None]
+    if d.max(initial=0) > _FAR:
+        log_p = log_softmax(reference)
+        return np.asarray(np.maximum((np.exp(log_p) * (log_p - log_softmax(logits))).sum(-1), 0))
+    wide = d.astype(np.float64)
+    terms = np.expm1(wide)
+    terms -= wide
+    return np.asarray(np.log1p(np.einsum("...v,...v->...", p, terms)))
+
+
+def kl_divergence(reference: Logits, logits: Logits) -> float:
+    """KL(reference || other) in nats, mean over positions. Both (..., V)."""
+    return float(kl_by_position(reference, softmax(reference), logits).mean())
+
+
+def top1_agreement(reference: Logits, logits: Logits) -> float:
+    """Share of positions whose most likely token is the same, 0 to 1. Both (..., V)."""
+    return float((reference.argmax(-1) == logits.argmax(-1)).mean())
+
+
+def relative_difference(reference: Logits, logits: Logits) -> float:
+    """max |difference| / max |reference|: 1e-5 on logits of 44 is 4.4e-4."""
+    largest = float(np.abs(reference).max())
+    return float(np.abs(reference - logits).max()) / max(largest, float(np.finfo(np.float32).tiny))
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats per token: among how many equally likely tokens the model might as well choose.
+
+    Raises:
+        NumericsError: No float can hold the exponential of the loss.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise NumericsError(
+            f"the model loses {loss:.3g} nats per token, a perplexity beyond any number: its weights are damaged"
+        ) from None
+
+
+def agreeing_tokens(own: Iterable[int], tokens: Iterable[int]) -> int:
+    """How many tokens stand before the first that differs. Asks `own` for none after that one."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, tokens, strict=False)))
+
+
+@dataclass
+class Sums:
+    """Over the windows so far; losses and KL in nats."""
+
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    kl: float = 0.0
+    same_top: int = 0
+    tokens: int = 0
+    predicted: int = 0  # all but the first of each window
+
+    def add(self, ids: Ids, logits: Logits, expected: Logits | None = None) -> None:
+        """One window (T,) with its logits (T, V), and those of the reference."""
+        for start in range(0, ids.size, _ROWS):
+            rows = slice(start, start + _ROWS)
+            following = ids[start + 1 : start + _ROWS + 1]  # one fewer than rows at the window's end
+            self.loss += _loss(log_softmax(logits[rows]), following)
+            if expected is not None:
+                log_p = log_softmax(expected[rows])
+                self.reference_loss += _loss(log_p, following)
+                p = np.exp(log_p).astype(np.float32)
+                self.kl += float(kl_by_position(expected[rows], p, logits[rows]).sum())
+                self.same_top += int((expected[rows].argmax(-1) == logits[rows].argmax(-1)).sum())
+        self.tokens += ids.size
+        self.predicted += ids.size - 1
+
+
+def _loss(log_probabilities: LogProbabilities, following: Ids) -> float:
+    """-log p in nats, summed, of the token that follows each position (T, V)."""
+    return -float(log_probabilities[np.arange(following.size), following].sum())

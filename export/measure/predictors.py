@@ -1,0 +1,138 @@
+"""Models that predict a text: a bundle, run by the runtime that ships, or a module, run in torch without a cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, Unpack
+
+import numpy as np
+
+from pastkey.bundle import Bundle
+from pastkey.errors import InputError, NumericsError, PastkeyError, first_line
+from pastkey.runtime import Engine, Generation
+from pastkey.runtime.settings import PlacementOptions
+
+from .metrics import Ids, Logits, agreeing_tokens, relative_difference
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..graft.observe import Uncached
+
+Cache = tuple[tuple[Logits, Logits], ...]  # per layer, keys and values (K, T, D)
+
+
+class Predictor(Protocol):
+    """What bundles and modules have in common. A text is (T,) token ids without a past."""
+
+    @property
+    def name(self) -> str: ...  # as the user wrote it
+
+    def logits(self, ids: Ids) -> Logits:
+        """(T,) -> (T, V)."""
+
+    def cache(self, ids: Ids) -> Cache:
+        """The keys and values of every attention call on a text (T,)."""
+
+    def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
+        """How many of `tokens` its own greedy continuation of `prompt` (T,) begins with."""
+
+
+class BundlePredictor:
+    """What a bundle predicts: whole texts in one run, continuations token by token."""
+
+    def __init__(self, bundle: Bundle, **placement: Unpack[PlacementOptions]) -> None:
+        """`placement`: where it runs, as for `load`. Raises what Engine raises."""
+        self.name = str(bundle.path)
+        self._engine = Engine(bundle, graph="all_logits", **placement)
+
+    def logits(self, ids: Ids) -> Logits:
+        """(T,) -> (T, V)."""
+        self._engine.reset()
+        logits: Logits = self._engine.forward(ids[None])[0]
+        return logits
+
+    def cache(self, ids: Ids) -> Cache:
+        """The keys and values of every attention call on a text (T,)."""
+        self.logits(ids)
+        return cached_layers(self._engine)
+
+    def greedy(self, prompt: Ids, count: int) -> list[int]:
+        """The `count` tokens that it writes after `prompt` (T,), EOS like any other."""
+        return list(self._continue(prompt, count))
+
+    def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
+        """How many of `tokens` its own greedy continuation of `prompt` (T,) begins with."""
+        return agreeing_tokens(self._continue(prompt, len(tokens)), tokens)
+
+    def _continue(self, prompt: Ids, count: int) -> Generation:
+        return Generation(self._engine, prompt.tolist(), max_new_tokens=count, prompt_lookup=False)
+
+
+def cached_layers(engine: Engine) -> Cache:
+    """What the first row of the engine's cache holds."""
+    layers = [engine.cache.layer(i) for i in range(len(engine.manifest.layers))]
+    return tuple((keys[0], values[0]) for keys, values in layers)
+
+
+class ModulePredictor:
+    """What a module predicts as its author wrote it: a Hugging Face decoder with transformers' own attention."""
+
+    def __init__(self, module: nn.Module, name: str | None = None) -> None:
+        """`name` is what messages call it, None for its class."""
+        from ..graft.observe import name_of
+
+        self.name = name or name_of(module)
+        self._module = module
+
+    def logits(self, ids: Ids) -> Logits:
+        """(T,) -> (T, V). Raises InputError where the module fails on so many tokens, NumericsError for NaN."""
+        from ..graft.observe import natively
+
+        try:
+            with natively(self._module):
+                logits: Logits = _uncached(self._module, ids).logits[0].numpy()
+        except PastkeyError:
+            raise
+        except Exception as error:  # whatever a user's module raises
+            from ..graft.attention import failing_line
+
+            where = failing_line(error)
+            raise InputError(
+                f"{self.name} failed on a window of {ids.size} tokens{f' at {where}' if where else ''} with "
+                f"{type(error).__name__}: {first_line(error)}; a module must take every length up to its context (eval "
+                "takes a smaller --length)"
+            ) from error
+        if not np.isfinite(logits).all():
+            raise NumericsError(f"the logits of {self.name} are not finite (NaN or infinity): its weights are damaged")
+        return logits
+
+    def cache(self, ids: Ids) -> Cache:
+        """The keys and values of every attention call on a text (T,)."""
+        run = _uncached(self._module, ids)
+        return tuple((k[0].numpy(), v[0].numpy()) for k, v in zip(run.keys, run.values, strict=True))
+
+    def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
+        """How many of `tokens` its own greedy continuation of `prompt` (T,) begins with.
+
+        One run over both tells: up to the first difference they are its own continuation.
+        """
+        logits = self.logits(np.array([*prompt, *tokens[:-1]], np.int64))[prompt.size - 1 :]
+        return agreeing_tokens(logits.argmax(-1).tolist(), tokens)
+
+    def rounding(self, ids: Ids) -> float:
+        """max |difference| over max |logit| between the module in float64 and in float32; 0 where it has no float64."""
+        try:
+            wide = ModulePredictor(copy.deepcopy(self._module).double()).logits(ids)
+        except Exception:  # whatever a user's module raises in a precision that it was not written for
+            return 0.0
+        return relative_difference(wide, self.logits(ids))
+
+
+def _uncached(module: nn.Module, ids: Ids) -> Uncached:
+    import torch
+
+    from ..graft.observe import run_uncached
+
+    return run_uncached(module, torch.from_numpy(ids[None]))

@@ -1,0 +1,226 @@
+"""Opening what a bundle is compared with: another bundle, or a source that is run in torch without a cache.
+
+torch is imported where a source is opened: a bundle alone, or two, need none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pastkey import names
+from pastkey.bundle import Bundle, KVGeometry, open_bundle
+from pastkey.errors import (
+    ContextLengthError,
+    ContractError,
+    InputError,
+    MissingExtraError,
+    MissingFileError,
+    first_line,
+)
+from pastkey.folder import read_json
+
+from ..settings import SOURCES, split_factory
+from .predictors import BundlePredictor, ModulePredictor, Predictor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..graft.observe import Layer, Observation
+    from ..source.source import Source
+
+Say = Callable[[str], None]
+_NEEDED = ("torch", "safetensors")  # by nearly every source
+
+
+def _silently(line: str) -> None:
+    """Tells nobody."""
+
+
+# --- for eval -----------------------------------------------------------------------------------------------------
+def open_reference(
+    path: str,
+    bundle: Bundle,
+    ids: Sequence[int],
+    length: int,
+    *,
+    threads: int | None = None,
+    weights: str | None = None,
+    trust_remote_code: bool = False,
+    say: Say = _silently,
+) -> Predictor:
+    """Opens a bundle folder, or what `open_source` takes, to be given windows of `length` of the bundle's `ids`.
+
+    `threads` are the runtime's; torch keeps its own. `weights` are those of a module.
+
+    Raises:
+        MissingFileError: There is no such reference.
+        InputError: It is neither, it has another vocabulary, or its context is shorter than a window.
+        MissingExtraError: A source, where torch is not installed.
+        PastkeyError: Whatever else opening it raises.
+    """
+    if _is_bundle(Path(path)):
+        other = open_bundle(path)
+        if length > other.manifest.context_length:
+            raise _too_short(path, other.manifest.context_length, length)
+        _require_same_size(bundle, path, other.manifest.vocab_size)
+        tokenizer = None if other.tokenizer is None else other.tokenizer.read_bytes()
+        _require_same_tokens(bundle, path, tokenizer, ids)
+        return BundlePredictor(other, threads=threads)
+    _require_known(path)
+    try:
+        source, module, _ = _open_module(path, length, None, weights, trust_remote_code, say)
+    except ContextLengthError as error:
+        raise _too_short(path, error.longest, length) from None
+    found = ModulePredictor(module, path)
+    _require_same_size(bundle, path, found.logits(np.zeros(2, np.int64)).shape[-1])
+    _require_same_tokens(bundle, path, source.tokenizer, ids)
+    return found
+
+
+# --- for verify ---------------------------------------------------------------------------------------------------
+def open_exported(
+    path: str,
+    bundle: Bundle,
+    *,
+    weights: str | None = None,
+    trust_remote_code: bool = False,
+    say: Say = _silently,
+) -> tuple[nn.Module, tuple[Layer, ...]]:
+    """Opens what the bundle was exported from: its module, and its attention calls as messages name them.
+
+    Raises:
+        InputError: It has another vocabulary or another cache.
+        MissingExtraError: torch is not installed.
+        PastkeyError: Whatever else opening it raises.
+    """
+    length, call = bundle.manifest.context_length, bundle.manifest.call or None
+    if call is not None:
+        _require_plain(call, bundle)
+    source, module, observation = _open_module(path, length, call, weights, trust_remote_code, say)
+    if observation is None:
+        return module, ()
+    _require_same_shape(bundle, source.name, observation)
+    return module, observation.layers
+
+
+def _require_plain(call: str, bundle: Bundle) -> None:
+    """A manifest may come from anybody, and its call is run as Python."""
+    _require_packages()
+    from ..graft.call import is_plain
+
+    if not is_plain(call):
+        raise InputError(
+            f"{bundle.path} was exported with --call {call!r}, which does more than call the module, and a manifest's "
+            "Python is not run: verify the bundle without its source"
+        )
+
+
+def _require_same_shape(bundle: Bundle, source: str, observation: Observation) -> None:
+    manifest = bundle.manifest
+    if (manifest.vocab_size, manifest.layers) != (observation.vocab_size, observation.geometry):
+        raise InputError(
+            f"{bundle.path} has {manifest.vocab_size} tokens and the cache {_shown(manifest.layers)}, {source} has "
+            f"{observation.vocab_size} and {_shown(observation.geometry)}: name the source that it was exported from"
+        )
+
+
+def _shown(layers: Sequence[KVGeometry]) -> str:
+    first = layers[0]
+    return f"of {len(layers)} layers, {first.kv_heads} heads of size {first.key_head_size}"
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+def _open_module(
+    path: str, context_length: int, call: str | None, weights: str | None, trust_remote_code: bool, say: Say
+) -> tuple[Source, nn.Module, Observation | None]:
+    """The source, its module as it is run, and what running it showed.
+
+    A module of transformers that no cache can be given is run as it is, since it may have been exported by optimum:
+    nothing is observed of it.
+    """
+    _require_packages()
+    from ..graft.contract import in_contract
+    from ..graft.observe import StandIn
+    from ..source.open import open_source
+
+    source = open_source(
+        path, context_length=context_length, weights=weights, trust_remote_code=trust_remote_code, say=say
+    )
+    try:
+        found = in_contract(source.module, source.context_length, call, say)
+    except ContractError:
+        if not isinstance(source.module, StandIn):
+            raise
+        return source, source.module, None
+    except InputError as error:
+        raise InputError(
+            f"{path} does not run as {call or 'a decoder'} on {source.context_length} tokens "
+            f"({first_line(error.__cause__ or error)}): name the source that the bundle was exported from"
+        ) from error
+    return source, found.module, found.observation
+
+
+def _require_packages() -> None:
+    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingExtraError(
+            f"to compare with a source it is run in torch, and {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: type  pip install {' '.join(missing)}  and try "
+            "again; a bundle alone, or two, need neither"
+        )
+
+
+def _is_bundle(path: Path) -> bool:
+    manifest = path / names.MANIFEST  # a checkpoint has one as well
+    return manifest.is_file() and read_json(manifest).get("kind") == "bundle"
+
+
+def _require_known(path: str) -> None:
+    """Raises where neither a bundle nor a source can be meant; which source it is, `open_source` finds out."""
+    if split_factory(path) is not None:
+        return
+    expected = f"expected another bundle, {SOURCES}"
+    place = Path(path)
+    if place.is_dir() and not any((place / name).is_file() for name in (names.MANIFEST, names.CONFIG)):
+        raise InputError(
+            f"{path} cannot be a reference, it has neither {names.MANIFEST} nor {names.CONFIG}: {expected}"
+        )
+    if place.is_file() and place.suffix not in (".bin", ".gguf"):
+        raise InputError(f"{path} cannot be a reference, it is a file of another kind: {expected}")
+    if not place.exists():
+        raise MissingFileError(f"no such reference: {path} does not exist; {expected}")
+
+
+def _too_short(path: str, longest: int, length: int) -> InputError:
+    return InputError(
+        f"windows of {length} tokens are longer than the context of the reference {path}, {longest} tokens: give "
+        f"--length {longest} or less"
+    )
+
+
+def _require_same_size(bundle: Bundle, path: str, vocab_size: int) -> None:
+    if vocab_size != bundle.manifest.vocab_size:
+        raise InputError(
+            f"the reference {path} has a vocabulary of {vocab_size} tokens and {bundle.path} one of "
+            f"{bundle.manifest.vocab_size}: predictions can be compared only over the same one"
+        )
+
+
+def _require_same_tokens(bundle: Bundle, path: str, tokenizer: bytes | None, ids: Sequence[int]) -> None:
+    """Raises InputError where one of the text's ids stands for something else in the reference's own tokenizer."""
+    if tokenizer is None or bundle.tokenizer is None:
+        return
+    ours, theirs = Tokenizer.from_file(str(bundle.tokenizer)), Tokenizer.from_buffer(tokenizer)
+    for token in sorted(set(ids)):
+        if ours.id_to_token(token) != theirs.id_to_token(token):
+            raise InputError(
+                f"token {token} is {theirs.id_to_token(token)!r} in the reference {path} and "
+                f"{ours.id_to_token(token)!r} in {bundle.path}: predictions can be compared only over the same "
+                "vocabulary"
+            )

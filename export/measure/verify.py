@@ -1,0 +1,400 @@
+"""Parity: what the runtime computes from a bundle, step by step, against an uncached run.
+
+The reference is the module that was exported, run without a cache in torch; or, for a bundle alone, int8 and int4, the
+bundle's own uncached run. What verifies is what ships: every figure comes out of `pastkey.runtime`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+
+from pastkey.bundle import Bundle, Manifest
+from pastkey.errors import ParityError
+from pastkey.runtime import Engine, Generation
+from pastkey.runtime.settings import PlacementOptions
+
+from ..progress import SILENT, Progress
+from .metrics import Ids, Logits, kl_divergence, relative_difference, top1_agreement
+from .predictors import BundlePredictor, ModulePredictor, Predictor, cached_layers
+from .texts import self_generated_texts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..graft.observe import Layer
+
+# --- tolerances and sizes, in this one place ----------------------------------------------------------------------
+# max |difference| over max |logit|. State it relative: torch and onnxruntime in float32 differ by 9e-5 at logits of 44.
+MAX_RELATIVE_DIFFERENCE = 1e-5
+# A deep module can be further than that from itself: torch in float32 from torch in float64. Then the limit is so many
+# times the distance measured on the same text.
+ROUNDING_ALLOWANCE = 3
+# A layer is named as the first one that differs where its keys or values are so many limits away.
+LAYER_ALLOWANCE = 10
+# int8 and int4 may choose another token than the uncached run within so many times the distance of their own paths.
+TIE_ALLOWANCE = 2
+# int8 decoded token by token takes another path through attention than int8 prefill; the last bits, amplified by int8
+# activations, may cost no more than twice what int8 itself costs against float32 (nats): two roundings of one size are
+# that far from each other. Or as much as rounding can explain. Most of what int4 costs is its weights', which are the
+# same on every path: a tenth of int8's share.
+DECODE_KL_ALLOWANCE = {"int8": 2, "int4": 0.2}
+KL_FLOOR = 1e-6
+# How far int8 and int4 may be from float32 at all (nats): an export beyond it has lost the model. Later, against the
+# source, no further than twice what was measured at export.
+MAX_KL = {"int8": 0.5, "int4": 1.0}
+RECORDED_KL_ALLOWANCE = 2
+TOKENS = 150  # length of the text that is compared, where the context has room for it
+MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or so many tokens beyond a window, where it is no larger than this
+RANDOM_TOKENS = 16  # at its beginning; the model itself writes the rest
+CHUNK_SIZES = (7, 64)  # the check "decode" is chunks of one
+GREEDY_TOKENS = 64
+BATCH_LENGTH = 40  # the longest row of the batch
+BATCH_STEPS = 4  # tokens decoded after it
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: its figure, and the limit that it had to keep."""
+
+    name: str
+    ok: bool
+    measure: str  # "max_relative_difference", "mean_kl" (nats) or "first_difference" (of the token ids, or null)
+    value: float | int | None
+    limit: float | None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one bundle, and int8's or int4's distance from float32 where the source was at hand.
+
+    Attributes:
+        reference: "source" or "own uncached run".
+        tokens: Of the text that was compared.
+        checks: In the order in which they were made.
+        quality: kl_divergence (nats) and top1_agreement (share, 0 to 1) against the source in float32; else empty.
+    """
+
+    reference: str
+    tokens: int
+    checks: tuple[Check, ...]
+    quality: dict[str, float]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check kept its limit."""
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry per check, as `pastkey verify --json` prints them and the manifest keeps them."""
+        checks = {check.name: {k: v for k, v in asdict(check).items() if k != "name"} for check in self.checks}
+        return {"ok": self.ok, "reference": self.reference, "tokens": self.tokens, "checks": checks} | self.quality
+
+    def require_ok(self, what: str) -> None:
+        """Raises ParityError naming the first check that failed."""
+        failed = next((check for check in self.checks if not check.ok), None)
+        if failed is not None:
+            raise ParityError(f"{what} does not compute what its source computes: {failed.detail}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a bundle may be from its reference, decided before the checks.
+
+    Two allowances come of what the checks find, and are no part of it: a deep module's own rounding, which costs a copy
+    in float64 and is asked for where a check fails (`_Compared.rounding`), and the distance of decode from prefill,
+    within which the greedy continuation may differ at a tie (`_greedy`).
+    """
+
+    relative: float = MAX_RELATIVE_DIFFERENCE
+    decode_kl: float | None = None  # nats, between paths of int8 or int4; None for float32
+    fp32_kl: float | None = None  # nats, of int8 or int4 from the source in float32; None for float32
+
+    @classmethod
+    def of(cls, manifest: Manifest, measured_kl: float | None) -> Limits:
+        """Of a bundle; `measured_kl` from float32 in nats, where the source is at hand."""
+        precision = manifest.precision
+        if precision == "fp32":
+            return cls()
+        # Measured on this very text when it was exported; manifest.quality is on another.
+        recorded: float | None = manifest.parity.get(precision, {}).get("kl_divergence")
+        cost = recorded if recorded is not None else measured_kl or 0.0
+        fp32_kl = MAX_KL[precision]
+        if recorded is not None:
+            fp32_kl = min(fp32_kl, RECORDED_KL_ALLOWANCE * max(recorded, KL_FLOOR))
+        return cls(decode_kl=max(DECODE_KL_ALLOWANCE[precision] * cost, 2 * KL_FLOOR), fp32_kl=fp32_kl)
+
+
+# --- verifying ----------------------------------------------------------------------------------------------------
+def verify(
+    bundle: Bundle,
+    module: nn.Module | None = None,
+    *,
+    layers: tuple[Layer, ...] = (),
+    progress: Progress = SILENT,
+    **placement: Unpack[PlacementOptions],
+) -> Verification:
+    """Runs every check of a bundle.
+
+    Args:
+        bundle: What is verified.
+        module: What it was exported from. float32 is compared with it, int8 and int4 are measured against it. Without
+            one, the bundle is compared with its own uncached run.
+        layers: The attention calls as messages name them; a window makes the text longer than it.
+        progress: Is told how far the verification is.
+        **placement: Where it runs, as for `load`.
+
+    Returns:
+        All checks, those that failed too: `require_ok` raises for them.
+
+    Raises:
+        InputError: The module fails on the text.
+        NumericsError: Logits are not finite.
+        ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
+        RunError: onnxruntime cannot run a graph.
+    """
+    manifest = bundle.manifest
+    quantized = manifest.precision != "fp32"
+    parts = _Parts(progress, _PARTS)
+    own, last_logits = BundlePredictor(bundle, **placement), Engine(bundle, graph="last_logits", **placement)
+    windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
+    ids = _text(last_logits, min(max(TOKENS, *windows, 0), manifest.context_length), parts)
+    parts.next()
+
+    # int8 is compared with itself, int4 too: its distance from float32 is quality, not parity.
+    source = None if module is None else ModulePredictor(module)
+    reference = own if source is None or quantized else source
+    expected = reference.logits(ids)
+    quality = _quality(source.logits(ids), expected) if source is not None and quantized else {}
+    limits = Limits.of(manifest, quality.get("kl_divergence"))
+    all_logits = Engine(bundle, graph="all_logits", **placement)
+    compared = _Compared(manifest, all_logits, last_logits, reference, ids, expected, limits, layers)
+    parts.next()
+
+    checks = []
+    for check in _checks(compared, parts):
+        checks.append(check)
+        parts.next()
+    if quality:
+        checks.append(_against_float32(manifest.precision, quality["kl_divergence"], limits))
+    return Verification("source" if reference is source else "own uncached run", len(ids), tuple(checks), quality)
+
+
+_PARTS = 2 + 4 + len(CHUNK_SIZES)  # the text, the reference, and the checks
+
+
+class _Parts(Progress):
+    """Parts of a verification, each of which moves on its own."""
+
+    def __init__(self, progress: Progress, count: int) -> None:
+        self._progress, self._count, self._done = progress, count, 0
+
+    def advance(self, done: int, total: int) -> None:
+        self._progress.advance(100 * self._done + 100 * done // total, 100 * self._count)
+
+    def next(self) -> None:
+        """The next part begins."""
+        self._done += 1
+        self.advance(0, 1)
+
+
+def _text(engine: Engine, length: int, progress: Progress = SILENT) -> Ids:
+    """A text (T,): some random ids, and what the bundle itself writes after them.
+
+    A model may repeat one token for ever, and attention over equal tokens gives the same whatever its weights.
+    """
+    beginning = min(RANDOM_TOKENS, -(-length // 2))
+    ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
+    return self_generated_texts(engine, ids, 1, length, progress)[0]
+
+
+def _quality(fp32: Logits, quantized: Logits) -> dict[str, float]:
+    return {
+        "kl_divergence": kl_divergence(fp32, quantized),
+        "top1_agreement": top1_agreement(fp32, quantized),
+    }
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Compared:
+    """What the checks compare: the bundle's graphs with the reference, on one text."""
+
+    manifest: Manifest
+    all_logits: Engine
+    last_logits: Engine
+    reference: Predictor
+    ids: Ids  # (T,)
+    expected: Logits  # (T, V), the reference's
+    limits: Limits
+    layers: tuple[Layer, ...]
+
+    @functools.cached_property
+    def rounding(self) -> float:
+        """The limit that a module's own rounding allows, 0 of int8 and int4. Costs a copy in float64."""
+        reference = self.reference
+        return ROUNDING_ALLOWANCE * reference.rounding(self.ids) if isinstance(reference, ModulePredictor) else 0.0
+
+
+def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
+    yield _prefill(c)
+    decoded, last = _decoded(c, progress)
+    noise = float(np.abs(decoded - c.expected).max())
+    yield _compare(c, "decode", c.expected, decoded, last, single=True)
+    for size in CHUNK_SIZES:
+        yield _chunked(c, size)
+    yield _batch(c)
+    yield _greedy(c, noise)
+
+
+def _prefill(c: _Compared) -> Check:
+    """All tokens in one run, through both graphs."""
+    c.all_logits.reset()
+    logits = c.all_logits.forward(c.ids[None])[0]
+    c.last_logits.reset()
+    last = c.last_logits.forward(c.ids[None])[0, -1]
+    return _compare(c, "prefill", c.expected, logits, last)
+
+
+def _decoded(c: _Compared, progress: Progress) -> tuple[Logits, Logits]:
+    """One token at a time from the first on: logits (T, V), and (V,) of the last by the graph of last logits."""
+    c.all_logits.reset()
+    c.last_logits.reset()
+    logits = []
+    for number, token in enumerate(c.ids, 1):
+        logits.append(c.all_logits.forward(token[None, None])[0])
+        last = c.last_logits.decode(int(token))
+        progress.advance(number, len(c.ids))
+    return np.concatenate(logits), last
+
+
+def _chunked(c: _Compared, size: int) -> Check:
+    """The prompt in chunks, through the graph of all logits and as `generate` prefills."""
+    c.all_logits.reset()
+    chunks = np.array_split(c.ids, -(-len(c.ids) // size))
+    logits = np.concatenate([c.all_logits.forward(chunk[None])[0] for chunk in chunks])
+    c.last_logits.reset()
+    last = c.last_logits.prefill(c.ids, chunk_size=size)
+    return _compare(c, f"chunks_of_{size}", c.expected, logits, last)
+
+
+def _batch(c: _Compared) -> Check:
+    """Rows of different lengths prefilled and decoded together against each alone."""
+    context = c.manifest.context_length
+    steps = min(BATCH_STEPS, context - 1)
+    longest = min(BATCH_LENGTH, context - steps)
+    lengths = sorted({longest, -(-longest // 2), 1}, reverse=True) if c.manifest.padding else [longest] * 3
+    texts = [np.roll(c.ids, -row)[: length + steps] for row, length in enumerate(lengths)]
+    ids = np.zeros((len(lengths), longest), np.int64)
+    mask = np.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, :length], mask[row, :length] = texts[row][:length], 1
+    c.all_logits.reset()
+    together = [c.all_logits.forward(ids, mask)]
+    together += [
+        c.all_logits.forward(np.array([[text[length + step]] for text, length in zip(texts, lengths, strict=True)]))
+        for step in range(steps)
+    ]
+    found, expected = [], []
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        found.append(np.concatenate([together[0][row, :length], *(step[row] for step in together[1:])]))
+        expected.append(_alone(c, text, length))
+    return _compare(c, "batch", np.concatenate(expected), np.concatenate(found), None, locate=False)
+
+
+def _alone(c: _Compared, text: Ids, length: int) -> Logits:
+    """One row by itself: the reference's uncached run, or of int8 and int4 the bundle's own prefill and decode."""
+    if c.limits.decode_kl is None:
+        return c.reference.logits(text)
+    c.all_logits.reset()
+    runs = [c.all_logits.forward(text[None, :length])[0]]
+    runs += [c.all_logits.forward(token[None, None])[0] for token in text[length:]]
+    return np.concatenate(runs)
+
+
+def _greedy(c: _Compared, noise: float) -> Check:
+    """The continuation that `generate` writes against the reference's uncached one.
+
+    `noise` is max |difference| of logits, decode against prefill: int8 and int4 may differ at a tie within a multiple.
+    """
+    prompt = c.ids[: max(1, min(16, c.manifest.context_length // 2))].tolist()
+    found = list(Generation(c.last_logits, prompt, max_new_tokens=GREEDY_TOKENS))
+    # One uncached run over the whole continuation: up to the first difference it is the reference's own, too.
+    logits = c.reference.logits(np.array([*prompt, *found[:-1]], np.int64))[len(prompt) - 1 :]
+    for step, token in enumerate(found):
+        best = int(logits[step].argmax())
+        if best != token:
+            gap = float(logits[step, best] - logits[step, token])
+            float32 = c.limits.decode_kl is None
+            allowed = c.limits.relative * float(np.abs(logits[step]).max()) if float32 else TIE_ALLOWANCE * noise
+            detail = f"token {step} of the greedy continuation is {token}; the uncached run has {best}"
+            return Check("greedy", gap <= allowed, "first_difference", step, None, detail)
+    return Check("greedy", True, "first_difference", None, None)
+
+
+def _against_float32(precision: str, kl: float, limits: Limits) -> Check:
+    """int8 or int4 against the source in float32: that it is the same model at all."""
+    assert limits.fp32_kl is not None
+    better = "int8" if precision == "int4" else "fp32"
+    detail = (
+        f"its predictions are {kl:.2g} nats from the source's in float32 (limit {limits.fp32_kl:.2g}): it is another "
+        f"model's bundle, or {precision} does not suit this model (export with precision {better})"
+    )
+    ok = kl <= limits.fp32_kl
+    return Check("float32", ok, "mean_kl", kl, limits.fp32_kl, "" if ok else detail)
+
+
+# --- judging ------------------------------------------------------------------------------------------------------
+def _compare(
+    c: _Compared,
+    name: str,
+    expected: Logits,
+    found: Logits,
+    last: Logits | None,
+    *,
+    single: bool = False,
+    locate: bool = True,
+) -> Check:
+    """`last` (V,) is what the graph of last logits gave for the last position; `single`: tokens came one by one."""
+    value = relative_difference(expected, found)
+    if last is not None:
+        value = max(value, relative_difference(expected[-1:], last[None]))
+    measure, limit = "max_relative_difference", c.limits.relative
+    # int8 activations amplify last bits, which come out differently by the number of tokens in a run.
+    if c.limits.decode_kl is not None and (single or value > limit):
+        measure, limit = "mean_kl", c.limits.decode_kl
+        value = kl_divergence(expected, found)
+    if value > limit:
+        limit = max(limit, c.rounding)
+    ok = value <= limit
+    return Check(name, ok, measure, value, limit, "" if ok else _explained(c, name, value, measure, limit, locate))
+
+
+def _explained(c: _Compared, name: str, value: float, measure: str, limit: float, locate: bool) -> str:
+    what = {
+        "max_relative_difference": f"logits differ by {value:.1e} of the largest logit (limit {limit:.0e})",
+        "mean_kl": f"predictions differ by {value:.1e} nats (limit {limit:.1e})",
+    }[measure]
+    where = f", first in {_first_layer(c)}" if locate else ""
+    return (
+        f"in the check {name!r} {what}{where}. A module must take every position from position_ids and every "
+        "length from tensor.shape; a length that was made a Python number is baked into the graph"
+    )
+
+
+def _first_layer(c: _Compared) -> str:
+    """The first attention call whose keys or values, cached by the check, differ from the uncached run's."""
+    cached = cached_layers(c.all_logits)
+    for index, (expected, found) in enumerate(zip(c.reference.cache(c.ids), cached, strict=True)):
+        if any(
+            relative_difference(a, b) > LAYER_ALLOWANCE * c.limits.relative
+            for a, b in zip(expected, found, strict=True)
+        ):
+            layer = c.layers[index] if c.layers else None
+            return f"layer {index}" + (f" ({layer.module}, {layer.where})" if layer else "")
+    return "what follows the last layer's keys and values"

@@ -1,0 +1,1 @@
+"""float32 bundle -> int8 or int4 bundle."""

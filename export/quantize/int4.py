@@ -1,0 +1,166 @@
+"""int4 from a verified float32 bundle: 4 bits for most projections, 8 where a bit buys most.
+
+1. Every matrix but embeddings and the output head is rounded to 4 bits by GPTQ (`int4_blocks`), on calibration text.
+2. What each costs is measured, with all others in float32 (`sensitivity`).
+3. One weight in 32, those of the matrices that cost most per weight, are int8 instead; for `--max-kl` more (`search`).
+
+Scales are not migrated as for int8: that makes activations easier to round and weights harder, which 4 bits need most.
+
+Embeddings and the output head are int8 as they are there: in a small model they are a quarter of all weights, and cost
+as much in 4 bits as all others together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from pastkey.bundle import Bundle
+
+from ..graph.output_head import output_head
+from ..measure.metrics import Ids
+from ..progress import SILENT, Progress
+from ..settings import ExportConfig
+from .activations import probing
+from .blocks import choose_block_size
+from .calibration import CalibrationText
+from .int4_blocks import Int4Blocks, round_by_hessian
+from .rewrite import embedding_weight, matmul_weight, not_finite, quantize
+from .search import Quantized, Write, search
+from .sensitivity import Sensitivity, sensitivity
+
+WINDOWS = 32  # of calibration text: a Hessian is more numbers than the scales that int8 is calibrated by
+_PROBED = 1  # window that shows what each matrix costs
+_INT8_SHARE = 1 / 32  # of the weights that may be 4-bit
+
+
+def make_int4(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
+    """Rounds, measures each matrix, writes and measures; with `max_kl`, until the budget is met.
+
+    What costs too much goes to int8. Raises InputError on NaN or infinity, and QualityError where the budget is missed
+    with every projection in int8.
+    """
+    return search(_Int4Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl)
+
+
+class _Int4Mixtures:
+    """Every projection in 4 bits, but those that cost most per weight in int8, as embeddings and the head are."""
+
+    precision = "int4"
+
+    def __init__(self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress) -> None:
+        self._graph = fp32.all_logits_graph
+        self._portable = config.target == "portable"
+        progress.stage("round to 4 bits by GPTQ")
+        self._int4 = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
+        progress.stage("measure what each matrix costs in int4")
+        self.sensitivity: Sensitivity = sensitivity(
+            ir.load(self._graph),
+            self._graph.parent,
+            text.calibration_set[:_PROBED],
+            config.max_kl,
+            int4=self._int4,
+            progress=progress,
+        )
+        self.start = max(in_int8(self.sensitivity), len(self.sensitivity.keep))
+
+    def model(self, raised: int) -> ir.Model:
+        in_8_bits = self.sensitivity.worst(raised)
+        model = ir.load(self._graph)
+        in_4_bits = {name: matrix for name, matrix in self._int4.items() if name not in in_8_bits}
+        quantize(model, int4=in_4_bits, portable=self._portable)
+        return model
+
+    def quality(self, raised: int) -> dict[str, Any]:
+        return {"int8_weights": list(self.sensitivity.worst(raised))}
+
+    def asked_for(self) -> int:
+        return self.start
+
+    def most(self) -> int:
+        return len(self.sensitivity.ranking)
+
+
+def in_int8(table: Sensitivity) -> int:
+    """How many of the first in the table's ranking are int8 in any case: as many as keep within their share."""
+    sizes = {row.weight: float(np.prod(row.shape)) for row in table.rows}
+    filled = np.cumsum([sizes[name] for name in table.ranking])
+    return int((filled <= _INT8_SHARE * filled[-1]).sum()) if len(filled) else 0
+
+
+def rounded(
+    model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT
+) -> dict[str, Int4Blocks]:
+    """The 4-bit matrices of a float32 graph, by the names of their initializers, from windows (T,) of token ids.
+
+    `folder` holds the weights file that the graph names.
+    """
+    matmuls = _matmuls(model)
+    if not matmuls:
+        return {}
+    wanted = list(dict.fromkeys(_activation(node) for nodes in matmuls.values() for node in nodes))
+    with probing(model, folder, wanted) as probe:
+        hessians = {name: np.zeros((0, 0), np.float32) for name in wanted}
+        for ids in windows:
+            for name, rows in probe(ids).items():
+                square = rows.T @ rows
+                hessians[name] = square if hessians[name].size == 0 else hessians[name] + square
+    with _one_thread_each() as pool:
+        found = {}
+        rounded_in_order = pool.map(lambda nodes: _rounded(nodes, hessians), matmuls.values())
+        for number, (name, matrix) in enumerate(zip(matmuls, rounded_in_order, strict=True), 1):
+            found[name] = matrix
+            progress.advance(number, len(matmuls))
+        return found
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """A pool for torch's work on matrices: where threads share each of many small steps, they wait for one another."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Int4Blocks:
+    """The weight of MatMuls that share it, by the sum of the Hessians of what they read."""
+    found = matmul_weight(nodes[0])
+    assert found is not None
+    matrix = found.matrix
+    try:
+        hessian = np.sum([hessians[_activation(node)] for node in nodes], axis=0)
+        return round_by_hessian(matrix, hessian, choose_block_size(matrix.shape[1]))
+    except ValueError as error:
+        raise not_finite(found.initializer, error) from None
+
+
+def _activation(matmul: ir.Node) -> str:
+    """The name of what it reads."""
+    assert matmul.inputs[0] is not None
+    return str(matmul.inputs[0].name)
+
+
+def _matmuls(model: ir.Model) -> dict[str, list[ir.Node]]:
+    """The MatMuls that may be 4-bit, by the weight that they read: all but the head and whatever is gathered."""
+    head = output_head(model)
+    excluded = {embedding.name for node in model.graph if (embedding := embedding_weight(node)) is not None}
+    found: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        read = matmul_weight(node)
+        if read is None:
+            continue
+        if node is head or node.inputs[0] is None or node.inputs[0].producer() is None:
+            excluded.add(read.initializer.name)
+        else:
+            found.setdefault(str(read.initializer.name), []).append(node)
+    return {name: nodes for name, nodes in found.items() if name not in excluded}

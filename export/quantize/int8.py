@@ -1,0 +1,73 @@
+"""int8 from a verified float32 bundle. With a budget, the matrices that cost most stay in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from pastkey import names
+from pastkey.bundle import Bundle
+
+from ..graph.save import INLINE_BYTES
+from ..progress import Progress
+from ..settings import ExportConfig
+from .calibration import CalibrationText, calibrated
+from .rewrite import quantize
+from .search import Quantized, Write, search
+from .sensitivity import Sensitivity, sensitivity
+
+
+def make_int8(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
+    """Calibrates, quantizes, writes and measures; with `max_kl`, until the budget is met.
+
+    Beside the graph of `fp32` lie files meanwhile. Raises InputError on NaN or infinity, and QualityError where the
+    budget is missed with all matrices but one in float32.
+    """
+    return search(_Int8Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl)
+
+
+class _Int8Mixtures:
+    """Every matrix in int8, but the worst ones in float32."""
+
+    precision = "int8"
+
+    def __init__(self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress) -> None:
+        self._folder = fp32.all_logits_graph.parent
+        self._graph = self._folder / "calibrated.onnx"
+        self._text, self._max_kl, self._progress = text, config.max_kl, progress
+        self._portable = config.target == "portable"
+        self._model: ir.Model | None = calibrated(fp32, text.calibration_set, progress)
+        self.sensitivity: Sensitivity | None = None
+        self.start = 0
+        if config.measures_each_matrix:  # the calibrated graph is read again for the table, and for each mixture
+            data = self._graph.name + names.DATA_SUFFIX
+            ir.save(self._model, self._graph, external_data=data, size_threshold_bytes=INLINE_BYTES)
+            self._model = None
+        if config.sensitivity is not None:
+            self.start = len(self._table().keep)
+
+    def model(self, raised: int) -> ir.Model:
+        model, self._model = self._model or ir.load(self._graph), None
+        quantize(model, self._kept(raised), portable=self._portable)
+        return model
+
+    def quality(self, raised: int) -> dict[str, Any]:
+        return {} if self._max_kl is None else {"float32_weights": list(self._kept(raised))}
+
+    def asked_for(self) -> int:
+        return len(self._table().keep) or 1
+
+    def most(self) -> int:
+        return self._table().most_kept
+
+    def _kept(self, raised: int) -> tuple[str, ...]:
+        return self._table().worst(raised) if raised else ()
+
+    def _table(self) -> Sensitivity:
+        if self.sensitivity is None:
+            self._progress.stage("measure what each matrix costs in int8")
+            self.sensitivity = sensitivity(
+                ir.load(self._graph), self._folder, self._text.held_out_set, self._max_kl, progress=self._progress
+            )
+        return self.sensitivity

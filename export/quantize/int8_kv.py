@@ -1,0 +1,129 @@
+"""The int8-KV graph, for decoding after a long text: keys and values are cached as int8.
+
+Attention over a long cache reads more bytes than the weights are. GroupQueryAttention takes a cache of int8 with one
+scale per channel of each head, max |x| / 127 over the calibration text with a margin; what lies beyond is cut off.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey import names
+from pastkey.bundle import Bundle
+from pastkey.errors import first_line
+from pastkey.runtime import Engine
+from pastkey.runtime.int8_kv import INT8_KV_FROM, MIN_ONNXRUNTIME
+from pastkey.runtime.ort import RunError, onnxruntime
+from pastkey.values import parse_version
+
+from ..graph.edit import CONTRIB_DOMAIN, add_weight, replace_node
+from ..measure.metrics import Ids, kl_divergence
+from ..measure.predictors import BundlePredictor
+from ..measure.verify import KL_FLOOR
+from ..progress import SILENT, Progress
+from .calibration import CalibrationText
+
+_MARGIN = 1.5  # over the largest number of the calibration text: cutting off costs more than coarser steps do
+_ALLOWED = 2  # times the divergence of int8 decoded with a float32 cache
+_PROMPT = 16  # tokens that are prefilled before the others are decoded, to measure
+_K_SCALE = 12  # inputs of GroupQueryAttention: this one, and v_scale behind it
+
+
+def add_int8_kv(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: Progress = SILENT) -> dict[str, float]:
+    """Writes the int8-KV graph where the bundle can take one, and keeps it where decoding is not much worse with it.
+
+    Args:
+        fp32: The float32 bundle.
+        bundle: Its int8 or int4, to which the graph is added.
+        text: Scales are chosen on its calibration set, and decoding is measured on its held-out set.
+        progress: Is warned where the graph is not kept.
+
+    Returns:
+        For the manifest's quality, {"int8_cache_kl": KL(float32 || quantized, decoded with an int8 cache)} in nats,
+        mean over the tokens that are decoded; nothing where there is no such graph.
+    """
+    manifest = bundle.manifest
+    new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
+    if manifest.graph != "fused" or manifest.context_length <= INT8_KV_FROM or manifest.target != "cpu" or not new:
+        return {}
+    _write_int8_kv_graph(bundle, text.calibration_set)
+    reference = BundlePredictor(fp32)
+    expected = np.concatenate([reference.logits(ids)[_PROMPT:] for ids in text.held_out_set])
+    plain = kl_divergence(expected, _decoded(bundle, text, None))
+    try:
+        cost = kl_divergence(expected, _decoded(bundle, text, 1))
+    except RunError as error:  # a form of attention that the operator has no int8 cache for
+        progress.warn(f"without an int8 cache for long texts, which onnxruntime refuses here: {first_line(error)}")
+        cost = np.inf
+    if np.isfinite(cost) and cost > _ALLOWED * max(plain, KL_FLOOR):
+        progress.warn(
+            f"without an int8 cache for long texts, which would cost {cost:.2g} nats where float32's costs {plain:.2g}"
+        )
+    if not cost <= _ALLOWED * max(plain, KL_FLOOR):
+        (bundle.path / names.INT8_KV_GRAPH).unlink()
+        return {}
+    return {"int8_cache_kl": cost}
+
+
+def _decoded(bundle: Bundle, text: CalibrationText, int8_kv_from: int | None) -> np.ndarray:
+    """The logits of all windows, token by token after the prompts."""
+    engine, logits = Engine(bundle, int8_kv_from=int8_kv_from), list[np.ndarray]()
+    for ids in text.held_out_set:
+        engine.reset()
+        engine.prefill(ids[:_PROMPT])
+        logits += [engine.decode(int(token)) for token in ids[_PROMPT:]]
+    return np.stack(logits)
+
+
+def _write_int8_kv_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
+    """Writes the graph beside the others of `bundle`, over the same weights; `windows` (T,) are calibration text.
+
+    The scales stand in the graph's metadata too, for the runtime to move what another graph has cached.
+    """
+    scales = _scales(bundle, windows)
+    model = ir.load(bundle.last_logits_graph)
+    calls = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    for i, call in enumerate(calls):
+        keys, values = scales[2 * i], scales[2 * i + 1]
+        inputs = [*call.inputs, *[None] * (_K_SCALE - len(call.inputs))]
+        for what, array in (("key", keys), ("value", values)):
+            inputs.append(add_weight(model, f"cache_scales.{i}.{what}", array))
+        per_channel: dict[str, Any] = {
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": 8,
+        }
+        new = ir.node(
+            call.op_type,
+            inputs,
+            dict(call.attributes) | per_channel,
+            domain=CONTRIB_DOMAIN,
+            num_outputs=len(call.outputs),
+            name=call.name,
+        )
+        replace_node(model, call, new)
+        for name, array in ((names.past_key(i), keys), (names.past_value(i), values)):
+            model.metadata_props[name] = base64.b64encode(array.astype("<f4").tobytes()).decode()
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if str(value.name).startswith((names.PAST_PREFIX, names.PRESENT_PREFIX)):
+            value.type = ir.TensorType(ir.DataType.INT8)
+    ir.save(model, bundle.path / names.INT8_KV_GRAPH)
+
+
+def _scales(bundle: Bundle, windows: Sequence[Ids]) -> list[np.ndarray]:
+    """Of keys and values of each attention call in turn, (K * D,) float32."""
+    engine = Engine(bundle)
+    largest: list[np.ndarray] = []
+    for ids in windows:
+        engine.reset()
+        engine.prefill(ids)
+        found = [np.abs(array[0]).max(1) for i in range(len(bundle.manifest.layers)) for array in engine.cache.layer(i)]
+        largest = found if not largest else [np.maximum(a, b) for a, b in zip(largest, found, strict=True)]
+    smallest = float(np.finfo(np.float32).tiny)
+    return [np.maximum(array.reshape(-1) * _MARGIN / 127, smallest).astype(np.float32) for array in largest]

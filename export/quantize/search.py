@@ -1,0 +1,84 @@
+"""The search for a quantized bundle that keeps within a budget of error.
+
+A mixture of precisions is written and measured. Where it costs too much, more matrices are given more bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from pastkey.bundle import Bundle
+
+from .calibration import CalibrationText, measured
+from .sensitivity import Sensitivity, missed
+
+# Writes a quantized graph as a bundle. Returns it with the bytes of its weights.
+Write = Callable[[ir.Model], tuple[Bundle, int]]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written and measured."""
+
+    bundle: Bundle
+    weight_bytes: int
+    quality: dict[str, Any]  # of the manifest
+    sensitivity: Sensitivity | None  # where it was asked for, or needed to meet the budget
+
+
+class Mixtures(Protocol):
+    """The graphs of one model in one precision, by how many of its matrices are given more bits than that."""
+
+    precision: str
+    start: int  # how many are in any case
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """The table, where it was measured by now."""
+        ...
+
+    def model(self, raised: int) -> ir.Model:
+        """The graph in which the first `raised` of the ranking have more bits."""
+        ...
+
+    def quality(self, raised: int) -> dict[str, Any]:
+        """What the manifest says of these matrices."""
+        ...
+
+    def asked_for(self) -> int:
+        """How many the sensitivity table asks for, to meet the budget. Measures it where that was not done yet."""
+        ...
+
+    def most(self) -> int:
+        """How many may be given more bits at most."""
+        ...
+
+
+def search(mixtures: Mixtures, fp32: Bundle, text: CalibrationText, write: Write, max_kl: float | None) -> Quantized:
+    """Writes and measures one mixture after another until the KL divergence from float32 is at most `max_kl` nats.
+
+    It is measured on windows that nothing is chosen by. One round is the rule, and two where the first misses the
+    budget: the table says how many matrices it takes. Raises QualityError where all that may have more bits do not
+    suffice, and InputError on NaN or infinity.
+    """
+    raised, step = mixtures.start, 1
+    while True:
+        bundle, weight_bytes = write(mixtures.model(raised))
+        quality = measured(fp32, bundle, text)
+        if max_kl is None or quality["kl_divergence"] <= max_kl:
+            return Quantized(bundle, weight_bytes, quality | mixtures.quality(raised), mixtures.sensitivity)
+        asked = mixtures.asked_for()
+        if raised >= mixtures.most():
+            ranked = 0 if mixtures.sensitivity is None else len(mixtures.sensitivity.ranking)
+            raise missed(quality["kl_divergence"], max_kl, mixtures.precision, raised, ranked)
+        if asked > raised:
+            raised = asked
+        else:  # kernels of other shapes round in other ways, so that it costs a little more than the table says
+            raised, step = raised + step, 2 * step
+        raised = min(raised, mixtures.most())
+        shutil.rmtree(bundle.all_logits_graph.parent)

@@ -1,0 +1,157 @@
+"""The dispatch: a module, file.py:factory, a checkpoint, a Hugging Face folder, GGUF, or llama2.c."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pastkey import names
+from pastkey.errors import InputError, MissingFileError
+from pastkey.runtime.chat_template import ChatTemplate
+from pastkey.values import is_int
+
+from ..settings import SOURCES, split_factory
+from .factory import call_factory
+from .llama2c import open_llama2c
+from .pretrained import open_folder, open_gguf, open_model
+from .source import Source, checked_context, context_of, read_template, with_template
+from .tokenizer import read_tokenizer
+from .weights import load_weights
+
+
+def open_source(
+    source: nn.Module | str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    chat_template: str | Path | None = None,
+    context_length: int | None = None,
+    weights: str | Path | None = None,
+    eos: Sequence[int] = (),
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda stage: None,
+    before_loading: Callable[[int], None] = lambda weights: None,
+) -> Source:
+    """Opens what `export` was given.
+
+    Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
+    its own, and may shorten that of others. `chat_template` is a file whose template takes the place of the tokenizer's
+    own. `weights` is a file of a module's state dict, and `eos` stands in place of the source's own ids.
+    `trust_remote_code` runs the Python that a Hugging Face folder brings, as `say` is told first. `before_loading` is
+    given the number of weights of a file, and may refuse to load so many.
+    """
+    template = None if chat_template is None else read_template(chat_template)  # before what takes long
+    if template is not None and importlib.util.find_spec("jinja2") is not None:
+        ChatTemplate(template)  # refuses what is no template; without Jinja, `chat` does
+    told: tuple[str, ...] = ()
+    if isinstance(source, nn.Module):
+        module = getattr(source, "_orig_mod", source)  # what torch.compile wraps
+        module = module if weights is None else copy.deepcopy(module)  # the caller's own is left as it is
+    elif (factory := split_factory(str(source))) is not None:
+        module, told = call_factory(*factory, weights_follow=weights is not None)
+        module = getattr(module, "_orig_mod", module)
+    elif weights is not None:
+        raise InputError(
+            f"--weights {weights} is for a module (file.py:factory or notebook.ipynb:Model), and {source} brings its "
+            "own weights: leave it out"
+        )
+    else:
+        return _finished(
+            _open(source, tokenizer, context_length, trust_remote_code, say, before_loading), eos, template
+        )
+    if weights is not None:
+        told = (*told, *load_weights(module, Path(weights), say))
+    opened = _from_module(module, tokenizer, context_length)
+    return _finished(dataclasses.replace(opened, warnings=(*told, *opened.warnings)), eos, template)
+
+
+def _finished(source: Source, eos: Sequence[int], template: str | None) -> Source:
+    """With what the user said in place of what the source says."""
+    if eos:
+        source = dataclasses.replace(source, eos_token_ids=tuple(eos))
+    return source if template is None else with_template(source, template)
+
+
+def _open(
+    source: str | Path,
+    tokenizer: str | Path | None,
+    context_length: int | None,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+    before_loading: Callable[[int], None],
+) -> Source:
+    path = Path(source)
+    if not path.exists():
+        raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}")
+    if path.suffix == ".bin" and path.is_file():
+        return open_llama2c(path, tokenizer, context_length)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
+    if (path / names.CONFIG).is_file() and not (path / names.MANIFEST).exists():
+        return open_folder(
+            path,
+            tokenizer=tokenizer,
+            context_length=context_length,
+            trust_remote_code=trust_remote_code,
+            say=say,
+            before_loading=before_loading,
+        )
+    if path.is_dir() and not (path / names.MANIFEST).exists():
+        raise MissingFileError(
+            f"{path} has no {names.CONFIG}, as a Hugging Face folder has, and no {names.MANIFEST}, as a checkpoint "
+            f"has: expected {SOURCES}"
+        )
+    return _from_checkpoint(path, tokenizer, context_length)
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")  # whoever made the module has imported it
+    # A class of the user's own is called as its author calls it, whatever it inherits from.
+    package = type(module).__module__.partition(".")[0]
+    of_library = package in ("transformers", "transformers_modules")
+    return transformers is not None and of_library and isinstance(module, transformers.PreTrainedModel)
+
+
+def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length: int | None) -> Source:
+    if _is_of_transformers(module):
+        return open_model(module, tokenizer=tokenizer, context_length=context_length)
+    name = type(module).__name__
+    if context_length is None:
+        raise InputError(
+            f"{name} has no context length of its own: give it with context_length=N (on the command line, --context N)"
+        )
+    return Source(module, name, checked_context(context_length), **read_tokenizer(tokenizer))
+
+
+def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: int | None) -> Source:
+    from pastkey.train.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.config
+    context = context_of(path, config.max_position_embeddings, context_length)
+    found = read_tokenizer(tokenizer or checkpoint.tokenizer_path)
+    if config.eos_token_id is not None:
+        found["eos_token_ids"] = (config.eos_token_id,)
+    found["bos_token_id"] = config.bos_token_id
+    content = config.to_json() | {"max_position_embeddings": context}
+    warnings = (*_unfinished(path, checkpoint.training), *found.pop("warnings", ()))
+    return Source(checkpoint.model, path.resolve().name, context, config=content, warnings=warnings, **found)
+
+
+def _unfinished(path: Path, training: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sentence about a training that stopped before its last step."""
+    settings = training.get("settings")
+    step, steps = training.get("step"), settings.get("steps") if isinstance(settings, dict) else None
+    if not (is_int(step) and is_int(steps) and step < steps):
+        return ()
+    return (
+        f"the training of {path} stopped at step {step} of {steps}: go on with  "
+        f"{shlex.join(['pastkey', 'train', '--out', str(path), '--resume'])}  and export again",
+    )

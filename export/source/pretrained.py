@@ -1,0 +1,357 @@
+"""Opening what transformers can read: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
+
+Everything about an architecture is transformers' business: the configuration, the weights' names, the tokenizer. Here
+stands only what must hold before its model may be exported, and what a bundle says of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pastkey import names
+from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
+from pastkey.folder import read_json
+
+from ..quiet import quiet
+from ..resources import require_memory
+from .source import Source, context_of, refuse_links
+from .tokenizer import read_tokenizer
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
+_SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # bytes, by the format
+_READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what transformers reads of a folder
+_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and what beside a GGUF
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def open_folder(
+    folder: Path,
+    *,
+    tokenizer: str | Path | None,
+    context_length: int | None,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+    before_loading: Callable[[int], None],
+) -> Source:
+    """A folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError."""
+    refuse_links(folder, _read_of(folder))
+    content = read_json(folder / names.CONFIG)
+    code = _custom_code(folder, content)
+    _check_folder(folder, content)
+    if code and not trust_remote_code:
+        raise InputError(
+            f"{folder} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
+            "and if you trust it add --trust-remote-code"
+        )
+    half = str(content.get("dtype", content.get("torch_dtype"))) in ("float16", "bfloat16")
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights = stored // (2 if half else 4)
+    require_memory(weights)
+    before_loading(weights)
+    if code:
+        say(f"run the Python code that {folder} brings: {', '.join(code)}")
+    with _transformers(folder) as library:
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        config = library.AutoConfig.from_pretrained(folder, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(f"{folder} holds an encoder-decoder ({config.model_type}): only decoders can be exported")
+        model = _load(library, folder, config=config, use_safetensors=True, **options)
+        wanted = _has_tokenizer(folder) and not tokenizer
+        found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
+    return _source(folder.resolve().name, model, found, tokenizer, context_length)
+
+
+def open_gguf(
+    file: Path,
+    *,
+    tokenizer: str | Path | None,
+    context_length: int | None,
+    before_loading: Callable[[int], None],
+) -> Source:
+    """A GGUF file, whose weights, configuration, tokenizer and chat template are all in it."""
+    if not file.is_file():
+        raise MissingFileError(f"no such file: {file}")
+    refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
+    weights = _check_gguf(file)
+    require_memory(weights)
+    before_loading(weights)
+    with _transformers(file) as library:
+        options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+        model = _load(library, file.parent, named=file, **options)
+        found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
+    source = _source(file.stem, model, found, tokenizer, context_length)
+    if found is None or source.tokenizer is None:
+        return source
+    own = _without_tokens_from(model.get_input_embeddings().num_embeddings, source.tokenizer)
+    return dataclasses.replace(source, tokenizer=own)
+
+
+def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
+    """A model in hand, which is left as it is: exported is a copy."""
+    return _source(
+        type(model).__name__, torch.nn.Module.float(copy.deepcopy(model)).eval(), None, tokenizer, context_length
+    )
+
+
+# --- before loading -----------------------------------------------------------------------------------------------
+def _check_folder(folder: Path, config: dict[str, Any]) -> None:
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict):
+        raise InputError(
+            f"the weights of {folder} are quantized already (quantization_config says "
+            f"{quantized.get('quant_method', 'so')}): export the unquantized model, pastkey quantizes it itself"
+        )
+    named = config.get("transformers_weights")
+    if named is not None and not _is_plain(named, _SAFETENSORS, _INDEX):
+        raise InputError(
+            f"{folder / names.CONFIG} names the weights {named!r}: expected a {_SAFETENSORS} file beside it"
+        )
+    if any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
+        _check_safetensors(folder)
+        return
+    pickled = sorted({found.name for pattern in _PICKLED for found in folder.glob(pattern)})
+    if pickled:
+        kinds = ["AutoModelForCausalLM", *(["AutoTokenizer"] if _has_tokenizer(folder) else [])]
+        program = (
+            f"import transformers as t; kinds = {', '.join(f't.{kind}' for kind in kinds)},; "
+            f"[kind.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-safetensors'!r}) for kind in kinds]"
+        )
+        raise InputError(
+            f"{folder} has its weights only as {pickled[0]}, a pickle, which can run any code when it is read: if you "
+            f"trust it, convert it with  {shlex.join(['python', '-c', program])}  and export that folder"
+        )
+    raise MissingFileError(f"{folder} has a config.json and no weights: expected model.safetensors beside it")
+
+
+def _check_safetensors(folder: Path) -> None:
+    """Raises MissingFileError or InputError where a file is missing or shorter than its own header says."""
+    for index in folder.glob("*.safetensors.index.json"):
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise InputError(f"{index} has no weight_map, which says what lies in which file: fetch it again")
+        shards = {str(file) for file in listed.values()}
+        other = next((name for name in sorted(shards) if not _is_plain(name, _SAFETENSORS)), None)
+        if other is not None:
+            raise InputError(
+                f"{index} names the weights {other!r}: expected {_SAFETENSORS} files beside it, since only these hold "
+                "no code"
+            )
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise MissingFileError(
+                f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
+                f"{index.name} names: fetch what is missing"
+            )
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")  # of the header, which is JSON
+            header = opened.read(length) if length < min(size, _LONGEST_HEADER) else b""
+        try:
+            tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
+            raise InputError(f"{file} is cut short or damaged, its header is no JSON: fetch it again") from None
+        if expected != size:
+            raise InputError(
+                f"{file} is cut short or damaged: it has {size:,} bytes, its header says {expected:,}; fetch it again"
+            )
+
+
+def _is_plain(name: object, *endings: str) -> bool:
+    """Whether this is the name of a file of such a kind, and no path."""
+    return isinstance(name, str) and name.endswith(endings) and not set(name) & set("/\\:\0")
+
+
+def _read_of(folder: Path) -> Iterator[Path]:
+    """The files that transformers may read."""
+    yield from (file for file in sorted(folder.iterdir()) if file.suffix in _READ)
+    yield from folder.glob("additional_chat_templates/*")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
+    """The Python files that the folder's auto_map entries name."""
+    beside = folder / names.TOKENIZER_CONFIG
+    references: list[Any] = []
+    for content in (config, read_json(beside) if beside.is_file() else {}):
+        entries = content.get("auto_map")
+        for reference in entries.values() if isinstance(entries, dict) else [entries]:
+            references += reference if isinstance(reference, list) else [reference]
+    return sorted({name.split("--")[-1].split(".")[0] + ".py" for name in references if isinstance(name, str)})
+
+
+def _check_gguf(file: Path) -> int:
+    """How many weights the file holds. Raises InputError for one that is not GGUF, or is cut short."""
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "gguf") from None
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"{file} is not a GGUF file: it does not begin with the letters GGUF")
+    try:
+        reader = gguf.GGUFReader(file)
+        tensors = list(reader.tensors)
+    except Exception as error:  # numpy's, for whatever it read past the end
+        raise InputError(f"{file} is cut short or damaged ({first_line(error)}): fetch it again") from None
+    size = file.stat().st_size
+    for tensor in tensors:
+        if tensor.data_offset + tensor.n_bytes > size:
+            raise InputError(
+                f"{file} is cut short: the tensor {tensor.name} ends at byte "
+                f"{tensor.data_offset + tensor.n_bytes:,} of {size:,}; fetch it again"
+            )
+    return sum(int(tensor.n_elements) for tensor in tensors)
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _transformers(source: Path) -> Iterator[Any]:
+    """The library, silent; what it raises about the source becomes a sentence."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "huggingface") from None
+    try:
+        with quiet():
+            yield transformers
+    except (InputError, MissingFileError):
+        raise
+    except Exception as error:  # of every kind: each reader of a format has its own
+        reason = first_line(error).rstrip(".")
+        raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
+
+
+def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> Any:
+    """The model in float32, all of whose weights came out of its files."""
+    model, info = library.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        ignore_mismatched_sizes=True,  # told below, with the sizes
+        output_loading_info=True,
+        **options,
+    )
+    source = named or folder
+    for mismatch in sorted(info["mismatched_keys"]):
+        # transformers 4 gives the name alone, 5 both shapes as well.
+        name, found = (
+            (mismatch, "another shape") if isinstance(mismatch, str) else (mismatch[0], f"shape {tuple(mismatch[1])}")
+        )
+        raise InputError(
+            f"the weight {name} of {source} has {found} and its config.json asks for "
+            f"{tuple(model.state_dict()[name].shape)}: one of the two is another model's"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{source} has no weight {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
+            f"{type(model).__name__} needs: the files are incomplete, or config.json is another model's"
+        )
+    known = {_numberless(name) for name in model.state_dict()}
+    beyond = [name for name in sorted(info["unexpected_keys"]) if _numberless(name) in known]
+    if beyond:
+        raise InputError(
+            f"{source} has the weight {beyond[0]!r}, for which {type(model).__name__} of its config.json has no layer: "
+            "one of the two is another model's"
+        )
+    # transformers refuses its own float() on weights that were dequantized, although they are float32 or float16 now.
+    return torch.nn.Module.float(model).eval()
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+# --- what a bundle says of it -------------------------------------------------------------------------------------
+def _source(
+    name: str, model: Any, tokenizer: Any | None, given: str | Path | None, context_length: int | None
+) -> Source:
+    from ..graft.huggingface import HuggingFaceDecoder, freeze_rotary
+
+    config = model.config.get_text_config()
+    longest: int | None = getattr(config, "max_position_embeddings", None) or context_length
+    if longest is None:
+        raise InputError(f"the configuration of {name} names no context length: give it with --context N")
+    context = context_of(name, longest, context_length)
+    freeze_rotary(model, context)
+    fields = read_tokenizer(given) if given else _tokenizer(tokenizer, context)
+    generation = getattr(model, "generation_config", None)
+    for key in ("bos_token_id", "eos_token_id"):
+        found = next((v for c in (generation, config) if (v := getattr(c, key, None)) is not None), None)
+        if found is not None:
+            ids = tuple(found) if isinstance(found, list | tuple) else (found,)
+            fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
+    return Source(HuggingFaceDecoder(model), name, context, config=_config(config, context), **fields)
+
+
+def _config(config: Any, context: int) -> dict[str, Any]:
+    """config.json for transformers 4 and 5, and for transformers.js, which needs every size written out."""
+    content: dict[str, Any] = config.to_dict()
+    for name in ("auto_map", "quantization_config", "_name_or_path", "transformers_version"):
+        content.pop(name, None)
+    content |= {"max_position_embeddings": context, "dtype": "float32", "torch_dtype": "float32"}
+    rope = content.get("rope_parameters")
+    if isinstance(rope, dict):  # transformers 5's; 4.57 reads rope_theta and silently ignores this
+        per_kind = [kind for kind in rope.values() if isinstance(kind, dict)]
+        theta = next((kind["rope_theta"] for kind in (rope, *per_kind) if "rope_theta" in kind), None)
+        if theta is not None:
+            content.setdefault("rope_theta", theta)
+    return content
+
+
+def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
+    """The fields of a Source that a tokenizer of transformers gives."""
+    if tokenizer is None:
+        return {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"its tokenizer is a {type(tokenizer).__name__}, which is not of the tokenizers library: convert it to a "
+            "tokenizer.json and give that with --tokenizer"
+        )
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config: dict[str, Any] = {
+        "clean_up_tokenization_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+        "model_max_length": context,
+    }
+    # Every one that has a name, since a chat template may write any of them.
+    config |= {key: str(token) for key, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # in a file, several with names are a list: transformers.js reads nothing else
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        config["chat_template"] = template
+    return {
+        "tokenizer": backend.to_str().encode(),
+        "tokenizer_config": config,
+        "bos_token_id": bos,
+        "eos_token_ids": () if eos is None else (eos,),
+    }
+
+
+def _without_tokens_from(end: int, tokenizer: bytes) -> bytes:
+    """tokenizer.json without added tokens of ids from `end` on.
+
+    transformers adds tokens that it expects of every tokenizer of a kind, such as <|endoftext|>, where a GGUF file
+    has none.
+    """
+    content = json.loads(tokenizer)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]
+    return json.dumps(content, ensure_ascii=False).encode()

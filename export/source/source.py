@@ -1,0 +1,95 @@
+"""What an opened source is: a module, its context, its tokenizer and its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pastkey.errors import ContextLengthError, InputError, MissingFileError
+from pastkey.folder import leads_out, read_text
+from pastkey.values import is_int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module with what a bundle says of it."""
+
+    module: nn.Module
+    name: str  # what the manifest calls it
+    context_length: int  # tokens
+    tokenizer: bytes | None = None  # the content of tokenizer.json
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, where the source has one
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    call: str = ""  # how the author calls the module, where that is not the contract
+    warnings: tuple[str, ...] = ()  # sentences about it that the user should read
+
+
+def context_of(name: object, longest: int, asked: int | None) -> int:
+    """The context length in tokens: what the model was trained for, or less where less was asked for."""
+    if asked is not None and asked > longest:
+        raise ContextLengthError(
+            f"--context {asked} is more than the {longest} tokens that {name} was trained for", longest
+        )
+    return checked_context(asked or longest)
+
+
+def checked_context(length: int) -> int:
+    """The context length in tokens. Raises InputError unless it is a whole number from 2."""
+    if not is_int(length, 2):
+        raise InputError(f"the context length is {length!r}; it must be a whole number of tokens from 2")
+    return length
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------------
+def read_template(file: str | Path) -> str:
+    """A chat template. Raises MissingFileError or InputError."""
+    return read_text(Path(file)).replace("\r\n", "\n")
+
+
+def with_template(source: Source, template: str) -> Source:
+    """`source` with this chat template, in the one place where transformers.js looks for it: tokenizer_config.json."""
+    if source.tokenizer is None:
+        raise InputError(f"{source.name} has no tokenizer, which a chat template needs: give one with --tokenizer FILE")
+    return dataclasses.replace(source, tokenizer_config=source.tokenizer_config | {"chat_template": template})
+
+
+def refuse_links(folder: Path, files: Iterable[Path]) -> None:
+    """Raises InputError for a link out of the folder, but not for the hub cache's links to its own store.
+
+    A link to nothing is a MissingFileError. What a bundle embeds may be published, and a link can name any file of the
+    user's.
+    """
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise MissingFileError(f"{file} is a link to a file that is not there: fetch or copy that file again")
+        if file.exists() and leads_out(file, folder):
+            raise InputError(f"{file} leads out of {folder}, to {file.resolve()}: copy the file itself into the folder")
+
+
+def check_tokenizer(source: Source, vocab_size: int, eos: Sequence[int] = ()) -> None:
+    """Raises InputError for an id of the tokenizer, or of `eos` that the user gave, that the model does not embed."""
+    if eos and max(eos) >= vocab_size:
+        raise InputError(
+            f"--eos {max(eos)} is no token of {source.name}, which has {vocab_size} embeddings (ids 0 to "
+            f"{vocab_size - 1}): give the id that ends its texts"
+        )
+    if source.tokenizer is None:
+        return
+    vocabulary = json.loads(source.tokenizer)
+    added = [token["id"] for token in vocabulary.get("added_tokens", [])]
+    model = vocabulary.get("model", {}).get("vocab", {})
+    ids = list(model.values()) if isinstance(model, dict) else list(range(len(model)))
+    largest = max([*added, *ids], default=-1)
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer of {source.name} makes token ids up to {largest}, but the model has {vocab_size} "
+            f"embeddings (ids 0 to {vocab_size - 1}): give the tokenizer that the model was trained with"
+        )

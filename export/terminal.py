@@ -1,0 +1,97 @@
+"""The stages of an export on standard error: a line each with its seconds, and a moving part in the current one."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from types import TracebackType
+
+from .progress import Progress
+
+_REDRAWN = 0.2  # seconds between two looks of the current line on a terminal
+_HEARTBEAT = 30.0  # seconds between two lines about one stage where there is no terminal
+_SPINNER = "|/-\\"
+
+
+class Stages(Progress):
+    """On a terminal the current line is redrawn, with a spinner; elsewhere a stage is a line when it ends.
+
+    A thread draws, since a stage may be one long call of torch that tells nothing.
+    """
+
+    def __init__(self) -> None:
+        self._out = sys.stderr  # as it is now: libraries are silenced by replacing it
+        self._live = self._out.isatty()
+        self._lock = threading.Lock()
+        self._stage = ""
+        self._began = self._told = time.monotonic()
+        self._share: float | None = None  # of the stage that is done
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="pastkey-stages", daemon=True)
+
+    def __enter__(self) -> Stages:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        with self._lock:
+            if kind is None:
+                self._end()
+            elif self._stage:
+                self._print("\n" if self._live else "")
+
+    def stage(self, name: str) -> None:
+        with self._lock:
+            self._end()
+            self._stage, self._share = name, None
+            self._began = self._told = time.monotonic()
+            self._redraw()
+
+    def advance(self, done: int, total: int) -> None:
+        with self._lock:
+            self._share = done / total if total else None
+
+    def warn(self, sentence: str) -> None:
+        with self._lock:
+            self._print(f"{self._start()}warning: {sentence}\n")
+            self._redraw()
+
+    def _tick(self) -> None:
+        turns = 0
+        while not self._ended.wait(_REDRAWN):
+            turns += 1
+            with self._lock:
+                if self._live:
+                    self._redraw(_SPINNER[turns % len(_SPINNER)])
+                elif self._stage and time.monotonic() - self._told >= _HEARTBEAT:
+                    self._told = time.monotonic()
+                    self._print(f"  {self._stage}{self._shown_share()}: {self._seconds():.0f} s so far\n")
+
+    def _redraw(self, mark: str = _SPINNER[0]) -> None:
+        if self._live and self._stage:
+            tail = f"{self._shown_share()}  {self._seconds():.0f} s"
+            room = shutil.get_terminal_size().columns - len(tail) - 3  # a line that wraps could not be cleared
+            self._print(f"{self._start()}{mark} {self._stage[: max(room, 0)]}{tail}")
+
+    def _end(self) -> None:
+        if self._stage:
+            self._print(f"{self._start()}  {self._stage}  {self._seconds():.1f} s\n")
+        self._stage = ""
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def _shown_share(self) -> str:
+        return "" if self._share is None else f" {self._share:.0%}"
+
+    def _start(self) -> str:
+        """Clears the line that is being redrawn."""
+        return "\r\x1b[K" if self._live else ""
+
+    def _print(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()

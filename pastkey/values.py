@@ -1,0 +1,37 @@
+"""What every stage asks of a value."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from typing import TypeGuard
+
+from .errors import InputError
+
+
+def is_int(value: object, least: int | None = None) -> TypeGuard[int]:
+    """Whether it is a whole number, of numpy too, and not below `least`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        return False
+    return least is None or int(value) >= least
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite real number, of numpy too."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    return bool(value < math.inf) and not bool(value <= -math.inf)  # of a whole number that no float holds, too
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raises InputError for a setting unless the condition holds."""
+    if not condition:
+        raise InputError(f"{name} is {value!r}; it must be {expected}")
+
+
+def parse_version(text: str) -> tuple[int, int, int]:
+    """The three numbers that a version starts with: "1.32.0.dev3" -> (1, 32, 0)."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)[:3]]
+    major, minor, patch = (*numbers, 0, 0, 0)[:3]
+    return major, minor, patch

@@ -1,0 +1,8 @@
+"""The version that is installed."""
+
+import importlib.metadata
+
+try:
+    __version__ = importlib.metadata.version("pastkey")
+except importlib.metadata.PackageNotFoundError:
+    __version__ = "0+uninstalled"

@@ -1,0 +1,208 @@
+"""Opening a bundle's graph: an onnxruntime session that runs where it was asked to and agrees with the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pastkey import names
+from pastkey.bundle import Manifest
+from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
+from pastkey.values import parse_version
+
+from . import providers as ep
+from .ort import REFUSE_LINKS, OrtError, onnxruntime, standard_output_to_error, upgrade_command
+from .settings import Choice
+
+_WHOLE = "session.disable_cpu_ep_fallback"
+_RECORD = "session.record_ep_graph_assignment_info"  # from onnxruntime 1.24 on, which ignores what it does not know
+
+
+def open_session(
+    path: Path,
+    manifest: Manifest,
+    *,
+    providers: Choice | Sequence[Choice] | None,
+    threads: int,
+    allow_fallback: bool = False,
+    session_entries: Mapping[str, str] | None = None,
+    profile_prefix: Path | None = None,
+) -> Any:
+    """Opens one graph of a bundle.
+
+    Args:
+        path: The graph.
+        manifest: The bundle's.
+        providers: See `providers.resolve`.
+        threads: Threads within an operator; 0 leaves their number to onnxruntime.
+        allow_fallback: See `providers.resolve`.
+        session_entries: Settings of onnxruntime's sessions, as `session.use_env_allocators`.
+        profile_prefix: Where given, onnxruntime records where each operator ran, in a file whose name starts with it.
+
+    Returns:
+        The onnxruntime.InferenceSession.
+
+    Raises:
+        MissingExtraError: The bundle needs a newer onnxruntime.
+        ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
+        IntegrityError: The graph cannot be loaded, or it and the manifest differ.
+    """
+    if parse_version(onnxruntime.__version__) < parse_version(manifest.min_onnxruntime):
+        raise MissingExtraError(
+            f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
+            f"type  {upgrade_command()}  and try again"
+        )
+    wanted = ep.resolve(providers, manifest.target, manifest.graph, allow_fallback=allow_fallback)
+    entries = dict(session_entries or {})
+    if wanted.tells:
+        entries = {_RECORD: "1"} | entries
+
+    # Held until the session is there: onnxruntime is given their memory, and not them.
+    linked = _linked_weights(path.parent) if parse_version(onnxruntime.__version__) in REFUSE_LINKS else {}
+
+    def options(entries: Mapping[str, str]) -> Any:
+        made = _options(linked, threads, entries)
+        if profile_prefix is not None:
+            made.enable_profiling = True
+            made.profile_file_prefix = str(profile_prefix)
+            # A weight that was packed for its kernel would be reported as no bytes.
+            made.add_session_config_entry("session.disable_prepacking", "1")
+        return made
+
+    try:
+        session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
+    except OrtError as error:
+        if wanted.whole and (operators := _left_behind(path, options({_RECORD: "1"} | entries), wanted)):
+            raise ep.left_behind(wanted.providers[0][0], operators, manifest.graph) from error
+        reason = first_line(error)
+        name = ep.short_name(wanted.providers[0][0])
+        if name != "cpu":
+            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}") from error
+        raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
+    ep.require_active(wanted, session.get_providers())
+    if wanted.tells and (operators := _on_processor(session)):
+        name = ep.short_name(wanted.providers[0][0])
+        sentence = f"the execution provider {name!r} leaves {ep.counted(operators)} to the processor"
+        warnings.warn(sentence, FallbackWarning, stacklevel=2)
+    _cross_check(session, manifest, path)
+    return session
+
+
+def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str, str]) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # a decoder is a chain: nothing runs beside it
+    # Errors; warnings about shapes of the shared buffer mean nothing here. What stays behind is told by us.
+    options.log_severity_level = 4 if _WHOLE in entries else 3
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if linked:  # copied while the session is made: with 134 MB of weights the peak of a load is 172 MiB higher
+        sizes = [len(content) for content in linked.values()]
+        options.add_external_initializers_from_files_in_memory([*linked], [*linked.values()], sizes)
+    return options
+
+
+def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
+    """A session that never falls back by itself. What a wheel prints does not reach our standard output."""
+    plugins = [(name, given) for name, given in wanted.providers if ep.is_plugin(name)]
+    elsewhere = any(name != ep.CPU for name, _ in wanted.providers)
+    with standard_output_to_error() if elsewhere else contextlib.nullcontext():
+        for name, given in plugins:
+            options.add_provider_for_devices(ep.plugin_devices(name), {k: str(v) for k, v in given.items()})
+        if plugins:  # onnxruntime takes no list of providers beside a plugin
+            return onnxruntime.InferenceSession(str(path), options, enable_fallback=0)
+        return onnxruntime.InferenceSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
+
+
+def _left_behind(path: Path, options: Any, wanted: ep.Placement) -> Counter[str]:
+    """The operators that a provider leaves to the processor, by a session that lets it; none where that fails, too."""
+    providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
+    try:
+        session = _create(path, options, dataclasses.replace(wanted, providers=providers))
+    except OrtError:
+        return Counter()
+    ep.require_active(wanted, session.get_providers())
+    return _on_processor(session)
+
+
+def _on_processor(session: Any) -> Counter[str]:
+    parts = (
+        session.get_provider_graph_assignment_info() if hasattr(session, "get_provider_graph_assignment_info") else ()
+    )
+    return Counter(node.op_type for part in parts if part.ep_name == ep.CPU for node in part.get_nodes())
+
+
+def checked_threads(threads: int | None) -> int:
+    """The number of threads within an operator: `threads`, or the default for None. Raises InputError."""
+    most = max(256, os.cpu_count() or 1)  # some thousands of threads take all memory before they do anything
+    if threads is not None and not 1 <= threads <= most:
+        raise InputError(f"threads is {threads}; it must be 1 to {most}, and the physical cores are the fastest")
+    return default_threads() if threads is None else threads
+
+
+def default_threads() -> int:
+    """The physical cores this process may use; 0, which leaves it to onnxruntime, where that cannot be known."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
+    """The weights files that are links, as a download cache's are: name -> content."""
+    content = {}
+    for path in folder.glob(f"*{names.DATA_SUFFIX}"):
+        if path.is_symlink():
+            with path.open("rb") as file:
+                content[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return content
+
+
+def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
+    """Raises IntegrityError naming a tensor that the graph and the manifest see differently, and both shapes."""
+    found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
+    expected: dict[str, list[int | str]] = {
+        names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
+        names.ATTENTION_MASK: [names.BATCH, names.TOTAL],
+        names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
+    }
+    for i, layer in enumerate(manifest.layers):
+        for kind, past, present in (
+            (layer.key_head_size, names.past_key(i), names.present_key(i)),
+            (layer.value_head_size, names.past_value(i), names.present_value(i)),
+        ):
+            expected[past] = [names.BATCH, layer.kv_heads, names.PAST, kind]
+            expected[present] = [names.BATCH, layer.kv_heads, names.TOTAL, kind]
+    for i, state in enumerate(manifest.states):
+        expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
+        expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
+    expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
+    if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
+        expected[names.LOGITS_TO_KEEP] = [1]
+    if names.EMBEDDING_ROWS in found:
+        expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
+    for name, shape in expected.items():
+        if name not in found:
+            raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
+        # Sizes must agree; what a free axis is called does not matter here.
+        same_rank = len(found[name]) == len(shape)
+        if not same_rank or any(isinstance(b, int) and a != b for a, b in zip(found[name], shape, strict=True)):
+            raise IntegrityError(
+                f"{name!r} is {_show(found[name])} in {path} and {_show(shape)} in the manifest: export it again"
+            )
+    for name in sorted(set(found) - set(expected)):
+        raise IntegrityError(f"{path} has the tensor {name!r}, which the manifest does not speak of: export it again")
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"

@@ -1,0 +1,59 @@
+"""What the tests of the commands share: a file with modules, how a command is run, and what a mistake looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Result = tuple[int, str, str]  # exit status, standard output, standard error
+Command = Callable[..., Result]
+
+FACTORY = """
+import torch, torch.nn.functional as F
+from torch import nn
+
+class Small(nn.Module):
+    def __init__(self, vocab=37):
+        super().__init__()
+        torch.manual_seed(0)
+        print("number of parameters: many")
+        self.token, self.position = nn.Embedding(vocab, 16), nn.Embedding(12, 16)
+        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, vocab)
+
+    def forward(self, input_ids, position_ids):
+        x = self.token(input_ids) + self.position(position_ids)
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return self.head(x + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+class NotCausal(Small):
+    def forward(self, input_ids, position_ids):
+        print("forward")
+        x = self.token(input_ids) + self.position(position_ids)
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return self.head(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
+
+class Baked(Small):
+    def forward(self, input_ids, position_ids):
+        if torch.compiler.is_exporting():
+            position_ids = position_ids * 0
+        return super().forward(input_ids, position_ids)
+
+def other_weights():
+    module = Small()
+    with torch.no_grad():
+        module.head.weight[3] += 0.5
+    return module
+
+def other_vocabulary():
+    return Small(38)
+"""
+
+
+def fails(result: Result, *words: str) -> None:
+    """One sentence on standard error, nothing on standard output, exit status 2."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith("pastkey "), err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in sentence

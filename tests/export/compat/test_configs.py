@@ -1,0 +1,170 @@
+"""The folder's files: weights once, at aligned places, and configurations that other programs read."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from tokenizers import Tokenizer, models, processors
+
+from pastkey import names
+from pastkey.export import export
+from pastkey.export.graph.save import count_operators, write_graphs
+from pastkey.folder import sha256
+
+from ..cases import CASES
+from ..conftest import Export, Exported
+
+
+def places(made: Exported) -> dict[str, tuple[int, int]]:
+    """Initializer -> offset and length in the weights' file."""
+    found = {}
+    for tensor in made.graph().graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            found[tensor.name] = (int(entries["offset"]), int(entries["length"]))
+    return found
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_weights_lie_aligned_and_apart(precision: str, exported: Export) -> None:
+    made = exported("llama", precision)
+    spans = sorted(set(places(made).values()))
+    assert len(spans) > 8
+    assert all(offset % 64 == 0 for offset, _ in spans)
+    assert all(a + length <= b for (a, length), (b, _) in pairwise(spans))
+    data = made.bundle.all_logits_graph.with_name(made.bundle.all_logits_graph.name + "_data")
+    assert data.stat().st_size == sum(spans[-1])
+
+
+def test_an_int8_embedding_and_its_tied_head_share_their_bytes(exported: Export) -> None:
+    found = places(exported("llama", "int8"))
+    table, blocks = found["model.embed_tokens.weight.table"], found["model.embed_tokens.weight.blocks"]
+    assert table == blocks
+    assert table[1] == 61 * 48  # one byte a weight; 48 is a multiple of 16
+    untied = places(exported("gpt2", "int8"))
+    assert untied["model.embed_tokens.weight.table"] != untied["lm_head.weight.blocks"]
+
+
+def test_the_reported_bytes_are_the_stored_ones(exported: Export) -> None:
+    for name, precision in (("llama", "fp32"), ("llama", "int8"), ("gpt2", "int8")):
+        made = exported(name, precision)
+        inline = sum(
+            len(t.raw_data)
+            for t in made.graph().graph.initializer
+            if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type in (1, 2)
+        )
+        data = made.bundle.all_logits_graph.with_name(made.bundle.all_logits_graph.name + "_data").stat().st_size
+        assert made.report.weight_bytes == data + inline
+
+
+def test_a_model_without_large_weights_has_no_weights_file(exported: Export) -> None:
+    made = exported("three_axes")
+    onnx_files = {path.name for path in (made.bundle.path / "onnx").iterdir()}
+    assert onnx_files == {"model.onnx", "pastkey.onnx"}
+    assert json.loads((made.bundle.path / names.CONFIG).read_text())["transformers.js_config"] == {"dtype": "fp32"}
+
+
+def test_a_large_weight_starts_on_a_page(tmp_path: Path) -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 20]>\n'
+        "g (float[batch_size,sequence_length,600] x) => (float[batch_size,sequence_length,500] logits)"
+        " { y = Mul(x, gain) logits = MatMul(y, head) }".replace(
+            "[batch_size,sequence_length,600] x)", "[batch_size,sequence_length,600] x, float[600] gain,"
+            " float[600,500] head)",
+        )
+    )  # fmt: skip
+    arrays = {
+        "gain": np.ones(600, np.float32),
+        "head": np.random.default_rng(0).normal(size=(600, 500)).astype(np.float32),
+    }
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.Tensor(arrays[value.name], name=value.name)
+        model.graph.register_initializer(value)
+    assert count_operators(model) == {"Mul": 1, "MatMul": 1}
+    total = write_graphs(model, tmp_path, "fp32")
+    tensors = {t.name: t for t in onnx.load(tmp_path / "onnx/model.onnx", load_external_data=False).graph.initializer}
+    offsets = {name: int({e.key: e.value for e in t.external_data}["offset"]) for name, t in tensors.items()}
+    assert offsets == {"gain": 0, "head": 4096}
+    assert total == 4096 + arrays["head"].nbytes
+    loaded = onnx.load(tmp_path / "onnx/model.onnx")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(loaded.graph.initializer[1]), arrays["head"])
+
+
+# --- the manifest's records ---------------------------------------------------------------------------------------
+def test_every_file_is_recorded_with_its_size_and_hash(exported: Export) -> None:
+    bundle = exported("llama", "int8").bundle
+    assert bundle.manifest.files
+    for name, record in bundle.manifest.files.items():
+        path = bundle.path / name
+        assert (record.size, record.sha256) == (path.stat().st_size, sha256(path))
+
+
+# --- configurations -----------------------------------------------------------------------------------------------
+def read(made: Exported, name: str) -> Any:
+    return json.loads((made.bundle.path / name).read_text(encoding="utf-8"))
+
+
+def test_config_json_of_a_module_holds_the_observed_sizes(exported: Export) -> None:
+    config = read(exported("multi_query_repeated_by_hand"), names.CONFIG)
+    assert config["model_type"] == "llama"  # whose cache is the same
+    assert config["architectures"] == ["RepeatedKv"]
+    assert (config["vocab_size"], config["max_position_embeddings"]) == (37, 11)
+    assert (config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]) == (1, 4, 1)
+    assert (config["head_dim"], config["hidden_size"]) == (8, 32)
+
+
+def test_config_json_declares_the_weights_file_to_transformers_js(exported: Export) -> None:
+    fp32, int8 = read(exported("llama"), names.CONFIG), read(exported("llama", "int8"), names.CONFIG)
+    assert fp32["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    assert int8["transformers.js_config"] == {
+        "dtype": "q8",
+        "use_external_data_format": {"model_quantized.onnx": 1},
+    }
+
+
+def test_genai_config_names_the_graphs_own_tensors(exported: Export) -> None:
+    for name, shared in (("llama", True), ("head_size_10_context_11", False)):
+        made = exported(name)
+        content = read(made, names.GENAI_CONFIG)
+        decoder = content["model"]["decoder"]
+        assert (made.bundle.path / decoder["filename"]).is_file()
+        graph = made.graph().graph
+        tensors = {value.name for value in [*graph.input, *graph.output]}
+        for pattern in [*decoder["inputs"].values(), *decoder["outputs"].values()]:
+            assert (pattern % 0 if "%d" in pattern else pattern) in tensors
+        assert decoder["num_hidden_layers"] == len(made.bundle.manifest.layers)
+        assert content["model"]["context_length"] == content["search"]["max_length"]
+        assert content["search"]["past_present_share_buffer"] is shared
+
+
+def test_generation_config_ends_at_the_context(exported: Export) -> None:
+    content = read(exported("llama"), names.GENERATION_CONFIG)
+    assert content["max_length"] == 40
+    assert content["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_tokenizer_config_says_what_other_programs_would_guess(adds: bool, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[]))
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(tmp_path / names.TOKENIZER))
+    (tmp_path / names.TOKENIZER_CONFIG).write_text(json.dumps({"bos_token": "<s>", "model_max_length": 8}))
+    case = CASES["three_axes"]
+    report = export(case.build(), tmp_path / "bundle", "fp32", tokenizer=tmp_path, context_length=case.context)
+    assert json.loads((report.path / names.TOKENIZER_CONFIG).read_text(encoding="utf-8")) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "model_max_length": 8,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "add_bos_token": adds,
+    }

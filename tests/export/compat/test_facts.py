@@ -1,0 +1,155 @@
+"""The cache that other programs build from config.json, and the config.json that makes them build the graph's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey import names
+from pastkey.bundle import KVGeometry
+from pastkey.export import export
+from pastkey.export.compat.facts import (
+    NOTE_KEY,
+    REPLACED_KEY,
+    Expected,
+    declare_cache,
+    js_layers_key,
+    optimum_cache,
+    suits,
+)
+from pastkey.train.checkpoint import TrainingState, save_checkpoint
+
+from ..conftest import Export
+from ..decoders import llama
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (HEADS | {"model_type": "llama"}, (2, 8, 8)),
+        (HEADS | {"model_type": "gemma"}, (2, 16, 16)),
+        (HEADS | {"model_type": "olmo2"}, (8, 8, 8)),
+        ({"model_type": "llama", "num_attention_heads": 8, "hidden_size": 64}, (8, 8, 8)),
+        ({"model_type": "gpt2", "n_head": 4, "n_embd": 32}, (4, 8, 8)),
+        ({"model_type": "bloom", "n_head": 4, "hidden_size": 32}, (4, 8, 8)),
+        ({"model_type": "mpt", "n_heads": 4, "d_model": 32}, (4, 8, 8)),
+        ({"model_type": "gpt_neo", "num_heads": 4, "hidden_size": 32}, (4, 8, 8)),
+        (HEADS | {"model_type": "falcon"}, (1, 8, 8)),
+        (HEADS | {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2}, (2, 8, 8)),
+        (HEADS | {"model_type": "falcon", "multi_query": False}, (8, 8, 8)),
+        ({"model_type": "gpt_bigcode", "n_head": 4, "n_embd": 32}, (1, 8, 8)),
+        (
+            HEADS | {"model_type": "deepseek_v3", "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6},
+            (2, 12, 6),
+        ),
+    ],
+)
+def test_optimum_reads_each_type_by_its_own_keys(config: dict[str, Any], expected: tuple[int, int, int]) -> None:
+    cache = optimum_cache(config)
+    assert isinstance(cache, Expected)
+    assert cache.geometry == KVGeometry(*expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"model_type": "llama", "num_attention_heads": 8}, "hidden_size"),
+        ({"model_type": "gpt2", "n_embd": 8, "n_head": True}, "n_head"),
+        (HEADS | {"model_type": "deepseek_v3", "qk_rope_head_dim": 4}, "qk_nope_head_dim"),
+    ],
+)
+def test_a_missing_key_is_named(config: dict[str, Any], missing: str) -> None:
+    assert optimum_cache(config) == missing
+
+
+def test_transformers_js_counts_layers_by_the_types_own_key() -> None:
+    found = [js_layers_key(kind) for kind in ("llama", "gpt2", "mpt", "exaone", "openelm", "mixtral", "pastkey")]
+    assert found == ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", None, None]
+
+
+# --- declaring ----------------------------------------------------------------------------------------------------
+LAYERS = (KVGeometry(2, 16, 16),) * 3
+SIZES = HEADS | {"architectures": ["Mine"], "num_hidden_layers": 3, "hidden_size": 128, "vocab_size": 5}
+
+
+def test_a_configuration_that_suits_is_kept_as_it_is() -> None:
+    own = SIZES | {"model_type": "qwen2", "rope_theta": 1e6, "architectures": ["Qwen2ForCausalLM"]}
+    assert declare_cache(own, SIZES, LAYERS) == own
+
+
+def test_where_only_the_width_misleads_only_the_width_is_replaced() -> None:
+    own = SIZES | {"model_type": "qwen3", "hidden_size": 96, "rope_theta": 1e6}
+    assert not suits(own, LAYERS)
+    declared = declare_cache(own, SIZES, LAYERS)
+    assert (declared["model_type"], declared["hidden_size"], declared["rope_theta"]) == ("qwen3", 128, 1e6)
+    assert declared[REPLACED_KEY] == {"hidden_size": 96}
+    assert "the graph is the model" in declared[NOTE_KEY]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "olmo2", "a_type_of_next_year"])
+def test_a_type_that_a_program_does_not_know_or_reads_otherwise_becomes_llama(kind: str) -> None:
+    own = SIZES | {"model_type": kind, "rope_scaling": {"type": "of its own"}, "architectures": ["Other"]}
+    declared = declare_cache(own, SIZES, LAYERS)
+    assert suits(declared, LAYERS)
+    assert (declared["model_type"], declared["architectures"]) == ("llama", ["Other"])
+    assert "rope_scaling" not in declared  # llama would read it
+    assert declared[REPLACED_KEY] == {"model_type": kind, "rope_scaling": {"type": "of its own"}}
+
+
+@pytest.mark.parametrize("layers", [(KVGeometry(2, 16, 12),), (KVGeometry(2, 16, 16), KVGeometry(1, 16, 16))])
+def test_a_cache_without_a_counterpart_is_declared_as_nobodys(layers: tuple[KVGeometry, ...]) -> None:
+    declared = declare_cache({}, SIZES | {"num_hidden_layers": len(layers)}, layers)
+    assert declared["model_type"] == "pastkey"
+    assert NOTE_KEY not in declared
+    own = SIZES | {"model_type": "deepseek_v2"}
+    assert declare_cache(own, SIZES, layers) == own
+
+
+@pytest.mark.parametrize("name", ["gpt2", "multi_query", "one_block_five_times", "three_axes"])
+def test_modules_of_any_heads_and_sizes_are_declared(name: str, exported: Export) -> None:
+    bundle = exported(name).bundle
+    config = json.loads((bundle.path / names.CONFIG).read_text(encoding="utf-8"))
+    assert suits(config, bundle.manifest.layers)
+    assert config["architectures"] == [bundle.manifest.source]
+    assert config[NOTE_KEY]
+
+
+@pytest.mark.parametrize("kind", ["pastkey", "llama"])
+def test_a_checkpoint_of_ours_is_declared(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    """`checkpoint` is a Llama whose width is not heads times size; with learned positions it has no type."""
+    source = checkpoint
+    if kind == "pastkey":
+        source = _learned_positions(checkpoint, tmp_path)
+    bundle = export(source, tmp_path / "bundle", precision="fp32")
+    own = json.loads((source / names.CONFIG).read_text(encoding="utf-8"))
+    declared = json.loads((bundle.path / names.CONFIG).read_text(encoding="utf-8"))
+    assert (own["model_type"], own["hidden_size"], declared["hidden_size"]) == (kind, 48, 64)
+    assert declared["model_type"] == "llama"
+    assert suits(declared, bundle.manifest.layers)
+    assert declared.get(REPLACED_KEY) == ({"hidden_size": 48} if kind == "llama" else None)
+    assert declared.get("rms_norm_eps") == own.get("rms_norm_eps")
+
+
+def _learned_positions(checkpoint: Path, folder: Path) -> Path:
+    changed = Path(shutil.copytree(checkpoint, folder / "checkpoint"))
+    model = llama(position_encoding="learned", eos_token_id=60)
+    save_checkpoint(changed, model, TrainingState(0, {}, {}, {}, {}))
+    return changed
+
+
+@pytest.mark.parametrize("name", ["gpt2", "multi_query_repeated_by_hand"])
+def test_transformers_parses_what_is_declared(name: str, exported: Export) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    bundle = exported(name).bundle
+    config = transformers.AutoConfig.from_pretrained(bundle.path)
+    first = bundle.manifest.layers[0]
+    assert type(config).__name__ == "LlamaConfig"
+    assert (config.num_hidden_layers, config.vocab_size) == (len(bundle.manifest.layers), bundle.manifest.vocab_size)
+    assert (config.num_key_value_heads, config.head_dim) == (first.kv_heads, first.key_head_size)
+    assert (config.bos_token_id, config.eos_token_id) == (None, None)

@@ -1,0 +1,286 @@
+"""Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks, talking heads, latents."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own, Qkv
+
+WINDOW = 10
+
+
+def causal(scores: Tensor) -> Tensor:
+    T = scores.shape[-1]
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
+
+
+class Scored(Qkv):
+    """softmax(scores) v, where a variant says what scores are."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal(self.scores(q, k)).softmax(dim=-1) @ v
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.transpose(-2, -1) / math.sqrt(self.size)
+
+
+class BandBuffer(Scored):
+    """tril and triu of a buffer: each token sees itself and nine before it."""
+
+    band: Tensor
+
+    def more(self) -> None:
+        ones = torch.ones(CONTEXT, CONTEXT)
+        self.register_buffer("band", torch.triu(torch.tril(ones), diagonal=-(WINDOW - 1)))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        T = q.size(2)
+        return super().scores(q, k).masked_fill(self.band[:T, :T] == 0, float("-inf"))
+
+
+class BandOfDistances(Scored):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        i = torch.arange(q.size(2))[:, None]
+        j = torch.arange(k.size(2))[None, :]
+        allowed = (j <= i) & (i - j < WINDOW)
+        return torch.where(allowed, super().scores(q, k), torch.tensor(-1e30))
+
+
+class BandByRows(Scored):
+    """A mask that is written in a loop over positions, into one that was made elsewhere."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        T = q.size(2)
+        band = torch.full((T, T), float("-inf"))
+        for i in range(T):
+            band[i, max(0, i - WINDOW + 1) : i + 1] = 0.0
+        return super().scores(q, k) + band.view(1, 1, T, T)
+
+
+class Mixed(Gpt):
+    """A layer with a window, one without."""
+
+    def __init__(self) -> None:
+        layers = iter([BandBuffer, Scored])
+        super().__init__(lambda: next(layers)())
+
+
+def slopes(heads: int) -> Tensor:
+    return torch.tensor([2 ** (-8 * (i + 1) / heads) for i in range(heads)])
+
+
+class AlibiOfColumns(Scored):
+    """slopes * arange(T), the same for all queries: softmax does not see the difference."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(q, k) + slopes(self.heads)[:, None, None] * torch.arange(k.size(2))
+
+
+class AlibiOfDistances(Scored):
+    """m * (j - i), out of a buffer."""
+
+    m: Tensor
+
+    def more(self) -> None:
+        self.register_buffer("m", slopes(self.heads)[:, None, None])
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        x = torch.arange(q.size(2))[None, :] - torch.arange(q.size(2))[:, None]
+        return super().scores(q, k) + (self.m * x).unsqueeze(0)
+
+
+class AlibiByEinsum(Scored):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        n = torch.arange(q.size(2)).float()
+        distance = (n[:, None] - n[None]).clamp(min=0)
+        return super().scores(q, k) - torch.einsum("h,ij->hij", slopes(self.heads), distance)
+
+
+class AlibiToSdpa(Qkv):
+    """A mask with the bias in it for scaled_dot_product_attention."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.size(2)
+        place = torch.arange(T)
+        bias = -slopes(self.heads)[:, None, None] * (place[:, None] - place)
+        bias = bias + torch.full((T, T), float("-inf")).triu(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class RelativeBuckets(Scored):
+    """T5's: near distances have a bucket each, far ones share them by logarithms. Its scores are not scaled."""
+
+    def more(self) -> None:
+        self.relative_attention_bias = nn.Embedding(16, self.heads)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        place = torch.arange(q.size(2))
+        n = (place[:, None] - place[None, :]).clamp(min=0)
+        far = 8 + (torch.log(n.float().clamp(min=1) / 8) / math.log(32 / 8) * 8).long()
+        buckets = torch.where(n < 8, n, far.clamp(max=15))
+        bias = self.relative_attention_bias(buckets).permute(2, 0, 1).unsqueeze(0)
+        return torch.matmul(q, k.transpose(3, 2)) * 0.4 + 2 * bias
+
+
+class BiasOfDistance(Scored):
+    """A learned number for each head and distance, gathered from a parameter."""
+
+    def more(self) -> None:
+        self.rel = nn.Parameter(torch.zeros(self.heads, CONTEXT))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        place = torch.arange(q.size(2))
+        return super().scores(q, k) + 3 * self.rel[:, (place[:, None] - place).clamp(min=0)]
+
+
+class RelativeKeys(Scored):
+    """Shaw: scores are q kᵀ and q times a vector for each distance."""
+
+    def more(self) -> None:
+        self.er = nn.Embedding(CONTEXT, self.size)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        place = torch.arange(q.size(2))
+        vectors = self.er((place[:, None] - place).abs())  # (T, T, D)
+        return super().scores(q, k) + torch.einsum("bhid,ijd->bhij", q, vectors) / math.sqrt(self.size)
+
+
+class NormedKeys(Scored):
+    """QK-norm by modules."""
+
+    def more(self) -> None:
+        self.q_norm, self.k_norm = nn.LayerNorm(self.size), nn.LayerNorm(self.size)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(self.q_norm(q), self.k_norm(k))
+
+
+class UnitKeys(Scored):
+    """Cosines, with a learned temperature for each head."""
+
+    def more(self) -> None:
+        self.logit_scale = nn.Parameter(torch.full((self.heads, 1, 1), 1.5))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.exp()
+
+
+class Softcapped(Scored):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return 2 * torch.tanh(super().scores(q, k) / 2)
+
+
+class Sinks(Scored):
+    """A learned number for each head stands in the softmax as one more key without a value."""
+
+    def more(self) -> None:
+        self.sinks = nn.Parameter(torch.zeros(self.heads))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = causal(self.scores(q, k))
+        sinks = self.sinks.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1] @ v
+
+
+class SoftmaxPlusOne(Scored):
+    """exp(x) / (1 + sum of exp(x))."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = causal(self.scores(q, k))
+        top = scores.max(-1, keepdim=True).values.clamp(min=0)
+        weights = torch.exp(scores - top)
+        return weights / (torch.exp(-top) + weights.sum(-1, keepdim=True)) @ v
+
+
+class TalkingHeads(Scored):
+    """Heads mixed before and after the softmax."""
+
+    def more(self) -> None:
+        self.before, self.after = (nn.Linear(self.heads, self.heads, bias=False) for _ in range(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = self.before(self.scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weights = causal(2 * scores).softmax(-1)
+        return 2 * torch.einsum("gh,bhij->bgij", self.after.weight, weights) @ v
+
+
+class Differential(nn.Module):
+    """One softmax less a part of another, over two halves of each key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.lambda_ = nn.Parameter(torch.tensor(0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
+        one, other = (causal(a @ b.mT / math.sqrt(8)).softmax(-1) for a, b in ((q1, k1), (q2, k2)))
+        return self.o(((one - self.lambda_ * other) @ v).transpose(1, 2).flatten(2))
+
+
+class Latent(nn.Module):
+    """MLA: keys and values out of a small vector, and a rotated key of all heads; scores are a sum of two products."""
+
+    def __init__(self, *, rank: int = 16, nope: int = 8, rope: int = 8) -> None:
+        super().__init__()
+        self.nope, self.rope = nope, rope
+        self.w_q = nn.Linear(WIDTH, HEADS * (nope + rope), bias=False)
+        self.w_down, self.norm = nn.Linear(WIDTH, rank, bias=False), nn.LayerNorm(rank)
+        self.w_kr = nn.Linear(WIDTH, rope, bias=False)
+        self.w_up = nn.Linear(rank, HEADS * 2 * nope, bias=False)
+        self.w_o = nn.Linear(HEADS * nope, WIDTH, bias=False)
+
+    def turn(self, x: Tensor) -> Tensor:
+        freqs = 1.0 / 10000 ** (torch.arange(0, self.rope, 2) / self.rope)
+        angles = torch.outer(torch.arange(x.shape[-2]), freqs)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.w_q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        q_c, q_r = q.split([self.nope, self.rope], dim=-1)
+        latent = self.norm(self.w_down(x))  # (B, T, R)
+        k_c, v = self.w_up(latent).unflatten(-1, (HEADS, -1)).transpose(1, 2).chunk(2, dim=-1)
+        k_r = self.turn(self.w_kr(x).unsqueeze(1))  # (B, 1, T, Dr)
+        scores = (q_c @ k_c.mT + self.turn(q_r) @ k_r.mT) / math.sqrt(self.nope + self.rope)
+        return self.w_o((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class LatentByCat(Latent):
+    """The same with keys put together, the rotated part expanded for all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q_c, q_r = self.w_q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([self.nope, self.rope], dim=-1)
+        k_c, v = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2).chunk(2, dim=-1)
+        k_r = self.turn(self.w_kr(x).unsqueeze(1)).expand(-1, HEADS, -1, -1)
+        q, k = torch.cat([q_c, self.turn(q_r)], dim=-1), torch.cat([k_c, k_r], dim=-1)
+        return self.w_o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+DECODERS = {
+    "band_buffer": Own(lambda: Gpt(BandBuffer), note="a window of 10"),
+    "band_of_distances": Own(lambda: Gpt(BandOfDistances), note="a window of 10"),
+    "band_by_rows": Own(lambda: Gpt(BandByRows), note="a window of 10, in a loop over positions"),
+    "window_and_full": Own(Mixed, note="a layer of each"),
+    "alibi_of_columns": Own(lambda: NoPositions(AlibiOfColumns), graph="standard"),
+    "alibi_of_distances": Own(lambda: NoPositions(AlibiOfDistances), graph="standard"),
+    "alibi_by_einsum": Own(lambda: NoPositions(AlibiByEinsum), graph="standard"),
+    "alibi_to_sdpa": Own(lambda: NoPositions(AlibiToSdpa), graph="standard"),
+    "relative_buckets": Own(lambda: NoPositions(RelativeBuckets), graph="standard", note="T5"),
+    "bias_of_distance": Own(lambda: NoPositions(BiasOfDistance), graph="standard"),
+    "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard", note="Shaw: q times a table (T, T, D)"),
+    "qk_norm": Own(lambda: Gpt(NormedKeys)),
+    "cosines_with_temperature": Own(lambda: Gpt(UnitKeys)),
+    "soft_cap": Own(lambda: Gpt(Softcapped)),
+    "sinks": Own(lambda: Gpt(Sinks)),
+    "softmax_plus_one": Own(lambda: Gpt(SoftmaxPlusOne)),
+    "talking_heads": Own(lambda: Gpt(TalkingHeads), graph="standard"),
+    "differential": Own(lambda: Gpt(Differential), graph="standard", note="two softmaxes share the values"),
+    "latent": Own(lambda: NoPositions(Latent), note="MLA, scores as a sum of two products"),
+    "latent_by_cat": Own(lambda: NoPositions(LatentByCat), note="MLA, keys of 16, values of 8"),
+}  # fmt: skip

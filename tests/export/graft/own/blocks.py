@@ -1,0 +1,262 @@
+"""What stands around attention: norms, MLPs, experts, shared and tied weights; and rows of earlier tokens beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .by_hand import TrilBuffer
+from .parts import HEADS, VOCAB, WIDTH, Block, Gpt, NoPositions, Own
+from .positions import Causal, RotaryGrouped, RotaryTables
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int = WIDTH, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden: int = 64) -> None:
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(WIDTH, hidden, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(hidden, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class SquaredRelu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = nn.Linear(WIDTH, 64, bias=False), nn.Linear(64, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class DenseExperts(nn.Module):
+    """All experts over all tokens; those outside the top two weigh nothing."""
+
+    def __init__(self, experts: int = 4, active: int = 2) -> None:
+        super().__init__()
+        self.active, self.gate = active, nn.Linear(WIDTH, experts)
+        self.w_in = nn.Parameter(torch.empty(experts, WIDTH, 32))
+        self.w_out = nn.Parameter(torch.empty(experts, 32, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, which = self.gate(x).topk(self.active, dim=-1)
+        weights = torch.zeros(*x.shape[:-1], self.w_in.size(0)).scatter(-1, which, top.softmax(-1))
+        hidden = F.gelu(torch.einsum("btc,ech->bteh", x, self.w_in))
+        return torch.einsum("bteh,ehc,bte->btc", hidden, self.w_out, weights)
+
+
+class ListedExperts(nn.Module):
+    """Flattened to (B*T, C); each expert of a list over all tokens, weighted by one column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(WIDTH, 3), nn.ModuleList([SwiGLU(32) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        flat = x.view(-1, C)
+        weights = self.router(flat).softmax(dim=-1)  # (B*T, E)
+        out = torch.stack([expert(flat) for expert in self.experts], dim=1)  # (B*T, E, C)
+        return (weights.unsqueeze(-1) * out).sum(dim=1).view(B, T, C)
+
+
+class PostNorm(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ln_1(x + self.attn(x))
+        return self.ln_2(x + self.mlp(x))
+
+
+class Parallel(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.ln_1(x)
+        return x + self.attn(normed) + self.mlp(normed)
+
+
+class Modern(nn.Module):
+    """RMSNorm, grouped queries with rotary positions, another MLP."""
+
+    def __init__(self, mlp: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm, self.feed_forward = RMSNorm(), RMSNorm(), mlp()
+        self.attention = RotaryGrouped(kv_heads=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.attention(self.attention_norm(x))
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Stack(nn.Module):
+    """Any blocks, with a tied head, applied as often as it is told."""
+
+    def __init__(self, *blocks: nn.Module, times: int = 1, positions: int = 0) -> None:
+        super().__init__()
+        self.times, self.tok_embeddings = times, nn.Embedding(VOCAB, WIDTH)
+        self.positions = nn.Embedding(positions, WIDTH) if positions else None
+        self.layers, self.norm = nn.ModuleList(blocks), RMSNorm()
+        self.output = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.output.weight = self.tok_embeddings.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tok_embeddings(tokens) * 3
+        if self.positions is not None:
+            h = h + self.positions(torch.arange(0, tokens.shape[-1]))
+        for _ in range(self.times):
+            for layer in self.layers:
+                h = layer(h)
+        return self.output(self.norm(h)) / 2
+
+
+class ResidualOfEmbedding(Gpt):
+    """Each block gets the embedding again, by a learned weight; logits are capped."""
+
+    def __init__(self) -> None:
+        super().__init__(Causal)
+        self.lambdas = nn.Parameter(torch.full((2, 2), 0.5))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = x0 = F.rms_norm(self.embed(idx), (WIDTH,))
+        for i, block in enumerate(self.blocks):
+            x = block(x + self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0)
+        return 15 * torch.tanh(self.lm_head(self.ln_f(x)) / 15)
+
+
+class ValuesOfTheFirst(NoPositions):
+    """The first layer's values are mixed into those of the second."""
+
+    class Attention(RotaryTables):
+        def forward(self, x: Tensor, v1: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            q, k, v = (w(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
+            v = v if v1 is None else (v + v1) / 2
+            return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2)), v
+
+    def __init__(self) -> None:
+        super().__init__(self.Attention)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x, v1 = self.embed(idx), None
+        for block in self.blocks:
+            y, v = block.attn(block.ln_1(x), v1)
+            v1 = v if v1 is None else v1
+            x = x + y
+            x = x + block.mlp(block.ln_2(x))
+        return self.lm_head(self.ln_f(x))
+
+
+class SmearedEmbedding(Gpt):
+    """Part of the token before is mixed into each embedding, by a gate; without a cache it takes no text of one."""
+
+    def __init__(self) -> None:
+        super().__init__(Causal)
+        self.smear_gate = nn.Linear(12, 1, bias=False)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        assert idx.size(1) > 1, "training forward should have T > 1"
+        x = super().embed(idx) * 4
+        gate = torch.sigmoid(self.smear_gate(x[:, 1:, :12]))
+        return torch.cat([x[:, :1], x[:, 1:] + gate * x[:, :-1]], dim=1)
+
+
+class Bigrams(Gpt):
+    """The token before is embedded, too; in front of the first one stands token 0."""
+
+    def __init__(self) -> None:
+        super().__init__(Causal)
+        self.before = nn.Embedding(VOCAB, WIDTH)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        shifted = torch.cat([torch.zeros_like(idx[:, :1]), idx[:, :-1]], dim=1)
+        return super().embed(idx) + self.before((idx + 7 * shifted) % VOCAB)
+
+
+class TimeShift(nn.Module):
+    """Keys and values of an MLP see the token before: a pad of one row, the last one cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_shift = nn.ZeroPad2d((0, 0, 1, -1))
+        self.mix, self.mlp = nn.Parameter(torch.full((WIDTH,), 0.5)), SwiGLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x * self.mix + self.time_shift(x) * (1 - self.mix))
+
+
+class ShiftedKeys(Causal):
+    """Half of the channels come from the token before, of a row of zeros at the start."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return super().forward(torch.cat([before[..., : WIDTH // 2], x[..., WIDTH // 2 :]], dim=-1))
+
+
+class ShortConv(nn.Module):
+    """A depthwise convolution over the last tokens: padded on both sides, cut to T; or padded on the left."""
+
+    def __init__(self, kernel: int = 4, *, both: bool = True) -> None:
+        super().__init__()
+        self.kernel, self.both = kernel, both
+        self.conv = nn.Conv1d(WIDTH, WIDTH, kernel, groups=WIDTH, padding=kernel - 1 if both else 0)
+        self.gate, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, rows = x.shape[1], x.transpose(1, 2)  # (B, C, T)
+        mixed = self.conv(rows)[..., :T] if self.both else self.conv(F.pad(rows, (self.kernel - 1, 0)))
+        return self.out(self.gate(x) * F.silu(mixed.transpose(1, 2)))
+
+
+def blocks_with(**parts: Callable[[], nn.Module]) -> list[nn.Module]:
+    """Two blocks with one of their parts (attn, mlp) replaced."""
+    blocks = [Block(Causal()) for _ in range(2)]
+    for block in blocks:
+        for name, make in parts.items():
+            setattr(block, name, make())
+    return list(blocks)
+
+
+def mixed(**parts: Callable[[], nn.Module]) -> Stack:
+    """One block with such a part, one without."""
+    return Stack(blocks_with(**parts)[0], Block(Causal()), positions=48)
+
+
+class Mixing(Gpt):
+    """The second block has another MLP, which mixes what it should not."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__(Causal)
+        self.blocks[1] = blocks_with(mlp=lambda: mlp)[1]
+
+
+DECODERS = {
+    "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU)), note="RMSNorm by hand, grouped queries, tied"),
+    "squared_relu": Own(lambda: Stack(Modern(SquaredRelu), Modern(SquaredRelu))),
+    "dense_experts": Own(lambda: Stack(Modern(DenseExperts), Modern(DenseExperts))),
+    "listed_experts": Own(lambda: Stack(Modern(ListedExperts), Modern(ListedExperts)), note="over (B*T, C)"),
+    "post_norm": Own(lambda: Stack(*(PostNorm(Causal()) for _ in range(2)), positions=48)),
+    "parallel": Own(lambda: Stack(*(Parallel(RotaryTables()) for _ in range(2)))),
+    "one_layer_three_times": Own(lambda: Stack(Modern(SwiGLU), times=3), layers=3, note="shared weights"),
+    "residual_of_embedding": Own(ResidualOfEmbedding, note="logits capped by tanh"),
+    "values_of_the_first": Own(ValuesOfTheFirst),
+    "half_precision": Own(lambda: Gpt(TrilBuffer).half(), note="export makes float32 of it"),
+    "bfloat16": Own(lambda: Gpt(TrilBuffer).bfloat16(), note="export makes float32 of it"),
+    "smeared_embedding": Own(SmearedEmbedding, graph="standard", state=True, note="nanochat's: cat of the first row"),
+    "bigrams": Own(Bigrams, graph="standard", state=True, note="a shift of the ids themselves"),
+    "time_shift": Own(lambda: mixed(mlp=TimeShift), graph="standard", state=True, note="ZeroPad2d, RWKV's"),
+    "shifted_keys": Own(lambda: mixed(attn=ShiftedKeys), graph="standard", state=True, note="pad, then [:, :-1]"),
+    "short_conv": Own(lambda: mixed(mlp=ShortConv), graph="standard", state=True, note="padding=3, cut to T; C groups"),
+    "short_conv_padded_left": Own(
+        lambda: mixed(mlp=lambda: ShortConv(3, both=False)), graph="standard", state=True, note="F.pad, kernel 3"
+    ),
+}  # fmt: skip

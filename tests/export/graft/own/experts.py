@@ -1,0 +1,136 @@
+"""Experts that compute only the tokens that chose them, in the manners of those who write so."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import Modern, Stack
+from .parts import WIDTH, Own
+
+EXPERTS, ACTIVE = 4, 2
+
+
+class Experts(nn.Module):
+    """A router's two best experts of four for each token; a variant says how their rows are taken and given back."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(
+            [nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width)) for _ in range(EXPERTS)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, x.size(-1))  # (B*T, C)
+        weights, which = torch.topk(self.gate(flat), ACTIVE)
+        return self.routed(flat, weights.softmax(-1), which).view_as(x)
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Where(Experts):
+    """torch.where gives the rows, and where in them the expert stands."""
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        results = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, nth = torch.where(which == i)
+            results[rows] += weights[rows, nth, None] * expert(x[rows])
+        return results
+
+
+class Counted(Experts):
+    """An expert without tokens, by their count, is left out."""
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        counts = torch.bincount(which.flatten(), minlength=EXPERTS).tolist()
+        for i in range(EXPERTS):
+            if counts[i] == 0:
+                continue
+            idx, top = torch.where(which == i)
+            y[idx] += self.experts[i](x[idx]) * weights[idx, top, None]
+        return y
+
+
+class IndexAdd(Experts):
+    """The rows by nonzero of a mask, the weights by a mask of two axes."""
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mask = which == i
+            if mask.any():
+                rows = mask.any(dim=-1).nonzero().flatten()
+                y.index_add_(0, rows, (expert(x[rows]) * weights[mask].view(-1, 1)).to(y.dtype))
+        return y
+
+
+class Unique(Experts):
+    """Only the experts that any token chose."""
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        out = torch.zeros(x.size(0), WIDTH, dtype=x.dtype)
+        for chosen in torch.unique(which):
+            expert = int(chosen.item())
+            mask = which == expert
+            rows = mask.any(dim=-1).nonzero(as_tuple=False).squeeze(-1)
+            if rows.numel() == 0:
+                continue
+            nth = mask[rows].int().argmax(dim=-1, keepdim=True)
+            weight = torch.gather(weights.index_select(0, rows), dim=-1, index=nth).squeeze(-1)
+            out.index_add_(0, rows, self.experts[expert](x.index_select(0, rows)) * weight.unsqueeze(-1))
+        return out
+
+
+class Hit(Experts):
+    """A mask of experts, places and tokens, and a list of the experts that are hit."""
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        final = torch.zeros_like(x)
+        mask = F.one_hot(which, num_classes=EXPERTS).permute(2, 1, 0)  # (E, k, B*T)
+        for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            nth, rows = torch.where(mask[expert].squeeze(0))
+            state = x[None, rows].reshape(-1, WIDTH)
+            final.index_add_(0, rows, self.experts[int(expert)](state) * weights[rows, nth, None])
+        return final
+
+
+class Masked(Experts):
+    """A mask of rows reads and writes them."""
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mask = (which == i).any(dim=-1)
+            if mask.any():
+                weight = (weights * (which == i)).sum(-1)[mask]
+                out[mask] += expert(x[mask]) * weight[:, None]
+        return out
+
+
+class Switch(Experts):
+    """The best one alone, by a mask over the batch and the length."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, which = self.gate(x).softmax(-1).max(dim=-1)  # (B, T)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mask = which == i
+            if mask.sum() > 0:
+                out[mask] = expert(x[mask]) * weights[mask].unsqueeze(-1)
+        return x + out
+
+
+DECODERS = {
+    "experts_where": Own(lambda: Stack(Modern(Where), Modern(Where)), note="results[rows] += ..."),
+    "experts_counted": Own(lambda: Stack(Modern(Counted), Modern(Counted)), note="bincount(...).tolist()"),
+    "experts_index_add": Own(lambda: Stack(Modern(IndexAdd), Modern(IndexAdd)), note="if mask.any()"),
+    "experts_unique": Own(lambda: Stack(Modern(Unique), Modern(Unique)), note="for expert in unique(...)"),
+    "experts_hit": Own(lambda: Stack(Modern(Hit), Modern(Hit)), note="one_hot(...).permute(2, 1, 0)"),
+    "experts_masked": Own(lambda: Stack(Modern(Masked), Modern(Masked)), note="out[mask] += ..."),
+    "experts_switch": Own(lambda: Stack(Modern(Switch), Modern(Switch)), note="out[mask] = ..., (B, T)"),
+}

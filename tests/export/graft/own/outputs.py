@@ -1,0 +1,247 @@
+"""How a decoder is called and what it gives: losses, dicts, the last position, other layouts, caches of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .parts import Gpt, Own, first
+from .positions import Causal
+
+
+class OptionalTargets(Gpt):
+    """(logits, loss), where the loss is None without targets."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits, loss = super().forward(idx), None
+        if targets is not None:
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, loss
+
+
+class FlatWithTargets(Gpt):
+    """Logits flattened to (B*T, V) beside a loss, and not without."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = super().forward(idx)
+        if targets is None:
+            return logits, None
+        B, T, C = logits.shape
+        logits = logits.view(B * T, C)
+        return logits, F.cross_entropy(logits, targets.view(B * T))
+
+
+class RequiredTargets(Gpt):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return F.cross_entropy(logits.transpose(1, 2), y), logits
+
+
+class LossInside(Gpt):
+    """The loss of each next token is made in every call: T - 1 of them."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        logits = super().forward(ids)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) if ids.size(1) > 1 else logits.sum()
+        return {"loss": loss, "logits": logits}
+
+
+class LastWithoutTargets(Gpt):
+    """The head over the last position only, where no loss is asked for: (B, 1, V)."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.embed(idx)
+        for block in self.blocks:
+            x = block(x)
+        x = self.ln_f(x)
+        if targets is not None:
+            logits = self.lm_head(x)
+            return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return self.lm_head(x[:, [-1], :]), None
+
+
+class LastOnly(Gpt):
+    """(B, V)."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.embed(idx)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x[:, -1]))
+
+
+class LastOfLogits(Gpt):
+    """Cut behind the head, as a slice."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return super().forward(idx)[:, -1:, :]
+
+
+class Probabilities(Gpt):
+    """Logarithms of probabilities, which are logits, too."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return F.log_softmax(super().forward(idx), dim=-1)
+
+
+class Dict(Gpt):
+    """With the hidden state beside the logits."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"hidden": x, "logits": self.lm_head(self.ln_f(x))}
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    loss: Tensor | None = None
+    past: Any = None
+
+
+class Dataclass(Gpt):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool = True) -> Output:
+        logits = super().forward(input_ids)
+        return Output(logits, None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+class KeptOutput(Gpt):
+    """One output object, made once and filled in each call with what it was not made for."""
+
+    def __init__(self, attention: Callable[[], nn.Module]) -> None:
+        super().__init__(attention)
+        self.OUT = CausalLMOutputWithPast()
+
+    def forward(self, tokens: Tensor) -> CausalLMOutputWithPast:
+        self.OUT.__setitem__("logits", super().forward(tokens))
+        self.OUT.__setitem__("last_loss", None)
+        return self.OUT
+
+
+class Unbatched(nn.Module):
+    """One text (T,) -> (T, V): heads, masks and positions without a batch."""
+
+    pe: Tensor
+
+    def __init__(self, width: int = 32, vocab: int = 29) -> None:
+        super().__init__()
+        self.we, self.head = nn.Embedding(vocab, width), nn.Linear(width, vocab)
+        self.layers = nn.ModuleList(
+            [nn.ModuleDict({name: nn.Linear(width, width) for name in ("q", "k", "v", "up")}) for _ in range(2)]
+        )
+        angles = torch.arange(48)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
+        self.register_buffer("pe", torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        x = 4 * self.we(token_ids) + self.pe[: token_ids.size(dim=0), :]
+        for layer in self.layers:
+            sims = torch.matmul(layer["q"](x), layer["k"](x).transpose(dim0=0, dim1=1))
+            scaled = sims / torch.tensor(x.size(dim=1) ** 0.5)
+            mask = torch.tril(torch.ones(token_ids.size(dim=0), token_ids.size(dim=0))) == 0
+            x = x + torch.matmul(F.softmax(scaled.masked_fill(mask=mask, value=-1e9), dim=1), layer["v"](x))
+            x = F.layer_norm(x + torch.relu(layer["up"](x)), (32,))
+        return self.head(x)
+
+
+class TimeFirst(Gpt):
+    """(T, B) -> (T, B, V), as recurrent networks were called."""
+
+    def forward(self, src: Tensor) -> Tensor:
+        return super().forward(src.t()).transpose(0, 1)
+
+
+class UnusedCache(Gpt):
+    """Takes and gives a cache of its own, if it is asked to; nobody asks."""
+
+    class Attention(Causal):
+        def forward(  # type: ignore[override]
+            self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, use_cache: bool = False
+        ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+            q, k, v = (w(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2) for w in (self.q, self.k, self.v))
+            if past is not None:
+                k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
+            mask = torch.full((q.size(2), k.size(2)), float("-inf")).triu(1 + k.size(2) - q.size(2))
+            y = (q @ k.mT / self.size**0.5 + mask).softmax(-1) @ v
+            return self.o(y.transpose(1, 2).flatten(2)), ((k, v) if use_cache else None)
+
+    def __init__(self) -> None:
+        super().__init__(self.Attention)
+
+    def forward(self, idx: Tensor, past: list[Any] | None = None, use_cache: bool = False) -> tuple[Tensor, list[Any]]:
+        start = 0 if past is None else past[0][0].size(-2)
+        x = self.wte(idx) + self.wpe(torch.arange(start, start + idx.size(1)))
+        presents = []
+        for i, block in enumerate(self.blocks):
+            y, present = block.attn(block.ln_1(x), None if past is None else past[i], use_cache)
+            x = x + y
+            x = x + block.mlp(block.ln_2(x))
+            presents.append(present)
+        return self.lm_head(self.ln_f(x)), presents
+
+
+class StartPos(Gpt):
+    """A number that says where the text begins: always 0 here."""
+
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:  # type: ignore[override]
+        x = self.wte(tokens) + self.wpe.weight[start_pos : start_pos + tokens.size(1)]
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x)).float()
+
+
+class InputPos(Gpt):
+    """Positions as an argument that is None in training."""
+
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        T = idx.size(1)
+        if self.wpe.num_embeddings < T:
+            raise ValueError(f"Cannot forward sequence of length {T}")
+        x = self.wte(idx) + (self.wpe.weight[:T] if input_pos is None else self.wpe(input_pos))
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+class Asserting(Gpt):
+    """With the line that nearly everyone has, and checks that the ids are in range."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        _b, t = idx.size()
+        assert t <= self.wpe.num_embeddings, f"Cannot forward sequence of length {t}"
+        assert idx.max() < self.wte.num_embeddings, f"token {idx.max().item()} is not in the vocabulary"
+        return super().forward(idx)
+
+
+def targets(ids: Tensor) -> Tensor:
+    return torch.zeros_like(ids)
+
+
+DECODERS = {
+    "optional_targets": Own(lambda: OptionalTargets(Causal), first, note="(logits, None)"),
+    "flat_with_targets": Own(lambda: FlatWithTargets(Causal), first),
+    "required_targets": Own(lambda: RequiredTargets(Causal), lambda m, ids: m(ids, targets(ids))[1]),
+    "loss_inside": Own(lambda: LossInside(Causal), lambda m, ids: m(ids)["logits"], note="cross_entropy over T - 1"),
+    "last_without_targets": Own(
+        lambda: LastWithoutTargets(Causal), lambda m, ids: m(ids, targets(ids))[0], note="m(ids) gives the last alone"
+    ),
+    "last_only": Own(lambda: LastOnly(Causal), note="(B, V)"),
+    "last_of_logits": Own(lambda: LastOfLogits(Causal), lambda m, ids: m(ids)[:, 0], note="(B, 1, V)"),
+    "log_probabilities": Own(lambda: Probabilities(Causal)),
+    "dict": Own(lambda: Dict(Causal), lambda m, ids: m(ids)["logits"]),
+    "dataclass": Own(lambda: Dataclass(Causal), lambda m, ids: m(ids).logits),
+    "kept_output": Own(lambda: KeptOutput(Causal), lambda m, ids: m(ids).logits, note="self.OUT, transformers'"),
+    "unbatched": Own(Unbatched, lambda m, ids: torch.stack([m(row) for row in ids]), note="(T,) -> (T, V)"),
+    "time_first": Own(lambda: TimeFirst(Causal), lambda m, ids: m(ids.t()).transpose(0, 1), note="(T, B) -> (T, B, V)"),
+    "unused_cache": Own(UnusedCache, first, note="(logits, [None, None])"),
+    "start_pos": Own(lambda: StartPos(Causal), lambda m, ids: m(ids, 0)),
+    "input_pos": Own(lambda: InputPos(Causal)),
+    "asserting": Own(lambda: Asserting(Causal)),
+}

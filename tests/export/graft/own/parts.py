@@ -1,0 +1,137 @@
+"""What the tables of this folder are made of: an entry, how its module is drawn and called, and a frame for attention.
+
+The decoders are written as people write them who never heard of a cache: no position_ids, attention as they like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+CONTEXT, VOCAB, WIDTH, HEADS = 48, 29, 32, 4
+Call = Callable[[nn.Module, Tensor], Tensor]
+
+
+def plainly(module: nn.Module, ids: Tensor) -> Tensor:
+    return module(ids)
+
+
+def first(module: nn.Module, ids: Tensor) -> Tensor:
+    return module(ids)[0]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A decoder that must export: how it is made, and how its author calls it."""
+
+    build: Callable[[], nn.Module]
+    call: Call = plainly  # (module, ids (B, T)) -> logits (B, T, V), or (B, V) of the last position
+    context: int = CONTEXT
+    vocab: int = VOCAB
+    graph: Literal["fused", "standard", "either"] = "fused"  # the one that it must get
+    layers: int = 2  # pairs of key and value caches
+    state: bool = False  # keeps rows of earlier tokens beside keys and values
+    note: str = ""
+
+    def make(self) -> nn.Module:
+        return drawn(self.build)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A module that must be refused, and the kind of its true cause."""
+
+    build: Callable[[], nn.Module]
+    cause: str
+    call: Call = plainly
+    context: int = CONTEXT
+    vocab: int = VOCAB
+    note: str = ""
+
+    def make(self) -> nn.Module:
+        return drawn(self.build)
+
+
+def drawn(build: Callable[[], nn.Module]) -> nn.Module:
+    """The module in eval mode, the same each time, with weights large enough that every part of it shows."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        module = build()
+        for parameter in module.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.25)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return module.eval()
+
+
+class Block(nn.Module):
+    def __init__(self, attention: nn.Module, width: int = WIDTH) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = attention
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Gpt(nn.Module):
+    """Learned positions by arange, blocks of attention(x) and an MLP: `attention` is a class or a function of none."""
+
+    def __init__(
+        self, attention: Callable[[], nn.Module], *, context: int = CONTEXT, width: int = WIDTH, layers: int = 2
+    ) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCAB, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList([Block(attention(), width) for _ in range(layers)])
+        self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, VOCAB, bias=False)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        return self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+
+    def forward(self, idx: Tensor) -> Any:
+        x = self.embed(idx)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+class NoPositions(Gpt):
+    """Positions are left to attention."""
+
+    def embed(self, idx: Tensor) -> Tensor:
+        return self.wte(idx)
+
+
+class Qkv(nn.Module):
+    """Projections to heads and back, as most write them; a variant says how it attends."""
+
+    def __init__(
+        self, heads: int = HEADS, kv_heads: int | None = None, *, width: int = WIDTH, context: int = CONTEXT
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size, self.context = heads, kv_heads or heads, width // heads, context
+        self.q = nn.Linear(width, heads * self.size)
+        self.k, self.v = (nn.Linear(width, self.kv_heads * self.size) for _ in range(2))
+        self.o = nn.Linear(heads * self.size, width)
+        self.more()
+
+    def more(self) -> None:
+        """Further parameters and buffers of a variant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q = self.q(x).view(B, T, self.heads, self.size).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(B, T, self.kv_heads, self.size).transpose(1, 2)  # (B, K, T, D)
+        v = self.v(x).view(B, T, self.kv_heads, self.size).transpose(1, 2)
+        y = self.attend(q, k, v)  # (B, H, T, D)
+        return self.o(y.transpose(1, 2).contiguous().view(B, T, C))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError

@@ -1,0 +1,283 @@
+"""Where positions come from: sinusoids and tables cut to T, rotary positions of all kinds, none of them an argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parts import CONTEXT, HEADS, VOCAB, WIDTH, Gpt, NoPositions, Own, Qkv
+
+SIZE = WIDTH // HEADS
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    mask = torch.full((q.size(-2), q.size(-2)), float("-inf")).triu(1)
+    return F.softmax(scores + mask, dim=-1) @ v
+
+
+class Causal(Qkv):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
+
+class PositionalEncoding(nn.Module):
+    pe: Tensor
+
+    def __init__(self, d_model: int, max_len: int = CONTEXT, *, rows: bool = False) -> None:
+        super().__init__()
+        position = torch.arange(max_len).unsqueeze(1)
+        div_term = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
+        pe = torch.zeros(max_len, d_model)
+        pe[:, 0::2], pe[:, 1::2] = torch.sin(position * div_term), torch.cos(position * div_term)
+        self.register_buffer("pe", pe if rows else pe.unsqueeze(0))
+        self.rows, self.dropout = rows, nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(x + (self.pe[: x.size(1)] if self.rows else self.pe[:, : x.size(1), :]))
+
+
+class Sinusoidal(Gpt):
+    """The embedding times sqrt(C), and a buffer of sinusoids cut to T."""
+
+    def __init__(self, *, rows: bool = False) -> None:
+        super().__init__(Causal)
+        self.position = PositionalEncoding(WIDTH, rows=rows)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        return self.position(self.wte(idx) * math.sqrt(WIDTH))
+
+
+class SinusoidalInForward(Gpt):
+    """Sinusoids made in every call."""
+
+    def embed(self, idx: Tensor) -> Tensor:
+        positions = torch.arange(idx.shape[1], dtype=torch.float32)[:, None]
+        angles = positions / 10000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)
+        return self.wte(idx) * 4 + torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ParameterTable(Gpt):
+    """A parameter (1, C, width) cut to T."""
+
+    def __init__(self) -> None:
+        super().__init__(Causal)
+        self.pos_emb = nn.Parameter(torch.zeros(1, CONTEXT, WIDTH))
+
+    def embed(self, idx: Tensor) -> Tensor:
+        return self.wte(idx) + self.pos_emb[:, : idx.size(1), :]
+
+
+class PositionsOfTheBatch(Gpt):
+    """arange repeated for the rows, as long integers."""
+
+    def embed(self, idx: Tensor) -> Tensor:
+        N, length = idx.shape
+        return self.wte(idx) + self.wpe(torch.arange(0, length).expand(N, length).to(idx.device))
+
+
+class PositionsByCumsum(Gpt):
+    """Counted by a cumulative sum of ones."""
+
+    def embed(self, idx: Tensor) -> Tensor:
+        return self.wte(idx) + self.wpe(torch.ones_like(idx).cumsum(-1) - 1)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+class RotaryTables(Qkv):
+    """cos[:T] and sin[:T] of buffers."""
+
+    cos: Tensor
+    sin: Tensor
+    dtype = torch.float32
+
+    def more(self) -> None:
+        inv_freq = 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size)
+        freqs = torch.outer(torch.arange(self.context).float(), inv_freq)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        self.register_buffer("cos", emb.cos().to(self.dtype), persistent=False)
+        self.register_buffer("sin", emb.sin().to(self.dtype), persistent=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cos, sin = self.cos[: q.size(2)], self.sin[: q.size(2)]
+        q, k = ((t * cos + rotate_half(t) * sin).to(t.dtype) for t in (q, k))
+        return attention(q, k, v)
+
+
+class BfloatTables(RotaryTables):
+    dtype = torch.bfloat16
+
+
+class RotaryInForward(Qkv):
+    inv_freq: Tensor
+
+    def more(self) -> None:
+        self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size))
+
+    def angles(self, length: int) -> Tensor:
+        return torch.einsum("i,j->ij", torch.arange(length).type_as(self.inv_freq), self.inv_freq)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        emb = torch.cat([self.angles(q.size(2))] * 2, dim=-1)[None, None]
+        q, k = (t * emb.cos() + rotate_half(t) * emb.sin() for t in (q, k))
+        return attention(q, k, v)
+
+
+class RotaryGrouped(RotaryInForward):
+    """Turned before they are repeated for the query heads."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (self.turned(k), v))
+        return attention(self.turned(q), k, v)
+
+    def turned(self, t: Tensor) -> Tensor:
+        emb = torch.cat([self.angles(t.size(2))] * 2, dim=-1)
+        return t * emb.cos() + rotate_half(t) * emb.sin()
+
+
+class RotaryKept(RotaryInForward):
+    """Kept on self, made anew where a text is longer."""
+
+    def more(self) -> None:
+        super().more()
+        self.max_seq_len_cached = 0
+        self.cos_cached: Tensor | None = None
+        self.sin_cached: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.size(2)
+        if self.max_seq_len_cached < T or self.cos_cached is None or self.sin_cached is None:
+            self.max_seq_len_cached, emb = T, torch.cat([self.angles(T)] * 2, dim=-1)
+            self.cos_cached, self.sin_cached = emb.cos(), emb.sin()
+        cos, sin = self.cos_cached[:T], self.sin_cached[:T]
+        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
+        return attention(q, k, v)
+
+
+class RotaryByLength(RotaryInForward):
+    """A dictionary of tables by length."""
+
+    def more(self) -> None:
+        super().more()
+        self.tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.size(2)
+        if T not in self.tables:
+            angles = self.angles(T).repeat_interleave(2, dim=-1)
+            self.tables[T] = angles.cos(), angles.sin()
+        cos, sin = self.tables[T]
+        q, k = (t * cos + interleaved(t) * sin for t in (q, k))
+        return attention(q, k, v)
+
+
+def interleaved(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+
+class RotaryInterleaved(RotaryInForward):
+    """Pairs (2i, 2i + 1), written out."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cos, sin = self.angles(q.size(2)).cos(), self.angles(q.size(2)).sin()
+
+        def turn(t: Tensor) -> Tensor:
+            even, odd = t[..., ::2], t[..., 1::2]
+            return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).reshape(t.shape)
+
+        return attention(turn(q), turn(k), v)
+
+
+class RotaryPartial(RotaryInForward):
+    """The first half of each head alone."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        half = self.size // 2
+        emb = torch.cat([self.angles(q.size(2))[:, : half // 2]] * 2, dim=-1)
+
+        def turn(t: Tensor) -> Tensor:
+            rot, kept = t[..., :half], t[..., half:]
+            return torch.cat((rot * emb.cos() + rotate_half(rot) * emb.sin(), kept), dim=-1)
+
+        return attention(turn(q), turn(k), v)
+
+
+class RotaryComplex(Qkv):
+    """freqs_cis by polar, multiplied as complex numbers before the heads move to the front."""
+
+    freqs_cis: Tensor
+
+    def more(self) -> None:
+        freqs = 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size)
+        angles = torch.outer(torch.arange(self.context), freqs)
+        self.register_buffer("freqs_cis", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bsz, seqlen, _ = x.shape
+        xq, xk, xv = (w(x).view(bsz, seqlen, self.heads, self.size) for w in (self.q, self.k, self.v))
+        freqs = self.freqs_cis[:seqlen].view(1, seqlen, 1, -1)
+        xq, xk = (
+            torch.view_as_real(torch.view_as_complex(t.float().reshape(*t.shape[:-1], -1, 2)) * freqs).flatten(3)
+            for t in (xq, xk)
+        )
+        y = attention(*(t.transpose(1, 2) for t in (xq, xk, xv)))
+        return self.o(y.transpose(1, 2).reshape(bsz, seqlen, -1))
+
+
+class TablesHandedDown(nn.Module):
+    """The model cuts the tables once and hands them to its layers, with the mask."""
+
+    cos: Tensor
+    sin: Tensor
+
+    class Layer(Qkv):
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            q, k, v = (w(x).unflatten(-1, (HEADS, SIZE)) for w in (self.q, self.k, self.v))  # (B, T, H, D)
+            cos, sin = cos[None, :, None], sin[None, :, None]
+            q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return self.o(((q @ k.mT) * SIZE**-0.5 + mask).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
+        self.layers = nn.ModuleList([self.Layer() for _ in range(2)])
+        angles = torch.outer(torch.arange(CONTEXT), 1.0 / 500 ** (torch.arange(0, SIZE, 2) / SIZE))
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h, T = self.embed(tokens) * 4, tokens.shape[1]
+        mask = torch.full((1, 1, T, T), float("-inf")).triu(diagonal=1)
+        for layer in self.layers:
+            h = h + layer(F.rms_norm(h, (WIDTH,)), self.cos[:T], self.sin[:T], mask)
+        return self.head(F.rms_norm(h, (WIDTH,)))
+
+
+DECODERS = {
+    "sinusoidal_buffer": Own(lambda: Sinusoidal(), note="pe[:, :T]"),
+    "sinusoidal_rows": Own(lambda: Sinusoidal(rows=True), note="pe[:T]"),
+    "sinusoidal_in_forward": Own(lambda: SinusoidalInForward(Causal)),
+    "parameter_table": Own(ParameterTable),
+    "positions_of_the_batch": Own(lambda: PositionsOfTheBatch(Causal)),
+    "positions_by_cumsum": Own(lambda: PositionsByCumsum(Causal), note="of ones_like(ids): a contraction over time"),
+    "no_positions": Own(lambda: NoPositions(Causal)),
+    "rotary_tables": Own(lambda: NoPositions(RotaryTables)),
+    "rotary_context_16": Own(lambda: NoPositions(lambda: RotaryTables(context=16)), context=16),
+    "rotary_in_bfloat16": Own(lambda: NoPositions(BfloatTables), note="tables of bfloat16 beside float32"),
+    "rotary_in_forward": Own(lambda: NoPositions(RotaryInForward)),
+    "rotary_kept": Own(lambda: NoPositions(RotaryKept), note="an attribute that grows"),
+    "rotary_by_length": Own(lambda: NoPositions(RotaryByLength), note="a dictionary of lengths"),
+    "rotary_interleaved": Own(lambda: NoPositions(RotaryInterleaved)),
+    "rotary_partial": Own(lambda: NoPositions(RotaryPartial)),
+    "rotary_complex": Own(lambda: NoPositions(RotaryComplex), note="polar, view_as_complex"),
+    "rotary_grouped": Own(lambda: NoPositions(lambda: RotaryGrouped(kv_heads=2))),
+    "rotary_handed_down": Own(TablesHandedDown, note="the mask and tables made once"),
+}  # fmt: skip

@@ -1,0 +1,133 @@
+"""torch's own attention: MultiheadAttention, TransformerEncoder and scaled_dot_product_attention with masks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .parts import CONTEXT, HEADS, VOCAB, WIDTH, Gpt, Own, Qkv
+from .positions import PositionalEncoding
+
+square_mask = nn.Transformer.generate_square_subsequent_mask
+
+
+class MultiHead(nn.Module):
+    """Weights are computed (need_weights is True unless it is told) and thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = x.size(1)
+        mask = torch.triu(torch.ones(T, T, dtype=torch.bool, device=x.device), diagonal=1)
+        return self.attn(x, x, x, attn_mask=mask)[0]
+
+
+class MultiHeadTimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        y, _ = self.attn(x, x, x, attn_mask=square_mask(x.size(0)), is_causal=True, need_weights=False)
+        return y.transpose(0, 1)
+
+
+class Encoder(nn.Module):
+    """As torch's tutorial has it, but for the batch first."""
+
+    def __init__(self, *, norm_first: bool = False, mask_inside: bool = True) -> None:
+        super().__init__()
+        self.mask_inside = mask_inside
+        self.embedding, self.pos_encoder = nn.Embedding(VOCAB, WIDTH), PositionalEncoding(WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True, norm_first=norm_first)
+        self.transformer_encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.linear = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:
+        x = self.pos_encoder(self.embedding(src) * math.sqrt(WIDTH))
+        if self.mask_inside:
+            src_mask = square_mask(src.size(1))
+        return self.linear(self.transformer_encoder(x, mask=src_mask))
+
+
+class EncoderTimeFirst(nn.Module):
+    """(T, B), and a mask kept until the length changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.src_mask: Tensor | None = None
+        self.encoder, self.pos = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.decoder = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, src: Tensor) -> Tensor:
+        if self.src_mask is None or self.src_mask.size(0) != len(src):
+            self.src_mask = torch.log(torch.tril(torch.ones(len(src), len(src))))
+        x = self.encoder(src) + self.pos(torch.arange(len(src)).unsqueeze(1))
+        return F.log_softmax(self.decoder(self.layers(x, self.src_mask)), dim=-1)
+
+
+class SdpaCausal(Qkv):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None, dropout_p=0.1 if self.training else 0, is_causal=True
+        )
+
+
+class SdpaGrouped(Qkv):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
+
+
+class SdpaBoolean(Qkv):
+    mask: Tensor
+
+    def more(self) -> None:
+        mask = torch.tril(torch.ones(self.context, self.context, dtype=torch.bool))
+        self.register_buffer("mask", mask[None, None])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.size(-2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:, :, :T, :T], scale=0.4)
+
+
+class SdpaAdded(Qkv):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.full((1, 1, q.size(-2), q.size(-2)), float("-inf")).triu(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class SdpaWindow(Qkv):
+    """A band as a boolean mask."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        band = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool).tril().triu(-7)
+        return F.scaled_dot_product_attention(q, k, v, band)
+
+
+def with_mask(module: nn.Module, ids: Tensor) -> Tensor:
+    return module(ids, square_mask(ids.size(1)))
+
+
+DECODERS = {
+    "multi_head_attention": Own(lambda: Gpt(MultiHead), note="need_weights is left True"),
+    "multi_head_time_first": Own(lambda: Gpt(MultiHeadTimeFirst)),
+    "transformer_encoder": Own(Encoder, note="generate_square_subsequent_mask inside"),
+    "transformer_encoder_mask_outside": Own(lambda: Encoder(mask_inside=False, norm_first=True), with_mask),
+    "transformer_encoder_time_first": Own(
+        EncoderTimeFirst, lambda m, ids: m(ids.t()).transpose(0, 1), note="len(src), a mask kept on self, (T, B)"
+    ),
+    "sdpa_causal": Own(lambda: Gpt(SdpaCausal), note="no position_ids"),
+    "sdpa_grouped": Own(lambda: Gpt(lambda: SdpaGrouped(kv_heads=2)), note="is_causal=T > 1"),
+    "sdpa_boolean_mask": Own(lambda: Gpt(SdpaBoolean)),
+    "sdpa_context_16": Own(lambda: Gpt(lambda: SdpaBoolean(context=16), context=16), context=16),
+    "sdpa_added_mask": Own(lambda: Gpt(SdpaAdded)),
+    "sdpa_window": Own(lambda: Gpt(SdpaWindow), note="a window of 8"),
+}

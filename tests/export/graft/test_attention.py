@@ -1,0 +1,234 @@
+"""Every attention call is seen once, whichever way it is written, and torch is put back as it was."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pastkey.errors import ContractError
+from pastkey.export.graft.attention import AttentionCall, MaskSpec, attend, described_mask, intercept, torch_attention
+from pastkey.export.graft.observe import evaluating
+
+from ..decoders import (
+    CompiledAttention,
+    Encoder,
+    EncoderLayers,
+    HintedEncoder,
+    MultiHead,
+    MultiHeadBatchFirst,
+    NanoGpt,
+    OneHead,
+    Plain,
+    RepeatedKv,
+)
+
+LENGTH = 6
+
+
+def run(module: nn.Module, watch: Callable[..., None] | None = None) -> tuple[Tensor, list[AttentionCall]]:
+    """The logits and the calls that were handed over on the way."""
+    calls: list[AttentionCall] = []
+
+    def handler(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return torch_attention(call)
+
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % 5
+    with evaluating(module), intercept(handler, watch):
+        logits = module(ids, position_ids=torch.arange(LENGTH).expand_as(ids))
+    return logits, calls
+
+
+@pytest.mark.parametrize(
+    ("build", "layers"),
+    [
+        (lambda: Plain(layers=3), 3),
+        (lambda: NanoGpt(layers=2), 2),
+        (lambda: MultiHead(layers=2), 2),
+        (lambda: MultiHeadBatchFirst(layers=2), 2),
+        (lambda: EncoderLayers(layers=2), 2),
+        (Encoder, 2),
+        (HintedEncoder, 2),
+        (CompiledAttention, 1),
+    ],
+    ids=[
+        "attribute_of_F", "imported_by_name", "MultiheadAttention", "MultiheadAttention_batch_first",
+        "TransformerEncoderLayer", "TransformerEncoder", "TransformerEncoder_is_causal", "compiled",
+    ],
+)  # fmt: skip
+def test_each_call_is_counted_once_and_changes_nothing(build: Callable[[], nn.Module], layers: int) -> None:
+    module = build()
+    logits, calls = run(module)
+    assert len(calls) == layers
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % 5
+    with evaluating(module), torch.compiler.set_stance("force_eager"):
+        untouched = module(ids, torch.arange(LENGTH).expand_as(ids))
+    torch.testing.assert_close(logits, untouched, rtol=1e-5, atol=1e-5)
+
+
+def test_a_call_has_four_axes_and_its_own_scale() -> None:
+    _, (call,) = run(OneHead(heads=1, size=16))
+    assert call.query.shape == (2, 1, LENGTH, 16)
+    assert call.scale == 0.3
+    assert call.is_causal
+
+
+def test_the_scale_is_one_over_the_root_of_the_head_size_unless_given() -> None:
+    _, (call,) = run(Plain(size=10))
+    assert call.scale == pytest.approx(10**-0.5)
+
+
+def test_groups_are_query_heads_per_key_head() -> None:
+    _, (call,) = run(Plain(heads=4, kv_heads=2))
+    assert (call.key.shape[1], call.groups) == (2, 2)
+    _, (call,) = run(RepeatedKv(heads=4, kv_heads=2))
+    assert (call.key.shape[1], call.groups) == (4, 1)
+
+
+def test_a_call_names_the_line_that_made_it() -> None:
+    _, (call,) = run(Plain())
+    file, line = call.where.split(":")
+    assert file == "decoders.py"
+    assert int(line) > 1
+    _, (call,) = run(MultiHead())
+    assert call.where.startswith("decoders.py:")  # the line that calls nn.MultiheadAttention, not torch's own
+
+
+def test_the_reference_computes_what_the_module_asked_for() -> None:
+    """Not what a decoder should have asked for: a window stays a window."""
+
+    class Window(OneHead):
+        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+            length = hidden.shape[1]
+            allowed = torch.ones(length, length, dtype=torch.bool).tril().triu(-1)[None]
+            query, key, value = (block[name](hidden) for name in "qkv")
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed) @ block["o"].weight.T
+
+    module = Window(heads=1)
+    logits, (call,) = run(module)
+    assert not call.is_causal
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % 5
+    with torch.no_grad():
+        torch.testing.assert_close(logits, module(ids, torch.arange(LENGTH).expand_as(ids)))
+
+
+def test_watch_sees_other_functions_but_not_those_of_the_handler() -> None:
+    seen: list[object] = []
+    run(Plain(), lambda func, args, kwargs: seen.append(func))
+    assert F.embedding in seen
+    assert F.scaled_dot_product_attention not in seen
+    assert F.softmax not in seen
+    assert seen.count(F.layer_norm) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["after_a_run", "after_an_exception"])
+def test_torch_is_put_back_as_it_was(fails: bool) -> None:
+    original, fastpath = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
+
+    def handler(call: AttentionCall) -> Tensor:
+        if fails:
+            raise RuntimeError("in the handler")
+        return torch_attention(call)
+
+    query = torch.randn(1, 1, 3, 8)
+    try:
+        with intercept(handler):
+            assert F.scaled_dot_product_attention is not original
+            assert not torch.backends.mha.get_fastpath_enabled()
+            F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    except RuntimeError as error:
+        assert fails and str(error) == "in the handler"  # noqa: PT017, PT018 - raised in one case only
+    assert F.scaled_dot_product_attention is original
+    assert torch.backends.mha.get_fastpath_enabled() is fastpath
+    assert F.scaled_dot_product_attention(query, query, query).shape == query.shape
+
+
+def test_a_disabled_fast_path_stays_disabled() -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        run(HintedEncoder())
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["after_a_run", "after_an_exception"])
+def test_every_submodules_training_mode_is_put_back(fails: bool) -> None:
+    module = NanoGpt().train()
+    module.h[0].eval()
+    modes = [child.training for child in module.modules()]
+    try:
+        with evaluating(module):
+            assert not any(child.training for child in module.modules())
+            assert not torch.is_grad_enabled()
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        assert fails
+    assert [child.training for child in module.modules()] == modes
+    assert torch.is_grad_enabled()
+
+
+# --- what a library's hook hands over -----------------------------------------------------------------------------
+def call(**changes: object) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 5, 8, generator=generator) for _ in range(2))
+    plain: dict[str, Any] = {"mask": None, "dropout": 0.0, "is_causal": True, "scale": 0.3, "where": "here"}
+    return AttentionCall(query=query, key=key, value=value, **(plain | changes))
+
+
+def one_by_one(given: AttentionCall) -> Tensor:
+    """Softmax attention with a loop for every axis but the last."""
+    output = torch.zeros(*given.query.shape[:3], given.value.shape[3])
+    for b, h, t in itertools.product(*map(range, given.query.shape[:3])):
+        first = 0 if given.window is None else max(0, t + 1 - given.window)
+        scores = given.key[b, h // given.groups, first : t + 1] @ given.query[b, h, t] * given.scale
+        if given.softcap is not None:
+            scores = given.softcap * torch.tanh(scores / given.softcap)
+        sink = 0.0 if given.sinks is None else float(given.sinks[h].exp())
+        weights = scores.exp() / (scores.exp().sum() + sink)
+        output[b, h, t] = weights @ given.value[b, h // given.groups, first : t + 1]
+    return output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 2},
+        {"softcap": 0.5},
+        {"sinks": torch.tensor([0.0, 1.0, -1.0, 2.0])},
+        {"window": 3, "softcap": 1.0},
+    ],
+    ids=lambda changes: "_".join(changes) or "plain",
+)
+def test_windows_softcap_and_sinks_are_what_they_say(changes: dict[str, object]) -> None:
+    given = call(**changes)
+    torch.testing.assert_close(attend(given), one_by_one(given))
+    assert not torch.allclose(one_by_one(given), one_by_one(call())) or not changes
+    with intercept(lambda seen: torch.full_like(seen.query, float(seen is given))):
+        assert bool((attend(given) == 1).all())
+
+
+def test_a_described_mask_is_read_and_not_computed_with() -> None:
+    seen: list[AttentionCall] = []
+
+    def keep(given: AttentionCall) -> Tensor:
+        seen.append(given)
+        return torch_attention(given)
+
+    query = torch.randn(1, 2, 6, 8)
+    with intercept(keep):
+        F.scaled_dot_product_attention(query, query, query, attn_mask=described_mask(MaskSpec(window=3)))
+    assert (seen[0].mask, seen[0].is_causal, seen[0].window) == (None, True, 3)
+    with intercept(keep), pytest.raises(ContractError, match=r"the mask of the attention call at .* looks ahead"):
+        F.scaled_dot_product_attention(
+            query, query, query, attn_mask=described_mask(MaskSpec(unsupported="looks ahead"))
+        )

@@ -1,0 +1,36 @@
+"""The families again under transformers 4.57, beside optimum's exporter, in the environment that these two need."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from benchmarks.environments import OPTIMUM, ROOT, environment
+
+FILES = ("graft/test_families.py", "source/test_optimum.py")
+AT_LEAST = 30
+# One of each kind: absolute positions, rotary, windows with softcap, experts, experts with sinks.
+AMONG_THEM = {"gpt2", "llama", "gemma2", "mixtral", "qwen3_moe", "gpt_oss"}
+
+
+@pytest.mark.slow
+def test_families_and_optimums_exporter_under_transformers_4() -> None:
+    python = environment(*OPTIMUM)
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/export/{name}" for name in FILES)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"ORT_DISABLE_TELEMETRY": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    counted = re.search(r"(\d+) Hugging Face families under transformers 4\.57", done.stdout)
+    assert counted is not None, done.stdout[-8000:]
+    families = set(re.findall(r"^([\w-]+) +\d\.\de-\d+$", done.stdout, re.MULTILINE))
+    assert len(families) == int(counted[1]) >= AT_LEAST
+    assert families >= AMONG_THEM
+    assert "optimum-onnx is not installed" not in done.stdout

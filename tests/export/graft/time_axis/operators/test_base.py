@@ -1,0 +1,55 @@
+"""Tables beside values, and pointwise operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pastkey.export.graft.causes import Kind
+from pastkey.export.graft.time_axis.operators.base import expanded
+from pastkey.export.graft.time_axis.values import NEW
+
+from ..small import WIDTH, cause, result
+
+
+def test_a_table_beside_tokens_gives_each_its_row() -> None:
+    value = result(lambda x: x + torch.arange(x.shape[1])[:, None] * torch.ones(WIDTH))
+    assert value.time_axes(NEW) == [1]
+    assert value.batch_axis == 0
+
+
+def test_operands_of_fewer_axes_are_aligned_from_the_right() -> None:
+    result(lambda x: x * torch.arange(WIDTH) + x[..., :1] - x.unsqueeze(1).squeeze(1).clamp(min=0))
+
+
+def test_complex_numbers_are_multiplied_as_pairs() -> None:
+    def function(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(1, x.shape[1], WIDTH // 2, 2))
+        angles = torch.outer(torch.arange(x.shape[1]).float(), torch.ones(WIDTH // 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(2)
+
+    result(function)
+
+
+def test_other_operators_of_complex_numbers_are_refused() -> None:
+    def function(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(1, x.shape[1], WIDTH // 2, 2))
+        return torch.view_as_real(torch.exp(pairs)).flatten(2)
+
+    assert "write it with real ones" in cause(function).what
+
+
+def test_a_number_made_from_the_length_is_refused() -> None:
+    found = cause(lambda x: x * x.shape[1])
+    assert (found.kind, found.what) == (Kind.LENGTH, "computes with a number made from the length of the text")
+    assert found.where.startswith("test_base.py:")
+
+
+def test_every_token_beside_every_other_one_is_refused() -> None:
+    found = cause(lambda x: (x[:, :, None] - x[:, None, :]).abs().amax(2))
+    assert found.kind in (Kind.UNKNOWN, Kind.LOOK_AHEAD, Kind.RECURRENCE)
+    assert "every token with every other one" in found.what or "later ones too" in found.what
+
+
+def test_a_tensor_gets_the_sizes_of_another_but_along_one_axis() -> None:
+    assert expanded(torch.ones(2, 3), torch.ones(5, 4, 3), 1).shape == (5, 2, 3)

@@ -1,0 +1,71 @@
+"""The run of a whole text finds each attention; the weights of one are run with scores that are given."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pastkey.export.graft.causes import Kind
+from pastkey.export.graft.time_axis.interpret import Weights, gathered, in_float32
+from pastkey.export.graft.time_axis.program import Tables
+from pastkey.export.graft.time_axis.values import KEY, NEW, Axis, Lengths, Value
+
+from .small import causal, causes, followed, result, weight
+
+
+def test_an_attention_is_its_product_what_lies_between_and_its_sum() -> None:
+    run = followed(causal)
+    (attention,) = run.found
+    assert [op.name for op in (*attention.products, attention.op)] == ["matmul", "matmul"]
+    assert {"mul", "masked_fill", "softmax"} <= {op.name.strip("_") for op in attention.region}
+    assert attention.weights is attention.region[-1]
+
+
+def test_given_scores_become_the_weights_of_the_last_rows() -> None:
+    run = followed(causal)
+    scores = torch.randn(1, 1, 2, 6, generator=torch.Generator().manual_seed(4))
+    found = Weights(run.program, run.found[0], Lengths(2, 6), weight, Tables(9)).run([scores], {})
+    future = torch.ones(6, 6).triu(1).bool()[4:]
+    assert torch.allclose(found, (scores * 0.5).masked_fill(future, -torch.inf).softmax(-1))
+
+
+def grouped(x: Tensor) -> Tensor:
+    heads = x.view(1, x.shape[1], 4, 2).transpose(1, 2)
+    found = F.scaled_dot_product_attention(heads, heads[:, :2], heads[:, 2:], is_causal=True, enable_gqa=True)
+    return found.transpose(1, 2).flatten(2)
+
+
+def test_a_call_of_attention_is_one_attention_with_grouped_heads() -> None:
+    result(grouped)
+    (attention,) = followed(grouped).found
+    assert [op.name for op in (*attention.products, attention.op)] == ["matmul", "matmul"]
+    assert attention.layouts[0].head_count == 4
+
+
+def test_a_mask_by_a_table_is_added() -> None:
+    def function(x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask, scale=0.3)
+
+    result(function)
+
+
+def test_behind_what_is_refused_the_rest_is_looked_at() -> None:
+    found = causes(lambda x: causal(x.cumsum(1)).flip(1))
+    assert [one.kind for one in found] == [Kind.RECURRENCE, Kind.LOOK_AHEAD]
+
+
+def test_a_table_that_is_another_one_for_a_longer_text_is_refused() -> None:
+    found = causes(lambda x: x + torch.arange(x.shape[1]).flip(0)[:, None])
+    assert [one.kind for one in found] == [Kind.LENGTH]
+
+
+def test_weights_are_laid_out_with_heads_first() -> None:
+    value = Value(torch.zeros(2, 5, 3, 7), (Axis(1, KEY), Axis(1), Axis(3), Axis(1, NEW)), batch_axis=1)
+    assert gathered(value).shape == (2, 3, 7, 5)
+
+
+def test_short_types_are_read_in_float32() -> None:
+    assert in_float32(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert in_float32(torch.ones(1, dtype=torch.int32)).dtype == torch.int32

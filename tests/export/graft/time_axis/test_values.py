@@ -1,0 +1,49 @@
+"""Where the axes of a tensor are."""
+
+from __future__ import annotations
+
+import torch
+
+from pastkey.export.graft.time_axis.program import Size
+from pastkey.export.graft.time_axis.values import KEY, NEW, Axis, Lengths, Value, laid
+
+TIME = Axis(1, NEW)
+
+
+def test_how_long_an_axis_is_follows_from_its_time() -> None:
+    lengths = Lengths(3, 10)
+    axes = [TIME, Axis(1, KEY), Axis(6), Axis(8, repeat=4), Axis(8, NEW, outer=2, inner=4), Axis(1, KEY, before=1)]
+    assert [lengths.of(axis) for axis in axes] == [3, 10, 6, 2, 24, 11]
+    assert lengths.of(Axis(1, NEW, shift=-1)) == 2
+    assert [axis.plain_time for axis in axes] == [True, True, False, False, False, False]
+
+
+def test_the_batch_of_the_author_is_no_axis_of_the_tensor_until_it_must_be() -> None:
+    value = Value(torch.zeros(2, 4, 3, 5), (Axis(4), Axis(1), TIME, Axis(5)), batch_axis=1)
+    assert [value.dim(i) for i in (0, 2, 3)] == [1, 2, 3]
+    assert value.explicit().tensor.shape == (2, 4, 1, 3, 5)
+    assert value.time_axes(NEW) == [2]
+
+
+def test_an_expanded_axis_is_copied_by_neighbours() -> None:
+    tensor = torch.arange(6.0).reshape(1, 2, 3)
+    value = Value(tensor, (Axis(4, repeat=2), Axis(3)))
+    assert torch.equal(value.real().tensor, tensor.repeat_interleave(2, 1))
+    assert value.real().axes == (Axis(4), Axis(3))
+    whole = Value(torch.ones(1, 1, 3), (Axis(5, repeat=5), Axis(3)))
+    assert whole.real().tensor.shape == (1, 5, 3)
+
+
+def test_operands_stand_beside_one_another() -> None:
+    value = Value(torch.zeros(2, 3, 8), (Axis(1), TIME, Axis(8)), batch_axis=0)
+    assert value.aligned(4, 1, False).shape == (2, 1, 3, 8)
+    assert value.aligned(3, 0, True).shape == (2, 1, 3, 8)
+    table = Value(torch.zeros(3, 8), (TIME, Axis(8)), batched=False)
+    assert table.aligned(3, 0, False).shape == (3, 8)
+
+
+def test_complex_tables_are_pairs() -> None:
+    value = laid(torch.ones(5, 4, dtype=torch.complex64), (Size(1, 0), Size(0, 4)), (NEW, None))
+    assert value.complex
+    assert value.tensor.shape == (5, 4, 2)
+    assert value.axes == (TIME, Axis(4))

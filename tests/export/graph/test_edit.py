@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey.export.graph import edit
+
+
+@pytest.fixture
+def model() -> ir.Model:
+    """y = Neg(a), z = Abs(a), where a = Relu(x)."""
+    return ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["": 20]>\n'
+        "g (float[3] x) => (float[3] y, float[3] z) { a = Relu(x) y = Neg(a) z = Abs(a) }"
+    )
+
+
+def node_of(model: ir.Model, operator: str) -> ir.Node:
+    (found,) = (node for node in model.graph if node.op_type == operator)
+    return found
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def test_a_weight_is_the_array_itself_and_no_other_value_is_one(model: ir.Model) -> None:
+    array = np.ones(3, np.float32)
+    value = edit.add_weight(model, "w", array)
+    assert edit.weight(value) is array
+    assert edit.weight(model.graph.inputs[0]) is None
+    assert edit.weight(node_of(model, "Relu").outputs[0]) is None
+    assert edit.weight(None) is None
+
+
+def test_weights_that_nothing_reads_are_dropped(model: ir.Model) -> None:
+    used, _ = edit.add_weight(model, "used", np.ones(3)), edit.add_weight(model, "unused", np.ones(3))
+    node_of(model, "Neg").replace_input_with(0, used)
+    edit.drop_unused_weights(model)
+    assert set(model.graph.initializers) == {"used"}
+
+
+def test_an_output_that_is_replaced_keeps_name_type_and_place(model: ir.Model) -> None:
+    neg = node_of(model, "Neg")
+    sqrt = ir.node("Sqrt", [neg.inputs[0]])
+    edit.replace_node(model, neg, sqrt)
+    assert operators(model) == ["Relu", "Sqrt", "Abs"]
+    assert [value.name for value in model.graph.outputs] == ["y", "z"]
+    assert model.graph.outputs[0] is sqrt.outputs[0]
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_several_nodes_stand_in_for_one_and_every_reader_follows(model: ir.Model) -> None:
+    relu = node_of(model, "Relu")
+    builder = edit.NodeBuilder(model, "clipped")
+    low = builder.add("Max", relu.inputs[0], builder.constant("zero", np.zeros(1, np.float32)))
+    builder.add("Min", low, builder.constant("six", np.full(1, 6, np.float32)))
+    edit.replace_node(model, relu, *builder.nodes)
+    assert operators(model) == ["Max", "Min", "Neg", "Abs"]
+    assert {edit.input_of(node_of(model, name).inputs[0], "Min") for name in ("Neg", "Abs")} == {low}
+    assert {"clipped.zero", "clipped.six"} == set(model.graph.initializers)
+    names = [output.name for node in model.graph for output in node.outputs]
+    assert len(set(names)) == len(names)
+
+
+def test_looking_back_finds_a_node_of_that_type_only(model: ir.Model) -> None:
+    relu, neg = node_of(model, "Relu"), node_of(model, "Neg")
+    assert edit.producer(neg.inputs[0], "Relu") is relu
+    assert edit.producer(neg.inputs[0], "Gelu") is None
+    assert edit.producer(model.graph.inputs[0], "Relu") is None
+    assert edit.producer(None, "Relu") is None
+    assert edit.input_of(neg.inputs[0], "Relu") is model.graph.inputs[0]
+    assert edit.input_of(neg.inputs[0], "Gelu") is None
+
+
+def test_the_sole_consumer_is_none_where_several_read(model: ir.Model) -> None:
+    assert edit.sole_consumer(model.graph.inputs[0]) is node_of(model, "Relu")
+    assert edit.sole_consumer(node_of(model, "Relu").outputs[0]) is None
+    assert edit.sole_consumer(node_of(model, "Neg").outputs[0]) is None
+
+
+def test_a_new_node_may_have_several_outputs(model: ir.Model) -> None:
+    builder = edit.NodeBuilder(model, "halves")
+    first, second = builder.add_several("Split", 2, model.graph.inputs[0], num_outputs=2)
+    assert first.producer() is second.producer() is builder.nodes[0]
+    assert first.name != second.name

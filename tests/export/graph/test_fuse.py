@@ -1,0 +1,129 @@
+"""Fused operators compute what torch wrote, and stand only where they do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from torch import Tensor, nn
+
+from pastkey.export.graft.observe import observe
+from pastkey.export.graft.trace import trace
+from pastkey.export.graph.clean import clean
+from pastkey.export.graph.fuse import fuse
+from pastkey.export.measure.metrics import relative_difference
+
+from ..cases import CASES
+from ..decoders import Plain, TableRope, llama
+from ..plain_loop import run_chunks
+
+CONTEXT = 40
+
+
+def graphs(module: nn.Module, folder: Path) -> tuple[Path, Path, Counter[str]]:
+    """The fused graph of a decoder before and after the passes, and the operators after them."""
+    observation = observe(module, CONTEXT)
+    for name in ("before", "after"):
+        model = trace(module, observation, "fused", CONTEXT)
+        if name == "after":
+            fuse(model, CONTEXT)
+        clean(model, module, observation.geometry, observation.vocab_size)
+        ir.save(model, folder / f"{name}.onnx")
+    return folder / "before.onnx", folder / "after.onnx", Counter(node.op_type for node in model.graph)
+
+
+def rotating(path: Path) -> list[bool]:
+    """For each attention call, whether it rotates queries and keys itself."""
+    nodes = [node for node in ir.load(path).graph if node.op_type == "GroupQueryAttention"]
+    return [node.attributes.get_int("do_rotary", 0) == 1 for node in nodes]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="llama", marks=pytest.mark.slow),
+        pytest.param({"qk_norm": True}, id="qwen3"),
+        pytest.param({"qkv_bias": True}, id="qwen2", marks=pytest.mark.slow),
+    ],
+)
+def test_norms_skips_and_rotation_are_fused_exactly(changes: dict[str, bool], tmp_path: Path) -> None:
+    before, after, operators = graphs(llama(**changes), tmp_path)
+    assert rotating(after) == [True, True]
+    assert not {"Pow", "ReduceMean", "Reciprocal", "Sqrt", "Split"} & set(operators)
+    assert (operators["Cos"], operators["Sin"]) == (1, 1)  # of the tables, which are computed at load
+    # Of the two tables only; norms of single heads take q and k apart and together, by two shapes that are computed.
+    assert operators["Reshape"] == (12 if "qk_norm" in changes else 2)
+    assert operators["SkipSimplifiedLayerNormalization"] == 4  # all but the first one, which follows the embedding
+    assert operators["SimplifiedLayerNormalization"] == 1 + 4 * ("qk_norm" in changes)
+    ids = np.random.default_rng(0).integers(0, 61, CONTEXT).tolist()
+    expected = run_chunks(before, [ids])
+    assert relative_difference(expected, run_chunks(after, [ids])) < 3e-6
+    one_by_one = run_chunks(after, [ids[:20], *([token] for token in ids[20:])])
+    assert relative_difference(expected, one_by_one) < 3e-6
+
+
+def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path: Path) -> None:
+    before, after, operators = graphs(llama(head_dim=24, hidden_size=48), tmp_path)
+    assert rotating(after) == [False, False]
+    assert operators["SkipSimplifiedLayerNormalization"] == 4
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
+
+
+def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "pastkey.export.graph.rotary._TABLE_BYTES", CONTEXT * 16 * 4 - 1
+    )  # cos and sin, half a head each
+    monkeypatch.setattr("pastkey.export.graph.rotary._TABLE_SHARE", 0)
+    before, after, _ = graphs(llama(), tmp_path)
+    assert rotating(after) == [False, False]
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
+
+
+class TurnedByToken(TableRope):
+    """Angles that depend on more than the position."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        self.shift = input_ids % 3
+        return super().embed(input_ids, position_ids)
+
+    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+        return super().turn(heads, (position_ids + self.shift) % CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("build", "allowed"),
+    [
+        (Plain, 0),
+        (TableRope, 0),
+        (lambda: TurnedByToken(size=16), 0),
+        (CASES["gpt2"].build, 3e-6),  # a product whose result is not reshaped any more runs as another kernel
+    ],
+)
+def test_what_is_not_the_pattern_is_left_alone(build: Callable[[], nn.Module], allowed: float, tmp_path: Path) -> None:
+    before, after, _ = graphs(build(), tmp_path)
+    assert not any(rotating(after))
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) <= allowed
+
+
+class OneRowOfPositions(Plain):
+    """A sum that spreads one row over the batch, before an RMSNorm: Add does so, the fused operator does not."""
+
+    def more(self) -> None:
+        self.norm = nn.RMSNorm(self.width)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.norm(self.token(input_ids) + self.position.weight[3])
+
+
+def test_a_sum_that_spreads_is_not_fused(tmp_path: Path) -> None:
+    before, after, operators = graphs(OneRowOfPositions(), tmp_path)
+    assert operators["SimplifiedLayerNormalization"] == 1
+    ids = list(range(30))
+    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6

@@ -1,0 +1,91 @@
+"""A bundle and the module that it was made of predict the same, each in its own way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pastkey.errors import InputError, NumericsError
+from pastkey.export.measure.metrics import relative_difference
+from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor
+
+from ..conftest import Export
+from ..decoders import Plain
+
+
+def test_a_bundle_and_its_module_agree_in_logits_and_cache(exported: Export) -> None:
+    made = exported("gpt2")
+    ids = np.arange(20, dtype=np.int64)
+    module, bundle = ModulePredictor(made.module), BundlePredictor(made.bundle)
+    logits = module.logits(ids)
+    np.testing.assert_allclose(bundle.logits(ids), logits, atol=1e-5 * np.abs(logits).max())
+    caches = bundle.cache(ids), module.cache(ids)
+    assert len(caches[0]) == len(caches[1]) == 2
+    for found, expected in zip(*caches, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape == (4, 20, 16)
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_text_has_no_past(exported: Export) -> None:
+    predictor, ids = BundlePredictor(exported("llama").bundle), np.arange(9)
+    first = predictor.logits(ids)
+    assert np.array_equal(predictor.logits(ids), first)
+
+
+def test_a_greedy_continuation_is_told_by_one_run_of_a_module(exported: Export) -> None:
+    llama = exported("llama")
+    prompt = np.array([3, 1, 4, 1, 5])
+    written = prompt.tolist()
+    for _ in range(8):  # the slow obvious way
+        written.append(int(llama.torch_logits(written)[-1].argmax()))
+    own = written[len(prompt) :]
+    bundle = BundlePredictor(llama.bundle)
+    assert bundle.greedy(prompt, 8) == own
+    for predictor in (ModulePredictor(llama.module), bundle):
+        assert predictor.agreeing(prompt, own) == 8
+        assert predictor.agreeing(prompt, [*own[:3], (own[3] + 1) % 61, *own[4:]]) == 3
+
+
+def test_each_is_called_by_its_name(exported: Export) -> None:
+    made = exported("llama")
+    assert BundlePredictor(made.bundle).name == str(made.bundle.path)
+    assert ModulePredictor(made.module).name == "Decoder"
+    assert ModulePredictor(made.module, "mine.py:make").name == "mine.py:make"
+
+
+class Fails(Plain):
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        if input_ids.shape[1] > 9:
+            raise ValueError("too many at once")
+        return super().forward(input_ids, position_ids)
+
+
+def test_a_module_that_fails_is_told_with_its_line() -> None:
+    with pytest.raises(InputError, match=r"Fails failed on a window of 10 tokens at test_predictors\.py:.*too many"):
+        ModulePredictor(Fails()).logits(np.arange(10))
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    module = Plain()
+    nn.init.constant_(module.head.weight, torch.inf)
+    with pytest.raises(NumericsError, match="the logits of Plain are not finite"):
+        ModulePredictor(module).logits(np.arange(3))
+
+
+def test_rounding_is_the_distance_of_float32_from_float64() -> None:
+    module, ids = Plain(layers=2), np.arange(12)
+    rounding = ModulePredictor(module).rounding(ids)
+    assert 0 < rounding < 1e-5
+    logits = ModulePredictor(module).logits(ids)
+    assert rounding == relative_difference(ModulePredictor(module.double()).logits(ids), logits)
+
+
+def test_a_module_that_has_no_float64_has_no_rounding() -> None:
+    class Single(Plain):
+        def logits(self, hidden: Tensor) -> Tensor:
+            return super().logits(hidden.float())
+
+    assert ModulePredictor(Single()).rounding(np.arange(12)) == 0

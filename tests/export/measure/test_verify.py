@@ -1,0 +1,266 @@
+"""Verify finds what is wrong with a bundle, says where, and finds nothing wrong with a right one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from pastkey import names
+from pastkey.bundle import Bundle, open_bundle
+from pastkey.errors import ParityError
+from pastkey.export.graft.observe import observe
+from pastkey.export.measure.verify import (
+    KL_FLOOR,
+    MAX_RELATIVE_DIFFERENCE,
+    Check,
+    Limits,
+    Verification,
+    verify,
+)
+from pastkey.export.progress import Progress
+from pastkey.folder import file_record
+
+from ..conftest import Export, Exported
+from ..decoders import llama
+
+CHECKS = ["prefill", "decode", "chunks_of_7", "chunks_of_64", "batch", "greedy"]
+
+
+def alter_weight(bundle: Bundle, folder: Path, name: str, factor: float, rehash: bool = True) -> Bundle:
+    """A copy of the bundle whose weight `name` has one row multiplied, with a manifest that agrees with it."""
+    copy = folder / "altered"
+    shutil.copytree(bundle.path, copy)
+    graph = onnx.load(copy / names.ALL_LOGITS_GRAPH[bundle.manifest.precision], load_external_data=False)
+    tensor = next(t for t in graph.graph.initializer if t.name == name)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    data = copy / "onnx" / place["location"]
+    content = bytearray(data.read_bytes())
+    offset, count = int(place["offset"]), int(np.prod(tensor.dims[1:]))
+    row = np.frombuffer(content, np.float32, count, offset) * np.float32(factor)
+    content[offset : offset + row.nbytes] = row.tobytes()
+    data.write_bytes(content)
+    if rehash:
+        manifest = json.loads((copy / names.MANIFEST).read_text())
+        manifest["files"][f"onnx/{place['location']}"]["sha256"] = file_record(data).sha256
+        (copy / names.MANIFEST).write_text(json.dumps(manifest))
+    return open_bundle(copy, verify=rehash)
+
+
+def figure(check: Check) -> float:
+    assert check.value is not None
+    return check.value
+
+
+# --- right bundles ------------------------------------------------------------------------------------------------
+def test_fp32_against_its_source_is_equal_in_every_check(exported: Export) -> None:
+    made = exported("llama")
+    verification = verify(made.bundle, made.module)
+    assert verification.ok
+    assert verification.reference == "source"
+    assert [check.name for check in verification.checks] == CHECKS
+    for check in verification.checks[:-1]:
+        assert check.measure == "max_relative_difference"
+        assert 0 < figure(check) <= MAX_RELATIVE_DIFFERENCE == check.limit
+    assert verification.checks[-1].value is None
+    assert verification.quality == {}
+
+
+@pytest.mark.parametrize("name", ["llama", "head_size_10_context_11", "wider_values_context_2"])
+def test_a_bundle_alone_is_compared_with_its_own_uncached_run(name: str, exported: Export) -> None:
+    verification = verify(exported(name).bundle)
+    assert verification.ok
+    assert verification.reference == "own uncached run"
+    assert [check.name for check in verification.checks] == CHECKS
+
+
+def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported: Export) -> None:
+    made = exported("llama", "int8")
+    checks = {check.name: check for check in verify(made.bundle, made.module).checks}
+    assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {
+        "decode",
+        "float32",
+    }
+    assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.parity["int8"]["kl_divergence"], rel=1e-3)
+    assert figure(checks["decode"]) <= (checks["decode"].limit or 0)
+    assert checks["chunks_of_7"].limit == checks["batch"].limit == MAX_RELATIVE_DIFFERENCE
+    assert figure(checks["chunks_of_7"]) <= MAX_RELATIVE_DIFFERENCE
+
+
+def test_int8_alone_is_held_to_the_recorded_divergence(exported: Export) -> None:
+    made = exported("llama", "int8")
+    verification = verify(made.bundle)
+    assert verification.ok
+    decode = next(check for check in verification.checks if check.name == "decode")
+    assert decode.limit == 2 * made.bundle.manifest.parity["int8"]["kl_divergence"]
+
+
+def test_verifying_twice_gives_the_same_figures(exported: Export) -> None:
+    made = exported("llama")
+    assert verify(made.bundle, made.module).to_json() == verify(made.bundle, made.module).to_json()
+
+
+def test_progress_goes_forward_from_the_text_to_the_last_check(exported: Export) -> None:
+    class Seen(Progress):
+        def __init__(self) -> None:
+            self.parts: list[tuple[int, int]] = []
+
+        def advance(self, done: int, total: int) -> None:
+            self.parts.append((done, total))
+
+    seen = Seen()
+    made = exported("llama", "int8")
+    verify(made.bundle, made.module, progress=seen)
+    assert seen.parts == sorted(seen.parts)
+    assert {total for _, total in seen.parts} == {seen.parts[-1][0]}  # it ends, once, at the whole
+    assert [done for done, total in seen.parts].count(total := seen.parts[-1][1]) == 1
+    assert len({done for done, _ in seen.parts if 0.3 < done / total < 0.5}) > 5  # decode moves within
+
+
+# --- limits -------------------------------------------------------------------------------------------------------
+def limits(exported: Export, precision: str, recorded: float | None, measured: float | None) -> Limits:
+    manifest = exported("llama").bundle.manifest
+    parity = {} if recorded is None else {precision: {"kl_divergence": recorded}}
+    return Limits.of(dataclasses.replace(manifest, precision=precision, parity=parity), measured)
+
+
+def test_float32_has_one_limit(exported: Export) -> None:
+    assert limits(exported, "fp32", None, None) == Limits(MAX_RELATIVE_DIFFERENCE, None, None)
+
+
+@pytest.mark.parametrize(
+    ("precision", "recorded", "measured", "decode_kl", "fp32_kl"),
+    [
+        ("int8", None, None, 2 * KL_FLOOR, 0.5),  # nothing is known of it
+        ("int8", None, 1e-3, 2e-3, 0.5),  # at export
+        ("int8", 1e-3, None, 2e-3, 2e-3),  # later, alone
+        ("int8", 1e-3, 7.0, 2e-3, 2e-3),  # later, against another source
+        ("int8", 0.4, None, 0.8, 0.5),
+        ("int8", 0.0, None, 2 * KL_FLOOR, 2 * KL_FLOOR),
+        ("int4", None, 0.1, 0.02, 1.0),
+        ("int4", 0.1, None, 0.02, 0.2),
+    ],
+)
+def test_limits_of_quantized_bundles_follow_from_what_was_recorded(
+    precision: str,
+    recorded: float | None,
+    measured: float | None,
+    decode_kl: float,
+    fp32_kl: float,
+    exported: Export,
+) -> None:
+    found = limits(exported, precision, recorded, measured)
+    assert found.relative == MAX_RELATIVE_DIFFERENCE
+    assert found.decode_kl == pytest.approx(decode_kl)
+    assert found.fp32_kl == pytest.approx(fp32_kl)
+
+
+# --- wrong bundles ------------------------------------------------------------------------------------------------
+def findings(verification: Verification) -> dict[str, Check]:
+    return {check.name: check for check in verification.checks if not check.ok}
+
+
+@pytest.mark.parametrize(
+    ("weight", "where"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", "first in layer 0 (model.layers.0.self_attn, model.py:"),
+        ("model.layers.0.self_attn.o_proj.weight", "first in layer 1 (model.layers.1.self_attn, model.py:"),
+        ("model.layers.1.mlp.down_proj.weight", "first in what follows the last layer's keys and values"),
+    ],
+)
+def test_an_altered_weight_is_found_and_its_layer_named(
+    weight: str, where: str, exported: Export, tmp_path: Path
+) -> None:
+    made = exported("llama")
+    bundle = alter_weight(made.bundle, tmp_path, weight, 2.0)
+    verification = verify(bundle, made.module, layers=observe(made.module, 40).layers)
+    assert not verification.ok
+    found = findings(verification)
+    assert {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
+    assert where in found["prefill"].detail
+    assert figure(found["prefill"]) > MAX_RELATIVE_DIFFERENCE
+    with pytest.raises(ParityError, match="what I exported does not compute what its source computes: in the check"):
+        verification.require_ok("what I exported")
+
+
+def test_an_altered_bundle_is_equal_to_itself(exported: Export, tmp_path: Path) -> None:
+    """Without its source, only what the cache does can be judged."""
+    bundle = alter_weight(exported("llama").bundle, tmp_path, "model.layers.0.self_attn.k_proj.weight", 2.0)
+    assert verify(bundle).ok
+
+
+def test_a_change_just_above_the_tolerance_is_found(exported: Export, tmp_path: Path) -> None:
+    made = exported("llama")
+    bundle = alter_weight(made.bundle, tmp_path, "model.embed_tokens.weight", 1.0 + 3e-4)
+    expected = made.torch_logits(list(range(40)))
+    assert np.abs(expected).max() > 1
+    assert "prefill" in findings(verify(bundle, made.module))
+
+
+def test_another_source_of_the_same_shape_is_found(exported: Export) -> None:
+    other = llama()
+    with torch.no_grad():
+        other.get_parameter("model.norm.weight")[0] += 0.01
+    assert not verify(exported("llama").bundle, other).ok
+
+
+def test_int8_against_another_source_of_the_same_shape_is_found(exported: Export) -> None:
+    made = exported("llama", "int8")
+    other = llama()
+    with torch.no_grad():
+        other.get_parameter("model.norm.weight").mul_(-1)
+    verification = verify(made.bundle, other)
+    found = next(check for check in verification.checks if check.name == "float32")
+    assert (found.measure, found.ok, verification.ok) == ("mean_kl", False, False)
+    assert found.value is not None
+    assert found.limit is not None
+    assert found.value > 10 * found.limit
+    assert "another model's bundle" in found.detail
+
+
+def test_greedy_ids_that_differ_are_told_with_their_step(exported: Export, tmp_path: Path) -> None:
+    made = exported("llama")
+    bundle = alter_weight(made.bundle, tmp_path, "model.layers.0.self_attn.k_proj.weight", -30.0)
+    greedy = findings(verify(bundle, made.module)).get("greedy")
+    assert greedy is not None
+    assert greedy.measure == "first_difference"
+    assert f"token {greedy.value} of the greedy continuation is" in greedy.detail
+
+
+def broken_cache(made: Exported, folder: Path) -> Bundle:
+    """A copy whose layer 1 answers with layer 0's cached values."""
+    copy = folder / "broken"
+    shutil.copytree(made.bundle.path, copy)
+    for path in (copy / names.ALL_LOGITS_GRAPH["fp32"], copy / names.LAST_LOGITS_GRAPH):
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            for index, name in enumerate(node.input):
+                if name == "past_key_values.1.value":
+                    node.input[index] = "past_key_values.0.value"
+        onnx.save(model, path)
+    return Bundle(copy, made.bundle.manifest)
+
+
+def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported: Export, tmp_path: Path) -> None:
+    made = exported("head_size_10_context_11")
+    assert verify(made.bundle).ok
+    two = exported("one_block_five_times")
+    verification = verify(broken_cache(two, tmp_path))
+    found = findings(verification)
+    assert "prefill" not in found  # there is no past in it
+    assert {"decode", "chunks_of_7"} <= set(found)
+    assert "first in layer 1" in found["decode"].detail
+
+
+def test_the_json_has_one_figure_per_check(exported: Export) -> None:
+    content = verify(exported("llama").bundle).to_json()
+    json.dumps(content, allow_nan=False)
+    assert content["ok"] is True
+    assert list(content["checks"]) == CHECKS
+    assert set(content["checks"]["decode"]) == {"ok", "measure", "value", "limit", "detail"}

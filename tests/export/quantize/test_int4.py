@@ -1,0 +1,187 @@
+"""int4: MatMuls in 4 bits, a few in 8, embeddings and head in 8; better than round to nearest, and verified."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey import names
+from pastkey.bundle import open_bundle
+from pastkey.errors import QualityError, ResourceError
+from pastkey.export import export, resources
+from pastkey.export.measure.metrics import kl_divergence
+from pastkey.export.measure.verify import DECODE_KL_ALLOWANCE, KL_FLOOR, verify
+from pastkey.export.quantize import int4
+from pastkey.export.quantize.int4 import in_int8, rounded
+from pastkey.export.quantize.rewrite import matmul_weight, quantize
+from pastkey.export.quantize.sensitivity import Row, Sensitivity, sensitivity
+from pastkey.export.quantize.switches import SWITCHES, add_switches, quantization_mask
+
+from ..conftest import Export
+from ..decoders import llama
+from ..plain_loop import open_graph, run_chunks
+
+WINDOWS = [np.random.default_rng(seed).integers(0, 60, 40) for seed in range(8)]
+IDS = WINDOWS[0].tolist()
+
+
+def bits_of(model: ir.Model) -> Counter[int]:
+    return Counter(node.attributes["bits"].as_int() for node in model.graph if node.op_type == "MatMulNBits")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "nano_gpt", "one_block_five_times"))]
+)
+def test_products_are_4_bit_and_what_is_gathered_or_makes_the_logits_is_8_bit(name: str, exported: Export) -> None:
+    made = exported(name, "int4")
+    model = ir.load(made.bundle.all_logits_graph)
+    assert made.bundle.all_logits_graph.name == "model_q4.onnx"
+    found = bits_of(model)
+    assert found[8] == 1, "the head"
+    assert found[4] >= 4
+    assert not any(matmul_weight(node) for node in model.graph)
+    assert made.report.weight_bytes < exported(name, "int8").report.weight_bytes
+    assert made.report.verification.ok
+
+
+def divergence_of_int4(graph: Path, out: Path) -> float:
+    """KL divergence in nats of the float32 graph from its MatMuls in 4 bits, which are written to `out`."""
+    model = ir.load(graph)
+    quantize(model, int4=rounded(model, graph.parent, WINDOWS[1:]))
+    ir.save(model, out, external_data=f"{out.name}_data")
+    return kl_divergence(run_chunks(graph, [IDS]), run_chunks(out, [IDS]))
+
+
+def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(
+    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both from one float32 graph. Without the Hessian each weight is rounded by itself."""
+    graph = exported("llama").bundle.all_logits_graph
+    by_hessian = divergence_of_int4(graph, tmp_path / "hessian")
+    compensated = int4.round_by_hessian
+    monkeypatch.setattr(int4, "round_by_hessian", lambda m, h, size: compensated(m, np.zeros_like(h), size))
+    by_itself = divergence_of_int4(graph, tmp_path / "nearest")
+    assert 0 < by_hessian < 0.8 * by_itself
+
+
+def test_matrices_of_different_bits_are_not_joined(exported: Export) -> None:
+    bundle = exported("llama").bundle
+    model = ir.load(bundle.all_logits_graph)
+    matrices = rounded(model, bundle.all_logits_graph.parent, WINDOWS[:2])
+    assert len(matrices) == 14
+    for name in ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.gate_proj.weight"):
+        del matrices[name]
+    quantize(model, int4=matrices)
+    # v alone, then q and k; gate and up each alone. The head is the other one in 8 bits.
+    assert bits_of(model) == {8: 3, 4: 8}
+
+
+def test_a_switch_opens_the_very_4_bit_matrix(exported: Export, tmp_path: Path) -> None:
+    bundle = exported("llama").bundle
+    folder, weight = bundle.all_logits_graph.parent, "model.layers.1.mlp.down_proj.weight"
+    matrices = rounded(ir.load(bundle.all_logits_graph), folder, WINDOWS[:2])
+    alone = ir.load(bundle.all_logits_graph)
+    quantize(alone, set(alone.graph.initializers) - {weight}, int4=matrices)
+    ir.save(alone, tmp_path / "alone", external_data="alone_data")
+    switched = ir.load(bundle.all_logits_graph)
+    every = add_switches(switched, matrices)
+    ir.save(switched, tmp_path / "switched", external_data="switched_data")
+    session = open_graph(tmp_path / "switched")
+    feeds = {names.INPUT_IDS: WINDOWS[0][None], names.ATTENTION_MASK: np.ones((1, 40), np.int64)}
+    feeds |= {names.POSITION_IDS: np.arange(40)[None], SWITCHES: quantization_mask(every, {weight})}
+    for value in session.get_inputs():
+        if value.name not in feeds:
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    expected = run_chunks(tmp_path / "alone", [IDS])
+    found = session.run([names.LOGITS], feeds)[0][0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(expected - run_chunks(bundle.all_logits_graph, [IDS])).max() > 1e-3 * np.abs(expected).max()
+
+
+# --- which are in 8 bits ------------------------------------------------------------------------------------------
+def test_what_costs_most_per_weight_is_ranked_first(exported: Export) -> None:
+    bundle = exported("llama").bundle
+    folder = bundle.all_logits_graph.parent
+    matrices = rounded(ir.load(bundle.all_logits_graph), folder, WINDOWS[:2])
+    found = sensitivity(ir.load(bundle.all_logits_graph), folder, WINDOWS[:1], int4=matrices)
+    rows = {row.weight: row for row in found.rows}
+    assert set(found.ranking) == set(matrices)
+    worth = [rows[name].kl_divergence / rows[name].share for name in found.ranking]
+    assert worth == sorted(worth, reverse=True)
+    assert list(found.ranking) != [row.weight for row in found.rows if row.weight in matrices]
+
+
+def test_one_weight_in_32_is_in_8_bits_at_most() -> None:
+    sizes = {"a": 10, "b": 20, "c": 33, "d": 1937}
+    rows = tuple(Row(name, (size, 1), 0.0, 1.0, size / 2000, True) for name, size in sizes.items())
+    assert in_int8(Sensitivity(0.0, rows, tuple(sizes))) == 2
+    assert in_int8(Sensitivity(0.0, rows[3:], ("d",))) == 0
+    assert in_int8(Sensitivity(0.0, (), ())) == 0
+
+
+def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported: Export, tmp_path: Path) -> None:
+    quality = exported("llama", "int4").bundle.manifest.quality
+    table = tmp_path / "table.json"
+    budget = quality["kl_divergence"] / 4
+    report = export(llama(), tmp_path / "bundle", "int4", context_length=40, max_kl=budget, sensitivity=table)
+    found = open_bundle(tmp_path / "bundle").manifest.quality
+    assert found["kl_divergence"] <= budget
+    assert len(found["int8_weights"]) > len(quality["int8_weights"])
+    assert report.sensitivity is not None
+    assert tuple(found["int8_weights"]) == report.sensitivity.worst(len(found["int8_weights"]))
+    assert len(json.loads(table.read_text())["matrices"]) == 15
+
+
+def test_int4_asks_for_more_memory_than_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = llama()
+    enough = 5 * 4 * resources.parameters(module) + resources._BASE_BYTES  # for int8 once loaded, not for int4
+    monkeypatch.setattr(resources, "available_memory", lambda: enough)
+    resources.require_memory(resources.parameters(module), loaded_for="int8")
+    with pytest.raises(ResourceError, match=r"of memory and .* are available"):
+        export(module, tmp_path / "bundle", "int4", context_length=40)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_that_int8_misses_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(QualityError, match=r"over --max-kl 1e-09 by .*: allow more, or export with --precision int8"):
+        export(llama(), tmp_path / "bundle", "int4", context_length=40, max_kl=1e-9)
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is recorded and verified --------------------------------------------------------------------------------
+def test_int4_has_bounds_of_its_own(exported: Export) -> None:
+    made = exported("llama", "int4")
+    manifest = made.bundle.manifest
+    assert set(manifest.parity) == {"fp32", "int4"}
+    assert 0 < manifest.quality["kl_divergence"] < 1
+    checks = {check.name: check for check in verify(made.bundle, made.module).checks}
+    recorded = manifest.parity["int4"]["kl_divergence"]
+    assert checks["decode"].limit == pytest.approx(max(DECODE_KL_ALLOWANCE["int4"] * recorded, 2 * KL_FLOOR))
+    assert checks["float32"].ok
+
+
+def test_other_programs_are_told_of_q4(exported: Export) -> None:
+    bundle = exported("llama", "int4").bundle
+    config = json.loads((bundle.path / names.CONFIG).read_text())
+    assert config["transformers.js_config"]["dtype"] == "q4"
+    genai = json.loads((bundle.path / names.GENAI_CONFIG).read_text())
+    assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
+
+
+def test_the_command_says_how_many_are_in_8_bits(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pastkey.__main__ import main
+
+    out = tmp_path / "bundle"
+    assert main(["export", str(checkpoint), "--out", str(out), "--precision", "int4", "--max-kl", "1e-4"]) == 0
+    told = capsys.readouterr().err
+    raised = open_bundle(out).manifest.quality["int8_weights"]
+    assert "int4 against float32: KL divergence" in told
+    assert f"in int8, where a bit buys most: {len(raised)} weights" in told
+    assert "int4 costs most at " in told

@@ -1,0 +1,238 @@
+"""int8 within a budget: the matrices that cost most stay in float32, or the export is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from pastkey import names
+from pastkey.bundle import open_bundle
+from pastkey.errors import InputError, QualityError
+from pastkey.export import export, pipeline
+from pastkey.export.quantize import int8
+from pastkey.export.quantize.rewrite import quantize
+from pastkey.export.quantize.sensitivity import Sensitivity, sensitivity
+
+from ..conftest import Export
+from ..decoders import Plain, gpt2, llama
+from ..plain_loop import run_chunks
+
+SENSITIVE = "model.layers.1.mlp.down_proj.weight"
+
+
+def sensitive() -> nn.Module:
+    """A GPT-2 of which one matrix gives all channels the same, far more than it gives each: the next norm takes that
+    away, and leaves what int8 has of the rest."""
+    module = gpt2()
+    with torch.no_grad():
+        weight = module.get_parameter(SENSITIVE)
+        same = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+        weight += 20 * weight.std() * same  # type: ignore[misc]
+    return module
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What int8 costs it in nats, without a budget."""
+    report = export(sensitive(), tmp_path_factory.mktemp("whole") / "bundle", context_length=40)
+    assert "float32_weights" not in report.manifest.quality
+    return float(report.manifest.quality["kl_divergence"])
+
+
+def weights_of(bundle: Path) -> dict[str, str]:
+    """The all-logits graph's initializers, and what each is of."""
+    model = onnx.load(bundle / names.ALL_LOGITS_GRAPH["int8"])
+    return {w.name: onnx.numpy_helper.to_array(w).dtype.name for w in model.graph.initializer}
+
+
+def test_the_sensitive_matrix_stays_in_float32_and_the_budget_is_met(whole: float, tmp_path: Path) -> None:
+    out, table = tmp_path / "bundle", tmp_path / "table.json"
+    report = export(sensitive(), out, context_length=40, max_kl=whole / 2, sensitivity=table)
+    quality = open_bundle(out, verify=True).manifest.quality
+    assert quality["kl_divergence"] <= whole / 2
+    assert list(quality["float32_weights"]) == [SENSITIVE]
+    stored = weights_of(out)
+    assert stored[SENSITIVE] == "float32"
+    assert stored["model.layers.0.mlp.down_proj.weight.blocks"] == "uint8"
+    assert f"{SENSITIVE}.blocks" not in stored
+    assert report.verification.ok
+    content = json.loads(table.read_text())
+    assert content["matrices"][0]["weight"] == SENSITIVE
+    assert content["kl_divergence"] == pytest.approx(whole, rel=1e-3)
+    assert set(tmp_path.iterdir()) == {out, table}
+    files = {path.name for path in out.rglob("*") if path.is_file()}
+    assert not [name for name in files if name.startswith(("calibrated", "probe"))]
+
+
+def test_a_budget_that_int8_keeps_within_changes_nothing(whole: float, tmp_path: Path) -> None:
+    report = export(sensitive(), tmp_path / "bundle", context_length=40, max_kl=whole * 1.01)
+    assert report.sensitivity is None  # there was no need to look
+    assert list(report.manifest.quality["float32_weights"]) == []
+    assert report.manifest.quality["kl_divergence"] == whole
+
+
+def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as_a_whole(tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    export(llama(), tmp_path / "int8", context_length=40, sensitivity=table)
+    rows = json.loads(table.read_text())["matrices"]
+    cheapest = rows[-1]["kl_divergence"]
+    report = export(llama(), tmp_path / "bundle", context_length=40, max_kl=2 * cheapest)
+    assert report.manifest.quality["kl_divergence"] <= 2 * cheapest
+    kept = report.manifest.quality["float32_weights"]
+    assert "model.embed_tokens.weight" in kept
+    assert rows[-1]["weight"] not in kept
+    stored = weights_of(tmp_path / "bundle")
+    assert [name for name in stored if name.startswith("model.embed_tokens")] == ["model.embed_tokens.weight"]
+    found = f"with {len(rows) - 1} of {len(rows)} matrices in float32, over --max-kl"
+    with pytest.raises(QualityError, match=found):
+        export(llama(), tmp_path / "refused", context_length=40, max_kl=cheapest / 2)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_budget_that_cannot_be_met_leaves_nothing(tmp_path: Path) -> None:
+    """Of int4, whose embeddings are int8 in any case."""
+    arguments: dict[str, Any] = {"context_length": 40, "precision": "int4", "max_kl": 1e-12}
+    with pytest.raises(QualityError, match=r"over --max-kl 1e-12 by \d"):
+        export(Plain(), tmp_path / "bundle", **arguments, sensitivity=tmp_path / "table.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_products_are_moved_until_the_written_bundle_itself_keeps_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should the mixture have promised more than the bundle keeps: one more, then two, then four."""
+    rounds: list[tuple[str, ...]] = []
+
+    def promising(model: ir.Model, folder: Path, windows: Any, _: float, **options: Any) -> Sensitivity:
+        return sensitivity(model, folder, windows)
+
+    def counting(model: ir.Model, keep: tuple[str, ...], **more: Any) -> None:
+        rounds.append(keep)
+        quantize(model, keep, **more)
+
+    monkeypatch.setattr(int8, "sensitivity", promising)
+    monkeypatch.setattr(int8, "quantize", counting)
+    with pytest.raises(QualityError, match="with 14 of 15 matrices in float32"):
+        export(llama(), tmp_path / "bundle", context_length=40, max_kl=1e-9)
+    assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8, 14]
+    rounds.clear()
+    report = export(llama(), tmp_path / "bundle", context_length=40, max_kl=2e-5)
+    assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8]
+    assert tuple(report.manifest.quality["float32_weights"]) == rounds[-1]
+    assert report.manifest.quality["kl_divergence"] <= 2e-5
+
+
+@pytest.mark.parametrize("max_kl", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_budget_that_is_none_is_refused_before_any_work(
+    max_kl: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "open_source", None)
+    with pytest.raises(InputError, match="it must be a finite number of nats above 0"):
+        export(Plain(), tmp_path / "bundle", context_length=8, max_kl=max_kl)
+
+
+def test_float32_has_nothing_to_bound_or_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "open_source", None)
+    for options in ({"max_kl": 0.1}, {"sensitivity": tmp_path / "table.json"}):
+        with pytest.raises(InputError, match="leave it out, or export with --precision int8"):
+            export(Plain(), tmp_path / "bundle", "fp32", context_length=8, **options)
+
+
+# --- the graph ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kept", "operators"),
+    [
+        ("self_attn.q_proj", {"MatMul": 1, "MatMulNBits": 4, "Split": 2}),  # q alone, k and v joined
+        ("mlp.up_proj", {"MatMul": 1, "MatMulNBits": 4, "Split": 0}),  # gate alone
+        ("mlp.down_proj", {"MatMul": 1, "MatMulNBits": 3, "Split": 1}),
+    ],
+)
+def test_products_are_joined_with_others_of_their_kind(
+    kept: str, operators: dict[str, int], exported: Export, tmp_path: Path
+) -> None:
+    """Of one layer; the other's q, k and v are joined, its gate and up as well."""
+    made = exported("llama")
+    weight = f"model.layers.0.{kept}.weight"
+    model, plain = ir.load(made.bundle.all_logits_graph), ir.load(made.bundle.all_logits_graph)
+    quantize(model, {weight})
+    quantize(plain)
+    found, usual = (
+        Counter(node.op_type for node in graph.graph if not str(node.name).startswith("scales_of"))
+        for graph in (model, plain)
+    )
+    layer = {"MatMul": 0, "MatMulNBits": 4, "Split": 1}
+    assert {name: found[name] - usual[name] + layer[name] for name in operators} == operators
+    array = model.graph.initializers[weight].const_value
+    assert array is not None
+    np.testing.assert_array_equal(array.numpy(), made.weights()[weight])
+    ids = list(range(20))
+    graph = tmp_path / "model.onnx"
+    ir.save(model, graph, external_data="model.data")
+    expected = made.torch_logits(ids)
+    np.testing.assert_allclose(run_chunks(graph, [ids]), expected, rtol=0, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("number", [0.0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1e-40, 0.25))])
+@pytest.mark.parametrize("place", ["blocks.0.v", "blocks.0.q", "blocks.0.o", "head", "token"])
+def test_a_matrix_of_equal_numbers_is_exported(place: str, number: float, tmp_path: Path) -> None:
+    module = Plain()
+    with torch.no_grad():
+        module.get_submodule(place).weight.fill_(number)
+    report = export(module, tmp_path / "bundle", context_length=40, max_kl=0.1)
+    assert report.verification.ok
+    assert np.isfinite(report.manifest.quality["kl_divergence"])
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pastkey.__main__ import main
+
+    out, table = tmp_path / "bundle", tmp_path / "table.json"
+    arguments = ["export", str(checkpoint), "--out", str(out), "--max-kl", "2e-5", "--sensitivity", str(table)]
+    assert main(arguments) == 0
+    told = capsys.readouterr().err
+    kept = open_bundle(out).manifest.quality["float32_weights"]
+    assert f"kept in float32, to meet --max-kl: {len(kept)} weights" in told
+    rows = json.loads(table.read_text())["matrices"]
+    assert f"int8 costs most at {rows[0]['weight']} (" in told
+    assert f", {rows[2]['weight']} (" in told
+    assert main(["inspect", str(out)]) == 0
+    assert f"float32_weights: {', '.join(kept)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--max-kl", "0"], "max_kl is 0; it must be a finite number of nats above 0, such as 0.01"),
+        (["--max-kl", "inf"], "argument --max-kl: inf is not a finite number"),
+        (["--max-kl", "1", "--precision", "fp32"], "float32 is what --max-kl measures from"),
+        (["--sensitivity", "table.csv"], "--sensitivity table.csv: a name that ends in .json was expected"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(
+    arguments: list[str], sentence: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pastkey.__main__ import main
+
+    try:
+        status = main(["export", str(checkpoint), "--out", str(tmp_path / "bundle"), *arguments])
+    except SystemExit as end:  # argparse ends this way
+        status = int(end.code or 0)
+    _, told = capsys.readouterr()
+    assert status == 2
+    assert sentence in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,69 @@
+"""The graph with an int8 cache is written where a context is long, and kept where it costs little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pastkey.bundle import Bundle, open_bundle
+from pastkey.export import export
+from pastkey.export.graph import embedding_rows
+from pastkey.export.measure.metrics import kl_divergence
+from pastkey.export.quantize import int8_kv
+from pastkey.runtime import Engine
+from pastkey.runtime.int8_kv import INT8_KV_FROM
+
+from ..decoders import llama
+
+IDS = np.random.default_rng(0).integers(0, 61, 80)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("long") / "bundle"
+    export(llama(), folder, context_length=INT8_KV_FROM + 1)
+    return open_bundle(folder)
+
+
+def decoded(session: Engine, first: int = 20) -> np.ndarray:
+    session.reset()
+    session.prefill(IDS[:first])
+    return np.stack([session.decode(int(token)) for token in IDS[first:]])
+
+
+def test_an_int8_cache_is_close_to_a_float32_one(bundle: Bundle) -> None:
+    assert bundle.int8_kv_graph is not None
+    assert 0 < bundle.manifest.quality["int8_cache_kl"] < 1e-3
+    exact, rounded = (decoded(Engine(bundle, int8_kv_from=first)) for first in (None, 30))
+    np.testing.assert_array_equal(rounded[:10], exact[:10])  # tokens 20 to 29
+    assert np.abs(rounded[10:] - exact[10:]).max() > 0
+    assert kl_divergence(exact, rounded) < 1e-3
+
+
+def test_a_table_that_is_read_from_the_file_stays_what_it_is(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows have four axes, as the cache has, and are uint8."""
+    monkeypatch.setattr(embedding_rows, "_LARGE", 1)
+    report = export(llama(), tmp_path / "rows", context_length=INT8_KV_FROM + 1)
+    made = open_bundle(tmp_path / "rows")
+    assert made.int8_kv_graph is not None
+    assert report.manifest.quality["int8_cache_kl"] == bundle.manifest.quality["int8_cache_kl"]
+    np.testing.assert_array_equal(decoded(Engine(made, int8_kv_from=30)), decoded(Engine(bundle, int8_kv_from=30)))
+
+
+def test_a_context_that_never_gets_long_has_no_such_graph(tmp_path: Path) -> None:
+    report = export(llama(), tmp_path / "short", context_length=INT8_KV_FROM)
+    made = open_bundle(tmp_path / "short")
+    assert made.int8_kv_graph is None
+    assert "int8_cache_kl" not in report.manifest.quality
+    assert decoded(Engine(made, int8_kv_from=1)).shape == (60, 61)
+
+
+def test_an_int8_cache_that_costs_too_much_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_kv, "_MARGIN", 0.05)  # cuts off nearly everything
+    report = export(llama(), tmp_path / "cut", context_length=INT8_KV_FROM + 1)
+    assert open_bundle(tmp_path / "cut").int8_kv_graph is None
+    assert "int8_cache_kl" not in report.manifest.quality

@@ -1,0 +1,111 @@
+"""int8 of whole decoders with matrices of odd widths or odd numbers: exported and proved, or refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from pastkey.bundle import open_bundle
+from pastkey.errors import ContractError, NumericsError, PastkeyError
+from pastkey.export import export
+
+from ..decoders import Plain
+from ..plain_loop import run_chunks
+
+
+class Tied(Plain):
+    """One table for the embedding and the output head."""
+
+    def more(self) -> None:
+        self.head.weight = self.token.weight
+
+
+# --- widths -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [Plain, Tied])
+@pytest.mark.parametrize(
+    ("width", "block"),
+    [  # less than a block, exactly one, and more
+        (1, 16),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((15, 16), (16, 16), (17, 32), (128, 32))),
+        (33, 16),
+    ],
+)
+def test_widths_that_are_no_multiple_of_a_block_are_padded(
+    kind: type[Plain], width: int, block: int, tmp_path: Path
+) -> None:
+    """K of q, k, v, of the embedding and of the head is `width`; that of o is heads times size, 10."""
+    module = kind(width=width, heads=1, size=10)
+    export(module, tmp_path / "bundle", context_length=40)
+    bundle = open_bundle(tmp_path / "bundle", verify=True)
+    model = onnx.load(bundle.all_logits_graph)
+    matmuls = [
+        {attribute.name: attribute.i for attribute in node.attribute}
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+    ]
+    assert [matmul["K"] for matmul in matmuls] == [width, 10, width]
+    assert [matmul["block_size"] for matmul in matmuls] == [block, 16, block]
+    ids = np.random.default_rng(0).integers(0, 37, 40).tolist()
+    with torch.no_grad():
+        expected = module(torch.tensor([ids]), torch.arange(40)[None])[0].numpy()
+    found = run_chunks(bundle.all_logits_graph, [ids])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("place", ["blocks.0.v", "blocks.0.o"])
+@pytest.mark.parametrize("number", [1e-45, 1e4, 1e20])
+def test_one_number_far_from_all_others_is_exported(
+    place: str, number: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    module = Plain()
+    with torch.no_grad():
+        module.get_submodule(place).weight[1, 2] = number
+    report = export(module, tmp_path / "bundle", context_length=40)
+    assert report.verification.ok
+    assert np.isfinite(report.manifest.quality["kl_divergence"])
+    assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
+
+
+@pytest.mark.parametrize("place", ["blocks.0.q", "blocks.0.o", "head", "token", "position"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_names_the_weight_and_leaves_nothing(place: str, number: float, tmp_path: Path) -> None:
+    module = Plain()
+    with torch.no_grad():
+        module.get_submodule(place).weight[1, 2] = number
+    with pytest.raises(NumericsError, match=rf"the weight {place}\.weight of Plain holds NaN or infinity"):
+        export(module, tmp_path / "bundle", context_length=40)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "words"),
+    [
+        ("blocks.0.v", ContractError, "it gives NaN or infinity in its logits: check its weights"),
+        ("blocks.0.o", NumericsError, "are not finite"),
+        ("head", ContractError, "it gives NaN or infinity in its logits: check its weights"),
+    ],
+)
+def test_a_number_that_overflows_is_one_sentence_and_leaves_nothing(
+    place: str, kind: type[PastkeyError], words: str, tmp_path: Path
+) -> None:
+    module = Plain()
+    with torch.no_grad():
+        module.get_submodule(place).weight[1, 2] = 3e38
+    with pytest.raises(kind, match=words):
+        export(module, tmp_path / "bundle", context_length=40)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_of_zeros_is_exported(tmp_path: Path) -> None:
+    module = Plain()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    report = export(module, tmp_path / "bundle", context_length=40, max_kl=0.1)
+    assert report.verification.ok
+    assert report.manifest.quality["kl_divergence"] == 0

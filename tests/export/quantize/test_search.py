@@ -1,0 +1,90 @@
+"""The search over mixtures of precisions, on made-up ones: which are tried, and where it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from pastkey import names
+from pastkey.bundle import Bundle, Manifest
+from pastkey.errors import QualityError
+from pastkey.export.quantize import search as module
+from pastkey.export.quantize.calibration import CalibrationText
+from pastkey.export.quantize.search import Quantized, search
+from pastkey.export.quantize.sensitivity import Sensitivity
+
+TEXT = CalibrationText("own", (), ())
+
+
+class Fake:
+    """Mixtures of ten matrices: the table asks for `asked` of them, and the bundle keeps within from `enough` on."""
+
+    precision = "int8"
+    sensitivity = Sensitivity(1.0, (), tuple("abcdefghij"))
+
+    def __init__(self, asked: int, enough: int, start: int = 0) -> None:
+        self.start, self._asked, self._enough = start, asked, enough
+        self.tried: list[int] = []
+
+    def model(self, raised: int) -> Any:
+        self.tried.append(raised)
+        return raised
+
+    def quality(self, raised: int) -> dict[str, Any]:
+        return {"raised": raised}
+
+    def asked_for(self) -> int:
+        return self._asked
+
+    def most(self) -> int:
+        return 9
+
+    def search(self, folder: Path, monkeypatch: pytest.MonkeyPatch, max_kl: float | None = 0.5) -> Quantized:
+        manifest = Manifest("0", "fake", "int8", "cpu", "fused", "", 1, 2, (), 20, 10, "1")
+        bundle = Bundle(folder, manifest)
+
+        def write(model: ir.Model) -> tuple[Bundle, int]:
+            graph = folder / names.ALL_LOGITS_GRAPH["int8"]
+            graph.parent.mkdir()  # fails where the last round was left
+            graph.touch()
+            return bundle, 7
+
+        monkeypatch.setattr(
+            module, "measured", lambda *_: {"kl_divergence": 0.1 if self.tried[-1] >= self._enough else 1.0}
+        )
+        return search(self, bundle, TEXT, write, max_kl)
+
+
+def test_without_a_budget_the_first_mixture_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(asked=5, enough=9)
+    assert fake.search(tmp_path, monkeypatch, None).quality == {"kl_divergence": 1.0, "raised": 0}
+    assert fake.tried == [0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "enough", "start", "tried"),
+    [
+        (5, 0, 0, [0]),  # the first keeps within
+        (5, 5, 0, [0, 5]),  # then what the table asks for
+        (2, 6, 0, [0, 2, 3, 5, 9]),  # then one more, two more, four more, and never more than there may be
+        (3, 5, 3, [3, 4, 6]),  # the table was there before
+    ],
+)
+def test_the_next_mixture_follows_the_table_and_then_ever_larger_steps(
+    asked: int, enough: int, start: int, tried: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(asked, enough, start)
+    found = fake.search(tmp_path, monkeypatch)
+    assert fake.tried == tried
+    assert found.quality == {"kl_divergence": 0.1, "raised": tried[-1]}
+    assert found.weight_bytes == 7
+
+
+def test_a_budget_that_no_mixture_meets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(asked=5, enough=10)
+    with pytest.raises(QualityError, match=r"with 9 of 10 matrices in float32, over --max-kl 0\.5 by 0\.5"):
+        fake.search(tmp_path, monkeypatch)
+    assert fake.tried[-1] == 9

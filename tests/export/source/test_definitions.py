@@ -1,0 +1,186 @@
+"""Of a script or notebook just what an expression needs is run."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pastkey.errors import InputError
+from pastkey.export.source.definitions import definitions, parse_request, run_definitions
+
+SCRIPT = """
+from __future__ import annotations
+
+import math
+import no_such_package
+from dataclasses import dataclass, field
+
+with open("no_such_file.txt") as f:
+    text = f.read()
+    print(len(text))
+chars = sorted(set(text))
+vocab_size = len(chars)
+width = 2
+width *= 3
+device = "cpu"
+if math.pi > 4:
+    device = "cuda"
+try:
+    import no_such_package as fast
+except ImportError:
+    fast = None
+with open(__file__) as f:
+    own = f.read()
+    raise_if_called = undefined_name
+half, rest = divmod(width, 2)
+
+@dataclass
+class Config:
+    width: int = width
+    later: Later | None = None
+    parts: list[int] = field(default_factory=list)
+
+def helper(size):
+    text = "a name of its own"
+    return Config(size), size + half, fast
+
+class Model:
+    scale = math.sqrt(4.0)
+
+    def __init__(self, size=3):
+        self.made = helper(size)
+
+    def vocabulary(self):
+        return vocab_size
+
+class Small:
+    def __init__(self, size=3):
+        self.made = helper(size)
+
+for step in range(10):
+    raise SystemError("training")
+raise SystemError("training")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    return tmp_path / "train.py"
+
+
+def ran(file: Path, text: str) -> Any:
+    import sys
+
+    module = ModuleType("ran_by_a_test")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module
+    request = parse_request(text, file)
+    run_definitions(file, request, module)
+    return eval(compile(request.expression, "<test>", "eval"), vars(module))
+
+
+def refusal(file: Path, text: str) -> str:
+    with pytest.raises(InputError) as caught:
+        ran(file, text)
+    return str(caught.value)
+
+
+def notebook(folder: Path, *cells: str) -> Path:
+    content = [{"cell_type": "markdown", "source": ["# A lesson"]}]
+    content += [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
+    (folder / "lesson.ipynb").write_text(json.dumps({"cells": content, "nbformat": 4}))
+    return folder / "lesson.ipynb"
+
+
+def test_what_is_needed_is_run_in_its_order_and_nothing_else(script: Path) -> None:
+    config, number, fast = ran(script, "Small().made")
+    assert (config.width, number, fast) == (3, 6, None)
+    assert ran(script, "Config().width") == 6
+    assert ran(script, "device") == "cpu"
+
+
+def test_a_value_may_be_given_in_the_place_of_the_files_own(script: Path) -> None:
+    assert ran(script, "vocab_size = 65; Model().vocabulary()") == 65
+    assert ran(script, "width = 8; Config().width") == 8
+    assert ran(script, "size = Config(7).width; helper(size)")[1] == 10
+
+
+def test_what_cannot_be_made_is_told_with_the_value_to_give(script: Path) -> None:
+    assert refusal(script, "Model(size=4)") == (
+        f"Model(size=4) needs vocab_size, and that text, and making it failed at {script}:8 with FileNotFoundError: "
+        "[Errno 2] No such file or directory: 'no_such_file.txt'; give its value, as in  'vocab_size = ...; "
+        "Model(size=4)'"
+    )
+    assert f"step needs step, which the for block at {script}:50 makes" in refusal(script, "step")
+    sentence = refusal(script, "no_such_package.Model()")
+    assert f"making it failed at {script}:5 with ModuleNotFoundError" in sentence
+    assert "give its value" not in sentence
+
+
+@pytest.mark.parametrize("text", ["Model(", "Model)", "a b", "Model(\0)"])
+def test_what_is_no_expression_is_told(text: str, script: Path) -> None:
+    assert "is not valid Python" in refusal(script, text)
+
+
+@pytest.mark.parametrize("text", ["a = 1", "import os", "import os; Model()", "print(1); Model()", "for i in x: i"])
+def test_a_request_is_assignments_and_an_expression(text: str, script: Path) -> None:
+    assert "does not end in an expression that gives it, or has more than assignments" in refusal(script, text)
+
+
+def test_definitions_are_listed(script: Path) -> None:
+    assert definitions(script) == ["Config", "helper", "Model", "Small"]
+
+
+def test_a_later_definition_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    file = notebook(tmp_path, "def make():\n    return 1", "first = make()", "def make():\n    return 2", "x = make()")
+    assert ran(file, "first, x") == (1, 2)
+
+
+def test_magics_are_left_out(tmp_path: Path) -> None:
+    file = notebook(
+        tmp_path,
+        "%pip install something\n!ls -l\nfiles = !ls\nimport math\nmath?\n?math\n",
+        "%%time\nwidth = 6\nfor i in range(3):\n    raise SystemError\n",
+        "%%bash\nls | grep x\n",
+        "if width > 3:\n    %matplotlib inline\n    !pip install x\n    depth = 2\n",
+        "rest = (7\n% 4)\n",
+        "half a thought (",
+        "def make():\n    return width, math.floor(2.5), depth, rest\n",
+        "t = %time make()\nprint(make())\nraise SystemError\n",
+    )
+    assert ran(file, "make()") == (6, 2, 2, 3)
+
+
+def test_an_error_of_a_notebook_names_cell_and_line(tmp_path: Path) -> None:
+    file = notebook(tmp_path, "import math", "\nsize = math.sqrt('a')", "def make():\n    return size")
+    assert f"make() needs size, and making it failed at {file}[2]:2 with TypeError" in refusal(file, "make()")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": 3}', '{"cells": [{"cell_type": "code"}]}'])
+def test_a_file_that_is_no_notebook_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / "lesson.ipynb").write_text(content)
+    assert "is not a notebook: JSON with a list of cells was expected" in refusal(tmp_path / "lesson.ipynb", "make")
+
+
+def test_a_script_that_is_no_python_is_told_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import math\ndef make(:\n")
+    assert f"{tmp_path}/train.py:2 is not valid Python: " in refusal(tmp_path / "train.py", "make")
+
+
+def test_a_star_import_may_make_any_name(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("from math import *\ndef make():\n    return floor(2.5)\n")
+    assert ran(tmp_path / "train.py", "make()") == 2
+
+
+def test_a_request_keeps_its_text_and_names_what_it_reads(script: Path) -> None:
+    request = parse_request(" n = width; Model(n, [size for size in sizes]) ", script)
+    assert request.text == "n = width; Model(n, [size for size in sizes])"
+    assert request.given_names == {"n"}
+    assert {"width", "Model", "sizes"} <= request.reads
+    assert isinstance(request.expression, ast.Expression)

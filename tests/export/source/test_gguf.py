@@ -1,0 +1,207 @@
+"""GGUF files: tiny ones written here with the gguf library, and one of a trained model that answers questions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+from benchmarks.environments import smollm2
+from pastkey import names
+from pastkey.__main__ import main
+from pastkey.bundle import open_bundle
+from pastkey.export import export
+from pastkey.export.source.open import open_source
+from pastkey.runtime import load
+
+from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
+
+WIDTH, HIDDEN, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
+TEXTS = ("Once upon a time", " two  spaces", "äöü 🙂\n\ttab", "<|im_start|>user")
+
+
+def write_gguf(file: Path, *, quantized: bool = False, architecture: str = "llama") -> Path:
+    """A random Llama with a byte-level tokenizer and a chat template, in F32 or, its matrices, in Q8_0."""
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(50000.0)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_vocab_size(VOCABULARY)
+    _write_tokenizer(writer)
+    rng = np.random.default_rng(0)
+    kv = WIDTH // HEADS * KV_HEADS
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCABULARY, WIDTH), "output_norm": (WIDTH,)}
+    shapes["output"] = (VOCABULARY, WIDTH)
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.attn_norm": (WIDTH,),
+            f"blk.{i}.attn_q": (WIDTH, WIDTH),
+            f"blk.{i}.attn_k": (kv, WIDTH),
+            f"blk.{i}.attn_v": (kv, WIDTH),
+            f"blk.{i}.attn_output": (WIDTH, WIDTH),
+            f"blk.{i}.ffn_norm": (WIDTH,),
+            f"blk.{i}.ffn_gate": (HIDDEN, WIDTH),
+            f"blk.{i}.ffn_up": (HIDDEN, WIDTH),
+            f"blk.{i}.ffn_down": (WIDTH, HIDDEN),
+        }
+    for name, shape in shapes.items():
+        weight = rng.normal(len(shape) == 1, 0.2, shape).astype(np.float32)
+        if quantized and len(shape) == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _write_tokenizer(writer: Any) -> None:
+    vocabulary = json.loads(bpe(bos=False).backend_tokenizer.to_str())
+    tokens = [token for token, _ in sorted(vocabulary["model"]["vocab"].items(), key=lambda entry: entry[1])]
+    tokens += [f"[unused{i}]" for i in range(VOCABULARY - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(VOCABULARY)])
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+
+
+def reference(file: Path) -> Any:
+    """transformers' own model of the same dequantized weights."""
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    return transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """What transformers writes with its own cache, up to the end that the model's configuration names."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+# --- what comes out -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("quantized", [False, True], ids=["F32", "Q8_0"])
+def test_the_bundle_writes_what_transformers_writes(tmp_path: Path, quantized: bool) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", quantized=quantized)
+    export(file, tmp_path / "bundle", "fp32")
+    expected = greedy(reference(file), PROMPT, 64)
+    assert len(expected) == 64
+    assert len(set(expected)) > 10
+    lm = load(tmp_path / "bundle")
+    assert lm.generate(PROMPT, max_new_tokens=64).ids == expected
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert (manifest.source, manifest.context_length) == ("tiny", CONTEXT)
+    assert (manifest.bos_token_id, manifest.eos_token_ids) == (0, (1,))
+    config = json.loads((tmp_path / "bundle" / names.TOKENIZER_CONFIG).read_text())
+    assert (config["tokenizer_class"], config["chat_template"]) == ("PreTrainedTokenizerFast", TEMPLATE)
+    original = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    for text in TEXTS:
+        assert lm.tokenizer.encode(text) == original(text)["input_ids"]
+
+
+# --- what cannot be read ------------------------------------------------------------------------------------------
+def test_a_file_that_is_not_gguf(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"PK\3\4 something else")
+    assert "is not a GGUF file: it does not begin with the letters GGUF" in refusal(tmp_path / "tiny.gguf")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    assert "does not exist" in refusal(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("kept", [4, 10, 24, 400, 3000, -100, -20_000])
+def test_a_file_that_is_cut_short(tmp_path: Path, refusal: Callable[..., str], kept: int) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes()[:kept])
+    sentence = refusal(file)
+    assert f"{file} is cut short" in sentence
+    assert sentence.endswith("fetch it again")
+
+
+@pytest.mark.parametrize("name", [names.TOKENIZER, names.TOKENIZER_CONFIG])
+def test_a_link_beside_it_that_leads_out_of_the_folder(tmp_path: Path, refusal: Callable[..., str], name: str) -> None:
+    """transformers reads these files of the folder, too."""
+    (tmp_path / "folder").mkdir()
+    file = write_gguf(tmp_path / "folder" / "tiny.gguf")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "folder" / name).symlink_to(tmp_path / "secret")
+    assert f"{name} leads out of {tmp_path / 'folder'}" in refusal(file)
+
+
+def test_a_chat_template_takes_the_place_of_the_own(tmp_path: Path) -> None:
+    (tmp_path / "other.jinja").write_text("{{ messages }}")
+    source = open_source(write_gguf(tmp_path / "tiny.gguf"), chat_template=tmp_path / "other.jinja")
+    assert source.tokenizer_config["chat_template"] == "{{ messages }}"
+
+
+def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    sentence = refusal(write_gguf(tmp_path / "tiny.gguf", architecture="foo"))
+    assert f"cannot load {tmp_path / 'tiny.gguf'}" in sentence
+    assert "foo" in sentence
+
+
+def test_a_package_that_is_not_installed_comes_with_its_extra(
+    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    sentence = refusal(file)
+    assert "the package 'gguf' is not installed" in sentence
+    assert "type pip install gguf and try again" in sentence
+
+
+# --- a trained model ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_trained_model_writes_what_transformers_writes_and_answers_in_int8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = smollm2()
+    assert main(["export", str(file), "--out", str(tmp_path / "fp32"), "--precision", "fp32"]) == 0
+    model, lm = reference(file), load(tmp_path / "fp32")
+    for prompt in ("Once upon a time", "The capital of France is", "def fibonacci(n):"):
+        ids = lm.tokenizer.encode(prompt)
+        expected, answer = greedy(model, ids, 64), lm.generate(ids, max_new_tokens=64)
+        # transformers gives the EOS token with the rest.
+        found = [*answer.ids, *(expected[-1:] if answer.finish_reason == "stop" else [])]
+        assert found[-1] in lm.manifest.eos_token_ids or len(found) == 64
+        for step, (token, other) in enumerate(zip(expected, found, strict=False)):
+            if token != other:  # allowed only where two tokens are as likely as each other
+                with torch.no_grad():
+                    logits = model(torch.tensor([ids + expected[:step]])).logits[0, -1]
+                assert abs(float(logits[token] - logits[other])) < 1e-4, (prompt, step)
+                break
+        else:
+            assert len(found) == len(expected), prompt
+    del model, lm
+
+    assert main(["export", str(file), "--out", str(tmp_path / "int8")]) == 0
+    capsys.readouterr()
+    question = "What is the capital of France?"
+    assert main(["chat", str(tmp_path / "int8"), "--prompt", question, "--json"]) == 0
+    assert "Paris" in json.loads(capsys.readouterr().out)["text"]

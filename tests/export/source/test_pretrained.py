@@ -1,0 +1,195 @@
+"""Hugging Face folders and models as users bring them: the bundle writes what transformers writes."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from pastkey import names
+from pastkey.__main__ import main
+from pastkey.bundle import open_bundle
+from pastkey.export import export
+from pastkey.export.source.open import open_source
+from pastkey.runtime import load
+from pastkey.runtime.chat_template import ChatTemplate
+
+from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, TRANSFORMERS_4, VOCABULARY, bpe, greedy, llama, sizes
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
+
+TEXTS = ("Once upon a time", " two  spaces", "äöü 🙂\n\ttab", "<|im_start|>user", "")
+
+
+@pytest.fixture(scope="module")
+def bundle(saved_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 bundle of `saved_llama`."""
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    export(saved_llama, out, "fp32")
+    return out
+
+
+# --- what comes out -----------------------------------------------------------------------------------------------
+def test_the_bundle_of_a_folder_writes_what_transformers_writes(saved_llama: Path, bundle: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, dtype=torch.float32)
+    expected = greedy(model, 48)
+    assert len(set(expected)) > 10
+    assert load(bundle).generate(PROMPT, max_new_tokens=48).ids == expected
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "tied", "shards"])
+def test_every_way_of_saving_gives_the_same_text(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama(tie_word_embeddings=kind == "tied")
+    if kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", **({"max_shard_size": "100KB"} if kind == "shards" else {}))
+    assert (len(list((tmp_path / "model").glob("*.safetensors"))) > 1) == (kind == "shards")
+    out = tmp_path / "bundle"
+    assert main(["export", str(tmp_path / "model"), "--out", str(out), "--precision", "fp32"]) == 0
+    assert "(ids only: " in capsys.readouterr().err.splitlines()[-1]
+    assert not (out / names.TOKENIZER).exists()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert load(out).generate(PROMPT, max_new_tokens=48).ids == greedy(again, 48)
+
+
+def test_no_network_is_tried(saved_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert open_source(saved_llama).context_length == CONTEXT
+
+
+def test_generation_stops_at_any_of_several_ends(saved_llama: Path, llama_folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, dtype=torch.float32)
+    text = greedy(model, 48)
+    end = next(token for token in text if text.index(token) >= 5)
+    never = next(token for token in range(VOCABULARY) if token not in text)
+    file = llama_folder / names.GENERATION_CONFIG
+    file.write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [never, end]}))
+    export(llama_folder, tmp_path / "bundle", "fp32")
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert (manifest.bos_token_id, manifest.eos_token_ids) == (0, (never, end))
+    assert json.loads((tmp_path / "bundle" / names.GENERATION_CONFIG).read_text())["eos_token_id"] == [never, end]
+    result = load(tmp_path / "bundle").generate(PROMPT, max_new_tokens=48)
+    assert result.ids == text[: text.index(end) + (end in result.ids)]
+    assert len(result.ids) < 48
+
+
+# --- tokenizer and configuration ----------------------------------------------------------------------------------
+def test_the_tokenizer_comes_along(saved_llama: Path, bundle: Path) -> None:
+    config = json.loads((bundle / names.TOKENIZER_CONFIG).read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["add_bos_token"] is True
+    assert config["chat_template"] == TEMPLATE
+    assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
+    original = transformers.AutoTokenizer.from_pretrained(saved_llama)
+    again = transformers.AutoTokenizer.from_pretrained(bundle)
+    ours = load(bundle).tokenizer
+    for text in TEXTS:
+        expected = original(text)["input_ids"]
+        assert expected[0] == 0
+        assert again(text)["input_ids"] == expected
+        assert ours.encode(text) == expected
+
+
+def test_a_beginning_that_the_tokenizer_does_not_write_is_not_promised(llama_folder: Path, tmp_path: Path) -> None:
+    bpe(bos=False).save_pretrained(llama_folder)
+    export(llama_folder, tmp_path / "out", precision="fp32")
+    assert json.loads((tmp_path / "out" / names.TOKENIZER_CONFIG).read_text())["add_bos_token"] is False
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 writes the old field alone")
+def test_the_configuration_suits_old_and_new_programs(bundle: Path) -> None:
+    content = json.loads((bundle / names.CONFIG).read_text())
+    assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 50000.0
+    assert transformers.AutoConfig.from_pretrained(bundle).rope_parameters["rope_theta"] == 50000.0
+
+
+def test_every_special_token_that_a_template_may_write_comes_along(llama_folder: Path) -> None:
+    tokenizer = bpe(bos=True)
+    tokenizer.add_special_tokens({"cls_token": tokenizer.bos_token, "sep_token": tokenizer.eos_token})
+    tokenizer.chat_template = "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{{ sep_token }}{% endfor %}"
+    tokenizer.save_pretrained(llama_folder)
+    config = open_source(llama_folder).tokenizer_config
+    messages = [{"role": "user", "content": "ab"}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert expected == f"{tokenizer.bos_token}ab{tokenizer.eos_token}"
+    tokens = {name: token for name, token in config.items() if name.endswith("_token")}
+    assert ChatTemplate(config["chat_template"], tokens).render(messages) == expected
+
+
+def test_templates_with_names_are_written_as_a_list(llama_folder: Path) -> None:
+    tokenizer = bpe(bos=True)
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "tools: " + TEMPLATE}
+    tokenizer.save_pretrained(llama_folder)
+    config = open_source(llama_folder).tokenizer_config
+    assert config["chat_template"] == [
+        {"name": "default", "template": TEMPLATE},
+        {"name": "tool_use", "template": "tools: " + TEMPLATE},
+    ]
+    message = {"role": "user", "content": "Hi"}
+    assert ChatTemplate(config["chat_template"][0]["template"]).render([message]) == "<|im_start|>user\nHi"
+
+
+# --- a model in hand ----------------------------------------------------------------------------------------------
+def test_a_model_in_hand_stays_as_it_was(tmp_path: Path) -> None:
+    model = llama().to(torch.bfloat16)
+    model.set_attn_implementation("sdpa")
+    model.train()
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        before = model(ids).logits
+        export(model, tmp_path / "bundle", "fp32")
+        assert torch.equal(model(ids).logits, before)
+    assert model.training
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "sdpa"
+    assert load(tmp_path / "bundle").generate(PROMPT, max_new_tokens=24).ids == greedy(model.eval(), 24)
+
+
+FACTORY = """
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CONFIG = LlamaConfig(**{sizes})
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lm = LlamaForCausalLM._from_config(CONFIG, attn_implementation="sdpa")
+
+    def forward(self, input_ids, position_ids):
+        return self.lm(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+def bare():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(CONFIG)
+"""
+
+
+def test_a_factory_may_return_a_model_of_transformers(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(FACTORY.format(sizes=sizes()))
+    report = export(f"{file}:bare", tmp_path / "bundle", "fp32")
+    assert report.manifest.source == "LlamaForCausalLM"
+    assert report.manifest.context_length == CONTEXT
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="works with transformers 4")
+def test_a_module_around_a_model_of_transformers_works_or_is_told_what_to_pass(
+    tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY.format(sizes=sizes()))
+    sentence = refusal(f"{tmp_path / 'mine.py'}:Wrapped", "--context", CONTEXT, "--precision", "fp32")
+    assert "4 key/value heads of size 16 while Wrapped is traced, and 2 of size 16 when it is run" in sentence
+    assert sentence.endswith("export that model itself, or its folder")

@@ -1,0 +1,420 @@
+"""Hugging Face folders that cannot be exported, each with its one sentence; and those with code of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import safetensors
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from pastkey import names
+from pastkey.__main__ import main
+from pastkey.errors import ResourceError
+from pastkey.export import export, resources
+from pastkey.export.source.open import open_source
+
+from ..conftest import Export
+from ..tiny_llama import TRANSFORMERS_4, VOCABULARY, bpe, llama, sizes
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
+
+
+def change(folder: Path, **entries: Any) -> Path:
+    """Writes entries of config.json over; None takes one out."""
+    file = folder / names.CONFIG
+    content = json.loads(file.read_text()) | entries
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return folder
+
+
+# --- bad folders --------------------------------------------------------------------------------------------------
+def test_an_empty_folder(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    (tmp_path / "nothing").mkdir()
+    assert "config.json" in refusal(tmp_path / "nothing")
+
+
+def test_a_bundle_is_no_source(exported: Export, refusal: Callable[..., str]) -> None:
+    assert "is a 'bundle' folder; a checkpoint was expected: name the checkpoint it came from" in refusal(
+        exported("llama").bundle.path
+    )
+
+
+def test_weights_that_are_only_pickled_come_with_a_command_that_converts_them(
+    saved_llama: Path, llama_folder: Path, refusal: Callable[..., str]
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    torch.save(model.state_dict(), llama_folder / "pytorch_model.bin")
+    (llama_folder / "model.safetensors").unlink()
+    sentence = refusal(llama_folder)
+    assert f"{llama_folder} has its weights only as pytorch_model.bin, a pickle" in sentence
+    command = sentence.split("convert it with ")[1].split(" and export that folder")[0]
+    command = command.replace("python", sys.executable, 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    converted = open_source(f"{llama_folder}-safetensors")
+    assert torch.equal(converted.module.model.lm_head.weight, model.lm_head.weight)  # type: ignore[arg-type]
+    assert converted.tokenizer == open_source(saved_llama).tokenizer
+
+
+# transformers 4 does not tell the shape that it found.
+SHAPE = ("has another shape", "has another shape") if TRANSFORMERS_4 else ("has shape (", "has shape (300, 64)")
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"hidden_size": 32, "head_dim": 8}, (SHAPE[0], "and its config.json asks for (", "another model's")),
+        ({"num_hidden_layers": 1}, ("the weight 'model.layers.1.", "LlamaForCausalLM of its config.json has no layer")),
+        ({"num_hidden_layers": 3}, ("has no weight 'model.layers.2.", "and 8 more, which LlamaForCausalLM needs")),
+        ({"vocab_size": 299}, ("the weight lm_head.weight of ", SHAPE[1], "asks for (299, 64)")),
+        pytest.param(
+            {"model_type": None, "architectures": None},
+            ("transformers", "cannot load", "model_type"),
+            marks=pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 guesses by the folder's name"),
+        ),
+        ({"model_type": "nonesuch"}, ("transformers", "cannot load", "nonesuch")),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantized already (quantization_config says gptq)",)),
+        ({"max_position_embeddings": 1}, ("a whole number of tokens from 2",)),
+    ],
+)
+def test_a_configuration_that_does_not_fit(
+    llama_folder: Path, refusal: Callable[..., str], entries: dict[str, Any], words: Sequence[str]
+) -> None:
+    sentence = refusal(change(llama_folder, **entries))
+    for word in words:
+        assert word in sentence
+    assert str(llama_folder) in sentence or llama_folder.name in sentence or "context" in sentence
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\ufeff", "no json"])
+def test_a_configuration_that_is_not_json(llama_folder: Path, refusal: Callable[..., str], content: str) -> None:
+    (llama_folder / names.CONFIG).write_text(content)
+    assert str(llama_folder / names.CONFIG) in refusal(llama_folder)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, 100_000])
+def test_weights_that_are_cut_short(llama_folder: Path, refusal: Callable[..., str], kept: int) -> None:
+    file = llama_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    sentence = refusal(llama_folder)
+    assert f"{file} is cut short or damaged" in sentence
+    assert "fetch it again" in sentence
+
+
+def test_a_missing_shard(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    llama().save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
+    lost.unlink()
+    sentence = refusal(tmp_path / "model")
+    assert f"lacks {lost.name}, which model.safetensors.index.json names: fetch what is missing" in sentence
+
+
+class Opens:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def shard(folder: Path, name: str) -> Path:
+    """Puts the weights of `folder` into the file `name`, which an index lists, and a pickle there for any other."""
+    weights = folder / names.WEIGHTS
+    with safetensors.safe_open(weights, "pt") as opened:
+        listed = dict.fromkeys(opened.keys(), name)
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".safetensors"):
+        weights.rename(target)
+    else:
+        weights.unlink()
+        torch.save({"mark": Opens(folder / "was-run")}, target)
+    index = {"metadata": {"total_size": 1}, "weight_map": listed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+@pytest.fixture
+def opened() -> Iterator[set[Path]]:
+    """The files that Python opens meanwhile."""
+    seen: set[Path] = set()
+    watching = True
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:  # it can never be removed again
+        if watching and event == "open" and isinstance(arguments[0], str):
+            seen.add(Path(os.path.realpath(arguments[0])))
+
+    sys.addaudithook(hook)
+    yield seen
+    watching = False
+
+
+@pytest.mark.parametrize("name", ["evil.bin", "../evil.bin", "../outside.safetensors", "sub/model.safetensors"])
+def test_an_index_that_names_anything_but_safetensors_beside_it(
+    name: str, llama_folder: Path, refusal: Callable[..., str], opened: set[Path]
+) -> None:
+    named = shard(llama_folder, name).resolve()
+    opened.clear()
+    sentence = refusal(llama_folder)
+    assert f"model.safetensors.index.json names the weights '{name}': expected .safetensors files" in sentence
+    assert llama_folder.resolve() / names.CONFIG in opened
+    assert named not in opened
+    assert not (llama_folder / "was-run").exists()
+
+
+def test_an_index_that_names_safetensors_beside_it_is_taken(llama_folder: Path) -> None:
+    shard(llama_folder, "model-00001-of-00001.safetensors")
+    assert open_source(llama_folder).tokenizer is not None
+
+
+def test_an_index_without_its_map(llama_folder: Path, refusal: Callable[..., str]) -> None:
+    (llama_folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    assert "index.json has no weight_map" in refusal(llama_folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "sub/x.safetensors.index.json", "../outside.safetensors", 3])
+def test_weights_that_a_configuration_names_elsewhere(
+    name: Any, llama_folder: Path, refusal: Callable[..., str], opened: set[Path]
+) -> None:
+    pickle = llama_folder.resolve() / "adapter_model.bin"
+    torch.save({"mark": Opens(llama_folder / "was-run")}, pickle)
+    opened.clear()
+    change(llama_folder, transformers_weights=name)
+    assert f"config.json names the weights {name!r}: expected a .safetensors file beside it" in refusal(llama_folder)
+    assert pickle not in opened
+
+
+@pytest.mark.parametrize("header", [b"[" * 100_000, b"{"])
+def test_a_header_of_weights_that_is_no_json(header: bytes, llama_folder: Path, refusal: Callable[..., str]) -> None:
+    weights = len(header).to_bytes(8, "little") + header + b"0" * 8
+    (llama_folder / names.WEIGHTS).write_bytes(weights)
+    assert "model.safetensors is cut short or damaged, its header is no JSON" in refusal(llama_folder)
+
+
+# --- links --------------------------------------------------------------------------------------------------------
+LINKED = (names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
+
+
+@pytest.mark.parametrize("name", [*LINKED, "additional_chat_templates/tool_use.jinja"])
+def test_a_link_that_leads_out_of_the_folder(
+    name: str, llama_folder: Path, refusal: Callable[..., str], opened: set[Path]
+) -> None:
+    file = llama_folder / name
+    secret = llama_folder.parent / "secret"
+    if file.exists():
+        file.rename(secret)
+    else:
+        secret.write_text("a key")
+    file.parent.mkdir(exist_ok=True)
+    file.symlink_to(secret)
+    opened.clear()
+    sentence = refusal(llama_folder)
+    assert sentence == f"{file} leads out of {llama_folder}, to {secret}: copy the file itself into the folder"
+    assert secret.resolve() not in opened
+
+
+def test_a_snapshot_of_the_hub_cache_is_a_source(llama_folder: Path, tmp_path: Path) -> None:
+    """Each file a link to a blob beside the snapshots, as a download makes it; one is a file of its own."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    blobs.mkdir(parents=True)
+    (llama_folder / "additional_chat_templates").mkdir()
+    (llama_folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    for number, file in enumerate(sorted(path for path in llama_folder.rglob("*") if path.is_file())):
+        link = snapshot / file.relative_to(llama_folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if file.name == names.TOKENIZER:
+            file.rename(link)
+            continue
+        file.rename(blobs / f"{number:040x}")
+        link.symlink_to(os.path.relpath(blobs / f"{number:040x}", link.parent))
+    source = open_source(snapshot)
+    assert source.tokenizer is not None
+    assert {"default", "tool_use"} <= {entry["name"] for entry in source.tokenizer_config["chat_template"]}
+
+
+def test_a_folder_that_is_itself_a_link_is_a_source(llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "named").symlink_to(llama_folder)
+    assert open_source(tmp_path / "named").name == "tiny-llama"
+
+
+def test_an_encoder_decoder(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**small)).save_pretrained(tmp_path / "t5")
+    assert "holds an encoder-decoder (t5): only decoders can be exported" in refusal(tmp_path / "t5")
+
+
+@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_a_model_without_a_head_for_language(tmp_path: Path, refusal: Callable[..., str], kind: str) -> None:
+    getattr(transformers, kind)(transformers.LlamaConfig(**sizes(pad_token_id=0))).save_pretrained(tmp_path / "model")
+    assert "has no weight 'lm_head.weight', which LlamaForCausalLM needs" in refusal(tmp_path / "model")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(llama_folder: Path, refusal: Callable[..., str]) -> None:
+    tokenizer = bpe(bos=True)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(VOCABULARY - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(llama_folder)
+    assert "makes token ids up to 300, but the model has 300 embeddings (ids 0 to 299)" in refusal(llama_folder)
+
+
+def test_a_context_longer_than_trained(llama_folder: Path, refusal: Callable[..., str]) -> None:
+    assert "--context 81 is more than the 80 tokens that tiny-llama was trained for" in refusal(
+        llama_folder, "--context", 81
+    )
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    sentence = refusal(tmp_path / "model")
+    assert "the weight lm_head.weight of LlamaForCausalLM holds NaN or infinity" in sentence
+    assert "optimum" not in sentence  # which would take it, and give a bundle of NaN
+
+
+# --- resources ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("short", ["memory", "disk"])
+def test_what_the_machine_has_not_is_said_before_loading(
+    saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: str
+) -> None:
+    def loads(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loads)
+    if short == "memory":
+        monkeypatch.setattr(resources, "available_memory", lambda: 1 << 20)
+    else:
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=1 << 10))
+    with pytest.raises(ResourceError, match=f"of {short} and"):
+        export(saved_llama, tmp_path / "bundle", "fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- a folder with code of its own --------------------------------------------------------------------------------
+CONFIGURATION = """
+from transformers import PretrainedConfig
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tiny-custom"
+
+    def __init__(self, vocab_size=60, width=32, max_position_embeddings=40, **others):
+        self.vocab_size, self.width, self.max_position_embeddings = vocab_size, width, max_position_embeddings
+        super().__init__(**others)
+"""
+MODELING = """
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_tiny import TinyConfig
+
+class TinyModel(PreTrainedModel):
+    config_class = TinyConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.token = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.max_position_embeddings, config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, position_ids=None, attention_mask=None, use_cache=None, **_):
+        x = self.token(input_ids) + self.position(position_ids)
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return CausalLMOutput(logits=self.head(x))
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose model is Python code in it."""
+    from safetensors.torch import save_file
+
+    # transformers copies such code into its cache before it imports it.
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    (folder / "configuration_tiny.py").write_text(CONFIGURATION)
+    (folder / "modeling_tiny.py").write_text(MODELING)
+    torch.manual_seed(0)
+    shapes = {"token": (60, 32), "position": (40, 32), "qkv": (96, 32), "head": (60, 32)}
+    weights = {f"{name}.weight": torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+    save_file(weights | {"qkv.bias": torch.zeros(96)}, folder / "model.safetensors", {"format": "pt"})
+    auto = {
+        "AutoConfig": "configuration_tiny.TinyConfig",
+        "AutoModelForCausalLM": "modeling_tiny.TinyModel",
+    }
+    sizes = {"vocab_size": 60, "width": 32, "max_position_embeddings": 40}
+    (folder / names.CONFIG).write_text(json.dumps({"model_type": "tiny-custom", "auto_map": auto, **sizes}))
+    return folder
+
+
+def test_code_of_a_folder_does_not_run_unasked(custom: Path, refusal: Callable[..., str]) -> None:
+    (custom / "modeling_tiny.py").write_text("raise SystemExit('it ran')")
+    sentence = refusal(custom)
+    assert "brings Python code of its own (configuration_tiny.py, modeling_tiny.py)" in sentence
+    assert "add --trust-remote-code" in sentence
+
+
+def test_code_that_is_trusted_runs_and_is_named(
+    custom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    arguments = ["export", str(custom), "--out", str(out), "--precision", "fp32", "--trust-remote-code"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert f"run the Python code that {custom} brings: configuration_tiny.py, modeling_tiny.py" in said
+    assert "auto_map" not in json.loads((out / names.CONFIG).read_text())
+    assert main(["verify", str(out), str(custom), "--trust-remote-code"]) == 0
+    assert "modeling_tiny.py" in capsys.readouterr().err
+
+
+def test_a_link_to_nothing_is_told(llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
+    """As in a cache that was fetched in part."""
+    (llama_folder / names.TOKENIZER).unlink(missing_ok=True)
+    (llama_folder / names.TOKENIZER).symlink_to(tmp_path / "nowhere")
+    assert "tokenizer.json is a link to a file that is not there: fetch or copy that file again" in refusal(
+        llama_folder
+    )
+
+
+def test_the_advice_for_a_pickle_can_be_typed_whatever_the_folders_name(
+    llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    folder = tmp_path / 'it\'s $(touch here) "mine"'
+    llama_folder.rename(folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    told = refusal(folder)
+    program = shlex.split(told[told.index("python -c") : told.index(" and export that folder")])[2]
+    compile(program, "advice", "exec")
+    assert repr(str(folder)) in program
+
+
+def test_a_chat_template_that_is_none_is_refused_before_the_work(
+    llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    template = tmp_path / "odd.jinja"
+    template.write_text("{% for")
+    assert "the chat template is not valid Jinja" in refusal(llama_folder, "--chat-template", template)

@@ -1,0 +1,182 @@
+"""What can be exported, how it is opened, and the sentence where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from pastkey import names
+from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
+from pastkey.export.source.open import open_source
+from pastkey.folder import write_json
+
+from ...conftest import Run
+from ..decoders import Plain
+
+
+def refusal(kind: type[PastkeyError], *arguments: Any, **settings: Any) -> str:
+    with pytest.raises(kind) as caught:
+        open_source(*arguments, **({"context_length": 8} | settings))
+    return str(caught.value)
+
+
+# --- a module -----------------------------------------------------------------------------------------------------
+def test_a_module_brings_its_class_name_and_nothing_else() -> None:
+    module = Plain()
+    source = open_source(module, context_length=8)
+    assert source.module is module
+    assert (source.name, source.context_length) == ("Plain", 8)
+    assert (source.tokenizer, source.config, source.eos_token_ids) == (None, {}, ())
+
+
+def test_a_module_needs_a_context_length() -> None:
+    assert "on the command line, --context N" in refusal(InputError, Plain(), context_length=None)
+
+
+@pytest.mark.parametrize("length", [1, 0, -4, 8.0, True, "8"])
+def test_a_context_length_is_a_whole_number_from_two(length: Any) -> None:
+    sentence = refusal(InputError, Plain(), context_length=length)
+    assert f"the context length is {length!r}; it must be a whole number of tokens from 2" in sentence
+
+
+def test_a_compiled_module_is_taken_out_of_its_wrapping() -> None:
+    module = Plain()
+    source = open_source(torch.compile(module, backend="eager"), context_length=8)  # type: ignore[arg-type]
+    assert source.module is module
+    assert source.name == "Plain"
+
+
+# --- a checkpoint -------------------------------------------------------------------------------------------------
+def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(checkpoint: Path) -> None:
+    source = open_source(checkpoint)
+    assert (source.name, source.context_length) == ("checkpoint", 40)
+    assert source.tokenizer == (checkpoint / names.TOKENIZER).read_bytes()
+    assert source.eos_token_ids == (60,)
+    assert source.config["model_type"] == "llama"
+    assert source.tokenizer_config["eos_token"] == "<end>"
+
+
+def test_the_context_of_a_checkpoint_can_be_shortened_but_not_stretched(checkpoint: Path) -> None:
+    source = open_source(checkpoint, context_length=16)
+    assert (source.context_length, source.config["max_position_embeddings"]) == (16, 16)
+    sentence = refusal(InputError, checkpoint, context_length=41)
+    assert sentence == f"--context 41 is more than the 40 tokens that {checkpoint} was trained for"
+
+
+def test_a_missing_folder_is_told_what_a_source_is(tmp_path: Path) -> None:
+    sentence = refusal(MissingFileError, tmp_path / "none")
+    assert f"no such source: {tmp_path}/none does not exist" in sentence
+    assert "a llama2.c .bin, or path/to/file.py:factory" in sentence
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    sentence = refusal(MissingFileError, tmp_path)
+    assert f"{tmp_path} has no config.json, as a Hugging Face folder has, and no pastkey.json" in sentence
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "words"),
+    [
+        (lambda f: (f / names.WEIGHTS).unlink(), IntegrityError, "model.safetensors is missing"),
+        (lambda f: (f / names.WEIGHTS).write_bytes(b"short"), IntegrityError, "model.safetensors has 5 bytes"),
+        (
+            lambda f: (f / names.WEIGHTS).write_bytes((f / names.WEIGHTS).read_bytes()[:-1] + b"x"),
+            IntegrityError,
+            "model.safetensors was altered: its sha256 is",
+        ),
+        (
+            lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "checkpoint", "format_version": 99})),
+            IntegrityError,
+            "checkpoint format version 99; this pastkey reads up to 1: upgrade pastkey",
+        ),
+        (lambda f: (f / names.MANIFEST).write_text("{"), IntegrityError, "pastkey.json is not valid JSON"),
+        (
+            lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "bundle", "format_version": 1})),
+            InputError,
+            "is a 'bundle' folder; a checkpoint was expected: name the checkpoint it came from",
+        ),
+    ],
+    ids=["missing", "truncated", "altered", "newer", "no_json", "a_bundle"],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_file(
+    damage: Any, kind: type[PastkeyError], words: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    assert words in refusal(kind, copy)
+
+
+# --- a chat template ----------------------------------------------------------------------------------------------
+def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
+    tokenizer.save(str(folder / names.TOKENIZER))
+    if config:
+        (folder / names.TOKENIZER_CONFIG).write_text(json.dumps(config))
+    return folder / names.TOKENIZER
+
+
+def test_a_template_that_is_given_takes_the_place_of_the_own(
+    word_tokenizer: Tokenizer, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = save(word_tokenizer, tmp_path, eos_token="<end>", chat_template="own")
+    (tmp_path / names.CHAT_TEMPLATE).write_text("own, in a file")
+    (tmp_path / "other.jinja").write_bytes(b"{{ messages }}\r\n")
+    for source, tokenizer in ((Plain(vocab=61), path), (checkpoint, None)):
+        opened = open_source(source, tokenizer=tokenizer, context_length=8, chat_template=tmp_path / "other.jinja")
+        assert opened.tokenizer_config["chat_template"] == "{{ messages }}\n"
+        assert opened.tokenizer_config["eos_token"] == "<end>"
+
+
+def test_a_template_that_cannot_be_used_is_told(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = save(word_tokenizer, tmp_path)
+    (tmp_path / "binary.jinja").write_bytes(b"a\xff")
+    (tmp_path / "good.jinja").write_text("{{ messages }}")
+    for kind, given, tokenizer, words in (
+        (MissingFileError, "none.jinja", path, "no such file"),
+        (InputError, ".", path, "is a folder; a text file was expected"),
+        (InputError, "binary.jinja", path, "binary.jinja is not UTF-8 text: byte 1 is 0xff"),
+        (InputError, "good.jinja", None, "Plain has no tokenizer, which a chat template needs: give one with --tok"),
+    ):
+        assert words in refusal(kind, Plain(vocab=61), tokenizer=tokenizer, chat_template=tmp_path / given)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+def stopped(checkpoint: Path, copy: Path, **training: Any) -> Path:
+    shutil.copytree(checkpoint, copy)
+    manifest = json.loads((copy / names.MANIFEST).read_text())
+    manifest["training"] |= training
+    write_json(copy / names.MANIFEST, manifest)
+    return copy
+
+
+def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(
+    pastkey_command: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a folder"
+    assert pastkey_command("train", "--preset", "classic", "--steps", "4", "--out", folder).returncode == 0
+    assert open_source(folder).warnings == ()
+    manifest = json.loads((folder / names.MANIFEST).read_text())
+    manifest["training"]["settings"]["steps"] = 6
+    write_json(folder / names.MANIFEST, manifest)
+    (sentence,) = open_source(folder).warnings
+    assert sentence.startswith(f"the training of {folder} stopped at step 4 of 6: go on with  pastkey train ")
+    _, *command = shlex.split(sentence.split("go on with  ")[1].split("  and export again")[0])
+    done = pastkey_command(*command)
+    assert done.returncode == 0, done.stderr
+    assert open_source(folder).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "training", [{}, {"step": 3}, {"step": "3", "settings": {"steps": 5}}, {"step": 3, "settings": []}]
+)
+def test_a_checkpoint_without_a_training_is_not_told_of(
+    training: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    assert open_source(stopped(checkpoint, tmp_path / "copy", **training)).warnings == ()

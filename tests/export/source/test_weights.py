@@ -1,0 +1,274 @@
+"""Weights of a file find their places in a module, or the sentence says which does not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pastkey.errors import InputError, MissingFileError
+from pastkey.export.source.open import open_source
+from pastkey.export.source.weights import load_weights
+
+from ..decoders import Plain
+
+
+@dataclasses.dataclass
+class Settings:
+    layers: int = 2
+    where: Path = Path("a")
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 4, tied: bool = True, mask: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+        self.head = nn.Linear(width, 8, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("mask", torch.ones(mask, mask).tril())
+        self.register_buffer("scratch", torch.rand(3), persistent=False)
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+
+
+def trained() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {name: tensor.clone() for name, tensor in Net().state_dict().items()}
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def saved(content: Any, folder: Path) -> Path:
+    torch.save(content, folder / "state.pt")
+    return folder / "state.pt"
+
+
+def loaded(module: nn.Module, file: Path) -> list[str]:
+    """All that was said."""
+    told: list[str] = []
+    return [*load_weights(module, file, told.append), *told]
+
+
+def refusal(module: nn.Module, file: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        loaded(module, file)
+    return str(caught.value)
+
+
+def same(module: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_safetensors_are_no_pickle_and_a_missing_tied_weight_is_the_other_one(tmp_path: Path) -> None:
+    state = trained()
+    save_file({name: state[name] for name in state if name != "head.weight"}, tmp_path / "state.safetensors")
+    net = Net()
+    (sentence,) = loaded(net, tmp_path / "state.safetensors")
+    assert sentence == f"4 weights of {tmp_path}/state.safetensors were loaded"
+    assert same(net, state)
+
+
+def test_a_pickle_is_named_before_it_is_read(tmp_path: Path) -> None:
+    file = saved(trained(), tmp_path)
+    sentence, warning = loaded(Net(), file)
+    assert warning == f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it"
+    assert sentence == f"5 weights of {file} were loaded"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda s: {"model": s, "step": 3}, ", under 'model'"),
+        (lambda s: {"state_dict": prefixed(s, "model."), "epoch": 1}, ", under 'state_dict', without 'model.' in"),
+        (lambda s: {"model_state_dict": OrderedDict(s)}, ", under 'model_state_dict'"),
+        (lambda s: {"a": {"b": {"c": s}}}, ", under 'a.b.c'"),
+        (lambda s: prefixed(s, "_orig_mod."), ", without '_orig_mod.' in their names"),
+        (lambda s: prefixed(s, "module._orig_mod."), ", without '_orig_mod.' and 'module.' in their names"),
+        (lambda s: prefixed(s, "net.decoder."), ", without 'net.decoder.' in their names"),
+        (lambda s: {"model": s, "ema": s}, ", under 'model' ('ema' would fit as well)"),
+        (lambda s: prefixed(s, "student.") | prefixed(s, "ema."), ", without 'student.' in their names"),
+        (lambda s: {"optimizer": {"state": {0: {"exp_avg": s["embed.weight"]}}}, "model": s}, ", under 'model'"),
+        (lambda s: {"model": {n.replace("layers.", "layers._orig_mod."): t for n, t in s.items()}}, "'_orig_mod.'"),
+        (lambda s: {"model": s, "config": Settings(), "args": argparse.Namespace(a=1), "loss": np.float64(2.5)}, ""),
+        (lambda s: prefixed(s, "net.") | {"loss.weight": torch.rand(3)}, "1 the module has no place for"),
+    ],
+    ids=[
+        "model", "lightning", "model_state_dict", "deep", "compiled", "parallel", "prefix", "two", "two prefixes",
+        "optimizer", "compiled layers", "other classes", "outside the prefix",
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_searched_and_its_names_are_made_to_fit(content: Any, words: str, tmp_path: Path) -> None:
+    state, net = trained(), Net()
+    sentence, _ = loaded(net, saved(content(state), tmp_path))
+    assert words in sentence
+    assert same(net, state)
+
+
+def test_a_module_within_a_wrapper_of_its_own_gets_the_names_of_the_wrapper(tmp_path: Path) -> None:
+    net = Wrapped()
+    sentence, _ = loaded(net, saved(trained(), tmp_path))
+    assert "with 'model.' in front of their names" in sentence
+    assert same(net.model, trained())
+
+
+def test_half_precision_becomes_the_modules_own(tmp_path: Path) -> None:
+    net = Net()
+    loaded(net, saved({name: tensor.bfloat16() for name, tensor in trained().items()}, tmp_path))
+    assert net.embed.weight.dtype == torch.float32
+    assert same(net, {"embed.weight": trained()["embed.weight"].bfloat16().float()})
+
+
+def angles(kind: Any) -> Tensor:
+    return kind(torch.outer(torch.arange(9.0), 10 ** (-torch.arange(4.0) / 3)))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.ones(1, 1, 5, 5).tril(),
+        torch.full((5, 5), float("-inf")).triu(1),
+        torch.tensor(-1e9),
+        torch.arange(5),
+        torch.ones(5, 5, dtype=torch.bool),
+        torch.polar(torch.ones(4), torch.arange(4.0)),
+        10000 ** (-torch.arange(0, 8, 2) / 8),
+        angles(torch.cos),
+        angles(torch.sin)[None, :, None],
+        torch.stack([angles(torch.sin), angles(torch.cos)], -1).flatten(1),
+        torch.rand(3),
+    ],
+    ids=["tril", "inf", "fill", "positions", "bool", "complex", "frequencies", "cos", "sin", "sinusoids", "not saved"],
+)
+def test_a_table_that_code_makes_is_left_out_and_said(table: Tensor, tmp_path: Path) -> None:
+    name = "scratch" if table.shape == (3,) else "layers.0.bias"
+    net = Net()
+    sentence, _ = loaded(net, saved(trained() | {name: table}, tmp_path))
+    assert f"; 1 the module has no place for, and they were left out ({name})" in sentence
+    assert same(net, trained())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.rand(4), torch.rand(4, 4), torch.tensor(0.5), torch.zeros(4), torch.ones(4), torch.rand(9, 4) * 0.1],
+    ids=["bias", "matrix", "scalar", "zeros", "ones", "embedding"],
+)  # fmt: skip
+def test_a_weight_that_would_be_lost_is_refused(weight: Tensor, tmp_path: Path) -> None:
+    if weight.shape == (9, 4):
+        weight[0] = 0  # as padding_idx=0 leaves it
+    file = saved(trained() | {"layers.0.bias": weight, "more": torch.rand(2, 2)}, tmp_path)
+    assert refusal(Net(), file) == (
+        f"{file} has layers.0.bias, for which the module has no place: 5 of its 7 weights fit, and 2 would be lost; "
+        "make the module as it was when these weights were saved"
+    )
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    state = trained()
+    file = saved({name: tensor for name, tensor in state.items() if name != "layers.1.weight"}, tmp_path)
+    assert f"{file} lacks layers.1.weight: 4 of its 4 weights fit, and the module has 1 more" in refusal(Net(), file)
+    assert f"{file} lacks head.weight" in refusal(
+        Net(tied=False), saved({name: state[name] for name in state if name != "head.weight"}, tmp_path)
+    )
+    file = saved(state, tmp_path)
+    words = f"embed.weight is of shape (8, 4) in {file} and of shape (8, 6) in the module"
+    assert words in refusal(Net(width=6), file)
+
+
+def test_a_tied_weight_that_was_not_tied_is_refused(tmp_path: Path) -> None:
+    file = saved(trained() | {"head.weight": torch.rand(8, 4)}, tmp_path)
+    assert f"embed.weight and head.weight differ in {file}, and the module has one weight" in refusal(Net(), file)
+
+
+def test_buffers_may_be_missing_and_masks_may_be_for_another_context(tmp_path: Path) -> None:
+    state, net = trained(), Net(mask=3)
+    sentence, _ = loaded(net, saved(state, tmp_path))
+    assert "; 1 buffer stayed as the module makes them (mask)" in sentence
+    assert same(net, {"mask": torch.ones(3, 3).tril()})
+    net = Net()
+    assert "1 buffer stayed" in loaded(net, saved({n: t for n, t in state.items() if n != "mask"}, tmp_path))[0]
+    assert same(net, state)
+
+
+@pytest.mark.parametrize("content", [{"step": 3}, [1, 2], torch.rand(3), {"model": Settings()}])
+def test_a_file_without_a_state_dict_is_told(content: Any, tmp_path: Path) -> None:
+    assert "holds no state dict, which is tensors by name" in refusal(Net(), saved(content, tmp_path))
+
+
+def test_a_module_that_was_pickled_whole_holds_no_state_dict_and_runs_no_code(tmp_path: Path) -> None:
+    assert "holds no state dict" in refusal(Net(), saved(Net(), tmp_path))
+
+
+def test_weights_of_another_module_are_told_by_both_names(tmp_path: Path) -> None:
+    file = saved({"encoder.w": torch.rand(2)}, tmp_path)
+    words = f"no weight of {file} has a name of the module's: it has encoder.w and the module embed.weight"
+    assert words in refusal(Net(), file)
+
+
+def test_files_that_are_no_weights_are_told(tmp_path: Path) -> None:
+    for name, words in (("a.safetensors", "is not a safetensors file, or was cut short"), ("a.pt", "torch.load(")):
+        (tmp_path / name).write_bytes(b"nothing")
+        assert words in refusal(Net(), tmp_path / name)
+    file = saved(trained(), tmp_path)
+    file.write_bytes(file.read_bytes()[:200])
+    assert f"torch.load(weights_only=True) cannot read {file}" in refusal(Net(), file)
+    assert "is a folder; a file of weights was expected" in refusal(Net(), tmp_path)
+    with pytest.raises(MissingFileError, match=r"no such file: .*none.pt; expected the weights of a module"):
+        loaded(Net(), tmp_path / "none.pt")
+
+
+class Evil:
+    """Runs something when a pickle of it is read as pickles are."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        function, *arguments = self.call
+        return function, tuple(arguments)
+
+
+def test_no_code_of_a_pickle_is_run(tmp_path: Path) -> None:
+    net, state, target = Net(), trained(), tmp_path / "evil"
+    loaded(net, saved({"model": state, "extra": Evil(eval, f"open({str(target)!r}, 'w')")}, tmp_path))
+    assert same(net, state)
+    for evil, words in ((Evil(os.system, f"touch {target}"), "system"), (Evil(Path.touch, target), "unrecognized")):
+        sentence = refusal(Net(), saved({"model": state, "extra": evil}, tmp_path))
+        assert words in sentence
+        assert "save model.state_dict() alone" in sentence
+        assert "False" not in sentence
+    assert not target.exists()
+
+
+# --- with a source --------------------------------------------------------------------------------------------------
+def test_a_module_in_hand_is_left_as_it_is(tmp_path: Path) -> None:
+    module, other = Plain(), Plain()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(1)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    source = open_source(module, context_length=8, weights=saved(other.state_dict(), tmp_path))
+    assert same(module, before)
+    assert same(source.module, other.state_dict())
+    assert source.warnings[0].endswith("were loaded")
+
+
+def test_a_source_with_weights_of_its_own_takes_no_others(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is for a module .* brings its own weights: leave it out"):
+        open_source(checkpoint, weights=tmp_path / "state.pt")

@@ -1,0 +1,203 @@
+"""Decoders as people write them, exported unedited: plain onnxruntime over the file equals their author's own call.
+
+Nothing of the runtime takes part. The reference is uncached and in float32, of a module that no export has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pastkey.bundle import open_bundle
+from pastkey.errors import ContractError
+from pastkey.export import Report, export
+
+from .graft.own.by_hand import TrilBuffer
+from .graft.own.parts import CONTEXT, Gpt, Own, Qkv
+from .graft.own.registry import DECODERS, REFUSED
+from .plain_loop import open_graph
+
+Array = npt.NDArray[Any]
+
+PROMPT, TOKENS = 6, 40
+FP32_SHARE, INT8_SHARE, REFUSED_SHARE = 14, 14, 9  # one in so many is exported in every run, others in a slow one
+
+
+def shared(names: Sequence[str], share: int) -> list[Any]:
+    """The names, of which one in `share` is not slow."""
+    return [name if i % share == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(names)]
+
+
+def reference(own: Own, module: nn.Module, ids: list[int]) -> Array:
+    """Logits (T, V) as the author computes them, also where a call gives those of the last position only."""
+    with torch.no_grad():
+        found = own.call(module, torch.tensor([ids]))
+        if found.dim() == 2:
+            found = torch.cat([own.call(module, torch.tensor([ids[: i + 1]])) for i in range(len(ids))])[None]
+    return found[0].numpy()
+
+
+@dataclass
+class Text:
+    """One text that a graph reads in chunks, each with the cache that the last one left: all that a graph asks for."""
+
+    session: Any
+    length: int = 0
+    past: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for value in self.session.get_inputs():
+            if value.name.startswith("past"):
+                shape = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
+                self.past[value.name] = np.zeros(shape, np.float32)
+
+    def read(self, ids: list[int]) -> Array:
+        """Logits (N, V) of these ids."""
+        start, self.length = self.length, self.length + len(ids)
+        known = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, self.length), np.int64),
+            "position_ids": np.arange(start, self.length, dtype=np.int64)[None],
+            "logits_to_keep": np.array([1]),
+        } | self.past
+        feeds = {value.name: known[value.name] for value in self.session.get_inputs()}
+        names = [value.name for value in self.session.get_outputs()]
+        found = dict(zip(names, self.session.run(names, feeds), strict=True))
+        self.past = {
+            name: found[name.replace("past_key_values.", "present.").replace("past_conv.", "present_conv.")]
+            for name in self.past
+        }
+        logits: Array = found["logits"][0]
+        return logits
+
+
+@dataclass(frozen=True)
+class Exported:
+    own: Own
+    module: nn.Module  # another one than was exported, in float32
+    report: Report
+    graph: Path
+
+    def text(self) -> Text:
+        return Text(open_graph(self.graph))
+
+    @property
+    def prompt(self) -> list[int]:
+        return torch.randint(self.own.vocab, (PROMPT,), generator=torch.Generator().manual_seed(3)).tolist()
+
+    def follow(self, tolerance: float) -> list[int]:
+        """The ids that the graph chooses, each of which is the author's choice but for a tie within the tolerance."""
+        text, ids = self.text(), self.prompt
+        logits = text.read(ids)[-1]
+        for _ in range(min(TOKENS, self.own.context - PROMPT)):
+            chosen = int(logits.argmax())
+            expected = reference(self.own, self.module, ids)[-1]
+            short = expected.max() - expected[chosen]
+            assert short <= tolerance * np.abs(expected).max(), f"token {len(ids)}: {chosen}, {expected.argmax()}"
+            ids.append(chosen)
+            logits = text.read([chosen])[-1]
+        return ids
+
+
+def made(own: Own, folder: Path, precision: str) -> Exported:
+    report = export(own.make(), folder / "bundle", precision=precision, context_length=own.context)
+    graph = open_bundle(folder / "bundle", verify=False).all_logits_graph
+    return Exported(own, own.make().float(), report, graph)
+
+
+@pytest.mark.parametrize("name", shared([*DECODERS], FP32_SHARE))
+def test_the_exported_graph_computes_what_the_author_computes(name: str, tmp_path: Path) -> None:
+    own = DECODERS[name]
+    exported = made(own, tmp_path, "fp32")
+    manifest = exported.report.manifest
+    assert manifest.parity["fp32"]["ok"]
+    assert manifest.parity["fp32"]["reference"] == "source"
+    assert own.graph in (manifest.graph, "either")
+
+    ids = exported.follow(1e-4)
+    text, start, logits = exported.text(), 0, []
+    for size in [6, 1, 1, 1, 4, 1, 7, 2] + [1] * len(ids):
+        if chunk := ids[start : start + size]:
+            logits.append(text.read(chunk))
+            start += size
+    expected = reference(own, exported.module, ids)
+    assert np.abs(np.concatenate(logits) - expected).max() < 1e-4 * np.abs(expected).max()
+    keys = [name for name in text.past if name.endswith(".key")]
+    assert len(keys) == own.layers
+
+
+class TorchsAttention(Qkv):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended: Tensor = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attended
+
+
+class InTheContract(nn.Module):
+    """The same decoder with positions from outside and torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpt = Gpt(TorchsAttention)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.gpt.wte(input_ids) + self.gpt.wpe(position_ids)
+        for block in self.gpt.blocks:
+            x = block(x)
+        logits: Tensor = self.gpt.lm_head(self.gpt.ln_f(x))
+        return logits
+
+
+def test_attention_by_hand_has_the_operators_of_the_contract(tmp_path: Path) -> None:
+    found = {}
+    for name, module in (("own", Gpt(TrilBuffer)), ("contract", InTheContract())):
+        report = export(module.eval(), tmp_path / name, precision="fp32", context_length=CONTEXT)
+        found[name] = report.manifest.operators
+        assert (report.manifest.call == "") == (name == "contract")
+    assert found["own"] == found["contract"]
+
+
+@pytest.mark.parametrize("name", shared([*DECODERS][::3], INT8_SHARE))
+def test_int8_is_still_the_same_model(name: str, tmp_path: Path) -> None:
+    exported = made(DECODERS[name], tmp_path, "int8")
+    assert exported.report.manifest.parity["int8"]["ok"]
+    assert exported.report.manifest.quality["kl_divergence"] < 0.05
+    exported.follow(0.15)
+
+
+@pytest.mark.parametrize("name", shared([*REFUSED], REFUSED_SHARE))
+def test_what_no_cache_is_right_for_is_refused(name: str, tmp_path: Path) -> None:
+    """By which words: the table of causes is theirs who wrote the sentences."""
+    entry = REFUSED[name]
+    with pytest.raises(ContractError):
+        export(entry.make(), tmp_path / "bundle", precision="fp32", context_length=entry.context)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", shared(["half_precision", "rotary_kept", "tril_buffer", "last_without_targets", "dict"], 3)
+)
+def test_the_module_is_as_it_was_after_an_export(name: str, tmp_path: Path) -> None:
+    own = DECODERS[name]
+    module = own.make().train()
+    module.blocks.requires_grad_(False)
+    before = {name: (p.clone(), p.dtype, p.requires_grad, p.grad) for name, p in module.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    random, sdpa = torch.get_rng_state(), nn.functional.scaled_dot_product_attention
+    export(module, tmp_path / "bundle", precision="fp32", context_length=own.context)
+    assert all(part.training for part in module.modules())
+    assert torch.equal(random, torch.get_rng_state())
+    assert nn.functional.scaled_dot_product_attention is sdpa
+    for name, parameter in module.named_parameters():
+        value, dtype, gradient, grad = before[name]
+        assert torch.equal(parameter, value)
+        assert (parameter.dtype, parameter.requires_grad, parameter.grad) == (dtype, gradient, grad)
+    assert buffers.keys() == dict(module.named_buffers()).keys()
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from pastkey.errors import ResourceError
+from pastkey.export import resources
+
+
+def test_a_weight_that_is_shared_counts_once() -> None:
+    module = nn.Module()
+    module.one = nn.Linear(3, 5, bias=False)
+    module.other = nn.Linear(3, 5, bias=False)
+    module.other.weight = module.one.weight
+    module.norm = nn.BatchNorm1d(5)  # 10 parameters, and three buffers of 11 numbers
+    assert resources.parameters(module) == 15 + 10 + 11
+
+
+@pytest.mark.parametrize(("precision", "by_matrix", "bytes_per_weight"), [("fp32", False, 4), ("int8", True, 15)])
+def test_a_disk_without_room_is_refused_with_both_sizes(
+    precision: str, by_matrix: bool, bytes_per_weight: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "not" / "there" / "yet"
+    weights, needed = 10**9, 10**9 * bytes_per_weight
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
+    resources.require_disk(out, weights, precision, by_matrix=by_matrix)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed - 1))
+    with pytest.raises(ResourceError, match=rf"about {bytes_per_weight}\.0 GB of disk and .* are free"):
+        resources.require_disk(out, weights, precision, by_matrix=by_matrix)
+
+
+def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 10**8
+    needed = 5 * 4 * weights + resources._BASE_BYTES
+    for free, fits in ((needed, True), (needed - 1, False), (None, True)):
+        monkeypatch.setattr(resources, "available_memory", lambda free=free: free)
+        if fits:
+            resources.require_memory(weights)
+        else:
+            with pytest.raises(ResourceError, match=r"100,000,000 weights takes about 2\.6 GB of memory"):
+                resources.require_memory(weights)
+
+
+def test_what_is_loaded_needs_less() -> None:
+    copies = resources._COPIES_AFTER_LOADING
+    assert copies["int8"] < resources._COPIES_IN_MEMORY < copies["int4"]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say")
+def test_available_memory_is_less_than_the_machine_has() -> None:
+    (total,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    found = resources.available_memory()
+    assert found is not None
+    assert 0 < found <= int(total.split()[1]) << 10

@@ -1,0 +1,48 @@
+"""The settings of an export: one place for Python's defaults and the command line's."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+
+from pastkey.errors import InputError
+from pastkey.export import export
+from pastkey.export.cli import export_command
+from pastkey.export.settings import ExportConfig
+
+
+def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> None:
+    parser = argparse.ArgumentParser()
+    export_command.add_arguments(parser)
+    told = vars(parser.parse_args(["source", "--out", "bundle"]))
+    parameters = inspect.signature(export).parameters
+    fields = dataclasses.fields(ExportConfig)
+    assert len(fields) > 5
+    for field in fields:
+        assert told[field.name] == field.default
+        assert parameters[field.name].default == field.default
+    assert set(told) == {field.name for field in fields} | {"source", "out", "json"}
+    assert set(parameters) == {field.name for field in fields} | {"module_or_path", "out", "progress"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"precision": "int3"}, "precision is 'int3'; it must be one of int8, int4, fp32"),
+        ({"target": "tpu"}, "target is 'tpu'; it must be one of"),
+        ({"graph": "static"}, "graph is 'static'; it must be one of auto, fused, standard"),
+        ({"target": "portable", "precision": "fp32", "graph": "fused"}, "with --target portable use standard"),
+        ({"max_kl": float("nan")}, "max_kl is nan; it must be a finite number of nats above 0"),
+        ({"precision": "fp32", "max_kl": 0.1}, "float32 is what --max-kl measures from"),
+        ({"precision": "fp32", "calibration": "text"}, "float32 needs no calibration"),
+        ({"precision": "fp32", "sensitivity": "table.json"}, "--sensitivity tells what int8 costs"),
+    ],
+)
+def test_what_cannot_be_is_refused_when_it_is_said(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as raised:
+        ExportConfig(**settings)
+    assert sentence in str(raised.value)

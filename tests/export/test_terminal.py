@@ -1,0 +1,99 @@
+"""The stages of an export as they are shown: lines in a file, a moving part on a terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+
+import pytest
+
+from pastkey.export import terminal
+from pastkey.export.terminal import Stages
+
+
+class Terminal(io.StringIO):
+    """A stream that says when something was drawn."""
+
+    def __init__(self, live: bool) -> None:
+        super().__init__()
+        self._live = live
+        self.drawn = threading.Event()
+
+    def isatty(self) -> bool:
+        return self._live
+
+    def write(self, text: str) -> int:
+        self.drawn.set()
+        return super().write(text)
+
+
+def show(live: bool, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    screen = Terminal(live)
+    monkeypatch.setattr(terminal.sys, "stderr", screen)
+    return screen
+
+
+def test_without_a_terminal_a_stage_is_a_line_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = show(False, monkeypatch)
+    with Stages() as stages:
+        stages.stage("trace")
+        assert screen.getvalue() == ""
+        stages.stage("verify")
+        stages.warn("something is odd")
+    lines = screen.getvalue().splitlines()
+    assert [re.sub(r"\d+\.\d s", "N s", line) for line in lines] == [
+        "  trace  N s",
+        "warning: something is odd",
+        "  verify  N s",
+    ]
+
+
+def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = show(False, monkeypatch)
+    monkeypatch.setattr(terminal, "_HEARTBEAT", 0.0)
+    monkeypatch.setattr(terminal, "_REDRAWN", 0.001)
+    with Stages() as stages:
+        stages.stage("trace")
+        stages.advance(1, 4)
+        screen.drawn.clear()
+        assert screen.drawn.wait(60)
+    assert re.search(r"^  trace( 25%)?: 0 s so far$", screen.getvalue(), re.MULTILINE)
+
+
+def test_on_a_terminal_the_current_stage_moves_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = show(True, monkeypatch)
+    monkeypatch.setattr(terminal, "_REDRAWN", 0.001)
+    with Stages() as stages:
+        stages.stage("calibrate")
+        stages.advance(1, 2)
+        for _ in range(3):
+            screen.drawn.clear()
+            assert screen.drawn.wait(60)
+    drawn = screen.getvalue()
+    assert "calibrate 50%  0 s" in drawn
+    assert len(set(re.findall(r"\r\x1b\[K([|/\\-]) ", drawn))) > 1
+    assert drawn.endswith(" s\n")
+
+
+def test_a_long_name_does_not_wrap_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = show(True, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "40")
+    with Stages() as stages:
+        stages.stage("x" * 100)
+        current = screen.getvalue().removeprefix("\r\x1b[K")
+    assert len(current) <= 40
+
+
+def test_an_interrupted_stage_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = show(True, monkeypatch)
+
+    def run() -> None:
+        with Stages() as stages:
+            stages.stage("trace")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert screen.getvalue().endswith("\n")
+    assert not [thread for thread in threading.enumerate() if thread.name == "pastkey-stages"]

@@ -1,0 +1,113 @@
+"""`pastkey verify` as a user types it: exit status, one sentence, one JSON object."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey import names
+from pastkey.bundle import open_bundle
+
+from .commands import Command, fails
+from .measure.test_verify import alter_weight
+
+
+def test_verify_against_the_source_and_alone(small: Path, factory: Path, command: Command) -> None:
+    status, out, err = command("verify", small, f"{factory}:Small")
+    assert (status, out) == (0, "")
+    assert f"{small} against source, 12 tokens: equal" in err
+    status, out, err = command("verify", small)
+    assert (status, out) == (0, "")
+    assert f"{small} against own uncached run, 12 tokens: equal" in err
+
+
+def test_verify_json_is_one_object_with_a_figure_per_check(small: Path, factory: Path, command: Command) -> None:
+    status, printed, _ = command("verify", small, f"{factory}:Small", "--json")
+    assert (status, printed.count("\n")) == (0, 1)
+    result = json.loads(printed)
+    assert (result["ok"], result["reference"]) == (True, "source")
+    for name in ("prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"):
+        assert 0 <= result["checks"][name]["value"] <= 1e-5
+    assert result["checks"]["greedy"] == {
+        "ok": True, "measure": "first_difference", "value": None, "limit": None, "detail": "",
+    }  # fmt: skip
+
+
+def test_verify_int8_measures_its_distance_from_the_source(trained: Path, checkpoint: Path, command: Command) -> None:
+    status, printed, _ = command("verify", trained, checkpoint, "--json")
+    result = json.loads(printed)
+    assert status == 0
+    assert 0 < result["kl_divergence"] < 0.05
+    assert result["top1_agreement"] > 0.5
+
+
+def test_altered_weights_with_a_matching_manifest_are_a_difference(
+    small: Path, factory: Path, tmp_path: Path, command: Command
+) -> None:
+    altered = alter_weight(open_bundle(small), tmp_path, "qkv.weight", 3.0).path
+    status, printed, _ = command("verify", altered, f"{factory}:Small", "--json")
+    result = json.loads(printed)
+    assert (status, printed.count("\n"), result["ok"]) == (1, 1, False)
+    assert result["checks"]["prefill"]["ok"] is False
+    assert result["checks"]["prefill"]["value"] > 1e-5
+    assert "first in layer 0 (, mine.py:" in result["checks"]["prefill"]["detail"]
+    status, printed, told = command("verify", altered, f"{factory}:Small")
+    assert (status, printed) == (1, "")
+    assert "DIFFERENT" in told
+    assert "FAIL prefill" in told
+
+
+def test_another_source_is_a_difference(small: Path, factory: Path, command: Command) -> None:
+    status, printed, _ = command("verify", small, f"{factory}:other_weights", "--json")
+    assert (status, json.loads(printed)["ok"]) == (1, False)
+
+
+def test_a_source_of_another_shape_is_a_mistake(small: Path, factory: Path, checkpoint: Path, command: Command) -> None:
+    fails(
+        command("verify", small, f"{factory}:other_vocabulary"),
+        "has 37 tokens",
+        "Small has 38",
+        "name the source that it was exported from",
+    )
+    fails(command("verify", small, checkpoint), "of 1 layers, 1 heads of size 16", "of 2 layers, 2 heads of size 16")
+
+
+def test_a_hash_that_does_not_match_names_the_file(small: Path, tmp_path: Path, command: Command) -> None:
+    altered = tmp_path / "altered"
+    shutil.copytree(small, altered)
+    data = altered / "onnx" / "model.onnx_data"
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    fails(command("verify", altered, "--json"), "model.onnx_data was altered: its sha256 is", "copy it again")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "onnx/pastkey.onnx").unlink(), ("onnx/pastkey.onnx is missing",)),
+        (lambda f: (f / "onnx/model.onnx_data").write_bytes(b"short"), ("model.onnx_data has 5 bytes", "truncated")),
+        (lambda f: (f / names.MANIFEST).unlink(), ("is not a bundle: it has no pastkey.json",)),
+        (
+            lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "bundle", "format_version": 2})),
+            ("bundle format version 2; this pastkey reads up to 1: upgrade pastkey",),
+        ),
+    ],
+    ids=["missing", "truncated", "no_manifest", "newer"],
+)
+def test_a_damaged_bundle_is_one_sentence(
+    damage: Any, words: tuple[str, ...], small: Path, tmp_path: Path, command: Command
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    damage(copy)
+    fails(command("verify", copy), *words)
+
+
+def test_no_such_bundle(tmp_path: Path, command: Command) -> None:
+    fails(command("verify", tmp_path / "none"), "no such bundle")
+    fails(command("verify", tmp_path), "is not a bundle")

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+import pytest
+
+from pastkey import command
+from pastkey.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [
+        (command.positive_int, "1", 1),
+        (command.natural_int, "0", 0),
+        (command.finite_float, "-1e-3", -0.001),
+        (command.id_list, "1, 2,,3", [1, 2, 3]),
+        (command.id_list, "", []),
+    ],
+)
+def test_an_argument_is_read(read: Callable[[str], object], text: str, value: object) -> None:
+    assert read(text) == value
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "sentence"),
+    [
+        (command.positive_int, "0", "0 is not a whole number from 1"),
+        (command.positive_int, "1.5", "'1.5' is not a whole number"),
+        (command.natural_int, "-1", "-1 is not a whole number from 0"),
+        (command.finite_float, "nan", "nan is not a finite number"),
+        (command.finite_float, "many", "'many' is not a number"),
+        (command.id_list, "1,a", "'1,a' is not a list of token ids such as 1,2,3"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(read: Callable[[str], object], text: str, sentence: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        read(text)
+    assert str(caught.value) == sentence
+
+
+def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = command.Parser(prog="pastkey run")
+    parser.add_argument("--top-k", type=command.natural_int)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--top-k", "-1"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told == "pastkey run: argument --top-k: -1 is not a whole number from 0 (see pastkey run --help)\n"
+
+
+def test_input_is_utf_8() -> None:
+    assert command.decode_input("Zoë 日".encode()) == "Zoë 日"
+    with pytest.raises(InputError, match="standard input is not UTF-8 text: byte 2 is 0xeb"):
+        command.decode_input(b"Zo\xeb")
+
+
+def test_json_is_one_line_of_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    command.say("said")
+    command.print_json({"text": "Zoë\n"})
+    out, err = capsys.readouterr()
+    assert (json.loads(out), out.count("\n"), "Zoë" in out) == ({"text": "Zoë\n"}, 1, True)
+    assert err == "said\n"
+    with pytest.raises(ValueError, match="Out of range float"):
+        command.print_json({"loss": float("nan")})

@@ -1,0 +1,96 @@
+"""Errors are one sentence each, and say how a missing package is installed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from pastkey import errors
+from pastkey.errors import (
+    NEEDED,
+    ContextLengthError,
+    MissingExtraError,
+    MissingFileError,
+    PastkeyError,
+    first_line,
+    missing_extra,
+)
+
+from ..shared import ROOT
+
+CLASSES = [
+    found
+    for _, found in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(found, PastkeyError) and found is not PastkeyError
+]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_error_is_one_of_pastkey_and_a_builtin_too(kind: type[PastkeyError]) -> None:
+    builtin = (ValueError, TypeError, FileNotFoundError, FileExistsError, ArithmeticError, OSError, ImportError)
+    assert issubclass(kind, PastkeyError)
+    assert issubclass(kind, builtin)
+
+
+def test_an_error_is_its_sentence() -> None:
+    assert str(MissingFileError("no model.onnx in b: export again")) == "no model.onnx in b: export again"
+    assert str(PastkeyError()) == ""
+    error = ContextLengthError("512 tokens is the most", 512)
+    assert (str(error), error.longest) == ("512 tokens is the most", 512)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\n  first \nsecond"), "first"), (KeyError(), "KeyError"), (ValueError("x" * 400), "x" * 300)],
+)
+def test_of_a_librarys_error_the_first_line_is_told(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+def sentence(module: str, needed_by: str | None = None) -> str:
+    found = missing_extra(ModuleNotFoundError(name=module), needed_by)
+    assert isinstance(found, MissingExtraError)
+    return str(found)
+
+
+def test_the_package_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sentence("onnxruntime") == (
+        "the package 'onnxruntime' is not installed, which this part of pastkey needs: "
+        "type  pip install onnxruntime  and try again"
+    )
+    assert "type  pip install onnx-ir  and" in sentence("onnx_ir.passes")
+    for module in NEEDED["export"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "type  pip install torch onnx onnx-ir onnxscript safetensors tqdm  and" in sentence("torch", "export")
+    assert "type  pip install onnx  and" in sentence("onnx", "check")
+    assert "type  pip install jinja2  and" in sentence("jinja2", "export")
+
+
+def test_a_package_that_is_none_of_ours_stays_an_import_error() -> None:
+    error = ModuleNotFoundError(name="my_model.layers")
+    assert missing_extra(error, "export") is error
+
+
+def test_what_is_named_is_what_the_extras_bring() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for key, modules in NEEDED.items():
+        brought = {re.split(r"[<>=!\[]", requirement)[0] for requirement in extras[key]}
+        assert {module.replace("_", "-") for module in modules} <= brought
+
+
+def test_check_without_onnx_asks_for_onnx_alone() -> None:
+    program = (
+        "import sys\nsys.modules['onnx'] = sys.modules['torch'] = None\nfrom pastkey.__main__ import main\n"
+        "sys.exit(main(['check', 'bundle']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "pastkey check: the package 'onnx' is not installed, which this part of pastkey needs: type pip install onnx "
+        "and try again\n"
+    )

@@ -1,0 +1,255 @@
+"""Folders are whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.errors import ExistingFolderError, InputError, IntegrityError
+from pastkey.folder import (
+    check_hashes,
+    check_sizes,
+    file_record,
+    leads_out,
+    parse_records,
+    read_json,
+    whole_folder,
+    write_json,
+)
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "deep" / "out") as work:
+        (work / "a").write_text("a")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
+
+
+def test_nothing_stays_of_one_that_failed(tmp_path: Path) -> None:
+    def write_until_the_disk_is_full() -> None:
+        with whole_folder(tmp_path / "out") as work:
+            (work / "a").write_text("a")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_until_the_disk_is_full()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExistingFolderError, match="did not write it"), whole_folder(out, force=True):
+        pass
+    write_json(out / "pastkey.json", {})
+    with whole_folder(out, force=True) as work:
+        (work / "new").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_while_replacing_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_json(out / "pastkey.json", {})
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, force=True):
+        pass
+    assert list(tmp_path.iterdir()) == [out]
+    assert (out / "pastkey.json").is_file()
+
+
+def test_a_second_interrupt_does_not_stop_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, calls = shutil.rmtree, list[Path]()
+
+    def impatient(path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    def write_until_interrupted() -> None:
+        with whole_folder(tmp_path / "out") as work:
+            (work / "a").write_text("a")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        write_until_interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="which is a file"), whole_folder(tmp_path / "file" / "out"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "C:\\x", ""])
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(IntegrityError, match="not a path inside"):
+        parse_records(tmp_path, {name: {"size": 1, "sha256": "0"}})
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "a").symlink_to(tmp_path / "secret")
+    with pytest.raises(IntegrityError, match="leads out of the folder"):
+        check_sizes(folder, {"a": file_record(tmp_path / "secret")})
+
+
+HASH = "6ae90ff6bd11fc6f4ae1a3bb53ba4b7cd5ab0ee8"
+
+
+def linked(target: str, place: str = "models--org--name/snapshots/1/a") -> tuple[Path, Path]:
+    """A link in a snapshot of Hugging Face's cache, which is laid out here, and the snapshot."""
+    repository = Path(place.split("/")[0])
+    for file in (repository / "blobs" / HASH, repository / "other" / HASH, Path("secret")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("s")
+    link = Path(place)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+    return link, repository / "snapshots" / "1"
+
+
+@pytest.mark.parametrize(
+    ("target", "place"),
+    [
+        (f"../../blobs/{HASH}", "models--org--name/snapshots/1/a"),
+        (f"../../../blobs/{HASH}", "models--org--name/snapshots/1/onnx/a"),
+        (f"../../../../blobs/{HASH}", "models--org--name/snapshots/1/onnx/deeper/a"),
+        (f"../../../../blobs/{HASH}", "models--org--name/snapshots/1/snapshots/deeper/a"),
+        (f"../../blobs/{HASH}", "datasets--org--name/snapshots/1/a"),
+    ],
+)
+def test_the_links_of_the_hub_cache_lead_to_its_own_store(
+    target: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    link, snapshot = linked(target, place)
+    assert link.read_text() == "s"
+    assert not leads_out(link, snapshot)
+    check_sizes(snapshot, {link.relative_to(snapshot).as_posix(): file_record(link)})
+    (tmp_path / "named").symlink_to(snapshot)
+    assert not leads_out(tmp_path / "named" / link.relative_to(snapshot), tmp_path / "named")
+
+
+@pytest.mark.parametrize(
+    ("target", "place"),
+    [
+        ("../../../secret", "models--org--name/snapshots/1/a"),
+        (f"../../other/{HASH}", "models--org--name/snapshots/1/a"),
+        (f"../../../blobs/{HASH}", "models--org--name/snapshots/a"),  # one too many: beside the repository
+        (f"../../blobs/../blobs/{HASH}", "models--org--name/snapshots/1/a"),
+        (f"../../blobs/{HASH}", "mine/snapshots/1/a"),
+        (f"../../models--org--name/blobs/{HASH}", "models--org--name/snapshots/1/a"),
+        (f"../blobs/{HASH}", "models--org--name/1/a"),
+    ],
+)
+def test_any_other_link_to_a_store_leads_out(
+    target: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / HASH).write_text("s")
+    link, _ = linked(target, place)
+    assert leads_out(link, link.parent)
+
+
+def test_an_absolute_link_to_the_store_leads_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    link, snapshot = linked(str(tmp_path / "models--org--name" / "blobs" / HASH))
+    assert leads_out(link, snapshot)
+
+
+def test_a_store_whose_content_lies_elsewhere_leads_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    link, snapshot = linked(f"../../blobs/{HASH}")
+    blob = tmp_path / "models--org--name" / "blobs" / HASH
+    blob.unlink()
+    blob.symlink_to(tmp_path / "models--org--name" / "other" / HASH)
+    assert link.read_text() == "s"
+    assert leads_out(link, snapshot)
+
+
+def test_a_file_behind_a_linked_folder_leads_out_and_a_link_within_does_not(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("a")
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    (folder / "real").write_text("a")
+    (folder / "link").symlink_to("real")
+    assert leads_out(folder / "sub" / "a", folder)
+    assert not leads_out(folder / "link", folder)
+    assert not leads_out(folder / "real", folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}", '{"a": \udcff}', "{", '{"a": "\x00"}', "[]", ""]
+)
+def test_what_is_no_json_object_is_told_in_a_sentence(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(IntegrityError, match=r"a\.json (is not valid JSON|holds a JSON)"):
+        read_json(file)
+
+
+def test_without_a_home_folder_hashes_are_checked_and_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has a number and no name."""
+    pwd = pytest.importorskip("pwd")
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    file = tmp_path / "a"
+    file.write_text("right")
+    records = {"a": file_record(file)}
+    check_hashes(tmp_path, records)
+    file.write_text("wrong")
+    with pytest.raises(IntegrityError, match="a was altered"):
+        check_hashes(tmp_path, records)
+
+
+def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "a"
+    file.write_text("right")
+    records = {"a": file_record(file)}
+    check_hashes(tmp_path, records)
+    hashed: list[Path] = []
+
+    def spy(path: Path) -> str:
+        hashed.append(path)
+        return records["a"].sha256
+
+    monkeypatch.setattr("pastkey.folder.sha256", spy)
+    check_hashes(tmp_path, records)
+    assert hashed == []
+    check_hashes(tmp_path, records, remembered=False)
+    assert hashed == [file]
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file.write_text("wrong")
+    with pytest.raises(IntegrityError, match="a was altered"):
+        check_hashes(tmp_path, records)

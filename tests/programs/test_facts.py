@@ -1,0 +1,106 @@
+"""The lists that were copied out of other programs, against these programs as they are installed now."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.environments import GENAI, OPTIMUM, environment, node_environment
+from pastkey.export.compat import facts
+
+pytestmark = pytest.mark.slow
+
+_OF_TRANSFORMERS = """
+import json, sys, transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+kinds, tokenizers = json.load(sys.stdin)
+print(json.dumps({
+    "version": transformers.__version__,
+    "decoders": sorted(set(CONFIG_MAPPING.keys()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)),
+    "other_names": {kind: CONFIG_MAPPING[kind].attribute_map for kind in kinds},
+    "make_their_begin_token": [t for t in tokenizers if hasattr(getattr(transformers, t), "update_post_processor")],
+}))
+"""
+
+
+def folder_of(python: Path, package: str) -> Path:
+    """Where an environment has a package."""
+    code = f"import importlib.util as u; print(u.find_spec({package!r}).submodule_search_locations[0])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip())
+
+
+def quoted(text: str) -> set[str]:
+    return set(re.findall(r"""["']([^"']+)["']""", text))
+
+
+@pytest.fixture(scope="module")
+def javascript() -> Path:
+    """The folder of @huggingface's packages."""
+    return node_environment(Path(__file__).with_name("package.json")) / "node_modules" / "@huggingface"
+
+
+def test_transformers_js_reads_the_layers_of_each_type_from_this_key(javascript: Path) -> None:
+    source = (javascript / "transformers" / "src" / "configs.js").read_text(encoding="utf-8")
+    keys: dict[str, str] = {}
+    for cases, body in re.findall(r"((?:\s*case '[^']+':)+)(.*?)break;", source, re.DOTALL):
+        if key := re.search(r"mapping\['num_layers'\] = '(\w+)'", body):
+            keys |= dict.fromkeys(quoted(cases), key[1])
+    known = {kind: key for key, kinds in facts._JS_LAYERS_KEY.items() for kind in kinds}
+    assert {kind: keys.get(kind) for kind in known} == known
+    registry = (javascript / "transformers" / "src" / "models" / "registry.js").read_text(encoding="utf-8")
+    decoders = re.search(r"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = new Map\(\[(.*?)\]\);", registry, re.DOTALL)
+    assert decoders is not None
+    assert set(known) <= set(re.findall(r"\['([^']+)'", decoders[1]))
+
+
+def test_transformers_js_runs_these_parts_of_a_tokenizer(javascript: Path) -> None:
+    source = (javascript / "tokenizers" / "dist" / "tokenizers.mjs").read_text(encoding="utf-8")
+    parts = {part for parts in facts.JS_TOKENIZER_PARTS.values() for part in parts}
+    assert parts
+    assert parts <= set(re.findall(r'"(\w+)"', source))
+
+
+def test_genai_knows_these_types_and_tokenizers() -> None:
+    folder = folder_of(environment(*GENAI), "onnxruntime_genai")
+    library = b"".join(file.read_bytes() for file in sorted(folder.glob("*.so")))
+    assert [kind for kind in facts.GENAI_TYPES if b"\0" + kind.encode() + b"\0" not in library] == []
+    names = [kind.removesuffix("Tokenizer").encode() for kind in facts.GENAI_TOKENIZER_CLASSES]
+    assert [name for name in names if name not in library] == []
+
+
+def test_transformers_has_these_decoders_and_names() -> None:
+    others = [(key, other, kinds.split()) for key, by in facts._OTHER_NAMES.items() for other, kinds in by.items()]
+    asked = sorted({kind for _, _, kinds in others for kind in kinds})
+    tokenizers = sorted(f"{kind}Fast" for kind in facts.TRANSFORMERS_ADDS_BOS)
+    done = subprocess.run(
+        [environment(*OPTIMUM), "-c", _OF_TRANSFORMERS],
+        input=json.dumps([asked, tokenizers]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["version"].startswith(f"{facts.TRANSFORMERS_VERSION}.")
+    assert set(found["decoders"]) >= facts.TRANSFORMERS_TYPES
+    assert found["make_their_begin_token"] == tokenizers
+    for key, other, kinds in others:
+        assert {kind: found["other_names"][kind].get(key) for kind in kinds} == dict.fromkeys(kinds, other)
+
+
+def test_optimum_reads_heads_and_sizes_of_these_types_from_their_own_keys() -> None:
+    source = folder_of(environment(*OPTIMUM), "optimum.onnxruntime") / "modeling_decoder.py"
+    text = source.read_text(encoding="utf-8")
+    for ours, key, field in (
+        (facts._OPTIMUM_KV_HEADS, "num_key_value_heads", "num_key_value_heads"),
+        (facts._OPTIMUM_HEAD_DIM, "embed_size_per_head", "head_dim"),
+    ):
+        types = re.search(rf"model_type in \{{([^}}]*)\}}:\s+self\.{key} = self\.config\.{field}\n", text)
+        assert types is not None
+        assert quoted(types[1]) == ours

@@ -1,0 +1,41 @@
+"""What pyproject.toml allows is what is run: tests/constraints-oldest.txt names its lower bounds, and no other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Wheels for hardware that CI has not got; each brings the module that `cpu` brings.
+OTHER_WHEELS = {"gpu", "openvino", "webgpu", "qnn"}
+
+
+def floors() -> set[str]:
+    """ "numpy==1.26" for each package that pyproject.toml declares with `>=`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = list(project["dependencies"])
+    for extra, requirements in project["optional-dependencies"].items():
+        declared += requirements if extra not in OTHER_WHEELS else []
+    found = [re.match(r"([\w-]+)>=([\d.]+)", requirement) for requirement in declared if "[" not in requirement]
+    assert all(found), f"without a lower bound: {declared}"
+    return {f"{match[1]}=={match[2]}" for match in found if match}
+
+
+def test_the_advice_for_optimum_is_the_extra_of_that_name() -> None:
+    tree = ast.parse((ROOT / "export" / "source" / "optimum.py").read_text(encoding="utf-8"))
+    (install,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INSTALL"
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert shlex.split(install) == ["pip", "install", *project["optional-dependencies"]["optimum"]]
+
+
+def test_the_oldest_environment_has_every_lower_bound_that_is_declared() -> None:
+    lines = (ROOT / "tests" / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    assert {line for line in lines if not line.startswith("#")} == floors()
+    assert len({floor.partition("==")[0] for floor in floors()}) == len(floors()), "two floors of one package"

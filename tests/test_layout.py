@@ -1,0 +1,54 @@
+"""A module's tests stand in the file of its name: export/graph/fuse.py in tests/export/graph/test_fuse.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("pastkey", "train", "export", "runtime")
+
+# module -> the file that tests it, and why that is another one.
+ELSEWHERE = {
+    "export/compat/bundle_view.py": ("export/compat/test_check.py", "is what the rules read"),
+    "export/compat/hub_rules.py": ("export/compat/test_check.py", "each rule is one case of the table there"),
+    "export/compat/rules.py": ("export/compat/test_check.py", "each rule is one case of the table there"),
+    "export/graft/time_axis/operators/alone.py": ("export/graft/test_causes.py", "is told by the causes there"),
+    "export/graft/time_axis/answers.py": ("export/graft/test_causes.py", "is told by the causes there"),
+    "export/graft/time_axis/dependence.py": ("export/graft/test_causes.py", "is told by the causes there"),
+    "export/graft/time_axis/nodes.py": ("export/graft/time_axis/test_program.py", "is what a program is made of"),
+    "export/graft/time_axis/traced.py": ("export/graft/test_causes.py", "is told by the causes there"),
+    "export/graft/watched.py": ("export/graft/test_causes.py", "is told by the causes there"),
+    "export/graft/huggingface.py": ("export/graft/test_families.py", "is told by what the families compute"),
+    "export/source/open.py": ("export/source/test_source.py", "is the dispatch to the sources there"),
+    "pastkey/__main__.py": ("test_end_to_end.py", "every command starts there"),
+    "pastkey/version.py": ("runtime/test_init.py", "one constant"),
+    "runtime/completion.py": ("runtime/test_language_model.py", "is what generate returns"),
+}
+
+
+def modules() -> list[str]:
+    found = [file.relative_to(ROOT).as_posix() for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
+    assert len(found) > 70
+    return sorted(name for name in found if not name.endswith("__init__.py"))
+
+
+def own_test(module: str) -> Path:
+    return ROOT / "tests" / Path(module).with_name(f"test_{Path(module).name}")
+
+
+def test_every_module_has_a_test_file_of_its_name_or_a_reason() -> None:
+    missing = {module for module in modules() if not own_test(module).is_file()}
+    assert missing - ELSEWHERE.keys() == set(), "without a test file, and without a reason in ELSEWHERE"
+    assert ELSEWHERE.keys() - missing == set(), "have a test file of their own, or are gone"
+
+
+def test_what_is_tested_elsewhere_is_tested_there() -> None:
+    for module, (file, reason) in ELSEWHERE.items():
+        assert (ROOT / "tests" / file).is_file(), f"{module}: no tests/{file} ({reason})"
+
+
+def test_the_rooms_of_the_tests_are_those_of_the_package() -> None:
+    rooms = {init.parent.relative_to(ROOT) for folder in FOLDERS for init in (ROOT / folder).rglob("__init__.py")}
+    tested = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
+    assert tested - rooms <= {Path(), Path("programs")}, "a folder of tests without a room"
+    assert rooms <= tested

@@ -1,0 +1,21 @@
+"""A user's program as an editor and mypy see it.
+
+`make types` reads it and nobody runs it: its mistakes are planted, and an ignore that is not needed is an error, too.
+"""
+
+from __future__ import annotations
+
+import pastkey
+
+lm = pastkey.load("bundle/")
+lm.generate("a", max_new_tokens=3, temperature=0.5, stop=["."], reuse_prefix=True, prompt_lookup=False).text.upper()
+lm.generate("a", temprature=0.5)  # type: ignore[call-arg]
+lm.generate("a", temperature="hot")  # type: ignore[arg-type]
+lm.stream("a", max_tokens=3)  # type: ignore[call-arg]
+chat = lm.chat("be brief", template="other.jinja")
+chat.ask("a", seed=3, top_k=5).ids.append(3)
+chat.ask("a", sed=3)  # type: ignore[call-arg]
+chat.ask("a", reuse_prefix=True)  # type: ignore[call-arg]
+chat.stream("a", topk=5)  # type: ignore[call-arg]
+pastkey.laod("bundle/")  # type: ignore[attr-defined]
+raise pastkey.errors.InputError(pastkey.__version__)
