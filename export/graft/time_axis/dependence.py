@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,5 +35,7 @@ class Dependence(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
+    while is_batchedtensor(tensor):  # of torch.vmap, which has no memory of its own
+        tensor = get_unwrapped(tensor)
     with torch._C._DisableTorchDispatch():
         return tensor.untyped_storage().data_ptr()

@@ -61,6 +61,18 @@ class BandByRows(Scored):
         return super().scores(q, k) + band.view(1, 1, T, T)
 
 
+class BandByVmap(Scored):
+    """A mask of a rule for one query and one key, as transformers 4 has it."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        def seen(i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (i - j < WINDOW)
+
+        rule = torch.vmap(torch.vmap(seen, in_dims=(None, 0)), in_dims=(0, None))
+        band = rule(torch.arange(q.size(2)), torch.arange(k.size(2)))
+        return super().scores(q, k).masked_fill(~band, float("-inf"))
+
+
 class Mixed(Gpt):
     """A layer with a window, one without."""
 
@@ -265,6 +277,7 @@ class LatentByCat(Latent):
 DECODERS = {
     "band_buffer": Own(lambda: Gpt(BandBuffer), note="a window of 10"),
     "band_of_distances": Own(lambda: Gpt(BandOfDistances), note="a window of 10"),
+    "band_by_vmap": Own(lambda: Gpt(BandByVmap), note="a window of 10, of a rule for one pair"),
     "band_by_rows": Own(lambda: Gpt(BandByRows), note="a window of 10, in a loop over positions"),
     "window_and_full": Own(Mixed, note="a layer of each"),
     "alibi_of_columns": Own(lambda: NoPositions(AlibiOfColumns), graph="standard"),
