@@ -46,7 +46,7 @@ def run_batch(path: Path, ids: Array, mask: Array, new: Array) -> tuple[Array, A
 
 def _keeping_one(session: Any) -> dict[str, Array]:
     """What pastkey's own graph is told beside that: to give the logits of one position."""
-    return {v.name: np.array([1]) for v in session.get_inputs() if v.name == "logits_to_keep"}
+    return {v.name: np.array([-1]) for v in session.get_inputs() if v.name == "logits_start"}
 
 
 def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
