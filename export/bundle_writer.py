@@ -124,7 +124,14 @@ class BundleWriter:
             self.progress.warn(f"{target} is not on this machine: the bundle is proved there when it is loaded first")
             return
         self.progress.stage(f"prove the bundle on {provider}")
-        require_golden(Engine(bundle), bundle)
+        config = self.config
+        engine = Engine(
+            bundle,
+            providers=(provider, dict(config.provider_options)) if config.provider_options else None,
+            session_entries=dict(config.session_entries or ()),
+            allow_fallback=config.allow_fallback,
+        )
+        require_golden(engine, bundle)
 
 
 def _golden(bundle: Bundle, manifest: Manifest) -> Golden:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pastkey import names
 from pastkey.bundle import open_bundle
-from pastkey.command import Command, add_placement, finite_float, placement_of, positive_int, print_json, say
+from pastkey.command import (
+    Command,
+    add_placement,
+    add_provider_settings,
+    finite_float,
+    placement_of,
+    positive_int,
+    print_json,
+    say,
+)
 from pastkey.errors import InputError
 
 from .progress import SILENT, Progress
@@ -77,6 +86,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "divergence is no larger",
     )
     add("--sensitivity", metavar="FILE", help="write what each matrix costs in int8 or int4 to this .json file")
+    add_provider_settings(parser)
     add("--force", action="store_true", help="replace an existing bundle")
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print the report as one JSON object")

@@ -42,7 +42,7 @@ from .quantize.report import check_report_file, write_report
 from .quantize.search import Quantized
 from .quantize.sensitivity import Sensitivity
 from .resources import parameters, require_disk, require_memory
-from .settings import ExportConfig
+from .settings import ExportConfig, Options
 from .source import optimum
 from .source.open import open_source
 from .source.source import Source, check_tokenizer
@@ -96,6 +96,9 @@ def export(
     trust_remote_code: bool = ExportConfig.trust_remote_code,
     weights: str | Path | None = ExportConfig.weights,
     eos: int | Sequence[int] | None = ExportConfig.eos,
+    provider_options: Options | None = ExportConfig.provider_options,
+    session_entries: Options | None = ExportConfig.session_entries,
+    allow_fallback: bool = ExportConfig.allow_fallback,
     progress: Progress = SILENT,
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
@@ -126,6 +129,9 @@ def export(
         weights: A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads with
             weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand is left as it is.
         eos: The token id, or ids, that end a text, instead of the source's own.
+        provider_options: Of the target's execution provider, where the bundle is proved at its end.
+        session_entries: Settings of onnxruntime's session there.
+        allow_fallback: Whether the processor may run there what the provider leaves.
         progress: Is told each stage, how far it is, and warnings.
 
     Raises:
@@ -153,6 +159,9 @@ def export(
         trust_remote_code=trust_remote_code,
         weights=weights,
         eos=eos,
+        provider_options=provider_options,
+        session_entries=session_entries,
+        allow_fallback=allow_fallback,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pastkey import names
 from pastkey.errors import InputError
 from pastkey.values import is_int
+
+Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
 
@@ -48,6 +50,10 @@ class ExportConfig:
     trust_remote_code: bool = False  # run the Python that a Hugging Face folder brings
     weights: str | Path | None = None  # a module's state dict: .safetensors, or a checkpoint of torch.save
     eos: int | Sequence[int] | None = None  # token ids that end a text; None: the source's
+    # Of the provider where the bundle is proved at its end; names and values are onnxruntime's.
+    provider_options: Options | None = None
+    session_entries: Options | None = None
+    allow_fallback: bool = False  # the processor may run what that provider leaves
 
     def __post_init__(self) -> None:
         for name, found, known in (

@@ -84,26 +84,32 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--threads", metavar="N", type=positive_int, help="threads within an operator (physical cores)")
     add("--provider", metavar="X", help="execution provider, as pastkey devices lists them")
+    add_provider_settings(parser)
+
+
+def add_provider_settings(parser: argparse.ArgumentParser) -> None:
+    """The flags of how a provider runs a bundle: `provider_options` and `session_entries` are pairs, or None."""
+    add = parser.add_argument
     add("--allow-fallback", action="store_true", help="let the processor run what the provider leaves")
-    for flag, what in (
-        ("--provider-option", "an option of the provider"),
-        ("--session-entry", "a setting of the session"),
+    for flag, name, what in (
+        ("--provider-option", "provider_options", "an option of the provider"),
+        ("--session-entry", "session_entries", "a setting of the session"),
     ):
         meaning = f"{what}, by onnxruntime's name of it; may be given several times"
-        add(flag, metavar="NAME=VALUE", type=key_value, action="append", default=[], help=meaning)
+        add(flag, dest=name, metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
 
 
 def placement_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What those flags were set to, as `load` takes it. Raises InputError for options of no provider."""
-    if arguments.provider_option and arguments.provider is None:
+    if arguments.provider_options and arguments.provider is None:
         raise InputError("--provider-option is for an execution provider: name it with --provider X")
     return {
-        "providers": (arguments.provider, dict(arguments.provider_option))
-        if arguments.provider_option
+        "providers": (arguments.provider, dict(arguments.provider_options))
+        if arguments.provider_options
         else arguments.provider,
         "threads": arguments.threads,
         "allow_fallback": arguments.allow_fallback,
-        "session_entries": dict(arguments.session_entry),
+        "session_entries": dict(arguments.session_entries or ()),
     }
 
 

@@ -271,7 +271,7 @@ class Engine:
                 real = full_mask.sum(1) if padded else np.full(batch, start + tokens)
                 feeds[names.SEQLENS_K] = (real - 1).astype(np.int32)
                 feeds[names.TOTAL_SEQUENCE_LENGTH] = np.array(start + tokens, np.int32)
-            else:
+            if names.ATTENTION_MASK in self._inputs:
                 feeds[names.ATTENTION_MASK] = full_mask
             if names.LOGITS_START in self._inputs:
                 feeds[names.LOGITS_START] = np.array([-keep], np.int64)

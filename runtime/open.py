@@ -188,7 +188,7 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
     if names.SEQLENS_K in found:
         expected |= {names.SEQLENS_K: [names.BATCH], names.TOTAL_SEQUENCE_LENGTH: []}
-    else:
+    if names.SEQLENS_K not in found or names.ATTENTION_MASK in found:
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
     if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
         expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]

@@ -37,16 +37,26 @@ def run_batch(path: Path, ids: Array, mask: Array, new: Array) -> tuple[Array, A
         if logits:
             mask = np.concatenate([mask, np.ones_like(column)], axis=1)
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -column.shape[1] :]
-        feeds = {"input_ids": column, "attention_mask": mask, "position_ids": positions} | _keeping_one(session)
+        feeds = {"input_ids": column, "position_ids": positions} | lengths(session, mask)
         found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
         logits.append(found["logits"])
         past = {name: found[name.replace("past_key_values.", "present.")] for name in past}
     return logits[0], np.concatenate(logits[1:], axis=1)
 
 
-def _keeping_one(session: Any) -> dict[str, Array]:
-    """What pastkey's own graph is told beside that: to give the logits of one position."""
-    return {v.name: np.array([-1]) for v in session.get_inputs() if v.name == "logits_start"}
+def lengths(session: Any, mask: Array) -> dict[str, Array]:
+    """What a graph takes beside ids, positions and cache, for a mask (B, S).
+
+    Other programs' graph reads the mask; pastkey's own takes lengths, and gives the logits of as many last positions as
+    it is told, here one.
+    """
+    known = {
+        "attention_mask": mask,
+        "seqlens_k": (mask.sum(1) - 1).astype(np.int32),
+        "total_sequence_length": np.array(mask.shape[1], np.int32),
+        "logits_start": np.array([-1]),
+    }
+    return {value.name: known[value.name] for value in session.get_inputs() if value.name in known}
 
 
 def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
@@ -64,9 +74,8 @@ def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
         end = start + len(chunk)
         feeds = {
             "input_ids": np.array([chunk], np.int64),
-            "attention_mask": np.ones((1, end), np.int64),
             "position_ids": np.arange(start, end, dtype=np.int64)[None],
-        } | _keeping_one(session)
+        } | lengths(session, np.ones((1, end), np.int64))
         assert set(feeds) | set(past) == set(shapes)
         found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
         logits.append(found["logits"][0])

@@ -23,7 +23,7 @@ from pastkey.export import Report, export
 from .graft.own.by_hand import TrilBuffer
 from .graft.own.parts import CONTEXT, Gpt, Own, Qkv
 from .graft.own.registry import DECODERS, REFUSED
-from .plain_loop import open_graph
+from .plain_loop import lengths, open_graph
 
 Array = npt.NDArray[Any]
 
@@ -64,11 +64,10 @@ class Text:
         start, self.length = self.length, self.length + len(ids)
         known = {
             "input_ids": np.array([ids], np.int64),
-            "attention_mask": np.ones((1, self.length), np.int64),
             "position_ids": np.arange(start, self.length, dtype=np.int64)[None],
-            "logits_to_keep": np.array([1]),
         } | self.past
-        feeds = {value.name: known[value.name] for value in self.session.get_inputs()}
+        feeds = {value.name: known[value.name] for value in self.session.get_inputs() if value.name in known}
+        feeds |= lengths(self.session, np.ones((1, self.length), np.int64))
         names = [value.name for value in self.session.get_outputs()]
         found = dict(zip(names, self.session.run(names, feeds), strict=True))
         self.past = {

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import (
     ContractError,
     ExistingFolderError,
@@ -30,7 +30,7 @@ from pastkey.errors import (
 from pastkey.export import bundle_writer, export, pipeline
 from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
 from pastkey.export.graph import save
-from pastkey.runtime import Engine, providers
+from pastkey.runtime import Engine, load, providers
 
 from .cases import CASES, MORE_CASES, Case
 from .conftest import Export
@@ -350,15 +350,48 @@ def test_unknown_choices_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("target", ["cuda", "openvino", "webgpu"])
-def test_a_target_that_is_not_here_is_refused_before_any_work(
+def test_a_bundle_for_what_is_not_here_is_proved_on_the_processor_and_says_so(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "open_source", None)
     monkeypatch.setattr(providers, "available", lambda: [providers.CPU])
-    sentence = f"--target {target} is proved by running the bundle there, but the execution provider '{target}' is not"
-    with pytest.raises(ProviderError, match=f"{sentence} on this machine; here: cpu; .*or with --target cpu"):
-        export(Plain(), tmp_path / "bundle", target=target, context_length=8)
-    assert not list(tmp_path.iterdir())
+    report = export(Plain(), tmp_path / "bundle", target=target, context_length=8)
+    assert report.verification.ok
+    assert report.manifest.target == target
+    assert f"{target} is not on this machine: the bundle is proved there when it is loaded first" in report.warnings
+    with pytest.raises(ProviderError, match=f"the bundle was made for {target}; .* is not on this machine; here: cpu"):
+        load(tmp_path / "bundle")
+    assert load(tmp_path / "bundle", "cpu").generate([1, 2], max_new_tokens=2).ids
+
+
+def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved: list[dict[str, Any]] = []
+
+    class Recorded(Engine):
+        def __init__(self, bundle: Bundle, **placement: Any) -> None:
+            proved.append(placement | {"target": bundle.manifest.target})
+            super().__init__(bundle, providers="cpu")
+
+    monkeypatch.setattr(bundle_writer, "Engine", Recorded)
+    monkeypatch.setattr(providers, "available", lambda: [providers.KNOWN["openvino"].name, providers.CPU])
+    export(
+        Plain(),
+        tmp_path / "bundle",
+        precision="fp32",
+        target="openvino",
+        context_length=8,
+        provider_options={"device_type": "GPU"},
+        session_entries=[("session.use_env_allocators", "1")],
+        allow_fallback=True,
+    )
+    assert proved[-1] == {
+        "target": "openvino",
+        "providers": ("openvino", {"device_type": "GPU"}),
+        "session_entries": {"session.use_env_allocators": "1"},
+        "allow_fallback": True,
+    }
+    assert open_bundle(tmp_path / "bundle").manifest.files.keys() >= {names.GOLDEN}
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, lambda: Plain(size=10)])

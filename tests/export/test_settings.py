@@ -32,13 +32,14 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> No
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"precision": "int3"}, "precision is 'int3'; it must be one of int8, int4, fp32"),
+        ({"precision": "int3"}, "precision is 'int3'; it must be one of int8, int4, fp16, fp32"),
         ({"target": "tpu"}, "target is 'tpu'; it must be one of"),
         ({"graph": "static"}, "graph is 'static'; it must be one of auto, fused, standard"),
         ({"target": "portable", "precision": "fp32", "graph": "fused"}, "with --target portable use standard"),
         ({"max_kl": float("nan")}, "max_kl is nan; it must be a finite number of nats above 0"),
-        ({"precision": "fp32", "max_kl": 0.1}, "float32 is what --max-kl measures from"),
-        ({"precision": "fp32", "calibration": "text"}, "float32 needs no calibration"),
+        ({"precision": "fp32", "max_kl": 0.1}, "fp32 keeps every matrix as it is: leave out --max-kl"),
+        ({"precision": "fp32", "calibration": "text"}, "fp32 needs no calibration"),
+        ({"precision": "fp16", "calibration": "text"}, "fp16 needs no calibration"),
         ({"precision": "fp32", "sensitivity": "table.json"}, "--sensitivity tells what int8 costs"),
     ],
 )
