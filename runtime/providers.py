@@ -94,33 +94,6 @@ _DEVICE_OF = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cud
 
 
 @dataclass(frozen=True)
-class Device:
-    """One line of `pastkey devices`."""
-
-    short_name: str
-    name: str  # onnxruntime's name
-    hardware: str
-    available: bool
-    note: str  # what brings it when it is absent, else ""
-
-
-def devices() -> list[Device]:
-    """The execution providers that are known, and those that this onnxruntime has beyond them.
-
-    Returns:
-        One Device for each; available ones first.
-    """
-    here = available()
-    rows = [
-        Device(short, known.name, known.hardware, known.name in here, "" if known.name in here else known.source)
-        for short, known in KNOWN.items()
-    ]
-    known_names = {known.name for known in KNOWN.values()}
-    rows += [Device(short_name(name), name, "", True, "") for name in here if name not in known_names]
-    return sorted(rows, key=lambda device: not device.available)
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a session is to run."""
 
@@ -225,22 +198,23 @@ def require_active(wanted: Placement, active: Sequence[str]) -> None:
             )
 
 
-def left_behind(name: str, operators: Mapping[str, int], graph: str) -> ProviderError:
+def left_behind(name: str, operators: Mapping[str, int], graph: str, parts: int | None = None) -> ProviderError:
     """What is said of a provider that was asked for by name, and leaves operators to the processor."""
     remedy = _facts(name).remedy if graph == "fused" else ""  # it is to take the other graph
     return ProviderError(
-        f"the execution provider {short_name(name)!r} leaves {counted(operators)} of this bundle's graph to the "
+        f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
         f"processor: {f'{remedy}, or ' if remedy else ''}let it, with allow_fallback=True, or --allow-fallback of the "
         "commands run, chat, bench, inspect and verify"
     )
 
 
-def counted(operators: Mapping[str, int]) -> str:
-    """As in 3 operators (Shape 2, Squeeze)."""
+def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
+    """As in 3 operators (Shape 2, Squeeze) in 2 parts; without the parts where their number is unknown."""
     most = Counter(operators).most_common()
     shown = ", ".join(f"{name} {count}" if count > 1 else name for name, count in most[:6])
     number = sum(operators.values())
-    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)})"
+    where = "" if parts is None else f" in {parts} part{'s' * (parts != 1)}"
+    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)}){where}"
 
 
 def cache_device(active: Sequence[str]) -> str:
