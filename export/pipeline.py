@@ -1,7 +1,8 @@
 """checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
-    [-> calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph] -> configurations -> manifest
+    [-> calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph] [-> ORT format]
+    -> configurations -> manifest
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
 from .graph.fuse import fuse, where_rotated
 from .measure.verify import Verification
+from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
 from .quantize.calibration import WINDOWS, calibration_text, read_calibration
 from .quantize.int4 import WINDOWS as INT4_WINDOWS
@@ -95,6 +97,7 @@ def export(
     trust_remote_code: bool = ExportConfig.trust_remote_code,
     weights: str | Path | None = ExportConfig.weights,
     eos: int | Sequence[int] | None = ExportConfig.eos,
+    format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
     progress: Progress = SILENT,
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
@@ -125,6 +128,7 @@ def export(
         weights: A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads with
             weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand is left as it is.
         eos: The token id, or ids, that end a text, instead of the source's own.
+        format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
         progress: Is told each stage, how far it is, and warnings.
 
     Raises:
@@ -152,6 +156,7 @@ def export(
         trust_remote_code=trust_remote_code,
         weights=weights,
         eos=eos,
+        format=format,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
 
@@ -171,6 +176,8 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
             made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
             parity[config.precision] = verification.to_json()
             shutil.rmtree(bundle.path)
+        if config.format == "ort":
+            write_ort_format(made.bundle, progress)
         manifest = writer.finish(made.bundle, parity, made.quality)
         if config.sensitivity is not None and made.sensitivity is not None:
             write_report(Path(config.sensitivity), made.sensitivity)
