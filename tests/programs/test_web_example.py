@@ -1,0 +1,87 @@
+"""examples/web/ on plain onnxruntime-web, in Node and as the page that it is: the tokens of Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pastkey
+from benchmarks.environments import install_chromium, node_environment
+
+from .browser import visit
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent.parent / "examples" / "web"
+PROMPTS, NEW_TOKENS = ([5, 7, 9], [3], [300, 268, 14, 307, 268, 26, 267]), 24
+BUNDLES = ("llama", "llama-fp32", "llama-standard", "llama-standard-fp32", "gpt2")
+
+
+def packages() -> Path:
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    return node_environment(EXAMPLE / "package.json", "web")
+
+
+def in_node(bundle: Path, prompts: list[list[int]], new_tokens: int) -> subprocess.CompletedProcess[str]:
+    folder = packages()
+    for file in (EXAMPLE / "greedy.mjs", HERE / "greedy_ort_web.mjs"):  # Node looks for packages beside the script
+        shutil.copy(file, folder)
+    command = ["node", folder / "greedy_ort_web.mjs", bundle, str(new_tokens), json.dumps(prompts)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def answers(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["ids"] for line in done.stdout.splitlines()]
+
+
+def expected(bundle: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    lm = pastkey.load(bundle)
+    return [lm.generate(prompt, max_new_tokens=new_tokens).ids for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_node_gives_the_tokens_of_python(bundles: Callable[[str], Path], name: str) -> None:
+    bundle = bundles(name)
+    found = answers(in_node(bundle, [*PROMPTS], NEW_TOKENS))
+    assert found == expected(bundle, [*PROMPTS], NEW_TOKENS)
+    assert sum(map(len, found)) >= NEW_TOKENS
+
+
+def test_a_text_ends_where_the_context_does(bundles: Callable[[str], Path]) -> None:
+    bundle = bundles("llama-standard-fp32")
+    full = pastkey.load(bundle).manifest.context_length
+    prompts = [[3] * (full - 2), [3] * full]
+    assert answers(in_node(bundle, prompts, 9)) == expected(bundle, prompts, 9)
+
+
+def test_an_id_outside_the_vocabulary_is_refused(bundles: Callable[[str], Path]) -> None:
+    done = in_node(bundles("llama"), [[5, 99999]], 1)
+    assert done.returncode != 0
+    assert "the prompt is 5,99999: give one token id or more, each from 0 to 319" in done.stderr
+
+
+def test_the_page_gives_them_too(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    modules = packages() / "node_modules"
+    chromium = install_chromium()
+    if chromium is None:
+        pytest.skip("chromium is not installed, and only root can install Debian's package")
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"newTokens": NEW_TOKENS, "prompts": PROMPTS}))
+    places = {
+        "/page.html": HERE / "web_example.html",
+        "/request.json": request,
+        "/web/node_modules": modules,
+        "/web/bundle": bundles("llama"),
+        "/web": EXAMPLE,
+    }
+    path, content = visit(chromium, "/page.html", places)
+    assert path == "/answers", content
+    assert content == {"ready": "ready on wasm", "answers": expected(bundles("llama"), [*PROMPTS], NEW_TOKENS)}
