@@ -22,6 +22,9 @@ EXAMPLE = HERE.parent.parent / "examples" / "web"
 PROMPTS, NEW_TOKENS = ([5, 7, 9], [3], [300, 268, 14, 307, 268, 26, 267]), 24
 BUNDLES = ("llama", "llama-fp32", "llama-standard", "llama-standard-fp32", "gpt2")
 
+# A WebGPU for processors, which Chromium brings.
+SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+
 
 def packages() -> Path:
     if shutil.which("node") is None or shutil.which("npm") is None:
@@ -52,7 +55,7 @@ def test_node_gives_the_tokens_of_python(bundles: Callable[[str], Path], name: s
     bundle = bundles(name)
     found = answers(in_node(bundle, [*PROMPTS], NEW_TOKENS))
     assert found == expected(bundle, [*PROMPTS], NEW_TOKENS)
-    assert sum(map(len, found)) >= NEW_TOKENS
+    assert sum(map(len, found)) >= 10  # they learned to end
 
 
 def test_a_text_ends_where_the_context_does(bundles: Callable[[str], Path]) -> None:
@@ -68,8 +71,15 @@ def test_an_id_outside_the_vocabulary_is_refused(bundles: Callable[[str], Path])
     assert "the prompt is 5,99999: give one token id or more, each from 0 to 319" in done.stderr
 
 
-def test_the_page_gives_them_too(bundles: Callable[[str], Path], tmp_path: Path) -> None:
-    modules = packages() / "node_modules"
+@pytest.mark.parametrize(
+    ("name", "flags", "provider"),
+    [("llama", (), "wasm"), ("llama-fp32", SWIFTSHADER, "wasm"), ("llama-standard-fp32", SWIFTSHADER, "webgpu")],
+)
+def test_the_page_gives_them_too(
+    bundles: Callable[[str], Path], tmp_path: Path, name: str, flags: tuple[str, ...], provider: str
+) -> None:
+    """Without WebGPU, with it on a bundle that it computes wrong, and on one that it computes right."""
+    modules, bundle = packages() / "node_modules", bundles(name)
     chromium = install_chromium()
     if chromium is None:
         pytest.skip("chromium is not installed, and only root can install Debian's package")
@@ -79,9 +89,9 @@ def test_the_page_gives_them_too(bundles: Callable[[str], Path], tmp_path: Path)
         "/page.html": HERE / "web_example.html",
         "/request.json": request,
         "/web/node_modules": modules,
-        "/web/bundle": bundles("llama"),
+        "/web/bundle": bundle,
         "/web": EXAMPLE,
     }
-    path, content = visit(chromium, "/page.html", places)
+    path, content = visit(chromium, "/page.html", places, flags=flags, seconds=300)
     assert path == "/answers", content
-    assert content == {"ready": "ready on wasm", "answers": expected(bundles("llama"), [*PROMPTS], NEW_TOKENS)}
+    assert content == {"ready": f"ready on {provider}", "answers": expected(bundle, [*PROMPTS], NEW_TOKENS)}
