@@ -34,9 +34,9 @@ def packages() -> Path:
 
 def in_node(bundle: Path, prompts: list[list[int]], new_tokens: int) -> subprocess.CompletedProcess[str]:
     folder = packages()
-    for file in (EXAMPLE / "greedy.mjs", HERE / "greedy_ort_web.mjs"):  # Node looks for packages beside the script
+    for file in (EXAMPLE / "greedy.mjs", HERE / "web_example.mjs"):  # Node looks for packages beside the script
         shutil.copy(file, folder)
-    command = ["node", folder / "greedy_ort_web.mjs", bundle, str(new_tokens), json.dumps(prompts)]
+    command = ["node", folder / "web_example.mjs", bundle, str(new_tokens), json.dumps(prompts)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
