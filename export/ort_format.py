@@ -49,15 +49,26 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
         (Path(made) / f"{source.stem}.ort").rename(graph)
         listed = (Path(made) / f"{source.stem}.required_operators.config").read_text(encoding="utf-8").splitlines()
     lines = [line for line in listed if not line.startswith("#")]  # which name the folder of the exporting machine
-    operators.write_text("\n".join([f"# The operators of {graph.name}", *filter(None, lines), ""]), encoding="utf-8")
+    operators.write_text(
+        "\n".join(
+            [f"# The operators of {graph.name}, by onnxruntime {onnxruntime.__version__}", *filter(None, lines), ""]
+        ),
+        encoding="utf-8",
+    )
     _require_equal(bundle, graph)
 
 
 def _convert(source: Path, folder: Path) -> None:
     """By onnxruntime's own program, in a process of its own: as a module it sets up everyone's logging."""
-    program = [sys.executable, "-P", "-m", _TOOL, source]  # -P: nothing of the folder where it is typed
+    program: list[str | Path] = [
+        sys.executable,
+        "-P",
+        "-m",
+        _TOOL,
+        source,
+    ]  # -P: nothing of the folder where it is typed
     # Fixed: optimised now. The platform leaves out what only processors of servers run.
-    settings = ["--output_dir", folder, "--optimization_style", "Fixed", "--target_platform", "arm"]
+    settings: list[str | Path] = ["--output_dir", folder, "--optimization_style", "Fixed", "--target_platform", "arm"]
     done = subprocess.run([*program, *settings], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit status {done.returncode}")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from dataclasses import dataclass
 
 from pastkey.errors import ProviderError
 
 from .ort import onnxruntime, openvino_devices, standard_output_to_error, wheels
-from .providers import KNOWN, Known, available, is_plugin, plugin_devices, short_name
-
-# Beside a package of onnxruntime, these are no onnxruntime of their own.
-_PLUGINS = {known.plugin.replace("_", "-") for known in KNOWN.values() if known.plugin}
+from .providers import KNOWN, Known, available, is_plugin, plugin_devices, short_name, what_brings
 
 
 @dataclass(frozen=True)
@@ -46,14 +42,6 @@ def devices() -> list[Device]:
     return sorted(rows, key=lambda device: not device.available)
 
 
-def what_brings(known: Known) -> str:
-    """The command that brings a provider, after that for the wheels that its wheel would lie over."""
-    packages = re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
-    wanted = {package for package in packages if package not in _PLUGINS}
-    others = [wheel for wheel in _versions() if wheel not in wanted] if wanted else []
-    return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
-
-
 def _here(short: str, known: Known) -> Device:
     try:
         found, note = _devices(known.name), ""
@@ -81,8 +69,3 @@ def _package(known: Known) -> str:
         package = known.plugin.replace("_", "-")
         return f"{package} {importlib.metadata.version(package)}"
     return f"{wheels()[0]} {onnxruntime.__version__}"
-
-
-def _versions() -> list[str]:
-    """The installed wheels that bring onnxruntime: none where it was built from source."""
-    return importlib.metadata.packages_distributions().get("onnxruntime", [])

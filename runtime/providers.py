@@ -6,6 +6,7 @@ import enum
 import functools
 import importlib
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def resolve(
         if name not in here:
             known = KNOWN.get(short_name(name)) if name else None
             what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
-            remedy = f"; it comes with {known.source}" if known else f"; known are {', '.join(KNOWN)}"
+            remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(KNOWN)}"
             if known and len(wheels()) > 1 and any(wheel in known.source.split() for wheel in wheels()):
                 remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
@@ -169,6 +170,15 @@ def overlapping() -> str:
         f"the packages {', '.join(found)} lie over one another, and the first one answers: type  "
         f"pip uninstall {' '.join(found)}  and then  pip install  with the one that you want"
     )
+
+
+def what_brings(known: Known) -> str:
+    """The command that brings a provider, after that for the wheels that its wheel would lie over."""
+    packages = re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
+    # A plugin is no onnxruntime of its own.
+    wanted = {package for package in packages if package != known.plugin.replace("_", "-")}
+    others = [wheel for wheel in wheels() if wheel not in wanted] if wanted else []
+    return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
 
 
 def takes_fused(target: str) -> bool:

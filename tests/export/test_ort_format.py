@@ -40,7 +40,7 @@ def greedy(graph: Path) -> list[int]:
         (llama, {"precision": "int8"}, "com.microsoft;1;GroupQueryAttention,MatMulNBits,"),
         (llama, {"precision": "int4"}, "MatMulNBits"),
         (llama, {"precision": "fp32", "graph": "standard"}, "Softmax"),
-        (lambda: Plain(size=10, context=CONTEXT), {"precision": "int8", "target": "portable"}, "MatMulNBits"),
+        (lambda: Plain(size=10, context=CONTEXT), {"precision": "int8", "target": "portable"}, "MatMul"),
     ],
     ids=["int8", "int4", "standard", "portable"],
 )

@@ -36,7 +36,7 @@ def in_node(bundle: Path, prompts: list[list[int]], new_tokens: int) -> subproce
     folder = packages()
     for file in (EXAMPLE / "greedy.mjs", HERE / "web_example.mjs"):  # Node looks for packages beside the script
         shutil.copy(file, folder)
-    command = ["node", folder / "web_example.mjs", bundle, str(new_tokens), json.dumps(prompts)]
+    command: list[str | Path] = ["node", folder / "web_example.mjs", bundle, str(new_tokens), json.dumps(prompts)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 

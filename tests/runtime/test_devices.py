@@ -6,8 +6,6 @@ from pastkey.errors import ProviderError
 from pastkey.runtime import devices, providers
 from pastkey.runtime.ort import onnxruntime
 
-GPU = "pip install onnxruntime-gpu, with CUDA and cuDNN"
-
 
 def test_every_known_provider_is_listed_once_with_available_ones_first() -> None:
     rows = devices.devices()
@@ -22,20 +20,6 @@ def test_what_is_here_has_its_wheel_and_its_devices() -> None:
     assert cpu.package.split()[1] == onnxruntime.__version__
     if hasattr(onnxruntime, "get_ep_devices"):
         assert [device.split()[0] for device in cpu.devices] == ["CPU"]
-
-
-def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = providers.KNOWN
-    monkeypatch.setattr(devices, "_versions", lambda: ["onnxruntime"])
-    assert devices.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {GPU}"
-    assert devices.what_brings(known["qnn"]) == "pip install onnxruntime onnxruntime-qnn"
-    assert devices.what_brings(known["coreml"]) == "pip install onnxruntime on macOS"
-    assert devices.what_brings(known["xnnpack"]) == "onnxruntime built from source with --use_xnnpack"
-    monkeypatch.setattr(devices, "_versions", lambda: ["onnxruntime-webgpu", "onnxruntime-gpu"])
-    assert devices.what_brings(known["cuda"]) == f"pip uninstall onnxruntime-webgpu  and then  {GPU}"
-    assert devices.what_brings(known["qnn"]).startswith("pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  ")
-    monkeypatch.setattr(devices, "_versions", list)  # built from source
-    assert devices.what_brings(known["cuda"]) == GPU
 
 
 def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,8 +69,22 @@ def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     here(monkeypatch)
     with pytest.raises(ProviderError, match=r"'webgpu' is not on this machine; here: cpu; .* lie over one another"):
         providers.resolve("webgpu")
-    with pytest.raises(ProviderError, match="it comes with pip install onnxruntime-openvino"):
+    with pytest.raises(ProviderError, match=r"onnxruntime-webgpu  and then  pip install onnxruntime-openvino$"):
         providers.resolve("openvino")
+
+
+def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, gpu = providers.KNOWN, "pip install onnxruntime-gpu, with CUDA and cuDNN"
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
+    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
+    assert providers.what_brings(known["qnn"]) == "pip install onnxruntime onnxruntime-qnn"
+    assert providers.what_brings(known["coreml"]) == "pip install onnxruntime on macOS"
+    assert providers.what_brings(known["xnnpack"]) == "onnxruntime built from source with --use_xnnpack"
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime-webgpu", "onnxruntime-gpu"])
+    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime-webgpu  and then  {gpu}"
+    assert providers.what_brings(known["qnn"]).startswith(
+        "pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  "
+    )
 
 
 def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
