@@ -66,6 +66,7 @@ class GreedyDecoder(folder: File, options: OrtSession.SessionOptions = OrtSessio
     /** The new ids, until one of the model's ends, `newTokens` of them, or the context. */
     fun generate(prompt: LongArray, newTokens: Int): List<Long> {
         require(prompt.isNotEmpty() && prompt.all { it in 0 until vocabulary }) { "ids are from 0 to ${vocabulary - 1}" }
+        require(prompt.size <= context) { "the prompt has ${prompt.size} tokens, and the model's context $context" }
         val ids = mutableListOf<Long>()
         var tokens = prompt
         var length = 0

@@ -36,6 +36,7 @@ struct Manifest: Decodable {
 enum GreedyError: Error {
     case noGraph
     case badPrompt(lastId: Int)
+    case longPrompt(context: Int)
     case noOutput(String)
 }
 
@@ -65,6 +66,9 @@ final class GreedyDecoder {
     func generate(prompt: [Int64], newTokens: Int) throws -> [Int64] {
         guard !prompt.isEmpty, prompt.allSatisfy({ 0 <= $0 && $0 < manifest.vocab_size }) else {
             throw GreedyError.badPrompt(lastId: manifest.vocab_size - 1)
+        }
+        guard prompt.count <= manifest.context_length else {
+            throw GreedyError.longPrompt(context: manifest.context_length)
         }
         var (ids, tokens, length) = ([Int64](), prompt, 0)
         var cache = try emptyCache()

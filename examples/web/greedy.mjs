@@ -17,7 +17,7 @@ export async function open(ort, read, providers = ["wasm"]) {
   if (provider === "webgpu") {
     // The cache stays on the device; logits come back.
     options.preferredOutputLocation = { logits: "cpu" };
-    for (const name of cacheNames(manifest)) options.preferredOutputLocation[present(name)] = "gpu-buffer";
+    for (const name of Object.keys(cacheSizes(manifest))) options.preferredOutputLocation[present(name)] = "gpu-buffer";
   }
   const session = await ort.InferenceSession.create(await read(graph), options);
   return { ort, session, manifest, provider };
@@ -27,40 +27,46 @@ export async function open(ort, read, providers = ["wasm"]) {
 export async function* greedy({ ort, session, manifest }, prompt, newTokens) {
   if (!prompt.length || !prompt.every((id) => Number.isInteger(id) && 0 <= id && id < manifest.vocab_size))
     throw new RangeError(`the prompt is ${prompt}: give one token id or more, each from 0 to ${manifest.vocab_size - 1}`);
+  if (prompt.length > manifest.context_length)
+    throw new RangeError(`the prompt has ${prompt.length} tokens, and the model's context ${manifest.context_length}`);
   const ids = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
-  let cache = emptyCache(ort, manifest);
+  const empty = ([name, sizes]) => [name, new ort.Tensor("float32", new Float32Array(0), sizes)];
+  let cache = Object.fromEntries(Object.entries(cacheSizes(manifest)).map(empty));
   let [tokens, length] = [prompt, 0];
   const room = Math.min(newTokens, manifest.context_length - prompt.length + 1);
-  for (let count = 0; count < room; count++) {
-    const end = length + tokens.length;
-    const result = await session.run({
-      input_ids: ids(tokens),
-      attention_mask: ids(Array(end).fill(1)),
-      position_ids: ids(tokens.map((_, i) => length + i)),
-      ...cache,
-    });
+  try {
+    for (let count = 0; count < room; count++) {
+      const end = length + tokens.length;
+      const result = await session.run({
+        input_ids: ids(tokens),
+        attention_mask: ids(Array(end).fill(1)),
+        position_ids: ids(tokens.map((_, i) => length + i)),
+        ...cache,
+      });
+      for (const tensor of Object.values(cache)) tensor.dispose();
+      cache = Object.fromEntries(Object.keys(cache).map((name) => [name, result[present(name)]]));
+      length = end;
+      const last = result.logits.data.subarray(-manifest.vocab_size);
+      const token = last.indexOf(last.reduce((a, b) => Math.max(a, b)));
+      if (manifest.eos_token_ids.includes(token)) return;
+      yield token;
+      tokens = [token];
+    }
+  } finally {
     for (const tensor of Object.values(cache)) tensor.dispose();
-    cache = Object.fromEntries(Object.keys(cache).map((name) => [name, result[present(name)]]));
-    length = end;
-    const last = result.logits.data.subarray(-manifest.vocab_size);
-    const token = last.indexOf(last.reduce((a, b) => Math.max(a, b)));
-    if (manifest.eos_token_ids.includes(token)) break;
-    yield token;
-    tokens = [token];
   }
-  for (const tensor of Object.values(cache)) tensor.dispose();
 }
 
-/** Keys and values of no token: (1, heads, 0, size). */
-function emptyCache(ort, { layers }) {
-  const empty = (heads, size) => new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, size]);
-  const cache = {};
+/** The cache of no token: name of a past input -> its sizes. */
+function cacheSizes({ layers, states }) {
+  const sizes = {};
   layers.forEach(({ kv_heads, key_head_size, value_head_size }, i) => {
-    cache[`past_key_values.${i}.key`] = empty(kv_heads, key_head_size);
-    cache[`past_key_values.${i}.value`] = empty(kv_heads, value_head_size);
+    sizes[`past_key_values.${i}.key`] = [1, kv_heads, 0, key_head_size];
+    sizes[`past_key_values.${i}.value`] = [1, kv_heads, 0, value_head_size];
   });
-  return cache;
+  states.forEach(({ size }, i) => (sizes[`past_conv.${i}`] = [1, 0, size]));
+  return sizes;
 }
 
-const cacheNames = ({ layers }) => layers.flatMap((_, i) => ["key", "value"].map((kind) => `past_key_values.${i}.${kind}`));
-const present = (name) => name.replace("past_key_values", "present");
+/** past_key_values.0.key -> present.0.key, past_conv.0 -> present_conv.0 */
+const present = (name) => name.replace("past_key_values.", "present.").replace("past_", "present_");

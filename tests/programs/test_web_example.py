@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent.parent / "examples" / "web"
 PROMPTS, NEW_TOKENS = ([5, 7, 9], [3], [300, 268, 14, 307, 268, 26, 267]), 24
-BUNDLES = ("llama", "llama-fp32", "llama-standard", "llama-standard-fp32", "gpt2")
+BUNDLES = ("llama", "llama-fp32", "llama-standard", "llama-standard-fp32", "gpt2", "short-conv")
 
 # A WebGPU for processors, which Chromium brings.
 SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
@@ -53,8 +53,10 @@ def expected(bundle: Path, prompts: list[list[int]], new_tokens: int) -> list[li
 @pytest.mark.parametrize("name", BUNDLES)
 def test_node_gives_the_tokens_of_python(bundles: Callable[[str], Path], name: str) -> None:
     bundle = bundles(name)
-    found = answers(in_node(bundle, [*PROMPTS], NEW_TOKENS))
-    assert found == expected(bundle, [*PROMPTS], NEW_TOKENS)
+    vocabulary = pastkey.load(bundle).manifest.vocab_size
+    prompts = [[token % vocabulary for token in prompt] for prompt in PROMPTS]
+    found = answers(in_node(bundle, prompts, NEW_TOKENS))
+    assert found == expected(bundle, prompts, NEW_TOKENS)
     assert sum(map(len, found)) >= 10  # they learned to end
 
 
@@ -69,6 +71,12 @@ def test_an_id_outside_the_vocabulary_is_refused(bundles: Callable[[str], Path])
     done = in_node(bundles("llama"), [[5, 99999]], 1)
     assert done.returncode != 0
     assert "the prompt is 5,99999: give one token id or more, each from 0 to 319" in done.stderr
+
+
+def test_a_prompt_longer_than_the_context_is_refused(bundles: Callable[[str], Path]) -> None:
+    done = in_node(bundles("llama"), [[5] * 65], 1)
+    assert done.returncode != 0
+    assert "the prompt has 65 tokens, and the model's context 64" in done.stderr
 
 
 @pytest.mark.parametrize(
