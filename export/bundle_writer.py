@@ -14,6 +14,9 @@ from pastkey import names
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ParityError, PastkeyError, first_line
 from pastkey.folder import file_records, parse_records, write_json
+from pastkey.runtime import Engine
+from pastkey.runtime import providers as ep
+from pastkey.runtime.golden import LIMITS, Golden, require_golden
 from pastkey.runtime.ort import RunError
 
 from .compat.configs import write_configurations
@@ -23,9 +26,11 @@ from .graph.edit import IR_VERSION
 from .graph.save import count_operators, write_graphs
 from .measure.verify import Verification, verify
 from .progress import Progress
+from .quantize.rewrite import Form
 from .settings import ExportConfig
 from .source.source import Source
 
+_GOLDEN_SHARE = 0.01  # of the weights, that golden logits may take
 # The oldest onnxruntime that what is exported was run on; 8-bit MatMulNBits itself came with 1.22.
 MIN_ONNXRUNTIME = "1.23.0"
 # GroupQueryAttention of 1.23 sees another window: 1.23.2 gave other logits, 1.24.4 the right ones.
@@ -60,7 +65,7 @@ class BundleWriter:
             pastkey_version=pastkey.__version__,
             source=source.name,
             precision=precision,
-            target=self.config.target,
+            target="cpu",  # where an export runs it; `finish` says what it was made for
             graph=choice.graph,
             graph_reason=choice.reason,
             vocab_size=observation.vocab_size,
@@ -99,7 +104,8 @@ class BundleWriter:
     def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Manifest:
         """Writes the configurations and, last of all, the manifest with every file's hash."""
         folder = bundle.path
-        manifest = dataclasses.replace(bundle.manifest, parity=parity, quality=quality)
+        manifest = dataclasses.replace(bundle.manifest, target=self.config.target, parity=parity, quality=quality)
+        _golden(bundle, manifest).save(folder / names.GOLDEN)
         heads = [layer.heads for layer in self.decoder.observation.layers]
         write_configurations(folder, self.decoder.source, manifest, heads)
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -107,3 +113,24 @@ class BundleWriter:
         manifest = dataclasses.replace(manifest, files=records)
         write_json(folder / names.MANIFEST, manifest.to_json())
         return manifest
+
+    def prove_on_target(self, bundle: Bundle) -> None:
+        """Proves a finished bundle where it is to run, if that is here; a first load there does so, too."""
+        target = bundle.manifest.target
+        provider = ep.provider_of(target)
+        if provider == "cpu":
+            return
+        if not ep.is_here(provider):
+            self.progress.warn(f"{target} is not on this machine: the bundle is proved there when it is loaded first")
+            return
+        self.progress.stage(f"prove the bundle on {provider}")
+        require_golden(Engine(bundle), bundle)
+
+
+def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
+    """What a device must compute: logits of as many positions as a part of the weights has room for."""
+    weights = sum(path.stat().st_size for path in bundle.all_logits_graph.parent.glob(f"*{names.DATA_SUFFIX}"))
+    rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
+    # There the weights alone are quantized, and the processor's activations are no others than the device's.
+    exact = manifest.precision in ("int8", "int4") and Form.of(manifest.target) is Form.GPU
+    return Golden.computed(Engine(bundle, providers="cpu"), rows, LIMITS["fp32" if exact else manifest.precision])

@@ -121,7 +121,8 @@ def _export(arguments: argparse.Namespace) -> int:
     _say_parity(report.manifest.parity["fp32"], "float32 against torch")
     precision = report.manifest.precision
     if precision != "fp32":
-        _say_parity(report.manifest.parity[precision], f"{precision} against itself")
+        against = "torch" if precision == "fp16" else "itself"
+        _say_parity(report.manifest.parity[precision], f"{precision} against {against}")
         quality = report.manifest.quality
         say(
             f"  {precision} against float32: KL divergence {quality['kl_divergence']:.2g} nats, "

@@ -1,7 +1,7 @@
 """pastkey's own graph once more, in onnxruntime's ORT format: one file with its weights, for phones and small builds.
 
 A file of this format holds its own weights, whatever onnxruntime is told of files beside it. So it is one graph: with
-`logits_to_keep` as large as the number of new tokens it gives what the all-logits graph gives.
+`logits_start` at minus the number of new tokens it gives what the all-logits graph gives.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .progress import Progress
 _TOOL = "onnxruntime.tools.convert_onnx_models_to_ort"
 _TOKENS = 9  # of the text that both files are run on
 _LIMIT = 1e-5  # of the largest logit
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of the cache
 
 Array = npt.NDArray[Any]
 
@@ -92,21 +93,26 @@ def _require_equal(bundle: Bundle, graph: Path) -> None:
 def _logits(graph: Path, ids: Array) -> Array:
     """Those of every position, (T, V), by the graph with a cache and one token at a time."""
     session = onnxruntime.InferenceSession(str(graph), _quiet(), providers=["CPUExecutionProvider"])
-    outputs = [value.name for value in session.get_outputs()]
+    inputs, outputs = session.get_inputs(), [value.name for value in session.get_outputs()]
     past = {
-        value.name: np.zeros([1, *(0 if isinstance(size, str) else size for size in value.shape[1:])], np.float32)
-        for value in session.get_inputs()
+        value.name: np.zeros(
+            [1, *(0 if isinstance(size, str) else size for size in value.shape[1:])], _TYPES[value.type]
+        )
+        for value in inputs
         if value.name.startswith("past_")
     }
     logits = []
     for position, token in enumerate(ids):
-        feeds = {
+        known = {
             names.INPUT_IDS: np.array([[token]], np.int64),
             names.ATTENTION_MASK: np.ones((1, position + 1), np.int64),
+            names.SEQLENS_K: np.array([position], np.int32),
+            names.TOTAL_SEQUENCE_LENGTH: np.array(position + 1, np.int32),
             names.POSITION_IDS: np.array([[position]], np.int64),
-            names.LOGITS_TO_KEEP: np.array([1], np.int64),
-        }
-        found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
+            names.LOGITS_START: np.array([-1], np.int64),
+        } | past
+        feeds = {value.name: known[value.name] for value in inputs}
+        found = dict(zip(outputs, session.run(outputs, feeds), strict=True))
         logits.append(found[names.LOGITS][0, -1])
         past = {name: found[name.replace("past_key_values", "present").replace("past_", "present_")] for name in past}
     return np.stack(logits)

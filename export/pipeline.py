@@ -30,6 +30,7 @@ from .graft.contract import in_contract
 from .graft.observe import Observation
 from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
+from .graph.float16 import to_float16
 from .graph.fuse import fuse, where_rotated
 from .measure.verify import Verification
 from .ort_format import write_ort_format
@@ -109,7 +110,7 @@ def export(
             language modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
             .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
-        precision: "int8", "int4" or "fp32", of the weights.
+        precision: "int8", "int4", "fp16" or "fp32", of the weights.
         target: "cpu", "cuda", "openvino", "webgpu" or "portable".
         graph: "auto", "fused" or "standard".
         tokenizer: tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a list of characters
@@ -173,12 +174,16 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
         verification = writer.verify(bundle)
         made, parity = Quantized(bundle, fp32_bytes, {}, None), {"fp32": verification.to_json()}
         if config.precision != "fp32":
-            made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
+            if config.precision == "fp16":
+                made, verification = _halve(bundle, folder, writer)
+            else:
+                made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
             parity[config.precision] = verification.to_json()
             shutil.rmtree(bundle.path)
         if config.format == "ort":
             write_ort_format(made.bundle, progress)
         manifest = writer.finish(made.bundle, parity, made.quality)
+        writer.prove_on_target(dataclasses.replace(made.bundle, manifest=manifest))
         if config.sensitivity is not None and made.sensitivity is not None:
             write_report(Path(config.sensitivity), made.sensitivity)
     seconds, warnings = time.perf_counter() - started, tuple(progress.warnings)
@@ -193,7 +198,6 @@ def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: Exp
         raise InputError(
             f"the fused graph is not known to run on {target}: with --target {target} use standard, or auto"
         )
-    providers.require_target(config.target)
     if config.sensitivity is not None:
         read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
         check_report_file(config.sensitivity, out, read)
@@ -266,6 +270,16 @@ def _cleaned(source: Source, model: ir.Model, observation: Observation, choice: 
     return Decoder(source, model, observation, choice, observation.padding)
 
 
+# --- fp16 ---------------------------------------------------------------------------------------------------------
+def _halve(fp32: Bundle, folder: Path, writer: BundleWriter) -> tuple[Quantized, Verification]:
+    """From a float32 bundle that was verified to one in float16 in `folder` that is verified, too."""
+    model = ir.load(fp32.all_logits_graph)
+    to_float16(model)
+    bundle, weight_bytes = writer.write(model, folder, "fp16")
+    verification = writer.verify(bundle)
+    return Quantized(bundle, weight_bytes, verification.quality, None), verification
+
+
 # --- int8 and int4 ------------------------------------------------------------------------------------------------
 _MAKERS = {"int8": make_int8, "int4": make_int4}
 _WINDOWS = {"int8": WINDOWS, "int4": INT4_WINDOWS}  # of calibration text
@@ -286,7 +300,8 @@ def _quantize(
     write = functools.partial(writer.write, folder=folder, precision=precision)
     made = _MAKERS[precision](fp32, text, write, config, progress)
     verification = writer.verify(made.bundle)
-    made = dataclasses.replace(made, quality=made.quality | add_int8_kv(fp32, made.bundle, text, progress))
+    if config.target == "cpu":
+        made = dataclasses.replace(made, quality=made.quality | add_int8_kv(fp32, made.bundle, text, progress))
     if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
         measured = "" if precision == "int8" else " (measured with int8)"
         progress.warn(f"on this processor {precision} MatMuls take {kernels.note}{measured}")

@@ -13,11 +13,11 @@ from pastkey.errors import ResourceError
 # Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace, the arrays that are written. int4
 # holds X^T X of every activation as well (6.4).
 _COPIES_IN_MEMORY = 5
-_COPIES_AFTER_LOADING = {"fp32": 4, "int8": 4, "int4": 6}
+_COPIES_AFTER_LOADING = {"fp32": 4, "fp16": 4, "int8": 4, "int4": 6}
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
 # int8 is made from float32 files, which are tried once more with migrated scales: more than it and them together. For
 # int4 each matrix is measured in one graph of float32 and it.
-_BYTES_PER_WEIGHT = {"fp32": 4, "int8": 8, "int4": 11}
+_BYTES_PER_WEIGHT = {"fp32": 4, "fp16": 6, "int8": 8, "int4": 11}
 _BYTES_BY_MATRIX = 15  # where each matrix is measured: calibrated float32, and one graph of that and int8, as well
 
 

@@ -71,13 +71,13 @@ class ExportConfig:
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
             raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
-        if self.precision == "fp32":
-            self._check_float32()
+        if self.precision in ("fp32", "fp16"):
+            self._check_float(self.precision)
 
-    def _check_float32(self) -> None:
+    def _check_float(self, precision: str) -> None:
         for given, sentence in (
-            (self.calibration, "float32 needs no calibration: leave out --calibration"),
-            (self.max_kl, "float32 is what --max-kl measures from: leave it out"),
+            (self.calibration, f"{precision} needs no calibration: leave out --calibration"),
+            (self.max_kl, f"{precision} keeps every matrix as it is: leave out --max-kl"),
             (self.sensitivity, "--sensitivity tells what int8 costs: leave it out"),
         ):
             if given is not None:

@@ -260,6 +260,14 @@ def leads_out(path: Path, folder: Path) -> bool:
     )
 
 
+def user_cache_file(name: str) -> Path | None:
+    """Where a file of the user's cache folder is, or would be; None where there can be none."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "pastkey" / name
+    except RuntimeError:  # no home, as in some containers
+        return None
+
+
 class _HashMemory:
     """Which files of one folder were seen with which hash, in a small file of the user's cache folder."""
 
@@ -268,10 +276,9 @@ class _HashMemory:
         self._path: Path | None = None
         self._seen: dict[str, Any] = {}
         self._changed = False
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # the last: no home, as in some containers
-            home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-            self._path = Path(home) / "pastkey" / f"{key}.json"
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):
+            self._path = user_cache_file(f"{key}.json")
+            content = {} if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
             self._seen = content if isinstance(content, dict) else {}
 
     @staticmethod

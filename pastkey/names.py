@@ -11,7 +11,12 @@ INPUT_IDS: Final = "input_ids"  # (B, T) int64
 ATTENTION_MASK: Final = "attention_mask"  # (B, S) int64, 1 for a real token, 0 for padding
 POSITION_IDS: Final = "position_ids"  # (B, T) int64
 LOGITS: Final = "logits"  # (B, T, V) float32
-LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, an input of pastkey's own graphs: how many last positions
+LOGITS_START: Final = "logits_start"  # (1,) int64, an input of pastkey's own graphs: -N, of the N last positions
+LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, N: in its place in bundles of format 1
+
+# Inputs of pastkey's own fused graphs in place of the mask, as GroupQueryAttention has them.
+SEQLENS_K: Final = "seqlens_k"  # (B,) int32, real tokens per row, minus one
+TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"  # () int32, S
 
 # An input of pastkey's own graphs, where they have it: (B, T, blocks, block_size) uint8, the quantized embedding's rows
 # of INPUT_IDS. The graph's metadata says under this name where in the weights file they stand.
@@ -24,6 +29,7 @@ PAST: Final = "past_sequence_length"  # P, or the capacity of a shared buffer
 TOTAL: Final = "total_sequence_length"  # S
 PAST_ROWS: Final = "past_rows"  # of a short convolution's cache: as many as it needs, or as there are
 PRESENT_ROWS: Final = "present_rows"
+KEPT: Final = "logits_to_keep"  # N
 
 
 PAST_PREFIX: Final = "past_key_values."
@@ -70,16 +76,18 @@ TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"  # the one that transformers 4 and 5 both load; 5's own breaks 4
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 WEIGHTS: Final = "model.safetensors"
+GOLDEN: Final = "golden_logits.npz"  # what a device must compute before its text is shown
 
 # The graph that every loader finds by its precision's usual name: logits of all positions.
 ALL_LOGITS_GRAPH: Final = {
     "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
     "int8": "onnx/model_quantized.onnx",
     "int4": "onnx/model_q4.onnx",
 }
 # What transformers.js calls a precision, and finds the all-logits graph by.
-TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
-# pastkey's own graph over the same weights: logits of the last LOGITS_TO_KEEP positions only.
+TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
+# pastkey's own graph over the same weights: logits of the last positions only, from LOGITS_START on.
 LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 # The same with an int8 cache, a quarter of the bytes that decoding after a long text reads. Some bundles have it.
 INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
@@ -88,7 +96,7 @@ ORT_GRAPH: Final = "onnx/pastkey.ort"
 ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"
 DATA_SUFFIX: Final = "_data"  # weights stand beside the all-logits graph: onnx/model_quantized.onnx_data
 
-PRECISIONS: Final = ("int8", "int4", "fp32")
+PRECISIONS: Final = ("int8", "int4", "fp16", "fp32")
 TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "portable")
 FORMATS: Final = ("onnx", "ort")
 GRAPHS: Final = ("fused", "standard")

@@ -17,6 +17,8 @@ from pastkey.values import is_int
 from .ort import onnxruntime
 
 GROWTH_STEP = 128  # rows by which a shared buffer grows at least
+# Devices on which onnxruntime's Python allocates nothing: what is there, a run has put there.
+_UNALLOCATED = {"webgpu"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class KVCache:
         dtype: type[np.generic] = np.float32,
         states: Sequence[StateGeometry] = (),
     ) -> None:
-        """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda")."""
+        """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda", "webgpu")."""
         self.onnx = onnx
         self.binding = onnx.io_binding()
         # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
@@ -63,6 +65,8 @@ class KVCache:
         self._shared = shared
         self._context_length = context_length
         self._device = device
+        self._from_runs = device in _UNALLOCATED
+        self._moving = False  # whether the next run moves a shared buffer from the processor's memory to the device
         self._dtype = np.dtype(dtype)
         self._tensors: list[_Tensor] = []
         for i, layer in enumerate(layers):
@@ -120,6 +124,11 @@ class KVCache:
             # `reserve` binds before the engine binds its logits, and onnxruntime keeps the order of binding.
             self._values = self.binding.get_outputs()[: len(self._tensors)]
             self.binding, self._other_binding = self._other_binding, self.binding
+        elif self._moving:
+            self._moving = False
+            self._values = self.binding.get_outputs()[: len(self._tensors)]
+            for tensor, value in zip(self._tensors, self._values, strict=True):
+                self._bind_shared(tensor, value)
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
@@ -164,11 +173,18 @@ class KVCache:
                 array[:, :, : self.length] = old[i].numpy()[:, :, : self.length]
                 old[i] = None  # one tensor at a time is held twice
             value = self._place(array)
-            self.binding.bind_ortvalue_input(tensor.past, value)
-            self.binding.bind_ortvalue_output(tensor.present, value)
+            if self._from_runs:
+                self.binding.bind_ortvalue_input(tensor.past, value)
+                self.binding.bind_output(tensor.present, self._device)
+            else:
+                self._bind_shared(tensor, value)
+                self.arrays.append(array)
             self._values.append(value)
-            self.arrays.append(array)
-        self._capacity = capacity
+        self._capacity, self._moving = capacity, self._from_runs
+
+    def _bind_shared(self, tensor: _Tensor, value: Any) -> None:
+        self.binding.bind_ortvalue_input(tensor.past, value)
+        self.binding.bind_ortvalue_output(tensor.present, value)
 
     def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, ...]:
         if tensor.kv_heads is None:
@@ -176,5 +192,5 @@ class KVCache:
         return (self.batch, tensor.kv_heads, rows, tensor.head_size)
 
     def _place(self, array: npt.NDArray[Any]) -> Any:
-        """An OrtValue on the device with this content; on the CPU it is the array itself, without a copy."""
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
+        """An OrtValue with this content, on the device where that can be; on the CPU it is the array itself."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu" if self._from_runs else self._device)

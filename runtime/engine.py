@@ -62,6 +62,7 @@ class Engine:
         providers: onnxruntime's names of the execution providers in use, in order of preference.
         threads: Threads within an operator; 0 where onnxruntime chooses.
         lock: Held by whoever is inside a call.
+        one_by_one: Whether several new tokens are run one after another, on a device that computes them right alone.
         resets: How often the cache was emptied, or cut to a prefix: whoever fills it can tell when another took it.
     """
 
@@ -104,9 +105,12 @@ class Engine:
         self.threads = checked_threads(threads)
         self.lock = threading.RLock()
         self.manifest = bundle.manifest
-        self._last_only = graph == "last_logits"
+        self._every = graph == "all_logits"
         self._fused = bundle.manifest.graph == "fused"
-        path = bundle.last_logits_graph if self._last_only else bundle.all_logits_graph
+        # Other programs' graph counts a mask, which a device leaves to the processor; ours gives all logits as well.
+        elsewhere = ep.resolve(providers, bundle.manifest.target).providers[0][0] != ep.CPU
+        own = not self._every or (self._fused and elsewhere)
+        path = bundle.last_logits_graph if own else bundle.all_logits_graph
         open_graph = functools.partial(
             open_session,
             manifest=bundle.manifest,
@@ -117,9 +121,10 @@ class Engine:
         )
         self.onnx = open_graph(path, profile_prefix=profile_prefix)
         self.providers: list[str] = self.onnx.get_providers()
+        self._inputs = {value.name for value in self.onnx.get_inputs()}
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
-        int8 = bundle.int8_kv_graph if self._last_only and profile_prefix is None else None
+        int8 = bundle.int8_kv_graph if not self._every and profile_prefix is None else None
         self.cache = CachePair(
             self.onnx,
             bundle.manifest,
@@ -132,6 +137,7 @@ class Engine:
         self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
         self._ones = np.ones(0, np.int64)
         self.resets = 0
+        self.one_by_one = False
 
     @property
     def length(self) -> int:
@@ -209,7 +215,7 @@ class Engine:
     @property
     def supports_drafts(self) -> bool:
         """Whether `extend` can append several tokens, and `trim` forget some of them without moving the others."""
-        return self._fused
+        return self._fused and not self.one_by_one
 
     @_one_at_a_time
     def extend(self, ids: npt.ArrayLike) -> Logits:
@@ -243,7 +249,13 @@ class Engine:
     def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1) -> Logits:
         """Appends checked ids (B, T); `keep`: how many last positions have logits. The one place where it is run."""
         batch, tokens = ids.shape
+        if self.one_by_one and tokens > 1:
+            if mask is not None:
+                raise InputError("on this device rows of different lengths cannot be run together: give each alone")
+            singly = [self._run(ids[:, i : i + 1]) for i in range(tokens)]
+            return np.concatenate(singly if self._every else singly[-keep:], 1)
         start = self.length
+        keep = tokens if self._every else keep
         if self._fused and batch > 1 and tokens > 1 and start:
             raise InputError(
                 f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
@@ -254,17 +266,21 @@ class Engine:
             cache = self.cache.for_run(batch, tokens, padded=padded)
             full_mask, positions = self._mask_and_positions(batch, tokens, mask)
             # A bound value is no copy: these arrays must outlive the run.
-            feeds: dict[str, npt.NDArray[Any]] = {
-                names.INPUT_IDS: ids,
-                names.ATTENTION_MASK: full_mask,
-                names.POSITION_IDS: positions,
-            }
-            if self._last_only:
+            feeds: dict[str, npt.NDArray[Any]] = {names.INPUT_IDS: ids, names.POSITION_IDS: positions}
+            if names.SEQLENS_K in self._inputs:
+                real = full_mask.sum(1) if padded else np.full(batch, start + tokens)
+                feeds[names.SEQLENS_K] = (real - 1).astype(np.int32)
+                feeds[names.TOTAL_SEQUENCE_LENGTH] = np.array(start + tokens, np.int32)
+            else:
+                feeds[names.ATTENTION_MASK] = full_mask
+            if names.LOGITS_START in self._inputs:
+                feeds[names.LOGITS_START] = np.array([-keep], np.int64)
+            elif names.LOGITS_TO_KEEP in self._inputs:
                 feeds[names.LOGITS_TO_KEEP] = np.array([keep], np.int64)
             if self._embedding is not None:
                 feeds[names.EMBEDDING_ROWS] = self._embedding[ids]
             # A fresh array each run: the caller may keep it.
-            logits = np.empty((batch, keep if self._last_only else tokens, self.manifest.vocab_size), np.float32)
+            logits = np.empty((batch, keep, self.manifest.vocab_size), np.float32)
             binding, value = cache.binding, onnxruntime.OrtValue.ortvalue_from_numpy
             for name, array in feeds.items():
                 binding.bind_ortvalue_input(name, value(array))
@@ -329,7 +345,7 @@ class Engine:
             raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         if array.all():
             return None
-        if self._last_only and not array[:, -1].all():
+        if not self._every and not array[:, -1].all():
             raise InputError(
                 'a row ends in padding, and this graph gives the last position only: open graph="all_logits"'
             )
@@ -347,7 +363,7 @@ class Engine:
         if math.isfinite(total) or np.isfinite(logits).all():
             return
         finite = np.isfinite(logits).all(axis=-1)  # (B, T), or (B, keep)
-        if mask is not None and not self._last_only:
+        if mask is not None and self._every:
             finite |= mask == 0
         if not finite.all():
             row, column = np.argwhere(~finite)[0]

@@ -97,8 +97,9 @@ def _read_profile(path: Path) -> list[dict[str, Any]]:
 
 
 def kv_bytes_per_token(manifest: Manifest) -> int:
-    """Bytes that the cache takes for one token of one row, in float32."""
-    return sum(4 * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in manifest.layers)
+    """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
+    size = 2 if manifest.precision == "fp16" else 4
+    return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in manifest.layers)
 
 
 def read_shares(profile: Sequence[dict[str, Any]], record: Mapping[str, Assigned]) -> tuple[Share, ...]:

@@ -62,8 +62,15 @@ class CachePair:
         shared = manifest.graph == "fused"
         context = manifest.context_length
         states = manifest.states
+        kind = next(value.type for value in onnx.get_inputs() if value.name.startswith(names.PAST_PREFIX))
         self.float32 = KVCache(
-            onnx, manifest.layers, shared=shared, context_length=context, device=device, states=states
+            onnx,
+            manifest.layers,
+            shared=shared,
+            context_length=context,
+            device=device,
+            dtype=np.float16 if kind == "tensor(float16)" else np.float32,
+            states=states,
         )
         self.int8: KVCache | None = None
         self._manifest = manifest

@@ -19,6 +19,7 @@ from .chat import Chat
 from .completion import Chunk, Completion, completed
 from .engine import Engine
 from .generate import Generation
+from .golden import require_golden
 from .settings import (
     GENERATE_OPTIONS,
     MAX_NEW_TOKENS,
@@ -122,6 +123,7 @@ class LanguageModel:
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
         self._placement = placement
         self._engine = Engine(bundle, **placement)
+        require_golden(self._engine, bundle)
         self._all_logits: Engine | None = None
         self._turns = Turns()
 
@@ -221,6 +223,7 @@ class LanguageModel:
         with self._turns.take():
             if self._all_logits is None:
                 self._all_logits = Engine(self.bundle, graph="all_logits", **self._placement)
+                self._all_logits.one_by_one = self._engine.one_by_one
             self._all_logits.reset()
             logits: npt.NDArray[np.float32] = self._all_logits.forward(self._all_logits.checked(tokens, 1)[None])[0]
             return logits

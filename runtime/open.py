@@ -80,7 +80,7 @@ def open_session(
         session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
     except OrtError as error:
         if wanted.whole and (left := _left_behind(path, options({_RECORD: "1"} | entries), wanted)):
-            raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.graph, left.parts) from error
+            raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
@@ -167,7 +167,6 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
     expected: dict[str, list[int | str]] = {
         names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
-        names.ATTENTION_MASK: [names.BATCH, names.TOTAL],
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
     for i, layer in enumerate(manifest.layers):
@@ -181,8 +180,12 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
         expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
         expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
     expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
+    if names.SEQLENS_K in found:
+        expected |= {names.SEQLENS_K: [names.BATCH], names.TOTAL_SEQUENCE_LENGTH: []}
+    else:
+        expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
     if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
-        expected[names.LOGITS_TO_KEEP] = [1]
+        expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
     if names.EMBEDDING_ROWS in found:
         expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
     for name, shape in expected.items():

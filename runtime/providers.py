@@ -29,7 +29,6 @@ class Fused(enum.Enum):
 
     RUNS = ""
     PARTLY = "leaves its attention to the processor"
-    WRONG = "computes wrong"
     UNKNOWN = "was never seen to run"
 
 
@@ -42,7 +41,7 @@ class Known:
     source: str  # what brings it
     fused: Fused = Fused.UNKNOWN
     remedy: str = ""  # what to export for it, where that is not the fused graph
-    whole: bool = False  # a graph of pastkey's was seen to run there with nothing left to the processor
+    whole: frozenset[str] = frozenset()  # the graphs that were seen to run there, nothing left to the processor
     plugin: str = ""  # the module of a provider that onnxruntime must be told of
 
 
@@ -62,20 +61,21 @@ KNOWN = {
         "pip install onnxruntime-openvino",
         Fused.PARTLY,
         remedy="export the model again with --target openvino",
-        whole=True,
+        whole=frozenset({"standard"}),
     ),
     "webgpu": Known(
         "WebGpuExecutionProvider",
         "GPUs by Vulkan, Metal or D3D12",
         "pip install onnxruntime-webgpu",
-        Fused.WRONG,  # where one array of the processor's memory is past and present
-        remedy="export the model again with --graph standard",
+        Fused.RUNS,
+        remedy="export the model again with --target webgpu",
+        whole=frozenset({"fused"}),
     ),
     "qnn": Known(
         "QNNExecutionProvider",
         "Qualcomm NPUs",
         "pip install onnxruntime onnxruntime-qnn",
-        whole=True,
+        whole=frozenset({"standard"}),
         plugin="onnxruntime_qnn",
     ),
     "coreml": Known("CoreMLExecutionProvider", "Apple GPUs and neural engines", "pip install onnxruntime on macOS"),
@@ -91,7 +91,11 @@ KNOWN = {
 _DEFAULT_OF_TARGET = {"cuda": "cuda", "openvino": "openvino", "webgpu": "webgpu"}
 
 # Providers whose memory the cache lives in. With any other, tensors are handed over in the processor's memory.
-_DEVICE_OF = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+_DEVICE_OF = {
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+    "WebGpuExecutionProvider": "webgpu",
+}
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ def resolve(
     Raises:
         ProviderError: One does not exist here, or is not given the fused graph.
     """
+    named = choice is not None
     if choice is None:
         choice = _DEFAULT_OF_TARGET.get(target, "cpu")
         reason = f"the bundle was made for {target}; "
@@ -147,7 +152,7 @@ def resolve(
                 remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
         facts = _facts(name)
-        if graph == "fused" and facts.fused in (Fused.WRONG, Fused.UNKNOWN):
+        if graph == "fused" and facts.fused == Fused.UNKNOWN:
             remedy = f", or {facts.remedy}" if facts.remedy else ""
             raise ProviderError(
                 f"{reason}this bundle has the fused graph, which the execution provider {asked!r} {facts.fused.value}: "
@@ -155,7 +160,9 @@ def resolve(
             )
         chosen[name] = dict(options)
     first = next(iter(chosen), CPU)
-    whole = first != CPU and CPU not in chosen and not allow_fallback and _facts(first).whole
+    graphs = _facts(first).whole
+    # By the bundle's own choice a graph may run in parts, if it was made so.
+    whole = first != CPU and CPU not in chosen and not allow_fallback and (graph in graphs or (bool(graphs) and named))
     if not whole:
         chosen.setdefault(CPU, {})
     return Placement(tuple(chosen.items()), whole)
@@ -186,16 +193,21 @@ def takes_fused(target: str) -> bool:
     return KNOWN[_DEFAULT_OF_TARGET.get(target, "cpu")].fused == Fused.RUNS
 
 
-def require_target(target: str) -> None:
-    """Raises ProviderError where a bundle made for `target` cannot be run here, as an export does to prove it."""
-    wanted = _DEFAULT_OF_TARGET.get(target, "cpu")
-    try:
-        resolve(wanted)
-    except ProviderError as error:
-        raise ProviderError(
-            f"--target {target} is proved by running the bundle there, but {error}; export where it is, or with "
-            "--target cpu"
-        ) from None
+def is_here(name: str) -> bool:
+    """Whether a provider is on this machine, by its short name."""
+    return KNOWN[name].name in available()
+
+
+def provider_of(target: str) -> str:
+    """The short name of the provider that a bundle made for `target` runs on when nothing else is asked for."""
+    return _DEFAULT_OF_TARGET.get(target, "cpu")
+
+
+def other_graph(name: str, graph: str) -> str:
+    """What to export for a provider that computes a graph wrong."""
+    if graph == "standard":
+        return "report the device to https://github.com/microsoft/onnxruntime/issues"
+    return f"export the model again with --target {name if name in _DEFAULT_OF_TARGET else 'cpu'} --graph standard"
 
 
 def require_active(wanted: Placement, active: Sequence[str]) -> None:
@@ -208,9 +220,9 @@ def require_active(wanted: Placement, active: Sequence[str]) -> None:
             )
 
 
-def left_behind(name: str, operators: Mapping[str, int], graph: str, parts: int | None = None) -> ProviderError:
+def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
     """What is said of a provider that was asked for by name, and leaves operators to the processor."""
-    remedy = _facts(name).remedy if graph == "fused" else ""  # it is to take the other graph
+    remedy = "" if provider_of(target) == short_name(name) else _facts(name).remedy
     return ProviderError(
         f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
         f"processor: {f'{remedy}, or ' if remedy else ''}let it, with allow_fallback=True, or --allow-fallback of the "

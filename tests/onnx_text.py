@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-ELEMENT_TYPES = {"float": 1, "int8": 3, "int64": 7}  # TensorProto.DataType
+ELEMENT_TYPES = {"float": 1, "int8": 3, "int32": 6, "int64": 7}  # TensorProto.DataType
 EXTERNAL = 1  # TensorProto.DataLocation
 
 _MODEL = re.compile(
     r"<ir_version: (\d+), opset_import: \[(.*?)\]>\s*(\w+) \((.*?)\) => \((.*?)\) \{(.*)\}\s*", re.DOTALL
 )
 _OPSET = re.compile(r'"([\w.]*)": (\d+)')
-_TENSOR = re.compile(r"(\w+)\[([^\]]*)\] ([\w.\"]+)")
+_TENSOR = re.compile(r"(\w+)(?:\[([^\]]*)\])? ([\w.\"]+)")
 _NAMES = r'[\w."]+(?:\s*,\s*[\w."]+)*'
 _NODE = re.compile(rf"({_NAMES})\s*=\s*((?:\w+\.)*)(\w+)\s*(?:<([^>]*)>)?\s*\(\s*({_NAMES})?\s*\)")
 _ATTRIBUTE = re.compile(r"(\w+) = (\[[^\]]*\]|[^,]+)")

@@ -83,9 +83,7 @@ def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph: str, classic:
     rows = re.findall(r"^\| `(\S+)` \| (\(.*?\)) \| (float32|int64) \|", text_of("docs/bundle-format.md"), re.MULTILINE)
     assert len(rows) > 8
     page = {name.replace("{i}", "0"): (shape, kind.replace("float32", "float")) for name, shape, kind in rows}
-    letters = dict(
-        zip((names.BATCH, names.SEQUENCE, names.PAST, names.TOTAL, names.LOGITS_TO_KEEP), "BTPSN", strict=True)
-    )
+    letters = dict(zip((names.BATCH, names.SEQUENCE, names.PAST, names.TOTAL, names.KEPT), "BTPSN", strict=True))
     session = onnxruntime.InferenceSession(classic / "bundle" / "onnx" / f"{graph}.onnx")
     found = [
         value for value in (*session.get_inputs(), *session.get_outputs()) if not re.search(r"\.[1-9]", value.name)

@@ -21,6 +21,7 @@ import android.os.Bundle
 import android.widget.TextView
 import java.io.File
 import java.nio.FloatBuffer
+import java.nio.IntBuffer
 import java.nio.LongBuffer
 import kotlin.concurrent.thread
 import org.json.JSONObject
@@ -92,16 +93,22 @@ class GreedyDecoder(folder: File, options: OrtSession.SessionOptions = OrtSessio
         return ids
     }
 
+    /** Those of its inputs that the graph has: pastkey.ort is told lengths, and how many logits to give. */
     private fun inputs(tokens: LongArray, length: Int): Map<String, OnnxTensor> {
         val end = length + tokens.size
-        val rows = mutableMapOf(
-            "input_ids" to tokens,
-            "attention_mask" to LongArray(end) { 1 },
-            "position_ids" to LongArray(tokens.size) { (length + it).toLong() },
+        val row = longArrayOf(1, tokens.size.toLong())
+        val positions = LongArray(tokens.size) { (length + it).toLong() }
+        val makers = mapOf(
+            "input_ids" to { tensor(tokens, row) },
+            "position_ids" to { tensor(positions, row) },
+            "attention_mask" to { tensor(LongArray(end) { 1 }, longArrayOf(1, end.toLong())) },
+            "seqlens_k" to { OnnxTensor.createTensor(environment, IntBuffer.wrap(intArrayOf(end - 1)), longArrayOf(1)) },
+            "total_sequence_length" to {
+                OnnxTensor.createTensor(environment, IntBuffer.wrap(intArrayOf(end)), longArrayOf())
+            },
+            "logits_start" to { tensor(longArrayOf(-1), longArrayOf(1)) },
         )
-        val made = rows.mapValues { (_, row) -> tensor(row, longArrayOf(1, row.size.toLong())) }
-        val asksHowMany = "logits_to_keep" in session.inputNames // pastkey.ort, not model*.onnx
-        return if (asksHowMany) made + ("logits_to_keep" to tensor(longArrayOf(1), longArrayOf(1))) else made
+        return makers.filterKeys { it in session.inputNames }.mapValues { (_, make) -> make() }
     }
 
     private fun tensor(row: LongArray, shape: LongArray) =

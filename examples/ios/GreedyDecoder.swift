@@ -44,7 +44,7 @@ final class GreedyDecoder {
     private let manifest: Manifest
     private let environment: ORTEnv
     private let session: ORTSession
-    private let asksHowMany: Bool // pastkey.ort, not model*.onnx
+    private let names: Set<String> // of the graph's inputs
     private let outputs: Set<String>
 
     init(bundle: URL) throws {
@@ -58,7 +58,7 @@ final class GreedyDecoder {
         guard let graph = files.first(where: isGraph) else { throw GreedyError.noGraph }
         environment = try ORTEnv(loggingLevel: .error)
         session = try ORTSession(env: environment, modelPath: graph.path, sessionOptions: ORTSessionOptions())
-        asksHowMany = try session.inputNames().contains("logits_to_keep")
+        names = Set(try session.inputNames())
         outputs = Set(try session.outputNames())
     }
 
@@ -87,26 +87,24 @@ final class GreedyDecoder {
         return ids
     }
 
+    /// Those of its inputs that the graph has: pastkey.ort is told lengths, and how many logits to give.
     private func inputs(_ tokens: [Int64], after length: Int) throws -> [String: ORTValue] {
         let end = length + tokens.count
-        var made = [
-            "input_ids": try row(tokens),
-            "attention_mask": try row([Int64](repeating: 1, count: end)),
-            "position_ids": try row((length..<end).map(Int64.init)),
+        let row = [1, NSNumber(value: tokens.count)]
+        let known = [
+            "input_ids": try value(tokens, .int64, shape: row),
+            "position_ids": try value((length..<end).map(Int64.init), .int64, shape: row),
+            "attention_mask": try value([Int64](repeating: 1, count: end), .int64, shape: [1, NSNumber(value: end)]),
+            "seqlens_k": try value([Int32(end - 1)], .int32, shape: [1]),
+            "total_sequence_length": try value([Int32(end)], .int32, shape: []),
+            "logits_start": try value([Int64(-1)], .int64, shape: [1]),
         ]
-        if asksHowMany {
-            made["logits_to_keep"] = try value([1], shape: [1])
-        }
-        return made
+        return known.filter { names.contains($0.key) }
     }
 
-    private func row(_ numbers: [Int64]) throws -> ORTValue {
-        try value(numbers, shape: [1, NSNumber(value: numbers.count)])
-    }
-
-    private func value(_ numbers: [Int64], shape: [NSNumber]) throws -> ORTValue {
+    private func value<T>(_ numbers: [T], _ type: ORTTensorElementDataType, shape: [NSNumber]) throws -> ORTValue {
         let data = numbers.withUnsafeBytes { NSMutableData(bytes: $0.baseAddress, length: $0.count) }
-        return try ORTValue(tensorData: data, elementType: .int64, shape: shape)
+        return try ORTValue(tensorData: data, elementType: type, shape: shape)
     }
 
     /// Of no token: 1 row and 0 positions.

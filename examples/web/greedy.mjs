@@ -30,7 +30,8 @@ export async function* greedy({ ort, session, manifest }, prompt, newTokens) {
   if (prompt.length > manifest.context_length)
     throw new RangeError(`the prompt has ${prompt.length} tokens, and the model's context ${manifest.context_length}`);
   const ids = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
-  const empty = ([name, sizes]) => [name, new ort.Tensor("float32", new Float32Array(0), sizes)];
+  const [type, Numbers] = manifest.precision === "fp16" ? ["float16", Uint16Array] : ["float32", Float32Array];
+  const empty = ([name, sizes]) => [name, new ort.Tensor(type, new Numbers(0), sizes)];
   let cache = Object.fromEntries(Object.entries(cacheSizes(manifest)).map(empty));
   let [tokens, length] = [prompt, 0];
   const room = Math.min(newTokens, manifest.context_length - prompt.length + 1);

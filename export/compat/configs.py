@@ -70,6 +70,8 @@ def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """
     graph = names.ALL_LOGITS_GRAPH[manifest.precision]
     javascript: dict[str, Any] = {"dtype": names.TRANSFORMERS_JS_DTYPE[manifest.precision]}
+    if manifest.precision == "fp16":
+        javascript["kv_cache_dtype"] = {"fp16": "float16"}
     if (folder / (graph + names.DATA_SUFFIX)).exists():
         javascript["use_external_data_format"] = {Path(graph).name: 1}
     return {"transformers.js_config": javascript}

@@ -16,7 +16,9 @@ from .edit import NodeBuilder
 
 
 def keep_last_positions(model: ir.Model, head: Sequence[ir.Node]) -> None:
-    """Makes `logits` those of the last of the new tokens, (B, N, V). N is a new input, `logits_to_keep`.
+    """Makes `logits` those of the last of the new tokens, (B, N, V). A new input, `logits_start`, is -N.
+
+    It is what Slice reads, so that nothing has to be computed of it on the processor.
 
     Args:
         model: An all-logits graph, changed in place.
@@ -24,13 +26,12 @@ def keep_last_positions(model: ir.Model, head: Sequence[ir.Node]) -> None:
             them, so that the head's MatMul is of N rows instead of T; without any, they are chosen from the logits.
     """
     place, logits = next((i, value) for i, value in enumerate(model.graph.outputs) if value.name == names.LOGITS)
-    count = ir.Value(name=names.LOGITS_TO_KEEP, shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.INT64))
-    model.graph.inputs.append(count)
+    start = ir.Value(name=names.LOGITS_START, shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.inputs.append(start)
     builder = NodeBuilder(model, "last_positions")
-    start = builder.add("Neg", count)
     end, axis = (builder.constant(n, np.array([i])) for n, i in (("end", np.iinfo(np.int64).max), ("axis", 1)))
     assert logits.shape is not None
-    shape = ir.Shape((names.BATCH, names.LOGITS_TO_KEEP, logits.shape[-1]))
+    shape = ir.Shape((names.BATCH, names.KEPT, logits.shape[-1]))
     if head:
         hidden = head[0].inputs[0]
         assert hidden is not None

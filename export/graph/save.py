@@ -13,6 +13,7 @@ from pastkey import names
 from .embedding_rows import take_embedding_rows
 from .last_logits import keep_last_positions
 from .output_head import take_head
+from .sequence_lengths import take_sequence_lengths
 
 # Below this, a weight stands in the graph itself: shapes and axes must, for onnxruntime to infer shapes from them.
 INLINE_BYTES = 1024
@@ -31,6 +32,7 @@ def write_graphs(model: ir.Model, folder: Path, precision: str) -> int:
     weight_bytes = _move_weights_out(model, all_logits.with_name(all_logits.name + names.DATA_SUFFIX))
     ir.save(model, all_logits)
     keep_last_positions(model, head)
+    take_sequence_lengths(model)
     take_embedding_rows(model)
     ir.save(model, folder / names.LAST_LOGITS_GRAPH)
     return weight_bytes
@@ -41,7 +43,7 @@ def count_operators(model: ir.Model) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph).most_common())
 
 
-_WEIGHTS = (ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT4)
+_WEIGHTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT4)
 
 
 def _move_weights_out(model: ir.Model, path: Path) -> int:

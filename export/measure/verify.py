@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # --- tolerances and sizes, in this one place ----------------------------------------------------------------------
 # max |difference| over max |logit|. State it relative: torch and onnxruntime in float32 differ by 9e-5 at logits of 44.
 MAX_RELATIVE_DIFFERENCE = 1e-5
+FLOAT16_DIFFERENCE = 1e-2  # the same of a bundle in float16, whose noise is 2e-3
+_FLOAT = {"fp32": MAX_RELATIVE_DIFFERENCE, "fp16": FLOAT16_DIFFERENCE}
 # A deep module can be further than that from itself: torch in float32 from torch in float64. Then the limit is so many
 # times the distance measured on the same text.
 ROUNDING_ALLOWANCE = 3
@@ -119,8 +121,8 @@ class Limits:
     def of(cls, manifest: Manifest, measured_kl: float | None) -> Limits:
         """Of a bundle; `measured_kl` from float32 in nats, where the source is at hand."""
         precision = manifest.precision
-        if precision == "fp32":
-            return cls()
+        if precision in _FLOAT:
+            return cls(_FLOAT[precision])
         # Measured on this very text when it was exported; manifest.quality is on another.
         recorded: float | None = manifest.parity.get(precision, {}).get("kl_divergence")
         cost = recorded if recorded is not None else measured_kl or 0.0
@@ -159,7 +161,7 @@ def verify(
         RunError: onnxruntime cannot run a graph.
     """
     manifest = bundle.manifest
-    quantized = manifest.precision != "fp32"
+    quantized = manifest.precision not in _FLOAT
     parts = _Parts(progress, _PARTS)
     own, last_logits = BundlePredictor(bundle, **placement), Engine(bundle, graph="last_logits", **placement)
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
@@ -170,7 +172,9 @@ def verify(
     source = None if module is None else ModulePredictor(module)
     reference = own if source is None or quantized else source
     expected = reference.logits(ids)
-    quality = _quality(source.logits(ids), expected) if source is not None and quantized else {}
+    quality = {}
+    if source is not None and manifest.precision != "fp32":
+        quality = _quality(source.logits(ids), expected if quantized else own.logits(ids))
     limits = Limits.of(manifest, quality.get("kl_divergence"))
     all_logits = Engine(bundle, graph="all_logits", **placement)
     compared = _Compared(manifest, all_logits, last_logits, reference, ids, expected, limits, layers)
@@ -180,7 +184,7 @@ def verify(
     for check in _checks(compared, parts):
         checks.append(check)
         parts.next()
-    if quality:
+    if quality and quantized:
         checks.append(_against_float32(manifest.precision, quality["kl_divergence"], limits))
     return Verification("source" if reference is source else "own uncached run", len(ids), tuple(checks), quality)
 

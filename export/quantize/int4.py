@@ -32,7 +32,7 @@ from .activations import probing
 from .blocks import choose_block_size
 from .calibration import CalibrationText
 from .int4_blocks import Int4Blocks, round_by_hessian
-from .rewrite import embedding_weight, matmul_weight, not_finite, quantize
+from .rewrite import Form, embedding_weight, matmul_weight, not_finite, quantize
 from .search import Quantized, Write, search
 from .sensitivity import Sensitivity, sensitivity
 
@@ -57,7 +57,7 @@ class _Int4Mixtures:
 
     def __init__(self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress) -> None:
         self._graph = fp32.all_logits_graph
-        self._portable = config.target == "portable"
+        self._form = Form.of(config.target)
         progress.stage("round to 4 bits by GPTQ")
         self._int4 = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
         progress.stage("measure what each matrix costs in int4")
@@ -75,7 +75,7 @@ class _Int4Mixtures:
         in_8_bits = self.sensitivity.worst(raised)
         model = ir.load(self._graph)
         in_4_bits = {name: matrix for name, matrix in self._int4.items() if name not in in_8_bits}
-        quantize(model, int4=in_4_bits, portable=self._portable)
+        quantize(model, int4=in_4_bits, form=self._form)
         return model
 
     def quality(self, raised: int) -> dict[str, Any]:

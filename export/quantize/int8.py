@@ -13,7 +13,7 @@ from ..graph.save import INLINE_BYTES
 from ..progress import Progress
 from ..settings import ExportConfig
 from .calibration import CalibrationText, calibrated
-from .rewrite import quantize
+from .rewrite import Form, quantize
 from .search import Quantized, Write, search
 from .sensitivity import Sensitivity, sensitivity
 
@@ -36,7 +36,7 @@ class _Int8Mixtures:
         self._folder = fp32.all_logits_graph.parent
         self._graph = self._folder / "calibrated.onnx"
         self._text, self._max_kl, self._progress = text, config.max_kl, progress
-        self._portable = config.target == "portable"
+        self._form = Form.of(config.target)
         self._model: ir.Model | None = calibrated(fp32, text.calibration_set, progress)
         self.sensitivity: Sensitivity | None = None
         self.start = 0
@@ -49,7 +49,7 @@ class _Int8Mixtures:
 
     def model(self, raised: int) -> ir.Model:
         model, self._model = self._model or ir.load(self._graph), None
-        quantize(model, self._kept(raised), portable=self._portable)
+        quantize(model, self._kept(raised), form=self._form)
         return model
 
     def quality(self, raised: int) -> dict[str, Any]:

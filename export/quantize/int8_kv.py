@@ -50,7 +50,7 @@ def add_int8_kv(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: P
     """
     manifest = bundle.manifest
     new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
-    if manifest.graph != "fused" or manifest.context_length <= INT8_KV_FROM or manifest.target != "cpu" or not new:
+    if manifest.graph != "fused" or manifest.context_length <= INT8_KV_FROM or not new:
         return {}
     _write_int8_kv_graph(bundle, text.calibration_set)
     reference = BundlePredictor(fp32)

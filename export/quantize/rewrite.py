@@ -22,6 +22,7 @@ MatMuls whose weight was rounded to 4 bits beforehand (`int4`) read that instead
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -50,8 +51,22 @@ from .merge import Projections, find_mergeable, insert_merged
 
 BITS, INT4_BITS = 8, 4
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
+GPU_ACCURACY_LEVEL = 0  # the activations as they are
 _COMPUTED_TOGETHER = 30  # matrices; their sizes must stand in the graph itself, where few bytes may
 NO_INT4: Mapping[str, Int4Blocks] = MappingProxyType({})
+
+
+class Form(enum.Enum):
+    """Which operators read quantized weights."""
+
+    MATMUL_NBITS = enum.auto()  # rules 1 to 5
+    GPU = enum.auto()  # MatMulNBits and GatherBlockQuantized, which WebGPU has whole; rule 5 has nothing to mend
+    DEQUANTIZE_LINEAR = enum.auto()  # ONNX's own, `block_dequantize`
+
+    @classmethod
+    def of(cls, target: str) -> Form:
+        """For a target of an export."""
+        return {"portable": cls.DEQUANTIZE_LINEAR, "webgpu": cls.GPU}.get(target, cls.MATMUL_NBITS)
 
 
 def quantize(
@@ -59,8 +74,7 @@ def quantize(
     keep: Collection[str] = (),
     head: ir.Node | None = None,
     int4: Mapping[str, Int4Blocks] = NO_INT4,
-    *,
-    portable: bool = False,
+    form: Form = Form.MATMUL_NBITS,
 ) -> None:
     """Quantizes every matrix of a float32 graph in place, by the rules above. Marks the output head.
 
@@ -69,14 +83,14 @@ def quantize(
         keep: Names of initializers that stay in float32.
         head: The output head, where the graph does not show it.
         int4: 4-bit matrices of weights that only MatMuls read, by the names of their initializers.
-        portable: Whether to multiply by ONNX's own operators (`block_dequantize`) in place of MatMulNBits.
+        form: The operators.
 
     Raises:
         InputError: A weight holds NaN or infinity.
     """
     if head is None:
         head = output_head(model)
-    weights = _Weights(model, frozenset(keep), int4, portable)
+    weights = _Weights(model, frozenset(keep), int4, form)
     matmuls = [n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.of(n)]
     mergeable = [
         p for bits in (BITS, INT4_BITS) for p in find_mergeable([n for n in matmuls if weights.bits(n) == bits])
@@ -85,6 +99,8 @@ def quantize(
     for node in tuple(model.graph):
         if embedding_weight(node) is not None:
             _quantize_embedding(model, node, weights)
+        elif node is head and form is Form.GPU:
+            _quantize_matmul(model, node, weights)
         elif node is head:
             _quantize_head(model, node, weights)
         elif node.op_type in ("MatMul", "Gemm") and id(node) not in merged:
@@ -96,7 +112,7 @@ def quantize(
         if node.op_type == "Transpose" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             model.graph.remove(node, safe=True)
     drop_unused_weights(model)
-    if portable:
+    if form is Form.DEQUANTIZE_LINEAR:
         model.graph.opset_imports[""] = block_dequantize.OPSET
     else:
         model.graph.opset_imports[CONTRIB_DOMAIN] = 1
@@ -169,12 +185,12 @@ class _Stored:
 class _Weights:
     """The quantized matrices of a graph: one that is used twice is stored once."""
 
-    def __init__(self, model: ir.Model, keep: frozenset[str], int4: Mapping[str, Int4Blocks], portable: bool) -> None:
+    def __init__(self, model: ir.Model, keep: frozenset[str], int4: Mapping[str, Int4Blocks], form: Form) -> None:
         self._model = model
         self._keep = keep  # names of initializers that stay in float32
         self._int4 = int4  # by the names of initializers
         self._stored: dict[tuple[int, ...], _Stored] = {}  # by the identity of initializers
-        self._portable = portable
+        self.form = form
         self._dequantized: dict[str, ir.Value] = {}  # by the names of blocks
 
     def of(self, node: ir.Node) -> MatMulWeight | None:
@@ -215,8 +231,9 @@ class _Weights:
 
     def product(self, x: ir.Value | None, stored: _Stored, name: str) -> list[ir.Node]:
         """The nodes that multiply by a quantized matrix, the last of which gives the product."""
-        if not self._portable:
-            return [_matmul_nbits(x, stored, name)]
+        if self.form is not Form.DEQUANTIZE_LINEAR:
+            level = ACCURACY_LEVEL if self.form is Form.MATMUL_NBITS else GPU_ACCURACY_LEVEL
+            return [_matmul_nbits(x, stored, name, level)]
         key = str(stored.blocks.name)
         if key not in self._dequantized:
             node = dequantize_linear(self._model, key.removesuffix(".blocks"), stored.matrix)
@@ -269,13 +286,13 @@ def not_finite(initializer: ir.Value, error: ValueError) -> InputError:
 
 
 # --- rules --------------------------------------------------------------------------------------------------------
-def _matmul_nbits(x: ir.Value | None, stored: _Stored, name: str) -> ir.Node:
+def _matmul_nbits(x: ir.Value | None, stored: _Stored, name: str, accuracy_level: int) -> ir.Node:
     attributes = {
         "K": stored.matrix.columns,
         "N": len(stored.matrix.data),
         "bits": BITS if stored.zeros is None else INT4_BITS,
         "block_size": stored.matrix.block_size,
-        "accuracy_level": ACCURACY_LEVEL,
+        "accuracy_level": accuracy_level,
     }
     inputs = [x, stored.blocks, stored.scales, *([] if stored.zeros is None else [stored.zeros])]
     return ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB_DOMAIN, name=name)
@@ -337,6 +354,9 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
         return
     assert indices is not None
     builder, found = NodeBuilder(model, str(node.name)), weights.store(MatMulWeight(embedding, transposed=False))
+    if weights.form is Form.GPU:
+        replace_node(model, node, *_gather_block_quantized(model, indices, found, builder))
+        return
     # With ... for the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
     integers = builder.add("Cast", builder.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
     centred = builder.add("Sub", integers, builder.constant("zero_point", np.array(ZERO, np.float32)))
@@ -345,6 +365,21 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
     flat = builder.add("Concat", builder.add("Shape", indices), builder.constant("rest", np.array([-1])), axis=0)
     _without_padding(builder, builder.add("Reshape", builder.add("Mul", centred, scales), flat), found.matrix)
     replace_node(model, node, *builder.nodes)
+
+
+def _gather_block_quantized(
+    model: ir.Model, indices: ir.Value, stored: _Stored, builder: NodeBuilder
+) -> tuple[ir.Node, ...]:
+    """Rule 3 by one operator, over the same bytes: its zero point is 128 where none is given."""
+    rows = stored.matrix.data.reshape(len(stored.matrix.data), -1)
+    table = add_weight(model, f"{stored.table.name}.rows", rows)
+    attributes = {"bits": BITS, "block_size": stored.matrix.block_size, "gather_axis": 0, "quantize_axis": 1}
+    gather = ir.node(
+        "GatherBlockQuantized", [table, indices, stored.scales], attributes, domain=CONTRIB_DOMAIN, name=f"{table.name}"
+    )
+    gather.outputs[0].name = f"{table.name}_gathered"
+    _without_padding(builder, gather.outputs[0], stored.matrix)
+    return (gather, *builder.nodes)
 
 
 def _without_padding(builder: NodeBuilder, rows: ir.Value, matrix: Int8Blocks | Int4Blocks) -> ir.Value:

@@ -46,15 +46,24 @@ def run_batch(path: Path, ids: Array, mask: Array, new: Array) -> tuple[Array, A
 
 def _keeping_one(session: Any) -> dict[str, Array]:
     """What pastkey's own graph is told beside that: to give the logits of one position."""
-    return {v.name: np.array([1]) for v in session.get_inputs() if v.name == "logits_to_keep"}
+    return {v.name: np.array([-1]) for v in session.get_inputs() if v.name == "logits_start"}
+
+
+def _told(session: Any, feeds: dict[str, Array]) -> dict[str, Array]:
+    """pastkey's own fused graph is told lengths in place of a mask of ones."""
+    mask = feeds["attention_mask"]
+    lengths = {"seqlens_k": np.array([mask.shape[1] - 1], np.int32), "total_sequence_length": np.int32(mask.shape[1])}
+    known = feeds | {name: np.asarray(length) for name, length in lengths.items()}
+    return {v.name: known[v.name] for v in session.get_inputs() if v.name in known}
 
 
 def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
     """Logits (T, V) of one text that is given to the graph in chunks; each takes the cache that the last one left."""
     session = open_graph(path)
     shapes = {value.name: value.shape for value in session.get_inputs()}
+    half = any(value.type == "tensor(float16)" for value in session.get_inputs())
     past = {
-        name: np.zeros([1, shape[1], 0, shape[3]], np.float32)
+        name: np.zeros([1, shape[1], 0, shape[3]], np.float16 if half else np.float32)
         for name, shape in shapes.items()
         if name.startswith("past_key_values.")
     }
@@ -67,6 +76,7 @@ def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
             "attention_mask": np.ones((1, end), np.int64),
             "position_ids": np.arange(start, end, dtype=np.int64)[None],
         } | _keeping_one(session)
+        feeds = _told(session, feeds)
         assert set(feeds) | set(past) == set(shapes)
         found = dict(zip(outputs, session.run(outputs, feeds | past), strict=True))
         logits.append(found["logits"][0])

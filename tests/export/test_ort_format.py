@@ -40,9 +40,10 @@ def greedy(graph: Path) -> list[int]:
         (llama, {"precision": "int8"}, "com.microsoft;1;GroupQueryAttention,MatMulNBits,"),
         (llama, {"precision": "int4"}, "MatMulNBits"),
         (llama, {"precision": "fp32", "graph": "standard"}, "Softmax"),
+        (llama, {"precision": "fp16"}, "GroupQueryAttention"),
         (lambda: Plain(size=10, context=CONTEXT), {"precision": "int8", "target": "portable"}, "MatMul"),
     ],
-    ids=["int8", "int4", "standard", "portable"],
+    ids=["int8", "int4", "standard", "fp16", "portable"],
 )
 def test_the_file_alone_gives_the_bundles_tokens(
     build: Callable[[], nn.Module],
@@ -76,8 +77,9 @@ def test_it_gives_the_logits_of_every_position_when_it_is_asked_to(tmp_path: Pat
         if value.name.startswith(names.PAST_PREFIX)
     }
     ids = np.array([PROMPT])
-    feeds = {names.INPUT_IDS: ids, names.ATTENTION_MASK: np.ones_like(ids), names.POSITION_IDS: np.arange(5)[None]}
-    found = session.run([names.LOGITS], feeds | past | {names.LOGITS_TO_KEEP: np.array([5])})[0]
+    lengths = {names.SEQLENS_K: np.array([4], np.int32), names.TOTAL_SEQUENCE_LENGTH: np.array(5, np.int32)}
+    feeds = {names.INPUT_IDS: ids, names.POSITION_IDS: np.arange(5)[None], names.LOGITS_START: np.array([-5])}
+    found = session.run([names.LOGITS], feeds | lengths | past)[0]
     expected = Engine(bundle, graph="all_logits").forward(ids)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 

@@ -93,7 +93,7 @@ def test_a_hash_that_does_not_match_names_the_file(small: Path, tmp_path: Path, 
         (lambda f: (f / "onnx/model.onnx_data").write_bytes(b"short"), ("model.onnx_data has 5 bytes", "truncated")),
         (lambda f: (f / names.MANIFEST).unlink(), ("is not a bundle: it has no pastkey.json",)),
         (
-            lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "bundle", "format_version": 2})),
+            lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "bundle", "format_version": 3})),
             ("bundle format version 2; this pastkey reads up to 1: upgrade pastkey",),
         ),
     ],

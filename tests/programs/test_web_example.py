@@ -12,6 +12,7 @@ import pytest
 
 import pastkey
 from benchmarks.environments import install_chromium, node_environment
+from pastkey.bundle import open_bundle
 
 from .browser import visit
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent.parent / "examples" / "web"
 PROMPTS, NEW_TOKENS = ([5, 7, 9], [3], [300, 268, 14, 307, 268, 26, 267]), 24
-BUNDLES = ("llama", "llama-fp32", "llama-standard", "llama-standard-fp32", "gpt2", "short-conv")
+BUNDLES = ("llama", "llama-fp32", "llama-standard", "llama-standard-fp32", "gpt2", "short-conv", "gpt2-webgpu-fp16")
 
 # A WebGPU for processors, which Chromium brings.
 SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
@@ -46,14 +47,14 @@ def answers(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
 
 
 def expected(bundle: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    lm = pastkey.load(bundle)
+    lm = pastkey.load(bundle, "cpu")
     return [lm.generate(prompt, max_new_tokens=new_tokens).ids for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_node_gives_the_tokens_of_python(bundles: Callable[[str], Path], name: str) -> None:
     bundle = bundles(name)
-    vocabulary = pastkey.load(bundle).manifest.vocab_size
+    vocabulary = open_bundle(bundle).manifest.vocab_size
     prompts = [[token % vocabulary for token in prompt] for prompt in PROMPTS]
     found = answers(in_node(bundle, prompts, NEW_TOKENS))
     assert found == expected(bundle, prompts, NEW_TOKENS)
@@ -62,7 +63,7 @@ def test_node_gives_the_tokens_of_python(bundles: Callable[[str], Path], name: s
 
 def test_a_text_ends_where_the_context_does(bundles: Callable[[str], Path]) -> None:
     bundle = bundles("llama-standard-fp32")
-    full = pastkey.load(bundle).manifest.context_length
+    full = open_bundle(bundle).manifest.context_length
     prompts = [[3] * (full - 2), [3] * full]
     assert answers(in_node(bundle, prompts, 9)) == expected(bundle, prompts, 9)
 

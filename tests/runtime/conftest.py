@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, Manifest, open_bundle
+from pastkey.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, open_bundle
 from pastkey.folder import file_records, write_json
 
 from ..onnx_text import encode_model
@@ -93,6 +93,10 @@ FUSED_MASK = """
     scalar = Squeeze(mask_shape)
     total = Cast <to = 6> (scalar)
 """
+LENGTHS = """
+    seqlens = Identity(seqlens_k)
+    total = Identity(total_sequence_length)
+"""
 FUSED_ATTENTION = """
     a{i}, present.{i}.key, present.{i}.value =
         com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}>
@@ -162,16 +166,25 @@ STANDARD_ATTENTION = """
 """
 
 
-def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool) -> str:
-    """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8."""
+def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION) -> str:
+    """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8.
+
+    A graph of last positions has the inputs of a bundle of this format version.
+    """
     mask, attention = {
         "fused": (FUSED_MASK, FUSED_ATTENTION),
         "int8_kv": (FUSED_MASK, INT8_KV_ATTENTION),
         "standard": (STANDARD_MASK, STANDARD_ATTENTION),
     }[graph]
     element = "int8" if graph == "int8_kv" else "float"
-    inputs = ["int64[B, T] input_ids", "int64[B, S] attention_mask", "int64[B, T] position_ids"]
-    inputs += ["int64[1] logits_to_keep"] * last_only
+    inputs = ["int64[B, T] input_ids", "int64[B, T] position_ids"]
+    if mask is FUSED_MASK and last_only and format_version > 1:
+        mask = LENGTHS
+        inputs += ["int32[B] seqlens_k", "int32 total_sequence_length"]
+    else:
+        inputs.append("int64[B, S] attention_mask")
+    if last_only:
+        inputs.append("int64[1] logits_to_keep" if format_version == 1 else "int64[1] logits_start")
     outputs = [f"float[B, {'N' if last_only else 'T'}, {V}] logits"]
     body = (
         mask + "word = Gather(embedding, input_ids)\n place = Gather(position, position_ids)\n x0 = Add(word, place)\n"
@@ -187,7 +200,8 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool) -> str:
     end = f"x{len(tiny.layers)}"
     if last_only:
         body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
-        body += f"start = Neg(logits_to_keep)\n end = Slice({end}, start, many, axis)\n"
+        body += "start = Neg(logits_to_keep)\n" if format_version == 1 else "start = Identity(logits_start)\n"
+        body += f"end = Slice({end}, start, many, axis)\n"
         end = "end"
     body += f"head = Transpose <perm = [1, 0]> (embedding)\n logits = MatMul({end}, head)\n"
     text = (
@@ -214,10 +228,11 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     an int8 cache, too.
     """
     (folder / "onnx").mkdir(parents=True)
+    form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
     data_file = fields.pop("data_file", "")
     texts = {
         names.ALL_LOGITS_GRAPH["fp32"]: tiny_graph(tiny, graph, last_only=False),
-        names.LAST_LOGITS_GRAPH: tiny_graph(tiny, graph, last_only=True),
+        names.LAST_LOGITS_GRAPH: tiny_graph(tiny, graph, last_only=True, **form),
     }
     for path, text in texts.items():
         model, data = encode_model(text, tiny.weights, data_file)
@@ -228,7 +243,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         scales = int8_kv_scales(tiny)
         pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
         metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
-        text = tiny_graph(tiny, "int8_kv", last_only=True)
+        text = tiny_graph(tiny, "int8_kv", last_only=True, **form)
         model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
         (folder / names.INT8_KV_GRAPH).write_bytes(model)
     tokenizer = fields.pop("tokenizer", None)
@@ -242,7 +257,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         "opset": 17, "ir_version": 8, "min_onnxruntime": "1.23.0",
         "files": file_records(folder, [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]),
     }  # fmt: skip
-    write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json())
+    write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json() | form)
     return open_bundle(folder, verify=False)
 
 

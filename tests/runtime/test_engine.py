@@ -362,3 +362,11 @@ def test_a_session_that_was_interrupted_while_its_cache_changed_begins_anew(
             change()
     assert session.keep_prefix(prompt) == 0
     np.testing.assert_allclose(session.prefill(prompt), tiny(prompt)[-1], atol=1e-4)
+
+
+def test_a_bundle_of_format_1_computes_the_same(tiny: Tiny, make_bundle: MakeBundle) -> None:
+    engine = Engine(make_bundle(tiny, "fused", format_version=1), threads=1)
+    assert {"attention_mask", "logits_to_keep"} <= {value.name for value in engine.onnx.get_inputs()}
+    ids = random_ids(20)
+    logits = np.concatenate([engine.prefill(ids[:15])[None], engine.extend(ids[15:])])
+    assert_close(logits, tiny(ids)[14:])

@@ -38,7 +38,7 @@ def test_every_axis_has_its_designed_name_or_number(made: Exported, last: bool) 
         "logits": ["batch_size", "logits_to_keep" if last else "sequence_length", made.bundle.manifest.vocab_size],
     }
     if last:
-        expected["logits_to_keep"] = [1]
+        expected["logits_start"] = [1]
     for i, layer in enumerate(made.bundle.manifest.layers):
         for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size)):
             expected[f"past_key_values.{i}.{kind}"] = ["batch_size", layer.kv_heads, "past_sequence_length", size]

@@ -46,11 +46,11 @@ def test_the_last_logits_are_those_of_the_whole(body: str, source: str, int8: bo
     keep_last_positions(model, take_head(model))
     assert chosen_from(model) == source
     for count in (1, 3, 5):
-        (last,) = run_model(model, x=x, logits_to_keep=np.array([count]))
+        (last,) = run_model(model, x=x, logits_start=np.array([-count]))
         np.testing.assert_allclose(last, whole[:, -count:], rtol=1e-5, atol=1e-6)
     (logits,) = model.graph.outputs
     assert logits.name == names.LOGITS
-    assert [str(d) for d in logits.shape] == [names.BATCH, names.LOGITS_TO_KEEP, "9"]
+    assert [str(d) for d in logits.shape] == [names.BATCH, names.KEPT, "9"]
 
 
 def test_everything_of_an_int8_head_reads_the_chosen_positions() -> None:

@@ -1,0 +1,160 @@
+"""A float32 graph in float16: weights, activations and cache. Logits stay in float32.
+
+What would not fit into 11 bits, or overflow at 65,504, stays in float32: the angles of rotary positions, and the
+squares that a norm adds up where torch wrote it in small operators. Files hold no types of what lies between operators,
+which is what onnxruntime's own conversion goes by: so types are followed here, by what each operator gives.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey import names
+
+from .edit import add_weight
+
+_ANGLES = {"Cos", "Sin"}
+_SUMS = {"ReduceMean", "ReduceSum"}
+_BOOL = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf"}
+_INT64 = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero"}
+_LARGEST = float(np.finfo(np.float16).max)
+_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+
+def to_float16(model: ir.Model) -> None:
+    """Rewrites a graph in place. Its weights may lie in a file; they are read."""
+    _Halved(model).rewrite()
+
+
+class _Halved:
+    """One graph while it is rewritten."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._kept = _kept_in_float32(model)
+        self._types: dict[int, ir.DataType | None] = {}  # of values as they are now, by their identity
+        self._weights: dict[tuple[int, ir.DataType], ir.Value] = {}
+        self._casts: dict[tuple[int, ir.DataType], ir.Value] = {}
+
+    def rewrite(self) -> None:
+        graph = self._model.graph
+        for value in graph.inputs:
+            if value.dtype == _FLOAT:
+                value.type = ir.TensorType(_HALF)
+            self._types[id(value)] = value.dtype
+        for value in graph.initializers.values():
+            self._types[id(value)] = None if value.const_value is None else value.const_value.dtype
+        for node in tuple(graph):
+            wanted = _FLOAT if node in self._kept else _HALF
+            for place, read in enumerate(node.inputs):
+                if read is not None and self._types[id(read)] in (_FLOAT, _HALF):
+                    node.replace_input_with(place, self._as(read, wanted, node))
+            if wanted == _HALF:
+                _halve_attributes(node)
+            given = self._given(node)
+            for output in node.outputs:
+                self._types[id(output)] = wanted if given in (_FLOAT, _HALF) else given
+                if not output.is_graph_output():  # a file has none of these; some of a norm stay in float32 always
+                    output.type = output.shape = None
+        for place, output in enumerate(tuple(graph.outputs)):
+            self._put_out(place, output)
+        for name, value in tuple(graph.initializers.items()):
+            if not value.uses():
+                del graph.initializers[name]
+
+    def _given(self, node: ir.Node) -> ir.DataType | None:
+        """The type of what a node gives."""
+        if node.op_type in _BOOL:
+            return ir.DataType.BOOL
+        if node.op_type in _INT64:
+            return ir.DataType.INT64
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes.get_int("to", _FLOAT))
+        if node.op_type in ("Constant", "ConstantOfShape"):
+            tensor = node.attributes.get("value")
+            integers = any(name.startswith("value_int") for name in node.attributes)
+            return tensor.as_tensor().dtype if tensor is not None else ir.DataType.INT64 if integers else _FLOAT
+        value = node.inputs[1 if node.op_type == "Where" else 0]
+        return None if value is None else self._types[id(value)]
+
+    def _as(self, value: ir.Value, wanted: ir.DataType, reader: ir.Node) -> ir.Value:
+        """The same in a type, for a node that reads it."""
+        if value.const_value is not None and value.producer() is None:
+            return self._weight(value, wanted)
+        if self._types[id(value)] == wanted:
+            return value
+        if (id(value), wanted) not in self._casts:
+            cast = self._cast(value, wanted)
+            self._model.graph.insert_before(reader, [cast])
+            self._casts[id(value), wanted] = cast.outputs[0]
+        return self._casts[id(value), wanted]
+
+    def _weight(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        if wanted == _FLOAT:
+            return value
+        if (id(value), wanted) not in self._weights:
+            assert value.const_value is not None
+            new = add_weight(self._model, f"{value.name}.float16", _half(value.const_value.numpy()))
+            self._types[id(new)] = wanted
+            self._weights[id(value), wanted] = new
+        return self._weights[id(value), wanted]
+
+    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Node:
+        node = ir.node("Cast", [value], {"to": wanted}, name=f"{value.name}_to_{wanted.name.lower()}")
+        node.outputs[0].name = f"{node.name}_output"
+        self._types[id(node.outputs[0])] = wanted
+        return node
+
+    def _put_out(self, place: int, value: ir.Value) -> None:
+        """An output of the graph: the logits in float32, everything else in float16."""
+        wanted = _FLOAT if value.name == names.LOGITS else _HALF
+        producer, name = value.producer(), value.name
+        if self._types[id(value)] != wanted and producer is not None:
+            shape, value.shape, value.type = value.shape, None, None
+            value.name = f"{name}_as_computed"
+            cast = self._cast(value, wanted)
+            self._model.graph.insert_after(producer, [cast])
+            new = cast.outputs[0]
+            new.name, new.shape = name, shape
+            self._model.graph.outputs[place] = value = new
+        value.type = ir.TensorType(wanted)
+
+
+def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
+    """Angles with what they are computed of, and what lies between a square and the inverse of its root."""
+    kept: set[ir.Node] = set()
+    for node in model.graph:
+        if node.op_type in _ANGLES:
+            _keep(node, kept)
+        elif node.op_type == "Sqrt":
+            kept.add(node)
+            kept.update(user for user, _ in node.outputs[0].uses() if user.op_type == "Reciprocal")
+            for value in node.inputs:
+                producer = None if value is None else value.producer()
+                if producer is not None and producer.op_type in {"Add"} | _SUMS:
+                    _keep(producer, kept, to_squares=True)
+    return kept
+
+
+def _keep(node: ir.Node, kept: set[ir.Node], *, to_squares: bool = False) -> None:
+    """Keeps a node and what it is made of, all of it or back to the squares."""
+    kept.add(node)
+    for value in node.inputs:
+        producer = None if value is None else value.producer()
+        if producer is None or producer in kept or (to_squares and node.op_type not in {"Add"} | _SUMS):
+            continue
+        _keep(producer, kept, to_squares=to_squares)
+
+
+def _halve_attributes(node: ir.Node) -> None:
+    if node.op_type == "Cast" and node.attributes.get_int("to", 0) == _FLOAT:
+        node.attributes["to"] = ir.AttrInt64("to", _HALF)
+    tensor = node.attributes.get("value")
+    if node.op_type in ("Constant", "ConstantOfShape") and tensor is not None and tensor.as_tensor().dtype == _FLOAT:
+        node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(_half(tensor.as_tensor().numpy())))
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    """What is finite stays so: the least number of float32 in a mask becomes the least of float16."""
+    return np.where(np.isfinite(array), array.clip(-_LARGEST, _LARGEST), array).astype(np.float16)

@@ -1,0 +1,98 @@
+"""Weights, activations and cache in float16; what would not fit into it stays in float32."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey import names
+from pastkey.bundle import Bundle
+from pastkey.export.graph.float16 import to_float16
+
+from ..conftest import Export
+from ..small_graphs import Array, model_of, run_model
+
+RNG = np.random.default_rng(0)
+
+
+def halved(text: str, **weights: Array) -> ir.Model:
+    model = model_of(text, **weights)
+    to_float16(model)
+    return model
+
+
+def test_weights_and_inputs_are_float16_and_logits_float32() -> None:
+    w = RNG.normal(size=(8, 5)).astype(np.float32)
+    x = RNG.normal(size=(2, 8)).astype(np.float16)
+    model = halved("g (float[2,8] x, float[8,5] w) => (float[2,5] logits, float[2,5] y) { y = MatMul(x, w) "
+                   "logits = Neg(y) }", w=w)  # fmt: skip
+    logits, y = run_model(model, x=x)
+    assert (logits.dtype.name, y.dtype.name) == ("float32", "float16")
+    assert [value.dtype for value in model.graph.inputs] == [ir.DataType.FLOAT16]
+    assert [value.dtype for value in model.graph.initializers.values()] == [ir.DataType.FLOAT16]
+    np.testing.assert_allclose(logits, -(x.astype(np.float32) @ w), rtol=0, atol=1e-2)
+
+
+def test_angles_of_late_positions_are_exact() -> None:
+    text = """g (int64[1,3] p, float[1,4] f) => (float[1,3,4] y) {
+        one = Constant <value_ints = [-1]> () q = Unsqueeze(p, one) r = Cast <to = 1> (q) a = Mul(r, f) y = Cos(a) }"""
+    frequencies = np.array([[1.0, 0.3, 0.1, 0.01]], np.float32)
+    positions = np.array([[2049, 30001, 65521]])  # none of which float16 has
+    (found,) = run_model(halved(text, f=frequencies), p=positions)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, np.cos(positions[..., None] * frequencies), rtol=0, atol=2e-3)
+
+
+def test_squares_of_a_norm_do_not_overflow() -> None:
+    text = """g (float[1,4] x) => (float[1,4] y) {
+        two = Constant <value_float = 2.0> () small = Constant <value_float = 1e-6> ()
+        axis = Constant <value_ints = [-1]> ()
+        s = Pow(x, two) m = ReduceMean(s, axis) e = Add(m, small) r = Sqrt(e) i = Reciprocal(r) y = Mul(x, i) }"""
+    x = np.array([[1000, 2000, 3000, 4000]], np.float16)  # 4000² is beyond 65,504
+    (found,) = run_model(halved(text), x=x)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(found, wide / np.sqrt((wide**2).mean()), rtol=2e-3)
+
+
+def test_a_weight_that_both_read_stands_there_twice() -> None:
+    text = "g (float[1,4] w) => (float[1,4] y, float[1,4] z) { y = Cos(w) z = Neg(w) }"
+    w = np.array([[2049, 1, 2, 3]], np.float32)
+    y, z = run_model(halved(text, w=w))
+    np.testing.assert_allclose(y, np.cos(w), rtol=0, atol=1e-3)
+    assert z[0, 0] == -2048
+    assert y.dtype == z.dtype == np.float16
+
+
+def test_masks_stay_finite_and_infinity_stays_infinite() -> None:
+    text = "g (float[3] x, float[3] w) => (float[3] y) { y = Add(x, w) }"
+    w = np.array([np.finfo(np.float32).min, -np.inf, 1], np.float32)
+    (found,) = run_model(halved(text, w=w), x=np.zeros(3, np.float16))
+    assert found.tolist() == [-65504, -np.inf, 1]
+
+
+def test_what_is_no_float_stays() -> None:
+    text = """g (int64[1,3] ids, float[3] x) => (float[1,3] y, int64[2] shape) {
+        shape = Shape(ids) zero = Constant <value_int = 0> () t = Greater(ids, zero) n = Neg(x) y = Where(t, x, n) }"""
+    y, shape = run_model(halved(text), ids=np.array([[0, 1, 2]]), x=np.array([1, 2, 3], np.float16))
+    assert (y.tolist(), shape.tolist()) == ([[-1, 2, 3]], [1, 3])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_export_in_float16(name: str, exported: Export) -> None:
+    made = exported(name, "fp16")
+    full = exported(name, "fp32")
+    bundle: Bundle = made.bundle
+    assert bundle.manifest.precision == "fp16"
+    assert 0 < bundle.manifest.quality["kl_divergence"] < 1e-4
+    assert 1e-5 < bundle.manifest.parity["fp16"]["checks"]["prefill"]["value"] < 1e-2
+    graph = made.graph(last=False).graph
+    types = Counter(t.data_type for t in graph.initializer)
+    assert types[int(ir.DataType.FLOAT16)] > types.get(int(ir.DataType.FLOAT), 0)
+    assert {v.name: v.type.tensor_type.elem_type for v in graph.output}[names.LOGITS] == ir.DataType.FLOAT
+    cache = [v for v in graph.input if v.name.startswith(names.PAST_PREFIX)]
+    assert {v.type.tensor_type.elem_type for v in cache} == {int(ir.DataType.FLOAT16)}
+    sizes = [sum(f.size for n, f in m.bundle.manifest.files.items() if n.endswith("_data")) for m in (made, full)]
+    assert sizes[0] < 0.55 * sizes[1]
