@@ -65,9 +65,9 @@ def environment(name: str, requirements: Sequence[str], checkout: str | None = N
 
 
 @_one_at_a_time
-def node_environment(manifest: Path) -> Path:
+def node_environment(manifest: Path, name: str = "node") -> Path:
     """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
-    folder = _FOLDER / "node"
+    folder = _FOLDER / name
     stamp, content = folder / "stamp", hashlib.sha256(manifest.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == content:
         return folder

@@ -56,6 +56,9 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", choices=names.TARGETS, help="where it will run (default: %(default)s)")
     add("--graph", choices=GRAPH_CHOICES, help="which graph (default: %(default)s)")
     add(
+        "--format", choices=names.FORMATS, help="ort: pastkey's own graph in the ORT format, too (default: %(default)s)"
+    )
+    add(
         "--context",
         dest="context_length",
         type=positive_int,

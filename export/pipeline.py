@@ -1,7 +1,8 @@
 """checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
-    [-> calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph] -> configurations -> manifest
+    [-> calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph] [-> ORT format]
+    -> configurations -> manifest
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .graph.clean import clean
 from .graph.float16 import to_float16
 from .graph.fuse import fuse, where_rotated
 from .measure.verify import Verification
+from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
 from .quantize.calibration import WINDOWS, calibration_text, read_calibration
 from .quantize.int4 import WINDOWS as INT4_WINDOWS
@@ -99,6 +101,7 @@ def export(
     provider_options: Options | None = ExportConfig.provider_options,
     session_entries: Options | None = ExportConfig.session_entries,
     allow_fallback: bool = ExportConfig.allow_fallback,
+    format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
     progress: Progress = SILENT,
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
@@ -132,6 +135,7 @@ def export(
         provider_options: Of the target's execution provider, where the bundle is proved at its end.
         session_entries: Settings of onnxruntime's session there.
         allow_fallback: Whether the processor may run there what the provider leaves.
+        format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
         progress: Is told each stage, how far it is, and warnings.
 
     Raises:
@@ -162,6 +166,7 @@ def export(
         provider_options=provider_options,
         session_entries=session_entries,
         allow_fallback=allow_fallback,
+        format=format,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
 
@@ -184,6 +189,8 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
                 made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
             parity[config.precision] = verification.to_json()
             shutil.rmtree(bundle.path)
+        if config.format == "ort":
+            write_ort_format(made.bundle, progress)
         manifest = writer.finish(made.bundle, parity, made.quality)
         writer.prove_on_target(dataclasses.replace(made.bundle, manifest=manifest))
         if config.sensitivity is not None and made.sensitivity is not None:

@@ -18,6 +18,7 @@ from pastkey.values import is_int
 Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
+_ORT_TARGETS = ("cpu", "portable")
 
 SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
 TOKENIZERS = (
@@ -39,6 +40,7 @@ class ExportConfig:
     precision: str = "int8"  # of the weights: names.PRECISIONS
     target: str = "cpu"  # where the bundle will run: names.TARGETS
     graph: str = "auto"  # GRAPH_CHOICES
+    format: str = "onnx"  # names.FORMATS: "ort" writes pastkey's own graph in the ORT format, too
     tokenizer: str | Path | None = None  # TOKENIZERS, or llama2.c's own; None: the source's
     context_length: int | None = None  # tokens; None: the source's
     force: bool = False  # replace an existing bundle
@@ -60,11 +62,17 @@ class ExportConfig:
             ("precision", self.precision, names.PRECISIONS),
             ("target", self.target, names.TARGETS),
             ("graph", self.graph, GRAPH_CHOICES),
+            ("format", self.format, names.FORMATS),
         ):
             if found not in known:
                 raise InputError(f"{name} is {found!r}; it must be one of {', '.join(known)}")
         if self.target == "portable" and self.graph == "fused":
             raise InputError("the fused graph is made of one provider's operators: with --target portable use standard")
+        if self.format == "ort" and self.target not in _ORT_TARGETS:
+            raise InputError(
+                f"the ORT format is optimised for a processor, and the bundle is for {self.target}: with --format ort "
+                f"take --target {' or '.join(_ORT_TARGETS)}"
+            )
         if not all(is_int(token, 0) for token in self.eos_ids):
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):

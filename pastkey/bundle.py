@@ -5,6 +5,7 @@ bundle/  pastkey.json                       this manifest
          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
          onnx/pastkey.onnx                                logits of the last positions, for `generate`
          onnx/*.onnx_data                                 the weights, once
+         onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
 """
 
 from __future__ import annotations

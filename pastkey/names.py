@@ -91,8 +91,12 @@ TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "i
 LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 # The same with an int8 cache, a quarter of the bytes that decoding after a long text reads. Some bundles have it.
 INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
+# pastkey's own graph with its weights in the ORT format, and the list of its operators. Some bundles have them.
+ORT_GRAPH: Final = "onnx/pastkey.ort"
+ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"
 DATA_SUFFIX: Final = "_data"  # weights stand beside the all-logits graph: onnx/model_quantized.onnx_data
 
 PRECISIONS: Final = ("int8", "int4", "fp16", "fp32")
 TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "portable")
+FORMATS: Final = ("onnx", "ort")
 GRAPHS: Final = ("fused", "standard")

@@ -218,10 +218,11 @@ def _print_inspection(inspection: Inspection) -> None:
     print(
         f"{per_token:>14,}  of keys and values per token, {per_token * manifest.context_length:,} at the full context"
     )
-    print(f"\n{'provider':<12}{'nodes':>6}{'weight bytes':>16}  operators, as they run after optimisation")
+    print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
     for share in inspection.shares:
         operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
-        print(f"{share.provider:<12}{share.nodes:>6}{share.weight_bytes:>16,}  {operators}")
+        parts = "?" if share.parts is None else share.parts
+        print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")
     if inspection.int8_kernels is not None:
         print(f"\nint8 MatMuls here: {inspection.int8_kernels.note}")
     for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
@@ -257,9 +258,10 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
+    from .devices import devices
     from .int8_kernels import int8_kernels
     from .ort import onnxruntime
-    from .providers import devices, overlapping
+    from .providers import overlapping
 
     rows, kernels = devices(), int8_kernels()
     if arguments.json:
@@ -274,7 +276,9 @@ def _devices(arguments: argparse.Namespace) -> int:
     print(f"onnxruntime {onnxruntime.__version__}")
     for row in rows:
         state = "available" if row.available else "absent"
-        print(f"  {row.short_name:<14} {state:<10} {row.hardware}" + (f"; comes with {row.note}" if row.note else ""))
+        told = [f"devices {', '.join(row.devices)}"] if row.devices else []
+        told = [row.package, *told] if row.available else [row.note if row.package else f"comes with {row.note}"]
+        print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
     print(f"int8 MatMuls on this processor: {kernels.note}")
     if sentence := overlapping():
         say(f"note: {sentence}")

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,6 +18,7 @@ from pastkey.bundle import Manifest, open_bundle
 
 from .engine import Engine
 from .int8_kernels import Int8Kernels, int8_kernels_of
+from .parts import Assigned, assigned
 from .providers import short_name
 from .settings import PlacementOptions
 
@@ -32,6 +33,7 @@ class Share:
     nodes: int
     weight_bytes: int  # read by these nodes; a weight that two of them share counts twice
     operators: dict[str, int]  # operator -> nodes
+    parts: int | None = None  # separate subgraphs; None where onnxruntime does not tell
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ def inspect(
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
         engine.prefill([0] * min(2, manifest.context_length))
         profile = _read_profile(Path(engine.onnx.end_profiling()))
+        record = assigned(engine.onnx, bundle.last_logits_graph)
         kernels = int8_kernels_of(manifest.precision, engine.providers[0])
     return Inspection(
         manifest=manifest,
         weight_bytes=weights or sizes[names.ALL_LOGITS_GRAPH[manifest.precision]],
         total_bytes=sum(sizes.values()),
         kv_bytes_per_token=kv_bytes_per_token(manifest),
-        shares=read_shares(profile),
+        shares=read_shares(profile, record),
         int8_kernels=kernels,
     )
 
@@ -99,8 +102,11 @@ def kv_bytes_per_token(manifest: Manifest) -> int:
     return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in manifest.layers)
 
 
-def read_shares(profile: Sequence[dict[str, Any]]) -> tuple[Share, ...]:
-    """Who ran what, from the events of an onnxruntime profile. A node that ran several times counts once."""
+def read_shares(profile: Sequence[dict[str, Any]], record: Mapping[str, Assigned]) -> tuple[Share, ...]:
+    """Who ran what, from the events of an onnxruntime profile, and in how many parts, from its record.
+
+    A node that ran several times counts once.
+    """
     nodes: dict[str, dict[str, Any]] = {}
     for event in profile:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
@@ -114,6 +120,12 @@ def read_shares(profile: Sequence[dict[str, Any]]) -> tuple[Share, ...]:
                 nodes=len(own),
                 weight_bytes=sum(int(args.get("parameter_size", 0)) for args in own),
                 operators=dict(Counter(str(args["op_name"]) for args in own).most_common()),
+                parts=_parts(record.get(provider), len(own)),
             )
         )
     return tuple(sorted(shares, key=lambda share: -share.weight_bytes))
+
+
+def _parts(given: Assigned | None, ran: int) -> int | None:
+    """None where fewer nodes are recorded than ran: optimisation makes them fewer, and never more."""
+    return given.parts if given is not None and given.nodes >= ran else None

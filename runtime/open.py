@@ -7,7 +7,6 @@ import dataclasses
 import mmap
 import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pastkey.values import parse_version
 
 from . import providers as ep
 from .ort import REFUSE_LINKS, OrtError, onnxruntime, standard_output_to_error, upgrade_command
+from .parts import Assigned, assigned
 from .settings import Choice
 
 _WHOLE = "session.disable_cpu_ep_fallback"
@@ -61,7 +61,7 @@ def open_session(
         )
     wanted = ep.resolve(providers, manifest.target, manifest.graph, allow_fallback=allow_fallback)
     entries = dict(session_entries or {})
-    if wanted.tells:
+    if wanted.tells or profile_prefix is not None:
         entries = {_RECORD: "1"} | entries
 
     # Held until the session is there: onnxruntime is given their memory, and not them.
@@ -79,17 +79,18 @@ def open_session(
     try:
         session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
     except OrtError as error:
-        if wanted.whole and (operators := _left_behind(path, options({_RECORD: "1"} | entries), wanted)):
-            raise ep.left_behind(wanted.providers[0][0], operators, manifest.target) from error
+        if wanted.whole and (left := _left_behind(path, options({_RECORD: "1"} | entries), wanted)):
+            raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
             raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
-    if wanted.tells and (operators := _on_processor(session)):
+    if wanted.tells and (left := assigned(session, path).get(ep.CPU)):
         name = ep.short_name(wanted.providers[0][0])
-        sentence = f"the execution provider {name!r} leaves {ep.counted(operators)} to the processor"
+        counted = ep.counted(left.operators, left.parts)
+        sentence = f"the execution provider {name!r} leaves {counted} to the processor"
         warnings.warn(sentence, FallbackWarning, stacklevel=2)
     _cross_check(session, manifest, path)
     return session
@@ -121,22 +122,15 @@ def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
 
 
-def _left_behind(path: Path, options: Any, wanted: ep.Placement) -> Counter[str]:
-    """The operators that a provider leaves to the processor, by a session that lets it; none where that fails, too."""
+def _left_behind(path: Path, options: Any, wanted: ep.Placement) -> Assigned | None:
+    """What a provider leaves to the processor, by a session that lets it; None where that fails, too."""
     providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
     try:
         session = _create(path, options, dataclasses.replace(wanted, providers=providers))
     except OrtError:
-        return Counter()
+        return None
     ep.require_active(wanted, session.get_providers())
-    return _on_processor(session)
-
-
-def _on_processor(session: Any) -> Counter[str]:
-    parts = (
-        session.get_provider_graph_assignment_info() if hasattr(session, "get_provider_graph_assignment_info") else ()
-    )
-    return Counter(node.op_type for part in parts if part.ep_name == ep.CPU for node in part.get_nodes())
+    return assigned(session, path).get(ep.CPU)
 
 
 def checked_threads(threads: int | None) -> int:

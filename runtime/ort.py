@@ -72,6 +72,12 @@ def wheels() -> list[str]:
     return sorted(found, key=lambda wheel: importlib.metadata.version(wheel) != version) or ["onnxruntime"]
 
 
+def openvino_devices() -> tuple[str, ...]:
+    """The devices that OpenVINO finds, by its names; none where this onnxruntime is without it."""
+    listed = getattr(_state, "get_available_openvino_device_ids", tuple)
+    return tuple(listed())
+
+
 def upgrade_command() -> str:
     """What brings a newer release of the onnxruntime that is installed, whichever of its wheels that is."""
     return f"pip install --upgrade {wheels()[0]}"

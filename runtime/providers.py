@@ -6,6 +6,7 @@ import enum
 import functools
 import importlib
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,33 +99,6 @@ _DEVICE_OF = {
 
 
 @dataclass(frozen=True)
-class Device:
-    """One line of `pastkey devices`."""
-
-    short_name: str
-    name: str  # onnxruntime's name
-    hardware: str
-    available: bool
-    note: str  # what brings it when it is absent, else ""
-
-
-def devices() -> list[Device]:
-    """The execution providers that are known, and those that this onnxruntime has beyond them.
-
-    Returns:
-        One Device for each; available ones first.
-    """
-    here = available()
-    rows = [
-        Device(short, known.name, known.hardware, known.name in here, "" if known.name in here else known.source)
-        for short, known in KNOWN.items()
-    ]
-    known_names = {known.name for known in KNOWN.values()}
-    rows += [Device(short_name(name), name, "", True, "") for name in here if name not in known_names]
-    return sorted(rows, key=lambda device: not device.available)
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a session is to run."""
 
@@ -173,7 +147,7 @@ def resolve(
         if name not in here:
             known = KNOWN.get(short_name(name)) if name else None
             what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
-            remedy = f"; it comes with {known.source}" if known else f"; known are {', '.join(KNOWN)}"
+            remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(KNOWN)}"
             if known and len(wheels()) > 1 and any(wheel in known.source.split() for wheel in wheels()):
                 remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
@@ -203,6 +177,15 @@ def overlapping() -> str:
         f"the packages {', '.join(found)} lie over one another, and the first one answers: type  "
         f"pip uninstall {' '.join(found)}  and then  pip install  with the one that you want"
     )
+
+
+def what_brings(known: Known) -> str:
+    """The command that brings a provider, after that for the wheels that its wheel would lie over."""
+    packages = re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
+    # A plugin is no onnxruntime of its own.
+    wanted = {package for package in packages if package != known.plugin.replace("_", "-")}
+    others = [wheel for wheel in wheels() if wheel not in wanted] if wanted else []
+    return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
 
 
 def takes_fused(target: str) -> bool:
@@ -237,22 +220,23 @@ def require_active(wanted: Placement, active: Sequence[str]) -> None:
             )
 
 
-def left_behind(name: str, operators: Mapping[str, int], target: str) -> ProviderError:
+def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
     """What is said of a provider that was asked for by name, and leaves operators to the processor."""
     remedy = "" if provider_of(target) == short_name(name) else _facts(name).remedy
     return ProviderError(
-        f"the execution provider {short_name(name)!r} leaves {counted(operators)} of this bundle's graph to the "
+        f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
         f"processor: {f'{remedy}, or ' if remedy else ''}let it, with allow_fallback=True, or --allow-fallback of the "
         "commands run, chat, bench, inspect and verify"
     )
 
 
-def counted(operators: Mapping[str, int]) -> str:
-    """As in 3 operators (Shape 2, Squeeze)."""
+def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
+    """As in 3 operators (Shape 2, Squeeze) in 2 parts; without the parts where their number is unknown."""
     most = Counter(operators).most_common()
     shown = ", ".join(f"{name} {count}" if count > 1 else name for name, count in most[:6])
     number = sum(operators.values())
-    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)})"
+    where = "" if parts is None else f" in {parts} part{'s' * (parts != 1)}"
+    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)}){where}"
 
 
 def cache_device(active: Sequence[str]) -> str:

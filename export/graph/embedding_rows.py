@@ -7,14 +7,17 @@ of the table is there. A row read from the file is a row.
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import onnx_ir as ir
 
 from pastkey import names
 
-from .edit import drop_unused_weights, replace_uses
+from .edit import NodeBuilder, drop_unused_weights, replace_uses
 
 _LARGE = 1 << 20  # bytes: a table from which on it is worth it
+_TABLE = "embedding_rows.table"
 
 
 def take_embedding_rows(model: ir.Model) -> None:
@@ -38,6 +41,31 @@ def take_embedding_rows(model: ir.Model) -> None:
         model.metadata_props[names.EMBEDDING_ROWS] = json.dumps(place)
         drop_unused_weights(model)
         return
+
+
+def give_embedding_back(model: ir.Model, folder: Path) -> None:
+    """Undoes `take_embedding_rows`, for programs that read no rows themselves. The weights file lies in `folder`."""
+    rows = next((value for value in model.graph.inputs if value.name == names.EMBEDDING_ROWS), None)
+    if rows is None:
+        return
+    place = json.loads(model.metadata_props.pop(names.EMBEDDING_ROWS))
+    length = math.prod(place["shape"])  # a byte each
+    stored = ir.ExternalTensor(
+        place["file"],
+        place["offset"],
+        length,
+        ir.DataType.UINT8,
+        shape=ir.Shape(place["shape"]),
+        name=_TABLE,
+        base_dir=folder,
+    )
+    table = ir.Value(name=_TABLE, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+    model.graph.register_initializer(table)
+    builder = NodeBuilder(model, "embedding_rows")
+    ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
+    replace_uses(rows, builder.add("Gather", table, ids))
+    model.graph.insert_before(model.graph[0], builder.nodes)
+    model.graph.inputs.remove(rows)
 
 
 def _is_large_table(value: ir.Value) -> bool:

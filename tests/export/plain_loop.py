@@ -63,8 +63,9 @@ def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
     """Logits (T, V) of one text that is given to the graph in chunks; each takes the cache that the last one left."""
     session = open_graph(path)
     shapes = {value.name: value.shape for value in session.get_inputs()}
+    half = any(value.type == "tensor(float16)" for value in session.get_inputs())
     past = {
-        name: np.zeros([1, shape[1], 0, shape[3]], np.float32)
+        name: np.zeros([1, shape[1], 0, shape[3]], np.float16 if half else np.float32)
         for name, shape in shapes.items()
         if name.startswith("past_key_values.")
     }

@@ -36,6 +36,8 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> No
         ({"target": "tpu"}, "target is 'tpu'; it must be one of"),
         ({"graph": "static"}, "graph is 'static'; it must be one of auto, fused, standard"),
         ({"target": "portable", "precision": "fp32", "graph": "fused"}, "with --target portable use standard"),
+        ({"format": "gguf"}, "format is 'gguf'; it must be one of onnx, ort"),
+        ({"format": "ort", "target": "cuda"}, "for cuda: with --format ort take --target cpu or portable"),
         ({"max_kl": float("nan")}, "max_kl is nan; it must be a finite number of nats above 0"),
         ({"precision": "fp32", "max_kl": 0.1}, "fp32 keeps every matrix as it is: leave out --max-kl"),
         ({"precision": "fp32", "calibration": "text"}, "fp32 needs no calibration"),

@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,7 +57,9 @@ class _Handler(SimpleHTTPRequestHandler):
         """Says nothing: a test's output is its failures."""
 
 
-def visit(chromium: str, page: str, places: Mapping[str, Path], *, seconds: float = 120) -> tuple[str, Any]:
+def visit(
+    chromium: str, page: str, places: Mapping[str, Path], *, flags: Sequence[str] = (), seconds: float = 120
+) -> tuple[str, Any]:
     """Opens `page` and waits for its first POST: the path, and the content. Raises queue.Empty after `seconds`.
 
     `places` maps the beginning of an address's path to a file or folder; the first that fits counts. Nothing but
@@ -70,7 +72,7 @@ def visit(chromium: str, page: str, places: Mapping[str, Path], *, seconds: floa
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}{page}"
-        command = [chromium, *_FLAGS, f"--user-data-dir={profile}", address]
+        command = [chromium, *_FLAGS, *flags, f"--user-data-dir={profile}", address]
         home = os.environ | {"HOME": profile, "XDG_CONFIG_HOME": profile}  # its crash reporter writes there
         quiet = subprocess.DEVNULL
         with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=home) as browser:

@@ -15,6 +15,7 @@ from pastkey.train.loop import train
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
+from ..export.graft.own.blocks import DECODERS as OWN
 from ..shared import shared
 
 # Short documents, so that the decoders learn to end; after name and number there is one way to go on, so that few
@@ -54,12 +55,21 @@ BUNDLES: dict[str, Callable[[Path], object]] = {
     "smollm2": lambda out: export(smollm2(), out),
     "llama-fp32": lambda out: trained(out, preset="llama", precision="fp32"),
 }
-# Those that only other hardware loads here.
+
+
+def short_conv(out: Path) -> None:
+    """A decoder of random weights that keeps rows beside keys and values."""
+    own = OWN["short_conv"]
+    export(own.make(), out, precision="fp32", context_length=own.context)
+
+
+# Those that only other hardware and plain onnxruntime load here.
 MORE: dict[str, Callable[[Path], object]] = {
     "llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32"),
     "llama-webgpu": lambda out: trained(out, preset="llama", precision="fp32", target="webgpu"),
     "llama-webgpu-int8": lambda out: trained(out, preset="llama", target="webgpu"),
     "gpt2-webgpu-fp16": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp16", target="webgpu"),
+    "short-conv": short_conv,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,17 +67,44 @@ def test_openvino_runs_the_standard_graph_whole(bundles: Callable[[str], Path], 
     assert answered(done) == expected(bundle)
     assert "leaves" not in done.stderr
     placed = pastkey_in(OPENVINO, "inspect", bundle, "--provider", "openvino", "--json")
-    assert [share["provider"] for share in json.loads(placed.stdout)["shares"]] == ["openvino"]
+    assert [(s["provider"], s["nodes"], s["parts"]) for s in json.loads(placed.stdout)["shares"]] == [
+        ("openvino", 1, 1)
+    ]
 
 
 def test_openvino_leaves_the_attention_of_the_fused_graph(bundles: Callable[[str], Path]) -> None:
     bundle = bundles("llama-fp32")
     refused = run(OPENVINO, bundle, "--provider", "openvino")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "leaves 2 operators (GroupQueryAttention 2) of this bundle's graph to the processor" in refused.stderr
+    assert (
+        "leaves 2 operators (GroupQueryAttention 2) in 2 parts of this bundle's graph to the processor"
+        in refused.stderr
+    )
     allowed = run(OPENVINO, bundle, "--provider", "openvino", "--allow-fallback")
     assert answered(allowed) == expected(bundle)
-    assert "'openvino' leaves 2 operators (GroupQueryAttention 2) to the processor" in allowed.stderr
+    assert "'openvino' leaves 2 operators (GroupQueryAttention 2) in 2 parts to the processor" in allowed.stderr
+
+
+def test_parts_are_those_of_onnxruntimes_own_profile(bundles: Callable[[str], Path]) -> None:
+    """Each compiled part is one event of a run, and each attention stands alone between two of them."""
+    placed = pastkey_in(
+        OPENVINO, "inspect", bundles("llama-fp32"), "--provider", "openvino", "--allow-fallback", "--json"
+    )
+    shares = {share["provider"]: share for share in json.loads(placed.stdout)["shares"]}
+    assert shares["cpu"]["operators"] == {"GroupQueryAttention": 2}
+    assert (shares["cpu"]["parts"], shares["openvino"]["parts"]) == (2, shares["openvino"]["nodes"])
+    assert shares["openvino"]["nodes"] == sum(shares["openvino"]["operators"].values()) >= 3
+
+
+def test_devices_names_wheels_and_devices() -> None:
+    for wheel, name, package, device in (
+        (OPENVINO, "openvino", "onnxruntime-openvino ", "CPU"),
+        (QNN, "qnn", "onnxruntime-qnn ", "CPU of "),  # without an NPU it emulates one on the processor
+    ):
+        rows = {row["short_name"]: row for row in json.loads(pastkey_in(wheel, "devices", "--json").stdout)["devices"]}
+        assert rows[name]["package"].startswith(package)
+        assert any(found.startswith(device) for found in rows[name]["devices"])
+        assert "onnxruntime-webgpu" in rows["webgpu"]["note"]
 
 
 def test_openvino_without_its_device_is_one_sentence(bundles: Callable[[str], Path]) -> None:
@@ -120,7 +148,7 @@ def test_webgpu_refuses_the_parts_of_a_bundle_that_was_not_made_for_it(bundles: 
     assert "export the model again with --target webgpu, or let it" in refused.stderr
     done = run(WEBGPU, bundle, "--provider", "webgpu", "--allow-fallback")
     assert answered(done) == expected(bundle)
-    assert "the execution provider 'webgpu' leaves " in done.stderr
+    assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) in \d+ parts to ", done.stderr)
 
 
 def test_qnn_is_found_and_takes_no_sizes_that_change(bundles: Callable[[str], Path]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.runtime import Engine, load
+from pastkey.runtime.ort import onnxruntime, wheels
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -187,15 +188,24 @@ def test_inspect(command: Run, bundle: Bundle) -> None:
     status, out, err = command("inspect", bundle.path, "--json")
     assert (status, err) == (0, "")
     assert json.loads(out)["shares"][0]["provider"] == "cpu"
+    assert "parts" in json.loads(out)["shares"][0]
 
 
 def test_devices(command: Run) -> None:
     status, out, _ = command("devices")
     assert status == 0
-    assert "cpu            available" in out
+    assert f"cpu            available  any processor; {wheels()[0]} {onnxruntime.__version__}" in out
+    assert "Apple GPUs and neural engines; comes with pip install onnxruntime on macOS" in out
     status, out, _ = command("devices", "--json")
     rows = {row["short_name"]: row for row in json.loads(out)["devices"]}
     assert rows["cpu"]["available"]
+
+
+def test_an_unknown_provider_is_told_those_that_exist(command: Run, bundle: Bundle) -> None:
+    fails(command("inspect", bundle.path, "--provider", "gpu9"), "'gpu9' is unknown; here: ")
+    fails(
+        command("inspect", bundle.path, "--provider", "gpu9"), "known are cpu, cuda, tensorrt, openvino, webgpu, qnn, "
+    )
 
 
 def test_devices_takes_no_arguments(command: Run) -> None:

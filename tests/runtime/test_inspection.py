@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.runtime.inspection import Share, inspect, read_shares
+from pastkey.runtime.parts import Assigned
 
 if TYPE_CHECKING:
     from .conftest import Tiny
@@ -61,4 +64,8 @@ def test_nodes_are_counted_once_per_provider() -> None:
         {"cat": "Engine", "name": "model_run", "args": {}},
         {"cat": "Node", "name": "MatMul_1_fence_before", "args": {}},
     ]  # fmt: skip
-    assert read_shares(profile) == (Share("cuda", 2, 150, {"MatMul": 2}), Share("cpu", 1, 0, {"Shape": 1}))
+    shares = Share("cuda", 2, 150, {"MatMul": 2}), Share("cpu", 1, 0, {"Shape": 1})
+    assert read_shares(profile, {}) == shares
+    # What is recorded of the first is too little to be all of it.
+    record = {cuda: Assigned(Counter(MatMul=1), 1), cpu: Assigned(Counter(Shape=2), 2)}
+    assert read_shares(profile, record) == (shares[0], replace(shares[1], parts=2))

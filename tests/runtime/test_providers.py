@@ -55,8 +55,9 @@ def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
     assert providers.counted({"Shape": 1}) == "1 operator (Shape)"
     many = {name: 8 - i for i, name in enumerate("ABCDEFG")}
     assert providers.counted(many) == "35 operators (A 8, B 7, C 6, D 5, E 4, F 3, ...)"
-    sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"GroupQueryAttention": 4}, "cpu"))
-    assert "'openvino' leaves 4 operators (GroupQueryAttention 4)" in sentence
+    assert providers.counted({"Shape": 2}, 1) == "2 operators (Shape 2) in 1 part"
+    sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"GroupQueryAttention": 4}, "cpu", 4))
+    assert "'openvino' leaves 4 operators (GroupQueryAttention 4) in 4 parts of this bundle's graph" in sentence
     assert "--target openvino, or let it, with allow_fallback=True, or --allow-fallback of the commands" in sentence
     assert "--target" not in str(providers.left_behind("OpenVINOExecutionProvider", {"Cos": 1}, "openvino"))
 
@@ -67,8 +68,22 @@ def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     here(monkeypatch)
     with pytest.raises(ProviderError, match=r"'webgpu' is not on this machine; here: cpu; .* lie over one another"):
         providers.resolve("webgpu")
-    with pytest.raises(ProviderError, match="it comes with pip install onnxruntime-openvino"):
+    with pytest.raises(ProviderError, match=r"onnxruntime-webgpu  and then  pip install onnxruntime-openvino$"):
         providers.resolve("openvino")
+
+
+def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, gpu = providers.KNOWN, "pip install onnxruntime-gpu, with CUDA and cuDNN"
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
+    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
+    assert providers.what_brings(known["qnn"]) == "pip install onnxruntime onnxruntime-qnn"
+    assert providers.what_brings(known["coreml"]) == "pip install onnxruntime on macOS"
+    assert providers.what_brings(known["xnnpack"]) == "onnxruntime built from source with --use_xnnpack"
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime-webgpu", "onnxruntime-gpu"])
+    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime-webgpu  and then  {gpu}"
+    assert providers.what_brings(known["qnn"]).startswith(
+        "pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  "
+    )
 
 
 def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +144,3 @@ def test_a_provider_that_did_not_start_is_not_passed_over_in_silence() -> None:
     providers.require_active(wanted, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="could not start the execution provider 'cuda'"):
         providers.require_active(wanted, ["CPUExecutionProvider"])
-
-
-def test_devices_lists_every_known_provider_once_with_available_ones_first() -> None:
-    rows = providers.devices()
-    assert rows[0].short_name == "cpu"
-    assert rows[0].available
-    assert sorted(row.short_name for row in rows if row.short_name in providers.KNOWN) == sorted(providers.KNOWN)
-    assert all(row.note for row in rows if not row.available)

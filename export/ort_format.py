@@ -1,0 +1,124 @@
+"""pastkey's own graph once more, in onnxruntime's ORT format: one file with its weights, for phones and small builds.
+
+A file of this format holds its own weights, whatever onnxruntime is told of files beside it. So it is one graph: with
+`logits_start` at minus the number of new tokens it gives what the all-logits graph gives.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pastkey import names
+from pastkey.bundle import Bundle
+from pastkey.errors import ParityError
+from pastkey.runtime.engine import Engine
+from pastkey.runtime.ort import onnxruntime
+
+from .graph.embedding_rows import give_embedding_back
+from .progress import Progress
+
+_TOOL = "onnxruntime.tools.convert_onnx_models_to_ort"
+_TOKENS = 9  # of the text that both files are run on
+_LIMIT = 1e-5  # of the largest logit
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of the cache
+
+Array = npt.NDArray[Any]
+
+
+def write_ort_format(bundle: Bundle, progress: Progress) -> None:
+    """Writes names.ORT_GRAPH and names.ORT_OPERATORS into a bundle's folder.
+
+    Raises ParityError where onnxruntime cannot write the file, or it computes something else than the bundle's graph.
+    """
+    progress.stage("write the ORT format")
+    graph, operators = bundle.path / names.ORT_GRAPH, bundle.path / names.ORT_OPERATORS
+    model = ir.load(bundle.last_logits_graph)
+    give_embedding_back(model, graph.parent)
+    source = graph.with_name("ort_source.onnx")  # beside the weights file that it names
+    with tempfile.TemporaryDirectory(dir=bundle.path, prefix=".ort-") as made:
+        ir.save(model, source)
+        _convert(source, Path(made))
+        source.unlink()
+        (Path(made) / f"{source.stem}.ort").rename(graph)
+        listed = (Path(made) / f"{source.stem}.required_operators.config").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in listed if not line.startswith("#")]  # which name the folder of the exporting machine
+    operators.write_text(
+        "\n".join(
+            [f"# The operators of {graph.name}, by onnxruntime {onnxruntime.__version__}", *filter(None, lines), ""]
+        ),
+        encoding="utf-8",
+    )
+    _require_equal(bundle, graph)
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """By onnxruntime's own program, in a process of its own: as a module it sets up everyone's logging."""
+    program: list[str | Path] = [
+        sys.executable,
+        "-P",
+        "-m",
+        _TOOL,
+        source,
+    ]  # -P: nothing of the folder where it is typed
+    # Fixed: optimised now. The platform leaves out what only processors of servers run.
+    settings: list[str | Path] = ["--output_dir", folder, "--optimization_style", "Fixed", "--target_platform", "arm"]
+    done = subprocess.run([*program, *settings], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit status {done.returncode}")
+        raise ParityError(f"onnxruntime cannot write the graph in its ORT format ({reason}): take --format onnx")
+
+
+def _require_equal(bundle: Bundle, graph: Path) -> None:
+    count = min(_TOKENS, bundle.manifest.context_length)
+    ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, count)
+    engine = Engine(bundle, providers="cpu")
+    expected = np.stack([engine.prefill(ids[:1]), *(engine.decode(int(token)) for token in ids[1:])])
+    apart = float(np.abs(_logits(graph, ids) - expected).max() / max(float(np.abs(expected).max()), 1e-6))
+    if not apart <= _LIMIT:
+        raise ParityError(
+            f"in the ORT format of {bundle.last_logits_graph.name} logits differ by {apart:.1e} of the largest logit "
+            f"(limit {_LIMIT:.0e}): onnxruntime {onnxruntime.__version__} optimises it wrongly; install another "
+            "release of it, or take --format onnx"
+        )
+
+
+def _logits(graph: Path, ids: Array) -> Array:
+    """Those of every position, (T, V), by the graph with a cache and one token at a time."""
+    session = onnxruntime.InferenceSession(str(graph), _quiet(), providers=["CPUExecutionProvider"])
+    inputs, outputs = session.get_inputs(), [value.name for value in session.get_outputs()]
+    past = {
+        value.name: np.zeros(
+            [1, *(0 if isinstance(size, str) else size for size in value.shape[1:])], _TYPES[value.type]
+        )
+        for value in inputs
+        if value.name.startswith("past_")
+    }
+    logits = []
+    for position, token in enumerate(ids):
+        known = {
+            names.INPUT_IDS: np.array([[token]], np.int64),
+            names.ATTENTION_MASK: np.ones((1, position + 1), np.int64),
+            names.SEQLENS_K: np.array([position], np.int32),
+            names.TOTAL_SEQUENCE_LENGTH: np.array(position + 1, np.int32),
+            names.POSITION_IDS: np.array([[position]], np.int64),
+            names.LOGITS_START: np.array([-1], np.int64),
+        } | past
+        feeds = {value.name: known[value.name] for value in inputs}
+        found = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        logits.append(found[names.LOGITS][0, -1])
+        past = {name: found[name.replace("past_key_values", "present").replace("past_", "present_")] for name in past}
+    return np.stack(logits)
+
+
+def _quiet() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: shapes of the cache are none
+    return options
