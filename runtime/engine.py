@@ -124,6 +124,7 @@ class Engine:
             self.onnx,
             bundle.manifest,
             device=ep.cache_device(self.providers),
+            fixed_shapes=ep.prefers_fixed_shapes(self.providers),
             # Opened later, wherever the process has gone by then.
             open_int8=None if int8 is None else functools.partial(open_graph, int8.absolute()),
             int8_from=int8_kv_from,
@@ -256,7 +257,7 @@ class Engine:
             # A bound value is no copy: these arrays must outlive the run.
             feeds: dict[str, npt.NDArray[Any]] = {
                 names.INPUT_IDS: ids,
-                names.ATTENTION_MASK: full_mask,
+                names.ATTENTION_MASK: cache.columns(full_mask),
                 names.POSITION_IDS: positions,
             }
             if self._last_only:

@@ -42,6 +42,7 @@ class Known:
     fused: Fused = Fused.UNKNOWN
     remedy: str = ""  # what to export for it, where that is not the fused graph
     whole: bool = False  # a graph of pastkey's was seen to run there with nothing left to the processor
+    fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
     plugin: str = ""  # the module of a provider that onnxruntime must be told of
 
 
@@ -62,6 +63,7 @@ KNOWN = {
         Fused.PARTLY,
         remedy="export the model again with --target openvino",
         whole=True,
+        fixed_shapes=True,
     ),
     "webgpu": Known(
         "WebGpuExecutionProvider",
@@ -246,6 +248,11 @@ def counted(operators: Mapping[str, int]) -> str:
 def cache_device(active: Sequence[str]) -> str:
     """Where the cache of a session with these providers lives: onnxruntime's device name."""
     return _DEVICE_OF.get(active[0], "cpu")
+
+
+def prefers_fixed_shapes(active: Sequence[str]) -> bool:
+    """Whether a session with these providers is slow where a shape changes."""
+    return _facts(active[0]).fixed_shapes
 
 
 def available() -> list[str]:
