@@ -85,7 +85,7 @@ class BundleWriter:
         self.progress.stage(f"verify {precision}: prefill, decode, chunks, batch, greedy")
         try:
             layers = self.decoder.observation.layers
-            verification = verify(bundle, source.module, layers=layers, progress=self.progress)
+            verification = verify(bundle, source.module, layers=layers, progress=self.progress, providers="cpu")
         except RunError as error:
             if isinstance(error, PastkeyError):
                 raise

@@ -24,6 +24,7 @@ from .settings import (
     GREEDY_PROMPTS,
     GREEDY_TOKENS,
     SOURCES,
+    STATIC_CHUNK,
     TOKENIZERS,
     ExportConfig,
 )
@@ -46,6 +47,12 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=names.PRECISIONS, help="of the weights (default: %(default)s)")
     add("--target", choices=names.TARGETS, help="where it will run (default: %(default)s)")
     add("--graph", choices=GRAPH_CHOICES, help="which graph (default: %(default)s)")
+    add(
+        "--chunk",
+        type=positive_int,
+        metavar="T",
+        help=f"of the static graph: tokens of a run of prefill (default: {STATIC_CHUNK})",
+    )
     add(
         "--context",
         dest="context_length",

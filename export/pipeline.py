@@ -18,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import nn
 
+from pastkey import names
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError
 from pastkey.folder import refuse_existing, whole_folder
@@ -30,6 +31,7 @@ from .graft.observe import Observation
 from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
 from .graph.fuse import fuse, where_rotated
+from .graph.static import write_static_graphs
 from .measure.verify import Verification
 from .progress import SILENT, Progress, Recorder
 from .quantize.calibration import WINDOWS, calibration_text, read_calibration
@@ -41,7 +43,7 @@ from .quantize.report import check_report_file, write_report
 from .quantize.search import Quantized
 from .quantize.sensitivity import Sensitivity
 from .resources import parameters, require_disk, require_memory
-from .settings import ExportConfig
+from .settings import STATIC_CHUNK, ExportConfig
 from .source import optimum
 from .source.open import open_source
 from .source.source import Source, check_tokenizer
@@ -95,6 +97,7 @@ def export(
     trust_remote_code: bool = ExportConfig.trust_remote_code,
     weights: str | Path | None = ExportConfig.weights,
     eos: int | Sequence[int] | None = ExportConfig.eos,
+    chunk: int | None = ExportConfig.chunk,
     progress: Progress = SILENT,
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
@@ -107,8 +110,8 @@ def export(
             .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
         precision: "int8", "int4" or "fp32", of the weights.
-        target: "cpu", "cuda", "openvino", "webgpu" or "portable".
-        graph: "auto", "fused" or "standard".
+        target: "cpu", "cuda", "openvino", "webgpu", "qnn", "coreml" or "portable".
+        graph: "auto", "fused", "standard" or "static".
         tokenizer: tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a list of characters
             as .json, a "file.py:factory" of a tokenizers.Tokenizer or a tiktoken Encoding, or for a llama2.c model the
             tokenizer of its own format. None takes the source's.
@@ -125,6 +128,7 @@ def export(
         weights: A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads with
             weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand is left as it is.
         eos: The token id, or ids, that end a text, instead of the source's own.
+        chunk: Of the static graph, tokens of a run of prefill.
         progress: Is told each stage, how far it is, and warnings.
 
     Raises:
@@ -152,6 +156,7 @@ def export(
         trust_remote_code=trust_remote_code,
         weights=weights,
         eos=eos,
+        chunk=chunk,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
 
@@ -161,9 +166,10 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
     _refuse_early(module_or_path, out, config)
     source = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
-    decoder = _make_graph(source, config, progress)
+    decoder = _make_graph(source, config.common, progress)
+    _require_masks(decoder, config)
     with whole_folder(out, force=config.force) as folder:
-        writer = BundleWriter(decoder, config, progress)
+        writer = BundleWriter(decoder, config.common, progress)
         bundle, fp32_bytes = writer.write(decoder.model, folder if config.precision == "fp32" else folder / ".fp32")
         verification = writer.verify(bundle)
         made, parity = Quantized(bundle, fp32_bytes, {}, None), {"fp32": verification.to_json()}
@@ -171,6 +177,9 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
             made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
             parity[config.precision] = verification.to_json()
             shutil.rmtree(bundle.path)
+        if config.static:
+            made, verification = _make_static(made, writer, config, progress)
+            parity[config.precision] = verification.to_json()
         manifest = writer.finish(made.bundle, parity, made.quality)
         if config.sensitivity is not None and made.sensitivity is not None:
             write_report(Path(config.sensitivity), made.sensitivity)
@@ -186,7 +195,8 @@ def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: Exp
         raise InputError(
             f"the fused graph is not known to run on {target}: with --target {target} use standard, or auto"
         )
-    providers.require_target(config.target)
+    if config.target not in names.STATIC_TARGETS:  # those are compiled elsewhere than they run
+        providers.require_target(config.target)
     if config.sensitivity is not None:
         read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
         check_report_file(config.sensitivity, out, read)
@@ -257,6 +267,38 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
 def _cleaned(source: Source, model: ir.Model, observation: Observation, choice: GraphChoice) -> Decoder:
     clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
     return Decoder(source, model, observation, choice, observation.padding)
+
+
+# --- static graphs ------------------------------------------------------------------------------------------------
+def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
+    """Raises ContractError where a mask cannot tell static graphs which columns of the past are holes."""
+    if config.static and not decoder.padding:
+        what = "its positions count every column of the cache"
+        if decoder.observation.states:
+            what = "it keeps rows beside the keys and values of attention"
+        raise ContractError(
+            f"{decoder.source.name} cannot have the static graph, whose past has holes, since {what}: export with "
+            "--graph standard, and for a target that takes it, such as cpu"
+        )
+
+
+def _make_static(
+    made: Quantized, writer: BundleWriter, config: ExportConfig, progress: Progress
+) -> tuple[Quantized, Verification]:
+    """Adds the static graphs to a bundle of the standard graph that was verified, and verifies them, too."""
+    common = made.bundle.manifest
+    chunk = min(config.chunk or STATIC_CHUNK, common.context_length)
+    sizes = f"1 and {chunk} new tokens over a past of {common.context_length}"
+    options = ", ".join(f"{key} {value}" for key, value in providers.KNOWN["qnn"].options.items())
+    chip = f", for {options}" if config.target == "qnn" else ""
+    progress.stage(f"make the static graphs of {sizes}{chip}")
+    shape = write_static_graphs(made.bundle, chunk, with_tables=config.target == "coreml")
+    asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
+    manifest = dataclasses.replace(
+        common, graph="static", target=config.target, graph_reason=f"{asked}; {sizes}", static=shape
+    )
+    bundle = dataclasses.replace(made.bundle, manifest=manifest)
+    return dataclasses.replace(made, bundle=bundle), writer.verify(bundle)
 
 
 # --- int8 and int4 ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-ELEMENT_TYPES = {"float": 1, "int8": 3, "int64": 7}  # TensorProto.DataType
+ELEMENT_TYPES = {"float": 1, "int8": 3, "int32": 6, "int64": 7}  # TensorProto.DataType
 EXTERNAL = 1  # TensorProto.DataLocation
 
 _MODEL = re.compile(

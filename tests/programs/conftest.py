@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.environments import smollm2
+from benchmarks.environments import ROOT, smollm2
 from pastkey.export import export
 from pastkey.train.loop import train
 from pastkey.train.settings import TrainConfig
@@ -27,14 +27,14 @@ TEXT = END_OF_TEXT.join(
 )
 
 
-def trained(out: Path, *, precision: str = "int8", **settings: Any) -> None:
+def trained(out: Path, *, precision: str = "int8", target: str = "cpu", **settings: Any) -> None:
     """A bundle of what `pastkey train` makes of a few sentences in seconds."""
     corpus = out.with_name("corpus.txt")
     corpus.write_text(TEXT, encoding="utf-8")
     small = {"steps": 150, "context": 64, "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab_size": 320}
     checkpoint = out.with_name("checkpoint")
     train(TrainConfig.from_given(small | {"threads": 1, "save_every": 150} | settings), checkpoint, data=[corpus])
-    export(checkpoint, out, precision=precision)
+    export(checkpoint, out, precision=precision, target=target)
 
 
 def stories(out: Path) -> None:
@@ -55,7 +55,14 @@ BUNDLES: dict[str, Callable[[Path], object]] = {
     "llama-fp32": lambda out: trained(out, preset="llama", precision="fp32"),
 }
 # Those that only other hardware loads here.
-MORE = {"llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32")}
+MORE: dict[str, Callable[[Path], object]] = {
+    "llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32"),
+    "llama-qnn": lambda out: trained(out, preset="llama", precision="fp32", target="qnn"),
+    "gpt2-qnn": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp32", target="qnn"),
+    "own-qnn": lambda out: export(
+        f"{ROOT / 'examples' / 'own_module.py'}:make", out, precision="fp32", target="qnn", context_length=64
+    ),
+}
 
 
 @pytest.fixture(scope="session")
