@@ -90,7 +90,7 @@ class BundleWriter:
         self.progress.stage(f"verify {precision}: prefill, decode, chunks, batch, greedy")
         try:
             layers = self.decoder.observation.layers
-            verification = verify(bundle, source.module, layers=layers, progress=self.progress)
+            verification = verify(bundle, source.module, layers=layers, progress=self.progress, providers="cpu")
         except RunError as error:
             if isinstance(error, PastkeyError):
                 raise
@@ -140,4 +140,7 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
     # There the weights alone are quantized, and the processor's activations are no others than the device's.
     exact = manifest.precision in ("int8", "int4") and Form.of(manifest.target) is Form.GPU
-    return Golden.computed(Engine(bundle, providers="cpu"), rows, LIMITS["fp32" if exact else manifest.precision])
+    like = "fp32" if exact else manifest.precision
+    if like == "fp32" and manifest.target in names.STATIC_TARGETS:  # which compute in float16
+        like = "fp16"
+    return Golden.computed(Engine(bundle, providers="cpu"), rows, LIMITS[like])

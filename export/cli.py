@@ -33,6 +33,7 @@ from .settings import (
     GREEDY_PROMPTS,
     GREEDY_TOKENS,
     SOURCES,
+    STATIC_CHUNK,
     TOKENIZERS,
     ExportConfig,
 )
@@ -57,6 +58,12 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--graph", choices=GRAPH_CHOICES, help="which graph (default: %(default)s)")
     add(
         "--format", choices=names.FORMATS, help="ort: pastkey's own graph in the ORT format, too (default: %(default)s)"
+    )
+    add(
+        "--chunk",
+        type=positive_int,
+        metavar="T",
+        help=f"of the static graph: tokens of a run of prefill (default: {STATIC_CHUNK})",
     )
     add(
         "--context",

@@ -32,6 +32,7 @@ from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import to_float16
 from .graph.fuse import fuse, where_rotated
+from .graph.static import write_static_graphs
 from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
@@ -44,7 +45,7 @@ from .quantize.report import check_report_file, write_report
 from .quantize.search import Quantized
 from .quantize.sensitivity import Sensitivity
 from .resources import parameters, require_disk, require_memory
-from .settings import ExportConfig, Options
+from .settings import STATIC_CHUNK, ExportConfig, Options
 from .source import optimum
 from .source.open import open_source
 from .source.source import Source, check_tokenizer
@@ -102,6 +103,7 @@ def export(
     session_entries: Options | None = ExportConfig.session_entries,
     allow_fallback: bool = ExportConfig.allow_fallback,
     format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
+    chunk: int | None = ExportConfig.chunk,
     progress: Progress = SILENT,
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
@@ -114,8 +116,8 @@ def export(
             .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
         precision: "int8", "int4", "fp16" or "fp32", of the weights.
-        target: "cpu", "cuda", "openvino", "webgpu" or "portable".
-        graph: "auto", "fused" or "standard".
+        target: "cpu", "cuda", "openvino", "webgpu", "qnn", "coreml" or "portable".
+        graph: "auto", "fused", "standard" or "static".
         tokenizer: tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a list of characters
             as .json, a "file.py:factory" of a tokenizers.Tokenizer or a tiktoken Encoding, or for a llama2.c model the
             tokenizer of its own format. None takes the source's.
@@ -136,6 +138,7 @@ def export(
         session_entries: Settings of onnxruntime's session there.
         allow_fallback: Whether the processor may run there what the provider leaves.
         format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
+        chunk: Of the static graph, tokens of a run of prefill.
         progress: Is told each stage, how far it is, and warnings.
 
     Raises:
@@ -167,6 +170,7 @@ def export(
         session_entries=session_entries,
         allow_fallback=allow_fallback,
         format=format,
+        chunk=chunk,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
 
@@ -176,7 +180,8 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
     _refuse_early(module_or_path, out, config)
     source = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
-    decoder = _make_graph(source, config, progress)
+    decoder = _make_graph(source, config.common, progress)
+    _require_masks(decoder, config)
     with whole_folder(out, force=config.force) as folder:
         writer = BundleWriter(decoder, config, progress)
         bundle, fp32_bytes = writer.write(decoder.model, folder if config.precision == "fp32" else folder / ".fp32")
@@ -189,6 +194,9 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
                 made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
             parity[config.precision] = verification.to_json()
             shutil.rmtree(bundle.path)
+        if config.static:
+            made, verification = _make_static(made, writer, config, progress)
+            parity[config.precision] = verification.to_json()
         if config.format == "ort":
             write_ort_format(made.bundle, progress)
         manifest = writer.finish(made.bundle, parity, made.quality)
@@ -287,6 +295,36 @@ def _halve(fp32: Bundle, folder: Path, writer: BundleWriter) -> tuple[Quantized,
     bundle, weight_bytes = writer.write(model, folder, "fp16")
     verification = writer.verify(bundle)
     return Quantized(bundle, weight_bytes, verification.quality, None), verification
+
+
+# --- static graphs ------------------------------------------------------------------------------------------------
+def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
+    """Raises ContractError where a mask cannot tell static graphs which columns of the past are holes."""
+    if config.static and not decoder.padding:
+        what = "its positions count every column of the cache"
+        if decoder.observation.states:
+            what = "it keeps rows beside the keys and values of attention"
+        raise ContractError(
+            f"{decoder.source.name} cannot have the static graph, whose past has holes, since {what}: export with "
+            "--graph standard, and for a target that takes it, such as cpu"
+        )
+
+
+def _make_static(
+    made: Quantized, writer: BundleWriter, config: ExportConfig, progress: Progress
+) -> tuple[Quantized, Verification]:
+    """Adds the static graphs to a bundle of the standard graph that was verified, and verifies them, too."""
+    common = made.bundle.manifest
+    chunk = min(config.chunk or STATIC_CHUNK, common.context_length)
+    sizes = f"1 and {chunk} new tokens over a past of {common.context_length}"
+    options = ", ".join(f"{key} {value}" for key, value in providers.KNOWN["qnn"].options.items())
+    chip = f", for {options}" if config.target == "qnn" else ""
+    progress.stage(f"make the static graphs of {sizes}{chip}")
+    shape = write_static_graphs(made.bundle, chunk, with_tables=config.target == "coreml")
+    asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
+    manifest = dataclasses.replace(common, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
+    bundle = dataclasses.replace(made.bundle, manifest=manifest)
+    return dataclasses.replace(made, bundle=bundle), writer.verify(bundle)
 
 
 # --- int8 and int4 ------------------------------------------------------------------------------------------------

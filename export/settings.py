@@ -5,6 +5,7 @@ Standard library only, so that `--help` can show all of it at once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
 _ORT_TARGETS = ("cpu", "portable")
+STATIC_CHUNK = 64  # tokens of a run of prefill, where nothing else is asked for
 
 SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
 TOKENIZERS = (
@@ -56,6 +58,7 @@ class ExportConfig:
     provider_options: Options | None = None
     session_entries: Options | None = None
     allow_fallback: bool = False  # the processor may run what that provider leaves
+    chunk: int | None = None  # tokens of a run of prefill of the static graph; None: STATIC_CHUNK
 
     def __post_init__(self) -> None:
         for name, found, known in (
@@ -79,6 +82,7 @@ class ExportConfig:
             raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
         if self.precision in ("fp32", "fp16"):
             self._check_float(self.precision)
+        self._check_static()
 
     def _check_float(self, precision: str) -> None:
         for given, sentence in (
@@ -88,6 +92,32 @@ class ExportConfig:
         ):
             if given is not None:
                 raise InputError(f"{sentence}, or export with --precision int8")
+
+    def _check_static(self) -> None:
+        if self.target in names.STATIC_TARGETS and not self.static:
+            raise InputError(
+                f"--target {self.target} takes graphs of fixed sizes only, and --graph {self.graph} has others: leave "
+                "--graph out, or give static"
+            )
+        if self.chunk is not None and not self.static:
+            raise InputError("--chunk is of the static graph: leave it out, or export with --graph static")
+        if self.chunk is not None and not is_int(self.chunk, 1):
+            raise InputError(f"chunk is {self.chunk!r}; it must be a whole number of tokens from 1")
+        if self.static and self.precision != "fp32":
+            raise InputError(
+                f"the static graph is made in float32, which an NPU computes in its own precision, and not in "
+                f"{self.precision}: export with --precision fp32"
+            )
+
+    @property
+    def static(self) -> bool:
+        """Whether static graphs are made."""
+        return self.graph == "static" or (self.graph == "auto" and self.target in names.STATIC_TARGETS)
+
+    @property
+    def common(self) -> ExportConfig:
+        """How the graph for other programs is exported, of which static ones are made."""
+        return dataclasses.replace(self, graph="standard", target="cpu", chunk=None) if self.static else self
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ bundle/  pastkey.json                       this manifest
          config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
          onnx/pastkey.onnx                                logits of the last positions, for `generate`
+         onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   in its place, where the graph is static
          onnx/*.onnx_data                                 the weights, once
          onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
 """
@@ -43,6 +44,15 @@ class StateGeometry:
 
 
 @dataclass(frozen=True)
+class StaticShape:
+    """The sizes of the static graphs, beside the context, which is their past."""
+
+    chunk: int  # tokens of a run of prefill
+    masked: float  # what is added to the score of a token that is not seen
+    windows: tuple[int, ...]  # of the masks, in tokens; 0 for all earlier ones
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle says of itself. `parity` and `quality` hold the figures measured at export."""
 
@@ -59,6 +69,7 @@ class Manifest:
     ir_version: int
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
+    static: StaticShape | None = None  # of the static graphs
     call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
     bos_token_id: int | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
@@ -90,6 +101,11 @@ class Bundle:
         return self.path / names.LAST_LOGITS_GRAPH
 
     @property
+    def static_graphs(self) -> tuple[Path, Path]:
+        """The graph of one new token, and that of a chunk."""
+        return self.path / names.STATIC_DECODE_GRAPH, self.path / names.STATIC_PREFILL_GRAPH
+
+    @property
     def int8_kv_graph(self) -> Path | None:
         """The graph with an int8 cache, or None for a bundle without one."""
         path = self.path / names.INT8_KV_GRAPH
@@ -115,7 +131,8 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     """
     bundle = read_bundle(path)
     folder, manifest = bundle.path, bundle.manifest
-    for needed in (bundle.all_logits_graph, bundle.last_logits_graph):
+    own = bundle.static_graphs if manifest.graph == "static" else (bundle.last_logits_graph,)
+    for needed in (bundle.all_logits_graph, *own):
         if needed.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
     for file in bundle.all_logits_graph.parent.glob("*"):
@@ -126,6 +143,17 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
         check_hashes(folder, manifest.files, remembered=not verify)
     check_external_data(folder, manifest.files)
     return bundle
+
+
+def _parse_static(content: Mapping[str, Any]) -> StaticShape:
+    """Raises TypeError or ValueError."""
+    static = StaticShape(**content)
+    static = dataclasses.replace(static, windows=tuple(static.windows))
+    require(is_int(static.chunk, 1), "chunk", static.chunk, "a whole number from 1")
+    for window in static.windows:
+        require(is_int(window, 0), "a window", window, "a whole number from 0")
+    require(isinstance(static.masked, float) and static.masked < 0, "masked", static.masked, "a number below 0")
+    return static
 
 
 def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
@@ -143,6 +171,10 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
     try:
         values["layers"] = tuple(KVGeometry(**layer) for layer in values["layers"])
         values["states"] = tuple(StateGeometry(**state) for state in values.get("states", ()))
+        if (static := values.get("static")) is not None:
+            values["static"] = static = _parse_static(static)
+        if (values["graph"] == "static") != (static is not None):
+            raise ValueError(f"graph is {values['graph']!r} and static is {static!r}")
         sizes = [(name, values[name]) for name in ("vocab_size", "context_length", "opset", "ir_version")]
         sizes += [(name, size) for layer in values["layers"] for name, size in dataclasses.asdict(layer).items()]
         sizes += [(name, size) for state in values["states"] for name, size in dataclasses.asdict(state).items()]
@@ -164,7 +196,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
         if values["graph"] not in names.GRAPHS:
             raise ValueError(f"graph is {values['graph']!r}")
         if values["states"] and values["graph"] != "standard":
-            raise ValueError("the fused graph has no states")
+            raise ValueError(f"the {values['graph']} graph has no states")
     except (TypeError, ValueError) as error:
         raise IntegrityError(f"{folder / names.MANIFEST} is not valid: {error}") from None
     values["files"] = parse_records(folder, values.get("files"))

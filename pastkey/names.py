@@ -22,6 +22,9 @@ TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"  # () int32, S
 # of INPUT_IDS. The graph's metadata says under this name where in the weights file they stand.
 EMBEDDING_ROWS: Final = "embedding_rows"
 
+# Metadata of a static graph: its inputs whose rows the runtime reads from a file, by token or position.
+TABLES: Final = "tables"
+
 # --- axes ---------------------------------------------------------------------------------------------------------
 BATCH: Final = "batch_size"
 SEQUENCE: Final = "sequence_length"  # T
@@ -66,6 +69,11 @@ def present_conv(state: int | str) -> str:
     return f"present_conv.{state}"
 
 
+def static_mask(window: int) -> str:
+    """Input (1, 1, T, P + T) float32 of a static graph, added to scores; window in tokens, 0 for all earlier ones."""
+    return f"mask_window_{window}" if window else "mask"
+
+
 # --- files of a folder --------------------------------------------------------------------------------------------
 MANIFEST: Final = "pastkey.json"
 CONFIG: Final = "config.json"
@@ -94,9 +102,14 @@ INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Some bundles have them.
 ORT_GRAPH: Final = "onnx/pastkey.ort"
 ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"
+# The static graphs, of one new token and of a chunk, in place of LAST_LOGITS_GRAPH.
+STATIC_DECODE_GRAPH: Final = "onnx/pastkey_decode.onnx"
+STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"
+STATIC_TABLES: Final = "onnx/pastkey_tables.onnx_data"  # whose rows the runtime feeds, beside those of the weights
 DATA_SUFFIX: Final = "_data"  # weights stand beside the all-logits graph: onnx/model_quantized.onnx_data
 
 PRECISIONS: Final = ("int8", "int4", "fp16", "fp32")
-TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "portable")
+TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "qnn", "coreml", "portable")
+STATIC_TARGETS: Final = ("qnn", "coreml")  # which take graphs of fixed sizes only
 FORMATS: Final = ("onnx", "ort")
-GRAPHS: Final = ("fused", "standard")
+GRAPHS: Final = ("fused", "standard", "static")

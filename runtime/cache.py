@@ -117,6 +117,10 @@ class KVCache:
             self.binding.bind_ortvalue_input(tensor.past, value)
             self.binding.bind_output(tensor.present, self._device)
 
+    def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The graph's attention_mask of the `mask` (B, S): here, each column is a token."""
+        return mask
+
     def advance(self, tokens: int) -> None:
         """Takes in the tokens of the run that has just ended."""
         self.length += tokens

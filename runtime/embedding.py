@@ -13,6 +13,7 @@ import math
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,12 @@ from pastkey.errors import IntegrityError
 
 
 class EmbeddingRows:
-    """A table (V, blocks, block_size) uint8 in a file, which stays open as onnxruntime's own mapping of it does."""
+    """A table (V, ...) in a file, such as the quantized embedding's (V, blocks, block_size) uint8.
 
-    def __init__(self, folder: Path, place: str) -> None:
+    The file stays open as onnxruntime's own mapping of it does.
+    """
+
+    def __init__(self, folder: Path, place: str, dtype: type[np.generic] = np.uint8) -> None:
         """`place` is what the graph's metadata says: the file's name in `folder`, the offset in bytes, and the shape.
 
         Raises IntegrityError where that cannot be.
@@ -33,7 +37,8 @@ class EmbeddingRows:
             path = folder / Path(found["file"]).name
             self._offset, shape = int(found["offset"]), tuple(map(int, found["shape"]))
             self._vocab_size, self._row_shape = shape[0], shape[1:]
-            self._row_bytes = math.prod(self._row_shape)
+            self._dtype = np.dtype(dtype)
+            self._row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
             end = self._offset + self._vocab_size * self._row_bytes
             if self._offset < 0 or min(shape) < 1 or end > path.stat().st_size:
                 raise ValueError(f"{path.name} has no bytes {self._offset} to {end}")
@@ -42,8 +47,8 @@ class EmbeddingRows:
             raise IntegrityError(f"a graph in {folder} does not say where its embedding is: {error}") from None
         weakref.finalize(self, os.close, self._file)
 
-    def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """The rows (B, T, blocks, block_size) of `ids` (B, T), each from 0 to V - 1."""
+    def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """The rows (B, T, ...) of `ids` (B, T), each from 0 to V - 1."""
         rows = []
         for token in ids.flat:
             assert token < self._vocab_size, f"id {token} of a table of {self._vocab_size} rows"
@@ -51,7 +56,7 @@ class EmbeddingRows:
         content = b"".join(rows)
         if len(content) != ids.size * self._row_bytes:
             raise IntegrityError("the weights file was cut short while it was in use: copy it again")
-        return np.frombuffer(content, np.uint8).reshape(*ids.shape, *self._row_shape)
+        return np.frombuffer(content, self._dtype).reshape(*ids.shape, *self._row_shape)
 
 
 def _seek_and_read(file: int, size: int, offset: int) -> bytes:

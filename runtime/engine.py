@@ -23,6 +23,7 @@ from .int8_kv import INT8_KV_FROM, CachePair
 from .open import checked_threads, open_session
 from .ort import onnxruntime
 from .settings import Choice
+from .static_graphs import StaticGraphs
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -119,16 +120,24 @@ class Engine:
             allow_fallback=allow_fallback,
             session_entries=session_entries,
         )
+        static = bundle.manifest.static
+        if static is not None:
+            path = bundle.static_graphs[1]
         self.onnx = open_graph(path, profile_prefix=profile_prefix)
         self.providers: list[str] = self.onnx.get_providers()
         self._inputs = {value.name for value in self.onnx.get_inputs()}
+        self._static: StaticGraphs | None = None
+        if static is not None:
+            decode = self.onnx if static.chunk == 1 else open_graph(bundle.static_graphs[0])
+            self._static = StaticGraphs(decode, self.onnx, bundle.manifest, path.parent)
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
         int8 = bundle.int8_kv_graph if not self._every and profile_prefix is None else None
-        self.cache = CachePair(
+        self.cache: CachePair | StaticGraphs = self._static or CachePair(
             self.onnx,
             bundle.manifest,
             device=ep.cache_device(self.providers),
+            fixed_shapes=ep.prefers_fixed_shapes(self.providers),
             # Opened later, wherever the process has gone by then.
             open_int8=None if int8 is None else functools.partial(open_graph, int8.absolute()),
             int8_from=int8_kv_from,
@@ -194,7 +203,7 @@ class Engine:
             The last one's logits, (V,).
         """
         ids = self.checked(ids, 1)
-        size = PREFILL_CHUNK if chunk_size is None else chunk_size
+        size = (PREFILL_CHUNK if self._static is None else ids.size) if chunk_size is None else chunk_size
         if size < 1:
             raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
         count = math.ceil(ids.size / size)
@@ -261,8 +270,11 @@ class Engine:
                 f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
+        if self._static is not None:
+            return self._run_static(self._static, ids, mask, keep=keep)
         padded = self._mask is not None or mask is not None
         with self._cached_ids.changing(known=batch == 1 and not padded) as cached:
+            assert isinstance(self.cache, CachePair)
             cache = self.cache.for_run(batch, tokens, padded=padded)
             full_mask, positions = self._mask_and_positions(batch, tokens, mask)
             # A bound value is no copy: these arrays must outlive the run.
@@ -272,7 +284,7 @@ class Engine:
                 feeds[names.SEQLENS_K] = (real - 1).astype(np.int32)
                 feeds[names.TOTAL_SEQUENCE_LENGTH] = np.array(start + tokens, np.int32)
             if names.ATTENTION_MASK in self._inputs:
-                feeds[names.ATTENTION_MASK] = full_mask
+                feeds[names.ATTENTION_MASK] = cache.columns(full_mask)
             if names.LOGITS_START in self._inputs:
                 feeds[names.LOGITS_START] = np.array([-keep], np.int64)
             elif names.LOGITS_TO_KEEP in self._inputs:
@@ -289,6 +301,19 @@ class Engine:
             self._check_finite(logits, start, tokens, mask)
             cache.advance(tokens)
             self._mask = full_mask if padded else None
+            cached += ids[0].tolist()
+        return logits
+
+    def _run_static(self, static: StaticGraphs, ids: Ids, mask: Ids | None, *, keep: int) -> Logits:
+        """As `_run`, by the static graphs."""
+        batch, tokens = ids.shape
+        if mask is not None:
+            raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
+        with self._cached_ids.changing() as cached:
+            static.reserve(batch, tokens)
+            logits = static.run(ids[0], keep)
+            self._check_finite(logits, self.length, tokens, None)
+            static.advance(tokens)
             cached += ids[0].tolist()
         return logits
 

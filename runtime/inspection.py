@@ -76,7 +76,8 @@ def inspect(
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
         engine.prefill([0] * min(2, manifest.context_length))
         profile = _read_profile(Path(engine.onnx.end_profiling()))
-        record = assigned(engine.onnx, bundle.last_logits_graph)
+        graph = bundle.static_graphs[1] if manifest.static else bundle.last_logits_graph
+        record = assigned(engine.onnx, graph)
         kernels = int8_kernels_of(manifest.precision, engine.providers[0])
     return Inspection(
         manifest=manifest,

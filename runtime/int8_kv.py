@@ -19,6 +19,7 @@ from pastkey.bundle import Manifest
 from pastkey.values import parse_version
 
 from .cache import KVCache
+from .fixed_kv import FixedKVCache
 from .ort import onnxruntime
 from .prompt_lookup import MAX_DRAFT_TOKENS
 
@@ -45,6 +46,7 @@ class CachePair:
         manifest: Manifest,
         *,
         device: str = "cpu",
+        fixed_shapes: bool = False,
         open_int8: Callable[[], Any] | None = None,
         int8_from: int | None = INT8_KV_FROM,
     ) -> None:
@@ -54,6 +56,7 @@ class CachePair:
             onnx: The onnxruntime.InferenceSession of a graph with a float32 cache.
             manifest: The bundle's.
             device: Where the tensors live ("cpu", "cuda").
+            fixed_shapes: Whether a shape that changes is slow there.
             open_int8: Opens the session of the int8-KV graph, at the first token that is decoded there; None where
                 there is no such graph.
             int8_from: Tokens in the cache from which on a token is decoded with int8, where onnxruntime can; None for
@@ -63,15 +66,19 @@ class CachePair:
         context = manifest.context_length
         states = manifest.states
         kind = next(value.type for value in onnx.get_inputs() if value.name.startswith(names.PAST_PREFIX))
-        self.float32 = KVCache(
-            onnx,
-            manifest.layers,
-            shared=shared,
-            context_length=context,
-            device=device,
-            dtype=np.float16 if kind == "tensor(float16)" else np.float32,
-            states=states,
-        )
+        self.float32: KVCache | FixedKVCache
+        if fixed_shapes and not shared and manifest.padding and not states:  # a hole is padding
+            self.float32 = FixedKVCache(onnx, manifest.layers, context_length=context)
+        else:
+            self.float32 = KVCache(
+                onnx,
+                manifest.layers,
+                shared=shared,
+                context_length=context,
+                device=device,
+                dtype=np.float16 if kind == "tensor(float16)" else np.float32,
+                states=states,
+            )
         self.int8: KVCache | None = None
         self._manifest = manifest
         self._open_int8 = open_int8
@@ -102,12 +109,13 @@ class CachePair:
         self._dequantize()
         self.float32.reserve(batch, tokens)
 
-    def for_run(self, batch: int, tokens: int, *, padded: bool) -> KVCache:
+    def for_run(self, batch: int, tokens: int, *, padded: bool) -> KVCache | FixedKVCache:
         """The cache that the next run of `tokens` in each of `batch` rows goes through, with all tokens so far.
 
         It has room for them. `padded`: some row of the cache or of the run has padding.
         """
         one_row = batch == self.float32.batch == 1 and not padded
+        cache: KVCache | FixedKVCache
         if one_row and tokens <= MAX_DECODE_TOKENS and self.length >= self._int8_from:
             cache = self._quantize()
         else:
@@ -122,7 +130,7 @@ class CachePair:
         return self.float32.layer(index)
 
     @property
-    def _caches(self) -> list[KVCache]:
+    def _caches(self) -> list[KVCache | FixedKVCache]:
         return [self.float32] if self.int8 is None else [self.float32, self.int8]
 
     def _quantize(self) -> KVCache:
@@ -148,7 +156,12 @@ class CachePair:
         return KVCache(onnx, layers, shared=True, context_length=self._manifest.context_length, dtype=np.int8)
 
 
-def _copy(source: KVCache, target: KVCache, scales: list[Rows], converted: Callable[[Rows, Rows], Rows]) -> None:
+def _copy(
+    source: KVCache | FixedKVCache,
+    target: KVCache | FixedKVCache,
+    scales: list[Rows],
+    converted: Callable[[Rows, Rows], Rows],
+) -> None:
     """Copies the rows of `source` behind the last one of `target`."""
     first, end = target.length, source.length
     if first >= end:

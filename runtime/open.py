@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import mmap
 import os
 import warnings
@@ -18,7 +19,7 @@ from pastkey.values import parse_version
 
 from . import providers as ep
 from .ort import REFUSE_LINKS, OrtError, onnxruntime, standard_output_to_error, upgrade_command
-from .parts import Assigned, assigned
+from .parts import assigned
 from .settings import Choice
 
 _WHOLE = "session.disable_cpu_ep_fallback"
@@ -79,7 +80,11 @@ def open_session(
     try:
         session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
     except OrtError as error:
-        if wanted.whole and (left := _left_behind(path, options({_RECORD: "1"} | entries), wanted)):
+        partly = _with_processor(path, options({_RECORD: "1"} | entries), wanted) if wanted.whole else None
+        placed = {} if partly is None else assigned(partly, path)
+        if left := placed.get(ep.CPU):
+            if len(placed) == 1 and wanted.providers[0][1]:
+                raise ep.takes_nothing(*wanted.providers[0]) from error
             raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
@@ -122,15 +127,15 @@ def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
 
 
-def _left_behind(path: Path, options: Any, wanted: ep.Placement) -> Assigned | None:
-    """What a provider leaves to the processor, by a session that lets it; None where that fails, too."""
+def _with_processor(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
+    """A session in which the processor runs what a provider leaves; None where that fails, too."""
     providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
     try:
         session = _create(path, options, dataclasses.replace(wanted, providers=providers))
     except OrtError:
         return None
     ep.require_active(wanted, session.get_providers())
-    return assigned(session, path).get(ep.CPU)
+    return session
 
 
 def checked_threads(threads: int | None) -> int:
@@ -165,7 +170,25 @@ def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
 def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     """Raises IntegrityError naming a tensor that the graph and the manifest see differently, and both shapes."""
     found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
-    expected: dict[str, list[int | str]] = {
+    expected = _expected_static(session, manifest, path) if manifest.static else _expected(found, manifest, path)
+    for name, shape in expected.items():
+        if name not in found:
+            raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
+        # Sizes must agree; what a free axis is called does not matter here.
+        same_rank = len(found[name]) == len(shape)
+        if not same_rank or any(isinstance(b, int) and a != b for a, b in zip(found[name], shape, strict=True)):
+            raise IntegrityError(
+                f"{name!r} is {_show(found[name])} in {path} and {_show(shape)} in the manifest: export it again"
+            )
+    for name in sorted(set(found) - set(expected)):
+        raise IntegrityError(f"{path} has the tensor {name!r}, which the manifest does not speak of: export it again")
+
+
+Shapes = dict[str, list[int | str]]
+
+
+def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path) -> Shapes:
+    expected: Shapes = {
         names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
@@ -188,17 +211,30 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
         expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
     if names.EMBEDDING_ROWS in found:
         expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
-    for name, shape in expected.items():
-        if name not in found:
-            raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
-        # Sizes must agree; what a free axis is called does not matter here.
-        same_rank = len(found[name]) == len(shape)
-        if not same_rank or any(isinstance(b, int) and a != b for a, b in zip(found[name], shape, strict=True)):
-            raise IntegrityError(
-                f"{name!r} is {_show(found[name])} in {path} and {_show(shape)} in the manifest: export it again"
-            )
-    for name in sorted(set(found) - set(expected)):
-        raise IntegrityError(f"{path} has the tensor {name!r}, which the manifest does not speak of: export it again")
+    return expected
+
+
+def _expected_static(session: Any, manifest: Manifest, path: Path) -> Shapes:
+    """Of a graph of one new token or of a chunk. It has the inputs that its computation needs, and no others."""
+    static = manifest.static
+    assert static is not None
+    tokens, past = 1 if path.name == Path(names.STATIC_DECODE_GRAPH).name else static.chunk, manifest.context_length
+    inputs: Shapes = {names.INPUT_IDS: [1, tokens], names.POSITION_IDS: [1, tokens]}
+    inputs |= {names.static_mask(window): [1, 1, tokens, past + tokens] for window in static.windows}
+    stored = session.get_modelmeta().custom_metadata_map.get(names.TABLES)
+    tables = {} if stored is None else json.loads(stored)
+    given = {value.name: list(value.shape) for value in session.get_inputs()}
+    expected = {name: shape for name, shape in inputs.items() if name in given}
+    expected |= {name: shape for name, shape in given.items() if name in tables}
+    for i, layer in enumerate(manifest.layers):
+        for size, past_name, new in (
+            (layer.key_head_size, names.past_key(i), names.present_key(i)),
+            (layer.value_head_size, names.past_value(i), names.present_value(i)),
+        ):
+            expected[past_name] = [1, layer.kv_heads, past, size]
+            expected[new] = [1, layer.kv_heads, tokens, size]
+    expected[names.LOGITS] = [1, tokens, manifest.vocab_size]
+    return expected
 
 
 def _show(shape: Sequence[int | str]) -> str:

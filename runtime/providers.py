@@ -9,7 +9,7 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pastkey.errors import ProviderError, first_line
@@ -42,7 +42,10 @@ class Known:
     fused: Fused = Fused.UNKNOWN
     remedy: str = ""  # what to export for it, where that is not the fused graph
     whole: frozenset[str] = frozenset()  # the graphs that were seen to run there, nothing left to the processor
+    fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
     plugin: str = ""  # the module of a provider that onnxruntime must be told of
+    options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
 
 
 _SOURCE_BUILD = "onnxruntime built from source with"
@@ -61,7 +64,8 @@ KNOWN = {
         "pip install onnxruntime-openvino",
         Fused.PARTLY,
         remedy="export the model again with --target openvino",
-        whole=frozenset({"standard"}),
+        whole=frozenset({"standard", "static"}),
+        fixed_shapes=True,
     ),
     "webgpu": Known(
         "WebGpuExecutionProvider",
@@ -75,10 +79,20 @@ KNOWN = {
         "QNNExecutionProvider",
         "Qualcomm NPUs",
         "pip install onnxruntime onnxruntime-qnn",
-        whole=frozenset({"standard"}),
+        remedy="export the model again with --target qnn",
+        whole=frozenset({"standard", "static"}),
         plugin="onnxruntime_qnn",
+        # The graph compiler needs a chip by name; without one it runs out of memory.
+        options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
+        values={"htp_arch": ("68", "69", "73", "75", "79", "81")},  # another one is taken for none, in silence
     ),
-    "coreml": Known("CoreMLExecutionProvider", "Apple GPUs and neural engines", "pip install onnxruntime on macOS"),
+    "coreml": Known(
+        "CoreMLExecutionProvider",
+        "Apple GPUs and neural engines",
+        "pip install onnxruntime on macOS",
+        remedy="export the model again with --target coreml",
+        options={"ModelFormat": "MLProgram"},
+    ),
     "dml": Known("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
     "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx, with ROCm"),
     "rocm": Known("ROCMExecutionProvider", "AMD GPUs, of older releases", f"{_SOURCE_BUILD} --use_rocm"),
@@ -88,7 +102,7 @@ KNOWN = {
 }
 
 # Where a bundle made for a target runs when nothing else is asked for.
-_DEFAULT_OF_TARGET = {"cuda": "cuda", "openvino": "openvino", "webgpu": "webgpu"}
+_DEFAULT_OF_TARGET = {target: target for target in ("cuda", "openvino", "webgpu", "qnn", "coreml")}
 
 # Providers whose memory the cache lives in. With any other, tensors are handed over in the processor's memory.
 _DEVICE_OF = {
@@ -158,7 +172,12 @@ def resolve(
                 f"{reason}this bundle has the fused graph, which the execution provider {asked!r} {facts.fused.value}: "
                 f"take the provider 'cpu'{remedy}"
             )
-        chosen[name] = dict(options)
+        chosen[name] = {**facts.options, **options}
+        for option, values in facts.values.items():
+            if str(found := chosen[name].get(option, values[0])) not in values:
+                raise ProviderError(
+                    f"the execution provider {asked!r} has no {option} {found}; it must be one of {', '.join(values)}"
+                )
     first = next(iter(chosen), CPU)
     graphs = _facts(first).whole
     # By the bundle's own choice a graph may run in parts, if it was made so.
@@ -230,6 +249,16 @@ def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int
     )
 
 
+def takes_nothing(name: str, options: Mapping[str, Any]) -> ProviderError:
+    """What is said of a provider that was asked for by name and started, but runs no node."""
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return ProviderError(
+        f"the execution provider {short_name(name)!r} takes nothing of this bundle's graph"
+        f"{f' with {given}: one of these names no chip or library that it has' if given else ''} (its own message says "
+        "which); give others by provider_options, or --provider-option, or take the provider 'cpu'"
+    )
+
+
 def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
     """As in 3 operators (Shape 2, Squeeze) in 2 parts; without the parts where their number is unknown."""
     most = Counter(operators).most_common()
@@ -242,6 +271,11 @@ def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
 def cache_device(active: Sequence[str]) -> str:
     """Where the cache of a session with these providers lives: onnxruntime's device name."""
     return _DEVICE_OF.get(active[0], "cpu")
+
+
+def prefers_fixed_shapes(active: Sequence[str]) -> bool:
+    """Whether a session with these providers is slow where a shape changes."""
+    return _facts(active[0]).fixed_shapes
 
 
 def available() -> list[str]:

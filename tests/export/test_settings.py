@@ -34,7 +34,12 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> No
     [
         ({"precision": "int3"}, "precision is 'int3'; it must be one of int8, int4, fp16, fp32"),
         ({"target": "tpu"}, "target is 'tpu'; it must be one of"),
-        ({"graph": "static"}, "graph is 'static'; it must be one of auto, fused, standard"),
+        ({"graph": "moving"}, "graph is 'moving'; it must be one of auto, fused, standard, static"),
+        ({"graph": "static"}, "the static graph is made in float32"),
+        ({"target": "coreml", "precision": "int8"}, "and not in int8: export with --precision fp32"),
+        ({"target": "qnn", "graph": "standard"}, "--target qnn takes graphs of fixed sizes only, and --graph standard"),
+        ({"chunk": 64}, "--chunk is of the static graph"),
+        ({"target": "qnn", "precision": "fp32", "chunk": 0}, "chunk is 0; it must be a whole number of tokens from 1"),
         ({"target": "portable", "precision": "fp32", "graph": "fused"}, "with --target portable use standard"),
         ({"format": "gguf"}, "format is 'gguf'; it must be one of onnx, ort"),
         ({"format": "ort", "target": "cuda"}, "for cuda: with --format ort take --target cpu or portable"),
@@ -49,3 +54,12 @@ def test_what_cannot_be_is_refused_when_it_is_said(settings: dict[str, Any], sen
     with pytest.raises(InputError) as raised:
         ExportConfig(**settings)
     assert sentence in str(raised.value)
+
+
+def test_a_target_of_fixed_sizes_gets_the_static_graph_of_the_common_one() -> None:
+    for target, graph in (("qnn", "auto"), ("coreml", "auto"), ("cpu", "static")):
+        config = ExportConfig(precision="fp32", chunk=8, target=target, graph=graph)
+        assert config.static
+        assert config.common == ExportConfig(precision="fp32", graph="standard", target="cpu")
+    assert not ExportConfig().static
+    assert ExportConfig().common == ExportConfig()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.environments import smollm2
+from benchmarks.environments import ROOT, smollm2
 from pastkey.export import export
 from pastkey.train.loop import train
 from pastkey.train.settings import TrainConfig
@@ -70,6 +70,11 @@ MORE: dict[str, Callable[[Path], object]] = {
     "llama-webgpu-int8": lambda out: trained(out, preset="llama", target="webgpu"),
     "gpt2-webgpu-fp16": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp16", target="webgpu"),
     "short-conv": short_conv,
+    "llama-qnn": lambda out: trained(out, preset="llama", precision="fp32", target="qnn"),
+    "gpt2-qnn": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp32", target="qnn"),
+    "own-qnn": lambda out: export(
+        f"{ROOT / 'examples' / 'own_module.py'}:make", out, precision="fp32", target="qnn", context_length=64
+    ),
 }
 
 

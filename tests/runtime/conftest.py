@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from pastkey import names
-from pastkey.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, open_bundle
+from pastkey.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
 from pastkey.folder import file_records, write_json
 
 from ..onnx_text import encode_model
@@ -166,19 +166,43 @@ STANDARD_ATTENTION = """
 """
 
 
+# The mask is given, and what was computed of new tokens alone is what is given back.
+STATIC_ATTENTION = (
+    STANDARD_ATTENTION.replace("present.{i}.key", "keys{i}")
+    .replace("present.{i}.value", "values{i}")
+    .replace("kt{i}", "present.{i}.key")
+    .replace("vt{i}", "present.{i}.value")
+    .replace(", bias)", ", mask)")
+)
+
+
+def static_graph(tiny: Tiny, tokens: int) -> str:
+    """The decoder as a static graph of so many new tokens, as ONNX text without its weights."""
+    text = tiny_graph(tiny, "static", last_only=False)
+    sizes = {"B": 1, "T": tokens, "S": tiny.context_length + tokens}
+    sizes |= {f"P{i}": tiny.context_length for i in range(len(tiny.layers))}
+    sizes |= {f"S{i}": tokens for i in range(len(tiny.layers))}  # of present
+    for name, size in sizes.items():
+        text = re.sub(rf"(?<=[\[ ]){name}(?=[\],])", str(size), text)
+    return text
+
+
 def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION) -> str:
     """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8.
 
     A graph of last positions has the inputs of a bundle of this format version.
     """
     mask, attention = {
+        "static": ("", STATIC_ATTENTION),
         "fused": (FUSED_MASK, FUSED_ATTENTION),
         "int8_kv": (FUSED_MASK, INT8_KV_ATTENTION),
         "standard": (STANDARD_MASK, STANDARD_ATTENTION),
     }[graph]
     element = "int8" if graph == "int8_kv" else "float"
     inputs = ["int64[B, T] input_ids", "int64[B, T] position_ids"]
-    if mask is FUSED_MASK and last_only and format_version > 1:
+    if graph == "static":
+        inputs = ["int32[B, T] input_ids", "float[B, 1, T, S] mask", "int32[B, T] position_ids"]
+    elif mask is FUSED_MASK and last_only and format_version > 1:
         mask = LENGTHS
         inputs += ["int32[B] seqlens_k", "int32 total_sequence_length"]
     else:
@@ -225,15 +249,19 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
     With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
-    an int8 cache, too.
+    an int8 cache, too. A static one needs `chunk`.
     """
     (folder / "onnx").mkdir(parents=True)
     form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
     data_file = fields.pop("data_file", "")
-    texts = {
-        names.ALL_LOGITS_GRAPH["fp32"]: tiny_graph(tiny, graph, last_only=False),
-        names.LAST_LOGITS_GRAPH: tiny_graph(tiny, graph, last_only=True, **form),
-    }
+    common = "standard" if graph == "static" else graph
+    texts = {names.ALL_LOGITS_GRAPH["fp32"]: tiny_graph(tiny, common, last_only=False)}
+    if graph == "static":
+        fields.setdefault("static", StaticShape(fields.pop("chunk"), -1e4, (0,)))
+        texts[names.STATIC_DECODE_GRAPH] = static_graph(tiny, 1)
+        texts[names.STATIC_PREFILL_GRAPH] = static_graph(tiny, fields["static"].chunk)
+    else:
+        texts[names.LAST_LOGITS_GRAPH] = tiny_graph(tiny, graph, last_only=True, **form)
     for path, text in texts.items():
         model, data = encode_model(text, tiny.weights, data_file)
         (folder / path).write_bytes(model)

@@ -31,6 +31,22 @@ def test_options_are_kept() -> None:
     assert providers.resolve([("cpu", {"use_arena": "0"})]).providers == (("CPUExecutionProvider", {"use_arena": "0"}),)
 
 
+def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider"])
+    default = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
+    for choice, target in (("qnn", "cpu"), (None, "qnn")):
+        assert providers.resolve(choice, target).providers == (("QNNExecutionProvider", default),)
+    given = providers.resolve(("qnn", {"htp_arch": "73", "more": "1"})).providers[0][1]
+    assert given == default | {"htp_arch": "73", "more": "1"}
+    with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of 68, 69"):
+        providers.resolve(("qnn", {"htp_arch": "99"}))
+
+
+def test_one_that_takes_nothing_is_told_with_its_options() -> None:
+    sentence = str(providers.takes_nothing("QNNExecutionProvider", {"htp_arch": "75", "soc_model": "9"}))
+    assert "'qnn' takes nothing of this bundle's graph with htp_arch=75, soc_model=9: one of these" in sentence
+
+
 def test_the_cpu_comes_last_and_what_it_runs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch, "CUDAExecutionProvider")
     for placement in (providers.resolve("cuda"), providers.resolve(None, target="cuda")):
