@@ -66,9 +66,10 @@ class CachePair:
         context = manifest.context_length
         states = manifest.states
         kind = next(value.type for value in onnx.get_inputs() if value.name.startswith(names.PAST_PREFIX))
+        dtype = np.float16 if kind == "tensor(float16)" else np.float32
         self.float32: KVCache | FixedKVCache
         if fixed_shapes and not shared and manifest.padding and not states:  # a hole is padding
-            self.float32 = FixedKVCache(onnx, manifest.layers, context_length=context)
+            self.float32 = FixedKVCache(onnx, manifest.layers, context_length=context, dtype=dtype)
         else:
             self.float32 = KVCache(
                 onnx,
@@ -76,7 +77,7 @@ class CachePair:
                 shared=shared,
                 context_length=context,
                 device=device,
-                dtype=np.float16 if kind == "tensor(float16)" else np.float32,
+                dtype=dtype,
                 states=states,
             )
         self.int8: KVCache | None = None

@@ -73,7 +73,7 @@ KNOWN = {
         "pip install onnxruntime-webgpu",
         Fused.RUNS,
         remedy="export the model again with --target webgpu",
-        whole=frozenset({"fused"}),
+        whole=frozenset({"fused", "static"}),
     ),
     "qnn": Known(
         "QNNExecutionProvider",
@@ -224,9 +224,10 @@ def provider_of(target: str) -> str:
 
 def other_graph(name: str, graph: str) -> str:
     """What to export for a provider that computes a graph wrong."""
-    if graph == "standard":
+    if graph != "fused":
         return "report the device to https://github.com/microsoft/onnxruntime/issues"
-    return f"export the model again with --target {name if name in _DEFAULT_OF_TARGET else 'cpu'} --graph standard"
+    other = "static" if "static" in _facts(name).whole else "standard"
+    return f"export the model again with --target {name if name in _DEFAULT_OF_TARGET else 'cpu'} --graph {other}"
 
 
 def require_active(wanted: Placement, active: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Running a static bundle: one row, by a graph of one new token and one of a chunk, over the same arrays of past.
 
-Every tensor has one size, so that all are bound once, and a run changes what stands in them. A prompt goes through the
+Every tensor has one size; on the processor all are bound once, and a run changes what stands in them. A prompt goes through the
 graph of a chunk; its last run is filled up with tokens that nothing sees and whose rows are not kept.
 """
 
@@ -20,6 +20,7 @@ from pastkey.errors import InputError, IntegrityError
 from .embedding import EmbeddingRows
 from .fixed_kv import FixedRows, Rows
 from .ort import onnxruntime
+from .providers import CPU
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -97,6 +98,8 @@ class _Graph:
         }
         self._tables = _tables(onnx, folder, manifest)
         self._binding: Any = None
+        # A provider with memory of its own is given a copy of what an array holds when it is bound.
+        self._copies = onnx.get_providers()[0] != CPU
 
     def run(self, ids: Ids, start: int) -> Logits:
         """Logits (T, V), of the first `ids.size` tokens only: `ids` (up to T,) stand at `start`."""
@@ -111,7 +114,7 @@ class _Graph:
             mask[0, 0] = np.where(seen, np.float32(0), np.float32(self._masked))
         for table in self._tables:
             table.fill(columns[table.of])
-        if self._binding is None:
+        if self._binding is None or self._copies:
             self._bind()
         self._onnx.run_with_iobinding(self._binding)
         logits: Logits = self._logits[0]

@@ -28,14 +28,14 @@ TEXT = END_OF_TEXT.join(
 )
 
 
-def trained(out: Path, *, precision: str = "int8", target: str = "cpu", **settings: Any) -> None:
+def trained(out: Path, *, precision: str = "int8", target: str = "cpu", graph: str = "auto", **settings: Any) -> None:
     """A bundle of what `pastkey train` makes of a few sentences in seconds."""
     corpus = out.with_name("corpus.txt")
     corpus.write_text(TEXT, encoding="utf-8")
     small = {"steps": 150, "context": 64, "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab_size": 320}
     checkpoint = out.with_name("checkpoint")
     train(TrainConfig.from_given(small | {"threads": 1, "save_every": 150} | settings), checkpoint, data=[corpus])
-    export(checkpoint, out, precision=precision, target=target)
+    export(checkpoint, out, precision=precision, target=target, graph=graph)
 
 
 def stories(out: Path) -> None:
@@ -67,6 +67,7 @@ def short_conv(out: Path) -> None:
 MORE: dict[str, Callable[[Path], object]] = {
     "llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32"),
     "llama-webgpu": lambda out: trained(out, preset="llama", precision="fp32", target="webgpu"),
+    "llama-webgpu-static": lambda out: trained(out, preset="llama", precision="fp32", target="webgpu", graph="static"),
     "llama-webgpu-int8": lambda out: trained(out, preset="llama", target="webgpu"),
     "gpt2-webgpu-fp16": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp16", target="webgpu"),
     "short-conv": short_conv,

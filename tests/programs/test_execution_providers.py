@@ -129,6 +129,13 @@ def test_webgpu_runs_its_own_graph_whole(bundles: Callable[[str], Path], tmp_pat
     assert (placed.returncode, "Traceback" in placed.stderr) == (0, False)
 
 
+def test_webgpu_runs_the_static_graph_whole_and_prefills_right(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = bundles("llama-webgpu-static")
+    done = run(WEBGPU, bundle, "--provider", "webgpu", home=tmp_path)
+    assert answered(done) == expected(bundle)
+    assert ("leaves" in done.stderr, "single tokens" in done.stderr) == (False, False)
+
+
 def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = bundles("llama-webgpu")
     numbers = ("--prompt-tokens", "20", "--new-tokens", "8", "--json")

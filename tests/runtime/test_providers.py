@@ -151,7 +151,8 @@ def test_webgpu_runs_its_own_graph_whole_and_another_in_parts_where_the_bundle_w
     assert providers.resolve(None, target="webgpu", graph="fused").whole
     assert providers.resolve("webgpu", target="webgpu", graph="standard").whole
     assert not providers.resolve(None, target="webgpu", graph="standard").whole
-    assert "--target webgpu --graph standard" in providers.other_graph("webgpu", "fused")
+    assert "--target webgpu --graph static" in providers.other_graph("webgpu", "fused")
+    assert "report the device" in providers.other_graph("webgpu", "static")
     assert "--target cpu --graph standard" in providers.other_graph("dml", "fused")
 
 
