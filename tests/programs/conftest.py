@@ -58,6 +58,7 @@ BUNDLES: dict[str, Callable[[Path], object]] = {
 MORE: dict[str, Callable[[Path], object]] = {
     "llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32"),
     "llama-qnn": lambda out: trained(out, preset="llama", precision="fp32", target="qnn"),
+    "llama-qnn-int8": lambda out: trained(out, preset="llama", target="qnn"),
     "gpt2-qnn": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp32", target="qnn"),
     "own-qnn": lambda out: export(
         f"{ROOT / 'examples' / 'own_module.py'}:make", out, precision="fp32", target="qnn", context_length=64
