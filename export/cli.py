@@ -257,7 +257,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="take so many at most, one after another from the beginning of the text (%(default)s)",
     )
-    add("--threads", type=positive_int, metavar="N", help="threads within an operator of a bundle (physical cores)")
+    add_placement(parser)
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add("--json", action="store_true", help="print one JSON object: the same figures, null for those without reference")
     parser.epilog = (
@@ -298,7 +298,7 @@ def _eval(arguments: argparse.Namespace) -> int:
                 trust_remote_code=arguments.trust_remote_code,
                 say=say,
             )
-        own = BundlePredictor(bundle, threads=arguments.threads)
+        own = BundlePredictor(bundle, **cast("PlacementOptions", placement_of(arguments)))
         with _shown("evaluate") as progress:
             evaluation = evaluate(own, windows, reference, progress=progress)
     if arguments.json:

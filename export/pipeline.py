@@ -36,11 +36,12 @@ from .graph.static import write_static_graphs
 from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
-from .quantize.calibration import WINDOWS, calibration_text, read_calibration
+from .quantize.calibration import WINDOWS, CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import WINDOWS as INT4_WINDOWS
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
+from .quantize.qdq import in_int8, quantize_static
 from .quantize.report import check_report_file, write_report
 from .quantize.search import Quantized
 from .quantize.sensitivity import Sensitivity
@@ -187,16 +188,24 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
         bundle, fp32_bytes = writer.write(decoder.model, folder if config.precision == "fp32" else folder / ".fp32")
         verification = writer.verify(bundle)
         made, parity = Quantized(bundle, fp32_bytes, {}, None), {"fp32": verification.to_json()}
+        text = None
         if config.precision != "fp32":
             if config.precision == "fp16":
                 made, verification = _halve(bundle, folder, writer)
             else:
-                made, verification = _quantize(bundle, folder, writer, calibration, config, progress)
+                text = _calibration_text(bundle, calibration, config, progress)
+                made, verification = _quantize(bundle, folder, writer, text, config.common, progress)
             parity[config.precision] = verification.to_json()
-            shutil.rmtree(bundle.path)
         if config.static:
-            made, verification = _make_static(made, writer, config, progress)
-            parity[config.precision] = verification.to_json()
+            bundle, verification = _make_static(bundle, writer, config, progress)
+            parity["fp32"] = verification.to_json()
+            if text is None:
+                made = dataclasses.replace(made, bundle=bundle)
+            else:
+                made, verification = _make_static_int8(bundle, folder, made, writer, text, progress)
+                parity["int8"] = verification.to_json()
+        if config.precision != "fp32":
+            shutil.rmtree(bundle.path)
         if config.format == "ort":
             write_ort_format(made.bundle, progress)
         manifest = writer.finish(made.bundle, parity, made.quality)
@@ -311,20 +320,36 @@ def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
 
 
 def _make_static(
-    made: Quantized, writer: BundleWriter, config: ExportConfig, progress: Progress
-) -> tuple[Quantized, Verification]:
-    """Adds the static graphs to a bundle of the standard graph that was verified, and verifies them, too."""
-    common = made.bundle.manifest
-    chunk = min(config.chunk or STATIC_CHUNK, common.context_length)
-    sizes = f"1 and {chunk} new tokens over a past of {common.context_length}"
+    fp32: Bundle, writer: BundleWriter, config: ExportConfig, progress: Progress
+) -> tuple[Bundle, Verification]:
+    """Adds the static graphs to a float32 bundle of the standard graph that was verified, and verifies them, too."""
+    context = fp32.manifest.context_length
+    chunk = min(config.chunk or STATIC_CHUNK, context)
+    sizes = f"1 and {chunk} new tokens over a past of {context}"
     options = ", ".join(f"{key} {value}" for key, value in providers.KNOWN["qnn"].options.items())
     chip = f", for {options}" if config.target == "qnn" else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
-    shape = write_static_graphs(made.bundle, chunk, with_tables=config.target == "coreml")
+    shape = write_static_graphs(fp32, chunk, with_tables=config.target == "coreml")
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
-    manifest = dataclasses.replace(common, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
+    manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
+    bundle = dataclasses.replace(fp32, manifest=manifest)
+    return bundle, writer.verify(bundle)
+
+
+def _make_static_int8(
+    fp32: Bundle, folder: Path, made: Quantized, writer: BundleWriter, text: CalibrationText, progress: Progress
+) -> tuple[Quantized, Verification]:
+    """From static graphs in float32 to those in int8, beside the int8 graph for other programs that `made` has."""
+    progress.stage("quantize the static graphs to int8")
+    quantize_static(fp32, folder, text.calibration_set)
+    made.bundle.last_logits_graph.unlink()
+    static = in_int8(fp32).manifest
+    manifest = dataclasses.replace(
+        made.bundle.manifest, graph=static.graph, graph_reason=static.graph_reason, static=static.static
+    )
     bundle = dataclasses.replace(made.bundle, manifest=manifest)
-    return dataclasses.replace(made, bundle=bundle), writer.verify(bundle)
+    made = dataclasses.replace(made, bundle=bundle, quality=measured(fp32, bundle, text))
+    return made, writer.verify(bundle)
 
 
 # --- int8 and int4 ------------------------------------------------------------------------------------------------
@@ -332,18 +357,23 @@ _MAKERS = {"int8": make_int8, "int4": make_int4}
 _WINDOWS = {"int8": WINDOWS, "int4": INT4_WINDOWS}  # of calibration text
 
 
+def _calibration_text(
+    fp32: Bundle, calibration: list[int] | None, config: ExportConfig, progress: Progress
+) -> CalibrationText:
+    progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
+    return calibration_text(fp32, calibration, _WINDOWS[config.precision], progress)
+
+
 def _quantize(
     fp32: Bundle,
     folder: Path,
     writer: BundleWriter,
-    calibration: list[int] | None,
+    text: CalibrationText,
     config: ExportConfig,
     progress: Progress,
 ) -> tuple[Quantized, Verification]:
     """From a float32 bundle that was verified to one in `folder` that is verified, too."""
     precision = config.precision
-    progress.stage(f"calibrate {precision} on {config.calibration or 'text of the model itself'}")
-    text = calibration_text(fp32, calibration, _WINDOWS[precision], progress)
     write = functools.partial(writer.write, folder=folder, precision=precision)
     made = _MAKERS[precision](fp32, text, write, config, progress)
     verification = writer.verify(made.bundle)

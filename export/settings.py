@@ -103,10 +103,15 @@ class ExportConfig:
             raise InputError("--chunk is of the static graph: leave it out, or export with --graph static")
         if self.chunk is not None and not is_int(self.chunk, 1):
             raise InputError(f"chunk is {self.chunk!r}; it must be a whole number of tokens from 1")
-        if self.static and self.precision != "fp32":
+        if self.static and self.precision != "fp32" and (self.precision, self.target) != ("int8", "qnn"):
             raise InputError(
-                f"the static graph is made in float32, which an NPU computes in its own precision, and not in "
-                f"{self.precision}: export with --precision fp32"
+                f"the static graph is made in float32, which an NPU computes in its own precision, or with --target "
+                f"qnn in int8, and not in {self.precision}: export with --precision fp32"
+            )
+        if self.static and self.measures_each_matrix:
+            raise InputError(
+                "--max-kl and --sensitivity are of pastkey's own int8, and the static graph has another one: leave "
+                "them out"
             )
 
     @property

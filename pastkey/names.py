@@ -105,7 +105,7 @@ ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"
 # The static graphs, of one new token and of a chunk, in place of LAST_LOGITS_GRAPH.
 STATIC_DECODE_GRAPH: Final = "onnx/pastkey_decode.onnx"
 STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"
-STATIC_TABLES: Final = "onnx/pastkey_tables.onnx_data"  # whose rows the runtime feeds, beside those of the weights
+STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # what they have beside the weights of the all-logits graph
 DATA_SUFFIX: Final = "_data"  # weights stand beside the all-logits graph: onnx/model_quantized.onnx_data
 
 PRECISIONS: Final = ("int8", "int4", "fp16", "fp32")

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from pastkey.errors import MissingExtraError, missing_extra
 from pastkey.values import parse_version
@@ -36,6 +37,14 @@ OrtError: tuple[type[Exception], ...] = tuple(
 )
 # What a run may raise: by bindings, a plain RuntimeError.
 RunError: tuple[type[Exception], ...] = (*OrtError, RuntimeError)
+
+
+def quantization_tools() -> tuple[Any, Any]:
+    """onnxruntime's own package for quantizing, and its part for QNN. They need the package onnx."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.execution_providers import qnn
+
+    return quantization, qnn
 
 
 _redirecting = threading.Lock()  # a second thread would keep, and put back, what the first one has put there

@@ -1,12 +1,13 @@
 """Running a static bundle: one row, by a graph of one new token and one of a chunk, over the same arrays of past.
 
-Every tensor has one size; on the processor all are bound once, and a run changes what stands in them. A prompt goes through the
-graph of a chunk; its last run is filled up with tokens that nothing sees and whose rows are not kept.
+Every tensor has one size; on the processor all are bound once, and a run changes what stands in them. A prompt goes
+through the graph of a chunk; its last run is filled up with tokens that nothing sees and whose rows are not kept.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class StaticGraphs(FixedRows):
 
     Attributes:
         onnx: The onnxruntime.InferenceSession of the chunk's graph.
+        watch: Is told each run's T and the arrays that it was fed, which change with the next.
     """
 
     def __init__(self, decode: Any, prefill: Any, manifest: Manifest, folder: Path) -> None:
@@ -40,6 +42,7 @@ class StaticGraphs(FixedRows):
         super().__init__(manifest.layers, context_length=manifest.context_length)
         assert manifest.static is not None
         self.onnx = prefill
+        self.watch: Callable[[int, Mapping[str, Rows]], None] | None = None
         self._context = manifest.context_length
         self._decode = _Graph(decode, self, manifest, 1, folder)
         self._prefill = (
@@ -65,6 +68,8 @@ class StaticGraphs(FixedRows):
             graph = self._decode if ids.size - done == 1 else self._prefill
             part = ids[done : done + graph.tokens]
             logits = graph.run(part, self.length + done)
+            if self.watch is not None:
+                self.watch(graph.tokens, graph.inputs())
             self.write(graph.new, self.length + done, 0, part.size)
             done += part.size
             wanted = min(part.size, keep - (ids.size - done))
@@ -120,12 +125,16 @@ class _Graph:
         logits: Logits = self._logits[0]
         return logits
 
-    def _bind(self) -> None:
-        binding, value = self._onnx.io_binding(), onnxruntime.OrtValue.ortvalue_from_numpy
+    def inputs(self) -> dict[str, Rows]:
+        """The arrays that are bound to the graph's inputs."""
         inputs: dict[str, Rows] = {**self._ids}
         inputs |= {names.static_mask(window): mask for window, mask in self._masks.items()}
         inputs |= {table.name: table.array for table in self._tables}
-        for name, array in [*inputs.items(), *zip(self._rows.past, self._rows.arrays, strict=True)]:
+        return inputs | dict(zip(self._rows.past, self._rows.arrays, strict=True))
+
+    def _bind(self) -> None:
+        binding, value = self._onnx.io_binding(), onnxruntime.OrtValue.ortvalue_from_numpy
+        for name, array in self.inputs().items():
             binding.bind_ortvalue_input(name, value(array))
         for name, array in [(names.LOGITS, self._logits), *zip(self._rows.present, self.new, strict=True)]:
             binding.bind_ortvalue_output(name, value(array))

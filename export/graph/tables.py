@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,31 +22,12 @@ import onnx_ir.passes.common as common
 
 from pastkey import names
 
+from .data_file import DataFile
 from .edit import NodeBuilder, drop_unused_weights, replace_uses, replace_value, weight
 from .part import Part, depends_only_on
 
-_ALIGNMENT = 64  # bytes; a cache line
 
-
-class TableFile:
-    """The file of the tables that are no weights of the graph. Two of equal content are written once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offsets: dict[bytes, int] = {}
-
-    def place(self, table: np.ndarray) -> dict[str, Any]:
-        """Where a table stands, float32: it is written where it does not stand there yet."""
-        content = np.ascontiguousarray(table, "<f4").tobytes()
-        if content not in self._offsets:
-            with self._path.open("ab") as file:
-                file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                self._offsets[content] = file.tell()
-                file.write(content)
-        return {"file": self._path.name, "offset": self._offsets[content], "shape": list(table.shape)}
-
-
-def take_tables(model: ir.Model, tokens: int, context_length: int, file: TableFile) -> None:
+def take_tables(model: ir.Model, tokens: int, context_length: int, file: DataFile) -> None:
     """Runs the passes above on a static graph of T = `tokens`."""
     places: dict[str, dict[str, Any]] = {}
     for place in (*_take_positions(model, tokens, context_length, file), *_take_embeddings(model, tokens, file)):
@@ -72,8 +52,13 @@ def _feed(model: ir.Model, value: ir.Value, name: str, shape: tuple[int, ...]) -
     model.graph.inputs.append(new)
 
 
+def _placed(file: DataFile, table: np.ndarray) -> dict[str, Any]:
+    content = np.ascontiguousarray(table, "<f4").tobytes()
+    return {"file": file.path.name, "offset": file.place(content), "shape": list(table.shape)}
+
+
 # --- positions ----------------------------------------------------------------------------------------------------
-def _take_positions(model: ir.Model, tokens: int, context_length: int, file: TableFile) -> Iterator[dict[str, Any]]:
+def _take_positions(model: ir.Model, tokens: int, context_length: int, file: DataFile) -> Iterator[dict[str, Any]]:
     source = _input(model, names.POSITION_IDS)
     if source is None:
         return
@@ -99,7 +84,7 @@ def _take_positions(model: ir.Model, tokens: int, context_length: int, file: Tab
         table = np.concatenate([np.moveaxis(rows, axis, 0) for rows in parts])[:context_length]
         name = f"position_rows_{number}"
         _feed(model, value, name, first.shape)
-        yield {"input": name, "of": names.POSITION_IDS, "axis": axis, **file.place(table)}
+        yield {"input": name, "of": names.POSITION_IDS, "axis": axis, **_placed(file, table)}
 
 
 def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
@@ -110,7 +95,7 @@ def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
 
 
 # --- embeddings ---------------------------------------------------------------------------------------------------
-def _take_embeddings(model: ir.Model, tokens: int, file: TableFile) -> Iterator[dict[str, Any]]:
+def _take_embeddings(model: ir.Model, tokens: int, file: DataFile) -> Iterator[dict[str, Any]]:
     source = _input(model, names.INPUT_IDS)
     for number, (node, index) in enumerate(() if source is None else tuple(source.uses())):
         if node.op_type == "Gather" and index == 1 and (stored := _stored_rows(node.outputs[0], node.inputs[1])):
@@ -128,7 +113,7 @@ def _stored_rows(value: ir.Value, source: ir.Value | None) -> ir.Value | None:
 
 
 def _fed_by(
-    model: ir.Model, value: ir.Value, name: str, stored: ir.Value, tokens: int, file: TableFile
+    model: ir.Model, value: ir.Value, name: str, stored: ir.Value, tokens: int, file: DataFile
 ) -> dict[str, Any]:
     """Makes `value`, the rows of a weight, an input (1, T, ...)."""
     node, tensor = value.producer(), stored.const_value
@@ -141,7 +126,7 @@ def _fed_by(
     if isinstance(tensor, ir.ExternalTensor):
         place = {"file": tensor.location, "offset": tensor.offset}
     else:
-        place = file.place(tensor.numpy())
+        place = _placed(file, tensor.numpy())
     return {"input": name, "of": source.name, "axis": 1, **place, "shape": [shape[0], 1, *shape[1:]]}
 
 

@@ -38,6 +38,8 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> No
         ({"graph": "static"}, "the static graph is made in float32"),
         ({"target": "coreml", "precision": "int8"}, "and not in int8: export with --precision fp32"),
         ({"target": "qnn", "graph": "standard"}, "--target qnn takes graphs of fixed sizes only, and --graph standard"),
+        ({"target": "qnn", "precision": "int4"}, "and not in int4: export with --precision fp32"),
+        ({"target": "qnn", "max_kl": 0.1}, "--max-kl and --sensitivity are of pastkey's own int8"),
         ({"chunk": 64}, "--chunk is of the static graph"),
         ({"target": "qnn", "precision": "fp32", "chunk": 0}, "chunk is 0; it must be a whole number of tokens from 1"),
         ({"target": "portable", "precision": "fp32", "graph": "fused"}, "with --target portable use standard"),

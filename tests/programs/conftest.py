@@ -72,6 +72,7 @@ MORE: dict[str, Callable[[Path], object]] = {
     "gpt2-webgpu-fp16": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp16", target="webgpu"),
     "short-conv": short_conv,
     "llama-qnn": lambda out: trained(out, preset="llama", precision="fp32", target="qnn"),
+    "llama-qnn-int8": lambda out: trained(out, preset="llama", target="qnn"),
     "gpt2-qnn": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp32", target="qnn"),
     "own-qnn": lambda out: export(
         f"{ROOT / 'examples' / 'own_module.py'}:make", out, precision="fp32", target="qnn", context_length=64

@@ -9,10 +9,14 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import pastkey
 from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
+from pastkey.bundle import open_bundle
+from pastkey.export.measure.texts import self_generated_texts
+from pastkey.runtime.engine import Engine
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +186,25 @@ def test_static_graphs_run_whole_on_the_emulated_htp(bundles: Callable[[str], Pa
         ids = [int(i) for i in prompt.split(",")] if flag == "--prompt-ids" else prompt
         assert answered(done) == float32.generate(ids, max_new_tokens=NEW_TOKENS).ids
         assert "leaves" not in done.stderr
+
+
+def test_int8_on_the_emulated_htp_predicts_what_float32_predicts(bundles: Callable[[str], Path]) -> None:
+    """What a processor makes of the same graph says little: this is measured where it runs."""
+    exact = Engine(open_bundle(bundles("llama-qnn")), providers="cpu", graph="all_logits")
+    texts = self_generated_texts(exact, 0, 8, 63, batch=1)
+    likeliest = []
+    for text in texts:
+        exact.reset()
+        likeliest.append(exact.forward(text[None])[0, :-1].argmax(-1))
+    program, ids = Path(__file__).with_name("teacher_forced.py"), json.dumps([text.tolist() for text in texts])
+    own = os.environ | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
+    command = [str(part) for part in (environment(*QNN), program, bundles("llama-qnn-int8"), ids)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own, timeout=300)
+    assert done.returncode == 0, done.stderr
+    agreed = np.array(json.loads(done.stdout)) == np.array(likeliest)
+    print(f"int8 on the emulated HTP: {agreed.mean():.1%} of {agreed.size} steps agree with float32")
+    assert agreed.size > 490
+    assert agreed.mean() >= 0.95
 
 
 def test_a_chip_that_does_not_exist_is_one_sentence(bundles: Callable[[str], Path]) -> None:

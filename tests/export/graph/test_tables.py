@@ -16,7 +16,8 @@ from pastkey import names
 from pastkey.bundle import open_bundle
 from pastkey.errors import IntegrityError
 from pastkey.export import export
-from pastkey.export.graph.tables import TableFile, replace_operators, take_tables
+from pastkey.export.graph.data_file import DataFile
+from pastkey.export.graph.tables import replace_operators, take_tables
 from pastkey.runtime import load
 from pastkey.runtime.engine import Engine
 
@@ -87,7 +88,7 @@ def test_what_positions_make_is_a_table_of_the_context(tokens: int, tmp_path: Pa
     )
     model = model_of(text, angles=angles[:, None])
     x = RNG.normal(size=(4, tokens)).astype(np.float32)
-    file = TableFile(tmp_path / "tables")
+    file = DataFile(tmp_path / "tables")
     take_tables(model, tokens, 7, file)
     ((name, place),) = json.loads(model.metadata_props[names.TABLES]).items()
     assert (place["of"], place["axis"], place["shape"]) == (names.POSITION_IDS, 1, [7, 4])
@@ -95,13 +96,6 @@ def test_what_positions_make_is_a_table_of_the_context(tokens: int, tmp_path: Pa
     np.testing.assert_allclose(table, np.cos(np.arange(7)[:, None] * angles), atol=1e-6)
     (found,) = run_model(model, x=x, **{name: table[2 : 2 + tokens].T.copy()})
     np.testing.assert_allclose(found, np.cos(angles[:, None] * np.arange(2, 2 + tokens)) * x, atol=1e-6)
-
-
-def test_tables_of_equal_content_are_written_once(tmp_path: Path) -> None:
-    file = TableFile(tmp_path / "tables")
-    first, other = np.ones((2, 3), np.float32), np.zeros((5, 1), np.float32)
-    assert [file.place(t)["offset"] for t in (first, other, first)] == [0, 64, 0]
-    assert (tmp_path / "tables").stat().st_size == 64 + 20
 
 
 @pytest.mark.parametrize("index", [0, 2, -1])
