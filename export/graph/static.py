@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from pastkey import names
 from pastkey.bundle import Bundle, StaticShape
@@ -84,6 +85,24 @@ def fix_sizes(model: ir.Model, tokens: int, past: int) -> None:
         assert value.shape is not None
         value.shape = ir.Shape([sizes.get(str(size), size) for size in value.shape])
     simplify(model)
+    if _fold_shapes(model):
+        simplify(model)
+
+
+def _fold_shapes(model: ir.Model) -> bool:
+    """Makes constants of the shapes that onnxscript leaves, those up to a negative axis. Returns whether there were."""
+    common.ShapeInferencePass()(model)
+    folded = False
+    for node in tuple(model.graph):
+        shape = node.inputs[0].shape if node.op_type == "Shape" and node.inputs[0] is not None else None
+        if shape is None or not shape.is_static():
+            continue
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(shape))
+        builder = NodeBuilder(model, f"folded_{node.name}")
+        replace_value(model, node.outputs[0], builder.constant("shape", np.array(shape.numpy()[start:end])))
+        model.graph.remove(node, safe=True)
+        folded = True
+    return folded
 
 
 # --- masks --------------------------------------------------------------------------------------------------------
@@ -115,7 +134,7 @@ def take_masks(model: ir.Model, tokens: int, past: int) -> tuple[int, ...]:
         model.graph.insert_before(node, builder.nodes)
         replace_value(model, node.outputs[0], masked)
         model.graph.remove(node, safe=True)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)
     if seen.uses():
         raise _refused()
     model.graph.inputs.remove(seen)
@@ -186,7 +205,7 @@ def yield_new(model: ir.Model, tokens: int) -> None:
         new.name, new.type = name, whole.type
         new.shape = ir.Shape([*shape[:2], tokens, *shape[3:]])
         model.graph.outputs[place] = new
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------
