@@ -28,6 +28,7 @@ COMMANDS = {
     "chat": ("runtime", "hold a conversation by the bundle's chat template"),
     "bench": ("runtime", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime", "show a bundle's sizes, operators and execution providers"),
+    "compile": ("runtime", "compile a bundle of static graphs for one device, so that it loads at once"),
     "devices": ("runtime", "list the execution providers of this machine"),
 }
 

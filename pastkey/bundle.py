@@ -53,6 +53,19 @@ class StaticShape:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What the static graphs were compiled for."""
+
+    provider: str  # the execution provider's short name
+    options: Mapping[str, str]  # its own: the chip, say
+    onnxruntime: str  # the release that compiled them
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.provider} ({options}) by onnxruntime {self.onnxruntime}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle says of itself. `parity` and `quality` hold the figures measured at export."""
 
@@ -70,6 +83,7 @@ class Manifest:
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
     static: StaticShape | None = None  # of the static graphs
+    compiled: Compiled | None = None  # where they are no graphs but context binaries
     call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
     bos_token_id: int | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
@@ -173,6 +187,11 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
         values["states"] = tuple(StateGeometry(**state) for state in values.get("states", ()))
         if (static := values.get("static")) is not None:
             values["static"] = static = _parse_static(static)
+        if (compiled := values.get("compiled")) is not None:
+            values["compiled"] = compiled = Compiled(**compiled)
+            texts = [compiled.provider, compiled.onnxruntime, *compiled.options, *compiled.options.values()]
+            require(all(isinstance(text, str) for text in texts), "compiled", values["compiled"], "made of texts")
+            require(static is not None, "compiled", values["compiled"], "of static graphs")
         if (values["graph"] == "static") != (static is not None):
             raise ValueError(f"graph is {values['graph']!r} and static is {static!r}")
         sizes = [(name, values[name]) for name in ("vocab_size", "context_length", "opset", "ir_version")]
@@ -197,7 +216,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"graph is {values['graph']!r}")
         if values["states"] and values["graph"] != "standard":
             raise ValueError(f"the {values['graph']} graph has no states")
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise IntegrityError(f"{folder / names.MANIFEST} is not valid: {error}") from None
     values["files"] = parse_records(folder, values.get("files"))
     return Manifest(**values)

@@ -1,4 +1,4 @@
-"""The commands run, chat, bench, inspect and devices: parse, call, print."""
+"""The commands run, chat, bench, inspect, compile and devices: parse, call, print."""
 
 from __future__ import annotations
 
@@ -252,6 +252,31 @@ def _figure(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+# --- compile ------------------------------------------------------------------------------------------------------
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    _add_bundle(parser)
+    parser.add_argument("--out", required=True, metavar="BUNDLE2", help="the folder to write")
+    add_placement(parser)
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from .context_binary import compile_bundle
+
+    made = compile_bundle(
+        arguments.bundle,
+        arguments.out,
+        arguments.provider,
+        dict(arguments.provider_options or ()),
+        dict(arguments.session_entries or ()),
+        threads=arguments.threads or 0,
+        allow_fallback=arguments.allow_fallback,
+        force=arguments.force,
+    )
+    say(f"{made.path}: compiled for {made.manifest.compiled}")
+    return 0
+
+
 # --- devices ------------------------------------------------------------------------------------------------------
 def _add_devices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -332,4 +357,5 @@ run_command = Command(_add_run, _run)
 chat_command = Command(_add_chat, _chat)
 bench_command = Command(_add_bench, _bench)
 inspect_command = Command(_add_inspect, _inspect)
+compile_command = Command(_add_compile, _compile)
 devices_command = Command(_add_devices, _devices)

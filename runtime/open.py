@@ -60,6 +60,8 @@ def open_session(
             f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
             f"type  {upgrade_command()}  and try again"
         )
+    if manifest.compiled is not None:
+        providers = ep.for_compiled(providers, manifest.compiled)
     wanted = ep.resolve(providers, manifest.target, manifest.graph, allow_fallback=allow_fallback)
     entries = dict(session_entries or {})
     if wanted.tells or profile_prefix is not None:
@@ -89,7 +91,8 @@ def open_session(
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
-            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}") from error
+            again = "" if manifest.compiled is None else f"; it was compiled for {manifest.compiled}: compile it again"
+            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}{again}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
     if wanted.tells and (left := assigned(session, path).get(ep.CPU)):

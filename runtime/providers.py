@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pastkey.bundle import Compiled
 from pastkey.errors import ProviderError, first_line
 
 from .ort import onnxruntime, wheels
@@ -150,9 +151,8 @@ def resolve(
         reason = f"the bundle was made for {target}; "
     else:
         reason = ""
-    pair = isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], dict)
-    # mypy cannot know what `pair` has looked at.
-    choices: Sequence[Choice] = [choice] if isinstance(choice, str) or pair else choice  # type: ignore[list-item, assignment]
+    # mypy cannot know what `_is_pair` has looked at.
+    choices: Sequence[Choice] = [choice] if isinstance(choice, str) or _is_pair(choice) else choice  # type: ignore[list-item, assignment]
     here = available()
     chosen: dict[str, dict[str, Any]] = {}
     for entry in choices:
@@ -185,6 +185,24 @@ def resolve(
     if not whole:
         chosen.setdefault(CPU, {})
     return Placement(tuple(chosen.items()), whole)
+
+
+def for_compiled(choice: Choice | Sequence[Choice] | None, compiled: Compiled) -> Choice:
+    """Where a bundle of context binaries is opened: where it was compiled for, or nowhere. Raises ProviderError."""
+    choices = [choice] if choice is None or isinstance(choice, str) or _is_pair(choice) else [*choice]
+    first = choices[0] if choices else None
+    asked, options = first if isinstance(first, tuple) else (first or compiled.provider, {})
+    again = "load the bundle that it came of, or compile that again"
+    if full_name(asked) != KNOWN[compiled.provider].name:
+        raise ProviderError(f"this bundle was compiled for {compiled}, and {asked!r} was asked for: {again}")
+    for key, value in options.items():
+        if key in compiled.options and str(value) != compiled.options[key]:
+            raise ProviderError(f"this bundle was compiled for {compiled}, and {key}={value} was asked for: {again}")
+    return compiled.provider, {**compiled.options, **options}
+
+
+def _is_pair(choice: object) -> bool:
+    return isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], dict)
 
 
 def overlapping() -> str:

@@ -38,7 +38,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("target", ["cpu"]),
         ("operators", [1]),
         ("parity", "good"),
-        ("precision", "fp16"),
+        ("precision", "fp8"),
         ("precision", []),
         ("graph", "other"),
         ("padding", 1),

@@ -188,6 +188,27 @@ def test_static_graphs_run_whole_on_the_emulated_htp(bundles: Callable[[str], Pa
         assert "leaves" not in done.stderr
 
 
+def test_a_compiled_bundle_gives_the_same_tokens_and_is_of_its_chip(
+    bundles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle, compiled = bundles("llama-qnn"), tmp_path / "compiled"
+    done = pastkey_in(QNN, "compile", bundle, "--provider", "qnn", "--out", compiled, home=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "compiled for qnn (backend_type=htp, htp_arch=75, soc_model=57)" in done.stderr
+    ran = run(QNN, compiled, home=tmp_path)
+    assert answered(ran) == expected(bundle)
+    assert "leaves" not in ran.stderr
+    other = run(QNN, compiled, "--provider", "qnn", "--provider-option", "htp_arch=73")
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "was compiled for qnn (" in other.stderr
+    assert "htp_arch=73 was asked for" in other.stderr
+    damaged = next((compiled / "onnx").glob("pastkey_decode*.bin"))
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    refused = run(QNN, compiled)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "was altered: its sha256 is" in refused.stderr
+
+
 def test_int8_on_the_emulated_htp_predicts_what_float32_predicts(bundles: Callable[[str], Path]) -> None:
     """What a processor makes of the same graph says little: this is measured where it runs."""
     exact = Engine(open_bundle(bundles("llama-qnn")), providers="cpu", graph="all_logits")
