@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pastkey
 from pastkey import names
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import ParityError, PastkeyError, first_line
+from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.folder import file_records, parse_records, write_json
 from pastkey.runtime import Engine
 from pastkey.runtime import providers as ep
@@ -104,7 +104,13 @@ class BundleWriter:
     def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Manifest:
         """Writes the configurations and, last of all, the manifest with every file's hash."""
         folder = bundle.path
-        manifest = dataclasses.replace(bundle.manifest, target=self.config.target, parity=parity, quality=quality)
+        manifest = dataclasses.replace(
+            bundle.manifest,
+            target=self.config.target,
+            provider_options=dict(self.config.provider_options or ()),
+            parity=parity,
+            quality=quality,
+        )
         _golden(bundle, manifest).save(folder / names.GOLDEN)
         heads = [layer.heads for layer in self.decoder.observation.layers]
         write_configurations(folder, self.decoder.source, manifest, heads)
@@ -125,12 +131,15 @@ class BundleWriter:
             return
         self.progress.stage(f"prove the bundle on {provider}")
         config = self.config
-        engine = Engine(
-            bundle,
-            providers=(provider, dict(config.provider_options)) if config.provider_options else None,
-            session_entries=dict(config.session_entries or ()),
-            allow_fallback=config.allow_fallback,
-        )
+        try:
+            engine = Engine(
+                bundle,
+                session_entries=dict(config.session_entries or ()),
+                allow_fallback=config.allow_fallback,
+            )
+        except StartError as error:
+            self.progress.warn(f"{error}; the bundle is proved on {provider} when it is loaded first")
+            return
         require_golden(engine, bundle)
 
 

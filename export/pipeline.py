@@ -227,6 +227,7 @@ def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: Exp
     if config.sensitivity is not None:
         read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
         check_report_file(config.sensitivity, out, read)
+    providers.require_values(providers.provider_of(config.target), dict(config.provider_options or ()))
     refuse_existing(out, force=config.force)
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
@@ -326,8 +327,8 @@ def _make_static(
     context = fp32.manifest.context_length
     chunk = min(config.chunk or STATIC_CHUNK, context)
     sizes = f"1 and {chunk} new tokens over a past of {context}"
-    options = ", ".join(f"{key} {value}" for key, value in providers.KNOWN["qnn"].options.items())
-    chip = f", for {options}" if config.target == "qnn" else ""
+    known = {**providers.KNOWN["qnn"].options, **dict(config.provider_options or ())}
+    chip = f", for {', '.join(f'{k} {v}' for k, v in known.items())}" if config.target == "qnn" else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
     shape = write_static_graphs(fp32, chunk, with_tables=config.target == "coreml")
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"

@@ -76,6 +76,11 @@ class ExportConfig:
                 f"the ORT format is optimised for a processor, and the bundle is for {self.target}: with --format ort "
                 f"take --target {' or '.join(_ORT_TARGETS)}"
             )
+        if self.target in ("cpu", "portable") and (self.provider_options or self.allow_fallback):
+            raise InputError(
+                f"--provider-option and --allow-fallback are of another target than {self.target}, which the processor "
+                "proves: leave them out, or name the target, as --target openvino"
+            )
         if not all(is_int(token, 0) for token in self.eos_ids):
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
@@ -99,6 +104,8 @@ class ExportConfig:
                 f"--target {self.target} takes graphs of fixed sizes only, and --graph {self.graph} has others: leave "
                 "--graph out, or give static"
             )
+        if self.static and self.format == "ort":
+            raise InputError("--format ort is of graphs whose sizes change, and this one is static: leave it out")
         if self.chunk is not None and not self.static:
             raise InputError("--chunk is of the static graph: leave it out, or export with --graph static")
         if self.chunk is not None and not is_int(self.chunk, 1):

@@ -84,6 +84,7 @@ class Manifest:
     states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
     static: StaticShape | None = None  # of the static graphs
     compiled: Compiled | None = None  # where they are no graphs but context binaries
+    provider_options: Mapping[str, str] = field(default_factory=dict)  # of the target's provider, where none are given
     call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
     bos_token_id: int | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
@@ -206,7 +207,7 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
         for name in ("pastkey_version", "source", "target", "graph_reason", "min_onnxruntime"):
             require(isinstance(values[name], str), name, values[name], "a text")
         require(isinstance(values.get("call", ""), str), "call", values.get("call"), "a text")
-        for name in ("operators", "parity", "quality"):
+        for name in ("operators", "parity", "quality", "provider_options"):
             require(isinstance(values.get(name, {}), dict), name, values.get(name), "an object")
         if values["precision"] not in names.ALL_LOGITS_GRAPH:
             raise ValueError(f"precision is {values['precision']!r}")

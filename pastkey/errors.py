@@ -68,6 +68,10 @@ class ProviderError(PastkeyError, ValueError):
     """An execution provider that does not exist here, or that did not take the model."""
 
 
+class StartError(ProviderError):
+    """An execution provider that is installed, and whose driver or library is missing."""
+
+
 class MissingExtraError(PastkeyError, ImportError):
     """A package that an optional part of pastkey needs."""
 

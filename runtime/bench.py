@@ -17,6 +17,7 @@ import pastkey
 from pastkey.bundle import open_bundle
 
 from .engine import Engine
+from .golden import require_golden
 from .int8_kernels import Int8Kernels, int8_kernels_of
 from .ort import onnxruntime
 from .settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, PlacementOptions
@@ -67,6 +68,7 @@ def bench(
     started = time.perf_counter()
     bundle = open_bundle(path, verify=False)
     engine = Engine(bundle, **placement)
+    require_golden(engine, bundle)
     load_seconds = time.perf_counter() - started
 
     context = bundle.manifest.context_length

@@ -53,6 +53,7 @@ class KVCache:
         shared: bool,
         context_length: int,
         device: str = "cpu",
+        device_id: int = 0,
         dtype: type[np.generic] = np.float32,
         states: Sequence[StateGeometry] = (),
     ) -> None:
@@ -64,7 +65,7 @@ class KVCache:
         self._other_binding = self.binding if shared else onnx.io_binding()
         self._shared = shared
         self._context_length = context_length
-        self._device = device
+        self._device, self._device_id = device, device_id
         self._from_runs = device in _UNALLOCATED
         self._moving = False  # whether the next run moves a shared buffer from the processor's memory to the device
         self._dtype = np.dtype(dtype)
@@ -115,7 +116,7 @@ class KVCache:
             self._values = [self._place(np.zeros(self._shape(t, 0), self._dtype)) for t in self._tensors]
         for tensor, value in zip(self._tensors, self._values, strict=True):
             self.binding.bind_ortvalue_input(tensor.past, value)
-            self.binding.bind_output(tensor.present, self._device)
+            self.binding.bind_output(tensor.present, self._device, self._device_id)
 
     def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The graph's attention_mask of the `mask` (B, S): here, each column is a token."""
@@ -179,7 +180,7 @@ class KVCache:
             value = self._place(array)
             if self._from_runs:
                 self.binding.bind_ortvalue_input(tensor.past, value)
-                self.binding.bind_output(tensor.present, self._device)
+                self.binding.bind_output(tensor.present, self._device, self._device_id)
             else:
                 self._bind_shared(tensor, value)
                 self.arrays.append(array)
@@ -197,4 +198,6 @@ class KVCache:
 
     def _place(self, array: npt.NDArray[Any]) -> Any:
         """An OrtValue with this content, on the device where that can be; on the CPU it is the array itself."""
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu" if self._from_runs else self._device)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(
+            array, "cpu" if self._from_runs else self._device, 0 if self._from_runs else self._device_id
+        )

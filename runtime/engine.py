@@ -64,6 +64,7 @@ class Engine:
         threads: Threads within an operator; 0 where onnxruntime chooses.
         lock: Held by whoever is inside a call.
         one_by_one: Whether several new tokens are run one after another, on a device that computes them right alone.
+        asked: The providers and session entries that were given.
         resets: How often the cache was emptied, or cut to a prefix: whoever fills it can tell when another took it.
     """
 
@@ -137,6 +138,7 @@ class Engine:
             self.onnx,
             bundle.manifest,
             device=ep.cache_device(self.providers),
+            device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
             fixed_shapes=ep.prefers_fixed_shapes(self.providers),
             # Opened later, wherever the process has gone by then.
             open_int8=None if int8 is None else functools.partial(open_graph, int8.absolute()),
@@ -147,6 +149,7 @@ class Engine:
         self._ones = np.ones(0, np.int64)
         self.resets = 0
         self.one_by_one = False
+        self.asked = (providers, dict(session_entries or {}))
 
     @property
     def length(self) -> int:
@@ -222,6 +225,12 @@ class Engine:
         return _last(self._run(self.checked([token], 1)[None]))
 
     @property
+    def takes_padding(self) -> bool:
+        """Whether rows of different lengths may be run together."""
+        fused_elsewhere = self._fused and (self.one_by_one or ep.misses_keys(self.providers))
+        return self.manifest.padding and self._static is None and not fused_elsewhere
+
+    @property
     def supports_drafts(self) -> bool:
         """Whether `extend` can append several tokens, and `trim` forget some of them without moving the others."""
         return self._fused and not self.one_by_one
@@ -259,8 +268,6 @@ class Engine:
         """Appends checked ids (B, T); `keep`: how many last positions have logits. The one place where it is run."""
         batch, tokens = ids.shape
         if self.one_by_one and tokens > 1:
-            if mask is not None:
-                raise InputError("on this device rows of different lengths cannot be run together: give each alone")
             singly = [self._run(ids[:, i : i + 1]) for i in range(tokens)]
             return np.concatenate(singly if self._every else singly[-keep:], 1)
         start = self.length
@@ -374,6 +381,12 @@ class Engine:
             raise InputError(
                 'a row ends in padding, and this graph gives the last position only: open graph="all_logits"'
             )
+        if self._fused and (self.one_by_one or ep.misses_keys(self.providers)):
+            name = ep.short_name(self.providers[0])
+            raise InputError(
+                f"on the execution provider {name!r} rows of different lengths cannot be run together, since it leaves "
+                "out keys there: give each row alone"
+            )
         if self._fused and (self.length or (np.diff(array, axis=1) > 0).any() or not array[:, 0].all()):
             raise InputError(
                 "this bundle's graph takes padding only in the first run and only at the right end of a row: "
@@ -395,7 +408,7 @@ class Engine:
             position = start + tokens - logits.shape[1] + int(column)
             raise NumericsError(
                 f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
-                "damaged or overflow at this precision; export again, and see `pastkey verify`"
+                "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )
 
 

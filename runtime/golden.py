@@ -40,7 +40,11 @@ STEPS = 8  # tokens that are decoded one by one behind a prefill
 # others than on a device that leaves them as they are: 1.5e-2 in SmolLM2-135M.
 LIMITS = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 5e-2}
 
+SMALLEST_BUG = 2e-2  # that was seen
+
 _DRIVERS = ("/proc/driver/nvidia/version", "/usr/share/vulkan/icd.d/*.json", "/etc/vulkan/icd.d/*.json")
+_DRIVERS_BY_NAME = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES", "VK_ADD_DRIVER_FILES")
+_CARDS = "/sys/class/drm/card[0-9]*/device/uevent"  # of Linux
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Golden:
                 raise ValueError("its arrays do not go together")
             if vocab_size != bundle.manifest.vocab_size:
                 raise ValueError(f"it has logits of {vocab_size} tokens")
+            if golden.ids.min() < 0 or golden.ids.max() >= vocab_size:
+                raise ValueError("its ids are none of the model's")
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise IntegrityError(f"{path} cannot be read ({error}): export the bundle again") from None
         return golden
@@ -81,7 +87,11 @@ class Golden:
         length = min(TOKENS, manifest.context_length)
         ids = np.random.default_rng(0).integers(0, manifest.vocab_size, length)
         ends = sorted({max(1, length // part) for part in ENDS[: max(LEAST_ROWS, rows)]})
-        return cls(ids, np.array(ends), np.stack([_prefilled(engine, ids[:end], end) for end in ends]), limit)
+        logits = []
+        for end in ends:
+            engine.reset()
+            logits.append(engine.prefill(ids[:end], end))
+        return cls(ids, np.array(ends), np.stack(logits), limit)
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:
@@ -113,8 +123,9 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
 def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
     """Whether single tokens alone are right. Raises ProviderError where nothing is."""
     limit = golden.limit
-    wrong = max(_differences(engine, golden))
-    if wrong <= limit:
+    # The bug of a provider may be smaller than what int8 activations make of a difference: then it is not looked for.
+    unseen = limit > SMALLEST_BUG and engine.manifest.graph == "fused" and ep.misses_keys(engine.providers)
+    if not unseen and max(_differences(engine, golden)) <= limit:
         return False
     engine.one_by_one = True
     off = max(_apart(_prefilled(engine, golden.ids[:end], end), row) for end, row in _beginnings(golden))
@@ -122,6 +133,11 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
     if off <= limit:
         return True
     name = ep.short_name(engine.providers[0])
+    if engine.manifest.precision == "fp16" and not np.isfinite(off):
+        raise ProviderError(
+            f"the logits of this bundle are not finite on the execution provider {name!r}: its numbers overflow in "
+            "float16, which the processor computes in float32; export the model with --precision fp32, or int8"
+        )
     raise ProviderError(
         f"the execution provider {name!r} computes other logits on this device than the processor: off by {off:.1e} of "
         f"the largest (limit {limit:.0e}): take the provider 'cpu', or {ep.other_graph(name, engine.manifest.graph)}"
@@ -189,20 +205,11 @@ def _surroundings(engine: Engine) -> list[Any]:
     hardware = [
         [device.ep_name, device.device.vendor, device.device.vendor_id, device.device.device_id] for device in devices
     ]
-    drivers = [
-        [str(path), path.stat().st_size, path.stat().st_mtime_ns]
-        for pattern in _DRIVERS
-        for path in Path(os.sep).glob(pattern.lstrip("/"))
-    ]
+    named = [Path(part) for key in _DRIVERS_BY_NAME for part in os.environ.get(key, "").split(os.pathsep) if part]
+    found = [path for pattern in _DRIVERS for path in Path(os.sep).glob(pattern.lstrip("/"))]
+    drivers = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in [*found, *named] if path.is_file()]
+    cards = [path.read_text(errors="replace") for path in sorted(Path(os.sep).glob(_CARDS.lstrip("/")))]
     chosen = {name: value for name, value in os.environ.items() if name.startswith(("VK_", "CUDA_", "MESA_"))}
-    options = {name: dict(given) for name, given in engine.onnx.get_provider_options().items()}
-    return [
-        onnxruntime.__version__,
-        wheels(),
-        platform.platform(),
-        engine.providers,
-        options,
-        hardware,
-        drivers,
-        chosen,
-    ]
+    options = [engine.onnx.get_provider_options(), *engine.asked]
+    system = [platform.platform(), hardware, cards, drivers, chosen]
+    return [onnxruntime.__version__, wheels(), engine.providers, options, system]

@@ -46,6 +46,7 @@ class CachePair:
         manifest: Manifest,
         *,
         device: str = "cpu",
+        device_id: int = 0,
         fixed_shapes: bool = False,
         open_int8: Callable[[], Any] | None = None,
         int8_from: int | None = INT8_KV_FROM,
@@ -56,6 +57,7 @@ class CachePair:
             onnx: The onnxruntime.InferenceSession of a graph with a float32 cache.
             manifest: The bundle's.
             device: Where the tensors live ("cpu", "cuda").
+            device_id: Which of several such devices.
             fixed_shapes: Whether a shape that changes is slow there.
             open_int8: Opens the session of the int8-KV graph, at the first token that is decoded there; None where
                 there is no such graph.
@@ -77,6 +79,7 @@ class CachePair:
                 shared=shared,
                 context_length=context,
                 device=device,
+                device_id=device_id,
                 dtype=dtype,
                 states=states,
             )

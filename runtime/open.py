@@ -18,7 +18,7 @@ from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingE
 from pastkey.values import parse_version
 
 from . import providers as ep
-from .ort import REFUSE_LINKS, OrtError, onnxruntime, standard_output_to_error, upgrade_command
+from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .parts import assigned
 from .settings import Choice
 
@@ -60,9 +60,20 @@ def open_session(
             f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
             f"type  {upgrade_command()}  and try again"
         )
+    if session_entries and _WHOLE in session_entries:
+        raise InputError(
+            f"the session entry {_WHOLE} is set by pastkey: leave it out, and let the processor run what a provider "
+            "leaves with allow_fallback=True, or --allow-fallback"
+        )
     if manifest.compiled is not None:
         providers = ep.for_compiled(providers, manifest.compiled)
-    wanted = ep.resolve(providers, manifest.target, manifest.graph, allow_fallback=allow_fallback)
+    wanted = ep.resolve(
+        providers,
+        manifest.target,
+        manifest.graph,
+        allow_fallback=allow_fallback,
+        options_of_target=manifest.provider_options,
+    )
     entries = dict(session_entries or {})
     if wanted.tells or profile_prefix is not None:
         entries = {_RECORD: "1"} | entries
@@ -81,7 +92,9 @@ def open_session(
 
     try:
         session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
-    except OrtError as error:
+    except RunError as error:
+        if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
+            raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
         partly = _with_processor(path, options({_RECORD: "1"} | entries), wanted) if wanted.whole else None
         placed = {} if partly is None else assigned(partly, path)
         if left := placed.get(ep.CPU):
@@ -91,7 +104,9 @@ def open_session(
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
-            again = "" if manifest.compiled is None else f"; it was compiled for {manifest.compiled}: compile it again"
+            again = ep.remedy(name, manifest.target)
+            if manifest.compiled is not None:
+                again = f"; it was compiled for {manifest.compiled}: compile it again"
             raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}{again}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
@@ -135,7 +150,7 @@ def _with_processor(path: Path, options: Any, wanted: ep.Placement) -> Any | Non
     providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
     try:
         session = _create(path, options, dataclasses.replace(wanted, providers=providers))
-    except OrtError:
+    except RunError:
         return None
     ep.require_active(wanted, session.get_providers())
     return session

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pastkey.bundle import Compiled
-from pastkey.errors import ProviderError, first_line
+from pastkey.errors import ProviderError, StartError, first_line
 
 from .ort import onnxruntime, wheels
 from .settings import Choice
@@ -45,6 +45,7 @@ class Known:
     whole: frozenset[str] = frozenset()  # the graphs that were seen to run there, nothing left to the processor
     fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
     plugin: str = ""  # the module of a provider that onnxruntime must be told of
+    misses_keys: bool = False  # GroupQueryAttention was seen to leave out keys, of a prefill and of a padded batch
     options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
 
@@ -75,6 +76,7 @@ KNOWN = {
         Fused.RUNS,
         remedy="export the model again with --target webgpu",
         whole=frozenset({"fused", "static"}),
+        misses_keys=True,
     ),
     "qnn": Known(
         "QNNExecutionProvider",
@@ -91,7 +93,7 @@ KNOWN = {
         "CoreMLExecutionProvider",
         "Apple GPUs and neural engines",
         "pip install onnxruntime on macOS",
-        remedy="export the model again with --target coreml",
+        remedy="export the model again with --target coreml --precision fp32",
         options={"ModelFormat": "MLProgram"},
     ),
     "dml": Known("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
@@ -132,6 +134,7 @@ def resolve(
     graph: str = "standard",
     *,
     allow_fallback: bool = False,
+    options_of_target: Mapping[str, str] | None = None,
 ) -> Placement:
     """Where to open a session.
 
@@ -141,9 +144,10 @@ def resolve(
         target: The bundle's target.
         graph: The bundle's graph.
         allow_fallback: Whether the processor may run what a provider leaves.
+        options_of_target: The bundle's, for the provider of its target.
 
     Raises:
-        ProviderError: One does not exist here, or is not given the fused graph.
+        ProviderError: One does not exist here, has no such option, or is not given the fused graph.
     """
     named = choice is not None
     if choice is None:
@@ -162,7 +166,7 @@ def resolve(
             known = KNOWN.get(short_name(name)) if name else None
             what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
             remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(KNOWN)}"
-            if known and len(wheels()) > 1 and any(wheel in known.source.split() for wheel in wheels()):
+            if known and len(wheels()) > 1 and set(_packages(known)) & set(wheels()):
                 remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
         facts = _facts(name)
@@ -172,12 +176,9 @@ def resolve(
                 f"{reason}this bundle has the fused graph, which the execution provider {asked!r} {facts.fused.value}: "
                 f"take the provider 'cpu'{remedy}"
             )
-        chosen[name] = {**facts.options, **options}
-        for option, values in facts.values.items():
-            if str(found := chosen[name].get(option, values[0])) not in values:
-                raise ProviderError(
-                    f"the execution provider {asked!r} has no {option} {found}; it must be one of {', '.join(values)}"
-                )
+        own = options_of_target or {} if short_name(name) == provider_of(target) else {}
+        chosen[name] = {**facts.options, **own, **options}
+        require_values(short_name(name), chosen[name])
     first = next(iter(chosen), CPU)
     graphs = _facts(first).whole
     # By the bundle's own choice a graph may run in parts, if it was made so.
@@ -185,6 +186,16 @@ def resolve(
     if not whole:
         chosen.setdefault(CPU, {})
     return Placement(tuple(chosen.items()), whole)
+
+
+def require_values(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ProviderError for an option of a provider, by its short name, that has no such value."""
+    known = KNOWN.get(name)
+    for option, values in ({} if known is None else known.values).items():
+        if str(found := options.get(option, values[0])) not in values:
+            raise ProviderError(
+                f"the execution provider {name!r} has no {option} {found}; it must be one of {', '.join(values)}"
+            )
 
 
 def for_compiled(choice: Choice | Sequence[Choice] | None, compiled: Compiled) -> Choice:
@@ -218,11 +229,17 @@ def overlapping() -> str:
 
 def what_brings(known: Known) -> str:
     """The command that brings a provider, after that for the wheels that its wheel would lie over."""
-    packages = re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
     # A plugin is no onnxruntime of its own.
-    wanted = {package for package in packages if package != known.plugin.replace("_", "-")}
+    wanted = {package for package in _packages(known) if package != known.plugin.replace("_", "-")}
     others = [wheel for wheel in wheels() if wheel not in wanted] if wanted else []
+    if others and len(others) < len(wheels()):  # the files of the wanted one, too, lie under the others'
+        others = wheels()
     return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
+
+
+def _packages(known: Known) -> list[str]:
+    """The wheels that the command for a provider names."""
+    return re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
 
 
 def takes_fused(target: str) -> bool:
@@ -244,27 +261,38 @@ def other_graph(name: str, graph: str) -> str:
     """What to export for a provider that computes a graph wrong."""
     if graph != "fused":
         return "report the device to https://github.com/microsoft/onnxruntime/issues"
-    other = "static" if "static" in _facts(name).whole else "standard"
+    other = "static --precision fp32" if "static" in _facts(name).whole else "standard"
     return f"export the model again with --target {name if name in _DEFAULT_OF_TARGET else 'cpu'} --graph {other}"
 
 
 def require_active(wanted: Placement, active: Sequence[str]) -> None:
-    """Raises ProviderError when onnxruntime opened a session without a provider that was asked for."""
+    """Raises StartError when onnxruntime opened a session without a provider that was asked for."""
     for name, _ in wanted.providers:
         if name not in active:
-            raise ProviderError(
-                f"onnxruntime could not start the execution provider {short_name(name)!r}, for want of a driver or a "
-                f"library (its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
-            )
+            raise not_started(name, active)
+
+
+def not_started(name: str, active: Sequence[str]) -> StartError:
+    """What is said of a provider that did not start; `active` are those that did."""
+    return StartError(
+        f"onnxruntime could not start the execution provider {short_name(name)!r}, for want of a driver or a library "
+        f"(its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
+    )
+
+
+def remedy(name: str, target: str) -> str:
+    """What is added to a sentence about a bundle for another target; "" where nothing helps."""
+    found = "" if provider_of(target) == name else _facts(name).remedy
+    return f"; {found}" if found else ""
 
 
 def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
     """What is said of a provider that was asked for by name, and leaves operators to the processor."""
-    remedy = "" if provider_of(target) == short_name(name) else _facts(name).remedy
+    instead = remedy(short_name(name), target).removeprefix("; ")
     return ProviderError(
         f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
-        f"processor: {f'{remedy}, or ' if remedy else ''}let it, with allow_fallback=True, or --allow-fallback of the "
-        "commands run, chat, bench, inspect and verify"
+        f"processor: {f'{instead}, or ' if instead else ''}let it, with allow_fallback=True, or "
+        "--allow-fallback"
     )
 
 
@@ -285,6 +313,11 @@ def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
     number = sum(operators.values())
     where = "" if parts is None else f" in {parts} part{'s' * (parts != 1)}"
     return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)}){where}"
+
+
+def misses_keys(active: Sequence[str]) -> bool:
+    """Whether attention of several tokens at once was seen to be wrong on some device of a session's provider."""
+    return _facts(active[0]).misses_keys
 
 
 def cache_device(active: Sequence[str]) -> str:

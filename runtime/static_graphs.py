@@ -34,7 +34,7 @@ class StaticGraphs(FixedRows):
 
     Attributes:
         onnx: The onnxruntime.InferenceSession of the chunk's graph.
-        watch: Is told each run's T and the arrays that it was fed, which change with the next.
+        watch: Is told each run's T, the tokens before it, and the arrays that it was fed, which change with the next.
     """
 
     def __init__(self, decode: Any, prefill: Any, manifest: Manifest, folder: Path) -> None:
@@ -42,7 +42,7 @@ class StaticGraphs(FixedRows):
         super().__init__(manifest.layers, context_length=manifest.context_length)
         assert manifest.static is not None
         self.onnx = prefill
-        self.watch: Callable[[int, Mapping[str, Rows]], None] | None = None
+        self.watch: Callable[[int, int, Mapping[str, Rows]], None] | None = None
         self._context = manifest.context_length
         self._decode = _Graph(decode, self, manifest, 1, folder)
         self._prefill = (
@@ -69,7 +69,7 @@ class StaticGraphs(FixedRows):
             part = ids[done : done + graph.tokens]
             logits = graph.run(part, self.length + done)
             if self.watch is not None:
-                self.watch(graph.tokens, graph.inputs())
+                self.watch(graph.tokens, self.length + done, graph.inputs())
             self.write(graph.new, self.length + done, 0, part.size)
             done += part.size
             wanted = min(part.size, keep - (ids.size - done))
@@ -105,6 +105,11 @@ class _Graph:
         self._binding: Any = None
         # A provider with memory of its own is given a copy of what an array holds when it is bound.
         self._copies = onnx.get_providers()[0] != CPU
+
+    def __del__(self) -> None:
+        # In the other order, the end of a session on WebGPU is a segmentation fault.
+        for name in ("_binding", "_onnx"):
+            vars(self).pop(name, None)
 
     def run(self, ids: Ids, start: int) -> Logits:
         """Logits (T, V), of the first `ids.size` tokens only: `ids` (up to T,) stand at `start`."""

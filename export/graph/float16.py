@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from pastkey import names
 
-from .edit import add_weight
+from .edit import add_weight, weight
 
 _ANGLES = {"Cos", "Sin"}
 _SUMS = {"ReduceMean", "ReduceSum"}
@@ -127,7 +127,7 @@ def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
     for node in model.graph:
         if node.op_type in _ANGLES:
             _keep(node, kept)
-        elif node.op_type == "Sqrt":
+        elif node.op_type == "Sqrt" or _is_inverse_root(node):
             kept.add(node)
             kept.update(user for user, _ in node.outputs[0].uses() if user.op_type == "Reciprocal")
             for value in node.inputs:
@@ -135,6 +135,12 @@ def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
                 if producer is not None and producer.op_type in {"Add"} | _SUMS:
                     _keep(producer, kept, to_squares=True)
     return kept
+
+
+def _is_inverse_root(node: ir.Node) -> bool:
+    """Whether it is x to the power of a constant below 1, as of -0.5 in a norm."""
+    exponent = weight(node.inputs[1]) if node.op_type == "Pow" else None
+    return exponent is not None and exponent.size == 1 and float(exponent.reshape(())) < 1
 
 
 def _keep(node: ir.Node, kept: set[ir.Node], *, to_squares: bool = False) -> None:

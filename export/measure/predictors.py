@@ -11,6 +11,7 @@ import numpy as np
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, PastkeyError, first_line
 from pastkey.runtime import Engine, Generation
+from pastkey.runtime.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
 from .metrics import Ids, Logits, agreeing_tokens, relative_difference
@@ -46,6 +47,7 @@ class BundlePredictor:
         """`placement`: where it runs, as for `load`. Raises what Engine raises."""
         self.name = str(bundle.path)
         self._engine = Engine(bundle, graph="all_logits", **placement)
+        require_golden(self._engine, bundle)
 
     def logits(self, ids: Ids) -> Logits:
         """(T,) -> (T, V)."""

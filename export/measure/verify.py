@@ -16,6 +16,7 @@ import numpy as np
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ParityError
 from pastkey.runtime import Engine, Generation
+from pastkey.runtime.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
 from ..progress import SILENT, Progress
@@ -164,6 +165,7 @@ def verify(
     quantized = manifest.precision not in _FLOAT
     parts = _Parts(progress, _PARTS - (manifest.graph == "static"))
     own, last_logits = BundlePredictor(bundle, **placement), Engine(bundle, graph="last_logits", **placement)
+    require_golden(last_logits, bundle)
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
     ids = _text(last_logits, min(max(TOKENS, *windows, 0), manifest.context_length), parts)
     parts.next()
@@ -177,6 +179,7 @@ def verify(
         quality = _quality(source.logits(ids), expected if quantized else own.logits(ids))
     limits = Limits.of(manifest, quality.get("kl_divergence"))
     all_logits = Engine(bundle, graph="all_logits", **placement)
+    require_golden(all_logits, bundle)
     compared = _Compared(manifest, all_logits, last_logits, reference, ids, expected, limits, layers)
     parts.next()
 
@@ -293,7 +296,7 @@ def _batch(c: _Compared) -> Check:
     context = c.manifest.context_length
     steps = min(BATCH_STEPS, context - 1)
     longest = min(BATCH_LENGTH, context - steps)
-    lengths = sorted({longest, -(-longest // 2), 1}, reverse=True) if c.manifest.padding else [longest] * 3
+    lengths = sorted({longest, -(-longest // 2), 1}, reverse=True) if c.all_logits.takes_padding else [longest] * 3
     texts = [np.roll(c.ids, -row)[: length + steps] for row, length in enumerate(lengths)]
     ids = np.zeros((len(lengths), longest), np.int64)
     mask = np.zeros_like(ids)

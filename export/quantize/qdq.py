@@ -43,13 +43,14 @@ def quantize_static(source: Bundle, target: Path, windows: Sequence[Ids]) -> Non
     """
     file = DataFile(target / names.STATIC_DATA)
     fed = [*zip(source.static_graphs, _feeds(source, windows), strict=True)]
+    context = source.manifest.context_length
     ranges: dict[str, tuple[float, float]] = {}
     for path, feeds in fed:
-        for name, (low, high) in _ranges(path, feeds).items():
+        for name, (low, high) in _ranges(path, feeds, context).items():
             lowest, highest = ranges.get(name, (low, high))
             ranges[name] = min(low, lowest), max(high, highest)
     for path, feeds in fed:
-        model = _quantized(path, feeds, ranges)
+        model = _quantized(path, feeds[:1], ranges, context)
         file.take_weights(model)
         ir.save(model, target / path.relative_to(source.path))
 
@@ -61,8 +62,11 @@ def _feeds(source: Bundle, windows: Sequence[Ids]) -> tuple[list[Feeds], list[Fe
     assert isinstance(static, StaticGraphs)
     fed: dict[int, list[Feeds]] = {}
 
-    def keep(tokens: int, inputs: Mapping[str, np.ndarray]) -> None:
-        fed.setdefault(tokens, []).append({name: array.copy() for name, array in inputs.items()})
+    def keep(tokens: int, start: int, inputs: Mapping[str, np.ndarray]) -> None:
+        # The past of a long context is holes for the most part: they are put back when they are fed.
+        fed.setdefault(tokens, []).append(
+            {name: (array[:, :, :start] if _is_past(name) else array).copy() for name, array in inputs.items()}
+        )
 
     static.watch = keep
     for ids in windows:
@@ -79,13 +83,25 @@ def _feeds(source: Bundle, windows: Sequence[Ids]) -> tuple[list[Feeds], list[Fe
     return fed[1], fed.get(source.manifest.static.chunk, fed[1])
 
 
-def _ranges(path: Path, feeds: list[Feeds]) -> dict[str, tuple[float, float]]:
+def _is_past(name: str) -> bool:
+    return name.startswith(names.PAST_PREFIX)
+
+
+def _whole(feeds: Feeds, context_length: int) -> Feeds:
+    """With the holes of the past, which are zeros."""
+    return {
+        name: np.pad(array, [(0, 0), (0, 0), (0, context_length - array.shape[2]), (0, 0)]) if _is_past(name) else array
+        for name, array in feeds.items()
+    }
+
+
+def _ranges(path: Path, feeds: list[Feeds], context_length: int) -> dict[str, tuple[float, float]]:
     """The smallest and largest number of each activation that a MatMul reads or makes, by its name."""
     quantization, _ = quantization_tools()
     with _prepared(path) as plain:
         augmented = plain.with_name("augmented.onnx")
         calibrator = quantization.create_calibrator(plain, _OPERATORS, str(augmented), use_external_data_format=True)
-        calibrator.collect_data(_reader(quantization, feeds))
+        calibrator.collect_data(_reader(quantization, feeds, context_length))
         found = calibrator.compute_data()
         ends = {name: found[name].range_value for name in found.keys()}  # noqa: SIM118  # no mapping of Python's
         return {name: (float(low.item()), float(high.item())) for name, (low, high) in ends.items()}
@@ -102,7 +118,9 @@ def _prepared(path: Path) -> Iterator[Path]:
         yield plain
 
 
-def _quantized(path: Path, feeds: list[Feeds], ranges: Mapping[str, tuple[float, float]]) -> ir.Model:
+def _quantized(
+    path: Path, feeds: list[Feeds], ranges: Mapping[str, tuple[float, float]], context_length: int
+) -> ir.Model:
     """A float32 graph of a file in int8, with these ranges of activations: in both graphs they are the same."""
     quantization, qnn = quantization_tools()
     with _prepared(path) as plain:
@@ -110,7 +128,7 @@ def _quantized(path: Path, feeds: list[Feeds], ranges: Mapping[str, tuple[float,
         known = {str(value.name) for node in ir.load(plain).graph for value in [*node.inputs, *node.outputs] if value}
         config = qnn.get_qnn_qdq_config(
             plain,
-            _reader(quantization, feeds),
+            _reader(quantization, feeds, context_length),
             activation_type=quantization.QuantType.QUInt16,
             weight_type=quantization.QuantType.QUInt8,
             weight_symmetric=True,
@@ -144,7 +162,7 @@ def _fold_transposed(model: ir.Model) -> None:
     drop_unused_weights(model)
 
 
-def _reader(quantization: Any, feeds: list[Feeds]) -> Any:
+def _reader(quantization: Any, feeds: list[Feeds], context_length: int) -> Any:
     """The feeds as onnxruntime's calibration takes them."""
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # a class that is known at run time
@@ -152,7 +170,8 @@ def _reader(quantization: Any, feeds: list[Feeds]) -> Any:
             self.rest = iter(feeds)
 
         def get_next(self) -> Feeds | None:
-            return next(self.rest, None)
+            found = next(self.rest, None)
+            return None if found is None else _whole(found, context_length)
 
         def rewind(self) -> None:
             self.rest = iter(feeds)

@@ -370,7 +370,7 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
 
     class Recorded(Engine):
         def __init__(self, bundle: Bundle, **placement: Any) -> None:
-            proved.append(placement | {"target": bundle.manifest.target})
+            proved.append(placement | {"target": bundle.manifest.target, "options": bundle.manifest.provider_options})
             super().__init__(bundle, providers="cpu")
 
     monkeypatch.setattr(bundle_writer, "Engine", Recorded)
@@ -387,7 +387,7 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
     )
     assert proved[-1] == {
         "target": "openvino",
-        "providers": ("openvino", {"device_type": "GPU"}),
+        "options": {"device_type": "GPU"},
         "session_entries": {"session.use_env_allocators": "1"},
         "allow_fallback": True,
     }

@@ -146,6 +146,13 @@ def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable
     benched = pastkey_in(WEBGPU, "bench", bundle, *numbers, home=tmp_path)
     assert benched.returncode == 0, benched.stderr
     assert json.loads(benched.stdout)["decode_tokens_per_second"] > 0
+    static = bundles("llama-webgpu-static")
+    benched = pastkey_in(WEBGPU, "bench", static, *numbers, home=tmp_path)
+    assert benched.returncode == 0, benched.stderr
+    placed = pastkey_in(WEBGPU, "inspect", static, "--json", home=tmp_path)
+    assert placed.returncode == 0, placed.stderr
+    verified = pastkey_in(WEBGPU, "verify", bundle, "--provider", "webgpu", "--json", home=tmp_path)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     asked = pastkey_in(WEBGPU, "run", bundle, "--prompt-ids", "1,9999", "--json", home=tmp_path)
     assert (asked.returncode, asked.stdout) == (2, "")
     assert "token id 9999 is out of range" in asked.stderr

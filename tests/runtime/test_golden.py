@@ -135,8 +135,46 @@ def test_every_logit_is_there_one_token_at_a_time(fused_bundle: Bundle) -> None:
     engine.one_by_one = True
     np.testing.assert_allclose(engine.forward([[5, 6, 7]]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     engine.reset()
-    with pytest.raises(InputError, match="on this device rows of different lengths"):
+    with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
         engine.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
+
+
+def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
+    make_bundle: MakeBundle, tiny: Any, stored: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pastkey.runtime.providers.misses_keys", lambda active: active[0] != "CPUExecutionProvider")
+    for limit, one_by_one in ((LIMIT, False), (0.05, True)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {limit}"))
+        bundle = copied(make_bundle(tiny, "fused"), tmp_path / str(limit), dataclasses.replace(stored, limit=limit))
+        engine = on(make_bundle(tiny, "fused"))
+        assert bool(proved(engine, bundle)) is one_by_one
+        assert engine.one_by_one is one_by_one
+        assert not engine.takes_padding
+        everything = Engine(make_bundle(tiny, "fused"), graph="all_logits", threads=1)
+        everything.providers = ["DeviceExecutionProvider"]
+        with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
+            everything.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
+
+
+def test_other_options_and_settings_are_another_device(fused_bundle: Bundle) -> None:
+    proved(on(fused_bundle), fused_bundle)
+    others: list[Any] = [(("webgpu", {"deviceId": "1"}), {}), (None, {"ep.webgpuexecutionprovider.x": "1"})]
+    for asked in others:
+        engine = on(fused_bundle)
+        engine.asked = asked
+        proved(engine, fused_bundle)
+        assert engine.runs
+        again = on(fused_bundle)
+        again.asked = asked
+        proved(again, fused_bundle)
+        assert not again.runs
+
+
+def test_overflow_of_float16_is_said(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = on(fused_bundle, off=np.inf, least=1)
+    engine.manifest = dataclasses.replace(engine.manifest, precision="fp16")
+    with pytest.raises(ProviderError, match=r"overflow in float16.*--precision fp32, or int8"):
+        proved(engine, fused_bundle)
 
 
 @pytest.mark.parametrize("off", [0.1, np.nan])
@@ -179,6 +217,7 @@ def test_golden_logits_that_cannot_be_read_are_one_sentence(
             dataclasses.replace(stored, logits=stored.logits[:, :5]),
             dataclasses.replace(stored, ends=stored.ends[:1]),
             dataclasses.replace(stored, ids=stored.ids[:9]),
+            dataclasses.replace(stored, ids=stored.ids + 37),
         ]
     ):
         with pytest.raises(IntegrityError, match=r"golden_logits\.npz cannot be read .*: export the bundle again"):

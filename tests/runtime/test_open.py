@@ -14,7 +14,7 @@ import pytest
 
 from pastkey import names
 from pastkey.bundle import Bundle, KVGeometry, open_bundle
-from pastkey.errors import InputError, IntegrityError, MissingExtraError, ProviderError
+from pastkey.errors import InputError, IntegrityError, MissingExtraError, ProviderError, StartError
 from pastkey.runtime import open as opening
 from pastkey.runtime import ort
 from pastkey.runtime import providers as ep
@@ -76,6 +76,23 @@ def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle: Bundle) ->
 def test_an_absent_provider_is_refused(bundle: Bundle) -> None:
     with pytest.raises(ProviderError, match="'qnn'"):
         Engine(bundle, providers="qnn")
+
+
+def test_a_provider_that_finds_no_device_is_one_sentence(
+    bundle: Bundle, standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("No supported adapters")
+
+    monkeypatch.setattr(ep, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(opening.onnxruntime, "InferenceSession", none)
+    with pytest.raises(StartError, match=r"could not start the execution provider 'webgpu'.*; ask for one .*: cpu"):
+        Engine(standard_bundle, providers="webgpu")
+
+
+def test_the_session_entry_that_forbids_the_processor_is_pastkeys(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match=r"is set by pastkey: leave it out, .* --allow-fallback"):
+        Engine(bundle, session_entries={"session.disable_cpu_ep_fallback": "0"})
 
 
 def test_a_provider_that_was_never_seen_to_run_the_fused_graph_is_refused(

@@ -74,7 +74,7 @@ def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
     assert providers.counted({"Shape": 2}, 1) == "2 operators (Shape 2) in 1 part"
     sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"GroupQueryAttention": 4}, "cpu", 4))
     assert "'openvino' leaves 4 operators (GroupQueryAttention 4) in 4 parts of this bundle's graph" in sentence
-    assert "--target openvino, or let it, with allow_fallback=True, or --allow-fallback of the commands" in sentence
+    assert "--target openvino, or let it, with allow_fallback=True, or --allow-fallback" in sentence
     assert "--target" not in str(providers.left_behind("OpenVINOExecutionProvider", {"Cos": 1}, "openvino"))
 
 
@@ -96,10 +96,31 @@ def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch
     assert providers.what_brings(known["coreml"]) == "pip install onnxruntime on macOS"
     assert providers.what_brings(known["xnnpack"]) == "onnxruntime built from source with --use_xnnpack"
     monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime-webgpu", "onnxruntime-gpu"])
-    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime-webgpu  and then  {gpu}"
+    # The files of the wanted one lie under the other's: pip would find it installed, and bring nothing back.
+    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  {gpu}"
     assert providers.what_brings(known["qnn"]).startswith(
         "pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  "
     )
+
+
+def test_a_wheel_that_lies_under_another_is_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime", "onnxruntime-gpu"])
+    here(monkeypatch)
+    with pytest.raises(ProviderError, match=r"the packages onnxruntime, onnxruntime-gpu lie over one another"):
+        providers.resolve("cuda")
+
+
+def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "QNNExecutionProvider", "OpenVINOExecutionProvider")
+    for choice in (None, "qnn"):
+        placement = providers.resolve(choice, "qnn", "static", options_of_target={"htp_arch": "73"})
+        assert placement.providers[0][1]["htp_arch"] == "73"
+    given = providers.resolve(("qnn", {"htp_arch": "79"}), "qnn", "static", options_of_target={"htp_arch": "73"})
+    assert given.providers[0][1]["htp_arch"] == "79"
+    other = providers.resolve("openvino", "qnn", "standard", options_of_target={"htp_arch": "73"})
+    assert "htp_arch" not in other.providers[0][1]
+    with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of"):
+        providers.require_values("qnn", {"htp_arch": "99"})
 
 
 def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,20 @@ def test_squares_of_a_norm_do_not_overflow() -> None:
     np.testing.assert_allclose(found, wide / np.sqrt((wide**2).mean()), rtol=2e-3)
 
 
+def test_squares_of_a_norm_by_a_power_do_not_overflow() -> None:
+    text = """g (float[1,4] x, float two, float small, float power) => (float[1,4] y) {
+        axis = Constant <value_ints = [-1]> ()
+        s = Pow(x, two) m = ReduceMean(s, axis) e = Add(m, small) i = Pow(e, power) y = Mul(x, i) }"""
+    numbers = {"two": np.float32(2), "small": np.float32(1e-6), "power": np.float32(-0.5)}
+    model = halved(text, **{name: np.array(number) for name, number in numbers.items()})
+    x = np.array([[1000, 2000, 3000, 4000]], np.float16)
+    kept = [node.op_type for node in model.graph if node.op_type == "Cast"]
+    assert len(kept) == 2  # into float32 before the squares, and back behind the root
+    (found,) = run_model(model, x=x)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(found, wide / np.sqrt((wide**2).mean()), rtol=2e-3)
+
+
 def test_a_weight_that_both_read_stands_there_twice() -> None:
     text = "g (float[1,4] w) => (float[1,4] y, float[1,4] z) { y = Cos(w) z = Neg(w) }"
     w = np.array([[2049, 1, 2, 3]], np.float32)
