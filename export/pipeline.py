@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from torch import nn
 
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import ContractError, InputError
+from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.folder import refuse_existing, whole_folder
 from pastkey.runtime import providers
 from pastkey.runtime.int8_kernels import int8_kernels
@@ -30,12 +31,13 @@ from .graft.contract import in_contract
 from .graft.observe import Observation
 from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
-from .graph.float16 import to_float16
+from .graph.float16 import LARGEST, to_float16
 from .graph.fuse import fuse, where_rotated
 from .graph.static import write_static_graphs
 from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
+from .quantize.activations import probing
 from .quantize.calibration import WINDOWS, CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import WINDOWS as INT4_WINDOWS
 from .quantize.int4 import make_int4
@@ -298,13 +300,35 @@ def _cleaned(source: Source, model: ir.Model, observation: Observation, choice: 
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------
+_RANGE_TOKENS = 64  # of the text on which values are looked at
+_MASKED = 1e30  # what is beyond it is a mask
+
+
 def _halve(fp32: Bundle, folder: Path, writer: BundleWriter) -> tuple[Quantized, Verification]:
     """From a float32 bundle that was verified to one in float16 in `folder` that is verified, too."""
     model = ir.load(fp32.all_logits_graph)
-    to_float16(model)
+    _require_range(fp32, to_float16(model))
     bundle, weight_bytes = writer.write(model, folder, "fp16")
     verification = writer.verify(bundle)
     return Quantized(bundle, weight_bytes, verification.quality, None), verification
+
+
+def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
+    """Raises NumericsError where a value would overflow in float16. The processor computes in float32, and cannot tell.
+
+    `halved` are the names of the values, which are looked at in the float32 graph.
+    """
+    count = min(_RANGE_TOKENS, fp32.manifest.context_length)
+    ids = np.random.default_rng(0).integers(0, fp32.manifest.vocab_size, count)
+    with probing(ir.load(fp32.all_logits_graph), fp32.all_logits_graph.parent, halved) as probe:
+        for name, rows in probe(ids).items():
+            # Masks hold the least number of float32, which becomes the least of float16.
+            largest = float(np.abs(rows[np.abs(rows) < _MASKED]).max(initial=0))
+            if largest > LARGEST:
+                raise NumericsError(
+                    f"the value {name} reaches {largest:.3g}, and float16 ends at {LARGEST:,.0f}: export with "
+                    "--precision fp32, or int8"
+                )
 
 
 # --- static graphs ------------------------------------------------------------------------------------------------

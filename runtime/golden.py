@@ -33,7 +33,7 @@ TOKENS = 256  # of the text, where the context has room for it
 # Logits stand for the ends of the whole text, of its eighth, and of its half, quarter and sixteenth as far as there is
 # room: how far the bug is off changes from position to position.
 ENDS, LEAST_ROWS = (1, 8, 2, 4, 16), 2
-STEPS = 8  # tokens that are decoded one by one behind a prefill
+STEPS, DRAFT_TOKENS = 8, 4  # tokens that are decoded one by one behind a prefill, and then so many at once
 
 # max |difference| over max |logit| that a device may be off. In float32 devices were 5e-7 from the processor, in
 # float16 2e-3; a prefill that leaves out keys is 2e-2 off, and more. Activations in int8, as on the processor, are
@@ -145,7 +145,7 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
 
 
 def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
-    """How far a prefill is off, one in chunks, and tokens that are decoded behind one."""
+    """How far a prefill is off, one in chunks, and tokens behind one: decoded, and a few at once as drafts are."""
     for end, row in _beginnings(golden):
         yield _apart(_prefilled(engine, golden.ids[:end], end), row)
     length, row = len(golden.ids), golden.logits[-1]
@@ -156,6 +156,9 @@ def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
         for token in golden.ids[first:]:
             logits = engine.decode(int(token))
         yield _apart(logits, row)
+        engine.reset()
+        engine.prefill(golden.ids[:first])
+        yield _apart(engine.prefill(golden.ids[first:], DRAFT_TOKENS), row)
         return
     yield np.inf
 

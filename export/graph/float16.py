@@ -18,13 +18,18 @@ _ANGLES = {"Cos", "Sin"}
 _SUMS = {"ReduceMean", "ReduceSum"}
 _BOOL = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf"}
 _INT64 = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero"}
-_LARGEST = float(np.finfo(np.float16).max)
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
-def to_float16(model: ir.Model) -> None:
-    """Rewrites a graph in place. Its weights may lie in a file; they are read."""
-    _Halved(model).rewrite()
+LARGEST = float(np.finfo(np.float16).max)
+
+
+def to_float16(model: ir.Model) -> list[str]:
+    """Rewrites a graph in place. Its weights may lie in a file; they are read.
+
+    Returns the names of the values that operators give in float16 now.
+    """
+    return _Halved(model).rewrite()
 
 
 class _Halved:
@@ -37,8 +42,8 @@ class _Halved:
         self._weights: dict[tuple[int, ir.DataType], ir.Value] = {}
         self._casts: dict[tuple[int, ir.DataType], ir.Value] = {}
 
-    def rewrite(self) -> None:
-        graph = self._model.graph
+    def rewrite(self) -> list[str]:
+        graph, halved = self._model.graph, list[str]()
         for value in graph.inputs:
             if value.dtype == _FLOAT:
                 value.type = ir.TensorType(_HALF)
@@ -53,6 +58,8 @@ class _Halved:
             if wanted == _HALF:
                 _halve_attributes(node)
             given = self._given(node)
+            if wanted == _HALF and given in (_FLOAT, _HALF):
+                halved.append(str(node.outputs[0].name))
             for output in node.outputs:
                 self._types[id(output)] = wanted if given in (_FLOAT, _HALF) else given
                 if not output.is_graph_output():  # a file has none of these; some of a norm stay in float32 always
@@ -62,6 +69,7 @@ class _Halved:
         for name, value in tuple(graph.initializers.items()):
             if not value.uses():
                 del graph.initializers[name]
+        return halved
 
     def _given(self, node: ir.Node) -> ir.DataType | None:
         """The type of what a node gives."""
@@ -163,4 +171,4 @@ def _halve_attributes(node: ir.Node) -> None:
 
 def _half(array: np.ndarray) -> np.ndarray:
     """What is finite stays so: the least number of float32 in a mask becomes the least of float16."""
-    return np.where(np.isfinite(array), array.clip(-_LARGEST, _LARGEST), array).astype(np.float16)
+    return np.where(np.isfinite(array), array.clip(-LARGEST, LARGEST), array).astype(np.float16)

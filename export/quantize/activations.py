@@ -70,7 +70,7 @@ def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np
         names.POSITION_IDS: np.arange(len(ids))[None],
     }
     found = session.run(list(wanted), feeds | past | dict(further))
-    return {name: rows.reshape(-1, rows.shape[-1]) for name, rows in zip(wanted, found, strict=True)}
+    return {name: rows.reshape(-1, *rows.shape[-1:]) for name, rows in zip(wanted, found, strict=True)}
 
 
 def _is_large_and_in_memory(value: ir.Value) -> bool:

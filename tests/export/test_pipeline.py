@@ -472,3 +472,16 @@ def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(
     with pytest.raises(ParityError, match=r"onnxruntime cannot run the fp32 export of Decoder .*try --graph standard"):
         export(llama(), tmp_path / "bundle", precision="fp32", context_length=40)
     assert list(tmp_path.iterdir()) == []
+
+
+class Beyond(Plain):
+    """Its hidden state is beyond float16, and its logits are not."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids=position_ids) * 1e5 * 1e-5
+
+
+def test_float16_that_overflows_is_refused_though_the_processor_does_not_see_it(tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match=r"the value \w+ reaches [\d.e+]+, and float16 ends at 65,504: export with"):
+        export(Beyond(), tmp_path / "bundle", precision="fp16", context_length=8)
+    assert not list(tmp_path.iterdir())
