@@ -94,7 +94,7 @@ def test_a_hash_that_does_not_match_names_the_file(small: Path, tmp_path: Path, 
         (lambda f: (f / names.MANIFEST).unlink(), ("is not a bundle: it has no pastkey.json",)),
         (
             lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "bundle", "format_version": 3})),
-            ("bundle format version 2; this pastkey reads up to 1: upgrade pastkey",),
+            ("bundle format version 3; this pastkey reads up to 2: upgrade pastkey",),
         ),
     ],
     ids=["missing", "truncated", "no_manifest", "newer"],
