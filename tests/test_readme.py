@@ -80,7 +80,9 @@ def test_make_figures_finds_its_place_on_the_page() -> None:
 
 @pytest.mark.parametrize("graph", ["model_quantized", "pastkey"])
 def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph: str, classic: Path) -> None:
-    rows = re.findall(r"^\| `(\S+)` \| (\(.*?\)) \| (float32|int64|int32) \|", text_of("docs/bundle-format.md"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\S+)` \| (\(.*?\)) \| (float32|int64|int32) \|", text_of("docs/bundle-format.md"), re.MULTILINE
+    )
     assert len(rows) > 8
     page = {name.replace("{i}", "0"): (shape, kind.replace("float32", "float")) for name, shape, kind in rows}
     letters = dict(zip((names.BATCH, names.SEQUENCE, names.PAST, names.TOTAL, names.KEPT), "BTPSN", strict=True))
