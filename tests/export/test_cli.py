@@ -73,7 +73,7 @@ def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Pat
         (("{file}:Small", "--context", "many"), ("'many' is not a whole number",)),
         (("{file}:Small", "--context", "13"), ("fails on 13 tokens, the context that was asked for", "mine.py:")),
         (("{file}:Small", "--context", "12", "--precision", "int2"), ("invalid choice: 'int2'", "int8")),
-        (("{file}:Small", "--context", "12", "--precision", "fp16"), ("invalid choice: 'fp16'", "int8", "fp32")),
+        (("{file}:Small", "--context", "12", "--precision", "fp8"), ("invalid choice: 'fp8'", "int8", "fp32")),
         (("{file}:Small", "--context", "12", "--target", "tpu"), ("invalid choice: 'tpu'", "cpu")),
         (("{file}:Small", "--context", "12", "--target", "coreml"), ("and not in int8", "--precision fp32")),
         (("{file}:Small", "--context", "12", "--graph", "best"), ("invalid choice: 'best'", "standard")),
