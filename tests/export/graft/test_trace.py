@@ -39,9 +39,10 @@ def test_auto_takes_the_standard_graph_for_portable() -> None:
     assert (choice.graph, choice.reason) == ("standard", "target portable: standard operators only")
 
 
-def test_auto_takes_the_standard_graph_for_a_provider_that_computes_the_other_wrong() -> None:
-    choice = choose_graph("auto", "webgpu", observed(FITTING))
-    assert (choice.graph, choice.reason) == ("standard", "target webgpu: the fused graph is not known to run there")
+def test_auto_takes_the_standard_graph_for_a_provider_that_takes_the_other_in_parts() -> None:
+    choice = choose_graph("auto", "openvino", observed(FITTING))
+    assert (choice.graph, choice.reason) == ("standard", "target openvino: the fused graph is not known to run there")
+    assert choose_graph("auto", "webgpu", observed(FITTING)).graph == "fused"
 
 
 @pytest.mark.parametrize(
