@@ -480,8 +480,8 @@ def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(
 class Beyond(Plain):
     """Its hidden state is beyond float16, and its logits are not."""
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        return super().forward(input_ids, position_ids=position_ids) * 1e5 * 1e-5
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return super().forward(input_ids, position_ids) * 1e5 * 1e-5
 
 
 def test_float16_that_overflows_is_refused_though_the_processor_does_not_see_it(tmp_path: Path) -> None:
