@@ -23,6 +23,7 @@ from pastkey.runtime.engine import Engine
 from pastkey.runtime.ort import onnxruntime
 
 from .graph.embedding_rows import give_embedding_back
+from .measure.metrics import relative_difference
 from .progress import Progress
 
 _TOOL = "onnxruntime.tools.convert_onnx_models_to_ort"
@@ -81,7 +82,7 @@ def _require_equal(bundle: Bundle, graph: Path) -> None:
     ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, count)
     engine = Engine(bundle, providers="cpu")
     expected = np.stack([engine.prefill(ids[:1]), *(engine.decode(int(token)) for token in ids[1:])])
-    apart = float(np.abs(_logits(graph, ids) - expected).max() / max(float(np.abs(expected).max()), 1e-6))
+    apart = relative_difference(expected, _logits(graph, ids))
     if not apart <= _LIMIT:
         raise ParityError(
             f"in the ORT format of {bundle.last_logits_graph.name} logits differ by {apart:.1e} of the largest logit "

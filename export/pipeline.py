@@ -1,8 +1,8 @@
 """checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
-    [-> calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph] [-> ORT format]
-    -> configurations -> manifest
+    [-> float16 -> verify, or calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph]
+    [-> static graphs -> verify] [-> ORT format] -> golden logits -> configurations -> manifest -> prove on the target
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ def export(
     Raises:
         InputError: An argument that cannot be used.
         MissingFileError, ExistingFolderError, IntegrityError: A source or target that is not as it should be.
-        ProviderError: The target's execution provider is not on this machine.
+        ProviderError: The target's execution provider leaves a part of the graph, or computes something else.
         ResourceError: Too little memory or disk.
         ContractError: A module that the cache cannot be grafted onto.
-        NumericsError: A weight that is NaN or infinity.
+        NumericsError: A weight that is NaN or infinity, or a value that float16 has no room for.
         ParityError: The bundle differs from the source.
         QualityError: `max_kl` cannot be met.
     """

@@ -61,7 +61,12 @@ def compile_bundle(
     bundle, out = open_bundle(path), Path(out)
     provider = provider or ep.provider_of(bundle.manifest.target)
     _require_static(bundle, provider)
-    placement = ep.resolve((provider, dict(provider_options or {})), bundle.manifest.target, bundle.manifest.graph)
+    placement = ep.resolve(
+        (provider, dict(provider_options or {})),
+        bundle.manifest.target,
+        bundle.manifest.graph,
+        options_of_target=bundle.manifest.provider_options,
+    )
     name, options = placement.providers[0]
     with whole_folder(out, force=force) as folder:
         _copy(bundle, folder)

@@ -28,12 +28,13 @@ from pastkey.folder import user_cache_file, write_json
 from . import providers as ep
 from .engine import Engine, Ids, Logits
 from .ort import onnxruntime, wheels
+from .prompt_lookup import MAX_DRAFT_TOKENS
 
 TOKENS = 256  # of the text, where the context has room for it
 # Logits stand for the ends of the whole text, of its eighth, and of its half, quarter and sixteenth as far as there is
 # room: how far the bug is off changes from position to position.
 ENDS, LEAST_ROWS = (1, 8, 2, 4, 16), 2
-STEPS, DRAFT_TOKENS = 8, 4  # tokens that are decoded one by one behind a prefill, and then so many at once
+STEPS = 8  # tokens that are decoded one by one behind a prefill, and then as many at once as drafts are
 
 # max |difference| over max |logit| that a device may be off. In float32 devices were 5e-7 from the processor, in
 # float16 2e-3; a prefill that leaves out keys is 2e-2 off, and more. Activations in int8, as on the processor, are
@@ -112,8 +113,9 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
         engine.one_by_one = True
         name = ep.short_name(engine.providers[0])
         warnings.warn(
-            f"the execution provider {name!r} computes a prefill wrong on this device and single tokens right: the "
-            f"prompt is read token by token, which is slow; {ep.other_graph(name, engine.manifest.graph)}",
+            f"the execution provider {name!r} computes a prefill wrong on this device, or too far off to be told from "
+            "that, and single tokens right: the prompt is read token by token, which is slow; "
+            f"{ep.other_graph(name, engine.manifest)}",
             FallbackWarning,
             stacklevel=2,
         )
@@ -125,7 +127,7 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
     limit = golden.limit
     # The bug of a provider may be smaller than what int8 activations make of a difference: then it is not looked for.
     unseen = limit > SMALLEST_BUG and engine.manifest.graph == "fused" and ep.misses_keys(engine.providers)
-    if not unseen and max(_differences(engine, golden)) <= limit:
+    if not unseen and all(off <= limit for off in _differences(engine, golden)):
         return False
     engine.one_by_one = True
     off = max(_apart(_prefilled(engine, golden.ids[:end], end), row) for end, row in _beginnings(golden))
@@ -140,7 +142,7 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
         )
     raise ProviderError(
         f"the execution provider {name!r} computes other logits on this device than the processor: off by {off:.1e} of "
-        f"the largest (limit {limit:.0e}): take the provider 'cpu', or {ep.other_graph(name, engine.manifest.graph)}"
+        f"the largest (limit {limit:.0e}): take the provider 'cpu', or {ep.other_graph(name, engine.manifest)}"
     )
 
 
@@ -158,7 +160,7 @@ def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
         yield _apart(logits, row)
         engine.reset()
         engine.prefill(golden.ids[:first])
-        yield _apart(engine.prefill(golden.ids[first:], DRAFT_TOKENS), row)
+        yield _apart(engine.prefill(golden.ids[first:], MAX_DRAFT_TOKENS), row)
         return
     yield np.inf
 
@@ -187,7 +189,7 @@ class _Memory:
 
     def __init__(self, engine: Engine, bundle: Bundle) -> None:
         files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
-        known = json.dumps([files, bundle.path.name if not files else "", _surroundings(engine)])
+        known = json.dumps([files, _surroundings(engine)])
         self._path = user_cache_file(hashlib.sha256(known.encode()).hexdigest()[:24] + ".proof")
         self.one_by_one: bool | None = None
         if self._path is not None:

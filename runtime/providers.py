@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pastkey.bundle import Compiled
+from pastkey.bundle import Compiled, Manifest
 from pastkey.errors import ProviderError, StartError, first_line
 
 from .ort import onnxruntime, wheels
@@ -83,7 +83,7 @@ KNOWN = {
         "Qualcomm NPUs",
         "pip install onnxruntime onnxruntime-qnn",
         remedy="export the model again with --target qnn",
-        whole=frozenset({"standard", "static"}),
+        whole=frozenset({"static"}),
         plugin="onnxruntime_qnn",
         # The graph compiler needs a chip by name; without one it runs out of memory.
         options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
@@ -204,7 +204,7 @@ def for_compiled(choice: Choice | Sequence[Choice] | None, compiled: Compiled) -
     first = choices[0] if choices else None
     asked, options = first if isinstance(first, tuple) else (first or compiled.provider, {})
     again = "load the bundle that it came of, or compile that again"
-    if full_name(asked) != KNOWN[compiled.provider].name:
+    if full_name(asked) != full_name(compiled.provider):
         raise ProviderError(f"this bundle was compiled for {compiled}, and {asked!r} was asked for: {again}")
     for key, value in options.items():
         if key in compiled.options and str(value) != compiled.options[key]:
@@ -257,12 +257,13 @@ def provider_of(target: str) -> str:
     return _DEFAULT_OF_TARGET.get(target, "cpu")
 
 
-def other_graph(name: str, graph: str) -> str:
-    """What to export for a provider that computes a graph wrong."""
-    if graph != "fused":
+def other_graph(name: str, manifest: Manifest) -> str:
+    """What to export for a provider that computes a bundle's graph wrong: the same model, in the same precision."""
+    if manifest.graph != "fused":
         return "report the device to https://github.com/microsoft/onnxruntime/issues"
-    other = "static --precision fp32" if "static" in _facts(name).whole else "standard"
-    return f"export the model again with --target {name if name in _DEFAULT_OF_TARGET else 'cpu'} --graph {other}"
+    other = "static" if "static" in _facts(name).whole and manifest.precision == "fp32" else "standard"
+    target = name if name in _DEFAULT_OF_TARGET else "cpu"
+    return f"export the model again with --target {target} --graph {other} --precision {manifest.precision}"
 
 
 def require_active(wanted: Placement, active: Sequence[str]) -> None:

@@ -124,7 +124,7 @@ def test_webgpu_runs_its_own_graph_whole(bundles: Callable[[str], Path], tmp_pat
     assert answered(done) == expected(bundle)
     assert "leaves" not in done.stderr
     # Debian's lavapipe prefills wrong, beyond a few tokens: that is found, and told at each load.
-    assert "computes a prefill wrong on this device and single tokens right" in done.stderr
+    assert "computes a prefill wrong on this device, or too far off to be told from that, and single" in done.stderr
     again = run(WEBGPU, bundle, home=tmp_path)
     assert answered(again) == expected(bundle)
     assert "single tokens right" in again.stderr

@@ -61,6 +61,16 @@ def test_static_graphs_are_compiled_and_everything_else_stays(
     assert (made.path / common).read_bytes() == (static.path / common).read_bytes()
 
 
+def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
+    make_bundle: MakeBundle, tiny: Any, opened: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    small, given = type(tiny).random([(8, 8)], 24), {"htp_arch": "73"}
+    bundle = make_bundle(small, "static", chunk=4, target="qnn", provider_options=given)
+    made = compile_bundle(bundle.path, tmp_path / "out")
+    assert made.manifest.compiled is not None
+    assert made.manifest.compiled.options == QNN | given
+
+
 def test_nothing_is_left_of_what_fails(
     static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +94,8 @@ def test_what_cannot_be_compiled_is_refused(
 
 def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match="was compiled for npu9"):
+        providers.for_compiled("qnn", Compiled("npu9", {}, "1.32.0"))
     compiled = Compiled("qnn", QNN, "1.32.0")
     right: list[Any] = [None, "qnn", "QNNExecutionProvider", ["qnn"], ("qnn", {"soc_model": 57})]
     for choice in right:

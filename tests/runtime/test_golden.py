@@ -120,7 +120,7 @@ def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundl
     for _ in range(2):  # the second time from memory
         engine = on(fused_bundle, off=0.1)
         (told,) = proved(engine, fused_bundle)
-        assert "prefill wrong on this device and single tokens right" in told
+        assert "prefill wrong on this device, or too far off to be told from that, and single tokens right" in told
         assert engine.one_by_one
         assert not engine.supports_drafts
         engine.runs.clear()

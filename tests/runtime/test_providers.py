@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from pastkey.bundle import Bundle
 from pastkey.errors import ProviderError
 from pastkey.runtime import providers
 from pastkey.runtime.settings import Choice
@@ -35,7 +38,7 @@ def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch: 
     monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider"])
     default = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
     for choice, target in (("qnn", "cpu"), (None, "qnn")):
-        assert providers.resolve(choice, target).providers == (("QNNExecutionProvider", default),)
+        assert providers.resolve(choice, target, "static").providers == (("QNNExecutionProvider", default),)
     given = providers.resolve(("qnn", {"htp_arch": "73", "more": "1"})).providers[0][1]
     assert given == default | {"htp_arch": "73", "more": "1"}
     with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of 68, 69"):
@@ -172,9 +175,18 @@ def test_webgpu_runs_its_own_graph_whole_and_another_in_parts_where_the_bundle_w
     assert providers.resolve(None, target="webgpu", graph="fused").whole
     assert providers.resolve("webgpu", target="webgpu", graph="standard").whole
     assert not providers.resolve(None, target="webgpu", graph="standard").whole
-    assert "--target webgpu --graph static" in providers.other_graph("webgpu", "fused")
-    assert "report the device" in providers.other_graph("webgpu", "static")
-    assert "--target cpu --graph standard" in providers.other_graph("dml", "fused")
+
+
+def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle: Bundle) -> None:
+    fused = fused_bundle.manifest
+    static, int8 = dataclasses.replace(fused, graph="static"), dataclasses.replace(fused, precision="int8")
+    for name, manifest, advice in (
+        ("webgpu", fused, "--target webgpu --graph static --precision fp32"),
+        ("webgpu", int8, "--target webgpu --graph standard --precision int8"),
+        ("dml", fused, "--target cpu --graph standard --precision fp32"),
+        ("webgpu", static, "report the device"),
+    ):
+        assert advice in providers.other_graph(name, manifest)
 
 
 def test_a_provider_that_did_not_start_is_not_passed_over_in_silence() -> None:

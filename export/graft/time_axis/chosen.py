@@ -32,7 +32,6 @@ _PLACES = {
 _MOVED = {
     "squeeze", "view", "reshape", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "cpu", "type_as",
 }  # fmt: skip
-_ALSO = ("return_inverse", "return_counts", "dim")  # what unique may give besides
 
 
 @dataclass(frozen=True)
