@@ -76,7 +76,7 @@ class KVCache:
                 _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
             ]
         assert not (shared and states)
-        self.trims = not states  # whether some tokens can be forgotten: the last rows do not tell those before them
+        self._trims = not states  # whether some tokens can be forgotten: the last rows do not tell those before them
         for i, state in enumerate(states):
             self._tensors.append(_Tensor(names.past_conv(i), names.present_conv(i), None, state.size))
         self._state_rows = sum(state.rows * state.size for state in states)
@@ -139,7 +139,7 @@ class KVCache:
         """Forgets all but the first `length` tokens of each row."""
         if not is_int(length) or not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
-        if not self.trims and 0 < length < self.length:
+        if not self._trims and 0 < length < self.length:
             raise InputError(
                 "this bundle keeps the last rows of short convolutions, which cannot be trimmed: call reset() and give "
                 "the tokens again"

@@ -61,6 +61,8 @@ def compile_bundle(
     bundle, out = open_bundle(path), Path(out)
     provider = provider or ep.provider_of(bundle.manifest.target)
     _require_static(bundle, provider)
+    if out.resolve() == bundle.path.resolve():
+        raise InputError(f"{out} is what is to be compiled, and would be replaced: choose another --out")
     placement = ep.resolve(
         (provider, dict(provider_options or {})),
         bundle.manifest.target,

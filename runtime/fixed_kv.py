@@ -33,7 +33,6 @@ class FixedRows:
     def __init__(
         self, layers: Sequence[KVGeometry], *, context_length: int, dtype: type[np.generic] = np.float32
     ) -> None:
-        self.trims = True
         self.batch = 0  # B
         self.capacity = 0
         self.length = 0  # tokens per row, padding included

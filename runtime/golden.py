@@ -27,7 +27,7 @@ from pastkey.folder import user_cache_file, write_json
 
 from . import providers as ep
 from .engine import Engine, Ids, Logits
-from .ort import onnxruntime, wheels
+from .ort import onnxruntime
 from .prompt_lookup import MAX_DRAFT_TOKENS
 
 TOKENS = 256  # of the text, where the context has room for it
@@ -189,7 +189,7 @@ class _Memory:
 
     def __init__(self, engine: Engine, bundle: Bundle) -> None:
         files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
-        known = json.dumps([files, _surroundings(engine)])
+        known = json.dumps([files, _surroundings(engine)], default=str)
         self._path = user_cache_file(hashlib.sha256(known.encode()).hexdigest()[:24] + ".proof")
         self.one_by_one: bool | None = None
         if self._path is not None:
@@ -208,7 +208,7 @@ def _surroundings(engine: Engine) -> list[Any]:
     """What a result holds for: the providers with their options, the package, the system, devices and drivers."""
     devices = onnxruntime.get_ep_devices() if hasattr(onnxruntime, "get_ep_devices") else []
     hardware = [
-        [device.ep_name, device.device.vendor, device.device.vendor_id, device.device.device_id] for device in devices
+        [d.ep_name, dict(d.ep_metadata), d.device.vendor, d.device.vendor_id, d.device.device_id] for d in devices
     ]
     named = [Path(part) for key in _DRIVERS_BY_NAME for part in os.environ.get(key, "").split(os.pathsep) if part]
     found = [path for pattern in _DRIVERS for path in Path(os.sep).glob(pattern.lstrip("/"))]
@@ -217,4 +217,4 @@ def _surroundings(engine: Engine) -> list[Any]:
     chosen = {name: value for name, value in os.environ.items() if name.startswith(("VK_", "CUDA_", "MESA_"))}
     options = [engine.onnx.get_provider_options(), *engine.asked]
     system = [platform.platform(), hardware, cards, drivers, chosen]
-    return [onnxruntime.__version__, wheels(), engine.providers, options, system]
+    return [onnxruntime.__version__, onnxruntime.get_available_providers(), engine.providers, options, system]

@@ -104,8 +104,8 @@ KNOWN = {
     "cann": Known("CANNExecutionProvider", "Huawei Ascend NPUs", "pip install onnxruntime-cann"),
 }
 
-# Where a bundle made for a target runs when nothing else is asked for.
-_DEFAULT_OF_TARGET = {target: target for target in ("cuda", "openvino", "webgpu", "qnn", "coreml")}
+# The targets that are a provider, where a bundle runs when nothing else is asked for. Others run on the processor.
+_TARGETS = ("cuda", "openvino", "webgpu", "qnn", "coreml")
 
 # Providers whose memory the cache lives in. With any other, tensors are handed over in the processor's memory.
 _DEVICE_OF = {
@@ -151,7 +151,7 @@ def resolve(
     """
     named = choice is not None
     if choice is None:
-        choice = _DEFAULT_OF_TARGET.get(target, "cpu")
+        choice = provider_of(target)
         reason = f"the bundle was made for {target}; "
     else:
         reason = ""
@@ -244,7 +244,7 @@ def _packages(known: Known) -> list[str]:
 
 def takes_fused(target: str) -> bool:
     """Whether a bundle made for `target` may have the fused graph."""
-    return KNOWN[_DEFAULT_OF_TARGET.get(target, "cpu")].fused == Fused.RUNS
+    return KNOWN[provider_of(target)].fused == Fused.RUNS
 
 
 def is_here(name: str) -> bool:
@@ -254,7 +254,7 @@ def is_here(name: str) -> bool:
 
 def provider_of(target: str) -> str:
     """The short name of the provider that a bundle made for `target` runs on when nothing else is asked for."""
-    return _DEFAULT_OF_TARGET.get(target, "cpu")
+    return target if target in _TARGETS else "cpu"
 
 
 def other_graph(name: str, manifest: Manifest) -> str:
@@ -262,7 +262,7 @@ def other_graph(name: str, manifest: Manifest) -> str:
     if manifest.graph != "fused":
         return "report the device to https://github.com/microsoft/onnxruntime/issues"
     other = "static" if "static" in _facts(name).whole and manifest.precision == "fp32" else "standard"
-    target = name if name in _DEFAULT_OF_TARGET else "cpu"
+    target = provider_of(name)
     return f"export the model again with --target {target} --graph {other} --precision {manifest.precision}"
 
 

@@ -87,6 +87,8 @@ def test_what_cannot_be_compiled_is_refused(
         compile_bundle(fused_bundle.path, tmp_path / "out", "qnn")
     with pytest.raises(InputError, match="the processor compiles nothing"):
         compile_bundle(static.path, tmp_path / "out")
+    with pytest.raises(InputError, match="is what is to be compiled, and would be replaced: choose another --out"):
+        compile_bundle(static.path, static.path, "qnn", force=True)
     compile_bundle(static.path, tmp_path / "out", "qnn")
     with pytest.raises(InputError, match=r"is compiled already, for qnn \(.*htp_arch=75.*\)"):
         compile_bundle(tmp_path / "out", tmp_path / "again", "qnn")
