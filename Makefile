@@ -17,7 +17,7 @@ DOCS := .venv-docs
 # stands here.
 NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat programs)) \
 	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples picture readme trained) \
-	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline terminal verify_command) \
+	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline targets terminal verify_command) \
 	$(addprefix export/graph/test_,clean embedding_rows fuse last_logits output_head rotary save) \
 	$(addprefix export/measure/test_,eval_command evaluate predictors reference texts verify) \
 	$(addprefix export/quantize/test_,activations int4 int8 int8_kv merge odd_weights report rewrite_decoders) \
