@@ -22,7 +22,7 @@ from pastkey.export.measure.metrics import kl_divergence, top1_agreement
 from pastkey.export.quantize import calibration
 from pastkey.export.quantize.activations import probing
 from pastkey.export.quantize.rewrite import quantize
-from pastkey.runtime.text import TextCodec
+from pastkey.runtime.text.codec import TextCodec
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.runtime import Engine
-from pastkey.runtime.ort import onnxruntime
+from pastkey.runtime.providers.ort import onnxruntime
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"

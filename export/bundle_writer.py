@@ -15,9 +15,9 @@ from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.folder import file_records, parse_records, write_json
 from pastkey.runtime import Engine
-from pastkey.runtime import providers as ep
-from pastkey.runtime.golden import LIMITS, Golden, require_golden
-from pastkey.runtime.ort import RunError
+from pastkey.runtime.engine.golden import LIMITS, Golden, require_golden
+from pastkey.runtime.providers import placement as ep
+from pastkey.runtime.providers.ort import RunError
 
 from .compat.configs import write_configurations
 from .graft.observe import Observation

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import ParityError
-from pastkey.runtime.engine import Engine
-from pastkey.runtime.ort import onnxruntime
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.providers.ort import onnxruntime
 
 from .graph.embedding_rows import give_embedding_back
 from .measure.metrics import relative_difference

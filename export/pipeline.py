@@ -23,8 +23,8 @@ from torch import nn
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.folder import refuse_existing, whole_folder
-from pastkey.runtime import providers
-from pastkey.runtime.int8_kernels import int8_kernels
+from pastkey.runtime.providers import placement as providers
+from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
 from .graft.contract import in_contract

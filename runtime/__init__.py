@@ -4,12 +4,16 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-From the outside in: `terminal` (questions and answers), `chat` (a conversation) by `chat_template` (its written form),
-`language_model` (text in, text out), `turns` (whose turn it is), `text` (tokens <-> text), `generate` (the loop over
-ids) by `prompt_lookup` (draft tokens), `sampling` (logits -> token) by `settings`, `engine` (the opened graph and its
-cache), `int8_kv` and `cache` (keys and values, in float32 and int8), `cached_ids` (of which tokens), `open` (the
-session), `providers` (which hardware), `ort` (onnxruntime itself). Everything loads on first use, so that a command's
-`--help` does not wait for onnxruntime.
+A reader's way in: `language_model` (text in, text out) and `chat` (a conversation) make a `generate` (the loop over
+ids) in their turn (`turns`), with the options of `settings`, and give a `completion`. The rooms that they stand on:
+
+- `providers/`: which hardware runs a graph, and how onnxruntime opens a session there.
+- `engine/`: an opened graph and its cache: token ids in, logits out.
+- `sampling/`: from logits to a token, and drafts of the next ones.
+- `text/`: tokens <-> text, and a conversation as one text.
+- `commands/`: what `cli` runs beyond the library.
+
+Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from .chat import Chat as Chat
     from .completion import Chunk as Chunk
     from .completion import Completion as Completion
-    from .engine import Engine as Engine
+    from .engine.engine import Engine as Engine
     from .generate import Generation as Generation
     from .language_model import LanguageModel as LanguageModel
     from .language_model import load as load
@@ -35,7 +39,7 @@ else:
         {
             ".chat": ["Chat"],
             ".completion": ["Chunk", "Completion"],
-            ".engine": ["Engine"],
+            ".engine.engine": ["Engine"],
             ".generate": ["Generation"],
             ".language_model": ["LanguageModel", "load"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig"],

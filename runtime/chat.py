@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Unpack
 
 from pastkey.errors import InputError
 
-from .chat_template import ChatTemplate
 from .completion import Chunk, Completion, completed
 from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
+from .text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel

@@ -35,10 +35,10 @@ from .settings import (
 )
 
 if TYPE_CHECKING:
-    from .bench import BenchReport
     from .chat import Chat
+    from .commands.bench import BenchReport
+    from .commands.inspection import Inspection
     from .completion import Completion
-    from .inspection import Inspection
 
 
 # The flags of SamplingConfig's fields: type, meaning.
@@ -106,8 +106,8 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.prompt is None:
         raise InputError("--json holds the answer to one question: give it with --prompt TEXT")
+    from .commands.terminal import converse, print_answer
     from .language_model import load
-    from .terminal import converse, print_answer
 
     options = _generation_options(arguments)
     model = load(arguments.bundle, **_placement(arguments))
@@ -155,7 +155,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from .bench import bench
+    from .commands.bench import bench
 
     report = bench(
         arguments.bundle,
@@ -193,7 +193,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from .inspection import inspect
+    from .commands.inspection import inspect
 
     inspection = inspect(arguments.bundle, **_placement(arguments))
     if arguments.json:
@@ -261,7 +261,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> int:
-    from .context_binary import compile_bundle
+    from .commands.context_binary import compile_bundle
 
     made = compile_bundle(
         arguments.bundle,
@@ -283,10 +283,10 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
-    from .devices import devices
-    from .int8_kernels import int8_kernels
-    from .ort import onnxruntime
-    from .providers import overlapping
+    from .commands.devices import devices
+    from .providers.int8_kernels import int8_kernels
+    from .providers.ort import onnxruntime
+    from .providers.placement import overlapping
 
     rows, kernels = devices(), int8_kernels()
     if arguments.json:

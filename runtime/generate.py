@@ -9,10 +9,10 @@ from typing import Literal
 from pastkey.errors import InputError
 from pastkey.values import is_int
 
-from .engine import Engine, Logits
-from .prompt_lookup import MAX_DRAFT_TOKENS, PromptLookup
-from .sampling import Sampler
-from .settings import SamplingConfig
+from .engine.engine import Engine, Logits
+from .sampling.prompt_lookup import PromptLookup
+from .sampling.sampler import Sampler
+from .settings import MAX_DRAFT_TOKENS, SamplingConfig
 
 FinishReason = Literal["stop", "length"]
 

@@ -17,9 +17,9 @@ from pastkey.values import is_int
 
 from .chat import Chat
 from .completion import Chunk, Completion, completed
-from .engine import Engine
+from .engine.engine import Engine
+from .engine.golden import require_golden
 from .generate import Generation
-from .golden import require_golden
 from .settings import (
     GENERATE_OPTIONS,
     MAX_NEW_TOKENS,
@@ -29,7 +29,7 @@ from .settings import (
     SamplingConfig,
     require_known,
 )
-from .text import StopStrings, TextCodec, TextStream
+from .text.codec import StopStrings, TextCodec, TextStream
 from .turns import Turns
 
 

@@ -16,6 +16,7 @@ Choice = str | tuple[str, dict[str, Any]]
 
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 CHAT_NEW_TOKENS = 512  # of an answer
+MAX_DRAFT_TOKENS = 3  # of a step, beside the token that is certain
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 

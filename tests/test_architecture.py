@@ -48,7 +48,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Import:
-    module: str  # "pastkey.runtime.engine", "numpy"
+    module: str  # "pastkey.runtime.engine.engine", "numpy"
     relative: int  # dots
     lazy: bool  # inside a function or TYPE_CHECKING
     line: int
@@ -134,6 +134,35 @@ def test_the_rooms_of_export_are_in_order() -> None:
     assert crossings > 20  # the walk finds them at all
 
 
+# Those of runtime/: what stands beside them makes a language model of the three, and commands/ sees everything.
+RUNTIME_ROOMS = {
+    "providers": frozenset({"providers"}),
+    "engine": frozenset({"engine", "providers"}),
+    "sampling": frozenset({"sampling"}),
+    "text": frozenset({"text"}),
+}
+
+
+def test_the_rooms_of_the_runtime_are_in_order() -> None:
+    assert {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")} == {*RUNTIME_ROOMS, "commands"}
+    crossings = 0
+    for file in source_files("runtime"):
+        room = file.relative_to(ROOT / "runtime").parts[0]
+        allowed = RUNTIME_ROOMS.get(room)
+        for found in imports(file):
+            if not found.relative:
+                continue
+            first = (*target_of(file, found), "")[0]
+            where = f"{file.relative_to(ROOT)}:{found.line} imports {first}"
+            if allowed is not None:
+                crossings += first != room
+                assert first in allowed | {"settings"}, f"{where}, which {room}/ may not: {', '.join(sorted(allowed))}"
+            elif room != "commands":
+                lazy_command = room == "cli.py" and found.lazy
+                assert first != "commands" or lazy_command or found.never, f"{where}, which only cli.py may"
+    assert crossings > 10
+
+
 def test_the_leaves_of_export_import_no_room() -> None:
     for leaf in LEAVES:
         file = ROOT / "export" / f"{leaf}.py"
@@ -202,7 +231,8 @@ def test_no_file_of_the_package_has_grown_past_a_glance() -> None:
 
 def test_the_runtime_imports_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, pastkey.runtime.bench, pastkey.runtime.terminal, pastkey.runtime.inspection\n"
+        "import sys, pastkey.runtime.commands.bench\n"
+        "import pastkey.runtime.commands.terminal, pastkey.runtime.commands.inspection\n"
         "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers', 'matplotlib', 'tqdm', 'jinja2'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -219,7 +249,7 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'onnxruntime': print(os.environ.get('ORT_DISABLE_TELEMETRY'))\n"
         "sys.meta_path.insert(0, Spy())\n"
-        "import pastkey.runtime.engine\n"
+        "import pastkey.runtime.engine.engine\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
@@ -233,4 +263,4 @@ def test_onnxruntime_is_imported_in_one_place() -> None:
         for found in imports(file)
         if found.module.partition(".")[0] == "onnxruntime"
     }
-    assert places == {"runtime/ort.py"}
+    assert places == {"runtime/providers/ort.py"}

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import figures, picture
 from pastkey import names
-from pastkey.runtime.ort import onnxruntime
+from pastkey.runtime.providers.ort import onnxruntime
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -21,7 +21,7 @@ from pastkey.bundle import open_bundle
 from pastkey.export import export
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.runtime import load
-from pastkey.runtime.engine import Engine
+from pastkey.runtime.engine.engine import Engine
 
 from .shared import shared
 

@@ -23,7 +23,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 from pastkey.bundle import open_bundle
 from pastkey.command import Parser, positive_int, say
 from pastkey.errors import InputError, PastkeyError
-from pastkey.runtime.text import TextCodec
+from pastkey.runtime.text.codec import TextCodec
 
 from . import chart, quality, results, scaling, speed
 from .convert import Source, open_source, prepare

@@ -15,7 +15,7 @@ from benchmarks.environments import ROOT, smollm2
 from pastkey import names
 from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
-from pastkey.runtime.int8_kernels import int8_kernels
+from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .engines import ENGINES, WORKERS, Engine, EngineError, Prepared
 from .environments import python_of, versions_of

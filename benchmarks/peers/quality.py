@@ -19,8 +19,8 @@ from pastkey.export.measure.metrics import Sums, agreeing_tokens
 from pastkey.export.measure.texts import self_generated_texts, start_token
 from pastkey.folder import read_text
 from pastkey.runtime import Engine
-from pastkey.runtime.chat_template import ChatTemplate
-from pastkey.runtime.text import TextCodec
+from pastkey.runtime.text.chat_template import ChatTemplate
+from pastkey.runtime.text.codec import TextCodec
 
 from .engines import Prepared, Worker
 from .progress import steps

@@ -24,7 +24,7 @@ from torch.onnx import ops
 from pastkey import names
 from pastkey.bundle import KVGeometry
 from pastkey.errors import ContractError
-from pastkey.runtime.providers import takes_fused
+from pastkey.runtime.providers.placement import takes_fused
 
 from ..graph.edit import OPSET
 from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from pastkey.runtime.ort import onnxruntime
+from pastkey.runtime.providers.ort import onnxruntime
 
 from .edit import weight
 

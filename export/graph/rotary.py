@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from pastkey import names
-from pastkey.runtime.ort import onnxruntime
+from pastkey.runtime.providers.ort import onnxruntime
 
 from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, weight
 

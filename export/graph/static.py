@@ -23,7 +23,7 @@ import onnx_ir.passes.common as common
 from pastkey import names
 from pastkey.bundle import Bundle, StaticShape
 from pastkey.errors import ContractError
-from pastkey.runtime.static_graphs import visible_columns
+from pastkey.runtime.engine.static_graphs import visible_columns
 
 from .data_file import DataFile
 from .edit import NodeBuilder, replace_value, weight

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.errors import NumericsError
-from pastkey.runtime.engine import Ids, Logits
+from pastkey.runtime.engine.engine import Ids, Logits
 
 Probabilities = npt.NDArray[np.float32]
 LogProbabilities = npt.NDArray[np.float64]

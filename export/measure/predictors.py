@@ -11,7 +11,7 @@ import numpy as np
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, PastkeyError, first_line
 from pastkey.runtime import Engine, Generation
-from pastkey.runtime.golden import require_golden
+from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
 from .metrics import Ids, Logits, agreeing_tokens, relative_difference

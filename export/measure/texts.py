@@ -12,7 +12,7 @@ from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError
 from pastkey.folder import read_text
 from pastkey.runtime import Engine
-from pastkey.runtime.text import TextCodec
+from pastkey.runtime.text.codec import TextCodec
 
 from ..progress import SILENT, Progress
 from .metrics import Ids

@@ -16,7 +16,7 @@ import numpy as np
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ParityError
 from pastkey.runtime import Engine, Generation
-from pastkey.runtime.golden import require_golden
+from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
 from ..progress import SILENT, Progress

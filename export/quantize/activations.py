@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey import names
-from pastkey.runtime.ort import onnxruntime
+from pastkey.runtime.providers.ort import onnxruntime
 
 from ..graph.save import INLINE_BYTES
 from ..measure.metrics import Ids

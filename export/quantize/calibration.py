@@ -16,7 +16,7 @@ from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine
-from pastkey.runtime.text import TextCodec
+from pastkey.runtime.text.codec import TextCodec
 
 from ..measure.evaluate import evaluate
 from ..measure.metrics import Ids, relative_difference

@@ -18,8 +18,8 @@ from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import first_line
 from pastkey.runtime import Engine
-from pastkey.runtime.int8_kv import INT8_KV_FROM, MIN_ONNXRUNTIME
-from pastkey.runtime.ort import RunError, onnxruntime
+from pastkey.runtime.engine.int8_kv import INT8_KV_FROM, MIN_ONNXRUNTIME
+from pastkey.runtime.providers.ort import RunError, onnxruntime
 from pastkey.values import parse_version
 
 from ..graph.edit import CONTRIB_DOMAIN, add_weight, replace_node

@@ -20,8 +20,8 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.runtime import Engine
-from pastkey.runtime.ort import quantization_tools
-from pastkey.runtime.static_graphs import StaticGraphs
+from pastkey.runtime.engine.static_graphs import StaticGraphs
+from pastkey.runtime.providers.ort import quantization_tools
 
 from ..graph.clean import strip_traces
 from ..graph.data_file import DataFile

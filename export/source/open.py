@@ -15,7 +15,7 @@ from torch import nn
 
 from pastkey import names
 from pastkey.errors import InputError, MissingFileError
-from pastkey.runtime.chat_template import ChatTemplate
+from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
 
 from ..settings import SOURCES, split_factory

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.runtime.ort import onnxruntime  # with telemetry off
+from pastkey.runtime.providers.ort import onnxruntime  # with telemetry off
 
 Array = npt.NDArray[Any]
 

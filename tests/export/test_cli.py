@@ -111,7 +111,7 @@ def test_a_processor_without_fast_kernels_is_one_warning(
     factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from pastkey.export import pipeline
-    from pastkey.runtime.int8_kernels import choose_int8_kernels
+    from pastkey.runtime.providers.int8_kernels import choose_int8_kernels
 
     found = choose_int8_kernels("x86_64", None if flags is None else flags.split())
     monkeypatch.setattr(pipeline, "int8_kernels", lambda: found)

@@ -14,7 +14,8 @@ from pastkey import names
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import NumericsError, ProviderError
 from pastkey.export import bundle_writer, export
-from pastkey.runtime import Engine, load, providers
+from pastkey.runtime import Engine, load
+from pastkey.runtime.providers import placement as providers
 
 from .decoders import Plain, gpt2, llama
 

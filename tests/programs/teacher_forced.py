@@ -4,7 +4,7 @@ import json
 import sys
 
 from pastkey.bundle import open_bundle
-from pastkey.runtime.engine import Engine
+from pastkey.runtime.engine.engine import Engine
 
 engine = Engine(open_bundle(sys.argv[1]))
 found = []

@@ -16,7 +16,7 @@ import pastkey
 from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
 from pastkey.bundle import open_bundle
 from pastkey.export.measure.texts import self_generated_texts
-from pastkey.runtime.engine import Engine
+from pastkey.runtime.engine.engine import Engine
 
 pytestmark = pytest.mark.slow
 

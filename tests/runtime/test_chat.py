@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, processors
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Chat, LanguageModel, load
-from pastkey.runtime.chat_template import ChatTemplate
 from pastkey.runtime.settings import CHAT_NEW_TOKENS
+from pastkey.runtime.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from .conftest import Tiny

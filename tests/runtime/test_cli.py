@@ -14,7 +14,7 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.runtime import Engine, load
-from pastkey.runtime.ort import onnxruntime, wheels
+from pastkey.runtime.providers.ort import onnxruntime, wheels
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -19,7 +19,7 @@ from pastkey.export import export
 from pastkey.export.graph.data_file import DataFile
 from pastkey.export.graph.tables import replace_operators, take_tables
 from pastkey.runtime import load
-from pastkey.runtime.engine import Engine
+from pastkey.runtime.engine.engine import Engine
 
 from ..cases import CASES, MORE_CASES
 from ..small_graphs import model_of, run_model

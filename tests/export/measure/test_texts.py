@@ -15,7 +15,7 @@ from pastkey.export.measure.predictors import BundlePredictor
 from pastkey.export.measure.texts import cut_windows, encode_file, self_generated_texts, start_token
 from pastkey.export.progress import Progress
 from pastkey.runtime import Engine
-from pastkey.runtime.text import TextCodec
+from pastkey.runtime.text.codec import TextCodec
 
 from ..conftest import Export
 

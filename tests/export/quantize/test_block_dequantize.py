@@ -19,7 +19,7 @@ from pastkey.export import export
 from pastkey.export.quantize.block_dequantize import dequantize_linear
 from pastkey.export.quantize.blocks import dequantize_blocks, quantize_blocks
 from pastkey.export.quantize.int4_blocks import dequantize, round_by_hessian
-from pastkey.runtime.engine import Engine
+from pastkey.runtime.engine.engine import Engine
 
 from ..decoders import Plain, gpt2, llama
 

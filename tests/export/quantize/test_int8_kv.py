@@ -13,7 +13,7 @@ from pastkey.export.graph import embedding_rows
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.export.quantize import int8_kv
 from pastkey.runtime import Engine
-from pastkey.runtime.int8_kv import INT8_KV_FROM
+from pastkey.runtime.engine.int8_kv import INT8_KV_FROM
 
 from ..decoders import llama
 

@@ -19,7 +19,7 @@ from pastkey.bundle import open_bundle
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load
-from pastkey.runtime.chat_template import ChatTemplate
+from pastkey.runtime.text.chat_template import ChatTemplate
 
 from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, TRANSFORMERS_4, VOCABULARY, bpe, greedy, llama, sizes
 

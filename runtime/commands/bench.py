@@ -1,0 +1,138 @@
+"""How fast a bundle prefills and decodes here, how long it loads, how much memory it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+
+import pastkey
+from pastkey.bundle import open_bundle
+
+from ..engine.engine import Engine
+from ..engine.golden import require_golden
+from ..providers.int8_kernels import Int8Kernels, int8_kernels_of
+from ..providers.ort import onnxruntime
+from ..settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, PlacementOptions
+
+ROUNDS = 3  # each a prefill and a decode; the figures are medians over them
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """The figures of one bundle on one machine."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float | None  # None when the context has no room for a new token
+    load_seconds: float  # from the folder to an engine that can run, hashes left alone
+    peak_rss_bytes: int | None  # of the whole process so far; None where the system does not say
+    int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def bench(
+    path: str | Path,
+    *,
+    prompt_tokens: int = BENCH_PROMPT_TOKENS,
+    new_tokens: int = BENCH_NEW_TOKENS,
+    **placement: Unpack[PlacementOptions],
+) -> BenchReport:
+    """Measures prefill and decode over random ids, whatever the model says.
+
+    Args:
+        path: A bundle.
+        prompt_tokens: Tokens of the prefill. Both lengths are clamped to the context, and a note in the settings says
+            so.
+        new_tokens: Tokens that are decoded after it.
+        **placement: Where it runs, as for `load`.
+
+    Returns:
+        Medians over ROUNDS prefills and decodes, and what was measured.
+
+    Raises:
+        MissingFileError: No bundle is there.
+        IntegrityError: The bundle was altered, or its graph cannot be loaded.
+        ProviderError: A provider is not here, did not start, or is not given this bundle's graph, or leaves some of it.
+        InputError: An impossible number of threads.
+    """
+    started = time.perf_counter()
+    bundle = open_bundle(path, verify=False)
+    engine = Engine(bundle, **placement)
+    require_golden(engine, bundle)
+    load_seconds = time.perf_counter() - started
+
+    context = bundle.manifest.context_length
+    prompt, new = clamp(prompt_tokens, new_tokens, context)
+    ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, prompt + new)
+    engine.prefill(ids[: min(prompt, 16)])  # the first run of all also prepares the kernels
+    prefill_seconds, decode_seconds = [], []
+    for _ in range(ROUNDS):
+        engine.reset()
+        started = time.perf_counter()
+        engine.prefill(ids[:prompt])
+        between = time.perf_counter()
+        for token in ids[prompt:].tolist():
+            engine.decode(token)
+        prefill_seconds.append(between - started)
+        decode_seconds.append(time.perf_counter() - between)
+
+    settings = {
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        "rounds": ROUNDS,
+        "context_length": context,
+        "graph": bundle.manifest.graph,
+        "precision": bundle.manifest.precision,
+        "provider": engine.providers[0],
+        "threads": engine.threads,
+        "onnxruntime": onnxruntime.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "pastkey": pastkey.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    if (prompt, new) != (prompt_tokens, new_tokens):
+        settings["note"] = (
+            f"the context is {context}: {prompt} + {new} tokens were measured, not {prompt_tokens} + {new_tokens}"
+        )
+    return BenchReport(
+        prefill_tokens_per_second=prompt / statistics.median(prefill_seconds),
+        decode_tokens_per_second=new / statistics.median(decode_seconds) if new else None,
+        load_seconds=load_seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        int8_kernels=int8_kernels_of(bundle.manifest.precision, engine.providers[0]),
+        settings=settings,
+    )
+
+
+def clamp(prompt_tokens: int, new_tokens: int, context: int) -> tuple[int, int]:
+    """Prompt and new tokens that fit the context together: new ones take half of it at most."""
+    if prompt_tokens + new_tokens <= context:
+        return prompt_tokens, new_tokens
+    new = min(new_tokens, context // 2)
+    return min(prompt_tokens, context - new), new
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory this process has held at once, or None where that cannot be known."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; its getrusage would count what the parent process held, too
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if lines:
+            return int(lines[0].split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

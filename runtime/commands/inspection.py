@@ -1,0 +1,132 @@
+"""What a bundle is made of and where its operators run: the figures of `pastkey inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+from pastkey import names
+from pastkey.bundle import Manifest, open_bundle
+
+from ..engine.engine import Engine
+from ..providers.int8_kernels import Int8Kernels, int8_kernels_of
+from ..providers.parts import Assigned, assigned
+from ..providers.placement import short_name
+from ..settings import PlacementOptions
+
+_KERNEL = "_kernel_time"  # how onnxruntime's profile names an operator's run
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one execution provider runs."""
+
+    provider: str  # short name
+    nodes: int
+    weight_bytes: int  # read by these nodes; a weight that two of them share counts twice
+    operators: dict[str, int]  # operator -> nodes
+    parts: int | None = None  # separate subgraphs; None where onnxruntime does not tell
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A bundle's sizes, operators and placement."""
+
+    manifest: Manifest
+    weight_bytes: int  # of the external-data files, or of the graph that holds its weights itself
+    total_bytes: int  # of all files
+    kv_bytes_per_token: int
+    shares: tuple[Share, ...]  # of the optimised graph that `generate` runs, largest first
+    int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def inspect(
+    path: str | Path,
+    **placement: Unpack[PlacementOptions],
+) -> Inspection:
+    """Opens a bundle and runs a short prefill to see where each operator is placed.
+
+    Args:
+        path: A bundle.
+        **placement: Where it runs, as for `load`.
+
+    Raises:
+        MissingFileError: No bundle is there.
+        IntegrityError: The bundle was altered, or its graph cannot be loaded.
+        ProviderError: A provider is not here, did not start, or is not given this bundle's graph, or leaves some of it.
+        InputError: An impossible number of threads.
+        OSError: onnxruntime could not write its profile: the disk of the temporary folder is full.
+    """
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    sizes = {name: record.size for name, record in manifest.files.items()}
+    weights = sum(size for name, size in sizes.items() if name.endswith(names.DATA_SUFFIX))
+    with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
+        engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
+        engine.prefill([0] * min(2, manifest.context_length))
+        profile = _read_profile(Path(engine.onnx.end_profiling()))
+        graph = bundle.static_graphs[1] if manifest.static else bundle.last_logits_graph
+        record = assigned(engine.onnx, graph)
+        kernels = int8_kernels_of(manifest.precision, engine.providers[0])
+    return Inspection(
+        manifest=manifest,
+        weight_bytes=weights or sizes[names.ALL_LOGITS_GRAPH[manifest.precision]],
+        total_bytes=sum(sizes.values()),
+        kv_bytes_per_token=kv_bytes_per_token(manifest),
+        shares=read_shares(profile, record),
+        int8_kernels=kernels,
+    )
+
+
+def _read_profile(path: Path) -> list[dict[str, Any]]:
+    try:
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # onnxruntime does not tell when it cannot write
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent)) from None
+    return events
+
+
+def kv_bytes_per_token(manifest: Manifest) -> int:
+    """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
+    size = 2 if manifest.precision == "fp16" else 4
+    return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in manifest.layers)
+
+
+def read_shares(profile: Sequence[dict[str, Any]], record: Mapping[str, Assigned]) -> tuple[Share, ...]:
+    """Who ran what, from the events of an onnxruntime profile, and in how many parts, from its record.
+
+    A node that ran several times counts once.
+    """
+    nodes: dict[str, dict[str, Any]] = {}
+    for event in profile:
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            nodes[event["name"]] = event["args"]
+    shares = []
+    for provider in {args["provider"] for args in nodes.values()}:
+        own = [args for args in nodes.values() if args["provider"] == provider]
+        shares.append(
+            Share(
+                provider=short_name(provider),
+                nodes=len(own),
+                weight_bytes=sum(int(args.get("parameter_size", 0)) for args in own),
+                operators=dict(Counter(str(args["op_name"]) for args in own).most_common()),
+                parts=_parts(record.get(provider), len(own)),
+            )
+        )
+    return tuple(sorted(shares, key=lambda share: -share.weight_bytes))
+
+
+def _parts(given: Assigned | None, ran: int) -> int | None:
+    """None where fewer nodes are recorded than ran: optimisation makes them fewer, and never more."""
+    return given.parts if given is not None and given.nodes >= ran else None

@@ -1,0 +1,1 @@
+"""Token ids in, logits out: an opened graph and its cache."""

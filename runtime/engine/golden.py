@@ -1,0 +1,220 @@
+"""A bundle proved on a device before its first text there: by logits that the export stored, its golden logits.
+
+Providers have bugs of their own: GroupQueryAttention of WebGPU leaves out keys where it prefills on some devices, and
+nothing but the text tells. So a prefill, chunks and single tokens are run once, and their logits compared with the
+processor's. A device that only prefills wrong is given one token at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pastkey import names
+from pastkey.bundle import Bundle
+from pastkey.errors import FallbackWarning, IntegrityError, NumericsError, ProviderError
+from pastkey.folder import user_cache_file, write_json
+
+from ..providers import placement as ep
+from ..providers.ort import onnxruntime
+from ..settings import MAX_DRAFT_TOKENS
+from .engine import Engine, Ids, Logits
+
+TOKENS = 256  # of the text, where the context has room for it
+# Logits stand for the ends of the whole text, of its eighth, and of its half, quarter and sixteenth as far as there is
+# room: how far the bug is off changes from position to position.
+ENDS, LEAST_ROWS = (1, 8, 2, 4, 16), 2
+STEPS = 8  # tokens that are decoded one by one behind a prefill, and then as many at once as drafts are
+
+# max |difference| over max |logit| that a device may be off. In float32 devices were 5e-7 from the processor, in
+# float16 2e-3; a prefill that leaves out keys is 2e-2 off, and more. Activations in int8, as on the processor, are
+# others than on a device that leaves them as they are: 1.5e-2 in SmolLM2-135M.
+LIMITS = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 5e-2}
+
+SMALLEST_BUG = 2e-2  # that was seen
+
+_DRIVERS = ("/proc/driver/nvidia/version", "/usr/share/vulkan/icd.d/*.json", "/etc/vulkan/icd.d/*.json")
+_DRIVERS_BY_NAME = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES", "VK_ADD_DRIVER_FILES")
+_CARDS = "/sys/class/drm/card[0-9]*/device/uevent"  # of Linux
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A text, and what the bundle predicts after some of its beginnings."""
+
+    ids: Ids  # (T,)
+    ends: Ids  # (N,), tokens of each beginning, ascending; the last is T
+    logits: Logits  # (N, V), after the last token of each
+    limit: float  # how far a device may be off: max |difference| over max |logit|
+
+    def save(self, path: Path) -> None:
+        """Writes it as .npz."""
+        np.savez(path, ids=self.ids, ends=self.ends, logits=self.logits, limit=self.limit)
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Golden:
+        """What a bundle brings; of an older one that brings none, what the processor computes here."""
+        path = bundle.path / names.GOLDEN
+        if names.GOLDEN not in bundle.manifest.files:
+            return cls.computed(Engine(bundle, providers="cpu"), len(ENDS), LIMITS[bundle.manifest.precision])
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                golden = cls(content["ids"], content["ends"], content["logits"], float(content["limit"]))
+            rows, vocab_size = golden.logits.shape
+            if not rows or rows != len(golden.ends) or golden.ends[-1] != len(golden.ids):
+                raise ValueError("its arrays do not go together")
+            if vocab_size != bundle.manifest.vocab_size:
+                raise ValueError(f"it has logits of {vocab_size} tokens")
+            if golden.ids.min() < 0 or golden.ids.max() >= vocab_size:
+                raise ValueError("its ids are none of the model's")
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise IntegrityError(f"{path} cannot be read ({error}): export the bundle again") from None
+        return golden
+
+    @classmethod
+    def computed(cls, engine: Engine, rows: int, limit: float) -> Golden:
+        """What an engine predicts, after as many beginnings of a text as `rows`, or LEAST_ROWS where that is more."""
+        manifest = engine.manifest
+        length = min(TOKENS, manifest.context_length)
+        ids = np.random.default_rng(0).integers(0, manifest.vocab_size, length)
+        ends = sorted({max(1, length // part) for part in ENDS[: max(LEAST_ROWS, rows)]})
+        logits = []
+        for end in ends:
+            engine.reset()
+            logits.append(engine.prefill(ids[:end], end))
+        return cls(ids, np.array(ends), np.stack(logits), limit)
+
+
+def require_golden(engine: Engine, bundle: Bundle) -> None:
+    """Proves a bundle where an engine runs it, unless that was done before: elsewhere than on the processor.
+
+    Where only a prefill is wrong, the engine is told to take one token at a time, and a FallbackWarning says so. Raises
+    ProviderError where the device computes other logits.
+    """
+    if engine.providers[0] == ep.CPU:
+        return
+    memory = _Memory(engine, bundle)
+    one_by_one = memory.one_by_one
+    if one_by_one is None:
+        golden = Golden.of(bundle)
+        one_by_one = _takes_one_by_one(engine, golden)
+        memory.keep(one_by_one)
+    if one_by_one:
+        engine.one_by_one = True
+        name = ep.short_name(engine.providers[0])
+        warnings.warn(
+            f"the execution provider {name!r} computes a prefill wrong on this device, or too far off to be told from "
+            "that, and single tokens right: the prompt is read token by token, which is slow; "
+            f"{ep.other_graph(name, engine.manifest)}",
+            FallbackWarning,
+            stacklevel=2,
+        )
+    engine.reset()
+
+
+def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
+    """Whether single tokens alone are right. Raises ProviderError where nothing is."""
+    limit = golden.limit
+    # The bug of a provider may be smaller than what int8 activations make of a difference: then it is not looked for.
+    unseen = limit > SMALLEST_BUG and engine.manifest.graph == "fused" and ep.misses_keys(engine.providers)
+    if not unseen and all(off <= limit for off in _differences(engine, golden)):
+        return False
+    engine.one_by_one = True
+    off = max(_apart(_prefilled(engine, golden.ids[:end], end), row) for end, row in _beginnings(golden))
+    engine.one_by_one = False
+    if off <= limit:
+        return True
+    name = ep.short_name(engine.providers[0])
+    if engine.manifest.precision == "fp16" and not np.isfinite(off):
+        raise ProviderError(
+            f"the logits of this bundle are not finite on the execution provider {name!r}: its numbers overflow in "
+            "float16, which the processor computes in float32; export the model with --precision fp32, or int8"
+        )
+    raise ProviderError(
+        f"the execution provider {name!r} computes other logits on this device than the processor: off by {off:.1e} of "
+        f"the largest (limit {limit:.0e}): take the provider 'cpu', or {ep.other_graph(name, engine.manifest)}"
+    )
+
+
+def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
+    """How far a prefill is off, one in chunks, and tokens behind one: decoded, and a few at once as drafts are."""
+    for end, row in _beginnings(golden):
+        yield _apart(_prefilled(engine, golden.ids[:end], end), row)
+    length, row = len(golden.ids), golden.logits[-1]
+    yield _apart(_prefilled(engine, golden.ids, max(2, length // 4)), row)
+    first = max(1, length - STEPS)
+    logits = _prefilled(engine, golden.ids[:first], first)
+    with contextlib.suppress(NumericsError):
+        for token in golden.ids[first:]:
+            logits = engine.decode(int(token))
+        yield _apart(logits, row)
+        engine.reset()
+        engine.prefill(golden.ids[:first])
+        yield _apart(engine.prefill(golden.ids[first:], MAX_DRAFT_TOKENS), row)
+        return
+    yield np.inf
+
+
+def _beginnings(golden: Golden) -> Iterator[tuple[int, Logits]]:
+    return zip(golden.ends.tolist(), golden.logits, strict=True)
+
+
+def _prefilled(engine: Engine, ids: Ids, chunk_size: int) -> Logits:
+    """The logits (V,) after a text, not finite where the device gives such."""
+    engine.reset()
+    try:
+        return engine.prefill(ids, chunk_size)
+    except NumericsError:
+        return np.full(engine.manifest.vocab_size, np.nan, np.float32)
+
+
+def _apart(found: Logits, expected: Logits) -> float:
+    """max |difference| over max |logit|; infinite of what is not finite."""
+    off = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+    return off if np.isfinite(off) else np.inf
+
+
+class _Memory:
+    """What was found of one bundle on one device with one driver, in a small file of the user's cache folder."""
+
+    def __init__(self, engine: Engine, bundle: Bundle) -> None:
+        files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
+        known = json.dumps([files, _surroundings(engine)], default=str)
+        self._path = user_cache_file(hashlib.sha256(known.encode()).hexdigest()[:24] + ".proof")
+        self.one_by_one: bool | None = None
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                found = json.loads(self._path.read_text(encoding="utf-8"))["one_by_one"]
+                self.one_by_one = found if isinstance(found, bool) else None
+
+    def keep(self, one_by_one: bool) -> None:
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._path, {"one_by_one": one_by_one})
+
+
+def _surroundings(engine: Engine) -> list[Any]:
+    """What a result holds for: the providers with their options, the package, the system, devices and drivers."""
+    devices = onnxruntime.get_ep_devices() if hasattr(onnxruntime, "get_ep_devices") else []
+    hardware = [
+        [d.ep_name, dict(d.ep_metadata), d.device.vendor, d.device.vendor_id, d.device.device_id] for d in devices
+    ]
+    named = [Path(part) for key in _DRIVERS_BY_NAME for part in os.environ.get(key, "").split(os.pathsep) if part]
+    found = [path for pattern in _DRIVERS for path in Path(os.sep).glob(pattern.lstrip("/"))]
+    drivers = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in [*found, *named] if path.is_file()]
+    cards = [path.read_text(errors="replace") for path in sorted(Path(os.sep).glob(_CARDS.lstrip("/")))]
+    chosen = {name: value for name, value in os.environ.items() if name.startswith(("VK_", "CUDA_", "MESA_"))}
+    options = [engine.onnx.get_provider_options(), *engine.asked]
+    system = [platform.platform(), hardware, cards, drivers, chosen]
+    return [onnxruntime.__version__, onnxruntime.get_available_providers(), engine.providers, options, system]

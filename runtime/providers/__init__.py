@@ -1,0 +1,1 @@
+"""Which hardware runs a graph: providers, and how onnxruntime opens a session on them."""

@@ -1,0 +1,126 @@
+"""Which of onnxruntime's int8 kernels this processor gets, and what it costs where they are not the fast ones.
+
+onnxruntime does not tell. What it asks of the processor is written in its source: MLAS_PLATFORM in
+onnxruntime/core/mlas/lib/platform.cpp chooses a table of kernels, and MlasIsQNBitGemmAvailable in qnbitgemm.cpp whether
+the table has one for 8-bit weights. Without one, MatMulNBits unpacks all of its weights to float32 at every run.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from .placement import CPU
+
+_CPUINFO = Path("/proc/cpuinfo")  # Linux and Android
+_FLAG_LINES = ("flags", "Features")  # on x86, and on ARM
+# What macOS calls what Linux calls otherwise.
+_APPLE = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm"}
+
+
+@dataclass(frozen=True)
+class Int8Kernels:
+    """What runs the MatMuls of an int8 bundle on a processor."""
+
+    name: str  # "avx512_vnni", "avx_vnni", "avx512", "avx2", "neon_i8mm", "neon_dot", "none" or "unknown"
+    fast: bool | None  # whether they have instructions for int8 dot products; None where that is unknown
+    note: str  # the same for people, with the cost
+
+
+# The figures are those of docs/performance.md, "Processors without VNNI".
+_KNOWN = {
+    kernels.name: kernels
+    for kernels in (
+        Int8Kernels("avx512_vnni", True, "AVX512-VNNI kernels, the fastest"),
+        Int8Kernels("avx_vnni", True, "AVX-VNNI kernels; their speed is not measured"),
+        Int8Kernels(
+            "avx512",
+            False,
+            "AVX512 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, "
+            "longer than in float32",
+        ),
+        Int8Kernels(
+            "avx2",
+            False,
+            "AVX2 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, longer "
+            "than in float32",
+        ),
+        Int8Kernels("neon_i8mm", True, "NEON kernels with i8mm; their speed is not measured"),
+        Int8Kernels("neon_dot", True, "NEON kernels with dot products; their speed is not measured"),
+        Int8Kernels(
+            "none",
+            False,
+            "no kernel, for want of AVX2 or of NEON's dot products: all weights are unpacked at every run, and decode "
+            "takes more than ten times as long as in float32",
+        ),
+        Int8Kernels("unknown", None, "unknown kernels: this system does not say what its processor has"),
+    )
+}
+
+
+def int8_kernels() -> Int8Kernels:
+    """Those of this processor."""
+    return choose_int8_kernels(platform.machine(), processor_flags())
+
+
+def int8_kernels_of(precision: str, provider: str) -> Int8Kernels | None:
+    """Those that a bundle's MatMuls take here, or None where they take none of them: float32, or another provider.
+
+    int4 multiplies by int8 activations as well, by kernels of the same instructions, and its output head is int8.
+
+    `provider` is onnxruntime's name of the one that a session prefers.
+    """
+    return int8_kernels() if precision in ("int8", "int4") and provider == CPU else None
+
+
+def choose_int8_kernels(machine: str, flags: Collection[str] | None) -> Int8Kernels:
+    """`machine` as `platform.machine()` says it, `flags` as Linux names them, or None where they are unknown."""
+    return _KNOWN["unknown" if flags is None else _choose(machine.lower(), frozenset(flags))]
+
+
+def _choose(machine: str, flags: frozenset[str]) -> str:
+    """In the order of onnxruntime's own tests: each that holds overrides the one before."""
+    if machine in ("x86_64", "amd64"):
+        found = "none"
+        if {"avx2", "fma"} <= flags:
+            found = "avx_vnni" if "avx_vnni" in flags else "avx2"
+            if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+                found = "avx512_vnni" if "avx512_vnni" in flags else "avx512"
+        return found
+    if machine in ("aarch64", "arm64"):
+        if "i8mm" in flags:
+            return "neon_i8mm"
+        return "neon_dot" if "asimddp" in flags else "none"
+    return "unknown"
+
+
+def processor_flags() -> frozenset[str] | None:
+    """What this processor has, as Linux names it; None where that cannot be known."""
+    try:
+        if _CPUINFO.is_file():
+            return read_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
+        if platform.system() == "Darwin" and platform.machine() == "arm64":
+            asked = ["/usr/sbin/sysctl", "hw.optional.arm"]
+            return read_sysctl(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout)
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return None
+
+
+def read_cpuinfo(text: str) -> frozenset[str] | None:
+    """The flags of the first processor in /proc/cpuinfo, or None where it has no such line."""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in _FLAG_LINES:
+            return frozenset(value.split())
+    return None
+
+
+def read_sysctl(text: str) -> frozenset[str]:
+    """The flags in what `sysctl hw.optional.arm` prints, lines such as "hw.optional.arm.FEAT_I8MM: 1"."""
+    pairs = (line.rpartition(":") for line in text.splitlines())
+    has = {name.strip().rpartition(".")[2] for name, _, value in pairs if value.strip() == "1"}
+    return frozenset(flag for name, flag in _APPLE.items() if name in has)

@@ -1,0 +1,259 @@
+"""Opening a bundle's graph: an onnxruntime session that runs where it was asked to and agrees with the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import mmap
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pastkey import names
+from pastkey.bundle import Manifest
+from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
+from pastkey.values import parse_version
+
+from ..settings import Choice
+from . import placement as ep
+from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
+from .parts import assigned
+
+_WHOLE = "session.disable_cpu_ep_fallback"
+_RECORD = "session.record_ep_graph_assignment_info"  # from onnxruntime 1.24 on, which ignores what it does not know
+
+
+def open_session(
+    path: Path,
+    manifest: Manifest,
+    *,
+    providers: Choice | Sequence[Choice] | None,
+    threads: int,
+    allow_fallback: bool = False,
+    session_entries: Mapping[str, str] | None = None,
+    profile_prefix: Path | None = None,
+) -> Any:
+    """Opens one graph of a bundle.
+
+    Args:
+        path: The graph.
+        manifest: The bundle's.
+        providers: See `providers.resolve`.
+        threads: Threads within an operator; 0 leaves their number to onnxruntime.
+        allow_fallback: See `providers.resolve`.
+        session_entries: Settings of onnxruntime's sessions, as `session.use_env_allocators`.
+        profile_prefix: Where given, onnxruntime records where each operator ran, in a file whose name starts with it.
+
+    Returns:
+        The onnxruntime.InferenceSession.
+
+    Raises:
+        MissingExtraError: The bundle needs a newer onnxruntime.
+        ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
+        IntegrityError: The graph cannot be loaded, or it and the manifest differ.
+    """
+    if parse_version(onnxruntime.__version__) < parse_version(manifest.min_onnxruntime):
+        raise MissingExtraError(
+            f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
+            f"type  {upgrade_command()}  and try again"
+        )
+    if session_entries and _WHOLE in session_entries:
+        raise InputError(
+            f"the session entry {_WHOLE} is set by pastkey: leave it out, and let the processor run what a provider "
+            "leaves with allow_fallback=True, or --allow-fallback"
+        )
+    if manifest.compiled is not None:
+        providers = ep.for_compiled(providers, manifest.compiled)
+    wanted = ep.resolve(
+        providers,
+        manifest.target,
+        manifest.graph,
+        allow_fallback=allow_fallback,
+        options_of_target=manifest.provider_options,
+    )
+    entries = dict(session_entries or {})
+    if wanted.tells or profile_prefix is not None:
+        entries = {_RECORD: "1"} | entries
+
+    # Held until the session is there: onnxruntime is given their memory, and not them.
+    linked = _linked_weights(path.parent) if parse_version(onnxruntime.__version__) in REFUSE_LINKS else {}
+
+    def options(entries: Mapping[str, str]) -> Any:
+        made = _options(linked, threads, entries)
+        if profile_prefix is not None:
+            made.enable_profiling = True
+            made.profile_file_prefix = str(profile_prefix)
+            # A weight that was packed for its kernel would be reported as no bytes.
+            made.add_session_config_entry("session.disable_prepacking", "1")
+        return made
+
+    try:
+        session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
+    except RunError as error:
+        if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
+            raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
+        partly = _with_processor(path, options({_RECORD: "1"} | entries), wanted) if wanted.whole else None
+        placed = {} if partly is None else assigned(partly, path)
+        if left := placed.get(ep.CPU):
+            if len(placed) == 1 and wanted.providers[0][1]:
+                raise ep.takes_nothing(*wanted.providers[0]) from error
+            raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
+        reason = first_line(error)
+        name = ep.short_name(wanted.providers[0][0])
+        if name != "cpu":
+            again = ep.remedy(name, manifest.target)
+            if manifest.compiled is not None:
+                again = f"; it was compiled for {manifest.compiled}: compile it again"
+            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}{again}") from error
+        raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
+    ep.require_active(wanted, session.get_providers())
+    if wanted.tells and (left := assigned(session, path).get(ep.CPU)):
+        name = ep.short_name(wanted.providers[0][0])
+        counted = ep.counted(left.operators, left.parts)
+        sentence = f"the execution provider {name!r} leaves {counted} to the processor"
+        warnings.warn(sentence, FallbackWarning, stacklevel=2)
+    _cross_check(session, manifest, path)
+    return session
+
+
+def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str, str]) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # a decoder is a chain: nothing runs beside it
+    # Errors; warnings about shapes of the shared buffer mean nothing here. What stays behind is told by us.
+    options.log_severity_level = 4 if _WHOLE in entries else 3
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if linked:  # copied while the session is made: with 134 MB of weights the peak of a load is 172 MiB higher
+        sizes = [len(content) for content in linked.values()]
+        options.add_external_initializers_from_files_in_memory([*linked], [*linked.values()], sizes)
+    return options
+
+
+def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
+    """A session that never falls back by itself. What a wheel prints does not reach our standard output."""
+    plugins = [(name, given) for name, given in wanted.providers if ep.is_plugin(name)]
+    elsewhere = any(name != ep.CPU for name, _ in wanted.providers)
+    with standard_output_to_error() if elsewhere else contextlib.nullcontext():
+        for name, given in plugins:
+            options.add_provider_for_devices(ep.plugin_devices(name), {k: str(v) for k, v in given.items()})
+        if plugins:  # onnxruntime takes no list of providers beside a plugin
+            return onnxruntime.InferenceSession(str(path), options, enable_fallback=0)
+        return onnxruntime.InferenceSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
+
+
+def _with_processor(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
+    """A session in which the processor runs what a provider leaves; None where that fails, too."""
+    providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
+    try:
+        session = _create(path, options, dataclasses.replace(wanted, providers=providers))
+    except RunError:
+        return None
+    ep.require_active(wanted, session.get_providers())
+    return session
+
+
+def checked_threads(threads: int | None) -> int:
+    """The number of threads within an operator: `threads`, or the default for None. Raises InputError."""
+    most = max(256, os.cpu_count() or 1)  # some thousands of threads take all memory before they do anything
+    if threads is not None and not 1 <= threads <= most:
+        raise InputError(f"threads is {threads}; it must be 1 to {most}, and the physical cores are the fastest")
+    return default_threads() if threads is None else threads
+
+
+def default_threads() -> int:
+    """The physical cores this process may use; 0, which leaves it to onnxruntime, where that cannot be known."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
+    return len(cores)
+
+
+def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
+    """The weights files that are links, as a download cache's are: name -> content."""
+    content = {}
+    for path in folder.glob(f"*{names.DATA_SUFFIX}"):
+        if path.is_symlink():
+            with path.open("rb") as file:
+                content[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return content
+
+
+def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
+    """Raises IntegrityError naming a tensor that the graph and the manifest see differently, and both shapes."""
+    found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
+    expected = _expected_static(session, manifest, path) if manifest.static else _expected(found, manifest, path)
+    for name, shape in expected.items():
+        if name not in found:
+            raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
+        # Sizes must agree; what a free axis is called does not matter here.
+        same_rank = len(found[name]) == len(shape)
+        if not same_rank or any(isinstance(b, int) and a != b for a, b in zip(found[name], shape, strict=True)):
+            raise IntegrityError(
+                f"{name!r} is {_show(found[name])} in {path} and {_show(shape)} in the manifest: export it again"
+            )
+    for name in sorted(set(found) - set(expected)):
+        raise IntegrityError(f"{path} has the tensor {name!r}, which the manifest does not speak of: export it again")
+
+
+Shapes = dict[str, list[int | str]]
+
+
+def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path) -> Shapes:
+    expected: Shapes = {
+        names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
+        names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
+    }
+    for i, layer in enumerate(manifest.layers):
+        for kind, past, present in (
+            (layer.key_head_size, names.past_key(i), names.present_key(i)),
+            (layer.value_head_size, names.past_value(i), names.present_value(i)),
+        ):
+            expected[past] = [names.BATCH, layer.kv_heads, names.PAST, kind]
+            expected[present] = [names.BATCH, layer.kv_heads, names.TOTAL, kind]
+    for i, state in enumerate(manifest.states):
+        expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
+        expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
+    expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
+    if names.SEQLENS_K in found:
+        expected |= {names.SEQLENS_K: [names.BATCH], names.TOTAL_SEQUENCE_LENGTH: []}
+    if names.SEQLENS_K not in found or names.ATTENTION_MASK in found:
+        expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
+    if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
+        expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
+    if names.EMBEDDING_ROWS in found:
+        expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
+    return expected
+
+
+def _expected_static(session: Any, manifest: Manifest, path: Path) -> Shapes:
+    """Of a graph of one new token or of a chunk. It has the inputs that its computation needs, and no others."""
+    static = manifest.static
+    assert static is not None
+    tokens, past = 1 if path.name == Path(names.STATIC_DECODE_GRAPH).name else static.chunk, manifest.context_length
+    inputs: Shapes = {names.INPUT_IDS: [1, tokens], names.POSITION_IDS: [1, tokens]}
+    inputs |= {names.static_mask(window): [1, 1, tokens, past + tokens] for window in static.windows}
+    stored = session.get_modelmeta().custom_metadata_map.get(names.TABLES)
+    tables = {} if stored is None else json.loads(stored)
+    given = {value.name: list(value.shape) for value in session.get_inputs()}
+    expected = {name: shape for name, shape in inputs.items() if name in given}
+    expected |= {name: shape for name, shape in given.items() if name in tables}
+    for i, layer in enumerate(manifest.layers):
+        for size, past_name, new in (
+            (layer.key_head_size, names.past_key(i), names.present_key(i)),
+            (layer.value_head_size, names.past_value(i), names.present_value(i)),
+        ):
+            expected[past_name] = [1, layer.kv_heads, past, size]
+            expected[new] = [1, layer.kv_heads, tokens, size]
+    expected[names.LOGITS] = [1, tokens, manifest.vocab_size]
+    return expected
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"

@@ -1,0 +1,390 @@
+"""Execution providers: the hardware back ends of onnxruntime, by short names, without silent fall-back."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+import importlib.util
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pastkey.bundle import Compiled, Manifest
+from pastkey.errors import ProviderError, StartError, first_line
+
+from ..settings import Choice
+from .ort import onnxruntime, wheels
+
+CPU = "CPUExecutionProvider"
+
+
+# Reaches a remote service with graphs made for it; a decoder asked to run there would run on the CPU in silence.
+_NOT_HARDWARE = {"AzureExecutionProvider"}
+
+
+class Fused(enum.Enum):
+    """What the fused graph does on a provider."""
+
+    RUNS = ""
+    PARTLY = "leaves its attention to the processor"
+    UNKNOWN = "was never seen to run"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a provider, whether or not it is here."""
+
+    name: str  # onnxruntime's name
+    hardware: str
+    source: str  # what brings it
+    fused: Fused = Fused.UNKNOWN
+    remedy: str = ""  # what to export for it, where that is not the fused graph
+    whole: frozenset[str] = frozenset()  # the graphs that were seen to run there, nothing left to the processor
+    fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
+    plugin: str = ""  # the module of a provider that onnxruntime must be told of
+    misses_keys: bool = False  # GroupQueryAttention was seen to leave out keys, of a prefill and of a padded batch
+    options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
+
+
+_SOURCE_BUILD = "onnxruntime built from source with"
+
+KNOWN = {
+    "cpu": Known(CPU, "any processor", "pip install onnxruntime", Fused.RUNS),
+    "cuda": Known(
+        "CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", Fused.RUNS
+    ),
+    "tensorrt": Known(
+        "TensorrtExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with TensorRT", Fused.RUNS
+    ),
+    "openvino": Known(
+        "OpenVINOExecutionProvider",
+        "Intel CPUs, GPUs, NPUs",
+        "pip install onnxruntime-openvino",
+        Fused.PARTLY,
+        remedy="export the model again with --target openvino",
+        whole=frozenset({"standard", "static"}),
+        fixed_shapes=True,
+    ),
+    "webgpu": Known(
+        "WebGpuExecutionProvider",
+        "GPUs by Vulkan, Metal or D3D12",
+        "pip install onnxruntime-webgpu",
+        Fused.RUNS,
+        remedy="export the model again with --target webgpu",
+        whole=frozenset({"fused", "static"}),
+        misses_keys=True,
+    ),
+    "qnn": Known(
+        "QNNExecutionProvider",
+        "Qualcomm NPUs",
+        "pip install onnxruntime onnxruntime-qnn",
+        remedy="export the model again with --target qnn",
+        whole=frozenset({"static"}),
+        plugin="onnxruntime_qnn",
+        # The graph compiler needs a chip by name; without one it runs out of memory.
+        options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
+        values={"htp_arch": ("68", "69", "73", "75", "79", "81")},  # another one is taken for none, in silence
+    ),
+    "coreml": Known(
+        "CoreMLExecutionProvider",
+        "Apple GPUs and neural engines",
+        "pip install onnxruntime on macOS",
+        remedy="export the model again with --target coreml --precision fp32",
+        options={"ModelFormat": "MLProgram"},
+    ),
+    "dml": Known("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
+    "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx, with ROCm"),
+    "rocm": Known("ROCMExecutionProvider", "AMD GPUs, of older releases", f"{_SOURCE_BUILD} --use_rocm"),
+    "xnnpack": Known("XnnpackExecutionProvider", "ARM processors", f"{_SOURCE_BUILD} --use_xnnpack"),
+    "nnapi": Known("NnapiExecutionProvider", "Android accelerators", "onnxruntime for Android"),
+    "cann": Known("CANNExecutionProvider", "Huawei Ascend NPUs", "pip install onnxruntime-cann"),
+}
+
+# The targets that are a provider, where a bundle runs when nothing else is asked for. Others run on the processor.
+_TARGETS = ("cuda", "openvino", "webgpu", "qnn", "coreml")
+
+# Providers whose memory the cache lives in. With any other, tensors are handed over in the processor's memory.
+_DEVICE_OF = {
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+    "WebGpuExecutionProvider": "webgpu",
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a session is to run."""
+
+    providers: tuple[tuple[str, dict[str, Any]], ...]  # onnxruntime's names and their options, in order of preference
+    whole: bool = False  # nothing may be left to the processor
+
+    @property
+    def tells(self) -> bool:
+        """Whether what is left to the processor is to be told."""
+        return self.providers[0][0] != CPU and not self.whole
+
+
+def resolve(
+    choice: Choice | Sequence[Choice] | None,
+    target: str = "cpu",
+    graph: str = "standard",
+    *,
+    allow_fallback: bool = False,
+    options_of_target: Mapping[str, str] | None = None,
+) -> Placement:
+    """Where to open a session.
+
+    Args:
+        choice: A short name ("cuda"), onnxruntime's name, a pair of a name and its options, a sequence of these, or
+            None: the bundle's target decides. A sequence with "cpu" in it allows what stays behind to run there.
+        target: The bundle's target.
+        graph: The bundle's graph.
+        allow_fallback: Whether the processor may run what a provider leaves.
+        options_of_target: The bundle's, for the provider of its target.
+
+    Raises:
+        ProviderError: One does not exist here, has no such option, or is not given the fused graph.
+    """
+    named = choice is not None
+    if choice is None:
+        choice = provider_of(target)
+        reason = f"the bundle was made for {target}; "
+    else:
+        reason = ""
+    # mypy cannot know what `_is_pair` has looked at.
+    choices: Sequence[Choice] = [choice] if isinstance(choice, str) or _is_pair(choice) else choice  # type: ignore[list-item, assignment]
+    here = available()
+    chosen: dict[str, dict[str, Any]] = {}
+    for entry in choices:
+        asked, options = (entry, {}) if isinstance(entry, str) else entry
+        name = full_name(asked)
+        if name not in here:
+            known = KNOWN.get(short_name(name)) if name else None
+            what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
+            remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(KNOWN)}"
+            if known and len(wheels()) > 1 and set(_packages(known)) & set(wheels()):
+                remedy = f"; {overlapping()}"
+            raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
+        facts = _facts(name)
+        if graph == "fused" and facts.fused == Fused.UNKNOWN:
+            remedy = f", or {facts.remedy}" if facts.remedy else ""
+            raise ProviderError(
+                f"{reason}this bundle has the fused graph, which the execution provider {asked!r} {facts.fused.value}: "
+                f"take the provider 'cpu'{remedy}"
+            )
+        own = options_of_target or {} if short_name(name) == provider_of(target) else {}
+        chosen[name] = {**facts.options, **own, **options}
+        require_values(short_name(name), chosen[name])
+    first = next(iter(chosen), CPU)
+    graphs = _facts(first).whole
+    # By the bundle's own choice a graph may run in parts, if it was made so.
+    whole = first != CPU and CPU not in chosen and not allow_fallback and (graph in graphs or (bool(graphs) and named))
+    if not whole:
+        chosen.setdefault(CPU, {})
+    return Placement(tuple(chosen.items()), whole)
+
+
+def require_values(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ProviderError for an option of a provider, by its short name, that has no such value."""
+    known = KNOWN.get(name)
+    for option, values in ({} if known is None else known.values).items():
+        if str(found := options.get(option, values[0])) not in values:
+            raise ProviderError(
+                f"the execution provider {name!r} has no {option} {found}; it must be one of {', '.join(values)}"
+            )
+
+
+def for_compiled(choice: Choice | Sequence[Choice] | None, compiled: Compiled) -> Choice:
+    """Where a bundle of context binaries is opened: where it was compiled for, or nowhere. Raises ProviderError."""
+    choices = [choice] if choice is None or isinstance(choice, str) or _is_pair(choice) else [*choice]
+    first = choices[0] if choices else None
+    asked, options = first if isinstance(first, tuple) else (first or compiled.provider, {})
+    again = "load the bundle that it came of, or compile that again"
+    if full_name(asked) != full_name(compiled.provider):
+        raise ProviderError(f"this bundle was compiled for {compiled}, and {asked!r} was asked for: {again}")
+    for key, value in options.items():
+        if key in compiled.options and str(value) != compiled.options[key]:
+            raise ProviderError(f"this bundle was compiled for {compiled}, and {key}={value} was asked for: {again}")
+    return compiled.provider, {**compiled.options, **options}
+
+
+def _is_pair(choice: object) -> bool:
+    return isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], dict)
+
+
+def overlapping() -> str:
+    """What is said of several wheels that bring the module onnxruntime; "" of one."""
+    found = wheels()
+    if len(found) == 1:
+        return ""
+    return (
+        f"the packages {', '.join(found)} lie over one another, and the first one answers: type  "
+        f"pip uninstall {' '.join(found)}  and then  pip install  with the one that you want"
+    )
+
+
+def what_brings(known: Known) -> str:
+    """The command that brings a provider, after that for the wheels that its wheel would lie over."""
+    # A plugin is no onnxruntime of its own.
+    wanted = {package for package in _packages(known) if package != known.plugin.replace("_", "-")}
+    others = [wheel for wheel in wheels() if wheel not in wanted] if wanted else []
+    if others and len(others) < len(wheels()):  # the files of the wanted one, too, lie under the others'
+        others = wheels()
+    return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
+
+
+def _packages(known: Known) -> list[str]:
+    """The wheels that the command for a provider names."""
+    return re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
+
+
+def takes_fused(target: str) -> bool:
+    """Whether a bundle made for `target` may have the fused graph."""
+    return KNOWN[provider_of(target)].fused == Fused.RUNS
+
+
+def is_here(name: str) -> bool:
+    """Whether a provider is on this machine, by its short name."""
+    return KNOWN[name].name in available()
+
+
+def provider_of(target: str) -> str:
+    """The short name of the provider that a bundle made for `target` runs on when nothing else is asked for."""
+    return target if target in _TARGETS else "cpu"
+
+
+def other_graph(name: str, manifest: Manifest) -> str:
+    """What to export for a provider that computes a bundle's graph wrong: the same model, in the same precision."""
+    if manifest.graph != "fused":
+        return "report the device to https://github.com/microsoft/onnxruntime/issues"
+    other = "static" if "static" in _facts(name).whole and manifest.precision == "fp32" else "standard"
+    target = provider_of(name)
+    return f"export the model again with --target {target} --graph {other} --precision {manifest.precision}"
+
+
+def require_active(wanted: Placement, active: Sequence[str]) -> None:
+    """Raises StartError when onnxruntime opened a session without a provider that was asked for."""
+    for name, _ in wanted.providers:
+        if name not in active:
+            raise not_started(name, active)
+
+
+def not_started(name: str, active: Sequence[str]) -> StartError:
+    """What is said of a provider that did not start; `active` are those that did."""
+    return StartError(
+        f"onnxruntime could not start the execution provider {short_name(name)!r}, for want of a driver or a library "
+        f"(its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
+    )
+
+
+def remedy(name: str, target: str) -> str:
+    """What is added to a sentence about a bundle for another target; "" where nothing helps."""
+    found = "" if provider_of(target) == name else _facts(name).remedy
+    return f"; {found}" if found else ""
+
+
+def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
+    """What is said of a provider that was asked for by name, and leaves operators to the processor."""
+    instead = remedy(short_name(name), target).removeprefix("; ")
+    return ProviderError(
+        f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
+        f"processor: {f'{instead}, or ' if instead else ''}let it, with allow_fallback=True, or "
+        "--allow-fallback"
+    )
+
+
+def takes_nothing(name: str, options: Mapping[str, Any]) -> ProviderError:
+    """What is said of a provider that was asked for by name and started, but runs no node."""
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return ProviderError(
+        f"the execution provider {short_name(name)!r} takes nothing of this bundle's graph"
+        f"{f' with {given}: one of these names no chip or library that it has' if given else ''} (its own message says "
+        "which); give others by provider_options, or --provider-option, or take the provider 'cpu'"
+    )
+
+
+def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
+    """As in 3 operators (Shape 2, Squeeze) in 2 parts; without the parts where their number is unknown."""
+    most = Counter(operators).most_common()
+    shown = ", ".join(f"{name} {count}" if count > 1 else name for name, count in most[:6])
+    number = sum(operators.values())
+    where = "" if parts is None else f" in {parts} part{'s' * (parts != 1)}"
+    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)}){where}"
+
+
+def misses_keys(active: Sequence[str]) -> bool:
+    """Whether attention of several tokens at once was seen to be wrong on some device of a session's provider."""
+    return _facts(active[0]).misses_keys
+
+
+def cache_device(active: Sequence[str]) -> str:
+    """Where the cache of a session with these providers lives: onnxruntime's device name."""
+    return _DEVICE_OF.get(active[0], "cpu")
+
+
+def prefers_fixed_shapes(active: Sequence[str]) -> bool:
+    """Whether a session with these providers is slow where a shape changes."""
+    return _facts(active[0]).fixed_shapes
+
+
+def available() -> list[str]:
+    """The providers of this onnxruntime, by its names, and those of plugins that are installed."""
+    own = [name for name in onnxruntime.get_available_providers() if name not in _NOT_HARDWARE]
+    # Once it was registered, onnxruntime names a plugin too.
+    plugins = [known.name for known in KNOWN.values() if known.name not in own and is_plugin(known.name)]
+    return [*plugins, *own]
+
+
+def is_plugin(name: str) -> bool:
+    """Whether a provider comes from a package of its own, and that is installed."""
+    module = _facts(name).plugin
+    return bool(module) and hasattr(onnxruntime, "get_ep_devices") and _installed(module)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def plugin_devices(name: str) -> list[Any]:
+    """The devices of a plugin, onnxruntime's OrtEpDevice. Raises ProviderError where it has none."""
+    _register(name)
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise ProviderError(f"the execution provider {short_name(name)!r} finds none of its devices on this machine")
+    return devices
+
+
+@functools.cache
+def _register(name: str) -> None:
+    """Tells onnxruntime of a plugin, once in a process."""
+    if any(device.ep_name == name for device in onnxruntime.get_ep_devices()):  # an application did so already
+        return
+    module = _facts(name).plugin
+    try:
+        library = importlib.import_module(module).get_library_path()
+        onnxruntime.register_execution_provider_library(name, library)
+    except Exception as error:  # whatever its package or its library raises
+        raise ProviderError(
+            f"the execution provider {short_name(name)!r} of the package {module!r} could not be loaded "
+            f"({first_line(error)}): install a release that goes with onnxruntime {onnxruntime.__version__}"
+        ) from error
+
+
+def _facts(name: str) -> Known:
+    return KNOWN.get(short_name(name), Known(name, "", ""))
+
+
+def full_name(name: str) -> str:
+    """onnxruntime's name of a provider, or "" for an unknown one. Upper and lower case do not matter."""
+    wanted = name.lower().removesuffix("executionprovider")
+    by_name = {short_name(full): full for full in available()}
+    return KNOWN[wanted].name if wanted in KNOWN else by_name.get(wanted, "")
+
+
+def short_name(name: str) -> str:
+    """The name a user types: "CUDAExecutionProvider" -> "cuda"."""
+    return name.removesuffix("ExecutionProvider").lower()

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.runtime.commands.bench import bench, clamp, peak_rss_bytes
+
+
+def test_the_report_has_the_figures_and_what_they_were_measured_with(bundle: Bundle) -> None:
+    report = bench(bundle.path, prompt_tokens=20, new_tokens=10, threads=1).to_json()
+    assert set(report) == {
+        "prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds", "peak_rss_bytes", "int8_kernels",
+        "settings",
+    }  # fmt: skip
+    assert all(report[name] > 0 for name in report if name not in ("int8_kernels", "settings"))
+    settings = report["settings"]
+    assert (settings["prompt_tokens"], settings["new_tokens"], settings["threads"]) == (20, 10, 1)
+    assert (settings["provider"], settings["graph"]) == ("CPUExecutionProvider", bundle.manifest.graph)
+    assert "note" not in settings
+    json.dumps(report)
+
+
+def test_lengths_beyond_the_context_are_clamped_with_a_note(bundle: Bundle) -> None:
+    settings = bench(bundle.path, prompt_tokens=595, new_tokens=10, threads=1).settings
+    assert (settings["prompt_tokens"], settings["new_tokens"]) == (590, 10)
+    assert settings["note"] == "the context is 600: 590 + 10 tokens were measured, not 595 + 10"
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "expected"),
+    [((512, 128), 2048, (512, 128)), ((512, 128), 256, (128, 128)), ((512, 128), 8, (4, 4)), ((512, 128), 1, (1, 0)),
+     ((512, 128), 640, (512, 128)), ((512, 128), 639, (511, 128)), ((2, 128), 11, (2, 5))],
+)  # fmt: skip
+def test_clamp(asked: tuple[int, int], context: int, expected: tuple[int, int]) -> None:
+    assert clamp(*asked, context) == expected
+
+
+def test_without_new_tokens_there_is_no_decode_figure(bundle: Bundle) -> None:
+    assert bench(bundle.path, prompt_tokens=3, new_tokens=0, threads=1).decode_tokens_per_second is None
+
+
+def test_peak_memory_sees_what_was_held_and_let_go() -> None:
+    program = (
+        "from pastkey.runtime.commands.bench import peak_rss_bytes\n"
+        "before = peak_rss_bytes()\n"
+        "held = b'x' * 80_000_000\n"
+        "del held\n"
+        "print(peak_rss_bytes() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 60_000_000 < int(done.stdout) < 120_000_000
+    assert peak_rss_bytes()

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from pastkey.errors import ProviderError
+from pastkey.runtime.commands import devices
+from pastkey.runtime.providers import placement as providers
+from pastkey.runtime.providers.ort import onnxruntime
+
+
+def test_every_known_provider_is_listed_once_with_available_ones_first() -> None:
+    rows = devices.devices()
+    assert rows[0].short_name == "cpu"
+    assert rows[0].available
+    assert sorted(row.short_name for row in rows if row.short_name in providers.KNOWN) == sorted(providers.KNOWN)
+    assert all(row.note for row in rows if not row.available)
+
+
+def test_what_is_here_has_its_wheel_and_its_devices() -> None:
+    cpu = devices.devices()[0]
+    assert cpu.package.split()[1] == onnxruntime.__version__
+    if hasattr(onnxruntime, "get_ep_devices"):
+        assert [device.split()[0] for device in cpu.devices] == ["CPU"]
+
+
+def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    qnn = providers.KNOWN["qnn"]
+
+    def fail(name: str) -> list[object]:
+        raise ProviderError("no library")
+
+    monkeypatch.setattr(devices, "available", lambda: [qnn.name, providers.CPU])
+    monkeypatch.setattr(devices, "is_plugin", lambda name: name == qnn.name)
+    monkeypatch.setattr(devices, "plugin_devices", fail)
+    monkeypatch.setattr(devices, "_package", lambda known: f"{known.plugin} 2")
+    (row,) = (row for row in devices.devices() if row.short_name == "qnn")
+    assert (row.available, row.note, row.package, row.devices) == (False, "no library", "onnxruntime_qnn 2", ())
+
+
+def test_a_provider_that_nobody_knew_of_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available", lambda: ["NewExecutionProvider", providers.CPU])
+    (row,) = (row for row in devices.devices() if row.short_name == "new")
+    assert (row.name, row.available, row.devices) == ("NewExecutionProvider", True, ())

@@ -1,0 +1,69 @@
+"""Rows of the embedding come from the weights file, one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pastkey.errors import IntegrityError
+from pastkey.runtime.engine.embedding import EmbeddingRows
+
+TABLE = np.random.default_rng(0).integers(0, 256, (11, 3, 16), np.uint8)
+PLACE = {"file": "weights", "offset": 64, "shape": [11, 3, 16]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "weights").write_bytes(b"x" * 64 + TABLE.tobytes())
+    return tmp_path
+
+
+def test_rows_are_the_tables(folder: Path) -> None:
+    ids = np.array([[10, 0, 3], [3, 3, 9]])
+    found = EmbeddingRows(folder, json.dumps(PLACE))[ids]
+    assert found.shape == (2, 3, 3, 16)
+    np.testing.assert_array_equal(found, TABLE[ids])
+
+
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="this system has no pread, nor fork")
+def test_reading_moves_no_position_that_a_forked_process_shares(folder: Path) -> None:
+    rows = EmbeddingRows(folder, json.dumps(PLACE))
+    os.lseek(rows._file, 5, os.SEEK_SET)
+    rows[np.array([[10, 3]])]
+    assert os.lseek(rows._file, 0, os.SEEK_CUR) == 5
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {},
+        PLACE | {"file": "missing"},
+        PLACE | {"offset": 65},  # one byte beyond the end
+        PLACE | {"offset": -1},
+        PLACE | {"shape": [11, 0, 16]},
+        PLACE | {"shape": 11},
+        PLACE | {"shape": []},
+        ["weights"],
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(folder: Path, place: object) -> None:
+    with pytest.raises(IntegrityError, match="does not say where its embedding is"):
+        EmbeddingRows(folder, json.dumps(place))
+
+
+def test_no_file_of_another_folder_is_read(folder: Path) -> None:
+    (folder / "inside").mkdir()
+    with pytest.raises(IntegrityError):
+        EmbeddingRows(folder / "inside", json.dumps(PLACE | {"file": "../weights"}))
+
+
+def test_a_file_that_was_cut_meanwhile_is_noticed(folder: Path) -> None:
+    rows = EmbeddingRows(folder, json.dumps(PLACE))
+    with (folder / "weights").open("r+b") as file:
+        file.truncate(80)
+    with pytest.raises(IntegrityError, match="cut short"):
+        rows[np.array([[5]])]

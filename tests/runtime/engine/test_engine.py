@@ -1,0 +1,372 @@
+"""Every way through the cache computes what one uncached pass computes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pastkey.bundle import Bundle, Manifest
+from pastkey.errors import InputError, NumericsError
+from pastkey.runtime.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+MakeBundle = Callable[..., Bundle]
+TOLERANCE = 2e-6  # of the largest logit: float32 against the reference's float64
+
+
+def random_ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 37, count)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.fixture
+def session(bundle: Bundle) -> Engine:
+    return Engine(bundle, graph="all_logits", threads=1)
+
+
+@pytest.fixture
+def last(bundle: Bundle) -> Engine:
+    return Engine(bundle, threads=1)
+
+
+# --- one row ------------------------------------------------------------------------------------------------------
+def test_forward_equals_the_uncached_reference(session: Engine, tiny: Tiny) -> None:
+    ids = random_ids(40)
+    assert_close(session.forward(ids[None])[0], tiny(ids))
+
+
+def test_the_last_graph_gives_the_last_position(last: Engine, tiny: Tiny) -> None:
+    ids = random_ids(40)
+    logits = last.forward(ids[None])
+    assert_close(logits[0], tiny(ids)[-1:])
+
+
+def test_decode_token_by_token_equals_prefill_across_growth(last: Engine, tiny: Tiny) -> None:
+    ids = random_ids(330)  # beyond two buffers of GROWTH_STEP rows
+    steps = np.stack([last.decode(int(token)) for token in ids])
+    assert_close(steps, tiny(ids))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 64, 256, 1000])
+def test_chunked_prefill_equals_one_pass(last: Engine, tiny: Tiny, chunk_size: int) -> None:
+    ids = random_ids(65)
+    assert_close(last.prefill(ids, chunk_size), tiny(ids)[-1])
+    assert last.length == 65
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_of_bounded_size(last: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    run = last._run
+    monkeypatch.setattr(last, "_run", lambda ids: sizes.append(ids.shape[1]) or run(ids))  # type: ignore[func-returns-value]
+    last.prefill(random_ids(600))
+    assert sizes == [200] * 3
+    for count, chunk_size in ((65, 64), (7, 2), (3, 2), (9, 4)):
+        sizes.clear()
+        last.reset()
+        last.prefill(random_ids(count), chunk_size)
+        assert sum(sizes) == count
+        assert min(sizes) >= 2
+        assert max(sizes) <= chunk_size + 1
+
+
+def test_prefill_after_decode_continues(last: Engine, tiny: Tiny) -> None:
+    ids = random_ids(30)
+    last.prefill(ids[:10])
+    last.decode(int(ids[10]))
+    assert_close(last.prefill(ids[11:]), tiny(ids)[-1])
+
+
+def test_decode_after_trim_equals_fresh_prefill(session: Engine, tiny: Tiny) -> None:
+    first, second = random_ids(40, seed=1), random_ids(40, seed=2)
+    session.prefill(first)
+    session.trim(15)
+    mixed = np.concatenate([first[:15], second])
+    assert_close(np.stack([session.decode(int(token)) for token in second]), tiny(mixed)[15:])
+
+
+def test_reset_forgets(session: Engine, tiny: Tiny) -> None:
+    session.prefill(random_ids(20, seed=1))
+    session.reset()
+    assert session.length == 0
+    assert_close(session.forward(random_ids(9)[None])[0], tiny(random_ids(9)))
+
+
+def test_logits_of_a_step_stay_what_they_were(last: Engine) -> None:
+    first = last.decode(3)
+    kept = first.copy()
+    last.decode(4)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_head_sizes_that_differ_between_keys_and_values_and_layers(tiny_odd: Tiny, make_bundle: MakeBundle) -> None:
+    session = Engine(make_bundle(tiny_odd, "standard"), threads=1)
+    ids = random_ids(24)
+    assert_close(np.stack([session.decode(int(token)) for token in ids]), tiny_odd(ids))
+
+
+# --- several rows -------------------------------------------------------------------------------------------------
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), steps=st.integers(0, 6), seed=st.integers(0, 99))
+def test_a_padded_batch_equals_each_row_alone(
+    session: Engine, tiny: Tiny, lengths: list[int], steps: int, seed: int
+) -> None:
+    session.reset()
+    longest = max(lengths)
+    texts = [random_ids(length + steps, seed=seed + row) for row, length in enumerate(lengths)]
+    ids, mask = np.zeros((2, len(lengths), longest), np.int64)
+    for row, length in enumerate(lengths):
+        ids[row, :length], mask[row, :length] = texts[row][:length], 1
+    expected = [tiny(text) for text in texts]
+    logits = session.forward(ids, mask)
+    for row, length in enumerate(lengths):
+        assert_close(logits[row, :length], expected[row][:length])
+    for step in range(steps):
+        column = [[text[length + step]] for text, length in zip(texts, lengths, strict=True)]
+        logits = session.forward(column)
+        for row, length in enumerate(lengths):
+            assert_close(logits[row], expected[row][length + step : length + step + 1])
+
+
+def test_a_padded_batch_survives_trim_and_growth(session: Engine, tiny: Tiny) -> None:
+    texts = [random_ids(300, seed=1), random_ids(300, seed=2)]
+    ids, mask = np.array([texts[0][:8], texts[1][:8]]), np.ones((2, 8), np.int64)
+    mask[1, 5:] = 0
+    session.forward(ids, mask)
+    for step in range(20):
+        session.forward([[1 + step], [2 + step]])
+    session.trim(8)
+    for step in range(280):
+        logits = session.forward([[texts[0][8 + step]], [texts[1][5 + step]]])
+    assert_close(logits[0, 0], tiny(texts[0][:288])[-1])
+    assert_close(logits[1, 0], tiny(texts[1][:285])[-1])
+
+
+def test_the_standard_graph_takes_padding_at_the_left(standard_bundle: Bundle, tiny: Tiny) -> None:
+    session = Engine(standard_bundle, threads=1)
+    session.forward([[0, 0, 5], [6, 7, 8]], [[0, 0, 1], [1, 1, 1]])
+    logits = session.forward([[9, 1], [9, 2]])
+    assert_close(logits[:, 0], np.stack([tiny([5, 9, 1])[-1], tiny([6, 7, 8, 9, 2])[-1]]))
+
+
+def test_several_tokens_to_several_rows_are_refused_by_the_fused_graph_only(
+    fused_bundle: Bundle, standard_bundle: Bundle, tiny: Tiny
+) -> None:
+    session = Engine(fused_bundle, threads=1)
+    session.forward([[1, 2], [3, 4]])
+    with pytest.raises(InputError, match="appends several tokens to one row only"):
+        session.forward([[5, 6], [7, 8]])
+    session.forward([[5], [7]])  # and the session is as usable as before
+    assert_close(session.forward([[6], [8]])[1], tiny([3, 4, 7, 8])[-1:])
+    session = Engine(standard_bundle, threads=1)
+    session.forward([[1, 2], [3, 4]])
+    assert_close(session.forward([[5, 6], [7, 8]])[1], tiny([3, 4, 7, 8])[-1:])
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]]])
+def test_the_fused_graph_refuses_padding_that_is_not_at_the_right(fused_bundle: Bundle, mask: list[list[int]]) -> None:
+    with pytest.raises(InputError, match="only at the right end"):
+        Engine(fused_bundle, graph="all_logits", threads=1).forward([[1, 2, 3]], mask)
+
+
+def test_the_last_graph_refuses_a_row_that_ends_in_padding(last: Engine) -> None:
+    with pytest.raises(InputError, match='open graph="all_logits"'):
+        last.forward([[1, 2], [3, 0]], [[1, 1], [1, 0]])
+
+
+def test_a_mask_of_another_shape_or_other_values_is_refused(session: Engine) -> None:
+    for mask in ([[1]], [[1, 2]]):
+        with pytest.raises(InputError, match="ones and zeros of shape"):
+            session.forward([[1, 2]], mask)
+
+
+def test_another_number_of_rows_needs_a_reset(session: Engine) -> None:
+    session.forward([[1, 2], [3, 4]])
+    with pytest.raises(InputError, match="call reset"):
+        session.decode(1)
+    session.reset()
+    session.decode(1)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ids", [[37], [-1], [3, 10**9]])
+def test_ids_out_of_range_are_refused(last: Engine, ids: list[int]) -> None:
+    with pytest.raises(InputError, match="out of range: this model's ids are 0 to 36"):
+        last.prefill(ids)
+    assert last.length == 0
+
+
+@pytest.mark.parametrize("ids", [[], [[1, 2]], [0.5], ["a"], 3])
+def test_what_is_no_row_of_ids_is_refused(last: Engine, ids: Any) -> None:
+    with pytest.raises(InputError, match=r"token ids are whole numbers of shape \(T,\)"):
+        last.prefill(ids)
+
+
+def test_the_whole_context_is_usable_and_no_more(last: Engine) -> None:
+    with pytest.raises(InputError, match="the prompt has 601 tokens; the context is 600"):
+        last.prefill(random_ids(601))
+    last.prefill(random_ids(599))
+    last.decode(1)
+    with pytest.raises(InputError, match="600 tokens are in the cache and 1 more were given"):
+        last.decode(1)
+    assert last.length == 600
+
+
+@pytest.mark.parametrize("chunk_size", [0, -3])
+def test_an_impossible_chunk_size_is_refused(last: Engine, chunk_size: int) -> None:
+    with pytest.raises(InputError, match="chunk_size"):
+        last.prefill([1, 2], chunk_size)
+
+
+def test_nan_in_the_logits_names_the_position(tiny: Tiny, make_bundle: MakeBundle) -> None:
+    weights = dict(tiny.weights)
+    weights["position"] = weights["position"].copy()
+    weights["position"][5] = np.nan
+    broken = make_bundle(replace(tiny, weights=weights), "standard")
+    session = Engine(broken, graph="all_logits", threads=1)
+    session.prefill(random_ids(5))
+    with pytest.raises(NumericsError, match="position 5 of row 0"):
+        session.decode(1)
+    with pytest.raises(NumericsError, match="position 7 of row 0"):
+        Engine(broken, threads=1).prefill(random_ids(8))
+
+
+@pytest.mark.parametrize("graph", ["fused", "standard"])
+def test_a_run_that_failed_leaves_the_cache_as_it_was(tiny: Tiny, make_bundle: MakeBundle, graph: str) -> None:
+    weights = dict(tiny.weights)
+    weights["position"] = weights["position"].copy()
+    weights["position"][5:] = np.nan
+    session = Engine(make_bundle(replace(tiny, weights=weights), graph), threads=1)
+    ids = random_ids(5)
+    session.prefill(ids)
+    keys, _ = session.cache.layer(0)
+    for _ in range(2):
+        with pytest.raises(NumericsError):
+            session.decode(1)
+    assert session.length == 5
+    np.testing.assert_array_equal(session.cache.layer(0)[0], keys)
+    session.trim(4)
+    assert_close(session.decode(int(ids[4])), tiny(ids)[-1])
+
+
+def test_nan_at_padding_is_no_error(session: Engine) -> None:
+    logits = np.zeros((1, 3, 37), np.float32)
+    logits[0, 2] = np.nan
+    session._check_finite(logits, 0, 3, np.array([[1, 1, 0]]))
+    with pytest.raises(NumericsError, match="position 2"):
+        session._check_finite(logits, 0, 3, np.array([[1, 0, 1]]))
+
+
+def test_the_manifest_is_the_bundles(session: Engine, bundle: Bundle) -> None:
+    assert isinstance(session.manifest, Manifest)
+    assert session.manifest is bundle.manifest
+    assert session.providers == ["CPUExecutionProvider"]
+
+
+# --- keeping a prefix ---------------------------------------------------------------------------------------------
+IDS = [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        ([5, 6, 7, 8, 9, 10, 11], 5),
+        ([5, 6, 7, 8, 9], 4),  # one is left to feed, for its logits
+        ([5, 6, 7], 2),
+        ([5, 6, 1, 8, 9, 10], 2),
+        ([1, 6, 7], 0),
+        ([5], 0),
+    ],
+)
+def test_keep_prefix_keeps_what_is_shared_and_the_rest_equals_a_fresh_prefill(
+    session: Engine, tiny: Tiny, wanted: list[int], kept: int
+) -> None:
+    session.prefill(IDS[:-2])
+    for token in IDS[-2:]:
+        session.decode(token)
+    resets = session.resets
+    assert session.keep_prefix(wanted) == kept
+    assert session.length == kept
+    assert session.resets == resets + 1  # whoever else used the cache can tell
+    np.testing.assert_allclose(session.prefill(wanted[kept:]), tiny(wanted)[-1], atol=1e-4)
+    assert session.keep_prefix([*wanted, 3]) == len(wanted)
+
+
+def test_keep_prefix_after_a_trim_keeps_no_more_than_there_is(session: Engine) -> None:
+    session.prefill(IDS)
+    session.trim(2)
+    assert session.keep_prefix(IDS) == 2
+
+
+def test_keep_prefix_forgets_rows_that_it_cannot_compare(session: Engine) -> None:
+    session.forward([[5, 6], [7, 8]])
+    assert session.keep_prefix([5, 6, 7]) == 0
+    session.reset()
+    session.prefill([5, 6])
+    assert session.keep_prefix([5, 6, 7]) == 2
+
+
+def test_keep_prefix_forgets_padding(bundle: Bundle) -> None:
+    session = Engine(bundle, graph="all_logits", threads=1)
+    session.forward([[5, 6, 7]], mask=[[1, 1, 0]])
+    assert session.keep_prefix([5, 6, 7, 8]) == 0
+
+
+def test_keep_prefix_forgets_a_run_that_was_cut_short(
+    session: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt may come between the run and what is noted of it."""
+    session.prefill(IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(session.cache.float32, "advance", lambda tokens: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            session.decode(10)
+    assert session.keep_prefix([*IDS, 10, 11]) == 0
+    np.testing.assert_allclose(session.prefill(IDS), tiny(IDS)[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("step", ["reserve", "trim", "_place"])
+def test_a_session_that_was_interrupted_while_its_cache_changed_begins_anew(
+    session: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    prompt = [token % 37 for token in range(300)]
+    session.prefill(prompt[:200])
+    calls = itertools.count()
+    method = getattr(session.cache.float32, step)
+
+    def interrupted(*arguments: Any) -> Any:
+        if step == "_place" and next(calls) < 1:
+            return method(*arguments)
+        raise KeyboardInterrupt
+
+    def change() -> None:
+        session.trim(150)
+        session.prefill(prompt[150:])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.cache.float32, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            change()
+    assert session.keep_prefix(prompt) == 0
+    np.testing.assert_allclose(session.prefill(prompt), tiny(prompt)[-1], atol=1e-4)
+
+
+def test_a_bundle_of_format_1_computes_the_same(tiny: Tiny, make_bundle: MakeBundle) -> None:
+    engine = Engine(make_bundle(tiny, "fused", format_version=1), threads=1)
+    assert {"attention_mask", "logits_to_keep"} <= {value.name for value in engine.onnx.get_inputs()}
+    ids = random_ids(20)
+    logits = np.concatenate([engine.prefill(ids[:15])[None], engine.extend(ids[15:])])
+    assert_close(logits, tiny(ids)[14:])

@@ -1,0 +1,246 @@
+"""A bundle is proved where it runs: whole, one token at a time, or not at all. The device here is one of the test's."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pastkey import names
+from pastkey.bundle import Bundle, open_bundle
+from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
+from pastkey.runtime import load
+from pastkey.runtime.engine import golden as golden_module
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
+
+MakeBundle = Callable[..., Bundle]
+LIMIT = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def stored(fused_bundle: Bundle) -> Golden:
+    return Golden.computed(Engine(fused_bundle, threads=1), 3, LIMIT)
+
+
+class Elsewhere(Engine):
+    """An engine on a device that is off by `off` of a logit where it runs `least` tokens or more."""
+
+    off, least = 0.0, 2
+
+    def __init__(self, bundle: Bundle, **placement: Any) -> None:
+        super().__init__(bundle, threads=1)
+        self.providers = ["DeviceExecutionProvider"]
+        self.runs: list[int] = []
+
+    def _run(self, ids: Any, mask: Any = None, *, keep: int = 1) -> npt.NDArray[np.float32]:
+        logits = super()._run(ids, mask, keep=keep)
+        if not (self.one_by_one and ids.shape[1] > 1):
+            self.runs.append(ids.shape[1])
+            if ids.shape[1] >= self.least:
+                logits[..., 3] += self.off * np.abs(logits).max()
+        return logits
+
+
+def on(bundle: Bundle, *, off: float = 0.0, least: int = 2) -> Elsewhere:
+    engine = Elsewhere(bundle)
+    engine.off, engine.least = off, least
+    return engine
+
+
+def proved(engine: Engine, bundle: Bundle) -> list[str]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        require_golden(engine, bundle)
+    return [str(warning.message) for warning in told if warning.category is FallbackWarning]
+
+
+def test_golden_logits_are_of_the_end_and_of_beginnings(stored: Golden) -> None:
+    assert len(stored.ids) == TOKENS
+    assert stored.ends.tolist() == [TOKENS // 8, TOKENS // 2, TOKENS]
+    assert stored.ids.max() < 37
+    assert stored.logits.shape == (3, 37)
+
+
+def test_there_are_two_rows_at_least_and_no_more_tokens_than_the_context(make_bundle: MakeBundle, tiny: Any) -> None:
+    short = make_bundle(type(tiny).random([(8, 8)], 6), "fused")
+    golden = Golden.computed(Engine(short, threads=1), 0, LIMIT)
+    assert (len(golden.ids), golden.ends.tolist()) == (6, [1, 6])
+
+
+def test_the_processor_is_not_proved(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("read"))
+    require_golden(Engine(fused_bundle, threads=1), fused_bundle)
+
+
+def test_a_device_that_is_right_is_remembered(fused_bundle: Bundle, home: Path) -> None:
+    engine = on(fused_bundle, off=LIMIT / 2)
+    assert proved(engine, fused_bundle) == []
+    assert not engine.one_by_one
+    assert engine.length == 0
+    assert max(engine.runs) == TOKENS
+    assert 1 in engine.runs  # decoded, too
+    again = on(fused_bundle, off=1.0)  # which nobody looks at
+    assert proved(again, fused_bundle) == []
+    assert again.runs == []
+    assert len(list((home / "pastkey").iterdir())) == 1
+
+
+def test_without_a_cache_folder_it_is_proved_at_each_load(fused_bundle: Bundle, home: Path) -> None:
+    home.mkdir()
+    (home / "pastkey").write_text("in the way")
+    for _ in range(2):
+        engine = on(fused_bundle)
+        assert proved(engine, fused_bundle) == []
+        assert engine.runs
+
+
+def test_another_driver_is_another_device(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    proved(on(fused_bundle), fused_bundle)
+    monkeypatch.setenv("VK_DRIVER_FILES", "another.json")
+    engine = on(fused_bundle)
+    proved(engine, fused_bundle)
+    assert engine.runs
+
+
+def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundle: Bundle) -> None:
+    expected = Engine(fused_bundle, threads=1).prefill([5, 6, 7, 8])
+    for _ in range(2):  # the second time from memory
+        engine = on(fused_bundle, off=0.1)
+        (told,) = proved(engine, fused_bundle)
+        assert "prefill wrong on this device, or too far off to be told from that, and single tokens right" in told
+        assert engine.one_by_one
+        assert not engine.supports_drafts
+        engine.runs.clear()
+        np.testing.assert_allclose(engine.prefill([5, 6, 7, 8]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        assert engine.runs == [1, 1, 1, 1]
+
+
+def test_every_logit_is_there_one_token_at_a_time(fused_bundle: Bundle) -> None:
+    engine = Engine(fused_bundle, graph="all_logits", threads=1)
+    expected = engine.forward([[5, 6, 7]])
+    engine.reset()
+    engine.one_by_one = True
+    np.testing.assert_allclose(engine.forward([[5, 6, 7]]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    engine.reset()
+    with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
+        engine.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
+
+
+def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
+    make_bundle: MakeBundle, tiny: Any, stored: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pastkey.runtime.providers.placement.misses_keys", lambda active: active[0] != "CPUExecutionProvider"
+    )
+    for limit, one_by_one in ((LIMIT, False), (0.05, True)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {limit}"))
+        bundle = copied(make_bundle(tiny, "fused"), tmp_path / str(limit), dataclasses.replace(stored, limit=limit))
+        engine = on(make_bundle(tiny, "fused"))
+        assert bool(proved(engine, bundle)) is one_by_one
+        assert engine.one_by_one is one_by_one
+        assert not engine.takes_padding
+        everything = Engine(make_bundle(tiny, "fused"), graph="all_logits", threads=1)
+        everything.providers = ["DeviceExecutionProvider"]
+        with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
+            everything.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
+
+
+def test_other_options_and_settings_are_another_device(fused_bundle: Bundle) -> None:
+    proved(on(fused_bundle), fused_bundle)
+    others: list[Any] = [(("webgpu", {"deviceId": "1"}), {}), (None, {"ep.webgpuexecutionprovider.x": "1"})]
+    for asked in others:
+        engine = on(fused_bundle)
+        engine.asked = asked
+        proved(engine, fused_bundle)
+        assert engine.runs
+        again = on(fused_bundle)
+        again.asked = asked
+        proved(again, fused_bundle)
+        assert not again.runs
+
+
+def test_overflow_of_float16_is_said(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = on(fused_bundle, off=np.inf, least=1)
+    engine.manifest = dataclasses.replace(engine.manifest, precision="fp16")
+    with pytest.raises(ProviderError, match=r"overflow in float16.*--precision fp32, or int8"):
+        proved(engine, fused_bundle)
+
+
+@pytest.mark.parametrize("off", [0.1, np.nan])
+def test_a_device_that_computes_something_else_is_refused(fused_bundle: Bundle, off: float) -> None:
+    engine = on(fused_bundle, off=off, least=1)
+    with pytest.raises(
+        ProviderError, match=r"'device' computes other logits on this device than the processor: off by"
+    ):
+        proved(engine, fused_bundle)
+    assert not engine.one_by_one
+
+
+def test_a_bundle_of_format_1_is_compared_with_the_processor(
+    make_bundle: MakeBundle, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make_bundle(tiny, "fused", format_version=1)
+    made: list[Engine] = []
+    computed = Golden.computed.__func__  # type: ignore[attr-defined]
+
+    def recorded(cls: type[Golden], engine: Engine, rows: int, limit: float) -> Golden:
+        made.append(engine)
+        return computed(cls, engine, rows, limit)
+
+    monkeypatch.setattr(Golden, "computed", classmethod(recorded))
+    assert proved(on(old), old) == []
+    assert [engine.providers for engine in made] == [["CPUExecutionProvider"]]
+
+
+def test_what_the_bundle_brings_is_what_counts(fused_bundle: Bundle, stored: Golden, tmp_path: Path) -> None:
+    folder = copied(fused_bundle, tmp_path, dataclasses.replace(stored, logits=stored.logits + 1, limit=0.5))
+    assert Golden.of(folder).limit == 0.5
+    np.testing.assert_array_equal(Golden.of(folder).logits, stored.logits + 1)
+
+
+def test_golden_logits_that_cannot_be_read_are_one_sentence(
+    fused_bundle: Bundle, stored: Golden, tmp_path: Path
+) -> None:
+    for number, broken in enumerate(
+        [
+            dataclasses.replace(stored, logits=stored.logits[:, :5]),
+            dataclasses.replace(stored, ends=stored.ends[:1]),
+            dataclasses.replace(stored, ids=stored.ids[:9]),
+            dataclasses.replace(stored, ids=stored.ids + 37),
+        ]
+    ):
+        with pytest.raises(IntegrityError, match=r"golden_logits\.npz cannot be read .*: export the bundle again"):
+            Golden.of(copied(fused_bundle, tmp_path / str(number), broken))
+    folder = copied(fused_bundle, tmp_path / "none", stored)
+    (folder.path / names.GOLDEN).write_bytes(b"none")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        Golden.of(folder)
+
+
+def copied(bundle: Bundle, folder: Path, golden: Golden) -> Bundle:
+    folder.mkdir(parents=True, exist_ok=True)
+    golden.save(folder / names.GOLDEN)
+    files = dict(bundle.manifest.files) | {names.GOLDEN: next(iter(bundle.manifest.files.values()))}
+    return Bundle(folder, dataclasses.replace(bundle.manifest, files=files))
+
+
+def test_text_is_made_of_an_engine_that_was_proved(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Engine] = []
+    monkeypatch.setattr("pastkey.runtime.language_model.require_golden", lambda engine, bundle: asked.append(engine))
+    lm = load(fused_bundle.path, threads=1)
+    assert asked == [lm._engine]
+    assert open_bundle(fused_bundle.path).manifest == lm.manifest
+    assert golden_module.LIMITS.keys() == set(names.PRECISIONS)

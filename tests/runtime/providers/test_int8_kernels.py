@@ -1,0 +1,151 @@
+"""Which int8 kernels a processor gets, by the flags of real ones, and where it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pastkey import names
+from pastkey.__main__ import main
+from pastkey.bundle import Bundle, open_bundle
+from pastkey.folder import file_records, parse_records, write_json
+from pastkey.runtime.commands.bench import bench
+from pastkey.runtime.commands.inspection import inspect
+from pastkey.runtime.providers import int8_kernels
+from pastkey.runtime.providers.int8_kernels import choose_int8_kernels, int8_kernels_of, read_cpuinfo, read_sysctl
+
+# From /proc/cpuinfo, shortened to what has to do with vectors.
+HASWELL = "sse4_2 fma avx avx2"
+SKYLAKE_SERVER = f"{HASWELL} avx512f avx512dq avx512cd avx512bw avx512vl"
+CASCADE_LAKE = f"{SKYLAKE_SERVER} avx512_vnni"
+ZEN_4 = f"{SKYLAKE_SERVER} avx512ifma avx512_bf16 avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg"
+SAPPHIRE_RAPIDS = f"{CASCADE_LAKE} avx_vnni amx_int8"
+ALDER_LAKE = f"{HASWELL} avx_vnni"
+KNIGHTS_LANDING = f"{HASWELL} avx512f avx512pf avx512er avx512cd"
+SANDY_BRIDGE = "sse4_2 avx"
+CORTEX_A72 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
+NEOVERSE_N1 = "fp asimd evtstrm aes fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs"
+NEOVERSE_V1 = f"{NEOVERSE_N1} sve i8mm bf16"
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "name", "fast"),
+    [
+        ("x86_64", HASWELL, "avx2", False),
+        ("AMD64", SKYLAKE_SERVER, "avx512", False),
+        ("x86_64", CASCADE_LAKE, "avx512_vnni", True),
+        ("x86_64", ZEN_4, "avx512_vnni", True),
+        ("x86_64", SAPPHIRE_RAPIDS, "avx512_vnni", True),
+        ("x86_64", ALDER_LAKE, "avx_vnni", True),
+        ("x86_64", KNIGHTS_LANDING, "avx2", False),
+        ("x86_64", SANDY_BRIDGE, "none", False),
+        ("x86_64", "", "none", False),
+        ("aarch64", CORTEX_A72, "none", False),
+        ("aarch64", NEOVERSE_N1, "neon_dot", True),
+        ("arm64", NEOVERSE_V1, "neon_i8mm", True),
+        ("riscv64", "", "unknown", None),
+        ("i686", HASWELL, "unknown", None),
+        ("x86_64", None, "unknown", None),
+    ],
+)
+def test_the_kernels_are_those_that_onnxruntime_chooses(
+    machine: str, flags: str | None, name: str, fast: bool | None
+) -> None:
+    found = choose_int8_kernels(machine, None if flags is None else flags.split())
+    assert (found.name, found.fast) == (name, fast)
+
+
+def test_flags_are_read_as_linux_writes_them() -> None:
+    x86 = (
+        "processor\t: 0\nmodel name\t: A CPU: 2 GHz\nflags\t\t: fpu avx2 fma\nbugs\t\t: spectre_v1\n\nprocessor\t: 1\n"
+    )
+    assert read_cpuinfo(x86) == frozenset({"fpu", "avx2", "fma"})
+    arm = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0c\n"
+    assert read_cpuinfo(arm) == frozenset({"fp", "asimd", "asimddp"})
+    assert read_cpuinfo("processor\t: 0\nhart\t: 2\nisa\t: rv64imafdc\n") is None
+
+
+def test_flags_are_read_as_macos_writes_them() -> None:
+    m1 = "hw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\nhw.optional.arm.AdvSIMD: 1\n"
+    assert read_sysctl(m1) == {"asimddp"}
+    assert read_sysctl(m1.replace("MM: 0", "MM: 1")) == {"asimddp", "i8mm"}
+
+
+def test_a_system_that_does_not_say_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_kernels, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(int8_kernels.platform, "system", lambda: "Windows")
+    assert int8_kernels.processor_flags() is None
+    assert int8_kernels.int8_kernels().name == "unknown"
+
+
+def test_float32_and_other_providers_take_none_of_them() -> None:
+    assert int8_kernels_of("int8", "CPUExecutionProvider") == int8_kernels.int8_kernels()
+    assert int8_kernels_of("fp32", "CPUExecutionProvider") is None
+    assert int8_kernels_of("int8", "CUDAExecutionProvider") is None
+
+
+# --- where it is said ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = choose_int8_kernels("x86_64", HASWELL.split())
+    monkeypatch.setattr(int8_kernels, "int8_kernels", lambda: found)
+
+
+@pytest.fixture
+def int8_bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
+    """One that calls itself int8: what its weights are does not matter here."""
+    folder = Path(shutil.copytree(fused_bundle.path, tmp_path / "int8"))
+    (folder / names.ALL_LOGITS_GRAPH["fp32"]).rename(folder / names.ALL_LOGITS_GRAPH["int8"])
+    files = file_records(folder, [names.ALL_LOGITS_GRAPH["int8"], names.LAST_LOGITS_GRAPH])
+    manifest = dataclasses.replace(fused_bundle.manifest, precision="int8", files=parse_records(folder, files))
+    write_json(folder / names.MANIFEST, manifest.to_json())
+    return open_bundle(folder)
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_inspect_and_bench_say_it_in_one_line_of_an_int8_bundle(
+    int8_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(int8_bundle.path)
+    assert main(["inspect", path]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("AVX2 kernels, for want of VNNI") == 1
+    assert "\nint8 MatMuls here: AVX2 kernels" in printed
+    assert main(["bench", path, "--prompt-tokens", "2", "--new-tokens", "1"]) == 0
+    assert "\nint8     AVX2 kernels, for want of VNNI" in capsys.readouterr().out
+    for command in (["inspect", path, "--json"], ["bench", path, "--json", "--new-tokens", "1"]):
+        assert main(command) == 0
+        found = json.loads(capsys.readouterr().out)["int8_kernels"]
+        assert (found["name"], found["fast"]) == ("avx2", False)
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_a_float32_bundle_says_nothing_of_them(fused_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(fused_bundle.path).int8_kernels is None
+    assert bench(fused_bundle.path, prompt_tokens=2, new_tokens=1).int8_kernels is None
+    assert main(["inspect", str(fused_bundle.path)]) == 0
+    assert "VNNI" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_devices_says_it_of_the_processor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices"]) == 0
+    assert "int8 MatMuls on this processor: AVX2 kernels, for want of VNNI" in capsys.readouterr().out
+    assert main(["devices", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["int8_kernels"]["name"] == "avx2"
+
+
+def test_nothing_is_said_at_load(
+    speaking_bundle: Bundle, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pastkey.runtime import load
+
+    asked: list[Callable[..., object]] = []
+    monkeypatch.setattr(int8_kernels, "processor_flags", lambda: asked.append(load))
+    load(speaking_bundle.path).generate("a", max_new_tokens=1)
+    assert (capfd.readouterr(), asked) == (("", ""), [])

@@ -1,0 +1,144 @@
+"""What stands between a bundle's files and a session that runs: versions, providers, links, and the manifest's word."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey import names
+from pastkey.bundle import Bundle, KVGeometry, open_bundle
+from pastkey.errors import InputError, IntegrityError, MissingExtraError, ProviderError, StartError
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.providers import open as opening
+from pastkey.runtime.providers import ort
+from pastkey.runtime.providers import placement as ep
+from pastkey.runtime.providers.open import default_threads
+from pastkey.values import parse_version
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+MakeBundle = Callable[..., Bundle]
+
+
+def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
+    return replace(bundle, manifest=replace(bundle.manifest, **fields))
+
+
+def test_a_manifest_of_other_sizes_names_the_tensor_and_both_shapes(bundle: Bundle) -> None:
+    layers = (bundle.manifest.layers[0], KVGeometry(2, 16, 24))
+    with pytest.raises(IntegrityError) as caught:
+        Engine(with_manifest(bundle, layers=layers))
+    assert "'past_key_values.1.value' is (B, 2, P1, 16)" in str(caught.value)
+    assert "(batch_size, 2, past_sequence_length, 24) in the manifest" in str(caught.value)
+
+
+def test_a_manifest_of_another_vocabulary_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(IntegrityError, match=r"'logits' is \(B, N, 37\) .*\(batch_size, sequence_length, 38\)"):
+        Engine(with_manifest(bundle, vocab_size=38))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_manifest_with_other_layers_names_the_tensor(bundle: Bundle, count: int) -> None:
+    layers = (bundle.manifest.layers * 2)[:count]
+    with pytest.raises(IntegrityError, match=r"has (the|no) tensor '(present|past_key_values)\.\d"):
+        Engine(with_manifest(bundle, layers=layers))
+
+
+def test_a_graph_without_what_pastkey_asks_it_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "b"
+    shutil.copytree(bundle.path, copy)
+    shutil.copy(bundle.all_logits_graph, copy / names.LAST_LOGITS_GRAPH)
+    with pytest.raises(IntegrityError, match=r"pastkey\.onnx has no tensor 'logits_start'"):
+        Engine(replace(bundle, path=copy))
+
+
+def test_a_graph_that_is_none_is_one_sentence(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "b"
+    shutil.copytree(bundle.path, copy)
+    (copy / names.LAST_LOGITS_GRAPH).write_bytes(b"no graph at all")
+    with pytest.raises(IntegrityError, match=r"onnxruntime .* cannot load .*pastkey\.onnx"):
+        Engine(replace(bundle, path=copy))
+
+
+def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle: Bundle) -> None:
+    with pytest.raises(MissingExtraError, match=r"needs onnxruntime 99\.1\.0.*pip install --upgrade onnxruntime"):
+        Engine(with_manifest(bundle, min_onnxruntime="99.1.0"))
+
+
+def test_an_absent_provider_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(ProviderError, match="'qnn'"):
+        Engine(bundle, providers="qnn")
+
+
+def test_a_provider_that_finds_no_device_is_one_sentence(
+    bundle: Bundle, standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("No supported adapters")
+
+    monkeypatch.setattr(ep, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(opening.onnxruntime, "InferenceSession", none)
+    with pytest.raises(StartError, match=r"could not start the execution provider 'webgpu'.*; ask for one .*: cpu"):
+        Engine(standard_bundle, providers="webgpu")
+
+
+def test_the_session_entry_that_forbids_the_processor_is_pastkeys(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match=r"is set by pastkey: leave it out, .* --allow-fallback"):
+        Engine(bundle, session_entries={"session.disable_cpu_ep_fallback": "0"})
+
+
+def test_a_provider_that_was_never_seen_to_run_the_fused_graph_is_refused(
+    fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ep, "available", lambda: ["CoreMLExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match="'coreml' was never seen to run"):
+        Engine(fused_bundle, providers="coreml")
+
+
+def test_threads(bundle: Bundle) -> None:
+    session = Engine(bundle, threads=2)
+    assert session.threads == session.onnx.get_session_options().intra_op_num_threads == 2
+    assert Engine(bundle).threads == default_threads()
+    for threads in (0, -1, 100_000):
+        with pytest.raises(InputError, match=f"threads is {threads}; it must be 1 to "):
+            Engine(bundle, threads=threads)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_download_cache_of_links_is_loaded(
+    tiny: Tiny, make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    """Weights beside the graph, each file a link to a blob under another name, as such caches lay them out.
+
+    onnxruntime 1.24.1 is handed the weights in memory, as the others can be.
+    """
+    if in_memory:
+        if not hasattr(ort.onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory"):
+            pytest.skip("this onnxruntime follows links and takes no weights in memory")
+        monkeypatch.setattr(opening, "REFUSE_LINKS", {parse_version(ort.onnxruntime.__version__)})
+    source = make_bundle(tiny, "fused", data_file="model.onnx" + names.DATA_SUFFIX)
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    (snapshot / "onnx").mkdir(parents=True)
+    for number, path in enumerate(path for path in source.path.rglob("*") if path.is_file()):
+        shutil.copy(path, blobs / str(number))
+        link = snapshot / path.relative_to(source.path)
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    session = Engine(open_bundle(snapshot, verify=True), graph="all_logits", threads=1)
+    ids = [3, 1, 4, 1, 5]
+    np.testing.assert_allclose(session.forward([ids])[0], tiny(ids), atol=1e-4)
+
+
+def test_a_graph_that_the_manifest_does_not_list_is_refused(tiny: Tiny, make_bundle: MakeBundle) -> None:
+    bundle = make_bundle(tiny)
+    (bundle.path / "onnx" / "further.onnx").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"further\.onnx is not listed in pastkey\.json"):
+        open_bundle(bundle.path)

@@ -1,0 +1,98 @@
+"""onnxruntime, as it is found here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pastkey.errors import MissingExtraError
+from pastkey.runtime.providers import ort
+from pastkey.values import parse_version
+
+
+def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"onnxruntime-gpu": "1.22.1"})
+    with pytest.raises(MissingExtraError, match=r"older than 1\.23\.0.* type  pip install --upgrade onnxruntime-gpu "):
+        ort.require_supported("1.22.1")
+
+
+@pytest.mark.parametrize(
+    ("installed", "first"),
+    [
+        ({"onnxruntime-openvino": "1.24.1"}, "onnxruntime-openvino"),
+        ({"onnxruntime": "1.32.0", "onnxruntime-webgpu": "1.27.0"}, "onnxruntime-webgpu"),  # over the other
+        ({"onnxruntime": "1.27.0", "onnxruntime-webgpu": "1.25.1"}, "onnxruntime"),
+        ({}, "onnxruntime"),  # built from source
+    ],
+)
+def test_the_wheel_that_answers_is_the_one_to_upgrade(
+    installed: dict[str, str], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, installed)
+    monkeypatch.setattr(ort.onnxruntime, "__version__", "1.24.1" if len(installed) == 1 else "1.27.0")
+    assert ort.upgrade_command() == f"pip install --upgrade {first}"
+
+
+def install(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, str]) -> None:
+    monkeypatch.setattr(ort.importlib.metadata, "packages_distributions", lambda: {"onnxruntime": list(wheels)})
+    monkeypatch.setattr(ort.importlib.metadata, "version", wheels.__getitem__)
+
+
+@pytest.mark.parametrize("version", ["1.23.0", "1.24.1", "1.32.0", "2.0.0"])
+def test_other_releases_are_taken(version: str) -> None:
+    ort.require_supported(version)
+
+
+def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
+    program = (
+        "import builtins, os\n"
+        "real = builtins.__import__\n"
+        "def spy(name, *rest):\n"
+        "    if name == 'onnxruntime' and 'seen' not in globals():\n"
+        "        globals()['seen'] = os.environ.get('ORT_DISABLE_TELEMETRY')\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = spy\n"
+        "import pastkey\n"
+        "pastkey.load\n"
+        "print(seen)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "warnings"),
+    [
+        ("import onnxruntime; os.environ.pop(name)", 1),
+        ("import onnxruntime; os.environ[name] = '0'", 1),
+        ("import onnxruntime", 0),
+        ("os.environ.pop(name)", 0),
+    ],
+)
+@pytest.mark.skipif(parse_version(ort.onnxruntime.__version__) < ort.TELEMETRY_SINCE, reason="it has none")
+def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before: str, warnings: int) -> None:
+    program = (
+        f"import os, warnings; name = 'ORT_DISABLE_TELEMETRY'; {before}\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    import pastkey.runtime.providers.ort, pastkey.runtime.engine.engine\n"
+        "print([(w.category.__name__, str(w.message)) for w in caught if 'telemetry' in str(w.message)])\n"
+    )
+    environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.count("RuntimeWarning") == done.stdout.count("set ORT_DISABLE_TELEMETRY=1") == warnings
+
+
+@pytest.mark.parametrize("missing", ["absent", "damaged"])
+def test_without_onnxruntime_the_command_to_type_is_named(missing: str) -> None:
+    # None makes the import fail; an empty module is what a half uninstalled wheel leaves.
+    stub = {"absent": "None", "damaged": "types.ModuleType('onnxruntime')"}[missing]
+    program = f"import sys, types\nsys.modules['onnxruntime'] = {stub}\nfrom pastkey.__main__ import main\n"
+    program += "sys.exit(main(['devices']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install onnxruntime" in done.stderr
+    assert done.stderr.count("\n") == 1

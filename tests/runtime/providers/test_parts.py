@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.runtime.providers.ort import onnxruntime
+from pastkey.runtime.providers.parts import Assigned, assigned
+
+from ...onnx_text import encode_model
+
+CPU, NPU = "CPUExecutionProvider", "NPUExecutionProvider"
+# a -> b -> c -> d -> e, and f apart; what each node yields has the node's name and a prime.
+CHAIN = """<ir_version: 8, opset_import: ["": 17]>
+chain (float[N] x) => (float[N] e1, float[N] f1) {
+    a1 = Neg(x)
+    b1 = Abs(a1)
+    c1 = Neg(b1)
+    d1 = Add(c1, a1)
+    e1 = Neg(d1)
+    f1 = Abs(x)
+}"""
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    op_type: str = "Neg"
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    ep_name: str
+    nodes: Sequence[Node]
+
+    def get_nodes(self) -> Sequence[Node]:
+        return self.nodes
+
+
+@dataclass(frozen=True)
+class Session:
+    subgraphs: Sequence[Subgraph]
+
+    def get_provider_graph_assignment_info(self) -> Sequence[Subgraph]:
+        return self.subgraphs
+
+
+def session(*groups: tuple[str, str]) -> Session:
+    """session((NPU, "ab"), (CPU, "c")): subgraphs and the one-letter names of their nodes."""
+    return Session([Subgraph(provider, [Node(name) for name in nodes]) for provider, nodes in groups])
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    path = tmp_path / "chain.onnx"
+    path.write_bytes(encode_model(CHAIN, {})[0])
+    return path
+
+
+@pytest.fixture
+def named(chain: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The chain, whose nodes are called a to f."""
+    import pastkey.runtime.providers.parts as parts
+
+    read = parts._node
+
+    def with_name(*where: Any) -> tuple[str, list[str], list[str]]:
+        _, inputs, outputs = read(*where)
+        return outputs[0][0], inputs, outputs
+
+    monkeypatch.setattr(parts, "_node", with_name)
+    return chain
+
+
+def parts_of(session: Session, path: Path) -> dict[str, int | None]:
+    return {name: given.parts for name, given in assigned(session, path).items()}
+
+
+def test_a_provider_that_compiles_says_its_parts_itself(named: Path) -> None:
+    assert parts_of(session((NPU, "ab"), (CPU, "c"), (NPU, "de"), (CPU, "f")), named) == {NPU: 2, CPU: 2}
+
+
+def test_nodes_that_hand_on_tensors_are_one_part(named: Path) -> None:
+    each = [(CPU, name) for name in "abcdef"]
+    assert parts_of(session(*each), named) == {CPU: 2}  # f reads the graph's input alone
+    without_b = [(NPU if name == "b" else CPU, name) for name in "abcdef"]
+    assert parts_of(session(*without_b), named) == {CPU: 2, NPU: 1}  # a reaches d past b
+    without_d = [(NPU if name == "d" else CPU, name) for name in "abcdef"]
+    assert parts_of(session(*without_d), named) == {CPU: 3, NPU: 1}
+
+
+def test_operators_are_counted(named: Path) -> None:
+    given = Session([Subgraph(CPU, [Node("a", "Neg")]), Subgraph(CPU, [Node("f", "Abs")])])
+    assert assigned(given, named) == {CPU: Assigned({"Neg": 1, "Abs": 1}, 2)}  # type: ignore[arg-type]
+
+
+def test_without_names_or_a_graph_of_onnx_parts_are_unknown(chain: Path, named: Path, tmp_path: Path) -> None:
+    assert parts_of(session((CPU, "a"), (CPU, "a")), named) == {CPU: None}
+    other = tmp_path / "graph.ort"
+    other.write_bytes(b"\xff" * 40)
+    assert parts_of(session((CPU, "a")), other) == {CPU: None}
+
+
+def test_nodes_without_names_in_the_file_leave_them_unknown(chain: Path) -> None:
+    assert parts_of(session((CPU, "a")), chain) == {CPU: None}
+
+
+def test_without_a_record_nothing_is_known(chain: Path) -> None:
+    assert assigned(object(), chain) == {}
+    assert assigned(onnxruntime.InferenceSession(str(chain), providers=[CPU]), chain) == {}
+
+
+def test_the_record_of_onnxruntime_itself(chain: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    opened = onnxruntime.InferenceSession(str(chain), options, providers=[CPU])
+    if not hasattr(opened, "get_provider_graph_assignment_info"):
+        pytest.skip("onnxruntime before 1.24 keeps no record")
+    assert assigned(opened, chain)[CPU].operators == {"Neg": 3, "Abs": 2, "Add": 1}

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.errors import ProviderError
+from pastkey.runtime.providers import placement as providers
+from pastkey.runtime.settings import Choice
+
+CPU = providers.Placement((("CPUExecutionProvider", {}),))
+REFUSED = [known.name for known in providers.KNOWN.values() if known.fused == providers.Fused.UNKNOWN]
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(providers, "available", lambda: [*names, "CPUExecutionProvider"])
+
+
+def names_of(placement: providers.Placement) -> list[str]:
+    return [providers.short_name(name) for name, _ in placement.providers]
+
+
+@pytest.mark.parametrize("choice", [None, "cpu", "CPU", "CPUExecutionProvider", ["cpu"], ("cpu", {}), []])
+def test_the_cpu_by_every_name(choice: Choice | None) -> None:
+    assert providers.resolve(choice) == CPU
+
+
+def test_a_portable_bundle_runs_on_the_cpu() -> None:
+    assert providers.resolve(None, target="portable") == CPU
+
+
+def test_options_are_kept() -> None:
+    assert providers.resolve([("cpu", {"use_arena": "0"})]).providers == (("CPUExecutionProvider", {"use_arena": "0"}),)
+
+
+def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider"])
+    default = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
+    for choice, target in (("qnn", "cpu"), (None, "qnn")):
+        assert providers.resolve(choice, target, "static").providers == (("QNNExecutionProvider", default),)
+    given = providers.resolve(("qnn", {"htp_arch": "73", "more": "1"})).providers[0][1]
+    assert given == default | {"htp_arch": "73", "more": "1"}
+    with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of 68, 69"):
+        providers.resolve(("qnn", {"htp_arch": "99"}))
+
+
+def test_one_that_takes_nothing_is_told_with_its_options() -> None:
+    sentence = str(providers.takes_nothing("QNNExecutionProvider", {"htp_arch": "75", "soc_model": "9"}))
+    assert "'qnn' takes nothing of this bundle's graph with htp_arch=75, soc_model=9: one of these" in sentence
+
+
+def test_the_cpu_comes_last_and_what_it_runs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "CUDAExecutionProvider")
+    for placement in (providers.resolve("cuda"), providers.resolve(None, target="cuda")):
+        assert names_of(placement) == ["cuda", "cpu"]
+        assert (placement.whole, placement.tells) == (False, True)
+
+
+def test_one_that_ran_a_whole_graph_runs_all_of_it_or_is_told_that_it_need_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "OpenVINOExecutionProvider")
+    for choice in ("openvino", ("openvino", {"device_type": "CPU"}), ["openvino"]):
+        placement = providers.resolve(choice)
+        assert providers.resolve(choice, graph="fused").whole  # which it does not, and says so
+        assert names_of(placement) == ["openvino"]
+        assert (placement.whole, placement.tells) == (True, False)
+    assert providers.resolve(None, target="openvino").whole
+    for placement in (providers.resolve("openvino", allow_fallback=True), providers.resolve(["openvino", "cpu"])):
+        assert names_of(placement) == ["openvino", "cpu"]
+        assert (placement.whole, placement.tells) == (False, True)
+
+
+def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
+    assert providers.counted({"Shape": 1}) == "1 operator (Shape)"
+    many = {name: 8 - i for i, name in enumerate("ABCDEFG")}
+    assert providers.counted(many) == "35 operators (A 8, B 7, C 6, D 5, E 4, F 3, ...)"
+    assert providers.counted({"Shape": 2}, 1) == "2 operators (Shape 2) in 1 part"
+    sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"GroupQueryAttention": 4}, "cpu", 4))
+    assert "'openvino' leaves 4 operators (GroupQueryAttention 4) in 4 parts of this bundle's graph" in sentence
+    assert "--target openvino, or let it, with allow_fallback=True, or --allow-fallback" in sentence
+    assert "--target" not in str(providers.left_behind("OpenVINOExecutionProvider", {"Cos": 1}, "openvino"))
+
+
+def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert providers.overlapping() == ""
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime", "onnxruntime-webgpu"])
+    here(monkeypatch)
+    with pytest.raises(ProviderError, match=r"'webgpu' is not on this machine; here: cpu; .* lie over one another"):
+        providers.resolve("webgpu")
+    with pytest.raises(ProviderError, match=r"onnxruntime-webgpu  and then  pip install onnxruntime-openvino$"):
+        providers.resolve("openvino")
+
+
+def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, gpu = providers.KNOWN, "pip install onnxruntime-gpu, with CUDA and cuDNN"
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
+    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
+    assert providers.what_brings(known["qnn"]) == "pip install onnxruntime onnxruntime-qnn"
+    assert providers.what_brings(known["coreml"]) == "pip install onnxruntime on macOS"
+    assert providers.what_brings(known["xnnpack"]) == "onnxruntime built from source with --use_xnnpack"
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime-webgpu", "onnxruntime-gpu"])
+    # The files of the wanted one lie under the other's: pip would find it installed, and bring nothing back.
+    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  {gpu}"
+    assert providers.what_brings(known["qnn"]).startswith(
+        "pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  "
+    )
+
+
+def test_a_wheel_that_lies_under_another_is_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime", "onnxruntime-gpu"])
+    here(monkeypatch)
+    with pytest.raises(ProviderError, match=r"the packages onnxruntime, onnxruntime-gpu lie over one another"):
+        providers.resolve("cuda")
+
+
+def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "QNNExecutionProvider", "OpenVINOExecutionProvider")
+    for choice in (None, "qnn"):
+        placement = providers.resolve(choice, "qnn", "static", options_of_target={"htp_arch": "73"})
+        assert placement.providers[0][1]["htp_arch"] == "73"
+    given = providers.resolve(("qnn", {"htp_arch": "79"}), "qnn", "static", options_of_target={"htp_arch": "73"})
+    assert given.providers[0][1]["htp_arch"] == "79"
+    other = providers.resolve("openvino", "qnn", "standard", options_of_target={"htp_arch": "73"})
+    assert "htp_arch" not in other.providers[0][1]
+    with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of"):
+        providers.require_values("qnn", {"htp_arch": "99"})
+
+
+def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "QNNExecutionProvider" not in providers.available()
+    monkeypatch.setattr(providers, "_installed", lambda module: module == "onnxruntime_qnn")
+    assert providers.available()[0] == "QNNExecutionProvider"
+    assert providers.is_plugin("QNNExecutionProvider")
+    with pytest.raises(ProviderError, match="of the package 'onnxruntime_qnn' could not be loaded"):
+        providers.plugin_devices("QNNExecutionProvider")
+
+
+def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it() -> None:
+    with pytest.raises(ProviderError, match=r"'coreml' is not on this machine; here: .*cpu.*macOS"):
+        providers.resolve("coreml")
+
+
+@pytest.mark.parametrize("name", ["gpu9", "", "azure"])
+def test_an_unknown_provider_is_refused(name: str) -> None:
+    with pytest.raises(ProviderError, match=r"is unknown; here: .*; known are cpu, cuda, "):
+        providers.resolve(name)
+
+
+def test_a_bundle_made_for_absent_hardware_says_so() -> None:
+    with pytest.raises(ProviderError, match="the bundle was made for webgpu"):
+        providers.resolve(None, target="webgpu")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "tensorrt", "openvino", "webgpu"])
+def test_the_fused_graph_goes_on_where_it_was_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = providers.KNOWN[name].name
+    monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
+    assert providers.resolve(name, graph="fused").providers[0] == (full, {})
+
+
+@pytest.mark.parametrize("full", [*REFUSED, "NewExecutionProvider"])
+def test_the_fused_graph_is_refused_where_it_was_not(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
+    sentence = "this bundle has the fused graph, which the execution provider '.*' was never seen to run"
+    for choice in (full, [providers.short_name(full), "cpu"], (full, {"device": "0"})):
+        with pytest.raises(ProviderError, match=f"{sentence}: take the provider 'cpu'"):
+            providers.resolve(choice, graph="fused")
+        assert providers.resolve(choice, graph="standard").providers[0][0] == full
+
+
+def test_webgpu_runs_its_own_graph_whole_and_another_in_parts_where_the_bundle_was_made_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here(monkeypatch, "WebGpuExecutionProvider")
+    assert providers.resolve(None, target="webgpu", graph="fused").whole
+    assert providers.resolve("webgpu", target="webgpu", graph="standard").whole
+    assert not providers.resolve(None, target="webgpu", graph="standard").whole
+
+
+def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle: Bundle) -> None:
+    fused = fused_bundle.manifest
+    static, int8 = dataclasses.replace(fused, graph="static"), dataclasses.replace(fused, precision="int8")
+    for name, manifest, advice in (
+        ("webgpu", fused, "--target webgpu --graph static --precision fp32"),
+        ("webgpu", int8, "--target webgpu --graph standard --precision int8"),
+        ("dml", fused, "--target cpu --graph standard --precision fp32"),
+        ("webgpu", static, "report the device"),
+    ):
+        assert advice in providers.other_graph(name, manifest)
+
+
+def test_a_provider_that_did_not_start_is_not_passed_over_in_silence() -> None:
+    wanted = providers.Placement((("CUDAExecutionProvider", {}), *CPU.providers))
+    providers.require_active(wanted, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match="could not start the execution provider 'cuda'"):
+        providers.require_active(wanted, ["CPUExecutionProvider"])

@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from pastkey.errors import InputError, IntegrityError
+from pastkey.runtime.text.codec import StopStrings, TextCodec, TextStream
+
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+
+
+def byte_level() -> Tokenizer:
+    """One token per byte, two merges, an EOS token."""
+    vocabulary = {letter: i for i, letter in enumerate(sorted(ALPHABET))}
+    merges = [("t", "h"), ("Ġ", "th")]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    return tokenizer
+
+
+def sentence_piece() -> Tokenizer:
+    """Words with their space in front, bytes for what is in no word: the way of Llama's vocabulary."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁cat", "s", "▁▁", "�", "<end>"]
+    tokenizer = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    return tokenizer
+
+
+def word_level(*, unknown: bool = False) -> Tokenizer:
+    words = ["what", "is", "statquest", "awesome", "<EOS>"] + ["<unk>"] * unknown
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, **({"unk_token": "<unk>"} if unknown else {}))
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken("<EOS>", special=True)])
+    return tokenizer
+
+
+def characters() -> Tokenizer:
+    return Tokenizer(models.BPE({letter: i for i, letter in enumerate("abc é日")}, []))
+
+
+def word_piece() -> Tokenizer:
+    words = ["<unk>", "play", "##ing", "##s", ".", "the"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def ids_of(tokenizer: Tokenizer, tokens: Iterable[str]) -> list[int]:
+    """Each of which the tokenizer knows."""
+    found = [tokenizer.token_to_id(token) for token in tokens]
+    assert None not in found
+    return found  # type: ignore[return-value]
+
+
+ALL = [byte_level, sentence_piece, word_level, characters, word_piece]
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+def streamed(codec: TextCodec, ids: Sequence[int]) -> str:
+    stream = TextStream(codec)
+    return "".join([*map(stream.push, ids), stream.flush()])
+
+
+def whole_text(codec: TextCodec, ids: Sequence[int]) -> str:
+    """`decode` without the character that the ids begin and do not end, found by cutting ids off."""
+    ids = [token for token in ids if codec.has_text(token)]
+    for end in range(len(ids), max(-1, len(ids) - 4), -1):
+        cut = ids[end:]
+        if all(map(codec.is_byte, cut)) and _begins_a_character(b"".join(map(codec._bytes, cut))):
+            return codec.decode(ids[:end])
+    text = codec.decode(ids)
+    tail = b"".join(map(codec._bytes, ids))
+    byte_level = text == tail.decode("utf-8", "replace")
+    begun = byte_level and any(_begins_a_character(tail[-length:]) for length in (1, 2, 3))
+    return text[:-1] if begun else text
+
+
+def _begins_a_character(data: bytes) -> bool:
+    """Whether more bytes make it one, tried with all that matter."""
+    endings = [bytes([first, *[0x80] * length]) for first in (0x80, 0xBF) for length in range(3)]
+    whole = [(data + ending).decode("utf-8", "replace") for ending in endings]
+    return bool(data) and any(len(text) == 1 and text != "�" for text in whole)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_the_pieces_of_any_ids_are_together_their_text(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    codec = TextCodec(tokenizer)
+
+    @given(ids=st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=30))
+    def check(ids: list[int]) -> None:
+        assert streamed(codec, ids) == whole_text(codec, ids)
+
+    check()
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@given(data=st.binary(max_size=20))
+def test_the_pieces_of_any_bytes_are_together_their_text(make: Callable[[], Tokenizer], data: bytes) -> None:
+    tokenizer = make()
+    codec, ids = TextCodec(tokenizer), byte_ids(tokenizer, data)
+    assert streamed(codec, ids) == whole_text(codec, ids)
+
+
+def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """One token for each byte, in either way of writing them."""
+    letters = _byte_letters()
+    fallback = tokenizer.token_to_id("<0x00>") is not None
+    return ids_of(tokenizer, [f"<0x{byte:02X}>" if fallback else letters[byte] for byte in data])
+
+
+@pytest.mark.parametrize("text", ["é", "日本", "🙂🙂", "a日\n🙂é b", "\ufffd", "日\ufffd", "naïve 日本語 👩‍💻"])
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_text_that_ends_inside_a_character_ends_before_it(make: Callable[[], Tokenizer], text: str) -> None:
+    tokenizer = make()
+    codec, ids = TextCodec(tokenizer), byte_ids(tokenizer, text.encode())
+    for end in range(len(ids) + 1):
+        assert streamed(codec, ids[:end]) == text.encode()[:end].decode("utf-8", "ignore")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "bytes_shown"),
+    [
+        (b"a\xff", "a�", 2),
+        (b"a\x97", "a�", 2),
+        (b"a\xe6\x97\xff", "a��", 4),
+        (b"a\xff\xe6", "a�", 2),
+        (b"a\xed\xa0", "a��", 3),  # the beginning of a surrogate, which is no character
+        (b"\xf0\x9f\x99", "", 0),
+    ],
+)
+def test_bytes_that_can_be_no_character_are_shown_at_the_end_as_anywhere(
+    data: bytes, expected: str, bytes_shown: int
+) -> None:
+    codec = TextCodec(byte_level())
+    assert streamed(codec, byte_ids(codec._tokenizer, data)) == expected
+    codec = TextCodec(sentence_piece())  # its decoder shows no character of a run of bytes with a fault
+    assert streamed(codec, byte_ids(codec._tokenizer, data)) == "�" * bytes_shown
+
+
+def test_a_replacement_character_that_is_a_token_is_kept() -> None:
+    tokenizer = sentence_piece()
+    codec = TextCodec(tokenizer)
+    ids = ids_of(tokenizer, ["▁the", "�"])
+    assert streamed(codec, ids) == "the�"
+    assert streamed(codec, [*ids, *ids_of(tokenizer, ["<0xE6>"])]) == "the�"
+
+
+def test_a_token_of_a_letter_and_the_beginning_of_a_character_shows_the_letter() -> None:
+    letters = _byte_letters()
+    pieces = [*letters, "a" + letters[0xE6]]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    codec = TextCodec(tokenizer)
+    assert streamed(codec, [256]) == "a"
+    assert streamed(codec, [256, 0x97, 0xA5]) == "a日"
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte: printable ones for themselves, the others counted up from 256."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
+
+
+@given(text=st.text(max_size=12))
+def test_streamed_text_comes_in_whole_characters(text: str) -> None:
+    codec = TextCodec(byte_level())
+    stream = TextStream(codec)
+    for token in codec._tokenizer.encode(text).ids:
+        piece = stream.push(token)
+        assert "�" not in piece or "�" in text
+
+
+def test_a_character_comes_as_soon_as_it_is_whole() -> None:
+    codec = TextCodec(byte_level())
+    stream = TextStream(codec)
+    pieces = [stream.push(token) for token in codec.encode("a日b")]
+    assert pieces == ["a", "", "", "日", "b"]
+    assert stream.flush() == ""
+
+
+def test_a_space_between_words_is_kept() -> None:
+    tokenizer = sentence_piece()
+    stream = TextStream(TextCodec(tokenizer))
+    ids = ids_of(tokenizer, ["▁the", "<end>", "▁cat", "s"])
+    assert [stream.push(token) for token in ids] == ["the", "", " cat", "s"]
+
+
+# --- stop strings -------------------------------------------------------------------------------------------------
+def cut(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
+    stream = StopStrings(stops)
+    out = "".join([*map(stream.push, pieces), stream.flush()])
+    return out, stream.found
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "expected"),
+    [
+        (["one\n", "two"], ["\n"], ("one", True)),
+        (["ab", "ac", "d"], ["aa"], ("abacd", False)),
+        (["a", "a", "a", "b"], ["aab"], ("a", True)),
+        (["xEN", "D", "y"], ["END"], ("x", True)),
+        (["xEN", "d"], ["END"], ("xENd", False)),
+        (["xEN"], ["END"], ("xEN", False)),
+        (["abcd"], ["cd", "bc"], ("a", True)),
+        (["abc"], [], ("abc", False)),
+        (["END"], ["END"], ("", True)),
+    ],
+)
+def test_text_ends_before_the_first_stop_string(
+    pieces: list[str], stops: list[str], expected: tuple[str, bool]
+) -> None:
+    assert cut(pieces, stops) == expected
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=4), max_size=8),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_how_text_is_cut_into_pieces_does_not_matter_where_one_stop_string_is_no_part_of_another(
+    pieces: list[str], stops: list[str]
+) -> None:
+    text = "".join(pieces)
+    out, found = cut(pieces, stops)
+    assert found == any(stop in text for stop in stops)
+    if not found:
+        assert out == text
+    elif not any(a != b and a in b for a in stops for b in stops):
+        assert out == text[: min(text.find(stop) for stop in stops if stop in text)]
+
+
+class EveryStringAgain:
+    """The slow obvious way: all strings are looked for in all that is held, at each piece."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self.stops, self.held, self.found = stops, "", False
+
+    def push(self, text: str) -> str:
+        if self.found:
+            return ""
+        self.held += text
+        places = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        ends = [n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])]
+        self.found = bool(places)
+        cut = min(places) if places else len(self.held) - max(ends, default=0)
+        out, self.held = self.held[:cut], self.held[cut:]
+        return out
+
+
+@pytest.mark.parametrize("letters", ["ab", "abc\U0001f642", "a"])
+def test_every_piece_is_that_of_looking_for_each_string_again(letters: str) -> None:
+    @settings(max_examples=500)
+    @given(
+        pieces=st.lists(st.text(letters, max_size=6), max_size=12),
+        stops=st.lists(st.text(letters, min_size=1, max_size=7), max_size=6),
+    )
+    def check(pieces: list[str], stops: list[str]) -> None:
+        fast, slow = StopStrings(stops), EveryStringAgain(stops)
+        for piece in pieces:
+            assert fast.push(piece) == slow.push(piece)
+            assert fast.found == slow.found
+        assert fast.found or fast.flush() == slow.held
+
+    check()
+
+
+def test_a_piece_costs_no_more_comparisons_with_ten_thousand_strings_than_with_a_hundred() -> None:
+    class Counted(str):
+        comparisons = 0
+
+        def __lt__(self, other: str) -> bool:
+            Counted.comparisons += 1
+            return str.__lt__(self, other)
+
+        def __gt__(self, other: str) -> bool:
+            Counted.comparisons += 1
+            return str.__gt__(self, other)
+
+        def startswith(self, *arguments: Any) -> bool:
+            Counted.comparisons += 1
+            return str.startswith(self, *arguments)
+
+    def comparisons(count: int) -> int:
+        stream = StopStrings([Counted(f"<{place:05}>") for place in range(count)])
+        Counted.comparisons = 0
+        assert (
+            "".join(stream.push(piece) for piece in ("ab", " <0", "12", "c", "<00")) + stream.flush() == "ab <012c<00"
+        )
+        return Counted.comparisons
+
+    assert 0 < comparisons(100) < comparisons(10_000) < 3 * comparisons(100)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    stream = StopStrings(["END"])
+    assert [stream.push(piece) for piece in ("abE", "N", "x", "y")] == ["ab", "", "ENx", "y"]
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+def test_what_is_encoded_is_decoded() -> None:
+    codec = TextCodec(byte_level())
+    text = "the cat\n日本 ✓ \t é"
+    assert codec.decode(codec.encode(text)) == text
+
+
+def test_the_tokenizers_own_begin_token_is_the_prompt_of_no_text() -> None:
+    tokenizer = byte_level()
+    end = tokenizer.token_to_id("<end>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", end)])
+    codec = TextCodec(tokenizer)
+    assert codec.encode("") == [end]
+    assert codec.encode("a")[0] == end
+    assert codec.decode(codec.encode("a")) == "a"
+
+
+def test_an_empty_prompt_without_begin_token_is_refused() -> None:
+    with pytest.raises(InputError, match="the prompt is empty and the tokenizer adds no BOS token"):
+        TextCodec(byte_level()).encode("")
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "word"),
+    [
+        (word_level, "what is llama", "'llama'"),
+        (word_level, "what is statquest?", "'statquest\\?'"),
+        (characters, "ab xbc", "'xbc'"),
+        (characters, "zab", "'zab'"),
+    ],
+)
+def test_a_word_without_token_is_named(make: Callable[[], Tokenizer], text: str, word: str) -> None:
+    with pytest.raises(InputError, match=f"no token covers {word}"):
+        TextCodec(make()).encode(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (word_level, "  what   is\tstatquest \n"),
+        (lambda: word_level(unknown=True), "what is llama"),
+        (sentence_piece, " the cats are 日本 🙂"),
+        (byte_level, "\x00 ok \N{COMBINING ACUTE ACCENT} 🙂"),
+        (word_piece, "the playing."),
+    ],
+)
+def test_text_that_tokens_cover_is_taken(make: Callable[[], Tokenizer], text: str) -> None:
+    assert TextCodec(make()).encode(text)
+
+
+def test_accents_that_the_normalizer_drops_are_no_missing_words() -> None:
+    tokenizer = characters()
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    assert TextCodec(tokenizer).encode("A\N{COMBINING ACUTE ACCENT}b")
+
+
+def test_text_that_is_no_utf8_is_refused() -> None:
+    with pytest.raises(InputError, match="not valid UTF-8"):
+        TextCodec(byte_level()).encode("a\udcff")
+
+
+def test_a_saved_tokenizer_neither_cuts_nor_pads_a_prompt() -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=8)
+    assert len(TextCodec(tokenizer).encode("abcd")) == 4
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", ""])
+def test_a_tokenizer_file_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json is not a tokenizer"):
+        TextCodec.from_file(path)
+
+
+def test_a_continuation_keeps_the_space_that_sentencepiece_drops_where_a_text_begins() -> None:
+    vocabulary = {"<unk>": 0, "▁Once": 1, "▁time": 2, "ly": 3, "▁": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    codec = TextCodec(tokenizer)
+
+    def continued(ids: list[int]) -> str:
+        stream = TextStream(codec, after_text=True)
+        return "".join([*map(stream.push, ids), stream.flush()])
+
+    assert streamed(codec, [2, 3, 1]) == "timely Once"
+    assert continued([2, 3, 1]) == " timely Once"
+    assert continued([3, 1]) == "ly Once"
+    assert continued([4, 2]) == codec.decode([1, 4, 2])[len("Once") :]
