@@ -10,11 +10,11 @@ from typing import TypeGuard
 from .errors import InputError
 
 
-def is_int(value: object, least: int | None = None) -> TypeGuard[int]:
-    """Whether it is a whole number, of numpy too, and not below `least`."""
+def is_int(value: object, least: int | None = None, most: int | None = None) -> TypeGuard[int]:
+    """Whether it is a whole number, of numpy too, not below `least` and not above `most`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         return False
-    return least is None or int(value) >= least
+    return (least is None or int(value) >= least) and (most is None or int(value) <= most)
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -16,6 +16,7 @@ Choice = str | tuple[str, dict[str, Any]]
 
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 CHAT_NEW_TOKENS = 512  # of an answer
+_LEAST, _MOST = 2.0**-149, 2.0**127  # settings count as float32, in which others are 0 or infinity
 MAX_DRAFT_TOKENS = 3  # of a step, beside the token that is certain
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
@@ -74,7 +75,7 @@ class SamplingConfig:
     top_p: float = 1.0  # keep the fewest tokens that together have this probability; 1 keeps all
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of the text so far become less likely
-    seed: int | None = None  # the same seed draws the same tokens; None draws afresh
+    seed: int | None = None  # 0 to 2**63 - 1; the same seed draws the same text; None draws afresh
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
@@ -83,19 +84,30 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(
-            is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number from 0"
+            is_number(self.temperature) and 0 <= self.temperature <= _MOST,
+            "temperature",
+            self.temperature,
+            "a number from 0",
         )
         require(is_int(self.top_k, 0), "top_k", self.top_k, "a whole number from 0, which keeps all")
         require(
-            is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1, which keeps all"
+            is_number(self.top_p) and _LEAST <= self.top_p <= 1,
+            "top_p",
+            self.top_p,
+            "above 0 and at most 1, which keeps all",
         )
         require(
             is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0, which keeps all, and 1"
         )
         require(
-            is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            is_number(self.repetition_penalty) and _LEAST <= self.repetition_penalty <= _MOST,
             "repetition_penalty",
             self.repetition_penalty,
             "a number above 0; 1 changes nothing",
         )
-        require(self.seed is None or (is_int(self.seed, 0)), "seed", self.seed, "a whole number from 0")
+        require(
+            self.seed is None or is_int(self.seed, 0, 2**63 - 1),
+            "seed",
+            self.seed,
+            "a whole number from 0 to 2**63 - 1",
+        )

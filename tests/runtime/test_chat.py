@@ -28,7 +28,7 @@ FORGETFUL = (
     "{{ m.content[-3:] if m.role == 'assistant' else m.content }}.{% endfor %}<assistant>"
 )
 # Greedy, the tiny decoder repeats itself: this way its answers hang on every logit before them.
-VARIED: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 1, "max_new_tokens": 20}
+VARIED: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 3, "max_new_tokens": 20}
 MakeModel = Callable[..., LanguageModel]
 
 

@@ -1,0 +1,50 @@
+"""The random numbers that tokens are drawn by: a function of the seed and of a token's place in the text, nothing else.
+
+So a seed draws the same text in one call or in several, alone or beside others, and in every program that computes
+this function: docs/bundle-format.md states it with known answers, and `export/generation/` writes it as a graph.
+
+Threefry2x32 with 20 rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+MAX_SEED = 2**63 - 1  # an int64 holds it
+DRAW = 0  # the lane of the number that draws the token; the lanes above are for more numbers per place
+_CONTINUATION = 2**32 - 1  # the lane that makes a continuation's seed
+_WORD = 2**32 - 1
+_PARITY = 0x1BD11BDA
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry2x32(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
+    """Two words of 32 bits from a key and a counter of two words each."""
+    keys = (*key, key[0] ^ key[1] ^ _PARITY)
+    x, y = (counter[0] + keys[0]) & _WORD, (counter[1] + keys[1]) & _WORD
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x = (x + y) & _WORD
+            y = (((y << rotation) & _WORD) | (y >> (32 - rotation))) ^ x
+        x = (x + keys[(group + 1) % 3]) & _WORD
+        y = (y + keys[(group + 2) % 3] + group + 1) & _WORD
+    return x, y
+
+
+def uniform(seed: int, place: int, lane: int = DRAW) -> float:
+    """The number in [0, 1), of 53 bits, for the token that has `place` tokens before it in the whole text."""
+    x, y = threefry2x32((seed & _WORD, seed >> 32), (place, lane))
+    return float(((x >> 5) << 26) + (y >> 6)) * 2.0**-53
+
+
+def continuation_seed(seed: int, number: int) -> int:
+    """The seed of the continuation `number` of one prompt, counted from 0, which has the seed itself."""
+    if not number:
+        return seed
+    low, high = threefry2x32((seed & _WORD, seed >> 32), (number, _CONTINUATION))
+    return (low | high << 32) & MAX_SEED
+
+
+def fresh_seed() -> int:
+    """One that nobody can foretell."""
+    return secrets.randbelow(MAX_SEED + 1)
