@@ -137,13 +137,7 @@ class KVCache:
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
-        if not is_int(length) or not 0 <= length <= self.length:
-            raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
-        if not self._trims and 0 < length < self.length:
-            raise InputError(
-                "this bundle keeps the last rows of short convolutions, which cannot be trimmed: call reset() and give "
-                "the tokens again"
-            )
+        self._require_trimmable(length)
         if not self._shared and length < self.length:
             if not length:
                 self.reset()
@@ -165,6 +159,57 @@ class KVCache:
             raise InputError("the cache is empty")
         keys, values = (self._values[2 * index + i].numpy()[:, :, : self.length] for i in (0, 1))
         return keys.copy(), values.copy()
+
+    def rows(self, length: int) -> list[npt.NDArray[Any]]:
+        """The first `length` tokens of each tensor, (B, K, length, D), and of states all that they hold.
+
+        Views where the memory is the processor's: they change with the cache.
+        """
+        self._require_trimmable(length)
+        arrays = [value.numpy() for value in self._values]
+        return [
+            array if tensor.kv_heads is None else array[:, :, :length]
+            for tensor, array in zip(self._tensors, arrays, strict=True)
+        ]
+
+    def fill(self, rows: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes copies of what `rows` of another cache of this graph gave, in place of what is here."""
+        self.reset()
+        batch, length = rows[0].shape[0], rows[0].shape[2]
+        if not self._shared:
+            self._values = [self._place(np.array(array, order="C")) for array in rows]
+        elif self.arrays and batch == self.batch and length <= self._capacity:
+            for array, row in zip(self.arrays, rows, strict=True):
+                array[:, :, :length] = row
+        else:
+            self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(row)) for row in rows]
+            self.length, self._capacity = length, 0
+            self._grow(batch, length)
+        self.batch, self.length = batch, length
+
+    def move_to(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Moves a shared buffer of one row on the processor to other memory: contiguous `arrays` (1, K, capacity, D)."""
+        assert self._shared and self.batch == 1 and arrays[0].shape[2] >= self.length
+        values = []
+        for tensor, old, new in zip(self._tensors, self.arrays, arrays, strict=True):
+            new[:, :, : self.length] = old[:, :, : self.length]
+            value = self._place(new)
+            self._bind_shared(tensor, value)
+            values.append(value)
+        self._values, self.arrays, self._capacity = values, list(arrays), arrays[0].shape[2]
+
+    def move_out(self) -> None:
+        """Moves a shared buffer to memory of its own."""
+        self._grow(1, self.length)
+
+    def _require_trimmable(self, length: int) -> None:
+        if not is_int(length) or not 0 <= length <= self.length:
+            raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
+        if not self._trims and 0 < length < self.length:
+            raise InputError(
+                "this bundle keeps the last rows of short convolutions, which cannot be trimmed: call reset() and give "
+                "the tokens again"
+            )
 
     def _grow(self, batch: int, needed: int) -> None:
         """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""

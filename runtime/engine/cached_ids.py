@@ -35,6 +35,10 @@ class CachedIds:
         yield [] if ids is None else ids
         self._ids = ids if known else None
 
+    def first(self, count: int) -> list[int]:
+        """The first `count` of them; none where they are unknown."""
+        return (self._ids or [])[:count]
+
     def shared_with(self, ids: Sequence[int]) -> int:
         """How many of the first of `ids` are the first ones here."""
         shared = 0

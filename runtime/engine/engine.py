@@ -1,4 +1,4 @@
-"""One onnxruntime session and its cache: token ids in, logits out."""
+"""A graph and one cache over it: token ids in, logits out."""
 
 from __future__ import annotations
 
@@ -12,21 +12,14 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pastkey import names
-from pastkey.bundle import Bundle
-from pastkey.errors import InputError, NumericsError
+from pastkey.bundle import Bundle, Manifest
+from pastkey.errors import InputError
 
-from ..providers import placement as ep
-from ..providers.open import checked_threads, open_session
-from ..providers.ort import onnxruntime
 from ..settings import Choice
 from .cached_ids import CachedIds
-from .embedding import EmbeddingRows
+from .decoder_graph import DecoderGraph, Ids, Logits
 from .int8_kv import INT8_KV_FROM, CachePair
 from .static_graphs import StaticGraphs
-
-Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
 PREFILL_CHUNK = 256
@@ -58,14 +51,12 @@ class Engine:
     nothing, and everything else goes on from the runs that had ended.
 
     Attributes:
-        manifest: The bundle's.
-        onnx: The onnxruntime.InferenceSession.
-        providers: onnxruntime's names of the execution providers in use, in order of preference.
-        threads: Threads within an operator; 0 where onnxruntime chooses.
+        graph: What other engines may share.
+        cache: The keys and values.
         lock: Held by whoever is inside a call.
-        one_by_one: Whether several new tokens are run one after another, on a device that computes them right alone.
-        asked: The providers and session entries that were given.
         resets: How often the cache was emptied, or cut to a prefix: whoever fills it can tell when another took it.
+        exact_length: So many of the first tokens were computed as a prefill does, two and more in a run of one row.
+            A token that is decoded alone or among other rows takes another path, which differs in the last bits.
     """
 
     def __init__(
@@ -104,52 +95,64 @@ class Engine:
             MissingExtraError: The bundle needs a newer onnxruntime.
             InputError: An impossible number of threads.
         """
-        self.threads = checked_threads(threads)
+        self._begin(
+            DecoderGraph(
+                bundle,
+                graph=graph,
+                providers=providers,
+                threads=threads,
+                allow_fallback=allow_fallback,
+                session_entries=session_entries,
+                profile_prefix=profile_prefix,
+                int8_kv_from=int8_kv_from,
+            )
+        )
+
+    @classmethod
+    def over(cls, graph: DecoderGraph) -> Engine:
+        """One with an empty cache of its own over a graph that is open."""
+        engine = cls.__new__(cls)
+        engine._begin(graph)
+        return engine
+
+    def _begin(self, graph: DecoderGraph) -> None:
+        self.graph = graph
         self.lock = threading.RLock()
-        self.manifest = bundle.manifest
-        self._every = graph == "all_logits"
-        self._fused = bundle.manifest.graph == "fused"
-        # Other programs' graph counts a mask, which a device leaves to the processor; ours gives all logits as well.
-        elsewhere = ep.resolve(providers, bundle.manifest.target).providers[0][0] != ep.CPU
-        own = not self._every or (self._fused and elsewhere)
-        path = bundle.last_logits_graph if own else bundle.all_logits_graph
-        open_graph = functools.partial(
-            open_session,
-            manifest=bundle.manifest,
-            providers=providers,
-            threads=self.threads,
-            allow_fallback=allow_fallback,
-            session_entries=session_entries,
-        )
-        static = bundle.manifest.static
-        if static is not None:
-            path = bundle.static_graphs[1]
-        self.onnx = open_graph(path, profile_prefix=profile_prefix)
-        self.providers: list[str] = self.onnx.get_providers()
-        self._inputs = {value.name for value in self.onnx.get_inputs()}
-        self._static: StaticGraphs | None = None
-        if static is not None:
-            decode = self.onnx if static.chunk == 1 else open_graph(bundle.static_graphs[0])
-            self._static = StaticGraphs(decode, self.onnx, bundle.manifest, path.parent)
-        place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
-        self._embedding = None if place is None else EmbeddingRows(path.parent, place)
-        int8 = bundle.int8_kv_graph if not self._every and profile_prefix is None else None
-        self.cache: CachePair | StaticGraphs = self._static or CachePair(
-            self.onnx,
-            bundle.manifest,
-            device=ep.cache_device(self.providers),
-            device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
-            fixed_shapes=ep.prefers_fixed_shapes(self.providers),
-            # Opened later, wherever the process has gone by then.
-            open_int8=None if int8 is None else functools.partial(open_graph, int8.absolute()),
-            int8_from=int8_kv_from,
-        )
+        self.cache: CachePair | StaticGraphs = graph.new_cache()
         self._cached_ids = CachedIds()
         self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
         self._ones = np.ones(0, np.int64)
         self.resets = 0
-        self.one_by_one = False
-        self.asked = (providers, dict(session_entries or {}))
+        self.exact_length = 0
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's."""
+        return self.graph.manifest
+
+    @property
+    def onnx(self) -> Any:
+        """The onnxruntime.InferenceSession."""
+        return self.graph.onnx
+
+    @property
+    def providers(self) -> list[str]:
+        """onnxruntime's names of the execution providers in use, in order of preference."""
+        return self.graph.providers
+
+    @property
+    def threads(self) -> int:
+        """Threads within an operator; 0 where onnxruntime chooses."""
+        return self.graph.threads
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether several new tokens are run one after another, on a device that computes them right alone."""
+        return self.graph.one_by_one
+
+    @one_by_one.setter
+    def one_by_one(self, value: bool) -> None:
+        self.graph.one_by_one = value
 
     @property
     def length(self) -> int:
@@ -162,17 +165,26 @@ class Engine:
         self._cached_ids.forget()
         self.cache.reset()
         self._mask = None
+        self.exact_length = 0
         self._cached_ids.clear()
         self.resets += 1
 
     @_one_at_a_time
-    def keep_prefix(self, ids: Sequence[int]) -> int:
-        """Forgets all but what the cache shares with the beginning of `ids` (T,), and at most all of them but one.
+    def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
+        """Forgets all but what the cache shares with the beginning of `ids` (T,), and at most all of them but two.
+
+        Two that are left to be fed take the path of every prefill, so that the logits are those of a prefill of all.
+
+        Args:
+            ids: (T,).
+            exact: Whether tokens are forgotten, too, that were not computed as a prefill computes them.
 
         Returns:
             The number of tokens that stay: `ids` from there on remain to be appended.
         """
-        shared = self._cached_ids.shared_with(ids[:-1])
+        shared = self.shared_with(ids)
+        if exact:
+            shared = min(shared, self.exact_length)
         if shared < self.length and self.manifest.states:
             shared = 0
         if not shared:
@@ -182,12 +194,40 @@ class Engine:
             self.resets += 1
         return shared
 
+    def shared_with(self, ids: Sequence[int]) -> int:
+        """How many of the first of `ids` (T,) are the first in the cache, of all but the last two."""
+        return self._cached_ids.shared_with(ids[:-2])
+
+    @_one_at_a_time
+    def copy(self, length: int | None = None) -> Engine:
+        """Another engine with the first `length` tokens of each row, or all, in a cache of its own.
+
+        Raises InputError where there are fewer, or where some cannot be told from all (states).
+        """
+        made = Engine.over(self.graph)
+        length = self.length if length is None else length
+        if length:
+            with made._cached_ids.changing() as cached:
+                made.cache.fill(self.cache.rows(length))
+                made._mask = None if self._mask is None else self._mask[:, :length]
+                made.exact_length = min(self.exact_length, length)
+                cached += self._cached_ids.first(length)
+        return made
+
+    def restore(self, ids: Sequence[int], rows: Sequence[npt.NDArray[Any]], exact_length: int) -> None:
+        """Fills an empty cache with the keys and values of one row `ids` (T,), as `cache.rows` gave them."""
+        with self._cached_ids.changing() as cached:
+            self.cache.fill(rows)
+            self.exact_length = exact_length
+            cached += ids
+
     @_one_at_a_time
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row. Raises InputError where there are fewer."""
         with self._cached_ids.changing() as cached:
             self.cache.trim(length)
             self._mask = None if self._mask is None or not length else self._mask[:, :length]
+            self.exact_length = min(self.exact_length, length)
             del cached[length:]
 
     @_one_at_a_time
@@ -206,18 +246,28 @@ class Engine:
             The last one's logits, (V,).
         """
         ids = self.checked(ids, 1)
-        size = (PREFILL_CHUNK if self._static is None else ids.size) if chunk_size is None else chunk_size
-        if size < 1:
-            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
-        count = math.ceil(ids.size / size)
-        if size > 1:
-            count = min(count, max(1, ids.size // 2))
-        if count > 1:
-            with self._cached_ids.changing():
-                self.cache.reserve(1, ids.size)  # one growth for all chunks
-        for chunk in np.array_split(ids, count):
+        chunks = np.split(ids, np.cumsum(self.chunk_sizes(ids.size, chunk_size))[:-1])
+        if len(chunks) > 1:
+            self.reserve(ids.size)
+        for chunk in chunks:
             logits = self._run(chunk[None])
         return _last(logits)
+
+    def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
+        """The tokens of each run of a prefill."""
+        size = (PREFILL_CHUNK if self.manifest.static is None else tokens) if chunk_size is None else chunk_size
+        if size < 1:
+            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
+        count = math.ceil(tokens / size)
+        if size > 1:
+            count = min(count, max(1, tokens // 2))
+        return [tokens // count + (number < tokens % count) for number in range(count)]
+
+    @_one_at_a_time
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` more of one row, by one growth."""
+        with self._cached_ids.changing():
+            self.cache.reserve(1, tokens)
 
     @_one_at_a_time
     def decode(self, token: int) -> Logits:
@@ -227,13 +277,25 @@ class Engine:
     @property
     def takes_padding(self) -> bool:
         """Whether rows of different lengths may be run together."""
-        fused_elsewhere = self._fused and (self.one_by_one or ep.misses_keys(self.providers))
-        return self.manifest.padding and self._static is None and not fused_elsewhere
+        return self.graph.takes_padding
 
     @property
     def supports_drafts(self) -> bool:
         """Whether `extend` can append several tokens, and `trim` forget some of them without moving the others."""
-        return self._fused and not self.one_by_one
+        return self.graph.supports_drafts
+
+    @_one_at_a_time
+    def append(self, ids: npt.ArrayLike) -> Logits:
+        """Appends the tokens `ids` (T,) of one row in one run; returns the last one's logits (V,)."""
+        return _last(self._run(self.checked(ids, 1)[None]))
+
+    @_one_at_a_time
+    def all_logits(self, ids: npt.ArrayLike) -> Logits:
+        """Appends the tokens `ids` (T,) of one row as `prefill` does; returns the logits (T, V) of each."""
+        ids = self.checked(ids, 1)
+        sizes = self.chunk_sizes(ids.size)
+        chunks = np.split(ids, np.cumsum(sizes)[:-1])
+        return np.concatenate([self._run(chunk[None], keep=chunk.size)[0] for chunk in chunks])
 
     @_one_at_a_time
     def extend(self, ids: npt.ArrayLike) -> Logits:
@@ -261,55 +323,48 @@ class Engine:
             Logits (B, T, V), or (B, 1, V) of the graph "last_logits". Those at padding mean nothing.
         """
         ids = self.checked(ids, 2)
-        return self._run(ids, None if mask is None else self._checked_mask(mask, ids))
+        return self._run(ids, None if mask is None else self.graph.checked_mask(mask, ids, self.length))
 
     # --- one run --------------------------------------------------------------------------------------------------
     def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1) -> Logits:
-        """Appends checked ids (B, T); `keep`: how many last positions have logits. The one place where it is run."""
+        """Appends checked ids (B, T); `keep`: how many last positions have logits."""
         batch, tokens = ids.shape
-        if self.one_by_one and tokens > 1:
+        graph = self.graph
+        if graph.one_by_one and tokens > 1:
             singly = [self._run(ids[:, i : i + 1]) for i in range(tokens)]
-            return np.concatenate(singly if self._every else singly[-keep:], 1)
+            return np.concatenate(singly if graph.every else singly[-keep:], 1)
         start = self.length
-        keep = tokens if self._every else keep
-        if self._fused and batch > 1 and tokens > 1 and start:
+        keep = tokens if graph.every else keep
+        if graph.fused and batch > 1 and tokens > 1 and start:
             raise InputError(
                 f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
-        if self._static is not None:
-            return self._run_static(self._static, ids, mask, keep=keep)
+        if isinstance(self.cache, StaticGraphs):
+            return self._run_static(self.cache, ids, mask, keep=keep)
         padded = self._mask is not None or mask is not None
         with self._cached_ids.changing(known=batch == 1 and not padded) as cached:
-            assert isinstance(self.cache, CachePair)
             cache = self.cache.for_run(batch, tokens, padded=padded)
             full_mask, positions = self._mask_and_positions(batch, tokens, mask)
-            # A bound value is no copy: these arrays must outlive the run.
-            feeds: dict[str, npt.NDArray[Any]] = {names.INPUT_IDS: ids, names.POSITION_IDS: positions}
-            if names.SEQLENS_K in self._inputs:
-                real = full_mask.sum(1) if padded else np.full(batch, start + tokens)
-                feeds[names.SEQLENS_K] = (real - 1).astype(np.int32)
-                feeds[names.TOTAL_SEQUENCE_LENGTH] = np.array(start + tokens, np.int32)
-            if names.ATTENTION_MASK in self._inputs:
-                feeds[names.ATTENTION_MASK] = cache.columns(full_mask)
-            if names.LOGITS_START in self._inputs:
-                feeds[names.LOGITS_START] = np.array([-keep], np.int64)
-            elif names.LOGITS_TO_KEEP in self._inputs:
-                feeds[names.LOGITS_TO_KEEP] = np.array([keep], np.int64)
-            if self._embedding is not None:
-                feeds[names.EMBEDDING_ROWS] = self._embedding[ids]
-            # A fresh array each run: the caller may keep it.
-            logits = np.empty((batch, keep, self.manifest.vocab_size), np.float32)
-            binding, value = cache.binding, onnxruntime.OrtValue.ortvalue_from_numpy
-            for name, array in feeds.items():
-                binding.bind_ortvalue_input(name, value(array))
-            binding.bind_ortvalue_output(names.LOGITS, value(logits))
-            cache.onnx.run_with_iobinding(binding)
-            self._check_finite(logits, start, tokens, mask)
+            real = full_mask.sum(1) if padded else np.full(batch, start + tokens)
+            logits = graph.run(cache, ids, positions, real, start + tokens, keep, full_mask)
+            graph.check_finite(logits, start, tokens, mask)
             cache.advance(tokens)
             self._mask = full_mask if padded else None
+            self._count_exact(start, batch, tokens)
             cached += ids[0].tolist()
         return logits
+
+    def advance_batched(self, token: int) -> None:
+        """Takes in a token that was run among rows of other engines, in this one's memory."""
+        with self._cached_ids.changing() as cached:
+            assert isinstance(self.cache, CachePair)
+            self.cache.float32.advance(1)
+            cached.append(token)
+
+    def _count_exact(self, start: int, batch: int, tokens: int) -> None:
+        if batch == 1 and tokens > 1 and self.exact_length == start:
+            self.exact_length += tokens
 
     def _run_static(self, static: StaticGraphs, ids: Ids, mask: Ids | None, *, keep: int) -> Logits:
         """As `_run`, by the static graphs."""
@@ -319,7 +374,8 @@ class Engine:
         with self._cached_ids.changing() as cached:
             static.reserve(batch, tokens)
             logits = static.run(ids[0], keep)
-            self._check_finite(logits, self.length, tokens, None)
+            self.graph.check_finite(logits, self.length, tokens)
+            self._count_exact(self.length, batch, tokens)
             static.advance(tokens)
             cached += ids[0].tolist()
         return logits
@@ -344,72 +400,7 @@ class Engine:
 
         `start`: unless they can be appended to so many tokens.
         """
-        array = np.asarray(ids)
-        if array.ndim != ndim or not array.size or array.dtype.kind not in "iu":
-            raise InputError(
-                f"token ids are whole numbers of shape {'(T,)' if ndim == 1 else '(B, T)'}, at least one; "
-                f"found {array.dtype} of shape {array.shape}"
-            )
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.manifest.vocab_size:
-            wrong = low if low < 0 else high
-            raise InputError(
-                f"token id {wrong} is out of range: this model's ids are 0 to {self.manifest.vocab_size - 1}"
-            )
-        tokens, context = array.shape[-1], self.manifest.context_length
-        start = self.length if start is None else start
-        if start + tokens > context:
-            found = f"the prompt has {tokens} tokens"
-            if start:
-                found = f"{start} tokens are in the cache and {tokens} more were given"
-            raise InputError(f"{found}; the context is {context}: shorten the text, or export with a larger --context")
-        return np.ascontiguousarray(array, np.int64)
-
-    def _checked_mask(self, mask: npt.ArrayLike, ids: Ids) -> Ids | None:
-        """`mask` as int64, or None when nothing is padded."""
-        array = np.asarray(mask).astype(np.int64)
-        if not self.manifest.padding and not array.all():
-            raise InputError(
-                "this bundle takes no padding, since its positions count every column of the cache: give rows of equal "
-                "length, or each row alone"
-            )
-        if array.shape != ids.shape or not np.isin(array, (0, 1)).all():
-            raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
-        if array.all():
-            return None
-        if not self._every and not array[:, -1].all():
-            raise InputError(
-                'a row ends in padding, and this graph gives the last position only: open graph="all_logits"'
-            )
-        if self._fused and (self.one_by_one or ep.misses_keys(self.providers)):
-            name = ep.short_name(self.providers[0])
-            raise InputError(
-                f"on the execution provider {name!r} rows of different lengths cannot be run together, since it leaves "
-                "out keys there: give each row alone"
-            )
-        if self._fused and (self.length or (np.diff(array, axis=1) > 0).any() or not array[:, 0].all()):
-            raise InputError(
-                "this bundle's graph takes padding only in the first run and only at the right end of a row: "
-                "pad there, or export with --graph standard"
-            )
-        return array
-
-    def _check_finite(self, logits: Logits, start: int, tokens: int, mask: Ids | None) -> None:
-        # A sum is finite only where every number is, and takes a third of the time of looking at each.
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = float(logits.sum())
-        if math.isfinite(total) or np.isfinite(logits).all():
-            return
-        finite = np.isfinite(logits).all(axis=-1)  # (B, T), or (B, keep)
-        if mask is not None and self._every:
-            finite |= mask == 0
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0]
-            position = start + tokens - logits.shape[1] + int(column)
-            raise NumericsError(
-                f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
-                "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
-            )
+        return self.graph.checked(ids, ndim, self.length if start is None else start)
 
 
 def _last(logits: Logits) -> Logits:

@@ -84,6 +84,23 @@ class FixedRows:
         """Forgets everything. The arrays are kept for the next prompt."""
         self.length = 0
 
+    def rows(self, length: int) -> list[Rows]:
+        """The first `length` tokens of each array, (B, K, length, D): views, which change with the cache."""
+        if not 0 <= length <= self.length:
+            raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
+        return [array[:, :, :length] for array in self.arrays]
+
+    def fill(self, rows: Sequence[Rows]) -> None:
+        """Takes copies of what `rows` of another cache of this graph gave, in place of what is here."""
+        self.reset()
+        self.reserve(rows[0].shape[0], rows[0].shape[2])
+        self.write(rows, 0, 0, rows[0].shape[2])
+        self.length = rows[0].shape[2]
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Makes room for `tokens` new tokens in each of `batch` rows."""
+        self.grow(batch, self.length + tokens)
+
     def layer(self, index: int) -> tuple[Rows, Rows]:
         """Copies of one attention call's keys and values, each (B, K, length, D)."""
         if not self.length:

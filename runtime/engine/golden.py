@@ -215,6 +215,6 @@ def _surroundings(engine: Engine) -> list[Any]:
     drivers = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in [*found, *named] if path.is_file()]
     cards = [path.read_text(errors="replace") for path in sorted(Path(os.sep).glob(_CARDS.lstrip("/")))]
     chosen = {name: value for name, value in os.environ.items() if name.startswith(("VK_", "CUDA_", "MESA_"))}
-    options = [engine.onnx.get_provider_options(), *engine.asked]
+    options = [engine.onnx.get_provider_options(), *engine.graph.asked]
     system = [platform.platform(), hardware, cards, drivers, chosen]
     return [onnxruntime.__version__, onnxruntime.get_available_providers(), engine.providers, options, system]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,25 @@ class CachePair:
         """Copies of one attention call's keys and values, each (B, K, length, D) float32."""
         self._dequantize()
         return self.float32.layer(index)
+
+    def rows(self, length: int) -> list[Rows]:
+        """As those of the float32 cache."""
+        self._dequantize()
+        return self.float32.rows(length)
+
+    def fill(self, rows: Sequence[Rows]) -> None:
+        """As that of the float32 cache."""
+        self.reset()
+        self.float32.fill(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take now."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def decodes_in_int8(self) -> bool:
+        """Whether the next token of one row would be decoded with the int8 cache."""
+        return self.length >= self._int8_from
 
     @property
     def _caches(self) -> list[KVCache | FixedKVCache]:

@@ -58,7 +58,7 @@ def test_an_end_token_at_once_leaves_nothing(session: Engine, tiny: Tiny) -> Non
 
 @pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
 def test_the_last_token_may_stand_behind_the_context(session: Engine, prompt: int, expected: int) -> None:
-    session.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
+    session.graph.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
     generation = Generation(session, list(range(prompt)), max_new_tokens=100)
     assert len(list(generation)) == expected
     assert generation.finish_reason == "length"

@@ -265,9 +265,9 @@ def test_a_run_that_failed_leaves_the_cache_as_it_was(tiny: Tiny, make_bundle: M
 def test_nan_at_padding_is_no_error(session: Engine) -> None:
     logits = np.zeros((1, 3, 37), np.float32)
     logits[0, 2] = np.nan
-    session._check_finite(logits, 0, 3, np.array([[1, 1, 0]]))
+    session.graph.check_finite(logits, 0, 3, np.array([[1, 1, 0]]))
     with pytest.raises(NumericsError, match="position 2"):
-        session._check_finite(logits, 0, 3, np.array([[1, 0, 1]]))
+        session.graph.check_finite(logits, 0, 3, np.array([[1, 0, 1]]))
 
 
 def test_the_manifest_is_the_bundles(session: Engine, bundle: Bundle) -> None:
@@ -284,8 +284,8 @@ IDS = [5, 6, 7, 8, 9]
     ("wanted", "kept"),
     [
         ([5, 6, 7, 8, 9, 10, 11], 5),
-        ([5, 6, 7, 8, 9], 4),  # one is left to feed, for its logits
-        ([5, 6, 7], 2),
+        ([5, 6, 7, 8, 9], 3),  # two are left to feed, for the path of a prefill
+        ([5, 6, 7], 1),
         ([5, 6, 1, 8, 9, 10], 2),
         ([1, 6, 7], 0),
         ([5], 0),
@@ -302,7 +302,7 @@ def test_keep_prefix_keeps_what_is_shared_and_the_rest_equals_a_fresh_prefill(
     assert session.length == kept
     assert session.resets == resets + 1  # whoever else used the cache can tell
     np.testing.assert_allclose(session.prefill(wanted[kept:]), tiny(wanted)[-1], atol=1e-4)
-    assert session.keep_prefix([*wanted, 3]) == len(wanted)
+    assert session.keep_prefix([*wanted, 3]) == len(wanted) - 1
 
 
 def test_keep_prefix_after_a_trim_keeps_no_more_than_there_is(session: Engine) -> None:
@@ -316,7 +316,7 @@ def test_keep_prefix_forgets_rows_that_it_cannot_compare(session: Engine) -> Non
     assert session.keep_prefix([5, 6, 7]) == 0
     session.reset()
     session.prefill([5, 6])
-    assert session.keep_prefix([5, 6, 7]) == 2
+    assert session.keep_prefix([5, 6, 7, 8]) == 2
 
 
 def test_keep_prefix_forgets_padding(bundle: Bundle) -> None:

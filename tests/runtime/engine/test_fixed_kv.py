@@ -96,7 +96,7 @@ def test_a_failed_run_leaves_the_cache_as_it_was(fixed: Engine, monkeypatch: pyt
     fixed.prefill(IDS[:10])
     expected = fixed.cache.layer(0)[0]
     with monkeypatch.context() as patch:
-        patch.setattr(fixed, "_check_finite", interrupted)
+        patch.setattr(fixed.graph, "check_finite", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fixed.decode(1)
     assert fixed.length == 10

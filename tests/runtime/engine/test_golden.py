@@ -42,7 +42,7 @@ class Elsewhere(Engine):
 
     def __init__(self, bundle: Bundle, **placement: Any) -> None:
         super().__init__(bundle, threads=1)
-        self.providers = ["DeviceExecutionProvider"]
+        self.graph.providers = ["DeviceExecutionProvider"]
         self.runs: list[int] = []
 
     def _run(self, ids: Any, mask: Any = None, *, keep: int = 1) -> npt.NDArray[np.float32]:
@@ -153,7 +153,7 @@ def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
         assert engine.one_by_one is one_by_one
         assert not engine.takes_padding
         everything = Engine(make_bundle(tiny, "fused"), graph="all_logits", threads=1)
-        everything.providers = ["DeviceExecutionProvider"]
+        everything.graph.providers = ["DeviceExecutionProvider"]
         with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
             everything.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
 
@@ -163,18 +163,18 @@ def test_other_options_and_settings_are_another_device(fused_bundle: Bundle) -> 
     others: list[Any] = [(("webgpu", {"deviceId": "1"}), {}), (None, {"ep.webgpuexecutionprovider.x": "1"})]
     for asked in others:
         engine = on(fused_bundle)
-        engine.asked = asked
+        engine.graph.asked = asked
         proved(engine, fused_bundle)
         assert engine.runs
         again = on(fused_bundle)
-        again.asked = asked
+        again.graph.asked = asked
         proved(again, fused_bundle)
         assert not again.runs
 
 
 def test_overflow_of_float16_is_said(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = on(fused_bundle, off=np.inf, least=1)
-    engine.manifest = dataclasses.replace(engine.manifest, precision="fp16")
+    engine.graph.manifest = dataclasses.replace(engine.manifest, precision="fp16")
     with pytest.raises(ProviderError, match=r"overflow in float16.*--precision fp32, or int8"):
         proved(engine, fused_bundle)
 

@@ -136,7 +136,7 @@ def test_an_end_token_in_an_accepted_draft_ends_it(session: Engine, monkeypatch:
 @pytest.mark.parametrize("new", [1, 2, 3, 4, 5, 30])
 def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle: Bundle, new: int) -> None:
     session = Engine(fused_bundle, threads=1)
-    session.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
+    session.graph.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
     prompt = [3, 4, 5] * 5
     plain = list(Generation(session, prompt, max_new_tokens=new, prompt_lookup=False))
     assert list(Generation(session, prompt, max_new_tokens=new)) == plain
