@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
     model = load(arguments.bundle, **_placement(arguments))
     if arguments.json:
         completion = dataclasses.asdict(model.generate(prompt, **options))
-        del completion["reused_tokens"]  # none: nothing was generated before
+        del completion["cached_tokens"]  # none: nothing was generated before
         print_json(completion)
         return 0
     _show_what_can_be_shown()
@@ -131,7 +131,7 @@ def _answer_json(chat: Chat, answer: Completion) -> dict[str, Any]:
         "ids": answer.ids,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
-        "reused_tokens": answer.reused_tokens,
+        "cached_tokens": answer.cached_tokens,
         "new_tokens": answer.new_tokens,
         "seconds": answer.prefill_seconds + answer.decode_seconds,
     }
@@ -330,6 +330,7 @@ def _add_generation(parser: argparse.ArgumentParser, most: int) -> None:
         default=True,
         help="run draft tokens from the text itself, where it repeats itself (on)",
     )
+    add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
 
 
 def _generation_options(arguments: argparse.Namespace) -> ChatOptions:

@@ -30,22 +30,27 @@ class Completion:
             the last token leaves incomplete. "" without a tokenizer.
         ids: The new tokens, without the EOS token, with those of a stop string.
         finish_reason: "stop" for an EOS token, "stop_string" for one of `stop`, "length" for `max_new_tokens` or the
-            end of the context.
+            end of the context, "deadline" for `timeout`, "cancelled" where it was ended from outside.
         prompt_tokens: Number of tokens of the prompt.
         new_tokens: Number of `ids`.
-        prefill_seconds: Time for the prompt.
-        decode_seconds: Time for the new tokens, their sampling included.
-        reused_tokens: Number of the prompt's tokens whose keys and values were in the cache already.
+        prefill_seconds: Time to the first token.
+        decode_seconds: Time for the others. Beside other generations both are what this one waited for.
+        cached_tokens: Number of the prompt's tokens whose keys and values were in the cache already.
     """
 
     text: str
     ids: list[int]
-    finish_reason: Literal["stop", "length", "stop_string"]
+    finish_reason: Literal["stop", "length", "stop_string", "cancelled", "deadline"]
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
-    reused_tokens: int = 0
+    cached_tokens: int = 0
+
+    @property
+    def reused_tokens(self) -> int:
+        """As `cached_tokens`."""
+        return self.cached_tokens
 
 
 def completed(stream: Generator[Chunk, None, Completion]) -> Completion:

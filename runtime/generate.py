@@ -1,10 +1,14 @@
-"""One token after another from an engine. It knows ids, not text; printing belongs to the command."""
+"""One token after another from an engine. It knows ids, not text; printing belongs to the command.
+
+A Generation is one continuation as a machine of steps. Alone it runs its own steps; a Scheduler runs those of several.
+A token is chosen in `take`, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal, Protocol
 
 from pastkey.errors import InputError
 from pastkey.values import is_int
@@ -14,14 +18,33 @@ from .sampling.prompt_lookup import PromptLookup
 from .sampling.sampler import Sampler
 from .settings import MAX_DRAFT_TOKENS, SamplingConfig
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+class Driver(Protocol):
+    """Who runs the steps of a generation."""
+
+    def advance(self, generation: Generation) -> None:
+        """Returns when the generation is `ready`."""
+
+    def leave(self, generation: Generation) -> None:
+        """Forgets a generation that has ended, now or after the step that runs. Never waits."""
 
 
 class Generation:
     """One continuation, as an iterator over its new tokens.
 
-    It ends at an EOS token, which is not yielded ("stop"), or after `max_new_tokens` or at the end of the context
-    ("length"). `finish_reason` is None until then, and the times in seconds are complete then.
+    It ends at an EOS token, which is not yielded ("stop"), after `max_new_tokens` or at the end of the context
+    ("length"), after `cancel` ("cancelled"), or when its time is over ("deadline"). `finish_reason` is None until then,
+    and the times in seconds are complete then.
+
+    All but the last of `ids` are in the engine's cache when a step has ended, whatever interrupted it: appending to
+    `ids` is what makes a token chosen, and a step begins by running what the cache lacks.
+
+    Attributes:
+        ids: The prompt's, and those chosen so far. A few may not be yielded yet.
+        engine: With the cache, from the first step on.
+        begun: Whether it has that.
     """
 
     def __init__(
@@ -34,93 +57,243 @@ class Generation:
         sampling: SamplingConfig | None = None,
         reuse_prefix: bool = False,
         prompt_lookup: bool = True,
+        exact: bool = False,
+        timeout: float | None = None,
+        driver: Driver | None = None,
+        provide: Callable[[Generation], tuple[Engine, int]] | None = None,
+        retired: Callable[[Generation], None] | None = None,
+        starting: Callable[[Generation], None] | None = None,
     ) -> None:
         """Leaves the engine alone until the first token is asked for.
 
         Then its cache is reset, or with `reuse_prefix` kept as far as the prompt begins with it. With `prompt_lookup`,
         draft tokens are run in one step where the text has said the same before.
-        Raises InputError for a prompt that the model cannot take.
+
+        Args:
+            engine: Which graph, and the cache unless `provide` is given.
+            prompt: Token ids (T,), at least one.
+            max_new_tokens: At most so many.
+            end_ids: EOS tokens.
+            sampling: How a token is chosen.
+            reuse_prefix: Whether what the cache shares with the prompt is kept.
+            prompt_lookup: Whether draft tokens are run where the text repeats itself.
+            exact: Whether of that only what a prefill computed is kept.
+            timeout: Seconds from the first step on, after which it ends.
+            driver: Who runs the steps; None for this object itself.
+            starting: Is told by whoever asks for the first token.
+            provide: Gives an engine, and how many of the prompt's tokens are in its cache, when the first step comes.
+            retired: Is told when no step follows, to hand the engine on.
+
+        Raises:
+            InputError: The model cannot take the prompt, or an option is out of range.
         """
         if not is_int(max_new_tokens) or max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number from 0")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")
-        ids: list[int] = engine.checked(prompt, ndim=1, start=0).tolist()
-        self.prompt_tokens = len(ids)
+        self.ids: list[int] = engine.checked(prompt, ndim=1, start=0).tolist()
+        self.engine = engine
+        self.prompt_tokens = len(self.ids)
         self.reused_tokens = 0
-        self.new_tokens = 0
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
+        self.closed = False  # nobody asks for more
+        self.error: BaseException | None = None
         # The last token of all need not be fed, so that it may stand one behind the context.
-        self._limit = min(max_new_tokens, engine.manifest.context_length - len(ids) + 1)
+        self._limit = min(max_new_tokens, engine.manifest.context_length - len(self.ids) + 1)
         self._sample = Sampler(sampling or SamplingConfig())
         self._end_ids = frozenset(end_ids)
-        self._reuse_prefix = reuse_prefix
+        self._keep = (reuse_prefix, exact)
         self._prompt_lookup = PromptLookup() if prompt_lookup and engine.supports_drafts else None
-        self._tokens = self._generate(engine, ids)
+        self._timeout, self._deadline = timeout, float("inf")
+        self._driver, self._provide, self._retired, self._starting = driver, provide, retired, starting
+        self.begun = False
+        self._yielded = len(self.ids)
+        self._ending: FinishReason | None = None if self._limit else "length"
+        self._resets = engine.resets
 
     def __iter__(self) -> Iterator[int]:
-        return self._tokens
+        return self
 
     def __next__(self) -> int:
-        return next(self._tokens)
-
-    def _generate(self, engine: Engine, ids: list[int]) -> Iterator[int]:
-        # Another thread may take the engine over between two steps, but not within one.
-        with engine.lock:
-            if self._reuse_prefix:
-                self.reused_tokens = engine.keep_prefix(ids)
-            else:
-                engine.reset()
-            self._owned = engine.resets
+        while not self.closed:
+            if self._yielded < len(self.ids) and self._ending not in ("cancelled", "deadline") and not self._overdue():
+                token = self.ids[self._yielded]
+                self._require_ownership()
+                self._yielded += 1
+                return token
+            if self.ended:
+                self.close()
+                if self.error is not None:
+                    raise self.error
+                break
             started = time.perf_counter()
-            logits = engine.prefill(ids[self.reused_tokens :])[None]
-            self.prefill_seconds = time.perf_counter() - started
-        draft: list[int] = []
-        while self.new_tokens < self._limit:
-            started = time.perf_counter()
-            with engine.lock:
+            try:
+                self._advance()
+            finally:
                 if self.new_tokens:
-                    self._require_ownership(engine)
-                    draft = self._draft(engine, ids)
-                    logits = engine.extend([ids[-1], *draft])
-                chosen = self._choose(logits, draft, ids)
-                if len(chosen) < len(logits):
-                    engine.trim(engine.length - len(logits) + len(chosen))
-            self.decode_seconds += time.perf_counter() - started
-            for token in chosen:
-                self._require_ownership(engine)
-                if token in self._end_ids:
-                    self.finish_reason = "stop"
-                    return
-                self.new_tokens += 1
-                yield token
-        self.finish_reason = "length"
+                    self.decode_seconds += time.perf_counter() - started
+                else:
+                    self.prefill_seconds += time.perf_counter() - started
+        raise StopIteration
 
-    def _draft(self, engine: Engine, ids: Sequence[int]) -> list[int]:
+    @property
+    def new_tokens(self) -> int:
+        """How many were yielded."""
+        return self._yielded - self.prompt_tokens
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next token, or the end, can be told without a step."""
+        return self._yielded < len(self.ids) or self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether no step follows."""
+        return self.closed or self.error is not None or self._ending is not None or self._overdue()
+
+    @property
+    def most_tokens(self) -> int:
+        """As many as the text may come to."""
+        return self.prompt_tokens + self._limit
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens are chosen that nobody has asked for."""
+        return len(self.ids) - self._yielded
+
+    @property
+    def deadline(self) -> float:
+        """The time.monotonic() at which it ends; infinite where there is none."""
+        return self._deadline
+
+    def cancel(self) -> None:
+        """Ends it within one step, from any thread. Tokens that were yielded stay."""
+        if self._ending is None:
+            self._ending = "cancelled"
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it with an error, which is raised where the next token is asked for."""
+        self.error = error
+
+    def close(self) -> None:
+        """Ends it, and takes back what nobody asked for. Never waits."""
+        if self.closed:
+            return
+        self._overdue()
+        if self.error is None and self.finish_reason is None:
+            self.finish_reason = self._ending or "cancelled"
+        self.closed = True
+        if self._driver is not None:
+            self._driver.leave(self)
+        elif self.engine.resets == self._resets:
+            self.retire()
+
+    def _overdue(self) -> bool:
+        if self._ending is None and time.monotonic() >= self._deadline:
+            self._ending = "deadline"
+        return self._ending == "deadline"
+
+    def _advance(self) -> None:
+        if self._starting is not None:
+            self._starting(self)
+            self._starting = None
+        if self._timeout is not None and self._deadline == float("inf"):
+            self._deadline = time.monotonic() + self._timeout
+        if self._driver is not None:
+            self._driver.advance(self)
+            return
+        # Another thread may take the engine over between two steps, but not within one.
+        with self.engine.lock:
+            self.begin()
+            self._require_ownership()
+            self.step()
+
+    # --- steps, by whoever drives -------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Takes a cache, with what it shares with the prompt. Once, before the first step."""
+        if self.begun:
+            return
+        reuse, exact = self._keep
+        if self._provide is not None:
+            self.engine, self.reused_tokens = self._provide(self)
+        elif reuse:
+            self.reused_tokens = self.engine.keep_prefix(self.ids, exact=exact)
+        else:
+            self.engine.reset()
+        self._resets = self.engine.resets
+        self.begun = True
+
+    @property
+    def pending(self) -> int:
+        """How many of `ids` the cache lacks: one when the next step is one of decoding."""
+        return len(self.ids) - min(self.engine.length, len(self.ids) - 1) if self.begun else len(self.ids)
+
+    def step(self, chunk_size: int | None = None) -> None:
+        """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
+        engine = self.engine
+        self.settle()
+        missing = self.ids[engine.length :]
+        if len(missing) == 1:
+            draft = self._draft()
+            self.take(engine.extend([*missing, *draft]), draft)
+            self.settle()
+            return
+        sizes = engine.chunk_sizes(len(missing), chunk_size)
+        if len(sizes) > 1:
+            engine.reserve(len(missing))
+        logits = engine.append(missing[: sizes[0]])
+        if len(sizes) == 1:
+            self.take(logits[None], [])
+
+    def settle(self) -> None:
+        """Forgets in the cache what is not of the text: rejected drafts, and what an interrupt left behind."""
+        last = len(self.ids) - (not self.ended)  # it is run for its logits
+        if self.engine.length > last:
+            self.engine.trim(last)
+
+    def retire(self) -> None:
+        """Takes back what nobody asked for, in `ids` and in the cache, when no step runs and none follows."""
+        del self.ids[self._yielded :]
+        if self.begun:
+            self.settle()
+        if self._retired is not None:
+            self._retired(self)
+
+    def take(self, logits: Logits, draft: Sequence[int]) -> None:
+        """Chooses tokens by the logits (T, V), up to the first that rejects the draft's, and appends them to `ids`."""
+        accepted = 0
+        for place, row in enumerate(logits):
+            token = self._sample(row, self.ids)
+            if token in self._end_ids:
+                self._ending = self._ending or "stop"
+                break
+            self.ids.append(token)
+            if len(self.ids) - self.prompt_tokens >= self._limit:
+                self._ending = self._ending or "length"
+                break
+            if place == len(draft) or token != draft[place]:
+                break
+            accepted += 1
+        if self._prompt_lookup is not None and draft:
+            self.draft_tokens += len(draft)
+            self.accepted_tokens += accepted
+            self._prompt_lookup.record(accepted)
+
+    def _draft(self) -> list[int]:
         """Draft tokens to run behind the last of `ids`, which is fed for certain."""
         if self._prompt_lookup is None:
             return []
-        room = engine.manifest.context_length - engine.length - 1
-        return self._prompt_lookup.draft(ids, min(MAX_DRAFT_TOKENS, room, self._limit - self.new_tokens - 1))
+        room = self.engine.manifest.context_length - self.engine.length - 1
+        chosen = len(self.ids) - self.prompt_tokens
+        return self._prompt_lookup.draft(self.ids, min(MAX_DRAFT_TOKENS, room, self._limit - chosen - 1))
 
-    def _choose(self, logits: Logits, draft: Sequence[int], ids: list[int]) -> list[int]:
-        """Tokens by the logits (T, V), up to the first that rejects the draft's. Appends them to `ids`."""
-        chosen: list[int] = []
-        for place, row in enumerate(logits):
-            token = self._sample(row, ids)
-            chosen.append(token)
-            ids.append(token)
-            if token in self._end_ids or place == len(draft) or token != draft[place]:
-                break
-        if self._prompt_lookup is not None and draft:
-            self._prompt_lookup.record(len(chosen) - 1)
-        return chosen
-
-    def _require_ownership(self, engine: Engine) -> None:
-        if engine.resets != self._owned:
+    def _require_ownership(self) -> None:
+        if self.begun and self.engine.resets != self._resets:
             raise InputError(
-                "another generation began on this model before this one ended: finish one before the next, or load "
-                "the bundle once for each"
+                "another generation began on this engine before this one ended: finish one before the next, or give "
+                "each an engine of its own"
             )

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Unpack
+from typing import Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
-from pastkey.values import is_int
+from pastkey.values import is_int, is_number
 
+from .batching.memory import CacheMemory
+from .batching.prefix_store import PREFIX_BYTES, PrefixStore
+from .batching.scheduler import MAX_ROWS, Scheduler
 from .chat import Chat
-from .completion import Chunk, Completion, completed
+from .completion import Completion, completed
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generate import Generation
+from .session import Session
 from .settings import (
     GENERATE_OPTIONS,
     MAX_NEW_TOKENS,
@@ -27,10 +31,11 @@ from .settings import (
     GenerateOptions,
     PlacementOptions,
     SamplingConfig,
+    SessionOptions,
     require_known,
 )
+from .stream import Stream
 from .text.codec import StopStrings, TextCodec, TextStream
-from .turns import Turns
 
 
 def load(
@@ -92,28 +97,27 @@ def load(
 
 
 class LanguageModel:
-    """A loaded bundle. It generates one continuation at a time, and several threads may use it.
+    """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
-    They take turns, in order of arrival. `generate`, `stream`, `logits` and a Chat's answers each have the model from
-    their first step to their end; who comes meanwhile waits. Threads that shall not wait load the bundle once for each.
-
-    A stream takes nothing until its first `next`, and lets go at its end, when it is closed, and when it is collected.
-    It belongs to no thread: each `next` may come from another thread of a pool, as in a web framework. (A pool needs a
-    thread for each stream that is open, since those that wait occupy one.) The thread that was the last to advance a
-    stream counts for two things only. When it has ended and others wait, the stream loses its turn, and going on with
-    it raises InputError. When it asks for the model itself before the stream's end, it would wait for itself: unless
-    another thread goes on with the stream within three seconds, it gets an InputError, and at once where there is no
-    other thread. Finish or close the stream first.
+    Each call has a cache of its own. Calls that run at the same time are decoded together where the graph allows that,
+    and take turns step by step where it does not; no text depends on who else is there. (In int8 the last bits of the
+    logits do, so that a near tie may fall otherwise.) A stream that nobody reads holds nobody up.
 
     Attributes:
         bundle: The bundle, with its absolute path.
         manifest: What the bundle says of itself.
         tokenizer: Its tokenizer, or None for a bundle that has none.
+        scheduler: Who runs the steps.
+        memory: What the caches may take.
     """
 
     def __init__(
         self,
         bundle: Bundle,
+        *,
+        max_memory: int | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
+        max_batch: int = MAX_ROWS,
         **placement: Unpack[PlacementOptions],
     ) -> None:
         """See `load`."""
@@ -122,13 +126,58 @@ class LanguageModel:
         self.manifest = bundle.manifest
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
         self._placement = placement
-        self._engine = Engine(bundle, **placement)
+        self._engine: Engine | None = Engine(bundle, **placement)
         require_golden(self._engine, bundle)
-        self._all_logits: Engine | None = None
-        self._turns = Turns()
+        store = PrefixStore(self._engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory))
+        self.scheduler = Scheduler(self._engine.graph, store, max_batch)
+        self.memory = CacheMemory(self._engine.graph, store, max_memory)
 
     def __repr__(self) -> str:
-        return f"<LanguageModel {self.bundle.path} ({self.manifest.precision})>"
+        closed = "" if self._engine is not None else ", closed"
+        return f"<LanguageModel {self.bundle.path} ({self.manifest.precision}{closed})>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
+        self._engine = None
+        self.scheduler.close()
+
+    def require_open(self) -> Engine:
+        """An engine over the graph, for what it says of itself. Raises InputError where the model is closed."""
+        if self._engine is None:
+            raise InputError("this model is closed: load it again with pastkey.load()")
+        return self._engine
+
+    def new_engine(self) -> Engine:
+        """One with an empty cache over the model's graph."""
+        return Engine.over(self.require_open().graph)
+
+    def session(self) -> Session:
+        """Begins a text that stays: what is appended and generated is computed once.
+
+        Raises InputError where the model is closed.
+        """
+        return Session(self)
+
+    def load_session(self, path: str | Path) -> Session:
+        """A session that `Session.save` wrote.
+
+        Raises:
+            MissingFileError: There is no such file.
+            IntegrityError: It was cut or altered, or saved by another bundle.
+            InputError: The model is closed.
+        """
+        from .session_file import read_session
+
+        engine = self.new_engine()
+        ids = read_session(Path(path), self.bundle, engine)
+        self.memory.promise(engine, len(ids))
+        return Session(self, ids, engine)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """Continues one prompt.
@@ -147,8 +196,13 @@ class LanguageModel:
                   likely.
                 - `seed` (int or None, None): The same seed draws the same tokens; None draws afresh.
                 - `stop` (str or a sequence of str, none): Texts that end the continuation, which ends before them.
-                - `reuse_prefix` (bool, False): What the prompt shares with the beginning of the last prompt and its
-                  continuation is not computed again. In int8 the text may be another one, as likely.
+                - `reuse_prefix` (bool, False): What the prompt shares with the beginning of an earlier one and its
+                  continuation is not computed again; this text is kept for later calls. In int8 the text may be another
+                  one, as likely, where the shared part was generated.
+                - `exact` (bool, False): With `reuse_prefix`, computes anew what was not computed by a prefill: the tokens
+                  that were generated. Then an int8 text does not depend on what the cache held.
+                - `timeout` (float or None, None): Seconds from the first step on. Then it ends within one step, with
+                  the finish_reason "deadline" and what was generated.
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
 
@@ -156,33 +210,29 @@ class LanguageModel:
             The continuation, with its ids and figures.
 
         Raises:
-            InputError: The prompt is empty, too long, or has no tokens; an option is out of range; or this thread
-                holds a stream that is not at its end.
+            InputError: The prompt is empty, too long, or has no tokens; an option is out of range; the model is closed.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
         """
         require_known("generate", options, GENERATE_OPTIONS)
         return completed(self._stream(prompt, options))
 
-    def stream(
-        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
-    ) -> Generator[Chunk, None, Completion]:
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Stream:
         """Continues one prompt token by token.
 
-        What is wrong with the prompt or an option is raised by this call. The model is taken at the first `next`.
+        What is wrong with the prompt or an option is raised by this call. Nothing is computed before the first `next`.
 
         Args:
             prompt: As in `generate`.
             **options: As in `generate`.
 
-        Yields:
-            A Chunk for each new token. Their texts together are the completion's.
-
         Returns:
-            The Completion, as the value of StopIteration, or of `yield from`.
+            An iterator of a Chunk for each new token, whose texts together are the completion's. The Completion is its
+            `completion` at the end, and the value of StopIteration, or of `yield from`.
 
         Raises:
-            InputError: As in `generate`, or the stream has lost its turn.
+            InputError: As in `generate`.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
@@ -204,9 +254,7 @@ class LanguageModel:
         return Chat(self, system, template=template)
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """The logits of every position of a text, by one uncached pass.
-
-        The first call opens the bundle's graph for this, which holds the weights once more.
+        """The logits of every position of a text, from an empty cache of its own.
 
         Args:
             ids: Token ids (T,), at least one.
@@ -215,18 +263,15 @@ class LanguageModel:
             Logits (T, V). Row t predicts the token after `ids[t]`.
 
         Raises:
-            InputError: `ids` are empty, out of range or longer than the context; or this thread holds a stream that is
-                not at its end.
+            InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        tokens = self._token_ids(ids, "ids", "a sequence of token ids")
-        with self._turns.take():
-            if self._all_logits is None:
-                self._all_logits = Engine(self.bundle, graph="all_logits", **self._placement)
-                self._all_logits.one_by_one = self._engine.one_by_one
-            self._all_logits.reset()
-            logits: npt.NDArray[np.float32] = self._all_logits.forward(self._all_logits.checked(tokens, 1)[None])[0]
-            return logits
+        engine = self.new_engine()
+        tokens = engine.checked(self._token_ids(ids, "ids", "a sequence of token ids"), 1)
+        found: list[npt.NDArray[np.float32]] = []
+        for chunk in np.split(tokens, np.cumsum(engine.chunk_sizes(tokens.size))[:-1]):
+            self.scheduler.exclusively(lambda chunk=chunk: found.append(engine.all_logits(chunk)))  # type: ignore[misc]
+        return np.concatenate(found)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids that a prompt is fed as.
@@ -260,56 +305,73 @@ class LanguageModel:
             )
         return [int(token) for token in tokens]
 
-    def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> Generator[Chunk, None, Completion]:
-        """Checks everything, and gives the generator."""
+    def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> Stream:
+        """Checks everything, and gives the stream."""
+        self.require_open()
+        reuse, exact = options.get("reuse_prefix", False), options.get("exact", False)
+
+        def provide(generation: Generation) -> tuple[Engine, int]:
+            engine, shared = self.scheduler.store.take(generation.ids, reuse=reuse, exact=exact)
+            self.memory.promise(engine, generation.most_tokens)
+            return engine, shared
+
+        def retired(generation: Generation) -> None:
+            engine = generation.engine
+            self.memory.release(engine)
+            if not generation.begun:
+                return
+            # Moving out of the memory that it shares with others is worth it where a later call may ask for it.
+            keep = generation.error is None and (reuse or not self.scheduler.shares_memory(engine))
+            self.scheduler.move_out(engine, keep=keep)
+            if keep and self._engine is not None:
+                self.scheduler.store.put(engine, reuse=reuse)
+
+        after_text = isinstance(prompt, str) and bool(prompt.strip())
+        return self.begin(self.prompt_ids(prompt), options, after_text, provide, retired)
+
+    def begin(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions | SessionOptions,
+        after_text: bool,
+        provide: Callable[[Generation], tuple[Engine, int]],
+        retired: Callable[[Generation], None],
+        starting: Callable[[Generation], None] | None = None,
+    ) -> Stream:
+        """A stream behind `ids`, whose first step comes with its first `next`.
+
+        Args:
+            ids: The whole text so far, (T,).
+            options: Checked names, and values to check.
+            after_text: Whether the new text goes on from a text.
+            provide: See Generation.
+            retired: See Generation.
+            starting: See Generation.
+        """
         stop = options.get("stop", ())
         stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         if any(not isinstance(text, str) or not text for text in stops):
             raise InputError(f"stop is {stop!r}; texts of at least one character were expected")
         if stops and self.tokenizer is None:
             raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
+        timeout = options.get("timeout")
+        if timeout is not None and not (is_number(timeout) and timeout > 0):
+            raise InputError(f"timeout is {timeout!r}; a number of seconds above 0 was expected, or None")
         generation = Generation(
-            self._engine,
-            self.prompt_ids(prompt),
+            self.require_open(),
+            ids,
             max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
             end_ids=self.manifest.eos_token_ids,
             sampling=SamplingConfig.of(options),
-            reuse_prefix=options.get("reuse_prefix", False),
             prompt_lookup=options.get("prompt_lookup", True),
+            timeout=timeout,
+            driver=self.scheduler,
+            provide=provide,
+            retired=retired,
+            starting=starting,
         )
-        after_text = isinstance(prompt, str) and bool(prompt.strip())
         text = None if self.tokenizer is None else TextStream(self.tokenizer, after_text=after_text)
-        return self._chunks(generation, text, StopStrings(stops))
-
-    def _chunks(
-        self, generation: Generation, text: TextStream | None, stops: StopStrings
-    ) -> Generator[Chunk, None, Completion]:
-        texts: list[str] = []
-        ids: list[int] = []
-        with self._turns.take() as turn:
-            for token in generation:
-                ids.append(token)
-                texts.append("" if text is None else stops.push(text.push(token)))
-                yield Chunk(texts[-1], [token])
-                if stops.found:
-                    break
-                turn.resume()
-        if text is not None:
-            texts.append(stops.push(text.flush()) + stops.flush())
-            if texts[-1]:
-                yield Chunk(texts[-1], [])
-        reason = "stop_string" if stops.found else generation.finish_reason
-        assert reason is not None, "the generation ended without a reason"
-        return Completion(
-            "".join(texts),
-            ids,
-            reason,
-            generation.prompt_tokens,
-            generation.new_tokens,
-            generation.prefill_seconds,
-            generation.decode_seconds,
-            generation.reused_tokens,
-        )
+        return Stream(generation, text, StopStrings(stops), self.scheduler.wake)
 
 
 def _is_choice(value: object) -> bool:

@@ -34,12 +34,14 @@ class ChatOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     prompt_lookup: bool
+    timeout: float | None
 
 
 class GenerateOptions(ChatOptions, total=False):
     """The options of `LanguageModel.generate` and `LanguageModel.stream`."""
 
     reuse_prefix: bool
+    exact: bool
 
 
 class PlacementOptions(TypedDict, total=False):
@@ -51,8 +53,15 @@ class PlacementOptions(TypedDict, total=False):
     session_entries: Mapping[str, str] | None
 
 
+class SessionOptions(ChatOptions, total=False):
+    """The options of `Session.generate` and `Session.stream`."""
+
+    exact: bool
+
+
 CHAT_OPTIONS: frozenset[str] = ChatOptions.__optional_keys__
 GENERATE_OPTIONS: frozenset[str] = GenerateOptions.__optional_keys__
+SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
 
 
 def require_known(call: str, options: Collection[str], known: Collection[str]) -> None:

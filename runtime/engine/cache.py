@@ -187,20 +187,20 @@ class KVCache:
             self._grow(batch, length)
         self.batch, self.length = batch, length
 
-    def move_to(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Moves a shared buffer of one row on the processor to other memory: contiguous `arrays` (1, K, capacity, D)."""
-        assert self._shared and self.batch == 1 and arrays[0].shape[2] >= self.length
-        values = []
-        for tensor, old, new in zip(self._tensors, self.arrays, arrays, strict=True):
-            new[:, :, : self.length] = old[:, :, : self.length]
-            value = self._place(new)
-            self._bind_shared(tensor, value)
-            values.append(value)
-        self._values, self.arrays, self._capacity = values, list(arrays), arrays[0].shape[2]
+    def place(self, index: int, array: npt.NDArray[Any]) -> None:
+        """Moves one tensor of a shared buffer of one row, on the processor, to `array` (1, K, capacity, D)."""
+        assert self._shared, "a concatenating cache has no memory of its own"
+        assert (1, self.length) <= (self.batch, array.shape[2]), f"{self.length} tokens do not fit {array.shape}"
+        array[:, :, : self.length] = self.arrays[index][:, :, : self.length]
+        self._values[index] = self._place(array)
+        self._bind_shared(self._tensors[index], self._values[index])
+        self.arrays[index] = array
+        self._capacity = min(moved.shape[2] for moved in self.arrays)  # whatever interrupts the others
 
     def move_out(self) -> None:
         """Moves a shared buffer to memory of its own."""
-        self._grow(1, self.length)
+        self._capacity = 0
+        self._grow(1, max(1, self.length))
 
     def _require_trimmable(self, length: int) -> None:
         if not is_int(length) or not 0 <= length <= self.length:

@@ -144,8 +144,22 @@ class DecoderGraph:
             and self.takes_padding
             and not self.every
             and names.SEQLENS_K in self._inputs
+            and names.ATTENTION_MASK not in self._inputs
+            and self.manifest.precision != "fp16"
             and ep.cache_device(self.providers) == "cpu"
         )
+
+    @property
+    def copies(self) -> bool:
+        """Whether a part of a cache can be copied: it is in the processor's memory, and tells its parts apart."""
+        return ep.cache_device(self.providers) == "cpu" and not self.manifest.states
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a cache takes for one token of one row."""
+        size = 2 if self.manifest.precision == "fp16" else 4
+        layers = self.manifest.layers
+        return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
 
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,
@@ -185,6 +199,11 @@ class DecoderGraph:
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
         cache.onnx.run_with_iobinding(binding)
         return logits
+
+    @staticmethod
+    def value(array: npt.NDArray[Any]) -> Any:
+        """The OrtValue that a contiguous array is."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, start: int) -> Ids:

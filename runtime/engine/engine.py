@@ -159,6 +159,21 @@ class Engine:
         """Tokens in the cache, per row, padding included."""
         return self.cache.length
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes now."""
+        return self.cache.nbytes
+
+    @property
+    def cached_ids(self) -> list[int]:
+        """The ids of the tokens in the cache; none where they are unknown, as those of several rows."""
+        return self._cached_ids.first(self.length)
+
+    @property
+    def decodes_in_int8(self) -> bool:
+        """Whether the next token would be decoded with an int8 cache."""
+        return isinstance(self.cache, CachePair) and self.cache.decodes_in_int8()
+
     @_one_at_a_time
     def reset(self) -> None:
         """Forgets all tokens."""
@@ -195,19 +210,24 @@ class Engine:
         return shared
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        """How many of the first of `ids` (T,) are the first in the cache, of all but the last two."""
-        return self._cached_ids.shared_with(ids[:-2])
+        """How many of the first of `ids` (T,) are the first in the cache, of all but the last two.
+
+        Of all but the last where the cache cannot be trimmed to less.
+        """
+        return self._cached_ids.shared_with(ids[: -1 if self.manifest.states else -2])
 
     @_one_at_a_time
-    def copy(self, length: int | None = None) -> Engine:
+    def copy(self, length: int | None = None, room: int = 0) -> Engine:
         """Another engine with the first `length` tokens of each row, or all, in a cache of its own.
 
-        Raises InputError where there are fewer, or where some cannot be told from all (states).
+        `room`: for so many tokens more. Raises InputError where there are fewer, or where states hold all or nothing.
         """
         made = Engine.over(self.graph)
         length = self.length if length is None else length
         if length:
             with made._cached_ids.changing() as cached:
+                if room and self.graph.fused:
+                    made.cache.reserve(1, min(length + room, self.manifest.context_length))
                 made.cache.fill(self.cache.rows(length))
                 made._mask = None if self._mask is None else self._mask[:, :length]
                 made.exact_length = min(self.exact_length, length)

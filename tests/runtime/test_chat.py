@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Chat, LanguageModel, load
-from pastkey.runtime.settings import CHAT_NEW_TOKENS
+from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -72,10 +72,15 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
     model: LanguageModel, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = model.chat("be brief")
-    model._engine.reset()
-    prefilled: list[int] = []
-    prefill = model._engine.prefill
-    monkeypatch.setattr(model._engine, "prefill", lambda ids: (prefilled.append(len(ids)), prefill(ids))[1])  # type: ignore[func-returns-value]
+    model.scheduler.store.clear()
+    graph, prefilled = model.require_open().graph, list[int]()
+    run = graph.run
+
+    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
+        prefilled.extend([ids.shape[1]] if ids.shape[1] > MAX_DRAFT_TOKENS + 1 else [])
+        return run(cache, ids, *arguments)
+
+    monkeypatch.setattr(graph, "run", counted)
     first = chat.ask("hello", **VARIED)
     second = chat.ask("and now", **VARIED)
     prompt = rendered_ids(fresh, chat.messages[:-1])
@@ -173,7 +178,7 @@ def test_a_new_conversation_keeps_the_system_text(model: LanguageModel) -> None:
     assert chat.messages == [{"role": "system", "content": "be brief"}]
     again = chat.ask("hello", max_new_tokens=5)
     assert again.ids == first.ids
-    assert again.reused_tokens == again.prompt_tokens - 1  # all but the token whose logits are asked for
+    assert again.reused_tokens == again.prompt_tokens - 2  # two are fed, for the path of every prefill
 
 
 def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model: LanguageModel) -> None:

@@ -96,7 +96,7 @@ def test_one_question(talking: Path, model: LanguageModel) -> None:
         "ids": answer.ids,
         "finish_reason": "length",
         "prompt_tokens": len("<system>be brief.<user>abc.<assistant>"),
-        "reused_tokens": 0,
+        "cached_tokens": 0,
         "new_tokens": 7,
     }
 

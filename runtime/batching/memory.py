@@ -1,0 +1,42 @@
+"""How much memory the caches may take: asked before they grow, so that a clear error comes in the place of swapping."""
+
+from __future__ import annotations
+
+import weakref
+
+from pastkey.errors import ResourceError
+
+from ..engine.decoder_graph import DecoderGraph
+from ..engine.engine import Engine
+from .prefix_store import PrefixStore
+
+
+class CacheMemory:
+    """A limit for all caches over one graph: those in use, at the size they may come to, and the stored prefixes."""
+
+    def __init__(self, graph: DecoderGraph, store: PrefixStore, most_bytes: int | None) -> None:
+        self._graph, self._store, self._most = graph, store, most_bytes
+        self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
+
+    def estimate(self, tokens: int) -> int:
+        """Bytes of a cache of so many tokens, and of the context at most."""
+        return self._graph.bytes_per_token * min(tokens, self._graph.manifest.context_length)
+
+    def promise(self, engine: Engine, tokens: int) -> None:
+        """Takes note that an engine's cache grows to so many tokens. Raises ResourceError where there is no room."""
+        needed = self.estimate(tokens)
+        if self._most is None:
+            return
+        others = sum(size for other, size in list(self._promised.items()) if other is not engine)
+        self._store.shrink(max(0, self._most - others - needed))
+        if others + needed > self._most:
+            raise ResourceError(
+                f"the cache of {tokens} tokens takes {needed / 2**20:.1f} MiB and others take {others / 2**20:.1f}; "
+                f"max_memory is {self._most / 2**20:.1f}: wait until others have ended, close sessions, ask for fewer "
+                "tokens, or load the model with more"
+            )
+        self._promised[engine] = needed
+
+    def release(self, engine: Engine) -> None:
+        """Forgets an engine that is stored or of no use any more."""
+        self._promised.pop(engine, None)

@@ -1,0 +1,262 @@
+"""Who runs a step, and for whom: generations over one graph that run at the same time are decoded together.
+
+No thread runs in the background. Whoever waits for the next token of a generation leads: it runs the step for all
+that are alive, and the others wait for its end. A step is at most one chunk of one prompt's prefill, and one run that
+decodes a token of each row that can take one. So a late-comer is read chunk by chunk between the tokens of the others.
+
+Rows are decoded ahead of those who read them, by AHEAD tokens at most: threads that come back from their last token one
+after another would otherwise find only themselves, and streams that one thread reads in turn would never meet. A stream
+that nobody reads stops there, and after STALLED steps more its row leaves the shared memory.
+
+A row that is alone runs its own steps with drafts. So does one that cannot share a run: on the standard and the static
+graph, on another device, after a long text whose cache is int8. Those take turns, one step each.
+
+Every change of the caches is the leader's, between two runs. `leave` never waits and takes no lock for certain, since a
+collector may call it at any moment in any thread, the leader's too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from pastkey.errors import NumericsError
+
+from ..engine.decoder_graph import DecoderGraph, all_finite
+from ..engine.engine import Engine
+from ..engine.slab import Slab
+from ..generate import Generation
+from .prefix_store import PrefixStore
+
+MAX_ROWS = 16  # that share a run; more take turns beside them
+AHEAD = 4  # tokens that are decoded before somebody asks for them, where others are decoded anyway
+STALLED = 16  # steps that a row which nobody reads stays among the others
+PREFILL_BESIDE = 64  # tokens of a prompt in one step, where others wait for theirs
+LOOK_SECONDS = 0.5  # how often whoever waits looks whether the leader is alive
+
+
+_log = logging.getLogger("pastkey")
+
+
+class _Lead:
+    """The right to run steps. It ends with its thread, whatever interrupts it."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self.thread = threading.current_thread()
+
+    @property
+    def lives(self) -> bool:
+        return not self.over and self.thread.is_alive()
+
+
+class Scheduler:
+    """Runs the steps of the generations over one graph.
+
+    Attributes:
+        store: The caches of earlier texts.
+        steps: How many steps were run.
+        batched: How many tokens were decoded in runs of several rows.
+    """
+
+    def __init__(self, graph: DecoderGraph, store: PrefixStore, max_rows: int = MAX_ROWS) -> None:
+        self.store = store
+        self.steps = self.batched = 0
+        self._changed = threading.Condition(threading.Lock())
+        self._lead: _Lead | None = None
+        self._live: list[Generation] = []
+        self._waiting: list[Generation] = []  # who has a thread that waits, in order of their last step
+        self._left: list[Generation] = []  # to be taken out of the caches
+        self._slab = Slab(graph, max_rows) if graph.batches and max_rows > 1 else None
+        self._stalled: dict[int, int] = {}  # id of an engine in the slab -> steps without a token
+
+    # --- whoever waits for a token ------------------------------------------------------------------------------------
+    def advance(self, generation: Generation) -> None:
+        """Runs steps, or waits while another does, until the generation is `ready`."""
+        with self._changed:
+            if generation not in self._live:
+                self._live.append(generation)
+            self._waiting.append(generation)
+        try:
+            while not generation.ready:
+                self._lead_or_wait(generation)
+        finally:
+            with self._changed:
+                if generation in self._waiting:
+                    self._waiting.remove(generation)
+                self._changed.notify_all()  # a follower leads now
+
+    def _lead_or_wait(self, generation: Generation) -> None:
+        """Runs steps until the generation is ready where nobody else does; else waits for the end of one."""
+        lead = _Lead()
+        try:
+            with self._changed:
+                if generation.ready:
+                    return
+                if self._lead is not None and self._lead.lives:
+                    self._changed.wait(max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
+                    return
+                self._lead = lead
+            self._step()
+        finally:
+            self._give_up(lead)
+
+    def _give_up(self, lead: _Lead) -> None:
+        """Lets another lead, if this one did."""
+        try:
+            if self._lead is lead:
+                with self._changed:
+                    self._sweep()
+                    self._lead = None
+                    self._changed.notify_all()
+        finally:
+            lead.over = True  # whatever has interrupted this
+
+    def leave(self, generation: Generation) -> None:
+        """Forgets a generation that is closed: now, or by the leader at the end of its step."""
+        self._left.append(generation)
+        if self._changed.acquire(blocking=False):
+            try:
+                if self._lead is None or not self._lead.lives:
+                    self._sweep()
+            finally:
+                self._changed.release()
+
+    def exclusively(self, action: Callable[[], object]) -> None:
+        """Does something to the caches while no step runs. Not from within a step."""
+        lead = _Lead()
+        while True:
+            try:
+                with self._changed:
+                    if self._lead is not None and self._lead.lives:
+                        self._changed.wait(LOOK_SECONDS)
+                        continue
+                    self._lead = lead
+                    self._sweep()
+                action()
+                return
+            finally:
+                self._give_up(lead)
+
+    def wake(self) -> None:
+        """Lets those who wait look again at what they wait for: one was cancelled."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends all generations within one step, and lets go of all caches."""
+        for generation in list(self._live):
+            generation.cancel()
+        self.exclusively(self.store.clear)
+
+    @property
+    def live(self) -> int:
+        """How many generations have begun and not ended."""
+        return len(self._live)
+
+    # --- the leader ---------------------------------------------------------------------------------------------------
+    def _sweep(self) -> None:
+        """Takes those that have left out of the slab, and hands their caches on."""
+        while self._left:
+            generation = self._left.pop()
+            if generation in self._live:
+                self._live.remove(generation)
+            try:
+                generation.retire()
+            except Exception as error:
+                _log.warning("the cache of a generation was lost: %s", error)
+
+    def move_out(self, engine: Engine, *, keep: bool = True) -> None:
+        """Takes a row out of the slab, with its cache or without. Between two runs only."""
+        if self._slab is not None:
+            self._stalled.pop(id(engine), None)
+            self._slab.remove(engine, keep=keep)
+
+    def shares_memory(self, engine: Engine) -> bool:
+        """Whether an engine is in the slab."""
+        return self._slab is not None and self._slab.holds(engine)
+
+    def _step(self) -> None:
+        """One chunk of a prefill, and one run that decodes."""
+        self.steps += 1
+        waiting = [g for g in self._waiting if not g.ended]
+        live = [g for g in list(self._live) if not g.ended]
+        for generation in waiting:
+            self._guarded(generation, generation.begin)
+        rows = [g for g in live if g.begun and not g.ended and g.pending == 1 and self._shares(g)]
+        if len(rows) < 2:
+            rows = []
+        reading = [g for g in rows if g.ahead < AHEAD]
+        together = reading if len(reading) > 1 and any(g in waiting for g in reading) else []
+        # Who is not decoded with others has a step of its own, one of them each time, in order.
+        alone = next((g for g in waiting if g not in together and not g.ready), None)
+        if alone is not None:
+            beside = alone.pending > 1 and any(g is not alone and g.begun and g.pending == 1 for g in live)
+            self._guarded(alone, lambda: alone.step(PREFILL_BESIDE if beside else None))
+            self._to_the_end(alone)
+        if together:
+            self._decode(together)
+        self._park({id(g.engine) for g in together})
+
+    def _shares(self, generation: Generation) -> bool:
+        """Whether its next token can be decoded in a run with others."""
+        slab, engine = self._slab, generation.engine
+        return slab is not None and engine.length > 0 and not engine.decodes_in_int8 and slab.has_room(engine)
+
+    def _decode(self, rows: list[Generation]) -> None:
+        """One token for each of several rows, in one run."""
+        assert self._slab is not None
+        for generation in rows:
+            generation.settle()
+        joining = 0
+        for generation in list(rows):  # room was looked at for each alone
+            joining += not self._slab.holds(generation.engine)
+            if len(self._slab.members) + joining > self._slab.most and not self._slab.holds(generation.engine):
+                rows.remove(generation)
+        try:
+            logits = self._slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])
+        except Exception as error:
+            for generation in rows:
+                generation.fail(error)
+            return
+        self.batched += len(rows)
+        for generation, row in zip(rows, logits, strict=True):
+            self._guarded(generation, lambda g=generation, row=row: _take(g, row))  # type: ignore[misc]
+
+    def _park(self, wanted: set[int]) -> None:
+        """Moves rows out that have had no token for a while, so that the others do not run over them."""
+        if self._slab is None or not self._slab.members:
+            return
+        for engine in list(self._slab.members):
+            steps = 0 if id(engine) in wanted else self._stalled.get(id(engine), 0) + 1
+            self._stalled[id(engine)] = steps
+            if steps > STALLED:
+                self._stalled.pop(id(engine))
+                self._slab.remove(engine)
+
+    def _to_the_end(self, generation: Generation) -> None:
+        with self._changed:
+            if generation in self._waiting:
+                self._waiting.remove(generation)
+                self._waiting.append(generation)
+
+    @staticmethod
+    def _guarded(generation: Generation, action: Callable[[], object]) -> None:
+        """An error belongs to the generation that it came of, whoever leads."""
+        try:
+            action()
+        except Exception as error:
+            generation.fail(error)
+
+
+def _take(generation: Generation, logits: object) -> None:
+    row = logits[None]  # type: ignore[index]
+    if not all_finite(row):
+        generation.engine.trim(generation.engine.length - 1)
+        raise NumericsError(
+            f"the logits at position {generation.engine.length} are not finite (NaN or infinity): the weights are "
+            "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
+        )
+    generation.take(row, [])

@@ -1,0 +1,233 @@
+"""A session: a text of its own over a model that others use as well, with a cache that goes on where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, Unpack
+
+from pastkey.errors import InputError
+from pastkey.values import is_int
+
+from .completion import Completion, completed
+from .engine.engine import Engine
+from .generate import Generation
+from .settings import SESSION_OPTIONS, SessionOptions, require_known
+from .stream import Stream
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+
+
+class Session:
+    """One text that grows: what is appended, what is generated from there. It begins empty.
+
+    Sessions of one model may be used at the same time, each by one thread at a time; `cancel` may come from any. The
+    keys and values of the text stay, so that only what is new is computed.
+    """
+
+    def __init__(self, model: LanguageModel, ids: Sequence[int] = (), engine: Engine | None = None) -> None:
+        """See `LanguageModel.session`. `engine`: with some of the first of `ids` in its cache."""
+        self._model = model
+        self._ids = list(ids)
+        self._engine: Engine | None = engine or model.new_engine()
+        self._generation: Generation | None = None
+        self._cancelled = False
+
+    def __repr__(self) -> str:
+        return f"<Session of {len(self.ids)} tokens>" if self._engine is not None else "<Session, closed>"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the text so far, the generated ones included."""
+        generation = self._generation
+        if generation is None:
+            return list(self._ids)
+        return generation.ids[: generation.prompt_tokens + generation.new_tokens]
+
+    @property
+    def text(self) -> str:
+        """The text so far, special tokens left out; "" without a tokenizer."""
+        tokenizer = self._model.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes."""
+        return 0 if self._engine is None else self._engine.nbytes
+
+    def append(self, text: str | Sequence[int]) -> None:
+        """Appends a text, and computes its keys and values, all but those of the last two tokens.
+
+        Args:
+            text: A text, which the tokenizer encodes, with its BOS token where it is the first; or token ids.
+
+        Raises:
+            InputError: It is empty, has no tokens or is too long for the context; the session is closed or generates.
+            NumericsError: The model yields NaN or infinity.
+        """
+        engine = self._idle()
+        ids = [*self._ids, *self._encode(text)]
+        engine.checked(ids, 1, start=0)
+        self._ids, self._cancelled = ids, False
+        self._model.memory.promise(engine, len(ids))
+        scheduler = self._model.scheduler
+
+        def run() -> None:
+            missing = ids[engine.length : -2]
+            if missing:
+                sizes = engine.chunk_sizes(len(missing))
+                engine.append(missing[: sizes[0]])
+
+        scheduler.exclusively(lambda: engine.keep_prefix(ids))
+        while engine.length < len(ids) - 2 and not self._cancelled:
+            scheduler.exclusively(run)
+
+    def generate(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Completion:
+        """Continues the text.
+
+        Args:
+            text: What is appended first, as by `append`.
+            **options: Those of `LanguageModel.generate`, but `reuse_prefix`, which a session does always.
+
+        Returns:
+            The continuation. It stands in the session, too.
+
+        Raises:
+            InputError: The text is empty or too long, an option is out of range, or the session is closed or generates.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
+        """
+        require_known("session.generate", options, SESSION_OPTIONS)
+        return completed(self._stream(text, options))
+
+    def stream(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Stream:
+        """Continues the text token by token; what was yielded stands in the session. See `generate`.
+
+        The session generates from the first `next` on until the stream ends or is closed.
+        """
+        require_known("session.stream", options, SESSION_OPTIONS)
+        return self._stream(text, options)
+
+    def keep(self, prompt: str | Sequence[int]) -> int:
+        """Forgets all that is not the beginning of a prompt.
+
+        Args:
+            prompt: A whole text as in `LanguageModel.generate`, or token ids.
+
+        Returns:
+            How many tokens stay. Append the prompt's others, or generate with them: `prompt_ids(prompt)[kept:]`.
+        """
+        self._idle()
+        ids, kept = self._model.prompt_ids(prompt), 0
+        for mine, theirs in zip(self._ids, ids, strict=False):
+            if mine != theirs:
+                break
+            kept += 1
+        self.trim(kept)
+        return kept
+
+    def trim(self, length: int) -> None:
+        """Forgets all but the first `length` tokens. Raises InputError where there are fewer."""
+        engine = self._idle()
+        if not is_int(length) or not 0 <= length <= len(self._ids):
+            raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {length}")
+        del self._ids[length:]
+        if engine.length > length:
+            self._model.scheduler.exclusively(engine.reset if engine.manifest.states else lambda: engine.trim(length))
+
+    def fork(self) -> Session:
+        """Another session with the same text and a copy of its cache."""
+        engine = self._idle()
+        if not engine.graph.copies and not engine.manifest.states:
+            return Session(self._model, self._ids)  # elsewhere than on the processor it is computed again
+        copied: list[Engine] = []
+        self._model.scheduler.exclusively(lambda: copied.append(engine.copy()))
+        self._model.memory.promise(copied[0], engine.length)
+        return Session(self._model, self._ids, copied[0])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the text and its cache to a file, whole or not at all. `LanguageModel.load_session` reads it.
+
+        Raises:
+            InputError: The session is closed or generates, or there is no such folder.
+            OSError: The disk is full, or nothing can be written there; what stood there before stays.
+        """
+        from .session_file import write_session
+
+        engine = self._idle()
+        self._model.scheduler.exclusively(lambda: write_session(Path(path), self._model.bundle, self._ids, engine))
+
+    def cancel(self) -> None:
+        """Ends what the session does now within one step, from any thread. What was generated stays."""
+        self._cancelled = True
+        generation = self._generation
+        if generation is not None:
+            generation.cancel()
+            self._model.scheduler.wake()
+
+    def close(self) -> None:
+        """Lets go of the cache. A stream of it ends within one step."""
+        generation, engine = self._generation, self._engine
+        if generation is not None:
+            generation.cancel()
+            generation.close()
+        self._engine = None
+        if engine is not None:
+            self._model.memory.release(engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _encode(self, text: str | Sequence[int]) -> list[int]:
+        if isinstance(text, str) and self._ids and self._model.tokenizer is not None:
+            return self._model.tokenizer.encode(text, add_special_tokens=False) if text else []
+        return self._model.prompt_ids(text)
+
+    def _stream(self, text: str | Sequence[int], options: SessionOptions) -> Stream:
+        engine = self._idle()
+        more = isinstance(text, str) or len(text)
+        ids = [*self._ids, *(self._encode(text) if more else [])]
+        if not ids:
+            raise InputError("the session is empty: append a text first, or generate from one")
+        after_text = bool(self._ids) or (isinstance(text, str) and bool(text.strip()))
+
+        def provide(generation: Generation) -> tuple[Engine, int]:
+            self._model.memory.promise(engine, generation.most_tokens)
+            return engine, engine.keep_prefix(generation.ids, exact=options.get("exact", False))
+
+        def retired(ended: Generation) -> None:
+            self._model.scheduler.move_out(engine)
+            if self._generation is ended:
+                self._ids, self._generation = list(ended.ids), None
+
+        before = list(self._ids)
+
+        def starting(generation: Generation) -> None:
+            self._idle()
+            if self._ids != before:
+                raise InputError("the session went on since this stream was made: make another one")
+            self._generation = generation
+
+        return self._model.begin(ids, options, after_text, provide, retired, starting)
+
+    def _idle(self) -> Engine:
+        """The engine, which nothing runs. Raises InputError."""
+        self._model.require_open()
+        if self._engine is None:
+            raise InputError("this session is closed: open another with model.session()")
+        if self._generation is not None and self._generation.closed:
+            self._model.scheduler.exclusively(lambda: None)  # it is taken out of the caches
+        if self._generation is not None:
+            raise InputError(
+                "this session has a stream that is not at its end: read it to its end or close it (stream.close()) "
+                "first, or go on in a fork"
+            )
+        return self._engine

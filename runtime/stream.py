@@ -1,0 +1,125 @@
+"""A stream: the tokens of a generation as pieces of text, until it ends, is closed or is cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from types import TracebackType
+from typing import Self
+
+from .completion import Chunk, Completion
+from .generate import Generation
+from .text.codec import StopStrings, TextStream
+
+
+class Stream(Generator[Chunk, None, Completion]):
+    """Yields a Chunk for each new token; their texts together are the completion's.
+
+    It takes nothing until its first `next`. It belongs to no thread: each `next` may come from another one, and
+    `cancel` and `close` from any, also while another is inside `next`. Several streams of one model are advanced in any
+    order. One that is closed, cancelled or collected leaves the model within one step.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        text: TextStream | None,
+        stops: StopStrings,
+        wake: Callable[[], None],
+    ) -> None:
+        """`wake` lets a thread that waits for the next token look again."""
+        self._generation, self._wake = generation, wake
+        self._told = _Told(generation, stops)
+        self._chunks = _run(self._told, text)  # which knows nothing of this object, so that it is collected at once
+
+    @property
+    def completion(self) -> Completion | None:
+        """What it returns at its end; also after `close`, with what was yielded until then. None before."""
+        return self._told.completion
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def send(self, value: None) -> Chunk:
+        """As `next`."""
+        return self._chunks.send(value)
+
+    def throw(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+    ) -> Chunk:
+        """Ends it, and raises the error."""
+        del traceback
+        self.close()
+        raise kind if isinstance(kind, BaseException) else kind(*([] if value is None else [value]))
+
+    def cancel(self) -> None:
+        """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
+        self._generation.cancel()
+        self._wake()
+
+    def close(self) -> None:
+        """Ends it within one step; no more can be read. Never waits."""
+        self._generation.cancel()
+        try:
+            self._chunks.close()
+        except ValueError:  # another thread is inside, and comes to the end now
+            self._wake()
+        self._generation.close()
+        self._told.complete()
+
+    def __del__(self) -> None:
+        generation = vars(self).get("_generation")
+        if generation is not None:
+            generation.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _Told:
+    """What a stream has told so far."""
+
+    def __init__(self, generation: Generation, stops: StopStrings) -> None:
+        self.generation, self.stops = generation, stops
+        self.texts: list[str] = []
+        self.completion: Completion | None = None
+
+    def complete(self) -> Completion:
+        """The completion, once and for all."""
+        if self.completion is None:
+            generation = self.generation
+            reason = "stop_string" if self.stops.found else generation.finish_reason
+            self.completion = Completion(
+                "".join(self.texts),
+                generation.ids[generation.prompt_tokens : generation.prompt_tokens + generation.new_tokens],
+                reason or "cancelled",
+                generation.prompt_tokens,
+                generation.new_tokens,
+                generation.prefill_seconds,
+                generation.decode_seconds,
+                generation.reused_tokens,
+            )
+        return self.completion
+
+
+def _run(told: _Told, text: TextStream | None) -> Generator[Chunk, None, Completion]:
+    stops, texts = told.stops, told.texts
+    try:
+        for token in told.generation:
+            texts.append("" if text is None else stops.push(text.push(token)))
+            yield Chunk(texts[-1], [token])
+            if stops.found:
+                break
+        if text is not None:
+            texts.append(stops.push(text.flush()) + stops.flush())
+            if texts[-1]:
+                yield Chunk(texts[-1], [])
+    finally:
+        told.generation.close()
+        completion = told.complete()
+    return completion
