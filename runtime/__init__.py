@@ -4,11 +4,13 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-A reader's way in: `language_model` (text in, text out) and `chat` (a conversation) make a `generate` (the loop over
-ids) in their turn (`turns`), with the options of `settings`, and give a `completion`. The rooms that they stand on:
+A reader's way in: `loading` opens a bundle; `language_model` (text in, text out), `session` (a text that stays) and
+`chat` (a conversation) make a `generate` (the steps over ids) with the options of `settings`, read it as a `stream`,
+and give a `completion`; `many` and `asynchronous` read several, and in an event loop. The rooms that they stand on:
 
 - `providers/`: which hardware runs a graph, and how onnxruntime opens a session there.
 - `engine/`: an opened graph and its cache: token ids in, logits out.
+- `batching/`: who runs a step, and for whom: where rows meet, and which caches stay.
 - `sampling/`: from logits to a token, and drafts of the next ones.
 - `text/`: tokens <-> text, and a conversation as one text.
 - `commands/`: what `cli` runs beyond the library.
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     from .engine.engine import Engine as Engine
     from .generate import Generation as Generation
     from .language_model import LanguageModel as LanguageModel
-    from .language_model import load as load
+    from .loading import load as load
+    from .session import Session as Session
     from .settings import ChatOptions as ChatOptions
     from .settings import GenerateOptions as GenerateOptions
     from .settings import SamplingConfig as SamplingConfig
+    from .stream import Stream as Stream
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
@@ -41,7 +45,10 @@ else:
             ".completion": ["Chunk", "Completion"],
             ".engine.engine": ["Engine"],
             ".generate": ["Generation"],
-            ".language_model": ["LanguageModel", "load"],
+            ".language_model": ["LanguageModel"],
+            ".loading": ["load"],
+            ".session": ["Session"],
+            ".stream": ["Stream"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig"],
         },
     )

@@ -67,7 +67,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .language_model import load
+    from .loading import load
 
     prompt = arguments.prompt_ids if arguments.prompt is None else arguments.prompt
     if prompt == "-":
@@ -107,7 +107,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.prompt is None:
         raise InputError("--json holds the answer to one question: give it with --prompt TEXT")
     from .commands.terminal import converse, print_answer
-    from .language_model import load
+    from .loading import load
 
     options = _generation_options(arguments)
     model = load(arguments.bundle, **_placement(arguments))

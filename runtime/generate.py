@@ -62,7 +62,7 @@ class Generation:
         driver: Driver | None = None,
         provide: Callable[[Generation], tuple[Engine, int]] | None = None,
         retired: Callable[[Generation], None] | None = None,
-        starting: Callable[[Generation], None] | None = None,
+        starting: Callable[[Generation], object] | None = None,
     ) -> None:
         """Leaves the engine alone until the first token is asked for.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Self, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.values import is_int, is_number
 
+from .asynchronous import AsyncStream
 from .batching.memory import CacheMemory
 from .batching.prefix_store import PREFIX_BYTES, PrefixStore
 from .batching.scheduler import MAX_ROWS, Scheduler
@@ -23,11 +25,11 @@ from .completion import Completion, completed
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generate import Generation
+from .many import StreamMany, all_completed, several
 from .session import Session
 from .settings import (
     GENERATE_OPTIONS,
     MAX_NEW_TOKENS,
-    Choice,
     GenerateOptions,
     PlacementOptions,
     SamplingConfig,
@@ -37,63 +39,7 @@ from .settings import (
 from .stream import Stream
 from .text.codec import StopStrings, TextCodec, TextStream
 
-
-def load(
-    path: str | Path,
-    providers: Choice | Sequence[Choice] | None = None,
-    threads: int | None = None,
-    verify: bool | None = None,
-    *,
-    allow_fallback: bool = False,
-    session_entries: Mapping[str, str] | None = None,
-) -> LanguageModel:
-    """Opens a bundle.
-
-    Args:
-        path: The folder that `pastkey export` wrote.
-        providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone or
-            as a pair with its options. None takes the one that the bundle was made for. One that is not on this
-            machine is an error.
-        threads: Number of threads within an operator. None takes the physical cores.
-        verify: True hashes every file again, False no file, None those that changed since they were hashed last.
-        allow_fallback: Whether the processor may run what a provider that was asked for leaves. Without it a provider
-            that was seen to run a whole graph runs all of this one, or is an error that names the operators; of any
-            other one a FallbackWarning names them.
-        session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
-
-    Raises:
-        MissingFileError: There is no bundle at `path`.
-        IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it.
-        ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
-        MissingExtraError: onnxruntime is not installed, or older than the bundle needs.
-        InputError: An argument has another type, or `threads` is out of range.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"path is {path!r}; the path of a bundle folder was expected, as a str or a Path")
-    if threads is not None and not is_int(threads):
-        raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
-    if not (providers is None or _is_choice(providers)) and not (
-        isinstance(providers, Collection) and all(map(_is_choice, providers))
-    ):
-        raise InputError(
-            f'providers is {providers!r}; a name such as "cuda", a pair of a name and its options, or a list of these '
-            "was expected"
-        )
-    if session_entries is not None and not (
-        isinstance(session_entries, Mapping)
-        and all(isinstance(part, str) for item in session_entries.items() for part in item)
-    ):
-        raise InputError(
-            f'session_entries is {session_entries!r}; a mapping of texts such as {{"session.use_env_allocators": "1"}} '
-            "was expected"
-        )
-    return LanguageModel(
-        open_bundle(path, verify=verify),
-        providers=providers,
-        threads=threads,
-        allow_fallback=allow_fallback,
-        session_entries=session_entries,
-    )
+_log = logging.getLogger("pastkey")
 
 
 class LanguageModel:
@@ -107,6 +53,7 @@ class LanguageModel:
         bundle: The bundle, with its absolute path.
         manifest: What the bundle says of itself.
         tokenizer: Its tokenizer, or None for a bundle that has none.
+        max_batch: How many generations are decoded in one run, at most.
         scheduler: Who runs the steps.
         memory: What the caches may take.
     """
@@ -118,19 +65,25 @@ class LanguageModel:
         max_memory: int | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         max_batch: int = MAX_ROWS,
+        temporary: Callable[[], object] | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
-        """See `load`."""
+        """See `load`. `temporary` removes the bundle's folder, which is unpacked for this model alone."""
         # Read again later, wherever the process has gone by then.
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
-        self._placement = placement
+        self._settings = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch, **placement}
+        self._temporary = temporary
+        self.holds: object = None  # what lives as long as the model
         self._engine: Engine | None = Engine(bundle, **placement)
         require_golden(self._engine, bundle)
         store = PrefixStore(self._engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory))
         self.scheduler = Scheduler(self._engine.graph, store, max_batch)
+        self.max_batch = max_batch
         self.memory = CacheMemory(self._engine.graph, store, max_memory)
+        self._executor: ThreadPoolExecutor | None = None
+        _log.debug("loaded %s on %s with %d threads", self.bundle.path, self._engine.providers, self._engine.threads)
 
     def __repr__(self) -> str:
         closed = "" if self._engine is not None else ", closed"
@@ -146,6 +99,16 @@ class LanguageModel:
         """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
         self._engine = None
         self.scheduler.close()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+        if self._temporary is not None:
+            self._temporary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process loads the bundle again, by its path."""
+        if self._temporary is not None:
+            raise InputError("a model that was unpacked cannot be given to another process: load it there")
+        return _load_again, (self.bundle.path, self._settings)
 
     def require_open(self) -> Engine:
         """An engine over the graph, for what it says of itself. Raises InputError where the model is closed."""
@@ -179,11 +142,28 @@ class LanguageModel:
         self.memory.promise(engine, len(ids))
         return Session(self, ids, engine)
 
-    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """Continues one prompt.
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them, too
+        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        progress: Callable[[int, int], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        progress: Callable[[int, int], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | list[Completion]:
+        """Continues a prompt, or each of several.
 
         Args:
-            prompt: A text, or a sequence of token ids (T,).
+            prompt: A text, or a sequence of token ids (T,); or a sequence of these, which are decoded together.
+            progress: Of several prompts, is told how many are done, and how many there are, after each.
             **options: How the continuation is made.
 
                 - `max_new_tokens` (int, 64): At most so many new tokens. The end of the context may come first.
@@ -199,15 +179,16 @@ class LanguageModel:
                 - `reuse_prefix` (bool, False): What the prompt shares with the beginning of an earlier one and its
                   continuation is not computed again; this text is kept for later calls. In int8 the text may be another
                   one, as likely, where the shared part was generated.
-                - `exact` (bool, False): With `reuse_prefix`, computes anew what was not computed by a prefill: the tokens
-                  that were generated. Then an int8 text does not depend on what the cache held.
+                - `exact` (bool, False): With `reuse_prefix`, computes anew what a prefill did not compute: what was
+                  generated. Then an int8 text does not depend on what the cache held.
                 - `timeout` (float or None, None): Seconds from the first step on. Then it ends within one step, with
                   the finish_reason "deadline" and what was generated.
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
 
         Returns:
-            The continuation, with its ids and figures.
+            The continuation, with its ids and figures; of several prompts a list of them in the same order, each as
+            that of a call of its own.
 
         Raises:
             InputError: The prompt is empty, too long, or has no tokens; an option is out of range; the model is closed.
@@ -216,7 +197,47 @@ class LanguageModel:
             ResourceError: The cache would take more than `max_memory`.
         """
         require_known("generate", options, GENERATE_OPTIONS)
-        return completed(self._stream(prompt, options))
+        if several(prompt):
+            return all_completed(StreamMany(self._stream, prompt, options, self.max_batch), progress)
+        return completed(self._stream(prompt, options))  # type: ignore[arg-type]
+
+    def stream_many(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Unpack[GenerateOptions]
+    ) -> StreamMany:
+        """Continues several prompts at the same time, token by token.
+
+        Args:
+            prompts: Texts, or sequences of token ids (T,).
+            **options: As in `generate`, for each.
+
+        Returns:
+            An iterator of pairs: the place of a prompt, and the next Chunk of its continuation. `completions` is the
+            list of those that have ended, by place, and the value of StopIteration.
+
+        Raises:
+            InputError: There is no prompt, or as in `generate`.
+            OptionError: There is no option of that name.
+        """
+        require_known("stream_many", options, GENERATE_OPTIONS)
+        return StreamMany(self._stream, prompts, options, self.max_batch)
+
+    def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
+        require_known("astream", options, GENERATE_OPTIONS)
+        return AsyncStream(self._stream(prompt, options), self.executor)
+
+    async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
+        """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
+        require_known("agenerate", options, GENERATE_OPTIONS)
+        return await AsyncStream(self._stream(prompt, options), self.executor).completed()
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The threads that wait for the tokens of an event loop. They begin with the first such call."""
+        self.require_open()
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self.max_batch, thread_name_prefix="pastkey")
+        return self._executor
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Stream:
         """Continues one prompt token by token.
@@ -298,7 +319,9 @@ class LanguageModel:
         tokens = list(given)
         odd = [token for token in tokens if not is_int(token)]
         if odd and all(isinstance(token, str | Sequence | np.ndarray) for token in tokens):
-            raise InputError(f"several prompts were given; one at a time is taken, {expected}: call this once for each")
+            raise InputError(
+                f"several prompts were given; one was expected, {expected}: generate and stream_many take a list"
+            )
         if odd:
             raise InputError(
                 f"{name} holds {odd[0]!r:.60}; token ids are whole numbers from 0 to {self.manifest.vocab_size - 1}"
@@ -327,7 +350,8 @@ class LanguageModel:
                 self.scheduler.store.put(engine, reuse=reuse)
 
         after_text = isinstance(prompt, str) and bool(prompt.strip())
-        return self.begin(self.prompt_ids(prompt), options, after_text, provide, retired)
+        starting = lambda _: self.require_open()  # noqa: E731 - it may be closed since this call
+        return self.begin(self.prompt_ids(prompt), options, after_text, provide, retired, starting)
 
     def begin(
         self,
@@ -336,7 +360,7 @@ class LanguageModel:
         after_text: bool,
         provide: Callable[[Generation], tuple[Engine, int]],
         retired: Callable[[Generation], None],
-        starting: Callable[[Generation], None] | None = None,
+        starting: Callable[[Generation], object] | None = None,
     ) -> Stream:
         """A stream behind `ids`, whose first step comes with its first `next`.
 
@@ -374,8 +398,5 @@ class LanguageModel:
         return Stream(generation, text, StopStrings(stops), self.scheduler.wake)
 
 
-def _is_choice(value: object) -> bool:
-    """Whether it names one execution provider, with options or without."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return isinstance(value[0], str) and isinstance(value[1], dict)
-    return isinstance(value, str)
+def _load_again(path: Path, settings: dict[str, Any]) -> LanguageModel:
+    return LanguageModel(open_bundle(path), **settings)

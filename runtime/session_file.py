@@ -31,7 +31,7 @@ from .engine.engine import Engine
 _MAGIC = b"pastkey session 1\n"
 _DIGITS = 8
 _LONGEST = 64 * 2**20  # bytes of a header; a token's id takes 7 at most
-_TYPES = ("<f4", "<f2")
+_TYPES = {kind: kind for kind in ("<f4", "<f2")}
 
 
 def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine) -> None:
@@ -88,7 +88,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             rows = []
             for shape, kind in shapes:
                 row = np.empty(shape, kind)
-                file.readinto(memoryview(row).cast("B") if row.size else bytearray())
+                file.readinto(_bytes(row))
                 digest.update(_bytes(row))
                 rows.append(row)
             if file.read() != digest.digest():
@@ -133,27 +133,38 @@ def _parse(
         raise IntegrityError(
             f"{path} was saved by another bundle than {bundle.path}: load it with that one, or compute it again"
         )
-    ids, cached, exact, arrays = (header.get(key) for key in ("ids", "cached", "exact", "arrays"))
     manifest = engine.manifest
-    good = isinstance(ids, list) and all(is_int(token, 0, manifest.vocab_size - 1) for token in ids)
-    good = good and len(ids) <= manifest.context_length + 1
-    good = good and is_int(cached, 0, len(ids)) and is_int(exact, 0, cached) and isinstance(arrays, list)
-    if not good:
+    ids, arrays = header.get("ids"), header.get("arrays")
+    cached, exact = header.get("cached"), header.get("exact")
+    if not (
+        isinstance(ids, list)
+        and all(is_int(token, 0, manifest.vocab_size - 1) for token in ids)
+        and len(ids) <= manifest.context_length + 1
+        and isinstance(cached, int)
+        and is_int(cached, 0, len(ids))
+        and isinstance(exact, int)
+        and is_int(exact, 0, cached)
+    ):
         raise IntegrityError(f"{path} has ids or lengths that cannot be: it was altered, save it again")
     expected = [
         (1, layer.kv_heads, cached, size)
         for layer in manifest.layers
         for size in (layer.key_head_size, layer.value_head_size)
     ]
-    found = [tuple(shape) for shape, kind in arrays if kind in _TYPES] if all(len(a) == 2 for a in arrays) else []
     states = [(1, state.size) for state in manifest.states]
-    own = found[: len(expected)] == expected and [(s[0], s[-1]) for s in found[len(expected) :]] == states
-    if (arrays and not own) or bool(arrays) != bool(cached) or len(found) != len(arrays):
+    try:
+        shapes = [tuple(map(int, shape)) for shape, _ in arrays or ()]
+        kinds = [np.dtype(_TYPES[kind]) for _, kind in arrays or ()]
+    except (TypeError, ValueError, LookupError):
+        shapes, kinds = [(0,)], []
+    parts = len(expected) if cached else 0
+    of_states = [(shape[0], shape[-1]) for shape in shapes[parts:]]
+    if shapes[:parts] != expected[:parts] or of_states != (states if cached else []):
         raise IntegrityError(
             f"{path} has arrays of other shapes than this bundle's cache: it was altered, save it again"
         )
-    return ids, cached, exact, [(shape, np.dtype(kind)) for shape, (_, kind) in zip(found, arrays, strict=True)]
+    return ids, cached, exact, list(zip(shapes, kinds, strict=True))
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:
-    return memoryview(array).cast("B") if array.size else memoryview(b"")
+    return array.reshape(-1).view(np.uint8).data

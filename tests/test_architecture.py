@@ -134,8 +134,8 @@ def test_the_rooms_of_export_are_in_order() -> None:
     assert crossings > 20  # the walk finds them at all
 
 
-# Those of runtime/: what stands beside them makes a language model of them, and commands/ sees everything. batching/ runs
-# the steps of generations, which are made of an engine and a sampler.
+# Those of runtime/: what stands beside them makes a language model of them, and commands/ sees everything. batching/
+# runs the steps of generations, which are made of an engine and a sampler.
 RUNTIME_ROOMS = {
     "providers": frozenset({"providers"}),
     "engine": frozenset({"engine", "providers"}),

@@ -9,8 +9,14 @@ import pastkey
 
 lm = pastkey.load("bundle/")
 lm.generate("a", max_new_tokens=3, temperature=0.5, stop=["."], reuse_prefix=True, prompt_lookup=False).text.upper()
-lm.generate("a", temprature=0.5)  # type: ignore[call-arg]
-lm.generate("a", temperature="hot")  # type: ignore[arg-type]
+lm.generate("a", temprature=0.5)  # type: ignore[call-overload]
+lm.generate("a", temperature="hot")  # type: ignore[call-overload]
+lm.generate(["a", "b"], progress=print)[0].text.upper()
+lm.generate([[1], [2, 3]])[0].text.upper()
+lm.generate(["a"]).text.upper()  # type: ignore[attr-defined]
+session = lm.session()
+session.generate(" b", exact=True, timeout=2.0).cached_tokens.bit_length()
+session.generate(reuse_prefix=True)  # type: ignore[call-arg]
 lm.stream("a", max_tokens=3)  # type: ignore[call-arg]
 chat = lm.chat("be brief", template="other.jinja")
 chat.ask("a", seed=3, top_k=5).ids.append(3)

@@ -18,8 +18,10 @@ collector may call it at any moment in any thread, the leader's too.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from pastkey.errors import NumericsError
@@ -52,6 +54,9 @@ class _Lead:
         return not self.over and self.thread.is_alive()
 
 
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
 class Scheduler:
     """Runs the steps of the generations over one graph.
 
@@ -66,11 +71,14 @@ class Scheduler:
         self.steps = self.batched = 0
         self._changed = threading.Condition(threading.Lock())
         self._lead: _Lead | None = None
+        self._asking: list[_Lead] = []  # who wants to lead alone, in order of arrival
         self._live: list[Generation] = []
         self._waiting: list[Generation] = []  # who has a thread that waits, in order of their last step
         self._left: list[Generation] = []  # to be taken out of the caches
         self._slab = Slab(graph, max_rows) if graph.batches and max_rows > 1 else None
         self._stalled: dict[int, int] = {}  # id of an engine in the slab -> steps without a token
+        self._held: _Lead | None = None  # while the process forks
+        _schedulers.add(self)
 
     # --- whoever waits for a token ------------------------------------------------------------------------------------
     def advance(self, generation: Generation) -> None:
@@ -95,7 +103,7 @@ class Scheduler:
             with self._changed:
                 if generation.ready:
                     return
-                if self._lead is not None and self._lead.lives:
+                if self._is_led or any(asking.lives for asking in self._asking):
                     self._changed.wait(max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
                     return
                 self._lead = lead
@@ -106,10 +114,13 @@ class Scheduler:
     def _give_up(self, lead: _Lead) -> None:
         """Lets another lead, if this one did."""
         try:
-            if self._lead is lead:
+            if self._lead is lead or lead in self._asking:
                 with self._changed:
-                    self._sweep()
-                    self._lead = None
+                    if lead in self._asking:
+                        self._asking.remove(lead)
+                    if self._lead is lead:
+                        self._sweep()
+                        self._lead = None
                     self._changed.notify_all()
         finally:
             lead.over = True  # whatever has interrupted this
@@ -119,7 +130,7 @@ class Scheduler:
         self._left.append(generation)
         if self._changed.acquire(blocking=False):
             try:
-                if self._lead is None or not self._lead.lives:
+                if not self._is_led:
                     self._sweep()
             finally:
                 self._changed.release()
@@ -127,18 +138,24 @@ class Scheduler:
     def exclusively(self, action: Callable[[], object]) -> None:
         """Does something to the caches while no step runs. Not from within a step."""
         lead = _Lead()
-        while True:
-            try:
-                with self._changed:
-                    if self._lead is not None and self._lead.lives:
-                        self._changed.wait(LOOK_SECONDS)
-                        continue
-                    self._lead = lead
-                    self._sweep()
-                action()
-                return
-            finally:
-                self._give_up(lead)
+        try:
+            self._asking.append(lead)
+            with self._changed:
+                self._wait_for(lead)
+            action()
+        finally:
+            self._give_up(lead)
+
+    def _wait_for(self, lead: _Lead) -> None:
+        """Waits for the lead, with `_changed` held, before all who want a step: these would never leave a gap."""
+        while self._is_led or next(other for other in self._asking if other.lives) is not lead:
+            self._changed.wait(LOOK_SECONDS)
+        self._lead = lead
+        self._sweep()
+
+    @property
+    def _is_led(self) -> bool:
+        return self._lead is not None and self._lead.lives
 
     def wake(self) -> None:
         """Lets those who wait look again at what they wait for: one was cancelled."""
@@ -155,6 +172,32 @@ class Scheduler:
     def live(self) -> int:
         """How many generations have begun and not ended."""
         return len(self._live)
+
+    # --- a process that forks -----------------------------------------------------------------------------------------
+    def before_fork(self) -> None:
+        """Waits until no step runs: a child would wait for its end for ever."""
+        lead = self._lead
+        if lead is not None and lead.thread is threading.current_thread():
+            return  # a step's own callback forks
+        lead = _Lead()
+        self._asking.append(lead)
+        self._changed.acquire()
+        self._wait_for(lead)
+        self._held = lead
+
+    def after_fork(self, *, child: bool) -> None:
+        """Goes on. In the child nobody waits, and what other threads generated has ended."""
+        if self._held is None:
+            return
+        self._held.over = True
+        self._lead = self._held = None
+        if child:
+            self._changed = threading.Condition(threading.Lock())
+            self._waiting, self._asking = [], []
+        else:
+            self._asking = [asking for asking in self._asking if asking.lives]
+            self._changed.notify_all()
+            self._changed.release()
 
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
@@ -260,3 +303,19 @@ def _take(generation: Generation, logits: object) -> None:
             "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
         )
     generation.take(row, [])
+
+
+def _each(call: Callable[[Scheduler], None]) -> Callable[[], None]:
+    def of_all() -> None:
+        for scheduler in list(_schedulers):
+            call(scheduler)
+
+    return of_all
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_each(Scheduler.before_fork),
+        after_in_parent=_each(lambda scheduler: scheduler.after_fork(child=False)),
+        after_in_child=_each(lambda scheduler: scheduler.after_fork(child=True)),
+    )

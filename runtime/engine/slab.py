@@ -101,6 +101,7 @@ class Slab:
                 self._make_room(self._rows, cache.length + 1)
                 self._settle(row)
             return
+        assert len(self.members) < self.most, "the caller looks whether there is room"
         self._make_room(len(self.members) + 1, cache.length + 1)
         self.members.append(engine)
         self._settle(len(self.members) - 1)
@@ -145,13 +146,14 @@ class Slab:
             wanted = max(needed, self._capacity + self._capacity // 4)
             context = self._graph.manifest.context_length
             self._capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, context)
-        arrays, self._arrays, self._bound = self._arrays or [None] * len(self._sizes), [], 0
+        before: list[npt.NDArray[Any] | None] = [*self._arrays] or [None] * len(self._sizes)
+        self._arrays, self._bound = [], 0
         for index, (heads, size) in enumerate(self._sizes):
             grown = np.zeros((self._rows, heads, self._capacity, size), np.float32)
             for row, member in enumerate(self.members):
-                if _cache(member).arrays[index].base is arrays[index]:  # else it outgrew its row, and comes back later
+                if _cache(member).arrays[index].base is before[index]:  # else it outgrew its row, and comes back later
                     _cache(member).place(index, grown[row : row + 1])
-            arrays[index] = None
+            before[index] = None
             self._arrays.append(grown)
 
     def _bind(self, count: int) -> None:

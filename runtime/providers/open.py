@@ -22,6 +22,8 @@ from . import placement as ep
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .parts import assigned
 
+# Threads that spin on after a run take the cores from another session of the process, and from the program.
+_STOP_SPINNING = "session.force_spinning_stop"
 _WHOLE = "session.disable_cpu_ep_fallback"
 _RECORD = "session.record_ep_graph_assignment_info"  # from onnxruntime 1.24 on, which ignores what it does not know
 
@@ -125,7 +127,7 @@ def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str
     options.inter_op_num_threads = 1  # a decoder is a chain: nothing runs beside it
     # Errors; warnings about shapes of the shared buffer mean nothing here. What stays behind is told by us.
     options.log_severity_level = 4 if _WHOLE in entries else 3
-    for key, value in entries.items():
+    for key, value in ({_STOP_SPINNING: "1"} | dict(entries)).items():
         options.add_session_config_entry(key, value)
     if linked:  # copied while the session is made: with 134 MB of weights the peak of a load is 172 MiB higher
         sizes = [len(content) for content in linked.values()]

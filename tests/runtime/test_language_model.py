@@ -106,9 +106,9 @@ def test_a_prompt_that_is_none_is_refused(model: LanguageModel, prompt: Any) -> 
 @pytest.mark.parametrize(
     "prompt", [["a", "b"], ["a"], ("a", "b"), [[1, 2], [3]], [[1, 2]], np.array([[1, 2]]), [np.array([1, 2])]]
 )
-def test_several_prompts_are_refused(model: LanguageModel, prompt: Any) -> None:
-    with pytest.raises(InputError, match="several prompts were given; one at a time is taken, a text or a sequence of"):
-        model.generate(prompt)
+def test_several_prompts_are_refused_by_a_stream(model: LanguageModel, prompt: Any) -> None:
+    with pytest.raises(InputError, match="several prompts were given; one was expected, a text or a sequence of"):
+        model.stream(prompt)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,10 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"path": b"folder"}, "path is b'folder'; the path of a bundle folder was expected"),
+        ({"path": 3}, "path is 3; the path of a bundle folder was expected"),
+        ({"max_memory": 0}, "max_memory is 0; a whole number from 1 was expected"),
+        ({"prefix_bytes": None}, "prefix_bytes is None; a whole number from 0 was expected"),
+        ({"max_batch": 1.5}, "max_batch is 1.5; a whole number from 1 was expected"),
         ({"path": None}, "path is None; the path"),
         ({"threads": "2"}, "threads is '2'; a whole number was expected"),
         ({"threads": 1.5}, "threads is 1.5; a whole number was expected"),

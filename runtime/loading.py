@@ -1,0 +1,186 @@
+"""Opening a bundle, wherever it lies: a folder, a zip file, bytes, or a resource of a package."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from pastkey.bundle import open_bundle
+from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.folder import is_inside
+from pastkey.names import MANIFEST
+from pastkey.values import is_int
+
+from .batching.prefix_store import PREFIX_BYTES
+from .batching.scheduler import MAX_ROWS
+from .language_model import LanguageModel
+from .settings import Choice
+
+
+def load(
+    path: str | Path | bytes | Traversable,
+    providers: Choice | Sequence[Choice] | None = None,
+    threads: int | None = None,
+    verify: bool | None = None,
+    *,
+    allow_fallback: bool = False,
+    session_entries: Mapping[str, str] | None = None,
+    max_memory: int | None = None,
+    prefix_bytes: int = PREFIX_BYTES,
+    max_batch: int = MAX_ROWS,
+) -> LanguageModel:
+    """Opens a bundle.
+
+    Args:
+        path: The folder that `pastkey export` wrote, a zip file of it, the bytes of one, or a folder or zip file of
+            `importlib.resources`. A zip file is unpacked to a temporary folder until the model is closed or collected,
+            for the weights to be mapped.
+        providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone or
+            as a pair with its options. None takes the one that the bundle was made for. One that is not on this
+            machine is an error.
+        threads: Number of threads within an operator. None takes the physical cores.
+        verify: True hashes every file again, False no file, None those that changed since they were hashed last.
+        allow_fallback: Whether the processor may run what a provider that was asked for leaves. Without it a provider
+            that was seen to run a whole graph runs all of this one, or is an error that names the operators; of any
+            other one a FallbackWarning names them.
+        session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
+        max_memory: Bytes that all caches of the model may take together. A call that might need more raises
+            ResourceError before it begins. `lm.memory.estimate(tokens)` tells what a cache takes. None for no limit.
+        prefix_bytes: Bytes that the caches of earlier texts may take, which `reuse_prefix` and conversations go on
+            from; the least recently used goes first.
+        max_batch: How many generations are decoded in one run, at most; 1 lets them take turns.
+
+    Raises:
+        MissingFileError: There is no bundle at `path`.
+        IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it.
+        ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
+        MissingExtraError: onnxruntime is not installed, or older than the bundle needs.
+        InputError: An argument has another type, or is out of range.
+    """
+    if threads is not None and not is_int(threads):
+        raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
+    if not (providers is None or _is_choice(providers)) and not (
+        isinstance(providers, Collection) and all(map(_is_choice, providers))
+    ):
+        raise InputError(
+            f'providers is {providers!r}; a name such as "cuda", a pair of a name and its options, or a list of these '
+            "was expected"
+        )
+    if session_entries is not None and not (
+        isinstance(session_entries, Mapping)
+        and all(isinstance(part, str) for item in session_entries.items() for part in item)
+    ):
+        raise InputError(
+            f'session_entries is {session_entries!r}; a mapping of texts such as {{"session.use_env_allocators": "1"}} '
+            "was expected"
+        )
+    for name, value, least in (
+        ("max_memory", max_memory, 1),
+        ("prefix_bytes", prefix_bytes, 0),
+        ("max_batch", max_batch, 1),
+    ):
+        if not is_int(value, least) and not (value is None and name == "max_memory"):
+            raise InputError(f"{name} is {value!r}; a whole number from {least} was expected")
+    folder, temporary = _folder_of(path)
+    try:
+        model = LanguageModel(
+            open_bundle(folder, verify=verify),
+            providers=providers,
+            threads=threads,
+            allow_fallback=allow_fallback,
+            session_entries=session_entries,
+            max_memory=max_memory,
+            prefix_bytes=prefix_bytes,
+            max_batch=max_batch,
+            temporary=None if temporary is None else weakref.finalize(temporary, shutil.rmtree, folder, True),
+        )
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if temporary is not None:
+        model.holds = temporary
+    return model
+
+
+class _Temporary:
+    """What a temporary folder lives as long as."""
+
+
+def _folder_of(path: object) -> tuple[Path, _Temporary | None]:
+    """The bundle's folder, and what a temporary one is tied to. Raises InputError, IntegrityError, MissingFileError."""
+    if isinstance(path, bytes | bytearray | memoryview):
+        return _unpacked(io.BytesIO(path), "the bytes")
+    if isinstance(path, str | os.PathLike):
+        place = Path(path)
+        if place.is_file() and zipfile.is_zipfile(place):
+            with place.open("rb") as file:
+                return _unpacked(file, str(place))
+        return place, None
+    if isinstance(path, Traversable):
+        if path.is_file():
+            return _unpacked(io.BytesIO(path.read_bytes()), path.name)
+        if not path.is_dir():
+            raise MissingFileError(f"no such bundle: {path.name} is not in its package")
+        folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
+        _copy(path, folder)
+        return folder, _Temporary()
+    raise InputError(
+        f"path is {path!r}; the path of a bundle folder was expected, as a str or a Path, or a zip file of one, its "
+        "bytes, or a resource of a package"
+    )
+
+
+def _copy(source: Traversable, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for part in source.iterdir():
+        if part.is_dir():
+            _copy(part, target / part.name)
+        else:
+            with part.open("rb") as read, (target / part.name).open("wb") as written:
+                shutil.copyfileobj(read, written)
+
+
+def _unpacked(file: object, name: str) -> tuple[Path, _Temporary]:
+    """A temporary folder with what stands beside the manifest in a zip file."""
+    try:
+        archive = zipfile.ZipFile(file)  # type: ignore[call-overload]
+    except zipfile.BadZipFile:
+        raise InputError(f"{name:.60} are no zip file of a bundle folder") from None
+    with archive:
+        manifests = sorted((entry for entry in archive.namelist() if Path(entry).name == MANIFEST), key=len)
+        if not manifests:
+            raise MissingFileError(f"{name} holds no bundle: it has no {MANIFEST}")
+        root = manifests[0].removesuffix(MANIFEST)
+        folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
+        try:
+            for entry in archive.infolist():
+                inner = entry.filename.removeprefix(root)
+                if entry.is_dir() or not entry.filename.startswith(root):
+                    continue
+                if not is_inside(inner):
+                    raise IntegrityError(f"{name} names {inner!r}, which is not a path inside the folder")
+                (folder / inner).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as read, (folder / inner).open("wb") as written:
+                    shutil.copyfileobj(read, written)
+        except (zipfile.BadZipFile, EOFError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise IntegrityError(f"{name} cannot be unpacked ({error}): it was cut or altered") from None
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return folder, _Temporary()
+
+
+def _is_choice(value: object) -> bool:
+    """Whether it names one execution provider, with options or without."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return isinstance(value[0], str) and isinstance(value[1], dict)
+    return isinstance(value, str)

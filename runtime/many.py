@@ -1,0 +1,108 @@
+"""Several prompts at the same time: each as if alone, the results in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+from pastkey.errors import InputError
+
+from .completion import Chunk, Completion
+from .settings import GenerateOptions
+from .stream import Stream
+
+Open = Callable[[Any, GenerateOptions], Stream]
+
+
+def several(prompt: object) -> bool:
+    """Whether this is a sequence of prompts."""
+    if isinstance(prompt, str | bytes | bytearray | memoryview | dict | set | frozenset):
+        return False
+    if getattr(prompt, "ndim", None) is not None:
+        return bool(getattr(prompt, "ndim", 0) == 2)
+    if not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return all(isinstance(one, str) or (hasattr(one, "__len__") and hasattr(one, "__iter__")) for one in prompt)
+
+
+class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
+    """Yields (place of the prompt, Chunk), in turn for those that are decoded now; returns the completions in order.
+
+    Attributes:
+        completions: By place; None of what has not ended.
+    """
+
+    def __init__(self, begin: Open, prompts: Sequence[Any], options: GenerateOptions, most: int) -> None:
+        """`begin` makes a stream of one prompt, which takes nothing yet; up to `most` are read at the same time."""
+        if isinstance(prompts, str) or not len(prompts):
+            found = "a text" if isinstance(prompts, str) else "none"
+            raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
+        self._streams = [begin(prompt, options) for prompt in prompts]
+        self._rest = self._run(min(most, len(self._streams)))
+
+    @property
+    def completions(self) -> list[Completion | None]:
+        """Those that have ended, by the place of their prompt."""
+        return [stream.completion for stream in self._streams]
+
+    def __next__(self) -> tuple[int, Chunk]:
+        return next(self._rest)
+
+    def send(self, value: None) -> tuple[int, Chunk]:
+        """As `next`."""
+        return self._rest.send(value)
+
+    def throw(self, *error: Any) -> tuple[int, Chunk]:
+        """Ends all, and raises the error."""
+        self.close()
+        return self._rest.throw(*error)
+
+    def close(self) -> None:
+        """Ends all within one step."""
+        self._rest.close()
+        for stream in self._streams:
+            stream.close()
+
+    def cancel(self) -> None:
+        """Ends all within one step, from any thread: whoever reads gets the end, with what was generated so far."""
+        for stream in self._streams:
+            stream.cancel()
+
+    def _run(self, most: int) -> Generator[tuple[int, Chunk], None, list[Completion]]:
+        waiting: Iterator[tuple[int, Stream]] = iter(enumerate(self._streams))
+        live: list[tuple[int, Stream]] = []
+        try:
+            while True:
+                while len(live) < most and (found := next(waiting, None)) is not None:
+                    live.append(found)
+                if not live:
+                    break
+                for place, stream in list(live):
+                    chunk = next(stream, None)
+                    if chunk is None:
+                        live.remove((place, stream))
+                    else:
+                        yield place, chunk
+        finally:
+            for stream in self._streams:
+                stream.close()
+        return [stream.completion for stream in self._streams if stream.completion is not None]
+
+
+def all_completed(streams: StreamMany, progress: Callable[[int, int], object] | None) -> list[Completion]:
+    """What `streams` returns at its end. `progress` is told (done, all) after each."""
+    told, done = 0, False
+    try:
+        while not done:
+            try:
+                next(streams)
+            except StopIteration as end:
+                completions: list[Completion] = end.value
+                done = True
+            ended = sum(completion is not None for completion in streams.completions)
+            if progress is not None and ended > told:
+                for told in range(told + 1, ended + 1):  # noqa: B020 - one call for each
+                    progress(told, len(streams.completions))
+    finally:
+        streams.close()
+    return completions

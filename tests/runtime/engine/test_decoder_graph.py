@@ -1,0 +1,70 @@
+"""One graph under several caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.runtime import Engine
+from pastkey.runtime.providers.ort import onnxruntime
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+
+def test_engines_over_one_graph_keep_apart(bundle: Bundle, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Engine(bundle, threads=1)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)  # none is opened any more
+    second, third = Engine.over(first.graph), Engine.over(first.graph)
+    first.prefill([1, 2, 3])
+    second.prefill([4, 5])
+    third.prefill([6])
+    np.testing.assert_allclose(first.decode(7), tiny([1, 2, 3, 7])[-1], atol=1e-4)
+    np.testing.assert_allclose(second.decode(8), tiny([4, 5, 8])[-1], atol=1e-4)
+    np.testing.assert_allclose(third.decode(9), tiny([6, 9])[-1], atol=1e-4)
+    assert first.onnx is second.onnx
+
+
+def test_the_int8_graph_is_opened_once(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+    first = Engine(make_bundle(tiny, "fused", int8_kv=True), threads=1, int8_kv_from=4)
+    second = Engine.over(first.graph)
+    for engine in (first, second):
+        engine.prefill([1, 2, 3, 4, 5])
+        engine.decode(6)
+    assert first.cache.int8.onnx is second.cache.int8.onnx  # type: ignore[union-attr]
+
+
+def test_what_can_be_decoded_together(
+    fused_bundle: Bundle, standard_bundle: Bundle, tiny: Tiny, make_bundle: Callable[..., Bundle]
+) -> None:
+    graph = Engine(fused_bundle, threads=1).graph
+    assert graph.batches
+    assert graph.copies
+    assert graph.bytes_per_token == 4 * 2 * (8 + 8 + 16 + 16)
+    assert not Engine(standard_bundle, threads=1).graph.batches
+    assert not Engine(fused_bundle, graph="all_logits", threads=1).graph.batches
+    assert not Engine(make_bundle(tiny, "static", chunk=4), threads=1).graph.batches
+    graph.one_by_one = True
+    assert not graph.batches
+
+
+def test_a_copy_holds_the_same_and_goes_on_apart(bundle: Bundle, tiny: Tiny) -> None:
+    engine = Engine(bundle, threads=1)
+    engine.prefill([1, 2, 3, 4])
+    for length, room in ((4, 0), (2, 200), (None, 0)):
+        copied = engine.copy(length, room)
+        begin = [1, 2, 3, 4][:length]
+        assert copied.cached_ids == begin
+        assert copied.exact_length == len(begin)
+        np.testing.assert_allclose(copied.prefill([9, 8]), tiny([*begin, 9, 8])[-1], atol=1e-4)
+    np.testing.assert_allclose(engine.decode(5), tiny([1, 2, 3, 4, 5])[-1], atol=1e-4)
+
+
+def test_all_logits_come_of_the_graph_of_the_last_ones(bundle: Bundle, tiny: Tiny) -> None:
+    engine = Engine(bundle, threads=1)
+    ids = [number % 37 for number in range(300)]
+    np.testing.assert_allclose(engine.all_logits(ids), tiny(ids), atol=2e-4)

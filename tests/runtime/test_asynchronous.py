@@ -1,0 +1,128 @@
+"""Streams in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.errors import InputError, NumericsError, OptionError
+from pastkey.runtime import LanguageModel, load
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1}
+
+
+@pytest.fixture
+def model(speaking_bundle: Bundle) -> LanguageModel:
+    return load(speaking_bundle.path, threads=1)
+
+
+def slowed(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
+    """Lets each run take so much longer; gives the moments of their ends."""
+    graph, ends = model.require_open().graph, list[float]()
+    run = graph.run
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        found = run(*arguments)
+        ends.append(time.monotonic())
+        return found
+
+    monkeypatch.setattr(graph, "run", slow)
+    return ends
+
+
+def test_many_tasks_get_the_texts_of_calls_alone(model: LanguageModel) -> None:
+    prompts = ["a", "bc", "def", "ghij"] * 5
+    expected = [model.generate(prompt, **SETTINGS) for prompt in prompts]
+
+    async def streamed(prompt: str) -> str:
+        return "".join([chunk.text async for chunk in model.astream(prompt, **SETTINGS)])
+
+    async def all_of_them() -> tuple[list[str], list[str]]:
+        texts = await asyncio.gather(*map(streamed, prompts))
+        completions = await asyncio.gather(*(model.agenerate(prompt, **SETTINGS) for prompt in prompts))
+        return texts, [completion.text for completion in completions]
+
+    assert asyncio.run(all_of_them()) == ([c.text for c in expected], [c.text for c in expected])
+    assert model.scheduler.batched > 100
+    assert model.scheduler.live == 0
+
+
+@pytest.mark.parametrize("call", ["astream", "agenerate"])
+def test_a_cancelled_task_stops_within_one_step(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    ends = slowed(model, monkeypatch, 0.02)
+
+    async def read() -> None:
+        if call == "astream":
+            async for _ in model.astream("abc", max_new_tokens=500):
+                pass
+        else:
+            await model.agenerate("abc", max_new_tokens=500)
+
+    async def cancel() -> float:
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.15)
+        moment = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert time.monotonic() - moment < 0.02  # the task itself does not wait
+        await asyncio.sleep(0.2)
+        return moment
+
+    moment = asyncio.run(cancel())
+    assert sum(end > moment for end in ends) <= 1
+    assert model.scheduler.live == 0
+    monkeypatch.undo()
+    assert model.generate("abc", **SETTINGS).new_tokens == 25
+
+
+def test_leaving_and_closing_end_it(model: LanguageModel) -> None:
+    async def leave() -> list[int]:
+        async with model.astream("abc", **SETTINGS) as stream:
+            async for _ in stream:
+                break
+        assert stream.completion is not None
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        return stream.completion.ids
+
+    assert asyncio.run(leave()) == model.generate("abc", **SETTINGS).ids[:1]
+    assert model.scheduler.live == 0
+
+
+def test_the_loop_goes_on_meanwhile(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(model, monkeypatch, 0.05)
+
+    async def ticks() -> int:
+        task, count = asyncio.create_task(model.agenerate("abc", max_new_tokens=10)), 0
+        while not task.done():
+            await asyncio.sleep(0.005)
+            count += 1
+        return count
+
+    assert asyncio.run(ticks()) > 20
+
+
+def test_errors_come_where_they_belong(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match=r"astream\(\) has no option"):
+        model.astream("abc", temprature=1)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="temperature"):
+        model.astream("abc", temperature=-1)
+
+    async def generate() -> None:
+        await model.agenerate("abc")
+
+    def broken(*_: Any) -> None:
+        raise NumericsError("not finite")
+
+    monkeypatch.setattr(model.require_open().graph, "run", broken)
+    with pytest.raises(NumericsError, match="not finite"):
+        asyncio.run(generate())
+    assert model.scheduler.live == 0

@@ -1,0 +1,178 @@
+"""A bundle is opened wherever it lies, and taken along by other processes."""
+
+from __future__ import annotations
+
+import importlib.resources
+import io
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.runtime import LanguageModel, load
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def expected(speaking_bundle: Bundle) -> list[int]:
+    return load(speaking_bundle.path, threads=1).generate("abc", **SETTINGS).ids
+
+
+def zipped(folder: Path, root: str = "", skip: str = "none") -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.name != skip:
+                archive.write(path, root + path.relative_to(folder).as_posix())
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("root", ["", "bundle/"])
+def test_from_a_zip_file_and_its_bytes(
+    speaking_bundle: Bundle, expected: list[int], tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    content = zipped(speaking_bundle.path, root)
+    (tmp_path / "b.zip").write_bytes(content)
+    for given in (content, memoryview(content), tmp_path / "b.zip", str(tmp_path / "b.zip")):
+        with load(given, threads=1) as model:  # type: ignore[arg-type]
+            assert model.generate("abc", **SETTINGS).ids == expected
+            assert list((tmp_path / "temporary").iterdir())
+            with pytest.raises(InputError, match="a model that was unpacked cannot be given to another process"):
+                pickle.dumps(model)
+        assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_from_a_resource_of_a_package(
+    speaking_bundle: Bundle, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder, and in a zip file that Python imports from."""
+    content = zipped(speaking_bundle.path, "packed_bundle/data/")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(tmp_path / "folder")
+    (tmp_path / "folder" / "packed_bundle" / "__init__.py").touch()
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive, zipfile.ZipFile(io.BytesIO(content)) as inner:
+        for name in inner.namelist():
+            archive.writestr(name, inner.read(name))
+        archive.writestr("packed_bundle/__init__.py", "")
+    for place in ("folder", "p.zip"):
+        monkeypatch.syspath_prepend(str(tmp_path / place))
+        sys.modules.pop("packed_bundle", None)
+        resource = importlib.resources.files("packed_bundle")
+        assert load(resource / "data", threads=1).generate("abc", **SETTINGS).ids == expected
+        with pytest.raises(MissingFileError):
+            load(resource / "nothing")
+        sys.path.remove(str(tmp_path / place))
+
+
+def test_what_is_no_bundle_is_refused(speaking_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="are no zip file of a bundle folder"):
+        load(b"abc")
+    with pytest.raises(MissingFileError, match=r"holds no bundle: it has no pastkey\.json"):
+        load(zipped(speaking_bundle.path, skip="pastkey.json"))
+    with pytest.raises(IntegrityError):
+        load(zipped(speaking_bundle.path, skip="model.onnx"))
+    content = zipped(speaking_bundle.path)
+    with pytest.raises((InputError, IntegrityError)):
+        load(content[: len(content) // 2])
+    outside = io.BytesIO(content)
+    with zipfile.ZipFile(outside, "a") as archive:
+        archive.writestr("../outside", "x")
+    with pytest.raises(IntegrityError, match=r"names '\.\./outside', which is not a path inside the folder"):
+        load(outside.getvalue())
+    assert not (tmp_path.parent / "outside").exists()
+
+
+# --- other processes ----------------------------------------------------------------------------------------------
+def test_a_model_that_is_pickled_is_loaded_again(speaking_bundle: Bundle, expected: list[int]) -> None:
+    model = load(speaking_bundle.path, threads=1, max_batch=3)
+    again = pickle.loads(pickle.dumps(model))
+    assert isinstance(again, LanguageModel)
+    assert again.max_batch == 3
+    assert again.generate("abc", **SETTINGS).ids == expected
+
+
+def answer(model: LanguageModel) -> list[int]:
+    return model.generate("abc", **SETTINGS).ids
+
+
+def test_a_process_that_is_spawned_takes_a_model(speaking_bundle: Bundle, expected: list[int]) -> None:
+    program = (
+        "import multiprocessing, pastkey\n"
+        "def answer(model, queue):\n"
+        f"    queue.put(model.generate('abc', **{SETTINGS}).ids)\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    queue = context.Queue()\n"
+        f"    model = pastkey.load({str(speaking_bundle.path)!r}, threads=1)\n"
+        "    process = context.Process(target=answer, args=(model, queue))\n"
+        "    process.start()\n"
+        "    print(queue.get(timeout=60))\n"
+        "    process.join()\n"
+    )
+    path = speaking_bundle.path.parent / "spawn.py"
+    path.write_text(program, encoding="utf-8")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == f"{expected}\n"
+
+
+@pytest.mark.skipif(not hasattr(multiprocessing, "get_context") or sys.platform == "win32", reason="there is no fork")
+def test_a_process_that_forks_while_others_generate_goes_on_in_both(
+    speaking_bundle: Bundle, expected: list[int]
+) -> None:
+    """In a process of its own: a child of pytest's would run its atexit handlers."""
+    program = (
+        "import os, sys, threading, time, warnings, pastkey\n"
+        "warnings.simplefilter('ignore')\n"
+        f"model = pastkey.load({str(speaking_bundle.path)!r}, threads=2)\n"
+        f"settings, expected = {SETTINGS}, {expected}\n"
+        "over = threading.Event()\n"
+        "def busy(number):\n"
+        "    while not over.is_set():\n"
+        "        assert model.generate('abc', **settings).ids == expected\n"
+        "threads = [threading.Thread(target=busy, args=(number,)) for number in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for _ in range(20):\n"
+        "    time.sleep(0.01)\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        ok = all(model.generate('abc', **settings).ids == expected for _ in range(3))\n"
+        "        os._exit(0 if ok else 1)\n"
+        "    end = time.monotonic() + 30\n"
+        "    while time.monotonic() < end:\n"
+        "        done, status = os.waitpid(child, os.WNOHANG)\n"
+        "        if done: break\n"
+        "        time.sleep(0.005)\n"
+        "    else:\n"
+        "        os.kill(child, 9); print('it hangs'); os._exit(1)\n"
+        "    assert status == 0, status\n"
+        "over.set()\n"
+        "for thread in threads: thread.join()\n"
+        "print('all is well')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout == "all is well\n", done.stderr
+
+
+def test_a_model_is_quiet_and_has_a_logger(
+    speaking_bundle: Bundle, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    threads = threading.active_count()
+    with caplog.at_level("DEBUG", "pastkey"):
+        load(speaking_bundle.path, threads=1).generate("abc", **SETTINGS)
+    assert [record.name for record in caplog.records] == ["pastkey"]
+    assert "loaded" in caplog.text
+    time.sleep(0)
+    assert threading.active_count() == threads
+    assert capfd.readouterr() == ("", "")
