@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,6 @@ from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.values import is_int, is_number
 
-from .asynchronous import AsyncStream
 from .batching.memory import CacheMemory
 from .batching.prefix_store import PREFIX_BYTES, PrefixStore
 from .batching.scheduler import MAX_ROWS, Scheduler
@@ -38,6 +36,11 @@ from .settings import (
 )
 from .stream import Stream
 from .text.codec import StopStrings, TextCodec, TextStream
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from .asynchronous import AsyncStream
 
 _log = logging.getLogger("pastkey")
 
@@ -224,17 +227,23 @@ class LanguageModel:
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
         require_known("astream", options, GENERATE_OPTIONS)
+        from .asynchronous import AsyncStream
+
         return AsyncStream(self._stream(prompt, options), self.executor)
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
         require_known("agenerate", options, GENERATE_OPTIONS)
+        from .asynchronous import AsyncStream
+
         return await AsyncStream(self._stream(prompt, options), self.executor).completed()
 
     @property
     def executor(self) -> ThreadPoolExecutor:
         """The threads that wait for the tokens of an event loop. They begin with the first such call."""
         self.require_open()
+        from concurrent.futures import ThreadPoolExecutor
+
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self.max_batch, thread_name_prefix="pastkey")
         return self._executor

@@ -54,7 +54,8 @@ def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine
     try:
         with os.fdopen(file, "wb") as out:
             digest = hashlib.sha256()
-            for part in (_MAGIC, b"%0*d\n" % (_DIGITS, len(header)), header, *map(_bytes, rows)):
+            parts: list[bytes | memoryview] = [_MAGIC, b"%0*d\n" % (_DIGITS, len(header)), header, *map(_bytes, rows)]
+            for part in parts:
                 out.write(part)
                 digest.update(part)
             out.write(digest.digest())

@@ -121,7 +121,7 @@ def test_a_prompt_gives_the_same_logits_whatever_prefix_was_cached(bundle: Bundl
         first.append(logits[0, -1].copy())
         return logits
 
-    graph.run = recorded  # type: ignore[method-assign]
+    graph.run = recorded  # type: ignore[method-assign, assignment]
     model.generate(A, max_new_tokens=1)
     expected = first[-1]
     for length in (2, 10, 46, 47, 48):

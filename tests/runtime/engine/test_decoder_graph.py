@@ -35,7 +35,7 @@ def test_the_int8_graph_is_opened_once(tiny: Tiny, make_bundle: Callable[..., Bu
     for engine in (first, second):
         engine.prefill([1, 2, 3, 4, 5])
         engine.decode(6)
-    assert first.cache.int8.onnx is second.cache.int8.onnx  # type: ignore[union-attr]
+    assert first.cache.int8.onnx is second.cache.int8.onnx
 
 
 def test_what_can_be_decoded_together(
