@@ -18,6 +18,8 @@ from .sampling.prompt_lookup import PromptLookup
 from .sampling.sampler import Sampler
 from .settings import MAX_DRAFT_TOKENS, SamplingConfig
 
+_NEWEST = 0.2  # the share of the newest step in an average
+
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
@@ -45,6 +47,7 @@ class Generation:
         ids: The prompt's, and those chosen so far. A few may not be yielded yet.
         engine: With the cache, from the first step on.
         begun: Whether it has that.
+        tokens_per_step: How many tokens a step of this row alone brings, lately; drafts make it more than one.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Generation:
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.closed = False  # nobody asks for more
+        self.drafted = False  # whether its last step alone had a draft
         self.error: BaseException | None = None
         # The last token of all need not be fed, so that it may stand one behind the context.
         self._limit = min(max_new_tokens, engine.manifest.context_length - len(self.ids) + 1)
@@ -113,6 +117,9 @@ class Generation:
         self.begun = False
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
+        self.tokens_per_step = 1.0
+        self._guess: list[int] | None = None  # the draft that would have been run, where rows are decoded together
+        self._guessed = 0
         self._resets = engine.resets
 
     def __iter__(self) -> Iterator[int]:
@@ -238,8 +245,10 @@ class Generation:
         self.settle()
         missing = self.ids[engine.length :]
         if len(missing) == 1:
-            draft = self._draft()
+            draft, before = self._draft(), len(self.ids)
+            self.drafted = bool(draft)
             self.take(engine.extend([*missing, *draft]), draft)
+            self._count(len(self.ids) - before)
             self.settle()
             return
         sizes = engine.chunk_sizes(len(missing), chunk_size)
@@ -282,6 +291,27 @@ class Generation:
             self.draft_tokens += len(draft)
             self.accepted_tokens += accepted
             self._prompt_lookup.record(accepted)
+
+    def take_together(self, logits: Logits) -> None:
+        """As `take` of a run of several rows, (1, V): there is no draft, and what one would have brought is counted."""
+        before = len(self.ids)
+        if self._prompt_lookup is None:
+            self.take(logits, [])
+            return
+        if self._guess is None:
+            self._guess, self._guessed = self._draft(), 0
+        drafted = self._guessed + len(self._guess)
+        self.take(logits, [])
+        if len(self.ids) > before and self._guess and self._guess.pop(0) == self.ids[-1]:
+            self._guessed += 1
+            return
+        self._count(self._guessed + 1)
+        if drafted:
+            self._prompt_lookup.record(self._guessed)
+        self._guess = None
+
+    def _count(self, tokens: int) -> None:
+        self.tokens_per_step += _NEWEST * (tokens - self.tokens_per_step)
 
     def _draft(self) -> list[int]:
         """Draft tokens to run behind the last of `ids`, which is fed for certain."""

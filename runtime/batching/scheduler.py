@@ -8,8 +8,9 @@ Rows are decoded ahead of those who read them, by AHEAD tokens at most: threads 
 after another would otherwise find only themselves, and streams that one thread reads in turn would never meet. A stream
 that nobody reads stops there, and after STALLED steps more its row leaves the shared memory.
 
-A row that is alone runs its own steps with drafts. So does one that cannot share a run: on the standard and the static
-graph, on another device, after a long text whose cache is int8. Those take turns, one step each.
+A row that is alone runs its own steps with drafts. So do a few whose drafts bring more than a common run does (`Pace`),
+and those that cannot share a run: on the standard and the static graph, on another device, after a long text whose
+cache is int8. These take turns, one step each.
 
 Every change of the caches is the leader's, between two runs. `leave` never waits and takes no lock for certain, since a
 collector may call it at any moment in any thread, the leader's too.
@@ -30,6 +31,7 @@ from ..engine.decoder_graph import DecoderGraph, all_finite
 from ..engine.engine import Engine
 from ..engine.slab import Slab
 from ..generate import Generation
+from .pace import Pace
 from .prefix_store import PrefixStore
 
 MAX_ROWS = 16  # that share a run; more take turns beside them
@@ -77,6 +79,7 @@ class Scheduler:
         self._left: list[Generation] = []  # to be taken out of the caches
         self._slab = Slab(graph, max_rows) if graph.batches and max_rows > 1 else None
         self._stalled: dict[int, int] = {}  # id of an engine in the slab -> steps without a token
+        self._pace = Pace()
         self._held: _Lead | None = None  # while the process forks
         _schedulers.add(self)
 
@@ -229,7 +232,7 @@ class Scheduler:
         for generation in waiting:
             self._guarded(generation, generation.begin)
         rows = [g for g in live if g.begun and not g.ended and g.pending == 1 and self._shares(g)]
-        if len(rows) < 2:
+        if len(rows) < 2 or self._pace.turns_pay(rows):
             rows = []
         reading = [g for g in rows if g.ahead < AHEAD]
         together = reading if len(reading) > 1 and any(g in waiting for g in reading) else []
@@ -237,7 +240,10 @@ class Scheduler:
         alone = next((g for g in waiting if g not in together and not g.ready), None)
         if alone is not None:
             beside = alone.pending > 1 and any(g is not alone and g.begun and g.pending == 1 for g in live)
+            decodes, started = alone.begun and alone.pending == 1, time.perf_counter()
             self._guarded(alone, lambda: alone.step(PREFILL_BESIDE if beside else None))
+            if decodes:
+                self._pace.note(1, time.perf_counter() - started, draft=alone.drafted)
             self._to_the_end(alone)
         if together:
             self._decode(together)
@@ -258,12 +264,14 @@ class Scheduler:
             joining += not self._slab.holds(generation.engine)
             if len(self._slab.members) + joining > self._slab.most and not self._slab.holds(generation.engine):
                 rows.remove(generation)
+        started = time.perf_counter()
         try:
             logits = self._slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])
         except Exception as error:
             for generation in rows:
                 generation.fail(error)
             return
+        self._pace.note(len(rows), time.perf_counter() - started)
         self.batched += len(rows)
         for generation, row in zip(rows, logits, strict=True):
             self._guarded(generation, lambda g=generation, row=row: _take(g, row))  # type: ignore[misc]
@@ -302,7 +310,7 @@ def _take(generation: Generation, logits: object) -> None:
             f"the logits at position {generation.engine.length} are not finite (NaN or infinity): the weights are "
             "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
         )
-    generation.take(row, [])
+    generation.take_together(row)
 
 
 def _each(call: Callable[[Scheduler], None]) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, OptionError
 from pastkey.runtime import LanguageModel, load
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pastkey.runtime import Completion, LanguageModel, load
 if TYPE_CHECKING:
     from .conftest import Tiny
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 PROMPTS = ["abc" * (number + 1) for number in range(21)]
 
 

@@ -24,7 +24,7 @@ from pastkey.runtime.batching.scheduler import AHEAD, STALLED
 if TYPE_CHECKING:
     from ..conftest import Tiny
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
 
 
