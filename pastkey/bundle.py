@@ -23,6 +23,8 @@ from .external_data import check_external_data
 from .folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
 from .values import is_int, require
 
+_LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # what Macs and Windows leave in a folder that was looked at
+
 FORMAT_VERSION = 2  # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits
 
 
@@ -151,6 +153,8 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
         if needed.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
     for file in bundle.all_logits_graph.parent.glob("*"):
+        if file.name in _LEFT_BEHIND or file.name.startswith("._"):
+            continue  # no graph can name them: where its weights lie is checked below
         if file.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{file} is not listed in {names.MANIFEST}: it was added, or the list was altered")
     check_sizes(folder, manifest.files)

@@ -71,7 +71,9 @@ class Scheduler:
     def __init__(self, graph: DecoderGraph, store: PrefixStore, max_rows: int = MAX_ROWS) -> None:
         self.store = store
         self.steps = self.batched = 0
-        self._changed = threading.Condition(threading.Lock())
+        # An interrupt may come inside a Condition's own Python, and leave its lock held: a lock and gates have none.
+        self._mutex = threading.Lock()
+        self._gates: list[threading.Lock] = []  # one for each thread that waits, opened when something has changed
         self._lead: _Lead | None = None
         self._asking: list[_Lead] = []  # who wants to lead alone, in order of arrival
         self._live: list[Generation] = []
@@ -86,7 +88,7 @@ class Scheduler:
     # --- whoever waits for a token ------------------------------------------------------------------------------------
     def advance(self, generation: Generation) -> None:
         """Runs steps, or waits while another does, until the generation is `ready`."""
-        with self._changed:
+        with self._mutex:
             if generation not in self._live:
                 self._live.append(generation)
             self._waiting.append(generation)
@@ -94,67 +96,85 @@ class Scheduler:
             while not generation.ready:
                 self._lead_or_wait(generation)
         finally:
-            with self._changed:
+            with self._mutex:
                 if generation in self._waiting:
                     self._waiting.remove(generation)
-                self._changed.notify_all()  # a follower leads now
+                self._open_gates()  # a follower leads now
 
     def _lead_or_wait(self, generation: Generation) -> None:
         """Runs steps until the generation is ready where nobody else does; else waits for the end of one."""
         lead = _Lead()
         try:
-            with self._changed:
+            gate = None
+            with self._mutex:
                 if generation.ready:
                     return
                 if self._is_led or any(asking.lives for asking in self._asking):
-                    self._changed.wait(max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
-                    return
-                self._lead = lead
+                    gate = self._new_gate()
+                else:
+                    self._lead = lead
+            if gate is not None:
+                gate.acquire(timeout=max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
+                return
             self._step()
         finally:
             self._give_up(lead)
+
+    def _new_gate(self) -> threading.Lock:
+        """A lock that is opened when something has changed. With the mutex held; it is waited for without."""
+        gate = threading.Lock()
+        gate.acquire()
+        self._gates.append(gate)
+        return gate
+
+    def _open_gates(self) -> None:
+        """Lets all who wait look again. With the mutex held."""
+        gates, self._gates = self._gates, []
+        for gate in gates:
+            gate.release()
 
     def _give_up(self, lead: _Lead) -> None:
         """Lets another lead, if this one did."""
         try:
             if self._lead is lead or lead in self._asking:
-                with self._changed:
+                with self._mutex:
                     if lead in self._asking:
                         self._asking.remove(lead)
                     if self._lead is lead:
                         self._sweep()
                         self._lead = None
-                    self._changed.notify_all()
+                    self._open_gates()
         finally:
             lead.over = True  # whatever has interrupted this
 
     def leave(self, generation: Generation) -> None:
         """Forgets a generation that is closed: now, or by the leader at the end of its step."""
         self._left.append(generation)
-        if self._changed.acquire(blocking=False):
-            try:
+        if not self._mutex.locked():  # else this thread may hold it, below a collector's call
+            with self._mutex:
                 if not self._is_led:
                     self._sweep()
-            finally:
-                self._changed.release()
 
     def exclusively(self, action: Callable[[], object]) -> None:
         """Does something to the caches while no step runs. Not from within a step."""
         lead = _Lead()
         try:
             self._asking.append(lead)
-            with self._changed:
-                self._wait_for(lead)
+            self._wait_for(lead)
             action()
         finally:
             self._give_up(lead)
 
     def _wait_for(self, lead: _Lead) -> None:
-        """Waits for the lead, with `_changed` held, before all who want a step: these would never leave a gap."""
-        while self._is_led or next(other for other in self._asking if other.lives) is not lead:
-            self._changed.wait(LOOK_SECONDS)
-        self._lead = lead
-        self._sweep()
+        """Waits for the lead, before all who want a step: these would never leave a gap."""
+        while True:
+            with self._mutex:
+                if not self._is_led and next(other for other in self._asking if other.lives) is lead:
+                    self._lead = lead
+                    self._sweep()
+                    return
+                gate = self._new_gate()
+            gate.acquire(timeout=LOOK_SECONDS)
 
     @property
     def _is_led(self) -> bool:
@@ -162,8 +182,8 @@ class Scheduler:
 
     def wake(self) -> None:
         """Lets those who wait look again at what they wait for: one was cancelled."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._mutex:
+            self._open_gates()
 
     def close(self) -> None:
         """Ends all generations within one step, and lets go of all caches."""
@@ -184,8 +204,8 @@ class Scheduler:
             return  # a step's own callback forks
         lead = _Lead()
         self._asking.append(lead)
-        self._changed.acquire()
         self._wait_for(lead)
+        self._mutex.acquire()  # until after the fork
         self._held = lead
 
     def after_fork(self, *, child: bool) -> None:
@@ -195,12 +215,12 @@ class Scheduler:
         self._held.over = True
         self._lead = self._held = None
         if child:
-            self._changed = threading.Condition(threading.Lock())
-            self._waiting, self._asking = [], []
+            self._mutex = threading.Lock()
+            self._waiting, self._asking, self._gates = [], [], []
         else:
             self._asking = [asking for asking in self._asking if asking.lives]
-            self._changed.notify_all()
-            self._changed.release()
+            self._open_gates()
+            self._mutex.release()
 
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
@@ -288,7 +308,7 @@ class Scheduler:
                 self._slab.remove(engine)
 
     def _to_the_end(self, generation: Generation) -> None:
-        with self._changed:
+        with self._mutex:
             if generation in self._waiting:
                 self._waiting.remove(generation)
                 self._waiting.append(generation)
