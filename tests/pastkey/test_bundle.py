@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pastkey import names
-from pastkey.bundle import KVGeometry, Manifest, read_bundle
+from pastkey.bundle import KVGeometry, Manifest, open_bundle, read_bundle
 from pastkey.errors import IntegrityError
 from pastkey.folder import write_json
 
