@@ -23,6 +23,9 @@ from .nodes import Nodes, typed
 from .random_stream import uniforms
 from .sampler import Settings, choose
 
+# Some kernels ask for a constant beside them, and onnxruntime makes MatMulNBits of a DequantizeLinear only where it and
+# its weights stand beside the MatMul.
+_BESIDE = ("Constant", "DequantizeLinear")
 _INT64, _FLOAT, _BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
 
 
@@ -138,11 +141,10 @@ def _sizes(value: ir.Value) -> list[int | None]:
 
 
 def _dependent(graph: ir.Graph, inputs: Iterable[ir.Value]) -> Iterable[ir.Node]:
-    """The nodes that compute something of an input, in the graph's order."""
+    """The nodes that compute something of an input, in the graph's order, and what stays beside them."""
     known = set(inputs)
     for node in graph:
-        # A constant stays with its readers, too: some kernels ask for it beside them.
-        if any(value in known for value in node.inputs) or node.op_type == "Constant":
+        if any(value in known for value in node.inputs) or node.op_type in _BESIDE:
             known.update(node.outputs)
             yield node
 
@@ -193,7 +195,11 @@ def _body(model: ir.Model, decoder: _Decoder, given: dict[str, ir.Value], u: ir.
     outputs += [*decoder.present, _output(n.add("Identity", token), "token", _INT64, [1])]
     inputs = [iteration, going, now, length, seen, *decoder.past]
     nodes = [*_used(before), *decoder.nodes, *n.nodes]
-    return ir.Graph(inputs, outputs, nodes=nodes, name="step")
+    beside = {value for node in nodes if node.op_type == "DequantizeLinear" for value in node.inputs}
+    moved = [value for value in model.graph.initializers.values() if value in beside]
+    for value in moved:
+        del model.graph.initializers[str(value.name)]
+    return ir.Graph(inputs, outputs, nodes=nodes, initializers=moved, name="step")
 
 
 def _used(before: list[ir.Node]) -> list[ir.Node]:
