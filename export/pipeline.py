@@ -2,8 +2,8 @@
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
     [-> float16 -> verify, or calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph]
-    [-> static graphs -> verify] [-> ORT format] [-> whole generation]
-    -> golden logits -> configurations -> manifest -> prove on the target
+    [-> static graphs -> verify] [-> ORT format]
+    -> golden logits -> configurations [-> whole generation] -> manifest -> prove on the target
 """
 
 from __future__ import annotations
@@ -215,14 +215,17 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
             shutil.rmtree(bundle.path)
         if config.format == "ort":
             write_ort_format(made.bundle, progress)
+        bundle = writer.configure(made.bundle, parity, made.quality)
         if config.generate:
-            write_generation(made.bundle, progress)
-        manifest = writer.finish(made.bundle, parity, made.quality)
-        writer.prove_on_target(dataclasses.replace(made.bundle, manifest=manifest))
+            write_generation(bundle, progress)
+        bundle = writer.finish(bundle)
+        writer.prove_on_target(bundle)
         if config.sensitivity is not None and made.sensitivity is not None:
             write_report(Path(config.sensitivity), made.sensitivity)
     seconds, warnings = time.perf_counter() - started, tuple(progress.warnings)
-    return Report(out, manifest, verification, made.weight_bytes, fp32_bytes, seconds, made.sensitivity, warnings)
+    return Report(
+        out, bundle.manifest, verification, made.weight_bytes, fp32_bytes, seconds, made.sensitivity, warnings
+    )
 
 
 # --- opening ------------------------------------------------------------------------------------------------------

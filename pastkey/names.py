@@ -73,6 +73,8 @@ def present_conv(state: int | str) -> str:
 GENERATED_IDS: Final = "ids"  # output (n,) int64
 GENERATE_INTEGERS: Final = ("max_new_tokens", "top_k", "seed", "end_ids")  # int64; end_ids is (E,)
 GENERATE_NUMBERS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")  # float32
+TEXT: Final = "text"  # input (1,) string, in place of INPUT_IDS where the tokenizer stands in the graph
+COMPLETION: Final = "completion"  # output (1,) string there
 HELD_CACHE: Final = "cache"  # input (2L, 1, K, P, D): keys and values of the L attention calls in turn
 HELD_IDS: Final = "history"  # input (P,) int64: the ids that it holds
 NEW_CACHE: Final = "cache_out"  # output, the next call's `cache`

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.bundle import Manifest
 
-from ..graph.edit import replace_uses
+from ..graph.edit import drop_unused_weights, replace_uses
 from .nodes import Nodes, typed
 from .random_stream import uniforms
 from .sampler import Settings, choose
@@ -66,7 +66,9 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
         fits = n.add("LessOrEqual", held, n.add("Shape", held_cache, start=3, end=4))
         conditions.append((fits, "history must have no more ids than cache has rows"))
     first = n.add("Shape", ids)  # the first new token's place
-    conditions += _conditions(n, ids, first, given, manifest)
+    # A call after the last token of all gives none.
+    most = manifest.context_length + (1 if step else 0)
+    conditions += _conditions(n, ids, first, given, manifest, most)
     ids = functools.reduce(lambda sum_, other: n.add("Add", sum_, other), [ids, *(n.require(*c) for c in conditions)])
     left = n.add("Sub", n.number([manifest.context_length + 1]), first)
     # The last token of all need not be fed, so that it may stand one behind the context.
@@ -83,10 +85,12 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
         n.filled(first, True, np.bool_),
         axis=0,
     )
-    past = [n.constant(f"empty_{i}", decoder.empty(i)) for i in range(len(decoder.past))]
-    if held_cache is not None:
+    count = len(decoder.past)
+    if held_cache is None:
+        past = [n.constant(f"empty_{i}", decoder.empty(i)) for i in range(count)]
+    else:
         kept = n.add("Slice", held_cache, n.number([0]), held, n.number([3]))
-        parts = n.add_several("Split", len(past), kept, axis=0, num_outputs=len(past))
+        parts = n.add_several("Split", count, kept, axis=0, num_outputs=count)
         past = [n.add("Squeeze", part, n.number([0])) for part in parts]
     body = _body(model, decoder, given, u, manifest)
     now = n.add("Unsqueeze", n.add("Slice", ids, held, first), n.number([0]))
@@ -106,6 +110,7 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
     model.graph.inputs.extend(given[name] for name in (*names.GENERATE_INTEGERS, *names.GENERATE_NUMBERS))
     model.graph.outputs.extend(outputs)
     model.graph.name = "generate"
+    drop_unused_weights(model)
 
 
 class _Decoder:
@@ -230,7 +235,7 @@ def _held(decoder: _Decoder) -> tuple[ir.Value, ir.Value]:
 
 
 def _conditions(
-    n: Nodes, ids: ir.Value, first: ir.Value, given: dict[str, ir.Value], manifest: Manifest
+    n: Nodes, ids: ir.Value, first: ir.Value, given: dict[str, ir.Value], manifest: Manifest, most_tokens: int
 ) -> list[tuple[ir.Value, str]]:
     """What must hold of a call's inputs, each (1,) bool with a sentence."""
     vocab, context = manifest.vocab_size, manifest.context_length
@@ -238,7 +243,10 @@ def _conditions(
     strangers = n.add("ReduceSum", n.cast(outside, _INT64), keepdims=1)
     conditions = [
         (n.add("Equal", strangers, n.number([0])), f"token ids must be 0 to {vocab - 1}"),
-        (n.add("LessOrEqual", first, n.number([context])), f"the text is longer than the context of {context} tokens"),
+        (
+            n.add("LessOrEqual", first, n.number([most_tokens])),
+            f"the text is longer than the context of {context} tokens",
+        ),
     ]
     conditions += [
         (n.add("GreaterOrEqual", given[name], n.number(0)), f"{name} must be 0 or more")

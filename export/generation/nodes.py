@@ -41,6 +41,22 @@ class Nodes(NodeBuilder):
         """A tensor of one number; `shape` is (R,) int64."""
         return self.add("ConstantOfShape", shape, value=ir.tensor(np.array([content], dtype)))
 
+    def as_int(self, condition: ir.Value) -> ir.Value:
+        """1 where it holds, else 0."""
+        return self.cast(condition, ir.DataType.INT64)
+
+    def between(self, value: ir.Value, least: ir.Value, most: ir.Value) -> ir.Value:
+        return self.add("And", self.add("GreaterOrEqual", value, least), self.add("LessOrEqual", value, most))
+
+    def gathered(self, table: np.ndarray, places: ir.Value) -> ir.Value:
+        """The rows of a constant table."""
+        return self.add("Gather", self.number(table.tolist(), table.dtype.type), places, axis=0)
+
+    def shifted(self, row: ir.Value, places: int, filling: int) -> ir.Value:
+        """(N,): each number `places` further on."""
+        longer = self.add("Concat", self.number([filling] * places), row, axis=0)
+        return self.add("Slice", longer, self.number([0]), self.add("Shape", row))
+
     def branch(self, condition: ir.Value, then: Made, otherwise: Made, of: ir.Value) -> ir.Value:
         """What `then` makes where the condition () holds, and else what `otherwise` makes: of the type of `of`."""
         graphs = [self._part(made, of) for made in (then, otherwise)]

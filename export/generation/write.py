@@ -11,13 +11,15 @@ import onnx_ir as ir
 
 from pastkey import names
 from pastkey.bundle import Bundle
-from pastkey.errors import ParityError
+from pastkey.errors import MissingExtraError, ParityError
 from pastkey.runtime import Engine, Generation, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
+from pastkey.runtime.text.codec import REPLACEMENT, TextCodec, TextStream
 
 from ..graph.embedding_rows import give_embedding_back
 from ..progress import Progress
 from .loop import generate_whole, why_no_step
+from .text import ReadsOtherwiseError, opened, text_operators, with_text
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS, _STEP_TOKENS = 3, 12, 24, 5
 _CASES = (
@@ -27,13 +29,15 @@ _CASES = (
     SamplingConfig(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.1, seed=2**62 + 5),
 )
 
+_TEXTS = ("Once upon a time", "x = 1")
+
 Array = npt.NDArray[Any]
 
 
 def write_generation(bundle: Bundle, progress: Progress) -> None:
-    """Writes names.GENERATE_GRAPH and, where one tensor can hold the cache, names.GENERATE_STEP_GRAPH.
+    """Writes names.GENERATE_GRAPH and, where they can be, names.GENERATE_STEP_GRAPH and names.TEXT_GRAPH.
 
-    Raises ParityError where their ids are not the runtime's.
+    The bundle's tokenizer stands in its folder already. Raises ParityError where their ids are not the runtime's.
     """
     progress.stage("write the whole generation as one graph")
     whole = bundle.path / names.GENERATE_GRAPH
@@ -46,6 +50,18 @@ def write_generation(bundle: Bundle, progress: Progress) -> None:
         _write(bundle, step, step=True)
     progress.stage("verify it: greedy and drawn")
     _require_equal(bundle, whole, step)
+    if not (bundle.path / names.TOKENIZER).exists():
+        return
+    try:
+        operators = text_operators(bundle)
+    except (MissingExtraError, ReadsOtherwiseError) as error:
+        progress.warn(f"{names.TEXT_GRAPH}, which takes a text and gives one, is not made: {error}")
+        return
+    progress.stage("write it with the tokenizer, and verify that")
+    model = ir.load(whole)
+    with_text(model, operators)
+    ir.save(model, bundle.path / names.TEXT_GRAPH)
+    _require_equal_text(bundle)
 
 
 def settings(sampling: SamplingConfig, max_new_tokens: int, end_ids: tuple[int, ...] = ()) -> dict[str, Array]:
@@ -77,6 +93,25 @@ def _require_equal(bundle: Bundle, whole: Path, step: Path | None) -> None:
             _compare(whole, sessions[whole].run([names.GENERATED_IDS], feeds)[0], expected)
             if step is not None:
                 _compare(step, _in_steps(sessions[step], prompt, case, len(expected)), expected)
+
+
+def _require_equal_text(bundle: Bundle) -> None:
+    codec, session = TextCodec.from_file(bundle.path / names.TOKENIZER), opened(str(bundle.path / names.TEXT_GRAPH))
+    engine, ends = Engine(bundle, providers="cpu", threads=1), bundle.manifest.eos_token_ids
+    for case in _CASES:
+        for prompt in _TEXTS:
+            ids = codec.encode(prompt)
+            made = Generation(engine, ids, max_new_tokens=_NEW_TOKENS, end_ids=ends, sampling=case, prompt_lookup=False)
+            stream = TextStream(codec, after_text=True)
+            expected = "".join([*(stream.push(token) for token in made), stream.flush()])
+            feeds = settings(case, _NEW_TOKENS, ends) | {names.TEXT: np.array([prompt], object)}
+            found = str(session.run([names.COMPLETION], feeds)[0][0])
+            # How many U+FFFD stand for bytes that are no text is a matter of each decoder.
+            if found != expected and REPLACEMENT not in expected:
+                raise ParityError(
+                    f"{names.TEXT_GRAPH} goes on with {found!r:.80} where pastkey's runtime says {expected!r:.80}: "
+                    "export without --generate"
+                )
 
 
 def _in_steps(session: Any, prompt: list[int], case: SamplingConfig, count: int) -> list[int]:

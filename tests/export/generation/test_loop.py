@@ -36,8 +36,7 @@ def made(folder: Path, kind: str) -> Bundle:
         precision, _, graph = kind.partition(" ")
         target = "portable" if graph == "portable" else "cpu"
         graph = "standard" if graph == "portable" else graph or "auto"
-        settings = {"precision": precision, "graph": graph, "target": target}
-        export(llama(), folder, context_length=CONTEXT, generate=True, **settings)
+        export(llama(), folder, precision, target, graph, context_length=CONTEXT, generate=True)
     return open_bundle(folder, verify=True)
 
 
@@ -214,6 +213,21 @@ def test_no_new_tokens_still_feed_nothing(fused: Bundle) -> None:
     assert host([5, 9], 0, DRAWN) == []
     assert host.history.size == 0
     assert host([5, 9], 4, DRAWN) == call(fused, [5, 9], 4, DRAWN)
+
+
+def test_a_call_after_the_last_token_of_all_gives_none(fused: Bundle) -> None:
+    host = Host(fused)
+    ids = host([5] * 30, 10**6, DRAWN)
+    assert len(ids) == CONTEXT + 1 - 30
+    assert host(ids[-1:], 4, DRAWN) == []
+    with pytest.raises(Exception, match="the text is longer than the context of 40 tokens"):
+        host([1, 2], 4, DRAWN)
+
+
+def test_a_graph_holds_nothing_that_no_node_reads(fused: Bundle) -> None:
+    for name in (names.GENERATE_GRAPH, names.GENERATE_STEP_GRAPH):
+        model = ir.load(fused.path / name)
+        assert [value.name for value in model.graph.initializers.values() if not value.uses()] == []
 
 
 def test_a_history_without_its_cache_is_refused(fused: Bundle) -> None:
