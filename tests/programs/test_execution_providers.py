@@ -64,6 +64,10 @@ def available(wheel: tuple[str, list[str]]) -> Mapping[str, bool]:
     return {row["short_name"]: row["available"] for row in json.loads(done.stdout)["devices"]}
 
 
+def weight_bytes(inspected: subprocess.CompletedProcess[str]) -> int:
+    return sum(share["weight_bytes"] for share in json.loads(inspected.stdout)["shares"])
+
+
 @pytest.mark.parametrize("name", ["llama-standard", "llama-standard-fp32"])
 def test_openvino_runs_the_standard_graph_whole(bundles: Callable[[str], Path], name: str) -> None:
     bundle = bundles(name)
@@ -74,6 +78,7 @@ def test_openvino_runs_the_standard_graph_whole(bundles: Callable[[str], Path], 
     assert [(s["provider"], s["nodes"], s["parts"]) for s in json.loads(placed.stdout)["shares"]] == [
         ("openvino", 1, 1)
     ]
+    assert weight_bytes(placed) == pytest.approx(weight_bytes(pastkey_in(OPENVINO, "inspect", bundle, "--json")), 0.1)
 
 
 def test_openvino_leaves_the_attention_of_the_fused_graph(bundles: Callable[[str], Path]) -> None:
@@ -205,6 +210,8 @@ def test_a_compiled_bundle_gives_the_same_tokens_and_is_of_its_chip(
     ran = run(QNN, compiled, home=tmp_path)
     assert answered(ran) == expected(bundle)
     assert "leaves" not in ran.stderr
+    binaries = sum(file.stat().st_size for file in (compiled / "onnx").glob("*.bin"))
+    assert weight_bytes(pastkey_in(QNN, "inspect", compiled, "--json", home=tmp_path)) == binaries > 0
     other = run(QNN, compiled, "--provider", "qnn", "--provider-option", "htp_arch=73")
     assert (other.returncode, other.stdout) == (2, "")
     assert "was compiled for qnn (" in other.stderr
