@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -76,17 +77,43 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
     return run
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def classic(pastkey_command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """made_once(NAME, make): the folder NAME as make(FOLDER) filled it, once for all processes that run the tests."""
+    from filelock import FileLock  # the runtime's tests run where it is not installed, and need nothing of this
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = base / f"once-{name}", base / f"once-{name}.whole"
+        with FileLock(f"{folder}.lock"):
+            if not whole.is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed in the middle
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def classic(pastkey_command: Run, made_once: MadeOnce) -> Path:
     """A folder with the classic lesson as checkpoint/ and as an int8 bundle/, made by the commands."""
-    folder = tmp_path_factory.mktemp("classic")
-    for arguments in (
-        ("train", "--preset", "classic", "--out", folder / "checkpoint"),
-        ("export", folder / "checkpoint", "--out", folder / "bundle"),
-    ):
-        done = pastkey_command(*arguments)
-        assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        for arguments in (
+            ("train", "--preset", "classic", "--out", folder / "checkpoint"),
+            ("export", folder / "checkpoint", "--out", folder / "bundle"),
+        ):
+            done = pastkey_command(*arguments)
+            assert done.returncode == 0, done.stderr
+
+    return made_once("classic", make)
 
 
 @pytest.fixture
