@@ -34,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, own)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What only `make matrix` runs is slow, too, so that `-m "not slow"` leaves it out."""
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            item.add_marker("slow")
+
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
