@@ -219,7 +219,10 @@ def _print_inspection(inspection: Inspection) -> None:
         f"{per_token:>14,}  of keys and values per token, {per_token * manifest.context_length:,} at the full context"
     )
     print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
+    shown = ""
     for share in inspection.shares:
+        if manifest.static and share.graph != shown:
+            print(shown := share.graph)
         operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
         parts = "?" if share.parts is None else share.parts
         print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")

@@ -59,7 +59,8 @@ class Engine:
 
     Attributes:
         manifest: The bundle's.
-        onnx: The onnxruntime.InferenceSession.
+        onnx: The onnxruntime.InferenceSession; of a static bundle, that of the chunk's graph.
+        sessions: All that are open from the beginning: the graph's file -> its onnxruntime.InferenceSession.
         providers: onnxruntime's names of the execution providers in use, in order of preference.
         threads: Threads within an operator; 0 where onnxruntime chooses.
         lock: Held by whoever is inside a call.
@@ -92,8 +93,8 @@ class Engine:
             allow_fallback: Whether the processor may run what a provider that was asked for leaves; without it, one
                 that was seen to run a whole graph runs all of it or is refused.
             session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
-            profile_prefix: Where given, onnxruntime records where each operator ran, in a file whose name starts with
-                it.
+            profile_prefix: Where given, onnxruntime records where each operator ran, in a file per graph whose name
+                starts with it.
             int8_kv_from: Tokens in the cache from which on one row is decoded with an int8 cache, where the bundle has
                 a graph for that and onnxruntime an operator; the first such token loads the weights once more. None
                 for never.
@@ -120,16 +121,20 @@ class Engine:
             threads=self.threads,
             allow_fallback=allow_fallback,
             session_entries=session_entries,
+            profile_prefix=profile_prefix,
         )
         static = bundle.manifest.static
         if static is not None:
             path = bundle.static_graphs[1]
-        self.onnx = open_graph(path, profile_prefix=profile_prefix)
+        self.onnx = open_graph(path)
+        self.sessions = {path: self.onnx}
         self.providers: list[str] = self.onnx.get_providers()
         self._inputs = {value.name for value in self.onnx.get_inputs()}
         self._static: StaticGraphs | None = None
         if static is not None:
-            decode = self.onnx if static.chunk == 1 else open_graph(bundle.static_graphs[0])
+            decode = self.onnx
+            if static.chunk > 1:
+                decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
             self._static = StaticGraphs(decode, self.onnx, bundle.manifest, path.parent)
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
