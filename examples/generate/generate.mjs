@@ -17,16 +17,21 @@ export async function generate(ort, session, prompt, settings = {}) {
   return Array.from(ids.data, Number);
 }
 
-/** The same ids, as they come: `chunk` of them a call of generate_step.onnx, which hands its cache to the next call. */
-export async function* stream(ort, session, prompt, { maxNewTokens = 64, ...settings } = {}, chunk = 1) {
+/**
+ * The same ids, as they come: `chunk` of them a call of generate_step.onnx, which gives the next call its cache.
+ * The settings have the context_length of pastkey.json in them, too: a text ends there.
+ */
+export async function* stream(ort, session, prompt, settings, chunk = 1) {
+  const { maxNewTokens = 64, endIds = [], contextLength } = settings;
+  if (prompt.length > contextLength) throw new RangeError(`${prompt.length} tokens are more than the context`);
   const sizes = session.inputMetadata.find(({ name }) => name === "cache").shape.map((size) => Number(size) || 0);
   let held = { cache: new ort.Tensor("float32", [], sizes), history: integers(ort, []) };
-  for (let left = maxNewTokens; left > 0; left -= chunk) {
+  let left = Math.min(maxNewTokens, contextLength + 1 - prompt.length);
+  for (let last; left > 0 && !endIds.map(BigInt).includes(last); left -= chunk) {
     const call = inputs(ort, prompt, { ...settings, maxNewTokens: Math.min(chunk, left) });
     const { ids, cache_out: cache, history_out: history } = await session.run({ ...call, ...held });
     yield* Array.from(ids.data, Number);
-    const last = ids.data.at(-1);
-    if (ids.size < Math.min(chunk, left) || (settings.endIds ?? []).some((id) => BigInt(id) === last)) return;
+    last = ids.data.at(-1);
     [held, prompt] = [{ cache, history }, [last]];
   }
 }

@@ -28,14 +28,22 @@ TEXT = END_OF_TEXT.join(
 )
 
 
-def trained(out: Path, *, precision: str = "int8", target: str = "cpu", graph: str = "auto", **settings: Any) -> None:
+def trained(
+    out: Path,
+    *,
+    precision: str = "int8",
+    target: str = "cpu",
+    graph: str = "auto",
+    generate: bool = False,
+    **settings: Any,
+) -> None:
     """A bundle of what `pastkey train` makes of a few sentences in seconds."""
     corpus = out.with_name("corpus.txt")
     corpus.write_text(TEXT, encoding="utf-8")
     small = {"steps": 150, "context": 64, "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab_size": 320}
     checkpoint = out.with_name("checkpoint")
     train(TrainConfig.from_given(small | {"threads": 1, "save_every": 150} | settings), checkpoint, data=[corpus])
-    export(checkpoint, out, precision=precision, target=target, graph=graph)
+    export(checkpoint, out, precision=precision, target=target, graph=graph, generate=generate)
 
 
 def stories(out: Path) -> None:
@@ -65,6 +73,10 @@ def short_conv(out: Path) -> None:
 
 # Those that only other hardware and plain onnxruntime load here.
 MORE: dict[str, Callable[[Path], object]] = {
+    "generate-fp32": lambda out: trained(out, preset="llama", precision="fp32", generate=True),
+    "generate-int8": lambda out: trained(out, preset="llama", generate=True),
+    "generate-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32", generate=True),
+    "generate-gpt2-fp32": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp32", generate=True),
     "llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32"),
     "llama-webgpu": lambda out: trained(out, preset="llama", precision="fp32", target="webgpu"),
     "llama-webgpu-static": lambda out: trained(out, preset="llama", precision="fp32", target="webgpu", graph="static"),
