@@ -122,13 +122,13 @@ def onnxruntime_header() -> Path | None:
 
 @_one_at_a_time
 def java_binding() -> Path | None:
-    """A folder with onnxruntime's binding for Java, classes and library, and a JDK to run it; None without a JDK.
+    """A folder with onnxruntime's binding for Java, its classes and its library; None without a JDK.
 
     Of the registries that tests may ask, one package of PyPI's carries it, in a jar of much else.
     """
-    if shutil.which("java") is None:
+    if shutil.which("javac") is None:
         _install("default-jdk-headless")
-    if shutil.which("java") is None:
+    if shutil.which("javac") is None:
         return None
     folder, native = _FOLDER / "onnxruntime-java", "ai/onnxruntime/native/linux-x64/libonnxruntime4j_jni.so"
     stamp = folder / "stamp"
@@ -148,6 +148,16 @@ def java_binding() -> Path | None:
     (folder / native).rename(folder / Path(native).name)
     stamp.write_text(_JAVA)
     return folder
+
+
+@_one_at_a_time
+def install_kotlin() -> Path | None:
+    """The Java that Kotlin's compiler runs on, from Debian's packages; None where they cannot be had."""
+    java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # what the compiler of Debian 13 was built with, and needs
+    if shutil.which("kotlinc") is None or not java.exists():
+        _install("kotlin")
+        _install("openjdk-21-jre-headless")
+    return java if shutil.which("kotlinc") is not None and java.exists() else None
 
 
 def _install(package: str) -> None:

@@ -5,8 +5,8 @@
  *
  *     dependencies { implementation("com.microsoft.onnxruntime:onnxruntime-android:1.27.0") }
  *
- * Of a bundle by `pastkey export checkpoint --out bundle --generate`: generate.onnx and model*.onnx_data of onnx/, in the
- * same folder. ../android/MainActivity.kt shows how files of the application's assets become files in a folder.
+ * Of a bundle by `pastkey export checkpoint --out bundle --generate`: generate.onnx and model*.onnx_data of onnx/, in
+ * one folder. ../android/MainActivity.kt shows how files of the application's assets become files in a folder.
  *
  * An application calls `generate`. `main` is for a PC: the graph, max_new_tokens, temperature, top_k, top_p, min_p,
  * repetition_penalty, seed, end ids in one word with spaces between them, and the prompt's ids.

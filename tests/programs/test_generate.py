@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.environments import java_binding, node_environment, onnxruntime_header
+from benchmarks.environments import install_kotlin, java_binding, node_environment, onnxruntime_header
 from pastkey import names
 
 from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
@@ -135,8 +135,8 @@ def test_bad_input_is_a_sentence_in_c(bundles: Callable[[str], Path], c_program:
 
 
 @pytest.fixture(scope="module")
-def java_program(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    """The command of examples/generate/Generate.java, by a binding that runs on the library of Python's package."""
+def java(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A binding for Java, and how it is run on the library of Python's package."""
     if shutil.which("gcc") is None or platform.machine() != "x86_64":
         pytest.skip("gcc is not installed, or there is no binding for Java to be had for this processor")
     if (binding := java_binding()) is None:
@@ -147,14 +147,37 @@ def java_program(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     command = ["gcc", "-Wall", "-shared", "-fPIC", HERE / "onnxruntime_1_17.c", "-o", folder / "libonnxruntime.so"]
     command += ["-Wl,-soname,libonnxruntime.so.1.17.0", f"-Wl,--version-script={folder / 'versions'}", "-ldl"]
     subprocess.run(command, check=True)
+    return binding, ["java", f"-Donnxruntime.native.path={folder}", "-cp"]
+
+
+@pytest.fixture(scope="module")
+def java_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, list[str]]) -> list[str]:
+    """The command of examples/generate/Generate.java, compiled."""
+    binding, command = java
+    folder = tmp_path_factory.mktemp("classes")
     subprocess.run(["javac", "-cp", binding, "-d", folder, EXAMPLES / "generate" / "Generate.java"], check=True)
-    return ["java", f"-Donnxruntime.native.path={folder}", "-cp", f"{binding}:{folder}", "Generate"]
+    return [*command, f"{binding}:{folder}", "Generate"]
 
 
+@pytest.fixture(scope="module")
+def kotlin_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, list[str]]) -> list[str]:
+    """The command of examples/generate/Generate.kt, compiled."""
+    binding, command = java
+    if (home := install_kotlin()) is None:
+        pytest.skip("Kotlin's compiler is not installed, and only root can install Debian's")
+    folder = tmp_path_factory.mktemp("classes")
+    standard = "/usr/share/java/kotlin-stdlib.jar:/usr/share/java/kotlin-stdlib-jdk7.jar"
+    compile_ = ["kotlinc", "-cp", f"{binding}:{standard}", "-d", folder, EXAMPLES / "generate" / "Generate.kt"]
+    subprocess.run(compile_, env=os.environ | {"JAVA_HOME": str(home)}, check=True)
+    return [*command, f"{binding}:{folder}:{standard}", "GenerateKt"]
+
+
+@pytest.mark.parametrize("language", ["java", "kotlin"])
 @pytest.mark.parametrize("name", ["generate-fp32", "generate-int8"])
-def test_one_call_in_java_gives_the_ids_of_python(
-    bundles: Callable[[str], Path], name: str, java_program: list[str | Path]
+def test_one_call_in_java_and_kotlin_gives_the_ids_of_python(
+    bundles: Callable[[str], Path], name: str, language: str, request: pytest.FixtureRequest
 ) -> None:
-    bundle, wanted = bundles(name), calls()[::3]  # of every way of choosing; a call takes a second
-    found = answers_of(java_program, bundle / names.GENERATE_GRAPH, wanted, ONNXRUNTIME=str(library()))
+    program: list[str] = request.getfixturevalue(f"{language}_program")
+    bundle, wanted = bundles(name), calls()[::2]  # of every way of choosing
+    found = answers_of(program, bundle / names.GENERATE_GRAPH, wanted, ONNXRUNTIME=str(library()))
     assert found == expected(bundle, wanted)
