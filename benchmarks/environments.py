@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -113,11 +114,11 @@ def onnxruntime_header() -> Path | None:
     # Unpacked, not installed: the library that the package depends on is another one than Python's.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    subprocess.run(["apt-get", "--quiet=2", "update"], check=True)
-    subprocess.run(["apt-get", "--quiet=2", "download", "libonnxruntime-dev"], cwd=folder, check=True)
-    (package,) = folder.glob("*.deb")
-    subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
-    return header.parent
+    for command in (["update"], ["download", "libonnxruntime-dev"]):
+        subprocess.run(["apt-get", "--quiet=2", *command], cwd=folder, check=False)
+    for package in folder.glob("*.deb"):  # none before Debian 13
+        subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
+    return header.parent if header.exists() else None
 
 
 @_one_at_a_time
@@ -155,8 +156,9 @@ def install_kotlin() -> Path | None:
     """The Java that Kotlin's compiler runs on, from Debian's packages; None where they cannot be had."""
     java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # what the compiler of Debian 13 was built with, and needs
     if shutil.which("kotlinc") is None or not java.exists():
-        _install("kotlin")
-        _install("openjdk-21-jre-headless")
+        with contextlib.suppress(subprocess.CalledProcessError):  # another release may not have them
+            _install("kotlin")
+            _install("openjdk-21-jre-headless")
     return java if shutil.which("kotlinc") is not None and java.exists() else None
 
 

@@ -23,7 +23,8 @@ export async function generate(ort, session, prompt, settings = {}) {
  */
 export async function* stream(ort, session, prompt, settings, chunk = 1) {
   const { maxNewTokens = 64, endIds = [], contextLength } = settings;
-  if (prompt.length > contextLength) throw new RangeError(`${prompt.length} tokens are more than the context`);
+  if (!(prompt.length <= contextLength))
+    throw new RangeError(`the prompt has ${prompt.length} tokens, and contextLength is ${contextLength}`);
   const sizes = session.inputMetadata.find(({ name }) => name === "cache").shape.map((size) => Number(size) || 0);
   let held = { cache: new ort.Tensor("float32", [], sizes), history: integers(ort, []) };
   let left = Math.min(maxNewTokens, contextLength + 1 - prompt.length);
