@@ -75,6 +75,12 @@ def llama(out: Path, trained: Checkpoint, **settings: Any) -> None:
 
 # Those that only other hardware and plain onnxruntime load here.
 MORE: dict[str, Write] = {
+    "generate-fp32": partial(llama, precision="fp32", generate=True),
+    "generate-int8": partial(llama, generate=True),
+    "generate-standard-fp32": lambda out, trained: export(
+        trained("llama", head_dim=10), out, precision="fp32", generate=True
+    ),
+    "generate-gpt2-fp32": partial(gpt2, precision="fp32", generate=True),
     "llama-standard-fp32": lambda out, trained: export(trained("llama", head_dim=10), out, precision="fp32"),
     "llama-webgpu": partial(llama, precision="fp32", target="webgpu"),
     "llama-webgpu-static": partial(llama, precision="fp32", target="webgpu", graph="static"),
