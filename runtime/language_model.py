@@ -151,6 +151,7 @@ class LanguageModel:
                   continuation is not computed again. In int8 the text may be another one, as likely.
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
+                - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
 
         Returns:
             The continuation, with its ids and figures.
@@ -278,7 +279,8 @@ class LanguageModel:
             prompt_lookup=options.get("prompt_lookup", True),
         )
         after_text = isinstance(prompt, str) and bool(prompt.strip())
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, after_text=after_text)
+        keep = options.get("keep_special_tokens", False)
+        text = self.tokenizer and TextStream(self.tokenizer, after_text=after_text, keep_special_tokens=keep)
         return self._chunks(generation, text, StopStrings(stops))
 
     def _chunks(
@@ -291,14 +293,14 @@ class LanguageModel:
                 ids.append(token)
                 texts.append("" if text is None else stops.push(text.push(token)))
                 yield Chunk(texts[-1], [token])
-                if stops.found:
+                if stops.found is not None:
                     break
                 turn.resume()
         if text is not None:
             texts.append(stops.push(text.flush()) + stops.flush())
             if texts[-1]:
                 yield Chunk(texts[-1], [])
-        reason = "stop_string" if stops.found else generation.finish_reason
+        reason = generation.finish_reason if stops.found is None else "stop_string"
         assert reason is not None, "the generation ended without a reason"
         return Completion(
             "".join(texts),
@@ -309,6 +311,7 @@ class LanguageModel:
             generation.prefill_seconds,
             generation.decode_seconds,
             generation.reused_tokens,
+            stops.found,
         )
 
 
