@@ -38,8 +38,8 @@ class Completion:
     """One continuation.
 
     Attributes:
-        text: The text of `ids`, special tokens left out unless they were to be kept. It ends before the stop string, and before a character that
-            the last token leaves incomplete. "" without a tokenizer.
+        text: The text of `ids`, special tokens left out unless they were to be kept. It ends before the stop string,
+            and before a character that the last token leaves incomplete. "" without a tokenizer.
         ids: The new tokens, without the EOS token, with those of a stop string.
         finish_reason: "stop" for an EOS token, "stop_string" for one of `stop`, "length" for `max_new_tokens` or the
             end of the context.

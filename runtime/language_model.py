@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from .settings import (
     require_known,
 )
 from .text.codec import StopStrings, TextCodec, TextStream
+from .text.tools import Tool
 from .turns import Turns
 
 
@@ -190,19 +191,46 @@ class LanguageModel:
         require_known("stream", options, GENERATE_OPTIONS)
         return self._stream(prompt, options)
 
-    def chat(self, system: str | None = None, *, template: str | Path | None = None) -> Chat:
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        template: str | Path | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        special_tokens_as_text: bool = False,
+        **template_variables: Any,
+    ) -> Chat:
         """Begins a conversation.
+
+        A TemplateWarning says what the template leaves out of what is given here.
 
         Args:
             system: What the model is told before all else.
             template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
+            tools: What the model may call: JSON schemas {"type": "function", "function": {"name", "description",
+                "parameters"}}, or Python functions with type hints and a docstring in Google's style.
+            documents: What it may answer from, as the template reads them: mostly {"title", "text"}.
+            special_tokens_as_text: What a content, a tool or a document writes is encoded as ordinary characters, so
+                that a user who writes <|im_end|> ends no message.
+            **template_variables: What else the template reads: `enable_thinking=False`, say.
 
         Raises:
-            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used.
+            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used, or takes no
+                system text; or a tool cannot be described.
+            OptionError: A variable that the conversation gives to the template itself.
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
-        return Chat(self, system, template=template)
+        return Chat(
+            self,
+            system,
+            template=template,
+            tools=tools,
+            documents=documents,
+            special_tokens_as_text=special_tokens_as_text,
+            template_variables=template_variables,
+        )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """The logits of every position of a text, by one uncached pass.
