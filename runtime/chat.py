@@ -16,13 +16,14 @@ from .completion import Chunk, Completion, ToolCall, completed
 from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
 from .text.chat_template import ChatTemplate
 from .text.messages import Content, checked_content, message, read_messages, save_messages, text_of
-from .text.plain_contents import PlainContents
 from .text.sandbox import plain
 from .text.tool_calls import parse_tool_calls, tool_call_form
-from .text.tools import Tool, tool_name, tool_schemas
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
+    from .text.codec import TextCodec
+    from .text.plain_contents import PlainContents
+    from .text.tools import Tool
 
 _OURS = ("messages", "add_generation_prompt", "continue_final_message")  # what a template is given in any case
 
@@ -62,7 +63,7 @@ class Chat:
             )
         self.model = model
         self.system = system if system is None else _checked_text("system", system)
-        self.tools = None if tools is None else tool_schemas(tools)
+        self.tools = None if tools is None else _schemas(tools)
         self.documents = _checked_documents(documents)
         self._variables = dict(template_variables or {})
         for name in _OURS:
@@ -71,7 +72,7 @@ class Chat:
         self._tokenizer = model.tokenizer
         self._template = ChatTemplate.from_bundle(model.bundle, template, tools=bool(tools))
         self._form = tool_call_form(self._template.source)
-        self._plain = PlainContents(model.tokenizer) if special_tokens_as_text else None
+        self._plain = _plain_contents(model.tokenizer) if special_tokens_as_text else None
         self._takes_text, self._takes_parts = self._contents_taken()
         self._notice_what_is_left_out()
         self.reset()
@@ -265,7 +266,8 @@ class Chat:
         """Puts the whole answer into the conversation, its tool calls by themselves."""
         calls: list[dict[str, Any]] = []
         if self.tools is not None:
-            text, calls = parse_tool_calls(text, self._form, [name for tool in self.tools if (name := tool_name(tool))])
+            known = [tool.get("function", tool).get("name") for tool in self.tools]
+            text, calls = parse_tool_calls(text, self._form, known)
         more: dict[str, Any] = {}
         if calls:
             first = sum(len(said.get("tool_calls") or ()) for said in messages)
@@ -355,6 +357,18 @@ class Chat:
         for name in self._variables:
             if name not in self._template.variables:
                 _warn(f"the chat template does not read the variable {name!r}")
+
+
+def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    from .text.tools import tool_schemas  # inspect and more, for whom it concerns
+
+    return tool_schemas(tools)
+
+
+def _plain_contents(tokenizer: TextCodec) -> PlainContents:
+    from .text.plain_contents import PlainContents
+
+    return PlainContents(tokenizer)
 
 
 def _warn(sentence: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,11 @@ from .completion import Chunk, Completion, completed
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generate import Generation
+from .generation_config import sampling_defaults
 from .settings import (
     GENERATE_OPTIONS,
     MAX_NEW_TOKENS,
+    ChatOptions,
     Choice,
     GenerateOptions,
     PlacementOptions,
@@ -30,8 +32,10 @@ from .settings import (
     require_known,
 )
 from .text.codec import StopStrings, TextCodec, TextStream
-from .text.tools import Tool
 from .turns import Turns
+
+if TYPE_CHECKING:
+    from .text.tools import Tool
 
 
 def load(
@@ -130,6 +134,15 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         return f"<LanguageModel {self.bundle.path} ({self.manifest.precision})>"
+
+    @property
+    def sampling_defaults(self) -> ChatOptions:
+        """How its authors would have it sampled, by the generation_config.json of what was exported.
+
+        Options to pass on: `lm.generate(prompt, **lm.sampling_defaults)`. Nothing but `pastkey chat` uses them unasked.
+        Empty where the authors named none. Raises IntegrityError where one is out of range.
+        """
+        return sampling_defaults(self.bundle)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """Continues one prompt.
@@ -308,7 +321,8 @@ class LanguageModel:
         )
         after_text = isinstance(prompt, str) and bool(prompt.strip())
         keep = options.get("keep_special_tokens", False)
-        text = self.tokenizer and TextStream(self.tokenizer, after_text=after_text, keep_special_tokens=keep)
+        codec = self.tokenizer
+        text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
         return self._chunks(generation, text, StopStrings(stops))
 
     def _chunks(

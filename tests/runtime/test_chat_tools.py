@@ -216,8 +216,9 @@ def test_a_template_without_place_for_a_system_text_says_so_at_once(make_model: 
 
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt"])
 def test_what_a_conversation_gives_itself_is_no_variable(model: LanguageModel, name: str) -> None:
+    variables: dict[str, Any] = {name: 1}
     with pytest.raises(OptionError, match=rf"chat\(\) has no option '{name}'"):
-        model.chat(**{name: 1})
+        model.chat(**variables)
 
 
 @pytest.mark.parametrize("documents", ["a", [1], {"text": "a"}])

@@ -204,7 +204,7 @@ def test_a_character_comes_as_soon_as_it_is_whole() -> None:
 def test_special_tokens_are_kept_on_request(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
     codec = TextCodec(tokenizer)
-    end = tokenizer.token_to_id("<end>")
+    [end] = ids_of(tokenizer, ["<end>"])
     ids = [end, *byte_ids(tokenizer, "日".encode()), end, *byte_ids(tokenizer, b" a")]
     assert streamed(codec, ids, keep=True) == codec.decode(ids, keep_special_tokens=True) == "<end>日<end> a"
     assert streamed(codec, ids) == "日 a"

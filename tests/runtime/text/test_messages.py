@@ -13,12 +13,15 @@ from pastkey.errors import InputError
 from pastkey.runtime.text import messages
 from pastkey.runtime.text.messages import checked_content, read_messages, save_messages, text_of
 
-TALK = [{"role": "user", "content": "é"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "é"},
+    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+]
 
 
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
     calls = [{"id": "call00000", "type": "function", "function": {"name": "a", "arguments": {}}}]
-    talk = [*TALK, {"role": "assistant", "content": None, "tool_calls": calls}]
+    talk: list[dict[str, Any]] = [*TALK, {"role": "assistant", "content": None, "tool_calls": calls}]
     save_messages(tmp_path / "talk", talk)
     assert read_messages(tmp_path / "talk") == talk
 

@@ -27,8 +27,15 @@ def weather(city: str, days: int = 1, unit: Literal["C", "F"] = "C") -> str:
 
 
 def everything(
-    a: float, b: bool, c: list[int], d: dict[str, float], e: str | None, f: list, g: dict, h: int | str = 3
-) -> None:  # type: ignore[type-arg]
+    a: float,
+    b: bool,
+    c: list[int],
+    d: dict[str, float],
+    e: str | None,
+    f: list[Any],
+    g: dict[str, Any],
+    h: int | str = 3,
+) -> None:
     """Does it.
 
     Args:
