@@ -15,7 +15,6 @@ from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.values import is_int
 
-from .chat import Chat
 from .completion import Chunk, Completion, completed
 from .engine.engine import Engine
 from .engine.golden import require_golden
@@ -35,6 +34,7 @@ from .text.codec import StopStrings, TextCodec, TextStream
 from .turns import Turns
 
 if TYPE_CHECKING:
+    from .chat import Chat
     from .text.tools import Tool
 
 
@@ -235,6 +235,8 @@ class LanguageModel:
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
+        from .chat import Chat  # which stands on much that a text alone does not need
+
         return Chat(
             self,
             system,
