@@ -14,7 +14,7 @@ from pastkey.errors import InputError, OptionError, TemplateWarning
 
 from .completion import Chunk, Completion, ToolCall, completed
 from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
-from .text.chat_template import ChatTemplate
+from .text.chat_template import ChatTemplate, TemplateBudgetError
 from .text.messages import Content, checked_content, message, read_messages, save_messages, text_of
 from .text.sandbox import plain
 from .text.tool_calls import parse_tool_calls, tool_call_form
@@ -133,13 +133,14 @@ class Chat:
 
         Args:
             content: A text, or another value of JSON's types, which is written as JSON.
-            name: The tool. None is that of the first call of the last answer that has no result yet.
+            name: The tool: its first call in the last answer that has no result yet is meant. None is any tool.
             call_id: The "id" of the call in `messages`, in place of the order of calls.
 
         Raises:
             InputError: No call waits for a result, and no name is given; or JSON cannot write the content.
         """
-        call = next((call for call in self._open_calls() if call_id in (None, call["id"])), None)
+        open_calls = [call for call in self._open_calls() if call_id in (None, call["id"])]
+        call = next((call for call in open_calls if name in (None, call["function"]["name"])), None)
         if call is None and (name is None or call_id is not None):
             raise InputError(
                 f"there is no tool call {call_id or 'that waits for a result'}: name the tool that gives this one "
@@ -325,6 +326,8 @@ class Chat:
         def writes(content: Content) -> bool:
             try:
                 text = self._template.render([message("user", content)], **self._variables)
+            except TemplateBudgetError:
+                raise
             except InputError:
                 return False
             return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
@@ -339,6 +342,8 @@ class Chat:
             first = [] if system is None else [message("system", system)]
             try:
                 return self._rendered([*first, message("user", "Hi")], **changes)
+            except TemplateBudgetError:
+                raise
             except InputError as error:
                 return error
 

@@ -26,6 +26,10 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # where templates l
 _TAG = "<continue-here> "
 
 
+class TemplateBudgetError(InputError):
+    """A template that does not come to an end within its bounds."""
+
+
 class ChatTemplate:
     """A compiled template with the special tokens that it may write.
 
@@ -96,8 +100,8 @@ class ChatTemplate:
             **variables: What else the template reads. `add_generation_prompt=False` ends behind the last message.
 
         Raises:
-            InputError: The template does not take these messages, in its own words; or it does not come to an end
-                within its bounds of time and size.
+            InputError: The template does not take these messages, in its own words; a TemplateBudgetError where it does
+                not come to an end within its bounds of time and size.
         """
         try:
             given = [_with_reasoning(sandbox.plain(message)) for message in messages]
@@ -111,7 +115,7 @@ class ChatTemplate:
                     pieces.append(piece)
             text = "".join(pieces)
         except sandbox.OverBudgetError as error:
-            raise InputError(
+            raise TemplateBudgetError(
                 f"the chat template spends more than it may, {error}: take another one with --template FILE (in "
                 "Python, template=)"
             ) from None

@@ -121,6 +121,15 @@ def test_a_tool_is_called_answered_and_gone_on_from(make_model: MakeModel, says:
     assert [said["role"] for said in chat.messages[-2:]] == ["user", "assistant"]
 
 
+def test_a_result_goes_to_the_call_of_its_name(make_model: MakeModel, says: Callable[..., Any]) -> None:
+    says('<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "b"}</tool_call>')
+    chat = make_model(TOOLS).chat(tools=[{"function": {"name": name}} for name in "ab"])
+    chat.ask("hello")
+    for name in ("b", "a", "c"):
+        chat.add_tool_result("x", name=name)
+    assert [said.get("tool_call_id") for said in chat.messages[2:]] == ["call00001", "call00000", None]
+
+
 def test_an_answer_in_no_known_form_is_text(make_model: MakeModel, says: Callable[..., Any]) -> None:
     says('{"name": "weather", "arguments": {}}', "<tool_call>{cut")
     chat = make_model(TOOLS).chat(tools=[weather])
@@ -190,6 +199,12 @@ def test_what_a_template_leaves_out_is_told(make_model: MakeModel, options: dict
     with pytest.warns(TemplateWarning, match=f"the chat template {words}") as told:
         model.chat(**options)
     assert [warning.filename for warning in told] == [__file__]
+
+
+def test_a_template_that_does_not_end_is_told_where_the_conversation_begins(make_model: MakeModel) -> None:
+    model = make_model("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(InputError, match="the chat template spends more than it may"):
+        model.chat()
 
 
 def test_a_template_that_writes_all_is_silent(make_model: MakeModel) -> None:
