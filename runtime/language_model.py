@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +15,15 @@ from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.values import is_int
 
-from .chat import Chat
 from .completion import Chunk, Completion, completed
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generate import Generation
+from .generation_config import sampling_defaults
 from .settings import (
     GENERATE_OPTIONS,
     MAX_NEW_TOKENS,
+    ChatOptions,
     Choice,
     GenerateOptions,
     PlacementOptions,
@@ -31,6 +32,10 @@ from .settings import (
 )
 from .text.codec import StopStrings, TextCodec, TextStream
 from .turns import Turns
+
+if TYPE_CHECKING:
+    from .chat import Chat
+    from .text.tools import Tool
 
 
 def load(
@@ -130,6 +135,15 @@ class LanguageModel:
     def __repr__(self) -> str:
         return f"<LanguageModel {self.bundle.path} ({self.manifest.precision})>"
 
+    @property
+    def sampling_defaults(self) -> ChatOptions:
+        """How its authors would have it sampled, by the generation_config.json of what was exported.
+
+        Options to pass on: `lm.generate(prompt, **lm.sampling_defaults)`. Nothing but `pastkey chat` uses them unasked.
+        Empty where the authors named none. Raises IntegrityError where one is out of range.
+        """
+        return sampling_defaults(self.bundle)
+
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """Continues one prompt.
 
@@ -151,6 +165,7 @@ class LanguageModel:
                   continuation is not computed again. In int8 the text may be another one, as likely.
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
+                - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
 
         Returns:
             The continuation, with its ids and figures.
@@ -189,19 +204,48 @@ class LanguageModel:
         require_known("stream", options, GENERATE_OPTIONS)
         return self._stream(prompt, options)
 
-    def chat(self, system: str | None = None, *, template: str | Path | None = None) -> Chat:
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        template: str | Path | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        special_tokens_as_text: bool = False,
+        **template_variables: Any,
+    ) -> Chat:
         """Begins a conversation.
+
+        A TemplateWarning says what the template leaves out of what is given here.
 
         Args:
             system: What the model is told before all else.
             template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
+            tools: What the model may call: JSON schemas {"type": "function", "function": {"name", "description",
+                "parameters"}}, or Python functions with type hints and a docstring in Google's style.
+            documents: What it may answer from, as the template reads them: mostly {"title", "text"}.
+            special_tokens_as_text: What a content, a tool or a document writes is encoded as ordinary characters, so
+                that a user who writes <|im_end|> ends no message.
+            **template_variables: What else the template reads: `enable_thinking=False`, say.
 
         Raises:
-            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used.
+            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used, or takes no
+                system text; or a tool cannot be described.
+            OptionError: A variable that the conversation gives to the template itself.
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
-        return Chat(self, system, template=template)
+        from .chat import Chat  # which stands on much that a text alone does not need
+
+        return Chat(
+            self,
+            system,
+            template=template,
+            tools=tools,
+            documents=documents,
+            special_tokens_as_text=special_tokens_as_text,
+            template_variables=template_variables,
+        )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """The logits of every position of a text, by one uncached pass.
@@ -278,7 +322,9 @@ class LanguageModel:
             prompt_lookup=options.get("prompt_lookup", True),
         )
         after_text = isinstance(prompt, str) and bool(prompt.strip())
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, after_text=after_text)
+        keep = options.get("keep_special_tokens", False)
+        codec = self.tokenizer
+        text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
         return self._chunks(generation, text, StopStrings(stops))
 
     def _chunks(
@@ -291,14 +337,14 @@ class LanguageModel:
                 ids.append(token)
                 texts.append("" if text is None else stops.push(text.push(token)))
                 yield Chunk(texts[-1], [token])
-                if stops.found:
+                if stops.found is not None:
                     break
                 turn.resume()
         if text is not None:
             texts.append(stops.push(text.flush()) + stops.flush())
             if texts[-1]:
                 yield Chunk(texts[-1], [])
-        reason = "stop_string" if stops.found else generation.finish_reason
+        reason = generation.finish_reason if stops.found is None else "stop_string"
         assert reason is not None, "the generation ended without a reason"
         return Completion(
             "".join(texts),
@@ -309,6 +355,7 @@ class LanguageModel:
             generation.prefill_seconds,
             generation.decode_seconds,
             generation.reused_tokens,
+            stops.found,
         )
 
 

@@ -34,6 +34,7 @@ class ChatOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str]
     prompt_lookup: bool
+    keep_special_tokens: bool
 
 
 class GenerateOptions(ChatOptions, total=False):
