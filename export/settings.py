@@ -20,6 +20,7 @@ Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
 _ORT_TARGETS = ("cpu", "portable")
+_LOOP_TARGETS = ("cpu", "cuda", "portable")
 STATIC_CHUNK = 64  # tokens of a run of prefill, where nothing else is asked for
 
 SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
@@ -43,6 +44,7 @@ class ExportConfig:
     target: str = "cpu"  # where the bundle will run: names.TARGETS
     graph: str = "auto"  # GRAPH_CHOICES
     format: str = "onnx"  # names.FORMATS: "ort" writes pastkey's own graph in the ORT format, too
+    generate: bool = False  # write a whole generation as one graph, too
     tokenizer: str | Path | None = None  # TOKENIZERS, or llama2.c's own; None: the source's
     context_length: int | None = None  # tokens; None: the source's
     force: bool = False  # replace an existing bundle
@@ -88,6 +90,7 @@ class ExportConfig:
         if self.precision in ("fp32", "fp16"):
             self._check_float(self.precision)
         self._check_static()
+        self._check_generate()
 
     def _check_float(self, precision: str) -> None:
         for given, sentence in (
@@ -97,6 +100,18 @@ class ExportConfig:
         ):
             if given is not None:
                 raise InputError(f"{sentence}, or export with --precision int8")
+
+    def _check_generate(self) -> None:
+        if self.generate and self.target not in _LOOP_TARGETS:
+            raise InputError(
+                f"--generate writes a Loop, and {self.target} is not known to run one: leave it out, or export for "
+                f"one of {', '.join(_LOOP_TARGETS)}"
+            )
+        if self.generate and self.static:
+            raise InputError(
+                "--generate writes a graph whose sizes change, and a static one has fixed sizes: leave out --generate, "
+                "or --graph static"
+            )
 
     def _check_static(self) -> None:
         if self.target in names.STATIC_TARGETS and not self.static:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from pastkey.command import Command, Parser, say
-from pastkey.errors import NEEDED, FallbackWarning, PastkeyError, missing_extra
+from pastkey.errors import NEEDED, FallbackWarning, PastkeyError, TemplateWarning, missing_extra
 
 # command -> (stage, one line of help). The stage's cli.py has a Command of the same name.
 COMMANDS = {
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Command = getattr(importlib.import_module(f"pastkey.{stage}.cli"), f"{name}_command")
         parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
         command.add_arguments(parser)
-        with _cleaning_up_when_terminated(), _fallbacks_as_sentences(prog):
+        with _cleaning_up_when_terminated(), _warnings_as_sentences(prog):
             status = command.run(parser.parse_args(rest))
         sys.stdout.flush()
         return status
@@ -95,14 +95,15 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fallbacks_as_sentences(prog: str) -> Iterator[None]:
-    """Shows what a provider leaves to the processor as a line, and every other warning as Python does."""
+def _warnings_as_sentences(prog: str) -> Iterator[None]:
+    """Shows what a provider or a template leaves out as a line, and every other warning as Python does."""
     with warnings.catch_warnings():
         warnings.simplefilter("once", FallbackWarning)  # of each graph that a command opens
+        warnings.simplefilter("always", TemplateWarning)
         shown = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, FallbackWarning):
+            if issubclass(category, FallbackWarning | TemplateWarning):
                 say(f"{prog}: {message}")
             else:
                 shown(message, category, *where, **more)

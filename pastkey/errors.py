@@ -80,6 +80,10 @@ class FallbackWarning(RuntimeWarning):
     """The processor runs a part of what another execution provider was asked to run."""
 
 
+class TemplateWarning(UserWarning):
+    """A chat template leaves out something that it is given."""
+
+
 def first_line(error: BaseException, longest: int = 300) -> str:
     """What a library's error says in its first line, or its class where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

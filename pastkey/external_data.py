@@ -96,7 +96,7 @@ def _walk(content: mmap.mmap) -> Iterator[ExternalData]:
         for number, wire, start, end in within:
             child = children.get(number) if wire == BYTES else None
             if child == "TensorProto":
-                if (data := _tensor(content, start, end)) is not None:
+                if (data := tensor_data(content, start, end)) is not None:
                     yield data
             elif child is not None:
                 open_messages.append((CHILDREN[child], fields(content, start, end)))
@@ -107,8 +107,8 @@ def _walk(content: mmap.mmap) -> Iterator[ExternalData]:
             raise DamagedError(f"it is nested more than {_DEEPEST} messages deep")
 
 
-def _tensor(content: mmap.mmap, position: int, end: int) -> ExternalData | None:
-    """None for a tensor whose data stands in the graph."""
+def tensor_data(content: mmap.mmap, position: int, end: int) -> ExternalData | None:
+    """Of one TensorProto; None where its data stands in the graph. Raises DamagedError, or IndexError past the end."""
     external, said = False, dict[str, str]()
     for number, wire, start, after in fields(content, position, end):
         if number == _DATA_LOCATION and wire == VARINT:

@@ -69,6 +69,18 @@ def present_conv(state: int | str) -> str:
     return f"present_conv.{state}"
 
 
+# Inputs and outputs of a whole generation, beside INPUT_IDS, (1, T) int64. Each setting is (1,).
+GENERATED_IDS: Final = "ids"  # output (n,) int64
+GENERATE_INTEGERS: Final = ("max_new_tokens", "top_k", "seed", "end_ids")  # int64; end_ids is (E,)
+GENERATE_NUMBERS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")  # float32
+TEXT: Final = "text"  # input (1,) string, in place of INPUT_IDS where the tokenizer stands in the graph
+COMPLETION: Final = "completion"  # output (1,) string there
+HELD_CACHE: Final = "cache"  # input (2L, 1, K, P, D): keys and values of the L attention calls in turn
+HELD_IDS: Final = "history"  # input (P,) int64: the ids that it holds
+NEW_CACHE: Final = "cache_out"  # output, the next call's `cache`
+NEW_IDS: Final = "history_out"  # output, the next call's `history`
+
+
 def static_mask(window: int) -> str:
     """Input (1, 1, T, P + T) float32 of a static graph, added to scores; window in tokens, 0 for all earlier ones."""
     return f"mask_window_{window}" if window else "mask"
@@ -102,6 +114,11 @@ INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Some bundles have them.
 ORT_GRAPH: Final = "onnx/pastkey.ort"
 ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"
+# A whole generation in one graph, and some tokens of one, with the cache as input and output. Some bundles have them.
+GENERATE_GRAPH: Final = "onnx/generate.onnx"
+GENERATE_STEP_GRAPH: Final = "onnx/generate_step.onnx"
+# The first with the tokenizer in front and behind: text in, text out.
+TEXT_GRAPH: Final = "onnx/text.onnx"
 # The static graphs, of one new token and of a chunk, in place of LAST_LOGITS_GRAPH.
 STATIC_DECODE_GRAPH: Final = "onnx/pastkey_decode.onnx"
 STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"

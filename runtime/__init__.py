@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .chat import Chat as Chat
     from .completion import Chunk as Chunk
     from .completion import Completion as Completion
+    from .completion import ToolCall as ToolCall
     from .engine.engine import Engine as Engine
     from .generate import Generation as Generation
     from .language_model import LanguageModel as LanguageModel
@@ -42,7 +43,7 @@ else:
         __name__,
         {
             ".chat": ["Chat"],
-            ".completion": ["Chunk", "Completion"],
+            ".completion": ["Chunk", "Completion", "ToolCall"],
             ".engine.engine": ["Engine"],
             ".generate": ["Generation"],
             ".language_model": ["LanguageModel"],

@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
     model = load(arguments.bundle, **_placement(arguments))
     if arguments.json:
         completion = dataclasses.asdict(model.generate(prompt, **options))
-        del completion["cached_tokens"]  # none: nothing was generated before
+        del completion["cached_tokens"], completion["tool_calls"]  # none: nothing was generated before, nor asked for
         print_json(completion)
         return 0
     _show_what_can_be_shown()
@@ -95,11 +95,12 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         "--template", metavar="FILE", help="a chat template (Jinja) to take in place of the bundle's own"
     )
     parser.add_argument("--prompt", metavar="TEXT", help="one question: print its answer and end; - reads it all")
-    _add_generation(parser, CHAT_NEW_TOKENS)
+    _add_generation(parser, CHAT_NEW_TOKENS, models_own=True)
     add_placement(parser)
     parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object instead of the text")
     parser.epilog = (
-        "Without --prompt, each line of standard input is a question; /reset begins a new conversation, /exit ends."
+        "Without --prompt, each line of standard input is a question, or a command: /help lists them. Tokens are drawn "
+        "as the model's authors set it in generation_config.json, where they did; a flag wins."
     )
 
 
@@ -111,6 +112,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     options = _generation_options(arguments)
     model = load(arguments.bundle, **_placement(arguments))
+    options = _with_defaults(options, model.sampling_defaults)
     chat = model.chat(arguments.system, template=arguments.template)
     prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
     if arguments.json:
@@ -124,12 +126,24 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _with_defaults(options: ChatOptions, defaults: ChatOptions) -> ChatOptions:
+    """The options, with the model's own where no flag was given, of which one line tells."""
+    if options.get("temperature") == 0:  # asked for: nothing is drawn
+        defaults = {"repetition_penalty": defaults["repetition_penalty"]} if "repetition_penalty" in defaults else {}
+    used = {name: value for name, value in defaults.items() if name not in options}
+    if used:
+        shown = ", ".join(f"{name} {value}" for name, value in used.items())
+        say(f"as the model's generation_config.json has it: {shown} (--temperature 0 takes the likeliest token)")
+    return cast(ChatOptions, {**used, **options})
+
+
 def _answer_json(chat: Chat, answer: Completion) -> dict[str, Any]:
     return {
         "messages": chat.messages,
         "text": answer.text,
         "ids": answer.ids,
         "finish_reason": answer.finish_reason,
+        "stop_string": answer.stop_string,
         "prompt_tokens": answer.prompt_tokens,
         "cached_tokens": answer.cached_tokens,
         "new_tokens": answer.new_tokens,
@@ -219,7 +233,10 @@ def _print_inspection(inspection: Inspection) -> None:
         f"{per_token:>14,}  of keys and values per token, {per_token * manifest.context_length:,} at the full context"
     )
     print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
+    shown = ""
     for share in inspection.shares:
+        if manifest.static and share.graph != shown:
+            print(shown := share.graph)
         operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
         parts = "?" if share.parts is None else share.parts
         print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")
@@ -315,14 +332,16 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder that pastkey export wrote")
 
 
-def _add_generation(parser: argparse.ArgumentParser, most: int) -> None:
+def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: bool = False) -> None:
+    """The flags of a generation. With `models_own` what is not given is the model's own."""
     add = parser.add_argument
     add("--max-new-tokens", metavar="N", type=natural_int, default=most, help="at most so many (%(default)s)")
     for name, (kind, meaning) in _SAMPLING.items():
         default = getattr(SamplingConfig, name)
         shown = "drawn afresh" if default is None else default
         flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
-        add(flag, metavar=letter, type=kind, default=default, help=f"{meaning} ({shown})")
+        known = None if models_own else default
+        add(flag, metavar=letter, type=kind, default=known, help=f"{meaning} ({shown})")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
     add(
         "--prompt-lookup",
@@ -331,11 +350,13 @@ def _add_generation(parser: argparse.ArgumentParser, most: int) -> None:
         help="run draft tokens from the text itself, where it repeats itself (on)",
     )
     add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
+    add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
 
 
 def _generation_options(arguments: argparse.Namespace) -> ChatOptions:
     """What _add_generation's flags were set to. Raises InputError for settings out of range."""
-    options = cast(ChatOptions, {name: getattr(arguments, name) for name in CHAT_OPTIONS})
+    given = {name: value for name in CHAT_OPTIONS if (value := getattr(arguments, name)) is not None}
+    options = cast(ChatOptions, given)
     SamplingConfig.of(options)  # now, and not after the first question
     return options
 

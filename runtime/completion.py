@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+
+class ToolCall(TypedDict):
+    """A function that the model wants called.
+
+    Attributes:
+        name: The function's name.
+        arguments: Its arguments by name, as JSON has them.
+    """
+
+    name: str
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class Completion:
     """One continuation.
 
     Attributes:
-        text: The text of `ids`, special tokens left out. It ends before the stop string, and before a character that
-            the last token leaves incomplete. "" without a tokenizer.
+        text: The text of `ids`, special tokens left out unless they were to be kept. It ends before the stop string,
+            and before a character that the last token leaves incomplete. "" without a tokenizer.
         ids: The new tokens, without the EOS token, with those of a stop string.
         finish_reason: "stop" for an EOS token, "stop_string" for one of `stop`, "length" for `max_new_tokens` or the
             end of the context, "deadline" for `timeout`, "cancelled" where it was ended from outside.
@@ -36,6 +48,8 @@ class Completion:
         prefill_seconds: Time to the first token.
         decode_seconds: Time for the others. Beside other generations both are what this one waited for.
         cached_tokens: Number of the prompt's tokens whose keys and values were in the cache already.
+        stop_string: The one of `stop` that ended the text, or None. Of two that begin alike, the shorter one.
+        tool_calls: Of a Chat's answer, the functions that it calls, in order.
     """
 
     text: str
@@ -46,6 +60,8 @@ class Completion:
     prefill_seconds: float
     decode_seconds: float
     cached_tokens: int = 0
+    stop_string: str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def reused_tokens(self) -> int:

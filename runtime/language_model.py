@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
@@ -13,21 +13,22 @@ import numpy.typing as npt
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
-from pastkey.values import is_int, is_number
+from pastkey.values import is_number
 
 from .batching.memory import CacheMemory
 from .batching.prefix_store import PREFIX_BYTES, PrefixStore
 from .batching.scheduler import MAX_ROWS, Scheduler
-from .chat import Chat
 from .completion import Completion, completed
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generate import Generation
-from .many import StreamMany, all_completed, several
+from .generation_config import sampling_defaults
+from .many import StreamMany, all_completed, several, token_ids
 from .session import Session
 from .settings import (
     GENERATE_OPTIONS,
     MAX_NEW_TOKENS,
+    ChatOptions,
     GenerateOptions,
     PlacementOptions,
     SamplingConfig,
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from .asynchronous import AsyncStream
+    from .chat import Chat
+    from .text.tools import Tool
+
 
 _log = logging.getLogger("pastkey")
 
@@ -91,6 +95,15 @@ class LanguageModel:
     def __repr__(self) -> str:
         closed = "" if self._engine is not None else ", closed"
         return f"<LanguageModel {self.bundle.path} ({self.manifest.precision}{closed})>"
+
+    @property
+    def sampling_defaults(self) -> ChatOptions:
+        """How its authors would have it sampled, by the generation_config.json of what was exported.
+
+        Options to pass on: `lm.generate(prompt, **lm.sampling_defaults)`. Nothing but `pastkey chat` uses them unasked.
+        Empty where the authors named none. Raises IntegrityError where one is out of range.
+        """
+        return sampling_defaults(self.bundle)
 
     def __enter__(self) -> Self:
         return self
@@ -188,6 +201,7 @@ class LanguageModel:
                   the finish_reason "deadline" and what was generated.
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
+                - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
 
         Returns:
             The continuation, with its ids and figures; of several prompts a list of them in the same order, each as
@@ -269,19 +283,48 @@ class LanguageModel:
         require_known("stream", options, GENERATE_OPTIONS)
         return self._stream(prompt, options)
 
-    def chat(self, system: str | None = None, *, template: str | Path | None = None) -> Chat:
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        template: str | Path | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        special_tokens_as_text: bool = False,
+        **template_variables: Any,
+    ) -> Chat:
         """Begins a conversation.
+
+        A TemplateWarning says what the template leaves out of what is given here.
 
         Args:
             system: What the model is told before all else.
             template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
+            tools: What the model may call: JSON schemas {"type": "function", "function": {"name", "description",
+                "parameters"}}, or Python functions with type hints and a docstring in Google's style.
+            documents: What it may answer from, as the template reads them: mostly {"title", "text"}.
+            special_tokens_as_text: What a content, a tool or a document writes is encoded as ordinary characters, so
+                that a user who writes <|im_end|> ends no message.
+            **template_variables: What else the template reads: `enable_thinking=False`, say.
 
         Raises:
-            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used.
+            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used, or takes no
+                system text; or a tool cannot be described.
+            OptionError: A variable that the conversation gives to the template itself.
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
-        return Chat(self, system, template=template)
+        from .chat import Chat  # which stands on much that a text alone does not need
+
+        return Chat(
+            self,
+            system,
+            template=template,
+            tools=tools,
+            documents=documents,
+            special_tokens_as_text=special_tokens_as_text,
+            template_variables=template_variables,
+        )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """The logits of every position of a text, from an empty cache of its own.
@@ -297,7 +340,7 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
         """
         engine = self.new_engine()
-        tokens = engine.checked(self._token_ids(ids, "ids", "a sequence of token ids"), 1)
+        tokens = engine.checked(token_ids(ids, "ids", "a sequence of token ids", self.manifest.vocab_size), 1)
         found: list[npt.NDArray[np.float32]] = []
         for chunk in np.split(tokens, np.cumsum(engine.chunk_sizes(tokens.size))[:-1]):
             self.scheduler.exclusively(lambda chunk=chunk: found.append(engine.all_logits(chunk)))  # type: ignore[misc]
@@ -313,29 +356,10 @@ class LanguageModel:
             InputError: It is neither, several of them, a text without tokens, or a text for a bundle without tokenizer.
         """
         if not isinstance(prompt, str):
-            return self._token_ids(prompt, "the prompt", "a text or a sequence of token ids")
+            return token_ids(prompt, "the prompt", "a text or a sequence of token ids", self.manifest.vocab_size)
         if self.tokenizer is None:
             raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
         return self.tokenizer.encode(prompt)
-
-    def _token_ids(self, given: object, name: str, expected: str) -> list[int]:
-        if isinstance(given, np.ndarray):
-            given = given.tolist()
-        no_list = isinstance(given, str | bytes | bytearray | memoryview | Mapping | Set)
-        if no_list or not isinstance(given, Iterable):
-            advice = ": decode it first" if isinstance(given, bytes | bytearray | memoryview) else ""
-            raise InputError(f"{name} is {given!r:.60}; {expected} was expected{advice}")
-        tokens = list(given)
-        odd = [token for token in tokens if not is_int(token)]
-        if odd and all(isinstance(token, str | Sequence | np.ndarray) for token in tokens):
-            raise InputError(
-                f"several prompts were given; one was expected, {expected}: generate and stream_many take a list"
-            )
-        if odd:
-            raise InputError(
-                f"{name} holds {odd[0]!r:.60}; token ids are whole numbers from 0 to {self.manifest.vocab_size - 1}"
-            )
-        return [int(token) for token in tokens]
 
     def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> Stream:
         """Checks everything, and gives the stream."""
@@ -403,7 +427,8 @@ class LanguageModel:
             retired=retired,
             starting=starting,
         )
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, after_text=after_text)
+        codec, keep = self.tokenizer, options.get("keep_special_tokens", False)
+        text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
         return Stream(generation, text, StopStrings(stops), self.scheduler.wake)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
+
 from pastkey.errors import InputError
+from pastkey.values import is_int
 
 from .completion import Chunk, Completion
 from .settings import GenerateOptions
@@ -23,6 +26,25 @@ def several(prompt: object) -> bool:
     if not isinstance(prompt, Sequence) or not prompt:
         return False
     return all(isinstance(one, str) or (hasattr(one, "__len__") and hasattr(one, "__iter__")) for one in prompt)
+
+
+def token_ids(given: object, name: str, expected: str, vocab_size: int) -> list[int]:
+    """`given` as a list of whole numbers. Raises InputError, which calls it `name`, where it is something else."""
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
+    no_list = isinstance(given, str | bytes | bytearray | memoryview | Mapping | Set)
+    if no_list or not isinstance(given, Iterable):
+        advice = ": decode it first" if isinstance(given, bytes | bytearray | memoryview) else ""
+        raise InputError(f"{name} is {given!r:.60}; {expected} was expected{advice}")
+    tokens = list(given)
+    odd = [token for token in tokens if not is_int(token)]
+    if odd and all(isinstance(token, str | Sequence | np.ndarray) for token in tokens):
+        raise InputError(
+            f"several prompts were given; one was expected, {expected}: generate and stream_many take a list"
+        )
+    if odd:
+        raise InputError(f"{name} holds {odd[0]!r:.60}; token ids are whole numbers from 0 to {vocab_size - 1}")
+    return [int(token) for token in tokens]
 
 
 class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):

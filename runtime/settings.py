@@ -35,6 +35,7 @@ class ChatOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     prompt_lookup: bool
     timeout: float | None
+    keep_special_tokens: bool
 
 
 class GenerateOptions(ChatOptions, total=False):

@@ -93,7 +93,7 @@ class _Told:
         """The completion, once and for all."""
         if self.completion is None:
             generation = self.generation
-            reason = "stop_string" if self.stops.found else generation.finish_reason
+            reason = generation.finish_reason if self.stops.found is None else "stop_string"
             self.completion = Completion(
                 "".join(self.texts),
                 generation.ids[generation.prompt_tokens : generation.prompt_tokens + generation.new_tokens],
@@ -103,6 +103,7 @@ class _Told:
                 generation.prefill_seconds,
                 generation.decode_seconds,
                 generation.reused_tokens,
+                self.stops.found,
             )
         return self.completion
 
@@ -113,7 +114,7 @@ def _run(told: _Told, text: TextStream | None) -> Generator[Chunk, None, Complet
         for token in told.generation:
             texts.append("" if text is None else stops.push(text.push(token)))
             yield Chunk(texts[-1], [token])
-            if stops.found:
+            if stops.found is not None:
                 break
         if text is not None:
             texts.append(stops.push(text.flush()) + stops.flush())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
     number, workers = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
     if own := processors()[number::workers]:
         os.sched_setaffinity(0, own)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What only `make matrix` runs is slow, too, so that `-m "not slow"` leaves it out."""
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            item.add_marker("slow")
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -76,17 +85,43 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
     return run
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def classic(pastkey_command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """made_once(NAME, make): the folder NAME as make(FOLDER) filled it, once for all processes that run the tests."""
+    from filelock import FileLock  # the runtime's tests run where it is not installed, and need nothing of this
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = base / f"once-{name}", base / f"once-{name}.whole"
+        with FileLock(f"{folder}.lock"):
+            if not whole.is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed in the middle
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def classic(pastkey_command: Run, made_once: MadeOnce) -> Path:
     """A folder with the classic lesson as checkpoint/ and as an int8 bundle/, made by the commands."""
-    folder = tmp_path_factory.mktemp("classic")
-    for arguments in (
-        ("train", "--preset", "classic", "--out", folder / "checkpoint"),
-        ("export", folder / "checkpoint", "--out", folder / "bundle"),
-    ):
-        done = pastkey_command(*arguments)
-        assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        for arguments in (
+            ("train", "--preset", "classic", "--out", folder / "checkpoint"),
+            ("export", folder / "checkpoint", "--out", folder / "bundle"),
+        ):
+            done = pastkey_command(*arguments)
+            assert done.returncode == 0, done.stderr
+
+    return made_once("classic", make)
 
 
 @pytest.fixture

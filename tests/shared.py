@@ -1,9 +1,11 @@
-"""Trained models that stand in ../shared beside the checkout, and are no part of it."""
+"""What tests of several folders share: trained models beside the checkout, and how much of a table each run takes."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,17 @@ def shared(path: str) -> Path:
     if found is None:
         pytest.skip(f"../shared/{path} is not beside this checkout")
     return found
+
+
+def divided(cases: Iterable[Any], *, quick: Collection[Any] = (), ci: Collection[Any] = ()) -> list[Any]:
+    """Cases for `parametrize`: `make test` runs those of `quick`, CI those of `ci` too, `make matrix` all.
+
+    A case is a value, or a tuple of several.
+    """
+    cases = [*cases]
+    assert {*quick, *ci} <= {*cases}, "a case that is chosen does not exist"
+    marked = []
+    for case in cases:
+        marks = () if case in quick else pytest.mark.slow if case in ci else pytest.mark.matrix
+        marked.append(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks))
+    return marked

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from .shared import divided
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("pastkey", "train", "export", "runtime")
 
@@ -52,3 +56,11 @@ def test_the_rooms_of_the_tests_are_those_of_the_package() -> None:
     tested = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
     assert tested - rooms <= {Path(), Path("programs")}, "a folder of tests without a room"
     assert rooms <= tested
+
+
+def test_what_only_make_matrix_runs_is_slow_too(request: pytest.FixtureRequest) -> None:
+    """Whichever tests were chosen: `make test` would run one that is not, and so fail here."""
+    items = request.session.items
+    assert all(item.get_closest_marker("slow") for item in items if item.get_closest_marker("matrix"))
+    chosen = divided("abc", quick="a", ci="b")
+    assert [[mark.name for mark in case.marks] for case in chosen] == [[], ["slow"], ["matrix"]]

@@ -162,7 +162,15 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/own-modules.md", "docs/tutorial.md", "docs/embedding.md"]
+    "page",
+    [
+        "README.md",
+        "docs/chat.md",
+        "docs/index.md",
+        "docs/own-modules.md",
+        "docs/tutorial.md",
+        "docs/embedding.md",
+    ],
 )
 def test_the_commands_and_programs_of_a_page_run_in_turn(
     page: str, folder_of_a_chat_model: Path, tmp_path: Path

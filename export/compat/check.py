@@ -87,7 +87,7 @@ _PROGRAMS = (
     _Program(
         "pastkey",
         lambda c: f"pastkey.load({str(c.bundle.path)!r})",
-        (rules.pastkey_opens, rules.feeds_every_input, rules.has_a_tokenizer),
+        (rules.pastkey_opens, rules.pastkey_feeds_every_input, rules.has_a_tokenizer),
     ),
     _Program(
         "onnxruntime",

@@ -25,7 +25,8 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": eos[0] if eos else None,
     }
-    write_json(folder / names.GENERATION_CONFIG, special | {"max_length": manifest.context_length})
+    generation = special | {"max_length": manifest.context_length} | source.generation
+    write_json(folder / names.GENERATION_CONFIG, generation)
     write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
     if source.tokenizer is not None:
         (folder / names.TOKENIZER).write_bytes(source.tokenizer)

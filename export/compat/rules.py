@@ -57,12 +57,16 @@ def graph_name(view: BundleView) -> str:
 
 
 def feeds_every_input(view: BundleView, graph: Graph) -> Iterator[Finding]:
-    """What pastkey, optimum and transformers.js feed, in their dtypes, and what they read."""
+    """What optimum and transformers.js feed, in their dtypes, and what they read."""
+    yield from _feeds(graph, cache_inputs(graph.layers))
+
+
+def _feeds(graph: Graph, past: set[str]) -> Iterator[Finding]:
     known = {names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS}
     for name, tensor in graph.inputs.items():
         if name in known and tensor.dtype != "int64":
             yield stop(f"the input {name} is {tensor.dtype}; it is fed as int64: export again")
-        elif name not in known | cache_inputs(graph.layers):
+        elif name not in known | past:
             yield stop(
                 f"the graph wants the input {name!r}, which is not fed; {', '.join(sorted(known))} and the past are"
             )
@@ -110,6 +114,23 @@ def pastkey_opens(view: BundleView, graph: Graph) -> Iterator[Finding]:
                 f"{names.past_key(layer)} and its value are {_shown(graph, layer)} in the graph; {names.MANIFEST} says "
                 f"{sizes(geometry)}: export again"
             )
+
+
+def pastkey_feeds_every_input(view: BundleView, graph: Graph) -> Iterator[Finding]:
+    """As others do, and the rows of short convolutions that the manifest tells of."""
+    states = view.bundle.manifest.states
+    for i, state in enumerate(states):
+        found, expected = graph.inputs.get(names.past_conv(i)), (names.BATCH, names.PAST_ROWS, state.size)
+        if found is None or found.shape != expected:
+            yield stop(
+                f"{names.past_conv(i)} is {'not' if found is None else found.shape} in the graph; {names.MANIFEST} "
+                f"says {expected}: export again"
+            )
+        if names.present_conv(i) not in graph.outputs:
+            yield stop(
+                f"the graph has no output {names.present_conv(i)!r}, which is read after each step: export again"
+            )
+    yield from _feeds(graph, cache_inputs(graph.layers) | {names.past_conv(i) for i in range(len(states))})
 
 
 def has_a_tokenizer(view: BundleView, graph: Graph) -> Iterator[Finding]:

@@ -90,15 +90,15 @@ class NodeBuilder:
         self.nodes: list[ir.Node] = []
 
     def add(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """A node of ONNX's own, with numbers or `ir.Attr` as attributes; returns its output."""
+        """A node of ONNX's own, or of `domain`, with numbers or `ir.Attr` as attributes; returns its output."""
         return self.add_several(operator, 1, *inputs, **attributes)[0]
 
     def add_several(
-        self, operator: str, outputs: int, *inputs: ir.Value | None, **attributes: Any
+        self, operator: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
     ) -> tuple[ir.Value, ...]:
         """As `add`, of a node with several outputs."""
         name = f"{self._name}_{operator}_{len(self.nodes)}"
-        new = ir.node(operator, inputs, attributes, num_outputs=outputs, name=name)
+        new = ir.node(operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         for place, output in enumerate(new.outputs):
             output.name = f"{name}_output" + (f"_{place}" if place else "")
         self.nodes.append(new)

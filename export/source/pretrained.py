@@ -298,7 +298,17 @@ def _source(
         if found is not None:
             ids = tuple(found) if isinstance(found, list | tuple) else (found,)
             fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
+    fields["generation"] = _generation(generation)
     return Source(HuggingFaceDecoder(model), name, context, config=_config(config, context), **fields)
+
+
+def _generation(config: Any) -> dict[str, Any]:
+    """What generation_config.json says of sampling, as far as pastkey has it, and it differs from transformers'."""
+    stated = {} if config is None else config.to_diff_dict()
+    wanted = ["repetition_penalty"]
+    if stated.get("do_sample") is True:  # without, the others say nothing
+        wanted += ["do_sample", "temperature", "top_k", "top_p", "min_p"]
+    return {name: stated[name] for name in wanted if stated.get(name) is not None}
 
 
 def _config(config: Any, context: int) -> dict[str, Any]:

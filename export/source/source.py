@@ -26,6 +26,7 @@ class Source:
     tokenizer: bytes | None = None  # the content of tokenizer.json
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where the source has one
+    generation: dict[str, Any] = field(default_factory=dict)  # how its authors sample it: generation_config.json
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     call: str = ""  # how the author calls the module, where that is not the contract

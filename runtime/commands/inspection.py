@@ -27,11 +27,14 @@ _KERNEL = "_kernel_time"  # how onnxruntime's profile names an operator's run
 
 @dataclass(frozen=True)
 class Share:
-    """What one execution provider runs."""
+    """What one execution provider runs of a graph."""
 
+    graph: str  # its file in the bundle
     provider: str  # short name
     nodes: int
-    weight_bytes: int  # read by these nodes; a weight that two of them share counts twice
+    # Of what these nodes read, or those that were compiled; what two of them share counts twice. Of a context binary,
+    # which does not tell weights from code: its size.
+    weight_bytes: int
     operators: dict[str, int]  # operator -> nodes
     parts: int | None = None  # separate subgraphs; None where onnxruntime does not tell
 
@@ -44,7 +47,7 @@ class Inspection:
     weight_bytes: int  # of the external-data files, or of the graph that holds its weights itself
     total_bytes: int  # of all files
     kv_bytes_per_token: int
-    shares: tuple[Share, ...]  # of the optimised graph that `generate` runs, largest first
+    shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
     int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def inspect(
     path: str | Path,
     **placement: Unpack[PlacementOptions],
 ) -> Inspection:
-    """Opens a bundle and runs a short prefill to see where each operator is placed.
+    """Opens a bundle and runs a few tokens to see where each operator is placed.
 
     Args:
         path: A bundle.
@@ -75,16 +78,23 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
         engine.prefill([0] * min(2, manifest.context_length))
-        profile = _read_profile(Path(engine.onnx.end_profiling()))
-        graph = bundle.static_graphs[1] if manifest.static else bundle.last_logits_graph
-        record = assigned(engine.onnx, graph)
+        if len(engine.sessions) > 1:
+            engine.reset()
+            engine.decode(0)
+        shares: list[Share] = []
+        for graph, session in engine.sessions.items():
+            profile = _read_profile(Path(session.end_profiling()))
+            file = graph.relative_to(bundle.path).as_posix()
+            compiled = (f"{file.removesuffix('.onnx')}_", ".bin")
+            binary = sum(n for name, n in sizes.items() if name.startswith(compiled[0]) and name.endswith(compiled[1]))
+            shares += read_shares(profile, assigned(session, graph), file, binary)
         kernels = int8_kernels_of(manifest.precision, engine.providers[0])
     return Inspection(
         manifest=manifest,
         weight_bytes=weights or sizes[names.ALL_LOGITS_GRAPH[manifest.precision]],
         total_bytes=sum(sizes.values()),
         kv_bytes_per_token=kv_bytes_per_token(manifest),
-        shares=read_shares(profile, record),
+        shares=tuple(shares),
         int8_kernels=kernels,
     )
 
@@ -103,8 +113,10 @@ def kv_bytes_per_token(manifest: Manifest) -> int:
     return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in manifest.layers)
 
 
-def read_shares(profile: Sequence[dict[str, Any]], record: Mapping[str, Assigned]) -> tuple[Share, ...]:
-    """Who ran what, from the events of an onnxruntime profile, and in how many parts, from its record.
+def read_shares(
+    profile: Sequence[dict[str, Any]], record: Mapping[str, Assigned], graph: str, context_binary: int = 0
+) -> tuple[Share, ...]:
+    """Who ran what of a graph, from the events of an onnxruntime profile, and in how many parts, from its record.
 
     A node that ran several times counts once.
     """
@@ -115,13 +127,18 @@ def read_shares(profile: Sequence[dict[str, Any]], record: Mapping[str, Assigned
     shares = []
     for provider in {args["provider"] for args in nodes.values()}:
         own = [args for args in nodes.values() if args["provider"] == provider]
+        given = record.get(provider)
+        weight_bytes = sum(int(args.get("parameter_size", 0)) for args in own)
+        if not weight_bytes and given is not None:
+            weight_bytes = given.weight_bytes or context_binary
         shares.append(
             Share(
+                graph=graph,
                 provider=short_name(provider),
                 nodes=len(own),
-                weight_bytes=sum(int(args.get("parameter_size", 0)) for args in own),
+                weight_bytes=weight_bytes,
                 operators=dict(Counter(str(args["op_name"]) for args in own).most_common()),
-                parts=_parts(record.get(provider), len(own)),
+                parts=_parts(given, len(own)),
             )
         )
     return tuple(sorted(shares, key=lambda share: -share.weight_bytes))

@@ -3,47 +3,84 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Unpack
 
 from pastkey.command import decode_input, say
-from pastkey.errors import InputError
+from pastkey.errors import InputError, PastkeyError
 
 from ..chat import Chat
+from ..completion import Completion
 from ..settings import ChatOptions
+
+HELP = '''/help          shows this
+/save FILE     writes the conversation to a file, as JSON
+/load FILE     takes up a conversation that was saved
+/undo          takes back the last question and its answer
+/drop          lets the oldest question and its answer go
+/system TEXT   changes what the model is told before the conversation
+/reset         begins a new conversation
+/exit          ends; so does Ctrl-D
+"""            begins and ends a question of several lines
+//TEXT         asks /TEXT
+Ctrl-C stops an answer.'''
+_COMMAND = re.compile(r"\s*(/[a-zA-Z]+)(?:\s+(.*?))?\s*", re.DOTALL)
+_QUOTES = '"""'
 
 
 def converse(chat: Chat, **options: Unpack[ChatOptions]) -> None:
-    """Answers each line of standard input, until it ends or /exit; /reset begins a new conversation.
+    """Answers each line of standard input, until it ends or /exit; /help lists the other commands.
 
-    At a terminal it asks, an error is told and may be mended by the next line, and Ctrl-C stops an answer; from a pipe
-    an error is the end. `options` are those of `Chat.stream`.
+    At a terminal it asks, an error is told and may be mended by the next line, and Ctrl-C stops an answer, or where
+    there is none asks whether to end; from a pipe an error is the end. `options` are those of `Chat.stream`.
     """
     if not sys.stdin.isatty():
-        for line in _questions(_piped_lines(), chat):
-            print_answer(chat, line, **options)
+        for piped in _questions(_piped_lines(), chat):
+            print_answer(chat, piped, **options)
         return
-    say("/reset begins a new conversation, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
-    for line in _questions(_typed_lines(), chat):
+    say("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
+    pressed = threading.Event()  # Ctrl-C, with no answer to stop, and nothing typed since
+    while True:
         try:
+            question = next(_questions(_typed_lines(pressed), chat), None)
+            if question is None:
+                return
             with interruptions() as interrupted:
-                print_answer(chat, line, interrupted, **options)
-        except InputError as error:
+                answer = print_answer(chat, question, interrupted, **options)
+            _tell_a_full_context(chat, answer)
+        except KeyboardInterrupt:
+            print()
+            if pressed.is_set():
+                return
+            pressed.set()
+            say("Ctrl-C once more ends, and the conversation is lost: /save FILE keeps it.")
+        except PastkeyError as error:
             say(str(error))
 
 
 def print_answer(
     chat: Chat, text: str, interrupted: threading.Event | None = None, **options: Unpack[ChatOptions]
-) -> None:
-    """Prints the answer to `text` as it comes, as far as it came when `interrupted` is set."""
-    for chunk in chat.stream(text, **options):
-        print(chunk.text, end="", flush=True)
-        if interrupted is not None and interrupted.is_set():
-            break
+) -> Completion | None:
+    """Prints the answer to `text` as it comes, as far as it came when `interrupted` is set; then there is no result."""
+    answer = chat.stream(text, **options)
+    done = None
+    with contextlib.closing(answer):
+        while True:
+            try:
+                print(next(answer).text, end="", flush=True)
+            except StopIteration as end:
+                done = end.value
+                break
+            if interrupted is not None and interrupted.is_set():
+                break
     print(flush=True)
+    return done
 
 
 @contextlib.contextmanager
@@ -66,16 +103,70 @@ def interruptions() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _questions(lines: Iterable[str], chat: Chat) -> Iterator[str]:
-    """The lines that are meant for the model; the others are acted on here."""
+def _tell_a_full_context(chat: Chat, answer: Completion | None) -> None:
+    context = chat.model.manifest.context_length
+    if answer is None or answer.finish_reason != "length":
+        return
+    if answer.prompt_tokens + answer.new_tokens >= context:
+        say(f"the answer ends here, since the context of {context} tokens is full: /drop lets the oldest question go")
+
+
+# --- questions and commands ---------------------------------------------------------------------------------------
+def _questions(lines: Iterator[str], chat: Chat) -> Iterator[str]:
+    """What is meant for the model: lines, and several between quotes. Commands are acted on here."""
     for line in lines:
-        word = line.strip()
-        if word == "/exit":
-            return
-        if word == "/reset":
-            chat.reset()
-        elif word:
+        if line.lstrip().startswith(_QUOTES):
+            yield _quoted(line, lines)
+        elif line.lstrip().startswith("//"):
+            yield line.replace("//", "/", 1)
+        elif found := _COMMAND.fullmatch(line):
+            if found[1] == "/exit":
+                return
+            _act(found[1], found[2] or "", chat)
+        elif line.strip():
             yield line
+
+
+def _quoted(line: str, lines: Iterable[str]) -> str:
+    """The text from the quotes that begin `line` to those that end it, or one of `lines`."""
+    taken: list[str] = []
+    for part in itertools.chain([line.lstrip().removeprefix(_QUOTES)], lines):
+        ends = part.rstrip().endswith(_QUOTES)
+        taken.append(part.rstrip().removesuffix(_QUOTES) if ends else part)
+        if ends:
+            return "\n".join(taken).strip("\n")
+    raise InputError(f"the question that {_QUOTES} began has no end: end it with {_QUOTES}")
+
+
+def _act(name: str, argument: str, chat: Chat) -> None:
+    """What a command does. Raises InputError for one that does not exist, or that lacks what it needs."""
+    alone: dict[str, Callable[[], None]] = {"/reset": chat.reset, "/undo": chat.undo, "/drop": chat.drop}
+    named: dict[str, Callable[[Path], None]] = {"/save": chat.save, "/load": chat.load}
+    if name == "/help":
+        say(HELP)
+    elif name in alone and not argument:
+        alone[name]()
+    elif name in named:
+        if not argument:
+            raise InputError(f"{name} needs the name of a file: {name} FILE")
+        try:
+            named[name](Path(argument).expanduser())
+        except PastkeyError:
+            raise
+        except (OSError, RuntimeError) as error:  # a disk that is full, a home that is not there
+            raise InputError(f"{name} {argument} cannot be done: {getattr(error, 'strerror', None) or error}") from None
+        say(f"{argument}: {len(chat.messages)} messages")
+    elif name == "/system":
+        if argument:
+            chat.set_system(argument)
+        else:
+            say("there is no system text: /system TEXT gives one" if chat.system is None else chat.system)
+    elif name in alone:
+        raise InputError(f"{name} stands alone: leave {argument!r:.60} out, or ask the model with /{name} ...")
+    else:
+        raise InputError(
+            f"there is no command {name}: /help lists them, and //... asks the model a text that begins so"
+        )
 
 
 def _piped_lines() -> Iterator[str]:
@@ -83,7 +174,8 @@ def _piped_lines() -> Iterator[str]:
         yield decode_input(line).rstrip("\r\n")
 
 
-def _typed_lines() -> Iterator[str]:
+def _typed_lines(pressed: threading.Event) -> Iterator[str]:
+    """What is typed. Each line clears the event."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it gives `input` editing and a history
     while True:
@@ -93,7 +185,8 @@ def _typed_lines() -> Iterator[str]:
         except UnicodeDecodeError:
             say("this line is not valid in the terminal's encoding: type it again")
             continue
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
+        pressed.clear()
         yield line

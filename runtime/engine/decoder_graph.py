@@ -45,7 +45,8 @@ class DecoderGraph:
 
     Attributes:
         manifest: The bundle's.
-        onnx: The onnxruntime.InferenceSession.
+        onnx: The onnxruntime.InferenceSession; of a static bundle, that of the chunk's graph.
+        sessions: All that are open from the beginning: the graph's file -> its onnxruntime.InferenceSession.
         providers: onnxruntime's names of the execution providers in use, in order of preference.
         threads: Threads within an operator; 0 where onnxruntime chooses.
         one_by_one: Whether several new tokens are run one after another, on a device that computes them right alone.
@@ -82,16 +83,20 @@ class DecoderGraph:
             threads=self.threads,
             allow_fallback=allow_fallback,
             session_entries=session_entries,
+            profile_prefix=profile_prefix,
         )
         if manifest.static is not None:
             path = bundle.static_graphs[1]
-        self.onnx = open_graph(path, profile_prefix=profile_prefix)
+        self.onnx = open_graph(path)
+        self.sessions = {path: self.onnx}
         self.providers: list[str] = self.onnx.get_providers()
         self._inputs = {value.name for value in self.onnx.get_inputs()}
         self._folder = path.parent.absolute()
         self._static_decode: Any = None
         if manifest.static is not None:
-            self._static_decode = self.onnx if manifest.static.chunk == 1 else open_graph(bundle.static_graphs[0])
+            self._static_decode = self.onnx
+            if manifest.static.chunk > 1:
+                self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
         int8 = bundle.int8_kv_graph if not self.every and profile_prefix is None else None

@@ -83,8 +83,8 @@ class Engine:
             allow_fallback: Whether the processor may run what a provider that was asked for leaves; without it, one
                 that was seen to run a whole graph runs all of it or is refused.
             session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
-            profile_prefix: Where given, onnxruntime records where each operator ran, in a file whose name starts with
-                it.
+            profile_prefix: Where given, onnxruntime records where each operator ran, in a file per graph whose name
+                starts with it.
             int8_kv_from: Tokens in the cache from which on one row is decoded with an int8 cache, where the bundle has
                 a graph for that and onnxruntime an operator; the first such token loads the weights once more. None
                 for never.
@@ -134,6 +134,11 @@ class Engine:
     def onnx(self) -> Any:
         """The onnxruntime.InferenceSession."""
         return self.graph.onnx
+
+    @property
+    def sessions(self) -> dict[Path, Any]:
+        """All that are open from the beginning: the graph's file -> its onnxruntime.InferenceSession."""
+        return self.graph.sessions
 
     @property
     def providers(self) -> list[str]:

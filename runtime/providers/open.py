@@ -87,7 +87,7 @@ def open_session(
         made = _options(linked, threads, entries)
         if profile_prefix is not None:
             made.enable_profiling = True
-            made.profile_file_prefix = str(profile_prefix)
+            made.profile_file_prefix = f"{profile_prefix}_{path.stem}"  # else graphs of one second share a file
             # A weight that was packed for its kernel would be reported as no bytes.
             made.add_session_config_entry("session.disable_prepacking", "1")
         return made

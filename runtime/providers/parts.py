@@ -1,25 +1,29 @@
-"""How many separate parts of a graph each execution provider got: after every part its results may have to be copied.
+"""What of a graph each execution provider got, in how many separate parts, and of one that compiles the weights.
 
-A provider that compiles says so itself: onnxruntime records each of its subgraphs. One with a kernel for each operator
-is recorded node by node, and nodes that hand tensors to one another are one part; who hands what to whom stands in the
-graph's file, since onnxruntime hands out the nodes under their names there.
+After every part its results may have to be copied. A provider that compiles says so itself: onnxruntime records each of
+its subgraphs. One with a kernel for each operator is recorded node by node, and nodes that hand tensors to one another
+are one part; who hands what to whom stands in the graph's file, since onnxruntime hands out the nodes under their names
+there.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pastkey.external_data import tensor_data
 from pastkey.protobuf import BYTES, DamagedError, fields
 
 from .ort import OrtError
 
-_GRAPH, _NODE = 7, 1  # of a ModelProto, of its GraphProto
+_GRAPH = 7  # of a ModelProto
+_NODE, _INITIALIZER = 1, 5  # of a GraphProto
 _INPUT, _OUTPUT, _NAME = 1, 2, 3  # of a NodeProto
+_TENSOR_NAME, _INLINE_DATA = 8, (4, 5, 7, 9, 10, 11)  # of a TensorProto
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class Assigned:
 
     operators: Counter[str]  # operator -> nodes
     parts: int | None  # None where that cannot be known
+    # Of one that compiles: the bytes of the weights that its nodes read, one that two of them share twice. Its own
+    # figure in onnxruntime's profile is 0 where it took the weights into what it compiled.
+    weight_bytes: int | None = None
 
     @property
     def nodes(self) -> int:
@@ -53,13 +60,20 @@ def assigned(session: Any, path: Path) -> dict[str, Assigned]:
         return {}
     for subgraph in record:
         groups[subgraph.ep_name].append(list(subgraph.get_nodes()))
-    edges = _edges(path)
+    file = _read(path)
+    every = {name: [node for nodes in of_provider for node in nodes] for name, of_provider in groups.items()}
     found = {}
     for name, of_provider in groups.items():
         compiles = any(len(nodes) > 1 for nodes in of_provider)
-        every = [node for nodes in of_provider for node in nodes]
-        parts = len(of_provider) if compiles else _connected([node.name for node in every], edges)
-        found[name] = Assigned(Counter(node.op_type for node in every), parts)
+        if compiles:
+            # Nodes that onnxruntime made of others have names of their own: whatever is not another's is counted.
+            others = {node.name for other, nodes in every.items() if other != name for node in nodes}
+            weight_bytes = sum(size for node, size in file.weight_bytes.items() if node not in others)
+        found[name] = Assigned(
+            Counter(node.op_type for node in every[name]),
+            parts=len(of_provider) if compiles else _connected([node.name for node in every[name]], file.edges),
+            weight_bytes=weight_bytes if compiles and file.weight_bytes else None,
+        )
     return found
 
 
@@ -80,24 +94,34 @@ def _connected(nodes: Sequence[str], edges: Iterable[tuple[str, str]] | None) ->
     return sum(leader[node] == node for node in nodes)
 
 
-def _edges(path: Path) -> list[tuple[str, str]] | None:
-    """Which node hands a tensor to which, by their names; None where nodes have none, or share one."""
-    made_by: dict[str, str] = {}
-    read: list[tuple[str, str]] = []
-    seen: set[str] = set()
+@dataclass(frozen=True)
+class _File:
+    """What a graph's file says."""
+
+    edges: Sequence[tuple[str, str]] | None = None  # which node hands a tensor to which; None where names are no help
+    weight_bytes: Mapping[str, int] = field(default_factory=dict)  # node, or "" for one without a name -> what it reads
+
+
+def _read(path: Path) -> _File:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for graph in _inner(content, (0, len(content)), _GRAPH):
-                for node in _inner(content, graph, _NODE):
-                    name, inputs, outputs = _node(content, *node)
-                    if not name or name in seen:
-                        return None
-                    seen.add(name)
-                    made_by |= dict.fromkeys(outputs, name)
-                    read += [(tensor, name) for tensor in inputs]
+            graphs = _inner(content, (0, len(content)), _GRAPH)
+            nodes = [_node(content, *place) for graph in graphs for place in _inner(content, graph, _NODE)]
+            tensors = [_tensor(content, *place) for graph in graphs for place in _inner(content, graph, _INITIALIZER)]
     except (DamagedError, IndexError, ValueError):  # a graph of another format
+        return _File()
+    sizes, weight_bytes = dict(tensors), Counter[str]()
+    for name, inputs, _ in nodes:
+        weight_bytes[name] += sum(sizes.get(tensor, 0) for tensor in inputs)
+    return _File(_edges(nodes), weight_bytes)
+
+
+def _edges(nodes: Sequence[tuple[str, list[str], list[str]]]) -> list[tuple[str, str]] | None:
+    """Which node hands a tensor to which, by their names; None where nodes have none, or share one."""
+    if len({name for name, _, _ in nodes} - {""}) < len(nodes):
         return None
-    return [(made_by[tensor], reader) for tensor, reader in read if tensor in made_by]
+    made_by = {tensor: name for name, _, outputs in nodes for tensor in outputs}
+    return [(made_by[tensor], name) for name, inputs, _ in nodes for tensor in inputs if tensor in made_by]
 
 
 def _inner(content: mmap.mmap, place: tuple[int, int], wanted: int) -> list[tuple[int, int]]:
@@ -111,3 +135,15 @@ def _node(content: mmap.mmap, start: int, end: int) -> tuple[str, list[str], lis
         if number in texts and wire == BYTES:
             texts[number].append(content[a:b].decode("utf-8"))
     return "".join(texts[_NAME]), texts[_INPUT], texts[_OUTPUT]
+
+
+def _tensor(content: mmap.mmap, start: int, end: int) -> tuple[str, int]:
+    """Name and bytes, wherever they are."""
+    name, inline = "", 0
+    for number, wire, a, b in fields(content, start, end):
+        if number == _TENSOR_NAME and wire == BYTES:
+            name = content[a:b].decode("utf-8")
+        elif number in _INLINE_DATA and wire == BYTES:
+            inline += b - a
+    data = tensor_data(content, start, end)
+    return name, inline if data is None else data.length

@@ -25,12 +25,12 @@ CPU = "CPUExecutionProvider"
 _NOT_HARDWARE = {"AzureExecutionProvider"}
 
 
-class Fused(enum.Enum):
-    """What the fused graph does on a provider."""
+class Seen(enum.Enum):
+    """How a graph was seen to run on a provider."""
 
-    RUNS = ""
-    PARTLY = "leaves its attention to the processor"
-    UNKNOWN = "was never seen to run"
+    WHOLE = enum.auto()  # nothing is left to the processor
+    RUNS = enum.auto()  # what is left, if anything, is little
+    PARTLY = enum.auto()  # its attention is left to the processor
 
 
 @dataclass(frozen=True)
@@ -40,50 +40,49 @@ class Known:
     name: str  # onnxruntime's name
     hardware: str
     source: str  # what brings it
-    fused: Fused = Fused.UNKNOWN
+    graphs: Mapping[str, Seen] = field(default_factory=dict)  # those that were seen to run there, and how
     remedy: str = ""  # what to export for it, where that is not the fused graph
-    whole: frozenset[str] = frozenset()  # the graphs that were seen to run there, nothing left to the processor
     fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
     plugin: str = ""  # the module of a provider that onnxruntime must be told of
     misses_keys: bool = False  # GroupQueryAttention was seen to leave out keys, of a prefill and of a padded batch
     options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
 
+    @property
+    def whole(self) -> frozenset[str]:
+        """The graphs that run there whole."""
+        return frozenset(graph for graph, seen in self.graphs.items() if seen == Seen.WHOLE)
 
+
+_RUNS = {"fused": Seen.RUNS}
 _SOURCE_BUILD = "onnxruntime built from source with"
 
 KNOWN = {
-    "cpu": Known(CPU, "any processor", "pip install onnxruntime", Fused.RUNS),
-    "cuda": Known(
-        "CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", Fused.RUNS
-    ),
-    "tensorrt": Known(
-        "TensorrtExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with TensorRT", Fused.RUNS
-    ),
+    "cpu": Known(CPU, "any processor", "pip install onnxruntime", _RUNS),
+    "cuda": Known("CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", _RUNS),
+    "tensorrt": Known("TensorrtExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with TensorRT", _RUNS),
     "openvino": Known(
         "OpenVINOExecutionProvider",
         "Intel CPUs, GPUs, NPUs",
         "pip install onnxruntime-openvino",
-        Fused.PARTLY,
+        {"standard": Seen.WHOLE, "static": Seen.WHOLE, "fused": Seen.PARTLY},
         remedy="export the model again with --target openvino",
-        whole=frozenset({"standard", "static"}),
         fixed_shapes=True,
     ),
     "webgpu": Known(
         "WebGpuExecutionProvider",
         "GPUs by Vulkan, Metal or D3D12",
         "pip install onnxruntime-webgpu",
-        Fused.RUNS,
+        {"fused": Seen.WHOLE, "static": Seen.WHOLE},
         remedy="export the model again with --target webgpu",
-        whole=frozenset({"fused", "static"}),
         misses_keys=True,
     ),
     "qnn": Known(
         "QNNExecutionProvider",
         "Qualcomm NPUs",
         "pip install onnxruntime onnxruntime-qnn",
+        {"static": Seen.WHOLE},
         remedy="export the model again with --target qnn",
-        whole=frozenset({"static"}),
         plugin="onnxruntime_qnn",
         # The graph compiler needs a chip by name; without one it runs out of memory.
         options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
@@ -170,11 +169,11 @@ def resolve(
                 remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
         facts = _facts(name)
-        if graph == "fused" and facts.fused == Fused.UNKNOWN:
+        if graph == "fused" and graph not in facts.graphs:
             remedy = f", or {facts.remedy}" if facts.remedy else ""
             raise ProviderError(
-                f"{reason}this bundle has the fused graph, which the execution provider {asked!r} {facts.fused.value}: "
-                f"take the provider 'cpu'{remedy}"
+                f"{reason}this bundle has the fused graph, which the execution provider {asked!r} was never seen "
+                f"to run: take the provider 'cpu'{remedy}"
             )
         own = options_of_target or {} if short_name(name) == provider_of(target) else {}
         chosen[name] = {**facts.options, **own, **options}
@@ -244,7 +243,7 @@ def _packages(known: Known) -> list[str]:
 
 def takes_fused(target: str) -> bool:
     """Whether a bundle made for `target` may have the fused graph."""
-    return KNOWN[provider_of(target)].fused == Fused.RUNS
+    return KNOWN[provider_of(target)].graphs.get("fused") in (Seen.WHOLE, Seen.RUNS)
 
 
 def is_here(name: str) -> bool:

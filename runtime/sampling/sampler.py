@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class Sampler:
     """
 
     def __init__(self, config: SamplingConfig) -> None:
-        nearest = {name: float(np.float32(getattr(config, name))) for name in _REAL}
+        nearest: dict[str, Any] = {name: float(np.float32(getattr(config, name))) for name in _REAL}
         self.config = dataclasses.replace(config, **nearest, seed=fresh_seed() if config.seed is None else config.seed)
 
     def __call__(self, logits: Scores, ids: Sequence[int]) -> int:

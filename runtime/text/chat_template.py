@@ -1,54 +1,74 @@
 """A bundle's chat template: messages to the text that the model was trained to see them as.
 
 Templates are Jinja programs that come with the tokenizer. They are rendered as transformers' `apply_chat_template`
-renders them, in a sandbox, since they come from wherever the model comes from.
+renders them, in a sandbox with bounds, since they come from wherever the model comes from.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from pastkey import names
 from pastkey.bundle import Bundle
-from pastkey.errors import InputError, missing_extra
+from pastkey.errors import InputError
 from pastkey.folder import read_json, read_text
 
-if TYPE_CHECKING:
-    import jinja2
+from . import sandbox
 
-Message = Mapping[str, str]  # "role" ("system", "user" or "assistant") and "content"
+# "role" ("system", "user", "assistant" or "tool") and "content", a text or its parts; "tool_calls" and what else a
+# template reads.
+Message = Mapping[str, Any]
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # where templates look for what a model thought
+_TAG = "<continue-here> "
+
+
+class TemplateBudgetError(InputError):
+    """A template that does not come to an end within its bounds."""
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens that it may write."""
+    """A compiled template with the special tokens that it may write.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    Attributes:
+        source: Its text.
+        variables: The names that it reads: "messages", "tools", "enable_thinking".
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None) -> None:
         """`special_tokens` are those of tokenizer_config.json, say {"bos_token": "<s>"}.
 
         Raises InputError for a template that cannot be compiled, MissingExtraError without jinja2.
         """
-        environment = _environment()
+        environment = sandbox.environment()
         import jinja2
+        import jinja2.meta
 
+        if len(source) > sandbox.MAX_SOURCE:
+            raise InputError(
+                f"the chat template cannot be compiled: it has {len(source):,} characters, and {sandbox.MAX_SOURCE:,} "
+                "are the most"
+            )
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
         try:
-            self._template = environment.from_string(source)
+            with sandbox.budget():  # constants are computed here
+                self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+                self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from None
         except Exception as error:  # Python's own limits, such as too many nested blocks
-            raise InputError(f"the chat template cannot be compiled: {error}") from None
+            raise InputError(f"the chat template cannot be compiled: {_reason(error)}") from None
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, file: str | Path | None = None) -> ChatTemplate:
+    def from_bundle(cls, bundle: Bundle, file: str | Path | None = None, *, tools: bool = False) -> ChatTemplate:
         """The template that a bundle's tokenizer came with, or the one in `file`, with the bundle's special tokens.
 
-        Of the bundle's files only those are read that its manifest lists. Raises InputError where there is no template
+        Of several with names it is the default one, and with `tools` the one named tool_use where there is one. Of the
+        bundle's files only those are read that its manifest lists. Raises InputError where there is no template
         or it cannot be used, MissingFileError where `file` is none.
         """
         config: dict[str, Any] = {}
@@ -59,24 +79,88 @@ class ChatTemplate:
             return cls(_read(file), tokens)
         if names.CHAT_TEMPLATE in bundle.manifest.files:  # it comes first, as in transformers
             return cls(_read(bundle.path / names.CHAT_TEMPLATE), tokens)
-        return cls(_default(bundle.path, config.get("chat_template")), tokens)
+        return cls(_chosen(bundle.path, config.get("chat_template"), tools), tokens)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """The conversation up to where the assistant speaks next.
 
-        Raises InputError with the template's own words where it does not take these messages.
+        Args:
+            messages: The conversation.
+            tools: JSON schemas of functions, as `tool_schema` makes them.
+            documents: Texts to answer from, with what the template reads of them, mostly "title" and "text".
+            continue_final_message: Ends within the last message, right behind its content, for the model to go on with.
+            **variables: What else the template reads. `add_generation_prompt=False` ends behind the last message.
+
+        Raises:
+            InputError: The template does not take these messages, in its own words; a TemplateBudgetError where it does
+                not come to an end within its bounds of time and size.
         """
-        variables = self._special_tokens | {
-            "messages": [dict(message) for message in messages],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-        }
         try:
-            return self._template.render(variables)
+            given = [_with_reasoning(sandbox.plain(message)) for message in messages]
+            content = _mark_end(given) if continue_final_message else ""
+            values = {"add_generation_prompt": not continue_final_message} | sandbox.plain(variables)
+            values |= {"messages": given, "tools": _listed(tools), "documents": _listed(documents)}
+            with sandbox.budget() as spent:
+                pieces = []
+                for piece in self._template.generate(self._special_tokens | values):
+                    spent.rendered(len(piece))
+                    pieces.append(piece)
+            text = "".join(pieces)
+        except sandbox.OverBudgetError as error:
+            raise TemplateBudgetError(
+                f"the chat template spends more than it may, {error}: take another one with --template FILE (in "
+                "Python, template=)"
+            ) from None
         except Exception as error:  # a template is a program: it may fail in any way
-            reason = str(error) or type(error).__name__
-            raise InputError(f"the chat template does not take this conversation: {reason}") from None
+            raise InputError(f"the chat template does not take this conversation: {_reason(error)}") from None
+        return _up_to_mark(text, content) if continue_final_message else text
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:1000]
+
+
+def _listed(values: Iterable[Any] | None) -> list[Any] | None:
+    return None if values is None else [sandbox.plain(value) for value in values]
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """What a model thought, under the names that templates look for."""
+    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _mark_end(messages: list[dict[str, Any]]) -> str:
+    """Puts a mark behind the last message's text, and gives that text."""
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, str):
+        messages[-1]["content"] = content + _TAG
+        return content
+    for part in reversed(content if isinstance(content, list) else []):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            text: str = part["text"]
+            part["text"] = text + _TAG
+            return text
+    raise ValueError("the last message has no text to continue")
+
+
+def _up_to_mark(text: str, content: str) -> str:
+    place = text.rfind(_TAG.strip())
+    if place < 0 or content.strip() not in text:
+        raise InputError(
+            "the chat template does not take this conversation: it does not write the last message as it stands, so "
+            "that it cannot be continued"
+        )
+    # A template that trims what it writes would have trimmed the spaces before the mark, too.
+    return text[:place] if text.startswith(_TAG, place) else text[:place].rstrip()
 
 
 def _read(file: str | Path) -> str:
@@ -85,12 +169,12 @@ def _read(file: str | Path) -> str:
     return read_text(Path(file))
 
 
-def _default(folder: Path, found: Any) -> str:
-    """The template for plain conversations, of one alone or of several with names."""
+def _chosen(folder: Path, found: Any, tools: bool) -> str:
+    """The one template, or of several with names the one for plain conversations or for tools."""
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
     if isinstance(found, dict):
-        named, found = found, found.get("default")
+        named, found = found, (found.get("tool_use") if tools else None) or found.get("default")
         if named and found is None:
             raise InputError(
                 f"{folder} has chat templates named {', '.join(map(str, named))}, and none named default, which is the "
@@ -113,49 +197,3 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
     return tokens
-
-
-def _environment() -> jinja2.Environment:
-    """The sandbox, with what templates rely on beyond plain Jinja."""
-    try:
-        import jinja2
-        import jinja2.ext
-        from jinja2 import nodes, parser, sandbox
-    except ModuleNotFoundError as error:
-        raise missing_extra(error) from None
-
-    class GenerationBlock(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}: marks what the assistant says, for training; here its body."""
-
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own form
-
-        def parse(self, parser: parser.Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = _time
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter of this name escapes what would be HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
-def _time(form: str) -> str:
-    return datetime.datetime.now().strftime(form)

@@ -37,6 +37,15 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
+    @property
+    def added_tokens(self) -> dict[str, tuple[int, bool]]:
+        """The id of each token that is matched as a whole, by its text, and whether it is special."""
+        return {token.content: (i, token.special) for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     @classmethod
     def from_file(cls, path: Path) -> TextCodec:
         """Reads tokenizer.json. Raises IntegrityError when it is not one."""
@@ -68,13 +77,14 @@ class TextCodec:
             raise InputError("the prompt is empty and the tokenizer adds no BOS token: give at least one word")
         return list(encoding.ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
+        """The text of ids, special tokens left out unless they are to be kept."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
 
-    def has_text(self, token: int) -> bool:
+    def has_text(self, token: int, *, keep_special_tokens: bool = False) -> bool:
         """Whether a token is not left out by `decode`."""
-        return token not in self._special and self._tokenizer.id_to_token(token) is not None
+        shown = keep_special_tokens or token not in self._special
+        return shown and self._tokenizer.id_to_token(token) is not None
 
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte, so that its character depends on the tokens beside it."""
@@ -115,13 +125,15 @@ class TextStream:
     Only a character that is not complete when the ids end is left out, where `decode` gives U+FFFD.
 
     `after_text`: what is decoded goes on from a text, so that the space of its first word is kept.
+    `keep_special_tokens`: special tokens are shown by their texts, as `decode` shows them then.
 
     A character whose bytes are not all there is held back. Only a short window of ids is decoded each time: those
     since the last whole character, behind the ones before it, which decide about the space between words.
     """
 
-    def __init__(self, codec: TextCodec, *, after_text: bool = False) -> None:
+    def __init__(self, codec: TextCodec, *, after_text: bool = False, keep_special_tokens: bool = False) -> None:
         self._codec = codec
+        self._keep = keep_special_tokens
         self._after_text = after_text
         self._context: list[int] = []  # ids whose text is out
         self._window: list[int] = []  # ids after them
@@ -129,7 +141,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that is certain by it, "" while there is none."""
-        if not self._codec.has_text(token):
+        if not self._codec.has_text(token, keep_special_tokens=self._keep):
             return ""
         self._window.append(token)
         if self._after_text:
@@ -163,7 +175,8 @@ class TextStream:
 
     def _text(self) -> str:
         """The window's text as it stands behind the context."""
-        return self._codec.decode(self._context + self._window)[len(self._codec.decode(self._context)) :]
+        before = self._codec.decode(self._context, keep_special_tokens=self._keep)
+        return self._codec.decode(self._context + self._window, keep_special_tokens=self._keep)[len(before) :]
 
 
 class StopStrings:
@@ -181,11 +194,11 @@ class StopStrings:
                 self._stops.append(stop)
         self._held = ""
         self._starts: list[int] = []  # places of the held text where a stop string may have begun
-        self.found = False
+        self.found: str | None = None  # the stop string that ended the text
 
     def push(self, text: str) -> str:
-        """Takes more text; returns the part that no stop string can reach. After `found` nothing comes."""
-        if self.found:
+        """Takes more text; returns the part that no stop string can reach. Once one is `found`, nothing comes."""
+        if self.found is not None:
             return ""
         new = range(len(self._held), len(self._held) + len(text))
         self._held += text
@@ -194,7 +207,7 @@ class StopStrings:
             rest = self._held[start:]
             place = bisect.bisect_right(self._stops, rest)
             if place and rest.startswith(self._stops[place - 1]):
-                self.found = True
+                self.found = self._stops[place - 1]
                 starts = [start]
                 break
             if place < len(self._stops) and self._stops[place].startswith(rest):
@@ -206,7 +219,7 @@ class StopStrings:
 
     def flush(self) -> str:
         """The text held back, when no more follows."""
-        return "" if self.found else self._held
+        return self._held if self.found is None else ""
 
 
 def _uncovered_word(text: str, offsets: Sequence[tuple[int, int]]) -> str | None:

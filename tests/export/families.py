@@ -122,6 +122,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "youtu": _LATENT,
 }
 
+# One family or two of each kind; the others are combinations of what these have, and `make matrix` runs them.
+QUICK = ("gpt2", "gemma2", "gpt_oss", "bloom")  # in every run: absolute, windows and soft cap, sinks and experts, ALiBi
+IN_CI = (
+    "llama",  # what most are: grouped queries, rotary halves, gated
+    "qwen2",  # biases, and windows in some layers
+    "cohere2",  # parallel, rotary neighbours
+    "phi3",  # fused projections
+    "gpt_neox",  # partly rotary, parallel
+    "gptj",  # rotary neighbours, attention by hand
+    "opt",  # positions from 2 on
+    "falcon", "gpt_neo",  # by hand: grouped, and with a window
+    "mixtral", "qwen3_moe",  # experts; with norms of queries and keys
+    "deepseek_v3",  # latent, of two head sizes
+    "diffllama",  # differential
+    "lfm2",  # short convolutions
+)  # fmt: skip
+
 # family -> what its configuration has beside the common sizes, and words of the reason that it is refused with
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v2": (_ROUTED | _LATENT, "complex"),

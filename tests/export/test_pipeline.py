@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,15 @@ from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
 from pastkey.export.graph import save
 from pastkey.runtime import Engine
 
+from ..shared import divided
 from .cases import CASES, MORE_CASES, Case
 from .conftest import Export
 from .decoders import NanoGpt, Plain, TableRope, llama
 from .plain_loop import run_batch, run_chunks
 from .stage_names import StageNames
+
+FUSED = [name for name, case in CASES.items() if case.graph == "fused"]
+SIZES, CONTEXTS = (8, 10, 16, 80), (2, 8, 11, 40)
 
 
 def assert_plain_loop_equals_torch(exported: Any, context: int) -> None:
@@ -62,23 +67,20 @@ def test_the_exported_file_in_plain_onnxruntime_equals_torch(name: str, exported
     assert_plain_loop_equals_torch(made, case.context)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MORE_CASES)
+@pytest.mark.parametrize("name", divided(MORE_CASES, ci=[*MORE_CASES][::3]))
 def test_further_decoders_in_plain_onnxruntime_equal_torch(name: str, exported: Export) -> None:
     made = exported(name)
     assert_plain_loop_equals_torch(made, MORE_CASES[name].context)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.graph == "fused"])
+@pytest.mark.parametrize("name", divided(FUSED, ci=FUSED[::4]))
 def test_the_standard_graph_of_what_fused_takes_equals_torch(name: str, exported: Export) -> None:
     made = exported(name, graph="standard")
     assert made.bundle.manifest.graph == "standard"
     assert_plain_loop_equals_torch(made, CASES[name].context)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES | MORE_CASES)
+@pytest.mark.parametrize("name", divided(CASES | MORE_CASES, ci=[*CASES, *MORE_CASES][1::5]))
 def test_int8_of_every_decoder_verifies(name: str, exported: Export) -> None:
     made = exported(name, "int8")
     case = (CASES | MORE_CASES)[name]
@@ -88,9 +90,9 @@ def test_int8_of_every_decoder_verifies(name: str, exported: Export) -> None:
     assert np.abs(found - expected).max() <= 0.1 * max(float(np.abs(expected).max()), 1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("context", [2, 8, 11, 40])
-@pytest.mark.parametrize("size", [8, 10, 16, 80])
+@pytest.mark.parametrize(
+    ("size", "context"), divided(product(SIZES, CONTEXTS), ci=[*zip(SIZES, CONTEXTS, strict=True)])
+)
 def test_every_context_and_head_size(size: int, context: int, tmp_path: Path) -> None:
     module = Plain(size=size, heads=1, vocab=33, context=context)
     report = export(module, tmp_path / "bundle", context_length=context)

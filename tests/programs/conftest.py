@@ -1,8 +1,10 @@
-"""The bundles that the other programs load: each is made once."""
+"""The bundles that the other programs load: each is made once, and what several are made of is trained once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pastkey.train.loop import train
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
+from ..conftest import MadeOnce
 from ..export.graft.own.blocks import DECODERS as OWN
 from ..shared import shared
 
@@ -28,73 +31,107 @@ TEXT = END_OF_TEXT.join(
 )
 
 
-def trained(out: Path, *, precision: str = "int8", target: str = "cpu", graph: str = "auto", **settings: Any) -> None:
-    """A bundle of what `pastkey train` makes of a few sentences in seconds."""
-    corpus = out.with_name("corpus.txt")
-    corpus.write_text(TEXT, encoding="utf-8")
-    small = {"steps": 150, "context": 64, "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab_size": 320}
-    checkpoint = out.with_name("checkpoint")
-    train(TrainConfig.from_given(small | {"threads": 1, "save_every": 150} | settings), checkpoint, data=[corpus])
-    export(checkpoint, out, precision=precision, target=target, graph=graph)
+Checkpoint = Callable[..., Path]  # (preset, **settings): what `pastkey train` makes of the sentences in seconds
+Write = Callable[[Path, Checkpoint], object]
 
 
-def stories(out: Path) -> None:
+def stories(out: Path, _: Checkpoint) -> None:
     """A llama2.c checkpoint: SentencePiece's tokens, bytes where there is none."""
     folder = shared("models/stories260K")
     export(folder / "stories260K.bin", out, tokenizer=folder / "tok512.bin")
 
 
 # name -> what writes the bundle. A line here is all that a further bundle needs.
-BUNDLES: dict[str, Callable[[Path], object]] = {
-    "llama": lambda out: trained(out, preset="llama"),
-    "qwen2": lambda out: trained(out, preset="qwen2"),
-    "qwen3": lambda out: trained(out, preset="qwen3", head_dim=32),  # which is not hidden_size / heads
-    "llama-standard": lambda out: trained(out, preset="llama", head_dim=10),  # which the fused graph cannot have
-    "gpt2": lambda out: trained(out, preset="gpt2", kv_heads=4),
+BUNDLES: dict[str, Write] = {
+    "llama": lambda out, trained: export(trained("llama"), out),
+    "qwen2": lambda out, trained: export(trained("qwen2"), out),
+    "qwen3": lambda out, trained: export(trained("qwen3", head_dim=32), out),  # which is not hidden_size / heads
+    "llama-standard": lambda out, trained: export(trained("llama", head_dim=10), out),  # the fused graph cannot have it
+    "gpt2": lambda out, trained: export(trained("gpt2", kv_heads=4), out),
     "stories260K": stories,
-    "smollm2": lambda out: export(smollm2(), out),
-    "llama-fp32": lambda out: trained(out, preset="llama", precision="fp32"),
+    "smollm2": lambda out, _: export(smollm2(), out),
+    "llama-fp32": lambda out, trained: export(trained("llama"), out, precision="fp32"),
 }
 
 
-def short_conv(out: Path) -> None:
+def short_conv(out: Path, _: Checkpoint) -> None:
     """A decoder of random weights that keeps rows beside keys and values."""
     own = OWN["short_conv"]
     export(own.make(), out, precision="fp32", context_length=own.context)
 
 
+def own_module(out: Path, _: Checkpoint) -> None:
+    source = f"{ROOT / 'examples' / 'own_module.py'}:make"
+    export(source, out, precision="fp32", target="qnn", context_length=64)
+
+
+def gpt2(out: Path, trained: Checkpoint, **settings: Any) -> None:
+    export(trained("gpt2", kv_heads=4), out, **settings)
+
+
+def llama(out: Path, trained: Checkpoint, **settings: Any) -> None:
+    export(trained("llama"), out, **settings)
+
+
 # Those that only other hardware and plain onnxruntime load here.
-MORE: dict[str, Callable[[Path], object]] = {
-    "llama-standard-fp32": lambda out: trained(out, preset="llama", head_dim=10, precision="fp32"),
-    "llama-webgpu": lambda out: trained(out, preset="llama", precision="fp32", target="webgpu"),
-    "llama-webgpu-static": lambda out: trained(out, preset="llama", precision="fp32", target="webgpu", graph="static"),
-    "llama-webgpu-int8": lambda out: trained(out, preset="llama", target="webgpu"),
-    "gpt2-webgpu-fp16": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp16", target="webgpu"),
-    "short-conv": short_conv,
-    "llama-qnn": lambda out: trained(out, preset="llama", precision="fp32", target="qnn"),
-    "llama-qnn-int8": lambda out: trained(out, preset="llama", target="qnn"),
-    "gpt2-qnn": lambda out: trained(out, preset="gpt2", kv_heads=4, precision="fp32", target="qnn"),
-    "own-qnn": lambda out: export(
-        f"{ROOT / 'examples' / 'own_module.py'}:make", out, precision="fp32", target="qnn", context_length=64
+MORE: dict[str, Write] = {
+    "generate-fp32": partial(llama, precision="fp32", generate=True),
+    "generate-int8": partial(llama, generate=True),
+    "generate-standard-fp32": lambda out, trained: export(
+        trained("llama", head_dim=10), out, precision="fp32", generate=True
     ),
+    "generate-gpt2-fp32": partial(gpt2, precision="fp32", generate=True),
+    "llama-standard-fp32": lambda out, trained: export(trained("llama", head_dim=10), out, precision="fp32"),
+    "llama-webgpu": partial(llama, precision="fp32", target="webgpu"),
+    "llama-webgpu-static": partial(llama, precision="fp32", target="webgpu", graph="static"),
+    "llama-webgpu-int8": partial(llama, target="webgpu"),
+    "gpt2-webgpu-fp16": partial(gpt2, precision="fp16", target="webgpu"),
+    "short-conv": short_conv,
+    "llama-qnn": partial(llama, precision="fp32", target="qnn"),
+    "llama-qnn-int8": partial(llama, target="qnn"),
+    "gpt2-qnn": partial(gpt2, precision="fp32", target="qnn"),
+    "own-qnn": own_module,
 }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As the other tests of export do: decoders this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def trained(made_once: MadeOnce) -> Checkpoint:
+    """trained(PRESET, **settings): the folder of a checkpoint."""
+    small = {"steps": 150, "context": 64, "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab_size": 320}
+
+    def checkpoint(preset: str, **settings: Any) -> Path:
+        def make(folder: Path) -> None:
+            (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
+            given = small | {"threads": 1, "save_every": 150, "preset": preset} | settings
+            with one_thread():
+                train(TrainConfig.from_given(given), folder / "checkpoint", data=[folder / "corpus.txt"])
+
+        name = "-".join([preset, *(f"{key}-{value}" for key, value in settings.items())])
+        return made_once(f"trained-{name}", make) / "checkpoint"
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def bundles(made_once: MadeOnce, trained: Checkpoint) -> Callable[[str], Path]:
     """bundles(NAME): the folder of a bundle of the table."""
-    made: dict[str, Path] = {}
 
     def bundle(name: str) -> Path:
-        if name not in made:
-            out = tmp_path_factory.mktemp(name) / "bundle"
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # as the other tests of export do: decoders this small are slower on several
-            try:
-                (BUNDLES | MORE)[name](out)
-            finally:
-                torch.set_num_threads(threads)
-            made[name] = out
-        return made[name]
+        def make(folder: Path) -> None:
+            with one_thread():
+                (BUNDLES | MORE)[name](folder / "bundle", trained)
+
+        return made_once(f"bundle-{name}", make) / "bundle"
 
     return bundle

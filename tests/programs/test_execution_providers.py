@@ -18,6 +18,8 @@ from pastkey.bundle import open_bundle
 from pastkey.export.measure.texts import self_generated_texts
 from pastkey.runtime.engine.engine import Engine
 
+from ..shared import divided
+
 pytestmark = pytest.mark.slow
 
 PROMPT, NEW_TOKENS = "Zoë had 37", 24
@@ -64,7 +66,11 @@ def available(wheel: tuple[str, list[str]]) -> Mapping[str, bool]:
     return {row["short_name"]: row["available"] for row in json.loads(done.stdout)["devices"]}
 
 
-@pytest.mark.parametrize("name", ["llama-standard", "llama-standard-fp32"])
+def weight_bytes(inspected: subprocess.CompletedProcess[str]) -> int:
+    return sum(share["weight_bytes"] for share in json.loads(inspected.stdout)["shares"])
+
+
+@pytest.mark.parametrize("name", divided(["llama-standard", "llama-standard-fp32"], ci=["llama-standard"]))
 def test_openvino_runs_the_standard_graph_whole(bundles: Callable[[str], Path], name: str) -> None:
     bundle = bundles(name)
     done = run(OPENVINO, bundle, "--provider", "openvino", "--provider-option", "device_type=CPU")
@@ -74,6 +80,7 @@ def test_openvino_runs_the_standard_graph_whole(bundles: Callable[[str], Path], 
     assert [(s["provider"], s["nodes"], s["parts"]) for s in json.loads(placed.stdout)["shares"]] == [
         ("openvino", 1, 1)
     ]
+    assert weight_bytes(placed) == pytest.approx(weight_bytes(pastkey_in(OPENVINO, "inspect", bundle, "--json")), 0.1)
 
 
 def test_openvino_leaves_the_attention_of_the_fused_graph(bundles: Callable[[str], Path]) -> None:
@@ -117,7 +124,10 @@ def test_openvino_without_its_device_is_one_sentence(bundles: Callable[[str], Pa
     assert "could not start the execution provider 'openvino'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["llama-webgpu", "gpt2-webgpu-fp16", "llama-webgpu-int8"])
+@pytest.mark.parametrize(
+    "name",
+    divided(["llama-webgpu", "gpt2-webgpu-fp16", "llama-webgpu-int8"], ci=["gpt2-webgpu-fp16", "llama-webgpu-int8"]),
+)
 def test_webgpu_runs_its_own_graph_whole(bundles: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     bundle = bundles(name)
     done = run(WEBGPU, bundle, home=tmp_path)  # where it was made for
@@ -182,7 +192,7 @@ def test_qnn_is_found_and_takes_no_sizes_that_change(bundles: Callable[[str], Pa
 PROMPTS = {"--prompt": (PROMPT, "Tom had 2 red", "Anna"), "--prompt-ids": ("1,2,3", "40,7,99,3,22,9,50,5", "77")}
 
 
-@pytest.mark.parametrize("name", ["llama-qnn", "gpt2-qnn", "own-qnn"])
+@pytest.mark.parametrize("name", divided(["llama-qnn", "gpt2-qnn", "own-qnn"], ci=["llama-qnn", "own-qnn"]))
 def test_static_graphs_run_whole_on_the_emulated_htp(bundles: Callable[[str], Path], name: str) -> None:
     """The target and nothing else says where: an operator that stays behind would be refused."""
     bundle = bundles(name)
@@ -205,6 +215,8 @@ def test_a_compiled_bundle_gives_the_same_tokens_and_is_of_its_chip(
     ran = run(QNN, compiled, home=tmp_path)
     assert answered(ran) == expected(bundle)
     assert "leaves" not in ran.stderr
+    binaries = sum(file.stat().st_size for file in (compiled / "onnx").glob("*.bin"))
+    assert weight_bytes(pastkey_in(QNN, "inspect", compiled, "--json", home=tmp_path)) == binaries > 0
     other = run(QNN, compiled, "--provider", "qnn", "--provider-option", "htp_arch=73")
     assert (other.returncode, other.stdout) == (2, "")
     assert "was compiled for qnn (" in other.stderr

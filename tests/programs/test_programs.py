@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 import pastkey
 
+from ..shared import divided
 from .conftest import BUNDLES
 from .programs import PROGRAMS
 
@@ -28,8 +29,12 @@ NEW_TOKENS = 24
 CLOSE = 0.1
 
 
+# Of both graphs, of learned positions, and of SentencePiece's tokens, which others read in ways of their own.
+IN_CI = ("llama", "llama-standard", "gpt2", "stories260K")
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", divided(BUNDLES, ci=IN_CI))
 def test_the_same_folder_gives_the_same_greedy_tokens(bundles: Callable[[str], Path], name: str, program: str) -> None:
     bundle = bundles(name)
     lm = pastkey.load(bundle)

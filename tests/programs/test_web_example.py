@@ -14,6 +14,7 @@ import pastkey
 from benchmarks.environments import install_chromium, node_environment
 from pastkey.bundle import open_bundle
 
+from ..shared import divided
 from .browser import visit
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ def expected(bundle: Path, prompts: list[list[int]], new_tokens: int) -> list[li
     return [lm.generate(prompt, max_new_tokens=new_tokens).ids for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", divided(BUNDLES, ci=("llama", "llama-standard-fp32", "short-conv")))
 def test_node_gives_the_tokens_of_python(bundles: Callable[[str], Path], name: str) -> None:
     bundle = bundles(name)
     vocabulary = open_bundle(bundle).manifest.vocab_size

@@ -279,6 +279,8 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         tokenizer.save(str(folder / names.TOKENIZER))
     if "tokenizer_config" in fields:
         write_json(folder / names.TOKENIZER_CONFIG, fields.pop("tokenizer_config"))
+    if "generation_config" in fields:
+        write_json(folder / names.GENERATION_CONFIG, fields.pop("generation_config"))
     manifest: dict[str, Any] = {
         "pastkey_version": "0", "source": "tiny", "precision": "fp32", "target": "cpu", "graph": graph,
         "graph_reason": "asked for", "vocab_size": V, "context_length": tiny.context_length, "layers": tiny.layers,

@@ -141,7 +141,9 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
     }
     with pytest.raises(OptionError, match=rf"^{call}\(\) has no option 'temprature'; did you mean 'temperature'\?$"):
         calls[call]("?", temprature=1)
-    with pytest.raises(TypeError, match=rf"{call}\(\) has no option 'x'; its options are .*max_new_tokens, .*, top_p$"):
+    with pytest.raises(
+        TypeError, match=rf"{call}\(\) has no option 'x'; its options are .*keep_special_tokens, .*, top_p$"
+    ):
         calls[call]("?", x=1)
 
 

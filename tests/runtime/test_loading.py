@@ -176,3 +176,17 @@ def test_a_model_is_quiet_and_has_a_logger(
     time.sleep(0)
     assert threading.active_count() == threads
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(
+    speaking_bundle: Bundle, expected: list[int], tmp_path: Path
+) -> None:
+    """A file that is anything else is refused: onnxruntime might be led to it."""
+    with zipfile.ZipFile(io.BytesIO(zipped(speaking_bundle.path))) as archive:
+        archive.extractall(tmp_path)
+    for left in (".DS_Store", "._pastkey.onnx", "Thumbs.db"):
+        (tmp_path / "onnx" / left).write_bytes(b"x")
+    assert load(tmp_path, threads=1).generate("abc", **SETTINGS).ids == expected
+    (tmp_path / "onnx" / "other.onnx_data").write_bytes(b"x")
+    with pytest.raises(IntegrityError, match=r"other\.onnx_data is not listed in pastkey\.json: it was added"):
+        load(tmp_path)

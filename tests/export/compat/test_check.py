@@ -22,10 +22,10 @@ from pastkey.__main__ import main
 from pastkey.bundle import read_bundle
 from pastkey.errors import IntegrityError, MissingFileError
 from pastkey.export.compat.bundle_view import read_bundle_view
-from pastkey.export.compat.check import Verdict, check
-from pastkey.folder import file_records
+from pastkey.export.compat.check import check
 
 from ..conftest import Export
+from .editing import edit, edit_graph, graph_input, record, verdicts
 
 ALL = (
     "pastkey", "onnxruntime", "onnxruntime-genai", "optimum", "transformers.js in Node", "transformers.js in a browser",
@@ -63,30 +63,6 @@ def whole(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(whole: Path, tmp_path: Path) -> Path:
     """A copy to break."""
     return Path(shutil.copytree(whole, tmp_path / "bundle"))
-
-
-def edit(folder: Path, file: str, change: Callable[[Any], object]) -> None:
-    """Changes one JSON file in place."""
-    content = json.loads((folder / file).read_text(encoding="utf-8"))
-    change(content)
-    (folder / file).write_text(json.dumps(content), encoding="utf-8")
-
-
-def edit_graph(folder: Path, change: Callable[[onnx.GraphProto], object]) -> None:
-    path = folder / names.ALL_LOGITS_GRAPH["int8"]
-    model = onnx.load(path, load_external_data=False)
-    change(model.graph)
-    onnx.save(model, path)
-
-
-def record(folder: Path) -> None:
-    """Lists the files as they are now: what is judged is their content, not that they were altered."""
-    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != names.MANIFEST]
-    edit(folder, names.MANIFEST, lambda c: c.update(files=file_records(folder, files)))
-
-
-def verdicts(folder: Path) -> dict[str, Verdict]:
-    return {verdict.program: verdict for verdict in check(folder)}
 
 
 # --- a whole one --------------------------------------------------------------------------------------------------
@@ -186,24 +162,20 @@ def name_axis(axis: int, name: str) -> Callable[[onnx.GraphProto], None]:
     return change
 
 
-def _input(graph: onnx.GraphProto, name: str) -> onnx.ValueInfoProto:
-    return next(value for value in graph.input if value.name == name)
-
-
 def one_more_input(graph: onnx.GraphProto) -> None:
     graph.input.append(onnx.helper.make_tensor_value_info("num_beams", onnx.TensorProto.INT64, []))
 
 
 def int32_ids(graph: onnx.GraphProto) -> None:
-    _input(graph, names.INPUT_IDS).type.tensor_type.elem_type = onnx.TensorProto.INT32
+    graph_input(graph, names.INPUT_IDS).type.tensor_type.elem_type = onnx.TensorProto.INT32
 
 
 def int32_positions(graph: onnx.GraphProto) -> None:
-    _input(graph, names.POSITION_IDS).type.tensor_type.elem_type = onnx.TensorProto.INT32
+    graph_input(graph, names.POSITION_IDS).type.tensor_type.elem_type = onnx.TensorProto.INT32
 
 
 def no_positions(graph: onnx.GraphProto) -> None:
-    graph.input.remove(_input(graph, names.POSITION_IDS))
+    graph.input.remove(graph_input(graph, names.POSITION_IDS))
 
 
 def int8_cache(graph: onnx.GraphProto) -> None:

@@ -7,6 +7,7 @@ continuation; windows are smaller than the prompt. The figures are listed at the
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,15 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from pastkey.errors import ContractError
-from pastkey.export import export
+from pastkey.export import Report, export
 from pastkey.export.measure.verify import MAX_RELATIVE_DIFFERENCE
 from pastkey.runtime import load
 
-from ..families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, REFUSED, WINDOW, build
+from ...shared import divided
+from ..families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, IN_CI, QUICK, REFUSED, WINDOW, build
 
-# One of each kind: absolute positions, rotary, windows, experts, and by hand with a window and with ALiBi.
-QUICK = ("gpt2", "gemma2", "gpt_oss", "bloom")
 BY_HAND = ("bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm")  # followed along the time axis
-REFUSED_LATE = ("deepseek_v2", "mamba")  # while it is traced, or once every step of a recurrence was
+REFUSED_LATE = {"deepseek_v2", "mamba"}  # while it is traced, or once every step of a recurrence was
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 
@@ -37,12 +37,13 @@ def skip_unless_known(family: str) -> None:
         pytest.skip(f"transformers {transformers.__version__}: {FROM_TRANSFORMERS_5[family]}")
 
 
-@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("family", divided(FAMILIES, quick=QUICK, ci=IN_CI))
 def test_a_family_computes_what_transformers_computes(
     family: str, tmp_path: Path, record_family: Callable[[str, float], None]
 ) -> None:
     skip_unless_known(family)
-    report = export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
+    model = build(family)
+    report = export(model, tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
     parity = report.manifest.parity["fp32"]
     assert parity["ok"]
     assert parity["reference"] == "source"
@@ -51,31 +52,15 @@ def test_a_family_computes_what_transformers_computes(
     assert len(figures) == 5
     assert max(figures) <= MAX_RELATIVE_DIFFERENCE
     assert parity["checks"]["greedy"]["value"] is None
+    if family in BY_HAND:
+        assert_greedy_ids_are_those_of_transformers(model, report)
+        assert report.manifest.graph == ("standard" if family in ("bloom", "mpt") else "fused")  # ALiBi or not
     record_family(family, max(figures))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "qwen3_moe", "phi3"])
-def test_the_standard_graph_takes_windows_softcap_sinks_and_experts_too(family: str, tmp_path: Path) -> None:
-    report = export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, graph="standard")
-    assert report.manifest.graph == "standard"
-    assert report.manifest.parity["fp32"]["ok"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mixtral"])
-def test_a_family_in_int8_is_still_the_same_model(family: str, tmp_path: Path) -> None:
-    report = export(build(family), tmp_path / "bundle", context_length=CONTEXT)
-    assert report.manifest.parity["int8"]["ok"]
-    assert report.manifest.quality["kl_divergence"] < 0.02
-
-
-@pytest.mark.parametrize("family", [f if f == "mpt" else pytest.param(f, marks=pytest.mark.slow) for f in BY_HAND])
-def test_attention_by_hand_gives_the_greedy_ids_of_transformers(family: str, tmp_path: Path) -> None:
-    skip_unless_known(family)
+def assert_greedy_ids_are_those_of_transformers(model: Any, report: Report) -> None:
+    """By its own `generate`, and with padding allowed."""
     prompt, new = [5, 17, 3, 60, 41], 40
-    model: Any = build(family)
-    report = export(model, tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
     expected = model.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0
     )[0, len(prompt) :].tolist()
@@ -83,14 +68,28 @@ def test_attention_by_hand_gives_the_greedy_ids_of_transformers(family: str, tmp
     until = next((i for i, token in enumerate(expected) if token in ends), new)
     assert load(report.path).generate(prompt, max_new_tokens=new).ids == expected[:until]
     assert report.manifest.padding
-    assert report.manifest.graph == ("standard" if family in ("bloom", "mpt") else "fused")  # ALiBi or not
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("alibi", [False, True])
-@pytest.mark.parametrize("queries", ["grouped", "multi", "own"])
+@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "qwen3_moe", "phi3"], ci=["gpt_oss"]))
+def test_the_standard_graph_takes_windows_softcap_sinks_and_experts_too(family: str, tmp_path: Path) -> None:
+    report = export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, graph="standard")
+    assert report.manifest.graph == "standard"
+    assert report.manifest.parity["fp32"]["ok"]
+
+
+@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "mixtral"], ci=["gpt_oss"]))
+def test_a_family_in_int8_is_still_the_same_model(family: str, tmp_path: Path) -> None:
+    report = export(build(family), tmp_path / "bundle", context_length=CONTEXT)
+    assert report.manifest.parity["int8"]["ok"]
+    assert report.manifest.quality["kl_divergence"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("queries", "alibi"),
+    divided(product(("grouped", "multi", "own"), (False, True)), ci=[("grouped", True), ("multi", False)]),
+)
 def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(
-    alibi: bool, queries: str, tmp_path: Path
+    queries: str, alibi: bool, tmp_path: Path
 ) -> None:
     heads = {"grouped": 2, "multi": 1, "own": 4}[queries]
     config = transformers.FalconConfig(
@@ -106,9 +105,7 @@ def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(
     assert report.manifest.graph == ("standard" if alibi else "fused")
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f in REFUSED_LATE else f for f in REFUSED]
-)
+@pytest.mark.parametrize("family", divided(REFUSED, quick=REFUSED.keys() - REFUSED_LATE, ci=REFUSED_LATE))
 def test_what_cannot_be_grafted_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     skip_unless_known(family)
     with pytest.raises(ContractError) as caught:

@@ -47,7 +47,7 @@ def rotating(path: Path) -> list[bool]:
     [
         pytest.param({}, id="llama", marks=pytest.mark.slow),
         pytest.param({"qk_norm": True}, id="qwen3"),
-        pytest.param({"qkv_bias": True}, id="qwen2", marks=pytest.mark.slow),
+        pytest.param({"qkv_bias": True}, id="qwen2", marks=pytest.mark.matrix),
     ],
 )
 def test_norms_skips_and_rotation_are_fused_exactly(changes: dict[str, bool], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pastkey.export import Report, export
 from pastkey.export.graph.static import make_static
 from pastkey.runtime import load
 
+from ...shared import divided
 from ..cases import CASES, MORE_CASES
 from ..conftest import Export
 from ..small_graphs import model_of
@@ -36,26 +37,12 @@ def require_equal(report: Report) -> None:
     assert report.manifest.graph == "static"
 
 
+QUICK, IN_CI = ("llama", "gpt2", "softcap_bias_and_scale", "transformer_encoder"), ("gpt_j", "experts", "multi_query")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        "llama",
-        "gpt2",
-        "softcap_bias_and_scale",
-        "transformer_encoder",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in (
-                "nano_gpt",
-                "gpt_j",
-                "experts",
-                "tied_projections",
-                "offset_positions",
-                "multi_query",
-                "low_rank",
-            )
-        ),
-    ],
+    divided([*QUICK, *IN_CI, "nano_gpt", "tied_projections", "offset_positions", "low_rank"], quick=QUICK, ci=IN_CI),
 )
 def test_a_decoder_computes_the_same_by_static_graphs(name: str, tmp_path: Path) -> None:
     case = (CASES | MORE_CASES)[name]

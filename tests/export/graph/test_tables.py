@@ -21,6 +21,7 @@ from pastkey.export.graph.tables import replace_operators, take_tables
 from pastkey.runtime import load
 from pastkey.runtime.engine.engine import Engine
 
+from ...shared import divided
 from ..cases import CASES, MORE_CASES
 from ..small_graphs import model_of, run_model
 
@@ -29,7 +30,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_j", "encoder_layers", "nano_gpt"))],
+    divided(["llama", "gpt2", "gpt_j", "encoder_layers", "nano_gpt"], quick=["llama", "gpt2"], ci=["gpt_j"]),
 )
 def test_core_ml_takes_every_node_in_one_part(name: str, tmp_path: Path) -> None:
     case = (CASES | MORE_CASES)[name]

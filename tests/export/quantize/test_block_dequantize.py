@@ -66,7 +66,11 @@ def reference_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize(
     "build",
-    [llama, pytest.param(gpt2, marks=pytest.mark.slow), pytest.param(lambda: Plain(width=40), marks=pytest.mark.slow)],
+    [
+        llama,
+        pytest.param(gpt2, marks=pytest.mark.matrix),
+        pytest.param(lambda: Plain(width=40), marks=pytest.mark.slow),
+    ],
 )
 def test_a_portable_bundle_computes_what_matmulnbits_does(
     build: Callable[[], nn.Module], precision: str, tmp_path: Path

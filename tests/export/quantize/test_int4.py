@@ -22,6 +22,7 @@ from pastkey.export.quantize.rewrite import matmul_weight, quantize
 from pastkey.export.quantize.sensitivity import Row, Sensitivity, sensitivity
 from pastkey.export.quantize.switches import SWITCHES, add_switches, quantization_mask
 
+from ...shared import divided
 from ..conftest import Export
 from ..decoders import llama
 from ..plain_loop import open_graph, run_chunks
@@ -35,7 +36,7 @@ def bits_of(model: ir.Model) -> Counter[int]:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "nano_gpt", "one_block_five_times"))]
+    "name", divided(["llama", "gpt2", "nano_gpt", "one_block_five_times"], quick=["llama"], ci=["gpt2"])
 )
 def test_products_are_4_bit_and_what_is_gathered_or_makes_the_logits_is_8_bit(name: str, exported: Export) -> None:
     made = exported(name, "int4")

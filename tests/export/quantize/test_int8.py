@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pastkey.export.quantize import int8
 from pastkey.export.quantize.rewrite import quantize
 from pastkey.export.quantize.sensitivity import Sensitivity, sensitivity
 
+from ...shared import divided
 from ..conftest import Export
 from ..decoders import Plain, gpt2, llama
 from ..plain_loop import run_chunks
@@ -181,8 +183,17 @@ def test_products_are_joined_with_others_of_their_kind(
     np.testing.assert_allclose(run_chunks(graph, [ids]), expected, rtol=0, atol=0.05 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("number", [0.0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1e-40, 0.25))])
-@pytest.mark.parametrize("place", ["blocks.0.v", "blocks.0.q", "blocks.0.o", "head", "token"])
+PLACES = ("blocks.0.v", "blocks.0.q", "blocks.0.o", "head", "token")
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    divided(
+        product(PLACES, (0.0, 1e-40, 0.25)),
+        quick=[("blocks.0.v", 0.0), ("head", 0.0)],
+        ci=[("blocks.0.q", 1e-40), ("blocks.0.o", 0.25), ("token", 0.0)],
+    ),
+)
 def test_a_matrix_of_equal_numbers_is_exported(place: str, number: float, tmp_path: Path) -> None:
     module = Plain()
     with torch.no_grad():

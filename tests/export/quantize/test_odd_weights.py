@@ -13,6 +13,7 @@ from pastkey.bundle import open_bundle
 from pastkey.errors import ContractError, NumericsError, PastkeyError
 from pastkey.export import export
 
+from ...shared import divided
 from ..decoders import Plain
 from ..plain_loop import run_chunks
 
@@ -25,14 +26,14 @@ class Tied(Plain):
 
 
 # --- widths -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [Plain, Tied])
+SIZES = [
+    (kind, *sizes) for sizes in ((1, 16), (15, 16), (16, 16), (17, 32), (33, 16), (128, 32)) for kind in (Plain, Tied)
+]
+
+
 @pytest.mark.parametrize(
-    ("width", "block"),
-    [  # less than a block, exactly one, and more
-        (1, 16),
-        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((15, 16), (16, 16), (17, 32), (128, 32))),
-        (33, 16),
-    ],
+    ("kind", "width", "block"),  # less than a block, exactly one, and more
+    divided(SIZES, quick=[(Plain, 1, 16), (Tied, 33, 16)], ci=[(Tied, 16, 16), (Plain, 17, 32), (Tied, 128, 32)]),
 )
 def test_widths_that_are_no_multiple_of_a_block_are_padded(
     kind: type[Plain], width: int, block: int, tmp_path: Path

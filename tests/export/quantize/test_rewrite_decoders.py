@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pastkey.export.measure.metrics import kl_divergence
 from pastkey.export.quantize.rewrite import quantize
 from pastkey.train.settings import PRESETS
 
+from ...shared import divided
 from ..blocks import scales_of
 from ..conftest import Export, Exported
 from ..decoders import drawn
@@ -166,9 +168,10 @@ def test_small_decoders_shrink_to_a_third_at_most(exported: Export) -> None:
         assert report.weight_bytes <= 0.33 * report.fp32_weight_bytes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("preset", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("preset", "tied"),
+    divided(product(("gpt2", "llama"), (True, False)), ci=[("gpt2", True), ("llama", False)]),
+)
 def test_int8_takes_at_most_0_29_of_float32_from_three_million_parameters(
     preset: str, tied: bool, tmp_path: Path
 ) -> None:

@@ -177,7 +177,7 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
 
 
 # --- a trained model ----------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.matrix  # minutes: SmolLM2-135M twice. Trained decoders that CI exports stand in tests/test_trained.py.
 def test_a_trained_model_writes_what_transformers_writes_and_answers_in_int8(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,31 @@ def test_no_network_is_tried(saved_llama: Path, monkeypatch: pytest.MonkeyPatch)
     assert open_source(saved_llama).context_length == CONTEXT
 
 
+SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("stated", "carried"),
+    [
+        ({"do_sample": True, **SAMPLING}, {"do_sample": True, **SAMPLING}),
+        ({"do_sample": True, "repetition_penalty": 1.1}, {"do_sample": True, "repetition_penalty": 1.1}),
+        ({"repetition_penalty": 1.1, "num_beams": 2}, {"repetition_penalty": 1.1}),
+        ({}, {}),
+    ],
+)
+def test_the_authors_sampling_is_carried_along(
+    llama_folder: Path, tmp_path: Path, stated: dict[str, object], carried: dict[str, object]
+) -> None:
+    (llama_folder / names.GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": 1, **stated}))
+    export(llama_folder, tmp_path / "bundle", "fp32")
+    written = json.loads((tmp_path / "bundle" / names.GENERATION_CONFIG).read_text(encoding="utf-8"))
+    ours = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length"}
+    assert {name: value for name, value in written.items() if name not in ours} == carried
+    defaults = load(tmp_path / "bundle").sampling_defaults
+    expected = {name: value for name, value in carried.items() if name != "do_sample"}
+    assert defaults == ({"temperature": 1.0} if "do_sample" in carried else {}) | expected
+
+
 def test_generation_stops_at_any_of_several_ends(saved_llama: Path, llama_folder: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, dtype=torch.float32)
     text = greedy(model, 48)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pastkey.__main__ import main
 from pastkey.bundle import Bundle
 from pastkey.runtime.commands.inspection import Share, inspect, read_shares
 from pastkey.runtime.providers.parts import Assigned
@@ -64,8 +65,36 @@ def test_nodes_are_counted_once_per_provider() -> None:
         {"cat": "Engine", "name": "model_run", "args": {}},
         {"cat": "Node", "name": "MatMul_1_fence_before", "args": {}},
     ]  # fmt: skip
-    shares = Share("cuda", 2, 150, {"MatMul": 2}), Share("cpu", 1, 0, {"Shape": 1})
-    assert read_shares(profile, {}) == shares
+    shares = Share("onnx/a.onnx", "cuda", 2, 150, {"MatMul": 2}), Share("onnx/a.onnx", "cpu", 1, 0, {"Shape": 1})
+    assert read_shares(profile, {}, "onnx/a.onnx") == shares
     # What is recorded of the first is too little to be all of it.
     record = {cuda: Assigned(Counter(MatMul=1), 1), cpu: Assigned(Counter(Shape=2), 2)}
-    assert read_shares(profile, record) == (shares[0], replace(shares[1], parts=2))
+    assert read_shares(profile, record, "onnx/a.onnx") == (shares[0], replace(shares[1], parts=2))
+
+
+@pytest.mark.parametrize(
+    ("reported", "in_file", "binary", "shown"), [(0, 300, 0, 300), (40, 300, 0, 40), (0, None, 500, 500)]
+)
+def test_of_a_compiled_part_that_took_its_weights_in_they_are_counted_in_its_files(
+    reported: int, in_file: int | None, binary: int, shown: int
+) -> None:
+    npu = "NPUExecutionProvider"
+    args = {"provider": npu, "op_name": "subgraph_1", "parameter_size": str(reported)}
+    profile: list[dict[str, Any]] = [{"cat": "Node", "name": "subgraph_1_kernel_time", "args": args}]
+    record = {npu: Assigned(Counter(MatMul=2), 1, in_file)}
+    assert read_shares(profile, record, "a.onnx", binary) == (Share("a.onnx", "npu", 1, shown, {"subgraph_1": 1}, 1),)
+
+
+@pytest.mark.parametrize(("chunk", "files"), [(4, ["pastkey_prefill", "pastkey_decode"]), (1, ["pastkey_prefill"])])
+def test_each_graph_of_a_static_bundle_is_shown(
+    chunk: int, files: list[str], tiny: Tiny, make_bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = make_bundle(tiny, "static", chunk=chunk)
+    shares = inspect(bundle.path, threads=1).shares
+    assert [share.graph for share in shares] == [f"onnx/{file}.onnx" for file in files]
+    least = sum(weight.nbytes for weight in tiny.weights.values())
+    assert all(share.nodes == sum(share.operators.values()) > 20 for share in shares)
+    assert all(least <= share.weight_bytes < 3 * least for share in shares)
+    assert main(["inspect", str(bundle.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("onnx/")] == [f"onnx/{file}.onnx" for file in files]

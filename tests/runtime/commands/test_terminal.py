@@ -18,7 +18,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from pastkey.bundle import Bundle
+from pastkey.errors import PastkeyError
 from pastkey.runtime import LanguageModel, load
+from pastkey.runtime.commands import terminal
 from pastkey.runtime.commands.terminal import interruptions, print_answer
 
 if TYPE_CHECKING:
@@ -73,7 +75,101 @@ def test_an_error_in_a_pipe_ends_it(talking: Path) -> None:
     fails(done, "no token covers", "what?")
     assert done.stdout == b""
     fails(chat(talking, given=b"a\xff\n"), "standard input is not UTF-8 text")
-    fails(chat(talking, given=b"a" * 700), "the conversation has 718 tokens; the context is 600", "/reset")
+    fails(chat(talking, given=b"a" * 700), "the conversation has 718 tokens; the context is 600", "/reset", "/drop")
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+def test_commands_act_on_the_conversation(talking: Path, model: LanguageModel, tmp_path: Path) -> None:
+    conversation = model.chat("be brief")
+    expected = [conversation.ask("abc", **SETTINGS).text]
+    expected.append(conversation.ask("de", **SETTINGS).text)
+    conversation.undo()
+    expected.append(conversation.ask("x\n  y".replace("\n", " "), **SETTINGS).text)
+    conversation.drop()
+    conversation.set_system("be long")
+    file = tmp_path / "my talk.json"
+    given = f"abc\nde\n/undo\nx   y\n/drop\n/system be long\n/save {file}\n/reset\n/load {file}\nde\n"
+    expected.append(conversation.ask("de", **SETTINGS).text)
+    done = chat(talking, "--system", "be brief", *FLAGS, given=given.encode())
+    assert done.returncode == 0
+    assert done.stdout.decode() == "".join(text + "\n" for text in expected)
+    assert done.stderr.decode() == f"{file}: 3 messages\n" * 2
+    assert json.loads(file.read_text(encoding="utf-8")) == {"messages": conversation.messages[:3]}
+
+
+def test_a_question_of_several_lines(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(terminal, "print_answer", lambda chat, text, *_, **__: asked.append(text))
+    lines = '"""\none\n\n  two\n"""\n"""three"""\n  """four\nfive"""\n//help me\n/usr/bin is a folder\n a/b\n/help\n'
+    monkeypatch.setattr(terminal, "_piped_lines", lambda: iter(lines.splitlines()))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    terminal.converse(model.chat())
+    assert asked == ["one\n\n  two", "three", "four\nfive", "/help me", "/usr/bin is a folder", " a/b"]
+    assert capsys.readouterr().err == terminal.HELP + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/undo", ["there is no question to take back"]),
+        ("/drop", ["there is no question to let go"]),
+        ("/save", ["/save needs the name of a file: /save FILE"]),
+        ("/load none.json", ["none.json is missing"]),
+        ("/save /", ["/ is a folder"]),
+        ("/save none/talk.json", ["/save none/talk.json cannot be done: No such file or directory"]),
+        ("/helo", ["there is no command /helo", "/help lists them", "//"]),
+        ("/reset now", ["/reset stands alone: leave 'now' out, or ask the model with //reset"]),
+        ('"""abc', ["has no end"]),
+    ],
+)
+def test_a_command_that_cannot_be_done_is_told_and_not_asked(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, line: str, words: list[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(terminal, "print_answer", lambda chat, text, *_, **__: asked.append(text))
+    monkeypatch.setattr(terminal, "_piped_lines", lambda: iter([line]))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with pytest.raises(PastkeyError) as told:
+        terminal.converse(model.chat())
+    assert all(word in str(told.value) for word in words)
+    assert asked == []
+
+
+def test_a_system_text_is_shown(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal._act("/system", "", model.chat("be brief"))
+    terminal._act("/system", "", model.chat())
+    assert capsys.readouterr().err == "be brief\nthere is no system text: /system TEXT gives one\n"
+
+
+def test_an_answer_that_fills_the_context_says_so(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = model.chat()
+    terminal._tell_a_full_context(chat, chat.ask("a", max_new_tokens=4))
+    assert capsys.readouterr().err == ""
+    terminal._tell_a_full_context(chat, chat.ask("a" * 540, max_new_tokens=100))
+    assert "the context of 600 tokens is full: /drop lets the oldest question go" in capsys.readouterr().err
+
+
+# --- the model's own sampling -------------------------------------------------------------------------------------
+def test_tokens_are_drawn_as_the_models_authors_set_it(
+    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+) -> None:
+    sampling = {"do_sample": True, "temperature": 1.3, "top_k": 9, "top_p": 1.0}
+    config = {"chat_template": TEMPLATE}
+    made = make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, generation_config=sampling)
+    own = load(made.path, threads=1)
+    answer = own.chat().ask("abc", max_new_tokens=7, seed=1, temperature=1.3, top_k=9).text
+    done = chat(made.path, "--max-new-tokens", "7", "--seed", "1", given=b"abc\n")
+    assert done.stdout.decode() == answer + "\n"
+    told = "as the model's generation_config.json has it: temperature 1.3, top_k 9 (--temperature 0 takes the likeliest"
+    assert done.stderr.decode().startswith(told)
+    done = chat(made.path, "--max-new-tokens", "7", "--seed", "1", "--temperature", "0.5", "--top-k", "0", given=b"abc")
+    assert done.stdout.decode() == own.chat().ask("abc", max_new_tokens=7, seed=1, temperature=0.5).text + "\n"
+    assert done.stderr == b""
+    done = chat(made.path, "--max-new-tokens", "7", "--temperature", "0", given=b"abc")
+    assert done.stdout.decode() == own.chat().ask("abc", max_new_tokens=7).text + "\n"
+    assert done.stderr == b""
 
 
 # --- one question -------------------------------------------------------------------------------------------------
@@ -95,6 +191,7 @@ def test_one_question(talking: Path, model: LanguageModel) -> None:
         "text": answer.text,
         "ids": answer.ids,
         "finish_reason": "length",
+        "stop_string": None,
         "prompt_tokens": len("<system>be brief.<user>abc.<assistant>"),
         "cached_tokens": 0,
         "new_tokens": 7,
@@ -213,6 +310,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
+    def press(self) -> None:
+        """Ctrl-C, once readline waits for input."""
+        time.sleep(0.5)
+        self.process.send_signal(signal.SIGINT)
+
     def interrupt(self) -> None:
         """Ctrl-C until it ends: one that comes just before readline waits for input is seen with the next."""
         for _ in range(30):
@@ -235,21 +337,44 @@ class Terminal:
 def test_at_a_terminal(talking: Path, model: LanguageModel, ending: str) -> None:
     conversation = model.chat()
     expected = [conversation.ask(text, **SETTINGS).text for text in ("abc", "de")]
-    terminal = Terminal(talking)
-    terminal.until("/exit or Ctrl-D ends.")
-    terminal.until("> ")
-    terminal.type("abc\n")
-    assert expected[0] in terminal.until("\n> ")
-    terminal.type("what?\n")  # told, and no end
-    assert "no token covers" in terminal.until("\n> ")
-    terminal.type("de\n")
-    assert expected[1] in terminal.until("\n> ")
-    terminal.type("/reset\n")
-    terminal.until("> ")
-    terminal.type("abc\n")
-    assert expected[0] in terminal.until("\n> ")
+    typed = Terminal(talking)
+    typed.until("/help lists the commands")
+    typed.until("/exit or Ctrl-D ends.")
+    typed.until("> ")
+    typed.type("abc\n")
+    assert expected[0] in typed.until("\n> ")
+    typed.type("what?\n")  # told, and no end
+    assert "no token covers" in typed.until("\n> ")
+    typed.type("de\n")
+    assert expected[1] in typed.until("\n> ")
+    typed.type("/helo\n")
+    assert "there is no command /helo" in typed.until("\n> ")
+    typed.type("/reset\n")
+    typed.until("> ")
+    typed.type("abc\n")
+    assert expected[0] in typed.until("\n> ")
     if ending == "interrupt":
-        terminal.interrupt()
+        typed.interrupt()
     else:
-        terminal.type(ending)
-    assert terminal.end() == 0
+        typed.type(ending)
+    assert typed.end() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_an_interrupt_at_the_prompt_asks_before_it_ends(talking: Path, tmp_path: Path) -> None:
+    typed = Terminal(talking)
+    typed.until("> ")
+    typed.type("abc\n")
+    typed.until("\n> ")
+    typed.press()
+    typed.until("Ctrl-C once more ends, and the conversation is lost: /save FILE keeps it.")
+    typed.until("> ")
+    typed.type(f"/save {tmp_path / 'talk.json'}\n")
+    typed.until("2 messages")
+    typed.until("> ")
+    typed.press()  # what was typed was an answer to the first
+    typed.until("Ctrl-C once more ends")
+    typed.until("> ")
+    typed.press()
+    assert typed.end() == 0
+    assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 2

@@ -116,9 +116,8 @@ def test_generate_stream_logits_bench_and_inspect_work(bundle: Bundle, tiny: Tin
     assert lm.generate("abc", max_new_tokens=3).new_tokens == 3
     report = bench(bundle.path, prompt_tokens=20, new_tokens=5, threads=1)
     assert (report.settings["prompt_tokens"], report.settings["graph"]) == (20, "static")
-    (share,) = inspect(bundle.path, threads=1).shares
-    assert share.provider == "cpu"
-    assert share.operators["Softmax"] == 2
+    for share in inspect(bundle.path, threads=1).shares:
+        assert (share.provider, share.operators["Softmax"]) == ("cpu", 2)
 
 
 def test_what_layer_gives_and_nbytes(engine: Engine, tiny: Tiny) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pastkey.runtime.providers.ort import onnxruntime
@@ -60,9 +61,17 @@ def chain(tmp_path: Path) -> Path:
     return path
 
 
+WEIGHTED = """<ir_version: 8, opset_import: ["": 17]>
+weighted (float[3,5] x) => (float[3,5] c1) {
+    a1 = Add(x, w)
+    b1 = Mul(a1, w)
+    c1 = Mul(b1, v)
+}"""
+
+
 @pytest.fixture
-def named(chain: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The chain, whose nodes are called a to f."""
+def named_by_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls a node in a file by the first letter of what it yields."""
     import pastkey.runtime.providers.parts as parts
 
     read = parts._node
@@ -72,7 +81,16 @@ def named(chain: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return outputs[0][0], inputs, outputs
 
     monkeypatch.setattr(parts, "_node", with_name)
+
+
+@pytest.fixture
+def named(chain: Path, named_by_output: None) -> Path:
+    """The chain, whose nodes are called a to f."""
     return chain
+
+
+def weight_bytes_of(session: Session, path: Path) -> dict[str, int | None]:
+    return {name: given.weight_bytes for name, given in assigned(session, path).items()}
 
 
 def parts_of(session: Session, path: Path) -> dict[str, int | None]:
@@ -95,6 +113,19 @@ def test_nodes_that_hand_on_tensors_are_one_part(named: Path) -> None:
 def test_operators_are_counted(named: Path) -> None:
     given = Session([Subgraph(CPU, [Node("a", "Neg")]), Subgraph(CPU, [Node("f", "Abs")])])
     assert assigned(given, named) == {CPU: Assigned({"Neg": 1, "Abs": 1}, 2)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data_file", ["", "weights"])
+def test_of_one_that_compiles_the_weights_are_counted_where_they_are_read(
+    tmp_path: Path, named_by_output: None, data_file: str
+) -> None:
+    path = tmp_path / "weighted.onnx"
+    weights = {"w": np.zeros((3, 5), np.float32), "v": np.zeros(5, np.float32)}
+    path.write_bytes(encode_model(WEIGHTED, weights, data_file)[0])
+    # w is read by a and b, v by c; nodes that onnxruntime makes of others have names of its own.
+    assert weight_bytes_of(session((NPU, "ab"), (NPU, "c")), path) == {NPU: 60 + 60 + 20}
+    assert weight_bytes_of(session((NPU, "xyz")), path) == {NPU: 60 + 60 + 20}
+    assert weight_bytes_of(session((NPU, "ac"), (CPU, "b")), path) == {NPU: 60 + 20, CPU: None}
 
 
 def test_without_names_or_a_graph_of_onnx_parts_are_unknown(chain: Path, named: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
@@ -91,6 +91,201 @@ def test_a_rendering_is_that_of_transformers(reference: Any, name: str) -> None:
         assert template.render(messages) == expected
 
     check()
+
+
+# In the manner of models that call tools: Hermes and Qwen, Llama 3, Mistral, Command R, and of those that think first.
+TOOL_TEMPLATES = {
+    "hermes": """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+    {{- "# Tools\\n<tools>" }}
+    {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
+    {{- "\\n</tools><|im_end|>\\n" }}
+{%- endif %}
+{%- set ns = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] if message.role == 'user' %}
+    {%- set ns.last = (messages|length - 1) - loop.index0 %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' + (message.content or '').split('</think>')[-1].lstrip('\\n') }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- if tool_call.function is defined %}{%- set tool_call = tool_call.function %}{%- endif %}
+            {{- '<tool_call>\\n{"name": "' ~ tool_call.name ~ '", "arguments": ' }}
+            {{- tool_call.arguments if tool_call.arguments is string else tool_call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\\n<tool_response>\\n' ~ message.content ~ '\\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+    {%- elif message.role == 'user' or not tools %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' ~ ('<think>\\n\\n</think>\\n' if thinking is false) }}
+{%- endif %}
+""",
+    "llama": """\
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%Y") %}{%- endif %}
+{%- for message in messages %}
+    {%- if message.tool_calls is defined and message.tool_calls %}
+        {%- if message.tool_calls | length != 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|eh|>assistant{"name": "' + call.name + '", "parameters": ' + (call.arguments | tojson) + '}<|eot_id|>' }}
+    {%- elif message.role in ["tool", "ipython"] %}
+        {{- "<|eh|>ipython" }}
+        {{- message.content | tojson if message.content is mapping or message.content is iterable else 'none' }}
+    {%- else %}
+        {{- '<|eh|>' + message['role'] ~ (message['content'] | trim) ~ '<|eot_id|>' }}
+    {%- endif %}
+    {%- if loop.first and tools is not none %}
+        {%- for t in tools %}{{- t | tojson(indent=4) }}{{- date_string }}{%- endfor %}
+    {%- endif %}
+{%- endfor %}
+""",
+    "mistral": """\
+{%- set loop_messages = messages[1:] if messages[0].role == 'system' else messages %}
+{%- set user_messages = loop_messages | selectattr('role', 'equalto', 'user') | list %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message['role'] == 'user' %}
+        {%- if tools is not none and message == user_messages[-1] %}
+            {{- '[AVAILABLE_TOOLS] [' }}
+            {%- for tool in tools %}
+                {%- set tool = tool.function %}{{- '{"type": "function", "function": {' }}
+                {%- for key, val in tool.items() if key != 'return' %}
+                    {{- '"' + key + '": ' ~ (val | tojson) }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+                {%- endfor %}
+                {{- '}}' }}{%- if not loop.last %}{{- ', ' }}{%- else %}{{- ']' }}{%- endif %}
+            {%- endfor %}
+        {%- endif %}
+        {{- '[INST] ' + message['content'] + '[/INST]' }}
+    {%- elif message['tool_calls'] %}
+        {{- '[TOOL_CALLS] [' }}
+        {%- for tool_call in message['tool_calls'] %}
+            {%- set out = tool_call.function | tojson %}
+            {{- out[:-1] + ', "id": "' ~ tool_call.id ~ '"}' ~ (', ' if not loop.last else ']' + eos_token) }}
+        {%- endfor %}
+    {%- elif message['role'] == 'assistant' %}
+        {{- ' ' + message['content'] | trim + eos_token }}
+    {%- elif message['role'] == 'tool' %}
+        {{- '[TOOL_RESULTS] {"content": ' ~ message.content ~ ', "call_id": "' ~ message.tool_call_id ~ '"}' }}
+    {%- endif %}
+{%- endfor %}
+""",
+    "documents": """\
+{% macro shown(doc, i) %}Document: {{ i }}
+{% for key, value in doc.items() %}{{ key }}: {{ value | string }}
+{% endfor %}{% endmacro %}
+{% if documents %}<results>
+{% for doc in documents %}{{ shown(doc, loop.index0) }}{% if not loop.last %}
+
+{% endif %}{% endfor %}</results>
+{% endif %}
+{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}
+{% for part in m.content %}{{ part.text if part.type == 'text' else '<' ~ part.type ~ '>' }}{% endfor %}
+{% endif %}{{ m.reasoning_content | default('') }}{{ m.thinking }}{% endfor %}{{ mode | default('fast') }}
+""",
+}
+_WORDS = st.text(max_size=5) | st.sampled_from(["</think>\nyes", ' a"b\n', "{{ x }}", "é日🙂", "<tool_call>"])
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-99, 99) | st.floats(allow_nan=False, allow_infinity=False) | _WORDS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_WORDS, inner, max_size=2),
+    max_leaves=4,
+)
+_CALL = st.builds(
+    lambda name, arguments, i: {"type": "function", "id": f"{i}", "function": {"name": name, "arguments": arguments}},
+    _WORDS,
+    st.dictionaries(_WORDS, _JSON, max_size=2),
+    st.integers(0, 999),
+)
+_MESSAGE = st.one_of(
+    st.builds(lambda text: {"role": "user", "content": text}, _WORDS),
+    st.builds(lambda text: {"role": "assistant", "content": text}, _WORDS),
+    st.builds(lambda text, thought: {"role": "assistant", "content": text, "reasoning": thought}, _WORDS, _WORDS),
+    st.builds(
+        lambda text, calls: {"role": "assistant", "content": text, "tool_calls": calls},
+        _WORDS | st.none(),
+        st.lists(_CALL, max_size=2),
+    ),
+    st.builds(lambda text: {"role": "tool", "name": "f", "tool_call_id": "1", "content": text}, _WORDS),
+    st.builds(
+        lambda texts: {"role": "user", "content": [{"type": "text", "text": t} for t in texts]}, st.lists(_WORDS)
+    ),
+)
+_TOOL = st.builds(
+    lambda name, text, fields: {
+        "type": "function",
+        "function": {"name": name, "description": text, "parameters": {"type": "object", "properties": fields}},
+    },
+    _WORDS,
+    _WORDS,
+    st.dictionaries(_WORDS, _JSON, max_size=2),
+)
+
+
+@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+def test_tools_and_documents_are_rendered_as_by_transformers(name: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    from jinja2 import exceptions
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = ChatTemplate(TOOL_TEMPLATES[name], TOKENS)
+    agreed: list[bool] = []
+
+    @settings(max_examples=200)
+    @given(
+        messages=st.lists(_MESSAGE, min_size=1, max_size=5),
+        tools=st.none() | st.lists(_TOOL, max_size=2),
+        documents=st.none() | st.lists(st.dictionaries(_WORDS, _WORDS, max_size=2), max_size=2),
+        variables=st.sampled_from([{}, {"thinking": False}, {"date_string": "today", "mode": "slow"}]),
+        ends=st.booleans(),
+    )
+    def check(
+        messages: list[dict[str, Any]], tools: Any, documents: Any, variables: dict[str, Any], ends: bool
+    ) -> None:
+        more: dict[str, Any] = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": ends,
+            **variables,
+            **TOKENS,
+        }
+        try:
+            rendered: Any = render_jinja_template([messages], chat_template=TOOL_TEMPLATES[name], **more)
+        except (exceptions.TemplateError, TypeError):  # what the template does not take, nobody takes
+            with pytest.raises(InputError, match="the chat template does not take this conversation"):
+                template.render(messages, **more)
+            return
+        assert template.render(messages, **more) == rendered[0][0]
+        agreed.append(True)
+
+    check()
+    assert len(agreed) > 30
+
+
+def test_a_template_knows_the_variables_that_it_reads() -> None:
+    template = ChatTemplate("{% if thinking %}{{ bos_token }}{% endif %}{% set x = 1 %}{{ x }}{{ messages }}")
+    assert template.variables == {"thinking", "bos_token", "messages"}
+
+
+def test_a_message_that_cannot_be_continued_is_told() -> None:
+    for messages in ([], [{"role": "assistant", "content": None}], [{"role": "assistant", "content": []}]):
+        with pytest.raises(InputError, match="the last message has no text to continue"):
+            ChatTemplate("{{ messages }}").render(messages, continue_final_message=True)
+    cutting = ChatTemplate("{{ messages[-1].content[:3] }}")
+    with pytest.raises(InputError, match="does not write the last message as it stands"):
+        cutting.render([{"role": "assistant", "content": "a long one"}], continue_final_message=True)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]
+    template = ChatTemplate("{% for p in messages[-1].content %}{{ p.text }}{% endfor %}<end>")
+    assert template.render([{"role": "assistant", "content": parts}], continue_final_message=True) == "ab"
 
 
 def test_a_rendering_word_for_word() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,19 +75,19 @@ ALL = [byte_level, sentence_piece, word_level, characters, word_piece]
 
 
 # --- streams ------------------------------------------------------------------------------------------------------
-def streamed(codec: TextCodec, ids: Sequence[int]) -> str:
-    stream = TextStream(codec)
+def streamed(codec: TextCodec, ids: Sequence[int], *, keep: bool = False) -> str:
+    stream = TextStream(codec, keep_special_tokens=keep)
     return "".join([*map(stream.push, ids), stream.flush()])
 
 
-def whole_text(codec: TextCodec, ids: Sequence[int]) -> str:
+def whole_text(codec: TextCodec, ids: Sequence[int], *, keep: bool = False) -> str:
     """`decode` without the character that the ids begin and do not end, found by cutting ids off."""
-    ids = [token for token in ids if codec.has_text(token)]
+    ids = [token for token in ids if codec.has_text(token, keep_special_tokens=keep)]
     for end in range(len(ids), max(-1, len(ids) - 4), -1):
         cut = ids[end:]
         if all(map(codec.is_byte, cut)) and _begins_a_character(b"".join(map(codec._bytes, cut))):
-            return codec.decode(ids[:end])
-    text = codec.decode(ids)
+            return codec.decode(ids[:end], keep_special_tokens=keep)
+    text = codec.decode(ids, keep_special_tokens=keep)
     tail = b"".join(map(codec._bytes, ids))
     byte_level = text == tail.decode("utf-8", "replace")
     begun = byte_level and any(_begins_a_character(tail[-length:]) for length in (1, 2, 3))
@@ -100,14 +101,15 @@ def _begins_a_character(data: bytes) -> bool:
     return bool(data) and any(len(text) == 1 and text != "�" for text in whole)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("make", ALL)
-def test_the_pieces_of_any_ids_are_together_their_text(make: Callable[[], Tokenizer]) -> None:
+def test_the_pieces_of_any_ids_are_together_their_text(make: Callable[[], Tokenizer], keep: bool) -> None:
     tokenizer = make()
     codec = TextCodec(tokenizer)
 
     @given(ids=st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=30))
     def check(ids: list[int]) -> None:
-        assert streamed(codec, ids) == whole_text(codec, ids)
+        assert streamed(codec, ids, keep=keep) == whole_text(codec, ids, keep=keep)
 
     check()
 
@@ -198,6 +200,16 @@ def test_a_character_comes_as_soon_as_it_is_whole() -> None:
     assert stream.flush() == ""
 
 
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_special_tokens_are_kept_on_request(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    codec = TextCodec(tokenizer)
+    [end] = ids_of(tokenizer, ["<end>"])
+    ids = [end, *byte_ids(tokenizer, "日".encode()), end, *byte_ids(tokenizer, b" a")]
+    assert streamed(codec, ids, keep=True) == codec.decode(ids, keep_special_tokens=True) == "<end>日<end> a"
+    assert streamed(codec, ids) == "日 a"
+
+
 def test_a_space_between_words_is_kept() -> None:
     tokenizer = sentence_piece()
     stream = TextStream(TextCodec(tokenizer))
@@ -209,7 +221,7 @@ def test_a_space_between_words_is_kept() -> None:
 def cut(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     stream = StopStrings(stops)
     out = "".join([*map(stream.push, pieces), stream.flush()])
-    return out, stream.found
+    return out, stream.found is not None
 
 
 @pytest.mark.parametrize(
@@ -277,8 +289,8 @@ def test_every_piece_is_that_of_looking_for_each_string_again(letters: str) -> N
         fast, slow = StopStrings(stops), EveryStringAgain(stops)
         for piece in pieces:
             assert fast.push(piece) == slow.push(piece)
-            assert fast.found == slow.found
-        assert fast.found or fast.flush() == slow.held
+            assert (fast.found is not None) == slow.found
+        assert fast.found is not None or fast.flush() == slow.held
 
     check()
 
@@ -308,6 +320,60 @@ def test_a_piece_costs_no_more_comparisons_with_ten_thousand_strings_than_with_a
         return Counted.comparisons
 
     assert 0 < comparisons(100) < comparisons(10_000) < 3 * comparisons(100)
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=4), max_size=8),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=5),
+)
+def test_the_stop_string_that_is_found_is_the_one_behind_the_text(pieces: list[str], stops: list[str]) -> None:
+    stream = StopStrings(stops)
+    out = "".join([*map(stream.push, pieces), stream.flush()])
+    if stream.found is not None:
+        assert stream.found in stops
+        assert "".join(pieces).startswith(out + stream.found)
+        assert not any(stop != stream.found and stream.found.startswith(stop) for stop in stops)
+
+
+LONG = [f"{i:05}" + "ab" * 20 for i in range(10_000)]  # they begin in many ways
+ALIKE = ["a" * 100 + f"{i:05}" for i in range(10_000)]  # each place of a text of a is the beginning of all
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [(LONG, "0123456789 " * 300), (ALIKE, "a" * 3000), (["a" * 1000 + "b"], "a" * 3000)],
+    ids=["differing", "alike", "one long"],
+)
+def test_ten_thousand_stop_strings_are_found_in_little_time(stops: list[str], text: str) -> None:
+    stream = StopStrings(stops)
+    started = time.thread_time()
+    out = "".join(stream.push(text[place : place + 4]) for place in range(0, len(text), 4)) + stream.flush()
+    assert out == text
+    assert time.thread_time() - started < 0.002 * len(text) / 4  # a step of decoding takes longer
+
+
+@given(
+    text=st.text(min_size=1, max_size=12),
+    before=st.text(max_size=6),
+    start=st.integers(0, 11),
+    make=st.sampled_from([byte_level, sentence_piece]),
+)
+def test_a_stop_string_may_begin_or_end_between_the_tokens_of_a_character(
+    text: str, before: str, start: int, make: Callable[[], Tokenizer]
+) -> None:
+    tokenizer = make()
+    codec, stop = TextCodec(tokenizer), text[start % len(text) :]
+    said = before + text + "é"
+    stream, stops = TextStream(codec), StopStrings([stop])
+    shown = ""
+    for token in byte_ids(tokenizer, said.encode()):
+        piece = stops.push(stream.push(token))
+        shown += piece
+        assert said.startswith(shown)
+        if stops.found is not None:
+            break
+    shown += stops.push(stream.flush()) + stops.flush()
+    assert (shown, stops.found) == (said[: said.index(stop)], stop)
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:

@@ -1,0 +1,220 @@
+"""Text in, text out: the tokenizer in front of a whole generation and behind it, by onnxruntime-extensions.
+
+HfJsonTokenizer reads a tokenizer.json, but chooses how by the class that tokenizer_config.json names, whatever stands
+in the file. So classes are tried, and the first that encodes and decodes all of the sample texts as `tokenizers` does
+is taken; a tokenizer that none reads exactly is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tokenizers import Tokenizer
+
+from pastkey import names
+from pastkey.bundle import Bundle
+from pastkey.errors import ContractError, MissingExtraError, first_line
+from pastkey.runtime.providers.ort import OrtError, onnxruntime
+from pastkey.runtime.text.codec import TextCodec, TextStream
+
+from ..graph.edit import IR_VERSION, OPSET
+from ..source.conversion import sample_texts
+from .nodes import Nodes, typed
+from .utf8 import DROPPED, whole_characters
+
+DOMAIN = "ai.onnx.contrib"
+_CLASSES = ("PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer")
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+# Byte-level vocabularies write a byte as a letter: printable ones as themselves, others counted from 256.
+_LETTERS = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + place) for place, byte in enumerate(sorted({*range(256)} - _PRINTABLE))
+}
+_BYTES = {letter: byte for byte, letter in _LETTERS.items()}
+
+
+class ReadsOtherwiseError(ContractError):
+    """No operator reads a bundle's tokenizer exactly."""
+
+
+def library() -> str:
+    """The path of onnxruntime-extensions' library. Raises MissingExtraError where it is not installed."""
+    try:
+        import onnxruntime_extensions
+    except ImportError:
+        raise MissingExtraError(
+            "the package 'onnxruntime-extensions' is not installed, whose operators read a tokenizer: "
+            "type  pip install onnxruntime-extensions  and try again"
+        ) from None
+    path: str = onnxruntime_extensions.get_library_path()
+    return path
+
+
+def opened(content: str | bytes) -> Any:
+    """A session in which the operators of onnxruntime-extensions are known."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.register_custom_ops_library(library())
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True)
+class TextOperators:
+    """How a bundle's tokenizer is written as operators."""
+
+    encoder: Mapping[str, str]  # HfJsonTokenizer's attributes
+    pieces: Sequence[bytes]  # what each id stands for, b"" for special tokens
+
+
+def text_operators(bundle: Bundle) -> TextOperators:
+    """Those of a bundle's tokenizer, compared with `tokenizers` on the sample texts.
+
+    Raises:
+        MissingExtraError: onnxruntime-extensions is not installed.
+        ReadsOtherwiseError: It does not read this tokenizer exactly.
+    """
+    file = bundle.path / names.TOKENIZER
+    content = file.read_text(encoding="utf-8")
+    config = json.loads((bundle.path / names.TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    reasons = []
+    for name in _CLASSES:
+        encoder = {"tokenizer_vocab": content, "tokenizer_config": json.dumps(config | {"tokenizer_class": name})}
+        operators = TextOperators(encoder, _pieces(file, bundle.manifest.vocab_size))
+        reasons.append(_difference(file, operators))
+        if reasons[-1] is None:
+            return operators
+    raise ReadsOtherwiseError(f"onnxruntime-extensions does not read this tokenizer exactly: {reasons[0]}")
+
+
+def with_text(model: ir.Model, operators: TextOperators) -> None:
+    """Changes a whole generation (`loop.generate_whole`) in place.
+
+    `text` (1,) string comes in place of `input_ids`, and `completion` (1,) string goes out beside `ids`: the text of
+    the new ids without the end token, and without a character that is not finished.
+    """
+    graph = model.graph
+    front, behind = Nodes(model, "encode"), Nodes(model, "decode")
+    text = typed(names.TEXT, ir.DataType.STRING, [1])
+    ids = front.add("HfJsonTokenizer", text, domain=DOMAIN, **operators.encoder)
+    prompt = graph.inputs[0]
+    assert prompt.name == names.INPUT_IDS
+    for node, place in tuple(prompt.uses()):
+        node.replace_input_with(place, ids)
+    graph.inputs[0] = text
+    graph.insert_before(graph[0], front.nodes)
+    made = next(value for value in graph.outputs if value.name == names.GENERATED_IDS)
+    ends = next(value for value in graph.inputs if value.name == "end_ids")
+    completion = _decoded(behind, made, ends, operators.pieces)
+    completion.name, completion.shape = names.COMPLETION, ir.Shape([1])
+    completion.type = ir.TensorType(ir.DataType.STRING)
+    graph.extend(behind.nodes)
+    graph.outputs.append(completion)
+    model.opset_imports[DOMAIN] = 1
+
+
+def _decoded(n: Nodes, ids: ir.Value, ends: ir.Value, pieces: Sequence[bytes]) -> ir.Value:
+    """(1,) string of ids (N,); those of `ends` (E,) say nothing."""
+    sizes = np.array([len(piece) for piece in pieces])
+    column = n.number([1])
+    ended = n.add("Equal", n.add("Unsqueeze", ids, column), ends)
+    open_ = n.add("Equal", n.add("ReduceSum", n.as_int(ended), column, keepdims=0), n.number(0))
+    size = n.add("Mul", n.gathered(sizes, ids), n.as_int(open_))
+    # Rows of the longest piece's bytes, of which each id's own are taken.
+    within = n.number(list(range(max(1, int(sizes.max())))))
+    start = n.gathered(np.cumsum(sizes) - sizes, ids)
+    places = n.add("Add", n.add("Unsqueeze", start, column), within)
+    taken = n.add("Less", within, n.add("Unsqueeze", size, column))
+    everything = np.frombuffer(b"".join(pieces) + bytes(int(sizes.max())), np.uint8)
+    rows = n.gathered(everything, places)
+    flat, kept = (n.add("Reshape", value, n.number([-1])) for value in (rows, taken))
+    letters = whole_characters(n, n.cast(n.add("Compress", flat, kept, axis=0), ir.DataType.INT64))
+    # The operator divides by the number of ids, so that there is always one, which it leaves out.
+    return n.add("BpeDecoder", n.add("Concat", letters, n.number([DROPPED]), axis=0), domain=DOMAIN, **_decoder())
+
+
+def _decoder() -> dict[str, Any]:
+    """BpeDecoder's attributes, of a vocabulary of the bytes and U+FFFD; ids beyond it are left out."""
+    replacement = "".join(_LETTERS[byte] for byte in "\N{REPLACEMENT CHARACTER}".encode())
+    return {
+        "id_vocab": "\n".join([*(_LETTERS[byte] for byte in range(256)), replacement]) + "\n",
+        "byte_decoder": "\n".join(f"{ord(letter)}\t{byte}" for byte, letter in _LETTERS.items()),
+        "skip_special_tokens": 1,
+    }
+
+
+def _pieces(file: Path, vocab_size: int) -> list[bytes]:
+    """What each id of a model stands for by a tokenizer.json, which may know fewer."""
+    tokenizer = Tokenizer.from_file(str(file))
+    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+    added = tokenizer.get_added_tokens_decoder()
+
+    def content(token: int) -> bytes:
+        piece = tokenizer.id_to_token(token) or ""
+        if token in added:
+            return b"" if added[token].special else piece.encode()
+        if byte_level:
+            return bytes(_BYTES[letter] for letter in piece if letter in _BYTES)
+        if byte := _BYTE.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace(_SPACE, " ").encode()
+
+    return [content(token) for token in range(vocab_size)]
+
+
+def _difference(file: Path, operators: TextOperators) -> str | None:
+    """What the operators make otherwise than `tokenizers`, of the first sample text where they do."""
+    tokenizer, codec = Tokenizer.from_file(str(file)), TextCodec.from_file(file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    int64, string = ir.DataType.INT64, ir.DataType.STRING
+    try:
+        encode = _alone(
+            string, int64, lambda n, text: n.add("HfJsonTokenizer", text, domain=DOMAIN, **operators.encoder)
+        )
+        decode = _alone(int64, string, lambda n, ids: _decoded(n, ids, n.number([-1]), operators.pieces))
+        for text in sample_texts():
+            expected = _encoded(tokenizer, text)
+            if not expected:  # no prompt
+                continue
+            ids = encode(np.array([text], object))[0].tolist()
+            if ids != expected:
+                return f"{text!r} has the ids {expected[:8]}, and there {ids[:8]}"
+            stream = TextStream(codec, after_text=True)
+            spoken = "".join([*map(stream.push, expected), stream.flush()])
+            if (written := str(decode(np.array(expected, np.int64))[0])) != spoken:
+                return f"the ids {expected[:8]} say {spoken!r}, and there {written!r}"
+    except OrtError as error:
+        return first_line(error)
+    return None
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """None where it has no token for a part of the text: the library raises nothing more specific."""
+    try:
+        return list(tokenizer.encode(text).ids)
+    except Exception:
+        return []
+
+
+def _alone(given: ir.DataType, made: ir.DataType, build: Callable[[Nodes, ir.Value], ir.Value]) -> Any:
+    """A function of one array (N,), by a graph of these nodes alone."""
+    value = typed("given", given, ["n"])
+    graph = ir.Graph([value], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="alone")
+    model = ir.Model(graph, ir_version=IR_VERSION)
+    nodes = Nodes(model, "alone")
+    output = build(nodes, value)
+    output.type = ir.TensorType(made)
+    graph.extend(nodes.nodes)
+    graph.outputs.append(output)
+    session = opened(ir.to_proto(model).SerializeToString())
+    return lambda array: session.run(None, {"given": array})[0]

@@ -1,0 +1,88 @@
+"""Messages of a conversation: what one is, and the file that holds some."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pastkey.errors import InputError
+from pastkey.folder import read_json, write_json
+
+Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text", "text": ...}
+
+
+def message(role: str, content: Content, **more: Any) -> dict[str, Any]:
+    """One message, its parts copied."""
+    return {"role": role, "content": content if isinstance(content, str) else [dict(part) for part in content], **more}
+
+
+def checked_content(name: str, content: Any) -> Content:
+    """A text or its parts. Raises InputError for what is neither, and for a part that is no text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list | tuple) and content else None
+    if parts is None or not all(isinstance(part, Mapping) for part in parts):
+        raise InputError(
+            f'{name} is {content!r:.60}; a text was expected, or a list of parts {{"type": "text", "text": ...}}'
+        )
+    for part in parts:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InputError(
+                f'{name} has the part {part!r:.60}; this model reads text: {{"type": "text", "text": ...}} was expected'
+            )
+    return parts
+
+
+def text_of(content: Content) -> str:
+    """A content as one text, a line for each part."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def save_messages(path: str | Path, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Writes {"messages": [...]} as JSON, whole or not at all.
+
+    Raises InputError where the file is there and holds something else, OSError where it cannot be written.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; the name of a file to save the conversation in was expected")
+    if file.exists():
+        with contextlib.suppress(ValueError):
+            if file.stat().st_size == 0 or isinstance(read_json(file).get("messages"), list):
+                _write(file, messages)
+                return
+        raise InputError(f"{file} is there and holds no saved conversation: choose another name")
+    _write(file, messages)
+
+
+def _write(file: Path, messages: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        write_json(file, {"messages": list(messages)})
+    except (TypeError, ValueError) as error:  # somebody put a value into `messages` that JSON does not know
+        raise InputError(f"the conversation cannot be saved in {file}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # what a full disk left
+            file.with_name(file.name + ".new").unlink(missing_ok=True)
+
+
+def read_messages(path: str | Path) -> list[dict[str, Any]]:
+    """What `save_messages` wrote.
+
+    Raises MissingFileError, IntegrityError where it is not JSON, InputError where it is no conversation.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; a saved conversation was expected")
+    found = read_json(file).get("messages")
+    if not isinstance(found, list):
+        raise InputError(f'{file} is no saved conversation: it has no list of "messages"')
+    for number, entry in enumerate(found, 1):
+        name = f"message {number} of {file}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:
+            raise InputError(f'{name} is {json.dumps(entry)[:60]}; an object with "role" and "content" was expected')
+        if entry.get("content") is not None or not entry.get("tool_calls"):
+            checked_content(name, entry.get("content"))
+    return found

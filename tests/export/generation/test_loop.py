@@ -1,0 +1,253 @@
+"""Whole generations by plain onnxruntime: the runtime's ids, the ends of a text, the cache that goes out and in."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey import names
+from pastkey.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
+from pastkey.export import export
+from pastkey.export.generation.loop import why_no_step
+from pastkey.export.generation.write import settings as as_feeds
+from pastkey.runtime import Engine, Generation, SamplingConfig
+from pastkey.runtime.providers.ort import onnxruntime
+
+from ..decoders import Plain, llama
+from ..graft.own.blocks import DECODERS as OWN
+
+CONTEXT = 40
+DRAWN = SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=11)
+
+
+def made(folder: Path, kind: str) -> Bundle:
+    if kind == "short_conv":
+        own = OWN["short_conv"]
+        export(own.make(), folder, precision="fp32", context_length=own.context, generate=True)
+    elif kind == "uneven":  # keys and values of two sizes
+        module = Plain(value_size=16, layers=2)
+        export(module, folder, precision="fp32", context_length=CONTEXT, generate=True)
+    else:
+        precision, _, graph = kind.partition(" ")
+        target = "portable" if graph == "portable" else "cpu"
+        graph = "standard" if graph == "portable" else graph or "auto"
+        export(llama(), folder, precision, target, graph, context_length=CONTEXT, generate=True)
+    return open_bundle(folder, verify=True)
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return made(tmp_path_factory.mktemp("fused") / "bundle", "fp32")
+
+
+def opened(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def call(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig, ends: tuple[int, ...] = ()) -> list[int]:
+    feeds = as_feeds(config, new, ends) | {names.INPUT_IDS: np.array([prompt], np.int64)}
+    (ids,) = opened(bundle.path / names.GENERATE_GRAPH).run([names.GENERATED_IDS], feeds)
+    assert (ids.dtype, ids.ndim) == (np.int64, 1)
+    return [int(token) for token in ids]
+
+
+def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig) -> list[int]:
+    engine = Engine(bundle, threads=1)
+    return list(Generation(engine, prompt, max_new_tokens=new, sampling=config, prompt_lookup=False))
+
+
+@pytest.mark.parametrize(
+    "kind", ["fp32", "fp32 standard", "int8", "fp16", "int4", "int8 portable", "short_conv", "uneven"]
+)
+def test_the_ids_are_the_runtimes(kind: str, tmp_path: Path) -> None:
+    bundle = made(tmp_path / "bundle", kind)
+    vocab, rng = bundle.manifest.vocab_size, np.random.default_rng(1)
+    for config in (SamplingConfig(seed=0), SamplingConfig(repetition_penalty=1.3, seed=0), DRAWN):
+        prompt = rng.integers(0, vocab, 9).tolist()
+        assert call(bundle, prompt, 20, config) == runtime(bundle, prompt, 20, config), config
+    assert (bundle.path / names.GENERATE_STEP_GRAPH).exists() == (kind not in ("short_conv", "uneven"))
+    assert names.GENERATE_GRAPH in bundle.manifest.files
+
+
+def test_inputs_and_outputs_are_those_that_the_format_names(fused: Bundle) -> None:
+    inputs = {v.name: (v.type, v.shape) for v in opened(fused.path / names.GENERATE_GRAPH).get_inputs()}
+    numbers = {name: ("tensor(float)", [1]) for name in names.GENERATE_NUMBERS}
+    integers = {name: ("tensor(int64)", [1]) for name in names.GENERATE_INTEGERS}
+    expected = (
+        numbers | integers | {"end_ids": ("tensor(int64)", ["ends"]), "input_ids": ("tensor(int64)", [1, "tokens"])}
+    )
+    assert inputs == expected
+    assert set(ir.load(fused.path / names.GENERATE_GRAPH).opset_imports) <= {"", "com.microsoft"}
+
+
+def test_the_weights_are_those_of_the_bundles_file(fused: Bundle) -> None:
+    files = {path.name for path in (fused.path / "onnx").glob(f"*{names.DATA_SUFFIX}")}
+    assert len(files) == 1
+    for name in (names.GENERATE_GRAPH, names.GENERATE_STEP_GRAPH):
+        model = ir.load(fused.path / name)
+        stored = [v.const_value for v in model.graph.initializers.values()]
+        assert {t.location for t in stored if isinstance(t, ir.ExternalTensor)} == files
+        loop = next(node for node in model.graph if node.op_type == "Loop")
+        assert (
+            not loop.attributes["body"].as_graph().initializers
+        )  # one scope above the nodes, where they are prepacked
+
+
+def test_a_text_ends_at_an_end_id_which_is_its_last(fused: Bundle) -> None:
+    free = call(fused, [5, 9, 11], 30, DRAWN)
+    end = free[12]
+    cut = call(fused, [5, 9, 11], 30, DRAWN, (end, 1_000_000))
+    assert cut == free[: free.index(end) + 1]
+    assert call(fused, [5, 9, 11], 30, DRAWN, (1_000_000,)) == free
+
+
+def test_no_new_tokens_are_no_ids(fused: Bundle) -> None:
+    assert call(fused, [5], 0, DRAWN) == []
+
+
+@pytest.mark.parametrize("tokens", [1, CONTEXT - 1, CONTEXT])
+def test_a_text_ends_one_token_behind_the_context(fused: Bundle, tokens: int) -> None:
+    prompt = [3 + i % 7 for i in range(tokens)]
+    assert call(fused, prompt, 10**12, DRAWN) == runtime(fused, prompt, 10**6, DRAWN)
+    assert len(call(fused, prompt, 10**12, DRAWN)) == CONTEXT + 1 - tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "change", "sentence"),
+    [
+        ([], {}, "input_ids must hold at least one token"),
+        ([-1], {}, r"token ids must be 0 to \d+"),
+        ([10**9], {}, r"token ids must be 0 to \d+"),
+        ([1] * (CONTEXT + 1), {}, "the text is longer than the context of 40 tokens"),
+        ([1], {"temperature": -0.5}, "temperature must be a number from 0"),
+        ([1], {"temperature": np.nan}, "temperature must be a number from 0"),
+        ([1], {"temperature": np.inf}, "temperature must be a number from 0"),
+        ([1], {"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ([1], {"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ([1], {"min_p": -0.1}, "min_p must be between 0 and 1"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0"),
+        ([1], {"seed": -1}, "seed must be 0 or more"),
+        ([1], {"top_k": -1}, "top_k must be 0 or more"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
+    ],
+)
+def test_bad_input_ends_the_run_with_a_sentence(
+    fused: Bundle, prompt: list[int], change: dict[str, float], sentence: str
+) -> None:
+    feeds = as_feeds(DRAWN, 4) | {names.INPUT_IDS: np.array(prompt, np.int64).reshape(1, -1)}
+    feeds |= {name: np.array([value], feeds[name].dtype) for name, value in change.items()}
+    with pytest.raises(Exception, match=f"Name:'{sentence}'"):
+        opened(fused.path / names.GENERATE_GRAPH).run(None, feeds)
+
+
+def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+    bundle = made(tmp_path / "bundle", "fp32")
+    path = bundle.path / names.GENERATE_GRAPH
+    model = ir.load(path)
+    head = max(
+        (v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)),
+        key=lambda v: v.const_value.nbytes,
+    )
+    assert head.const_value is not None
+    head.const_value = ir.tensor(np.full_like(head.const_value.numpy(), np.nan))
+    ir.save(model, path)
+    with pytest.raises(Exception, match="the logits are not finite"):
+        call(bundle, [1, 2], 3, DRAWN)
+
+
+# --- in steps -----------------------------------------------------------------------------------------------------
+class Host:
+    """What a program in another language does: four lines for each call."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.session = opened(bundle.path / names.GENERATE_STEP_GRAPH)
+        cache = next(value for value in self.session.get_inputs() if value.name == names.HELD_CACHE)
+        self.cache = np.zeros([size if isinstance(size, int) else 0 for size in cache.shape], np.float32)
+        self.history = np.zeros(0, np.int64)
+
+    def __call__(self, ids: list[int], new: int, config: SamplingConfig) -> list[int]:
+        feeds = as_feeds(config, new) | {names.HELD_CACHE: self.cache, names.HELD_IDS: self.history}
+        feeds[names.INPUT_IDS] = np.array([ids], np.int64)
+        made, self.cache, self.history = self.session.run(["ids", names.NEW_CACHE, names.NEW_IDS], feeds)
+        return [int(token) for token in made]
+
+
+@pytest.mark.parametrize("graph", ["auto", "standard"])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_chunks_say_what_one_call_says(graph: str, size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    bundle = made(tmp_path_factory.mktemp("steps") / "bundle", f"fp32 {graph}")
+    for config in (SamplingConfig(seed=0, repetition_penalty=1.2), DRAWN):
+        whole, host = call(bundle, [5, 9, 11], 25, config), Host(bundle)
+        ids, fed = list[int](), [5, 9, 11]
+        while len(ids) < 25:
+            ids += host(fed, min(size, 25 - len(ids)), config)
+            fed = ids[-1:]
+        assert ids == whole
+        assert host.history.tolist() == [5, 9, 11, *ids[:-1]]
+        assert host.cache.shape[3] == 3 + 24
+
+
+def test_a_second_turn_goes_on_from_the_first_ones_cache(fused: Bundle) -> None:
+    host = Host(fused)
+    answer = host([5, 9, 11], 6, DRAWN)
+    second = host([answer[-1], 7, 8], 6, DRAWN)
+    assert second == call(fused, [5, 9, 11, *answer, 7, 8], 6, DRAWN)
+
+
+def test_a_shorter_history_forgets_the_rest_of_the_cache(fused: Bundle) -> None:
+    host = Host(fused)
+    host([5, 9, 11], 6, DRAWN)
+    host.history = host.history[:2]
+    assert host([3], 6, DRAWN) == call(fused, [5, 9, 3], 6, DRAWN)
+
+
+def test_no_new_tokens_still_feed_nothing(fused: Bundle) -> None:
+    host = Host(fused)
+    assert host([5, 9], 0, DRAWN) == []
+    assert host.history.size == 0
+    assert host([5, 9], 4, DRAWN) == call(fused, [5, 9], 4, DRAWN)
+
+
+def test_a_call_after_the_last_token_of_all_gives_none(fused: Bundle) -> None:
+    host = Host(fused)
+    ids = host([5] * 30, 10**6, DRAWN)
+    assert len(ids) == CONTEXT + 1 - 30
+    assert host(ids[-1:], 4, DRAWN) == []
+    with pytest.raises(Exception, match="the text is longer than the context of 40 tokens"):
+        host([1, 2], 4, DRAWN)
+
+
+def test_a_graph_holds_nothing_that_no_node_reads(fused: Bundle) -> None:
+    for name in (names.GENERATE_GRAPH, names.GENERATE_STEP_GRAPH):
+        model = ir.load(fused.path / name)
+        assert [value.name for value in model.graph.initializers.values() if not value.uses()] == []
+
+
+def test_a_history_without_its_cache_is_refused(fused: Bundle) -> None:
+    host = Host(fused)
+    host.history = np.array([1, 2])
+    with pytest.raises(Exception, match="history must have no more ids than cache has rows"):
+        host([3], 2, DRAWN)
+
+
+@pytest.mark.parametrize(
+    ("layers", "states", "reason"),
+    [
+        ((KVGeometry(2, 8, 8), KVGeometry(2, 8, 8)), (), None),
+        ((KVGeometry(2, 8, 8), KVGeometry(4, 8, 8)), (), "2 heads of 8, 4 heads of 8"),
+        ((KVGeometry(2, 8, 16),), (), "2 heads of 8, 2 heads of 16"),
+        ((KVGeometry(2, 8, 8),), (StateGeometry(3, 8),), "short convolutions"),
+    ],
+)
+def test_a_cache_of_several_shapes_has_no_step(
+    fused: Bundle, layers: tuple[KVGeometry, ...], states: tuple[StateGeometry, ...], reason: str | None
+) -> None:
+    found = why_no_step(dataclasses.replace(fused.manifest, layers=layers, states=states))
+    assert (found is None) if reason is None else (reason in str(found))

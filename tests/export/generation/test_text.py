@@ -1,0 +1,151 @@
+"""Text in, text out, by onnxruntime with onnxruntime-extensions; and tokenizers that these read otherwise."""
+
+from __future__ import annotations
+
+import builtins
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import pastkey
+from pastkey import names
+from pastkey.bundle import open_bundle
+from pastkey.errors import MissingExtraError
+from pastkey.export import Report, export
+from pastkey.export.generation import text as text_module
+from pastkey.export.generation.text import ReadsOtherwiseError, opened, text_operators
+from pastkey.export.generation.write import settings
+from pastkey.runtime import SamplingConfig
+from pastkey.train.tokenizer import train_bpe, train_char, train_word
+
+from ..decoders import Plain
+
+WORDS = [
+    "once",
+    "upon",
+    "a",
+    "time",
+    "there",
+    "was",
+    "a",
+    "little",
+    "dog",
+    "who",
+    "said",
+    "hello",
+    "to",
+    "everyone",
+    "naïve",
+    "Größe",
+    "日本語",
+    "don't",
+    "1234",
+    "🙂",
+]
+CONTEXT = 40
+
+
+def lines() -> list[str]:
+    choose = random.Random(1)
+    return [" ".join(choose.choice(WORDS) for _ in range(12)) + "\n" for _ in range(300)]
+
+
+def byte_level(folder: Path) -> Path:
+    train_bpe(lines(), 400).save(folder)
+    return folder / "tokenizer.json"
+
+
+def sentencepiece(folder: Path) -> Path:
+    package = pytest.importorskip("sentencepiece")
+    (folder / "text").write_text("".join(lines()), encoding="utf-8")
+    package.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "mine"),
+        vocab_size=400,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return folder / "mine.model"
+
+
+def made(tmp_path: Path, tokenizer: Path) -> Report:
+    module = Plain(vocab=420, context=CONTEXT)
+    return export(
+        module, tmp_path / "bundle", precision="fp32", tokenizer=tokenizer, context_length=CONTEXT, generate=True
+    )
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece])
+def test_one_call_takes_a_text_and_gives_the_runtimes(kind: Any, tmp_path: Path) -> None:
+    report = made(tmp_path, kind(tmp_path))
+    assert [warning for warning in report.warnings if "text.onnx" in warning] == []
+    bundle = open_bundle(tmp_path / "bundle", verify=True)
+    session, lm = opened(str(bundle.path / names.TEXT_GRAPH)), pastkey.load(bundle.path, threads=1)
+    assert names.INPUT_IDS not in {value.name for value in session.get_inputs()}
+    for prompt in ("once upon", "Größe 日本語", "  1234\n 🙂x"):
+        for config in (SamplingConfig(seed=0), SamplingConfig(temperature=1.5, seed=3)):
+            expected = lm.generate(prompt, max_new_tokens=16, temperature=config.temperature, seed=config.seed)
+            feeds = settings(config, 16, bundle.manifest.eos_token_ids) | {names.TEXT: np.array([prompt], object)}
+            ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
+            ended = expected.finish_reason == "stop"
+            assert ids.tolist()[: len(ids) - ended] == expected.ids
+            # How many U+FFFD stand for a run of SentencePiece's bytes that is no text is a matter of each decoder.
+            if kind is byte_level or "\N{REPLACEMENT CHARACTER}" not in expected.text + completion[0]:
+                assert completion[0] == expected.text
+
+
+def test_a_call_for_no_tokens_gives_no_text(tmp_path: Path) -> None:
+    made(tmp_path, byte_level(tmp_path))
+    session = opened(str(tmp_path / "bundle" / names.TEXT_GRAPH))
+    feeds = settings(SamplingConfig(seed=0), 0) | {names.TEXT: np.array(["once"], object)}
+    ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
+    assert (ids.size, completion.tolist()) == (0, [""])
+
+
+def test_the_end_token_is_no_part_of_the_text(tmp_path: Path) -> None:
+    made(tmp_path, byte_level(tmp_path))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "bundle" / names.TOKENIZER))
+    session = opened(str(tmp_path / "bundle" / names.TEXT_GRAPH))
+    config = SamplingConfig(temperature=1.0, seed=4)
+    free = session.run(["ids"], settings(config, 12) | {names.TEXT: np.array(["once"], object)})[0].tolist()
+    end = free[5]
+    feeds = settings(config, 12, (end,)) | {names.TEXT: np.array(["once"], object)}
+    ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
+    before = free[: free.index(end)]
+    assert ids.tolist() == [*before, end]
+    assert completion[0] == tokenizer.decode(before)
+
+
+@pytest.mark.parametrize("kind", [train_char, lambda documents: train_word(documents, 60)])
+def test_a_tokenizer_that_is_read_otherwise_is_refused_with_the_text(kind: Any, tmp_path: Path) -> None:
+    kind(lines()).save(tmp_path)
+    report = made(tmp_path, tmp_path / "tokenizer.json")
+    (said,) = (warning for warning in report.warnings if "text.onnx" in warning)
+    assert "is not made: onnxruntime-extensions does not read this tokenizer exactly: " in said
+    bundle = open_bundle(tmp_path / "bundle", verify=True)
+    assert names.GENERATE_GRAPH in bundle.manifest.files
+    assert names.TEXT_GRAPH not in bundle.manifest.files
+    with pytest.raises(ReadsOtherwiseError):
+        text_operators(bundle)
+
+
+def test_without_the_package_its_command_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = builtins.__import__
+
+    def absent(name: str, *rest: Any) -> Any:
+        if name == "onnxruntime_extensions":
+            raise ImportError(name)
+        return load(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(MissingExtraError, match="pip install onnxruntime-extensions"):
+        text_module.library()

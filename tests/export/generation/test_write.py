@@ -1,0 +1,52 @@
+"""What `--generate` writes is proved against the runtime, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pastkey import names
+from pastkey.bundle import open_bundle
+from pastkey.errors import InputError, ParityError
+from pastkey.export import export
+from pastkey.export.generation import write
+from pastkey.runtime import SamplingConfig
+
+from ..decoders import Plain, llama
+
+
+def test_a_graph_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = write.settings
+
+    def other_seed(sampling: SamplingConfig, new: int) -> dict[str, write.Array]:
+        return settings(sampling, new) | {"seed": settings(sampling, new)["seed"] + 1}
+
+    monkeypatch.setattr(write, "settings", other_seed)
+    with pytest.raises(ParityError, match=r"generate\.onnx gives other ids than pastkey's runtime from new token"):
+        export(llama(), tmp_path / "bundle", precision="fp32", context_length=40, generate=True)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_is_not_made_is_said(tmp_path: Path) -> None:
+    module = Plain(value_size=16, layers=2)
+    report = export(module, tmp_path / "bundle", precision="fp32", context_length=40, generate=True)
+    (said,) = (warning for warning in report.warnings if "generate_step" in warning)
+    assert "is not made: its keys and values differ in shape from layer to layer" in said
+    assert names.GENERATE_GRAPH in open_bundle(tmp_path / "bundle").manifest.files
+
+
+def test_nothing_is_written_unless_it_is_asked_for(tmp_path: Path) -> None:
+    export(llama(), tmp_path / "bundle", precision="fp32", context_length=40)
+    assert not [*(tmp_path / "bundle" / "onnx").glob("generate*")]
+
+
+@pytest.mark.parametrize("target", ["qnn", "coreml", "openvino", "webgpu"])
+def test_a_target_without_a_loop_is_refused_before_the_work(target: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"writes a Loop, and {target} is not known to run one"):
+        export(llama(), tmp_path / "bundle", precision="fp32", target=target, context_length=40, generate=True)
+
+
+def test_a_static_graph_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a static one has fixed sizes"):
+        export(llama(), tmp_path / "b", precision="fp32", graph="static", context_length=40, generate=True)

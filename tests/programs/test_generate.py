@@ -1,0 +1,227 @@
+"""The graphs of a whole generation in programs of other languages: the ids of pastkey's own runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.environments import install_kotlin, java_binding, node_environment, onnxruntime_header
+from pastkey import names
+
+from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+
+
+def node(package: str) -> Path:
+    """The folder of a package for Node, with the example beside it."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    place = {"onnxruntime-node": "generate", "onnxruntime-web": "web"}[package]
+    folder = node_environment(EXAMPLES / place / "package.json", place)
+    for file in (EXAMPLES / "generate" / "generate.mjs", HERE / "generate_example.mjs"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def in_node(package: str, graph: Path, wanted: Sequence[tuple[list[int], dict[str, Any], int]]) -> list[dict[str, Any]]:
+    """What each call of (prompt, settings, chunk) gives; a chunk of 0 is a call of the whole generation."""
+    script = node(package) / "generate_example.mjs"
+    command: list[str | Path] = ["node", script, package, graph, json.dumps(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("onnxruntime-node", name) for name in BUNDLES] + [("onnxruntime-web", name) for name in FLOAT32],
+)
+def test_one_call_in_node_gives_the_ids_of_python(bundles: Callable[[str], Path], package: str, name: str) -> None:
+    bundle, wanted = bundles(name), calls()
+    answers = in_node(package, bundle / names.GENERATE_GRAPH, [(c.prompt, c.settings(), 0) for c in wanted])
+    assert [answer.get("ids", answer) for answer in answers] == expected(bundle)
+
+
+def test_int8_runs_in_wasm(bundles: Callable[[str], Path]) -> None:
+    """By kernels that sum otherwise, so that a near tie may fall otherwise."""
+    wanted = calls()
+    graph = bundles("generate-int8") / names.GENERATE_GRAPH
+    for call, answer in zip(
+        wanted, in_node("onnxruntime-web", graph, [(c.prompt, c.settings(), 0) for c in wanted]), strict=True
+    ):
+        room = min(call.new_tokens, CONTEXT + 1 - len(call.prompt))
+        assert len(answer["ids"]) == room or answer["ids"][-1] in call.ends
+        assert all(0 <= token < VOCABULARY for token in answer["ids"])
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("onnxruntime-node", name) for name in BUNDLES] + [("onnxruntime-web", "generate-fp32")],
+)
+def test_streamed_chunks_are_the_ids_of_one_call(bundles: Callable[[str], Path], package: str, name: str) -> None:
+    bundle, wanted = bundles(name), calls()
+    chunks = [(c.prompt, c.settings() | {"contextLength": CONTEXT}, chunk) for chunk in (1, 3) for c in wanted]
+    answers = in_node(package, bundle / names.GENERATE_STEP_GRAPH, chunks)
+    assert [answer.get("ids", answer) for answer in answers] == expected(bundle) * 2
+
+
+BAD: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "temperature must be a number from 0": ([5], {"temperature": -1}),
+    "top_k must be 0 or more": ([5], {"topK": -1}),
+    "top_p must be above 0 and at most 1": ([5], {"topP": 0}),
+    "min_p must be between 0 and 1": ([5], {"minP": 1.5}),
+    "repetition_penalty must be a number above 0": ([5], {"repetitionPenalty": 0}),
+    "seed must be 0 or more": ([5], {"seed": -1}),
+    "max_new_tokens must be 0 or more": ([5], {"maxNewTokens": -1}),
+    f"token ids must be 0 to {VOCABULARY - 1}": ([5, VOCABULARY], {}),
+    f"the text is longer than the context of {CONTEXT} tokens": ([5] * (CONTEXT + 1), {}),
+    "input_ids must hold at least one token": ([], {}),
+}
+
+
+def test_bad_input_is_a_sentence_in_node(bundles: Callable[[str], Path]) -> None:
+    graph = bundles("generate-fp32") / names.GENERATE_GRAPH
+    answers = in_node("onnxruntime-node", graph, [(prompt, given, 0) for prompt, given in BAD.values()])
+    for sentence, answer in zip(BAD, answers, strict=True):
+        assert f"Name:'{sentence}'" in answer["error"]
+
+
+def test_a_stream_refuses_a_prompt_longer_than_the_context(bundles: Callable[[str], Path]) -> None:
+    graph = bundles("generate-fp32") / names.GENERATE_STEP_GRAPH
+    wanted = [([5] * (CONTEXT + 1), {"contextLength": CONTEXT}, 1), ([5], {}, 1)]
+    assert [answer["error"] for answer in in_node("onnxruntime-node", graph, wanted)] == [
+        "the prompt has 65 tokens, and contextLength is 64",
+        "the prompt has 1 tokens, and contextLength is undefined",
+    ]
+
+
+def test_bad_input_is_an_error_in_wasm(bundles: Callable[[str], Path]) -> None:
+    """Without the sentence: its messages do not name the node."""
+    graph = bundles("generate-fp32") / names.GENERATE_GRAPH
+    answers = in_node("onnxruntime-web", graph, [(prompt, given, 0) for prompt, given in BAD.values()])
+    assert all("error" in answer for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def c_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/generate/generate.c, compiled, with the library beside it."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    if (header := onnxruntime_header()) is None:
+        pytest.skip("onnxruntime's header is not here, and only root can fetch Debian's package")
+    folder = tmp_path_factory.mktemp("c")
+    (folder / "libonnxruntime.so.1").symlink_to(library())
+    command: list[str | Path] = [
+        "gcc",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-I",
+        header,
+        EXAMPLES / "generate" / "generate.c",
+    ]
+    command += ["-o", folder / "generate", "-L", folder, "-l:libonnxruntime.so.1"]
+    subprocess.run(command, check=True)
+    return folder / "generate"
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_one_call_in_c_gives_the_ids_of_python(bundles: Callable[[str], Path], name: str, c_program: Path) -> None:
+    bundle, wanted = bundles(name), calls()
+    found = answers_of([c_program], bundle / names.GENERATE_GRAPH, wanted, LD_LIBRARY_PATH=str(c_program.parent))
+    assert found == expected(bundle)
+
+
+def test_bad_input_is_a_sentence_in_c(bundles: Callable[[str], Path], c_program: Path) -> None:
+    command: list[str | Path] = [
+        c_program,
+        bundles("generate-fp32") / names.GENERATE_GRAPH,
+        "9",
+        "-1",
+        "0",
+        "1",
+        "0",
+        "1",
+        "0",
+        "",
+        "5",
+    ]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(c_program.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Name:'temperature must be a number from 0'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def java(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A binding for Java, and how it is run on the library of Python's package."""
+    if shutil.which("gcc") is None or platform.machine() != "x86_64":
+        pytest.skip("gcc is not installed, or there is no binding for Java to be had for this processor")
+    if (binding := java_binding()) is None:
+        pytest.skip("no JDK is installed, and only root can install Debian's")
+    folder = tmp_path_factory.mktemp("java")
+    shutil.copy(binding / "libonnxruntime4j_jni.so", folder)
+    (folder / "versions").write_text("VERS_1.17.0 { global: Ort*; local: *; };")
+    command: list[str | Path] = [
+        "gcc",
+        "-Wall",
+        "-shared",
+        "-fPIC",
+        HERE / "onnxruntime_1_17.c",
+        "-o",
+        folder / "libonnxruntime.so",
+    ]
+    command += ["-Wl,-soname,libonnxruntime.so.1.17.0", f"-Wl,--version-script={folder / 'versions'}", "-ldl"]
+    subprocess.run(command, check=True)
+    return binding, ["java", f"-Donnxruntime.native.path={folder}", "-cp"]
+
+
+@pytest.fixture(scope="module")
+def java_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, list[str]]) -> list[str]:
+    """The command of examples/generate/Generate.java, compiled."""
+    binding, command = java
+    folder = tmp_path_factory.mktemp("classes")
+    subprocess.run(["javac", "-cp", binding, "-d", folder, EXAMPLES / "generate" / "Generate.java"], check=True)
+    return [*command, f"{binding}:{folder}", "Generate"]
+
+
+@pytest.fixture(scope="module")
+def kotlin_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, list[str]]) -> list[str]:
+    """The command of examples/generate/Generate.kt, compiled."""
+    binding, command = java
+    if (home := install_kotlin()) is None:
+        pytest.skip("Kotlin's compiler is not installed, and only root can install Debian's")
+    folder = tmp_path_factory.mktemp("classes")
+    standard = "/usr/share/java/kotlin-stdlib.jar:/usr/share/java/kotlin-stdlib-jdk7.jar"
+    compiling: list[str | Path] = [
+        "kotlinc",
+        "-cp",
+        f"{binding}:{standard}",
+        "-d",
+        folder,
+        EXAMPLES / "generate" / "Generate.kt",
+    ]
+    subprocess.run(compiling, env=os.environ | {"JAVA_HOME": str(home)}, check=True)
+    return [*command, f"{binding}:{folder}:{standard}", "GenerateKt"]
+
+
+@pytest.mark.parametrize("language", ["java", "kotlin"])
+@pytest.mark.parametrize("name", ["generate-fp32", "generate-int8"])
+def test_one_call_in_java_and_kotlin_gives_the_ids_of_python(
+    bundles: Callable[[str], Path], name: str, language: str, request: pytest.FixtureRequest
+) -> None:
+    program: list[str] = request.getfixturevalue(f"{language}_program")
+    bundle, wanted = bundles(name), calls()[::2]  # of every way of choosing
+    found = answers_of(program, bundle / names.GENERATE_GRAPH, wanted, ONNXRUNTIME=str(library()))
+    assert found == expected(bundle)[::2]

@@ -1,0 +1,86 @@
+"""Messages and the file that holds them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.errors import InputError
+from pastkey.runtime.text import messages
+from pastkey.runtime.text.messages import checked_content, read_messages, save_messages, text_of
+
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "é"},
+    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+]
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    calls = [{"id": "call00000", "type": "function", "function": {"name": "a", "arguments": {}}}]
+    talk: list[dict[str, Any]] = [*TALK, {"role": "assistant", "content": None, "tool_calls": calls}]
+    save_messages(tmp_path / "talk", talk)
+    assert read_messages(tmp_path / "talk") == talk
+
+
+def test_only_a_conversation_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "notes"
+    file.write_text("my notes")
+    with pytest.raises(InputError, match="is there and holds no saved conversation: choose another name"):
+        save_messages(file, TALK)
+    assert file.read_text() == "my notes"
+    with pytest.raises(InputError, match="is a folder; the name of a file"):
+        save_messages(tmp_path, TALK)
+    file.write_text("")
+    save_messages(file, TALK)
+    save_messages(file, TALK[:1])
+    assert read_messages(file) == TALK[:1]
+
+
+def test_a_disk_that_fills_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_messages(tmp_path / "talk", TALK)
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_messages(tmp_path / "talk", TALK[:1])
+    assert read_messages(tmp_path / "talk") == TALK
+    assert [file.name for file in tmp_path.iterdir()] == ["talk"]
+
+
+def test_what_json_does_not_know_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be saved in .*talk: .*set"):
+        save_messages(tmp_path / "talk", [{"role": "user", "content": {1}}])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"message": []}, 'is no saved conversation: it has no list of "messages"'),
+        ({"messages": ["a"]}, 'message 1 of .* is "a"; an object with "role"'),
+        ({"messages": [TALK[0], {"content": "a"}]}, "message 2 of "),
+        ({"messages": [{"role": "user"}]}, "message 1 of .* is None; a text was expected"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1 of .* is 3; a text was expected"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "this model reads text"),
+    ],
+)
+def test_what_is_no_conversation_is_told(tmp_path: Path, found: Any, words: str) -> None:
+    (tmp_path / "talk").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=words):
+        read_messages(tmp_path / "talk")
+    with pytest.raises(InputError, match="is a folder; a saved conversation was expected"):
+        read_messages(tmp_path)
+
+
+def test_parts_are_lines_of_one_text() -> None:
+    parts: messages.Content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert text_of(checked_content("x", parts)) == "a\nb"
+    made = messages.message("user", parts, name="c")
+    assert made == {"role": "user", "content": parts, "name": "c"}
+    assert made["content"][0] is not parts[0]

@@ -1,0 +1,122 @@
+"""Functions as JSON schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+
+from pastkey.errors import InputError
+from pastkey.runtime.text.tools import tool_name, tool_schemas
+
+
+def weather(city: str, days: int = 1, unit: Literal["C", "F"] = "C") -> str:
+    """Tells the weather.
+
+    Args:
+        city: Which one,
+            with its country.
+        days: How far: at most 9.
+        unit: Of the temperature.
+
+    Returns:
+        A sentence.
+    """
+    return f"{city} {days} {unit}"
+
+
+def everything(
+    a: float,
+    b: bool,
+    c: list[int],
+    d: dict[str, float],
+    e: str | None,
+    f: list[Any],
+    g: dict[str, Any],
+    h: int | str = 3,
+) -> None:
+    """Does it.
+
+    Args:
+        a: A.
+        b: B.
+        c: C.
+        d: D.
+        e: E.
+        f: F.
+        g: G.
+        h: H.
+    """
+
+
+def test_a_function_is_described_by_its_hints_and_docstring() -> None:
+    assert tool_schemas([weather]) == [
+        {
+            "type": "function",
+            "function": {
+                "name": "weather",
+                "description": "Tells the weather.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        "city": {"type": "string", "description": "Which one, with its country."},
+                        "days": {"type": "integer", "description": "How far: at most 9."},
+                        "unit": {"type": "string", "enum": ["C", "F"], "description": "Of the temperature."},
+                    },
+                    "required": ["city"],
+                },
+            },
+        }
+    ]
+
+
+@pytest.mark.parametrize("function", [weather, everything])
+def test_the_schema_is_that_of_transformers(function: Callable[..., Any]) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    expected = transformers.utils.get_json_schema(function)
+    expected["function"].pop("return", None)
+    found = tool_schemas([function])[0]
+    properties = found["function"]["parameters"]["properties"]
+    union = properties.get("h", {})
+    if "anyOf" in union:  # transformers writes a union of plain types in short
+        properties["h"] = {"type": ["integer", "string"], "description": union["description"]}
+    assert found == expected
+
+
+def test_schemas_stay_as_they_are() -> None:
+    schemas: list[dict[str, Any]] = [{"type": "function", "function": {"name": "a"}}, {"name": "b", "x": 1}]
+    assert tool_schemas(schemas) == schemas
+    assert [tool_name(schema) for schema in schemas] == ["a", "b"]
+
+
+def no_hint(x) -> None:  # type: ignore[no-untyped-def]
+    pass
+
+
+def odd_hint(x: bytes) -> None:
+    pass
+
+
+def many(*x: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ([3], "a tool is 3; a JSON schema such as .* or a function was expected"),
+        ([{"type": "function"}], "a tool is .*; a JSON schema"),
+        ("weather", "tools is 'weather'; a list of JSON schemas or functions was expected"),
+        ({"name": "a"}, "tools is .*; a list"),
+        ([no_hint], "the tool no_hint cannot be described: its argument x has no type hint"),
+        (
+            [odd_hint],
+            "the tool odd_hint cannot be described: its argument x is <class 'bytes'>, which is none of JSON's",
+        ),
+        ([many], "the tool many cannot be described: its argument x has no type hint"),
+    ],
+)
+def test_what_is_no_tool_is_told(tools: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        tool_schemas(tools)

@@ -1,0 +1,68 @@
+"""examples/generate, of which tests/programs runs what it can: what each names is what the graphs have."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pastkey import names
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+SOURCES = sorted(file.name for file in (EXAMPLES / "generate").iterdir() if file.suffix != ".json")
+INPUTS = {names.INPUT_IDS, *names.GENERATE_INTEGERS, *names.GENERATE_NUMBERS}
+STATE = {names.HELD_CACHE, names.HELD_IDS, names.NEW_CACHE, names.NEW_IDS}
+
+
+def source(name: str) -> str:
+    return (EXAMPLES / "generate" / name).read_text(encoding="utf-8")
+
+
+def code(name: str) -> str:
+    """Without comments."""
+    return re.sub(r"^\s*//[^\n]*|/\*.*?\*/", "", source(name), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_there_is_one_in_each_language() -> None:
+    assert {Path(name).suffix for name in SOURCES} == {".c", ".cs", ".java", ".kt", ".mjs", ".swift"}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_it_feeds_what_the_graph_has(name: str) -> None:
+    given = r"^\s+(\w+):" if name.endswith(".mjs") else r'"(\w*_\w+|temperature|seed)"'
+    fed = set(re.findall(given, code(name), re.MULTILINE))
+    assert fed == INPUTS
+    assert re.search(rf'"{names.GENERATED_IDS}"|{{ {names.GENERATED_IDS}\b', code(name))
+
+
+def test_the_stream_feeds_what_the_second_graph_has() -> None:
+    stream = code("generate.mjs")
+    assert all(re.search(rf"\b{name}\b", stream) for name in STATE)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_it_is_short_and_its_brackets_close(name: str) -> None:
+    assert len(source(name).splitlines()) <= 80
+    bare = re.sub(r'"(?:\\.|[^"\\])*"|\'.\'|`[^`]*`', "", code(name))
+    for opened, closed in ("()", "[]", "{}"):
+        assert bare.count(opened) == bare.count(closed)
+
+
+def test_swift_calls_what_the_example_for_ios_calls() -> None:
+    """Which was compared with the declarations: no Swift is compiled here."""
+    ios = (EXAMPLES / "ios" / "GreedyDecoder.swift").read_text(encoding="utf-8")
+    swift = code("Generate.swift")
+    calls = re.findall(r"\bORT\w+|withInputs: |outputNames: |runOptions: nil|tensorData: |tensorData\(\)", swift)
+    calls += re.findall(r"elementType: |loggingLevel: \.\w+|modelPath: |sessionOptions: |\.int64|\.float\b", swift)
+    assert len(set(calls)) >= 12
+    assert [call for call in calls if call not in ios] == []
+
+
+def test_they_ask_for_the_packages_of_the_other_examples() -> None:
+    page = (ROOT / "docs" / "mobile.md").read_text(encoding="utf-8")
+    pins = r"onnxruntime(?:-android)?:([\d.]+\d)|OnnxRuntime --version ([\d.]+)|exact: \"([\d.]+)\"|-objc', '([\d.]+)'"
+    found = {version for name in SOURCES for groups in re.findall(pins, source(name)) for version in groups if version}
+    assert len(found) == 3
+    assert all(version in page for version in found)
