@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pastkey import names
 from pastkey.bundle import open_bundle
-from pastkey.export.generation.write import settings
 from pastkey.runtime import Engine, Generation, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 
@@ -54,6 +54,13 @@ def runtime(bundle: Path) -> Run:
         return list(Generation(engine, prompt, max_new_tokens=new, sampling=sampling, prompt_lookup=False))
 
     return run
+
+
+def settings(sampling: SamplingConfig, new: int) -> dict[str, Any]:
+    """As the graph takes them; without the exporter, whose imports would count as memory."""
+    whole = {"max_new_tokens": new, "top_k": sampling.top_k, "seed": sampling.seed}
+    feeds = {name: np.array([value], np.int64) for name, value in whole.items()} | {"end_ids": np.zeros(0, np.int64)}
+    return feeds | {name: np.array([getattr(sampling, name)], np.float32) for name in names.GENERATE_NUMBERS}
 
 
 WAYS = {"graph": graph, "runtime": runtime}

@@ -97,7 +97,7 @@ class SamplingConfig:
             is_number(self.temperature) and 0 <= self.temperature <= _MOST,
             "temperature",
             self.temperature,
-            "a number from 0",
+            "a number from 0 to 2**127",
         )
         require(is_int(self.top_k, 0), "top_k", self.top_k, "a whole number from 0, which keeps all")
         require(
@@ -113,7 +113,7 @@ class SamplingConfig:
             is_number(self.repetition_penalty) and _LEAST <= self.repetition_penalty <= _MOST,
             "repetition_penalty",
             self.repetition_penalty,
-            "a number above 0; 1 changes nothing",
+            "above 0 and at most 2**127; 1 changes nothing",
         )
         require(
             self.seed is None or is_int(self.seed, 0, 2**63 - 1),

@@ -17,42 +17,51 @@ export async function generate(ort, session, prompt, settings = {}) {
   return Array.from(ids.data, Number);
 }
 
-/**
- * The same ids, as they come: `chunk` of them a call of generate_step.onnx, which gives the next call its cache.
- * The settings have the context_length of pastkey.json in them, too: a text ends there.
- */
-export async function* stream(ort, session, prompt, settings, chunk = 1) {
-  const { maxNewTokens = 64, endIds = [], contextLength } = settings;
-  if (!(prompt.length <= contextLength))
-    throw new RangeError(`the prompt has ${prompt.length} tokens, and contextLength is ${contextLength}`);
-  const sizes = session.inputMetadata.find(({ name }) => name === "cache").shape.map((size) => Number(size) || 0);
-  let held = { cache: new ort.Tensor("float32", [], sizes), history: integers(ort, []) };
-  let left = Math.min(maxNewTokens, contextLength + 1 - prompt.length);
-  for (let last; left > 0 && !endIds.map(BigInt).includes(last); left -= chunk) {
+/** The same ids, as they come: `chunk` of them a call of generate_step.onnx, which gives the next call its cache. */
+export async function* stream(ort, session, prompt, settings = {}, chunk = 1) {
+  if (!(chunk >= 1)) throw new RangeError(`chunk is ${chunk}; a whole number from 1 was expected`);
+  const { maxNewTokens = 64, endIds = [] } = settings;
+  const { type, shape } = session.inputMetadata.find(({ name }) => name === "cache"); // float16 of such a bundle
+  const empty = new ort.Tensor(type, type === "float16" ? new Uint16Array() : [], shape.map((size) => Number(size) || 0));
+  let held = { cache: empty, history: integers(ort, []) };
+  let last = null;
+  for (let left = maxNewTokens; left > 0 && !endIds.map(BigInt).includes(last); left -= chunk) {
     const call = inputs(ort, prompt, { ...settings, maxNewTokens: Math.min(chunk, left) });
     const { ids, cache_out: cache, history_out: history } = await session.run({ ...call, ...held });
     yield* Array.from(ids.data, Number);
+    if (!ids.data.length) return; // the context is full
     last = ids.data.at(-1);
     [held, prompt] = [{ cache, history }, [last]];
   }
 }
 
+const DEFAULTS = {
+  maxNewTokens: 64, endIds: [], temperature: 0, topK: 0, topP: 1, minP: 0, repetitionPenalty: 1, seed: 0,
+};
+
 /** The inputs of a call: a graph requires them all. As they are given here, settings change nothing. */
 function inputs(ort, prompt, settings) {
-  const { maxNewTokens = 64, endIds = [], temperature = 0, topK = 0, topP = 1, minP = 0 } = settings;
+  for (const name of Object.keys(settings))
+    if (!(name in DEFAULTS)) throw new RangeError(`no setting ${name}; there are ${Object.keys(DEFAULTS).join(", ")}`);
+  const given = { ...DEFAULTS, ...settings };
   const number = (value) => new ort.Tensor("float32", [value], [1]);
   return {
     input_ids: integers(ort, prompt, [1, prompt.length]),
-    max_new_tokens: integers(ort, [maxNewTokens]),
-    end_ids: integers(ort, endIds),
-    temperature: number(temperature),
-    top_k: integers(ort, [topK]),
-    top_p: number(topP),
-    min_p: number(minP),
-    repetition_penalty: number(settings.repetitionPenalty ?? 1),
-    seed: integers(ort, [settings.seed ?? 0]),
+    max_new_tokens: integers(ort, [given.maxNewTokens]),
+    end_ids: integers(ort, given.endIds),
+    temperature: number(given.temperature),
+    top_k: integers(ort, [given.topK]),
+    top_p: number(given.topP),
+    min_p: number(given.minP),
+    repetition_penalty: number(given.repetitionPenalty),
+    seed: integers(ort, [given.seed]),
   };
 }
 
-const integers = (ort, values, sizes = [values.length]) =>
-  new ort.Tensor("int64", BigInt64Array.from(values, BigInt), sizes);
+/** Whole numbers; a BigInt64Array would take the lower 64 bits of larger ones. */
+function integers(ort, values, sizes = [values.length]) {
+  const whole = Array.from(values, (value) => BigInt(value));
+  const wrong = whole.find((value) => BigInt.asIntN(64, value) !== value);
+  if (wrong !== undefined) throw new RangeError(`${wrong} is no whole number of 64 bits`);
+  return new ort.Tensor("int64", BigInt64Array.from(whole), sizes);
+}

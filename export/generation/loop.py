@@ -253,10 +253,10 @@ def _conditions(
         for name in ("max_new_tokens", "top_k", "seed")
     ]
     for name, least, most, sentence in (
-        ("temperature", 0.0, 2.0**127, "a number from 0"),
+        ("temperature", 0.0, 2.0**127, "a number from 0 to 2**127"),
         ("top_p", 2.0**-149, 1.0, "above 0 and at most 1"),
         ("min_p", 0.0, 1.0, "between 0 and 1"),
-        ("repetition_penalty", 2.0**-149, 2.0**127, "a number above 0"),
+        ("repetition_penalty", 2.0**-149, 2.0**127, "above 0 and at most 2**127"),
     ):
         above = n.add("GreaterOrEqual", given[name], n.number(least, np.float32))
         below = n.add("LessOrEqual", given[name], n.number(most, np.float32))

@@ -100,8 +100,10 @@ def _keep_top_p(n: Nodes, x: ir.Value, settings: Settings, vocab_size: int) -> i
     rest = n.add("Sub", n.number(1, np.float64), p)
     likely = n.add("GreaterOrEqual", probabilities, n.add("Div", rest, n.number(vocab_size, np.float64)))
     candidates = n.add("Reshape", n.add("NonZero", likely), n.number([-1]))
-    few = n.add("Gather", probabilities, candidates, axis=0)
-    ordered, order = n.add_several("TopK", 2, few, n.add("Shape", few), axis=0, largest=1, sorted=1)
+    # Ordered by x: the probabilities of equal ones may differ in the last bit, by where a kernel's vectors end.
+    few = n.add("Gather", x, candidates, axis=0)
+    _, order = n.add_several("TopK", 2, few, n.add("Shape", few), axis=0, largest=1, sorted=1)
+    ordered = n.add("Gather", n.add("Gather", probabilities, candidates, axis=0), order, axis=0)
     before = n.add("CumSum", ordered, n.number(0), exclusive=1)
     chosen = n.add("Gather", candidates, n.add("Compress", order, n.add("Less", before, p), axis=0), axis=0)
     none = n.filled(n.number([vocab_size]), False, np.bool_)

@@ -94,7 +94,7 @@ def keep_top_p(logits: Scores, p: float) -> Scores:
     probabilities = softmax(logits)
     # Tokens of less than (1 - p) / V have less than 1 - p together: the others reach p, and are few to sort.
     candidates = np.flatnonzero(probabilities >= (1 - p) / logits.size)
-    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    order = candidates[np.argsort(-logits[candidates], kind="stable")]
     before = np.cumsum(np.append(0.0, probabilities[order]))[:-1]  # what the likelier ones have together
     kept = np.full_like(logits, -np.inf)
     keep = order[before < p]

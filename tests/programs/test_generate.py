@@ -71,17 +71,17 @@ def test_int8_runs_in_wasm(bundles: Callable[[str], Path]) -> None:
 )
 def test_streamed_chunks_are_the_ids_of_one_call(bundles: Callable[[str], Path], package: str, name: str) -> None:
     bundle, wanted = bundles(name), calls()
-    chunks = [(c.prompt, c.settings() | {"contextLength": CONTEXT}, chunk) for chunk in (1, 3) for c in wanted]
+    chunks = [(c.prompt, c.settings(), chunk) for chunk in (1, 3) for c in wanted]
     answers = in_node(package, bundle / names.GENERATE_STEP_GRAPH, chunks)
     assert [answer.get("ids", answer) for answer in answers] == expected(bundle) * 2
 
 
 BAD: dict[str, tuple[list[int], dict[str, Any]]] = {
-    "temperature must be a number from 0": ([5], {"temperature": -1}),
+    "temperature must be a number from 0 to 2**127": ([5], {"temperature": -1}),
     "top_k must be 0 or more": ([5], {"topK": -1}),
     "top_p must be above 0 and at most 1": ([5], {"topP": 0}),
     "min_p must be between 0 and 1": ([5], {"minP": 1.5}),
-    "repetition_penalty must be a number above 0": ([5], {"repetitionPenalty": 0}),
+    "repetition_penalty must be above 0 and at most 2**127": ([5], {"repetitionPenalty": 0}),
     "seed must be 0 or more": ([5], {"seed": -1}),
     "max_new_tokens must be 0 or more": ([5], {"maxNewTokens": -1}),
     f"token ids must be 0 to {VOCABULARY - 1}": ([5, VOCABULARY], {}),
@@ -97,13 +97,19 @@ def test_bad_input_is_a_sentence_in_node(bundles: Callable[[str], Path]) -> None
         assert f"Name:'{sentence}'" in answer["error"]
 
 
-def test_a_stream_refuses_a_prompt_longer_than_the_context(bundles: Callable[[str], Path]) -> None:
+def test_what_javascript_would_take_in_silence_is_refused(bundles: Callable[[str], Path]) -> None:
     graph = bundles("generate-fp32") / names.GENERATE_STEP_GRAPH
-    wanted = [([5] * (CONTEXT + 1), {"contextLength": CONTEXT}, 1), ([5], {}, 1)]
-    assert [answer["error"] for answer in in_node("onnxruntime-node", graph, wanted)] == [
-        "the prompt has 65 tokens, and contextLength is 64",
-        "the prompt has 1 tokens, and contextLength is undefined",
+    wanted: list[tuple[list[int], dict[str, Any], int]] = [
+        ([5], {"tempreture": 1}, 1),
+        ([5], {"seed": str(2**64)}, 1),
+        ([5], {}, -1),
+        ([5] * (CONTEXT + 2), {}, 1),
     ]
+    errors = [answer["error"] for answer in in_node("onnxruntime-node", graph, wanted)]
+    assert errors[0].startswith("no setting tempreture; there are maxNewTokens, endIds, ")
+    assert errors[1] == "18446744073709551616 is no whole number of 64 bits"
+    assert errors[2] == "chunk is -1; a whole number from 1 was expected"
+    assert f"Name:'the text is longer than the context of {CONTEXT} tokens'" in errors[3]
 
 
 def test_bad_input_is_an_error_in_wasm(bundles: Callable[[str], Path]) -> None:
@@ -160,7 +166,7 @@ def test_bad_input_is_a_sentence_in_c(bundles: Callable[[str], Path], c_program:
     environment = os.environ | {"LD_LIBRARY_PATH": str(c_program.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "Name:'temperature must be a number from 0'" in done.stderr
+    assert "Name:'temperature must be a number from 0 to 2**127'" in done.stderr
 
 
 @pytest.fixture(scope="module")

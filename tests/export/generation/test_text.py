@@ -91,7 +91,7 @@ def test_one_call_takes_a_text_and_gives_the_runtimes(kind: Any, tmp_path: Path)
     bundle = open_bundle(tmp_path / "bundle", verify=True)
     session, lm = opened(str(bundle.path / names.TEXT_GRAPH)), pastkey.load(bundle.path, threads=1)
     assert names.INPUT_IDS not in {value.name for value in session.get_inputs()}
-    for prompt in ("once upon", "Größe 日本語", "  1234\n 🙂x"):
+    for prompt in ("once upon", "Größe 日本語", "  1234\n 🙂x", "a<", "once <", "x <|end", "<s"):
         for config in (SamplingConfig(seed=0), SamplingConfig(temperature=1.5, seed=3)):
             expected = lm.generate(prompt, max_new_tokens=16, temperature=config.temperature, seed=config.seed)
             feeds = settings(config, 16, bundle.manifest.eos_token_ids) | {names.TEXT: np.array([prompt], object)}
