@@ -24,7 +24,7 @@ _UNKNOWN = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step. Returns False where that cannot be done here. Raises OSError as a rename does."""
+    """Exchanges two names in one step. Returns False where that cannot be done here. Raises OSError as renames do."""
     if sys.platform == "win32":
         return False
     import ctypes
@@ -87,12 +87,12 @@ def sync_tree(folder: Path) -> None:
     """Puts a folder with all its files on the disk itself, so that a power cut after its renaming loses nothing."""
     for place, _, files in os.walk(folder):
         for name in files:
-            _sync(os.path.join(place, name))
+            _sync(Path(place, name))
         sync_folder(Path(place))
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts a folder's names on the disk itself. Not every system can open a folder; a power cut may cost a rename there."""
+    """Puts a folder's names on the disk itself. Not every system opens folders; a power cut may cost a rename there."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -106,7 +106,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync(file: str) -> None:
+def _sync(file: Path) -> None:
     descriptor = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

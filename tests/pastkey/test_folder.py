@@ -111,7 +111,10 @@ def test_a_folder_that_is_being_trained_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "training").mkdir(parents=True)
     write_json(out / "pastkey.json", {})
-    with locked(out / "training", "busy"), pytest.raises(InUseError, match=rf"is being trained by process {os.getpid()}"):
+    with (
+        locked(out / "training", "busy"),
+        pytest.raises(InUseError, match=rf"is being trained by process {os.getpid()}"),
+    ):
         refuse_existing(out, force=True)
     refuse_existing(out, force=True)
 

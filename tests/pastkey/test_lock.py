@@ -64,7 +64,7 @@ def test_a_lock_file_that_its_owner_removed_meanwhile_locks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Taken between another's removal of the file and its end: a third process would make a file of its own."""
-    original, calls = lock._take, []
+    original, calls = lock._take, list[int]()
 
     def late(file: int) -> bool | None:
         if not calls:

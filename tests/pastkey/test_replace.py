@@ -35,9 +35,7 @@ def test_two_names_are_exchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchanged", [True, False])
-def test_what_stood_there_is_where_it_is_said(
-    exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stood_there_is_where_it_is_said(exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchanged:
         monkeypatch.setattr(replace, "exchange", lambda one, other: False)
     new, out = folder(tmp_path / "new"), folder(tmp_path / "out")
@@ -74,9 +72,7 @@ def test_a_disk_that_fails_from_then_on_is_a_sentence_that_says_where_the_old_on
 
 
 @pytest.mark.parametrize("interrupts", [{2}, {2, 3}])
-def test_an_impatient_user_loses_nothing(
-    interrupts: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_impatient_user_loses_nothing(interrupts: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, interrupts, KeyboardInterrupt())
     new, out = folder(tmp_path / "new"), folder(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
@@ -84,9 +80,7 @@ def test_an_impatient_user_loses_nothing(
     assert content(out) == "out"
 
 
-def failing(
-    monkeypatch: pytest.MonkeyPatch, numbers: set[int], error: BaseException = OSError(errno.EIO, "broken")
-) -> None:
+def failing(monkeypatch: pytest.MonkeyPatch, numbers: set[int], error: BaseException | None = None) -> None:
     """Where there is no exchange, lets the renames of these numbers fail."""
     rename, done = Path.rename, 0
 
@@ -94,7 +88,7 @@ def failing(
         nonlocal done
         done += 1
         if done in numbers:
-            raise error
+            raise error or OSError(errno.EIO, "broken")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", counted)
