@@ -118,6 +118,7 @@ def _resumed(place: Place, given: Mapping[str, Any], data: Sequence[Path]) -> Ru
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
     step = int(training["step"])
     if step >= config.steps:
+        place.finish()  # which a kill after the last save left undone
         raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
     tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
     return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=moments)

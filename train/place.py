@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,26 @@ class Place:
     def end(self, *, learnt: bool, interrupted: bool) -> None:
         """Removes what the run replaced, or the run itself where it learnt nothing."""
         if self._rest is not None:
-            shutil.rmtree(self._rest, ignore_errors=True)
+            _discard(self._rest, self.out)
         elif not learnt and (self.moves or not interrupted):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _discard(self.folder, self.out)
         if not self.moves:
             (self.out / _REPLACES).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Removes what a resumed run was to replace, when it has taken its last step."""
+        if _is_replaced(self.out):
+            _discard(beside(self.out), self.out)
+        (self.out / _REPLACES).unlink(missing_ok=True)
+
+
+def _discard(folder: Path, out: Path) -> None:
+    """Removes a folder under a hidden name, so that a kill leaves nothing that looks like a checkpoint."""
+    if not folder.exists():
+        return
+    hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def beside(out: Path) -> Path:
@@ -103,13 +119,11 @@ def old_place(out: Path) -> Iterator[Place]:
             stack.enter_context(locked(out / "training", f"{out} is being trained"))
         for sentence in leftovers(out):
             say(sentence)
-        replaced = _is_replaced(out)
-        if beside(out).exists() and not replaced:
+        if beside(out).exists() and not _is_replaced(out):
             say(_left(out))
-        yield Place(out, replaces=False)
-        if replaced:
-            shutil.rmtree(beside(out), ignore_errors=True)
-        (out / _REPLACES).unlink(missing_ok=True)
+        place = Place(out, replaces=False)
+        yield place
+        place.finish()
 
 
 def _hold_old(out: Path, stack: contextlib.ExitStack) -> None:
@@ -130,7 +144,7 @@ def _make_room(out: Path) -> None:
             stack.enter_context(locked(training / "training", f"{training} is being trained"))
         if (training / _REPLACES).is_file() and _step(training) == 0:
             say(f"{training} is what a killed run left at step 0, where nothing was learnt: it is removed")
-            shutil.rmtree(training)
+            _discard(training, out)
             return
     raise ExistingFolderError(f"{_left(out)}; or rename or remove it, and begin again")
 
