@@ -100,7 +100,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
             f"{target} exists and pastkey did not write it (it has no {MANIFEST}), so --force does not replace it: "
             "choose another --out"
         )
-    require_unlocked(target / "training", f"{target} is being trained")
+    require_unlocked(target / "training", target)
 
 
 def is_empty(folder: Path) -> bool:

@@ -17,18 +17,18 @@ _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, meaning: str) -> Iterator[None]:
+def locked(folder: Path, checkpoint: object) -> Iterator[None]:
     """Holds a lock on `folder`, by a file `lock` in it that goes at the end. The folder may be renamed meanwhile.
 
-    Raises InUseError, whose sentence begins with `meaning`, where another process holds it; OSError where no file can
-    be made there. Where the system or the file system has no locks, nothing is held.
+    Raises InUseError, which names `checkpoint`, where another process holds it; OSError where no file can be made there.
+    Where the system or the file system has no locks, nothing is held.
     """
     if sys.platform == "win32":  # a file that is open there would keep its folder from being renamed
         yield
         return
     place = os.open(folder, os.O_RDONLY)
     try:
-        held = _lock_file(place, meaning)
+        held = _lock_file(place, checkpoint)
         try:
             yield
         finally:
@@ -39,32 +39,32 @@ def locked(folder: Path, meaning: str) -> Iterator[None]:
         os.close(place)
 
 
-def require_unlocked(folder: Path, meaning: str) -> None:
-    """Raises InUseError where another process holds the lock of `folder`, as `locked` would."""
+def require_unlocked(folder: Path, checkpoint: object) -> None:
+    """Raises InUseError where another process holds the lock of `folder`, as `locked` does."""
     try:
         file = os.open(folder / _LOCK, os.O_RDONLY)
     except OSError:
         return
     try:
         if _take(file) is False:
-            raise _in_use(file, meaning)
+            raise _in_use(file, checkpoint)
     finally:
         os.close(file)
 
 
-def _in_use(file: int, meaning: str) -> InUseError:
+def _in_use(file: int, checkpoint: object) -> InUseError:
     owner = os.read(file, 20).decode("ascii", "replace").strip() or "?"
-    return InUseError(f"{meaning} by process {owner}: wait for its end, or stop it")
+    return InUseError(f"{checkpoint} is being trained by process {owner}: wait for its end, or stop it")
 
 
-def _lock_file(place: int, meaning: str) -> int:
+def _lock_file(place: int, checkpoint: object) -> int:
     """The descriptor of the lock file in an open folder, locked where that can be."""
     while True:
         file = os.open(_LOCK, os.O_RDWR | os.O_CREAT, 0o666, dir_fd=place)
         try:
             taken = _take(file)
             if taken is False:
-                raise _in_use(file, meaning)
+                raise _in_use(file, checkpoint)
             # Whoever held it before may have removed the file between the two calls: then it locks out nobody.
             if taken is None or _is_named(file, place):
                 os.ftruncate(file, 0)

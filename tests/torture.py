@@ -185,7 +185,11 @@ def _run(function: str | None, command: list[str]) -> int:
         except SystemExit as end:
             return int(end.code or 0)
     module, _, name = function.partition(":")
-    getattr(importlib.import_module(module), name)(*command)
+    try:
+        getattr(importlib.import_module(module), name)(*command)
+    except OSError as error:  # which main tells in a sentence
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

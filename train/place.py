@@ -44,7 +44,7 @@ class Place:
         """Yields the folder to fill, which is whole at the end. `stack` then holds its lock."""
         with whole_folder(self.folder, force=is_empty(self.folder)) as work:
             (work / "training").mkdir()
-            stack.enter_context(locked(work / "training", f"{self.folder} is being trained"))
+            stack.enter_context(locked(work / "training", self.folder))
             yield work
             if self.moves:
                 write_json(work / _REPLACES, {"manifest": sha256(self.out / names.MANIFEST)})
@@ -72,22 +72,29 @@ class Place:
         elif not learnt and (self.moves or not interrupted):
             _discard(self.folder, self.out)
         if not self.moves:
-            (self.out / _REPLACES).unlink(missing_ok=True)
+            self._forget()
 
     def finish(self) -> None:
         """Removes what a resumed run was to replace, when it has taken its last step."""
         if _is_replaced(self.out):
             _discard(beside(self.out), self.out)
-        (self.out / _REPLACES).unlink(missing_ok=True)
+        self._forget()
+
+    def _forget(self) -> None:
+        with contextlib.suppress(OSError):  # it says nothing any more
+            (self.out / _REPLACES).unlink(missing_ok=True)
 
 
 def _discard(folder: Path, out: Path) -> None:
     """Removes a folder under a hidden name, so that a kill leaves nothing that looks like a checkpoint."""
     if not folder.exists():
         return
-    hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = folder
+    with contextlib.suppress(OSError):  # then it is removed where it is
+        hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
+        folder.rename(hidden)
+    for path in {folder, hidden}:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def beside(out: Path) -> Path:
@@ -116,7 +123,7 @@ def old_place(out: Path) -> Iterator[Place]:
     """Where a resumed run writes. Raises InUseError. What the run was to replace goes when it ends well."""
     with contextlib.ExitStack() as stack:
         if (out / "training").is_dir():
-            stack.enter_context(locked(out / "training", f"{out} is being trained"))
+            stack.enter_context(locked(out / "training", out))
         for sentence in leftovers(out):
             say(sentence)
         if beside(out).exists() and not _is_replaced(out):
@@ -131,7 +138,7 @@ def _hold_old(out: Path, stack: contextlib.ExitStack) -> None:
     if not (out / "training").is_dir():
         return
     with contextlib.suppress(PermissionError):  # nobody can train there, and the folder may still be renamed
-        stack.enter_context(locked(out / "training", f"{out} is being trained"))
+        stack.enter_context(locked(out / "training", out))
 
 
 def _make_room(out: Path) -> None:
@@ -141,7 +148,7 @@ def _make_room(out: Path) -> None:
         return
     with contextlib.ExitStack() as stack:
         if (training / "training").is_dir():
-            stack.enter_context(locked(training / "training", f"{training} is being trained"))
+            stack.enter_context(locked(training / "training", training))
         if (training / _REPLACES).is_file() and _step(training) == 0:
             say(f"{training} is what a killed run left at step 0, where nothing was learnt: it is removed")
             _discard(training, out)

@@ -34,13 +34,13 @@ def another(folder: Path) -> subprocess.Popen[str]:
 
 
 def take(folder: Path) -> None:
-    with locked(folder, "it is being trained"):
+    with locked(folder, "it"):
         assert (folder / "lock").is_file()
 
 
 def test_a_folder_that_another_process_holds_is_refused_until_that_dies(tmp_path: Path) -> None:
     with another(tmp_path) as process:
-        for attempt in (take, lambda folder: require_unlocked(folder, "it is being trained")):
+        for attempt in (take, lambda folder: require_unlocked(folder, "it")):
             with pytest.raises(InUseError, match=rf"^it is being trained by process {process.pid}: wait"):
                 attempt(tmp_path)
         assert is_held(tmp_path)
