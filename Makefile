@@ -14,12 +14,13 @@ SLOW ?=
 MATRIX ?=
 CHOSEN = $(if $(MATRIX),,$(if $(SLOW),not matrix,not slow))
 WORKERS ?= 2
+KILLS ?= 1000
 BENCH_ARGS ?=
 DOCS := .venv-docs
 # `make quick` runs every test file but these, which train, export, or run many sessions: a new one is quick until it
 # stands here.
 NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat programs)) \
-	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples picture readme trained) \
+	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples picture readme torture trained) \
 	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline targets terminal verify_command) \
 	$(addprefix export/graph/test_,clean embedding_rows fuse last_logits output_head rotary save) \
 	$(addprefix export/measure/test_,eval_command evaluate predictors reference texts verify) \
@@ -28,14 +29,14 @@ NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source exp
 	$(addprefix runtime/test_,chat cli generate language_model turns) \
 	$(addprefix runtime/,commands/test_bench commands/test_inspection commands/test_terminal) \
 	$(addprefix runtime/,engine/test_engine engine/test_int8_kv providers/test_open) \
-	$(addprefix train/test_,checkpoint cli loop model report stories))
+	$(addprefix train/test_,checkpoint cli loop model place report stories))
 QUICK := $(filter-out $(NOT_QUICK),$(wildcard $(addsuffix test_*.py,tests/ tests/*/ tests/*/*/)))
 # What the oldest packages run: commands from text to text, and each source.
 OLDEST_TESTS := $(addprefix tests/,train export/graph/test_clean.py export/graph/test_simplify.py \
 	$(patsubst %,export/source/test_%.py,source pretrained pretrained_refused llama2c gguf) \
 	export/test_folder_to_chat.py test_end_to_end.py test_examples.py)
 
-.PHONY: demo test quick check types ci matrix further oldest runtime-oldest runtime-newest figures bench docs clean
+.PHONY: demo test quick check types ci matrix torture further oldest runtime-oldest runtime-newest figures bench docs clean
 
 # From nothing to text: train on the built-in stories, export to fp32 and int8, prove it, tell a story.
 demo: $(VENV)/installed
@@ -67,6 +68,10 @@ ci:
 matrix:
 	$(MAKE) test MATRIX=1
 	$(MAKE) further
+
+# Kills commands KILLS times, and lets each call that changes the disk fail: some hours on two cores. CI runs a few.
+torture: $(VENV)/installed
+	PASTKEY_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_torture.py $(PYTEST_ARGS)
 
 further:
 	$(MAKE) oldest

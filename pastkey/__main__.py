@@ -78,20 +78,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _cleaning_up_when_terminated() -> Iterator[None]:
-    """Ends the command by an exception on SIGTERM, as Ctrl-C does, so that what is half-written is removed."""
+    """Ends the command by an exception on SIGTERM, and on SIGHUP when its terminal is closed, as Ctrl-C does.
+
+    So what is half-written is removed. A SIGHUP that is ignored, as under nohup, stays so.
+    """
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def end(number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one would cut the removal short
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # another one would cut the removal short
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in that one only
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,10 @@ class ExistingFolderError(PastkeyError, FileExistsError):
     """An output folder that is already there."""
 
 
+class InUseError(PastkeyError, BlockingIOError):
+    """A checkpoint that another process trains."""
+
+
 class IntegrityError(PastkeyError, ValueError):
     """A checkpoint or bundle with a missing, truncated, altered or newer-version file."""
 

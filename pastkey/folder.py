@@ -6,9 +6,11 @@ A checkpoint and a bundle both carry a manifest, pastkey.json, with size and sha
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import ExistingFolderError, InputError, IntegrityError, MissingFileError
+from .lock import held, require_unlocked
 from .names import MANIFEST
+from .replace import put_in_place, sync_folder, sync_tree
 from .values import is_int
 
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
@@ -41,36 +45,36 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     refuse_existing(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    work = rest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        yield work
-        work.chmod(0o777 & ~_umask())
-        refuse_existing(target, force=force)  # it may have appeared meanwhile
-        if target.exists():
-            _replace(target, work)
-        else:
-            work.rename(target)
+        with held(work):
+            yield work
+            work.chmod(0o777 & ~_umask())
+            sync_tree(work)
+            rest = _put(work, target, force=force)
+        sync_folder(target.parent)
     finally:
-        _remove(work)
+        _remove(rest)
 
 
-def _replace(target: Path, work: Path) -> None:
-    """Puts `work` in the place of a folder, which is back in it where that does not come to pass."""
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        target.rename(old / target.name)
-        work.rename(target)
-    except BaseException:
-        if not target.exists():
-            (old / target.name).rename(target)
-        raise
-    finally:
-        if target.exists():
-            _remove(old)
+def _put(work: Path, target: Path, *, force: bool) -> Path:
+    """Puts `work` at its name. Returns where that lies which stood there."""
+    for _ in range(2):  # another process may make or remove the target at any moment
+        refuse_existing(target, force=force)
+        try:
+            return put_in_place(work, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+    refuse_existing(target, force=force)
+    return put_in_place(work, target)
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder, also where an impatient user interrupts that once more."""
+    """Removes a folder, also where an impatient user interrupts that once more. Of a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -81,7 +85,7 @@ def _remove(folder: Path) -> None:
 def refuse_existing(target: Path, *, force: bool) -> None:
     """Raises ExistingFolderError where `whole_folder` would, InputError where no folder can be made.
 
-    Call it before long work.
+    InUseError where a process trains in the folder that would be replaced. Call it before long work.
     """
     file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
     if file is not None:
@@ -90,23 +94,34 @@ def refuse_existing(target: Path, *, force: bool) -> None:
         return
     if not force:
         raise ExistingFolderError(f"{target} already exists: choose another --out, or replace it with --force")
-    replaceable = target.is_dir() and ((target / MANIFEST).is_file() or not any(target.iterdir()))
+    replaceable = is_empty(target) or (target / MANIFEST).is_file()
     if not replaceable:
         raise ExistingFolderError(
             f"{target} exists and pastkey did not write it (it has no {MANIFEST}), so --force does not replace it: "
             "choose another --out"
         )
+    require_unlocked(target / "training", target)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether this is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes readable JSON atomically."""
-    partial = path.with_name(path.name + ".new")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes readable JSON, whole or not at all, and leaves nothing else beside it."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write at once
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def file_record(path: Path) -> FileRecord:
@@ -263,20 +278,24 @@ def leads_out(path: Path, folder: Path) -> bool:
 def user_cache_file(name: str) -> Path | None:
     """Where a file of the user's cache folder is, or would be; None where there can be none."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "pastkey" / name
-    except RuntimeError:  # no home, as in some containers
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except (RuntimeError, OSError):  # no home, as in some containers
         return None
+    return cache / "pastkey" / name if cache.is_absolute() else None
 
 
 class _HashMemory:
-    """Which files of one folder were seen with which hash, in a small file of the user's cache folder."""
+    """Which files of one folder were seen with which hash, in a small file of the user's cache folder.
+
+    A cache that cannot be read or written costs time, and nothing else.
+    """
 
     def __init__(self, folder: Path) -> None:
-        key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
         self._path: Path | None = None
         self._seen: dict[str, Any] = {}
         self._changed = False
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
             self._path = user_cache_file(f"{key}.json")
             content = {} if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
             self._seen = content if isinstance(content, dict) else {}
@@ -296,7 +315,7 @@ class _HashMemory:
     def save(self) -> None:
         if self._path is None or not self._changed:
             return
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a path that is no text
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self._seen)
 

@@ -6,9 +6,9 @@
                  training/tokens-train.bin, tokens-val.bin
 
 A save writes each file that changes as NAME.new, then replaces pastkey.json, which is the one moment that counts, then
-renames every NAME.new to NAME. Whoever opens the folder in between finds the listed content under NAME.new and does
-the renaming that is left; a NAME.new that the manifest does not list is the rest of a save that never happened.
-No pickle anywhere.
+renames every NAME.new to NAME. Whoever opens the folder in between reads the listed content where it is, in NAME.new; a
+NAME.new that the manifest does not list is the rest of a save that never happened, or the beginning of the next. Only
+the process that trains, which holds the folder's lock, renames or removes anything. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from pastkey.folder import (
     write_json,
 )
 from pastkey.folder import sha256 as file_sha256
+from pastkey.replace import sync_folder
 
 from .model import Decoder
 
@@ -52,6 +54,10 @@ LOSS_CURVE = "loss.png"
 
 _MODEL_FILES = (names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG)
 _PENDING = ".new"
+T = TypeVar("T")
+Loaded = tuple[Mapping[str, Any], ModelConfig, dict[str, Tensor]]  # manifest, configuration, weights
+
+_PATIENCE_SECONDS = 30.0  # that a reader tries, of a checkpoint that is saved all the time
 
 
 @dataclass(frozen=True)
@@ -112,22 +118,32 @@ def save_checkpoint(folder: Path, model: Decoder, state: TrainingState) -> None:
     try:
         for name, content in changed.items():
             _write_through(_pending(folder / name), content)
+        for place in {(folder / name).parent for name in changed}:
+            sync_folder(place)
         write_json(folder / names.MANIFEST, manifest)
     except BaseException:
-        for name in changed:
-            _pending(folder / name).unlink(missing_ok=True)
+        # The manifest may be there although its writing was interrupted: then these files are the checkpoint.
+        if _known_records(folder) != records:
+            for name in changed:
+                _pending(folder / name).unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
-    _roll_forward(folder, changed)
+    sync_folder(folder)
+    for name in changed:
+        _pending(folder / name).replace(folder / name)
 
 
-def discard_unfinished(folder: Path) -> None:
-    """Removes what a killed save left behind. Only for the process that trains: it may delete another's work."""
-    manifest = read_manifest(folder, "checkpoint", FORMAT_VERSION)
-    records = _all_records(folder, manifest)
-    _finish_save(folder, records)
-    for name in (*records, names.MANIFEST):
+def finish_or_discard(folder: Path) -> None:
+    """Finishes the save that a killed run had committed, and removes what is left of one that it had not.
+
+    Only for the process that holds the folder's lock: it would take another's work for a dead one's.
+    """
+    records = _all_records(folder, read_manifest(folder, "checkpoint", FORMAT_VERSION))
+    for name, actual in _where(folder, records).items():
+        if actual != name:
+            (folder / actual).replace(folder / name)
         _pending(folder / name).unlink(missing_ok=True)
+    for rest in folder.glob(f".{names.MANIFEST}.*{_PENDING}"):
+        rest.unlink(missing_ok=True)
 
 
 def _weights(model: Decoder) -> bytes:
@@ -156,35 +172,15 @@ def _pending(path: Path) -> Path:
     return path.with_name(path.name + _PENDING)
 
 
-def _roll_forward(folder: Path, listed: Iterable[str]) -> None:
-    for name in listed:
-        with contextlib.suppress(FileNotFoundError):  # a reader was faster
-            _pending(folder / name).replace(folder / name)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Puts renames on the disk itself. Not every system can open a folder; there a power cut may cost one save."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 # --- reading ------------------------------------------------------------------------------------------------------
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint after checking version, paths, sizes and hashes. The model comes in eval mode.
 
+    It changes nothing in the folder, and may read while another process trains there: the model is the one of one save.
     Raises MissingFileError, InputError or IntegrityError, each naming the file.
     """
     folder = Path(path)
-    manifest = read_manifest(folder, "checkpoint", FORMAT_VERSION)
-    _finish_save(folder, _all_records(folder, manifest))
-    records = parse_records(folder, manifest.get("files"))
-    _check(folder, records, _MODEL_FILES)
-    config = ModelConfig.from_json(read_json(folder / names.CONFIG))
-    tensors = safetensors.torch.load_file(folder / names.WEIGHTS)
+    manifest, config, tensors = _of_one_save(folder, lambda manifest: _model_of(folder, manifest))
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model = Decoder(config)
@@ -196,19 +192,71 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, model.eval(), manifest.get("training", {}))
 
 
+def _model_of(folder: Path, manifest: Mapping[str, Any]) -> tuple[Loaded, list[str]]:
+    _all_records(folder, manifest)  # no path of the others leads out, either
+    actual = _check(folder, parse_records(folder, manifest.get("files")), _MODEL_FILES)
+    config, weights = actual[names.CONFIG], actual[names.WEIGHTS]
+    content = ModelConfig.from_json(read_json(folder / config)), safetensors.torch.load_file(folder / weights)
+    return (manifest, *content), [config, weights]
+
+
+def _of_one_save(folder: Path, read: Callable[[Mapping[str, Any]], tuple[T, list[str]]]) -> T:
+    """What `read` makes of a manifest, and of the files that it names, once more where a save came in between."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        before = _seen(folder)
+        try:
+            found, used = read(read_manifest(folder, "checkpoint", FORMAT_VERSION))
+        except Exception:
+            if _seen(folder) == before or time.monotonic() > deadline:
+                raise
+        else:
+            after = _seen(folder)
+            if all(before[name] == after[name] for name in (names.MANIFEST, *used)):
+                return found
+            if time.monotonic() > deadline:
+                raise IntegrityError(f"{folder} was saved anew each time that it was read: read it when training ends")
+        time.sleep(0.01)
+
+
+def _seen(folder: Path) -> dict[str, Any]:
+    """What tells each file that a save writes, and its NAME.new, from another of the same name."""
+    seen: dict[str, Any] = {}
+    for name in (names.MANIFEST, names.CONFIG, names.WEIGHTS, STATE):
+        for file in (name, name + _PENDING):
+            try:
+                status = (folder / file).stat()
+                seen[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
+            except OSError:
+                seen[file] = None
+    return seen
+
+
 def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The optimizer's moments by parameter name, after checking every file that only training reads."""
-    records = parse_records(path, training.get("files"))
-    _check(path, records, (STATE, TOKENS_TRAIN, TOKENS_VAL))
-    return safetensors.torch.load_file(path / STATE)
+    """The optimizer's moments by parameter name, after checking every file that only training reads.
+
+    `training` is what `load_checkpoint` found. Raises IntegrityError where a later save took its place.
+    """
+
+    def read(manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+        if manifest.get("training") != training:
+            raise IntegrityError(f"{path} was saved anew since its model was read: read the model again")
+        actual = _check(path, parse_records(path, training.get("files")), (STATE, TOKENS_TRAIN, TOKENS_VAL))
+        return safetensors.torch.load_file(path / actual[STATE]), [actual[STATE]]
+
+    return _of_one_save(path, read)
 
 
-def _check(folder: Path, records: Mapping[str, FileRecord], needed: Iterable[str]) -> None:
+def _check(folder: Path, records: Mapping[str, FileRecord], needed: Iterable[str]) -> dict[str, str]:
+    """Where the content of each listed file is, after checking it: NAME, or NAME.new."""
     for name in needed:
         if name not in records:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {name}: it was altered or cut short")
-    check_sizes(folder, records)
-    check_hashes(folder, records)
+    actual = _where(folder, records)
+    found = {actual[name]: record for name, record in records.items()}
+    check_sizes(folder, found)
+    check_hashes(folder, found)
+    return actual
 
 
 def _all_records(folder: Path, manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
@@ -217,10 +265,13 @@ def _all_records(folder: Path, manifest: Mapping[str, Any]) -> dict[str, FileRec
     return parse_records(folder, manifest.get("files")) | parse_records(folder, training_files)
 
 
-def _finish_save(folder: Path, records: Mapping[str, FileRecord]) -> None:
-    """Renames each NAME.new that holds what the manifest lists: its save was committed, then cut short."""
+def _where(folder: Path, records: Mapping[str, FileRecord]) -> dict[str, str]:
+    """For each listed file its own name, or NAME.new where that holds what the manifest lists."""
+    actual = {}
     for name, record in records.items():
         pending = _pending(folder / name)
+        actual[name] = name
         with contextlib.suppress(FileNotFoundError):  # none, or the training process just renamed it
             if pending.stat().st_size == record.size and file_sha256(pending) == record.sha256:
-                pending.replace(folder / name)
+                actual[name] = name + _PENDING
+    return actual

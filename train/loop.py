@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,13 +20,12 @@ from torch import Tensor
 
 from pastkey import names
 from pastkey.errors import InputError, MissingFileError, NumericsError
-from pastkey.folder import refuse_existing, whole_folder
 
 from .checkpoint import (
     TOKENS_TRAIN,
     TOKENS_VAL,
     TrainingState,
-    discard_unfinished,
+    finish_or_discard,
     load_checkpoint,
     load_optimizer,
     save_checkpoint,
@@ -47,6 +44,7 @@ from .data import (
     write_tokens,
 )
 from .model import Decoder, generate, positions_like
+from .place import Place, new_place, old_place
 from .report import Metrics, Progress, draw_loss_curve
 from .settings import TrainConfig
 from .tokenizer import TextTokenizer, lesson_tokenizer, make_tokenizer, read_tokenizer
@@ -64,38 +62,26 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
     `data` names text files and folders; without any, the preset's built-in corpus is learnt. Raises InputError,
     MissingFileError, ExistingFolderError or NumericsError, and then leaves no folder that was not there before.
     """
-    refuse_existing(out, force=force)
-    with _set_aside(out) as replaced:
-        with whole_folder(out) as work:
+    with new_place(out, force=force) as (place, stack):
+        with place.begin(stack) as work:
             info, tokenizer = _prepare(config, work, data)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
             save_checkpoint(work, model, _state(0, {}, config, info, {}))
-        run = Run(out, config, info, tokenizer, model, step=0, moments={})
+        saved_step, interrupted = 0, True
         try:
-            return run.go()
-        except BaseException as error:
-            # Nothing was learnt yet. An interrupted run may still be resumed, unless it stands in another's place.
-            if run.saved_step == 0 and (replaced or isinstance(error, Exception)):
-                shutil.rmtree(out, ignore_errors=True)
+            run = Run(place, config, info, tokenizer, model, step=0, moments={})
+            try:
+                return run.go()
+            finally:
+                saved_step = run.saved_step
+        except Exception:
+            interrupted = False
             raise
-
-
-@contextmanager
-def _set_aside(out: Path) -> Iterator[bool]:
-    """Keeps the folder that --force replaces until the new run has saved something, and puts it back when it fails."""
-    if not out.exists():
-        yield False
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.absolute().parent))
-    out.rename(aside / out.name)
-    try:
-        yield True
-    finally:
-        if not out.exists():
-            (aside / out.name).rename(out)
-        shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            # Nothing was learnt yet. An interrupted run may still be resumed, unless it is to replace another.
+            place.end(learnt=saved_step > 0, interrupted=interrupted)
 
 
 def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
@@ -108,7 +94,13 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
         raise MissingFileError(
             f"there is nothing to resume: {out} is not a checkpoint; leave out --resume to begin one"
         )
-    discard_unfinished(out)
+    with old_place(out) as place:
+        return _resumed(place, given, data).go()
+
+
+def _resumed(place: Place, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
+    out = place.out
+    finish_or_discard(out)
     checkpoint = load_checkpoint(out)
     training = checkpoint.training
     if not {"step", "settings", "data", "files"} <= set(training):
@@ -126,9 +118,10 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
     step = int(training["step"])
     if step >= config.steps:
+        place.finish()  # which a kill after the last save left undone
         raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
     tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
-    return Run(out, config, info, tokenizer, checkpoint.model, step=step, moments=moments).go()
+    return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=moments)
 
 
 def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[DataInfo, TextTokenizer]:
@@ -162,7 +155,7 @@ class Run:
 
     def __init__(
         self,
-        out: Path,
+        place: Place,
         config: TrainConfig,
         info: DataInfo,
         tokenizer: TextTokenizer,
@@ -171,20 +164,23 @@ class Run:
         step: int,
         moments: Mapping[str, Tensor],
     ) -> None:
-        self.out, self.config, self.info, self.tokenizer, self.model = out, config, info, tokenizer, model
-        context = model.config.max_position_embeddings
-        self.train_tokens = Tokens(out / TOKENS_TRAIN, info, context)
-        self.val_tokens = Tokens(out / TOKENS_VAL, info, context)
+        self.place, self.config, self.info, self.tokenizer, self.model = place, config, info, tokenizer, model
+        self.train_tokens, self.val_tokens = self._tokens()
         self.optimizer = make_optimizer(model, config)
         _restore_moments(self.optimizer, model, moments, step)
         self.step = self.saved_step = step
         self.figures: dict[str, Any] = {}
 
+    def _tokens(self) -> tuple[Tokens, Tokens]:
+        context = self.model.config.max_position_embeddings
+        folder = self.place.folder
+        return Tokens(folder / TOKENS_TRAIN, self.info, context), Tokens(folder / TOKENS_VAL, self.info, context)
+
     def go(self) -> dict[str, Any]:
         """Takes the steps that are left. Returns the final figures."""
         with (
             _deterministic(self.config.threads),
-            Metrics(self.out, self.step) as metrics,
+            Metrics(self.place.folder, self.step) as metrics,
             Progress(self.step, self.config.steps) as progress,
         ):
             started, tokens = time.monotonic(), 0
@@ -199,7 +195,7 @@ class Run:
                     self._save(metrics)
                     progress.say(self._summary())
         return {
-            "checkpoint": str(self.out),
+            "checkpoint": str(self.place.out),
             "preset": self.config.preset,
             "step": self.step,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -252,14 +248,21 @@ class Run:
         metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
         moments = _moments(self.optimizer, self.model)
-        save_checkpoint(self.out, self.model, _state(self.step, moments, self.config, self.info, self.figures))
+        save_checkpoint(self.place.folder, self.model, _state(self.step, moments, self.config, self.info, self.figures))
         self.saved_step = self.step
-        draw_loss_curve(self.out)
+        if self.place.moves:
+            # Windows renames no folder with an open file.
+            metrics.close()
+            del self.train_tokens, self.val_tokens
+            self.place.saved()
+            self.train_tokens, self.val_tokens = self._tokens()
+            metrics.open(self.place.folder, self.step)
+        draw_loss_curve(self.place.folder)
 
     def _summary(self) -> str:
         figures = (
             f"step {self.step}: held-out loss {self.figures['val_loss']:.3f} nats per token, "
-            f"{self.figures['bits_per_byte']:.3f} bits per byte; saved in {self.out}"
+            f"{self.figures['bits_per_byte']:.3f} bits per byte; saved in {self.place.out}"
         )
         return "\n".join([figures, *self.samples()]).replace("\n", "\n    ")
 

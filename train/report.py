@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -29,6 +30,10 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        self.open(folder, step)
+
+    def open(self, folder: Path, step: int) -> None:
+        """Goes on in the file of this folder."""
         # In binary, since the position to cut at counts bytes; cutting in place needs no room on a full disk.
         self._file = (folder / METRICS).open("ab+")
         self._file.seek(0)
@@ -46,6 +51,10 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Writes what is left, and lets go of the file."""
         self._file.close()
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -129,7 +138,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.close()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         if self._bar is not None:

@@ -63,9 +63,6 @@ def _write(file: Path, messages: Sequence[Mapping[str, Any]]) -> None:
         write_json(file, {"messages": list(messages)})
     except (TypeError, ValueError) as error:  # somebody put a value into `messages` that JSON does not know
         raise InputError(f"the conversation cannot be saved in {file}: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # what a full disk left
-            file.with_name(file.name + ".new").unlink(missing_ok=True)
 
 
 def read_messages(path: str | Path) -> list[dict[str, Any]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pastkey.errors import ExistingFolderError, InputError, IntegrityError
+from pastkey import replace
+from pastkey.errors import ExistingFolderError, InputError, IntegrityError, InUseError
 from pastkey.folder import (
     check_hashes,
     check_sizes,
@@ -16,9 +20,11 @@ from pastkey.folder import (
     leads_out,
     parse_records,
     read_json,
+    refuse_existing,
     whole_folder,
     write_json,
 )
+from pastkey.lock import locked
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -53,7 +59,9 @@ def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_interrupt_while_replacing_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_names_cannot_be_exchanged_an_interrupt_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     write_json(out / "pastkey.json", {})
@@ -65,10 +73,64 @@ def test_an_interrupt_while_replacing_keeps_the_old_folder(tmp_path: Path, monke
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(replace, "exchange", lambda one, other: False)
     with pytest.raises(KeyboardInterrupt), whole_folder(out, force=True):
         pass
     assert list(tmp_path.iterdir()) == [out]
     assert (out / "pastkey.json").is_file()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(force: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def write() -> None:
+        with whole_folder(out, force=force) as work:
+            write_json(work / "pastkey.json", {"by": "us"})
+            out.mkdir()
+            write_json(out / "pastkey.json", {"by": "another"})
+
+    with contextlib.nullcontext() if force else pytest.raises(ExistingFolderError, match="already exists"):
+        write()
+    assert read_json(out / "pastkey.json") == {"by": "us" if force else "another"}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "v1").mkdir()
+    write_json(tmp_path / "v1" / "pastkey.json", {"v": 1})
+    (tmp_path / "current").symlink_to("v1")
+    with whole_folder(tmp_path / "current", force=True) as work:
+        write_json(work / "pastkey.json", {"v": 2})
+    assert read_json(tmp_path / "current" / "pastkey.json") == {"v": 2}
+    assert read_json(tmp_path / "v1" / "pastkey.json") == {"v": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_a_folder_that_is_being_trained_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "training").mkdir(parents=True)
+    write_json(out / "pastkey.json", {})
+    with (
+        locked(out / "training", "busy"),
+        pytest.raises(InUseError, match=rf"is being trained by process {os.getpid()}"),
+    ):
+        refuse_existing(out, force=True)
+    refuse_existing(out, force=True)
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"a": float("nan")})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        write_json(file, {"a": 2})
+    assert read_json(file) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_second_interrupt_does_not_stop_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +291,41 @@ def test_without_a_home_folder_hashes_are_checked_and_not_remembered(
     file.write_text("wrong")
     with pytest.raises(IntegrityError, match="a was altered"):
         check_hashes(tmp_path, records)
+
+
+@pytest.mark.parametrize("place", ["relative", "", "/proc/none", "a file"])
+def test_without_a_place_for_the_cache_hashes_are_checked(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file") if place == "a file" else place)
+    monkeypatch.setenv("HOME", "")
+    folder = tmp_path / "\udce9"  # a name that is no UTF-8
+    folder.mkdir()
+    (folder / "a").write_text("right")
+    check_hashes(folder, {"a": file_record(folder / "a")})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", folder.name]
+
+
+def test_a_cache_that_is_no_json_or_cannot_be_written_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    folder = tmp_path / "\udce9"
+    folder.mkdir()
+    (folder / "a").write_text("right")
+    records = {"a": file_record(folder / "a")}
+    check_hashes(folder, records)  # a path that is no text is not remembered
+    assert list((cache / "pastkey").iterdir()) == []
+    named = tmp_path / "named"
+    folder.rename(named)
+    check_hashes(named, records)
+    (remembered,) = (cache / "pastkey").iterdir()
+    for content in (b"[" * 100_000, b"\xff", b"{", b"[1]", b'{"x": 3}'):
+        remembered.write_bytes(content)
+        check_hashes(named, records)
 
 
 def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

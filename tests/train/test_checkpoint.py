@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from pastkey import names
 from pastkey.config import ModelConfig
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.train import checkpoint as module
-from pastkey.train.checkpoint import STATE, discard_unfinished, load_checkpoint, load_optimizer, save_checkpoint
+from pastkey.train.checkpoint import STATE, finish_or_discard, load_checkpoint, load_optimizer, save_checkpoint
 from pastkey.train.model import Decoder
 
+from ..shared import ROOT
 from .helpers import bare_checkpoint, no_state
 
 
@@ -149,7 +152,7 @@ def operations(monkeypatch: pytest.MonkeyPatch, limit: int) -> Iterator[None]:
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("limit", range(12))
+@pytest.mark.parametrize("limit", range(14))
 def test_a_save_cut_short_at_any_operation_leaves_the_old_or_the_new(
     saved: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,13 +165,17 @@ def test_a_save_cut_short_at_any_operation_leaves_the_old_or_the_new(
     except Killed:
         killed = True
     next(dying, None)
-    assert killed == (limit < 9)  # three fsyncs, the manifest's fsync and rename, one folder fsync, three renames
+    # Three fsyncs, those of two folders, the manifest's fsync and rename, a folder's fsync, three renames.
+    assert killed == (limit < 11)
+    before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
     checkpoint = load_checkpoint(saved)
     step = checkpoint.training["step"]
-    assert step == (5 if limit < 5 else 6)
+    assert step == (5 if limit < 7 else 6)
     assert weights(checkpoint.model) == weights(old if step == 5 else new)
     load_optimizer(saved, checkpoint.training)
-    discard_unfinished(saved)
+    assert {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()} == before  # readers change nothing
+    finish_or_discard(saved)
+    assert load_checkpoint(saved).training["step"] == step
     assert not list(saved.rglob("*.new"))
     save_checkpoint(saved, decoder(3), no_state(7))
     assert weights(load_checkpoint(saved).model) == weights(decoder(3))
@@ -179,8 +186,142 @@ def test_a_reader_leaves_a_save_in_progress_alone(saved: Path) -> None:
     pending.write_bytes(b"half of the next")
     load_checkpoint(saved)
     assert pending.exists()
-    discard_unfinished(saved)
+    finish_or_discard(saved)
     assert not pending.exists()
+
+
+def cut_short(saved: Path, model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves `model` as step 6 by a process that dies before its first rename."""
+    dying = operations(monkeypatch, 8)
+    next(dying)
+    with pytest.raises(Killed):
+        save_checkpoint(saved, model, no_state(6))
+    next(dying, None)
+
+
+def test_a_reader_between_two_saves_cannot_put_half_of_the_next_in_the_place_of_a_good_file(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader sees NAME.new whole, and by the time that it reads it, the next save has begun to write it."""
+    cut_short(saved, decoder(2), monkeypatch)
+    checked = module._check
+
+    def late(folder: Path, *arguments: Any) -> dict[str, str]:
+        found = checked(folder, *arguments)
+        monkeypatch.setattr(module, "_check", checked)
+        finish_or_discard(folder)  # as the training process does, which then goes on
+        (folder / (names.WEIGHTS + ".new")).write_bytes(b"half of the next")
+        return found
+
+    monkeypatch.setattr(module, "_check", late)
+    checkpoint = load_checkpoint(saved)
+    assert checkpoint.training["step"] == 6
+    assert weights(checkpoint.model) == weights(decoder(2))
+    assert (saved / (names.WEIGHTS + ".new")).read_bytes() == b"half of the next"
+    assert weights(load_checkpoint(saved).model) == weights(decoder(2))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_save_while_a_reader_reads_gives_the_model_of_one_save(
+    moment: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = module.safetensors.torch.load_file
+
+    def saving(path: Path) -> Any:
+        monkeypatch.setattr(module.safetensors.torch, "load_file", loaded)
+        if moment == "after":
+            tensors = loaded(path)
+        save_checkpoint(saved, decoder(2), no_state(6))
+        return tensors if moment == "after" else loaded(path)
+
+    monkeypatch.setattr(module.safetensors.torch, "load_file", saving)
+    checkpoint = load_checkpoint(saved)
+    assert (checkpoint.training["step"], weights(checkpoint.model)) == (6, weights(decoder(2)))
+    training = checkpoint.training
+    save_checkpoint(saved, decoder(3), no_state(7))
+    with pytest.raises(IntegrityError, match="was saved anew since its model was read"):
+        load_optimizer(saved, training)
+
+
+def test_one_that_is_saved_each_time_it_is_read_is_a_sentence(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, step = module.safetensors.torch.load_file, iter(range(6, 1000))
+
+    def saving(path: Path) -> Any:
+        tensors = loaded(path)
+        save_checkpoint(saved, decoder(2), no_state(next(step)))
+        return tensors
+
+    monkeypatch.setattr(module.safetensors.torch, "load_file", saving)
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.2)
+    with pytest.raises(IntegrityError, match="was saved anew each time that it was read"):
+        load_checkpoint(saved)
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from tests.train.helpers import no_state
+from tests.train.test_checkpoint import decoder
+from pastkey.train.checkpoint import save_checkpoint
+models = [decoder(seed) for seed in (0, 1, 2)]
+print("ready", flush=True)
+for step in range(6, 100_000):
+    save_checkpoint(Path(sys.argv[1]), models[step % 3], no_state(step))
+"""
+
+
+@pytest.mark.slow
+def test_every_read_beside_a_process_that_saves_all_the_time_is_of_one_save(saved: Path) -> None:
+    sums = [weights(decoder(seed)) for seed in (0, 1, 2)]
+    process = subprocess.Popen([sys.executable, "-c", SAVE, str(saved)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            steps = []
+            for _ in range(60):
+                checkpoint = load_checkpoint(saved)
+                steps.append(checkpoint.training["step"])
+                assert weights(checkpoint.model) == sums[steps[-1] % 3] or steps[-1] == 5
+        finally:
+            process.kill()
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 10
+    load_checkpoint(saved)
+
+
+def test_a_save_cut_short_is_read_on_a_disk_that_takes_no_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_short(saved, decoder(2), monkeypatch)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for name in ("replace", "rename", "unlink", "write_bytes", "mkdir"):
+        monkeypatch.setattr(Path, name, refused)
+    checkpoint = load_checkpoint(saved)
+    assert weights(checkpoint.model) == weights(decoder(2))
+    load_optimizer(saved, checkpoint.training)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_an_interrupt_after_the_manifest_keeps_what_it_lists(
+    committed: bool, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = module.write_json
+
+    def interrupted(path: Path, content: Any) -> None:
+        if committed:
+            written(path, content)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(saved, decoder(2), no_state(6))
+    monkeypatch.undo()
+    assert weights(load_checkpoint(saved).model) == weights(decoder(2 if committed else 1))
+    assert bool(list(saved.rglob("*.new"))) == committed
+    finish_or_discard(saved)
+    assert weights(load_checkpoint(saved).model) == weights(decoder(2 if committed else 1))
 
 
 def test_a_full_disk_keeps_the_checkpoint_and_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

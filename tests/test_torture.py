@@ -1,0 +1,362 @@
+"""Whatever is ended in the middle leaves the old or the new, whole, at its name: by kills, and by disks that fail.
+
+`make torture KILLS=1000` runs the long form: so many kills, and every call that changes the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.bundle import open_bundle
+from pastkey.folder import read_json
+from pastkey.runtime.text.messages import read_messages, save_messages
+from pastkey.train.checkpoint import load_checkpoint, load_optimizer
+
+from .export.commands import FACTORY
+from .torture import ERRORS, Fault, Nursery, Outcome, build_faults
+from .train.helpers import TINY, write_corpus
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forks")]
+
+KILLS = int(os.environ.get("PASTKEY_KILLS", "0"))  # 0: the short form
+SEED = int(os.environ.get("PASTKEY_SEED", "1"))
+IMPORTS = ("pastkey.train.loop", "pastkey.export.pipeline", "pastkey.runtime.text.messages", "tests.torture")
+FLAGS = [
+    item
+    for name, value in (TINY | {"steps": 6, "save_every": 2}).items()
+    for item in (f"--{name.replace('_', '-')}", str(value))
+]
+
+Files = dict[str, bytes]
+
+
+def files(folder: Path) -> Files:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def trained(folder: Path) -> Files:
+    """What a finished run leaves, but for its speed."""
+    found = files(folder)
+    manifest = json.loads(found.pop("pastkey.json"))
+    del manifest["training"]["figures"]["tokens_per_second"]
+    return {name: content for name, content in found.items() if name != "loss.png"} | {
+        "pastkey.json": json.dumps(manifest).encode()
+    }
+
+
+class Scene:
+    """One thing that is written: how, and what must hold whenever that ended in the middle."""
+
+    resumes = False  # whether a command after a kill goes on from what is there
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.given, self.work = folder, work
+        self.below = work
+
+    def prepare(self, nursery: Nursery) -> None:
+        """Makes what each try begins with."""
+
+    def reset(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+
+    def command(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """What holds at every moment."""
+        raise NotImplementedError
+
+    def ended(self) -> None:
+        """What holds when the command was not ended in the middle."""
+        self.check()
+        assert not hidden(self.work)
+
+    def run(self, nursery: Nursery, **how: Any) -> Outcome:
+        asked = self.command()
+        return nursery.run(*asked.get("arguments", ()), function=asked.get("function"), **how)
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.name.endswith((".new", ".partial", ".old", "lock")))
+
+
+class Train(Scene):
+    """A new run, which is resumed after each kill and must come to the end of the uninterrupted one."""
+
+    resumes = True
+
+    def prepare(self, nursery: Nursery) -> None:
+        write_corpus(self.given / "text.txt")
+        for seed in (0, 1):
+            if not (self.given / f"seed{seed}").exists():
+                assert self.train(nursery, self.given / f"seed{seed}", seed).status == 0
+
+    def train(self, nursery: Nursery, out: Path, seed: int) -> Outcome:
+        return nursery.run("train", "--out", out, "--data", self.given / "text.txt", *FLAGS, "--seed", seed)
+
+    def reset(self) -> None:
+        super().reset()
+        self.out, self.step = self.work / "c", -1
+
+    def command(self) -> dict[str, Any]:
+        if self.out.exists():
+            return {"arguments": ("train", "--out", self.out, "--resume")}
+        return {"arguments": ("train", "--out", self.out, "--data", self.given / "text.txt", *FLAGS, "--seed", 1)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            before = files(self.work)
+            checkpoint = load_checkpoint(self.out)
+            load_optimizer(self.out, checkpoint.training)
+            assert checkpoint.training["step"] >= self.step
+            self.step = checkpoint.training["step"]
+            assert files(self.work) == before
+
+    def ended(self) -> None:
+        super().ended()
+        assert trained(self.out) == trained(self.given / "seed1")
+
+
+class TrainForce(Train):
+    """One with --force over a finished run: that, or the new one, stands at the name."""
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.given / "seed0", self.out)
+        self.replaced = False
+
+    def command(self) -> dict[str, Any]:
+        if self.replaced:
+            return {"arguments": ("train", "--out", self.out, "--resume")}
+        data = ("--data", self.given / "text.txt", *FLAGS)
+        return {"arguments": ("train", "--out", self.out, *data, "--seed", 1, "--force")}
+
+    def check(self) -> None:
+        checkpoint = load_checkpoint(self.out)
+        if checkpoint.training["settings"]["seed"] == 0:
+            assert not self.replaced
+            kept = {name: content for name, content in files(self.out).items() if name != "training/lock"}
+            assert kept == files(self.given / "seed0")
+            return
+        if not self.replaced:
+            self.replaced, self.step = True, 0
+        super().check()
+
+    def ended(self) -> None:
+        super().ended()
+        assert [path.name for path in self.work.iterdir()] == ["c"]
+
+
+class Export(Scene):
+    """A whole export of a small module to a new place."""
+
+    context = 12
+
+    def prepare(self, nursery: Nursery) -> None:
+        (self.given / "mine.py").write_text(FACTORY)
+        if not (self.given / "old").exists():
+            assert nursery.run(*self.export(self.given / "old", 11)).status == 0
+
+    def export(self, out: Path, context: int) -> tuple[object, ...]:
+        source = f"{self.given}/mine.py:Small"
+        return ("export", source, "--context", context, "--precision", "fp32", "--out", out, "--force")
+
+    def reset(self) -> None:
+        super().reset()
+        self.out = self.work / "b"
+
+    def command(self) -> dict[str, Any]:
+        return {"arguments": self.export(self.out, 12)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            open_bundle(self.out, verify=True)
+
+    def ended(self) -> None:
+        super().ended()
+        assert open_bundle(self.out, verify=True).manifest.context_length == 12
+
+
+class ExportForce(Export):
+    """An export in the place of another."""
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.given / "old", self.out)
+
+    def check(self) -> None:
+        assert open_bundle(self.out, verify=True).manifest.context_length in (11, 12)
+
+
+class Write(ExportForce):
+    """Its end alone, where it writes: a bundle's files, and the exchange."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        super().prepare(nursery)
+        if not (self.given / "new").exists():
+            assert nursery.run(*self.export(self.given / "new", 12)).status == 0
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:write_bundle", "arguments": (self.given / "new", self.out)}
+
+
+class HashCache(Export):
+    """A reader that remembers hashes: it never fails, and what it remembers is a JSON object or not there."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        super().__init__(folder, work)
+        self.below = folder / "cache"
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.rmtree(self.below, ignore_errors=True)
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:check_a_folder", "arguments": (self.given / "old",)}
+
+    def check(self) -> None:
+        for file in self.below.rglob("*.json"):
+            assert read_json(file)
+
+    def ended(self) -> None:
+        self.check()
+
+
+class Conversation(Scene):
+    """A conversation that is saved over an earlier one."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.file = self.work / "talk.json"
+        save_messages(self.file, [{"role": "user", "content": "old"}])
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:save_a_conversation", "arguments": (self.file,)}
+
+    def check(self) -> None:
+        assert len(read_messages(self.file)) in (1, 2000)
+
+
+SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
+    # what is written, its share of the kills, and how many there are in the short form
+    "conversation": (Conversation, 0.1, 5),
+    "hash cache": (HashCache, 0.1, 5),
+    "bundle": (Write, 0.2, 10),
+    "train --force": (TrainForce, 0.28, 8),
+    "train": (Train, 0.24, 5),
+    "export --force": (ExportForce, 0.06, 2),
+    "export": (Export, 0.02, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("given")
+
+
+@pytest.fixture(scope="module")
+def library(given: Path) -> Path | None:
+    return build_faults(given)
+
+
+@pytest.fixture(scope="module")
+def nursery(given: Path, library: Path | None) -> Iterator[Nursery]:
+    with Nursery(given, IMPORTS, library=library) as found:
+        yield found
+
+
+def whole(scene: Scene, nursery: Nursery, library: Path | None) -> Outcome:
+    """How it goes when nothing happens: its seconds, and its calls."""
+    scene.prepare(nursery)
+    scene.reset()
+    outcome = scene.run(nursery, fault=Fault(str(scene.below), 0) if library else None)
+    assert outcome.status == 0, outcome.said
+    scene.ended()
+    return outcome
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_kill_at_any_moment_loses_nothing(
+    name: str, given: Path, tmp_path: Path, nursery: Nursery, library: Path | None
+) -> None:
+    kind, share, few = SCENES[name]
+    scene, rng = kind(given, tmp_path / "work"), random.Random(f"{SEED} {name}")
+    usual = whole(scene, nursery, library)
+    scene.reset()
+    found: Counter[str] = Counter()
+    while found["kills"] < (max(1, round(KILLS * share)) if KILLS else few):
+        # Half of them at any time, half at a call that changes the disk: most of the time a command computes.
+        if library and rng.random() < 0.5:
+            how: dict[str, Any] = {"fault": Fault(str(scene.below), rng.randint(1, max(1, usual.calls)))}
+        else:
+            how = {"kill_after": rng.uniform(0, 1.02 * usual.seconds)}
+        outcome = scene.run(nursery, **how)
+        scene.check()
+        if outcome.killed:
+            found["kills"] += 1
+            found["at a call"] += "fault" in how
+            if KILLS and found["kills"] % 20 == 0:
+                print(f"\n{name}: {dict(found)}", file=sys.stderr, flush=True)
+            if not scene.resumes:
+                found["left something hidden"] += bool(hidden(scene.work))
+                scene.reset()
+            continue
+        assert outcome.status == 0 or "trained already, to step 6 of 6" in outcome.said, outcome.said
+        sweep(scene)
+        scene.ended()
+        found["came to an end"] += 1
+        scene.reset()
+    print(f"\n{name}: {dict(found)}", file=sys.stderr)
+
+
+def sweep(scene: Scene) -> None:
+    """Removes the hidden folders that kills left, which the next command tells and does not remove."""
+    for path in list(scene.work.iterdir()):
+        if path.name.startswith("."):
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("name", SCENES)
+def test_a_disk_that_fails_at_any_call_loses_nothing(
+    name: str, error: str, once: bool, given: Path, tmp_path: Path, nursery: Nursery, library: Path | None
+) -> None:
+    if library is None:
+        pytest.skip("faults are injected by a library that gcc builds on Linux")
+    kind, _, _ = SCENES[name]
+    scene, rng = kind(given, tmp_path / "work"), random.Random(f"{SEED} {name} {error} {once}")
+    usual = whole(scene, nursery, library)
+    every = range(1, usual.calls + 1)
+    few = 1 if name.startswith("export") else 3
+    for call in every if KILLS else sorted(rng.sample(every, min(few, len(every)))):
+        scene.reset()
+        fault = Fault(str(scene.below), call, ERRORS[error], once)
+        outcome = scene.run(nursery, fault=fault)
+        try:
+            assert "Traceback" not in outcome.said
+            assert outcome.status in (0, 2)
+            scene.check()
+            if outcome.status == 0:
+                scene.ended()
+            elif once:  # NAME.new is what a manifest lists: the save was made, and its renaming failed
+                assert not [left for left in hidden(scene.work) if left != "lock" and not scene.resumes]
+                assert not [left for left in hidden(scene.work) if left.startswith(".")]
+            if scene.resumes and once and outcome.status:
+                after = scene.run(nursery)
+                assert after.status == 0 or "trained already" in after.said, after.said
+                scene.ended()
+        except BaseException as problem:
+            problem.add_note(f"{fault}: {outcome}")
+            raise
