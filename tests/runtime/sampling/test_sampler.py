@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import InputError
-from pastkey.runtime.sampling import sampler as sampling
+from pastkey.runtime.sampling import penalties, truncation
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
@@ -29,61 +29,6 @@ def test_greedy_takes_the_largest() -> None:
     assert Sampler(SamplingConfig())(LOGITS, []) == 1
 
 
-@pytest.mark.parametrize(
-    ("k", "expected"), [(1, {1}), (2, {1, 3}), (4, {0, 1, 3, 4}), (5, {0, 1, 2, 3, 4}), (9, set(range(5)))]
-)
-def test_top_k(k: int, expected: set[int]) -> None:
-    assert kept(sampling.keep_top_k(LOGITS, k)) == expected
-
-
-def test_top_k_keeps_ties() -> None:
-    assert kept(sampling.keep_top_k(np.array([1.0, 2.0, 1.0, 0.0]), 2)) == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"),
-    [
-        (0.01, {1}),
-        (0.39, {1}),
-        (0.41, {1, 3}),
-        (0.69, {1, 3}),
-        (0.71, {1, 3, 4}),
-        (0.94, {0, 1, 3, 4}),
-        (0.96, set(range(5))),
-    ],
-)
-def test_top_p_keeps_the_fewest_that_reach_it(p: float, expected: set[int]) -> None:
-    assert kept(sampling.keep_top_p(LOGITS, p)) == expected
-
-
-@given(logits=logit_arrays, p=st.floats(0.01, 0.999))
-def test_top_p_equals_its_definition(logits: np.ndarray, p: float) -> None:
-    probabilities = sampling.softmax(logits)
-    left = kept(sampling.keep_top_p(logits, p))
-    share = probabilities[list(left)].sum()
-    assert share >= p - 1e-9
-    assert share - probabilities[list(left)].min() < p + 1e-9
-    assert int(np.argmax(probabilities)) in left
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"), [(0.2, {0, 1, 3, 4}), (0.5, {1, 3}), (0.76, {1}), (1.0, {1}), (0.1, set(range(5)))]
-)
-def test_min_p_is_a_share_of_the_likeliest(p: float, expected: set[int]) -> None:
-    assert kept(sampling.keep_min_p(LOGITS, p)) == expected
-
-
-def test_temperature_divides_the_distance_to_the_largest() -> None:
-    scaled = sampling.apply_temperature(np.array([1.0, 3.0, 2.0], np.float32), 0.5)
-    np.testing.assert_allclose(scaled, [-4, 0, -2])
-
-
-def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
-    logits = np.array([2.0, -2.0, 4.0], np.float32)
-    np.testing.assert_allclose(sampling.apply_repetition_penalty(logits, [0, 1, 0], 2.0), [1, -4, 4])
-    np.testing.assert_array_equal(sampling.apply_repetition_penalty(logits, [], 2.0), logits)
-
-
 def test_repetition_penalty_acts_on_greedy_choice() -> None:
     logits = np.array([2.0, 1.5, 0.0], np.float32)
     assert Sampler(SamplingConfig(repetition_penalty=2.0))(logits, [0]) == 1
@@ -94,11 +39,11 @@ def test_no_function_writes_into_its_input(logits: np.ndarray, seen: list[int], 
     before = logits.copy()
     logits.flags.writeable = False
     for result in (
-        sampling.apply_repetition_penalty(logits, seen, 1.5),
-        sampling.apply_temperature(logits, 0.7),
-        sampling.keep_top_k(logits, k),
-        sampling.keep_top_p(logits, p),
-        sampling.keep_min_p(logits, p),
+        penalties.apply_repetition_penalty(logits, seen, 1.5),
+        truncation.apply_temperature(logits, 0.7),
+        truncation.keep_top_k(logits, k),
+        truncation.keep_top_p(logits, p),
+        truncation.keep_min_p(logits, p),
     ):
         assert result.shape == logits.shape
     np.testing.assert_array_equal(logits, before)
@@ -119,7 +64,7 @@ def test_whatever_the_settings_a_token_that_is_left_is_drawn(
     assert 0 <= token < logits.size
     if top_k:
         # Logits that differ by less than float64 can tell from the largest are ties.
-        assert token in kept(sampling.keep_top_k(sampling.apply_temperature(logits, temperature), top_k))
+        assert token in kept(truncation.keep_top_k(truncation.apply_temperature(logits, temperature), top_k))
 
 
 EXTREMES = st.sampled_from([2e-45, 1e-40, 1e-38, 1.0, 1e38])
@@ -137,7 +82,7 @@ def test_no_penalty_and_temperature_overflow(
 ) -> None:
     """A warning of numpy's is an error here, and infinity less infinity is one."""
     config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, seed=0, **rest)
-    penalised = sampling.apply_repetition_penalty(logits, seen, penalty)
+    penalised = penalties.apply_repetition_penalty(logits, seen, penalty)
     assert np.isfinite(penalised).all()
     token = Sampler(config)(logits, seen)
     if temperature <= 1e-300:
@@ -168,12 +113,6 @@ def test_a_lower_temperature_sharpens() -> None:
 def test_a_token_without_probability_is_never_drawn() -> None:
     sampler = Sampler(SamplingConfig(temperature=1.0, top_k=2, seed=0))
     assert {sampler(LOGITS, [0] * place) for place in range(500)} == {1, 3}
-
-
-@pytest.mark.parametrize(("drawn", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
-def test_the_ends_of_the_unit_interval_draw_tokens_with_probability(drawn: float, expected: int) -> None:
-    logits = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf])
-    assert sampling.draw(logits, drawn) == expected
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
