@@ -5,7 +5,7 @@ What is at minus infinity stays there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,6 @@ Scores = npt.NDArray[np.floating]
 IdArray = npt.NDArray[np.int64]
 
 _MOST = float(np.finfo(np.float64).max)
-_LARGEST_EXPONENT = 88.7228391  # of e in float32, where llama.cpp cuts the penalty off
 
 
 def last(seen: Sequence[int] | IdArray, count: int) -> IdArray:
@@ -69,70 +68,3 @@ def ban_repeated_ngrams(logits: Scores, seen: Sequence[int] | IdArray, size: int
     banned = logits.copy()
     banned[ids[size - 1 :][same]] = -np.inf
     return banned
-
-
-# --- DRY ----------------------------------------------------------------------------------------------------------
-Breakers = Mapping[int, Collection[tuple[int, ...]]]  # a sequence breaker's first id -> those that follow it
-
-
-def apply_dry(
-    logits: Scores,
-    seen: Sequence[int] | IdArray,
-    multiplier: float,
-    base: float = 1.75,
-    allowed_length: int = 2,
-    breakers: Breakers | None = None,
-) -> Scores:
-    """Logits (V,) less `multiplier` * `base` ** (n - `allowed_length`) for each id that would prolong a repetition.
-
-    n is how many of the last ids of `seen` stood before that id at an earlier place, at the most; from
-    `allowed_length` on it counts. It does not reach beyond the last breaker, and an id that breaks alone is spared. As
-    llama.cpp defines it, after "DRY: A modern repetition penalty that reliably prevents looping", P. E. Weidmann, 2024.
-    """
-    ids, breakers = np.asarray(seen, np.int64), breakers or {}
-    most = _since_break(ids, breakers)
-    if ids.size <= allowed_length or most < allowed_length:
-        return logits
-    longest = _longest_repetitions(ids, allowed_length, _most_that_counts(most, base, allowed_length))
-    alone = {head for head, tails in breakers.items() if () in tails}
-    repeated = [(token, length) for token, length in longest.items() if token not in alone]
-    if not repeated:
-        return logits
-    tokens, lengths = map(list, zip(*repeated, strict=True))
-    penalised = logits.astype(np.float64)
-    penalised[tokens] -= multiplier * base ** (np.array(lengths, np.float64) - allowed_length)
-    return penalised
-
-
-def _since_break(ids: IdArray, breakers: Breakers) -> int:
-    """How many ids stand behind the last breaker."""
-    if breakers:
-        for place in np.flatnonzero(np.isin(ids, list(breakers)))[::-1].tolist():
-            tails = [tuple(tail) for tail in breakers[int(ids[place])]]
-            lengths = [len(tail) for tail in tails if tuple(ids[place + 1 : place + 1 + len(tail)].tolist()) == tail]
-            if lengths:
-                return int(ids.size) - place - 1 - max(lengths)
-    return int(ids.size)
-
-
-def _most_that_counts(most: int, base: float, allowed_length: int) -> int:
-    """The length above which the penalty grows no more."""
-    if base <= 1.000001:
-        return most
-    return min(most, allowed_length + int(_LARGEST_EXPONENT / np.log(base)))
-
-
-def _longest_repetitions(ids: IdArray, least: int, most: int) -> dict[int, int]:
-    """For each id that follows a repetition of the end of `ids`, its greatest length from `least` to `most`."""
-    reverse = ids[::-1]
-    places, length = np.arange(1, ids.size), 0  # how many ids from the end the repetition ends
-    longest: dict[int, int] = {}
-    while places.size:
-        if length >= least:
-            longest.update(dict.fromkeys(reverse[places - 1].tolist(), length))
-        if length == most:
-            break
-        places = places[places + length < ids.size]
-        places = places[reverse[places + length] == reverse[length]]
-        length += 1
-    return longest

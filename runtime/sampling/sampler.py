@@ -17,9 +17,10 @@ import numpy as np
 from pastkey.errors import InputError
 
 from ..settings import SamplingConfig
-from . import bans, penalties, truncation
+from . import bans, dry, penalties, truncation
+from .dry import Breakers
 from .history import History
-from .penalties import Breakers, IdArray, Scores
+from .penalties import IdArray, Scores
 from .processors import apply_processor
 from .random_stream import EXCLUDE, fresh_seed, uniform
 
@@ -53,7 +54,7 @@ class Sampler:
             max_new_tokens: At most so many follow them.
             end_ids: EOS tokens.
             vocab_size: V.
-            breakers: DRY's sequence breakers; see `penalties.apply_dry`.
+            breakers: DRY's sequence breakers; see `dry.sequence_breakers`.
         """
         nearest: dict[str, Any] = {name: float(np.float32(getattr(config, name))) for name in _REAL}
         seed = fresh_seed() if config.seed is None else config.seed
@@ -124,7 +125,7 @@ def _changes(config: SamplingConfig, text: _Text) -> Iterator[Change]:
             logits, recent(ids), c.presence_penalty, c.frequency_penalty
         )
     if c.dry_multiplier:
-        yield lambda logits, ids: penalties.apply_dry(
+        yield lambda logits, ids: dry.apply_dry(
             logits,
             penalties.last(ids, c.dry_penalty_last_n),
             c.dry_multiplier,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pastkey.runtime.sampling import penalties
 from pastkey.runtime.sampling.truncation import softmax
@@ -79,83 +77,3 @@ def test_the_penalties_together(
     changed = penalties.apply_repetition_penalty(log(FIFTHS), seen, repetition)
     changed = penalties.apply_presence_and_frequency_penalty(changed, seen, presence, frequency)
     np.testing.assert_allclose(softmax(changed), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("seen", "expected", "multiplier", "allowed_length", "breakers"),
-    [
-        ([0, 1], [0.25] * 4, 1.0, 2, {}),
-        ([0, 1, 2, 0, 1], [0.296923, 0.296923, 0.109232, 0.296923], 1.0, 2, {}),
-        ([0, 1, 3, 4, 0, 1], FIFTHS, 1.0, 2, {3: [()]}),
-        ([0, 1, 2, 0, 1], [0.241818, 0.241818, 0.032727, 0.241818, 0.241818], 2.0, 2, {}),
-        ([0, 1, 2, 3, 4, 0, 1], FIFTHS, 1.0, 4, {}),
-    ],
-)
-def test_dry(
-    seen: list[int],
-    expected: list[float],
-    multiplier: float,
-    allowed_length: int,
-    breakers: dict[int, list[tuple[int, ...]]],
-) -> None:
-    logits = log([1 / len(expected)] * len(expected))
-    changed = penalties.apply_dry(logits, seen, multiplier, 1.1, allowed_length, breakers)
-    np.testing.assert_allclose(softmax(changed), expected, atol=1e-5)
-
-
-# --- DRY ------------------------------------------------------------------------------------------------------------
-def dry_by_definition(
-    size: int, seen: list[int], base: float, allowed: int, breakers: dict[int, list[tuple[int, ...]]]
-) -> np.ndarray:
-    """Each earlier place on its own, token by token."""
-    since = len(seen)
-    for place in range(len(seen) - 1, -1, -1):
-        tails = [t for t in breakers.get(seen[place], []) if tuple(seen[place + 1 : place + 1 + len(t)]) == t]
-        if tails:
-            since = len(seen) - place - 1 - max(map(len, tails))
-            break
-    longest: dict[int, int] = {}
-    for end in range(len(seen) - 1):  # the repetition ends at `end`, and seen[end + 1] followed it
-        length = 0
-        while length <= end and seen[end - length] == seen[-1 - length]:
-            length += 1
-        length = min(length, since)
-        if length >= allowed and since >= allowed and len(seen) > allowed:
-            longest[seen[end + 1]] = max(length, longest.get(seen[end + 1], 0))
-    penalty = np.zeros(size)
-    for token, length in longest.items():
-        if () not in breakers.get(token, []):
-            penalty[token] = base ** (length - allowed)
-    return penalty
-
-
-@given(
-    seen=st.lists(st.integers(0, 3), max_size=30),
-    base=st.sampled_from([1.0, 1.1, 1.75]),
-    allowed=st.integers(0, 4),
-    breakers=st.dictionaries(
-        st.integers(0, 3), st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1), max_size=2
-    ),
-)
-def test_dry_equals_its_definition(
-    seen: list[int], base: float, allowed: int, breakers: dict[int, list[tuple[int, ...]]]
-) -> None:
-    logits = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
-    found = penalties.apply_dry(logits, seen, 2.0, base, allowed, breakers)
-    np.testing.assert_allclose(found, logits - 2.0 * dry_by_definition(4, seen, base, allowed, breakers))
-
-
-def test_a_breaker_of_several_tokens_counts_where_it_is_whole() -> None:
-    logits, seen = np.zeros(9, np.float32), [1, 2, 5, 3, 7, 8, 1, 2]
-    with_tail = {7: [(8,)], 3: [(4,)]}
-    assert penalties.apply_dry(logits, seen, 1.0, breakers=with_tail)[5] == -1  # two since the breaker
-    assert penalties.apply_dry(logits, [*seen[:-2], 2], 1.0, allowed_length=1, breakers=with_tail)[5] == -1
-    assert penalties.apply_dry(logits, [1, 2, 5, 1, 7, 8], 1.0, allowed_length=1, breakers=with_tail).max() == 0
-    longer = [0, 1, 2, 5, 3, 0, 7, 8, 1, 2]
-    assert penalties.apply_dry(logits, [*longer[:5], *longer], 1.0, breakers=with_tail)[5] == -1
-
-
-def test_the_penalty_of_a_long_repetition_is_finite() -> None:
-    found = penalties.apply_dry(np.zeros(3, np.float32), [1] * 5000, 1.0, 1.75)
-    assert np.isfinite(found).all()
-    assert found[1] == pytest.approx(-(1.75**158))  # the largest power that float32 holds

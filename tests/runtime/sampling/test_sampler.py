@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import InputError
 from pastkey.runtime.sampling import penalties, truncation
+from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
@@ -153,3 +155,192 @@ def test_settings_out_of_range_are_named(field: str, value: Any) -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
+
+
+# --- the definition of docs/bundle-format.md, bit for bit -----------------------------------------------------------
+def by_definition(logits: np.ndarray, ids: list[int], config: SamplingConfig) -> int:
+    """Every step over the whole vocabulary in float64, as the text has it."""
+    c, x = Sampler(config).config, logits.astype(np.float64)
+    if c.repetition_penalty != 1:
+        for token in set(ids):
+            x[token] = x[token] / c.repetition_penalty if x[token] > 0 else x[token] * c.repetition_penalty
+    if not c.temperature:
+        return int(np.argmax(x))
+
+    def probabilities() -> np.ndarray:
+        exponentials = np.exp(x - x.max())
+        return exponentials / exponentials.sum()
+
+    x = (x - x.max()) / c.temperature
+    if 0 < c.top_k < x.size:
+        x = np.where(x >= np.sort(x)[-c.top_k], x, -np.inf)
+    if c.top_p < 1:
+        p = probabilities()
+        order = np.argsort(-p, kind="stable")
+        dropped = order[np.append(0.0, np.cumsum(p[order])[:-1]) >= c.top_p]
+        x[dropped] = -np.inf
+    if c.min_p:
+        x = np.where(x >= x.max() + math.log(c.min_p), x, -np.inf)
+    sums = np.cumsum(probabilities())
+    assert c.seed is not None
+    return int(np.flatnonzero(sums / sums[-1] > uniform(c.seed, len(ids)))[0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 300, 9000])
+def test_the_token_is_that_of_the_definition(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for _ in range(400 if size < 1000 else 80):
+        logits = rng.normal(0, rng.choice([0.01, 1, 4, 30]), size).astype(np.float32)
+        logits = np.round(logits) if rng.random() < 0.3 else logits  # ties
+        config = SamplingConfig(
+            temperature=float(rng.choice([0, 0.1, 0.7, 1, 3])),
+            top_k=int(rng.choice([0, 0, 1, 5, 40, 10**6])),
+            top_p=float(rng.choice([0.01, 0.5, 0.9, 0.999, 1, 1])),
+            min_p=float(rng.choice([0, 0, 0.05, 1])),
+            repetition_penalty=float(rng.choice([0.7, 1, 1, 1.2])),
+            seed=int(rng.integers(0, 2**63 - 1)),
+        )
+        ids = rng.integers(0, size, int(rng.integers(0, 60))).tolist()
+        assert Sampler(config)(logits, ids) == by_definition(logits, ids, config), config
+
+
+# --- the other stages -----------------------------------------------------------------------------------------------
+def choice(ids: list[int] | None = None, logits: np.ndarray = LOGITS, **settings: Any) -> int:
+    rest = {name: settings.pop(name) for name in ("prompt_tokens", "max_new_tokens", "end_ids") if name in settings}
+    return Sampler(SamplingConfig(**settings), **rest)(logits, ids or [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids", "token"),
+    [
+        ({"logit_bias": {2: 9.0}}, [], 2),
+        ({"logit_bias": {1: -np.inf}}, [], 3),
+        ({"suppress_tokens": [1, 3]}, [], 4),
+        ({"bad_words_ids": [[0, 1]]}, [0], 3),
+        ({"bad_words_ids": [[0, 1]]}, [4], 1),
+        ({"presence_penalty": 1.0}, [1], 3),
+        ({"frequency_penalty": 0.2}, [1], 1),
+        ({"frequency_penalty": 0.2}, [1, 1], 3),
+        ({"frequency_penalty": 0.2, "penalty_last_n": 2}, [1, 1, 0], 1),
+        ({"repetition_penalty": 9.0, "penalty_last_n": 1}, [1, 0], 1),
+        ({"repetition_penalty": 9.0, "penalty_last_n": 2}, [1, 0], 3),
+        ({"no_repeat_ngram_size": 2}, [1, 1], 3),
+        ({"dry_multiplier": 1.0}, [0, 2, 1, 0, 2], 3),
+        ({"dry_multiplier": 1.0, "dry_penalty_last_n": 4}, [0, 2, 1, 0, 2], 1),
+        ({"min_new_tokens": 2, "end_ids": [1], "prompt_tokens": 1}, [0, 0], 3),
+        ({"min_new_tokens": 2, "end_ids": [1], "prompt_tokens": 1}, [0, 0, 0], 1),
+        ({"forced_decoder_ids": [(1, 4)], "prompt_tokens": 2}, [0, 0, 0], 4),
+        ({"forced_decoder_ids": [(1, 4)], "prompt_tokens": 2}, [0, 0], 1),
+        ({"forced_eos_token_id": 0, "prompt_tokens": 1, "max_new_tokens": 3}, [0, 0, 0], 0),
+        ({"forced_eos_token_id": 0, "prompt_tokens": 1, "max_new_tokens": 3}, [0, 0], 1),
+        ({"logits_processor": lambda ids, logits: -logits}, [], 2),
+        ({"logits_processor": [lambda ids, logits: -logits, lambda ids, logits: -logits]}, [], 1),
+        ({"temperature": 1.0, "top_n_sigma": 0.1}, [], 1),
+        ({"temperature": 1.0, "typical_p": 0.01}, [], 3),
+    ],
+)
+def test_each_setting_has_its_effect(settings: dict[str, Any], ids: list[int], token: int) -> None:
+    assert choice(ids, **settings) == token
+    assert choice(ids, seed=5, **settings) == token
+
+
+def test_the_order_of_the_first_half() -> None:
+    """A bias is penalised; a forced token comes although it is a bad word; a function sees what is banned."""
+    logits = np.array([1.0, 2.0, 0.0], np.float32)
+    assert choice([0], logits, logit_bias={0: 2.0}, repetition_penalty=3.0) == 1  # (1 + 2) / 3, and not 1 / 3 + 2
+    assert choice([], logits, bad_words_ids=[[2]], forced_decoder_ids=[(0, 2)]) == 2
+    seen: list[np.ndarray] = []
+
+    def look(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append(logits)
+        return logits
+
+    choice([], logits, suppress_tokens=[1], logits_processor=look)
+    np.testing.assert_array_equal(seen[0], [1, -np.inf, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_place_where_all_is_banned_is_an_error(temperature: float) -> None:
+    with pytest.raises(InputError, match="the settings ban every token at this place"):
+        choice([], temperature=temperature, suppress_tokens=range(5))
+    with pytest.raises(InputError, match="the settings ban every token"):
+        choice([], temperature=temperature, suppress_tokens=[2], forced_decoder_ids=[(0, 2)])
+
+
+def test_xtc_applies_as_often_as_is_asked_by_a_draw_of_its_own() -> None:
+    config = SamplingConfig(temperature=1.0, xtc_probability=0.3, xtc_threshold=0.2, seed=4)
+    sampler, plain = Sampler(config), Sampler(SamplingConfig(temperature=1.0, seed=4))
+    applied = 0
+    for place in range(4000):
+        ids = [0] * place
+        if uniform(4, place, EXCLUDE) < 0.3:
+            applied += 1
+            assert sampler(LOGITS, ids) != 1  # 0.4 is excluded, and 0.3 stays
+        else:
+            assert sampler(LOGITS, ids) == plain(LOGITS, ids)
+    assert 0.27 < applied / 4000 < 0.33
+
+
+def test_xtc_of_a_threshold_above_one_half_never_applies() -> None:
+    sampler = Sampler(SamplingConfig(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.51, seed=4))
+    plain = Sampler(SamplingConfig(temperature=1.0, seed=4))
+    assert [sampler(LOGITS, [0] * i) for i in range(50)] == [plain(LOGITS, [0] * i) for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logit_bias": {5: 1.0}}, {"bad_words_ids": [[0], [1, 5]]}, {"forced_decoder_ids": [(0, 5)]},
+        {"forced_eos_token_id": 5}, {"suppress_tokens": [5]},
+    ],
+)  # fmt: skip
+def test_an_id_out_of_the_vocabulary_is_named(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(InputError, match=f"{name} holds 5; token ids are whole numbers from 0 to 4"):
+        Sampler(SamplingConfig(**settings), vocab_size=5)
+    Sampler(SamplingConfig(**settings), vocab_size=6)
+
+
+@given(
+    logits=arrays(np.float32, 9, elements=st.sampled_from([-3.0, 0.0, 0.5, 0.5, 2.0, 1e30])),
+    ids=st.lists(st.integers(0, 8), max_size=12),
+    settings=st.fixed_dictionaries(
+        {},
+        optional={
+            "repetition_penalty": st.sampled_from([0.5, 2.0]), "presence_penalty": st.sampled_from([-2.0, 1e38]),
+            "frequency_penalty": st.sampled_from([-1e38, 1.0]), "dry_multiplier": st.sampled_from([1.0, 1e38]),
+            "no_repeat_ngram_size": st.integers(2, 4), "top_n_sigma": st.sampled_from([0.01, 1e38]),
+            "typical_p": st.sampled_from([0.01, 0.9]), "xtc_probability": st.sampled_from([0.5, 1.0]),
+            "top_k": st.integers(1, 12), "top_p": st.sampled_from([0.01, 0.9]), "min_p": st.sampled_from([0.1, 1.0]),
+            "temperature": st.sampled_from([1e-300, 0.5, 1e38]), "suppress_tokens": st.just([1, 2]),
+        },
+    ),
+)  # fmt: skip
+def test_whatever_the_settings_a_token_comes_that_is_not_banned(
+    logits: np.ndarray, ids: list[int], settings: dict[str, Any]
+) -> None:
+    """A warning of numpy's is an error here."""
+    token = choice(ids, logits, seed=1, **settings)
+    assert 0 <= token < 9
+    assert token not in settings.get("suppress_tokens", ())
+    assert choice(ids, logits, seed=1, **settings) == token
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("typical_p", 0.0), ("typical_p", 1.1), ("top_n_sigma", float("nan")), ("xtc_probability", 1.1),
+        ("xtc_threshold", -0.1), ("presence_penalty", float("inf")), ("frequency_penalty", "1"),
+        ("penalty_last_n", -2), ("penalty_last_n", 1.5), ("no_repeat_ngram_size", -1), ("dry_multiplier", -1),
+        ("dry_base", 0.9), ("dry_allowed_length", -1), ("dry_penalty_last_n", -2), ("dry_sequence_breakers", "x"),
+        ("dry_sequence_breakers", [""]), ("dry_sequence_breakers", [[]]), ("dry_sequence_breakers", [[-1]]),
+        ("min_new_tokens", -1), ("logit_bias", [1]), ("logit_bias", {-1: 0.5}), ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: float("inf")}), ("logit_bias", {"a": 1.0}), ("suppress_tokens", [-1]),
+        ("suppress_tokens", 3), ("suppress_tokens", "3"), ("bad_words_ids", [1]), ("bad_words_ids", [[]]),
+        ("bad_words_ids", [["a"]]), ("forced_decoder_ids", [(1,)]), ("forced_decoder_ids", [(-1, 2)]),
+        ("forced_eos_token_id", -1), ("logits_processor", 3), ("logits_processor", [3]),
+    ],
+)  # fmt: skip
+def test_other_settings_out_of_range_are_named(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"^{field} is .*; it must be "):
+        SamplingConfig(**{field: value})
