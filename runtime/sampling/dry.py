@@ -54,15 +54,15 @@ def _since_break(ids: IdArray, breakers: Breakers) -> int:
             tails = [tuple(tail) for tail in breakers[int(ids[place])]]
             lengths = [len(tail) for tail in tails if tuple(ids[place + 1 : place + 1 + len(tail)].tolist()) == tail]
             if lengths:
-                return int(ids.size) - place - 1 - max(lengths)
-    return int(ids.size)
+                return len(ids) - int(place) - 1 - max(lengths)
+    return len(ids)
 
 
 def _most_that_counts(most: int, base: float, allowed_length: int) -> int:
     """The length above which the penalty grows no more."""
-    if base <= 1.000001:
+    if base <= 1.000001:  # it hardly grows
         return most
-    return min(most, allowed_length + int(_LARGEST_EXPONENT / math.log(base)))
+    return min(most, allowed_length + math.floor(_LARGEST_EXPONENT / math.log(base)))
 
 
 def _longest_repetitions(ids: IdArray, least: int, most: int) -> dict[int, int]:
