@@ -23,17 +23,47 @@ BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 
 
-class ChatOptions(TypedDict, total=False):
-    """The options of `Chat.ask` and `Chat.stream`; the defaults are SamplingConfig's and those named above."""
+LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
 
-    max_new_tokens: int
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen. The fields of SamplingConfig, which has the defaults."""
+
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     repetition_penalty: float
     seed: int | None
+    typical_p: float
+    top_n_sigma: float
+    xtc_probability: float
+    xtc_threshold: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_last_n: int
+    no_repeat_ngram_size: int
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: Sequence[str | Sequence[int]]
+    min_new_tokens: int
+    logit_bias: Mapping[int, float] | None
+    suppress_tokens: Sequence[int]
+    bad_words_ids: Sequence[Sequence[int]]
+    forced_decoder_ids: Sequence[Sequence[int]]
+    forced_eos_token_id: int | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+
+
+class ChatOptions(SamplingOptions, total=False):
+    """The options of `Chat.ask` and `Chat.stream`; the defaults are SamplingConfig's and those named above."""
+
+    max_new_tokens: int
     stop: str | Sequence[str]
+    bad_words: Sequence[str]
+    logprobs: int | None
     prompt_lookup: bool
     timeout: float | None
     keep_special_tokens: bool
@@ -44,6 +74,7 @@ class GenerateOptions(ChatOptions, total=False):
 
     reuse_prefix: bool
     exact: bool
+    prompt_logprobs: bool
 
 
 class PlacementOptions(TypedDict, total=False):
@@ -75,9 +106,6 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
                 f"{call}() has no option {name!r}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(sorted(known))}")
             )
-
-
-LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
 
 
 @dataclass(frozen=True)
