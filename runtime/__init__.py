@@ -33,10 +33,13 @@ if TYPE_CHECKING:
     from .generate import Generation as Generation
     from .language_model import LanguageModel as LanguageModel
     from .loading import load as load
+    from .sampling.log_probs import TokenLogprob as TokenLogprob
+    from .scoring import Score as Score
     from .session import Session as Session
     from .settings import ChatOptions as ChatOptions
     from .settings import GenerateOptions as GenerateOptions
     from .settings import SamplingConfig as SamplingConfig
+    from .settings import SamplingOptions as SamplingOptions
     from .stream import Stream as Stream
 else:
     __all__, __getattr__, __dir__ = lazy_names(
@@ -48,8 +51,10 @@ else:
             ".generate": ["Generation"],
             ".language_model": ["LanguageModel"],
             ".loading": ["load"],
+            ".sampling.log_probs": ["TokenLogprob"],
+            ".scoring": ["Score"],
             ".session": ["Session"],
             ".stream": ["Stream"],
-            ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig"],
+            ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
         },
     )

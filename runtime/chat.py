@@ -250,7 +250,7 @@ class Chat:
                 chunk = next(answer)
                 if cut and said == cut and chunk.ids and self._begins_word(chunk.ids[0]):
                     space = " "  # a decoder drops it where a text begins, and this one goes on
-                    chunk = Chunk(space + chunk.text, chunk.ids)
+                    chunk = dataclasses.replace(chunk, text=space + chunk.text)
                 said += chunk.text
                 self.messages = [*messages, message("assistant", said)]
                 yield chunk

@@ -47,7 +47,21 @@ _SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "top_k": (natural_int, "draw from the K likeliest tokens; 0 for all"),
     "top_p": (finite_float, "draw from the likeliest tokens that have probability P together"),
     "min_p": (finite_float, "drop tokens of less than P times the likeliest one's probability"),
+    "typical_p": (finite_float, "draw from the tokens nearest to the entropy that have probability P together"),
+    "top_n_sigma": (finite_float, "draw from logits within S standard deviations of the largest; below 0 for all"),
+    "xtc_probability": (finite_float, "how often all but the least likely of the top choices are dropped"),
+    "xtc_threshold": (finite_float, "the probability from which on a token is a top choice"),
     "repetition_penalty": (finite_float, "above 1, repeat less"),
+    "presence_penalty": (finite_float, "above 0, repeat less: off the logits of tokens that the text has"),
+    "frequency_penalty": (finite_float, "above 0, repeat less: off them for each time"),
+    "penalty_last_n": (int, "how many tokens these three look back; -1 for all"),
+    "no_repeat_ngram_size": (natural_int, "no sequence of S tokens comes twice; 0 for any"),
+    "dry_multiplier": (finite_float, "above 0, DRY: a penalty on prolonging a repetition"),
+    "dry_base": (finite_float, "by which it grows with each token of the repetition"),
+    "dry_allowed_length": (natural_int, "the length from which on a repetition has it"),
+    "dry_penalty_last_n": (int, "how many tokens it looks back; -1 for all"),
+    "min_new_tokens": (natural_int, "no end of the text before so many new tokens"),
+    "suppress_tokens": (id_list, "token ids that never come"),
     "seed": (natural_int, "the same seed draws the same text"),
 }
 
@@ -76,7 +90,10 @@ def _run(arguments: argparse.Namespace) -> int:
     model = load(arguments.bundle, **_placement(arguments))
     if arguments.json:
         completion = dataclasses.asdict(model.generate(prompt, **options))
-        del completion["cached_tokens"], completion["tool_calls"]  # none: nothing was generated before, nor asked for
+        for name in ("cached_tokens", "tool_calls", "prompt_logprobs"):  # none: nothing came before, nor was asked for
+            del completion[name]
+        if arguments.logprobs is None:
+            del completion["logprobs"]
         print_json(completion)
         return 0
     _show_what_can_be_shown()
@@ -116,7 +133,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     chat = model.chat(arguments.system, template=arguments.template)
     prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
     if arguments.json:
-        print_json(_answer_json(chat, chat.ask(prompt, **options)))
+        print_json(_answer_json(chat, chat.ask(prompt, **options), options))
         return 0
     _show_what_can_be_shown()
     if prompt is not None:
@@ -128,8 +145,10 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _with_defaults(options: ChatOptions, defaults: ChatOptions) -> ChatOptions:
     """The options, with the model's own where no flag was given, of which one line tells."""
+    from .generation_config import ALWAYS
+
     if options.get("temperature") == 0:  # asked for: nothing is drawn
-        defaults = {"repetition_penalty": defaults["repetition_penalty"]} if "repetition_penalty" in defaults else {}
+        defaults = cast(ChatOptions, {name: value for name, value in defaults.items() if name in ALWAYS})
     used = {name: value for name, value in defaults.items() if name not in options}
     if used:
         shown = ", ".join(f"{name} {value}" for name, value in used.items())
@@ -137,7 +156,7 @@ def _with_defaults(options: ChatOptions, defaults: ChatOptions) -> ChatOptions:
     return cast(ChatOptions, {**used, **options})
 
 
-def _answer_json(chat: Chat, answer: Completion) -> dict[str, Any]:
+def _answer_json(chat: Chat, answer: Completion, options: ChatOptions) -> dict[str, Any]:
     return {
         "messages": chat.messages,
         "text": answer.text,
@@ -147,6 +166,7 @@ def _answer_json(chat: Chat, answer: Completion) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "cached_tokens": answer.cached_tokens,
         "new_tokens": answer.new_tokens,
+        **({} if options.get("logprobs") is None else {"logprobs": list(map(dataclasses.asdict, answer.logprobs))}),
         "seconds": answer.prefill_seconds + answer.decode_seconds,
     }
 
@@ -338,10 +358,12 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
     add("--max-new-tokens", metavar="N", type=natural_int, default=most, help="at most so many (%(default)s)")
     for name, (kind, meaning) in _SAMPLING.items():
         default = getattr(SamplingConfig, name)
-        shown = "drawn afresh" if default is None else default
+        shown = {None: "drawn afresh", (): "none"}.get(default, default)
         flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
         known = None if models_own else default
         add(flag, metavar=letter, type=kind, default=known, help=f"{meaning} ({shown})")
+    add("--bad-word", metavar="TEXT", dest="bad_words", action="append", default=[], help="it never comes, as encoded")
+    add("--logprobs", metavar="N", type=natural_int, help="with --json, log-probabilities, and those of N likeliest")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
     add(
         "--prompt-lookup",
@@ -355,7 +377,7 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
 
 def _generation_options(arguments: argparse.Namespace) -> ChatOptions:
     """What _add_generation's flags were set to. Raises InputError for settings out of range."""
-    given = {name: value for name in CHAT_OPTIONS if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in CHAT_OPTIONS if (value := getattr(arguments, name, None)) is not None}
     options = cast(ChatOptions, given)
     SamplingConfig.of(options)  # now, and not after the first question
     return options

@@ -7,6 +7,8 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+from .sampling.log_probs import TokenLogprob
+
 
 class ToolCall(TypedDict):
     """A function that the model wants called.
@@ -27,10 +29,12 @@ class Chunk:
     Attributes:
         text: Whole characters only. "" while a character or a stop string is incomplete, and without a tokenizer.
         ids: The token, or none for the text that was held back.
+        logprobs: That of the token, where `logprobs` was asked for.
     """
 
     text: str
     ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Completion:
         cached_tokens: Number of the prompt's tokens whose keys and values were in the cache already.
         stop_string: The one of `stop` that ended the text, or None. Of two that begin alike, the shorter one.
         tool_calls: Of a Chat's answer, the functions that it calls, in order.
+        draft_tokens: Number of tokens that prompt lookup drafted.
+        accepted_tokens: Number of these that the sampler chose.
+        logprobs: Of each of `ids`, where `logprobs` was asked for; else none.
+        prompt_logprobs: Of each of the prompt's tokens, None for the first, where `prompt_logprobs` was asked for.
     """
 
     text: str
@@ -62,6 +70,20 @@ class Completion:
     cached_tokens: int = 0
     stop_string: str | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        """As `prefill_seconds`."""
+        return self.prefill_seconds
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Mean time of a token after the first; 0 where there is none."""
+        return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
     @property
     def reused_tokens(self) -> int:

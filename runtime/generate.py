@@ -14,6 +14,8 @@ from pastkey.errors import InputError
 from pastkey.values import is_int
 
 from .engine.engine import Engine, Logits
+from .sampling.dry import Breakers
+from .sampling.log_probs import TokenLogprob, token_logprob
 from .sampling.prompt_lookup import PromptLookup
 from .sampling.sampler import Sampler
 from .settings import MAX_DRAFT_TOKENS, SamplingConfig
@@ -47,6 +49,8 @@ class Generation:
         ids: The prompt's, and those chosen so far. A few may not be yielded yet.
         engine: With the cache, from the first step on.
         begun: Whether it has that.
+        logprobs: Those of the tokens chosen so far, where they were asked for.
+        prompt_logprobs: Those of the prompt's tokens, where they were asked for; None for the first.
         tokens_per_step: How many tokens a step of this row alone brings, lately; drafts make it more than one.
     """
 
@@ -62,6 +66,9 @@ class Generation:
         prompt_lookup: bool = True,
         exact: bool = False,
         timeout: float | None = None,
+        breakers: Breakers | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         driver: Driver | None = None,
         provide: Callable[[Generation], tuple[Engine, int]] | None = None,
         retired: Callable[[Generation], None] | None = None,
@@ -82,6 +89,9 @@ class Generation:
             prompt_lookup: Whether draft tokens are run where the text repeats itself.
             exact: Whether of that only what a prefill computed is kept.
             timeout: Seconds from the first step on, after which it ends.
+            breakers: DRY's sequence breakers as ids.
+            logprobs: Whether log-probabilities are kept, and of how many of the likeliest tokens beside the chosen one.
+            prompt_logprobs: Whether those of the prompt's tokens are, too: of all that the cache does not have yet.
             driver: Who runs the steps; None for this object itself.
             starting: Is told by whoever asks for the first token.
             provide: Gives an engine, and how many of the prompt's tokens are in its cache, when the first step comes.
@@ -92,6 +102,13 @@ class Generation:
         """
         if not is_int(max_new_tokens) or max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number from 0")
+        sampling = sampling or SamplingConfig()
+        if sampling.min_new_tokens > max_new_tokens:
+            raise InputError(
+                f"min_new_tokens is {sampling.min_new_tokens!r}; it must be at most max_new_tokens, {max_new_tokens}"
+            )
+        if logprobs is not None and not is_int(logprobs, 0):
+            raise InputError(f"logprobs is {logprobs!r}; it must be a whole number from 0, or None")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")
         self.ids: list[int] = engine.checked(prompt, ndim=1, start=0).tolist()
@@ -108,7 +125,17 @@ class Generation:
         self.error: BaseException | None = None
         # The last token of all need not be fed, so that it may stand one behind the context.
         self._limit = min(max_new_tokens, engine.manifest.context_length - len(self.ids) + 1)
-        self._sample = Sampler(sampling or SamplingConfig())
+        self._sample = Sampler(
+            sampling,
+            prompt_tokens=len(self.ids),
+            max_new_tokens=self._limit,
+            end_ids=end_ids,
+            vocab_size=engine.manifest.vocab_size,
+            breakers=breakers,
+        )
+        self._top = logprobs
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] = [None] * len(self.ids) if prompt_logprobs else []
         self._end_ids = frozenset(end_ids)
         self._keep = (reuse_prefix, exact)
         self._prompt_lookup = PromptLookup() if prompt_lookup and engine.supports_drafts else None
@@ -254,7 +281,14 @@ class Generation:
         sizes = engine.chunk_sizes(len(missing), chunk_size)
         if len(sizes) > 1:
             engine.reserve(len(missing))
-        logits = engine.append(missing[: sizes[0]])
+        if self.prompt_logprobs:
+            start = engine.length
+            logits = engine.all_logits(missing[: sizes[0]])
+            for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
+                self.prompt_logprobs[place] = token_logprob(row, self.ids[place], self._top or 0)
+            logits = logits[-1]
+        else:
+            logits = engine.append(missing[: sizes[0]])
         if len(sizes) == 1:
             self.take(logits[None], [])
 
@@ -280,6 +314,8 @@ class Generation:
             if token in self._end_ids:
                 self._ending = self._ending or "stop"
                 break
+            if self._top is not None:
+                self.logprobs[len(self.ids) - self.prompt_tokens :] = [token_logprob(row, token, self._top)]
             self.ids.append(token)
             if len(self.ids) - self.prompt_tokens >= self._limit:
                 self._ending = self._ending or "length"

@@ -12,7 +12,11 @@ from pastkey.folder import read_json
 
 from .settings import ChatOptions, SamplingConfig
 
-_DRAWN = ("temperature", "top_k", "top_p", "min_p")  # what counts where tokens are drawn
+_DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what counts where tokens are drawn
+
+
+# What counts where the likeliest is taken, too.
+ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
 
 
 def sampling_defaults(bundle: Bundle) -> ChatOptions:
@@ -26,7 +30,7 @@ def sampling_defaults(bundle: Bundle) -> ChatOptions:
     found = read_json(bundle.path / names.GENERATION_CONFIG)
     drawn = found.get("do_sample") is True
     wanted: dict[str, Any] = {"temperature": 1.0} if drawn else {}
-    for name in (*_DRAWN, "repetition_penalty"):
+    for name in (*_DRAWN, *ALWAYS):
         if found.get(name) is not None and (drawn or name not in _DRAWN):
             wanted[name] = found[name]
     try:

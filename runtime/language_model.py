@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
@@ -13,30 +13,28 @@ import numpy.typing as npt
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
-from pastkey.values import is_number
 
 from .batching.memory import CacheMemory
 from .batching.prefix_store import PREFIX_BYTES, PrefixStore
 from .batching.scheduler import MAX_ROWS, Scheduler
+from .batching.shared_prefill import SharedPrefill
 from .completion import Completion, completed
 from .engine.engine import Engine
 from .engine.golden import require_golden
-from .generate import Generation
 from .generation_config import sampling_defaults
 from .many import StreamMany, all_completed, several, token_ids
+from .opening import open_prompt
+from .scoring import Score, logits_by_chunk, score
 from .session import Session
 from .settings import (
     GENERATE_OPTIONS,
-    MAX_NEW_TOKENS,
     ChatOptions,
     GenerateOptions,
     PlacementOptions,
-    SamplingConfig,
-    SessionOptions,
     require_known,
 )
 from .stream import Stream
-from .text.codec import StopStrings, TextCodec, TextStream
+from .text.codec import TextCodec
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +109,11 @@ class LanguageModel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._engine is None
+
     def close(self) -> None:
         """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
         self._engine = None
@@ -169,18 +172,31 @@ class LanguageModel:
         progress: Callable[[int, int], object] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Completion]: ...
+    @overload
     def generate(
         self,
         prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         progress: Callable[[int, int], object] | None = None,
+        *,
+        n: int,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        progress: Callable[[int, int], object] | None = None,
+        *,
+        n: int | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion | list[Completion]:
         """Continues a prompt, or each of several.
 
         Args:
             prompt: A text, or a sequence of token ids (T,); or a sequence of these, which are decoded together.
-            progress: Of several prompts, is told how many are done, and how many there are, after each.
-            **options: How the continuation is made.
+            progress: Of several continuations, is told how many are done, and how many there are, after each.
+            n: So many continuations of each prompt, which share its prefill; each draws by a seed of its own, the first
+                one by `seed`. They are a list, also of one prompt.
+            **options: How the continuation is made. docs/sampling.md has the settings of the sampler in their order.
 
                 - `max_new_tokens` (int, 64): At most so many new tokens. The end of the context may come first.
                 - `temperature` (float, 0): 0 takes the likeliest token. Above 0 tokens are drawn: 1 from the model's
@@ -188,9 +204,32 @@ class LanguageModel:
                 - `top_k` (int, 0): Draws from the k likeliest tokens; 0 from all.
                 - `top_p` (float, 1): Draws from the fewest likeliest tokens that have this probability together.
                 - `min_p` (float, 0): Drops tokens of less than this share of the likeliest one's probability.
-                - `repetition_penalty` (float, 1): Above 1, tokens of the prompt and of the text so far become less
-                  likely.
+                - `typical_p` (float, 1): Draws from the tokens nearest to the entropy that have this probability.
+                - `top_n_sigma` (float, -1): Draws from logits within so many standard deviations of the largest.
+                - `xtc_probability` (float, 0): How often all but the least likely of the top choices are dropped.
+                - `xtc_threshold` (float, 0.1): The probability from which on a token is a top choice.
+                - `repetition_penalty` (float, 1): Above 1, tokens of the text, the prompt's too, become less likely.
+                - `presence_penalty` (float, 0): Off the logits of tokens that the text has, the prompt's too.
+                - `frequency_penalty` (float, 0): Off them for each time.
+                - `penalty_last_n` (int, -1): How many tokens these three look back; -1 for all.
+                - `no_repeat_ngram_size` (int, 0): No sequence of so many tokens comes twice.
+                - `dry_multiplier` (float, 0): DRY, a penalty on prolonging a repetition; 0 for none.
+                - `dry_base` (float, 1.75): By which it grows with each token of the repetition.
+                - `dry_allowed_length` (int, 2): The length from which on a repetition has it.
+                - `dry_penalty_last_n` (int, -1): How many tokens it looks back; -1 for all.
+                - `dry_sequence_breakers` (list of texts, or of lists of ids): What no repetition reaches across.
+                - `min_new_tokens` (int, 0): No EOS token before so many new tokens.
+                - `logit_bias` (mapping of ids to numbers, None): Added to their logits.
+                - `suppress_tokens` (list of ids, none): They never come.
+                - `bad_words` (list of texts, none): They never come, as the tokenizer writes them.
+                - `bad_words_ids` (list of lists of ids, none): They never come.
+                - `forced_decoder_ids` (list of pairs, none): At that place among the new tokens comes that id.
+                - `forced_eos_token_id` (int or None, None): Comes where `max_new_tokens` would end the text.
+                - `logits_processor` (function or list of functions, none): Of (ids (T,), logits (V,)), arrays of numpy,
+                  to new logits (V,). It runs within the step, which waits for it.
                 - `seed` (int or None, None): The same seed draws the same tokens; None draws afresh.
+                - `logprobs` (int or None, None): The log-probabilities of each new token and of so many likeliest ones.
+                - `prompt_logprobs` (bool, False): Those of the prompt's tokens, too; then no prefix is reused.
                 - `stop` (str or a sequence of str, none): Texts that end the continuation, which ends before them.
                 - `reuse_prefix` (bool, False): What the prompt shares with the beginning of an earlier one and its
                   continuation is not computed again; this text is kept for later calls. In int8 the text may be another
@@ -205,7 +244,7 @@ class LanguageModel:
 
         Returns:
             The continuation, with its ids and figures; of several prompts a list of them in the same order, each as
-            that of a call of its own.
+            that of a call of its own; with `n`, those of a prompt one after another.
 
         Raises:
             InputError: The prompt is empty, too long, or has no tokens; an option is out of range; the model is closed.
@@ -214,17 +253,19 @@ class LanguageModel:
             ResourceError: The cache would take more than `max_memory`.
         """
         require_known("generate", options, GENERATE_OPTIONS)
-        if several(prompt):
-            return all_completed(StreamMany(self._stream, prompt, options, self.max_batch), progress)
+        if several(prompt) or n is not None:
+            prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
+            return all_completed(StreamMany(self._stream, prompts, options, self.max_batch, n), progress)
         return completed(self._stream(prompt, options))  # type: ignore[arg-type]
 
     def stream_many(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Unpack[GenerateOptions]
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
     ) -> StreamMany:
         """Continues several prompts at the same time, token by token.
 
         Args:
             prompts: Texts, or sequences of token ids (T,).
+            n: So many continuations of each, as in `generate`: the places of a prompt's follow one another.
             **options: As in `generate`, for each.
 
         Returns:
@@ -236,7 +277,7 @@ class LanguageModel:
             OptionError: There is no option of that name.
         """
         require_known("stream_many", options, GENERATE_OPTIONS)
-        return StreamMany(self._stream, prompts, options, self.max_batch)
+        return StreamMany(self._stream, prompts, options, self.max_batch, n)
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
@@ -339,12 +380,20 @@ class LanguageModel:
             InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        engine = self.new_engine()
-        tokens = engine.checked(token_ids(ids, "ids", "a sequence of token ids", self.manifest.vocab_size), 1)
-        found: list[npt.NDArray[np.float32]] = []
-        for chunk in np.split(tokens, np.cumsum(engine.chunk_sizes(tokens.size))[:-1]):
-            self.scheduler.exclusively(lambda chunk=chunk: found.append(engine.all_logits(chunk)))  # type: ignore[misc]
-        return np.concatenate(found)
+        tokens = token_ids(ids, "ids", "a sequence of token ids", self.manifest.vocab_size)
+        return np.concatenate(list(logits_by_chunk(self, tokens)))
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """The log-probability of each token of a text, and their sum.
+
+        Args:
+            text: A text, which the tokenizer encodes with its own BOS token, or token ids (T,), at least one.
+
+        Raises:
+            InputError: It is empty, or longer than the context; or the model is closed.
+            NumericsError: The model yields NaN or infinity.
+        """
+        return score(self, self.prompt_ids(text))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids that a prompt is fed as.
@@ -361,75 +410,11 @@ class LanguageModel:
             raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
         return self.tokenizer.encode(prompt)
 
-    def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> Stream:
-        """Checks everything, and gives the stream."""
-        self.require_open()
-        reuse, exact = options.get("reuse_prefix", False), options.get("exact", False)
-
-        def provide(generation: Generation) -> tuple[Engine, int]:
-            engine, shared = self.scheduler.store.take(generation.ids, reuse=reuse, exact=exact)
-            self.memory.promise(engine, generation.most_tokens)
-            return engine, shared
-
-        def retired(generation: Generation) -> None:
-            engine = generation.engine
-            self.memory.release(engine)
-            if not generation.begun:
-                return
-            # Moving out of the memory that it shares with others is worth it where a later call may ask for it.
-            keep = generation.error is None and (reuse or not self.scheduler.shares_memory(engine))
-            self.scheduler.move_out(engine, keep=keep)
-            if keep and self._engine is not None:
-                self.scheduler.store.put(engine, reuse=reuse)
-
-        after_text = isinstance(prompt, str) and bool(prompt.strip())
-        starting = lambda _: self.require_open()  # noqa: E731 - it may be closed since this call
-        return self.begin(self.prompt_ids(prompt), options, after_text, provide, retired, starting)
-
-    def begin(
-        self,
-        ids: Sequence[int],
-        options: GenerateOptions | SessionOptions,
-        after_text: bool,
-        provide: Callable[[Generation], tuple[Engine, int]],
-        retired: Callable[[Generation], None],
-        starting: Callable[[Generation], object] | None = None,
+    def _stream(
+        self, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
     ) -> Stream:
-        """A stream behind `ids`, whose first step comes with its first `next`.
-
-        Args:
-            ids: The whole text so far, (T,).
-            options: Checked names, and values to check.
-            after_text: Whether the new text goes on from a text.
-            provide: See Generation.
-            retired: See Generation.
-            starting: See Generation.
-        """
-        stop = options.get("stop", ())
-        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-        if any(not isinstance(text, str) or not text for text in stops):
-            raise InputError(f"stop is {stop!r}; texts of at least one character were expected")
-        if stops and self.tokenizer is None:
-            raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
-        timeout = options.get("timeout")
-        if timeout is not None and not (is_number(timeout) and timeout > 0):
-            raise InputError(f"timeout is {timeout!r}; a number of seconds above 0 was expected, or None")
-        generation = Generation(
-            self.require_open(),
-            ids,
-            max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
-            end_ids=self.manifest.eos_token_ids,
-            sampling=SamplingConfig.of(options),
-            prompt_lookup=options.get("prompt_lookup", True),
-            timeout=timeout,
-            driver=self.scheduler,
-            provide=provide,
-            retired=retired,
-            starting=starting,
-        )
-        codec, keep = self.tokenizer, options.get("keep_special_tokens", False)
-        text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
-        return Stream(generation, text, StopStrings(stops), self.scheduler.wake)
+        """Checks everything, and gives the stream."""
+        return open_prompt(self, prompt, options, shared)
 
 
 def _load_again(path: Path, settings: dict[str, Any]) -> LanguageModel:

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from pastkey.errors import InputError
-from pastkey.values import is_int
+from pastkey.values import is_int, require
 
+from .batching.shared_prefill import SharedPrefill
 from .completion import Chunk, Completion
-from .settings import GenerateOptions
+from .sampling.random_stream import continuation_seed, fresh_seed
+from .settings import GenerateOptions, SamplingConfig
 from .stream import Stream
 
-Open = Callable[[Any, GenerateOptions], Stream]
+Open = Callable[[Any, GenerateOptions, SharedPrefill | None], Stream]
 
 
 def several(prompt: object) -> bool:
@@ -47,6 +49,18 @@ def token_ids(given: object, name: str, expected: str, vocab_size: int) -> list[
     return [int(token) for token in tokens]
 
 
+def continuations(options: GenerateOptions, n: int) -> list[GenerateOptions]:
+    """The options of each of `n` continuations of one prompt: each has a seed of its own, made of the one given."""
+    seed = SamplingConfig.of(options).seed
+    seed = fresh_seed() if seed is None else seed
+    each: list[GenerateOptions] = []
+    for number in range(n):
+        one = options.copy()
+        one["seed"] = continuation_seed(seed, number)
+        each.append(one)
+    return each
+
+
 class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
     """Yields (place of the prompt, Chunk), in turn for those that are decoded now; returns the completions in order.
 
@@ -54,12 +68,23 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         completions: By place; None of what has not ended.
     """
 
-    def __init__(self, begin: Open, prompts: Sequence[Any], options: GenerateOptions, most: int) -> None:
-        """`begin` makes a stream of one prompt, which takes nothing yet; up to `most` are read at the same time."""
+    def __init__(
+        self, begin: Open, prompts: Sequence[Any], options: GenerateOptions, most: int, n: int | None = None
+    ) -> None:
+        """`begin` makes a stream of one prompt, which takes nothing yet; up to `most` are read at the same time.
+
+        With `n` there are so many of each prompt, which share its prefill and draw by seeds of their own.
+        """
         if isinstance(prompts, str) or not len(prompts):
             found = "a text" if isinstance(prompts, str) else "none"
             raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
-        self._streams = [begin(prompt, options) for prompt in prompts]
+        require(n is None or is_int(n, 1), "n", n, "a whole number from 1")
+        if n is None:
+            self._streams = [begin(prompt, options, None) for prompt in prompts]
+        else:
+            each = continuations(options, n)
+            shared = [SharedPrefill(n) for _ in prompts]
+            self._streams = [begin(prompt, one, of) for prompt, of in zip(prompts, shared, strict=True) for one in each]
         self._rest = self._run(min(most, len(self._streams)))
 
     @property

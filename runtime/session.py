@@ -12,6 +12,7 @@ from pastkey.values import is_int
 from .completion import Completion, completed
 from .engine.engine import Engine
 from .generate import Generation
+from .opening import open_stream
 from .settings import SESSION_OPTIONS, SessionOptions, require_known
 from .stream import Stream
 
@@ -216,7 +217,15 @@ class Session:
                 raise InputError("the session went on since this stream was made: make another one")
             self._generation = generation
 
-        return self._model.begin(ids, options, after_text, provide, retired, starting)
+        return open_stream(
+            self._model,
+            ids,
+            options,
+            after_text=after_text,
+            provide=provide,
+            retired=retired,
+            starting=starting,
+        )
 
     def _idle(self) -> Engine:
         """The engine, which nothing runs. Raises InputError."""

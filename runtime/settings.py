@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -22,17 +23,47 @@ BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 
 
-class ChatOptions(TypedDict, total=False):
-    """The options of `Chat.ask` and `Chat.stream`; the defaults are SamplingConfig's and those named above."""
+LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
 
-    max_new_tokens: int
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen. The fields of SamplingConfig, which has the defaults."""
+
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     repetition_penalty: float
     seed: int | None
+    typical_p: float
+    top_n_sigma: float
+    xtc_probability: float
+    xtc_threshold: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_last_n: int
+    no_repeat_ngram_size: int
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: Sequence[str | Sequence[int]]
+    min_new_tokens: int
+    logit_bias: Mapping[int, float] | None
+    suppress_tokens: Sequence[int]
+    bad_words_ids: Sequence[Sequence[int]]
+    forced_decoder_ids: Sequence[Sequence[int]]
+    forced_eos_token_id: int | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+
+
+class ChatOptions(SamplingOptions, total=False):
+    """The options of `Chat.ask` and `Chat.stream`; the defaults are SamplingConfig's and those named above."""
+
+    max_new_tokens: int
     stop: str | Sequence[str]
+    bad_words: Sequence[str]
+    logprobs: int | None
     prompt_lookup: bool
     timeout: float | None
     keep_special_tokens: bool
@@ -43,6 +74,7 @@ class GenerateOptions(ChatOptions, total=False):
 
     reuse_prefix: bool
     exact: bool
+    prompt_logprobs: bool
 
 
 class PlacementOptions(TypedDict, total=False):
@@ -78,7 +110,7 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a token is chosen. The defaults choose the most likely one, always."""
+    """How a token is chosen, in the order of docs/sampling.md. The defaults choose the most likely one, always."""
 
     temperature: float = 0.0  # 0 takes the largest logit; 1 draws from the model's own distribution
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
@@ -86,6 +118,26 @@ class SamplingConfig:
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest one's probability
     repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of the text so far become less likely
     seed: int | None = None  # 0 to 2**63 - 1; the same seed draws the same text; None draws afresh
+    typical_p: float = 1.0  # keep the tokens nearest to the entropy that together have this probability; 1 keeps all
+    top_n_sigma: float = -1.0  # keep logits within so many standard deviations of the largest; below 0 keeps all
+    xtc_probability: float = 0.0  # how often all but the last of the tokens above xtc_threshold are dropped
+    xtc_threshold: float = 0.1  # above 0.5 there are no two
+    presence_penalty: float = 0.0  # off the logits of tokens that the prompt or the text so far has
+    frequency_penalty: float = 0.0  # off them for each time that it has them
+    penalty_last_n: int = -1  # how many tokens the three penalties look back; -1 is all
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens comes twice; 0 bans none
+    dry_multiplier: float = 0.0  # DRY's penalty on prolonging a repetition; 0 is none
+    dry_base: float = 1.75  # how it grows with each token of the repetition
+    dry_allowed_length: int = 2  # from this length of a repetition on
+    dry_penalty_last_n: int = -1  # how many tokens it looks back; -1 is all
+    dry_sequence_breakers: Sequence[str | Sequence[int]] = ("\n", ":", '"', "*")  # which no repetition reaches across
+    min_new_tokens: int = 0  # no EOS token before so many new tokens
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of these ids; -inf bans
+    suppress_tokens: Sequence[int] = ()  # ids that never come
+    bad_words_ids: Sequence[Sequence[int]] = ()  # sequences of ids that never come
+    forced_decoder_ids: Sequence[Sequence[int]] = ()  # pairs: the place among the new tokens from 0, and the id there
+    forced_eos_token_id: int | None = None  # the id that comes where max_new_tokens would end the text
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()  # functions of (ids, logits) that give logits
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
@@ -93,31 +145,78 @@ class SamplingConfig:
         return cls(**{field.name: options[field.name] for field in dataclasses.fields(cls) if field.name in options})
 
     def __post_init__(self) -> None:
-        require(
-            is_number(self.temperature) and 0 <= self.temperature <= _MOST,
-            "temperature",
-            self.temperature,
-            "a number from 0 to 2**127",
-        )
-        require(is_int(self.top_k, 0), "top_k", self.top_k, "a whole number from 0, which keeps all")
-        require(
-            is_number(self.top_p) and _LEAST <= self.top_p <= 1,
-            "top_p",
-            self.top_p,
-            "above 0 and at most 1, which keeps all",
-        )
-        require(
-            is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0, which keeps all, and 1"
-        )
-        require(
-            is_number(self.repetition_penalty) and _LEAST <= self.repetition_penalty <= _MOST,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "above 0 and at most 2**127; 1 changes nothing",
-        )
-        require(
-            self.seed is None or is_int(self.seed, 0, 2**63 - 1),
-            "seed",
-            self.seed,
-            "a whole number from 0 to 2**63 - 1",
-        )
+        for name, (valid, expected) in _RANGES.items():
+            value = getattr(self, name)
+            require(valid(value), name, value, expected)
+
+
+def _between(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: is_number(value) and least <= value <= most
+
+
+def _at_least(least: int) -> Callable[[Any], bool]:
+    return lambda value: is_int(value, least)
+
+
+def _each(valid: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
+    """Of a list, or another collection with an order."""
+    return lambda value: (
+        isinstance(value, Collection)
+        and not isinstance(value, str | bytes | Mapping)
+        and len(value) >= least
+        and all(map(valid, value))
+    )
+
+
+_IS_ID = _at_least(0)
+_PENALTY = (_between(-_MOST, _MOST), "a number; 0 changes nothing, and below 0 tokens become likelier")
+_BACK = (_at_least(-1), "a whole number from 0, or -1 for the whole text")
+
+# What a field may be, and how an error says so.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (_between(0, _MOST), "a number from 0 to 2**127"),
+    "top_k": (_at_least(0), "a whole number from 0, which keeps all"),
+    "top_p": (_between(_LEAST, 1), "above 0 and at most 1, which keeps all"),
+    "min_p": (_between(0, 1), "between 0, which keeps all, and 1"),
+    "repetition_penalty": (_between(_LEAST, _MOST), "above 0 and at most 2**127; 1 changes nothing"),
+    "seed": (lambda value: value is None or is_int(value, 0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
+    "typical_p": (_between(_LEAST, 1), "above 0 and at most 1, which keeps all"),
+    "top_n_sigma": (_between(-_MOST, _MOST), "a number above 0, or at most 0, which keeps all"),
+    "xtc_probability": (_between(0, 1), "between 0, which keeps all, and 1"),
+    "xtc_threshold": (_between(0, 1), "between 0 and 1; above 0.5 it keeps all"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "penalty_last_n": _BACK,
+    "no_repeat_ngram_size": (_at_least(0), "a whole number from 0, which bans nothing"),
+    "dry_multiplier": (_between(0, _MOST), "a number from 0, which changes nothing"),
+    "dry_base": (_between(1, _MOST), "a number from 1"),
+    "dry_allowed_length": (_at_least(0), "a whole number from 0"),
+    "dry_penalty_last_n": _BACK,
+    "dry_sequence_breakers": (
+        _each(lambda breaker: (isinstance(breaker, str) and breaker != "") or _each(_IS_ID, 1)(breaker)),
+        "a list of texts, or of lists of token ids, each of at least one",
+    ),
+    "min_new_tokens": (_at_least(0), "a whole number from 0"),
+    "logit_bias": (
+        lambda value: (
+            value is None
+            or (
+                isinstance(value, Mapping)
+                and all(map(_IS_ID, value))
+                and all(_between(-_MOST, _MOST)(bias) or bias == -math.inf for bias in value.values())
+            )
+        ),
+        "a mapping of token ids to numbers, or to -inf, which bans",
+    ),
+    "suppress_tokens": (_each(_IS_ID), "a list of token ids"),
+    "bad_words_ids": (_each(_each(_IS_ID, 1)), "a list of lists of token ids, each of at least one"),
+    "forced_decoder_ids": (
+        _each(lambda pair: _each(_IS_ID, 2)(pair) and len(pair) == 2),
+        "a list of pairs: a place among the new tokens, from 0, and the token id there",
+    ),
+    "forced_eos_token_id": (lambda value: value is None or _IS_ID(value), "a token id, or None"),
+    "logits_processor": (
+        lambda value: callable(value) or _each(callable)(value),
+        "a function of (ids, logits) that returns logits, or a list of such functions",
+    ),
+}

@@ -94,16 +94,21 @@ class _Told:
         if self.completion is None:
             generation = self.generation
             reason = generation.finish_reason if self.stops.found is None else "stop_string"
+            new, found = generation.new_tokens, generation.logprobs
             self.completion = Completion(
                 "".join(self.texts),
-                generation.ids[generation.prompt_tokens : generation.prompt_tokens + generation.new_tokens],
+                generation.ids[generation.prompt_tokens : generation.prompt_tokens + new],
                 reason or "cancelled",
                 generation.prompt_tokens,
-                generation.new_tokens,
+                new,
                 generation.prefill_seconds,
                 generation.decode_seconds,
                 generation.reused_tokens,
                 self.stops.found,
+                draft_tokens=generation.draft_tokens,
+                accepted_tokens=generation.accepted_tokens,
+                logprobs=found[:new],
+                prompt_logprobs=generation.prompt_logprobs,
             )
         return self.completion
 
@@ -113,7 +118,8 @@ def _run(told: _Told, text: TextStream | None) -> Generator[Chunk, None, Complet
     try:
         for token in told.generation:
             texts.append("" if text is None else stops.push(text.push(token)))
-            yield Chunk(texts[-1], [token])
+            new = told.generation.new_tokens
+            yield Chunk(texts[-1], [token], told.generation.logprobs[new - 1 : new])
             if stops.found is not None:
                 break
         if text is not None:

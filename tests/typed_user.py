@@ -14,6 +14,11 @@ lm.generate("a", temperature="hot")  # type: ignore[call-overload]
 lm.generate(["a", "b"], progress=print)[0].text.upper()
 lm.generate([[1], [2, 3]])[0].text.upper()
 lm.generate(["a"]).text.upper()  # type: ignore[attr-defined]
+lm.generate("a", n=2, temperature=1.0)[0].text.upper()
+lm.generate("a", n=2).text.upper()  # type: ignore[attr-defined]
+lm.generate("a", dry_multipler=0.8)  # type: ignore[call-overload]
+lm.generate("a", logits_processor=lambda ids, logits: logits, logprobs=2).logprobs[0].top[0][1].is_integer()
+lm.score("a").total.is_integer()
 session = lm.session()
 session.generate(" b", exact=True, timeout=2.0).cached_tokens.bit_length()
 session.generate(reuse_prefix=True)  # type: ignore[call-arg]

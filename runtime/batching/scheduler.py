@@ -25,7 +25,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from pastkey.errors import NumericsError
+from pastkey.errors import InputError, NumericsError
 
 from ..engine.decoder_graph import DecoderGraph, all_finite
 from ..engine.engine import Engine
@@ -88,6 +88,7 @@ class Scheduler:
     # --- whoever waits for a token ------------------------------------------------------------------------------------
     def advance(self, generation: Generation) -> None:
         """Runs steps, or waits while another does, until the generation is `ready`."""
+        self._require_outside()
         with self._mutex:
             if generation not in self._live:
                 self._live.append(generation)
@@ -156,7 +157,8 @@ class Scheduler:
                     self._sweep()
 
     def exclusively(self, action: Callable[[], object]) -> None:
-        """Does something to the caches while no step runs. Not from within a step."""
+        """Does something to the caches while no step runs. Raises InputError within a step."""
+        self._require_outside()
         lead = _Lead()
         try:
             self._asking.append(lead)
@@ -179,6 +181,14 @@ class Scheduler:
     @property
     def _is_led(self) -> bool:
         return self._lead is not None and self._lead.lives
+
+    def _require_outside(self) -> None:
+        lead = self._lead
+        if lead is not None and not lead.over and lead.thread is threading.current_thread():
+            raise InputError(
+                "the model was asked for something within one of its own steps, which would wait for itself: let a "
+                "logits_processor use another model, or none"
+            )
 
     def wake(self) -> None:
         """Lets those who wait look again at what they wait for: one was cancelled."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import secrets
 
 MAX_SEED = 2**63 - 1  # an int64 holds it
-DRAW = 0  # the lane of the number that draws the token; the lanes above are for more numbers per place
+DRAW = 0  # the lane of the number that draws the token; other lanes are for more numbers per place
+EXCLUDE = 1  # that of the number by which XTC applies
 _CONTINUATION = 2**32 - 1  # the lane that makes a continuation's seed
 _WORD = 2**32 - 1
 _PARITY = 0x1BD11BDA

@@ -1,125 +1,187 @@
-"""From logits to a token. Small pure functions: each takes an array and returns another, and writes into neither.
+"""From logits to a token, stage by stage. The order is stated once, in `_changes` and `_truncations`.
 
-The order, stated once: repetition penalty, then (temperature 0) the largest logit, or temperature, top-k, top-p, min-p
-and a draw. It is the order of Hugging Face's logits processors. Settings count as float32, as a graph takes them.
+It is transformers' where it has the stage; else the stage has llama.cpp's place. Each stage is a pure function of an
+array (V,), which it does not write into. docs/sampling.md defines them. Temperature 0 takes the largest of what the
+first half leaves. `export/generation/sampler.py` is the same as a graph, for five of the settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from pastkey.errors import InputError
 
 from ..settings import SamplingConfig
-from .random_stream import fresh_seed, uniform
+from . import bans, dry, penalties, truncation
+from .dry import Breakers
+from .history import History
+from .penalties import IdArray, Scores
+from .processors import apply_processor
+from .random_stream import EXCLUDE, fresh_seed, uniform
 
-Scores = npt.NDArray[np.floating]
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # float32, as a graph takes them
 
-_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")
+Change = Callable[[Scores, IdArray], Scores]
 
 
 class Sampler:
-    """Chooses one token after another by a SamplingConfig. It has no state: a draw goes by the seed and the place.
+    """Chooses one token after another by a SamplingConfig. A draw goes by the seed and the place, nothing else.
 
     Attributes:
         config: As given, with a seed where it had none, and with float32's nearest settings.
     """
 
-    def __init__(self, config: SamplingConfig) -> None:
+    def __init__(
+        self,
+        config: SamplingConfig,
+        *,
+        prompt_tokens: int = 0,
+        max_new_tokens: int | None = None,
+        end_ids: Collection[int] = (),
+        vocab_size: int | None = None,
+        breakers: Breakers | None = None,
+    ) -> None:
+        """Raises InputError for an id out of the vocabulary.
+
+        Args:
+            config: The settings.
+            prompt_tokens: How many of the ids are the prompt's.
+            max_new_tokens: At most so many follow them.
+            end_ids: EOS tokens.
+            vocab_size: V.
+            breakers: DRY's sequence breakers; see `dry.sequence_breakers`.
+        """
         nearest: dict[str, Any] = {name: float(np.float32(getattr(config, name))) for name in _REAL}
-        self.config = dataclasses.replace(config, **nearest, seed=fresh_seed() if config.seed is None else config.seed)
+        seed = fresh_seed() if config.seed is None else config.seed
+        self.config = dataclasses.replace(config, **nearest, seed=seed)
+        self._seed = seed
+        if vocab_size is not None:
+            _require_known_ids(config, vocab_size)
+        text = _Text(prompt_tokens, max_new_tokens, frozenset(end_ids), breakers or {})
+        self._changes = list(_changes(self.config, text))
+        self._truncations = list(_truncations(self.config)) if self.config.temperature else []
+        self._history = History()
 
     def __call__(self, logits: Scores, ids: Sequence[int]) -> int:
-        """The next token's id. `logits` is (V,); `ids` are those of the prompt and of the text so far."""
+        """The next token's id.
+
+        Args:
+            logits: (V,). They are not written into.
+            ids: Those of the prompt and of the text so far: one list that grows, or another one each time.
+
+        Raises:
+            InputError: The settings leave no token, or a `logits_processor` fails.
+        """
+        if self._changes:
+            text = self._history.of(ids)
+            for change in self._changes:
+                logits = change(logits, text)
+        largest = int(np.argmax(logits))
+        if logits[largest] == -np.inf:
+            raise InputError(
+                "the settings ban every token at this place: of logit_bias, bad_words_ids, no_repeat_ngram_size, "
+                "min_new_tokens, suppress_tokens, forced tokens and logits_processor, leave one that may come"
+            )
+        if not self.config.temperature:
+            return largest
+        logits = truncation.apply_temperature(logits, self.config.temperature)
+        for truncate in self._truncations:
+            logits = truncate(logits)
+        if self._excludes(len(ids)):
+            logits = truncation.exclude_top_choices(logits, self.config.xtc_threshold)
+        return truncation.draw(logits, uniform(self._seed, len(ids)))
+
+    def _excludes(self, place: int) -> bool:
+        """Whether XTC applies to this token: a draw of its own."""
         config = self.config
-        assert config.seed is not None
-        if config.repetition_penalty != 1:
-            logits = apply_repetition_penalty(logits, ids, config.repetition_penalty)
-        if config.temperature == 0:
-            return int(np.argmax(logits))
-        logits = apply_temperature(logits, config.temperature)
-        if config.top_k:
-            logits = keep_top_k(logits, config.top_k)
-        if config.top_p < 1:
-            logits = keep_top_p(logits, config.top_p)
-        if config.min_p:
-            logits = keep_min_p(logits, config.min_p)
-        return draw(logits, uniform(config.seed, len(ids)))
+        applies = config.xtc_probability > 0 and config.xtc_threshold <= 0.5  # above it no two tokens are
+        return applies and uniform(self._seed, place, EXCLUDE) < config.xtc_probability
 
 
-def apply_repetition_penalty(logits: Scores, seen: Sequence[int], penalty: float) -> Scores:
-    """Logits (V,) with those of the ids in `seen` divided by `penalty` where positive, multiplied where negative.
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """What the stages ask of the text."""
 
-    In float64 and cut off at its largest number, so that no penalty yields infinity, whose difference from itself no
-    temperature could divide.
-
-    Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019, section 4.1,
-    with the sign taken into account as is usual since.
-    """
-    ids = np.unique(np.asarray(seen, np.int64))
-    penalised = logits.astype(np.float64)
-    of_seen, most = penalised[ids], np.finfo(np.float64).max
-    with np.errstate(over="ignore"):
-        penalised[ids] = np.where(of_seen > 0, of_seen / penalty, of_seen * penalty).clip(-most, most)
-    return penalised
+    prompt_tokens: int
+    max_new_tokens: int | None
+    end_ids: frozenset[int]
+    breakers: Breakers
 
 
-def apply_temperature(logits: Scores, temperature: float) -> Scores:
-    """Logits (V,) relative to the largest, divided by `temperature`: below 1 the likely tokens gain.
-
-    In float64 and from the largest logit down, so that no temperature above 0 overflows.
-    """
-    with np.errstate(over="ignore"):  # a token that far below the largest has probability 0
-        scaled: npt.NDArray[np.float64] = (logits.astype(np.float64) - logits.max()) / temperature
-    return scaled
-
-
-def keep_top_k(logits: Scores, k: int) -> Scores:
-    """Logits (V,) with all but the `k` largest at minus infinity. Ties with the k-th stay."""
-    if k >= logits.size:
-        return logits
-    kth = np.partition(logits, -k)[-k]
-    return np.where(logits >= kth, logits, -np.inf)
-
-
-def keep_top_p(logits: Scores, p: float) -> Scores:
-    """Logits (V,) with all but the fewest likeliest tokens that reach probability `p` at minus infinity.
-
-    Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020. The likeliest token always stays.
-    """
-    probabilities = softmax(logits)
-    # Tokens of less than (1 - p) / V have less than 1 - p together: the others reach p, and are few to sort.
-    candidates = np.flatnonzero(probabilities >= (1 - p) / logits.size)
-    order = candidates[np.argsort(-logits[candidates], kind="stable")]
-    before = np.cumsum(np.append(0.0, probabilities[order]))[:-1]  # what the likelier ones have together
-    kept = np.full_like(logits, -np.inf)
-    keep = order[before < p]
-    kept[keep] = logits[keep]
-    return kept
-
-
-def keep_min_p(logits: Scores, p: float) -> Scores:
-    """Logits (V,) with tokens of less than `p` times the likeliest one's probability at minus infinity.
-
-    Nguyen et al., "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs", 2024.
-    """
-    return np.where(logits >= logits.max() + math.log(p), logits, -np.inf)
+def _changes(config: SamplingConfig, text: _Text) -> Iterator[Change]:
+    """The first half: what makes single tokens more or less likely. What is off is left out."""
+    c, recent = config, partial(penalties.last, count=config.penalty_last_n)
+    if c.logit_bias:
+        yield lambda logits, _: bans.add_bias(logits, c.logit_bias or {})
+    if c.repetition_penalty != 1:
+        yield lambda logits, ids: penalties.apply_repetition_penalty(logits, recent(ids), c.repetition_penalty)
+    if c.presence_penalty or c.frequency_penalty:
+        yield lambda logits, ids: penalties.apply_presence_and_frequency_penalty(
+            logits, recent(ids), c.presence_penalty, c.frequency_penalty
+        )
+    if c.dry_multiplier:
+        yield lambda logits, ids: dry.apply_dry(
+            logits,
+            penalties.last(ids, c.dry_penalty_last_n),
+            c.dry_multiplier,
+            c.dry_base,
+            c.dry_allowed_length,
+            text.breakers,
+        )
+    if c.no_repeat_ngram_size:
+        yield lambda logits, ids: penalties.ban_repeated_ngrams(logits, ids, c.no_repeat_ngram_size)
+    if words := bans.bad_words(c.bad_words_ids, text.end_ids):
+        yield lambda logits, ids: bans.ban_bad_words(logits, ids, words)
+    if c.min_new_tokens and text.end_ids:
+        yield (
+            lambda logits, ids: (
+                bans.suppress(logits, text.end_ids) if ids.size < text.prompt_tokens + c.min_new_tokens else logits
+            )
+        )
+    if forced := _forced(config, text):
+        yield lambda logits, ids: bans.force(logits, forced[ids.size]) if ids.size in forced else logits
+    if c.suppress_tokens:
+        yield lambda logits, _: bans.suppress(logits, c.suppress_tokens)
+    for processor in (c.logits_processor,) if callable(c.logits_processor) else c.logits_processor:
+        yield partial(apply_processor, processor=processor)
 
 
-def draw(logits: Scores, u: float) -> int:
-    """The id that `u`, a uniform number in [0, 1), draws with the probabilities that `logits` (V,) stand for."""
-    cumulative = np.cumsum(softmax(logits))
-    # The sum is 1 but for rounding; divided by itself it is 1, which no draw reaches.
-    return int(np.searchsorted(cumulative / cumulative[-1], u, side="right"))
+def _truncations(config: SamplingConfig) -> Iterator[Callable[[Scores], Scores]]:
+    """The second half, after the temperature: which of the likely tokens are drawn from. XTC follows."""
+    if config.top_n_sigma > 0:
+        yield partial(truncation.keep_top_n_sigma, n=config.top_n_sigma)
+    if config.top_k:
+        yield partial(truncation.keep_top_k, k=config.top_k)
+    if config.top_p < 1:
+        yield partial(truncation.keep_top_p, p=config.top_p)
+    if config.min_p:
+        yield partial(truncation.keep_min_p, p=config.min_p)
+    if config.typical_p < 1:
+        yield partial(truncation.keep_typical, p=config.typical_p)
 
 
-def softmax(logits: Scores) -> npt.NDArray[np.float64]:
-    """Probabilities along the last axis."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    probabilities: npt.NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return probabilities
+def _forced(config: SamplingConfig, text: _Text) -> dict[int, int]:
+    """By place in the whole text, which token must come there."""
+    forced = {text.prompt_tokens + place: token for place, token in config.forced_decoder_ids}
+    if config.forced_eos_token_id is not None and text.max_new_tokens:
+        forced[text.prompt_tokens + text.max_new_tokens - 1] = config.forced_eos_token_id
+    return forced
+
+
+def _require_known_ids(config: SamplingConfig, vocab_size: int) -> None:
+    named = {
+        "logit_bias": list(config.logit_bias or ()),
+        "bad_words_ids": [token for word in config.bad_words_ids for token in word],
+        "forced_decoder_ids": [token for _, token in config.forced_decoder_ids],
+        "forced_eos_token_id": [] if config.forced_eos_token_id is None else [config.forced_eos_token_id],
+        "suppress_tokens": list(config.suppress_tokens),
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if token >= vocab_size:
+                raise InputError(f"{name} holds {token}; token ids are whole numbers from 0 to {vocab_size - 1}")

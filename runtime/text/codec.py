@@ -35,6 +35,7 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._pieces: list[str] | None = None
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
     @property
@@ -80,6 +81,13 @@ class TextCodec:
     def decode(self, ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
         """The text of ids, special tokens left out unless they are to be kept."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
+
+    def pieces(self) -> list[str]:
+        """The text of each token by id, alone; "" where an id has none. Made once."""
+        if self._pieces is None:
+            ids = range(max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
+            self._pieces = list(self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False))
+        return self._pieces
 
     def has_text(self, token: int, *, keep_special_tokens: bool = False) -> bool:
         """Whether a token is not left out by `decode`."""

@@ -54,9 +54,26 @@ def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: B
     assert (status, err) == (0, "")
     assert list(found) == [
         "text", "ids", "finish_reason", "prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds",
-        "stop_string",
+        "stop_string", "draft_tokens", "accepted_tokens",
     ]  # fmt: skip
     assert (found["text"], found["ids"], found["new_tokens"]) == (expected.text, expected.ids, 9)
+
+
+def test_run_json_has_log_probabilities_where_they_are_asked_for(command: Run, speaking_bundle: Bundle) -> None:
+    arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 3, "--json", "--logprobs", 2]
+    found = json.loads(command(*arguments)[1])
+    assert [entry["id"] for entry in found["logprobs"]] == found["ids"]
+    assert [entry["top"][0] for entry in found["logprobs"]] == [[e["id"], e["logprob"]] for e in found["logprobs"]]
+
+
+def test_run_takes_bans(command: Run, speaking_bundle: Bundle) -> None:
+    arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 12]
+    plain = command(*arguments)[1].strip()
+    letter = next(letter for letter in plain if letter.strip())
+    assert letter not in command(*arguments, "--bad-word", letter)[1]
+    status, _, err = command(*arguments, "--suppress-tokens", "99999")
+    assert status == 2
+    assert "suppress_tokens holds 99999; token ids are whole numbers" in err
 
 
 @pytest.mark.parametrize(("flag", "most"), [("--prompt-lookup", 4), ("--no-prompt-lookup", 1)])

@@ -9,7 +9,7 @@ from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.generate import Generation
-from pastkey.runtime.sampling.sampler import apply_repetition_penalty
+from pastkey.runtime.sampling.penalties import apply_repetition_penalty
 from pastkey.runtime.settings import SamplingConfig
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import InputError
-from pastkey.runtime.sampling import sampler as sampling
+from pastkey.runtime.sampling import penalties, truncation
+from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
@@ -29,61 +31,6 @@ def test_greedy_takes_the_largest() -> None:
     assert Sampler(SamplingConfig())(LOGITS, []) == 1
 
 
-@pytest.mark.parametrize(
-    ("k", "expected"), [(1, {1}), (2, {1, 3}), (4, {0, 1, 3, 4}), (5, {0, 1, 2, 3, 4}), (9, set(range(5)))]
-)
-def test_top_k(k: int, expected: set[int]) -> None:
-    assert kept(sampling.keep_top_k(LOGITS, k)) == expected
-
-
-def test_top_k_keeps_ties() -> None:
-    assert kept(sampling.keep_top_k(np.array([1.0, 2.0, 1.0, 0.0]), 2)) == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"),
-    [
-        (0.01, {1}),
-        (0.39, {1}),
-        (0.41, {1, 3}),
-        (0.69, {1, 3}),
-        (0.71, {1, 3, 4}),
-        (0.94, {0, 1, 3, 4}),
-        (0.96, set(range(5))),
-    ],
-)
-def test_top_p_keeps_the_fewest_that_reach_it(p: float, expected: set[int]) -> None:
-    assert kept(sampling.keep_top_p(LOGITS, p)) == expected
-
-
-@given(logits=logit_arrays, p=st.floats(0.01, 0.999))
-def test_top_p_equals_its_definition(logits: np.ndarray, p: float) -> None:
-    probabilities = sampling.softmax(logits)
-    left = kept(sampling.keep_top_p(logits, p))
-    share = probabilities[list(left)].sum()
-    assert share >= p - 1e-9
-    assert share - probabilities[list(left)].min() < p + 1e-9
-    assert int(np.argmax(probabilities)) in left
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"), [(0.2, {0, 1, 3, 4}), (0.5, {1, 3}), (0.76, {1}), (1.0, {1}), (0.1, set(range(5)))]
-)
-def test_min_p_is_a_share_of_the_likeliest(p: float, expected: set[int]) -> None:
-    assert kept(sampling.keep_min_p(LOGITS, p)) == expected
-
-
-def test_temperature_divides_the_distance_to_the_largest() -> None:
-    scaled = sampling.apply_temperature(np.array([1.0, 3.0, 2.0], np.float32), 0.5)
-    np.testing.assert_allclose(scaled, [-4, 0, -2])
-
-
-def test_repetition_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
-    logits = np.array([2.0, -2.0, 4.0], np.float32)
-    np.testing.assert_allclose(sampling.apply_repetition_penalty(logits, [0, 1, 0], 2.0), [1, -4, 4])
-    np.testing.assert_array_equal(sampling.apply_repetition_penalty(logits, [], 2.0), logits)
-
-
 def test_repetition_penalty_acts_on_greedy_choice() -> None:
     logits = np.array([2.0, 1.5, 0.0], np.float32)
     assert Sampler(SamplingConfig(repetition_penalty=2.0))(logits, [0]) == 1
@@ -94,11 +41,11 @@ def test_no_function_writes_into_its_input(logits: np.ndarray, seen: list[int], 
     before = logits.copy()
     logits.flags.writeable = False
     for result in (
-        sampling.apply_repetition_penalty(logits, seen, 1.5),
-        sampling.apply_temperature(logits, 0.7),
-        sampling.keep_top_k(logits, k),
-        sampling.keep_top_p(logits, p),
-        sampling.keep_min_p(logits, p),
+        penalties.apply_repetition_penalty(logits, seen, 1.5),
+        truncation.apply_temperature(logits, 0.7),
+        truncation.keep_top_k(logits, k),
+        truncation.keep_top_p(logits, p),
+        truncation.keep_min_p(logits, p),
     ):
         assert result.shape == logits.shape
     np.testing.assert_array_equal(logits, before)
@@ -119,7 +66,7 @@ def test_whatever_the_settings_a_token_that_is_left_is_drawn(
     assert 0 <= token < logits.size
     if top_k:
         # Logits that differ by less than float64 can tell from the largest are ties.
-        assert token in kept(sampling.keep_top_k(sampling.apply_temperature(logits, temperature), top_k))
+        assert token in kept(truncation.keep_top_k(truncation.apply_temperature(logits, temperature), top_k))
 
 
 EXTREMES = st.sampled_from([2e-45, 1e-40, 1e-38, 1.0, 1e38])
@@ -137,7 +84,7 @@ def test_no_penalty_and_temperature_overflow(
 ) -> None:
     """A warning of numpy's is an error here, and infinity less infinity is one."""
     config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, seed=0, **rest)
-    penalised = sampling.apply_repetition_penalty(logits, seen, penalty)
+    penalised = penalties.apply_repetition_penalty(logits, seen, penalty)
     assert np.isfinite(penalised).all()
     token = Sampler(config)(logits, seen)
     if temperature <= 1e-300:
@@ -168,12 +115,6 @@ def test_a_lower_temperature_sharpens() -> None:
 def test_a_token_without_probability_is_never_drawn() -> None:
     sampler = Sampler(SamplingConfig(temperature=1.0, top_k=2, seed=0))
     assert {sampler(LOGITS, [0] * place) for place in range(500)} == {1, 3}
-
-
-@pytest.mark.parametrize(("drawn", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
-def test_the_ends_of_the_unit_interval_draw_tokens_with_probability(drawn: float, expected: int) -> None:
-    logits = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf])
-    assert sampling.draw(logits, drawn) == expected
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
@@ -214,3 +155,192 @@ def test_settings_out_of_range_are_named(field: str, value: Any) -> None:
 
 def test_numpy_numbers_are_numbers() -> None:
     SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
+
+
+# --- the definition of docs/bundle-format.md, bit for bit -----------------------------------------------------------
+def by_definition(logits: np.ndarray, ids: list[int], config: SamplingConfig) -> int:
+    """Every step over the whole vocabulary in float64, as the text has it."""
+    c, x = Sampler(config).config, logits.astype(np.float64)
+    if c.repetition_penalty != 1:
+        for token in set(ids):
+            x[token] = x[token] / c.repetition_penalty if x[token] > 0 else x[token] * c.repetition_penalty
+    if not c.temperature:
+        return int(np.argmax(x))
+
+    def probabilities() -> np.ndarray:
+        exponentials = np.exp(x - x.max())
+        return exponentials / exponentials.sum()
+
+    x = (x - x.max()) / c.temperature
+    if 0 < c.top_k < x.size:
+        x = np.where(x >= np.sort(x)[-c.top_k], x, -np.inf)
+    if c.top_p < 1:
+        p = probabilities()
+        order = np.argsort(-p, kind="stable")
+        dropped = order[np.append(0.0, np.cumsum(p[order])[:-1]) >= c.top_p]
+        x[dropped] = -np.inf
+    if c.min_p:
+        x = np.where(x >= x.max() + math.log(c.min_p), x, -np.inf)
+    sums = np.cumsum(probabilities())
+    assert c.seed is not None
+    return int(np.flatnonzero(sums / sums[-1] > uniform(c.seed, len(ids)))[0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 300, 9000])
+def test_the_token_is_that_of_the_definition(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for _ in range(400 if size < 1000 else 80):
+        logits = rng.normal(0, rng.choice([0.01, 1, 4, 30]), size).astype(np.float32)
+        logits = np.round(logits) if rng.random() < 0.3 else logits  # ties
+        config = SamplingConfig(
+            temperature=float(rng.choice([0, 0.1, 0.7, 1, 3])),
+            top_k=int(rng.choice([0, 0, 1, 5, 40, 10**6])),
+            top_p=float(rng.choice([0.01, 0.5, 0.9, 0.999, 1, 1])),
+            min_p=float(rng.choice([0, 0, 0.05, 1])),
+            repetition_penalty=float(rng.choice([0.7, 1, 1, 1.2])),
+            seed=int(rng.integers(0, 2**63 - 1)),
+        )
+        ids = rng.integers(0, size, int(rng.integers(0, 60))).tolist()
+        assert Sampler(config)(logits, ids) == by_definition(logits, ids, config), config
+
+
+# --- the other stages -----------------------------------------------------------------------------------------------
+def choice(ids: list[int] | None = None, logits: np.ndarray = LOGITS, **settings: Any) -> int:
+    rest = {name: settings.pop(name) for name in ("prompt_tokens", "max_new_tokens", "end_ids") if name in settings}
+    return Sampler(SamplingConfig(**settings), **rest)(logits, ids or [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids", "token"),
+    [
+        ({"logit_bias": {2: 9.0}}, [], 2),
+        ({"logit_bias": {1: -np.inf}}, [], 3),
+        ({"suppress_tokens": [1, 3]}, [], 4),
+        ({"bad_words_ids": [[0, 1]]}, [0], 3),
+        ({"bad_words_ids": [[0, 1]]}, [4], 1),
+        ({"presence_penalty": 1.0}, [1], 3),
+        ({"frequency_penalty": 0.2}, [1], 1),
+        ({"frequency_penalty": 0.2}, [1, 1], 3),
+        ({"frequency_penalty": 0.2, "penalty_last_n": 2}, [1, 1, 0], 1),
+        ({"repetition_penalty": 9.0, "penalty_last_n": 1}, [1, 0], 1),
+        ({"repetition_penalty": 9.0, "penalty_last_n": 2}, [1, 0], 3),
+        ({"no_repeat_ngram_size": 2}, [1, 1], 3),
+        ({"dry_multiplier": 1.0}, [0, 2, 1, 0, 2], 3),
+        ({"dry_multiplier": 1.0, "dry_penalty_last_n": 4}, [0, 2, 1, 0, 2], 1),
+        ({"min_new_tokens": 2, "end_ids": [1], "prompt_tokens": 1}, [0, 0], 3),
+        ({"min_new_tokens": 2, "end_ids": [1], "prompt_tokens": 1}, [0, 0, 0], 1),
+        ({"forced_decoder_ids": [(1, 4)], "prompt_tokens": 2}, [0, 0, 0], 4),
+        ({"forced_decoder_ids": [(1, 4)], "prompt_tokens": 2}, [0, 0], 1),
+        ({"forced_eos_token_id": 0, "prompt_tokens": 1, "max_new_tokens": 3}, [0, 0, 0], 0),
+        ({"forced_eos_token_id": 0, "prompt_tokens": 1, "max_new_tokens": 3}, [0, 0], 1),
+        ({"logits_processor": lambda ids, logits: -logits}, [], 2),
+        ({"logits_processor": [lambda ids, logits: -logits, lambda ids, logits: -logits]}, [], 1),
+        ({"temperature": 1.0, "top_n_sigma": 0.1}, [], 1),
+        ({"temperature": 1.0, "typical_p": 0.01}, [], 3),
+    ],
+)
+def test_each_setting_has_its_effect(settings: dict[str, Any], ids: list[int], token: int) -> None:
+    assert choice(ids, **settings) == token
+    assert choice(ids, seed=5, **settings) == token
+
+
+def test_the_order_of_the_first_half() -> None:
+    """A bias is penalised; a forced token comes although it is a bad word; a function sees what is banned."""
+    logits = np.array([1.0, 2.0, 0.0], np.float32)
+    assert choice([0], logits, logit_bias={0: 2.0}, repetition_penalty=3.0) == 1  # (1 + 2) / 3, and not 1 / 3 + 2
+    assert choice([], logits, bad_words_ids=[[2]], forced_decoder_ids=[(0, 2)]) == 2
+    seen: list[np.ndarray] = []
+
+    def look(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        seen.append(logits)
+        return logits
+
+    choice([], logits, suppress_tokens=[1], logits_processor=look)
+    np.testing.assert_array_equal(seen[0], [1, -np.inf, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_place_where_all_is_banned_is_an_error(temperature: float) -> None:
+    with pytest.raises(InputError, match="the settings ban every token at this place"):
+        choice([], temperature=temperature, suppress_tokens=range(5))
+    with pytest.raises(InputError, match="the settings ban every token"):
+        choice([], temperature=temperature, suppress_tokens=[2], forced_decoder_ids=[(0, 2)])
+
+
+def test_xtc_applies_as_often_as_is_asked_by_a_draw_of_its_own() -> None:
+    config = SamplingConfig(temperature=1.0, xtc_probability=0.3, xtc_threshold=0.2, seed=4)
+    sampler, plain = Sampler(config), Sampler(SamplingConfig(temperature=1.0, seed=4))
+    applied = 0
+    for place in range(4000):
+        ids = [0] * place
+        if uniform(4, place, EXCLUDE) < 0.3:
+            applied += 1
+            assert sampler(LOGITS, ids) != 1  # 0.4 is excluded, and 0.3 stays
+        else:
+            assert sampler(LOGITS, ids) == plain(LOGITS, ids)
+    assert 0.27 < applied / 4000 < 0.33
+
+
+def test_xtc_of_a_threshold_above_one_half_never_applies() -> None:
+    sampler = Sampler(SamplingConfig(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.51, seed=4))
+    plain = Sampler(SamplingConfig(temperature=1.0, seed=4))
+    assert [sampler(LOGITS, [0] * i) for i in range(50)] == [plain(LOGITS, [0] * i) for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logit_bias": {5: 1.0}}, {"bad_words_ids": [[0], [1, 5]]}, {"forced_decoder_ids": [(0, 5)]},
+        {"forced_eos_token_id": 5}, {"suppress_tokens": [5]},
+    ],
+)  # fmt: skip
+def test_an_id_out_of_the_vocabulary_is_named(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(InputError, match=f"{name} holds 5; token ids are whole numbers from 0 to 4"):
+        Sampler(SamplingConfig(**settings), vocab_size=5)
+    Sampler(SamplingConfig(**settings), vocab_size=6)
+
+
+@given(
+    logits=arrays(np.float32, 9, elements=st.sampled_from([-3.0, 0.0, 0.5, 0.5, 2.0, 1e30])),
+    ids=st.lists(st.integers(0, 8), max_size=12),
+    settings=st.fixed_dictionaries(
+        {},
+        optional={
+            "repetition_penalty": st.sampled_from([0.5, 2.0]), "presence_penalty": st.sampled_from([-2.0, 1e38]),
+            "frequency_penalty": st.sampled_from([-1e38, 1.0]), "dry_multiplier": st.sampled_from([1.0, 1e38]),
+            "no_repeat_ngram_size": st.integers(2, 4), "top_n_sigma": st.sampled_from([0.01, 1e38]),
+            "typical_p": st.sampled_from([0.01, 0.9]), "xtc_probability": st.sampled_from([0.5, 1.0]),
+            "top_k": st.integers(1, 12), "top_p": st.sampled_from([0.01, 0.9]), "min_p": st.sampled_from([0.1, 1.0]),
+            "temperature": st.sampled_from([1e-300, 0.5, 1e38]), "suppress_tokens": st.just([1, 2]),
+        },
+    ),
+)  # fmt: skip
+def test_whatever_the_settings_a_token_comes_that_is_not_banned(
+    logits: np.ndarray, ids: list[int], settings: dict[str, Any]
+) -> None:
+    """A warning of numpy's is an error here."""
+    token = choice(ids, logits, seed=1, **settings)
+    assert 0 <= token < 9
+    assert token not in settings.get("suppress_tokens", ())
+    assert choice(ids, logits, seed=1, **settings) == token
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("typical_p", 0.0), ("typical_p", 1.1), ("top_n_sigma", float("nan")), ("xtc_probability", 1.1),
+        ("xtc_threshold", -0.1), ("presence_penalty", float("inf")), ("frequency_penalty", "1"),
+        ("penalty_last_n", -2), ("penalty_last_n", 1.5), ("no_repeat_ngram_size", -1), ("dry_multiplier", -1),
+        ("dry_base", 0.9), ("dry_allowed_length", -1), ("dry_penalty_last_n", -2), ("dry_sequence_breakers", "x"),
+        ("dry_sequence_breakers", [""]), ("dry_sequence_breakers", [[]]), ("dry_sequence_breakers", [[-1]]),
+        ("min_new_tokens", -1), ("logit_bias", [1]), ("logit_bias", {-1: 0.5}), ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: float("inf")}), ("logit_bias", {"a": 1.0}), ("suppress_tokens", [-1]),
+        ("suppress_tokens", 3), ("suppress_tokens", "3"), ("bad_words_ids", [1]), ("bad_words_ids", [[]]),
+        ("bad_words_ids", [["a"]]), ("forced_decoder_ids", [(1,)]), ("forced_decoder_ids", [(-1, 2)]),
+        ("forced_eos_token_id", -1), ("logits_processor", 3), ("logits_processor", [3]),
+    ],
+)  # fmt: skip
+def test_other_settings_out_of_range_are_named(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"^{field} is .*; it must be "):
+        SamplingConfig(**{field: value})
