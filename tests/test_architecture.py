@@ -28,7 +28,9 @@ class Rule:
 RULES = {
     "pastkey": Rule(frozenset({"pastkey"}), frozenset()),
     "runtime": Rule(
-        frozenset({"pastkey"}), frozenset({"numpy", "onnxruntime", "tokenizers"}), frozenset({"tqdm", "jinja2"})
+        frozenset({"pastkey"}),
+        frozenset({"numpy", "onnxruntime", "tokenizers"}),
+        frozenset({"tqdm", "jinja2", "llguidance"}),
     ),
     "train": Rule(
         frozenset({"pastkey"}), frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"})
@@ -143,6 +145,7 @@ RUNTIME_ROOMS = {
     "batching": frozenset({"batching", "engine", "generate"}),
     "sampling": frozenset({"sampling"}),
     "text": frozenset({"text"}),
+    "constraints": frozenset({"constraints", "text"}),
 }
 
 
@@ -236,7 +239,7 @@ def test_the_runtime_imports_neither_torch_nor_onnx() -> None:
     code = (
         "import sys, pastkey.runtime.commands.bench\n"
         "import pastkey.runtime.commands.terminal, pastkey.runtime.commands.inspection\n"
-        "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers', 'matplotlib', 'tqdm', 'jinja2'}\n"
+        "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers', 'matplotlib', 'tqdm', 'jinja2', 'llguidance'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

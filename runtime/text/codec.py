@@ -101,7 +101,7 @@ class TextCodec:
     def begun(self, ids: Sequence[int]) -> int:
         """The number of bytes at the end of `ids` that begin a character without ending it."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(b"".join(map(self._bytes, ids)))
+        decoder.decode(b"".join(map(self.bytes_of, ids)))
         begun = decoder.getstate()[0]
         # It waits for a surrogate's third byte, too, which is no character.
         return len(begun) if len(begun.decode("utf-8", "replace")) == 1 else 0
@@ -110,7 +110,7 @@ class TextCodec:
         """Whether a token carries the space before it, which SentencePiece's decoder drops where a text begins."""
         return (self._tokenizer.id_to_token(token) or "").startswith(_SPACE)
 
-    def _bytes(self, token: int) -> bytes:
+    def bytes_of(self, token: int) -> bytes:
         """What a token stands for in a byte-level vocabulary, or in one that falls back to bytes."""
         piece = self._tokenizer.id_to_token(token) or ""
         if byte := _BYTE_TOKEN.fullmatch(piece):

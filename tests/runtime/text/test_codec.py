@@ -85,10 +85,10 @@ def whole_text(codec: TextCodec, ids: Sequence[int], *, keep: bool = False) -> s
     ids = [token for token in ids if codec.has_text(token, keep_special_tokens=keep)]
     for end in range(len(ids), max(-1, len(ids) - 4), -1):
         cut = ids[end:]
-        if all(map(codec.is_byte, cut)) and _begins_a_character(b"".join(map(codec._bytes, cut))):
+        if all(map(codec.is_byte, cut)) and _begins_a_character(b"".join(map(codec.bytes_of, cut))):
             return codec.decode(ids[:end], keep_special_tokens=keep)
     text = codec.decode(ids, keep_special_tokens=keep)
-    tail = b"".join(map(codec._bytes, ids))
+    tail = b"".join(map(codec.bytes_of, ids))
     byte_level = text == tail.decode("utf-8", "replace")
     begun = byte_level and any(_begins_a_character(tail[-length:]) for length in (1, 2, 3))
     return text[:-1] if begun else text

@@ -1,0 +1,198 @@
+"""What a user asks of a text, checked without the library that follows it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from pastkey.errors import InputError
+
+# Beyond these, compiling takes seconds or, in depth, more of a thread's stack than some systems give one.
+MAX_SCHEMA_CHARACTERS = 500_000
+MAX_SUBSCHEMAS = 2_000
+MAX_SCHEMA_DEPTH = 100  # of objects and lists in one another, what a $ref names among them
+MAX_RULE_DEPTH = 60  # of rules that name one another
+MAX_CHARACTERS = 50_000  # of a regular expression or a grammar
+MAX_CHOICES = 10_000
+
+Kind = Literal["json_schema", "regex", "choices", "grammar"]
+KINDS: tuple[Kind, ...] = ("json_schema", "regex", "choices", "grammar")
+_RULE = re.compile(r"^[?!]?(\w+)(?:\.-?\d+)?(?:\[[^\]]*\])?\s*:", re.M)
+_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*')
+
+
+class ConstraintOptions(TypedDict, total=False):
+    """What a text can be made to follow; one of these."""
+
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a text is to be.
+
+    Attributes:
+        kind: The option's name.
+        text: The schema as JSON, the expression, the choices as a JSON list, or the grammar.
+    """
+
+    kind: Kind
+    text: str
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Constraint | None:
+        """That of a call's options, or None where there is none.
+
+        Raises InputError for several, and for one that is malformed or larger than the limits of this module.
+        """
+        given = [kind for kind in KINDS if options.get(kind) is not None]
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} were both given: a text can follow one of {', '.join(KINDS)}")
+        if not given:
+            return None
+        kind, value = given[0], options[given[0]]
+        if kind == "json_schema":
+            text = _schema_text(value)
+        elif kind == "choices":
+            text = _choices_text(value)
+        else:
+            text = _bounded(kind, value)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{kind} holds half of a surrogate pair, which is no character: take it out") from None
+        return cls(kind, text)
+
+    def literals(self) -> Iterator[str]:
+        """The texts that must be written as they stand, where these can be told: choices, names, enums."""
+        if self.kind == "choices":
+            yield from json.loads(self.text)
+        elif self.kind == "json_schema":
+            for schema in _subschemas(json.loads(self.text)):
+                names = schema.get("properties", {})
+                values = schema.get("enum", [])
+                told = [*(names if isinstance(names, dict) else ()), *(values if isinstance(values, list) else ())]
+                yield from (json.dumps(value, ensure_ascii=False) for value in told)
+                if "const" in schema:
+                    yield json.dumps(schema["const"], ensure_ascii=False)
+
+
+def _schema_text(value: object) -> str:
+    expected = "a JSON schema was expected, as a dict or as its JSON text"
+    schema = value
+    if isinstance(value, str):
+        if len(value) > MAX_SCHEMA_CHARACTERS:
+            raise InputError(_too_long("json_schema", len(value), MAX_SCHEMA_CHARACTERS))
+        try:
+            schema = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"json_schema is no JSON ({error}); {expected}") from None
+    if not isinstance(schema, Mapping):
+        raise InputError(f"json_schema is {schema!r:.60}; {expected}")
+    try:
+        text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"json_schema holds what JSON cannot write ({error}); {expected}") from None
+    if len(text) > MAX_SCHEMA_CHARACTERS:
+        raise InputError(_too_long("json_schema", len(text), MAX_SCHEMA_CHARACTERS))
+    schema = json.loads(text)
+    found = sum(1 for _ in _subschemas(schema))
+    if found > MAX_SUBSCHEMAS:
+        raise InputError(f"json_schema holds {found} objects; at most {MAX_SUBSCHEMAS} are taken: ask for less at once")
+    _require_shallow("json_schema", _schema_edges(schema), MAX_SCHEMA_DEPTH)
+    return text
+
+
+def _choices_text(value: object) -> str:
+    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
+    if isinstance(value, str | bytes) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"choices is {value!r:.60}; a list of texts of at least one character was expected")
+    length = sum(len(str(text)) for text in texts)
+    if len(texts) > MAX_CHOICES or length > MAX_SCHEMA_CHARACTERS:
+        raise InputError(
+            f"choices holds {len(texts)} texts of {length} characters; at most {MAX_CHOICES} texts of "
+            f"{MAX_SCHEMA_CHARACTERS} characters together are taken: choose in two steps"
+        )
+    return json.dumps(texts, ensure_ascii=False)
+
+
+def _bounded(kind: Kind, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        what = "a regular expression" if kind == "regex" else "the text of a Lark grammar"
+        raise InputError(f"{kind} is {value!r:.60}; {what} was expected, as a text")
+    if len(value) > MAX_CHARACTERS:
+        raise InputError(_too_long(kind, len(value), MAX_CHARACTERS))
+    if kind == "grammar":
+        _require_shallow(kind, _rule_edges(value), MAX_RULE_DEPTH)
+    return value
+
+
+def _too_long(kind: str, found: int, most: int) -> str:
+    return f"{kind} has {found} characters; at most {most} are taken: ask for less at once"
+
+
+def _subschemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object in a schema, itself among them."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+# --- depth: a graph of nodes by name, and who names whom --------------------------------------------------------------
+def _schema_edges(schema: Any) -> dict[Any, list[Any]]:
+    """Each object's own objects, and those that its $ref names, by their places."""
+    edges: dict[Any, list[Any]] = {}
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), schema)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            children = [((*place, str(name)), child) for name, child in inner]
+            edges[place] = [child for child, _ in children]
+            waiting += children
+            ref = value.get("$ref") if isinstance(value, dict) else None
+            if isinstance(ref, str) and ref.startswith("#"):
+                parts = [part for part in ref[1:].split("/") if part]
+                edges[place].append(tuple(part.replace("~1", "/").replace("~0", "~") for part in parts))
+    return edges
+
+
+def _rule_edges(grammar: str) -> dict[Any, list[Any]]:
+    """The rules that each rule of a Lark grammar names."""
+    text = _QUOTED.sub(" ", grammar)
+    heads = list(_RULE.finditer(text))
+    ends = [*(head.start() for head in heads[1:]), len(text)]
+    return {head[1]: re.findall(r"\w+", text[head.end() : end]) for head, end in zip(heads, ends, strict=False)}
+
+
+def _require_shallow(kind: Kind, edges: Mapping[Any, list[Any]], most: int) -> None:
+    """Raises InputError where a chain of nodes that name one another is longer than `most`, circles left aside."""
+    depth: dict[Any, int] = {}
+    for root in edges:
+        path: list[tuple[Any, Iterator[Any]]] = [(root, iter(edges[root]))] if root not in depth else []
+        depth.setdefault(root, 1)
+        while path:
+            node, rest = path[-1]
+            child = next(rest, None)
+            if child is None:
+                path.pop()
+                if path:
+                    depth[path[-1][0]] = max(depth[path[-1][0]], depth[node] + 1)
+            elif child in edges and child not in depth:
+                depth[child] = 1
+                path.append((child, iter(edges[child])))
+            elif child in depth:
+                depth[node] = max(depth[node], depth[child] + 1)
+            if path and max(depth[path[-1][0]], len(path)) > most:
+                raise InputError(f"{kind} is nested more than {most} deep: write it flatter, or ask for less at once")

@@ -1,0 +1,87 @@
+"""Where a text stands in its grammar: which tokens may follow, which must, and whether it may end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey.errors import InputError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Scores = npt.NDArray[np.floating]
+
+
+class Matcher:
+    """Follows one text, token by token."""
+
+    def __init__(self, matcher: LLMatcher, size: int, end_ids: Sequence[int]) -> None:
+        """See Vocabulary. `size`: V, the id that stands for the end."""
+        self._matcher, self._size, self._end_ids = matcher, size, list(end_ids)
+        self._allowed: npt.NDArray[np.bool_] | None = None  # (V + 1,), once it is asked for
+        self._complete = False
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether some text meets the grammar, as far as can be told before its first token."""
+        allowed = self._mask()
+        return not self._matcher.is_error() and bool(allowed.any())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the grammar is met and nothing may follow."""
+        if not self._complete and (self._matcher.is_stopped() or not self._mask()[: self._size].any()):
+            self._require(self._matcher.is_accepting())
+            self._complete = True
+        return self._complete
+
+    def masked(self, logits: Scores) -> Scores:
+        """Logits (V,) with minus infinity at the tokens that may not follow. EOS may where the grammar is met."""
+        allowed = self._mask()
+        self._require(bool(allowed.any()))
+        follows = allowed[: self._size]
+        follows[self._end_ids] = allowed[self._size]
+        return np.where(follows, logits, -np.inf).astype(logits.dtype, copy=False)
+
+    def advance(self, token: int) -> None:
+        """Takes in the token that follows. Raises InputError where it may not."""
+        self._require(self._matcher.consume_token(token))
+        self._allowed = None
+
+    def forced(self, most: int) -> list[int]:
+        """Takes in the tokens that must follow, `most` at most, and returns them."""
+        tokens: list[int] = [] if self._complete else self._matcher.compute_ff_tokens()[: max(0, most)]
+        if tokens:
+            self._require(self._matcher.consume_tokens(tokens))
+            self._allowed = None
+        return tokens
+
+    def allowed_draft(self, draft: Sequence[int]) -> list[int]:
+        """The first tokens of a draft, as far as they may follow."""
+        return list(draft[: self._matcher.validate_tokens(list(draft))]) if draft else []
+
+    def _mask(self) -> npt.NDArray[np.bool_]:
+        if self._allowed is None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            self._allowed = np.unpackbits(bits, count=self._size + 1, bitorder="little").view(np.bool_)
+        return self._allowed
+
+    def _require(self, followed: bool) -> None:
+        """Raises InputError unless the text could be followed. The library says so by a state that stays."""
+        if not followed or (self._matcher.is_error() and not self._matcher.is_accepting()):
+            raise InputError(
+                "the grammar leads to a place from which this model's vocabulary cannot go on, or which is too complex "
+                f"({first_sentence(self._matcher.get_error()) or 'no token may follow'}): ask for less, or for other "
+                "characters"
+            )
+
+
+def first_sentence(message: str) -> str:
+    """What llguidance says is wrong, in one line."""
+    lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "")
+    return told.removeprefix("error: ")[:200].rstrip(" :.")

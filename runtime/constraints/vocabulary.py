@@ -1,0 +1,164 @@
+"""A vocabulary as llguidance reads it, and what it makes of a constraint."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import sys
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from pastkey.errors import InputError, missing_extra
+
+from ..text.codec import TextCodec
+from ..text.token_bytes import ExactEncoder, token_bytes
+from .constraint import Constraint
+from .matcher import Matcher, first_sentence
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+_KEPT = 16  # constraints that are compiled already
+# As json.dumps writes it, and most of what models read. A model that may choose the whitespace chooses it without end,
+# and nothing would be certain between two values. A schema's own "x-guidance" has the last word.
+_JSON = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+class Vocabulary:
+    """What each token says, and where a text may end. It makes the matcher of a constraint.
+
+    The end is a token of its own behind all others, which the EOS tokens share: so a model has one, several or none of
+    them, and one that a text could hold (a line break, say) ends the text all the same.
+    """
+
+    def __init__(
+        self, tokens: Sequence[bytes], special: Collection[int], end_ids: Collection[int], encode: ExactEncoder
+    ) -> None:
+        """The first takes about 10 µs a token.
+
+        Args:
+            tokens: What each id adds to a text, (V,), by the width of the logits; of a special token its name.
+            special: Ids that no text is made of. Only a grammar that names them allows them.
+            end_ids: EOS tokens.
+            encode: Splits the texts that must come into tokens.
+
+        Raises:
+            MissingExtraError: llguidance is not installed.
+        """
+        try:
+            from llguidance import LLTokenizer
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) from None
+        self.size, self.end_ids, self._encode = len(tokens), sorted(end_ids), encode
+        self._tokenizer = LLTokenizer(
+            _Wrapper([*tokens, b"<end>"], {*special, *end_ids}, encode),  # type: ignore[arg-type]
+            n_vocab=self.size + 1,
+            eos_token=self.size,
+        )
+        self._compiled: dict[Constraint, LLMatcher] = {}
+
+    @classmethod
+    def of(cls, codec: TextCodec, size: int, end_ids: Collection[int]) -> Self:
+        """That of a bundle's tokenizer, with logits (V,) of `size`.
+
+        Raises:
+            InputError: What a token says depends on those beside it.
+            MissingExtraError: llguidance is not installed.
+        """
+        tokens = token_bytes(codec, size)
+        encode = ExactEncoder(codec, tokens)
+        special = {token: name for name, (token, special) in codec.added_tokens.items() if special and token < size}
+        named = [special[token].encode() if token in special else text for token, text in enumerate(tokens)]
+        return cls(named, special, end_ids, encode)
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """What follows a new text under a constraint.
+
+        Raises InputError where it is no valid one, where llguidance does not support it or finds it too complex, and
+        where no text of this vocabulary can meet it.
+        """
+        compiled = self._compiled.pop(constraint, None) or self._compile(constraint)
+        self._compiled[constraint] = compiled
+        for oldest in list(self._compiled)[:-_KEPT]:
+            self._compiled.pop(oldest, None)
+        return Matcher(compiled.deep_copy(), self.size, self.end_ids)
+
+    def _compile(self, constraint: Constraint) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        self._require_writable(constraint)
+        limits = LLParserLimits(verbose_errors=False)
+        try:
+            compiled = LLMatcher(self._tokenizer, self._grammar(constraint), log_level=0, limits=limits)
+            wrong = compiled.get_error()
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise InputError(
+                f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; leave that out, and check it in the "
+                "text that comes (docs/constrained.md tells what is supported)"
+            )
+        start = Matcher(compiled.deep_copy(), self.size, self.end_ids)
+        if not start.can_begin:
+            raise InputError(
+                f"no text can meet {constraint.kind}, or none that this model's vocabulary can write: mend it"
+            )
+        return compiled
+
+    def _grammar(self, constraint: Constraint) -> str:
+        from llguidance import LLMatcher, regex_to_lark
+
+        text = constraint.text
+        if constraint.kind == "json_schema":
+            return LLMatcher.grammar_from_json_schema(text, defaults=_JSON)  # type: ignore[arg-type]
+        if constraint.kind == "choices":
+            return LLMatcher.grammar_from_lark(
+                "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(text)))
+            )
+        if constraint.kind == "regex":
+            # Digits are 0 to 9: which others there are is another answer in each version of Unicode.
+            expression = regex_to_lark(text, "" if "\\D" in text else "d")
+            lark = f"start: TEXT\nTEXT: /{expression}/"
+            if not self._writes_all:
+                # What it can be within the vocabulary: else a text could come to a place from which none leads on.
+                within = "".join(f"\\u{{{first:x}}}-\\u{{{last:x}}}" for first, last in self._encode.characters)
+                lark += f" & /[{within}]*/"
+            return LLMatcher.grammar_from_lark(lark)
+        return LLMatcher.grammar_from_lark(text)
+
+    @property
+    def _writes_all(self) -> bool:
+        return list(self._encode.characters) == [(0, 0xD7FF), (0xE000, sys.maxunicode)]
+
+    def _require_writable(self, constraint: Constraint) -> None:
+        """Raises InputError for a text of the constraint that no tokens make."""
+        if self._writes_all:
+            return
+        runs = self._encode.characters
+        firsts = [first for first, _ in runs]
+
+        def writes(letter: str) -> bool:
+            place = bisect.bisect_right(firsts, ord(letter))
+            return place > 0 and ord(letter) <= runs[place - 1][1]
+
+        for literal in constraint.literals():
+            lacking = next((letter for letter in literal if not writes(letter)), None)
+            if lacking is not None:
+                raise InputError(
+                    f"{constraint.kind} asks for {literal!r:.60}, and no token of this model's vocabulary writes "
+                    f"{lacking!r}: ask for what its vocabulary can write"
+                )
+
+
+class _Wrapper:
+    """The attributes that LLTokenizer reads of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], special: Collection[int], encode: ExactEncoder) -> None:
+        self.tokens, self.eos_token_id, self._encode = tokens, len(tokens) - 1, encode
+        self.special_token_ids = sorted({*special, self.eos_token_id})
+
+    def __call__(self, text: Any) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode())

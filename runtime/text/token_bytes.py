@@ -1,0 +1,119 @@
+"""What each token adds to a text, as bytes, and a text as tokens that add exactly its bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+
+from pastkey.errors import InputError
+
+from .codec import TextCodec
+
+_FOUR = range(0xF0, 0xF5)  # bytes that begin a character of four
+
+
+def token_bytes(codec: TextCodec, size: int) -> list[bytes]:
+    """What each of the ids from 0 to `size` adds to a text; nothing for special tokens and ids without a token.
+
+    Raises InputError where that depends on the tokens beside it, as where a decoder puts spaces between words.
+    """
+    shown = [token for token in range(size) if codec.has_text(token)]
+    byte_level = '"ByteLevel"' in json.dumps(json.loads(codec.to_json())["decoder"])
+    plain = [token for token in shown if not codec.is_byte(token)]
+    found = [b""] * size
+    if byte_level:
+        for token in shown:
+            found[token] = codec.bytes_of(token)
+    else:
+        anchor = next((token for token in plain if codec.decode([token]).strip()), None)
+        before = "" if anchor is None else codec.decode([anchor])
+        for token in shown:
+            found[token] = (
+                codec.bytes_of(token)
+                if anchor is None or codec.is_byte(token)
+                else codec.decode([anchor, token])[len(before) :].encode()
+            )
+    together = b"".join(found[token] for token in plain).decode(errors="replace")
+    told = codec.decode(plain)
+    apart = byte_level or all(_stands_alone(codec, token, found[token].decode(errors="replace")) for token in plain)
+    if told.lstrip(" ") != together.lstrip(" ") or not apart:
+        raise InputError(
+            "this bundle's tokenizer decodes a token differently by the tokens beside it, as one of whole words does, "
+            "so that no schema or grammar can say which token may follow: check the text after it is generated"
+        )
+    return found
+
+
+def _stands_alone(codec: TextCodec, token: int, text: str) -> bool:
+    """Whether a token says the same where a text begins, but for the space that SentencePiece drops there."""
+    alone = codec.decode([token])
+    return text == alone or (codec.begins_word(token) and text == " " + alone)
+
+
+def _writable(tokens: Collection[bytes]) -> list[tuple[int, int]]:
+    """Runs of code points that a token holds, or that tokens of one byte make."""
+    single = {token[0] for token in tokens if len(token) == 1}
+    found = {ord(letter) for token in tokens for letter in token.decode(errors="ignore")}
+    runs = [(code, code) for code in found | {byte for byte in single if byte < 0x80}]
+    if single.issuperset(range(0x80, 0xC0)):
+        for leads, bits, least in ((range(0xC2, 0xE0), 6, 0x80), (range(0xE0, 0xF0), 12, 0x800), (_FOUR, 18, 0x10000)):
+            begins = [((lead & (0x7F >> (bits // 6 + 1))) << bits) for lead in leads if lead in single]
+            runs += [(max(begin, least), min(begin + (1 << bits) - 1, 0x10FFFF)) for begin in begins]
+    runs = [(first, 0xD7FF if 0xD800 <= last < 0xE000 else last) for first, last in runs]  # surrogates are none
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(runs):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return joined
+
+
+class ExactEncoder:
+    """Encodes texts that stand in the middle of others: the ids' bytes are the text's, and nothing is put before it.
+
+    Attributes:
+        characters: The first and the last of each run of code points that tokens can write.
+    """
+
+    def __init__(self, codec: TextCodec, tokens: Sequence[bytes]) -> None:
+        """`tokens`: what each id adds, by `token_bytes`."""
+        self._codec, self._tokens = codec, tokens
+        self._ids = {text: token for token, text in reversed(list(enumerate(tokens))) if text}
+        self._longest = max(map(len, self._ids), default=0)
+        self.characters = _writable(self._ids)
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids, as the tokenizer splits the text where it can be told; those of its beginning that has tokens."""
+        wanted = text.encode()
+        for before in ("", "\n"):  # a tokenizer that puts a space before a text puts it before a line break
+            ids = self._end_of(before + text, wanted)
+            if ids is not None:
+                return ids
+        return self._longest_first(wanted)
+
+    def _end_of(self, text: str, wanted: bytes) -> list[int] | None:
+        """The last ids of a text, if they are exactly what is wanted."""
+        try:
+            ids = self._codec.encode(text, add_special_tokens=False)
+        except InputError:
+            return None
+        left = sum(len(self._tokens[token]) for token in ids) - len(wanted)
+        for place, token in enumerate(ids):
+            if not left:
+                return ids[place:] if b"".join(self._tokens[token] for token in ids[place:]) == wanted else None
+            left -= len(self._tokens[token])
+        return None
+
+    def _longest_first(self, wanted: bytes) -> list[int]:
+        ids, place = [], 0
+        while place < len(wanted):
+            for length in range(min(self._longest, len(wanted) - place), 0, -1):
+                token = self._ids.get(wanted[place : place + length])
+                if token is not None:
+                    break
+            else:
+                break
+            ids.append(token)
+            place += length
+        return ids

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pastkey.errors import InputError
+from pastkey.runtime.constraints.constraint import MAX_CHOICES, Constraint
+
+
+def test_a_call_without_one_has_none() -> None:
+    assert Constraint.of({}) is None
+    assert Constraint.of({"regex": None, "seed": 1}) is None
+
+
+def test_a_schema_is_taken_as_a_dict_or_as_its_text() -> None:
+    schema = {"type": "object", "properties": {"é": {"const": "日"}}}
+    as_dict, as_text = Constraint.of({"json_schema": schema}), Constraint.of({"json_schema": json.dumps(schema)})
+    assert as_dict == as_text == Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
+    assert as_dict is not None
+    assert sorted(as_dict.literals()) == ['"é"', '"日"']
+
+
+def test_choices_are_the_texts_that_must_be_written() -> None:
+    constraint = Constraint.of({"choices": ("yes", 'n"o')})
+    assert constraint is not None
+    assert list(constraint.literals()) == ["yes", 'n"o']
+
+
+SELF: dict[str, Any] = {}
+SELF["properties"] = {"a": SELF}
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def chain(levels: int) -> dict[str, Any]:
+    """Each definition names the next one."""
+    defs: dict[str, Any] = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(levels)}
+    return {"$defs": {**defs, f"d{levels}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+
+
+def rules(levels: int) -> str:
+    return "start: r0\n" + "".join(f'r{i}: "a" r{i + 1}\n' for i in range(levels)) + f'r{levels}: "b"'
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"regex": "a", "choices": ["b"]}, "regex and choices were both given"),
+    ({"json_schema": "{"}, "json_schema is no JSON"),
+    ({"json_schema": "[" * 100_000}, "json_schema is no JSON"),
+    ({"json_schema": "[1]"}, "a JSON schema was expected"),
+    ({"json_schema": 3}, "json_schema is 3; a JSON schema was expected"),
+    ({"json_schema": {"const": {1, 2}}}, "holds what JSON cannot write"),
+    ({"json_schema": {"const": float("nan")}}, "holds what JSON cannot write"),
+    ({"json_schema": SELF}, "holds what JSON cannot write"),
+    ({"json_schema": {"const": "\ud800"}}, "half of a surrogate pair"),
+    ({"json_schema": {"description": "x" * 600_000}}, "json_schema has .* characters; at most 500000"),
+    ({"json_schema": " " * 600_000}, "json_schema has 600000 characters"),
+    ({"json_schema": {"properties": {str(i): {} for i in range(3000)}}}, "holds 3002 objects; at most 2000"),
+    ({"json_schema": deep(101)}, "json_schema is nested more than 100 deep"),
+    ({"json_schema": chain(100)}, "json_schema is nested more than 100 deep"),
+    ({"grammar": rules(100)}, "grammar is nested more than 60 deep"),
+    ({"grammar": 'start: "' + "a" * 60_000 + '"'}, "grammar has 60009 characters; at most 50000"),
+    ({"regex": ""}, "regex is ''; a regular expression was expected"),
+    ({"regex": 3}, "regex is 3; a regular expression was expected"),
+    ({"regex": "a" * 60_000}, "regex has 60000 characters; at most 50000"),
+    ({"grammar": []}, r"grammar is \[\]; the text of a Lark grammar was expected"),
+    ({"choices": "ab"}, "choices is 'ab'; a list of texts"),
+    ({"choices": []}, "a list of texts of at least one character was expected"),
+    ({"choices": ["a", ""]}, "a list of texts of at least one character was expected"),
+    ({"choices": ["a", 3]}, "a list of texts of at least one character was expected"),
+    ({"choices": 3}, "a list of texts of at least one character was expected"),
+    ({"choices": ["a"] * (MAX_CHOICES + 1)}, "choices holds 10001 texts of 10001 characters; at most 10000"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD, ids=[sentence[:50] for _, sentence in BAD])
+def test_what_cannot_be_one_is_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Constraint.of(options)
+
+
+def test_what_is_just_not_too_deep_is_taken_and_a_circle_is_not_deep() -> None:
+    tree = {"$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"}
+    for options in (
+        {"json_schema": deep(90)},
+        {"json_schema": chain(30)},
+        {"json_schema": tree},
+        {"grammar": rules(50)},
+        {"grammar": 'start: a\na: "(" a ")" | b\nb: a | "x: y"'},
+        {"grammar": "no rule at all"},
+    ):
+        assert Constraint.of(options) is not None

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llguidance")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pastkey.errors import InputError
+from pastkey.runtime.constraints.constraint import Constraint
+from pastkey.runtime.constraints.matcher import Matcher, first_sentence
+from pastkey.runtime.text.codec import TextCodec
+
+from . import vocabularies
+
+jsonschema = pytest.importorskip("jsonschema")
+
+
+@dataclass(frozen=True)
+class Make:
+    """A vocabulary and what its ids say."""
+
+    codec: TextCodec
+    vocabulary: Any
+    end: int
+
+    def matcher(self, **options: Any) -> Matcher:
+        constraint = Constraint.of(options)
+        assert constraint is not None
+        matcher: Matcher = self.vocabulary.matcher(constraint)
+        return matcher
+
+    def written(self, seed: int, most: int = 300, *, jump: bool = True, **options: Any) -> str | None:
+        """What random logits write; None where they are not at an end after so many tokens."""
+        rng = np.random.default_rng(seed)
+        following = self.matcher(**options)
+        ids = following.forced(most) if jump else []
+        while not following.complete:
+            if len(ids) >= most:
+                return None
+            logits = rng.normal(0, 3, self.vocabulary.size).astype(np.float32)
+            logits[self.end] += 2
+            masked = following.masked(logits)
+            assert masked.dtype == np.float32
+            token = int(masked.argmax())
+            assert masked[token] == logits[token]
+            if token == self.end:
+                break
+            ids.append(token)
+            following.advance(token)
+            ids += following.forced(most - len(ids)) if jump else []
+        return _text(self.codec, ids)
+
+
+def _text(codec: TextCodec, ids: list[int]) -> str:
+    """As it stands behind another text."""
+    before = codec.encode("\n" if codec.begins_word(codec.encode("a")[0]) else "a", add_special_tokens=False)
+    return codec.decode(before + ids)[len(codec.decode(before)) :]
+
+
+def made(make: Any) -> Make:
+    tokenizer = make()
+    return Make(TextCodec(tokenizer), vocabularies.vocabulary_of(tokenizer), tokenizer.token_to_id(vocabularies.END))
+
+
+MAKES = [made(make) for make in vocabularies.MAKES]
+BYTES, PIECES, CHARACTERS = MAKES
+
+# --- schemas ----------------------------------------------------------------------------------------------------------
+NAMES = st.text(st.sampled_from('ab"\\ é日{_1'), max_size=4)
+VALUES = st.none() | st.booleans() | st.integers(-999, 999) | NAMES
+
+
+def bounds(low: str, high: str) -> st.SearchStrategy[dict[str, Any]]:
+    return st.tuples(st.integers(0, 3), st.integers(0, 3)).map(lambda pair: {low: min(pair), high: max(pair)})
+
+
+LEAVES = st.one_of(
+    bounds("minLength", "maxLength").map(lambda found: {"type": "string", **found}),
+    st.sampled_from(["[0-9]{2}", "^a+$", "b|aé", "^(ab){1,3}$"]).map(lambda text: {"type": "string", "pattern": text}),
+    st.sampled_from(["date", "time", "uuid", "ipv4"]).map(lambda form: {"type": "string", "format": form}),
+    bounds("minimum", "maximum").map(lambda found: {"type": "integer", **found}),
+    bounds("minimum", "maximum").map(lambda found: {"type": "number", **found}),
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "integer"}, {"type": ["string", "null"]}]),
+    st.lists(VALUES, min_size=1, max_size=4).map(lambda values: {"enum": values}),
+    VALUES.map(lambda value: {"const": value}),
+)
+
+
+@st.composite
+def objects(draw: st.DrawFn, inner: st.SearchStrategy[Any]) -> dict[str, Any]:
+    properties = draw(st.dictionaries(NAMES, inner, max_size=4))
+    required = draw(st.lists(st.sampled_from(sorted(properties)), unique=True)) if properties else []
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        objects(inner),
+        st.tuples(inner, bounds("minItems", "maxItems")).map(
+            lambda pair: {"type": "array", "items": pair[0], **pair[1]}
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(
+            lambda items: {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(lambda options: {"anyOf": options}),
+        inner.map(
+            lambda schema: (
+                {"$defs": {"a/b~c": schema}, "$ref": "#/$defs/a~1b~0c"} if "$ref" not in str(schema) else schema
+            )
+        ),
+    )
+
+
+SCHEMAS = st.recursive(LEAVES, containers, max_leaves=8)
+_seen = {"valid": 0, "cut": 0, "refused": 0}
+
+
+@settings(max_examples=150)
+@given(SCHEMAS, st.integers(0, 2**32 - 1), st.booleans())
+def test_what_is_written_parses_and_validates(schema: dict[str, Any], seed: int, jump: bool) -> None:
+    for make in MAKES:
+        try:
+            text = make.written(seed, json_schema=schema, jump=jump)
+        except InputError as error:
+            if make is not CHARACTERS and "cannot be followed" not in str(error):
+                raise
+            _seen["refused"] += 1
+            continue
+        _seen["cut" if text is None else "valid"] += 1
+        if text is not None:
+            jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+
+
+def test_most_of_these_schemas_were_followed_to_their_end() -> None:
+    if sum(_seen.values()) < 300:
+        pytest.skip("the test above did not run")
+    assert _seen["valid"] > 0.7 * sum(_seen.values()), _seen
+
+
+# --- expressions, choices, grammars -----------------------------------------------------------------------------------
+EXPRESSIONS = [
+    "[a-e]{2,5}",
+    "(yes|no)( [0-9]+){1,2}",
+    "a*b?",
+    "日本?|é+",
+    r"\{[^}]*\}",
+    r"-?\d+(\.\d+)?",
+    "x|the the",
+    "^ab$",
+    r"[ab]/?\D",
+    r"a\sb",
+]
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(EXPRESSIONS), st.integers(0, 2**32 - 1), st.booleans())
+def test_what_is_written_matches_the_expression(expression: str, seed: int, jump: bool) -> None:
+    for make in MAKES:
+        text = make.written(seed, regex=expression, jump=jump)
+        assert text is None or re.fullmatch(expression, text)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=6), st.integers(0, 2**32 - 1), st.booleans())
+def test_what_is_written_is_one_of_the_choices(choices: list[str], seed: int, jump: bool) -> None:
+    for make in (BYTES, PIECES):
+        assert make.written(seed, choices=choices, jump=jump) in choices
+
+
+def test_each_of_the_choices_is_written_by_some_seed() -> None:
+    choices = ["a", "ab", "abb", "the", "the cat", '{"', "日"]
+    for make in MAKES:
+        assert {make.written(seed, choices=choices) for seed in range(300)} == set(choices)
+
+
+def test_what_is_written_follows_the_grammar() -> None:
+    grammar = """
+        start: sum "."
+        sum: product ("+" product)*
+        product: NUMBER | "(" sum ")"
+        NUMBER: /[1-9][0-9]?/
+    """
+    grammar = grammar.replace('"("', '"["').replace('")"', '"]"').replace('"+"', '"-"')
+    found = 0
+    for make in MAKES:
+        for seed in range(20):
+            text = make.written(seed, grammar=grammar)
+            if text is not None:
+                found += 1
+                assert text.endswith(".")
+                assert re.fullmatch(r"[-\[\]0-9]+", text[:-1])
+                eval(text[:-1].replace("[", "(").replace("]", ")"))
+    assert found > 30
+
+
+def test_a_grammar_may_name_a_special_token() -> None:
+    tokenizer = vocabularies.byte_level()
+    tokenizer.add_special_tokens(["<call>"])
+    make = made(lambda: tokenizer)
+    following = make.matcher(grammar='start: "a" <call> "b"')
+    assert following.forced(9) == [*make.codec.encode("a"), tokenizer.token_to_id("<call>"), *make.codec.encode("b")]
+    assert following.complete
+
+
+# --- the state --------------------------------------------------------------------------------------------------------
+def test_forced_tokens_are_those_that_nothing_else_could_follow() -> None:
+    for make in MAKES:
+        following = make.matcher(
+            json_schema={
+                "type": "object",
+                "properties": {"abe": {"const": "the"}},
+                "required": ["abe"],
+                "additionalProperties": False,
+            }
+        )
+        most = following.forced(3)
+        assert len(most) == 3
+        assert following.forced(0) == []
+        rest = following.forced(99)
+        assert _text(make.codec, most + rest) == '{"abe": "the"}'
+        assert following.complete
+        assert following.forced(9) == []
+
+
+def test_the_end_is_allowed_where_the_grammar_is_met_and_nowhere_else() -> None:
+    for make in MAKES:
+        following = make.matcher(regex="ab*")
+        logits = np.zeros(make.vocabulary.size, np.float32)
+        (a,), (b,) = make.vocabulary._encode("a"), make.vocabulary._encode("b")
+        assert np.isinf(following.masked(logits)[make.end])
+        following.advance(a)
+        assert np.isfinite(following.masked(logits)[make.end])
+        allowed = set(np.flatnonzero(np.isfinite(following.masked(logits))))
+        assert {b, make.end} <= allowed
+        assert all(token == make.end or make.codec.bytes_of(int(token)) == b"b" for token in allowed)
+        assert not following.complete
+
+
+def test_a_vocabulary_without_an_end_ends_where_nothing_may_follow() -> None:
+    tokenizer = vocabularies.characters()
+    codec = TextCodec(tokenizer)
+    tokens = [b"", *(letter.encode() for letter in vocabularies.CHARACTERS)]
+    vocabulary = type(CHARACTERS.vocabulary)(tokens, [0], [], CHARACTERS.vocabulary._encode)
+    following = Make(codec, vocabulary, 0).matcher(regex="a{2,3}")
+    (a,) = codec.encode("a")
+    for place in range(3):
+        assert not following.complete
+        assert list(np.flatnonzero(np.isfinite(following.masked(np.zeros(len(tokens)))))) == [a], place
+        following.advance(a)
+    assert following.complete
+
+
+def test_a_draft_is_cut_where_it_may_not_go_on() -> None:
+    following = BYTES.matcher(regex="abab[0-9]*")
+    ids = BYTES.codec.encode
+    assert following.allowed_draft([]) == []
+    assert following.allowed_draft(ids("abab12x3")) == ids("abab12")
+    assert following.allowed_draft(ids("x")) == []
+    assert not following.complete
+    assert following.masked(np.zeros(BYTES.vocabulary.size))[ids("ab")[0]] == 0  # and it stands where it stood
+
+
+def test_a_token_that_may_not_follow_is_an_error_of_one_sentence() -> None:
+    following = BYTES.matcher(regex="ab")
+    with pytest.raises(InputError, match="the grammar leads to a place") as error:
+        following.advance(BYTES.codec.encode("x")[0])
+    assert "\n" not in str(error.value)
+
+
+def test_a_place_from_which_no_token_leads_on_is_an_error() -> None:
+    """A character that the vocabulary lacks, where it could not be seen before."""
+    following = CHARACTERS.matcher(grammar='start: "a" b\nb: "Ω"')
+    following.advance(CHARACTERS.codec.encode("a")[0])
+    assert following.forced(9) == []
+    with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
+        _ = following.complete
+    with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
+        following.masked(np.zeros(CHARACTERS.vocabulary.size))
+
+
+def test_the_logits_are_not_written_into() -> None:
+    logits = np.zeros(BYTES.vocabulary.size, np.float32)
+    following = BYTES.matcher(regex="ab")
+    following.masked(logits)
+    assert not logits.any()
+
+
+def test_the_first_line_tells_what_is_wrong() -> None:
+    assert first_sentence("at 1(8): x\n  |\nerror: unclosed group\n") == "unclosed group"
+    assert first_sentence("NoExtensionBias\n<non-verbose/>") == "NoExtensionBias"
+    assert first_sentence("") == ""

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import builtins
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llguidance")
+
+from pastkey.errors import InputError, MissingExtraError
+from pastkey.runtime.constraints.constraint import Constraint
+from pastkey.runtime.constraints.matcher import Matcher
+from pastkey.runtime.constraints.vocabulary import Vocabulary
+
+from . import vocabularies
+
+VOCABULARIES = [vocabularies.vocabulary_of(make()) for make in vocabularies.MAKES]
+BYTES, PIECES, CHARACTERS = VOCABULARIES
+
+
+def matcher(vocabulary: Vocabulary, **options: Any) -> Matcher:
+    constraint = Constraint.of(options)
+    assert constraint is not None
+    return vocabulary.matcher(constraint)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"regex": "("}, "regex cannot be followed: unclosed group; leave that out"),
+    ({"regex": "a(?=b)"}, "regex cannot be followed: look-around"),
+    ({"regex": "[^\\s\\S]"}, "no text can meet regex"),
+    ({"grammar": "start: x"}, 'grammar cannot be followed: .*unknown name: "x"'),
+    ({"grammar": "hello"}, "grammar cannot be followed"),
+    ({"grammar": "start: <|nobody|>"}, "grammar cannot be followed: .*unknown special token"),
+    ({"grammar": 'start: a\na: a "b"'}, "no text can meet grammar"),
+    ({"json_schema": {"type": "objec"}}, "json_schema cannot be followed: Invalid type: objec; leave that out"),
+    ({"json_schema": {"type": "array", "uniqueItems": True}}, 'cannot be followed: Unimplemented keys: ."uniqueItems"'),
+    ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "cannot be followed: Unsatisfiable schema"),
+    ({"json_schema": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "cannot be followed: Unsatisfiable schema"),
+    ({"json_schema": {"enum": []}}, "cannot be followed: Unsatisfiable schema"),
+    ({"json_schema": {"$ref": "#"}}, "no text can meet json_schema"),
+    ({"json_schema": {"$ref": "#/$defs/x"}}, "json_schema cannot be followed"),
+    ({"json_schema": {"$ref": "https://example.com/x"}}, "json_schema cannot be followed: .*not present"),
+    ({"json_schema": {"type": "string", "format": "zzz"}}, "cannot be followed: Unknown format: zzz"),
+    ({"json_schema": {"type": "string", "pattern": "("}}, "cannot be followed: unclosed group"),
+    ({"json_schema": {"properties": 3}}, "json_schema cannot be followed"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
+def test_what_cannot_be_followed_or_met_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
+    for _ in range(2):
+        with pytest.raises(InputError, match=sentence) as error:
+            matcher(BYTES, **options)
+        assert "\n" not in str(error.value)
+
+
+def test_what_the_vocabulary_cannot_write_is_told_at_the_call() -> None:
+    for options, sentence in (
+        ({"choices": ["abc", "a\nb"]}, "choices asks for .*, and no token of this model's vocabulary writes '.n'"),
+        ({"json_schema": {"properties": {"Z": {}}, "required": ["Z"]}}, "json_schema asks for '\"Z\"', .* writes 'Z'"),
+        ({"json_schema": {"enum": [1, "Ω"]}}, "writes 'Ω'"),
+        ({"json_schema": {"const": {"a": "Ω"}}}, "writes 'Ω'"),
+        ({"regex": "aΩ|bΩ"}, "no text can meet regex"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            matcher(CHARACTERS, **options)
+        assert matcher(BYTES, **options).can_begin
+        assert matcher(PIECES, **options).can_begin
+
+
+def test_a_regex_never_leads_to_a_character_without_a_token() -> None:
+    following = matcher(CHARACTERS, regex="aΩ|ab")
+    assert len(following.forced(9)) == 2
+    assert following.complete
+
+
+HUGE: list[dict[str, Any]] = [
+    {"json_schema": {"properties": {f"key{i}": {"type": "string"} for i in range(1900)}}},
+    {"json_schema": {"anyOf": [{"type": "object", "properties": {f"k{i}": {"type": "null"}}} for i in range(600)]}},
+    {"json_schema": {"enum": list(range(100_000 // 7))}},
+    {"json_schema": {"type": "array", "items": {"type": "string"}, "minItems": 1_000_000}},
+    {"json_schema": {"type": "string", "minLength": 10_000_000}},
+    {"regex": "((a{1,1000}){1,1000}){1,1000}"},
+    {"regex": "(a?){5000}b{5000}"},
+    {"regex": "(.*a){50}.{300}"},
+    {"regex": "(" * 20_000 + ")" * 20_000},
+    {"grammar": "start: " + " | ".join(['"b"'] * 8_000)},
+    {"grammar": "start: " + " ".join(['"b"?'] * 7_000)},
+    {"grammar": "start: " + "(" * 20_000 + '"a"' + ")" * 20_000},
+    {"choices": ["a" * (i % 40) + str(i) for i in range(10_000)]},
+]
+
+
+@pytest.mark.parametrize("number", range(len(HUGE)))
+def test_a_huge_one_is_refused_or_begun_in_seconds(number: int) -> None:
+    started = time.process_time()
+    try:
+        following = matcher(BYTES, **HUGE[number])
+        for _ in range(3):
+            allowed = np.flatnonzero(np.isfinite(following.masked(np.zeros(BYTES.size, np.float32))))
+            following.advance(int(allowed[0]))
+    except InputError:
+        pass
+    assert time.process_time() - started < 20
+
+
+def test_a_constraint_is_compiled_once() -> None:
+    options = {"choices": [f"{i} is a number of its own" for i in range(10_000)]}
+    started = time.process_time()
+    first = matcher(BYTES, **options)
+    compiling = time.process_time() - started
+    first.advance(first.forced(1)[0] if first.forced(0) else _any(first))
+    started = time.process_time()
+    second = matcher(BYTES, **options)
+    assert time.process_time() - started < compiling / 2
+    assert _any(second) == _any(matcher(BYTES, **options))  # each begins anew
+
+
+def _any(following: Matcher) -> int:
+    return int(np.argmax(following.masked(np.zeros(BYTES.size, np.float32))))
+
+
+def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise() -> None:
+    schema = {"const": {"a": [1, 2], "b": None}}
+    compact = schema | {"x-guidance": {"item_separator": ",", "key_separator": ":", "whitespace_flexible": False}}
+    for given, expected in ((schema, json.dumps(schema["const"])), (compact, '{"a":[1,2],"b":null}')):
+        following = matcher(BYTES, json_schema=given)
+        ids = following.forced(99)
+        assert b"".join(vocabularies_bytes()[token] for token in ids).decode() == expected
+        assert following.complete
+
+
+def vocabularies_bytes() -> list[bytes]:
+    from pastkey.runtime.text.codec import TextCodec
+    from pastkey.runtime.text.token_bytes import token_bytes
+
+    return token_bytes(TextCodec(vocabularies.byte_level()), BYTES.size)
+
+
+def test_without_the_library_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def missing(name: str, *rest: Any, **named: Any) -> Any:
+        if name == "llguidance":
+            raise ModuleNotFoundError("No module named 'llguidance'", name="llguidance")
+        return original(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(MissingExtraError, match="pip install llguidance"):
+        vocabularies.vocabulary_of(vocabularies.byte_level())
