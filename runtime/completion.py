@@ -45,8 +45,9 @@ class Completion:
         text: The text of `ids`, special tokens left out unless they were to be kept. It ends before the stop string,
             and before a character that the last token leaves incomplete. "" without a tokenizer.
         ids: The new tokens, without the EOS token, with those of a stop string.
-        finish_reason: "stop" for an EOS token, "stop_string" for one of `stop`, "length" for `max_new_tokens` or the
-            end of the context, "deadline" for `timeout`, "cancelled" where it was ended from outside.
+        finish_reason: "stop" for an EOS token, or where a constraint is met and nothing may follow, "stop_string" for
+            one of `stop`, "length" for `max_new_tokens` or the end of the context, "deadline" for `timeout`,
+            "cancelled" where it was ended from outside.
         prompt_tokens: Number of tokens of the prompt.
         new_tokens: Number of `ids`.
         prefill_seconds: Time to the first token.
@@ -58,6 +59,7 @@ class Completion:
         accepted_tokens: Number of these that the sampler chose.
         logprobs: Of each of `ids`, where `logprobs` was asked for; else none.
         prompt_logprobs: Of each of the prompt's tokens, None for the first, where `prompt_logprobs` was asked for.
+        forced_tokens: Number of tokens that a constraint left no choice about; they were run together.
     """
 
     text: str
@@ -74,6 +76,7 @@ class Completion:
     accepted_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    forced_tokens: int = 0
 
     @property
     def seconds_to_first_token(self) -> float:

@@ -35,12 +35,35 @@ class Driver(Protocol):
         """Forgets a generation that has ended, now or after the step that runs. Never waits."""
 
 
+class Follows(Protocol):
+    """What new tokens are held to: constraints/ has it."""
+
+    def masked(self, logits: Logits) -> Logits:
+        """Logits (V,) with minus infinity at the tokens that may not follow."""
+
+    def require(self, token: int) -> None:
+        """Raises InputError unless the token may follow."""
+
+    def follow(self, tokens: Sequence[int], start: int) -> None:
+        """Takes in what is new of `tokens`, which are the text's from `start` on."""
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens that must follow, `most` at most."""
+
+    def allowed_draft(self, draft: Sequence[int]) -> list[int]:
+        """The first tokens of a draft, as far as they may follow."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow but the end."""
+
+
 class Generation:
     """One continuation, as an iterator over its new tokens.
 
-    It ends at an EOS token, which is not yielded ("stop"), after `max_new_tokens` or at the end of the context
-    ("length"), after `cancel` ("cancelled"), or when its time is over ("deadline"). `finish_reason` is None until then,
-    and the times in seconds are complete then.
+    It ends at an EOS token, which is not yielded, or where a constraint is met ("stop"), after `max_new_tokens` or at
+    the end of the context ("length"), after `cancel` ("cancelled"), or when its time is over ("deadline").
+    `finish_reason` is None until then, and the times in seconds are complete then.
 
     All but the last of `ids` are in the engine's cache when a step has ended, whatever interrupted it: appending to
     `ids` is what makes a token chosen, and a step begins by running what the cache lacks.
@@ -51,7 +74,8 @@ class Generation:
         begun: Whether it has that.
         logprobs: Those of the tokens chosen so far, where they were asked for.
         prompt_logprobs: Those of the prompt's tokens, where they were asked for; None for the first.
-        tokens_per_step: How many tokens a step of this row alone brings, lately; drafts make it more than one.
+        tokens_per_step: How many tokens a step of this row alone chooses, lately; drafts make it more than one.
+        forced_tokens: How many were not chosen, since nothing else could follow.
     """
 
     def __init__(
@@ -69,6 +93,7 @@ class Generation:
         breakers: Breakers | None = None,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
+        constraint: Follows | None = None,
         driver: Driver | None = None,
         provide: Callable[[Generation], tuple[Engine, int]] | None = None,
         retired: Callable[[Generation], None] | None = None,
@@ -92,6 +117,7 @@ class Generation:
             breakers: DRY's sequence breakers as ids.
             logprobs: Whether log-probabilities are kept, and of how many of the likeliest tokens beside the chosen one.
             prompt_logprobs: Whether those of the prompt's tokens are, too: of all that the cache does not have yet.
+            constraint: What the new tokens are held to.
             driver: Who runs the steps; None for this object itself.
             starting: Is told by whoever asks for the first token.
             provide: Gives an engine, and how many of the prompt's tokens are in its cache, when the first step comes.
@@ -117,6 +143,7 @@ class Generation:
         self.reused_tokens = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0
+        self.forced_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
@@ -137,6 +164,7 @@ class Generation:
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] = [None] * len(self.ids) if prompt_logprobs else []
         self._end_ids = frozenset(end_ids)
+        self._constraint = constraint
         self._keep = (reuse_prefix, exact)
         self._prompt_lookup = PromptLookup() if prompt_lookup and engine.supports_drafts else None
         self._timeout, self._deadline = timeout, float("inf")
@@ -164,11 +192,12 @@ class Generation:
                 if self.error is not None:
                     raise self.error
                 break
+            decoding = self.begun and self.engine.length >= self.prompt_tokens
             started = time.perf_counter()
             try:
                 self._advance()
             finally:
-                if self.new_tokens:
+                if decoding:
                     self.decode_seconds += time.perf_counter() - started
                 else:
                     self.prefill_seconds += time.perf_counter() - started
@@ -244,7 +273,8 @@ class Generation:
         with self.engine.lock:
             self.begin()
             self._require_ownership()
-            self.step()
+            if not self.ready:
+                self.step()
 
     # --- steps, by whoever drives -------------------------------------------------------------------------------------
     def begin(self) -> None:
@@ -260,6 +290,7 @@ class Generation:
             self.engine.reset()
         self._resets = self.engine.resets
         self.begun = True
+        self._jump()
 
     @property
     def pending(self) -> int:
@@ -272,11 +303,11 @@ class Generation:
         self.settle()
         missing = self.ids[engine.length :]
         if len(missing) == 1:
-            draft, before = self._draft(), len(self.ids)
+            draft = self._draft()
             self.drafted = bool(draft)
-            self.take(engine.extend([*missing, *draft]), draft)
-            self._count(len(self.ids) - before)
-            self.settle()
+            self._count(self.take(engine.extend([*missing, *draft]), draft))
+            self.settle()  # before what must follow stands where the cache has a rejected draft
+            self._jump()
             return
         sizes = engine.chunk_sizes(len(missing), chunk_size)
         if len(sizes) > 1:
@@ -291,6 +322,7 @@ class Generation:
             logits = engine.append(missing[: sizes[0]])
         if len(sizes) == 1:
             self.take(logits[None], [])
+            self._jump()
 
     def settle(self) -> None:
         """Forgets in the cache what is not of the text: rejected drafts, and what an interrupt left behind."""
@@ -306,40 +338,65 @@ class Generation:
         if self._retired is not None:
             self._retired(self)
 
-    def take(self, logits: Logits, draft: Sequence[int]) -> None:
-        """Chooses tokens by the logits (T, V), up to the first that rejects the draft's, and appends them to `ids`."""
-        accepted = 0
+    def take(self, logits: Logits, draft: Sequence[int]) -> int:
+        """Chooses tokens by the logits (T, V), up to the first that rejects the draft's, and appends them to `ids`.
+
+        Returns how many.
+        """
+        accepted, before, constraint = 0, len(self.ids), self._constraint
         for place, row in enumerate(logits):
-            token = self._sample(row, self.ids)
+            token = self._sample(row if constraint is None else constraint.masked(row), self.ids)
+            if constraint is not None:
+                constraint.require(token)
             if token in self._end_ids:
                 self._ending = self._ending or "stop"
                 break
             if self._top is not None:
                 self.logprobs[len(self.ids) - self.prompt_tokens :] = [token_logprob(row, token, self._top)]
             self.ids.append(token)
-            if len(self.ids) - self.prompt_tokens >= self._limit:
-                self._ending = self._ending or "length"
-                break
-            if place == len(draft) or token != draft[place]:
+            self._see_whether_it_ends()
+            if self._ending is not None or place == len(draft) or token != draft[place]:
                 break
             accepted += 1
         if self._prompt_lookup is not None and draft:
             self.draft_tokens += len(draft)
             self.accepted_tokens += accepted
             self._prompt_lookup.record(accepted)
+        return len(self.ids) - before
+
+    def _jump(self) -> None:
+        """Appends the tokens that must follow. The next step runs them at once, as it does a prompt's."""
+        if self._constraint is None or self._ending is not None or self._top is not None:
+            return  # log-probabilities are those of single choices
+        forced = self._constraint.forced(self.most_tokens - len(self.ids))
+        self.ids += forced
+        self.forced_tokens += len(forced)
+        self._see_whether_it_ends()
+
+    def _see_whether_it_ends(self) -> None:
+        """By its last token: where the constraint is met, or at the limit."""
+        if self._constraint is not None:
+            self._constraint.follow(self.ids, self.prompt_tokens)
+            if self._constraint.complete:
+                self._ending = self._ending or "stop"
+        if len(self.ids) >= self.most_tokens:
+            self._ending = self._ending or "length"
 
     def take_together(self, logits: Logits) -> None:
         """As `take` of a run of several rows, (1, V): there is no draft, and what one would have brought is counted."""
-        before = len(self.ids)
         if self._prompt_lookup is None:
             self.take(logits, [])
+            self._jump()
             return
         if self._guess is None:
             self._guess, self._guessed = self._draft(), 0
         drafted = self._guessed + len(self._guess)
-        self.take(logits, [])
-        if len(self.ids) > before and self._guess and self._guess.pop(0) == self.ids[-1]:
-            self._guessed += 1
+        chosen = self.take(logits, [])
+        went_on = bool(chosen and self._guess and self._guess.pop(0) == self.ids[-1])
+        self._guessed += went_on
+        before = len(self.ids)
+        self._jump()
+        if went_on and len(self.ids) == before:
             return
         self._count(self._guessed + 1)
         if drafted:
@@ -355,7 +412,8 @@ class Generation:
             return []
         room = self.engine.manifest.context_length - self.engine.length - 1
         chosen = len(self.ids) - self.prompt_tokens
-        return self._prompt_lookup.draft(self.ids, min(MAX_DRAFT_TOKENS, room, self._limit - chosen - 1))
+        draft = self._prompt_lookup.draft(self.ids, min(MAX_DRAFT_TOKENS, room, self._limit - chosen - 1))
+        return draft if self._constraint is None else self._constraint.allowed_draft(draft)
 
     def _require_ownership(self) -> None:
         if self.begun and self.engine.resets != self._resets:

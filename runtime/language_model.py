@@ -19,6 +19,7 @@ from .batching.prefix_store import PREFIX_BYTES, PrefixStore
 from .batching.scheduler import MAX_ROWS, Scheduler
 from .batching.shared_prefill import SharedPrefill
 from .completion import Completion, completed
+from .constraints.lazy import LazyVocabulary
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generation_config import sampling_defaults
@@ -61,6 +62,7 @@ class LanguageModel:
         max_batch: How many generations are decoded in one run, at most.
         scheduler: Who runs the steps.
         memory: What the caches may take.
+        vocabulary: What constraints see of the tokenizer.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LanguageModel:
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
+        self.vocabulary = LazyVocabulary(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
         self._settings = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch, **placement}
         self._temporary = temporary
         self.holds: object = None  # what lives as long as the model

@@ -52,6 +52,7 @@ def open_stream(
     if timeout is not None and not (is_number(timeout) and timeout > 0):
         raise InputError(f"timeout is {timeout!r}; a number of seconds above 0 was expected, or None")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
+    constraint = model.vocabulary.matcher(options)
     generation = Generation(
         model.require_open(),
         ids,
@@ -60,6 +61,7 @@ def open_stream(
         sampling=sampling,
         prompt_lookup=options.get("prompt_lookup", True),
         timeout=timeout,
+        constraint=constraint,
         breakers=_breakers(codec, sampling) if sampling.dry_multiplier else None,
         logprobs=options.get("logprobs"),
         prompt_logprobs=bool(options.get("prompt_logprobs", False)),
@@ -69,6 +71,7 @@ def open_stream(
         starting=starting,
     )
     keep = options.get("keep_special_tokens", False)
+    after_text = after_text or constraint is not None  # which sees the space that begins a text
     text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
     return Stream(generation, text, StopStrings(stops), model.scheduler.wake)
 

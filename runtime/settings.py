@@ -67,6 +67,10 @@ class ChatOptions(SamplingOptions, total=False):
     prompt_lookup: bool
     timeout: float | None
     keep_special_tokens: bool
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
 
 
 class GenerateOptions(ChatOptions, total=False):

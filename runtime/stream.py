@@ -109,6 +109,7 @@ class _Told:
                 accepted_tokens=generation.accepted_tokens,
                 logprobs=found[:new],
                 prompt_logprobs=generation.prompt_logprobs,
+                forced_tokens=generation.forced_tokens,
             )
         return self.completion
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from pastkey.errors import InputError
 
@@ -22,15 +22,6 @@ Kind = Literal["json_schema", "regex", "choices", "grammar"]
 KINDS: tuple[Kind, ...] = ("json_schema", "regex", "choices", "grammar")
 _RULE = re.compile(r"^[?!]?(\w+)(?:\.-?\d+)?(?:\[[^\]]*\])?\s*:", re.M)
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*')
-
-
-class ConstraintOptions(TypedDict, total=False):
-    """What a text can be made to follow; one of these."""
-
-    json_schema: str | Mapping[str, Any] | None
-    regex: str | None
-    choices: Sequence[str] | None
-    grammar: str | None
 
 
 @dataclass(frozen=True)

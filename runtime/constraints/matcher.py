@@ -24,6 +24,7 @@ class Matcher:
         self._matcher, self._size, self._end_ids = matcher, size, list(end_ids)
         self._allowed: npt.NDArray[np.bool_] | None = None  # (V + 1,), once it is asked for
         self._complete = False
+        self._taken = 0  # tokens
 
     @property
     def can_begin(self) -> bool:
@@ -34,35 +35,51 @@ class Matcher:
     @property
     def complete(self) -> bool:
         """Whether the grammar is met and nothing may follow."""
-        if not self._complete and (self._matcher.is_stopped() or not self._mask()[: self._size].any()):
+        if not self._complete and (self._matcher.is_stopped() or not self._goes_on()):
             self._require(self._matcher.is_accepting())
             self._complete = True
         return self._complete
 
     def masked(self, logits: Scores) -> Scores:
         """Logits (V,) with minus infinity at the tokens that may not follow. EOS may where the grammar is met."""
-        allowed = self._mask()
-        self._require(bool(allowed.any()))
-        follows = allowed[: self._size]
-        follows[self._end_ids] = allowed[self._size]
-        return np.where(follows, logits, -np.inf).astype(logits.dtype, copy=False)
+        follows = self._follows()
+        self._require(bool(follows.any()))
+        return np.where(follows, logits, logits.dtype.type(-np.inf))
 
-    def advance(self, token: int) -> None:
-        """Takes in the token that follows. Raises InputError where it may not."""
-        self._require(self._matcher.consume_token(token))
-        self._allowed = None
+    def require(self, token: int) -> None:
+        """Raises InputError unless the token may follow."""
+        if not self._follows()[token]:
+            raise InputError(
+                "no token is left to choose from: a constraint allows some of them, and the call's other options none "
+                "of these; leave out what bans or forces tokens"
+            )
+
+    def follow(self, tokens: Sequence[int], start: int) -> None:
+        """Takes in what is new of `tokens`, which are the text's from `start` on. Raises InputError."""
+        for token in tokens[start + self._taken :]:
+            self._allowed = None
+            self._taken += 1
+            self._require(self._matcher.consume_token(token))
 
     def forced(self, most: int) -> list[int]:
-        """Takes in the tokens that must follow, `most` at most, and returns them."""
-        tokens: list[int] = [] if self._complete else self._matcher.compute_ff_tokens()[: max(0, most)]
-        if tokens:
-            self._require(self._matcher.consume_tokens(tokens))
-            self._allowed = None
-        return tokens
+        """The tokens that must follow, `most` at most."""
+        return [] if self._complete else self._matcher.compute_ff_tokens()[: max(0, most)]
 
     def allowed_draft(self, draft: Sequence[int]) -> list[int]:
         """The first tokens of a draft, as far as they may follow."""
         return list(draft[: self._matcher.validate_tokens(list(draft))]) if draft else []
+
+    def _goes_on(self) -> bool:
+        """Whether a token may follow that is no end. The ends' own bits are never set by the grammar."""
+        allowed = self._mask()[: self._size].copy()
+        allowed[self._end_ids] = False
+        return bool(allowed.any())
+
+    def _follows(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may follow, (V,)."""
+        allowed = self._mask()
+        allowed[self._end_ids] = allowed[self._size]
+        return allowed[: self._size]
 
     def _mask(self) -> npt.NDArray[np.bool_]:
         if self._allowed is None:

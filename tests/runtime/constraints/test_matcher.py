@@ -42,6 +42,7 @@ class Make:
         rng = np.random.default_rng(seed)
         following = self.matcher(**options)
         ids = following.forced(most) if jump else []
+        following.follow(ids, 0)
         while not following.complete:
             if len(ids) >= most:
                 return None
@@ -54,8 +55,9 @@ class Make:
             if token == self.end:
                 break
             ids.append(token)
-            following.advance(token)
+            following.follow(ids, 0)
             ids += following.forced(most - len(ids)) if jump else []
+            following.follow(ids, 0)
         return _text(self.codec, ids)
 
 
@@ -206,7 +208,9 @@ def test_a_grammar_may_name_a_special_token() -> None:
     tokenizer.add_special_tokens(["<call>"])
     make = made(lambda: tokenizer)
     following = make.matcher(grammar='start: "a" <call> "b"')
-    assert following.forced(9) == [*make.codec.encode("a"), tokenizer.token_to_id("<call>"), *make.codec.encode("b")]
+    ids = [*make.codec.encode("a"), make.codec.added_tokens["<call>"][0], *make.codec.encode("b")]
+    assert following.forced(9) == ids
+    following.follow(ids, 0)
     assert following.complete
 
 
@@ -222,9 +226,11 @@ def test_forced_tokens_are_those_that_nothing_else_could_follow() -> None:
             }
         )
         most = following.forced(3)
+        following.follow(most, 0)
         assert len(most) == 3
         assert following.forced(0) == []
         rest = following.forced(99)
+        following.follow([7, *most, *rest], 1)
         assert _text(make.codec, most + rest) == '{"abe": "the"}'
         assert following.complete
         assert following.forced(9) == []
@@ -236,7 +242,7 @@ def test_the_end_is_allowed_where_the_grammar_is_met_and_nowhere_else() -> None:
         logits = np.zeros(make.vocabulary.size, np.float32)
         (a,), (b,) = make.vocabulary._encode("a"), make.vocabulary._encode("b")
         assert np.isinf(following.masked(logits)[make.end])
-        following.advance(a)
+        following.follow([a], 0)
         assert np.isfinite(following.masked(logits)[make.end])
         allowed = set(np.flatnonzero(np.isfinite(following.masked(logits))))
         assert {b, make.end} <= allowed
@@ -254,7 +260,7 @@ def test_a_vocabulary_without_an_end_ends_where_nothing_may_follow() -> None:
     for place in range(3):
         assert not following.complete
         assert list(np.flatnonzero(np.isfinite(following.masked(np.zeros(len(tokens)))))) == [a], place
-        following.advance(a)
+        following.follow([a] * (place + 1), 0)
     assert following.complete
 
 
@@ -271,19 +277,30 @@ def test_a_draft_is_cut_where_it_may_not_go_on() -> None:
 def test_a_token_that_may_not_follow_is_an_error_of_one_sentence() -> None:
     following = BYTES.matcher(regex="ab")
     with pytest.raises(InputError, match="the grammar leads to a place") as error:
-        following.advance(BYTES.codec.encode("x")[0])
+        following.follow(BYTES.codec.encode("x"), 0)
     assert "\n" not in str(error.value)
 
 
 def test_a_place_from_which_no_token_leads_on_is_an_error() -> None:
     """A character that the vocabulary lacks, where it could not be seen before."""
     following = CHARACTERS.matcher(grammar='start: "a" b\nb: "Ω"')
-    following.advance(CHARACTERS.codec.encode("a")[0])
+    following.follow(CHARACTERS.codec.encode("a"), 0)
     assert following.forced(9) == []
     with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
         _ = following.complete
     with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
         following.masked(np.zeros(CHARACTERS.vocabulary.size))
+
+
+def test_a_token_that_another_option_forces_is_refused_with_the_reason() -> None:
+    following = BYTES.matcher(regex="ab*")
+    a, x = BYTES.codec.encode("a")[0], BYTES.codec.encode("x")[0]
+    following.require(a)
+    for token in (x, BYTES.end):
+        with pytest.raises(InputError, match="no token is left to choose from"):
+            following.require(token)
+    following.follow([a], 0)
+    following.require(BYTES.end)
 
 
 def test_the_logits_are_not_written_into() -> None:

@@ -1,0 +1,39 @@
+"""A model's vocabulary for constraints, read when the first of them asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pastkey.errors import InputError
+
+from ..text.codec import TextCodec
+from .constraint import Constraint
+from .matcher import Matcher
+from .vocabulary import Vocabulary
+
+
+class LazyVocabulary:
+    """Gives each new text what follows it."""
+
+    def __init__(self, codec: TextCodec | None, size: int, end_ids: Collection[int]) -> None:
+        """See `Vocabulary.of`."""
+        self._given = codec, size, end_ids
+        self._read: Vocabulary | None = None
+
+    def matcher(self, options: Mapping[str, Any]) -> Matcher | None:
+        """That of a call's options, or None where they hold a text to nothing.
+
+        Raises:
+            InputError: The constraint is wrong or cannot be met, or the bundle's tokenizer is none for constraints.
+            MissingExtraError: llguidance is not installed.
+        """
+        constraint = Constraint.of(options)
+        if constraint is None:
+            return None
+        codec, size, end_ids = self._given
+        if codec is None:
+            raise InputError(f"this bundle has no tokenizer, so that no text can be held to {constraint.kind}")
+        if self._read is None:
+            self._read = Vocabulary.of(codec, size, end_ids)
+        return self._read.matcher(constraint)

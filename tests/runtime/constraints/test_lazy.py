@@ -1,0 +1,198 @@
+"""Constraints in whole generations, over the tiny decoder."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llguidance")
+jsonschema = pytest.importorskip("jsonschema")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from pastkey.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime.constraints.lazy import LazyVocabulary
+from pastkey.runtime.language_model import LanguageModel
+from pastkey.runtime.loading import load
+from pastkey.runtime.text.codec import TextCodec
+
+LETTERS = '{}[]":, -.0123456789aeflnrstuyé'  # what JSON is made of
+END = "<end>"
+
+
+def json_letters() -> Tokenizer:
+    """36 tokens and one id that is none, as many as the tiny decoder has."""
+    words = [END, *LETTERS, '{"', '": ', '", "', "tr"]
+    vocabulary = {text: i for i, text in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(END, special=True)])
+    assert len(vocabulary) == 36
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["fused", "standard"])
+def lm(request: pytest.FixtureRequest, tiny: Any, make_bundle: Callable[..., Bundle]) -> LanguageModel:
+    bundle = make_bundle(tiny, request.param, tokenizer=json_letters(), eos_token_ids=(0,))
+    return load(bundle.path)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+        "tees": {"enum": ["t", "tt", "es"]},
+        "return": {"type": ["boolean", "null"]},
+    },
+    "required": ["a", "tees", "return"],
+    "additionalProperties": False,
+}
+SAMPLED: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 200}
+
+
+def test_whatever_is_drawn_validates(lm: LanguageModel) -> None:
+    for seed in range(40):
+        done = lm.generate("ta", json_schema=SCHEMA, seed=seed, **SAMPLED)
+        assert done.finish_reason == "stop"
+        assert done.forced_tokens > 20
+        assert done.new_tokens == len(done.ids)
+        jsonschema.validate(json.loads(done.text), SCHEMA)
+    greedy = lm.generate("ta", json_schema=json.dumps(SCHEMA), max_new_tokens=200)
+    jsonschema.validate(json.loads(greedy.text), SCHEMA)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["[0-9]{1,4}", "(tr|te)[as]*", "a{30}y|a{30}é", '"[^"]{3}"']))
+def test_whatever_is_drawn_matches(lm: LanguageModel, seed: int, expression: str) -> None:
+    done = lm.generate("ta", regex=expression, seed=seed, **SAMPLED)
+    assert done.finish_reason == "length" or re.fullmatch(expression, done.text)
+
+
+def test_a_stream_is_the_generation_and_its_forced_tokens_are_run_together(lm: LanguageModel) -> None:
+    whole = lm.generate("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
+    stream = lm.stream("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
+    before = lm.scheduler.steps
+    chunks = list(stream)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [token for chunk in chunks for token in chunk.ids] == whole.ids
+    assert lm.scheduler.steps - before < whole.new_tokens - whole.forced_tokens + 5
+
+
+def test_the_logits_behind_forced_tokens_are_those_of_the_text(lm: LanguageModel) -> None:
+    """The greedy text is what a loop over uncached logits with the same masks gives."""
+    done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
+    following = lm.vocabulary.matcher({"json_schema": SCHEMA})
+    assert following is not None
+    prompt = lm.prompt_ids("ta")
+    ids = [*prompt]
+    while not following.complete:
+        forced = following.forced(99)
+        ids += forced or [int(following.masked(lm.logits(ids)[-1]).argmax())]
+        following.follow(ids, len(prompt))
+    assert done.ids == ids[len(prompt) :]
+
+
+def test_a_text_that_is_certain_needs_no_run(lm: LanguageModel) -> None:
+    before = lm.scheduler.steps
+    for options in ({"choices": ["return"]}, {"json_schema": {"const": [1, 2]}}, {"regex": "aaa"}):
+        done = lm.generate("ta", reuse_prefix=True, **options)
+        assert (done.finish_reason, done.forced_tokens) == ("stop", done.new_tokens)
+    assert done.text == "aaa"
+    assert lm.scheduler.steps - before <= 6
+    assert lm.generate("ta", reuse_prefix=True, max_new_tokens=3).text == lm.generate("ta", max_new_tokens=3).text
+
+
+def test_a_limit_cuts_it_short_and_says_so(lm: LanguageModel) -> None:
+    whole = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
+    for most in range(whole.new_tokens):
+        cut = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=most)
+        assert (cut.ids, cut.finish_reason) == (whole.ids[:most], "length")
+    exact = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=whole.new_tokens)
+    assert (exact.ids, exact.finish_reason) == (whole.ids, "stop")
+
+
+def test_stop_strings_end_it_too(lm: LanguageModel) -> None:
+    done = lm.generate("ta", json_schema=SCHEMA, stop="ees", max_new_tokens=200)
+    assert (done.finish_reason, done.stop_string) == ("stop_string", "ees")
+    assert done.text.endswith('"t')
+
+
+def test_a_session_goes_on_behind_it(lm: LanguageModel) -> None:
+    with lm.session() as session:
+        first = session.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
+        second = session.generate(": ", choices=["yes", "nay", "true"][1:], max_new_tokens=20)
+        assert first.text == lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200).text
+        assert second.text == lm.generate(session.ids[: -second.new_tokens], choices=["nay", "true"]).text
+        assert session.text == f"ta{first.text}: {second.text}"
+        free = session.generate(max_new_tokens=5)
+        assert free.ids == lm.generate(session.ids[:-5], max_new_tokens=5).ids
+
+
+def test_many_at_once_are_as_alone(lm: LanguageModel) -> None:
+    kinds: list[dict[str, Any]] = [{"json_schema": SCHEMA}, {"regex": "[a-f]{20}"}, {}, {"choices": ["true", "false"]}]
+    alone = [lm.generate("ta", seed=seed, **SAMPLED | kinds[seed % 4]).text for seed in range(12)]
+    found: dict[int, str] = {}
+
+    def run(seed: int) -> None:
+        found[seed] = lm.generate("ta", seed=seed, **SAMPLED | kinds[seed % 4]).text
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[seed] for seed in range(12)] == alone
+    prompts = ["ta", "tr", "{", "te"]
+    together = lm.generate(prompts, json_schema=SCHEMA, max_new_tokens=200)
+    assert [done.text for done in together] == [
+        lm.generate(prompt, json_schema=SCHEMA, max_new_tokens=200).text for prompt in prompts
+    ]
+
+
+def test_drafts_change_nothing(lm: LanguageModel) -> None:
+    repeating = {"regex": "(te |ta |es ){2,60}"}
+    prompt = "te ta es te ta es te ta es "
+    done = lm.generate(prompt, max_new_tokens=120, **repeating)
+    assert done.text == lm.generate(prompt, max_new_tokens=120, prompt_lookup=False, **repeating).text
+    assert re.fullmatch("(te |ta |es )+", done.text)
+
+
+def test_wrong_ones_are_told_by_the_call(lm: LanguageModel) -> None:
+    before = lm.scheduler.steps
+    for call in (lm.generate, lm.stream, lm.session().stream):
+        with pytest.raises(InputError, match="regex cannot be followed"):
+            call("ta", regex="(")
+        with pytest.raises(InputError, match=r"json_schema asks for '\"Z\"', and no token .* writes 'Z'"):
+            call("ta", json_schema={"const": "Z"})
+    assert lm.scheduler.steps == before
+
+
+def test_a_dead_end_is_an_error_where_it_comes_and_the_model_goes_on(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
+        lm.generate("ta", grammar='start: /[a]/ b\nb: "Z"')
+    assert lm.generate("ta", regex="[a]").text == "a"
+
+
+def test_without_a_tokenizer_there_is_nothing_to_hold() -> None:
+    vocabulary = LazyVocabulary(None, 9, ())
+    assert vocabulary.matcher({"seed": 3}) is None
+    with pytest.raises(InputError, match="this bundle has no tokenizer, so that no text can be held to regex"):
+        vocabulary.matcher({"regex": "a"})
+
+
+def test_the_vocabulary_is_read_once() -> None:
+    vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
+    vocabulary.matcher({"regex": "a"})
+    read = vocabulary._read
+    assert read is not None
+    vocabulary.matcher({"regex": "e"})
+    assert vocabulary._read is read
