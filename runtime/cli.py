@@ -7,6 +7,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pastkey.command import (
@@ -22,6 +23,7 @@ from pastkey.command import (
     say,
 )
 from pastkey.errors import InputError
+from pastkey.folder import read_text
 
 from .settings import (
     BENCH_NEW_TOKENS,
@@ -373,11 +375,21 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
     )
     add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
     add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
+    held = parser.add_mutually_exclusive_group()  # these need the package llguidance
+    held.add_argument("--json-schema", metavar="FILE", help="JSON that validates against the schema in this file")
+    held.add_argument("--regex", metavar="PATTERN", help="a text that this regular expression matches")
+    held.add_argument(
+        "--choice", metavar="TEXT", action="append", dest="choices", help="one of these texts; given several times"
+    )
+    held.add_argument("--grammar", metavar="FILE", help="a text of the Lark grammar in this file")
 
 
 def _generation_options(arguments: argparse.Namespace) -> ChatOptions:
     """What _add_generation's flags were set to. Raises InputError for settings out of range."""
     given = {name: value for name in CHAT_OPTIONS if (value := getattr(arguments, name, None)) is not None}
+    for name in ("json_schema", "grammar"):
+        if name in given:
+            given[name] = read_text(Path(given[name]))
     options = cast(ChatOptions, given)
     SamplingConfig.of(options)  # now, and not after the first question
     return options

@@ -244,6 +244,7 @@ class LanguageModel:
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
                 - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
+                - `json_schema`, `regex`, `choices`, `grammar` (None): What the text is held to, one of them.
 
         Returns:
             The continuation, with its ids and figures; of several prompts a list of them in the same order, each as

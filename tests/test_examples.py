@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from pastkey.__main__ import main
+
+from .runtime import conftest as decoder
+from .runtime.constraints import vocabularies
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -68,3 +72,22 @@ def test_the_lesson_trains_exports_itself_and_answers(folder: Path) -> None:
     assert done.stdout == "the owl does\n"
     manifest = json.loads((folder / "lesson" / "pastkey.json").read_text(encoding="utf-8"))
     assert (manifest["graph"], manifest["precision"]) == ("fused", "int8")
+
+
+def test_what_is_extracted_is_an_instance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a decoder of random weights, whose every answer is JSON all the same."""
+    pytest.importorskip("llguidance")
+    tokenizer = vocabularies.byte_level()
+    monkeypatch.setattr(decoder, "V", tokenizer.get_vocab_size())
+    tiny = decoder.Tiny.random([(8, 8)], context_length=900)
+    bundle = decoder.write_bundle(tmp_path / "b", tiny, "fused", tokenizer=tokenizer)
+    monkeypatch.setattr(sys, "argv", ["extract.py", str(bundle.path), "Anna from Berlin wants 日 apples."])
+    made = runpy.run_path(str(ROOT / "examples" / "extract.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    order = eval(told.rpartition(" (")[0], {"Order": made["Order"], "Item": made["Item"]})
+    assert isinstance(order, made["Order"])
+    assert all(isinstance(item.name, str) and 0 <= item.count <= 999 for item in order.items)
+    assert order.delivery in ("post", "courier", "unknown")
+    assert told.endswith("tokens were certain)\n")

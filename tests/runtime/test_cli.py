@@ -54,7 +54,7 @@ def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: B
     assert (status, err) == (0, "")
     assert list(found) == [
         "text", "ids", "finish_reason", "prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds",
-        "stop_string", "draft_tokens", "accepted_tokens",
+        "stop_string", "draft_tokens", "accepted_tokens", "forced_tokens",
     ]  # fmt: skip
     assert (found["text"], found["ids"], found["new_tokens"]) == (expected.text, expected.ids, 9)
 
@@ -174,6 +174,21 @@ def test_what_is_no_bundle(command: Run, tmp_path: Path, name: str) -> None:
     fails(command(name, tmp_path / "none", *prompt), "no such bundle")
     fails(command(name, tmp_path, *prompt), "is not a bundle")
     fails(command(name, Path(__file__), *prompt), "is a file")
+
+
+def test_run_holds_a_text_to_what_a_flag_says(command: Run, speaking_bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    run = ("run", speaking_bundle.path, "--prompt", "abc")
+    assert command(*run, "--regex", "(abba ){2}") == (0, "abba abba \n", "")
+    assert command(*run, "--choice", "dce", "--choice", "dcb")[1] in ("dce\n", "dcb\n")
+    grammar, schema = tmp_path / "g.lark", tmp_path / "s.json"
+    grammar.write_text('start: "a" b\nb: "é日"\n', encoding="utf-8")
+    schema.write_text('{"type": "null"}', encoding="utf-8")
+    assert command(*run, "--grammar", grammar) == (0, "aé日\n", "")
+    assert command(*run, "--json-schema", schema) == (0, "null\n", "")
+    fails(command(*run, "--json-schema", grammar), "json_schema is no JSON")
+    fails(command(*run, "--json-schema", tmp_path / "none.json"), "no such file")
+    fails(command(*run, "--regex", "("), "regex cannot be followed")
 
 
 # --- bench, inspect, devices --------------------------------------------------------------------------------------
