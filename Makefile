@@ -28,6 +28,7 @@ NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source exp
 	$(addprefix export/quantize/test_,sensitivity smoothing switches) \
 	$(addprefix runtime/test_,chat cli generate language_model turns) \
 	$(addprefix runtime/,commands/test_bench commands/test_inspection commands/test_terminal) \
+	$(addprefix runtime/constraints/test_,lazy matcher vocabulary) \
 	$(addprefix runtime/,engine/test_engine engine/test_int8_kv providers/test_open) \
 	$(addprefix train/test_,checkpoint cli loop model place report stories))
 QUICK := $(filter-out $(NOT_QUICK),$(wildcard $(addsuffix test_*.py,tests/ tests/*/ tests/*/*/)))
@@ -100,8 +101,8 @@ runtime-oldest runtime-newest:
 	cp -r tests/conftest.py tests/onnx_text.py tests/runtime $(ENVIRONMENTS)/$@/away/tests
 	cp pyproject.toml $(ENVIRONMENTS)/$@/away
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
-	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet './$(ENVIRONMENTS)/$@/source[cpu,chat]' $(CONSTRAINT) \
-		pytest pytest-xdist hypothesis
+	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet './$(ENVIRONMENTS)/$@/source[cpu,chat,constrained]' \
+		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The figures of `make demo` in docs/performance.md, measured again on this machine. Needs the bundles of `make demo`.

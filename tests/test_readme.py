@@ -170,6 +170,7 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/own-modules.md",
         "docs/tutorial.md",
         "docs/embedding.md",
+        "docs/constrained.md",
     ],
 )
 def test_the_commands_and_programs_of_a_page_run_in_turn(
