@@ -85,7 +85,7 @@ def _schema_text(value: object) -> str:
         except (ValueError, RecursionError) as error:
             raise InputError(f"json_schema is no JSON ({error}); {expected}") from None
     if not isinstance(schema, Mapping):
-        raise InputError(f"json_schema is {schema!r:.60}; {expected}")
+        raise InputError(f"json_schema is {schema!r:.60}; a JSON schema was expected, as a dict or as its JSON text")
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
