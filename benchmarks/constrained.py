@@ -51,12 +51,13 @@ def main() -> None:
     lm = pastkey.load(parser.parse_args().bundle)
     whole = lm.generate(PROMPT, json_schema=SCHEMA, max_new_tokens=300)
     print(f"{whole.text}\n{whole.forced_tokens} of {whole.new_tokens} tokens could be no others")
-    off = {"prompt_lookup": False}
-    for name, kinds in {
+    off: dict[str, Any] = {"prompt_lookup": False}
+    pairs: dict[str, list[dict[str, Any]]] = {
         "free / JSON schema": [{}, {"json_schema": SCHEMA}],
         "free without prompt lookup / JSON schema": [off, {"json_schema": SCHEMA}],
         "free / any text by a mask, no prompt lookup": [off, off | {"regex": ANYTHING}],
-    }.items():
+    }
+    for name, kinds in pairs.items():
         found = ratios(lm, kinds, whole.new_tokens)
         print(f"{name}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
 

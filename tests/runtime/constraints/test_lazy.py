@@ -159,7 +159,7 @@ def test_many_at_once_are_as_alone(lm: LanguageModel) -> None:
 
 
 def test_drafts_change_nothing(lm: LanguageModel) -> None:
-    repeating = {"regex": "(te |ta |es ){2,60}"}
+    repeating: dict[str, Any] = {"regex": "(te |ta |es ){2,60}"}
     prompt = "te ta es te ta es te ta es "
     done = lm.generate(prompt, max_new_tokens=120, **repeating)
     assert done.text == lm.generate(prompt, max_new_tokens=120, prompt_lookup=False, **repeating).text
