@@ -120,6 +120,29 @@ def test_a_limit_cuts_it_short_and_says_so(lm: LanguageModel) -> None:
     assert (exact.ids, exact.finish_reason) == (whole.ids, "stop")
 
 
+def test_with_log_probabilities_each_token_is_chosen(lm: LanguageModel) -> None:
+    done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, logprobs=2)
+    assert (done.finish_reason, done.forced_tokens) == ("stop", 0)
+    assert len(done.logprobs) == len(done.ids)
+    jsonschema.validate(json.loads(done.text), SCHEMA)
+
+
+def test_other_options_go_with_it_or_are_told(lm: LanguageModel) -> None:
+    options: dict[str, Any] = {"temperature": 2.0, "top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3}
+    for seed in range(10):
+        done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, seed=seed, top_p=0.9, min_p=0.1, **options)
+        jsonschema.validate(json.loads(done.text), SCHEMA)
+    (a,) = lm.prompt_ids("a")
+    with pytest.raises(InputError, match="no token is left|ban every token"):
+        lm.generate("ta", regex="[ae]", forced_decoder_ids=[[0, a + 2]])
+    with pytest.raises(InputError, match="no token is left|ban every token"):
+        lm.generate("ta", regex="[ae]", suppress_tokens=lm.prompt_ids("ae"))
+    many = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, temperature=1.0, seed=4, n=3)
+    assert many[0].text == lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, temperature=1.0, seed=4).text
+    for done in many:
+        jsonschema.validate(json.loads(done.text), SCHEMA)
+
+
 def test_stop_strings_end_it_too(lm: LanguageModel) -> None:
     done = lm.generate("ta", json_schema=SCHEMA, stop="ees", max_new_tokens=200)
     assert (done.finish_reason, done.stop_string) == ("stop_string", "ees")
