@@ -93,7 +93,7 @@ def hidden(folder: Path) -> list[str]:
     return sorted(
         path.name
         for path in folder.rglob("*")
-        if path.path.name.endswith((".new", ".partial", ".old", "lock", "replaces.json"))
+        if path.name.endswith((".new", ".partial", ".old", "lock", "replaces.json"))
     )
 
 
