@@ -54,7 +54,7 @@ def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
             rest = _put(work, target, force=force)
         sync_folder(target.parent)
     finally:
-        _remove(rest)
+        remove_folder(rest)
 
 
 def _put(work: Path, target: Path, *, force: bool) -> Path:
@@ -70,16 +70,19 @@ def _put(work: Path, target: Path, *, force: bool) -> Path:
     return put_in_place(work, target)
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder, also where an impatient user interrupts that once more. Of a link, the link alone."""
+def remove_folder(folder: Path) -> None:
+    """Removes a folder as far as the disk lets it, also where an impatient user interrupts that once more.
+
+    Of a link, the link alone.
+    """
     if folder.is_symlink():
         folder.unlink()
         return
     try:
         shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        if folder.exists():  # interrupted, or the disk failed once
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:

@@ -20,8 +20,8 @@ _LOCK = "lock"
 def locked(folder: Path, checkpoint: object) -> Iterator[None]:
     """Holds a lock on `folder`, by a file `lock` in it that goes at the end. The folder may be renamed meanwhile.
 
-    Raises InUseError, which names `checkpoint`, where another process holds it; OSError where no file can be made there.
-    Where the system or the file system has no locks, nothing is held.
+    Raises InUseError, which names `checkpoint`, where another process holds it; OSError where no file can be made in
+    `folder`. Where the system or the file system has no locks, nothing is held.
     """
     if sys.platform == "win32":  # a file that is open there would keep its folder from being renamed
         yield

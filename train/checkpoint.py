@@ -142,7 +142,7 @@ def finish_or_discard(folder: Path) -> None:
         if actual != name:
             (folder / actual).replace(folder / name)
         _pending(folder / name).unlink(missing_ok=True)
-    for rest in folder.glob(f".{names.MANIFEST}.*{_PENDING}"):
+    for rest in [_pending(folder / LOSS_CURVE), *folder.glob(f".{names.MANIFEST}.*{_PENDING}")]:
         rest.unlink(missing_ok=True)
 
 

@@ -9,7 +9,6 @@ One process at a time trains into a checkpoint: it holds the lock of the folder.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from pastkey import names
 from pastkey.command import say
 from pastkey.errors import ExistingFolderError, PastkeyError, ResourceError
-from pastkey.folder import is_empty, read_json, refuse_existing, sha256, whole_folder, write_json
+from pastkey.folder import is_empty, read_json, refuse_existing, remove_folder, sha256, whole_folder, write_json
 from pastkey.lock import locked
 from pastkey.replace import leftovers, put_in_place, sync_folder
 
@@ -94,7 +93,7 @@ def _discard(folder: Path, out: Path) -> None:
         hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.absolute().parent))
         folder.rename(hidden)
     for path in {folder, hidden}:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
 
 
 def beside(out: Path) -> Path:
