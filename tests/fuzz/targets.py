@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
+import shutil
 import struct
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +29,13 @@ from pastkey.export.source import pretrained
 from pastkey.export.source.llama2c import open_llama2c
 from pastkey.export.source.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
-from pastkey.folder import read_json
+from pastkey.folder import FileRecord, read_json
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.embedding import EmbeddingRows
+from pastkey.runtime.engine.golden import Golden
 from pastkey.runtime.generation_config import sampling_defaults
+from pastkey.runtime.loading import _unpacked
+from pastkey.runtime.session_file import read_session, write_session
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.runtime.text.messages import read_messages
@@ -180,6 +187,70 @@ def _use_graph(bundle: Any) -> object:
 
 def _of_bundle(file: str) -> Callable[[], bytes]:
     return lambda: (bundle_folder() / file).read_bytes()
+
+
+@functools.cache
+def _session_engine() -> Any:
+    bundle = open_bundle(bundle_folder(), verify=True)
+    return bundle, Engine(bundle, threads=1)
+
+
+def _session_valid() -> bytes:
+    bundle, engine = _session_engine()
+    engine.reset()
+    engine.prefill([1, 2, 3])
+    write_session(workplace() / "valid.session", bundle, [1, 2, 3, 4], engine)
+    return (workplace() / "valid.session").read_bytes()
+
+
+def _session(content: bytes) -> object:
+    bundle, engine = _session_engine()
+    engine.reset()
+    return read_session(written("a.session", content), bundle, engine)
+
+
+def _mutate_session(rng: Any, content: bytes) -> bytes:
+    """Its header or its bytes; the hash at its end is mended."""
+    digits = len(b"pastkey session 1\n")
+    start = digits + 9
+    length = int(content[digits : digits + 8])
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, content)
+    header = mutate_json(rng, content[start : start + length])
+    body = content[:digits] + b"%08d\n" % len(header) + header + content[start + length : -32]
+    return body + hashlib.sha256(body).digest()
+
+
+@functools.cache
+def _zip_valid() -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(bundle_folder().rglob("*")):
+            if file.is_file() and file.stat().st_size < 3000:
+                archive.write(file, f"b/{file.relative_to(bundle_folder())}")
+    return packed.getvalue()
+
+
+def _zip(content: bytes) -> object:
+    folder, held = _unpacked(io.BytesIO(content), "x.zip")
+    shutil.rmtree(folder, ignore_errors=True)
+    return held
+
+
+def _golden_valid() -> bytes:
+    packed = io.BytesIO()
+    np.savez(packed, ids=np.arange(9) % 3, ends=np.array([4, 9]), logits=np.zeros((2, 37), np.float32), limit=0.5)
+    return packed.getvalue()
+
+
+def _golden(content: bytes) -> object:
+    bundle = open_bundle(bundle_folder(), verify=False)
+    files = {**bundle.manifest.files, names.GOLDEN: FileRecord(len(content), "0" * 64)}
+    folder = workplace() / "golden"
+    folder.mkdir(exist_ok=True)
+    (folder / names.GOLDEN).write_bytes(content)
+    listed = dataclasses.replace(bundle.manifest, files=files)
+    return Golden.of(dataclasses.replace(bundle, path=folder, manifest=listed))
 
 
 def _embedding_rows(content: bytes) -> object:
@@ -369,6 +440,9 @@ TARGETS: Mapping[str, Target] = {
         _in_bundle(names.LAST_LOGITS_GRAPH, str), _of_bundle(names.LAST_LOGITS_GRAPH), mutate_bytes
     ),
     "embedding_rows": Target(_embedding_rows, _json(_PLACE), mutate_json),
+    "session": Target(_session, _session_valid, _mutate_session),
+    "zip": Target(_zip, _zip_valid, mutate_bytes),
+    "golden_logits": Target(_golden, _golden_valid, mutate_bytes),
     "config": Target(_in_checkpoint(names.CONFIG), _of_checkpoint(names.CONFIG), mutate_json),
     "checkpoint_manifest": Target(_in_checkpoint(names.MANIFEST), _of_checkpoint(names.MANIFEST), mutate_json),
     "checkpoint_weights": Target(_in_checkpoint(names.WEIGHTS), _of_checkpoint(names.WEIGHTS), mutate_headed),

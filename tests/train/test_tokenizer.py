@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,12 @@ def test_words_are_learnt_as_without_the_limit() -> None:
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
-    options = {"vocab_size": 320, "initial_alphabet": alphabet, "special_tokens": specials, "show_progress": False}
+    options: dict[str, Any] = {
+        "vocab_size": 320,
+        "initial_alphabet": alphabet,
+        "special_tokens": specials,
+        "show_progress": False,
+    }
     plain.train_from_iterator([text], trainers.BpeTrainer(**options))
     assert train_bpe([text], 320).tokenizer.get_vocab() == plain.get_vocab()
 

@@ -216,7 +216,7 @@ def test_what_the_bundle_brings_is_what_counts(fused_bundle: Bundle, stored: Gol
 def test_golden_logits_take_no_more_memory_than_their_file(
     fused_bundle: Bundle, stored: Golden, tmp_path: Path
 ) -> None:
-    arrays = {"ids": stored.ids, "ends": stored.ends, "logits": stored.logits, "limit": stored.limit}
+    arrays: dict[str, Any] = {"ids": stored.ids, "ends": stored.ends, "logits": stored.logits, "limit": stored.limit}
     whole = io.BytesIO()
     np.savez(whole, **arrays)
     packed = io.BytesIO()
