@@ -8,11 +8,12 @@ with a hostile order of merges; both are bounded by the text's own length only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from .errors import IntegrityError, first_line
 from .reading import NativeError, panics_as_errors
+from .values import shown
 
 T = TypeVar("T")
 
@@ -21,6 +22,7 @@ MOST_STEPS: Final = 100  # of normalizer, pre-tokenizer, post-processor and deco
 MOST_PIECES: Final = 1_000  # of the template of a post-processor
 LONGEST_TEXT: Final = 10_000  # characters of a pattern, or of what stands in its place
 MOST_GROWTH: Final = 64  # how many times as long the replacements of one part can make a text
+_HOLES, _SOME_HOLES = 8, 10_000  # ids for each token, and further ones
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _TABLE = "precompiled_charsmap"  # of SentencePiece: base64, hundreds of thousands of characters
 
@@ -45,6 +47,19 @@ def open_tokenizer(kind: type[T], content: bytes, source: object) -> T:
         raise IntegrityError(f"{source} is not a tokenizer.json that can be read: {first_line(error)}") from None
     opened: T = tokenizer
     return opened
+
+
+def require_dense(vocabulary: Mapping[str, int], source: object) -> None:
+    """Raises IntegrityError for an id far beyond the number of tokens.
+
+    Whoever writes a vocabulary, the library for one, counts from 0 to its largest id: with 2**31 it ends the process.
+    """
+    largest, most = max(vocabulary.values(), default=0), _HOLES * len(vocabulary) + _SOME_HOLES
+    if largest > most:
+        raise IntegrityError(
+            f"{source} has the token id {shown(largest)} and {len(vocabulary):,} tokens: expected ids up to {most:,} "
+            "for so many"
+        )
 
 
 def _check(name: str, part: object) -> None:

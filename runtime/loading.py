@@ -14,11 +14,11 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from pastkey.bundle import open_bundle
-from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, first_line
 from pastkey.folder import is_inside
 from pastkey.names import MANIFEST
 from pastkey.reading import reading
-from pastkey.values import is_int
+from pastkey.values import is_int, shown
 
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
@@ -162,8 +162,8 @@ def _unpacked(file: object, name: str) -> tuple[Path, _Temporary]:
         stored, unpacked = _sizes(archive)
         if unpacked > _MOST_TIMES * stored + _ALWAYS:
             raise IntegrityError(
-                f"{name} would be unpacked to {unpacked:,} bytes, more than {_MOST_TIMES} times its {stored:,}: no bundle "
-                "is, and it is left alone"
+                f"{name} would be unpacked to {unpacked:,} bytes, more than {_MOST_TIMES} times its {stored:,}: no "
+                "bundle is, and it is left alone"
             )
         manifests = sorted((entry for entry in archive.namelist() if Path(entry).name == MANIFEST), key=len)
         if not manifests:
@@ -176,13 +176,15 @@ def _unpacked(file: object, name: str) -> tuple[Path, _Temporary]:
                 if entry.is_dir() or not entry.filename.startswith(root):
                     continue
                 if not is_inside(inner):
-                    raise IntegrityError(f"{name} names {inner!r}, which is not a path inside the folder")
+                    raise IntegrityError(f"{name} names {shown(inner)}, which is not a path inside the folder")
                 (folder / inner).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as read, (folder / inner).open("wb") as written:
                     shutil.copyfileobj(read, written)
         except (zipfile.BadZipFile, EOFError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise IntegrityError(f"{name} cannot be unpacked ({error}): it was cut or altered") from None
+            raise IntegrityError(
+                f"{name} cannot be unpacked ({first_line(error, 100)}): it was cut or altered"
+            ) from None
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

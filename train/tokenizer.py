@@ -19,7 +19,7 @@ from pastkey import names
 from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
 from pastkey.reading import panics_as_errors, read_bytes, reading
-from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer
+from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
 END_OF_TEXT: Final = "<|endoftext|>"  # begins every document and thereby ends the one before it, as in GPT-2's corpus
 UNKNOWN: Final = "<unk>"
@@ -189,6 +189,7 @@ def read_tokenizer(path: Path) -> TextTokenizer:
             f"no tokenizer {str(path)!r}: it must be {', '.join(KINDS)} or the path of a tokenizer.json"
         )
     tokenizer = open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path)
+    require_dense(tokenizer.get_vocab(), path)
     end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
     if end is None:
         raise InputError(f"{path} has no EOS token; one of {', '.join(_END_NAMES)} was expected among its tokens")

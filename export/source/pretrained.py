@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from pastkey import names
 from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
 from pastkey.folder import read_json
-from pastkey.reading import is_panic
+from pastkey.reading import is_panic, read_bytes
 from pastkey.safetensors_header import HeaderError, read_header
+from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 from pastkey.values import is_int, shown
 
 from ..quiet import quiet
@@ -75,6 +77,9 @@ def open_folder(
     require_memory(weights)
     _check_sizes(folder, content)
     before_loading(weights)
+    if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers writes it, too
+        opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
+        require_dense(opened.get_vocab(), folder / names.TOKENIZER)
     if code:
         say(f"run the Python code that {folder} brings: {', '.join(code)}")
     with _transformers(folder) as library:

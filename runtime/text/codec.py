@@ -12,9 +12,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pastkey import names
 from pastkey.errors import InputError, IntegrityError
 from pastkey.reading import NativeError, panics_as_errors, read_bytes
-from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer
+from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
@@ -47,6 +48,7 @@ class TextCodec:
 
     def to_json(self) -> str:
         """The content of its tokenizer.json."""
+        require_dense(self._tokenizer.get_vocab(), names.TOKENIZER)
         return str(self._tokenizer.to_str())
 
     @classmethod

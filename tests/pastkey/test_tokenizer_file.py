@@ -11,7 +11,7 @@ tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer
 
 from pastkey.errors import IntegrityError
-from pastkey.tokenizer_file import open_tokenizer
+from pastkey.tokenizer_file import open_tokenizer, require_dense
 
 WHOLE: dict[str, Any] = json.loads(Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).to_str())
 
@@ -54,6 +54,12 @@ def test_a_tokenizer_is_opened_without_cutting_and_padding() -> None:
 def test_what_is_beyond_the_bounds_is_refused(parts: Any, words: str) -> None:
     with pytest.raises(IntegrityError, match=words):
         opened(**parts)
+
+
+def test_an_id_far_beyond_the_tokens_is_refused() -> None:
+    require_dense({"a": 0, "b": 10_000}, "t.json")
+    with pytest.raises(IntegrityError, match=r"t\.json has the token id 2147483648 and 2 tokens: expected ids up to"):
+        require_dense({"a": 0, "b": 2**31}, "t.json")
 
 
 def test_a_template_of_many_pieces_is_refused() -> None:
