@@ -18,7 +18,6 @@ from typing import Any, Final
 from .errors import InputError, IntegrityError, MissingFileError, PastkeyError, first_line
 
 MOST_JSON: Final = 100_000_000  # bytes of a JSON file that is read as a whole, and of a safetensors header
-MOST_TEMPLATE: Final = 4_000_000  # bytes of a chat template: characters are counted where it is compiled
 _DEEPEST: Final = 100  # lists and objects within one another
 
 _last: list[Path] = []

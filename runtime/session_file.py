@@ -77,7 +77,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         IntegrityError: It was cut or altered, is none, or was saved by another bundle.
     """
     try:
-        size = require_regular(path).st_size
+        size = path.stat().st_size if path.is_dir() else require_regular(path).st_size
         with reading(path, "a saved session"), path.open("rb") as file:
             header, start = _read_header(file, path, size)
             ids, cached, exact, shapes = _parse(header, path, bundle, engine)
