@@ -117,16 +117,7 @@ def build_faults(folder: Path) -> Path | None:
     if sys.platform != "linux" or compiler is None:
         return None
     library = folder / "faults.so"
-    command: list[str | Path] = [
-        compiler,
-        "-shared",
-        "-fPIC",
-        "-O1",
-        "-o",
-        library,
-        ROOT / "tests" / "faults.c",
-        "-ldl",
-    ]
+    command: list[str | Path] = [compiler, "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests" / "faults.c", "-ldl"]
     done = subprocess.run(command, capture_output=True, check=False)
     return library if done.returncode == 0 else None
 

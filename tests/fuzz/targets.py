@@ -9,7 +9,6 @@ import io
 import json
 import os
 import shutil
-import struct
 import tempfile
 import warnings
 import zipfile
@@ -57,6 +56,7 @@ from pastkey.train.tokenizer import train_bpe
 
 from ..runtime.conftest import Tiny, write_bundle
 from .mutations import Mutation, mutate_bytes, mutate_headed, mutate_json, mutate_text
+from .samples import gguf_valid, llama2c_tokenizer, llama2c_valid, sentencepiece
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] | trim }}"
@@ -349,51 +349,8 @@ def _index(content: bytes) -> object:
     return folder
 
 
-def _gguf_valid() -> bytes:
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    pairs = [
-        text("general.architecture") + struct.pack("<I", 8) + text("llama"),
-        text("llama.block_count") + struct.pack("<II", 4, 1),
-        text("llama.rope.freq_base") + struct.pack("<If", 6, 1e4),
-        text("tokens") + struct.pack("<IIQ", 9, 8, 3) + text("a") + text("b") + text("c"),
-        text("scores") + struct.pack("<IIQ3f", 9, 6, 3, 0.0, 1.0, 2.0),
-    ]
-    tensors = [text(f"t{i}") + struct.pack("<IQQIQ", 2, 4, 2, 0, 32 * i) for i in range(2)]
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs)) + b"".join(pairs + tensors)
-    return head + bytes(-len(head) % 32) + bytes(64)
-
-
-def _llama2c_valid() -> bytes:
-    sizes = (8, 12, 1, 2, 1, 300, 16)  # width, inner, layers, heads, K/V heads, vocabulary, context
-    query, kv = 8 * 8, 4 * 8
-    numbers = 300 * 8 + 8 + query + 2 * kv + query + 8 + 3 * 12 * 8 + 8 + 2 * 16 * 2
-    return struct.pack("<7i", *sizes) + bytes(4 * numbers)
-
-
-def _llama2c_tokenizer() -> bytes:
-    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256)), " ", "a", "b", "ab", " ab"]
-    pieces += [f"<{number}>" for number in range(300 - len(pieces))]
-    packed = (struct.pack("<fi", -i, len(piece.encode())) + piece.encode() for i, piece in enumerate(pieces))
-    return struct.pack("<i", 10) + b"".join(packed)
-
-
 def _read_llama2c_tokenizer(content: bytes) -> object:
-    return open_llama2c(written("model.bin", _llama2c_valid()), written("tokenizer.bin", content), None)
-
-
-def _sentencepiece() -> bytes:
-    def field(number: int, content: bytes) -> bytes:
-        return bytes([number << 3 | 2, len(content)]) + content
-
-    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
-    texts = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab"]
-    pieces = b"".join(
-        field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", -i) + bytes([3 << 3, kinds.get(text, 1)]))
-        for i, text in enumerate(texts)
-    )
-    return pieces + field(2, bytes([3 << 3, 2])) + field(3, b"")
+    return open_llama2c(written("model.bin", llama2c_valid()), written("tokenizer.bin", content), None)
 
 
 def _as_tokenizer(name: str) -> Callable[[bytes], object]:
@@ -453,12 +410,12 @@ TARGETS: Mapping[str, Target] = {
         _huggingface, _json({"hidden_size": 8, "vocab_size": 270, "num_hidden_layers": 1, "eos": None}), mutate_json
     ),
     "weight_map": Target(_index, _json({"weight_map": {"a": names.WEIGHTS, "b": names.WEIGHTS}}), mutate_json),
-    "gguf": Target(lambda content: pretrained._check_gguf(written("m.gguf", content)), _gguf_valid, mutate_bytes),
+    "gguf": Target(lambda content: pretrained._check_gguf(written("m.gguf", content)), gguf_valid, mutate_bytes),
     "llama2c": Target(
-        lambda content: open_llama2c(written("model.bin", content), None, None), _llama2c_valid, mutate_bytes
+        lambda content: open_llama2c(written("model.bin", content), None, None), llama2c_valid, mutate_bytes
     ),
-    "llama2c_tokenizer": Target(_read_llama2c_tokenizer, _llama2c_tokenizer, mutate_bytes),
-    "sentencepiece": Target(_as_tokenizer("spiece.model"), _sentencepiece, mutate_bytes),
+    "llama2c_tokenizer": Target(_read_llama2c_tokenizer, llama2c_tokenizer, mutate_bytes),
+    "sentencepiece": Target(_as_tokenizer("spiece.model"), sentencepiece, mutate_bytes),
     "source_tokenizer": Target(
         _as_tokenizer("source.json"), lambda: _tokenizer().to_str().encode(), mutate_json, native=True
     ),
