@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pastkey import names
 from pastkey.errors import InputError, IntegrityError
 from pastkey.train.checkpoint import TOKENS_TRAIN, load_checkpoint
 from pastkey.train.loop import train
@@ -21,6 +24,15 @@ from .helpers import tiny, write_corpus
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     train(tiny(steps=2, save_every=2), folder / "c", data=[write_corpus(folder / "c.txt")])
+    return folder / "c"
+
+
+def altered(trained: Path, folder: Path, **changes: Any) -> Path:
+    """A copy whose manifest says something else of the training."""
+    shutil.copytree(trained, folder / "c")
+    manifest = json.loads((folder / "c" / names.MANIFEST).read_text())
+    manifest["training"] |= changes
+    (folder / "c" / names.MANIFEST).write_text(json.dumps(manifest))
     return folder / "c"
 
 
@@ -44,11 +56,10 @@ def test_a_training_is_read(trained: Path) -> None:
         ({"files": 3}, "has no list of files"),
     ],
 )
-def test_what_is_of_another_type_is_named(changes: dict[str, Any], words: str, trained: Path) -> None:
-    checkpoint = load_checkpoint(trained)
-    altered = dataclasses.replace(checkpoint, training={**checkpoint.training, **changes})
+def test_what_is_of_another_type_is_named(changes: dict[str, Any], words: str, trained: Path, tmp_path: Path) -> None:
+    folder = altered(trained, tmp_path, **changes)
     with pytest.raises(IntegrityError, match=words):
-        read_training(altered)
+        read_training(load_checkpoint(folder))
 
 
 @pytest.mark.parametrize(
@@ -61,12 +72,12 @@ def test_what_is_of_another_type_is_named(changes: dict[str, Any], words: str, t
     ],
 )
 def test_tokens_that_the_manifest_does_not_speak_of_are_refused(
-    changes: dict[str, Any], words: str, trained: Path
+    changes: dict[str, Any], words: str, trained: Path, tmp_path: Path
 ) -> None:
-    checkpoint = load_checkpoint(trained)
-    data = {**checkpoint.training["data"], **changes}
+    data = load_checkpoint(trained).training["data"]
+    folder = altered(trained, tmp_path, data={**data, **changes})
     with pytest.raises(IntegrityError, match=words):
-        read_training(dataclasses.replace(checkpoint, training={**checkpoint.training, "data": data}))
+        read_training(load_checkpoint(folder))
 
 
 def test_moments_of_another_model_and_ids_of_no_token_are_refused(
