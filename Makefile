@@ -19,7 +19,7 @@ BENCH_ARGS ?=
 DOCS := .venv-docs
 # `make quick` runs every test file but these, which train, export, or run many sessions: a new one is quick until it
 # stands here.
-NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat programs)) \
+NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat fuzz programs)) \
 	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples picture readme torture trained) \
 	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline targets terminal verify_command) \
 	$(addprefix export/graph/test_,clean embedding_rows fuse last_logits output_head rotary save) \
@@ -37,7 +37,10 @@ OLDEST_TESTS := $(addprefix tests/,train export/graph/test_clean.py export/graph
 	$(patsubst %,export/source/test_%.py,source pretrained pretrained_refused llama2c gguf) \
 	export/test_folder_to_chat.py test_end_to_end.py test_examples.py)
 
-.PHONY: demo test quick check types ci matrix torture further oldest runtime-oldest runtime-newest figures bench docs clean
+# Other inputs to every reader, for MINUTES by random seeds, then for as long by atheris where pip has it.
+MINUTES ?= 10
+
+.PHONY: demo test quick fuzz check types ci matrix torture further oldest runtime-oldest runtime-newest figures bench docs clean
 
 # From nothing to text: train on the built-in stories, export to fp32 and int8, prove it, tell a story.
 demo: $(VENV)/installed
@@ -59,6 +62,12 @@ check: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/python tests/typecheck.py
+
+fuzz: $(VENV)/installed
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+	-$(BIN)/python -m pip install --quiet --upgrade --target $(ENVIRONMENTS)/fuzz atheris
+	if [ -d $(ENVIRONMENTS)/fuzz/atheris ]; then \
+		PYTHONPATH=$(ENVIRONMENTS)/fuzz $(BIN)/python -m tests.fuzz --guided --minutes $(MINUTES); fi
 
 # What CI runs, in less than 45 minutes on two cores: the tests, then a part of them in each further environment.
 ci:

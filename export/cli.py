@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from pastkey import names
@@ -213,7 +213,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if verification.ok else 1
 
 
-def _say_parity(verification: dict[str, Any], title: str) -> None:
+def _say_parity(verification: Mapping[str, Any], title: str) -> None:
     say(f"  {title}, {verification['tokens']} tokens: {'equal' if verification['ok'] else 'DIFFERENT'}")
     for name, check in verification["checks"].items():
         mark = "ok  " if check["ok"] else "FAIL"

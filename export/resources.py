@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from pathlib import Path
 
 from torch import nn
 
 from pastkey.errors import ResourceError
+from pastkey.memory import available_memory
+from pastkey.memory import shown_bytes as _shown
 
 # Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace, the arrays that are written. int4
 # holds X^T X of every activation as well (6.4).
@@ -51,26 +52,3 @@ def require_memory(weights: int, *, loaded_for: str | None = None) -> None:
             f"exporting {weights:,} weights takes about {_shown(needed)} of memory and {_shown(free)} are available: "
             "end other programs, or export on a larger machine"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that this process may still take, or None where the system does not say (Linux and its containers do)."""
-    found = []
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            cached = next(
-                int(line.split()[1])
-                for line in (group / "memory.stat").read_text().splitlines()
-                if line.startswith("inactive_file ")
-            )
-            found.append(int(limit) - int((group / "memory.current").read_text()) + cached)
-    return min(found) if found else None
-
-
-def _shown(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

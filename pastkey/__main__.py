@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pastkey.command import Command, Parser, say
-from pastkey.errors import NEEDED, FallbackWarning, PastkeyError, TemplateWarning, missing_extra
+from pastkey.errors import NEEDED, FallbackWarning, PastkeyError, TemplateWarning, first_line, missing_extra
+from pastkey.reading import is_panic, last_read
 
+TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: show where an unforeseen error came from
 # command -> (stage, one line of help). The stage's cli.py has a Command of the same name.
 COMMANDS = {
     "train": ("train", "train a decoder on text: text -> checkpoint/"),
@@ -36,6 +41,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 well, 1 a difference was found, 2 the user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path need not be text
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
@@ -61,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), prog)
     except ModuleNotFoundError as error:
         mended = missing_extra(error, name if name in NEEDED else stage)
-        if mended is error:
-            raise
-        return _fail(str(mended), prog)
+        return _fail(_last_resort(error) if mended is error else str(mended), prog)
     except BrokenPipeError:
         # The reader went away (| head): say nothing, and keep the interpreter's own flush quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("not enough memory: close other programs, or take a smaller model or context", prog)
     except OSError as error:
         return _fail(_os_sentence(error), prog)
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):  # SystemExit
+            raise
+        return _fail(_last_resort(error), prog)
 
 
 @contextlib.contextmanager
@@ -133,6 +143,20 @@ def _os_sentence(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}; nothing half-written was kept: free some space and try again"
     return f"{error.strerror or error}{where}"
+
+
+def _last_resort(error: BaseException) -> str:
+    """What nobody foresaw. A damaged file is the likely cause, and 1 would mean that a difference was found."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+    read = last_read()
+    damaged = "" if read is None else f" after reading {read}, which may be damaged: copy it again"
+    return (
+        f"stopped by a fault ({first_line(error)}; {place}){damaged}; if it happens again, set {TRACEBACK}=1 and "
+        "report what is printed then"
+    )
 
 
 def _fail(sentence: str, prog: str, status: int = 2) -> int:

@@ -12,19 +12,23 @@ bundle/  pastkey.json                       this manifest
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from . import names
-from .errors import IntegrityError
+from .errors import InputError, IntegrityError
 from .external_data import check_external_data
 from .folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
-from .values import is_int, require
+from .typed import Between, Size, TokenId, parse
+from .values import require
 
 _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # what Macs and Windows leave in a folder that was looked at
 
+TokenCount = Annotated[int, Between(0)]  # or nodes
+_RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
 FORMAT_VERSION = 2  # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits
 
 
@@ -32,26 +36,26 @@ FORMAT_VERSION = 2  # 2: lengths in place of the mask in pastkey's own fused gra
 class KVGeometry:
     """The cache of one attention call, observed by running the module."""
 
-    kv_heads: int  # K
-    key_head_size: int  # D of the keys
-    value_head_size: int  # D of the values
+    kv_heads: Size  # K
+    key_head_size: Size  # D of the keys
+    value_head_size: Size  # D of the values
 
 
 @dataclass(frozen=True)
 class StateGeometry:
     """The cache of a short causal convolution or a shift: the last rows of what it reads."""
 
-    rows: int  # at most
-    size: int  # F
+    rows: Size  # at most
+    size: Size  # F
 
 
 @dataclass(frozen=True)
 class StaticShape:
     """The sizes of the static graphs, beside the context, which is their past."""
 
-    chunk: int  # tokens of a run of prefill
-    masked: float  # what is added to the score of a token that is not seen
-    windows: tuple[int, ...]  # of the masks, in tokens; 0 for all earlier ones
+    chunk: Size  # tokens of a run of prefill
+    masked: Annotated[float, Between(-1e38, -1.0)]  # what is added to the score of a token that is not seen
+    windows: tuple[TokenCount, ...]  # of the masks, in tokens; 0 for all earlier ones
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,22 @@ class Manifest:
     target: str  # names.TARGETS
     graph: str  # names.GRAPHS
     graph_reason: str  # why this graph
-    vocab_size: int
-    context_length: int  # tokens
+    vocab_size: Size
+    context_length: Size  # tokens
     layers: tuple[KVGeometry, ...]  # one per attention call, in order
-    opset: int
-    ir_version: int
+    opset: Size
+    ir_version: Size
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
     static: StaticShape | None = None  # of the static graphs
     compiled: Compiled | None = None  # where they are no graphs but context binaries
     provider_options: Mapping[str, str] = field(default_factory=dict)  # of the target's provider, where none are given
     call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
-    bos_token_id: int | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
-    eos_token_ids: tuple[int, ...] = ()  # generation ends at any of these
+    bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
+    eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these
     padding: bool = True  # whether rows of different lengths may share a batch
-    operators: Mapping[str, int] = field(default_factory=dict)  # operator -> nodes, as exported
-    parity: Mapping[str, Any] = field(default_factory=dict)
+    operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
+    parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)  # path relative to the folder -> size, sha256
 
@@ -164,64 +168,22 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     return bundle
 
 
-def _parse_static(content: Mapping[str, Any]) -> StaticShape:
-    """Raises TypeError or ValueError."""
-    static = StaticShape(**content)
-    static = dataclasses.replace(static, windows=tuple(static.windows))
-    require(is_int(static.chunk, 1), "chunk", static.chunk, "a whole number from 1")
-    for window in static.windows:
-        require(is_int(window, 0), "a window", window, "a whole number from 0")
-    require(isinstance(static.masked, float) and static.masked < 0, "masked", static.masked, "a number below 0")
-    return static
-
-
 def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
-    fields = {f.name: f for f in dataclasses.fields(Manifest)}
+    """Every field by the type that its annotation says, then what two fields say together."""
     values = {key: value for key, value in content.items() if key not in ("kind", "format_version")}
-    unknown = sorted(set(values) - set(fields))
-    missing = sorted(
-        name
-        for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    )
-    if unknown or missing:
-        what = f"an unknown key {unknown[0]!r}" if unknown else f"no {missing[0]!r}"
-        raise IntegrityError(f"{folder / names.MANIFEST} has {what}: it was altered or cut short")
-    try:
-        values["layers"] = tuple(KVGeometry(**layer) for layer in values["layers"])
-        values["states"] = tuple(StateGeometry(**state) for state in values.get("states", ()))
-        if (static := values.get("static")) is not None:
-            values["static"] = static = _parse_static(static)
-        if (compiled := values.get("compiled")) is not None:
-            values["compiled"] = compiled = Compiled(**compiled)
-            texts = [compiled.provider, compiled.onnxruntime, *compiled.options, *compiled.options.values()]
-            require(all(isinstance(text, str) for text in texts), "compiled", values["compiled"], "made of texts")
-            require(static is not None, "compiled", values["compiled"], "of static graphs")
-        if (values["graph"] == "static") != (static is not None):
-            raise ValueError(f"graph is {values['graph']!r} and static is {static!r}")
-        sizes = [(name, values[name]) for name in ("vocab_size", "context_length", "opset", "ir_version")]
-        sizes += [(name, size) for layer in values["layers"] for name, size in dataclasses.asdict(layer).items()]
-        sizes += [(name, size) for state in values["states"] for name, size in dataclasses.asdict(state).items()]
-        for name, size in sizes:
-            require(is_int(size, 1), name, size, "a whole number from 1")
-        values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
-        bos = values.get("bos_token_id")
-        for token in (*values["eos_token_ids"], *(() if bos is None else (bos,))):
-            require(is_int(token, 0), "a token id", token, "a whole number from 0")
-        for name in ("pastkey_version", "source", "target", "graph_reason", "min_onnxruntime"):
-            require(isinstance(values[name], str), name, values[name], "a text")
-        require(isinstance(values.get("call", ""), str), "call", values.get("call"), "a text")
-        for name in ("operators", "parity", "quality", "provider_options"):
-            require(isinstance(values.get(name, {}), dict), name, values.get(name), "an object")
-        if values["precision"] not in names.ALL_LOGITS_GRAPH:
-            raise ValueError(f"precision is {values['precision']!r}")
-        if not isinstance(values.get("padding", True), bool):
-            raise ValueError(f"padding is {values['padding']!r}")
-        if values["graph"] not in names.GRAPHS:
-            raise ValueError(f"graph is {values['graph']!r}")
-        if values["states"] and values["graph"] != "standard":
-            raise ValueError(f"the {values['graph']} graph has no states")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{folder / names.MANIFEST} is not valid: {error}") from None
     values["files"] = parse_records(folder, values.get("files"))
-    return Manifest(**values)
+    try:
+        manifest = parse(Manifest, values, "the manifest")
+        static, graph = manifest.static, manifest.graph
+        require(manifest.precision in names.ALL_LOGITS_GRAPH, "precision", manifest.precision, "one of pastkey's")
+        require(graph in names.GRAPHS, "graph", graph, f"one of {', '.join(names.GRAPHS)}")
+        require((graph == "static") == (static is not None), "static", static, "there where the graph is static")
+        require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")
+        require(not manifest.states or graph == "standard", "states", manifest.states, "those of a standard graph")
+        release = manifest.min_onnxruntime
+        require(bool(re.fullmatch(_RELEASE, release)), "min_onnxruntime", release, "a release, such as 1.26.0")
+    except InputError as error:
+        raise IntegrityError(
+            f"{folder / names.MANIFEST} is not valid, since it was altered or cut short: {error}"
+        ) from None
+    return manifest

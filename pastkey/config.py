@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from .errors import InputError
+from .typed import Between, Size, TokenId, parse
 from .values import is_int, is_number, require
 
 PositionEncoding = Literal["rope", "learned", "sinusoidal"]
@@ -23,25 +24,25 @@ Mlp = Literal["swiglu", "gelu", "none"]
 class ModelConfig:
     """Shape and variant of a decoder-only transformer. Sizes count elements, never bytes."""
 
-    vocab_size: int  # V
-    max_position_embeddings: int = 256  # the context length, in tokens
-    hidden_size: int = 192
-    intermediate_size: int = 512  # width of the MLP; 0 without one
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 6  # H
-    num_key_value_heads: int = 3  # K, divides H; K < H is grouped-query attention
-    head_dim: int = 32  # D
+    vocab_size: Size  # V
+    max_position_embeddings: Size = 256  # the context length, in tokens
+    hidden_size: Size = 192
+    intermediate_size: Annotated[int, Between(0)] = 512  # width of the MLP; 0 without one
+    num_hidden_layers: Annotated[int, Between(1, 1000)] = 4
+    num_attention_heads: Size = 6  # H
+    num_key_value_heads: Size = 3  # K, divides H; K < H is grouped-query attention
+    head_dim: Size = 32  # D
     position_encoding: PositionEncoding = "rope"
-    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_theta: Annotated[float, Between(1e-30, 1e30)] = 10000.0  # base of the rotary frequencies
     norm: Norm = "rmsnorm"
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Between(1e-30, 1e30)] = 1e-5
     mlp: Mlp = "swiglu"
     qkv_bias: bool = False  # bias on the query, key and value projections
     bias: bool = False  # bias on every other projection
     qk_norm: bool = False  # RMSNorm over each query and key head, before the rotation
     tie_word_embeddings: bool = True  # the output head is the token embedding
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
@@ -91,6 +92,20 @@ class ModelConfig:
             return "qwen3"
         return "qwen2" if self.qkv_bias else "llama"
 
+    @property
+    def weights(self) -> int:
+        """How many weights a decoder of this configuration has, counted without making one."""
+        width, query = self.hidden_size, self.num_attention_heads * self.head_dim
+        kv = self.num_key_value_heads * self.head_dim
+        norm = {"rmsnorm": width, "layernorm": 2 * width, "none": 0}[self.norm]
+        attention = width * (2 * query + 2 * kv) + self.qkv_bias * (query + 2 * kv) + self.bias * width
+        attention += self.qk_norm * 2 * self.head_dim
+        inner, inputs = self.intermediate_size, {"swiglu": 2, "gelu": 1, "none": 0}[self.mlp]
+        mlp = 0 if self.mlp == "none" else inner * width * (inputs + 1) + self.bias * (inputs * inner + width) + norm
+        tables = self.vocab_size * (2 - self.tie_word_embeddings)
+        tables += self.max_position_embeddings * (self.position_encoding == "learned")
+        return tables * width + self.num_hidden_layers * (norm + attention + mlp) + norm
+
     def to_json(self) -> dict[str, Any]:
         """The content of config.json."""
         own = dataclasses.asdict(self)
@@ -108,7 +123,7 @@ class ModelConfig:
             raise InputError(
                 f"config.json has no {missing[0]!r}: it was not written by pastkey train, or was cut short"
             )
-        config = cls(**own)
+        config = parse(cls, own, "config.json")
         unknown = sorted(set(content) - set(fields) - set(_derived(config)))
         if unknown:
             raise InputError(

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -20,10 +21,15 @@ from typing import Any
 
 from .errors import ExistingFolderError, InputError, IntegrityError, MissingFileError
 from .lock import held, require_unlocked
+from .memory import require_memory_for
 from .names import MANIFEST
+from .reading import MOST_JSON, note_reading, parse_json, read_bytes, require_regular
 from .replace import put_in_place, sync_folder, sync_tree
-from .values import is_int
+from .values import is_int, shown
 
+_SHA256 = re.compile("[0-9a-f]{64}")
+_LARGE_TEXT = 10_000_000  # bytes
+_LONGEST_NAME = 1024  # characters of a path in a folder
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
 
@@ -141,24 +147,23 @@ def file_records(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises MissingFileError or IntegrityError, each naming the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = parse_json(read_bytes(path, MOST_JSON), path)
+    except MissingFileError:
         raise MissingFileError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
-        raise IntegrityError(f"{path} is not valid JSON ({error}): it was cut short or altered") from None
     if not isinstance(content, dict):
         raise IntegrityError(f"{path} holds a JSON {type(content).__name__}; an object was expected")
     return content
 
 
 def read_text(path: Path) -> str:
-    """A text file's content, line ends as they are. Raises MissingFileError or InputError."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; a text file was expected")
-    try:
-        return decode_text(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise MissingFileError(f"no such file: {path}") from None
+    """A text file's content, line ends as they are.
+
+    Raises MissingFileError, or InputError for what is no regular file, or no text.
+    """
+    size = require_regular(path).st_size
+    if size > _LARGE_TEXT:
+        require_memory_for(path, 6 * size)  # its bytes, and up to four for each character
+    return decode_text(path.read_bytes(), path)
 
 
 def decode_text(content: bytes, source: object) -> str:
@@ -184,10 +189,10 @@ def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any
     found = manifest.get("kind")
     if found != kind:
         hint = {"checkpoint": "export it first", "bundle": "name the checkpoint it came from"}.get(str(found), "")
-        raise InputError(f"{folder} is a {found!r} folder; a {kind} was expected" + (f": {hint}" if hint else ""))
+        raise InputError(f"{folder} is a {shown(found)} folder; a {kind} was expected" + (f": {hint}" if hint else ""))
     version = manifest.get("format_version")
-    if not is_int(version, 1):
-        raise IntegrityError(f"{folder / MANIFEST} has no valid format_version (found {version!r})")
+    if not is_int(version, 1, 2**31 - 1):
+        raise IntegrityError(f"{folder / MANIFEST} has no valid format_version (found {shown(version)})")
     if version > newest_version:
         raise IntegrityError(
             f"{folder} has {kind} format version {version}; this pastkey reads up to {newest_version}: upgrade pastkey"
@@ -202,10 +207,10 @@ def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
     records = {}
     for name, entry in content.items():
         if not is_inside(name):
-            raise IntegrityError(f"{folder / MANIFEST} names {name!r}, which is not a path inside the folder")
+            raise IntegrityError(f"{folder / MANIFEST} names {shown(name)}, which is not a path inside the folder")
         size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if not is_int(size, 0) or not isinstance(digest, str):
-            raise IntegrityError(f"{folder / MANIFEST} has no size and sha256 for {name!r}")
+        if not is_int(size, 0, 2**63 - 1) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise IntegrityError(f"{folder / MANIFEST} has no size and sha256 for {shown(name)}")
         records[name] = FileRecord(size, digest)
     return records
 
@@ -216,7 +221,8 @@ def is_inside(name: str) -> bool:
     No file's name has a *: with one, onnxruntime takes an address in memory for a path.
     """
     path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & set("\\:*\0")
+    within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return within and len(name) <= _LONGEST_NAME and not set(name) & set("\\:*\0")
 
 
 def check_sizes(folder: Path, records: Mapping[str, FileRecord]) -> None:
@@ -256,6 +262,7 @@ def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered:
 
 def sha256(path: Path) -> str:
     """The hash of a file's content, in hexadecimal digits."""
+    note_reading(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -27,11 +27,21 @@ def is_number(value: object) -> TypeGuard[float]:
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raises InputError for a setting unless the condition holds."""
     if not condition:
-        raise InputError(f"{name} is {value!r}; it must be {expected}")
+        raise InputError(f"{name} is {shown(value)}; it must be {expected}")
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value as a sentence shows it, however large it is."""
+    if isinstance(value, int) and abs(value) >= 10**longest:  # Python refuses to write more than 4,300 digits
+        return f"a number of more than {longest} digits"
+    if isinstance(value, list | tuple | dict) and len(value) > 20:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
+    text = repr(value)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def parse_version(text: str) -> tuple[int, int, int]:
     """The three numbers that a version starts with: "1.32.0.dev3" -> (1, 32, 0)."""
-    numbers = [int(number) for number in re.findall(r"\d+", text)[:3]]
+    numbers = [int(number) for number in re.findall(r"[0-9]{1,9}", text)[:3]]
     major, minor, patch = (*numbers, 0, 0, 0)[:3]
     return major, minor, patch

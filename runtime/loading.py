@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import struct
 import tempfile
 import weakref
 import zipfile
@@ -13,15 +14,18 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from pastkey.bundle import open_bundle
-from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, first_line
 from pastkey.folder import is_inside
 from pastkey.names import MANIFEST
-from pastkey.values import is_int
+from pastkey.reading import reading
+from pastkey.values import is_int, shown
 
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
 from .language_model import LanguageModel
 from .settings import Choice
+
+_MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
 
 
 def load(
@@ -152,9 +156,15 @@ def _unpacked(file: object, name: str) -> tuple[Path, _Temporary]:
     """A temporary folder with what stands beside the manifest in a zip file."""
     try:
         archive = zipfile.ZipFile(file)  # type: ignore[call-overload]
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
         raise InputError(f"{name:.60} are no zip file of a bundle folder") from None
-    with archive:
+    with archive, reading(name, "a zip file of a bundle"):
+        stored, unpacked = _sizes(archive)
+        if unpacked > _MOST_TIMES * stored + _ALWAYS:
+            raise IntegrityError(
+                f"{name} would be unpacked to {unpacked:,} bytes, more than {_MOST_TIMES} times its {stored:,}: no "
+                "bundle is, and it is left alone"
+            )
         manifests = sorted((entry for entry in archive.namelist() if Path(entry).name == MANIFEST), key=len)
         if not manifests:
             raise MissingFileError(f"{name} holds no bundle: it has no {MANIFEST}")
@@ -166,17 +176,25 @@ def _unpacked(file: object, name: str) -> tuple[Path, _Temporary]:
                 if entry.is_dir() or not entry.filename.startswith(root):
                     continue
                 if not is_inside(inner):
-                    raise IntegrityError(f"{name} names {inner!r}, which is not a path inside the folder")
+                    raise IntegrityError(f"{name} names {shown(inner)}, which is not a path inside the folder")
                 (folder / inner).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as read, (folder / inner).open("wb") as written:
                     shutil.copyfileobj(read, written)
-        except (zipfile.BadZipFile, EOFError) as error:
+        except (zipfile.BadZipFile, EOFError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise IntegrityError(f"{name} cannot be unpacked ({error}): it was cut or altered") from None
+            raise IntegrityError(
+                f"{name} cannot be unpacked ({first_line(error, 100)}): it was cut or altered"
+            ) from None
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return folder, _Temporary()
+
+
+def _sizes(archive: zipfile.ZipFile) -> tuple[int, int]:
+    """Bytes of all files, as they are stored, and as they say that they are unpacked to, which is where each is cut."""
+    entries = archive.infolist()
+    return sum(entry.compress_size for entry in entries), sum(entry.file_size for entry in entries)
 
 
 def _is_choice(value: object) -> bool:

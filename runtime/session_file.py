@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.reading import reading, require_regular
 from pastkey.values import is_int
 
 from .engine.engine import Engine
@@ -75,8 +77,8 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         IntegrityError: It was cut or altered, is none, or was saved by another bundle.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        size = path.stat().st_size if path.is_dir() else require_regular(path).st_size
+        with reading(path, "a saved session"), path.open("rb") as file:
             header, start = _read_header(file, path, size)
             ids, cached, exact, shapes = _parse(header, path, bundle, engine)
             expected = start + sum(math.prod(shape) * kind.itemsize for shape, kind in shapes) + 32
@@ -154,7 +156,7 @@ def _parse(
     ]
     states = [(1, state.size) for state in manifest.states]
     try:
-        shapes = [tuple(map(int, shape)) for shape, _ in arrays or ()]
+        shapes = [tuple(map(operator.index, shape)) for shape, _ in arrays or ()]
         kinds = [np.dtype(_TYPES[kind]) for _, kind in arrays or ()]
     except (TypeError, ValueError, LookupError):
         shapes, kinds = [(0,)], []

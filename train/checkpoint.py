@@ -41,7 +41,11 @@ from pastkey.folder import (
     write_json,
 )
 from pastkey.folder import sha256 as file_sha256
+from pastkey.memory import require_memory_for
+from pastkey.reading import reading
 from pastkey.replace import sync_folder
+from pastkey.safetensors_header import HeaderError, read_header
+from pastkey.values import shown
 
 from .model import Decoder
 
@@ -58,6 +62,7 @@ T = TypeVar("T")
 Loaded = tuple[Mapping[str, Any], ModelConfig, dict[str, Tensor]]  # manifest, configuration, weights
 
 _PATIENCE_SECONDS = 30.0  # that a reader tries, of a checkpoint that is saved all the time
+_DTYPES = ("F32", "F64", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -181,23 +186,26 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = Path(path)
     manifest, config, tensors = _of_one_save(folder, lambda manifest: _model_of(folder, manifest))
-    if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model = Decoder(config)
     try:
+        if config.tie_word_embeddings:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        model = Decoder(config)
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise IntegrityError(f"{folder / names.WEIGHTS} does not fit {folder / names.CONFIG}: {reason}") from None
-    return Checkpoint(folder, config, model.eval(), manifest.get("training", {}))
+    training = manifest.get("training", {})
+    if not isinstance(training, dict):
+        raise IntegrityError(f"{folder / names.MANIFEST} has no valid 'training': it was altered or cut short")
+    return Checkpoint(folder, config, model.eval(), training)
 
 
 def _model_of(folder: Path, manifest: Mapping[str, Any]) -> tuple[Loaded, list[str]]:
     _all_records(folder, manifest)  # no path of the others leads out, either
     actual = _check(folder, parse_records(folder, manifest.get("files")), _MODEL_FILES)
     config, weights = actual[names.CONFIG], actual[names.WEIGHTS]
-    content = ModelConfig.from_json(read_json(folder / config)), safetensors.torch.load_file(folder / weights)
-    return (manifest, *content), [config, weights]
+    parsed = ModelConfig.from_json(read_json(folder / config))
+    return (manifest, parsed, _load_tensors(folder / weights, parsed)), [config, weights]
 
 
 def _of_one_save(folder: Path, read: Callable[[Mapping[str, Any]], tuple[T, list[str]]]) -> T:
@@ -242,9 +250,29 @@ def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]
         if manifest.get("training") != training:
             raise IntegrityError(f"{path} was saved anew since its model was read: read the model again")
         actual = _check(path, parse_records(path, training.get("files")), (STATE, TOKENS_TRAIN, TOKENS_VAL))
-        return safetensors.torch.load_file(path / actual[STATE]), [actual[STATE]]
+        return _load_tensors(path / actual[STATE]), [actual[STATE]]
 
     return _of_one_save(path, read)
+
+
+def _load_tensors(file: Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of real numbers, as many as `config` is of."""
+    try:
+        header = read_header(file)
+    except HeaderError as error:
+        raise IntegrityError(f"{file} is cut short or damaged: {error}; copy it again") from None
+    if other := next((tensor.dtype for tensor in header.values() if tensor.dtype not in _DTYPES), None):
+        raise IntegrityError(f"{file} holds numbers of the type {other!r:.20}, and a checkpoint {', '.join(_DTYPES)}")
+    stored = sum(tensor.elements for tensor in header.values())
+    if config is not None and stored != config.weights:  # before a layer is made of sizes that may be nonsense
+        raise IntegrityError(
+            f"{file} does not fit {file.parent / names.CONFIG}: it holds {stored:,} weights, and the configuration is "
+            f"of {shown(config.weights)}; copy both again"
+        )
+    require_memory_for(file, file.stat().st_size + 4 * stored)
+    with reading(file, "safetensors"):
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(file)
+    return tensors
 
 
 def _check(folder: Path, records: Mapping[str, FileRecord], needed: Iterable[str]) -> dict[str, str]:

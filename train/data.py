@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pastkey.errors import InputError, MissingFileError
 from pastkey.folder import read_text
+from pastkey.reading import require_regular
 
 from .checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from .stories import stories
@@ -84,6 +85,7 @@ def text_corpus(paths: Sequence[Path]) -> Corpus:
                 raise InputError(f"the folder {path} has no {' or '.join(_SUFFIXES)} file in it")
             files += below
         elif path.exists():
+            require_regular(path)  # the corpus is read three times
             files.append(path)
         else:
             raise MissingFileError(f"no such file or folder: {path}")

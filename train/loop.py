@@ -27,7 +27,6 @@ from .checkpoint import (
     TrainingState,
     finish_or_discard,
     load_checkpoint,
-    load_optimizer,
     save_checkpoint,
 )
 from .data import (
@@ -46,6 +45,7 @@ from .data import (
 from .model import Decoder, generate, positions_like
 from .place import Place, new_place, old_place
 from .report import Metrics, Progress, draw_loss_curve
+from .resumed import read_training
 from .settings import TrainConfig
 from .tokenizer import TextTokenizer, lesson_tokenizer, make_tokenizer, read_tokenizer
 
@@ -102,11 +102,8 @@ def _resumed(place: Place, given: Mapping[str, Any], data: Sequence[Path]) -> Ru
     out = place.out
     finish_or_discard(out)
     checkpoint = load_checkpoint(out)
-    training = checkpoint.training
-    if not {"step", "settings", "data", "files"} <= set(training):
-        raise InputError(f"{out} has no training state to resume from: it holds the model alone")
-    moments = load_optimizer(out, training)
-    saved, info = TrainConfig(**training["settings"]), DataInfo(**training["data"])
+    resumed = read_training(checkpoint)
+    saved, info, step = resumed.config, resumed.info, resumed.step
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != getattr(saved, name):
             raise InputError(
@@ -116,12 +113,11 @@ def _resumed(place: Place, given: Mapping[str, Any], data: Sequence[Path]) -> Ru
     if data and survey(text_corpus(data)).fingerprint != info.fingerprint:
         raise InputError(f"the run in {out} was started on other text ({info.corpus}): start a new run for new text")
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
-    step = int(training["step"])
     if step >= config.steps:
         place.finish()  # which a kill after the last save left undone
         raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
     tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
-    return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=moments)
+    return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=resumed.moments)
 
 
 def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[DataInfo, TextTokenizer]:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from pastkey.command import natural_int, print_json
 from pastkey.errors import InputError, PastkeyError
 from pastkey.folder import read_text
+from pastkey.reading import is_unicode
 
 from .story_plots import SLOTS, STORY, Entry, Node
 
@@ -164,8 +165,11 @@ def read_stories(path: Path) -> list[str]:
     content = read_text(path)
     if content.lstrip().startswith("{"):
         try:
-            return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-        except (ValueError, KeyError, TypeError) as error:
+            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            if not all(isinstance(text, str) and is_unicode(text) for text in texts):
+                raise ValueError("a text is none")
+            return texts
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} does not hold one JSON object with a text per line: {error}") from None
     blocks = re.split(r"\n\s*\n|<\|endoftext\|>", content)
     return [" ".join(block.splitlines()).strip() for block in blocks if block.strip()]

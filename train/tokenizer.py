@@ -7,15 +7,19 @@ Whatever a tokenizer puts around a prompt, it puts there itself, by the post-pro
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pastkey import names
+from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
+from pastkey.reading import panics_as_errors, read_bytes, reading
+from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
 END_OF_TEXT: Final = "<|endoftext|>"  # begins every document and thereby ends the one before it, as in GPT-2's corpus
 UNKNOWN: Final = "<unk>"
@@ -24,6 +28,9 @@ LESSON_WORDS: Final = ("what", "is", "statquest", "awesome", LESSON_END)
 
 KINDS: Final = ("bpe", "char", "word")
 _BYTES = 256
+_LONGEST_RUN = 256  # letters, and others without a space between, that merges are learnt within
+_SAID_EVERY = 5.0  # seconds
+_MANY_CHARACTERS = 20_000_000
 # What EOS tokens are called in tokenizers that others made.
 _END_NAMES: Final = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "[SEP]", LESSON_END)
 
@@ -44,7 +51,8 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text alone. Raises InputError for a character or word that is not in the vocabulary."""
         try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+            with panics_as_errors():
+                ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # tokenizers raises plain Exception
             raise InputError(f"the text has a word or character that the tokenizer does not know ({error})") from None
         return ids
@@ -102,7 +110,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
             f"--vocab-size is {vocab_size}; byte-level BPE needs at least {_BYTES + 1}, or take --tokenizer char"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Training takes quadratic time in the longest run: 80,000 letters without a space took 47 s, and a second so.
+    runs = pre_tokenizers.Split(Regex(rf"\S{{{_LONGEST_RUN}}}|\s{{{_LONGEST_RUN}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([runs, words])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -110,8 +121,29 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in documents for piece in _pieces(text)), trainer)
+    _train(tokenizer, trainer, (piece for text in documents for piece in _pieces(text)))
+    tokenizer.pre_tokenizer = words  # encoding takes linear time, and every program knows this one
     return _beginning_with_end(tokenizer)
+
+
+def _train(tokenizer: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
+    """Says from time to time how far it is, where it takes long."""
+    started = said = time.monotonic()
+
+    def counted() -> Iterator[str]:
+        nonlocal said
+        size = 0
+        for text in texts:
+            yield text
+            size += len(text)
+            if time.monotonic() - said > _SAID_EVERY:
+                said = time.monotonic()
+                say(f"training the tokenizer: {size / 1e6:,.0f} million characters read in {said - started:.0f} s")
+        if said > started or size > _MANY_CHARACTERS:
+            say(f"training the tokenizer: all {size / 1e6:,.0f} million characters read, now their tokens are chosen")
+
+    with panics_as_errors():
+        tokenizer.train_from_iterator(counted(), trainer)
 
 
 def train_char(documents: Iterable[str]) -> TextTokenizer:
@@ -132,7 +164,7 @@ def train_word(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
     trainer = trainers.WordLevelTrainer(
         vocab_size=max(vocab_size, len(specials) + 1), special_tokens=specials, show_progress=False
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    _train(tokenizer, trainer, documents)
     return _beginning_with_end(tokenizer)
 
 
@@ -152,19 +184,19 @@ def lesson_tokenizer() -> TextTokenizer:
 
 def read_tokenizer(path: Path) -> TextTokenizer:
     """An existing tokenizer.json; its EOS token is found by the names in use."""
-    if not path.is_file():
+    if not path.exists():
         raise MissingFileError(
             f"no tokenizer {str(path)!r}: it must be {', '.join(KINDS)} or the path of a tokenizer.json"
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(f"{path} is not a tokenizer.json that this version of tokenizers reads: {error}") from None
+    tokenizer = open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path)
+    require_dense(tokenizer.get_vocab(), path)
     end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
     if end is None:
         raise InputError(f"{path} has no EOS token; one of {', '.join(_END_NAMES)} was expected among its tokens")
-    probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
-    added_in_front = bool(probe.special_tokens_mask[0])  # 1 for what the post-processor adds, 0 for the text's own
+    with reading(path, "a tokenizer.json"):
+        probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
+        # 1 for what the post-processor adds, 0 for the text's own
+        added_in_front = bool(probe.special_tokens_mask[0])
     return TextTokenizer(tokenizer, end=end, begin=probe.ids[0] if added_in_front else None)
 
 

@@ -17,6 +17,8 @@ from pastkey.bundle import Bundle, KVGeometry
 from pastkey.errors import IntegrityError, PastkeyError
 from pastkey.external_data import external_data
 from pastkey.folder import read_json
+from pastkey.reading import panics_as_errors
+from pastkey.tokenizer_file import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def _json(bundle: Bundle, name: str) -> Json:
 def special_ids(tokenizer: bytes) -> tuple[int, ...]:
     """What the post-processor of a tokenizer.json adds to every text; () where it cannot be read."""
     try:
-        return tuple(Tokenizer.from_buffer(tokenizer).encode("").ids)
+        with panics_as_errors():
+            return tuple(open_tokenizer(Tokenizer, tokenizer, names.TOKENIZER).encode("").ids)
     except Exception:  # the library raises nothing more specific
         return ()
 

@@ -23,6 +23,7 @@ from pastkey.bundle import Bundle
 from pastkey.errors import ContractError, MissingExtraError, first_line
 from pastkey.runtime.providers.ort import OrtError, onnxruntime
 from pastkey.runtime.text.codec import TextCodec, TextStream
+from pastkey.tokenizer_file import open_tokenizer
 
 from ..graph.edit import IR_VERSION, OPSET
 from ..source.conversion import sample_texts
@@ -185,7 +186,7 @@ def _beginnings(tokenizer: Tokenizer) -> list[str]:
 
 def _pieces(file: Path, vocab_size: int) -> list[bytes]:
     """What each id of a model stands for by a tokenizer.json, which may know fewer."""
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = open_tokenizer(Tokenizer, file.read_bytes(), file)
     byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
     added = tokenizer.get_added_tokens_decoder()
 
@@ -204,7 +205,7 @@ def _pieces(file: Path, vocab_size: int) -> list[bytes]:
 
 def _difference(file: Path, operators: TextOperators) -> str | None:
     """What the operators make otherwise than `tokenizers`, of the first sample text where they do."""
-    tokenizer, codec = Tokenizer.from_file(str(file)), TextCodec.from_file(file)
+    tokenizer, codec = open_tokenizer(Tokenizer, file.read_bytes(), file), TextCodec.from_file(file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     int64, string = ir.DataType.INT64, ir.DataType.STRING

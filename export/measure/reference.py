@@ -24,6 +24,7 @@ from pastkey.errors import (
     first_line,
 )
 from pastkey.folder import read_json
+from pastkey.tokenizer_file import open_tokenizer
 
 from ..settings import SOURCES, split_factory
 from .predictors import BundlePredictor, ModulePredictor, Predictor
@@ -216,7 +217,8 @@ def _require_same_tokens(bundle: Bundle, path: str, tokenizer: bytes | None, ids
     """Raises InputError where one of the text's ids stands for something else in the reference's own tokenizer."""
     if tokenizer is None or bundle.tokenizer is None:
         return
-    ours, theirs = Tokenizer.from_file(str(bundle.tokenizer)), Tokenizer.from_buffer(tokenizer)
+    ours = open_tokenizer(Tokenizer, bundle.tokenizer.read_bytes(), bundle.tokenizer)
+    theirs = open_tokenizer(Tokenizer, tokenizer, f"the tokenizer of {path}")
     for token in sorted(set(ids)):
         if ours.id_to_token(token) != theirs.id_to_token(token):
             raise InputError(

@@ -17,6 +17,7 @@ from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine
 from pastkey.runtime.text.codec import TextCodec
+from pastkey.tokenizer_file import open_tokenizer
 
 from ..measure.evaluate import evaluate
 from ..measure.metrics import Ids, relative_difference
@@ -52,7 +53,7 @@ def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int = W
             "this model has no tokenizer to read a calibration text with: give --tokenizer FILE, or leave out "
             "--calibration for text of the model's own"
         )
-    ids = encode_file(file, TextCodec(Tokenizer.from_str(tokenizer.decode())), MIN_TOKENS)
+    ids = encode_file(file, TextCodec(open_tokenizer(Tokenizer, tokenizer, "the model's tokenizer")), MIN_TOKENS)
     if len(ids) < MIN_TOKENS:
         raise InputError(
             f"{file} is too short to calibrate on, {len(ids)} token{'s' * (len(ids) != 1)}: at least {MIN_TOKENS} are "

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from pastkey.errors import InputError, MissingFileError
 from pastkey.folder import read_text
+from pastkey.tokenizer_file import require_dense
 
 from .conversion import Conversion
 
@@ -39,6 +40,7 @@ def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
         raise InputError(
             f"{merges_file} merges {lacking[0]!r}, which {file} has no id for: the two are of different tokenizers"
         )
+    require_dense(vocabulary, file)
     tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges))
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = words

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from pastkey.errors import InputError
+from pastkey.tokenizer_file import require_dense
 from pastkey.values import is_int
 
 from .conversion import Conversion, sample_texts
@@ -61,6 +62,7 @@ def _one(content: Any, file: Path) -> dict[str, int]:
             '{"stoi": {"a": 0, ...}}, or the characters in the order of their ids, ["a", ...] or "a..."'
         )
     ids = dict(sorted(pairs, key=lambda pair: pair[1]))
+    require_dense(ids, file)
     if not ids or len(ids) != len(pairs) or len(set(ids.values())) != len(ids):
         raise InputError(
             f"{file} is empty, or gives a character twice or two characters one id: each has an id of its own"

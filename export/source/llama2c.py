@@ -23,8 +23,11 @@ from torch import Tensor
 
 from pastkey.config import ModelConfig
 from pastkey.errors import InputError, MissingFileError
+from pastkey.reading import read_bytes, reading, require_regular
+from pastkey.tokenizer_file import MOST_BYTES
 from pastkey.train.model import Decoder
 
+from ..resources import require_memory
 from .sentencepiece import SPACE, merges_by_score
 from .source import Source, context_of
 from .tokenizer import read_tokenizer
@@ -35,6 +38,8 @@ _MAGIC = b"24ka"
 _HEADER_BYTES = 256  # from version 1 on
 _SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 _LARGEST = 1 << 24  # of any size in a header: beyond, the file is something else
+_MOST_LAYERS = 1000
+_LONGEST_PIECE = 1000  # characters: a piece is cut in all places
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _NORM1, _NORM2 = "input_layernorm.weight", "post_attention_layernorm.weight"
@@ -62,7 +67,8 @@ def open_llama2c(path: Path, tokenizer: str | Path | None, context_length: int |
     model.load_state_dict(state)
     context = context_of(path, config.max_position_embeddings, context_length)
     if tokenizer is not None and Path(tokenizer).suffix == ".bin":
-        found = _read_tokenizer_bin(Path(tokenizer), config)
+        with reading(tokenizer, "a llama2.c tokenizer"):
+            found = _read_tokenizer_bin(Path(tokenizer), config)
     else:
         found = read_tokenizer(tokenizer)
     found |= {"bos_token_id": BOS, "eos_token_ids": (EOS, BOS)}
@@ -79,6 +85,7 @@ class _Header:
 
 
 def _read_header(path: Path) -> tuple[_Header, ModelConfig]:
+    require_regular(path)
     with path.open("rb") as file:
         start = file.read(_HEADER_BYTES)
     version, offset, size = 0, 0, 4 * len(_SIZES)
@@ -115,6 +122,7 @@ def _check_sizes(path: Path, sizes: dict[str, int]) -> None:
     """Raises InputError where no llama2.c checkpoint can have these sizes."""
     told = ", ".join(f"{name} {size}" for name, size in sizes.items())
     sensible = all(1 <= size <= _LARGEST for size in sizes.values()) and sizes["vocab_size"] > EOS
+    sensible = sensible and sizes["n_layers"] <= _MOST_LAYERS
     if not sensible or sizes["dim"] % (2 * sizes["n_heads"]) or sizes["n_heads"] % sizes["n_kv_heads"]:
         raise InputError(
             f"{path} is not a llama2.c checkpoint: its header would mean {told}; a .bin of pickled PyTorch weights "
@@ -133,6 +141,7 @@ def _read_weights(header: _Header, config: ModelConfig) -> dict[str, Tensor]:
             f"{header.path} has {found:,} bytes and its header asks for {expected:,}: it was cut short or altered, "
             "copy it again"
         )
+    require_memory(config.weights)
     values = torch.from_numpy(np.fromfile(header.path, "<f4", offset=header.size).astype(np.float32, copy=False))
     state: dict[str, Tensor] = {}
     for name, block in zip(order, values.split([prod(shapes[name]) for name in order]), strict=True):
@@ -202,14 +211,14 @@ def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
 
 def _read_pieces(path: Path) -> list[tuple[str, float]]:
     """Each piece with its score."""
-    content = path.read_bytes()
+    content = read_bytes(path, MOST_BYTES)
     pieces: list[tuple[str, float]] = []
     position = 4
     try:
         while position < len(content) or position == 4:
             score, length = struct.unpack_from("<fi", content, position)
             text = content[position + 8 : position + 8 + length]
-            if length < 0 or len(text) != length:
+            if not 0 <= length <= _LONGEST_PIECE or len(text) != length:
                 raise ValueError("a piece is cut short")
             pieces.append((text.decode(), score))
             position += 8 + length

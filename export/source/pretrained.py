@@ -12,25 +12,41 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from pastkey import names
 from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
 from pastkey.folder import read_json
+from pastkey.reading import is_panic, read_bytes
+from pastkey.safetensors_header import HeaderError, read_header
+from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
+from pastkey.values import is_int, shown
 
 from ..quiet import quiet
 from ..resources import require_memory
+from .gguf_header import read_gguf
 from .source import Source, context_of, refuse_links
 from .tokenizer import read_tokenizer
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
 _SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # bytes, by the format
+# What architectures call their sizes; each is at most what the files hold, times some slack for what is stored smaller.
+_SIZES = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "width": ("hidden_size", "n_embd", "d_model", "dim"),
+    "vocabulary": ("vocab_size",),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "moe_intermediate_size"),
+    "heads": ("num_attention_heads", "n_head", "num_key_value_heads", "num_local_experts", "num_experts"),
+    "positions": ("max_position_embeddings", "n_positions", "n_ctx"),
+}
+_SLACK = 16
+_MOST_POSITIONS = 1 << 27
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what transformers reads of a folder
 _BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and what beside a GGUF
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -56,10 +72,14 @@ def open_folder(
             "and if you trust it add --trust-remote-code"
         )
     half = str(content.get("dtype", content.get("torch_dtype"))) in ("float16", "bfloat16")
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in folder.glob(f"*{_SAFETENSORS}"))
     weights = stored // (2 if half else 4)
     require_memory(weights)
+    _check_sizes(folder, content)
     before_loading(weights)
+    if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers writes it, too
+        opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
+        require_dense(opened.get_vocab(), folder / names.TOKENIZER)
     if code:
         say(f"run the Python code that {folder} brings: {', '.join(code)}")
     with _transformers(folder) as library:
@@ -154,20 +174,32 @@ def _check_safetensors(folder: Path) -> None:
                 f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
                 f"{index.name} names: fetch what is missing"
             )
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")  # of the header, which is JSON
-            header = opened.read(length) if length < min(size, _LONGEST_HEADER) else b""
+    for file in sorted(folder.glob(f"*{_SAFETENSORS}")):
         try:
-            tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
-            expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-            raise InputError(f"{file} is cut short or damaged, its header is no JSON: fetch it again") from None
-        if expected != size:
+            read_header(file)
+        except HeaderError as error:
+            raise InputError(f"{file} is cut short or damaged, {error}: fetch it again") from None
+
+
+def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError where the configuration asks for layers and matrices far beyond what the files hold."""
+    headers = [read_header(file) for file in folder.glob(f"*{_SAFETENSORS}")]
+    tensors, elements = sum(map(len, headers)), sum(t.elements for header in headers for t in header.values())
+    for own in (config, *(part for part in config.values() if isinstance(part, dict))):
+        sizes = {name: _first_size(own, keys) for name, keys in _SIZES.items()}
+        products = {name: sizes["width"] * sizes[name] for name in ("vocabulary", "inner", "heads")}
+        products |= {"all layers": sizes["layers"] * products["inner"]}
+        beyond = next((name for name, product in products.items() if product > _SLACK * (elements + 4096)), None)
+        if sizes["layers"] > max(64, tensors) or sizes["positions"] > _MOST_POSITIONS or beyond is not None:
+            told = ", ".join(f"{keys[0]} {shown(sizes[name])}" for name, keys in _SIZES.items())
             raise InputError(
-                f"{file} is cut short or damaged: it has {size:,} bytes, its header says {expected:,}; fetch it again"
+                f"{folder / names.CONFIG} asks for more than the {tensors:,} tensors with {elements:,} weights beside"
+                f" it hold ({told}): one of the two is another model's"
             )
+
+
+def _first_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:
+    return max((value for key in keys if is_int(value := config.get(key), 1)), default=1)
 
 
 def _is_plain(name: object, *endings: str) -> bool:
@@ -202,22 +234,16 @@ def _check_gguf(file: Path) -> int:
         import gguf
     except ModuleNotFoundError as error:
         raise missing_extra(error, "gguf") from None
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise InputError(f"{file} is not a GGUF file: it does not begin with the letters GGUF")
-    try:
-        reader = gguf.GGUFReader(file)
-        tensors = list(reader.tensors)
-    except Exception as error:  # numpy's, for whatever it read past the end
-        raise InputError(f"{file} is cut short or damaged ({first_line(error)}): fetch it again") from None
-    size = file.stat().st_size
-    for tensor in tensors:
-        if tensor.data_offset + tensor.n_bytes > size:
+    header, size = read_gguf(file), file.stat().st_size
+    sizes: Mapping[int, tuple[int, int]] = {int(kind): found for kind, found in gguf.GGML_QUANT_SIZES.items()}
+    for tensor in header.tensors:
+        block, block_bytes = sizes.get(tensor.kind, (1, size + 1))
+        end = tensor.offset + tensor.elements // block * block_bytes
+        if end > size:
             raise InputError(
-                f"{file} is cut short: the tensor {tensor.name} ends at byte "
-                f"{tensor.data_offset + tensor.n_bytes:,} of {size:,}; fetch it again"
+                f"{file} is cut short: the tensor {tensor.name} ends at byte {end:,} of {size:,}; fetch it again"
             )
-    return sum(int(tensor.n_elements) for tensor in tensors)
+    return sum(tensor.elements for tensor in header.tensors)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -233,7 +259,9 @@ def _transformers(source: Path) -> Iterator[Any]:
             yield transformers
     except (InputError, MissingFileError):
         raise
-    except Exception as error:  # of every kind: each reader of a format has its own
+    except BaseException as error:  # of every kind: each reader of a format has its own
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = first_line(error).rstrip(".")
         raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
 

@@ -19,9 +19,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from pastkey.errors import InputError, first_line
 from pastkey.protobuf import BYTES, VARINT, fields, varint
+from pastkey.reading import read_bytes
+from pastkey.tokenizer_file import MOST_BYTES
 
 from .conversion import Conversion
 
+_LONGEST_PIECE = 4000  # bytes: a piece is cut in all places
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 
 # Kinds of pieces, and the types of models whose numbers they have.
@@ -177,7 +180,7 @@ def _escaped(text: str) -> str:
 # --- the file -----------------------------------------------------------------------------------------------------
 def read_model(file: Path) -> Model:
     """Raises InputError unless the file is a ModelProto with one unknown piece and each piece once."""
-    content = file.read_bytes()
+    content = read_bytes(file, MOST_BYTES)
     pieces, trainer, normalizer = [], dict[int, Value](), dict[int, Value]()
     try:
         for number, value in _fields(content):
@@ -201,6 +204,8 @@ def _piece(content: bytes) -> Piece:
     text, score, kind = found.get(1, b""), found.get(2, 0), found.get(3, _NORMAL)
     if not isinstance(text, bytes) or isinstance(score, bytes) or isinstance(kind, bytes):
         raise ValueError("a piece of other types")
+    if len(text) > _LONGEST_PIECE:
+        raise ValueError("a piece of impossible length")
     return Piece(text.decode(), struct.unpack("<f", struct.pack("<I", score))[0], kind)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pastkey.errors import ContextLengthError, InputError, MissingFileError
 from pastkey.folder import leads_out, read_text
+from pastkey.reading import reading
 from pastkey.values import is_int
 
 
@@ -84,10 +85,11 @@ def check_tokenizer(source: Source, vocab_size: int, eos: Sequence[int] = ()) ->
         )
     if source.tokenizer is None:
         return
-    vocabulary = json.loads(source.tokenizer)
-    added = [token["id"] for token in vocabulary.get("added_tokens", [])]
-    model = vocabulary.get("model", {}).get("vocab", {})
-    ids = list(model.values()) if isinstance(model, dict) else list(range(len(model)))
+    with reading(f"the tokenizer of {source.name}", "a tokenizer.json"):
+        vocabulary = json.loads(source.tokenizer)
+        added = [token["id"] for token in vocabulary.get("added_tokens", [])]
+        model = vocabulary.get("model", {}).get("vocab", {})
+        ids = list(model.values()) if isinstance(model, dict) else list(range(len(model)))
     largest = max([*added, *ids], default=-1)
     if largest >= vocab_size:
         raise InputError(

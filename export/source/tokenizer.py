@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pastkey import names
-from pastkey.errors import InputError, MissingFileError
-from pastkey.folder import read_json, read_text
+from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.folder import read_json
+from pastkey.reading import parse_json, read_bytes, reading
+from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer
 from pastkey.values import is_int
 
 from ..settings import TOKENIZERS, split_factory
@@ -37,8 +38,13 @@ def read_tokenizer(given: str | Path | None) -> dict[str, Any]:
     if file.is_dir():
         file = next((file / name for name in _OF_A_FOLDER if (file / name).is_file()), file / names.TOKENIZER)
         refuse_links(file.parent, [file])
-    if not file.is_file():
+    if not file.exists():
         raise MissingFileError(f"no such tokenizer: {file} does not exist; expected {TOKENIZERS}")
+    with reading(file, "a tokenizer"):
+        return _read(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".model":
         return from_sentencepiece(file).fields(file)
     if file.suffix in _PICKLES:
@@ -62,8 +68,8 @@ def read_tokenizer(given: str | Path | None) -> dict[str, Any]:
 def _other_json(file: Path) -> Any:
     """The content of a .json file that is no tokenizer.json, or None."""
     try:
-        content = json.loads(read_text(file))
-    except (ValueError, RecursionError):
+        content = parse_json(read_bytes(file, MOST_BYTES), file)
+    except IntegrityError:
         return None
     return (
         None if not content or not isinstance(content, Mapping | list | str) or _is_of_tokenizers(content) else content
@@ -79,11 +85,8 @@ def _is_of_tokenizers(content: Any) -> bool:
 
 
 def _from_tokenizer_json(file: Path) -> dict[str, Any]:
-    try:
-        content = file.read_bytes()  # kept as it is: the very tokenizer that the model was trained with
-        tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:
-        raise InputError(f"{file} is not a tokenizer.json of the tokenizers library: {error}") from None
+    content = read_bytes(file, MOST_BYTES)  # kept as it is: the very tokenizer that the model was trained with
+    tokenizer = open_tokenizer(Tokenizer, content, file)
     beside, template = file.with_name(names.TOKENIZER_CONFIG), file.with_name(names.CHAT_TEMPLATE)
     refuse_links(file.parent, [beside, template])
     config = read_json(beside) if beside.is_file() else {}
@@ -117,7 +120,7 @@ def _from_factory(file: Path, text: str) -> Conversion:
     try:
         if _is_encoding(made):
             return from_tiktoken(made)
-        copy = Tokenizer.from_str(made.to_str())
+        copy = open_tokenizer(Tokenizer, made.to_str().encode(), f"what {text} of {file} gives")
     except Exception as error:  # a part that is written in Python, or a pattern that tokenizers cannot read
         kind = type(made).__name__
         raise InputError(f"{text} of {file} gives a {kind} that tokenizer.json cannot hold: {error}") from None

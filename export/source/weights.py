@@ -25,7 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pastkey.errors import InputError, MissingFileError, first_line
+from pastkey.errors import InputError, MissingFileError, ResourceError, first_line
+from pastkey.memory import require_memory_for
+from pastkey.safetensors_header import HeaderError, read_header
 
 State = Mapping[str, Tensor]
 
@@ -66,8 +68,12 @@ def _read(file: Path, say: Callable[[str], None]) -> Any:
         raise MissingFileError(f"no such file: {file}; expected the weights of a module, .safetensors or of torch.save")
     if file.suffix == ".safetensors":
         try:
+            read_header(file)
+            require_memory_for(file, 2 * file.stat().st_size)
             return load_file(file)
-        except (SafetensorError, OSError) as error:
+        except ResourceError:
+            raise
+        except (SafetensorError, HeaderError, OSError) as error:
             raise InputError(f"{file} is not a safetensors file, or was cut short: {first_line(error)}") from None
     say(f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it")
     try:

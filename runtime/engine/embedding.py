@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.errors import IntegrityError
+from pastkey.values import shown
 
 
 class EmbeddingRows:
@@ -41,9 +42,9 @@ class EmbeddingRows:
             self._row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
             end = self._offset + self._vocab_size * self._row_bytes
             if self._offset < 0 or min(shape) < 1 or end > path.stat().st_size:
-                raise ValueError(f"{path.name} has no bytes {self._offset} to {end}")
+                raise ValueError(f"{shown(path.name)} has no bytes {shown(self._offset)} to {shown(end)}")
             self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except (LookupError, TypeError, ValueError, OSError) as error:
+        except (LookupError, TypeError, ValueError, OSError, ArithmeticError, RecursionError) as error:
             raise IntegrityError(f"a graph in {folder} does not say where its embedding is: {error}") from None
         weakref.finalize(self, os.close, self._file)
 
@@ -51,7 +52,11 @@ class EmbeddingRows:
         """The rows (B, T, ...) of `ids` (B, T), each from 0 to V - 1."""
         rows = []
         for token in ids.flat:
-            assert token < self._vocab_size, f"id {token} of a table of {self._vocab_size} rows"
+            if not 0 <= token < self._vocab_size:
+                raise IntegrityError(
+                    f"the embedding has {self._vocab_size} rows, and none for the token id {token}: the graph was "
+                    "altered, copy the bundle again"
+                )
             rows.append(_read_at(self._file, self._row_bytes, self._offset + int(token) * self._row_bytes))
         content = b"".join(rows)
         if len(content) != ids.size * self._row_bytes:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pastkey import names
 from pastkey.bundle import Manifest
 from pastkey.errors import InputError, IntegrityError
+from pastkey.reading import reading
 
 from ..providers.ort import onnxruntime
 from ..providers.placement import CPU
@@ -170,6 +171,11 @@ class _Table:
 def _tables(onnx: Any, folder: Path, manifest: Manifest) -> list[_Table]:
     """Those that the graph's metadata speaks of. Raises IntegrityError where one is not there."""
     needed = {names.INPUT_IDS: manifest.vocab_size, names.POSITION_IDS: manifest.context_length}
+    with reading(folder, "the graphs of a bundle"):
+        return _read_tables(onnx, folder, needed)
+
+
+def _read_tables(onnx: Any, folder: Path, needed: Mapping[str, int]) -> list[_Table]:
     stored = json.loads(onnx.get_modelmeta().custom_metadata_map.get(names.TABLES, "{}"))
     shapes = {value.name: tuple(value.shape) for value in onnx.get_inputs()}
     return [_Table(name, place, folder, shapes[name], needed[place["of"]]) for name, place in stored.items()]

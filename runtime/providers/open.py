@@ -15,10 +15,12 @@ from typing import Any
 from pastkey import names
 from pastkey.bundle import Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
+from pastkey.reading import reading
 from pastkey.values import parse_version
 
 from ..settings import Choice
 from . import placement as ep
+from .inference import Session
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .parts import assigned
 
@@ -93,7 +95,8 @@ def open_session(
         return made
 
     try:
-        session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
+        with reading(path, "an ONNX graph", but=RunError):  # names that are no text, say
+            session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
     except RunError as error:
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
             raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
@@ -117,7 +120,8 @@ def open_session(
         counted = ep.counted(left.operators, left.parts)
         sentence = f"the execution provider {name!r} leaves {counted} to the processor"
         warnings.warn(sentence, FallbackWarning, stacklevel=2)
-    _cross_check(session, manifest, path)
+    with reading(path, "an ONNX graph"):
+        _cross_check(session, manifest, path)
     return session
 
 
@@ -143,8 +147,8 @@ def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
         for name, given in plugins:
             options.add_provider_for_devices(ep.plugin_devices(name), {k: str(v) for k, v in given.items()})
         if plugins:  # onnxruntime takes no list of providers beside a plugin
-            return onnxruntime.InferenceSession(str(path), options, enable_fallback=0)
-        return onnxruntime.InferenceSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
+            return Session(str(path), options, enable_fallback=0)
+        return Session(str(path), options, providers=[*wanted.providers], enable_fallback=0)
 
 
 def _with_processor(path: Path, options: Any, wanted: ep.Placement) -> Any | None:

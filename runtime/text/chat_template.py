@@ -59,7 +59,8 @@ class ChatTemplate:
                 self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
                 self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from None
+            reason = (error.message or "")[:1000]
+            raise InputError(f"the chat template is not valid Jinja: {reason} (line {error.lineno})") from None
         except Exception as error:  # Python's own limits, such as too many nested blocks
             raise InputError(f"the chat template cannot be compiled: {_reason(error)}") from None
 

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pastkey import names
 from pastkey.errors import InputError, IntegrityError
+from pastkey.reading import NativeError, panics_as_errors, read_bytes
+from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
@@ -45,16 +48,13 @@ class TextCodec:
 
     def to_json(self) -> str:
         """The content of its tokenizer.json."""
+        require_dense(self._tokenizer.get_vocab(), names.TOKENIZER)
         return str(self._tokenizer.to_str())
 
     @classmethod
     def from_file(cls, path: Path) -> TextCodec:
         """Reads tokenizer.json. Raises IntegrityError when it is not one."""
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise IntegrityError(f"{path} is not a tokenizer that can be read: {error}") from None
-        return cls(tokenizer)
+        return cls(open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt. Raises InputError when there are none, or when a word has no token.
@@ -66,8 +66,11 @@ class TextCodec:
         except UnicodeEncodeError:
             raise InputError("the text is not valid UTF-8: pass it in that encoding") from None
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            with panics_as_errors():
+                encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
             unknown = _uncovered_word(text, encoding.offsets)
+        except NativeError as error:
+            raise InputError(f"the tokenizer fails at this text ({error}): give another text") from None
         except Exception:  # a word-level vocabulary without an unknown token: the library names no word
             unknown = next((word for word in text.split() if not self._encodes(word)), text)
         if unknown is not None:
@@ -80,7 +83,13 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
         """The text of ids, special tokens left out unless they are to be kept."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
+        try:
+            with panics_as_errors():
+                return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
+        except NativeError as error:
+            raise IntegrityError(
+                f"the tokenizer fails at the text of {len(ids)} ids ({error}): its decoder is damaged, copy it again"
+            ) from None
 
     def pieces(self) -> list[str]:
         """The text of each token by id, alone; "" where an id has none. Made once."""
@@ -122,7 +131,8 @@ class TextCodec:
 
     def _encodes(self, word: str) -> bool:
         try:
-            return bool(self._tokenizer.encode(word, add_special_tokens=False).ids)
+            with panics_as_errors():
+                return bool(self._tokenizer.encode(word, add_special_tokens=False).ids)
         except Exception:
             return False
 

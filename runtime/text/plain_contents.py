@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pastkey.errors import InputError
+from pastkey.tokenizer_file import open_tokenizer
 
 from .codec import TextCodec
 
@@ -67,7 +68,7 @@ def _renamed(codec: TextCodec, controls: Mapping[str, int], new: Mapping[str, st
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = new.get(model["unk_token"], model["unk_token"])
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer = open_tokenizer(Tokenizer, json.dumps(content).encode(), "the tokenizer with other names")
         found = {text: tokenizer.token_to_id(name) for text, name in new.items()}
     except Exception:  # the library raises nothing more specific
         found = {}

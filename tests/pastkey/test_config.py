@@ -40,6 +40,26 @@ def test_a_field_out_of_range_is_named(fields: dict[str, Any], sentence: str) ->
         ModelConfig(**({"vocab_size": 300} | fields))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**30},
+        {"num_hidden_layers": 1001},
+        {"vocab_size": 2**31},
+        {"rope_theta": "x"},
+        {"rope_theta": 1e400},
+        {"norm_eps": [1]},
+        {"tie_word_embeddings": 1},
+        {"norm": ["rmsnorm"]},
+        {"bos_token_id": 1.5},
+    ],
+)
+def test_a_field_of_another_type_or_beyond_any_model_is_named(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(InputError, match=name):
+        ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | fields)
+
+
 def test_a_key_that_is_missing_or_unknown_is_named() -> None:
     written = ModelConfig(vocab_size=300).to_json()
     with pytest.raises(InputError, match=r"config\.json has no 'vocab_size'"):

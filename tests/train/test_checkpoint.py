@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from pastkey import names
 from pastkey.config import ModelConfig
 from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.folder import file_record
 from pastkey.train import checkpoint as module
 from pastkey.train.checkpoint import STATE, finish_or_discard, load_checkpoint, load_optimizer, save_checkpoint
 from pastkey.train.model import Decoder
@@ -42,6 +44,43 @@ def saved(tmp_path: Path) -> Path:
     folder = bare_checkpoint(tmp_path / "checkpoint")
     save_checkpoint(folder, decoder(1), no_state(5, val_loss=1.5))
     return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "bias": True, "qkv_bias": True, "qk_norm": True, "num_hidden_layers": 3},
+        {"position_encoding": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
+        {"position_encoding": "sinusoidal", "norm": "none", "mlp": "none", "intermediate_size": 0},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "norm": "layernorm"},
+    ],
+)
+def test_a_configuration_knows_how_many_weights_a_decoder_has(changes: dict[str, Any]) -> None:
+    model = decoder(0, **changes)
+    assert model.config.weights == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 1000}, "it holds 672 weights, and the configuration is of"),
+        ({"vocab_size": 2**31 - 1}, "and the configuration is of"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers is 1000000000000000000000000000000; it must be a number"),
+    ],
+)
+def test_sizes_without_weights_are_refused_before_a_layer_is_made(
+    changes: dict[str, Any], words: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = saved / names.CONFIG
+    content = json.loads(config.read_text()) | changes
+    config.write_text(json.dumps(content))
+    manifest = json.loads((saved / names.MANIFEST).read_text())
+    manifest["files"][names.CONFIG] = dataclasses.asdict(file_record(config))
+    (saved / names.MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.setattr(module, "Decoder", None)
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(saved)
 
 
 @pytest.mark.parametrize("tied", [True, False])

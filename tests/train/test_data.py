@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,23 @@ def test_missing_paths_and_folders_without_text_are_refused(tmp_path: Path) -> N
         text_corpus([tmp_path / "none"])
     with pytest.raises(InputError, match=r"has no \.txt or \.md file"):
         text_corpus([tmp_path])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_what_is_no_regular_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a pipe, which can be read once"):
+        text_corpus([tmp_path / "pipe"])
+    for device in ("/dev/zero", "/dev/null"):
+        with pytest.raises(InputError, match="is a device, which need not end"):
+            text_corpus([Path(device)])
+    read, write = os.pipe()  # what <(command) gives
+    try:
+        with pytest.raises(InputError, match=f"/dev/fd/{read} is a pipe"):
+            text_corpus([Path(f"/dev/fd/{read}")])
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def test_the_fingerprint_knows_documents_apart() -> None:

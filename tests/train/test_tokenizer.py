@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from pastkey.errors import InputError, MissingFileError
+from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.train import tokenizer as module
 from pastkey.train.tokenizer import (
     END_OF_TEXT,
     TextTokenizer,
@@ -42,6 +46,42 @@ def test_bpe_has_the_size_asked_for_and_is_the_same_every_time() -> None:
     assert train_bpe(TEXTS * 20, 300).tokenizer.to_str() == BPE.tokenizer.to_str()
     assert len(BPE.encode("the cat")) < len("the cat")
     assert train_bpe(TEXTS, 257).encode("ab") == [BPE.encode("a")[0], BPE.encode("b")[0]]
+
+
+def test_a_run_without_spaces_is_learnt_from_in_linear_time(capsys: pytest.CaptureFixture[str]) -> None:
+    letters = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 100_000))
+    started = time.process_time()
+    trained = train_bpe([letters], 600)
+    assert time.process_time() - started < 20  # without a limit more than a minute
+    assert trained.vocab_size == 600
+    assert trained.decode(trained.encode(letters)) == letters
+    # What other programs read is GPT-2's pre-tokenizer, as it was.
+    assert json.loads(trained.tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+    assert capsys.readouterr().err == ""
+
+
+def test_words_are_learnt_as_without_the_limit() -> None:
+    text = "the quick brown fox, the lazy dog's 1234567 " * 20 + "x" * 255
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
+    options: dict[str, Any] = {
+        "vocab_size": 320,
+        "initial_alphabet": alphabet,
+        "special_tokens": specials,
+        "show_progress": False,
+    }
+    plain.train_from_iterator([text], trainers.BpeTrainer(**options))
+    assert train_bpe([text], 320).tokenizer.get_vocab() == plain.get_vocab()
+
+
+def test_long_training_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SAID_EVERY", 0.0)
+    train_bpe(["one two three"] * 3, 300)
+    told = capsys.readouterr().err
+    assert told.startswith("training the tokenizer: 0 million characters read in 0 s\n")
+    assert told.endswith("all 0 million characters read, now their tokens are chosen\n")
 
 
 def test_bpe_needs_a_token_for_every_byte() -> None:
@@ -125,7 +165,7 @@ def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path: Path) ->
     with pytest.raises(MissingFileError, match="bpe, char, word or the path"):
         make_tokenizer("bpee", [], 0)
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(InputError, match=r"bad\.json is not a tokenizer\.json"):
+    with pytest.raises(IntegrityError, match=r"bad\.json is not a tokenizer\.json"):
         read_tokenizer(tmp_path / "bad.json")
     (tmp_path / "endless.json").write_text(
         Tokenizer.from_str(BPE.tokenizer.to_str().replace("<|endoftext|>", "<b>")).to_str()

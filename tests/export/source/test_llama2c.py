@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from pastkey import names
 from pastkey.__main__ import main
 from pastkey.bundle import open_bundle
-from pastkey.errors import InputError, MissingFileError, PastkeyError
+from pastkey.errors import InputError, MissingFileError, PastkeyError, ResourceError
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load
@@ -199,6 +199,23 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused(content: bytes, words: st
     assert words in sentence
 
 
+def test_counts_are_bounded_before_a_layer_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pastkey.export.source.llama2c.Decoder", None)
+    narrow = struct.pack("<7i", 2, 1, 100_000, 1, 1, 3, 2) + bytes(4)
+    assert "its header would mean dim 2, hidden_dim 1, n_layers 100000" in refusal(
+        InputError, checkpoint(tmp_path, narrow)
+    )
+    path = checkpoint(tmp_path, WHOLE)
+    with path.open("r+b") as file:  # a file that claims a size, and has no content
+        file.write(struct.pack("<7i", 4096, 33, 2, 4, 2, 1 << 24, 19))
+        file.truncate(1 << 38)
+    assert "and its header asks for" in refusal(InputError, path)
+    asked = int(refusal(InputError, path).split("asks for ")[1].split(":")[0].replace(",", ""))
+    with path.open("r+b") as file:
+        file.truncate(asked)
+    assert "of memory and" in refusal(ResourceError, path)
+
+
 def test_a_missing_checkpoint_is_told(tmp_path: Path) -> None:
     sentence = refusal(MissingFileError, tmp_path / "none.bin")
     assert sentence.startswith(f"no such source: {tmp_path}/none.bin does not exist; expected")
@@ -312,6 +329,7 @@ GOOD = tokenizer_bin(PIECES)
         (GOOD[:4] + struct.pack("<fi", 0, -3) + GOOD[12:], "piece 0, at byte 4"),
         (tokenizer_bin([*PIECES[:-1], (b"\xff\xfe", 0.0)]), f"piece {len(PIECES) - 1}, at byte"),
         (tokenizer_bin(PIECES[:-1]), f"has {len(PIECES) - 1} pieces and the model {len(PIECES)} embeddings"),
+        (tokenizer_bin([*PIECES[:-1], (b"a" * 1001, 0.0)]), f"piece {len(PIECES) - 1}, at byte"),
         (tokenizer_bin([*PIECES, (b"more", 0.0)]), f"has {len(PIECES) + 1} pieces and the model"),
         (tokenizer_bin([*PIECES[259:], *RESERVED]), "are not <unk>, <s>, </s>, the 256 bytes, and then each its own"),
         (tokenizer_bin([*PIECES[:-1], PIECES[-2]]), "each its own text"),

@@ -204,6 +204,26 @@ def test_a_header_of_weights_that_is_no_json(header: bytes, llama_folder: Path, 
     assert "model.safetensors is cut short or damaged, its header is no JSON" in refusal(llama_folder)
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 10**9},
+        {"vocab_size": 2**40},
+        {"intermediate_size": 10**12},
+        {"max_position_embeddings": 2**40},
+        {"text_config": {"num_hidden_layers": 10**9}},
+    ],
+)
+def test_a_configuration_of_more_than_the_files_hold(
+    entries: dict[str, Any], llama_folder: Path, refusal: Callable[..., str]
+) -> None:
+    change(llama_folder, **entries)
+    sentence = refusal(llama_folder)
+    assert "config.json asks for more than the" in sentence
+    assert "one of the two is another model's" in sentence
+
+
 # --- links --------------------------------------------------------------------------------------------------------
 LINKED = (names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
 

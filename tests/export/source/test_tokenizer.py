@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from pastkey import names
-from pastkey.errors import InputError, MissingFileError, PastkeyError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
 from pastkey.export.source.open import open_source
 from pastkey.export.source.source import Source, check_tokenizer
 from pastkey.export.source.tokenizer import read_tokenizer
@@ -91,8 +91,8 @@ def test_a_missing_tokenizer_is_told(tmp_path: Path) -> None:
 def test_an_invalid_tokenizer_is_told(content: str, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(content)
-    sentence = refusal(InputError, Plain(), tokenizer=file)
-    assert f"{file} is not a tokenizer.json of the tokenizers library" in sentence
+    sentence = refusal(IntegrityError, Plain(), tokenizer=file)
+    assert f"{file} is not a tokenizer.json that can be read" in sentence
 
 
 @pytest.mark.parametrize(

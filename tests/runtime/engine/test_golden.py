@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +211,24 @@ def test_what_the_bundle_brings_is_what_counts(fused_bundle: Bundle, stored: Gol
     folder = copied(fused_bundle, tmp_path, dataclasses.replace(stored, logits=stored.logits + 1, limit=0.5))
     assert Golden.of(folder).limit == 0.5
     np.testing.assert_array_equal(Golden.of(folder).logits, stored.logits + 1)
+
+
+def test_golden_logits_take_no_more_memory_than_their_file(
+    fused_bundle: Bundle, stored: Golden, tmp_path: Path
+) -> None:
+    arrays: dict[str, Any] = {"ids": stored.ids, "ends": stored.ends, "logits": stored.logits, "limit": stored.limit}
+    whole = io.BytesIO()
+    np.savez(whole, **arrays)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    shape = str(stored.logits.shape).encode()
+    longer = whole.getvalue().replace(shape + b", }" + b" " * 20, b"(2, 999999999999), }".ljust(len(shape) + 23))
+    assert longer != whole.getvalue()
+    for content in (packed.getvalue(), longer, b"", b"PK", whole.getvalue()[:-30]):
+        folder = copied(fused_bundle, tmp_path / hashlib.sha256(content).hexdigest()[:8], stored)
+        (folder.path / names.GOLDEN).write_bytes(content)
+        with pytest.raises(IntegrityError, match=r"golden_logits\.npz cannot be read"):
+            Golden.of(folder)
 
 
 def test_golden_logits_that_cannot_be_read_are_one_sentence(

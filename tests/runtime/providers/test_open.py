@@ -85,7 +85,7 @@ def test_a_provider_that_finds_no_device_is_one_sentence(
         raise RuntimeError("No supported adapters")
 
     monkeypatch.setattr(ep, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(opening.onnxruntime, "InferenceSession", none)
+    monkeypatch.setattr(opening, "Session", none)
     with pytest.raises(StartError, match=r"could not start the execution provider 'webgpu'.*; ask for one .*: cpu"):
         Engine(standard_bundle, providers="webgpu")
 

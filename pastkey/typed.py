@@ -1,0 +1,123 @@
+"""A JSON object as a dataclass: every field's type and range is what its annotation says.
+
+    Count = Annotated[int, Between(1, 2**31 - 1)]
+
+    @dataclass(frozen=True)
+    class Layer:
+        heads: Count
+        bias: float | None = None
+
+    parse(Layer, {"heads": 4}) == Layer(4)
+
+Understood are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], Mapping[str, X]
+and dataclasses. A truth value is no number, a number is finite, and a text is Unicode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from .errors import InputError
+from .reading import is_unicode
+from .values import is_int, is_number, shown
+
+T = TypeVar("T")
+_LARGEST: Final = 2**31 - 1  # of a size or an id: onnxruntime and torch count further, no model does
+
+
+@dataclass(frozen=True)
+class Between:
+    """The range of a number."""
+
+    least: float
+    most: float = _LARGEST
+
+
+Size = Annotated[int, Between(1)]
+TokenId = Annotated[int, Between(0)]
+Natural = Annotated[int, Between(0, 2**63 - 1)]
+
+
+def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool = False) -> T:
+    """`value`, parsed JSON, as `kind`. Raises InputError naming the field that is of another type or out of range.
+
+    A key without a field is refused too, or with `further` passed over.
+    """
+    found: T = _parse(kind, value, name, further)
+    return found
+
+
+def _parse(kind: Any, value: Any, name: str, further: bool) -> Any:
+    origin, given = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _within(_parse(given[0], value, name, further), given[1], name)
+    if origin in (typing.Union, types.UnionType):
+        (own,) = (part for part in given if part is not types.NoneType)
+        return None if value is None else _parse(own, value, name, further)
+    if origin is Literal:
+        return value if isinstance(value, str) and value in given else _refuse(name, value, ", ".join(given))
+    if origin is tuple:
+        listed = value if isinstance(value, list | tuple) else _refuse(name, value, "a list")
+        return tuple(_parse(given[0], part, f"{name}[{i}]", further) for i, part in enumerate(listed))
+    if origin is Mapping:
+        named = value if isinstance(value, Mapping) else _refuse(name, value, "an object")
+        return {
+            _parse(str, key, f"a key of {name}", further): _parse(given[1], part, f"{name}.{key}"[:80], further)
+            for key, part in named.items()
+        }
+    if dataclasses.is_dataclass(kind):
+        return _fields(kind, value, name, further)
+    return value if kind is Any else _plain(kind, value, name)
+
+
+def _plain(kind: Any, value: Any, name: str) -> Any:
+    if kind is bool:
+        return value if isinstance(value, bool) else _refuse(name, value, "true or false")
+    if kind is int:
+        return int(value) if is_int(value) else _refuse(name, value, "a whole number")
+    if kind is float:
+        return _float(value) if is_number(value) and abs(value) < 2**1023 else _refuse(name, value, "a finite number")
+    assert kind is str, kind
+    return value if isinstance(value, str) and is_unicode(value) else _refuse(name, value, "a text")
+
+
+def _float(value: float) -> float:
+    """A whole number stays one, so that what was written comes back."""
+    return int(value) if is_int(value) else float(value)
+
+
+def _within(value: Any, limits: Between, name: str) -> Any:
+    if value is not None and not limits.least <= value <= limits.most:
+        _refuse(name, value, f"a number from {limits.least} to {limits.most}")
+    return value
+
+
+@functools.cache
+def _hints(kind: Any) -> Mapping[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _fields(kind: Any, value: Any, name: str, further: bool) -> Any:
+    if dataclasses.is_dataclass(value):
+        return value
+    content = value if isinstance(value, Mapping) else _refuse(name, value, "an object")
+    own = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(str(key) for key in content if key not in own)
+    if unknown and not further:
+        raise InputError(f"{name} has an unknown key {unknown[0]!r:.60}")
+    missing = dataclasses.MISSING
+    for key, field in own.items():
+        if key not in content and field.default is missing and field.default_factory is missing:
+            raise InputError(f"{name} has no {key!r}")
+    hints = _hints(kind)
+    return kind(**{key: _parse(hints[key], content[key], key, further) for key in own if key in content})
+
+
+def _refuse(name: str, value: object, expected: str) -> Any:
+    raise InputError(f"{name} is {shown(value)}; it must be {expected}")

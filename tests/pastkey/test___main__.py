@@ -1,0 +1,59 @@
+"""The last resort: an error that nobody foresaw is a sentence with the file, and status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pastkey import __main__ as module
+from pastkey.runtime import cli
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "inspect_command", module.Command(cli.inspect_command.add_arguments, run))
+
+
+def test_an_unforeseen_error_names_the_file_that_was_read(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pastkey.json").write_text('{"kind": "bundle"}')
+    status, _, _ = command("inspect", tmp_path)
+    assert status == 2
+    failing(monkeypatch, KeyError("layers"))
+    status, out, err = command("inspect", tmp_path)
+    assert (status, out) == (2, "")
+    assert "stopped by a fault ('layers'; KeyError in test___main__.py, line" in err
+    assert f"after reading {tmp_path / 'pastkey.json'}, which may be damaged" in err
+    assert err.count("\n") == 1
+    monkeypatch.setenv(module.TRACEBACK, "1")
+    assert "Traceback (most recent call last)" in command("inspect", tmp_path)[2]
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module", name="else"), RecursionError(), AssertionError()])
+def test_no_error_ends_in_status_1(
+    error: Exception, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing(monkeypatch, error)
+    status, _, err = command("inspect", tmp_path)
+    assert status == 2
+    assert err.startswith("pastkey inspect: stopped by a fault")
+
+
+def test_the_end_that_a_command_asks_for_is_kept(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing(monkeypatch, SystemExit(143))
+    assert command("inspect", tmp_path)[0] == 143
+
+
+def test_a_path_that_is_no_text_is_shown(command: Command) -> None:
+    status, _, err = command("inspect", "a\udcffb")
+    assert status == 2
+    assert "no such bundle" in err

@@ -1,0 +1,86 @@
+"""What a checkpoint says of its training, checked before a step is taken: it comes from a file like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from pastkey import names
+from pastkey.errors import InputError, IntegrityError
+from pastkey.typed import parse
+from pastkey.values import is_int
+
+from .checkpoint import STATE, TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
+from .data import DataInfo
+from .settings import TrainConfig
+
+_DTYPES = ("<u2", "<u4")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A training that can go on."""
+
+    config: TrainConfig
+    info: DataInfo
+    step: int
+    moments: Mapping[str, Tensor]
+
+
+def read_training(checkpoint: Checkpoint) -> Resumed:
+    """Raises InputError where there is no training state, IntegrityError for one that cannot be true."""
+    folder, training = checkpoint.path, checkpoint.training
+    if not {"step", "settings", "data", "files"} <= set(training):
+        raise InputError(f"{folder} has no training state to resume from: it holds the model alone")
+    try:
+        config = parse(TrainConfig, training["settings"], "settings")
+        info = parse(DataInfo, training["data"], "data")
+    except InputError as error:
+        raise IntegrityError(
+            f"{folder / names.MANIFEST} is not valid: {error}; it was altered, copy it again"
+        ) from None
+    step = training["step"]
+    if not is_int(step, 0, 2**63 - 1):
+        raise IntegrityError(f"{folder / names.MANIFEST} is not valid: step is no whole number; copy it again")
+    moments = load_optimizer(folder, training)
+    if step:
+        _check_moments(checkpoint, moments)
+    for name, tokens in ((TOKENS_TRAIN, info.train_tokens), (TOKENS_VAL, info.val_tokens)):
+        _check_tokens(folder / name, info, tokens, checkpoint)
+    return Resumed(config, info, step, moments)
+
+
+def _check_moments(checkpoint: Checkpoint, moments: Mapping[str, Tensor]) -> None:
+    for name, parameter in checkpoint.model.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found = moments.get(f"{name}.{moment}")
+            if found is None or found.shape != parameter.shape:
+                raise IntegrityError(
+                    f"{checkpoint.path / STATE} has no {name}.{moment} of shape {tuple(parameter.shape)}: it is "
+                    "another model's, or was altered; copy the checkpoint again"
+                )
+
+
+def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoint) -> None:
+    """Raises IntegrityError for a token file of another length than the manifest says, or with ids of no token."""
+    if info.dtype not in _DTYPES:
+        raise IntegrityError(f"the type of the tokens in {file} is {info.dtype!r:.20}, expected {' or '.join(_DTYPES)}")
+    size, rows = file.stat().st_size, info.row_length or 1
+    context = checkpoint.config.max_position_embeddings
+    enough = tokens >= 2 and (info.row_length is not None or file.name != Path(TOKENS_TRAIN).name or tokens > context)
+    if tokens * np.dtype(info.dtype).itemsize != size or not enough or rows < 1 or tokens % rows or rows > context + 1:
+        raise IntegrityError(
+            f"{file} has {size:,} bytes, which are not the {tokens:,} tokens that the manifest speaks of, or too few "
+            "to train on: it was altered, copy the checkpoint again"
+        )
+    largest, vocab_size = int(np.memmap(file, info.dtype, "r").max()), checkpoint.config.vocab_size
+    ends = [token for token in (info.begin, info.end) if token is not None]
+    if max(largest, *ends) >= vocab_size or min(ends) < 0 or (info.row_length is not None and rows < 2):
+        raise IntegrityError(
+            f"{file} holds the token id {max(largest, *ends)}, and the model has {vocab_size} embeddings: it is "
+            "another model's, copy the checkpoint again"
+        )
