@@ -244,7 +244,10 @@ class LanguageModel:
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
                 - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
-                - `json_schema`, `regex`, `choices`, `grammar` (None): What the text is held to, one of them.
+                - `json_schema` (JSON schema, None): The text is JSON that it validates. At most one of these four.
+                - `regex` (str, None): The text matches it.
+                - `choices` (list of texts, None): The text is one of them.
+                - `grammar` (str, None): The text follows it, in Lark's notation.
 
         Returns:
             The continuation, with its ids and figures; of several prompts a list of them in the same order, each as
