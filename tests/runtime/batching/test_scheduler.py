@@ -247,7 +247,7 @@ def test_a_late_comer_gets_its_first_token_within_three_steps(
 def test_an_error_belongs_to_its_own_generation(
     tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
 ) -> None:
-    """The model yields infinity at position 40, alone or among others. In one run with drafts it reaches earlier ones."""
+    """The model yields infinity at position 40, alone or among others; with drafts it reaches earlier ones."""
     weights = dict(tiny.weights)
     weights["position"] = weights["position"].copy()
     weights["position"][40] = np.inf
