@@ -17,6 +17,7 @@ from pastkey.folder import file_records, parse_records, write_json
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import LIMITS, Golden, require_golden
 from pastkey.runtime.providers import placement as ep
+from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.ort import RunError
 
 from .compat.configs import write_configurations
@@ -92,11 +93,11 @@ class BundleWriter:
             layers = self.decoder.observation.layers
             verification = verify(bundle, source.module, layers=layers, progress=self.progress, providers="cpu")
         except RunError as error:
-            if isinstance(error, PastkeyError):
+            if isinstance(error, PastkeyError) and not isinstance(error, RunFailedError):
                 raise
+            reason = first_line(error.__cause__ or error)
             raise ParityError(
-                f"onnxruntime cannot run the {precision} export of {source.name} ({first_line(error)}): "
-                "try --graph standard"
+                f"onnxruntime cannot run the {precision} export of {source.name} ({reason}): try --graph standard"
             ) from error
         verification.require_ok(f"the {precision} export of {source.name}")
         return verification

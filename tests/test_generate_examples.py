@@ -31,7 +31,7 @@ def test_there_is_one_in_each_language() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_it_feeds_what_the_graph_has(name: str) -> None:
-    given = r"^\s+(\w+):" if name.endswith(".mjs") else r'"(\w*_\w+|temperature|seed)"'
+    given = r"^    (\w+):" if name.endswith(".mjs") else r'"(\w*_\w+|temperature|seed)"'
     fed = set(re.findall(given, code(name), re.MULTILINE))
     assert fed == INPUTS
     assert re.search(rf'"{names.GENERATED_IDS}"|{{ {names.GENERATED_IDS}\b', code(name))

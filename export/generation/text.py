@@ -32,6 +32,7 @@ from .utf8 import DROPPED, whole_characters
 
 DOMAIN = "ai.onnx.contrib"
 _CLASSES = ("PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer")
+_KINDS = ("BPE", "Unigram")  # it may end the process where it is given another one
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -100,6 +101,8 @@ def text_operators(bundle: Bundle) -> TextOperators:
     content = file.read_text(encoding="utf-8")
     config = json.loads((bundle.path / names.TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     config.pop("chat_template", None)
+    if (kind := json.loads(content)["model"].get("type", "BPE")) not in _KINDS:
+        raise ReadsOtherwiseError(f"onnxruntime-extensions does not read this tokenizer exactly: its model is {kind}")
     reasons, tail = [], _tail(file)
     for name in _CLASSES:
         encoder = {"tokenizer_vocab": content, "tokenizer_config": json.dumps(config | {"tokenizer_class": name})}

@@ -136,7 +136,7 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
     named = config.get("transformers_weights")
     if named is not None and not _is_plain(named, _SAFETENSORS, _INDEX):
         raise InputError(
-            f"{folder / names.CONFIG} names the weights {named!r}: expected a {_SAFETENSORS} file beside it"
+            f"{folder / names.CONFIG} names the weights {named!r:.80}: expected a {_SAFETENSORS} file beside it"
         )
     if any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
         _check_safetensors(folder)
@@ -165,8 +165,8 @@ def _check_safetensors(folder: Path) -> None:
         other = next((name for name in sorted(shards) if not _is_plain(name, _SAFETENSORS)), None)
         if other is not None:
             raise InputError(
-                f"{index} names the weights {other!r}: expected {_SAFETENSORS} files beside it, since only these hold "
-                "no code"
+                f"{index} names the weights {other!r:.80}: expected {_SAFETENSORS} files beside it, since only these "
+                "hold no code"
             )
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -15,12 +16,19 @@ from hypothesis import strategies
 pytest.importorskip("torch", reason="torch is not installed")
 
 from .check import outcome
-from .targets import TARGETS
+from .targets import TARGETS, workplace
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 EXAMPLES, NATIVE_EXAMPLES = 200, 40  # those of other people's libraries take longer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets say so in the environment, which other tests have as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    workplace()
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -185,7 +185,7 @@ def test_help_defines_the_figures(evaluated: Evaluate) -> None:
     ("arguments", "words"),
     [
         (("fp32", "--text", "none.txt"), ("no such file: ", "none.txt")),
-        (("fp32", "--text", "nothing"), ("nothing is a folder", "text file was expected")),
+        (("fp32", "--text", "nothing"), ("nothing is a folder", "a file was expected")),
         (("fp32", "--text", "empty.txt"), ("empty.txt is empty",)),
         (("fp32", "--text", "blank.txt"), ("blank.txt is empty",)),
         (("fp32", "--text", "latin.txt"), ("latin.txt is not UTF-8", "byte 6")),

@@ -67,7 +67,7 @@ def test_tokens_that_the_tokenizer_adds_do_not_make_a_text(word_tokenizer: Token
 def test_no_file_a_folder_and_no_tokenizer(tokenizer: bytes, tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"no such file: .*none\.txt"):
         read_calibration(tmp_path / "none.txt", tokenizer)
-    with pytest.raises(InputError, match="is a folder; a text file was expected"):
+    with pytest.raises(InputError, match="is a folder; a file was expected"):
         read_calibration(tmp_path, tokenizer)
     with pytest.raises(InputError, match="no tokenizer to read a calibration text with: give --tokenizer FILE"):
         read_calibration(tmp_path / "none.txt", None)

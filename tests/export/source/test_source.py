@@ -140,7 +140,7 @@ def test_a_template_that_cannot_be_used_is_told(word_tokenizer: Tokenizer, tmp_p
     (tmp_path / "good.jinja").write_text("{{ messages }}")
     for kind, given, tokenizer, words in (
         (MissingFileError, "none.jinja", path, "no such file"),
-        (InputError, ".", path, "is a folder; a text file was expected"),
+        (InputError, ".", path, "is a folder; a file was expected"),
         (InputError, "binary.jinja", path, "binary.jinja is not UTF-8 text: byte 1 is 0xff"),
         (InputError, "good.jinja", None, "Plain has no tokenizer, which a chat template needs: give one with --tok"),
     ):

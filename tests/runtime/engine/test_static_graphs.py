@@ -144,12 +144,12 @@ def test_another_shape_than_the_manifests_names_the_tensor(bundle: Bundle, stati
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"static": None}, "graph is 'static' and static is None"),
-        ({"graph": "standard"}, "graph is 'standard' and static is"),
+        ({"static": None}, "static is None; it must be there where the graph is static"),
+        ({"graph": "standard"}, "static is StaticShape.*; it must be there where the graph is static"),
         ({"static": {"chunk": 0, "masked": -1.0, "windows": [0]}}, "chunk is 0"),
         ({"static": {"chunk": 4, "masked": 0.0, "windows": [0]}}, "masked is 0.0"),
-        ({"static": {"chunk": 4, "masked": -1.0, "windows": [-1]}}, "a window is -1"),
-        ({"static": {"chunk": 4}}, "windows"),
+        ({"static": {"chunk": 4, "masked": -1.0, "windows": [-1]}}, r"windows\[0\] is -1"),
+        ({"static": {"chunk": 4}}, "static has no 'masked'"),
         ({"static": {"chunk": 4, "masked": -1.0, "windows": [0], "more": 1}}, "more"),
     ],
 )
