@@ -292,7 +292,14 @@ def whole(scene: Scene, nursery: Nursery, library: Path | None) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("name", SCENES)
+# Commands that train or export take minutes.
+NAMES = [
+    name if name in ("conversation", "hash cache", "bundle") else pytest.param(name, marks=pytest.mark.matrix)
+    for name in SCENES
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_kill_at_any_moment_loses_nothing(
     name: str, given: Path, tmp_path: Path, nursery: Nursery, library: Path | None
 ) -> None:
@@ -335,7 +342,7 @@ def sweep(scene: Scene) -> None:
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_disk_that_fails_at_any_call_loses_nothing(
     name: str, error: str, once: bool, given: Path, tmp_path: Path, nursery: Nursery, library: Path | None
 ) -> None:

@@ -10,7 +10,10 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.runtime import Engine
+from pastkey.runtime.engine import int8_kv
+from pastkey.runtime.providers import ort
 from pastkey.runtime.providers.ort import onnxruntime
+from pastkey.values import parse_version
 
 if TYPE_CHECKING:
     from ..conftest import Tiny
@@ -29,6 +32,10 @@ def test_engines_over_one_graph_keep_apart(bundle: Bundle, tiny: Tiny, monkeypat
     assert first.onnx is second.onnx
 
 
+@pytest.mark.skipif(
+    parse_version(ort.onnxruntime.__version__) < parse_version(int8_kv.MIN_ONNXRUNTIME),
+    reason="this onnxruntime has no attention over an int8 cache",
+)
 def test_the_int8_graph_is_opened_once(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
     first = Engine(make_bundle(tiny, "fused", int8_kv=True), threads=1, int8_kv_from=4)
     second = Engine.over(first.graph)

@@ -302,7 +302,7 @@ def test_an_id_out_of_the_vocabulary_is_named(settings: dict[str, Any]) -> None:
 
 
 @given(
-    logits=arrays(np.float32, 9, elements=st.sampled_from([-3.0, 0.0, 0.5, 0.5, 2.0, 1e30])),
+    logits=arrays(np.float32, 9, elements=st.sampled_from([-3.0, 0.0, 0.5, 0.5, 2.0, float(np.float32(1e30))])),
     ids=st.lists(st.integers(0, 8), max_size=12),
     settings=st.fixed_dictionaries(
         {},
