@@ -8,16 +8,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .nodes import Nodes
+from pastkey.runtime.sampling.random_stream import PARITY, ROTATIONS, WORD
 
-_WORD = 2**32 - 1
-_PARITY = 0x1BD11BDA
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+from .nodes import Nodes
 
 
 def uniforms(n: Nodes, seed: ir.Value, places: ir.Value) -> ir.Value:
     """Numbers (N,) float64 in [0, 1), for `seed` (1,) int64 and the places (N,) int64 of tokens in the text."""
-    word, two32 = n.number(_WORD), n.number(2**32)
+    word, two32 = n.number(WORD), n.number(2**32)
 
     def cut(value: ir.Value) -> ir.Value:
         return n.add("BitwiseAnd", value, word)
@@ -26,10 +24,10 @@ def uniforms(n: Nodes, seed: ir.Value, places: ir.Value) -> ir.Value:
         return cut(n.add("Add", a, b))
 
     low, high = cut(seed), n.add("Div", seed, two32)
-    keys = (low, high, n.add("BitwiseXor", n.add("BitwiseXor", low, high), n.number(_PARITY)))
+    keys = (low, high, n.add("BitwiseXor", n.add("BitwiseXor", low, high), n.number(PARITY)))
     x, y = plus(places, low), n.add("Add", n.add("Mul", places, n.number(0)), high)
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
+        for rotation in ROTATIONS[group % 2]:
             x = plus(x, y)
             moved = n.add("Mul", y, n.number(2**rotation))  # below 2**61
             y = n.add("BitwiseXor", n.add("Add", cut(moved), n.add("Div", moved, two32)), x)

@@ -8,7 +8,6 @@ is taken; a tokenizer that none reads exactly is refused.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from tokenizers import Tokenizer
 
 from pastkey import names
 from pastkey.bundle import Bundle
-from pastkey.errors import ContractError, MissingExtraError, first_line
+from pastkey.errors import ContractError, InputError, MissingExtraError, first_line
 from pastkey.runtime.providers.ort import OrtError, onnxruntime
 from pastkey.runtime.text.codec import TextCodec, TextStream
+from pastkey.runtime.text.token_bytes import token_bytes
 from pastkey.tokenizer_file import open_tokenizer
 
 from ..graph.edit import IR_VERSION, OPSET
@@ -33,14 +33,7 @@ from .utf8 import DROPPED, whole_characters
 DOMAIN = "ai.onnx.contrib"
 _CLASSES = ("PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer")
 _KINDS = ("BPE", "Unigram")  # it may end the process where it is given another one
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-# Byte-level vocabularies write a byte as a letter: printable ones as themselves, others counted from 256.
-_LETTERS = {byte: chr(byte) for byte in _PRINTABLE} | {
-    byte: chr(256 + place) for place, byte in enumerate(sorted({*range(256)} - _PRINTABLE))
-}
-_BYTES = {letter: byte for byte, letter in _LETTERS.items()}
+_LETTERS = [chr(256 + byte) for byte in range(256)]  # which BpeDecoder reads as the bytes
 
 
 class ReadsOtherwiseError(ContractError):
@@ -103,10 +96,14 @@ def text_operators(bundle: Bundle) -> TextOperators:
     config.pop("chat_template", None)
     if (kind := json.loads(content)["model"].get("type", "BPE")) not in _KINDS:
         raise ReadsOtherwiseError(f"onnxruntime-extensions does not read this tokenizer exactly: its model is {kind}")
+    try:
+        pieces = token_bytes(TextCodec.from_file(file), bundle.manifest.vocab_size)
+    except InputError as error:
+        raise ReadsOtherwiseError(str(error)) from error
     reasons, tail = [], _tail(file)
     for name in _CLASSES:
         encoder = {"tokenizer_vocab": content, "tokenizer_config": json.dumps(config | {"tokenizer_class": name})}
-        operators = TextOperators(encoder, _pieces(file, bundle.manifest.vocab_size), tail)
+        operators = TextOperators(encoder, pieces, tail)
         reasons.append(_difference(file, operators))
         if reasons[-1] is None:
             return operators
@@ -163,8 +160,8 @@ def _decoder() -> dict[str, Any]:
     """BpeDecoder's attributes, of a vocabulary of the bytes and U+FFFD; ids beyond it are left out."""
     replacement = "".join(_LETTERS[byte] for byte in "\N{REPLACEMENT CHARACTER}".encode())
     return {
-        "id_vocab": "\n".join([*(_LETTERS[byte] for byte in range(256)), replacement]) + "\n",
-        "byte_decoder": "\n".join(f"{ord(letter)}\t{byte}" for byte, letter in _LETTERS.items()),
+        "id_vocab": "\n".join([*_LETTERS, replacement]) + "\n",
+        "byte_decoder": "\n".join(f"{ord(letter)}\t{byte}" for byte, letter in enumerate(_LETTERS)),
         "skip_special_tokens": 1,
     }
 
@@ -185,25 +182,6 @@ def _beginnings(tokenizer: Tokenizer) -> list[str]:
     contents = {kind.content for kind in tokenizer.get_added_tokens_decoder().values()}
     cuts = {content[:length] for content in contents for length in (1, 2, len(content) - 1) if content[:length]}
     return [f"{before}{cut}" for cut in sorted(cuts - contents)[:40] for before in ("a", "x = 1 ")]
-
-
-def _pieces(file: Path, vocab_size: int) -> list[bytes]:
-    """What each id of a model stands for by a tokenizer.json, which may know fewer."""
-    tokenizer = open_tokenizer(Tokenizer, file.read_bytes(), file)
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
-    added = tokenizer.get_added_tokens_decoder()
-
-    def content(token: int) -> bytes:
-        piece = tokenizer.id_to_token(token) or ""
-        if token in added:
-            return b"" if added[token].special else piece.encode()
-        if byte_level:
-            return bytes(_BYTES[letter] for letter in piece if letter in _BYTES)
-        if byte := _BYTE.fullmatch(piece):
-            return bytes.fromhex(byte[1])
-        return piece.replace(_SPACE, " ").encode()
-
-    return [content(token) for token in range(vocab_size)]
 
 
 def _difference(file: Path, operators: TextOperators) -> str | None:

@@ -14,27 +14,27 @@ MAX_SEED = 2**63 - 1  # an int64 holds it
 DRAW = 0  # the lane of the number that draws the token; other lanes are for more numbers per place
 EXCLUDE = 1  # that of the number by which XTC applies
 _CONTINUATION = 2**32 - 1  # the lane that makes a continuation's seed
-_WORD = 2**32 - 1
-_PARITY = 0x1BD11BDA
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+WORD = 2**32 - 1
+PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def threefry2x32(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
     """Two words of 32 bits from a key and a counter of two words each."""
-    keys = (*key, key[0] ^ key[1] ^ _PARITY)
-    x, y = (counter[0] + keys[0]) & _WORD, (counter[1] + keys[1]) & _WORD
+    keys = (*key, key[0] ^ key[1] ^ PARITY)
+    x, y = (counter[0] + keys[0]) & WORD, (counter[1] + keys[1]) & WORD
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            x = (x + y) & _WORD
-            y = (((y << rotation) & _WORD) | (y >> (32 - rotation))) ^ x
-        x = (x + keys[(group + 1) % 3]) & _WORD
-        y = (y + keys[(group + 2) % 3] + group + 1) & _WORD
+        for rotation in ROTATIONS[group % 2]:
+            x = (x + y) & WORD
+            y = (((y << rotation) & WORD) | (y >> (32 - rotation))) ^ x
+        x = (x + keys[(group + 1) % 3]) & WORD
+        y = (y + keys[(group + 2) % 3] + group + 1) & WORD
     return x, y
 
 
 def uniform(seed: int, place: int, lane: int = DRAW) -> float:
     """The number in [0, 1), of 53 bits, for the token that has `place` tokens before it in the whole text."""
-    x, y = threefry2x32((seed & _WORD, seed >> 32), (place, lane))
+    x, y = threefry2x32((seed & WORD, seed >> 32), (place, lane))
     return float(((x >> 5) << 26) + (y >> 6)) * 2.0**-53
 
 
@@ -42,7 +42,7 @@ def continuation_seed(seed: int, number: int) -> int:
     """The seed of the continuation `number` of one prompt, counted from 0, which has the seed itself."""
     if not number:
         return seed
-    low, high = threefry2x32((seed & _WORD, seed >> 32), (number, _CONTINUATION))
+    low, high = threefry2x32((seed & WORD, seed >> 32), (number, _CONTINUATION))
     return (low | high << 32) & MAX_SEED
 
 
