@@ -115,7 +115,7 @@ def _logits(graph: Path, ids: Array) -> Array:
         feeds = {value.name: known[value.name] for value in inputs}
         found = dict(zip(outputs, session.run(outputs, feeds), strict=True))
         logits.append(found[names.LOGITS][0, -1])
-        past = {name: found[name.replace("past_key_values", "present").replace("past_", "present_")] for name in past}
+        past = {name: found[names.present_of(name)] for name in past}
     return np.stack(logits)
 
 

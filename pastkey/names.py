@@ -81,6 +81,13 @@ NEW_CACHE: Final = "cache_out"  # output, the next call's `cache`
 NEW_IDS: Final = "history_out"  # output, the next call's `history`
 
 
+def present_of(past: str) -> str:
+    """The output that is the next run's input `past`."""
+    if past.startswith(PAST_PREFIX):
+        return PRESENT_PREFIX + past.removeprefix(PAST_PREFIX)
+    return past.replace("past_", "present_", 1)
+
+
 def static_mask(window: int) -> str:
     """Input (1, 1, T, P + T) float32 of a static graph, added to scores; window in tokens, 0 for all earlier ones."""
     return f"mask_window_{window}" if window else "mask"

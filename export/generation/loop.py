@@ -73,11 +73,6 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
     left = n.add("Sub", n.number([manifest.context_length + 1]), first)
     # The last token of all need not be fed, so that it may stand one behind the context.
     trips = n.add("Max", n.add("Min", given["max_new_tokens"], left), n.number([0]))
-    places = n.add("Range", n.scalar(first), n.scalar(n.add("Add", first, trips)), n.number(1))
-    none = n.filled(trips, 0.0, np.float64)
-    none.type, none.shape = ir.TensorType(ir.DataType.DOUBLE), ir.Shape([None])
-    greedy = n.add("Equal", n.scalar(given["temperature"]), n.number(0, np.float32))
-    u = n.branch(greedy, lambda _: none, lambda b: uniforms(b, given["seed"], places), of=none)
     seen = n.add(
         "ScatterElements",
         n.filled(n.number([manifest.vocab_size]), False, np.bool_),
@@ -85,14 +80,8 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
         n.filled(first, True, np.bool_),
         axis=0,
     )
-    count = len(decoder.past)
-    if held_cache is None:
-        past = [n.constant(f"empty_{i}", decoder.empty(i)) for i in range(count)]
-    else:
-        kept = n.add("Slice", held_cache, n.number([0]), held, n.number([3]))
-        parts = n.add_several("Split", count, kept, axis=0, num_outputs=count)
-        past = [n.add("Squeeze", part, n.number([0])) for part in parts]
-    body = _body(model, decoder, given, u, manifest)
+    past = _past(n, decoder, held_cache, held)
+    body = _body(model, decoder, given, _draws(n, given, first, trips), manifest)
     now = n.add("Unsqueeze", n.add("Slice", ids, held, first), n.number([0]))
     inputs = [n.scalar(trips), None, now, held, seen, *past]
     ends = n.add_several("Loop", len(body.outputs) - 1, *inputs, body=body)
@@ -113,6 +102,25 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
     drop_unused_weights(model)
 
 
+def _draws(n: Nodes, given: dict[str, ir.Value], first: ir.Value, trips: ir.Value) -> ir.Value:
+    """(N,) float64: what draws each of the tokens; computed where any is drawn."""
+    none = n.filled(trips, 0.0, np.float64)
+    none.type, none.shape = ir.TensorType(ir.DataType.DOUBLE), ir.Shape([None])
+    greedy = n.add("Equal", n.scalar(given["temperature"]), n.number(0, np.float32))
+    places = n.add("Range", n.scalar(first), n.scalar(n.add("Add", first, trips)), n.number(1))
+    return n.branch(greedy, lambda _: none, lambda b: uniforms(b, given["seed"], places), of=none)
+
+
+def _past(n: Nodes, decoder: _Decoder, held_cache: ir.Value | None, held: ir.Value) -> list[ir.Value]:
+    """What the first iteration finds in the cache: nothing, or the rows that are held."""
+    count = len(decoder.past)
+    if held_cache is None:
+        return [n.constant(f"empty_{i}", decoder.empty(i)) for i in range(count)]
+    kept = n.add("Slice", held_cache, n.number([0]), held, n.number([3]))
+    parts = n.add_several("Split", count, kept, axis=0, num_outputs=count)
+    return [n.add("Squeeze", part, n.number([0])) for part in parts]
+
+
 class _Decoder:
     """The parts of a last-logits graph, taken out of it: its inputs, its outputs, the nodes that depend on inputs."""
 
@@ -122,10 +130,7 @@ class _Decoder:
         self.past = [value for name, value in self.inputs.items() if name.startswith("past_")]
         outputs = {str(value.name): value for value in graph.outputs}
         self.logits = outputs[names.LOGITS]
-        self.present = [
-            outputs[str(value.name).replace("past_key_values.", "present.").replace("past_", "present_")]
-            for value in self.past
-        ]
+        self.present = [outputs[names.present_of(str(value.name))] for value in self.past]
         dtype = self.past[0].dtype
         assert dtype is not None
         self.dtype = dtype
