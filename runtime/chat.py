@@ -248,7 +248,7 @@ class Chat:
         try:
             while True:
                 chunk = next(answer)
-                if cut and said == cut and chunk.ids and self._begins_word(chunk.ids[0]):
+                if cut and said == cut and chunk.ids and self._tokenizer.loses_space(chunk.ids[0]):
                     space = " "  # a decoder drops it where a text begins, and this one goes on
                     chunk = dataclasses.replace(chunk, text=space + chunk.text)
                 said += chunk.text
@@ -279,9 +279,6 @@ class Chat:
             ]
         self.messages = [*messages, message("assistant", text, **more)]
         return dataclasses.replace(completion, tool_calls=cast(list[ToolCall], calls))
-
-    def _begins_word(self, token: int) -> bool:
-        return self._tokenizer.begins_word(token) and not self._tokenizer.decode([token]).startswith(" ")
 
     def _open_calls(self) -> list[dict[str, Any]]:
         """The tool calls of the last answer that have no result yet."""

@@ -14,7 +14,8 @@ from .generate import Generation
 from .sampling.dry import Breakers, sequence_breakers
 from .settings import MAX_NEW_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
 from .stream import Stream
-from .text.codec import StopStrings, TextCodec, TextStream
+from .text.codec import TextCodec, TextStream
+from .text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel

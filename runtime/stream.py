@@ -8,7 +8,8 @@ from typing import Self
 
 from .completion import Chunk, Completion
 from .generate import Generation
-from .text.codec import StopStrings, TextStream
+from .text.codec import TextStream
+from .text.stop_strings import StopStrings
 
 
 class Stream(Generator[Chunk, None, Completion]):

@@ -1,13 +1,12 @@
-"""Tokens to text and back. Streamed text comes in whole characters, and stop strings never show."""
+"""Tokens to text and back. Streamed text comes in whole characters."""
 
 from __future__ import annotations
 
-import bisect
 import codecs
 import itertools
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -119,6 +118,10 @@ class TextCodec:
         """Whether a token carries the space before it, which SentencePiece's decoder drops where a text begins."""
         return (self._tokenizer.id_to_token(token) or "").startswith(_SPACE)
 
+    def loses_space(self, token: int) -> bool:
+        """Whether a text that begins with a token lacks the space that the token carries."""
+        return self.begins_word(token) and not self.decode([token]).startswith(" ")
+
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for in a byte-level vocabulary, or in one that falls back to bytes."""
         piece = self._tokenizer.id_to_token(token) or ""
@@ -164,7 +167,7 @@ class TextStream:
         self._window.append(token)
         if self._after_text:
             self._after_text = False
-            if self._codec.begins_word(token) and not self._codec.decode([token]).startswith(" "):
+            if self._codec.loses_space(token):
                 return " " + self._certain(token)
         return self._certain(token)
 
@@ -195,49 +198,6 @@ class TextStream:
         """The window's text as it stands behind the context."""
         before = self._codec.decode(self._context, keep_special_tokens=self._keep)
         return self._codec.decode(self._context + self._window, keep_special_tokens=self._keep)[len(before) :]
-
-
-class StopStrings:
-    """Cuts a stream of text before the first of some strings, holding back what may be the beginning of one.
-
-    The strings stand in order, without those that begin with another one, which can tell nothing more. Then all that
-    begin with a text t are beside one another, from where t would stand on, and the one that t begins with, if there is
-    one, is the last before that place: two looks in the order, however many strings there are.
-    """
-
-    def __init__(self, stops: Collection[str]) -> None:
-        self._stops: list[str] = []
-        for stop in sorted(stops):
-            if not (self._stops and stop.startswith(self._stops[-1])):
-                self._stops.append(stop)
-        self._held = ""
-        self._starts: list[int] = []  # places of the held text where a stop string may have begun
-        self.found: str | None = None  # the stop string that ended the text
-
-    def push(self, text: str) -> str:
-        """Takes more text; returns the part that no stop string can reach. Once one is `found`, nothing comes."""
-        if self.found is not None:
-            return ""
-        new = range(len(self._held), len(self._held) + len(text))
-        self._held += text
-        starts = []
-        for start in (*self._starts, *new):
-            rest = self._held[start:]
-            place = bisect.bisect_right(self._stops, rest)
-            if place and rest.startswith(self._stops[place - 1]):
-                self.found = self._stops[place - 1]
-                starts = [start]
-                break
-            if place < len(self._stops) and self._stops[place].startswith(rest):
-                starts.append(start)
-        cut = starts[0] if starts else len(self._held)
-        out, self._held = self._held[:cut], self._held[cut:]
-        self._starts = [start - cut for start in starts]
-        return out
-
-    def flush(self) -> str:
-        """The text held back, when no more follows."""
-        return self._held if self.found is None else ""
 
 
 def _uncovered_word(text: str, offsets: Sequence[tuple[int, int]]) -> str | None:

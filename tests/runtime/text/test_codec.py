@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pastkey.errors import InputError, IntegrityError
-from pastkey.runtime.text.codec import StopStrings, TextCodec, TextStream
+from pastkey.runtime.text.codec import TextCodec, TextStream
+from pastkey.runtime.text.stop_strings import StopStrings
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
@@ -217,141 +216,6 @@ def test_a_space_between_words_is_kept() -> None:
     assert [stream.push(token) for token in ids] == ["the", "", " cat", "s"]
 
 
-# --- stop strings -------------------------------------------------------------------------------------------------
-def cut(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
-    stream = StopStrings(stops)
-    out = "".join([*map(stream.push, pieces), stream.flush()])
-    return out, stream.found is not None
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "expected"),
-    [
-        (["one\n", "two"], ["\n"], ("one", True)),
-        (["ab", "ac", "d"], ["aa"], ("abacd", False)),
-        (["a", "a", "a", "b"], ["aab"], ("a", True)),
-        (["xEN", "D", "y"], ["END"], ("x", True)),
-        (["xEN", "d"], ["END"], ("xENd", False)),
-        (["xEN"], ["END"], ("xEN", False)),
-        (["abcd"], ["cd", "bc"], ("a", True)),
-        (["abc"], [], ("abc", False)),
-        (["END"], ["END"], ("", True)),
-    ],
-)
-def test_text_ends_before_the_first_stop_string(
-    pieces: list[str], stops: list[str], expected: tuple[str, bool]
-) -> None:
-    assert cut(pieces, stops) == expected
-
-
-@given(
-    pieces=st.lists(st.text("ab", max_size=4), max_size=8),
-    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
-)
-def test_how_text_is_cut_into_pieces_does_not_matter_where_one_stop_string_is_no_part_of_another(
-    pieces: list[str], stops: list[str]
-) -> None:
-    text = "".join(pieces)
-    out, found = cut(pieces, stops)
-    assert found == any(stop in text for stop in stops)
-    if not found:
-        assert out == text
-    elif not any(a != b and a in b for a in stops for b in stops):
-        assert out == text[: min(text.find(stop) for stop in stops if stop in text)]
-
-
-class EveryStringAgain:
-    """The slow obvious way: all strings are looked for in all that is held, at each piece."""
-
-    def __init__(self, stops: list[str]) -> None:
-        self.stops, self.held, self.found = stops, "", False
-
-    def push(self, text: str) -> str:
-        if self.found:
-            return ""
-        self.held += text
-        places = [self.held.find(stop) for stop in self.stops if stop in self.held]
-        ends = [n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])]
-        self.found = bool(places)
-        cut = min(places) if places else len(self.held) - max(ends, default=0)
-        out, self.held = self.held[:cut], self.held[cut:]
-        return out
-
-
-@pytest.mark.parametrize("letters", ["ab", "abc\U0001f642", "a"])
-def test_every_piece_is_that_of_looking_for_each_string_again(letters: str) -> None:
-    @settings(max_examples=500)
-    @given(
-        pieces=st.lists(st.text(letters, max_size=6), max_size=12),
-        stops=st.lists(st.text(letters, min_size=1, max_size=7), max_size=6),
-    )
-    def check(pieces: list[str], stops: list[str]) -> None:
-        fast, slow = StopStrings(stops), EveryStringAgain(stops)
-        for piece in pieces:
-            assert fast.push(piece) == slow.push(piece)
-            assert (fast.found is not None) == slow.found
-        assert fast.found is not None or fast.flush() == slow.held
-
-    check()
-
-
-def test_a_piece_costs_no_more_comparisons_with_ten_thousand_strings_than_with_a_hundred() -> None:
-    class Counted(str):
-        comparisons = 0
-
-        def __lt__(self, other: str) -> bool:
-            Counted.comparisons += 1
-            return str.__lt__(self, other)
-
-        def __gt__(self, other: str) -> bool:
-            Counted.comparisons += 1
-            return str.__gt__(self, other)
-
-        def startswith(self, *arguments: Any) -> bool:
-            Counted.comparisons += 1
-            return str.startswith(self, *arguments)
-
-    def comparisons(count: int) -> int:
-        stream = StopStrings([Counted(f"<{place:05}>") for place in range(count)])
-        Counted.comparisons = 0
-        assert (
-            "".join(stream.push(piece) for piece in ("ab", " <0", "12", "c", "<00")) + stream.flush() == "ab <012c<00"
-        )
-        return Counted.comparisons
-
-    assert 0 < comparisons(100) < comparisons(10_000) < 3 * comparisons(100)
-
-
-@given(
-    pieces=st.lists(st.text("ab", max_size=4), max_size=8),
-    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=5),
-)
-def test_the_stop_string_that_is_found_is_the_one_behind_the_text(pieces: list[str], stops: list[str]) -> None:
-    stream = StopStrings(stops)
-    out = "".join([*map(stream.push, pieces), stream.flush()])
-    if stream.found is not None:
-        assert stream.found in stops
-        assert "".join(pieces).startswith(out + stream.found)
-        assert not any(stop != stream.found and stream.found.startswith(stop) for stop in stops)
-
-
-LONG = [f"{i:05}" + "ab" * 20 for i in range(10_000)]  # they begin in many ways
-ALIKE = ["a" * 100 + f"{i:05}" for i in range(10_000)]  # each place of a text of a is the beginning of all
-
-
-@pytest.mark.parametrize(
-    ("stops", "text"),
-    [(LONG, "0123456789 " * 300), (ALIKE, "a" * 3000), (["a" * 1000 + "b"], "a" * 3000)],
-    ids=["differing", "alike", "one long"],
-)
-def test_ten_thousand_stop_strings_are_found_in_little_time(stops: list[str], text: str) -> None:
-    stream = StopStrings(stops)
-    started = time.thread_time()
-    out = "".join(stream.push(text[place : place + 4]) for place in range(0, len(text), 4)) + stream.flush()
-    assert out == text
-    assert time.thread_time() - started < 0.002 * len(text) / 4  # a step of decoding takes longer
-
-
 @given(
     text=st.text(min_size=1, max_size=12),
     before=st.text(max_size=6),
@@ -374,11 +238,6 @@ def test_a_stop_string_may_begin_or_end_between_the_tokens_of_a_character(
             break
     shown += stops.push(stream.flush()) + stops.flush()
     assert (shown, stops.found) == (said[: said.index(stop)], stop)
-
-
-def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
-    stream = StopStrings(["END"])
-    assert [stream.push(piece) for piece in ("abE", "N", "x", "y")] == ["ab", "", "ENx", "y"]
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
