@@ -50,7 +50,7 @@ _SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "top_p": (finite_float, "draw from the likeliest tokens that have probability P together"),
     "min_p": (finite_float, "drop tokens of less than P times the likeliest one's probability"),
     "typical_p": (finite_float, "draw from the tokens nearest to the entropy that have probability P together"),
-    "top_n_sigma": (finite_float, "draw from logits within S standard deviations of the largest; below 0 for all"),
+    "top_n_sigma": (finite_float, "draw from logits within S standard deviations of the largest; 0 or less for all"),
     "xtc_probability": (finite_float, "how often all but the least likely of the top choices are dropped"),
     "xtc_threshold": (finite_float, "the probability from which on a token is a top choice"),
     "repetition_penalty": (finite_float, "above 1, repeat less"),

@@ -13,8 +13,6 @@ from pastkey.folder import read_json
 from .settings import ChatOptions, SamplingConfig
 
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what counts where tokens are drawn
-
-
 # What counts where the likeliest is taken, too.
 ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
 

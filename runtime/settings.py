@@ -123,7 +123,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of the text so far become less likely
     seed: int | None = None  # 0 to 2**63 - 1; the same seed draws the same text; None draws afresh
     typical_p: float = 1.0  # keep the tokens nearest to the entropy that together have this probability; 1 keeps all
-    top_n_sigma: float = -1.0  # keep logits within so many standard deviations of the largest; below 0 keeps all
+    top_n_sigma: float = -1.0  # keep logits within so many standard deviations of the largest; 0 or less keeps all
     xtc_probability: float = 0.0  # how often all but the last of the tokens above xtc_threshold are dropped
     xtc_threshold: float = 0.1  # above 0.5 there are no two
     presence_penalty: float = 0.0  # off the logits of tokens that the prompt or the text so far has

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey.errors import InputError
+from pastkey.errors import InputError, PastkeyError
 from pastkey.folder import read_json, write_json
 
 Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text", "text": ...}
@@ -49,20 +48,20 @@ def save_messages(path: str | Path, messages: Sequence[Mapping[str, Any]]) -> No
     file = Path(path)
     if file.is_dir():
         raise InputError(f"{file} is a folder; the name of a file to save the conversation in was expected")
-    if file.exists():
-        with contextlib.suppress(ValueError):
-            if file.stat().st_size == 0 or isinstance(read_json(file).get("messages"), list):
-                _write(file, messages)
-                return
+    if file.exists() and not _is_replaceable(file):
         raise InputError(f"{file} is there and holds no saved conversation: choose another name")
-    _write(file, messages)
-
-
-def _write(file: Path, messages: Sequence[Mapping[str, Any]]) -> None:
     try:
         write_json(file, {"messages": list(messages)})
     except (TypeError, ValueError) as error:  # somebody put a value into `messages` that JSON does not know
         raise InputError(f"the conversation cannot be saved in {file}: {error}") from None
+
+
+def _is_replaceable(file: Path) -> bool:
+    """Whether a file is empty, or an earlier conversation."""
+    try:
+        return file.stat().st_size == 0 or isinstance(read_json(file).get("messages"), list)
+    except PastkeyError:
+        return False
 
 
 def read_messages(path: str | Path) -> list[dict[str, Any]]:
@@ -80,6 +79,17 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
         name = f"message {number} of {file}"
         if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:
             raise InputError(f'{name} is {json.dumps(entry)[:60]}; an object with "role" and "content" was expected')
-        if entry.get("content") is not None or not entry.get("tool_calls"):
+        calls = entry.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_is_tool_call, calls)):
+            raise InputError(
+                f"{name} has the tool calls {json.dumps(calls)[:60]}; a list of objects was expected, each with an "
+                '"id" and a "function" with a "name"'
+            )
+        if entry.get("content") is not None or not (calls and entry["role"] == "assistant"):
             checked_content(name, entry.get("content"))
     return found
+
+
+def _is_tool_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(call.get("id"), str)

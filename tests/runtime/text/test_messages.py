@@ -17,11 +17,11 @@ TALK: list[dict[str, Any]] = [
     {"role": "user", "content": "é"},
     {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
 ]
+CALL = {"id": "call00000", "type": "function", "function": {"name": "weather", "arguments": {}}}
 
 
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
-    calls = [{"id": "call00000", "type": "function", "function": {"name": "a", "arguments": {}}}]
-    talk: list[dict[str, Any]] = [*TALK, {"role": "assistant", "content": None, "tool_calls": calls}]
+    talk: list[dict[str, Any]] = [*TALK, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     save_messages(tmp_path / "talk", talk)
     assert read_messages(tmp_path / "talk") == talk
 
@@ -57,6 +57,10 @@ def test_what_json_does_not_know_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be saved in .*talk: .*set"):
         save_messages(tmp_path / "talk", [{"role": "user", "content": {1}}])
     assert list(tmp_path.iterdir()) == []
+    save_messages(tmp_path / "talk", TALK)
+    with pytest.raises(InputError, match=r"cannot be saved in .*talk: .*set"):
+        save_messages(tmp_path / "talk", [{"role": "user", "content": {1}}])
+    assert read_messages(tmp_path / "talk") == TALK
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,12 @@ def test_what_json_does_not_know_is_told(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, "message 1 of .* is None; a text was expected"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 of .* is 3; a text was expected"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "this model reads text"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]}, "has the tool calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": 5}]},
+            "has the tool calls 5; a list of objects",
+        ),
+        ({"messages": [{"role": "system", "tool_calls": [CALL]}]}, "message 1 of .* is None; a text was expected"),
     ],
 )
 def test_what_is_no_conversation_is_told(tmp_path: Path, found: Any, words: str) -> None:
