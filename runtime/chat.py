@@ -74,7 +74,7 @@ class Chat:
         self._form = tool_call_form(self._template.source)
         self._plain = _plain_contents(model.tokenizer) if special_tokens_as_text else None
         self._takes_text, self._takes_parts = self._contents_taken()
-        self._notice_what_is_left_out()
+        self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
         self.reset()
 
     def reset(self) -> None:
@@ -182,7 +182,7 @@ class Chat:
         """
         before, self.system = self.system, None if system is None else _checked_text("system", system)
         try:
-            self._notice_what_is_left_out()
+            self._notice_what_is_left_out(stacklevel=4)
         except InputError:
             self.system = before
             raise
@@ -332,8 +332,11 @@ class Chat:
         parts = writes([{"type": "text", "text": "pastkey"}])
         return writes("pastkey") or not parts, parts
 
-    def _notice_what_is_left_out(self) -> None:
-        """Warns of what the template does not write, and refuses a system text that it does not take."""
+    def _notice_what_is_left_out(self, stacklevel: int) -> None:
+        """Warns of what the template does not write, and refuses a system text that it does not take.
+
+        `stacklevel` says where the user's own line is, for `warnings.warn` in `_warn`.
+        """
 
         def rendered(system: str | None, **changes: Any) -> str | InputError:
             first = [] if system is None else [message("system", system)]
@@ -352,13 +355,13 @@ class Chat:
                     "with --template FILE (in Python, template=)"
                 )
             if whole == rendered(self.system + " and more"):
-                _warn("the chat template leaves the system text out: begin the first question with it")
+                _warn("the chat template leaves the system text out: begin the first question with it", stacklevel)
         for name, given in (("tools", self.tools), ("documents", self.documents)):
             if given and whole == rendered(self.system, **{name: None}):
-                _warn(f"the chat template leaves the {name} out, so that the model is not told of them")
+                _warn(f"the chat template leaves the {name} out, so that the model is not told of them", stacklevel)
         for name in self._variables:
             if name not in self._template.variables:
-                _warn(f"the chat template does not read the variable {name!r}")
+                _warn(f"the chat template does not read the variable {name!r}", stacklevel)
 
 
 def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -373,8 +376,8 @@ def _plain_contents(tokenizer: TextCodec) -> PlainContents:
     return PlainContents(tokenizer)
 
 
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, TemplateWarning, stacklevel=5)
+def _warn(sentence: str, stacklevel: int) -> None:
+    warnings.warn(sentence, TemplateWarning, stacklevel=stacklevel)
 
 
 def _checked_text(name: str, text: object) -> str:

@@ -86,15 +86,18 @@ class TextCodec:
             with panics_as_errors():
                 return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
         except NativeError as error:
-            raise IntegrityError(
-                f"the tokenizer fails at the text of {len(ids)} ids ({error}): its decoder is damaged, copy it again"
-            ) from None
+            raise _damaged_decoder(len(ids), error) from None
 
     def pieces(self) -> list[str]:
         """The text of each token by id, alone; "" where an id has none. Made once."""
         if self._pieces is None:
             ids = range(max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
-            self._pieces = list(self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False))
+            try:
+                with panics_as_errors():
+                    found = self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False)
+            except NativeError as error:
+                raise _damaged_decoder(len(ids), error) from None
+            self._pieces = list(found)
         return self._pieces
 
     def has_text(self, token: int, *, keep_special_tokens: bool = False) -> bool:
@@ -198,6 +201,12 @@ class TextStream:
         """The window's text as it stands behind the context."""
         before = self._codec.decode(self._context, keep_special_tokens=self._keep)
         return self._codec.decode(self._context + self._window, keep_special_tokens=self._keep)[len(before) :]
+
+
+def _damaged_decoder(count: int, error: NativeError) -> IntegrityError:
+    return IntegrityError(
+        f"the tokenizer fails at the text of {count} ids ({error}): its decoder is damaged, copy it again"
+    )
 
 
 def _uncovered_word(text: str, offsets: Sequence[tuple[int, int]]) -> str | None:

@@ -46,7 +46,7 @@ def token_bytes(codec: TextCodec, size: int) -> list[bytes]:
 
 def _stands_alone(codec: TextCodec, token: int, text: str) -> bool:
     """Whether a token says the same where a text begins, but for the space that SentencePiece drops there."""
-    alone = codec.decode([token])
+    alone = codec.pieces()[token]
     return text == alone or (codec.begins_word(token) and text == " " + alone)
 
 

@@ -201,6 +201,13 @@ def test_what_a_template_leaves_out_is_told(make_model: MakeModel, options: dict
     assert [warning.filename for warning in told] == [__file__]
 
 
+def test_a_later_system_text_that_is_left_out_is_told_where_it_is_set(make_model: MakeModel) -> None:
+    chat = make_model("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}").chat()
+    with pytest.warns(TemplateWarning, match="leaves the system text out") as told:
+        chat.set_system("be brief")
+    assert [warning.filename for warning in told] == [__file__]
+
+
 def test_a_template_that_does_not_end_is_told_where_the_conversation_begins(make_model: MakeModel) -> None:
     model = make_model("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
     with pytest.raises(InputError, match="the chat template spends more than it may"):

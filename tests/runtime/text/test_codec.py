@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -332,3 +333,25 @@ def test_a_continuation_keeps_the_space_that_sentencepiece_drops_where_a_text_be
     assert continued([2, 3, 1]) == " timely Once"
     assert continued([3, 1]) == "ly Once"
     assert continued([4, 2]) == codec.decode([1, 4, 2])[len("Once") :]
+
+
+@pytest.mark.parametrize("read", [lambda codec: codec.pieces(), lambda codec: codec.decode([0])])
+def test_a_decoder_that_panics_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[TextCodec], Any]
+) -> None:
+    class Panic(BaseException):
+        __module__ = "pyo3_runtime"
+
+    class Broken:
+        def get_vocab(self, with_added_tokens: bool) -> dict[str, int]:
+            return {"a": 0}
+
+        def decode(self, *given: Any, **options: Any) -> str:
+            raise Panic("index out of range")
+
+        decode_batch = decode
+
+    codec = TextCodec(byte_level())
+    monkeypatch.setattr(codec, "_tokenizer", Broken())
+    with pytest.raises(IntegrityError, match=r"at the text of 1 ids \(index out of range\): its decoder is damaged"):
+        read(codec)
