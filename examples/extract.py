@@ -1,6 +1,6 @@
 """Structured extraction: a dataclass is the schema of what the model writes, and one of its instances is the answer.
 
-pip install 'pastkey[cpu,constrained]'
+pip install '.[cpu,constrained]'
 python examples/extract.py path/to/SmolLM2-135M-Instruct-bundle "Anna from Berlin wants twelve apples, by post."
 """
 
