@@ -89,7 +89,7 @@ def _sequence(text: str) -> list[Call]:
 
 
 def _calls(found: Any) -> list[Call]:
-    """One call or a list of them, as JSON. Raises ValueError where it is neither."""
+    """One call or a list of them, as JSON. Raises ValueError where it is neither, and for no call."""
     calls = []
     for entry in found if isinstance(found, list) else [found]:
         inner = entry.get("function", entry) if isinstance(entry, dict) else None
@@ -103,4 +103,6 @@ def _calls(found: Any) -> list[Call]:
         if not isinstance(arguments, dict):
             raise ValueError("arguments are an object")
         calls.append({"name": inner["name"], "arguments": arguments})
+    if not calls:
+        raise ValueError("there is no call")
     return calls

@@ -82,6 +82,8 @@ def _hint(hint: Any) -> dict[str, Any] | None:
     if hint in _TYPES:
         return dict(_TYPES[hint])
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, dict) and not inner:  # typing.List
+        return dict(_TYPES[origin])
     if origin is typing.Literal:
         kinds = list(dict.fromkeys(_TYPES.get(type(value), {}).get("type") for value in inner))
         return None if None in kinds else {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": list(inner)}

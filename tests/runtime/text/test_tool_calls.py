@@ -109,3 +109,8 @@ def test_any_arguments_come_back(calls: list[tuple[str, dict[str, Any]]]) -> Non
 def test_no_text_is_an_error(text: str, form: Form) -> None:
     said, calls = parse_tool_calls(text, form, ["name"])
     assert calls or said == text
+
+
+@pytest.mark.parametrize(("form", "text"), [("hermes", "<tool_call>[]</tool_call>"), ("mistral", "[TOOL_CALLS] []")])
+def test_an_answer_of_no_call_is_text(form: Form, text: str) -> None:
+    assert parse_tool_calls(text, form) == (text, [])

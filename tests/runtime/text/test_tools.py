@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -120,3 +121,11 @@ def many(*x: int) -> None:
 def test_what_is_no_tool_is_told(tools: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         tool_schemas(tools)
+
+
+def test_a_list_or_dict_of_typing_may_say_nothing_of_what_it_holds() -> None:
+    def tool(a: typing.List, b: typing.Dict) -> None:  # type: ignore[type-arg]  # noqa: UP006
+        pass
+
+    found = tool_schemas([tool])[0]["function"]["parameters"]["properties"]
+    assert found == {"a": {"type": "array"}, "b": {"type": "object"}}
