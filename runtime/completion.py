@@ -88,11 +88,6 @@ class Completion:
         """Mean time of a token after the first; 0 where there is none."""
         return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
-    @property
-    def reused_tokens(self) -> int:
-        """As `cached_tokens`."""
-        return self.cached_tokens
-
 
 def completed(stream: Generator[Chunk, None, Completion]) -> Completion:
     """What a stream returns at its end."""

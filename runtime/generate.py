@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, Protocol
 
-from pastkey.errors import InputError
+from pastkey.errors import InputError, NumericsError
 from pastkey.values import is_int
 
 from .engine.engine import Engine, Logits
@@ -140,7 +140,7 @@ class Generation:
         self.ids: list[int] = engine.checked(prompt, ndim=1, start=0).tolist()
         self.engine = engine
         self.prompt_tokens = len(self.ids)
-        self.reused_tokens = 0
+        self.cached_tokens = 0
         self.draft_tokens = 0
         self.accepted_tokens = 0
         self.forced_tokens = 0
@@ -283,9 +283,9 @@ class Generation:
             return
         reuse, exact = self._keep
         if self._provide is not None:
-            self.engine, self.reused_tokens = self._provide(self)
+            self.engine, self.cached_tokens = self._provide(self)
         elif reuse:
-            self.reused_tokens = self.engine.keep_prefix(self.ids, exact=exact)
+            self.cached_tokens = self.engine.keep_prefix(self.ids, exact=exact)
         else:
             self.engine.reset()
         self._resets = self.engine.resets
@@ -304,8 +304,16 @@ class Generation:
         missing = self.ids[engine.length :]
         if len(missing) == 1:
             draft = self._draft()
+            try:
+                logits = engine.extend([*missing, *draft])
+            except NumericsError:
+                if not draft:
+                    raise
+                # Not finite keys or values of a draft token, which may be no part of the text, reach the rows before.
+                draft, self._prompt_lookup = [], None
+                logits = engine.extend(missing)
             self.drafted = bool(draft)
-            self._count(self.take(engine.extend([*missing, *draft]), draft))
+            self._count(self.take(logits, draft))
             self.settle()  # before what must follow stands where the cache has a rejected draft
             self._jump()
             return

@@ -69,12 +69,13 @@ class Session:
         Raises:
             InputError: It is empty, has no tokens or is too long for the context; the session is closed or generates.
             NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`. The session is as it was.
         """
         engine = self._idle()
         ids = [*self._ids, *self._encode(text)]
         engine.checked(ids, 1, start=0)
-        self._ids, self._cancelled = ids, False
         self._model.memory.promise(engine, len(ids))
+        self._ids, self._cancelled = ids, False
         scheduler = self._model.scheduler
 
         def run() -> None:

@@ -104,7 +104,7 @@ class _Told:
                 new,
                 generation.prefill_seconds,
                 generation.decode_seconds,
-                generation.reused_tokens,
+                generation.cached_tokens,
                 self.stops.found,
                 draft_tokens=generation.draft_tokens,
                 accepted_tokens=generation.accepted_tokens,

@@ -27,7 +27,7 @@ from collections.abc import Callable
 
 from pastkey.errors import InputError, NumericsError
 
-from ..engine.decoder_graph import DecoderGraph, all_finite
+from ..engine.decoder_graph import DecoderGraph, Logits
 from ..engine.engine import Engine
 from ..engine.slab import Slab
 from ..generate import Generation
@@ -332,15 +332,15 @@ class Scheduler:
             generation.fail(error)
 
 
-def _take(generation: Generation, logits: object) -> None:
-    row = logits[None]  # type: ignore[index]
-    if not all_finite(row):
-        generation.engine.trim(generation.engine.length - 1)
-        raise NumericsError(
-            f"the logits at position {generation.engine.length} are not finite (NaN or infinity): the weights are "
-            "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
-        )
-    generation.take_together(row)
+def _take(generation: Generation, logits: Logits) -> None:
+    """Takes a token by the logits (V,) of a run of several rows, which its engine took in already."""
+    engine = generation.engine
+    try:
+        engine.graph.check_finite(logits[None, None], engine.length - 1, 1)
+    except NumericsError:
+        engine.trim(engine.length - 1)
+        raise
+    generation.take_together(logits[None])
 
 
 def _each(call: Callable[[Scheduler], None]) -> Callable[[], None]:

@@ -93,7 +93,7 @@ def inspect(
         manifest=manifest,
         weight_bytes=weights or sizes[names.ALL_LOGITS_GRAPH[manifest.precision]],
         total_bytes=sum(sizes.values()),
-        kv_bytes_per_token=kv_bytes_per_token(manifest),
+        kv_bytes_per_token=engine.graph.bytes_per_token,
         shares=tuple(shares),
         int8_kernels=kernels,
     )
@@ -105,12 +105,6 @@ def _read_profile(path: Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError:  # onnxruntime does not tell when it cannot write
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent)) from None
     return events
-
-
-def kv_bytes_per_token(manifest: Manifest) -> int:
-    """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
-    size = 2 if manifest.precision == "fp16" else 4
-    return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in manifest.layers)
 
 
 def read_shares(

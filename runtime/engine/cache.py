@@ -228,7 +228,8 @@ class KVCache:
                 self.binding.bind_output(tensor.present, self._device, self._device_id)
             else:
                 self._bind_shared(tensor, value)
-                self.arrays.append(array)
+                if self._device == "cpu":
+                    self.arrays.append(array)
             self._values.append(value)
         self._capacity, self._moving = capacity, self._from_runs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +18,21 @@ from pastkey.errors import InputError, NumericsError
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..settings import Choice
+from ..settings import Choice, PlacementOptions
 from .embedding import EmbeddingRows
 from .int8_kv import INT8_KV_FROM, CachePair
 from .static_graphs import StaticGraphs
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+
+
+class GraphOptions(PlacementOptions, total=False):
+    """How a graph is opened, as DecoderGraph takes it."""
+
+    graph: Literal["last_logits", "all_logits"]
+    profile_prefix: Path | None
+    int8_kv_from: int | None
 
 
 class Bound(Protocol):
@@ -67,7 +74,30 @@ class DecoderGraph:
         profile_prefix: Path | None = None,
         int8_kv_from: int | None = INT8_KV_FROM,
     ) -> None:
-        """Opens the graph and checks it against the manifest: see Engine."""
+        """Opens the graph and checks it against the manifest.
+
+        Args:
+            bundle: An opened bundle.
+            graph: "last_logits" gives the logits of the last positions, which is what generation needs; "all_logits"
+                those of every position.
+            providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone
+                or in a pair with its options; None for the one the bundle was made for.
+            threads: Threads within an operator; None for the physical cores this process may use.
+            allow_fallback: Whether the processor may run what a provider that was asked for leaves; without it, one
+                that was seen to run a whole graph runs all of it or is refused.
+            session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
+            profile_prefix: Where given, onnxruntime records where each operator ran, in a file per graph whose name
+                starts with it.
+            int8_kv_from: Tokens in the cache from which on one row is decoded with an int8 cache, where the bundle has
+                a graph for that and onnxruntime an operator; the first such token loads the weights once more. None
+                for never.
+
+        Raises:
+            ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
+            IntegrityError: The graph cannot be loaded, or it and the manifest differ.
+            MissingExtraError: The bundle needs a newer onnxruntime.
+            InputError: An impossible number of threads.
+        """
         self.threads = checked_threads(threads)
         self.manifest = manifest = bundle.manifest
         self.every = graph == "all_logits"
@@ -161,7 +191,7 @@ class DecoderGraph:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that a cache takes for one token of one row."""
+        """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
         size = 2 if self.manifest.precision == "fp16" else 4
         layers = self.manifest.layers
         return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
@@ -204,11 +234,6 @@ class DecoderGraph:
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
         cache.onnx.run_with_iobinding(binding)
         return logits
-
-    @staticmethod
-    def value(array: npt.NDArray[Any]) -> Any:
-        """The OrtValue that a contiguous array is."""
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, start: int) -> Ids:
@@ -264,8 +289,6 @@ class DecoderGraph:
 
     def check_finite(self, logits: Logits, start: int, tokens: int, mask: Ids | None = None) -> None:
         """Raises NumericsError unless all `logits` (B, keep, V), of the last of `tokens` after `start`, are finite."""
-        if all_finite(logits):
-            return
         finite = np.isfinite(logits).all(axis=-1)  # (B, T), or (B, keep)
         if mask is not None and self.every:
             finite |= mask == 0
@@ -276,11 +299,3 @@ class DecoderGraph:
                 f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )
-
-
-def all_finite(logits: Logits) -> bool:
-    """Whether every number is finite."""
-    # A sum is finite only where every number is, and takes a third of the time of looking at each.
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = float(logits.sum())
-    return math.isfinite(total) or bool(np.isfinite(logits).all())

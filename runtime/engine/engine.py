@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,9 @@ import numpy.typing as npt
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError
 
-from ..settings import Choice
 from .cached_ids import CachedIds
-from .decoder_graph import DecoderGraph, Ids, Logits
-from .int8_kv import INT8_KV_FROM, CachePair
+from .decoder_graph import DecoderGraph, GraphOptions, Ids, Logits
+from .int8_kv import CachePair
 from .static_graphs import StaticGraphs
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
@@ -59,54 +58,9 @@ class Engine:
             A token that is decoded alone or among other rows takes another path, which differs in the last bits.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        graph: Literal["last_logits", "all_logits"] = "last_logits",
-        providers: Choice | Sequence[Choice] | None = None,
-        threads: int | None = None,
-        allow_fallback: bool = False,
-        session_entries: Mapping[str, str] | None = None,
-        profile_prefix: Path | None = None,
-        int8_kv_from: int | None = INT8_KV_FROM,
-    ) -> None:
-        """Opens the graph and checks it against the manifest.
-
-        Args:
-            bundle: An opened bundle.
-            graph: "last_logits" gives the logits of the last positions, which is what generation needs; "all_logits"
-                those of every position.
-            providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone
-                or in a pair with its options; None for the one the bundle was made for.
-            threads: Threads within an operator; None for the physical cores this process may use.
-            allow_fallback: Whether the processor may run what a provider that was asked for leaves; without it, one
-                that was seen to run a whole graph runs all of it or is refused.
-            session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
-            profile_prefix: Where given, onnxruntime records where each operator ran, in a file per graph whose name
-                starts with it.
-            int8_kv_from: Tokens in the cache from which on one row is decoded with an int8 cache, where the bundle has
-                a graph for that and onnxruntime an operator; the first such token loads the weights once more. None
-                for never.
-
-        Raises:
-            ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
-            IntegrityError: The graph cannot be loaded, or it and the manifest differ.
-            MissingExtraError: The bundle needs a newer onnxruntime.
-            InputError: An impossible number of threads.
-        """
-        self._begin(
-            DecoderGraph(
-                bundle,
-                graph=graph,
-                providers=providers,
-                threads=threads,
-                allow_fallback=allow_fallback,
-                session_entries=session_entries,
-                profile_prefix=profile_prefix,
-                int8_kv_from=int8_kv_from,
-            )
-        )
+    def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
+        """Opens the graph, as DecoderGraph does, for one empty cache."""
+        self._begin(DecoderGraph(bundle, **options))
 
     @classmethod
     def over(cls, graph: DecoderGraph) -> Engine:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pastkey import names
 
+from ..providers.ort import onnxruntime
 from .cache import GROWTH_STEP, KVCache
 from .decoder_graph import DecoderGraph, Ids, Logits
 from .engine import Engine
@@ -160,7 +161,7 @@ class Slab:
         if self._bound == count:
             return
         for past, present, array in zip(self._past, self._present, self._arrays, strict=True):
-            value = self._graph.value(array[:count])
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array[:count])
             self.binding.bind_ortvalue_input(past, value)
             self.binding.bind_ortvalue_output(present, value)
         self._bound = count

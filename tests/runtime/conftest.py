@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models
 from pastkey import names
 from pastkey.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
 from pastkey.folder import file_records, write_json
+from pastkey.runtime import LanguageModel, load
 
 from ..onnx_text import encode_model
 
@@ -340,3 +341,18 @@ def letters() -> Tokenizer:
 def speaking_bundle(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
     """The tiny decoder with a tokenizer."""
     return make_bundle(tiny, "fused", tokenizer=letters)
+
+
+@pytest.fixture(scope="module", params=["fused", "standard", "static"])
+def model(
+    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+) -> LanguageModel:
+    """The tiny decoder with a tokenizer, loaded, once with each graph."""
+    fields = {"chunk": 8} if request.param == "static" else {}
+    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
+
+
+@pytest.fixture(scope="module")
+def lm(speaking_bundle: Bundle) -> LanguageModel:
+    """The tiny decoder with a tokenizer, loaded."""
+    return load(speaking_bundle.path, threads=1)

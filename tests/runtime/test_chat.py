@@ -90,7 +90,7 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
     # Not in the cache: the last token of the first answer, which was not fed, and what the template wrote after it.
     assert len(".<user>and now.<assistant>") + 1 == 27
     assert prefilled == [first.prompt_tokens, 27]
-    assert (first.reused_tokens, second.reused_tokens) == (0, 87 - 27)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 87 - 27)
     assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [message["content"] for message in chat.messages[2::2]] == [first.text, second.text]
 
@@ -178,7 +178,7 @@ def test_a_new_conversation_keeps_the_system_text(model: LanguageModel) -> None:
     assert chat.messages == [{"role": "system", "content": "be brief"}]
     again = chat.ask("hello", max_new_tokens=5)
     assert again.ids == first.ids
-    assert again.reused_tokens == again.prompt_tokens - 2  # two are fed, for the path of every prefill
+    assert again.cached_tokens == again.prompt_tokens - 2  # two are fed, for the path of every prefill
 
 
 def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model: LanguageModel) -> None:

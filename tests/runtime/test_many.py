@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, OptionError
 from pastkey.runtime import Completion, LanguageModel, load
 
 if TYPE_CHECKING:
-    from .conftest import Tiny
+    pass
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 PROMPTS = ["abc" * (number + 1) for number in range(21)]
-
-
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> LanguageModel:
-    fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
 
 
 def same(found: Completion, expected: Completion) -> bool:

@@ -20,19 +20,6 @@ if TYPE_CHECKING:
 DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
 
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> LanguageModel:
-    fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
-
-
-@pytest.fixture(scope="module")
-def lm(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> LanguageModel:
-    return load(make_bundle(tiny, "fused", tokenizer=letters).path, threads=1)
-
-
 @pytest.fixture(scope="module")
 def mute(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> LanguageModel:
     return load(make_bundle(tiny, "fused").path, threads=1)

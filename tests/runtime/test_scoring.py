@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import LanguageModel
 from pastkey.runtime.engine import engine as engines
 
 if TYPE_CHECKING:
     from .conftest import Tiny
-
-
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> LanguageModel:
-    fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
 
 
 @pytest.mark.parametrize("chunk", [4, 512])

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, OptionError, ResourceError
 from pastkey.runtime import LanguageModel, load
 
 if TYPE_CHECKING:
-    from .conftest import Tiny
+    pass
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
-
-
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> LanguageModel:
-    fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
-
-
-@pytest.fixture(scope="module")
-def fused(speaking_bundle: Bundle) -> LanguageModel:
-    return load(speaking_bundle.path, threads=1)
 
 
 def test_a_text_goes_on_from_where_it_stands(model: LanguageModel) -> None:
@@ -68,8 +53,8 @@ def test_what_was_yielded_stands_in_the_session(model: LanguageModel) -> None:
     assert session.generate(**SETTINGS | {"max_new_tokens": 9}).ids == expected[3:]
 
 
-def test_a_stream_of_an_earlier_state_is_refused(fused: LanguageModel) -> None:
-    session = fused.session()
+def test_a_stream_of_an_earlier_state_is_refused(lm: LanguageModel) -> None:
+    session = lm.session()
     made = session.stream("abc", **SETTINGS)
     session.append("x")
     with pytest.raises(InputError, match="the session went on since this stream was made"):
@@ -106,8 +91,8 @@ def test_trim_and_keep_go_back(model: LanguageModel) -> None:
             session.trim(length)  # type: ignore[arg-type]
 
 
-def test_what_a_session_cannot_do_is_refused(fused: LanguageModel) -> None:
-    session = fused.session()
+def test_what_a_session_cannot_do_is_refused(lm: LanguageModel) -> None:
+    session = lm.session()
     with pytest.raises(InputError, match="the session is empty: append a text first"):
         session.generate()
     for wrong in ("", [], [99], "a" * 601):
@@ -124,21 +109,21 @@ def test_what_a_session_cannot_do_is_refused(fused: LanguageModel) -> None:
             call()
 
 
-def test_closing_a_session_ends_its_stream(fused: LanguageModel) -> None:
-    session = fused.session()
+def test_closing_a_session_ends_its_stream(lm: LanguageModel) -> None:
+    session = lm.session()
     stream = session.stream("abc", **SETTINGS)
     next(stream)
     session.close()
     assert list(stream) == []
-    assert fused.scheduler.live == 0
+    assert lm.scheduler.live == 0
 
 
 def test_cancel_from_another_thread_keeps_what_was_generated(
-    fused: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = fused.generate("abc", max_new_tokens=500).ids
-    session = fused.session()
-    graph, started = fused.require_open().graph, threading.Event()
+    expected = lm.generate("abc", max_new_tokens=500).ids
+    session = lm.session()
+    graph, started = lm.require_open().graph, threading.Event()
     run = graph.run
 
     def slow(*arguments: Any) -> Any:
@@ -155,7 +140,7 @@ def test_cancel_from_another_thread_keeps_what_was_generated(
     monkeypatch.undo()
     assert completion.finish_reason == "cancelled"
     assert completion.new_tokens < 100
-    assert session.ids == [*fused.prompt_ids("abc"), *completion.ids]
+    assert session.ids == [*lm.prompt_ids("abc"), *completion.ids]
     rest = session.generate(max_new_tokens=20)
     assert [*completion.ids, *rest.ids] == expected[: completion.new_tokens + 20]
 
@@ -194,6 +179,9 @@ def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle: Bundle) ->
         model.generate("abc", max_new_tokens=100)
     session = model.session()
     session.append("a" * 60)
+    with pytest.raises(ResourceError, match=r"the cache of 110 tokens takes"):
+        session.append("a" * 50)
+    assert len(session) == 60
     with pytest.raises(ResourceError, match="others take"):
         model.generate("abc", max_new_tokens=50)
     session.close()

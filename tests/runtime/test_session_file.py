@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
     from .conftest import Tiny
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
-
-
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> LanguageModel:
-    fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
 
 
 @pytest.fixture

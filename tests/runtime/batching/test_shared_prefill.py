@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.bundle import Bundle
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import LanguageModel
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.sampling.random_stream import continuation_seed
 
 if TYPE_CHECKING:
-    from ..conftest import Tiny
+    pass
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
 PROMPT = "abcabcab" * 3
-
-
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> LanguageModel:
-    fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
-
-
-@pytest.fixture(scope="module")
-def lm(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> LanguageModel:
-    return load(make_bundle(tiny, "fused", tokenizer=letters).path, threads=1)
 
 
 def alone(model: LanguageModel, number: int, prompt: str = PROMPT) -> list[int]:

@@ -259,7 +259,7 @@ def test_an_interrupt_ends_an_answer_and_keeps_it(
     assert conversation.messages[-1] == {"role": "assistant", "content": whole[:3]}
     # The cache of what was said is whole: all of it is found again, but the letter that was not fed.
     following = conversation.ask("b", **SETTINGS)
-    assert following.reused_tokens == len("<user>abc.<assistant>") + 2
+    assert following.cached_tokens == len("<user>abc.<assistant>") + 2
 
 
 def test_a_second_interrupt_is_one_as_always() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from pastkey.bundle import Bundle
+from pastkey.errors import NumericsError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.generate import Generation
 from pastkey.runtime.sampling.prompt_lookup import PromptLookup
@@ -150,7 +152,23 @@ def test_a_conversation_goes_on_from_what_was_accepted(session: Engine, tiny: Ti
     following = [*PROMPT, *taken, 8, 9]
     second = Generation(session, following, max_new_tokens=1, reuse_prefix=True)
     assert list(second) == [int(np.argmax(tiny(following)[-1]))]
-    assert second.reused_tokens >= len(PROMPT) + 100
+    assert second.cached_tokens >= len(PROMPT) + 100
+
+
+def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(
+    tiny: Tiny, make_bundle: Callable[..., Bundle]
+) -> None:
+    """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
+    prompt, end = [3, 4, 5] * 5, 9
+    broken = tiny.saying([*prompt[1:], 3, 4, end])
+    broken.weights["position"][17:] = np.nan
+    session = Engine(make_bundle(broken, "fused"), threads=1)
+    generation = Generation(session, prompt, max_new_tokens=30, end_ids=[end])
+    assert list(generation) == [3, 4]
+    assert generation.finish_reason == "stop"
+    assert session.length == 17
+    with pytest.raises(NumericsError, match="position 17"):
+        list(Generation(session, prompt, max_new_tokens=30))
 
 
 def test_the_standard_graph_generates_one_by_one(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
