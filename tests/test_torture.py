@@ -135,33 +135,43 @@ class Train(Scene):
 
 
 class TrainForce(Train):
-    """One with --force over a finished run: that, or the new one, stands at the name."""
+    """One with --force over a finished run: that, or the new one, stands at the name.
+
+    A run that was saved and ended before the exchange lies beside it, where it is resumed, as the message says.
+    """
 
     def reset(self) -> None:
         super().reset()
         shutil.copytree(self.given / "seed0", self.out)
-        self.replaced = False
+        self.begun = False
 
     def command(self) -> dict[str, Any]:
-        if self.replaced:
+        if self.begun:
             return {"arguments": ("train", "--out", self.out, "--resume")}
         data = ("--data", self.given / "text.txt", *FLAGS)
         return {"arguments": ("train", "--out", self.out, *data, "--seed", 1, "--force")}
 
     def check(self) -> None:
-        checkpoint = load_checkpoint(self.out)
-        if checkpoint.training["settings"]["seed"] == 0:
-            assert not self.replaced
-            kept = {name: content for name, content in files(self.out).items() if name != "training/lock"}
+        name, training = self.work / "c", self.work / "c.training"
+        replaced = load_checkpoint(name).training["settings"]["seed"] == 1
+        if not replaced:
+            kept = {file: content for file, content in files(name).items() if file != "training/lock"}
             assert kept == files(self.given / "seed0")
-            return
-        if not self.replaced:
-            self.replaced, self.step = True, 0
-        super().check()
+        if not self.begun and (replaced or self.is_saved(training)):
+            self.begun, self.out = True, name if replaced else training
+        if self.begun:
+            assert replaced == (self.out == name)
+            super().check()
+
+    @staticmethod
+    def is_saved(training: Path) -> bool:
+        """Whether a run there has learnt something: one at step 0 is begun anew."""
+        return training.exists() and load_checkpoint(training).training["step"] > 0
 
     def ended(self, locks: bool = True) -> None:
         super().ended(locks)
-        assert [path.name for path in self.work.iterdir()] == ["c"]
+        beside = {path.name for path in self.work.iterdir()} - {"c", self.out.name}
+        assert beside <= (set() if locks else {"c.training"})  # what the disk kept from being removed
 
 
 class Export(Scene):

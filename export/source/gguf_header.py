@@ -27,7 +27,7 @@ _LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's entry, without name and axe
 _LEAST_PAIR = 8 + 4 + 1
 _MOST_AXES, _MOST_ALIGNMENT = 8, 1 << 20
 _LONGEST_TEXT = 1 << 24  # bytes, of a chat template or a token
-_MOST_LAYERS = "block_count"
+_LAYERS = "block_count"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _header(walk: _Walk) -> GgufHeader:
         raise ValueError(f"its alignment is {alignment!r:.60}")
     start = -(-walk.position // alignment) * alignment
     for key, value in values.items():
-        if key.endswith(f".{_MOST_LAYERS}") and (not isinstance(value, int) or not 0 <= value <= tensors):
+        if key.endswith(f".{_LAYERS}") and (not isinstance(value, int) or not 0 <= value <= tensors):
             raise ValueError(f"its {key} is {value!r:.60}, and it has {tensors} tensors")
     return GgufHeader(
         values,

@@ -186,11 +186,10 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
     headers = [read_header(file) for file in folder.glob(f"*{_SAFETENSORS}")]
     tensors, elements = sum(map(len, headers)), sum(t.elements for header in headers for t in header.values())
     for own in (config, *(part for part in config.values() if isinstance(part, dict))):
-        sizes = {name: _first_size(own, keys) for name, keys in _SIZES.items()}
-        products = {name: sizes["width"] * sizes[name] for name in ("vocabulary", "inner", "heads")}
-        products |= {"all layers": sizes["layers"] * products["inner"]}
-        beyond = next((name for name, product in products.items() if product > _SLACK * (elements + 4096)), None)
-        if sizes["layers"] > max(64, tensors) or sizes["positions"] > _MOST_POSITIONS or beyond is not None:
+        sizes = {name: _largest_size(own, keys) for name, keys in _SIZES.items()}
+        largest = sizes["width"] * max(sizes["vocabulary"], sizes["layers"] * sizes["inner"], sizes["heads"])
+        beyond = largest > _SLACK * (elements + 4096)
+        if sizes["layers"] > max(64, tensors) or sizes["positions"] > _MOST_POSITIONS or beyond:
             told = ", ".join(f"{keys[0]} {shown(sizes[name])}" for name, keys in _SIZES.items())
             raise InputError(
                 f"{folder / names.CONFIG} asks for more than the {tensors:,} tensors with {elements:,} weights beside"
@@ -198,7 +197,7 @@ def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _first_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:
+def _largest_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:
     return max((value for key in keys if is_int(value := config.get(key), 1)), default=1)
 
 

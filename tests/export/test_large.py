@@ -9,7 +9,8 @@ import torch
 
 import pastkey
 from pastkey.export import export
-from pastkey.export.resources import available_memory, parameters
+from pastkey.export.resources import parameters
+from pastkey.memory import available_memory
 
 from .decoders import Plain
 

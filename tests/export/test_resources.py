@@ -47,11 +47,3 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypa
 def test_what_is_loaded_needs_less() -> None:
     copies = resources._COPIES_AFTER_LOADING
     assert copies["int8"] < resources._COPIES_IN_MEMORY < copies["int4"]
-
-
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say")
-def test_available_memory_is_less_than_the_machine_has() -> None:
-    (total,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
-    found = resources.available_memory()
-    assert found is not None
-    assert 0 < found <= int(total.split()[1]) << 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,20 +142,26 @@ def _original(folder: Path) -> bytes:
     return (folder / names.MANIFEST).read_bytes()
 
 
+@contextlib.contextmanager
+def _changed(folder: Path, file: str, content: bytes) -> Iterator[None]:
+    """The folder with this content in one file, which its manifest lists so, unless it is the manifest itself."""
+    whole = (folder / file).read_bytes()
+    _original(folder)
+    try:
+        if file == names.MANIFEST:
+            (folder / file).write_bytes(content)
+        else:
+            _mended(folder, file, content)
+        yield
+    finally:
+        (folder / file).write_bytes(whole)
+        (folder / names.MANIFEST).write_bytes(_original(folder))
+
+
 def _in_bundle(file: str, use: Callable[[Any], object]) -> Callable[[bytes], object]:
     def read(content: bytes) -> object:
-        folder = bundle_folder()
-        whole = (folder / file).read_bytes()
-        _original(folder)
-        try:
-            if file == names.MANIFEST:
-                (folder / file).write_bytes(content)
-            else:
-                _mended(folder, file, content)
-            return use(open_bundle(folder, verify=True))
-        finally:
-            (folder / file).write_bytes(whole)
-            (folder / names.MANIFEST).write_bytes(_original(folder))
+        with _changed(bundle_folder(), file, content):
+            return use(open_bundle(bundle_folder(), verify=True))
 
     return read
 
@@ -288,21 +295,11 @@ def checkpoint_folder() -> Path:
 
 def _in_checkpoint(file: str) -> Callable[[bytes], object]:
     def read(content: bytes) -> object:
-        folder = checkpoint_folder()
-        whole = (folder / file).read_bytes()
-        _original(folder)
-        try:
-            if file == names.MANIFEST:
-                (folder / file).write_bytes(content)
-            else:
-                _mended(folder, file, content)
-            checkpoint = load_checkpoint(folder)
+        with _changed(checkpoint_folder(), file, content):
+            checkpoint = load_checkpoint(checkpoint_folder())
             resumed = read_training(checkpoint)
             _restore_moments(make_optimizer(checkpoint.model, resumed.config), checkpoint.model, resumed.moments, 3)
             return resumed.step
-        finally:
-            (folder / file).write_bytes(whole)
-            (folder / names.MANIFEST).write_bytes(_original(folder))
 
     return read
 
