@@ -83,12 +83,12 @@ def _is_named(file: int, place: int) -> bool:
         return False
 
 
-def _take(descriptor: int) -> bool | None:
-    """Whether a lock was taken; None where there are none."""
+def _take(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Whether a lock was taken, now or with `wait` when it is free; None where there are none."""
     if sys.platform == "win32":
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # some network file systems
@@ -105,7 +105,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        _take(descriptor)
+        _take(descriptor, wait=True)  # for a moment, `is_held` of another process has it
         yield
     finally:
         os.close(descriptor)
