@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from pastkey import names
 from pastkey.bundle import open_bundle
 from pastkey.runtime import Engine, Generation, SamplingConfig
 
@@ -54,8 +55,8 @@ class Call:
 
     def settings(self) -> dict[str, Any]:
         """As examples/generate/generate.mjs takes them."""
-        given = dataclasses.asdict(self.sampling) | {"seed": str(self.sampling.seed)}
-        given |= {"max_new_tokens": self.new_tokens, "end_ids": self.ends}
+        given: dict[str, Any] = {name: getattr(self.sampling, name) for name in ("top_k", *names.GENERATE_NUMBERS)}
+        given |= {"seed": str(self.sampling.seed), "max_new_tokens": self.new_tokens, "end_ids": self.ends}
         return {re.sub("_(.)", lambda found: found[1].upper(), name): value for name, value in given.items()}
 
     def words(self) -> list[str]:
