@@ -15,6 +15,7 @@ MATRIX ?=
 CHOSEN = $(if $(MATRIX),,$(if $(SLOW),not matrix,not slow))
 WORKERS ?= 2
 KILLS ?= 1000
+SOAK_MINUTES ?= 30
 BENCH_ARGS ?=
 DOCS := .venv-docs
 # `make quick` runs every test file but these, which train, export, or run many sessions: a new one is quick until it
@@ -40,7 +41,7 @@ OLDEST_TESTS := $(addprefix tests/,train export/graph/test_clean.py export/graph
 # Other inputs to every reader, for MINUTES by random seeds, then for as long by atheris where pip has it.
 MINUTES ?= 10
 
-.PHONY: demo test quick fuzz check types ci matrix torture further oldest runtime-oldest runtime-newest figures bench docs clean
+.PHONY: demo test quick fuzz check types ci matrix torture soak further oldest runtime-oldest runtime-newest figures bench docs clean
 
 # From nothing to text: train on the built-in stories, export to fp32 and int8, prove it, tell a story.
 demo: $(VENV)/installed
@@ -82,6 +83,10 @@ matrix:
 # Kills commands KILLS times, and lets each call that changes the disk fail: some hours on two cores. CI runs a few.
 torture: $(VENV)/installed
 	PASTKEY_KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_torture.py $(PYTEST_ARGS)
+
+# One model under sixteen threads for SOAK_MINUTES: right texts, and memory that does not grow.
+soak: $(VENV)/installed
+	PASTKEY_SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest -s tests/runtime/test_soak.py $(PYTEST_ARGS)
 
 further:
 	$(MAKE) oldest
