@@ -107,7 +107,7 @@ def test_the_loop_goes_on_meanwhile(model: LanguageModel, monkeypatch: pytest.Mo
             count += 1
         return count
 
-    assert asyncio.run(ticks()) > 20
+    assert asyncio.run(ticks()) > 4  # one, where it waits for the generation
 
 
 def test_errors_come_where_they_belong(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
