@@ -47,6 +47,7 @@ class Decoder:
     observation: Observation
     choice: GraphChoice
     padding: bool = True  # whether rows of different lengths may share a batch
+    hidden_size: int | None = None  # H, where the graph has an output head
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ class BundleWriter:
             bos_token_id=source.bos_token_id,
             eos_token_ids=source.eos_token_ids,
             padding=self.decoder.padding,
+            hidden_size=self.decoder.hidden_size if self.config.hidden_states else None,
             operators=count_operators(model),
         )
-        weight_bytes = write_graphs(model, folder, precision)
+        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size)
         return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:

@@ -65,6 +65,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="a whole generation as one graph, too: one call from any language takes a prompt and gives the new ids",
     )
     add(
+        "--hidden-states",
+        action="store_true",
+        help="pastkey's own graph gives the last hidden states, too, for embeddings of texts: lm.embed in Python",
+    )
+    add(
         "--chunk",
         type=positive_int,
         metavar="T",

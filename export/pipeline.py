@@ -36,6 +36,7 @@ from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import LARGEST, to_float16
 from .graph.fuse import fuse, where_rotated
+from .graph.output_head import hidden_size, output_head
 from .graph.static import write_static_graphs
 from .measure.verify import Verification
 from .ort_format import write_ort_format
@@ -110,6 +111,7 @@ def export(
     allow_fallback: bool = ExportConfig.allow_fallback,
     format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
     generate: bool = ExportConfig.generate,
+    hidden_states: bool = ExportConfig.hidden_states,
     chunk: int | None = ExportConfig.chunk,
     progress: Progress = SILENT,
 ) -> Report:
@@ -146,6 +148,7 @@ def export(
         allow_fallback: Whether the processor may run there what the provider leaves.
         format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
         generate: A whole generation is written as one graph, too, for programs in any language.
+        hidden_states: pastkey's own graph gives the last hidden states, too, for `LanguageModel.embed`.
         chunk: Of the static graph, tokens of a run of prefill.
         progress: Is told each stage, how far it is, and warnings.
 
@@ -179,6 +182,7 @@ def export(
         allow_fallback=allow_fallback,
         format=format,
         generate=generate,
+        hidden_states=hidden_states,
         chunk=chunk,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
@@ -193,6 +197,7 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
     calibration = _read_calibration(source, config)
     decoder = _make_graph(source, config.common, progress)
     _require_masks(decoder, config)
+    _require_head(decoder, config)
     with whole_folder(out, force=config.force) as folder:
         writer = BundleWriter(decoder, config, progress)
         bundle, fp32_bytes = writer.write(decoder.model, folder if config.precision == "fp32" else folder / ".fp32")
@@ -309,7 +314,18 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
 
 def _cleaned(source: Source, model: ir.Model, observation: Observation, choice: GraphChoice) -> Decoder:
     clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
-    return Decoder(source, model, observation, choice, observation.padding)
+    head = output_head(model)
+    width = None if head is None else hidden_size(head)
+    return Decoder(source, model, observation, choice, observation.padding, width)
+
+
+def _require_head(decoder: Decoder, config: ExportConfig) -> None:
+    """Raises ContractError where there is nothing to be the last hidden states."""
+    if config.hidden_states and decoder.hidden_size is None:
+        raise ContractError(
+            f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "
+            "its logits: export without --hidden-states"
+        )
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ class Manifest:
     bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these
     padding: bool = True  # whether rows of different lengths may share a batch
+    hidden_size: Size | None = None  # H, where pastkey's own graph gives the last hidden states, too
     operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
@@ -180,6 +181,8 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
         require((graph == "static") == (static is not None), "static", static, "there where the graph is static")
         require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")
         require(not manifest.states or graph == "standard", "states", manifest.states, "those of a standard graph")
+        hidden = manifest.hidden_size
+        require(hidden is None or static is None, "hidden_size", hidden, "that of a graph that is not static")
         release = manifest.min_onnxruntime
         require(bool(re.fullmatch(_RELEASE, release)), "min_onnxruntime", release, "a release, such as 1.26.0")
     except InputError as error:

@@ -25,6 +25,7 @@ from .static_graphs import StaticGraphs
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+HiddenStates = npt.NDArray[np.float32]
 
 
 class GraphOptions(PlacementOptions, total=False):
@@ -121,6 +122,7 @@ class DecoderGraph:
         self.sessions = {path: self.onnx}
         self.providers: list[str] = self.onnx.get_providers()
         self._inputs = {value.name for value in self.onnx.get_inputs()}
+        self._outputs = {value.name for value in self.onnx.get_outputs()}
         self._folder = path.parent.absolute()
         self._static_decode: Any = None
         if manifest.static is not None:
@@ -198,7 +200,7 @@ class DecoderGraph:
 
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,
-            mask: Ids | None = None) -> Logits:  # fmt: skip
+            mask: Ids | None = None, *, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
         """Runs the new tokens `ids` (B, T) at `positions` (B, T) through a cache. The one place where it is run.
 
         Args:
@@ -209,9 +211,10 @@ class DecoderGraph:
             total: Tokens of the longest row with the new ones, padding included.
             keep: How many last positions have logits.
             mask: (B, total), 1 for a real token; None for a graph that takes none.
+            hidden: Whether the last hidden states of all new tokens are returned.
 
         Returns:
-            Logits (B, keep, V), in an array of their own.
+            Logits (B, keep, V), or last hidden states (B, T, H), in an array of their own.
         """
         # A bound value is no copy: these arrays must outlive the run.
         feeds: dict[str, npt.NDArray[Any]] = {names.INPUT_IDS: ids, names.POSITION_IDS: positions}
@@ -232,7 +235,12 @@ class DecoderGraph:
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, value(array))
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
+        if hidden:  # behind all else; in memory of onnxruntime's, since a binding holds on to an output
+            binding.bind_output(names.LAST_HIDDEN_STATE)
         cache.onnx.run_with_iobinding(binding)
+        if hidden:
+            states: HiddenStates = binding.get_outputs()[-1].numpy()
+            return states
         return logits
 
     # --- checks ---------------------------------------------------------------------------------------------------
@@ -258,8 +266,21 @@ class DecoderGraph:
             raise InputError(f"{found}; the context is {context}: shorten the text, or export with a larger --context")
         return np.ascontiguousarray(array, np.int64)
 
-    def checked_mask(self, mask: npt.ArrayLike, ids: Ids, start: int) -> Ids | None:
-        """`mask` as int64, or None when nothing is padded. Raises InputError where it cannot be taken."""
+    def require_hidden_states(self) -> None:
+        """Raises InputError unless the graph gives the last hidden states."""
+        if names.LAST_HIDDEN_STATE not in self._outputs:
+            again = "export it again with  pastkey export SOURCE --out BUNDLE --hidden-states"
+            if self.manifest.hidden_size is not None:
+                again = 'open graph="last_logits"'
+            elif self.manifest.static is not None:
+                again = f"{again}, and for a target without static graphs, such as cpu"
+            raise InputError(f"this bundle's graph gives logits and no hidden states: {again}")
+
+    def checked_mask(self, mask: npt.ArrayLike, ids: Ids, start: int, *, every: bool) -> Ids | None:
+        """`mask` as int64, or None when nothing is padded. Raises InputError where it cannot be taken.
+
+        `every`: whether the run gives something for every position.
+        """
         array = np.asarray(mask).astype(np.int64)
         if not self.manifest.padding and not array.all():
             raise InputError(
@@ -270,7 +291,7 @@ class DecoderGraph:
             raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         if array.all():
             return None
-        if not self.every and not array[:, -1].all():
+        if not every and not array[:, -1].all():
             raise InputError(
                 'a row ends in padding, and this graph gives the last position only: open graph="all_logits"'
             )
@@ -287,15 +308,20 @@ class DecoderGraph:
             )
         return array
 
-    def check_finite(self, logits: Logits, start: int, tokens: int, mask: Ids | None = None) -> None:
-        """Raises NumericsError unless all `logits` (B, keep, V), of the last of `tokens` after `start`, are finite."""
-        finite = np.isfinite(logits).all(axis=-1)  # (B, T), or (B, keep)
-        if mask is not None and self.every:
+    def check_finite(
+        self, found: HiddenStates | Logits, start: int, tokens: int, mask: Ids | None = None, *, hidden: bool = False
+    ) -> None:
+        """Raises NumericsError unless all that a run found is finite.
+
+        `found` are logits (B, keep, V) of the last of `tokens` after `start`, or hidden states (B, T, H).
+        """
+        finite = np.isfinite(found).all(axis=-1)  # (B, T), or (B, keep)
+        if mask is not None and (self.every or hidden):
             finite |= mask == 0
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
-            position = start + tokens - logits.shape[1] + int(column)
+            position = start + tokens - found.shape[1] + int(column)
             raise NumericsError(
-                f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
+                f"the {'hidden states' if hidden else 'logits'} at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )

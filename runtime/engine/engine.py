@@ -16,7 +16,7 @@ from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError
 
 from .cached_ids import CachedIds
-from .decoder_graph import DecoderGraph, GraphOptions, Ids, Logits
+from .decoder_graph import DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .int8_kv import CachePair
 from .static_graphs import StaticGraphs
 
@@ -302,16 +302,34 @@ class Engine:
             Logits (B, T, V), or (B, 1, V) of the graph "last_logits". Those at padding mean nothing.
         """
         ids = self.checked(ids, 2)
-        return self._run(ids, None if mask is None else self.graph.checked_mask(mask, ids, self.length))
+        every = self.graph.every
+        return self._run(ids, None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=every))
+
+    @_one_at_a_time
+    def hidden_states(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> HiddenStates:
+        """Appends tokens as `forward` does; returns what the output head multiplies, behind the last norm.
+
+        Args:
+            ids: (B, T), at least one.
+            mask: (B, T), 1 for a real token and 0 for padding; None for no padding.
+
+        Returns:
+            The last hidden states (B, T, H). Those at padding mean nothing. Raises InputError where the bundle was
+            exported without them.
+        """
+        self.graph.require_hidden_states()
+        ids = self.checked(ids, 2)
+        checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=True)
+        return self._run(ids, checked, hidden=True)
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1) -> Logits:
-        """Appends checked ids (B, T); `keep`: how many last positions have logits."""
+    def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False) -> HiddenStates | Logits:
+        """Appends checked ids (B, T); `keep`: how many last positions have logits. `hidden`: see DecoderGraph.run."""
         batch, tokens = ids.shape
         graph = self.graph
         if graph.one_by_one and tokens > 1:
-            singly = [self._run(ids[:, i : i + 1]) for i in range(tokens)]
-            return np.concatenate(singly if graph.every else singly[-keep:], 1)
+            singly = [self._run(ids[:, i : i + 1], hidden=hidden) for i in range(tokens)]
+            return np.concatenate(singly if graph.every or hidden else singly[-keep:], 1)
         start = self.length
         keep = tokens if graph.every else keep
         if graph.fused and batch > 1 and tokens > 1 and start:
@@ -326,13 +344,13 @@ class Engine:
             cache = self.cache.for_run(batch, tokens, padded=padded)
             full_mask, positions = self._mask_and_positions(batch, tokens, mask)
             real = full_mask.sum(1) if padded else np.full(batch, start + tokens)
-            logits = graph.run(cache, ids, positions, real, start + tokens, keep, full_mask)
-            graph.check_finite(logits, start, tokens, mask)
+            found = graph.run(cache, ids, positions, real, start + tokens, keep, full_mask, hidden=hidden)
+            graph.check_finite(found, start, tokens, mask, hidden=hidden)
             cache.advance(tokens)
             self._mask = full_mask if padded else None
             self._count_exact(start, batch, tokens)
             cached += ids[0].tolist()
-        return logits
+        return found
 
     def advance_batched(self, token: int) -> None:
         """Takes in a token that was run among rows of other engines, in this one's memory."""

@@ -233,6 +233,8 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
     if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
         expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
+        if manifest.hidden_size is not None:
+            expected[names.LAST_HIDDEN_STATE] = [names.BATCH, names.SEQUENCE, manifest.hidden_size]
     if names.EMBEDDING_ROWS in found:
         expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
     return expected
