@@ -23,17 +23,12 @@ from .constraints.lazy import LazyVocabulary
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generation_config import sampling_defaults
+from .hidden_states import embed
 from .many import StreamMany, all_completed, several, token_ids
 from .opening import open_prompt
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
-from .settings import (
-    GENERATE_OPTIONS,
-    ChatOptions,
-    GenerateOptions,
-    PlacementOptions,
-    require_known,
-)
+from .settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, require_known
 from .stream import Stream
 from .text.codec import TextCodec
 
@@ -401,6 +396,30 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
         """
         return score(self, self.prompt_ids(text))
+
+    def embed(
+        self,
+        text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """The embedding of a text, or of each of several: its last hidden states, which the output head reads, pooled.
+
+        Args:
+            text: As `prompt` in `generate`.
+            pooling: "mean" over the tokens; "last", the last token's; "none", one vector for each token of one text.
+            normalize: Makes the length of each vector 1.
+
+        Returns:
+            (H,); of several texts (N, H), in their order; with "none" (T, H).
+
+        Raises:
+            InputError: The bundle was exported without `--hidden-states`; or as in `score`.
+            NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
+        """
+        return embed(self, text, pooling, normalize=normalize)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids that a prompt is fed as.

@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pastkey.errors import OptionError
 from pastkey.values import is_int, is_number, require
@@ -22,6 +22,8 @@ MAX_DRAFT_TOKENS = 3  # of a step, beside the token that is certain
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 
+
+Pooling = Literal["mean", "last", "none"]  # of an embedding; llama.cpp's words
 
 LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
 

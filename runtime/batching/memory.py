@@ -22,9 +22,12 @@ class CacheMemory:
         """Bytes of a cache of so many tokens, and of the context at most."""
         return self._graph.bytes_per_token * min(tokens, self._graph.manifest.context_length)
 
-    def promise(self, engine: Engine, tokens: int) -> None:
-        """Takes note that an engine's cache grows to so many tokens. Raises ResourceError where there is no room."""
-        needed = self.estimate(tokens)
+    def promise(self, engine: Engine, tokens: int, rows: int = 1) -> None:
+        """Takes note that an engine's cache grows to so many tokens in each of its rows.
+
+        Raises ResourceError where there is no room.
+        """
+        needed = rows * self.estimate(tokens)
         if self._most is None:
             return
         others = sum(size for other, size in list(self._promised.items()) if other is not engine)

@@ -235,11 +235,11 @@ class DecoderGraph:
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, value(array))
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
-        if hidden:  # behind all else; in memory of onnxruntime's, since a binding holds on to an output
+        if names.LAST_HIDDEN_STATE in self._outputs:  # always: a binding would hold on to what one run gave, and fail
             binding.bind_output(names.LAST_HIDDEN_STATE)
         cache.onnx.run_with_iobinding(binding)
         if hidden:
-            states: HiddenStates = binding.get_outputs()[-1].numpy()
+            states: HiddenStates = binding.get_outputs()[-1].numpy()  # which was bound last
             return states
         return logits
 
@@ -321,7 +321,8 @@ class DecoderGraph:
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
             position = start + tokens - found.shape[1] + int(column)
+            what = "hidden states" if hidden else "logits"
             raise NumericsError(
-                f"the {'hidden states' if hidden else 'logits'} at position {position} of row {row} are not finite (NaN or infinity): the weights are "
+                f"the {what} at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )

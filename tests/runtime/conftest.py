@@ -68,6 +68,11 @@ class Tiny:
 
     def __call__(self, ids: Sequence[int] | Array) -> Array:
         """The reference: logits (T, V) of an uncached pass over one row, in float64."""
+        logits: Array = self.hidden_states(ids) @ self.weights["embedding"].astype(np.float64).T
+        return logits
+
+    def hidden_states(self, ids: Sequence[int] | Array) -> Array:
+        """What is multiplied for them, (T, E)."""
         w = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
         count = len(ids)
         x = w["embedding"][list(ids)] + w["position"][:count]  # (T, E)
@@ -82,7 +87,7 @@ class Tiny:
                 scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
                 heads.append(scores / scores.sum(axis=-1, keepdims=True) @ v[:, h // (H // K)])
             x = x + np.concatenate(heads, axis=-1) @ w[f"wo{i}"]
-        return x @ w["embedding"].T
+        return x
 
 
 FUSED_MASK = """
@@ -188,10 +193,13 @@ def static_graph(tiny: Tiny, tokens: int) -> str:
     return text
 
 
-def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION) -> str:
+def tiny_graph(
+    tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION, hidden: bool = False
+) -> str:
     """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8.
 
-    A graph of last positions has the inputs of a bundle of this format version.
+    A graph of last positions has the inputs of a bundle of this format version, and with `hidden` the last hidden
+    states as an output.
     """
     mask, attention = {
         "static": ("", STATIC_ATTENTION),
@@ -223,6 +231,9 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, format_version: int =
         body += attention.format(i=i, H=H, K=K, **sizes)
         body += f"o{i} = MatMul(a{i}, wo{i})\n x{i + 1} = Add(x{i}, o{i})\n"
     end = f"x{len(tiny.layers)}"
+    if hidden:
+        outputs.append(f"float[B, T, {E}] {names.LAST_HIDDEN_STATE}")
+        body += f"{names.LAST_HIDDEN_STATE} = Identity({end})\n"
     if last_only:
         body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
         body += "start = Neg(logits_to_keep)\n" if format_version == 1 else "start = Identity(logits_start)\n"
@@ -250,7 +261,8 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
     With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
-    an int8 cache, too. A static one needs `chunk`.
+    an int8 cache, too, and with `hidden_size=E` the graphs of last positions give the last hidden states. A static one
+    needs `chunk`.
     """
     (folder / "onnx").mkdir(parents=True)
     form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
@@ -262,7 +274,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         texts[names.STATIC_DECODE_GRAPH] = static_graph(tiny, 1)
         texts[names.STATIC_PREFILL_GRAPH] = static_graph(tiny, fields["static"].chunk)
     else:
-        texts[names.LAST_LOGITS_GRAPH] = tiny_graph(tiny, graph, last_only=True, **form)
+        texts[names.LAST_LOGITS_GRAPH] = tiny_graph(tiny, graph, last_only=True, hidden="hidden_size" in fields, **form)
     for path, text in texts.items():
         model, data = encode_model(text, tiny.weights, data_file)
         (folder / path).write_bytes(model)
@@ -272,7 +284,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         scales = int8_kv_scales(tiny)
         pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
         metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
-        text = tiny_graph(tiny, "int8_kv", last_only=True, **form)
+        text = tiny_graph(tiny, "int8_kv", last_only=True, hidden="hidden_size" in fields, **form)
         model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
         (folder / names.INT8_KV_GRAPH).write_bytes(model)
     tokenizer = fields.pop("tokenizer", None)
