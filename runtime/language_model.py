@@ -115,11 +115,13 @@ class LanguageModel:
     def close(self) -> None:
         """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
         self._engine = None
-        self.scheduler.close()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-        if self._temporary is not None:
-            self._temporary()
+        try:
+            self.scheduler.close()
+        finally:  # whatever interrupts it
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
+            if self._temporary is not None:
+                self._temporary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process loads the bundle again, by its path."""

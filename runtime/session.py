@@ -69,9 +69,11 @@ class Session:
         Raises:
             InputError: It is empty, has no tokens or is too long for the context; the session is closed or generates.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`. The session is as it was.
+            ResourceError: The cache would take more than `max_memory`.
+
+        After an error the session is as it was.
         """
-        engine = self._idle()
+        engine, before = self._idle(), self._ids
         ids = [*self._ids, *self._encode(text)]
         engine.checked(ids, 1, start=0)
         self._model.memory.promise(engine, len(ids))
@@ -84,9 +86,14 @@ class Session:
                 sizes = engine.chunk_sizes(len(missing))
                 engine.append(missing[: sizes[0]])
 
-        scheduler.exclusively(lambda: engine.keep_prefix(ids))
-        while engine.length < len(ids) - 2 and not self._cancelled:
-            scheduler.exclusively(run)
+        try:
+            scheduler.exclusively(lambda: engine.keep_prefix(ids))
+            while engine.length < len(ids) - 2 and not self._cancelled:
+                scheduler.exclusively(run)
+        except BaseException:
+            self._ids = before
+            self._cut(engine)
+            raise
 
     def generate(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Completion:
         """Continues the text.
@@ -139,8 +146,7 @@ class Session:
         if not is_int(length) or not 0 <= length <= len(self._ids):
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {length}")
         del self._ids[length:]
-        if engine.length > length:
-            self._model.scheduler.exclusively(engine.reset if engine.manifest.states else lambda: engine.trim(length))
+        self._cut(engine)
 
     def fork(self) -> Session:
         """Another session with the same text and a copy of its cache."""
@@ -188,6 +194,12 @@ class Session:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _cut(self, engine: Engine) -> None:
+        """Forgets in the cache what is not of the text."""
+        length = len(self._ids)
+        if engine.length > length:
+            self._model.scheduler.exclusively(engine.reset if engine.manifest.states else lambda: engine.trim(length))
+
     def _encode(self, text: str | Sequence[int]) -> list[int]:
         if isinstance(text, str) and self._ids and self._model.tokenizer is not None:
             return self._model.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -208,7 +220,10 @@ class Session:
         def retired(ended: Generation) -> None:
             self._model.scheduler.move_out(engine)
             if self._generation is ended:
-                self._ids, self._generation = list(ended.ids), None
+                failed = ended.error is not None and not ended.new_tokens  # on what was appended: nothing stays of it
+                self._ids, self._generation = before if failed else list(ended.ids), None
+                if engine.length > len(self._ids):
+                    engine.reset() if engine.manifest.states else engine.trim(len(self._ids))
 
         before = list(self._ids)
 

@@ -200,7 +200,7 @@ class DecoderGraph:
 
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,
-            mask: Ids | None = None, *, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
+            mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
         """Runs the new tokens `ids` (B, T) at `positions` (B, T) through a cache. The one place where it is run.
 
         Args:

@@ -344,7 +344,7 @@ class Engine:
             cache = self.cache.for_run(batch, tokens, padded=padded)
             full_mask, positions = self._mask_and_positions(batch, tokens, mask)
             real = full_mask.sum(1) if padded else np.full(batch, start + tokens)
-            found = graph.run(cache, ids, positions, real, start + tokens, keep, full_mask, hidden=hidden)
+            found = graph.run(cache, ids, positions, real, start + tokens, keep, full_mask, hidden)
             graph.check_finite(found, start, tokens, mask, hidden=hidden)
             cache.advance(tokens)
             self._mask = full_mask if padded else None
