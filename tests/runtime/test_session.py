@@ -213,7 +213,7 @@ def test_what_fails_leaves_a_session_as_it_was(
     session.append("once")
     for failing in (session.append, session.generate):
         with pytest.raises(NumericsError):
-            failing("a text that is longer than those 20 tokens")
+            failing("a text that is far longer than those that it takes")
         assert session.text == "once"
     session.save(tmp_path / "saved")
     for one in (session, model.load_session(tmp_path / "saved")):
