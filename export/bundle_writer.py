@@ -142,7 +142,7 @@ class BundleWriter:
         try:
             engine = Engine(
                 bundle,
-                session_entries=dict(config.session_entries or ()),
+                session_options=dict(config.session_options or ()),
                 allow_fallback=config.allow_fallback,
             )
         except StartError as error:

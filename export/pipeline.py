@@ -107,7 +107,7 @@ def export(
     weights: str | Path | None = ExportConfig.weights,
     eos: int | Sequence[int] | None = ExportConfig.eos,
     provider_options: Options | None = ExportConfig.provider_options,
-    session_entries: Options | None = ExportConfig.session_entries,
+    session_options: Options | None = ExportConfig.session_options,
     allow_fallback: bool = ExportConfig.allow_fallback,
     format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
     generate: bool = ExportConfig.generate,
@@ -144,7 +144,7 @@ def export(
             weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand is left as it is.
         eos: The token id, or ids, that end a text, instead of the source's own.
         provider_options: Of the target's execution provider, where the bundle is proved at its end.
-        session_entries: Settings of onnxruntime's session there.
+        session_options: Options of onnxruntime's session there, as of `pastkey.load`.
         allow_fallback: Whether the processor may run there what the provider leaves.
         format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
         generate: A whole generation is written as one graph, too, for programs in any language.
@@ -178,7 +178,7 @@ def export(
         weights=weights,
         eos=eos,
         provider_options=provider_options,
-        session_entries=session_entries,
+        session_options=session_options,
         allow_fallback=allow_fallback,
         format=format,
         generate=generate,

@@ -59,7 +59,7 @@ class ExportConfig:
     eos: int | Sequence[int] | None = None  # token ids that end a text; None: the source's
     # Of the provider where the bundle is proved at its end; names and values are onnxruntime's.
     provider_options: Options | None = None
-    session_entries: Options | None = None
+    session_options: Options | None = None
     allow_fallback: bool = False  # the processor may run what that provider leaves
     chunk: int | None = None  # tokens of a run of prefill of the static graph; None: STATIC_CHUNK
 

@@ -307,7 +307,7 @@ def _compile(arguments: argparse.Namespace) -> int:
         arguments.out,
         arguments.provider,
         dict(arguments.provider_options or ()),
-        dict(arguments.session_entries or ()),
+        dict(arguments.session_options or ()),
         threads=arguments.threads or 0,
         allow_fallback=arguments.allow_fallback,
         force=arguments.force,

@@ -23,7 +23,7 @@ from pastkey.values import is_int, shown
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
 from .language_model import LanguageModel
-from .settings import Choice
+from .settings import Choice, SessionSettings
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
 
@@ -35,7 +35,7 @@ def load(
     verify: bool | None = None,
     *,
     allow_fallback: bool = False,
-    session_entries: Mapping[str, str] | None = None,
+    session_options: SessionSettings | None = None,
     max_memory: int | None = None,
     prefix_bytes: int = PREFIX_BYTES,
     max_batch: int = MAX_ROWS,
@@ -54,7 +54,9 @@ def load(
         allow_fallback: Whether the processor may run what a provider that was asked for leaves. Without it a provider
             that was seen to run a whole graph runs all of this one, or is an error that names the operators; of any
             other one a FallbackWarning names them.
-        session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
+        session_options: What onnxruntime's session options are set to: attributes of onnxruntime.SessionOptions,
+            {"enable_cpu_mem_arena": False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names
+            with a dot, {"session.use_env_allocators": "1"}. What pastkey sets itself, as the threads, is an error.
         max_memory: Bytes that all caches of the model may take together. A call that might need more raises
             ResourceError before it begins. `lm.memory.estimate(tokens)` tells what a cache takes. None for no limit.
         prefix_bytes: Bytes that the caches of earlier texts may take, which `reuse_prefix` and conversations go on
@@ -66,7 +68,7 @@ def load(
         IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it.
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
         MissingExtraError: onnxruntime is not installed, or older than the bundle needs.
-        InputError: An argument has another type, or is out of range.
+        InputError: An argument has another type, or is out of range; or a session option is pastkey's own.
     """
     if threads is not None and not is_int(threads):
         raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
@@ -77,13 +79,12 @@ def load(
             f'providers is {providers!r}; a name such as "cuda", a pair of a name and its options, or a list of these '
             "was expected"
         )
-    if session_entries is not None and not (
-        isinstance(session_entries, Mapping)
-        and all(isinstance(part, str) for item in session_entries.items() for part in item)
+    if session_options is not None and not (
+        isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
     ):
         raise InputError(
-            f'session_entries is {session_entries!r}; a mapping of texts such as {{"session.use_env_allocators": "1"}} '
-            "was expected"
+            f"session_options is {session_options!r:.80}; a mapping of names to values such as "
+            '{"enable_cpu_mem_arena": False} was expected'
         )
     for name, value, least in (
         ("max_memory", max_memory, 1),
@@ -99,7 +100,7 @@ def load(
             providers=providers,
             threads=threads,
             allow_fallback=allow_fallback,
-            session_entries=session_entries,
+            session_options=session_options,
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,

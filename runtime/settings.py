@@ -23,6 +23,7 @@ BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 
 
+SessionSettings = Mapping[str, Any]  # of onnxruntime's session options, by their names
 Pooling = Literal["mean", "last", "none"]  # of an embedding; llama.cpp's words
 
 LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
@@ -89,7 +90,7 @@ class PlacementOptions(TypedDict, total=False):
     providers: Choice | Sequence[Choice] | None
     threads: int | None
     allow_fallback: bool
-    session_entries: Mapping[str, str] | None
+    session_options: SessionSettings | None
 
 
 class SessionOptions(ChatOptions, total=False):

@@ -29,7 +29,7 @@ def compile_bundle(
     out: str | Path,
     provider: str | None = None,
     provider_options: Mapping[str, str] | None = None,
-    session_entries: Mapping[str, str] | None = None,
+    session_options: Mapping[str, str] | None = None,
     *,
     threads: int = 0,
     allow_fallback: bool = False,
@@ -44,7 +44,7 @@ def compile_bundle(
         out: The folder to write.
         provider: A short name; None for the provider that the bundle was made for.
         provider_options: Of the provider: the chip, say.
-        session_entries: Further settings of onnxruntime's session, as {"ep.context_embed_mode": "1"}.
+        session_options: Further options of onnxruntime's session, as {"ep.context_embed_mode": "1"}.
         threads: Threads within an operator; 0 leaves their number to onnxruntime.
         allow_fallback: Whether the processor may run what the provider leaves.
         force: Replaces an existing bundle.
@@ -78,7 +78,7 @@ def compile_bundle(
                 "ep.context_enable": "1",
                 "ep.context_file_path": str(target.absolute()),
                 "ep.context_embed_mode": "0",
-                **(session_entries or {}),
+                **(session_options or {}),
             }
             open_session(
                 graph,
@@ -86,7 +86,7 @@ def compile_bundle(
                 providers=(name, options),
                 threads=threads,
                 allow_fallback=allow_fallback,
-                session_entries=entries,
+                session_options=entries,
             )
             if not target.is_file():
                 raise ProviderError(
@@ -98,7 +98,7 @@ def compile_bundle(
         manifest = dataclasses.replace(bundle.manifest, compiled=compiled, files=records)
         write_json(folder / names.MANIFEST, manifest.to_json())
         made = open_bundle(folder, verify=False)
-        engine = Engine(made, allow_fallback=allow_fallback, session_entries=session_entries)
+        engine = Engine(made, allow_fallback=allow_fallback, session_options=session_options)
         require_golden(engine, made)
         del engine
     return read_bundle(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,7 @@ from pastkey.errors import InputError, NumericsError
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..settings import Choice, PlacementOptions
+from ..settings import Choice, PlacementOptions, SessionSettings
 from .embedding import EmbeddingRows
 from .int8_kv import INT8_KV_FROM, CachePair
 from .static_graphs import StaticGraphs
@@ -58,7 +58,7 @@ class DecoderGraph:
         providers: onnxruntime's names of the execution providers in use, in order of preference.
         threads: Threads within an operator; 0 where onnxruntime chooses.
         one_by_one: Whether several new tokens are run one after another, on a device that computes them right alone.
-        asked: The providers and session entries that were given.
+        asked: The providers and session options that were given.
         every: Whether it gives the logits of every position.
         fused: Whether its cache is a shared buffer.
     """
@@ -71,7 +71,7 @@ class DecoderGraph:
         providers: Choice | Sequence[Choice] | None = None,
         threads: int | None = None,
         allow_fallback: bool = False,
-        session_entries: Mapping[str, str] | None = None,
+        session_options: SessionSettings | None = None,
         profile_prefix: Path | None = None,
         int8_kv_from: int | None = INT8_KV_FROM,
     ) -> None:
@@ -86,7 +86,7 @@ class DecoderGraph:
             threads: Threads within an operator; None for the physical cores this process may use.
             allow_fallback: Whether the processor may run what a provider that was asked for leaves; without it, one
                 that was seen to run a whole graph runs all of it or is refused.
-            session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
+            session_options: See `load`.
             profile_prefix: Where given, onnxruntime records where each operator ran, in a file per graph whose name
                 starts with it.
             int8_kv_from: Tokens in the cache from which on one row is decoded with an int8 cache, where the bundle has
@@ -113,7 +113,7 @@ class DecoderGraph:
             providers=providers,
             threads=self.threads,
             allow_fallback=allow_fallback,
-            session_entries=session_entries,
+            session_options=session_options,
             profile_prefix=profile_prefix,
         )
         if manifest.static is not None:
@@ -138,7 +138,7 @@ class DecoderGraph:
         self._opening = threading.Lock()
         self.int8_kv_from = int8_kv_from
         self.one_by_one = False
-        self.asked = (providers, dict(session_entries or {}))
+        self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
 
     def new_cache(self) -> CachePair | StaticGraphs:
         """An empty cache over this graph."""

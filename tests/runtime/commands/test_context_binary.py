@@ -34,7 +34,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def open_session(path: Path, manifest: Any, **given: Any) -> None:
         calls.append({"path": path.name, **given})
-        target = Path(given["session_entries"]["ep.context_file_path"])
+        target = Path(given["session_options"]["ep.context_file_path"])
         target.write_bytes(path.read_bytes() + UNKNOWN_FIELD)
         target.with_name(f"{target.stem}_qnn.bin").write_bytes(b"binary")
 
@@ -52,8 +52,8 @@ def test_static_graphs_are_compiled_and_everything_else_stays(
     assert [call["path"] for call in opened] == ["pastkey_decode.onnx", "pastkey_prefill.onnx"]
     for call in opened:
         assert call["providers"] == ("QNNExecutionProvider", QNN | {"htp_arch": "73"})
-        assert call["session_entries"]["ep.context_enable"] == "1"
-        assert call["session_entries"]["ep.share_ep_contexts"] == "0"
+        assert call["session_options"]["ep.context_enable"] == "1"
+        assert call["session_options"]["ep.share_ep_contexts"] == "0"
     assert made.manifest.compiled is not None
     assert (made.manifest.compiled.provider, made.manifest.compiled.options["htp_arch"]) == ("qnn", "73")
     assert open_bundle(tmp_path / "out", verify=True).manifest == made.manifest
