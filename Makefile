@@ -23,11 +23,11 @@ DOCS := .venv-docs
 NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat fuzz programs)) \
 	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples picture readme torture trained) \
 	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline targets terminal verify_command) \
-	$(addprefix export/graph/test_,clean embedding_rows fuse last_logits output_head rotary save) \
-	$(addprefix export/measure/test_,eval_command evaluate predictors reference texts verify) \
+	$(addprefix export/graph/test_,clean embedding_rows fuse hidden_states last_logits output_head rotary save) \
+	$(addprefix export/measure/test_,eval_command evaluate hidden_states predictors reference texts verify) \
 	$(addprefix export/quantize/test_,activations int4 int8 int8_kv merge odd_weights report rewrite_decoders) \
 	$(addprefix export/quantize/test_,sensitivity smoothing switches) \
-	$(addprefix runtime/test_,chat cli generate language_model) \
+	$(addprefix runtime/test_,chat cli generate hidden_states language_model) \
 	$(addprefix runtime/,commands/test_bench commands/test_inspection commands/test_terminal) \
 	$(addprefix runtime/constraints/test_,lazy matcher vocabulary) \
 	$(addprefix runtime/,engine/test_engine engine/test_int8_kv providers/test_open) \
