@@ -45,7 +45,7 @@ def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
                 seen.append((args[place], made.shape))
             return made
 
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]  # torch has no types there
         logits = run_uncached(module, torch.from_numpy(ids[None])).logits
     for hidden, shape in reversed(seen):
         if shape[-1] == logits.shape[-1] and shape.numel() == logits.numel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ class Headed(nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         del position_ids
         hidden, weight = torch.tanh(self.embedding(input_ids)), self.head.weight
-        ways = {
+        ways: dict[str, Callable[[], torch.Tensor]] = {
             "linear": lambda: self.head(hidden),
             "tied": lambda: hidden @ self.embedding.weight.T,
             "einsum": lambda: torch.einsum("bth,vh->btv", hidden, weight),
@@ -45,8 +46,7 @@ class Headed(nn.Module):
             "softcap": lambda: 5 * torch.tanh(self.head(hidden) / 5),
             "by_hand": lambda: (hidden[:, :, None] * weight).sum(-1),
         }
-        logits: torch.Tensor = ways[self.way]()
-        return logits
+        return ways[self.way]()
 
 
 @pytest.mark.parametrize("way", ["linear", "tied", "einsum", "batched", "softcap"])
