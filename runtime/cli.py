@@ -373,6 +373,13 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
         default=True,
         help="run draft tokens from the text itself, where it repeats itself (on)",
     )
+    add(
+        "--context-overflow",
+        choices=("error", "shift"),
+        default="error",
+        help="what a text longer than the context is: an error, or old tokens go (%(default)s)",
+    )
+    add("--num-sink-tokens", metavar="N", type=natural_int, help="then so many of the first tokens stay (4)")
     add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
     add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
     held = parser.add_mutually_exclusive_group()  # these need the package llguidance

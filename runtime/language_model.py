@@ -241,6 +241,10 @@ class LanguageModel:
                   generated. Then an int8 text does not depend on what the cache held.
                 - `timeout` (float or None, None): Seconds from the first step on. Then it ends within one step, with
                   the finish_reason "deadline" and what was generated.
+                - `context_overflow` ("error" or "shift", "error"): With "shift" the oldest tokens leave a context that is
+                  full, half of them at a time, and the text goes on; a longer prompt is cut like that at first.
+                - `num_sink_tokens` (int, 4): How many of the first tokens stay; of a conversation all before the first
+                  question.
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
                   and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
                 - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.

@@ -12,8 +12,9 @@ from pastkey.values import is_int
 from .completion import Completion, completed
 from .engine.engine import Engine
 from .generate import Generation
+from .kept_tokens import KeptTokens
 from .opening import open_stream
-from .settings import SESSION_OPTIONS, SessionOptions, require_known
+from .settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, require_known
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class Session:
 
     @property
     def ids(self) -> list[int]:
-        """The tokens of the text so far, the generated ones included."""
+        """The tokens of the text so far, the generated ones included, but those that a context shift has dropped."""
         generation = self._generation
         if generation is None:
             return list(self._ids)
-        return generation.ids[: generation.prompt_tokens + generation.new_tokens]
+        return generation.kept.of(generation.ids[: generation.prompt_tokens + generation.new_tokens])
 
     @property
     def text(self) -> str:
@@ -60,11 +61,19 @@ class Session:
         """Bytes that the cache takes."""
         return 0 if self._engine is None else self._engine.nbytes
 
-    def append(self, text: str | Sequence[int]) -> None:
+    def append(
+        self,
+        text: str | Sequence[int],
+        *,
+        context_overflow: ContextOverflow = "error",
+        num_sink_tokens: int = NUM_SINK_TOKENS,
+    ) -> None:
         """Appends a text, and computes its keys and values, all but those of the last two tokens.
 
         Args:
             text: A text, which the tokenizer encodes, with its BOS token where it is the first; or token ids.
+            context_overflow: As in `LanguageModel.generate`: with "shift" old tokens go where there are too many.
+            num_sink_tokens: How many of the first tokens stay then.
 
         Raises:
             InputError: It is empty, has no tokens or is too long for the context; the session is closed or generates.
@@ -72,8 +81,8 @@ class Session:
             ResourceError: The cache would take more than `max_memory`. The session is as it was.
         """
         engine = self._idle()
-        ids = [*self._ids, *self._encode(text)]
-        engine.checked(ids, 1, start=0)
+        kept = KeptTokens(engine, context_overflow, num_sink_tokens)
+        ids = kept.of(kept.checked([*self._ids, *self._encode(text)]))
         self._model.memory.promise(engine, len(ids))
         self._ids, self._cancelled = ids, False
         scheduler = self._model.scheduler
@@ -203,12 +212,12 @@ class Session:
 
         def provide(generation: Generation) -> tuple[Engine, int]:
             self._model.memory.promise(engine, generation.most_tokens)
-            return engine, engine.keep_prefix(generation.ids, exact=options.get("exact", False))
+            return engine, engine.keep_prefix(generation.kept_ids, exact=options.get("exact", False))
 
         def retired(ended: Generation) -> None:
             self._model.scheduler.move_out(engine)
             if self._generation is ended:
-                self._ids, self._generation = list(ended.ids), None
+                self._ids, self._generation = list(ended.kept_ids), None
 
         before = list(self._ids)
 

@@ -42,13 +42,14 @@ def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine
         raise InputError(f"{path.parent} is no folder: make it, or save the session elsewhere")
     if path.is_dir():
         raise InputError(f"{path} is a folder; the path of a file was expected")
-    rows = [np.ascontiguousarray(row) for row in engine.cache.rows(engine.length)] if engine.length else []
+    cached = engine.length if engine.cached_ids else 0  # after a context shift it is computed again
+    rows = [np.ascontiguousarray(row) for row in engine.cache.rows(cached)] if cached else []
     header = json.dumps(
         {
             "bundle": bundle_digest(bundle),
             "ids": list(ids),
-            "cached": engine.length,
-            "exact": engine.exact_length,
+            "cached": cached,
+            "exact": min(engine.exact_length, cached),
             "arrays": [[list(row.shape), row.dtype.newbyteorder("<").str] for row in rows],
         }
     ).encode()

@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pastkey.errors import OptionError
 from pastkey.values import is_int, is_number, require
@@ -18,11 +18,13 @@ Choice = str | tuple[str, dict[str, Any]]
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 CHAT_NEW_TOKENS = 512  # of an answer
 _LEAST, _MOST = 2.0**-149, 2.0**127  # settings count as float32, in which others are 0 or infinity
+NUM_SINK_TOKENS = 4  # of a text that stay in the context however long it becomes, the BOS token among them
 MAX_DRAFT_TOKENS = 3  # of a step, beside the token that is certain
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 
 
+ContextOverflow = Literal["error", "shift"]  # what a text does that is longer than the context
 LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
 
 
@@ -66,6 +68,8 @@ class ChatOptions(SamplingOptions, total=False):
     logprobs: int | None
     prompt_lookup: bool
     timeout: float | None
+    context_overflow: ContextOverflow
+    num_sink_tokens: int
     keep_special_tokens: bool
     json_schema: str | Mapping[str, Any] | None
     regex: str | None

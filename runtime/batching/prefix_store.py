@@ -67,7 +67,7 @@ class PrefixStore:
         """Keeps an engine that nobody uses any more, in the place of all that hold no more than its beginning."""
         if not engine.length or engine.nbytes > self.most_bytes:
             return
-        if not reuse:
+        if not reuse or not engine.cached_ids:  # after a shift it begins no text
             self._spare = engine
         else:
             ids = engine.cached_ids

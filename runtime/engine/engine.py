@@ -18,6 +18,7 @@ from pastkey.errors import InputError
 from .cached_ids import CachedIds
 from .decoder_graph import DecoderGraph, GraphOptions, Ids, Logits
 from .int8_kv import CachePair
+from .shift import moved_by, require_shift
 from .static_graphs import StaticGraphs
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
@@ -136,12 +137,17 @@ class Engine:
     @_one_at_a_time
     def reset(self) -> None:
         """Forgets all tokens."""
+        self.empty()
+        self.resets += 1
+
+    @_one_at_a_time
+    def empty(self) -> None:
+        """Forgets all tokens, for the same text to be given again."""
         self._cached_ids.forget()
         self.cache.reset()
         self._mask = None
         self.exact_length = 0
         self._cached_ids.clear()
-        self.resets += 1
 
     @_one_at_a_time
     def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
@@ -184,7 +190,7 @@ class Engine:
         made = Engine.over(self.graph)
         length = self.length if length is None else length
         if length:
-            with made._cached_ids.changing() as cached:
+            with made._cached_ids.changing(known=self._cached_ids.known) as cached:
                 if room and self.graph.fused:
                     made.cache.reserve(1, min(length + room, self.manifest.context_length))
                 made.cache.fill(self.cache.rows(length))
@@ -208,6 +214,30 @@ class Engine:
             self._mask = None if self._mask is None or not length else self._mask[:, :length]
             self.exact_length = min(self.exact_length, length)
             del cached[length:]
+
+    @_one_at_a_time
+    def shift(self, keep: int, count: int) -> None:
+        """Forgets `count` tokens of one row behind the first `keep`; those behind take their positions.
+
+        What is left is no prefix of any text: the tokens that moved saw those that are gone. An interrupt empties the
+        cache.
+
+        Raises:
+            InputError: The bundle's positions do not allow it, the cache has other rows, or fewer tokens.
+        """
+        require_shift(self.manifest)
+        if self.cache.batch > 1 or self._mask is not None or not 0 <= keep <= keep + count <= self.length:
+            raise InputError(
+                f"{count} tokens behind the first {keep} were to leave a cache of {self.cache.batch} rows of "
+                f"{self.length} tokens: a shift takes one row without padding, and tokens that are there"
+            )
+        try:
+            with self._cached_ids.changing(known=False):
+                self.cache.drop(keep, keep + count, moved_by(self.manifest, count))
+                self.exact_length = min(self.exact_length, keep)
+        except BaseException:
+            self.empty()
+            raise
 
     @_one_at_a_time
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
