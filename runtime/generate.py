@@ -330,7 +330,7 @@ class Generation:
             self.settle()  # before what must follow stands where the cache has a rejected draft
             self._jump()
             return
-        sizes = engine.chunk_sizes(len(missing), self.kept.largest_run(len(missing), chunk_size))
+        sizes = self.kept.chunk_sizes(engine, len(missing), chunk_size)
         self.kept.make_room(engine, sizes[0])
         if len(sizes) > 1:
             engine.reserve(min(len(missing), engine.manifest.context_length - engine.length))
@@ -350,7 +350,7 @@ class Generation:
         """Forgets in the cache what is not of the text: rejected drafts, and what an interrupt left behind."""
         last = len(self.ids) - self.kept.dropped - (not self.ended)  # it is run for its logits
         if self.engine.length > last:
-            self.engine.trim(last)
+            self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
 
     def retire(self) -> None:
         """Takes back what nobody asked for, in `ids` and in the cache, when no step runs and none follows."""

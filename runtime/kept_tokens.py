@@ -30,10 +30,13 @@ class KeptTokens:
         self._context = context = engine.manifest.context_length
         self.sinks, self.block, self.dropped = 0, 0, 0
         require(overflow in ("error", "shift"), "context_overflow", overflow, '"error" or "shift"')
-        most = context // 2
-        require(is_int(sinks, 0, most), "num_sink_tokens", sinks, f"a whole number from 0 to {most}, half the context")
         if overflow == "shift":
+            half = context // 2
+            expected = f"a whole number from 0 to {half}, half the context"
+            require(is_int(sinks, 0, half), "num_sink_tokens", sinks, expected)
             require_shift(engine.manifest)
+            if engine.manifest.window is not None:  # which no token sees any more, once it is that far
+                sinks = 0
             self.sinks, self.block = sinks, max(1, (context - sinks) // 2)
 
     def checked(self, ids: Sequence[int]) -> list[int]:
@@ -72,11 +75,12 @@ class KeptTokens:
             return 0
         return min(math.ceil(over / self.block) * self.block, length - self.sinks)
 
-    def largest_run(self, tokens: int, chunk_size: int | None) -> int | None:
-        """The chunk size of a run of these tokens: less than was asked for where they must come into the context."""
-        if not self.block or tokens <= self._context - self._engine.length:
-            return chunk_size
-        return min(self.block, self._engine.chunk_sizes(tokens, chunk_size)[0])
+    def chunk_sizes(self, engine: Engine, tokens: int, chunk_size: int | None) -> list[int]:
+        """The tokens of each run of what a cache lacks: as few where there is no room as come into the context."""
+        sizes = engine.chunk_sizes(tokens, chunk_size)
+        if self.block and tokens > self._context - engine.length:
+            sizes = engine.chunk_sizes(tokens, min(self.block, sizes[0]))
+        return sizes
 
     def make_room(self, engine: Engine, tokens: int) -> None:
         """Drops the oldest tokens where the cache has no room for so many more."""

@@ -241,8 +241,8 @@ class LanguageModel:
                   generated. Then an int8 text does not depend on what the cache held.
                 - `timeout` (float or None, None): Seconds from the first step on. Then it ends within one step, with
                   the finish_reason "deadline" and what was generated.
-                - `context_overflow` ("error" or "shift", "error"): With "shift" the oldest tokens leave a context that is
-                  full, half of them at a time, and the text goes on; a longer prompt is cut like that at first.
+                - `context_overflow` ("error" or "shift", "error"): With "shift" the oldest tokens leave a context
+                  that is full, half of them at a time, and the text goes on; a longer prompt is cut in the same way.
                 - `num_sink_tokens` (int, 4): How many of the first tokens stay; of a conversation all before the first
                   question.
                 - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,

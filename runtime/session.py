@@ -149,7 +149,9 @@ class Session:
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {length}")
         del self._ids[length:]
         if engine.length > length:
-            self._model.scheduler.exclusively(engine.reset if engine.manifest.states else lambda: engine.trim(length))
+            self._model.scheduler.exclusively(
+                (lambda: engine.trim(length)) if engine.can_trim(length) else engine.reset
+            )
 
     def fork(self) -> Session:
         """Another session with the same text and a copy of its cache."""

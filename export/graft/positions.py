@@ -1,16 +1,17 @@
 """How positions enter a module: whether old tokens can be dropped from a cache, and by which angles the rest turns.
 
 A context shift moves cached tokens to smaller positions. That is exact for positions which enter as a rotation of
-queries and keys (RoPE, https://arxiv.org/abs/2104.09864), as a bias by distance (ALiBi) or not at all. Which it is, the
-same tokens show at several positions: logits and values must be equal, and each pair of key channels turned by one angle
-per token. Neither a configuration's names nor the graph are read, so that a scaled, partial or interleaved rotation is
-found as it is.
+queries and keys (RoPE, https://arxiv.org/abs/2104.09864), as a bias by distance (ALiBi) or not at all. The same tokens
+at several positions show which it is: logits and values must be equal, and each pair of key channels turned by one
+angle per token. Neither a configuration's names nor the graph are read, so that a scaled, partial or interleaved
+rotation is found as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +41,16 @@ def find_shift(module: nn.Module, observation: Observation, context_length: int)
     if not tokens:
         return CacheShift("its context is one token")
     ids = random_ids(1, tokens, observation.vocab_size, seed=2)
-    runs = {by: run_uncached(module, ids, torch.arange(by, by + tokens)[None]) for by in _distances(context_length, tokens)}
+    runs = {
+        by: run_uncached(module, ids, torch.arange(by, by + tokens)[None]) for by in _distances(context_length, tokens)
+    }
     first = runs[0]
     for by, run in runs.items():
         pairs = zip([first.logits, *first.values], [run.logits, *run.values], strict=True)
         if any(_differs(_array(before), _array(after), by) for before, after in pairs):
-            return CacheShift("its positions enter otherwise than as a rotation of keys or by distance, as learned ones do")
+            return CacheShift(
+                "its positions enter otherwise than as a rotation of keys or by distance, as learned ones do"
+            )
     return _rotations(runs, len(first.keys))
 
 
@@ -134,7 +139,7 @@ def _alike(one: KeyRotation, other: KeyRotation) -> bool:
     return same and bool(np.allclose(one.angles, other.angles, rtol=0, atol=_PER_TOKEN))
 
 
-def _differs(before: npt.NDArray, after: npt.NDArray, by: int) -> bool:
+def _differs(before: npt.NDArray[Any], after: npt.NDArray[Any], by: int) -> bool:
     if not before.size:
         return False
     return bool(np.abs(after - before).max() > (_TOLERANCE + _PER_TOKEN * by) * max(1e-12, np.abs(before).max()))

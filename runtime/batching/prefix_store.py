@@ -44,7 +44,7 @@ class PrefixStore:
         for engine in self._all() if reuse else ():
             found = engine.shared_with(ids)
             found = min(found, engine.exact_length) if exact else found
-            if self._graph.manifest.states and found < engine.length:
+            if not engine.can_trim(found):
                 found = 0
             if found > shared:
                 nearest, shared = engine, found
@@ -72,7 +72,11 @@ class PrefixStore:
         else:
             ids = engine.cached_ids
             for other in self._all():
-                if len(ids) >= other.length and ids[: other.length] == other.cached_ids:
+                if (
+                    len(ids) >= other.length
+                    and engine.can_trim(other.length)
+                    and ids[: other.length] == other.cached_ids
+                ):
                     self._drop(other)
             self._entries.append(engine)
         self.shrink(self.most_bytes)

@@ -156,9 +156,7 @@ class KVCache:
             self.length -= end - start
             return
         rows = self.rows(self.length)
-        self.fill(
-            [np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)]
-        )
+        self.fill([np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)])
 
     def reset(self) -> None:
         """Forgets everything. A shared buffer is kept for the next prompt."""

@@ -23,6 +23,11 @@ from .embedding import EmbeddingRows
 from .int8_kv import INT8_KV_FROM, CachePair
 from .static_graphs import StaticGraphs
 
+# Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
+PREFILL_CHUNK = 256
+# Tokens that stay behind those of a window, for some to be forgotten again: rejected drafts, and the end of a prompt.
+TRIMMABLE = 16
+
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
@@ -188,6 +193,22 @@ class DecoderGraph:
     def copies(self) -> bool:
         """Whether a part of a cache can be copied: it is in the processor's memory, and tells its parts apart."""
         return ep.cache_device(self.providers) == "cpu" and not self.manifest.states
+
+    @property
+    def droppable_window(self) -> int | None:
+        """Tokens that the widest attention call sees, where those before them can leave the cache; else None.
+
+        The rows behind them move up then, which a static graph's fixed arrays have no use for.
+        """
+        manifest = self.manifest
+        movable = manifest.shift is not None and not manifest.shift.refused
+        return manifest.window if movable and manifest.static is None else None
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that the cache of one text has, at most: its tokens, or those of the window and a chunk."""
+        context, window = self.manifest.context_length, self.droppable_window
+        return context if window is None else min(context, window + TRIMMABLE + PREFILL_CHUNK)
 
     @property
     def bytes_per_token(self) -> int:
