@@ -50,7 +50,9 @@ class RotaryTiny(Tiny):
 
     def text(self, graph: str, **options: Any) -> str:
         found = super().text(graph, **options)
-        found = re.sub(r"place = .*\n x0 = .*\n", "x0 = Identity(word)\n", found)
+        found = re.sub(
+            r"place = .*\n x0 = .*\n", "x0 = Identity(word)\n places = Cast <to = 7> (position_ids)\n", found
+        )
         if self.inside:
             found = found.replace(
                 "kv_num_heads", f"do_rotary = 1, rotary_interleaved = {int(self.interleaved)}, kv_num_heads"
@@ -64,7 +66,7 @@ class RotaryTiny(Tiny):
                     rf"raw{name}\1 = MatMul(x\1, w{name}\1)\n "
                     rf"{name}\1 = com.microsoft.RotaryEmbedding <num_heads = {heads}, "
                     rf"rotary_embedding_dim = {2 * self.pairs}, interleaved = {int(self.interleaved)}> "
-                    rf"(raw{name}\1, position_ids, cos, sin)\n"
+                    rf"(raw{name}\1, places, cos, sin)\n"
                 )
                 found = re.sub(rf"{name}(\d) = MatMul\(x\d, w{name}\d\)\n", turn, found)
         if self.window and graph != "standard":
