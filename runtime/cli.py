@@ -251,9 +251,8 @@ def _print_inspection(inspection: Inspection) -> None:
     for name, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
         print(f"{record.size:>14,}  {name}")
     print(f"{inspection.total_bytes:>14,}  together; weights {inspection.weight_bytes:,}")
-    print(
-        f"{per_token:>14,}  of keys and values per token, {per_token * manifest.context_length:,} at the full context"
-    )
+    print(f"{per_token:>14,}  of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context")
+    print(f"{manifest.context_length:>14,}  tokens of context: {inspection.overflow}")
     print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
     shown = ""
     for share in inspection.shares:

@@ -134,6 +134,7 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
+        self._decodes_in_int8 = bundle.int8_kv_graph is not None and not self.every and int8_kv_from is not None
         int8 = bundle.int8_kv_graph if not self.every and profile_prefix is None else None
         # Opened later, wherever the process has gone by then.
         self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
@@ -217,6 +218,22 @@ class DecoderGraph:
         layers = self.manifest.layers
         return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
 
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that the cache of one text of so many tokens takes at its largest.
+
+        A static graph's is of the whole context from the first token on, and a run of the standard graph holds the
+        cache twice, before and after it. Where tokens are decoded with an int8 cache, that stands beside the float32
+        one.
+        """
+        manifest = self.manifest
+        if manifest.static is not None:
+            return self.bytes_per_token * manifest.context_length
+        size = self.bytes_per_token * min(tokens, self.most_rows)
+        if manifest.graph == "standard":
+            return 2 * size
+        in_int8 = self._decodes_in_int8 and tokens > (self.int8_kv_from or 0)
+        return size + size // 4 if in_int8 else size
+
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,
             mask: Ids | None = None) -> Logits:  # fmt: skip
@@ -276,7 +293,10 @@ class DecoderGraph:
             found = f"the prompt has {tokens} tokens"
             if start:
                 found = f"{start} tokens are in the cache and {tokens} more were given"
-            raise InputError(f"{found}; the context is {context}: shorten the text, or export with a larger --context")
+            raise InputError(
+                f"{found}; the context is {context}: shorten the text, export with a larger --context, or let its "
+                "oldest tokens go (--context-overflow shift)"
+            )
         return np.ascontiguousarray(array, np.int64)
 
     def checked_mask(self, mask: npt.ArrayLike, ids: Ids, start: int) -> Ids | None:
