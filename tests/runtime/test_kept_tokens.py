@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from pastkey.__main__ import main
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, Generation, LanguageModel, load
@@ -260,3 +263,37 @@ def test_local_texts_at_the_same_time(make_bundle: MakeBundle) -> None:
     found = local.generate(prompts, **options)  # type: ignore[call-overload]
     assert [one.ids for one in found] == [whole.generate(prompt, **options).ids for prompt in prompts]  # type: ignore[call-overload]
     assert local.scheduler.batched > 300
+
+
+# --- conversations and commands -----------------------------------------------------------------------------------
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
+
+
+def test_a_conversation_keeps_what_comes_before_its_first_question(
+    tiny_rotary: RotaryTiny, letters: Tokenizer, make_bundle: MakeBundle
+) -> None:
+    config = {"chat_template": TEMPLATE}
+    fields = {"tokenizer": letters, "tokenizer_config": config, "shift": tiny_rotary.shift}
+    lm = load(make_bundle(tiny_rotary, "fused", **fields).path, threads=1)
+    chat, options = lm.chat("be kind"), {"max_new_tokens": 10, "context_overflow": "shift"}
+    for question in ("abcdefghi", "hello", "once upon a time", "and then"):
+        answer = chat.ask(question, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="with this message the conversation has"):
+        chat.ask("more")
+    text = "".join(f"<{said['role']}>{said['content']}." for said in chat.messages[:-1])
+    assert len(text) > 2 * CONTEXT
+    head = len("<system>be kind.<user>")
+    expected = lm.generate(text, num_sink_tokens=head, **options)  # type: ignore[call-overload]
+    assert (answer.text, answer.dropped_tokens) == (expected.text, expected.dropped_tokens)
+    assert answer.dropped_tokens > CONTEXT
+
+
+def test_the_command(lm: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = ",".join(map(str, ids_of(100)))
+    arguments = ["run", str(lm.bundle.path), "--prompt-ids", ids, "--max-new-tokens", "5", "--json"]
+    assert main(arguments) == 2
+    assert "or let its oldest tokens go (--context-overflow shift)" in capsys.readouterr().err
+    assert main([*arguments, "--context-overflow", "shift", "--num-sink-tokens", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = lm.generate(ids_of(100), max_new_tokens=5, context_overflow="shift", num_sink_tokens=2)
+    assert (found["ids"], found["dropped_tokens"]) == (expected.ids, expected.dropped_tokens)
