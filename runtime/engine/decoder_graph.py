@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
+from pastkey.values import parse_version
 
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
@@ -25,6 +27,10 @@ from .static_graphs import StaticGraphs
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
 PREFILL_CHUNK = 256
+# Scores of a run and a head, its tokens times its columns, where attention stores them: from 1,024 columns on a
+# run has fewer tokens, by halves, since some devices compile a graph anew for each number of tokens.
+SCORES, LEAST_CHUNK = PREFILL_CHUNK * 1024, 16
+FLASH_ATTENTION_FROM = "1.28.0"  # GroupQueryAttention of 1.27 stores scores on the processor
 # Tokens that stay behind those of a window, for some to be forgotten again: rejected drafts, and the end of a prompt.
 TRIMMABLE = 16
 
@@ -234,6 +240,33 @@ class DecoderGraph:
         in_int8 = self._decodes_in_int8 and tokens > (self.int8_kv_from or 0)
         return size + size // 4 if in_int8 else size
 
+    def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
+        """The tokens of each run of a prefill of so many behind `length` in the cache.
+
+        Raises InputError for a `chunk_size` below 1.
+        """
+        if chunk_size is not None and chunk_size < 1:
+            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
+        if chunk_size is None and self.manifest.static is not None:
+            return [tokens]
+        if chunk_size is not None or not self._stores_scores:
+            return _evenly(tokens, chunk_size or PREFILL_CHUNK)
+        sizes = list[int]()
+        columns, chunk = SCORES // PREFILL_CHUNK, PREFILL_CHUNK
+        while tokens:
+            while length >= columns:
+                columns, chunk = 2 * columns, max(LEAST_CHUNK, chunk // 2)
+            part = min(tokens, max(2, columns - length))
+            part += tokens - part == 1  # a run of one token takes another path
+            sizes += _evenly(part, chunk)
+            length, tokens = length + part, tokens - part
+        return sizes
+
+    @property
+    def _stores_scores(self) -> bool:
+        """Whether a run stores the scores of all its tokens and columns."""
+        return not self.fused or parse_version(onnxruntime.__version__) < parse_version(FLASH_ATTENTION_FROM)
+
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,
             mask: Ids | None = None) -> Logits:  # fmt: skip
@@ -340,3 +373,11 @@ class DecoderGraph:
                 f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )
+
+
+def _evenly(tokens: int, chunk_size: int) -> list[int]:
+    """Runs of even size, of two tokens at least where the chunk size allows."""
+    count = math.ceil(tokens / chunk_size)
+    if chunk_size > 1:
+        count = min(count, max(1, tokens // 2))
+    return [tokens // count + (number < tokens % count) for number in range(count)]

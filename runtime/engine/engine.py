@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError
 
 from .cached_ids import CachedIds
-from .decoder_graph import PREFILL_CHUNK, TRIMMABLE, DecoderGraph, GraphOptions, Ids, Logits
+from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, Ids, Logits
 from .int8_kv import CachePair
 from .padding import Padding
 from .shift import moved_by, require_shift
@@ -289,7 +288,7 @@ class Engine:
 
         Args:
             ids: (T,), at least one.
-            chunk_size: Tokens; None for PREFILL_CHUNK.
+            chunk_size: Tokens; None for 256, or fewer behind a long text where attention stores its scores.
 
         Returns:
             The last one's logits, (V,).
@@ -304,13 +303,7 @@ class Engine:
 
     def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
         """The tokens of each run of a prefill."""
-        size = (PREFILL_CHUNK if self.manifest.static is None else tokens) if chunk_size is None else chunk_size
-        if size < 1:
-            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
-        count = math.ceil(tokens / size)
-        if size > 1:
-            count = min(count, max(1, tokens // 2))
-        return [tokens // count + (number < tokens % count) for number in range(count)]
+        return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
 
     @_one_at_a_time
     def reserve(self, tokens: int) -> None:

@@ -187,7 +187,6 @@ def test_what_no_window_sees_leaves_the_cache(
     form: str, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pastkey.runtime.engine.decoder_graph.PREFILL_CHUNK", 32)
-    monkeypatch.setattr(engines, "PREFILL_CHUNK", 32)
     graph, decoder = LOCAL[form]
     tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, **decoder)
     engine = Engine(make_bundle(tiny, graph, shift=tiny.shift, window=WINDOW), threads=1)
