@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 import pastkey
 from pastkey import names
-from pastkey.bundle import Bundle, Manifest
+from pastkey.bundle import Bundle, CacheShift, Manifest
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.folder import file_records, parse_records, write_json
 from pastkey.runtime import Engine
@@ -48,6 +48,7 @@ class Decoder:
     choice: GraphChoice
     padding: bool = True  # whether rows of different lengths may share a batch
     hidden_size: int | None = None  # H, where the graph has an output head
+    shift: CacheShift | None = None  # whether old tokens can be dropped from a cache
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class BundleWriter:
             context_length=source.context_length,
             layers=observation.geometry,
             states=observation.states,
+            window=observation.window,
+            shift=self.decoder.shift,
             opset=model.opset_imports[""],
             ir_version=IR_VERSION,
             min_onnxruntime=MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME,

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.bundle import Bundle, Manifest
+from pastkey.bundle import Bundle, CacheShift, Manifest
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.folder import refuse_existing, whole_folder
 from pastkey.replace import leftovers
@@ -32,6 +32,7 @@ from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
 from .graft.contract import in_contract
 from .graft.observe import Observation
+from .graft.positions import find_shift
 from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import LARGEST, to_float16
@@ -294,7 +295,8 @@ def _make_graph(source: Source, config: ExportConfig, progress: Progress) -> Dec
         made = optimum.take_over(source.module, refused, progress.warn)
     check_tokenizer(source, made.observation.vocab_size, config.eos_ids)
     choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
-    return _cleaned(source, made.model, made.observation, choice)
+    shift = CacheShift("optimum exported it, whose keys nobody saw turn with their position")
+    return _cleaned(source, made.model, made.observation, choice, shift)
 
 
 def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
@@ -306,17 +308,20 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     choice = choose_graph(config.graph, config.target, observation)
     progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
     model = trace(source.module, observation, choice.graph, source.context_length)
+    shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    return _cleaned(source, model, observation, choice)
+    return _cleaned(source, model, observation, choice, shift)
 
 
-def _cleaned(source: Source, model: ir.Model, observation: Observation, choice: GraphChoice) -> Decoder:
+def _cleaned(
+    source: Source, model: ir.Model, observation: Observation, choice: GraphChoice, shift: CacheShift
+) -> Decoder:
     clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
     head = output_head(model)
     width = None if head is None else hidden_size(head)
-    return Decoder(source, model, observation, choice, observation.padding, width)
+    return Decoder(source, model, observation, choice, observation.padding, width, shift)
 
 
 def _require_head(decoder: Decoder, config: ExportConfig) -> None:

@@ -251,9 +251,8 @@ def _print_inspection(inspection: Inspection) -> None:
     for name, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
         print(f"{record.size:>14,}  {name}")
     print(f"{inspection.total_bytes:>14,}  together; weights {inspection.weight_bytes:,}")
-    print(
-        f"{per_token:>14,}  of keys and values per token, {per_token * manifest.context_length:,} at the full context"
-    )
+    print(f"{per_token:>14,}  of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context")
+    print(f"{manifest.context_length:>14,}  tokens of context: {inspection.overflow}")
     print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
     shown = ""
     for share in inspection.shares:
@@ -373,6 +372,13 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
         default=True,
         help="run draft tokens from the text itself, where it repeats itself (on)",
     )
+    add(
+        "--context-overflow",
+        choices=("error", "shift"),
+        default="error",
+        help="what a text longer than the context is: an error, or old tokens go (%(default)s)",
+    )
+    add("--num-sink-tokens", metavar="N", type=natural_int, help="then so many of the first tokens stay (4)")
     add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
     add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
     held = parser.add_mutually_exclusive_group()  # these need the package llguidance

@@ -12,7 +12,8 @@ from pastkey.errors import InputError, ResourceError
 from pastkey.values import require
 
 from .engine.cache import GROWTH_STEP
-from .engine.engine import PREFILL_CHUNK, Engine, HiddenStates, Ids
+from .engine.decoder_graph import PREFILL_CHUNK, HiddenStates, Ids
+from .engine.engine import Engine
 from .many import several
 from .settings import Pooling
 

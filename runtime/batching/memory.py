@@ -19,8 +19,8 @@ class CacheMemory:
         self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
     def estimate(self, tokens: int) -> int:
-        """Bytes of a cache of so many tokens, and of the context at most."""
-        return self._graph.bytes_per_token * min(tokens, self._graph.manifest.context_length)
+        """Bytes of a cache of so many tokens at its largest: no more than the context has, or all windows see."""
+        return self._graph.cache_bytes(tokens)
 
     def promise(self, engine: Engine, tokens: int, rows: int = 1) -> None:
         """Takes note that an engine's cache grows to so many tokens in each of its rows.

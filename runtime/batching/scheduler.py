@@ -301,6 +301,8 @@ class Scheduler:
         assert self._slab is not None
         for generation in rows:
             generation.settle()
+            self._guarded(generation, lambda g=generation: g.kept.make_room(g.engine, 1))  # type: ignore[misc]
+        rows = [generation for generation in rows if not generation.ended]
         joining = 0
         for generation in list(rows):  # room was looked at for each alone
             joining += not self._slab.holds(generation.engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
+from pastkey.values import parse_version
 
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
@@ -22,6 +24,15 @@ from ..settings import Choice, PlacementOptions, SessionSettings
 from .embedding import EmbeddingRows
 from .int8_kv import INT8_KV_FROM, CachePair
 from .static_graphs import StaticGraphs
+
+# Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
+PREFILL_CHUNK = 256
+# Scores of a run and a head, its tokens times its columns, where attention stores them: from 1,024 columns on a
+# run has fewer tokens, by halves, since some devices compile a graph anew for each number of tokens.
+SCORES, LEAST_CHUNK = PREFILL_CHUNK * 1024, 16
+FLASH_ATTENTION_FROM = "1.28.0"  # GroupQueryAttention of 1.27 stores scores on the processor
+# Tokens that stay behind those of a window, for some to be forgotten again: rejected drafts, and the end of a prompt.
+TRIMMABLE = 16
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -131,6 +142,7 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
+        self._decodes_in_int8 = bundle.int8_kv_graph is not None and not self.every and int8_kv_from is not None
         int8 = bundle.int8_kv_graph if not self.every and profile_prefix is None else None
         # Opened later, wherever the process has gone by then.
         self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
@@ -192,11 +204,70 @@ class DecoderGraph:
         return ep.cache_device(self.providers) == "cpu" and not self.manifest.states
 
     @property
+    def droppable_window(self) -> int | None:
+        """Tokens that the widest attention call sees, where those before them can leave the cache; else None.
+
+        The rows behind them move up then, which a static graph's fixed arrays have no use for.
+        """
+        manifest = self.manifest
+        movable = manifest.shift is not None and not manifest.shift.refused
+        return manifest.window if movable and manifest.static is None else None
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that the cache of one text has, at most: its tokens, or those of the window and a chunk."""
+        context, window = self.manifest.context_length, self.droppable_window
+        return context if window is None else min(context, window + TRIMMABLE + PREFILL_CHUNK)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
         size = 2 if self.manifest.precision == "fp16" else 4
         layers = self.manifest.layers
         return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that the cache of one text of so many tokens takes at its largest.
+
+        A static graph's is of the whole context from the first token on, and a run of the standard graph holds the
+        cache twice, before and after it. Where tokens are decoded with an int8 cache, that stands beside the float32
+        one.
+        """
+        manifest = self.manifest
+        if manifest.static is not None:
+            return self.bytes_per_token * manifest.context_length
+        size = self.bytes_per_token * min(tokens, self.most_rows)
+        if manifest.graph == "standard":
+            return 2 * size
+        in_int8 = self._decodes_in_int8 and tokens > (self.int8_kv_from or 0)
+        return size + size // 4 if in_int8 else size
+
+    def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
+        """The tokens of each run of a prefill of so many behind `length` in the cache.
+
+        Raises InputError for a `chunk_size` below 1.
+        """
+        if chunk_size is not None and chunk_size < 1:
+            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
+        if chunk_size is None and self.manifest.static is not None:
+            return [tokens]
+        if chunk_size is not None or not self._stores_scores:
+            return _evenly(tokens, chunk_size or PREFILL_CHUNK)
+        sizes = list[int]()
+        columns, chunk = SCORES // PREFILL_CHUNK, PREFILL_CHUNK
+        while tokens:
+            while length >= columns:
+                columns, chunk = 2 * columns, max(LEAST_CHUNK, chunk // 2)
+            part = min(tokens, max(2, columns - length))
+            part += tokens - part == 1  # a run of one token takes another path
+            sizes += _evenly(part, chunk)
+            length, tokens = length + part, tokens - part
+        return sizes
+
+    @property
+    def _stores_scores(self) -> bool:
+        """Whether a run stores the scores of all its tokens and columns."""
+        return not self.fused or parse_version(onnxruntime.__version__) < parse_version(FLASH_ATTENTION_FROM)
 
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,
@@ -263,7 +334,10 @@ class DecoderGraph:
             found = f"the prompt has {tokens} tokens"
             if start:
                 found = f"{start} tokens are in the cache and {tokens} more were given"
-            raise InputError(f"{found}; the context is {context}: shorten the text, or export with a larger --context")
+            raise InputError(
+                f"{found}; the context is {context}: shorten the text, export with a larger --context, or let its "
+                "oldest tokens go (--context-overflow shift)"
+            )
         return np.ascontiguousarray(array, np.int64)
 
     def require_hidden_states(self) -> None:
@@ -326,3 +400,11 @@ class DecoderGraph:
                 f"the {what} at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )
+
+
+def _evenly(tokens: int, chunk_size: int) -> list[int]:
+    """Runs of even size, of two tokens at least where the chunk size allows."""
+    count = math.ceil(tokens / chunk_size)
+    if chunk_size > 1:
+        count = min(count, max(1, tokens // 2))
+    return [tokens // count + (number < tokens % count) for number in range(count)]

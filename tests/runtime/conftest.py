@@ -57,6 +57,10 @@ class Tiny:
         weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
         return cls(tuple(KVGeometry(K, key, value) for key, value in sizes), context_length, weights)
 
+    def text(self, graph: str, **options: Any) -> str:
+        """See `tiny_graph`."""
+        return tiny_graph(self, graph, **options)
+
     def saying(self, script: Sequence[int]) -> Tiny:
         """A decoder of these sizes whose token after position i is `script[i]`, whatever came before."""
         embedding = np.random.default_rng(0).normal(size=(V, E))
@@ -184,7 +188,7 @@ STATIC_ATTENTION = (
 
 def static_graph(tiny: Tiny, tokens: int) -> str:
     """The decoder as a static graph of so many new tokens, as ONNX text without its weights."""
-    text = tiny_graph(tiny, "static", last_only=False)
+    text = tiny.text("static", last_only=False)
     sizes = {"B": 1, "T": tokens, "S": tiny.context_length + tokens}
     sizes |= {f"P{i}": tiny.context_length for i in range(len(tiny.layers))}
     sizes |= {f"S{i}": tokens for i in range(len(tiny.layers))}  # of present
@@ -268,13 +272,13 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
     data_file = fields.pop("data_file", "")
     common = "standard" if graph == "static" else graph
-    texts = {names.ALL_LOGITS_GRAPH["fp32"]: tiny_graph(tiny, common, last_only=False)}
+    texts = {names.ALL_LOGITS_GRAPH["fp32"]: tiny.text(common, last_only=False)}
     if graph == "static":
         fields.setdefault("static", StaticShape(fields.pop("chunk"), -1e4, (0,)))
         texts[names.STATIC_DECODE_GRAPH] = static_graph(tiny, 1)
         texts[names.STATIC_PREFILL_GRAPH] = static_graph(tiny, fields["static"].chunk)
     else:
-        texts[names.LAST_LOGITS_GRAPH] = tiny_graph(tiny, graph, last_only=True, hidden="hidden_size" in fields, **form)
+        texts[names.LAST_LOGITS_GRAPH] = tiny.text(graph, last_only=True, hidden="hidden_size" in fields, **form)
     for path, text in texts.items():
         model, data = encode_model(text, tiny.weights, data_file)
         (folder / path).write_bytes(model)
@@ -284,7 +288,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         scales = int8_kv_scales(tiny)
         pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
         metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
-        text = tiny_graph(tiny, "int8_kv", last_only=True, hidden="hidden_size" in fields, **form)
+        text = tiny.text("int8_kv", last_only=True, hidden="hidden_size" in fields, **form)
         model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
         (folder / names.INT8_KV_GRAPH).write_bytes(model)
     tokenizer = fields.pop("tokenizer", None)

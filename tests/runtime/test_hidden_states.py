@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, ResourceError
 from pastkey.runtime import Engine, LanguageModel, load
-from pastkey.runtime.engine import engine as engines
+from pastkey.runtime.engine import decoder_graph
 
 if TYPE_CHECKING:
     from .conftest import Tiny
@@ -52,7 +52,7 @@ def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def test_one_text_has_what_the_head_multiplies_pooled(
     embedder: LanguageModel, tiny: Tiny, pooling: Any, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "PREFILL_CHUNK", 16)  # so that the longest takes three runs
+    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 16)  # so that the longest takes three runs
     (ids,) = texts_of(tiny, length)
     expected = POOLINGS[pooling](tiny.hidden_states(ids))
     plain = embedder.embed(ids, pooling=pooling, normalize=False)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, OptionError, ResourceError
 from pastkey.runtime import LanguageModel, load
-from pastkey.runtime.engine import engine as engines
+from pastkey.runtime.engine import decoder_graph
 
 if TYPE_CHECKING:
     from .conftest import Tiny
@@ -208,7 +208,7 @@ def test_what_fails_leaves_a_session_as_it_was(
     position[20:] = np.nan
     damaged = replace(tiny, weights={**tiny.weights, "position": position})
     model = load(make_bundle(damaged, graph, tokenizer=letters).path, threads=1)
-    monkeypatch.setattr(engines, "PREFILL_CHUNK", 8)  # so that the first of several runs end well
+    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 8)  # so that the first of several runs end well
     session = model.session()
     session.append("once")
     for failing in (session.append, session.generate):
