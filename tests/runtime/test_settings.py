@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from pastkey.runtime import LanguageModel, cli
-from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS,
-    GenerateOptions, SamplingConfig, SamplingOptions
+from pastkey.runtime import cli
+from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, GenerateOptions, SamplingConfig, SamplingOptions
 
 # What a command line has no flag for, and why.
 UNTYPED = {
