@@ -115,7 +115,7 @@ runtime-oldest runtime-newest:
 	cp -r tests/conftest.py tests/onnx_text.py tests/runtime $(ENVIRONMENTS)/$@/away/tests
 	cp pyproject.toml $(ENVIRONMENTS)/$@/away
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
-	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet './$(ENVIRONMENTS)/$@/source[cpu,chat,constrained]' \
+	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet './$(ENVIRONMENTS)/$@/source[cpu,chat,constrained,sign]' \
 		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 

@@ -119,11 +119,15 @@ def is_empty(folder: Path) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes readable JSON, whole or not at all, and leaves nothing else beside it."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Writes a file, whole or not at all, and leaves nothing else beside it. The umask takes from `mode` as ever."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write at once
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -177,14 +181,19 @@ def decode_text(content: bytes, source: object) -> str:
         ) from None
 
 
-def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:
-    """Reads pastkey.json of a "checkpoint" or "bundle" and checks its kind and version."""
+def require_manifest(folder: Path, kind: str) -> None:
+    """Raises MissingFileError or InputError where this is no folder with a manifest; `kind` is what it should be."""
     if not folder.exists():
         raise MissingFileError(f"no such {kind}: {folder} does not exist")
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; a {kind} is a folder")
     if not (folder / MANIFEST).is_file():
         raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}")
+
+
+def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:
+    """Reads pastkey.json of a "checkpoint" or "bundle" and checks its kind and version."""
+    require_manifest(folder, kind)
     manifest = read_json(folder / MANIFEST)
     found = manifest.get("kind")
     if found != kind:
