@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,7 @@ from .values import is_int, shown
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGE_TEXT = 10_000_000  # bytes
+_STALE = 3600  # seconds, of which no file takes so many to write
 _LONGEST_NAME = 1024  # characters of a path in a folder
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
@@ -135,6 +137,16 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+    _remove_stale(path)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what killed processes left beside `path` when they wrote it. Another one may be writing it now."""
+    left, latest = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.new"), time.time() - _STALE
+    with contextlib.suppress(OSError), os.scandir(path.parent) as beside:
+        for entry in beside:
+            if left.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < latest:
+                Path(entry).unlink()
 
 
 def file_record(path: Path) -> FileRecord:

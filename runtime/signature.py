@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from pastkey.bundle import open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, missing_extra
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _MOST_KEY = 10_000  # bytes of a PEM file; one of ed25519 has 119
 _BYTES = 64  # of a signature
 _LABEL = re.compile(rb"^-----BEGIN ([A-Z0-9 ]{1,40})-----", re.MULTILINE)
-Key = TypeVar("Key")
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
@@ -124,7 +123,9 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     with reading(path, "a private key"):
         key = load_pem_private_key(content, password=None)
-    return _ed25519(key, Ed25519PrivateKey, path)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise _another_algorithm(key, path)
+    return key
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
@@ -134,7 +135,9 @@ def _public_key(path: Path) -> Ed25519PublicKey:
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     with reading(path, "a public key"):
         key = load_pem_public_key(content)
-    return _ed25519(key, Ed25519PublicKey, path)
+    if not isinstance(key, Ed25519PublicKey):
+        raise _another_algorithm(key, path)
+    return key
 
 
 def _pem(path: Path, expected: str, kind: str) -> bytes:
@@ -155,13 +158,11 @@ def _pem(path: Path, expected: str, kind: str) -> bytes:
     return content
 
 
-def _ed25519(key: Any, kind: type[Key], path: Path) -> Key:
-    if not isinstance(key, kind):
-        raise InputError(
-            f"{path} holds a key of another algorithm ({type(key).__name__.strip('_')}); one of ed25519 was expected: "
-            "pastkey sign --new-key FILE writes a pair"
-        )
-    return key
+def _another_algorithm(key: object, path: Path) -> InputError:
+    return InputError(
+        f"{path} holds a key of another algorithm ({type(key).__name__.strip('_')}); one of ed25519 was expected: "
+        "pastkey sign --new-key FILE writes a pair"
+    )
 
 
 @contextlib.contextmanager
