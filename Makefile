@@ -2,6 +2,9 @@
 PYTHON ?= python3
 # The newest Python that CI runs: Debian 13's own is 3.13.
 NEWEST_PYTHON ?= /usr/bin/python3
+# Those that `make matrix` runs the runtime's tests on: each that is here of 3.11 to 3.14.
+PYTHONS ?= $(shell for version in 11 12 13 14; do found=$$(command -v python3.$$version) && \
+	$$found -c "import venv, ensurepip" 2>/dev/null && echo $$found; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PASTKEY := $(BIN)/pastkey
@@ -80,6 +83,7 @@ ci:
 matrix:
 	$(MAKE) test MATRIX=1
 	$(MAKE) further
+	for python in $(PYTHONS); do $(MAKE) runtime-newest PYTHON=$$python || exit; done
 	$(MAKE) versions
 	$(MAKE) aarch64
 

@@ -71,7 +71,7 @@ def test_an_import(refused: Refused, module: str) -> None:
 
 def test_a_load_a_text_and_a_conversation(refused: Refused, classic: Path, tmp_path: Path) -> None:
     bundle, template = classic / "bundle", tmp_path / "template.jinja"
-    template.write_text("{% for message in messages %}{{ message.content }} {% endfor %}")
+    template.write_text("{% for message in messages %}{{ message.content }}<EOS>{% endfor %}")
     code = f"import pastkey; print(pastkey.load({str(bundle)!r}).generate('what is statquest').text)"
     assert refused("-c", code) == "awesome\n"
     assert refused("-m", "pastkey", "run", bundle, "--prompt", "what is statquest") == "awesome\n"

@@ -16,7 +16,7 @@ from .wheel import ROOT
 
 @pytest.mark.slow
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
-    built = []
+    built: list[Path] = []
     for number, (umask, when) in enumerate(((0o022, 1_500_000_000), (0o077, 1_700_000_000))):
         checkout = tmp_path / f"checkout{number}"
         for stage in ("pastkey", "train", "export", "runtime"):
