@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import stat
 import subprocess
@@ -162,6 +163,22 @@ def test_a_file_that_is_no_such_key_is_one_sentence(
         sign_bundle(signed, file)
     assert str(raised.value).count("\n") == 0
     assert (signed / SIGNATURE).read_bytes() == before
+
+
+def test_a_key_file_of_any_bytes_is_a_key_or_a_sentence(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    rng, file, refused = random.Random(1), tmp_path / "altered.pem", 0
+    for number in range(400):
+        content = bytearray(keys[number % 2].read_bytes())
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(content))
+            kind = rng.randrange(3)
+            content[place : place + (0, 1, rng.randint(1, 20))[kind]] = bytes(rng.randbytes(kind != 2))
+        file.write_bytes(content)
+        try:
+            sign_bundle(signed, file) if number % 2 == 0 else require_signature(signed, file)
+        except PastkeyError:
+            refused += 1
+    assert 300 < refused < 400
 
 
 def test_the_two_halves_are_not_taken_for_one_another(signed: Path, keys: tuple[Path, Path]) -> None:
