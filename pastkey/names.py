@@ -99,6 +99,7 @@ def static_mask(window: int) -> str:
 
 # --- files of a folder --------------------------------------------------------------------------------------------
 MANIFEST: Final = "pastkey.json"
+SIGNATURE: Final = "pastkey.json.sig"  # of the manifest, in a bundle that was signed
 CONFIG: Final = "config.json"
 GENERATION_CONFIG: Final = "generation_config.json"
 GENAI_CONFIG: Final = "genai_config.json"

@@ -1,4 +1,4 @@
-"""The commands run, chat, bench, inspect, compile and devices: parse, call, print."""
+"""The commands run, chat, bench, inspect, compile, sign and devices: parse, call, print."""
 
 from __future__ import annotations
 
@@ -315,6 +315,29 @@ def _compile(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# --- sign ---------------------------------------------------------------------------------------------------------
+def _add_sign(parser: argparse.ArgumentParser) -> None:
+    _add_bundle(parser, nargs="?")
+    keys = parser.add_mutually_exclusive_group(required=True)
+    keys.add_argument("--key", metavar="PRIVATE.pem", help="the private ed25519 key to sign with")
+    keys.add_argument(
+        "--new-key", metavar="PRIVATE.pem", help="make a key: write it to this file, and its public half beside it"
+    )
+
+
+def _sign(arguments: argparse.Namespace) -> int:
+    from .signature import new_key, sign_bundle
+
+    if arguments.bundle is None and arguments.key is not None:
+        raise InputError("--key signs a bundle: name its folder")
+    if arguments.new_key is not None:
+        public = new_key(arguments.new_key)
+        say(f"{arguments.new_key}: keep it to yourself; {public} is for whoever verifies what it signs")
+    if arguments.bundle is not None:
+        say(f"{sign_bundle(arguments.bundle, arguments.key or arguments.new_key)}: signed")
+    return 0
+
+
 # --- devices ------------------------------------------------------------------------------------------------------
 def _add_devices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -349,8 +372,8 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
-def _add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder that pastkey export wrote")
+def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help="a folder that pastkey export wrote")
 
 
 def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: bool = False) -> None:
@@ -420,4 +443,5 @@ chat_command = Command(_add_chat, _chat)
 bench_command = Command(_add_bench, _bench)
 inspect_command = Command(_add_inspect, _inspect)
 compile_command = Command(_add_compile, _compile)
+sign_command = Command(_add_sign, _sign)
 devices_command = Command(_add_devices, _devices)

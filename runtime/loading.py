@@ -24,6 +24,7 @@ from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
 from .language_model import LanguageModel
 from .settings import Choice, SessionSettings
+from .signature import require_signature
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
 
@@ -34,6 +35,7 @@ def load(
     threads: int | None = None,
     verify: bool | None = None,
     *,
+    key: str | Path | None = None,
     allow_fallback: bool = False,
     session_options: SessionSettings | None = None,
     max_memory: int | None = None,
@@ -51,6 +53,8 @@ def load(
             machine is an error.
         threads: Number of threads within an operator. None takes the physical cores.
         verify: True hashes every file again, False no file, None those that changed since they were hashed last.
+        key: A PEM file with the public ed25519 key whose signature the bundle must have, as `pastkey sign` makes it. It
+            is looked at before anything else of the bundle is read, and hashes are then not left alone.
         allow_fallback: Whether the processor may run what a provider that was asked for leaves. Without it a provider
             that was seen to run a whole graph runs all of this one, or is an error that names the operators; of any
             other one a FallbackWarning names them.
@@ -65,9 +69,11 @@ def load(
 
     Raises:
         MissingFileError: There is no bundle at `path`.
-        IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it.
+        IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it, or the signature is not
+            that of `key`.
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
-        MissingExtraError: onnxruntime is not installed, or older than the bundle needs.
+        MissingExtraError: onnxruntime is not installed, or older than the bundle needs; or a signature was asked for,
+            and cryptography is not installed.
         InputError: An argument has another type, or is out of range; or a session option is pastkey's own.
     """
     if threads is not None and not is_int(threads):
@@ -93,8 +99,14 @@ def load(
     ):
         if not is_int(value, least) and not (value is None and name == "max_memory"):
             raise InputError(f"{name} is {value!r}; a whole number from {least} was expected")
+    if key is not None and not isinstance(key, str | os.PathLike):
+        raise InputError(f"key is {type(key).__name__}; the path of a PEM file with a public key was expected")
+    if key is not None and verify is False:
+        raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     folder, temporary = _folder_of(path)
     try:
+        if key is not None:
+            require_signature(folder, key)
         model = LanguageModel(
             open_bundle(folder, verify=verify),
             providers=providers,

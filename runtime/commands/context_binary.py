@@ -14,8 +14,10 @@ from pathlib import Path
 
 from pastkey import names
 from pastkey.bundle import Bundle, Compiled, open_bundle, read_bundle
+from pastkey.command import say
 from pastkey.errors import InputError, ProviderError
 from pastkey.folder import file_records, parse_records, whole_folder, write_json
+from pastkey.replace import leftovers
 
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
@@ -70,6 +72,8 @@ def compile_bundle(
         options_of_target=bundle.manifest.provider_options,
     )
     name, options = placement.providers[0]
+    for sentence in leftovers(out):
+        say(sentence)
     with whole_folder(out, force=force) as folder:
         _copy(bundle, folder)
         for graph in bundle.static_graphs:
