@@ -22,6 +22,7 @@ from pastkey.values import is_int, shown
 
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
+from .draft_model import DraftModel
 from .language_model import LanguageModel
 from .settings import Choice
 
@@ -39,6 +40,7 @@ def load(
     max_memory: int | None = None,
     prefix_bytes: int = PREFIX_BYTES,
     max_batch: int = MAX_ROWS,
+    draft: str | Path | bytes | Traversable | LanguageModel | None = None,
 ) -> LanguageModel:
     """Opens a bundle.
 
@@ -60,13 +62,17 @@ def load(
         prefix_bytes: Bytes that the caches of earlier texts may take, which `reuse_prefix` and conversations go on
             from; the least recently used goes first.
         max_batch: How many generations are decoded in one run, at most; 1 lets them take turns.
+        draft: A smaller bundle of the same vocabulary, as `path`, or a model that is loaded. It drafts tokens that
+            this one accepts or rejects several at a time, where that is faster; docs/speculation.md has how. A path is
+            loaded with the same providers, threads and session entries, and closed with this model.
 
     Raises:
         MissingFileError: There is no bundle at `path`.
         IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it.
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
         MissingExtraError: onnxruntime is not installed, or older than the bundle needs.
-        InputError: An argument has another type, or is out of range.
+        InputError: An argument has another type, or is out of range; or `draft` has another vocabulary, or is of no use
+            to this bundle.
     """
     if threads is not None and not is_int(threads):
         raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
@@ -93,9 +99,16 @@ def load(
         if not is_int(value, least) and not (value is None and name == "max_memory"):
             raise InputError(f"{name} is {value!r}; a whole number from {least} was expected")
     folder, temporary = _folder_of(path)
+    drafts = None
     try:
+        bundle = open_bundle(folder, verify=verify)
+        if isinstance(draft, LanguageModel):
+            drafts = DraftModel(draft, opened=False)
+        elif draft is not None:
+            where = {"providers": providers, "threads": threads, "verify": verify, "session_entries": session_entries}
+            drafts = DraftModel(load(draft, allow_fallback=allow_fallback, **where), opened=True)  # type: ignore[arg-type]
         model = LanguageModel(
-            open_bundle(folder, verify=verify),
+            bundle,
             providers=providers,
             threads=threads,
             allow_fallback=allow_fallback,
@@ -103,9 +116,12 @@ def load(
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,
+            draft=drafts,
             temporary=None if temporary is None else weakref.finalize(temporary, shutil.rmtree, folder, True),
         )
     except BaseException:
+        if drafts is not None:
+            drafts.close()
         if temporary is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise

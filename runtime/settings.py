@@ -65,6 +65,7 @@ class ChatOptions(SamplingOptions, total=False):
     bad_words: Sequence[str]
     logprobs: int | None
     prompt_lookup: bool
+    draft: bool
     timeout: float | None
     keep_special_tokens: bool
     json_schema: str | Mapping[str, Any] | None

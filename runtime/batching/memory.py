@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 from pastkey.errors import ResourceError
 
@@ -12,23 +13,27 @@ from .prefix_store import PrefixStore
 
 
 class CacheMemory:
-    """A limit for all caches over one graph: those in use, at the size they may come to, and the stored prefixes."""
+    """A limit for all caches of a model and its draft: those in use, at the size they may come to, and prefixes too."""
 
-    def __init__(self, graph: DecoderGraph, store: PrefixStore, most_bytes: int | None) -> None:
-        self._graph, self._store, self._most = graph, store, most_bytes
+    def __init__(self, graph: DecoderGraph, stores: Sequence[PrefixStore], most_bytes: int | None) -> None:
+        """`stores` make room in this order."""
+        self._graph, self._stores, self._most = graph, stores, most_bytes
         self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
     def estimate(self, tokens: int) -> int:
         """Bytes of a cache of so many tokens, and of the context at most."""
-        return self._graph.bytes_per_token * min(tokens, self._graph.manifest.context_length)
+        return _bytes(self._graph, tokens)
 
     def promise(self, engine: Engine, tokens: int) -> None:
         """Takes note that an engine's cache grows to so many tokens. Raises ResourceError where there is no room."""
-        needed = self.estimate(tokens)
+        needed = _bytes(engine.graph, tokens)
         if self._most is None:
             return
         others = sum(size for other, size in list(self._promised.items()) if other is not engine)
-        self._store.shrink(max(0, self._most - others - needed))
+        left = self._most - others - needed
+        for place, store in enumerate(self._stores):
+            store.shrink(max(0, left - sum(later.nbytes for later in self._stores[place + 1 :])))
+            left -= store.nbytes
         if others + needed > self._most:
             raise ResourceError(
                 f"the cache of {tokens} tokens takes {needed / 2**20:.1f} MiB and others take {others / 2**20:.1f}; "
@@ -40,3 +45,7 @@ class CacheMemory:
     def release(self, engine: Engine) -> None:
         """Forgets an engine that is stored or of no use any more."""
         self._promised.pop(engine, None)
+
+
+def _bytes(graph: DecoderGraph, tokens: int) -> int:
+    return graph.bytes_per_token * min(tokens, graph.manifest.context_length)
