@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pastkey.bundle import Manifest
-from pastkey.errors import InputError
+from pastkey.errors import InputError, NumericsError
 
 from .batching.memory import CacheMemory
 from .batching.prefix_store import PrefixStore
@@ -16,6 +17,8 @@ from .speculation.worth import Worth
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
+
+_RUNS, _TOKENS = 3, 64  # runs of one token that are timed when it is loaded, and tokens of a longer one
 
 
 class DraftModel:
@@ -50,7 +53,7 @@ class DraftModel:
         graphs = [model.require_open().graph for model in (self.model, target)]
         together = max(1, sum(graph.bytes_per_token for graph in graphs))
         self._stores = [PrefixStore(graph, prefix_bytes * graph.bytes_per_token // together) for graph in graphs]
-        self.worth = Worth(_bytes(self.model.manifest) / max(1, _bytes(target.manifest)))
+        self.worth = Worth(*_seconds(Engine.over(graphs[0])))
         return self._stores
 
     def drafter(self, memory: CacheMemory) -> Drafter | None:
@@ -79,9 +82,21 @@ class DraftModel:
             self.model.close()
 
 
-def _bytes(manifest: Manifest) -> int:
-    """Of all files: nearly all are weights, which a run reads."""
-    return sum(record.size for record in manifest.files.values())
+def _seconds(engine: Engine) -> tuple[float, float]:
+    """What a run of one token takes, and one token of a longer run: the fastest of a few, as the first take longer."""
+
+    def fastest(tokens: int, runs: int) -> float:
+        found = []
+        for _ in range(runs):
+            engine.reset()
+            started = time.perf_counter()
+            with contextlib.suppress(NumericsError):  # then a text does without
+                engine.append([0] * tokens)
+            found.append(time.perf_counter() - started)
+        return min(found)
+
+    tokens = min(_TOKENS, engine.manifest.context_length)
+    return fastest(1, _RUNS), fastest(tokens, 1) / tokens
 
 
 def _require_forgetting(target: LanguageModel, draft: LanguageModel) -> None:

@@ -308,6 +308,7 @@ class Generation:
         """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
         engine = self.engine
         self.settle()
+        self._speculator.start()
         missing = self.ids[engine.length :]
         if len(missing) == 1:
             draft = self._speculator.draft(self.ids, self._room)
@@ -337,6 +338,7 @@ class Generation:
             logits = logits[-1]
         else:
             logits = engine.append(missing[: sizes[0]])
+        self._speculator.read()
         if len(sizes) == 1:
             self.take(logits[None], [])
             self._jump()

@@ -66,6 +66,14 @@ class Drafter:
         self._choose, self._end_ids, self._vocab_size = choose, end_ids, vocab_size
         self._constraint = constraint
 
+    def start(self) -> None:
+        """A step begins."""
+        self._began = self._worth.clock()
+
+    def read(self) -> None:
+        """Takes in that the step read a part of the prompt."""
+        self._worth.note_prefill(self._worth.clock() - self._began)
+
     def draft(self, ids: Sequence[int], found: Sequence[int], most: int) -> list[int]:
         """`found`, a draft from elsewhere, or in place of none up to `most` tokens of the draft model.
 

@@ -10,7 +10,11 @@ from .drafter import Drafter, Follows
 
 
 class Speculator:
-    """Of one text. A step that it is alone in is `draft`, a run, `end`; one with other rows `guess`, a run, `came`."""
+    """Of one text.
+
+    A step that the text is alone in is `start` and then `read`, or `draft`, a run and `end`; one with other rows is
+    `guess`, a run and `came`.
+    """
 
     def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Follows | None) -> None:
         """Without either it drafts nothing. `constraint`: what new tokens are held to."""
@@ -18,6 +22,16 @@ class Speculator:
         self._drafter, self._constraint = drafter, constraint
         self._guess: list[int] | None = None  # the draft that would have been run, where rows are decoded together
         self._drafted = self._guessed = 0
+
+    def start(self) -> None:
+        """A step begins."""
+        if self._drafter is not None:
+            self._drafter.start()
+
+    def read(self) -> None:
+        """Takes in that the step read a part of the prompt."""
+        if self._drafter is not None:
+            self._drafter.read()
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens to run behind `ids`, the text so far."""

@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable, Sequence
 
 MAX_DRAFT_MODEL_TOKENS = 7  # of a step
-SHARE = 0.02  # of all time, which rejected drafts may take
-LOAN = 2.5  # steps that they may take before that, of a text of at least LOAN / SHARE tokens
+SHARE = 0.014  # of all time, which rejected drafts may take
+LOAN = 2.0  # steps that they may take before that, of a text of at least LOAN / SHARE tokens
 REFRESH = 64  # steps with drafts after which one without them is timed anew
 _MARGIN = 1.03  # by which drafts must be faster
-_FIRST_RATE = 0.7  # of a draft token's acceptance, before any was seen
+_FIRST_RATE = 0.8  # of a draft token's acceptance, before any was seen
 _PRIOR = 4.0  # draft tokens that the rate of other texts counts as, in a new one
 _MEMORY = 0.95  # what is left of an observation after the next
 _OTHERS = 0.05  # the weight of the newest draft token in the rate of all texts
 _PER_TOKEN = 0.2  # what each further token of a run costs, as a share of the first, until it was timed
 _NEWEST = 0.2  # the weight of the newest run in an average
-_FIRST = 2  # runs of which the faster one counts
+_FIRST = 2  # runs of one token, of which the faster one counts
 _SHORT = 2  # tokens of a run that counts as one of a single token
+_LONG = 16  # tokens of a run that tells what a token of a prefill takes
 
 
 class Rate:
@@ -54,16 +55,16 @@ class Worth:
         balance: Seconds that drafts have saved, with what they were lent; below 0 what they have lost.
     """
 
-    def __init__(self, cost: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`cost`: of a run of the draft model as a share of one of the model, until both were timed."""
+    def __init__(
+        self, run_seconds: float, token_seconds: float, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """What the draft model takes, as far as is known: for a run of one token, and for each token of a prompt."""
         self.clock = clock
         self.rate = _FIRST_RATE
         self.balance = 0.0
-        self._cost = cost
         self._steps: dict[int, float] = {}  # seconds of a run, by its tokens
         self._timed = 0  # runs of one token
-        self._draft: float | None = None
-        self._drafted = 0  # drafts
+        self._draft, self._draft_reads = run_seconds, token_seconds
         self._since_plain = 0  # steps
         self._since_try = 0.0  # seconds
 
@@ -77,15 +78,16 @@ class Worth:
         """
         if self._timed < _FIRST or self._since_plain >= REFRESH or most < 1:
             return 0
-        step, draft = self._steps[1], self._draft_seconds
+        step, draft = self._steps[1], self._draft
         best, fastest = 0, _MARGIN / step
         for count in range(1, min(most, MAX_DRAFT_MODEL_TOKENS) + 1):
             brought = sum(rate**place for place in range(count + 1))
             if (speed := brought / (count * draft + self._run(count + 1))) > fastest:
                 best, fastest = count, speed
-        if not best:  # the text may have become another
-            return int(self._loss(1, behind) <= SHARE * self._since_try)
-        while best and self._loss(best, behind) > self.balance + min(LOAN, SHARE * most) * step:
+        lent = self.balance + min(LOAN, SHARE * most) * step
+        if not best:  # the text may have become another, but what was saved is not spent on that
+            best, lent = 1, min(lent, SHARE * self._since_try)
+        while best and self._loss(best, behind) > lent:
             best -= 1
         return best
 
@@ -93,21 +95,28 @@ class Worth:
         """Takes in the draft model's runs for a step: how many tokens each read, and its seconds."""
         fastest = min((seconds for tokens, seconds in runs if tokens <= _SHORT), default=None)
         if fastest is not None:
-            self._draft = self._first_or_average(self._draft, fastest, self._drafted)
-            self._drafted += 1
-        draft = self._draft_seconds
+            self._draft = _averaged(self._draft, fastest)
+        for tokens, seconds in runs:
+            if tokens >= _LONG:
+                self._draft_reads = _averaged(self._draft_reads, seconds / tokens)
+        draft = self._draft
         self.balance -= sum(draft if tokens <= _SHORT else min(seconds, tokens * draft) for tokens, seconds in runs)
         self._since_try = 0.0
+
+    def note_prefill(self, seconds: float) -> None:
+        """Takes in what a run over a part of the prompt took."""
+        self._since_try += seconds
+        self.balance += SHARE * seconds
 
     def note_step(self, tokens: int, seconds: float) -> None:
         """Takes in what a run of so many tokens took, with the choice of what follows."""
         if tokens == 1:
-            self._steps[1] = self._first_or_average(self._steps.get(1), seconds, self._timed)
+            before = self._steps.get(1, seconds)
+            self._steps[1] = _averaged(before, seconds) if self._timed >= _FIRST else min(before, seconds)
             self._timed += 1
         elif 1 in self._steps:
-            before = self._steps.get(tokens)
-            newest = min(seconds, 2 * self._run(tokens))
-            self._steps[tokens] = newest if before is None else before + _NEWEST * (newest - before)
+            expected = self._run(tokens)
+            self._steps[tokens] = _averaged(self._steps.get(tokens), min(seconds, 2 * expected))
         self._since_plain = 0 if tokens == 1 else self._since_plain + 1
         self._since_try += seconds
         self.balance += SHARE * seconds
@@ -120,17 +129,6 @@ class Worth:
         for place in range(observed(drafted, accepted)):
             self.rate += _OTHERS * ((place < accepted) - self.rate)
 
-    @staticmethod
-    def _first_or_average(before: float | None, newest: float, count: int) -> float:
-        """An average in which a run that something else held up counts little. The very first ones take longer."""
-        if before is None or count < _FIRST:
-            return newest if before is None else min(before, newest)
-        return before + _NEWEST * (min(newest, 2 * before) - before)
-
-    @property
-    def _draft_seconds(self) -> float:
-        return self._cost * self._steps[1] if self._draft is None else self._draft
-
     def _run(self, tokens: int) -> float:
         """Seconds of a run of so many tokens, or what they may be by those of fewer."""
         known = max(count for count in self._steps if count <= tokens)
@@ -138,9 +136,14 @@ class Worth:
 
     def _loss(self, count: int, behind: int) -> float:
         """Seconds that are lost where none of so many draft tokens is accepted."""
-        draft = self._draft_seconds
-        reading = draft * _PER_TOKEN * max(0, behind - _SHORT)
-        return reading + count * draft + self._run(count + 1) - self._steps[1]
+        step, draft = self._steps[1], self._draft
+        reading = self._draft_reads * max(0, behind - _SHORT)
+        return reading + count * draft + self._run(count + 1) - step
+
+
+def _averaged(before: float | None, newest: float) -> float:
+    """An average in which a run that something else held up counts little."""
+    return newest if before is None else before + _NEWEST * (min(newest, 2 * before) - before)
 
 
 def observed(drafted: int, accepted: int) -> int:
