@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from pastkey.errors import InputError
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
+from pastkey.runtime.draft_model import timed_worth
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.runtime.sampling import truncation
 
@@ -142,7 +143,7 @@ def main() -> None:
     text = STORY if arguments.text is None else arguments.text.read_text(encoding="utf-8")[:100_000]
     print(f"onnxruntime {onnxruntime.__version__}, {os.cpu_count()} processors, one thread")
     if model.draft is not None:
-        model.draft.worth.clock = time.process_time
+        model.draft.worth = timed_worth(model.draft.model.require_open().graph, time.process_time)
         acceptance(model, model.draft.model, model.prompt_ids(text)[:256])
     if arguments.acceptance:
         return

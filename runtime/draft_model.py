@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pastkey.errors import InputError, NumericsError
 
 from .batching.memory import CacheMemory
 from .batching.prefix_store import PrefixStore
+from .engine.decoder_graph import DecoderGraph
 from .engine.engine import Engine
 from .speculation.drafter import Drafter
 from .speculation.worth import Worth
@@ -53,7 +54,7 @@ class DraftModel:
         graphs = [model.require_open().graph for model in (self.model, target)]
         together = max(1, sum(graph.bytes_per_token for graph in graphs))
         self._stores = [PrefixStore(graph, prefix_bytes * graph.bytes_per_token // together) for graph in graphs]
-        self.worth = Worth(*_seconds(Engine.over(graphs[0])))
+        self.worth = timed_worth(graphs[0])
         return self._stores
 
     def drafter(self, memory: CacheMemory) -> Drafter | None:
@@ -82,21 +83,22 @@ class DraftModel:
             self.model.close()
 
 
-def _seconds(engine: Engine) -> tuple[float, float]:
-    """What a run of one token takes, and one token of a longer run: the fastest of a few, as the first take longer."""
+def timed_worth(graph: DecoderGraph, clock: Callable[[], float] = time.perf_counter) -> Worth:
+    """What is known of a draft model before its first text: how long its runs take, by a few of them."""
+    engine = Engine.over(graph)
 
     def fastest(tokens: int, runs: int) -> float:
         found = []
-        for _ in range(runs):
+        for _ in range(runs):  # the first take longer
             engine.reset()
-            started = time.perf_counter()
+            started = clock()
             with contextlib.suppress(NumericsError):  # then a text does without
                 engine.append([0] * tokens)
-            found.append(time.perf_counter() - started)
+            found.append(clock() - started)
         return min(found)
 
-    tokens = min(_TOKENS, engine.manifest.context_length)
-    return fastest(1, _RUNS), fastest(tokens, 1) / tokens
+    tokens = min(_TOKENS, graph.manifest.context_length)
+    return Worth(fastest(1, _RUNS), fastest(tokens, 1) / tokens, clock)
 
 
 def _require_forgetting(target: LanguageModel, draft: LanguageModel) -> None:
