@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.errors import InputError
+from pastkey.errors import PastkeyError
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
 from pastkey.runtime.draft_model import timed_worth
 from pastkey.runtime.providers.ort import onnxruntime
@@ -64,7 +64,7 @@ def tasks(model: LanguageModel, text: str, count: int, tokens: int) -> dict[str,
     found: dict[str, list[Task]] = {
         "continue": [partial(model.stream, prompt) for prompt in prompts(model, text, count, tokens)]
     }
-    with contextlib.suppress(InputError):  # no conversational model
+    with contextlib.suppress(PastkeyError):  # no conversational model
         model.chat()
         found["repeat"] = [lambda **options: model.chat().stream(REPEAT + STORY, **options)]
     return found
@@ -128,6 +128,18 @@ def acceptance(model: LanguageModel, draft: LanguageModel, ids: list[int]) -> No
         )
 
 
+def reverse(model: LanguageModel) -> None:
+    """Turns the logits of the draft model round, which takes it no longer."""
+    assert model.draft is not None, "--useless is for a draft model: name one with --draft"
+    graph = model.draft.model.require_open().graph
+    run = graph.run
+
+    def reversed_run(*arguments: Any) -> Any:
+        return run(*arguments)[..., ::-1]
+
+    graph.run = reversed_run  # type: ignore[method-assign]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -137,6 +149,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--places", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--useless", action="store_true", help="turn the draft model's logits round: none is right")
     parser.add_argument("--acceptance", action="store_true", help="measure acceptance alone")
     arguments = parser.parse_args()
     model = load(arguments.bundle, threads=1, draft=arguments.draft)
@@ -144,9 +157,12 @@ def main() -> None:
     print(f"onnxruntime {onnxruntime.__version__}, {os.cpu_count()} processors, one thread")
     if model.draft is not None:
         model.draft.worth = timed_worth(model.draft.model.require_open().graph, time.process_time)
-        acceptance(model, model.draft.model, model.prompt_ids(text)[:256])
+        length = min(256, model.manifest.context_length, model.draft.model.manifest.context_length)
+        acceptance(model, model.draft.model, model.prompt_ids(text)[:length])
     if arguments.acceptance:
         return
+    if arguments.useless:
+        reverse(model)
     ways = list(WAYS) if model.draft is not None else ["alone", "lookup"]
     for name, some in tasks(model, text, arguments.places, arguments.prompt_tokens).items():
         measure(name, some, ways, arguments.new_tokens, arguments.rounds)

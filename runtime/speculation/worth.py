@@ -79,14 +79,16 @@ class Worth:
         if self._timed < _FIRST or self._since_plain >= REFRESH or most < 1:
             return 0
         step, draft = self._steps[1], self._draft
-        best, fastest = 0, _MARGIN / step
+        lent = self.balance + min(LOAN, SHARE * most) * step
+        if self._loss(1, behind) > lent:
+            return 0
+        best, fastest, brought = 0, _MARGIN / step, 1.0
         for count in range(1, min(most, MAX_DRAFT_MODEL_TOKENS) + 1):
-            brought = sum(rate**place for place in range(count + 1))
+            brought += rate**count
             if (speed := brought / (count * draft + self._run(count + 1))) > fastest:
                 best, fastest = count, speed
-        lent = self.balance + min(LOAN, SHARE * most) * step
         if not best:  # the text may have become another, but what was saved is not spent on that
-            best, lent = 1, min(lent, SHARE * self._since_try)
+            best, lent = 1, min(lent, SHARE * self.rate * self._since_try)
         while best and self._loss(best, behind) > lent:
             best -= 1
         return best
