@@ -30,9 +30,10 @@ NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source exp
 	$(addprefix export/measure/test_,eval_command evaluate hidden_states predictors reference texts verify) \
 	$(addprefix export/quantize/test_,activations int4 int8 int8_kv merge odd_weights report rewrite_decoders) \
 	$(addprefix export/quantize/test_,sensitivity smoothing switches) \
-	$(addprefix runtime/test_,chat cli generate hidden_states kept_tokens language_model) \
+	$(addprefix runtime/test_,chat cli draft_model generate hidden_states kept_tokens language_model) \
 	$(addprefix runtime/,commands/test_bench commands/test_inspection commands/test_terminal) \
 	$(addprefix runtime/constraints/test_,lazy matcher vocabulary) \
+	$(addprefix runtime/speculation/test_,drafter worth) \
 	$(addprefix runtime/,engine/test_engine engine/test_int8_kv engine/test_shift providers/test_open) \
 	$(addprefix train/test_,checkpoint cli loop model place report stories))
 QUICK := $(filter-out $(NOT_QUICK),$(wildcard $(addsuffix test_*.py,tests/ tests/*/ tests/*/*/)))

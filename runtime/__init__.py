@@ -12,7 +12,8 @@ says what is in the context) with the options of `settings`, read it as a `strea
 - `providers/`: which hardware runs a graph, and how onnxruntime opens a session there.
 - `engine/`: an opened graph and its cache: token ids in, logits out.
 - `batching/`: who runs a step, and for whom: where rows meet, and which caches stay.
-- `sampling/`: from logits to a token, and drafts of the next ones.
+- `sampling/`: from logits to a token, and drafts of the next ones from the text itself.
+- `speculation/`: drafts of the next ones, by a draft model too, and whether these pay.
 - `text/`: tokens <-> text, and a conversation as one text.
 - `commands/`: what `cli` runs beyond the library.
 

@@ -89,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if prompt == "-":
         prompt = _standard_input()
     options = _generation_options(arguments)
-    model = load(arguments.bundle, **_placement(arguments))
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **_placement(arguments))
     if arguments.json:
         completion = dataclasses.asdict(model.generate(prompt, **options))
         for name in ("cached_tokens", "tool_calls", "prompt_logprobs"):  # none: nothing came before, nor was asked for
@@ -130,7 +130,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from .loading import load
 
     options = _generation_options(arguments)
-    model = load(arguments.bundle, **_placement(arguments))
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **_placement(arguments))
     options = _with_defaults(options, model.sampling_defaults)
     chat = model.chat(arguments.system, template=arguments.template)
     prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
@@ -402,6 +402,8 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
         help="what a text longer than the context is: an error, or old tokens go (%(default)s)",
     )
     add("--num-sink-tokens", metavar="N", type=natural_int, help="then so many of the first tokens stay (4)")
+    what = "a smaller bundle of the same vocabulary, which drafts tokens for this one (none)"
+    add("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
     add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
     add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
     held = parser.add_mutually_exclusive_group()  # these need the package llguidance

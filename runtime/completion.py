@@ -55,7 +55,7 @@ class Completion:
         cached_tokens: Number of the prompt's tokens whose keys and values were in the cache already.
         stop_string: The one of `stop` that ended the text, or None. Of two that begin alike, the shorter one.
         tool_calls: Of a Chat's answer, the functions that it calls, in order.
-        draft_tokens: Number of tokens that prompt lookup drafted.
+        draft_tokens: Number of tokens that prompt lookup or the draft model drafted.
         accepted_tokens: Number of these that the sampler chose.
         logprobs: Of each of `ids`, where `logprobs` was asked for; else none.
         prompt_logprobs: Of each of the prompt's tokens, None for the first, where `prompt_logprobs` was asked for.

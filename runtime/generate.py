@@ -17,9 +17,10 @@ from .engine.engine import Engine, Logits
 from .kept_tokens import KeptTokens
 from .sampling.dry import Breakers
 from .sampling.log_probs import TokenLogprob, token_logprob
-from .sampling.prompt_lookup import PromptLookup
 from .sampling.sampler import Sampler
-from .settings import MAX_DRAFT_TOKENS, NUM_SINK_TOKENS, ContextOverflow, SamplingConfig
+from .settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig
+from .speculation.drafter import Drafter
+from .speculation.speculator import Speculator
 
 _NEWEST = 0.2  # the share of the newest step in an average
 
@@ -98,6 +99,7 @@ class Generation:
         context_overflow: ContextOverflow = "error",
         num_sink_tokens: int = NUM_SINK_TOKENS,
         constraint: Follows | None = None,
+        drafter: Drafter | None = None,
         driver: Driver | None = None,
         provide: Callable[[Generation], tuple[Engine, int]] | None = None,
         retired: Callable[[Generation], None] | None = None,
@@ -124,6 +126,7 @@ class Generation:
             context_overflow: Whether a text that is longer than the context is an error, or old tokens leave the cache.
             num_sink_tokens: How many of the first tokens never do.
             constraint: What the new tokens are held to.
+            drafter: Drafts where `prompt_lookup` finds nothing.
             driver: Who runs the steps; None for this object itself.
             starting: Is told by whoever asks for the first token.
             provide: Gives an engine, and how many of the prompt's tokens are in its cache, when the first step comes.
@@ -172,15 +175,19 @@ class Generation:
         self._end_ids = frozenset(end_ids)
         self._constraint = constraint
         self._keep = (reuse_prefix, exact)
-        self._prompt_lookup = PromptLookup() if prompt_lookup and engine.supports_drafts else None
+        self._speculator = Speculator(
+            prompt_lookup=prompt_lookup and engine.supports_drafts,
+            drafter=drafter if engine.supports_drafts else None,
+            constraint=constraint,
+        )
+        if drafter is not None:
+            drafter.begin(self._sample.twin(), self._end_ids, engine.manifest.vocab_size, constraint)
         self._timeout, self._deadline = timeout, float("inf")
         self._driver, self._provide, self._retired, self._starting = driver, provide, retired, starting
         self.begun = False
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
         self.tokens_per_step = 1.0
-        self._guess: list[int] | None = None  # the draft that would have been run, where rows are decoded together
-        self._guessed = 0
         self._resets = engine.resets
 
     def __iter__(self) -> Iterator[int]:
@@ -313,20 +320,23 @@ class Generation:
         """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
         engine = self.engine
         self.settle()
+        self._speculator.start()
         missing = self.kept.missing(self.ids, engine.length)
         if len(missing) == 1:
             self.kept.make_room(engine, 1)
-            draft = self._draft()
+            draft = self._speculator.draft(self.ids, self._room)
             try:
                 logits = engine.extend([*missing, *draft])
             except NumericsError:
                 if not draft:
                     raise
                 # Not finite keys or values of a draft token, which may be no part of the text, reach the rows before.
-                draft, self._prompt_lookup = [], None
+                draft = []
+                self._speculator.stop()
                 logits = engine.extend(missing)
-            self.drafted = bool(draft)
+            self.drafted, accepted = bool(draft), self.accepted_tokens
             self._count(self.take(logits, draft))
+            self._speculator.end(len(draft), self.accepted_tokens - accepted)
             self.settle()  # before what must follow stands where the cache has a rejected draft
             self._jump()
             return
@@ -342,6 +352,7 @@ class Generation:
             logits = logits[-1]
         else:
             logits = engine.append(missing[: sizes[0]])
+        self._speculator.read()
         if len(sizes) == 1:
             self.take(logits[None], [])
             self._jump()
@@ -357,6 +368,7 @@ class Generation:
         del self.ids[self._yielded :]
         if self.begun:
             self.settle()
+        self._speculator.stop()
         if self._retired is not None:
             self._retired(self)
 
@@ -380,10 +392,8 @@ class Generation:
             if self._ending is not None or place == len(draft) or token != draft[place]:
                 break
             accepted += 1
-        if self._prompt_lookup is not None and draft:
-            self.draft_tokens += len(draft)
-            self.accepted_tokens += accepted
-            self._prompt_lookup.record(accepted)
+        self.draft_tokens += len(draft)
+        self.accepted_tokens += accepted
         return len(self.ids) - before
 
     def _jump(self) -> None:
@@ -406,36 +416,21 @@ class Generation:
 
     def take_together(self, logits: Logits) -> None:
         """As `take` of a run of several rows, (1, V): there is no draft, and what one would have brought is counted."""
-        if self._prompt_lookup is None:
-            self.take(logits, [])
-            self._jump()
-            return
-        if self._guess is None:
-            self._guess, self._guessed = self._draft(), 0
-        drafted = self._guessed + len(self._guess)
-        chosen = self.take(logits, [])
-        went_on = bool(chosen and self._guess and self._guess.pop(0) == self.ids[-1])
-        self._guessed += went_on
-        before = len(self.ids)
+        self._speculator.guess(self.ids, self._room)
+        token = self.ids[-1] if self.take(logits, []) else None
+        chosen = len(self.ids)
         self._jump()
-        if went_on and len(self.ids) == before:
-            return
-        self._count(self._guessed + 1)
-        if drafted:
-            self._prompt_lookup.record(self._guessed)
-        self._guess = None
+        if tokens := self._speculator.came(token, more=len(self.ids) > chosen):
+            self._count(tokens)
 
     def _count(self, tokens: int) -> None:
         self.tokens_per_step += _NEWEST * (tokens - self.tokens_per_step)
 
-    def _draft(self) -> list[int]:
-        """Draft tokens to run behind the last of `ids`, which is fed for certain."""
-        if self._prompt_lookup is None:
-            return []
+    @property
+    def _room(self) -> int:
+        """Draft tokens that the context and the limit leave room for."""
         room = self.engine.manifest.context_length - self.engine.length - 1
-        chosen = len(self.ids) - self.prompt_tokens
-        draft = self._prompt_lookup.draft(self.ids, min(MAX_DRAFT_TOKENS, room, self._limit - chosen - 1))
-        return draft if self._constraint is None else self._constraint.allowed_draft(draft)
+        return min(room, self.most_tokens - len(self.ids) - 1)
 
     def _require_ownership(self) -> None:
         if self.begun and self.engine.resets != self._resets:

@@ -20,6 +20,7 @@ from .batching.scheduler import MAX_ROWS, Scheduler
 from .batching.shared_prefill import SharedPrefill
 from .completion import Completion, completed
 from .constraints.lazy import LazyVocabulary
+from .draft_model import DraftModel
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generation_config import sampling_defaults
@@ -58,6 +59,7 @@ class LanguageModel:
         scheduler: Who runs the steps.
         memory: What the caches may take.
         vocabulary: What constraints see of the tokenizer.
+        draft: Its draft model, or None.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class LanguageModel:
         max_memory: int | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         max_batch: int = MAX_ROWS,
+        draft: DraftModel | None = None,
         temporary: Callable[[], object] | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
@@ -76,15 +79,18 @@ class LanguageModel:
         self.manifest = bundle.manifest
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
         self.vocabulary = LazyVocabulary(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
-        self._settings = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch, **placement}
+        limits = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
+        self._settings = {**limits, "draft": draft, **placement}
         self._temporary = temporary
         self.holds: object = None  # what lives as long as the model
         self._engine: Engine | None = Engine(bundle, **placement)
         require_golden(self._engine, bundle)
-        store = PrefixStore(self._engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory))
-        self.scheduler = Scheduler(self._engine.graph, store, max_batch)
+        graph, most = self._engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
+        self.draft = draft
+        stores = [PrefixStore(graph, most)] if draft is None else draft.attach(self, most)
+        self.scheduler = Scheduler(graph, stores[-1], max_batch)
         self.max_batch = max_batch
-        self.memory = CacheMemory(self._engine.graph, store, max_memory)
+        self.memory = CacheMemory(graph, stores, max_memory)
         self._executor: ThreadPoolExecutor | None = None
         _log.debug("loaded %s on %s with %d threads", self.bundle.path, self._engine.providers, self._engine.threads)
 
@@ -118,6 +124,8 @@ class LanguageModel:
         try:
             self.scheduler.close()
         finally:  # whatever interrupts it
+            if self.draft is not None:
+                self.draft.close()
             if self._executor is not None:
                 self._executor.shutdown(wait=False)
             if self._temporary is not None:

@@ -22,6 +22,7 @@ from pastkey.values import is_int, shown
 
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
+from .draft_model import DraftModel
 from .language_model import LanguageModel
 from .settings import Choice, SessionSettings
 from .signature import require_signature
@@ -41,6 +42,7 @@ def load(
     max_memory: int | None = None,
     prefix_bytes: int = PREFIX_BYTES,
     max_batch: int = MAX_ROWS,
+    draft: str | Path | bytes | Traversable | LanguageModel | None = None,
 ) -> LanguageModel:
     """Opens a bundle.
 
@@ -66,6 +68,9 @@ def load(
         prefix_bytes: Bytes that the caches of earlier texts may take, which `reuse_prefix` and conversations go on
             from; the least recently used goes first.
         max_batch: How many generations are decoded in one run, at most; 1 lets them take turns.
+        draft: A smaller bundle of the same vocabulary, as `path`, or a model that is loaded. It drafts tokens that
+            this one accepts or rejects several at a time, where that is faster; docs/speculation.md has how. A path is
+            loaded with the same providers, threads and session entries, and closed with this model.
 
     Raises:
         MissingFileError: There is no bundle at `path`.
@@ -74,7 +79,8 @@ def load(
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
         MissingExtraError: onnxruntime is not installed, or older than the bundle needs; or a signature was asked for,
             and cryptography is not installed.
-        InputError: An argument has another type, or is out of range; or a session option is pastkey's own.
+        InputError: An argument has another type, or is out of range; a session option is pastkey's own; or `draft` has
+            another vocabulary, or is of no use to this bundle.
     """
     if threads is not None and not is_int(threads):
         raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
@@ -104,11 +110,18 @@ def load(
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     folder, temporary = _folder_of(path)
+    drafts = None
     try:
         if key is not None:
             require_signature(folder, key)
+        bundle = open_bundle(folder, verify=verify)
+        if isinstance(draft, LanguageModel):
+            drafts = DraftModel(draft, opened=False)
+        elif draft is not None:
+            where = {"providers": providers, "threads": threads, "verify": verify, "session_options": session_options}
+            drafts = DraftModel(load(draft, allow_fallback=allow_fallback, **where), opened=True)  # type: ignore[arg-type]
         model = LanguageModel(
-            open_bundle(folder, verify=verify),
+            bundle,
             providers=providers,
             threads=threads,
             allow_fallback=allow_fallback,
@@ -116,9 +129,12 @@ def load(
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,
+            draft=drafts,
             temporary=None if temporary is None else weakref.finalize(temporary, shutil.rmtree, folder, True),
         )
     except BaseException:
+        if drafts is not None:
+            drafts.close()
         if temporary is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -13,6 +13,7 @@ from .engine.engine import Engine
 from .generate import Generation
 from .sampling.dry import Breakers, sequence_breakers
 from .settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
+from .speculation.drafter import Drafter
 from .stream import Stream
 from .text.codec import TextCodec, TextStream
 from .text.stop_strings import StopStrings
@@ -63,6 +64,7 @@ def open_stream(
         prompt_lookup=options.get("prompt_lookup", True),
         timeout=timeout,
         constraint=constraint,
+        drafter=_drafter(model, options),
         breakers=_breakers(codec, sampling) if sampling.dry_multiplier else None,
         logprobs=options.get("logprobs"),
         prompt_logprobs=bool(options.get("prompt_logprobs", False)),
@@ -114,6 +116,15 @@ def open_prompt(
         retired=retired,
         starting=lambda _: model.require_open(),  # it may be closed since this call
     )
+
+
+def _drafter(model: LanguageModel, options: GenerateOptions | SessionOptions) -> Drafter | None:
+    asked = options.get("draft")
+    if asked not in (None, True, False):
+        raise InputError(f"draft is {asked!r}; True or False was expected: the draft model itself is an option of load")
+    if asked and model.draft is None:
+        raise InputError("draft is True, and this model has no draft model: give one to pastkey.load(draft=BUNDLE)")
+    return None if model.draft is None or asked is False else model.draft.drafter(model.memory)
 
 
 def _texts(name: str, given: Any) -> tuple[str, ...]:

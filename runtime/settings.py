@@ -70,6 +70,7 @@ class ChatOptions(SamplingOptions, total=False):
     bad_words: Sequence[str]
     logprobs: int | None
     prompt_lookup: bool
+    draft: bool
     timeout: float | None
     context_overflow: ContextOverflow
     num_sink_tokens: int
@@ -131,6 +132,7 @@ class GenerateOptions(ChatOptions, total=False):
       question.
     - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
       and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
+    - `draft` (bool, as loaded): Elsewhere the model's draft model drafts, where that pays.
     - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
     - `json_schema` (JSON schema, None): The text is JSON that it validates. At most one of these four.
     - `regex` (str, None): The text matches it.

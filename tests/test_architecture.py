@@ -144,6 +144,7 @@ RUNTIME_ROOMS = {
     "engine": frozenset({"engine", "providers"}),
     "batching": frozenset({"batching", "engine", "generate"}),
     "sampling": frozenset({"sampling"}),
+    "speculation": frozenset({"speculation", "sampling", "engine"}),
     "text": frozenset({"text"}),
     "constraints": frozenset({"constraints", "text"}),
 }

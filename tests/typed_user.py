@@ -8,6 +8,7 @@ from __future__ import annotations
 import pastkey
 
 lm = pastkey.load("bundle/")
+pastkey.load("bundle", draft="small").generate("a", draft=False).text.upper()
 lm.generate("a", max_new_tokens=3, temperature=0.5, stop=["."], reuse_prefix=True, prompt_lookup=False).text.upper()
 lm.generate("a", temprature=0.5)  # type: ignore[call-overload]
 lm.generate("a", temperature="hot")  # type: ignore[call-overload]

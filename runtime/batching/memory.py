@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 from pastkey.errors import ResourceError
 
@@ -12,10 +13,11 @@ from .prefix_store import PrefixStore
 
 
 class CacheMemory:
-    """A limit for all caches over one graph: those in use, at the size they may come to, and the stored prefixes."""
+    """A limit for all caches of a model and its draft: those in use, at the size they may come to, and prefixes too."""
 
-    def __init__(self, graph: DecoderGraph, store: PrefixStore, most_bytes: int | None) -> None:
-        self._graph, self._store, self._most = graph, store, most_bytes
+    def __init__(self, graph: DecoderGraph, stores: Sequence[PrefixStore], most_bytes: int | None) -> None:
+        """`stores` make room in this order."""
+        self._graph, self._stores, self._most = graph, stores, most_bytes
         self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
     def estimate(self, tokens: int) -> int:
@@ -27,11 +29,14 @@ class CacheMemory:
 
         Raises ResourceError where there is no room.
         """
-        needed = rows * self.estimate(tokens)
+        needed = rows * engine.graph.cache_bytes(tokens)
         if self._most is None:
             return
         others = sum(size for other, size in list(self._promised.items()) if other is not engine)
-        self._store.shrink(max(0, self._most - others - needed))
+        left = self._most - others - needed
+        for place, store in enumerate(self._stores):
+            store.shrink(max(0, left - sum(later.nbytes for later in self._stores[place + 1 :])))
+            left -= store.nbytes
         if others + needed > self._most:
             raise ResourceError(
                 f"the cache of {tokens} tokens takes {needed / 2**20:.1f} MiB and others take {others / 2**20:.1f}; "

@@ -132,6 +132,7 @@ class DecoderGraph:
         self.onnx = open_graph(path)
         self.sessions = {path: self.onnx}
         self.providers: list[str] = self.onnx.get_providers()
+        self._on_processor = self.providers[0] == ep.CPU
         self._inputs = {value.name for value in self.onnx.get_inputs()}
         self._outputs = {value.name for value in self.onnx.get_outputs()}
         self._folder = path.parent.absolute()
@@ -287,7 +288,6 @@ class DecoderGraph:
         Returns:
             Logits (B, keep, V), or last hidden states (B, T, H), in an array of their own.
         """
-        # A bound value is no copy: these arrays must outlive the run.
         feeds: dict[str, npt.NDArray[Any]] = {names.INPUT_IDS: ids, names.POSITION_IDS: positions}
         if names.SEQLENS_K in self._inputs:
             feeds[names.SEQLENS_K] = (real - 1).astype(np.int32)
@@ -303,8 +303,15 @@ class DecoderGraph:
             feeds[names.EMBEDDING_ROWS] = self._embedding[ids]
         logits = np.empty((len(ids), keep, self.manifest.vocab_size), np.float32)
         binding, value = cache.binding, onnxruntime.OrtValue.ortvalue_from_numpy
+        # Binding a value takes 10 us. On the processor it is its array, which the next run of these shapes writes into.
+        bound: dict[str, npt.NDArray[Any]] = vars(binding).setdefault("held", {}) if self._on_processor else {}
         for name, array in feeds.items():
-            binding.bind_ortvalue_input(name, value(array))
+            before = bound.get(name)
+            if before is not None and before.shape == array.shape:
+                before[...] = array
+            else:
+                bound[name] = np.array(array)
+                binding.bind_ortvalue_input(name, value(bound[name]))
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
         if names.LAST_HIDDEN_STATE in self._outputs:  # always: a binding would hold on to what one run gave, and fail
             binding.bind_output(names.LAST_HIDDEN_STATE)

@@ -95,7 +95,7 @@ class CachePair:
     @property
     def length(self) -> int:
         """Tokens per row, padding included."""
-        return max(cache.length for cache in self._caches)
+        return self.float32.length if self.int8 is None else max(self.float32.length, self.int8.length)
 
     def reset(self) -> None:
         """Forgets all tokens."""

@@ -7,6 +7,7 @@ first half leaves. `export/generation/sampler.py` is the same as a graph, for fi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -62,8 +63,8 @@ class Sampler:
         self._seed = seed
         if vocab_size is not None:
             _require_known_ids(config, vocab_size)
-        text = _Text(prompt_tokens, max_new_tokens, frozenset(end_ids), breakers or {})
-        self._changes = list(_changes(self.config, text))
+        self._text = _Text(prompt_tokens, max_new_tokens, frozenset(end_ids), breakers or {})
+        self._changes = list(_changes(self.config, self._text))
         self._truncations = list(_truncations(self.config)) if self.config.temperature else []
         self._history = History()
 
@@ -95,6 +96,13 @@ class Sampler:
         if self._excludes(len(ids)):
             logits = truncation.exclude_top_choices(logits, self.config.xtc_threshold)
         return truncation.draw(logits, uniform(self._seed, len(ids)))
+
+    def twin(self) -> Sampler:
+        """Another one that draws alike, by the same seed, but for functions of the user's, which see no draft."""
+        made = copy.copy(self)
+        made._changes = list(_changes(dataclasses.replace(self.config, logits_processor=()), self._text))
+        made._history = History()
+        return made
 
     def _excludes(self, place: int) -> bool:
         """Whether XTC applies to this token: a draw of its own."""

@@ -88,6 +88,10 @@ class TextCodec:
         except NativeError as error:
             raise _damaged_decoder(len(ids), error) from None
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token by its text in the vocabulary, added ones included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
     def pieces(self) -> list[str]:
         """The text of each token by id, alone; "" where an id has none. Made once."""
         if self._pieces is None:

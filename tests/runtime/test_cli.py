@@ -15,6 +15,7 @@ import pytest
 from pastkey.bundle import Bundle
 from pastkey.runtime import Engine, load
 from pastkey.runtime.providers.ort import onnxruntime, wheels
+from pastkey.runtime.speculation.worth import Worth
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -93,6 +94,18 @@ def test_run_decodes_with_draft_tokens_or_without(
     steps.clear()
     command(*arguments, flag)
     assert max(steps) == most
+
+
+def test_a_draft_model_changes_no_text(
+    command: Run, speaking_bundle: Bundle, standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
+    arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--temperature", "1", "--seed", "1", "--json"]
+    plain, drafted = (json.loads(command(*arguments, *more)[1]) for more in ([], ["--draft", speaking_bundle.path]))
+    assert drafted["ids"] == plain["ids"]
+    assert drafted["accepted_tokens"] > plain["accepted_tokens"]
+    status, _, err = command("run", standard_bundle.path, "--prompt-ids", "1", "--draft", standard_bundle.path)
+    assert (status, "a draft model is of no use to" in err) == (2, True)
 
 
 def test_run_with_ids_and_no_tokenizer_prints_ids(command: Run, bundle: Bundle) -> None:

@@ -23,7 +23,7 @@ MakeBundle = Callable[..., Bundle]
 def test_stored_prefixes_make_room_and_caches_in_use_do_not(fused_bundle: Bundle) -> None:
     engine = Engine(fused_bundle, threads=1)
     store = PrefixStore(engine.graph)
-    memory = CacheMemory(engine.graph, store, 300 * engine.graph.bytes_per_token)
+    memory = CacheMemory(engine.graph, [store], 300 * engine.graph.bytes_per_token)
     for token in (1, 2):
         kept = Engine.over(engine.graph)
         kept.prefill([token] * 10)
@@ -44,7 +44,7 @@ def test_stored_prefixes_make_room_and_caches_in_use_do_not(fused_bundle: Bundle
 
 def test_without_a_limit_everything_fits(fused_bundle: Bundle) -> None:
     engine = Engine(fused_bundle, threads=1)
-    memory = CacheMemory(engine.graph, PrefixStore(engine.graph), None)
+    memory = CacheMemory(engine.graph, [PrefixStore(engine.graph)], None)
     memory.promise(engine, 10**12)
 
 

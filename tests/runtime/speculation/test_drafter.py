@@ -1,0 +1,288 @@
+"""Drafts by another model: never another text, whatever the other model says, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.errors import ResourceError
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.generate import Generation
+from pastkey.runtime.sampling.truncation import softmax
+from pastkey.runtime.settings import SamplingConfig
+from pastkey.runtime.speculation.drafter import Drafter
+from pastkey.runtime.speculation.worth import Worth
+
+from ..conftest import V
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+PROMPT = [5, 6, 7]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "seed": 2},
+    {"temperature": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.1, "seed": 3},
+]
+
+
+class Always(Worth):
+    """As many tokens as there may be, up to a number."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(1.0, 1.0)
+        self.count = count
+
+    def tokens(self, rate: float, behind: int, most: int) -> int:
+        return min(self.count, most)
+
+
+@pytest.fixture(scope="module")
+def engine(fused_bundle: Bundle) -> Engine:
+    return Engine(fused_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def other(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Engine:
+    """A model near the tiny decoder, as one that was quantized is, which sees less."""
+    rng = np.random.default_rng(1)
+    weights = {name: weight + rng.normal(0, 0.02, weight.shape) for name, weight in tiny.weights.items()}
+    weights["position"] = weights["position"][:100]
+    near = dataclasses.replace(
+        tiny, context_length=100, weights={name: weight.astype(np.float32) for name, weight in weights.items()}
+    )
+    return Engine(make_bundle(near, "fused"), threads=1)
+
+
+def drafter_over(engine: Engine, count: int = 3) -> Drafter:
+    engine.reset()
+    return Drafter(Always(count), lambda ids, most: engine, lambda engine: None)
+
+
+def text(engine: Engine, drafter: Drafter | None = None, new: int = 60, **options: Any) -> tuple[list[int], Generation]:
+    given = {name: options.pop(name) for name in ("constraint", "end_ids", "prompt_lookup") if name in options}
+    generation = Generation(
+        engine,
+        PROMPT,
+        max_new_tokens=new,
+        sampling=SamplingConfig(**options),
+        drafter=drafter,
+        **{"prompt_lookup": False, **given},
+    )
+    return list(generation), generation
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_text_is_that_without_a_draft_model(
+    engine: Engine, other: Engine, settings: dict[str, Any], count: int
+) -> None:
+    plain, _ = text(engine, **settings)
+    for prompt_lookup in (False, True):
+        drafted, generation = text(engine, drafter_over(other, count), prompt_lookup=prompt_lookup, **settings)
+        assert drafted == plain
+        assert 15 < generation.accepted_tokens < generation.draft_tokens
+        assert engine.length == len(PROMPT) + 59  # the last token is not fed, and no rejected one stays
+
+
+def test_its_own_draft_is_always_accepted(engine: Engine, fused_bundle: Bundle) -> None:
+    """Drawn tokens, too: the draft is drawn by the number of its place in the text."""
+    for settings in SETTINGS:
+        _, generation = text(engine, drafter_over(Engine(fused_bundle, threads=1)), **settings)
+        assert generation.draft_tokens == generation.accepted_tokens > 40
+
+
+def test_drawn_texts_have_the_distribution_of_the_model(engine: Engine, other: Engine, tiny: Tiny) -> None:
+    """The second new token, which was drafted, over seeds, by chi squared; the first one is drawn, too."""
+    first = softmax(tiny(PROMPT)[-1])
+    likely = [token for token in range(V) if first[token] > 1e-4]
+    expected = np.zeros(V)
+    for token in likely:
+        expected += first[token] * softmax(tiny([*PROMPT, token])[-1])
+    expected /= expected.sum()
+    seeds, found = 700, np.zeros(V)
+    accepted = 0
+    for seed in range(seeds):
+        ids, generation = text(engine, drafter_over(other), 3, temperature=1.0, seed=seed)
+        found[ids[1]] += 1
+        accepted += generation.accepted_tokens
+    assert accepted > 0.5 * seeds
+    often = expected * seeds >= 5
+    observed, wanted = found[often], expected[often] * seeds
+    squared = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = int(often.sum())
+    assert freedom > 5
+    # Wilson and Hilferty's approximation: 4 standard deviations are one in 30,000.
+    deviation = ((squared / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert deviation < 4
+
+
+def test_beyond_its_context_nothing_is_drafted(engine: Engine, other: Engine) -> None:
+    plain, _ = text(engine, new=200)
+    drafted, generation = text(engine, drafter_over(other), new=200)
+    assert drafted == plain
+    assert other.length <= 100
+    assert 0 < generation.draft_tokens < 100
+
+
+def test_a_draft_ends_before_the_end_of_the_text(engine: Engine, fused_bundle: Bundle) -> None:
+    plain, _ = text(engine)
+    end = next(token for i, token in enumerate(plain) if i >= 4 and token not in plain[:i])
+    drafted, generation = text(engine, drafter_over(Engine(fused_bundle, threads=1), 7), end_ids=[end])
+    assert drafted == plain[: plain.index(end)]
+    assert generation.finish_reason == "stop"
+    assert generation.draft_tokens == generation.accepted_tokens
+
+
+def test_what_the_text_said_before_comes_first(engine: Engine, other: Engine) -> None:
+    """Then a run of the draft model is saved, and it reads what it lacks at once."""
+    settings: dict[str, Any] = {"temperature": 0.3, "seed": 3}
+    runs: list[int] = []
+    drafter = drafter_over(other)
+    append = other.append
+
+    def counted(ids: Any) -> Any:
+        runs.append(len(ids))
+        return append(ids)
+
+    other.append = counted  # type: ignore[method-assign]
+    try:
+        plain, _ = text(engine, **settings)
+        drafted, _ = text(engine, drafter, prompt_lookup=True, **settings)
+        with_lookup = len(runs)
+        assert max(runs[1:]) > 2
+        runs.clear()
+        alone, _ = text(engine, drafter_over(other), **settings)
+    finally:
+        other.append = append  # type: ignore[method-assign]
+    assert drafted == alone == plain
+    assert with_lookup < len(runs)
+
+
+class OnlyEven:
+    """A constraint: even tokens."""
+
+    complete = False
+
+    def masked(self, logits: Any) -> Any:
+        return np.where(np.arange(logits.size) % 2 == 0, logits, np.float32(-np.inf))
+
+    def require(self, token: int) -> None:
+        assert token % 2 == 0
+
+    def follow(self, tokens: Sequence[int], start: int) -> None: ...
+
+    def forced(self, most: int) -> list[int]:
+        return []
+
+    def allowed_draft(self, draft: Sequence[int]) -> list[int]:
+        return [token for place, token in enumerate(draft) if not any(other % 2 for other in draft[: place + 1])]
+
+
+def test_a_constraint_holds_for_drafts(engine: Engine, other: Engine) -> None:
+    plain, _ = text(engine, constraint=OnlyEven())
+    drafted, generation = text(engine, drafter_over(other), constraint=OnlyEven())
+    assert drafted == plain
+    assert not any(token % 2 for token in plain)
+    assert generation.accepted_tokens > 5
+
+
+def test_another_number_of_padded_ids_is_no_other_vocabulary(
+    engine: Engine, tiny: Tiny, make_bundle: Callable[..., Bundle]
+) -> None:
+    drafter = drafter_over(Engine(make_bundle(tiny, "fused"), threads=1))
+    seen: list[int] = []
+    drafter.begin(lambda logits, ids: seen.append(logits.size) or int(np.argmax(logits)), (), V + 3, None)  # type: ignore[func-returns-value]
+    assert len(drafter.draft([1, 2], [], 9)) == 3
+    assert seen == [V + 3] * 3
+    drafter.begin(lambda logits, ids: seen.append(logits.size) or int(np.argmax(logits)), (), V - 3, None)  # type: ignore[func-returns-value]
+    assert max(drafter.draft([1, 2], [], 9)) < V - 3
+    assert seen[3:] == [V - 3] * 3
+
+
+# --- what fails ---------------------------------------------------------------------------------------------------
+def test_not_finite_logits_of_the_draft_model_end_the_drafts_alone(
+    engine: Engine, tiny: Tiny, make_bundle: Callable[..., Bundle], caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {**tiny.weights, "position": tiny.weights["position"].copy()}
+    weights["position"][20:] = np.nan
+    broken = Engine(make_bundle(dataclasses.replace(tiny, weights=weights), "fused"), threads=1)
+    given_back: list[Engine] = []
+    drafter = Drafter(Always(3), lambda ids, most: broken, given_back.append)
+    plain, _ = text(engine)
+    drafted, generation = text(engine, drafter)
+    assert drafted == plain
+    assert 0 < generation.accepted_tokens < 20
+    assert given_back == [broken]
+    assert "the draft model failed" in caplog.text
+
+
+def test_a_draft_that_the_model_cannot_compute_ends_the_drafts_alone(
+    tiny: Tiny, other: Engine, make_bundle: Callable[..., Bundle]
+) -> None:
+    """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
+    script = [6, 7, *range(8, 22), 9]
+    broken = tiny.saying(script)
+    broken.weights["position"][17:] = np.nan
+    rambling = Engine(make_bundle(tiny.saying([*script[:-1], *[3] * 20]), "fused"), threads=1)
+    engine = Engine(make_bundle(broken, "fused"), threads=1)
+    ids, generation = text(engine, drafter_over(rambling, 7), end_ids=[9])
+    assert ids == script[2:][: script[2:].index(9)]
+    assert generation.finish_reason == "stop"
+
+
+def test_no_memory_for_it_is_no_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(ids: Sequence[int], most: int) -> Engine:
+        raise ResourceError("there is none")
+
+    drafted, generation = text(engine, Drafter(Always(3), refuse, lambda engine: None))
+    assert drafted == text(engine)[0]
+    assert generation.draft_tokens == 0
+    assert not caplog.text
+
+
+def test_an_interrupt_within_a_draft_leaves_the_text_right(
+    engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = text(engine)
+    run, calls = other.graph.run, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 0:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    drafter = drafter_over(other)
+    monkeypatch.setattr(other.graph, "run", interrupted)
+    generation = Generation(engine, PROMPT, max_new_tokens=60, prompt_lookup=False, drafter=drafter)
+    ids: list[int] = []
+    while True:
+        try:
+            ids.append(next(generation))
+        except KeyboardInterrupt:
+            continue
+        except StopIteration:
+            break
+    assert ids == plain
+    assert calls > 10
+    assert generation.accepted_tokens > 10
+
+
+def test_functions_of_the_users_see_no_draft(engine: Engine, other: Engine) -> None:
+    seen: list[int] = []
+
+    def watched(ids: Any, logits: Any) -> Any:
+        seen.append(len(ids))
+        return logits
+
+    _, generation = text(engine, drafter_over(other), logits_processor=watched)
+    assert generation.accepted_tokens > 20
+    assert seen == list(range(3, 63))

@@ -1,0 +1,95 @@
+"""Where a draft comes from, and what a step with other rows would have brought."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.speculation.drafter import Drafter
+from pastkey.runtime.speculation.speculator import Speculator
+from pastkey.runtime.speculation.worth import Worth
+
+TEXT = [1, 2, 3, 4, 5, 6, 1, 2, 3]  # 4, 5 by what followed before
+
+
+class Nines(Drafter):
+    """Drafts nines, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        def take(ids: Sequence[int], most: int) -> Engine:
+            raise AssertionError
+
+        super().__init__(Worth(1.0, 1.0), take, take)  # type: ignore[arg-type]
+        self.told: list[tuple[int, int]] = []
+        self.stopped = False
+
+    def draft(self, ids: Sequence[int], found: Sequence[int], most: int) -> list[int]:
+        self.made = not found
+        return list(found) or [9] * min(2, most)
+
+    def end(self, drafted: int, accepted: int) -> None:
+        self.told.append((drafted, accepted))
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def test_the_text_itself_comes_first_and_each_hears_of_its_own_drafts() -> None:
+    drafter, text = Nines(), list(TEXT)
+    speculator = Speculator(prompt_lookup=True, drafter=drafter, constraint=None)
+    assert speculator.draft(text, 9) == [4, 5]
+    speculator.end(2, 0)
+    text += [7]
+    assert speculator.draft(text, 9) == [9, 9]
+    speculator.end(2, 0)  # which is no rejection of what the text says
+    text += [8, 1, 2, 3]
+    assert speculator.draft(text, 9) == [7, 8]
+    speculator.end(2, 0)
+    text += [6, 0, 1, 2, 3]
+    assert speculator.draft(text, 9) == [9, 9]  # after two of those, more must agree
+    assert drafter.told == [(2, 0)] * 3
+
+
+def test_without_either_there_is_no_draft() -> None:
+    speculator = Speculator(prompt_lookup=False, drafter=None, constraint=None)
+    assert speculator.draft(TEXT, 9) == []
+    speculator.start()
+    speculator.read()
+    speculator.end(0, 0)
+    speculator.guess(TEXT, 9)
+    assert speculator.came(4, more=False) == 1
+    speculator.stop()
+
+
+def test_after_its_end_nothing_is_drafted() -> None:
+    drafter = Nines()
+    speculator = Speculator(prompt_lookup=True, drafter=drafter, constraint=None)
+    speculator.stop()
+    assert drafter.stopped
+    speculator = Speculator(prompt_lookup=True, drafter=None, constraint=None)
+    speculator.stop()
+    assert speculator.draft(TEXT, 9) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([4, 5, 8], [0, 0, 3]), ([4, 8], [0, 2]), ([8], [1]), ([None], [1])],
+)
+def test_beside_other_rows_what_a_draft_would_have_brought_is_counted(
+    tokens: list[int | None], expected: list[int]
+) -> None:
+    speculator, text = Speculator(prompt_lookup=True, drafter=Nines(), constraint=None), list(TEXT)
+    found = []
+    for token in tokens:
+        speculator.guess(text, 9)
+        found.append(speculator.came(token, more=False))
+        text += [] if token is None else [token]
+    assert found == expected
+
+
+def test_tokens_that_had_to_follow_end_what_a_draft_would_have_brought() -> None:
+    speculator = Speculator(prompt_lookup=True, drafter=None, constraint=None)
+    speculator.guess(TEXT, 9)
+    assert speculator.came(4, more=True) == 2

@@ -1,0 +1,160 @@
+"""How many tokens are drafted: as many as pay, by what runs took, and never at a loss that shows."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from pastkey.runtime.speculation.worth import MAX_DRAFT_MODEL_TOKENS, REFRESH, Rate, Worth, observed
+
+PER_TOKEN = 0.2  # of a step, for each further token of a run
+
+
+def known(draft: float = 0.1) -> Worth:
+    """After two steps of a second, and one draft."""
+    worth = Worth(draft, 0.1 * draft)
+    worth.note_step(1, 1.0)
+    worth.note_step(1, 1.0)
+    worth.balance = 100.0
+    return worth
+
+
+class Text:
+    """Decodes with made-up seconds, and counts them."""
+
+    def __init__(self, worth: Worth, *, cost: float, prompt: int, seed: int, read: float = 0.1) -> None:
+        self.worth, self.cost, self.read = worth, cost, read
+        self.rate, self.behind, self.seconds = Rate(worth.rate), prompt + 1, prompt * read
+        self.drafted = self.accepted = 0
+        self.random = random.Random(seed)
+        worth.note_prefill(self.seconds)
+
+    def decode(self, new: int, acceptance: float) -> None:
+        while new > 0:
+            count = self.worth.tokens(self.rate.value, self.behind, new - 1)
+            accepted = 0
+            if count:
+                runs = [(self.behind, self.cost * (1 + self.read * (self.behind - 1))), *[(1, self.cost)] * (count - 1)]
+                self.worth.note_drafting(runs)
+                self.seconds += sum(seconds for _, seconds in runs)
+                while accepted < count and self.random.random() < acceptance:
+                    accepted += 1
+                self.behind = 1
+            step = 1 + PER_TOKEN * count
+            self.seconds += step
+            self.worth.note_step(count + 1, step)
+            if count:
+                self.worth.note_draft(count, accepted)
+                for place in range(observed(count, accepted)):
+                    self.rate.note(place < accepted)
+            self.drafted, self.accepted = self.drafted + count, self.accepted + accepted
+            self.behind += accepted + 1 if not count else 1
+            new -= accepted + 1
+
+
+def speed(texts: int, new: int, acceptance: float, *, cost: float, prompt: int = 10, guess: float = 1.0) -> float:
+    """Of several texts with a draft model against the same without. `guess`: how its cost is misjudged at first."""
+    worth, spent = Worth(cost * guess, 0.1 * cost * guess), 0.0
+    for seed in range(texts):
+        text = Text(worth, cost=cost, prompt=prompt, seed=seed)
+        text.decode(new, acceptance)
+        spent += text.seconds
+    return texts * (new + 0.1 * prompt) / spent
+
+
+@pytest.mark.parametrize(("cost", "guess"), list(itertools.product([0.05, 0.2, 0.6, 1.5], [0.7, 1.0, 3.0])))
+@pytest.mark.parametrize(("prompt", "new"), [(1, 16), (10, 64), (10, 300), (500, 64), (500, 300)])
+@pytest.mark.parametrize("acceptance", [0.0, 0.1])
+def test_a_useless_draft_model_never_costs_3_percent(
+    cost: float, guess: float, prompt: int, new: int, acceptance: float
+) -> None:
+    for texts in (1, 4):
+        assert speed(texts, new, acceptance, cost=cost, prompt=prompt, guess=guess) >= 0.97
+
+
+@pytest.mark.parametrize(
+    ("cost", "acceptance", "least", "least_after_long"),
+    [(0.05, 0.9, 1.9, 1.5), (0.1, 0.8, 1.4, 1.2), (0.3, 0.8, 1.1, 1.0)],
+)
+def test_a_good_one_is_used(cost: float, acceptance: float, least: float, least_after_long: float) -> None:
+    assert speed(8, 128, acceptance, cost=cost) > least
+    assert speed(8, 128, acceptance, cost=cost, prompt=300) > least_after_long
+
+
+def test_as_many_tokens_are_drafted_as_bring_most_a_second() -> None:
+    def found(rate: float, cost: float) -> int:
+        return known(cost).tokens(rate, 1, 100)
+
+    def fastest(rate: float, cost: float) -> int:
+        speeds = [
+            sum(rate**place for place in range(count + 1)) / (1 + PER_TOKEN * count + cost * count)
+            for count in range(MAX_DRAFT_MODEL_TOKENS + 1)
+        ]
+        return max(range(len(speeds)), key=speeds.__getitem__)
+
+    for rate, cost in itertools.product([0.5, 0.7, 0.85, 0.95], [0.02, 0.1, 0.3]):
+        if fastest(rate, cost) > 1:  # that of 0 and 1 is nearly equal
+            assert found(rate, cost) == fastest(rate, cost), (rate, cost)
+    assert found(1.0, 0.1) == MAX_DRAFT_MODEL_TOKENS
+    assert found(0.1, 0.3) == 0
+
+
+def test_nothing_is_drafted_before_two_steps_were_timed_nor_at_the_end() -> None:
+    worth = Worth(0.1, 0.01)
+    assert worth.tokens(0.9, 1, 100) == 0
+    worth.note_step(4, 1.0)
+    worth.note_step(1, 1.0)
+    assert worth.tokens(0.9, 1, 100) == 0
+    worth.note_step(1, 1.0)
+    assert worth.tokens(0.9, 1, 100) > 0
+    assert worth.tokens(0.9, 1, 0) == 0
+    assert worth.tokens(0.9, 1, 1) <= 1
+
+
+def test_a_step_without_drafts_is_timed_again_now_and_then() -> None:
+    worth = known()
+    for _ in range(REFRESH):
+        assert worth.tokens(0.9, 1, 100) > 0
+        worth.note_step(4, 1.6)
+    assert worth.tokens(0.9, 1, 100) == 0
+    worth.note_step(1, 1.0)
+    assert worth.tokens(0.9, 1, 100) > 0
+
+
+def test_a_run_that_something_else_held_up_switches_nothing_off() -> None:
+    worth = known()
+    worth.note_drafting([(1, 0.1), (1, 0.1)])
+    worth.balance = 5.0
+    for _ in range(2):
+        worth.note_drafting([(1, 1000.0), (1, 1000.0)])
+        worth.note_step(3, 1000.0)
+        worth.note_draft(2, 2)
+    assert worth.balance > 5.0
+    assert worth.tokens(0.9, 1, 100) > 0
+
+
+def test_a_text_that_becomes_another_is_tried_again() -> None:
+    worth = Worth(0.05, 0.005)
+    text = Text(worth, cost=0.05, prompt=10, seed=0)
+    text.decode(300, 0.0)
+    before = text.accepted
+    text.decode(600, 1.0)
+    assert text.accepted - before > 200
+
+
+def test_a_text_begins_with_the_rate_of_others_and_finds_its_own() -> None:
+    rate = Rate(0.9)
+    assert rate.value == pytest.approx(0.9)
+    for _ in range(6):
+        rate.note(False)
+    assert rate.value < 0.4
+    for _ in range(60):
+        rate.note(True)
+    assert rate.value > 0.9
+
+
+def test_what_is_judged_ends_with_the_first_rejected_token() -> None:
+    assert [observed(3, accepted) for accepted in range(4)] == [1, 2, 3, 3]
+    assert observed(0, 0) == 1  # it said that nothing follows
