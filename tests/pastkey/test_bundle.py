@@ -9,11 +9,22 @@ from typing import Any
 import pytest
 
 from pastkey import names
-from pastkey.bundle import KVGeometry, Manifest, read_bundle
+from pastkey.bundle import CacheShift, KeyRotation, KVGeometry, Manifest, read_bundle
 from pastkey.errors import IntegrityError
 from pastkey.folder import write_json
 
 MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0").to_json()
+
+
+TURN = {"layers": [0], "first": 0, "interleaved": False, "angles": [1.0, 0.1, 0.01, 0.001]}
+
+
+def test_how_keys_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
+    content = MANIFEST | {"window": 5, "shift": {"refused": "", "rotations": [TURN]}}
+    write_json(tmp_path / names.MANIFEST, content)
+    manifest = read_bundle(tmp_path).manifest
+    assert manifest.shift == CacheShift(rotations=(KeyRotation((0,), 0, False, (1.0, 0.1, 0.01, 0.001)),))
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads(json.dumps(content))
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -42,6 +53,13 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("precision", []),
         ("graph", "other"),
         ("padding", 1),
+        ("window", 0),
+        ("shift", {"rotations": [{**TURN, "layers": [1]}]}),
+        ("shift", {"rotations": [{**TURN, "first": 1}]}),
+        ("shift", {"rotations": [{**TURN, "first": -1}]}),
+        ("shift", {"rotations": [{**TURN, "angles": [4.0]}]}),
+        ("shift", {"rotations": [{"layers": [0]}]}),
+        ("shift", {"refused": 1}),
     ],
 )
 def test_a_field_of_another_kind_is_told_in_a_sentence(key: str, value: Any, tmp_path: Path) -> None:
