@@ -1,6 +1,7 @@
 """What embedding costs: streams at the same time beside other engines, and what the runtime adds of its own.
 
-    python -m benchmarks.embedding [BUNDLE] [--rounds 5] [--threads 2] [--only ENGINE ...] [--work FOLDER] [--out PAGE]
+    python -m benchmarks.embedding [BUNDLE] [--rounds 5] [--threads 2] [--streams 1 2 4 8 16] [--only ENGINE ...]
+                                   [--work FOLDER] [--out PAGE]
 
 Without BUNDLE it is the int8 export of SmolLM2-135M-Instruct, whose weights the other engines get in any case; each is
 installed in an environment of its own. Each finished step is kept in the work folder: after an interruption, the same
@@ -63,29 +64,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(arguments: argparse.Namespace) -> None:
     """The whole of it, from the bundle to the page."""
-    threads, rounds = arguments.threads, arguments.rounds
+    threads, rounds, streams = arguments.threads, arguments.rounds, sorted(set(arguments.streams))
     chosen = _chosen(arguments.only)
     store = Store(arguments.work)
     prepared, skipped = _prepare_all(chosen, arguments.bundle, store)
     bundle = open_bundle(prepared[0].model)
     codec = _codec(bundle)
-    file, count = quality.text_file(None), max(serving.STREAMS) * rounds
+    file, most = quality.text_file(None), max(streams) * rounds
     text = (
-        quality.windows_of_own(bundle, prepared[0].identity, max(serving.STREAMS), threads, store)
+        quality.windows_of_own(bundle, prepared[0].identity, max(streams), threads, store)
         if file is None
-        else quality.windows_of_file(file, codec, count)
+        else quality.windows_of_file(file, codec, most)
     )
-    prompts = [text.prompt(serving.PROMPT, first=number) for number in range(count)]
-    raced, load = serving.race(prepared, prompts, serving.STREAMS, rounds, threads, store, serving.NEW)
-    peaks = serving.measure_memory(prepared, prompts, serving.STREAMS, threads, store, serving.NEW)
+    prompts = [text.prompt(serving.PROMPT, first=number) for number in range(most)]
+    raced, load = serving.race(prepared, prompts, streams, rounds, threads, store, serving.NEW)
+    peaks = serving.measure_memory(prepared, prompts, streams, threads, store, serving.NEW)
     key = {"engine": prepared[0].identity, "threads": threads, "rounds": rounds, "text": digest(text.windows)}
     own = store.once("embedding-own", key, lambda: _own(bundle, threads, rounds, text))
 
     reference = prepared[0].engine.name
     found = {
-        one.engine.title: {
-            count: serving.figures(raced, one.engine.name, reference, count) for count in serving.STREAMS
-        }
+        one.engine.title: {count: serving.figures(raced, one.engine.name, reference, count) for count in streams}
         for one in prepared
     }
     out = arguments.out or (PAGE if _default(arguments) else store.folder / "embedding.md")
@@ -111,6 +110,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("bundle", nargs="?", type=Path, help="of SmolLM2-135M-Instruct (default: exported anew)")
     parser.add_argument("--rounds", type=positive_int, default=ROUNDS, help=f"interleaved ones (default {ROUNDS})")
     parser.add_argument("--threads", type=positive_int, default=THREADS, help=f"of every engine (default {THREADS})")
+    parser.add_argument("--streams", nargs="+", type=positive_int, default=[*serving.STREAMS], help="at the same time")
     names = ", ".join(engine.name for engine in serving.ENGINES)
     parser.add_argument("--only", nargs="+", metavar="ENGINE", help=f"beside pastkey's: {names}")
     parser.add_argument(
@@ -125,7 +125,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _default(arguments: argparse.Namespace) -> bool:
     """Whether the figures are those that the repository keeps, and not a trial."""
-    return not arguments.only and (arguments.rounds, arguments.threads) == (ROUNDS, THREADS)
+    given = (arguments.rounds, arguments.threads, *arguments.streams)
+    return not arguments.only and given == (ROUNDS, THREADS, *serving.STREAMS)
 
 
 def _chosen(only: Sequence[str] | None) -> list[Engine]:

@@ -124,6 +124,7 @@ def race(
     `prompts` are taken in turn, other ones in each round. Returns the rounds, and the machine's load average, the
     median of those after each step.
     """
+    most = max(counts)
     key = {
         "engines": [one.identity for one in prepared],
         "prompts": digest([*map(list, prompts)]),
@@ -145,7 +146,8 @@ def race(
                 if worker.engine.name not in warm:
                     worker.ask("streams", prompts=[*prompts[:2]], new_tokens=2)
                     warm.add(worker.engine.name)
-                taken[worker.engine.name] = _asked(worker, _chosen(prompts, number, count), new_tokens)
+                chosen = [prompts[(number * most + place) % len(prompts)] for place in range(count)]
+                taken[worker.engine.name] = _asked(worker, chosen, new_tokens)
             return {"served": taken, "load": os.getloadavg()[0]}
 
         for number in steps(range(rounds), "streams, rounds"):
@@ -158,10 +160,6 @@ def race(
                     one_round[engine][count] = Served(tuple(times[0]), tuple(times[1]), new_tokens)
             found.append(one_round)
     return found, statistics.median(loads)
-
-
-def _chosen(prompts: Sequence[Sequence[int]], number: int, count: int) -> list[Sequence[int]]:
-    return [prompts[(number * max(STREAMS) + place) % len(prompts)] for place in range(count)]
 
 
 def _asked(worker: Worker, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[float]]:
@@ -185,7 +183,7 @@ def measure_memory(
         with Worker(one, threads=threads, context=context, logs=store.logs) as worker:
             found = []
             for count in counts:
-                _asked(worker, _chosen(prompts, 0, count), new_tokens)
+                _asked(worker, prompts[:count], new_tokens)
                 found.append(int(worker.ask("memory")["peak_rss_bytes"]))
             return found
 
