@@ -15,6 +15,7 @@ import argparse
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,8 @@ def measure(arguments: argparse.Namespace) -> None:
     serving.draw(found, {one.engine.title: one.engine.runtime for one in prepared}, picture)
     parts = [
         f"Each stream has a prompt of {serving.PROMPT} tokens of {text.name} and {serving.NEW} greedy tokens; all "
-        f"begin at the same moment. Medians of {rounds} interleaved rounds, {threads} threads for every engine.\n",
+        f"begin at the same moment. Interleaved rounds, of which medians are given: {rounds}; threads of every engine: "
+        f"{threads}.\n",
         serving.tables(found, {one.engine.title: peaks[one.engine.name] for one in prepared}),
         f"![tokens per second and the longest wait, by streams]({picture.name})\n",
         *(f"Not measured: {who}: {why}\n" for who, why in skipped.items()),
@@ -100,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "How it was measured:\n",
         *(f"- {line}" for line in [*_engines(prepared), *machine(), _load(load)]),
     ]
-    write_page(out, "\n".join(parts) + "\n")
+    write_page(out, "\n".join(map(_wrapped, "\n".join(parts).split("\n"))) + "\n")
     print("\n".join(parts[1:2]))
     say(f"written: {out} and {picture}")
 
@@ -187,37 +189,38 @@ def _own(bundle: Bundle, threads: int, rounds: int, text: quality.Text) -> dict[
 def own_cost(lm: LanguageModel, prompt: Sequence[int], rounds: int, tokens: int) -> list[list[float]]:
     """For each of SETTINGS: microseconds of a step outside onnxruntime, and the share of the step that they are.
 
-    Of a stream with its text, without prompt lookup. The medians of all steps; what another program takes of the
-    processor between two of them is not counted.
+    Of a stream with its text, without prompt lookup. Both are this thread's processor time, so that what other programs
+    take is in neither; the medians of all steps.
     """
     own: list[list[float]] = [[] for _ in SETTINGS]
     whole: list[list[float]] = [[] for _ in SETTINGS]
-    graph = lm.require_open().graph
-    inside: list[tuple[float, float]] = []  # of each run: seconds of this thread, and by the clock
-    run = graph.onnx.run_with_iobinding
+    onnx = lm.require_open().graph.onnx
+    run, inside = onnx.run_with_iobinding, 0.0
 
     def timed(*arguments: Any) -> None:
-        before = time.thread_time(), time.perf_counter()
+        nonlocal inside
+        before = time.thread_time()
         run(*arguments)
-        inside.append((time.thread_time() - before[0], time.perf_counter() - before[1]))
+        inside = time.thread_time() - before
 
-    graph.onnx.run_with_iobinding = timed
+    onnx.run_with_iobinding = timed
     try:
-        for _ in range(rounds + 1):  # the first one warms up
+        for number in range(rounds + 1):
             for settings, outside, steps in zip(SETTINGS, own, whole, strict=True):
                 stream = lm.stream(prompt, max_new_tokens=tokens, prompt_lookup=False, seed=1, **settings)
                 next(stream)
                 before = time.thread_time()
                 for chunk in stream:
                     taken = time.thread_time()
-                    if chunk.ids:  # and not what was held back until the end
-                        outside.append(taken - before - inside[-1][0])
-                        steps.append(outside[-1] + inside[-1][1])
+                    if number and chunk.ids:  # the first round warms up; the last chunk may be what was held back
+                        outside.append(taken - before - inside)
+                        steps.append(taken - before)
                     before = taken
     finally:
-        del graph.onnx.run_with_iobinding
-    skip = tokens - 1
-    medians = [(statistics.median(a[skip:]), statistics.median(b[skip:])) for a, b in zip(own, whole, strict=True)]
+        del onnx.run_with_iobinding
+    medians = [
+        (statistics.median(outside), statistics.median(steps)) for outside, steps in zip(own, whole, strict=True)
+    ]
     return [[outside * 1e6, outside / step] for outside, step in medians]
 
 
@@ -276,6 +279,12 @@ def _load(load: float) -> str:
         "; other programs ran meanwhile: ratios count, and speeds are those of a part of the machine" if busy else ""
     )
     return f"load average {load:.1f} on {cores} cores{remark}"
+
+
+def _wrapped(line: str) -> str:
+    """A line of prose as several; one of a table, or with a picture, stays."""
+    indent = "  " if line.startswith("- ") else ""
+    return line if line.startswith(("|", "!")) else textwrap.fill(line, 120, subsequent_indent=indent)
 
 
 def write_page(page: Path, section: str) -> None:

@@ -191,7 +191,12 @@ def test_a_client_that_leaves_ends_the_generation_within_a_step(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, cancelled, cancel = Gate(lm, monkeypatch), threading.Event(), AsyncStream.cancel
-    monkeypatch.setattr(AsyncStream, "cancel", lambda stream: (cancel(stream), cancelled.set()))
+
+    def noted(stream: AsyncStream) -> None:
+        cancel(stream)
+        cancelled.set()
+
+    monkeypatch.setattr(AsyncStream, "cancel", noted)
     with served(lm) as port:
         gate.release(5)
         with asked(port, "/stream", prompt="abc", max_new_tokens=800) as response:
@@ -299,10 +304,11 @@ def test_a_wheel_brings_its_model(bundle: Path, lm: LanguageModel, tmp_path: Pat
     shutil.copytree(bundle, source / "storyteller" / "bundle")
     elsewhere.mkdir()
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
-    subprocess.run([*pip, *build], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)], check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True)
     shutil.rmtree(source)
     expected = lm.generate("Once upon", max_new_tokens=60, temperature=0.7, seed=1).text + "\n"
     for place in (target, wheel):

@@ -96,7 +96,7 @@ class Served:
         return statistics.median((self.tokens - 1) / (last - first) for first, last in pairs)
 
 
-Round = Mapping[str, Mapping[int, Served]]  # engine -> streams -> what came of them
+Round = dict[str, dict[int, Served]]  # engine -> streams -> what came of them
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def race(
         "threads": threads,
     }
     warm: set[str] = set()
-    found: list[dict[str, dict[int, Served]]] = []
+    found: list[Round] = []
     loads: list[float] = []
     with ExitStack() as stack:
         context = max(map(len, prompts)) + new_tokens
@@ -151,7 +151,7 @@ def race(
             return {"served": taken, "load": os.getloadavg()[0]}
 
         for number in steps(range(rounds), "streams, rounds"):
-            one_round: dict[str, dict[int, Served]] = {worker.engine.name: {} for worker in workers}
+            one_round: Round = {worker.engine.name: {} for worker in workers}
             for count in counts:
                 name, place = f"streams-{digest(key)}-{count}-{number}", {"streams": count, "round": number}
                 taken = store.once(name, key | place, partial(serve, number, count))
@@ -191,7 +191,7 @@ def measure_memory(
     for one in steps(prepared, "memory of streams, engines"):
         key = {
             "engine": one.identity,
-            "prompts": digest([*map(list, prompts)]),
+            "prompts": digest([*map(list, prompts[: max(counts)])]),
             "counts": [*counts],
             "new": new_tokens,
             "threads": threads,
@@ -262,7 +262,7 @@ def draw(found: Table, runtimes: Mapping[str, str], file: Path) -> None:
     right.set_yscale("log")
     right.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     right.yaxis.set_minor_formatter(lambda *_: "")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=3.5)
     FigureCanvasAgg(figure).print_png(str(file))
 
 
