@@ -24,7 +24,8 @@ DOCS := .venv-docs
 # `make quick` runs every test file but these, which train, export, or run many sessions: a new one is quick until it
 # stands here.
 NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat fuzz programs)) \
-	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples no_network picture readme torture trained wheel) \
+	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks embedding_benchmark end_to_end examples no_network picture) \
+	$(addprefix test_,readme torture trained wheel) \
 	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline targets terminal verify_command) \
 	$(addprefix export/graph/test_,clean embedding_rows fuse hidden_states last_logits output_head rotary save) \
 	$(addprefix export/measure/test_,eval_command evaluate hidden_states predictors reference texts verify) \
@@ -150,9 +151,11 @@ figures: $(VENV)/installed
 	$(BIN)/python -m benchmarks.figures demo
 
 # pastkey beside other engines on this machine, each installed in an environment of its own: benchmarks/results.md.
-# `make bench BENCH_ARGS=--full` measures more engines and how pastkey scales. The same command goes on after a stop.
+# `make bench BENCH_ARGS=--full` measures more engines and how pastkey scales. Then many streams at the same time, into
+# docs/performance.md. The same command goes on after a stop.
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.embedding
 
 # The site of docs/ in site/. mkdocstrings reads an installed copy: its parser does not see the mapped folders of an
 # editable install. It runs no code, so that the copy needs none of its dependencies.

@@ -32,12 +32,12 @@ def per_token(done: Completion) -> float:
     return (done.prefill_seconds + done.decode_seconds) / done.new_tokens
 
 
-def ratios(lm: LanguageModel, kinds: list[dict[str, Any]], most: int) -> list[float]:
+def ratios(lm: LanguageModel, kinds: list[dict[str, Any]], most: int, rounds: int) -> list[float]:
     """The first kind's seconds per token over the second's, in each round."""
     for kind in kinds:
         lm.generate(PROMPT, max_new_tokens=most, **kind)
     found = []
-    for number in range(ROUNDS):
+    for number in range(rounds):
         seconds = [0.0, 0.0]
         for place in (0, 1) if number % 2 else (1, 0):
             seconds[place] = per_token(lm.generate(PROMPT, max_new_tokens=most, **kinds[place]))
@@ -45,20 +45,24 @@ def ratios(lm: LanguageModel, kinds: list[dict[str, Any]], most: int) -> list[fl
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle")
-    lm = pastkey.load(parser.parse_args().bundle)
+def measure(lm: LanguageModel, rounds: int = ROUNDS) -> tuple[Completion, dict[str, list[float]]]:
+    """A whole answer by the schema, and what is compared -> the ratio of each round."""
     whole = lm.generate(PROMPT, json_schema=SCHEMA, max_new_tokens=300)
-    print(f"{whole.text}\n{whole.forced_tokens} of {whole.new_tokens} tokens could be no others")
     off: dict[str, Any] = {"prompt_lookup": False}
     pairs: dict[str, list[dict[str, Any]]] = {
         "free / JSON schema": [{}, {"json_schema": SCHEMA}],
         "free without prompt lookup / JSON schema": [off, {"json_schema": SCHEMA}],
         "free / any text by a mask, no prompt lookup": [off, off | {"regex": ANYTHING}],
     }
-    for name, kinds in pairs.items():
-        found = ratios(lm, kinds, whole.new_tokens)
+    return whole, {name: ratios(lm, kinds, whole.new_tokens, rounds) for name, kinds in pairs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    whole, compared = measure(pastkey.load(parser.parse_args().bundle))
+    print(f"{whole.text}\n{whole.forced_tokens} of {whole.new_tokens} tokens could be no others")
+    for name, found in compared.items():
         print(f"{name}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
 
 

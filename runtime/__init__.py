@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from pastkey.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .asynchronous import AsyncStream as AsyncStream
     from .chat import Chat as Chat
     from .completion import Chunk as Chunk
     from .completion import Completion as Completion
@@ -47,6 +48,7 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            ".asynchronous": ["AsyncStream"],
             ".chat": ["Chat"],
             ".completion": ["Chunk", "Completion", "ToolCall"],
             ".engine.engine": ["Engine"],

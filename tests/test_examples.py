@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
+import http.client
 import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
 from pastkey.__main__ import main
+from pastkey.runtime import AsyncStream, LanguageModel, load
 
 from .runtime import conftest as decoder
 from .runtime.constraints import vocabularies
@@ -41,7 +52,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_an_example_is_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) < 100
+    most = 100 if commands(file) else 60  # a module, or a program that uses a bundle
+    assert len(file.read_text(encoding="utf-8").splitlines()) < most
 
 
 def test_the_examples_cover_what_people_write() -> None:
@@ -74,16 +86,63 @@ def test_the_lesson_trains_exports_itself_and_answers(folder: Path) -> None:
     assert (manifest["graph"], manifest["precision"]) == ("fused", "int8")
 
 
-def test_what_is_extracted_is_an_instance(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a decoder of random weights, whose every answer is JSON all the same."""
-    pytest.importorskip("llguidance")
+# --- programs that use a bundle -----------------------------------------------------------------------------------
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A decoder of random weights that takes any text and holds conversations."""
     tokenizer = vocabularies.byte_level()
     monkeypatch.setattr(decoder, "V", tokenizer.get_vocab_size())
     tiny = decoder.Tiny.random([(8, 8)], context_length=900)
-    bundle = decoder.write_bundle(tmp_path / "b", tiny, "fused", tokenizer=tokenizer)
-    monkeypatch.setattr(sys, "argv", ["extract.py", str(bundle.path), "Anna from Berlin wants 日 apples."])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}. {% endfor %}"
+    config = {"chat_template": template}
+    return decoder.write_bundle(tmp_path / "b", tiny, "fused", tokenizer=tokenizer, tokenizer_config=config).path
+
+
+@pytest.fixture
+def lm(bundle: Path) -> LanguageModel:
+    return load(bundle, threads=1)
+
+
+class Gate:
+    """Lets a model run so many steps, and counts them."""
+
+    def __init__(self, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        graph = lm.require_open().graph
+        run = graph.run
+        self.close()
+
+        def gated(*arguments: Any) -> Any:
+            self._steps.acquire()
+            self.ran += 1
+            return run(*arguments)
+
+        monkeypatch.setattr(graph, "run", gated)
+
+    def close(self) -> None:
+        self.ran, self._steps = 0, threading.Semaphore(0)
+
+    def release(self, steps: int) -> None:
+        self._steps.release(steps)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Waits for what another thread does."""
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end, "it never came about"
+        time.sleep(0.005)
+
+
+def example(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "examples" / name))
+
+
+def test_what_is_extracted_is_an_instance(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the weights, every answer is JSON."""
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(sys, "argv", ["extract.py", str(bundle), "Anna from Berlin wants 日 apples."])
     made = runpy.run_path(str(ROOT / "examples" / "extract.py"), run_name="__main__")
     told = capsys.readouterr().out
     order = eval(told.rpartition(" (")[0], {"Order": made["Order"], "Item": made["Item"]})
@@ -91,3 +150,175 @@ def test_what_is_extracted_is_an_instance(
     assert all(isinstance(item.name, str) and 0 <= item.count <= 999 for item in order.items)
     assert order.delivery in ("post", "courier", "unknown")
     assert told.endswith("tokens were certain)\n")
+
+
+# --- a route that streams -----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def served(lm: LanguageModel) -> Iterator[int]:
+    """The application of fastapi_stream.py on a free port of loopback, in a thread."""
+    pytest.importorskip("fastapi")
+    uvicorn = pytest.importorskip("uvicorn")
+    app = example("fastapi_stream.py")["application"](lm)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, ws="none", log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started or not thread.is_alive())
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def asked(port: int, path: str, **query: object) -> http.client.HTTPResponse:
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    client.request("GET", f"{path}?{urlencode(query)}", headers={"Connection": "close"})
+    return client.getresponse()
+
+
+def events(response: http.client.HTTPResponse) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the data of each server-sent event."""
+    name = "message"
+    for line in response:
+        field, _, value = line.decode().rstrip("\n").partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+
+
+def test_a_client_that_leaves_ends_the_generation_within_a_step(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, cancelled, cancel = Gate(lm, monkeypatch), threading.Event(), AsyncStream.cancel
+
+    def noted(stream: AsyncStream) -> None:
+        cancel(stream)
+        cancelled.set()
+
+    monkeypatch.setattr(AsyncStream, "cancel", noted)
+    with served(lm) as port:
+        gate.release(5)
+        with asked(port, "/stream", prompt="abc", max_new_tokens=800) as response:
+            assert [name for name, _ in (next(events(response)) for _ in range(5))] == ["message"] * 5
+        assert cancelled.wait(60)
+        gate.release(1000)
+        eventually(lambda: lm.scheduler.live == 0)
+    assert gate.ran <= 6  # the step that ran when it left was the last
+
+
+def test_clients_at_the_same_time_get_their_whole_texts(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["The sky", "日本", "One two one two", "x"]
+    expected = [lm.generate(prompt, max_new_tokens=40).text for prompt in prompts]
+    gate = Gate(lm, monkeypatch)
+
+    def read(prompt: str) -> tuple[str, dict[str, Any]]:
+        *texts, end = events(asked(port, "/stream", prompt=prompt, max_new_tokens=40))
+        assert end[0] == "end"
+        return "".join(data["text"] for _, data in texts), end[1]
+
+    with served(lm) as port, ThreadPoolExecutor(4) as clients:
+        found = clients.map(read, prompts)
+        eventually(lambda: lm.scheduler.live == 4)
+        gate.release(1000)
+        assert list(found) == [(text, {"finish_reason": "length"}) for text in expected]
+    assert lm.scheduler.live == 0
+
+
+def test_a_mistake_of_a_client_is_a_status_and_a_sentence(lm: LanguageModel) -> None:
+    with served(lm) as port:
+        assert b"EventSource" in asked(port, "/").read()
+        too_long = asked(port, "/stream", prompt="x" * 2000)
+        assert too_long.status == 400
+        assert "the context is 900" in json.load(too_long)["detail"]
+        assert asked(port, "/stream", prompt="x", max_new_tokens=0).status == 422
+
+
+# --- a chat window ------------------------------------------------------------------------------------------------
+def test_the_window_shows_answers_stops_them_and_brings_questions_back(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("textual")
+    window = example("textual_chat.py")["ChatWindow"](lm.chat())
+    gate = Gate(lm, monkeypatch)
+
+    async def use() -> None:
+        async with window.run_test() as pilot:
+            line = window.query_one("Input")
+
+            async def until(holds: Callable[[], bool]) -> None:
+                await asyncio.to_thread(eventually, holds)
+                await pilot.pause()
+
+            line.value = "[b]Who?"
+            gate.release(1000)
+            await pilot.press("enter")
+            await until(lambda: not window.workers)
+            shown = [part.content for part in window.said.children]
+            assert shown == [said["content"] for said in window.chat.messages]
+            assert shown[0] == "[b]Who?"
+            assert shown[1]
+
+            # An answer is stopped. What the line holds meanwhile waits, and is not asked.
+            gate.close()
+            gate.release(5)
+            await pilot.press("x", "enter")
+            await until(lambda: bool(window.said.children[-1].content))
+            await pilot.press("y", "enter", "escape")
+            gate.release(1000)
+            await until(lambda: not window.workers)
+            assert gate.ran <= 6
+            assert len(window.said.children) == 4
+            assert window.chat.messages[-1]["content"].startswith(window.said.children[-1].content)
+
+            await pilot.press("up", "up")
+            assert line.value == "[b]Who?"
+            await pilot.press("down", "down", "down")
+            assert line.value == ""
+
+    asyncio.run(use())
+
+
+def test_the_window_tells_why_a_question_cannot_be_answered(lm: LanguageModel) -> None:
+    pytest.importorskip("textual")
+    window = example("textual_chat.py")["ChatWindow"](lm.chat())
+
+    async def use() -> None:
+        async with window.run_test() as pilot:
+            window.query_one("Input").value = "x" * 1000
+            await pilot.press("enter")
+            await window.workers.wait_for_complete()
+            await pilot.pause()
+            assert "the context is 900" in window.said.children[-1].content
+
+    asyncio.run(use())
+    assert window.chat.messages == []
+
+
+# --- a wheel with a bundle ----------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_wheel_brings_its_model(bundle: Path, lm: LanguageModel, tmp_path: Path) -> None:
+    """Installed, and read out of the wheel itself, which is a zip file."""
+    source, target, elsewhere = (tmp_path / name for name in ("source", "target", "elsewhere"))
+    shutil.copytree(ROOT / "examples" / "own_wheel", source, ignore=shutil.ignore_patterns("bundle"))
+    shutil.copytree(bundle, source / "storyteller" / "bundle")
+    elsewhere.mkdir()
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True)
+    shutil.rmtree(source)
+    expected = lm.generate("Once upon", max_new_tokens=60, temperature=0.7, seed=1).text + "\n"
+    for place in (target, wheel):
+        path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "storyteller", "Once upon"],
+            cwd=elsewhere,
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.stdout, done.returncode) == (expected, 0), done.stderr[-2000:]

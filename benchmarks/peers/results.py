@@ -102,7 +102,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.load.process:.2f} ({row.load.model:.2f})",
             ]
         )
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def ratio_table(rows: Sequence[Row]) -> str:
@@ -112,7 +112,7 @@ def ratio_table(rows: Sequence[Row]) -> str:
     for row in rows:
         found = [row.ratios[kind] for kind in kinds]
         lines.append([row.engine.title, *(f"{r.median:.2f} ({r.low:.2f} to {r.high:.2f})" for r in found)])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def machine() -> list[str]:
@@ -151,6 +151,6 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *body = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]) + "\n"

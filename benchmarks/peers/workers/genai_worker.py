@@ -21,9 +21,9 @@ class Genai:
         self._model = og.Model(config)
         self._generator: og.Generator | None = None
 
-    def _fresh(self, length: int) -> og.Generator:
+    def _fresh(self, length: int, batch_size: int = 1) -> og.Generator:
         parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=length + 1, do_sample=False)
+        parameters.set_search_options(max_length=length + 1, do_sample=False, batch_size=batch_size)
         return og.Generator(self._model, parameters)
 
     def start(self, ids: list[int], length: int) -> int:

@@ -3,9 +3,12 @@
     {"do": "generate", "ids": [...], "new_tokens": N}  ->  {"prefill_seconds", "decode_seconds", "ids": [N new ids]}
     {"do": "logits", "ids": [...], "out": "file.npy"}  ->  {}, and (T, V) float32 in that file
     {"do": "memory"}                                   ->  {"peak_rss_bytes"} of this process so far
+    {"do": "streams", "prompts": [[...], ...], "new_tokens": N}
+        ->  {"first_seconds", "last_seconds", "ids"}, each a list of one for each prompt: all begin at the same moment
 
 Generation is greedy and goes on behind end tokens. Its prefill ends with the first new token known, and its decode
-feeds N tokens, one by one. The first line out, before any request, holds load_seconds.
+feeds N tokens, one by one. The first line out, before any request, holds load_seconds. A worker answers "generate" and
+"logits", or "streams".
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +38,31 @@ class Engine(Protocol):
 
     def logits(self, ids: list[int]) -> Any:
         """(T, V) float32 of one run without a past."""
+
+
+class Streams(Protocol):
+    """Greedy generation behind several prompts at the same time."""
+
+    def streams(self, prompts: list[list[int]], new_tokens: int, told: Callable[[int, int], None]) -> None:
+        """Tells each new token as it comes: the place of its prompt, and its id."""
+
+
+def in_threads(
+    stream: Callable[[list[int], int], Iterator[int]],
+    prompts: list[list[int]],
+    new_tokens: int,
+    told: Callable[[int, int], None],
+) -> None:
+    """`Streams.streams` of an engine that reads one prompt in each thread."""
+    together = threading.Barrier(len(prompts))
+
+    def read(place: int) -> None:
+        together.wait()
+        for token in stream(prompts[place], new_tokens):
+            told(place, token)
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        list(pool.map(read, range(len(prompts))))  # raises what one has raised
 
 
 def serve(engine: type) -> None:
@@ -54,8 +85,10 @@ def serve(engine: type) -> None:
         reply = _answer(model, json.loads(line))
 
 
-def _answer(model: Engine, request: dict[str, Any]) -> dict[str, Any]:
+def _answer(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     match request["do"]:
+        case "streams":
+            return _streams(model, request["prompts"], request["new_tokens"])
         case "generate":
             return _generate(model, request["ids"], request["new_tokens"])
         case "logits":
@@ -80,6 +113,23 @@ def _generate(model: Engine, ids: list[int], new_tokens: int) -> dict[str, Any]:
         "prefill_seconds": prefilled - started,
         "decode_seconds": ended - prefilled,
         "ids": found[:new_tokens],
+    }
+
+
+def _streams(model: Streams, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    seconds: list[list[float]] = [[] for _ in prompts]
+    ids: list[list[int]] = [[] for _ in prompts]
+
+    def told(place: int, token: int) -> None:
+        seconds[place].append(time.perf_counter() - started)
+        ids[place].append(token)
+
+    started = time.perf_counter()
+    model.streams(prompts, new_tokens, told)
+    return {
+        "first_seconds": [of_one[0] for of_one in seconds],
+        "last_seconds": [of_one[-1] for of_one in seconds],
+        "ids": ids,
     }
 
 
