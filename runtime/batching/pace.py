@@ -38,8 +38,8 @@ class Pace:
         """Whether these rows give more tokens a second one after another, with drafts."""
         together, alone = self._rows.get(len(rows)), self._rows.get(1)
         draft = self._draft if self._draft is not None or alone is None else _DRAFT_COST * alone
-        if together is None or draft is None:
-            return False
+        if together is None or draft is None or all(row.tokens_per_step <= 1 for row in rows):
+            return False  # without drafts a common run is the faster one, whatever a busy machine has measured
         in_turn = sum(row.tokens_per_step for row in rows) / (len(rows) * draft)  # tokens a second
         return in_turn > _MARGIN * len(rows) / together
 
