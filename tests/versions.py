@@ -71,8 +71,11 @@ def decoder() -> nn.Module:
 
 
 # --- in the environment of a release --------------------------------------------------------------------------------
-def answer(bundles: Path, out: Path) -> None:
-    """Runs every bundle and writes what it computed, or the sentence that refused it. Needs the runtime alone."""
+def answer(bundles: Path, out: Path, prompts: Sequence[int]) -> None:
+    """Runs every bundle after prompts of so many tokens and writes what it computed, or the sentence that refused it.
+
+    Needs the runtime alone.
+    """
     import numpy as np
 
     import pastkey
@@ -84,7 +87,7 @@ def answer(bundles: Path, out: Path) -> None:
         try:
             model = pastkey.load(bundle, threads=1)
             ids = []
-            for count in PROMPTS:
+            for count in prompts:
                 prompt = [(7 * i + i * i // 3) % VOCABULARY for i in range(count)]
                 ids.append(model.generate(prompt, max_new_tokens=NEW_TOKENS).ids)
                 arrays[f"{bundle.name}/{count}"] = model.logits([*prompt, *ids[-1]])[-NEW_TOKENS - 1 : -1]
@@ -180,8 +183,8 @@ def compared(name: str, answers: Answers, newest: Answers) -> tuple[str, bool]:
     if isinstance(found, str):
         return "refused", name == NEEDS and bool(REFUSED.match(found))
     assert not isinstance(expected, str), expected
-    limit, worst, words = LIMITS["fp32" if name == NEEDS else name], 0.0, ["equal"] * len(PROMPTS)
-    for number, count in enumerate(PROMPTS):
+    limit, worst, words = LIMITS["fp32" if name == NEEDS else name], 0.0, ["equal"] * len(found)
+    for number, count in enumerate(PROMPTS[: len(found)]):
         ours, theirs = answers.logits[f"{name}/{count}"], newest.logits[f"{name}/{count}"]
         first = next((n for n in range(NEW_TOKENS) if found[number][n] != expected[number][n]), NEW_TOKENS)
         scale = np.abs(theirs).max()
@@ -191,7 +194,7 @@ def compared(name: str, answers: Answers, newest: Answers) -> tuple[str, bool]:
             tie = limit > LIMITS["fp32"] and abs(margin) <= limit
             words[number] = f"parts at {first} ({'near tie' if tie else 'NOT A TIE'}, {margin:.0e})"
     well = worst <= limit and not any("NOT" in word for word in words)
-    return f"{words[0]}, {words[1]} ({worst:.0e}{'' if worst <= limit else ' OVER'})", well
+    return f"{', '.join(words)} ({worst:.0e}{'' if worst <= limit else ' OVER'})", well
 
 
 def table(rows: Sequence[tuple[str, Answers]], newest: Answers) -> Iterator[tuple[str, bool]]:
@@ -219,6 +222,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--answer"]:
-        answer(Path(sys.argv[2]), Path(sys.argv[3]))
+        answer(Path(sys.argv[2]), Path(sys.argv[3]), tuple(map(int, sys.argv[4:])) or PROMPTS)
     else:
         sys.exit(main())
