@@ -137,7 +137,7 @@ def reverse(model: LanguageModel) -> None:
     def reversed_run(*arguments: Any) -> Any:
         return run(*arguments)[..., ::-1]
 
-    graph.run = reversed_run  # type: ignore[method-assign]
+    graph.run = reversed_run  # type: ignore[assignment]
 
 
 def main() -> None:

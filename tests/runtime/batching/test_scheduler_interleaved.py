@@ -44,7 +44,7 @@ def interleaved(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         with monkeypatch.context() as patch:
             patch.setattr(scheduler_module, "threading", interleaving.threading)
             model = load(bundle.path, threads=1)
-            interleaving.run(*[lambda work=work: work(model) for work in works])  # type: ignore[misc]
+            interleaving.run(*[lambda work=work: work(model) for work in works])
             assert interleaving.timeouts == 0, "somebody was not woken"
             if not model.closed:
                 gc.collect()
