@@ -2,6 +2,9 @@
 PYTHON ?= python3
 # The newest Python that CI runs: Debian 13's own is 3.13.
 NEWEST_PYTHON ?= /usr/bin/python3
+# Those that `make matrix` runs the runtime's tests on: each that is here of 3.11 to 3.14.
+PYTHONS ?= $(shell for version in 11 12 13 14; do found=$$(command -v python3.$$version) && \
+	$$found -c "import venv, ensurepip" 2>/dev/null && echo $$found; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PASTKEY := $(BIN)/pastkey
@@ -21,17 +24,17 @@ DOCS := .venv-docs
 # `make quick` runs every test file but these, which train, export, or run many sessions: a new one is quick until it
 # stands here.
 NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat fuzz programs)) \
-	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples picture readme torture trained) \
+	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks end_to_end examples no_network picture readme torture trained wheel) \
 	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline targets terminal verify_command) \
-	$(addprefix export/graph/test_,clean embedding_rows fuse last_logits output_head rotary save) \
-	$(addprefix export/measure/test_,eval_command evaluate predictors reference texts verify) \
+	$(addprefix export/graph/test_,clean embedding_rows fuse hidden_states last_logits output_head rotary save) \
+	$(addprefix export/measure/test_,eval_command evaluate hidden_states predictors reference texts verify) \
 	$(addprefix export/quantize/test_,activations int4 int8 int8_kv merge odd_weights report rewrite_decoders) \
 	$(addprefix export/quantize/test_,sensitivity smoothing switches) \
-	$(addprefix runtime/test_,chat cli draft_model generate language_model) \
+	$(addprefix runtime/test_,chat cli draft_model generate hidden_states kept_tokens language_model) \
 	$(addprefix runtime/,commands/test_bench commands/test_inspection commands/test_terminal) \
 	$(addprefix runtime/constraints/test_,lazy matcher vocabulary) \
 	$(addprefix runtime/speculation/test_,drafter worth) \
-	$(addprefix runtime/,engine/test_engine engine/test_int8_kv providers/test_open) \
+	$(addprefix runtime/,engine/test_engine engine/test_int8_kv engine/test_shift providers/test_open) \
 	$(addprefix train/test_,checkpoint cli loop model place report stories))
 QUICK := $(filter-out $(NOT_QUICK),$(wildcard $(addsuffix test_*.py,tests/ tests/*/ tests/*/*/)))
 # What the oldest packages run: commands from text to text, and each source.
@@ -42,7 +45,8 @@ OLDEST_TESTS := $(addprefix tests/,train export/graph/test_clean.py export/graph
 # Other inputs to every reader, for MINUTES by random seeds, then for as long by atheris where pip has it.
 MINUTES ?= 10
 
-.PHONY: demo test quick fuzz check types ci matrix torture soak further oldest runtime-oldest runtime-newest figures bench docs clean
+.PHONY: demo test quick fuzz check types ci matrix versions aarch64 wheel sbom torture soak further oldest runtime-oldest \
+	runtime-newest figures bench docs clean
 
 # From nothing to text: train on the built-in stories, export to fp32 and int8, prove it, tell a story.
 demo: $(VENV)/installed
@@ -76,10 +80,30 @@ ci:
 	$(MAKE) test SLOW=1
 	$(MAKE) further
 
-# By hand: what CI runs, and every case of the tables of which CI has one of each kind.
+# By hand: what CI runs, every case of the tables of which CI has one of each kind, and every release of onnxruntime.
 matrix:
 	$(MAKE) test MATRIX=1
 	$(MAKE) further
+	for python in $(PYTHONS); do $(MAKE) runtime-newest PYTHON=$$python || exit; done
+	$(MAKE) versions
+	$(MAKE) aarch64
+
+# Bundles that the newest onnxruntime made, loaded and run by each release from the oldest on: a line for each.
+versions: $(VENV)/installed
+	$(BIN)/python -m tests.versions
+
+# The same by the runtime for arm64, which qemu emulates. On Debian; nothing is installed into the system.
+aarch64: $(VENV)/installed
+	$(BIN)/python -m tests.aarch64
+
+# The wheel, the same bytes from the same files, and its sha256.
+wheel: $(VENV)/installed
+	$(BIN)/python -m tests.wheel dist
+
+# What pip would install with each extra, or with those of EXTRAS, as CycloneDX documents.
+EXTRAS ?=
+sbom: $(VENV)/installed
+	$(BIN)/python -m tests.sbom dist/sbom $(EXTRAS)
 
 # Kills commands KILLS times, and lets each call that changes the disk fail: some hours on two cores. CI runs a few.
 torture: $(VENV)/installed
@@ -109,14 +133,15 @@ $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
 
 # The runtime's tests on the wheel alone, away from the checkout: there is neither torch nor onnx.
 runtime-oldest: CONSTRAINT := --constraint $(CURDIR)/$(OLDEST)
-runtime-oldest runtime-newest:
+runtime-oldest runtime-newest: $(VENV)/installed
 	rm -rf $(ENVIRONMENTS)/$@
-	mkdir -p $(ENVIRONMENTS)/$@/source $(ENVIRONMENTS)/$@/away/tests
-	cp -r pastkey train export runtime pyproject.toml README.md LICENSE $(ENVIRONMENTS)/$@/source
+	mkdir -p $(ENVIRONMENTS)/$@/away/tests
+	$(BIN)/python -m tests.wheel $(ENVIRONMENTS)/$@/wheel
 	cp -r tests/conftest.py tests/onnx_text.py tests/runtime $(ENVIRONMENTS)/$@/away/tests
 	cp pyproject.toml $(ENVIRONMENTS)/$@/away
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
-	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet './$(ENVIRONMENTS)/$@/source[cpu,chat,constrained]' \
+	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet \
+		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,sign]" \
 		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 

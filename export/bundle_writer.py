@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 import pastkey
 from pastkey import names
-from pastkey.bundle import Bundle, Manifest
+from pastkey.bundle import Bundle, CacheShift, Manifest
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.folder import file_records, parse_records, write_json
 from pastkey.runtime import Engine
@@ -47,6 +47,8 @@ class Decoder:
     observation: Observation
     choice: GraphChoice
     padding: bool = True  # whether rows of different lengths may share a batch
+    hidden_size: int | None = None  # H, where the graph has an output head
+    shift: CacheShift | None = None  # whether old tokens can be dropped from a cache
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class BundleWriter:
             context_length=source.context_length,
             layers=observation.geometry,
             states=observation.states,
+            window=observation.window,
+            shift=self.decoder.shift,
             opset=model.opset_imports[""],
             ir_version=IR_VERSION,
             min_onnxruntime=MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME,
@@ -80,9 +84,10 @@ class BundleWriter:
             bos_token_id=source.bos_token_id,
             eos_token_ids=source.eos_token_ids,
             padding=self.decoder.padding,
+            hidden_size=self.decoder.hidden_size if self.config.hidden_states else None,
             operators=count_operators(model),
         )
-        weight_bytes = write_graphs(model, folder, precision)
+        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size)
         return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:
@@ -140,7 +145,7 @@ class BundleWriter:
         try:
             engine = Engine(
                 bundle,
-                session_entries=dict(config.session_entries or ()),
+                session_options=dict(config.session_options or ()),
                 allow_fallback=config.allow_fallback,
             )
         except StartError as error:

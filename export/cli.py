@@ -65,6 +65,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="a whole generation as one graph, too: one call from any language takes a prompt and gives the new ids",
     )
     add(
+        "--hidden-states",
+        action="store_true",
+        help="pastkey's own graph gives the last hidden states, too, for embeddings of texts: lm.embed in Python",
+    )
+    add(
         "--chunk",
         type=positive_int,
         metavar="T",
@@ -176,6 +181,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", help="the bundle folder")
     add("source", nargs="?", help="what it was exported from; without it, the bundle's own uncached run")
+    add("--key", metavar="PUBLIC.pem", help="whose signature it must have, by pastkey sign; looked at first")
     _add_weights(parser)
     add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
     add_placement(parser)
@@ -183,9 +189,13 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.key is not None:
+        from pastkey.runtime.signature import require_signature
+
+        require_signature(arguments.bundle, arguments.key)
+    bundle = open_bundle(arguments.bundle, verify=True)
     from .measure.verify import verify
 
-    bundle = open_bundle(arguments.bundle, verify=True)
     module: nn.Module | None = None
     layers: tuple[Layer, ...] = ()
     with _prints_of_the_module():
@@ -204,8 +214,10 @@ def _verify(arguments: argparse.Namespace) -> int:
             verification = verify(bundle, module, layers=layers, progress=progress, **placement)
     result = verification.to_json()
     if arguments.json:
-        print_json(result)
+        print_json(result if arguments.key is None else result | {"signed_by": arguments.key})
     else:
+        if arguments.key is not None:
+            say(f"  signed by the key in {arguments.key}")
         _say_parity(result, f"{bundle.path} against {verification.reference}")
         for check in verification.checks:
             if not check.ok:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.bundle import Bundle, Manifest
+from pastkey.bundle import Bundle, CacheShift, Manifest
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.folder import refuse_existing, whole_folder
 from pastkey.replace import leftovers
@@ -32,10 +32,12 @@ from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
 from .graft.contract import in_contract
 from .graft.observe import Observation
+from .graft.positions import find_shift
 from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import LARGEST, to_float16
 from .graph.fuse import fuse, where_rotated
+from .graph.output_head import hidden_size, output_head
 from .graph.static import write_static_graphs
 from .measure.verify import Verification
 from .ort_format import write_ort_format
@@ -106,10 +108,11 @@ def export(
     weights: str | Path | None = ExportConfig.weights,
     eos: int | Sequence[int] | None = ExportConfig.eos,
     provider_options: Options | None = ExportConfig.provider_options,
-    session_entries: Options | None = ExportConfig.session_entries,
+    session_options: Options | None = ExportConfig.session_options,
     allow_fallback: bool = ExportConfig.allow_fallback,
     format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
     generate: bool = ExportConfig.generate,
+    hidden_states: bool = ExportConfig.hidden_states,
     chunk: int | None = ExportConfig.chunk,
     progress: Progress = SILENT,
 ) -> Report:
@@ -142,10 +145,11 @@ def export(
             weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand is left as it is.
         eos: The token id, or ids, that end a text, instead of the source's own.
         provider_options: Of the target's execution provider, where the bundle is proved at its end.
-        session_entries: Settings of onnxruntime's session there.
+        session_options: Options of onnxruntime's session there, as of `pastkey.load`.
         allow_fallback: Whether the processor may run there what the provider leaves.
         format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
         generate: A whole generation is written as one graph, too, for programs in any language.
+        hidden_states: pastkey's own graph gives the last hidden states, too, for `LanguageModel.embed`.
         chunk: Of the static graph, tokens of a run of prefill.
         progress: Is told each stage, how far it is, and warnings.
 
@@ -175,10 +179,11 @@ def export(
         weights=weights,
         eos=eos,
         provider_options=provider_options,
-        session_entries=session_entries,
+        session_options=session_options,
         allow_fallback=allow_fallback,
         format=format,
         generate=generate,
+        hidden_states=hidden_states,
         chunk=chunk,
     )
     return _export(module_or_path, Path(out), config, Recorder(progress))
@@ -193,6 +198,7 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
     calibration = _read_calibration(source, config)
     decoder = _make_graph(source, config.common, progress)
     _require_masks(decoder, config)
+    _require_head(decoder, config)
     with whole_folder(out, force=config.force) as folder:
         writer = BundleWriter(decoder, config, progress)
         bundle, fp32_bytes = writer.write(decoder.model, folder if config.precision == "fp32" else folder / ".fp32")
@@ -289,7 +295,8 @@ def _make_graph(source: Source, config: ExportConfig, progress: Progress) -> Dec
         made = optimum.take_over(source.module, refused, progress.warn)
     check_tokenizer(source, made.observation.vocab_size, config.eos_ids)
     choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
-    return _cleaned(source, made.model, made.observation, choice)
+    shift = CacheShift("optimum exported it, whose keys nobody saw turn with their position")
+    return _cleaned(source, made.model, made.observation, choice, shift)
 
 
 def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
@@ -301,15 +308,29 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     choice = choose_graph(config.graph, config.target, observation)
     progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
     model = trace(source.module, observation, choice.graph, source.context_length)
+    shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    return _cleaned(source, model, observation, choice)
+    return _cleaned(source, model, observation, choice, shift)
 
 
-def _cleaned(source: Source, model: ir.Model, observation: Observation, choice: GraphChoice) -> Decoder:
+def _cleaned(
+    source: Source, model: ir.Model, observation: Observation, choice: GraphChoice, shift: CacheShift
+) -> Decoder:
     clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
-    return Decoder(source, model, observation, choice, observation.padding)
+    head = output_head(model)
+    width = None if head is None else hidden_size(head)
+    return Decoder(source, model, observation, choice, observation.padding, width, shift)
+
+
+def _require_head(decoder: Decoder, config: ExportConfig) -> None:
+    """Raises ContractError where there is nothing to be the last hidden states."""
+    if config.hidden_states and decoder.hidden_size is None:
+        raise ContractError(
+            f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "
+            "its logits: export without --hidden-states"
+        )
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class ExportConfig:
     graph: str = "auto"  # GRAPH_CHOICES
     format: str = "onnx"  # names.FORMATS: "ort" writes pastkey's own graph in the ORT format, too
     generate: bool = False  # write a whole generation as one graph, too
+    hidden_states: bool = False  # pastkey's own graph gives the last hidden states, too
     tokenizer: str | Path | None = None  # TOKENIZERS, or llama2.c's own; None: the source's
     context_length: int | None = None  # tokens; None: the source's
     force: bool = False  # replace an existing bundle
@@ -58,7 +59,7 @@ class ExportConfig:
     eos: int | Sequence[int] | None = None  # token ids that end a text; None: the source's
     # Of the provider where the bundle is proved at its end; names and values are onnxruntime's.
     provider_options: Options | None = None
-    session_entries: Options | None = None
+    session_options: Options | None = None
     allow_fallback: bool = False  # the processor may run what that provider leaves
     chunk: int | None = None  # tokens of a run of prefill of the static graph; None: STATIC_CHUNK
 
@@ -121,6 +122,11 @@ class ExportConfig:
             )
         if self.static and self.format == "ort":
             raise InputError("--format ort is of graphs whose sizes change, and this one is static: leave it out")
+        if self.static and self.hidden_states:
+            raise InputError(
+                "--hidden-states is of graphs whose sizes change, and this one is static, which gives the logits "
+                "alone: leave it out, or export for another target, such as cpu"
+            )
         if self.chunk is not None and not self.static:
             raise InputError("--chunk is of the static graph: leave it out, or export with --graph static")
         if self.chunk is not None and not is_int(self.chunk, 1):

@@ -34,6 +34,7 @@ COMMANDS = {
     "bench": ("runtime", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime", "show a bundle's sizes, operators and execution providers"),
     "compile": ("runtime", "compile a bundle of static graphs for one device, so that it loads at once"),
+    "sign": ("runtime", "sign a bundle, so that it can be known to be one's own"),
     "devices": ("runtime", "list the execution providers of this machine"),
 }
 

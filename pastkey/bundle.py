@@ -12,6 +12,7 @@ bundle/  pastkey.json                       this manifest
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,24 @@ class StateGeometry:
 
     rows: Size  # at most
     size: Size  # F
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """How cached keys turn with their position: RoPE."""
+
+    layers: tuple[TokenCount, ...]  # the attention calls, from 0
+    first: TokenCount  # the first channel of the head that turns
+    interleaved: bool  # pairs of neighbouring channels, not of the two halves of those that turn
+    angles: tuple[Annotated[float, Between(-math.pi, math.pi)], ...]  # radians per token, of each pair
+
+
+@dataclass(frozen=True)
+class CacheShift:
+    """What lets the oldest tokens be dropped from a cache, as running the module showed at export."""
+
+    refused: str = ""  # why they cannot be
+    rotations: tuple[KeyRotation, ...] = ()  # of the keys that turn; others stay as they are
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,8 @@ class Manifest:
     ir_version: Size
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
+    window: Size | None = None  # where every attention call has one: tokens that the widest sees, with the new one
+    shift: CacheShift | None = None  # None where the export did not look
     static: StaticShape | None = None  # of the static graphs
     compiled: Compiled | None = None  # where they are no graphs but context binaries
     provider_options: Mapping[str, str] = field(default_factory=dict)  # of the target's provider, where none are given
@@ -95,6 +116,7 @@ class Manifest:
     bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these
     padding: bool = True  # whether rows of different lengths may share a batch
+    hidden_size: Size | None = None  # H, where pastkey's own graph gives the last hidden states, too
     operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
@@ -180,6 +202,13 @@ def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
         require((graph == "static") == (static is not None), "static", static, "there where the graph is static")
         require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")
         require(not manifest.states or graph == "standard", "states", manifest.states, "those of a standard graph")
+        hidden = manifest.hidden_size
+        require(hidden is None or static is None, "hidden_size", hidden, "that of a graph that is not static")
+        for rotation in manifest.shift.rotations if manifest.shift is not None else ():
+            for call in rotation.layers:
+                size = manifest.layers[call].key_head_size if call < len(manifest.layers) else 0
+                end = rotation.first + 2 * len(rotation.angles)
+                require(end <= size, "shift", f"channels up to {end} of attention call {call}", f"of {size} at most")
         release = manifest.min_onnxruntime
         require(bool(re.fullmatch(_RELEASE, release)), "min_onnxruntime", release, "a release, such as 1.26.0")
     except InputError as error:

@@ -88,12 +88,12 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 
 
 def add_provider_settings(parser: argparse.ArgumentParser) -> None:
-    """The flags of how a provider runs a bundle: `provider_options` and `session_entries` are pairs, or None."""
+    """The flags of how a provider runs a bundle: `provider_options` and `session_options` are pairs, or None."""
     add = parser.add_argument
     add("--allow-fallback", action="store_true", help="let the processor run what the provider leaves")
     for flag, name, what in (
         ("--provider-option", "provider_options", "an option of the provider"),
-        ("--session-entry", "session_entries", "a setting of the session"),
+        ("--session-option", "session_options", "an option of the session"),
     ):
         meaning = f"{what}, by onnxruntime's name of it; may be given several times"
         add(flag, dest=name, metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
@@ -109,7 +109,7 @@ def placement_of(arguments: argparse.Namespace) -> dict[str, Any]:
         else arguments.provider,
         "threads": arguments.threads,
         "allow_fallback": arguments.allow_fallback,
-        "session_entries": dict(arguments.session_entries or ()),
+        "session_options": dict(arguments.session_options or ()),
     }
 
 

@@ -102,7 +102,9 @@ NEEDED = {
     "huggingface": ("transformers",),
     "gguf": ("gguf", "transformers", "accelerate"),
 }
-_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "matplotlib"}.union(*NEEDED.values())
+_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib"}.union(
+    *NEEDED.values()
+)
 
 
 def missing_extra(error: ModuleNotFoundError, needed_by: str | None = None) -> ModuleNotFoundError | MissingExtraError:

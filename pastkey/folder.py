@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,7 @@ from .values import is_int, shown
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGE_TEXT = 10_000_000  # bytes
+_STALE = 3600  # seconds, of which no file takes so many to write
 _LONGEST_NAME = 1024  # characters of a path in a folder
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
@@ -119,11 +121,15 @@ def is_empty(folder: Path) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes readable JSON, whole or not at all, and leaves nothing else beside it."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Writes a file, whole or not at all, and leaves nothing else beside it. The umask takes from `mode` as ever."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write at once
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -131,6 +137,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+    _remove_stale(path)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what killed processes left beside `path` when they wrote it. Another one may be writing it now."""
+    left, latest = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.new"), time.time() - _STALE
+    with contextlib.suppress(OSError), os.scandir(path.parent) as beside:
+        for entry in beside:
+            if left.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < latest:
+                Path(entry).unlink()
 
 
 def file_record(path: Path) -> FileRecord:
@@ -177,14 +193,19 @@ def decode_text(content: bytes, source: object) -> str:
         ) from None
 
 
-def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:
-    """Reads pastkey.json of a "checkpoint" or "bundle" and checks its kind and version."""
+def require_manifest(folder: Path, kind: str) -> None:
+    """Raises MissingFileError or InputError where this is no folder with a manifest; `kind` is what it should be."""
     if not folder.exists():
         raise MissingFileError(f"no such {kind}: {folder} does not exist")
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; a {kind} is a folder")
     if not (folder / MANIFEST).is_file():
         raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}")
+
+
+def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:
+    """Reads pastkey.json of a "checkpoint" or "bundle" and checks its kind and version."""
+    require_manifest(folder, kind)
     manifest = read_json(folder / MANIFEST)
     found = manifest.get("kind")
     if found != kind:

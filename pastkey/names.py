@@ -14,6 +14,10 @@ LOGITS: Final = "logits"  # (B, T, V) float32
 LOGITS_START: Final = "logits_start"  # (1,) int64, an input of pastkey's own graphs: -N, of the N last positions
 LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, N: in its place in bundles of format 1
 
+# An output of pastkey's own graphs, where they have it: (B, T, H) float32, what the output head multiplies. It has the
+# name that transformers, optimum and transformers.js know.
+LAST_HIDDEN_STATE: Final = "last_hidden_state"
+
 # Inputs of pastkey's own fused graphs in place of the mask, as GroupQueryAttention has them.
 SEQLENS_K: Final = "seqlens_k"  # (B,) int32, real tokens per row, minus one
 TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"  # () int32, S
@@ -95,6 +99,7 @@ def static_mask(window: int) -> str:
 
 # --- files of a folder --------------------------------------------------------------------------------------------
 MANIFEST: Final = "pastkey.json"
+SIGNATURE: Final = "pastkey.json.sig"  # of the manifest, in a bundle that was signed
 CONFIG: Final = "config.json"
 GENERATION_CONFIG: Final = "generation_config.json"
 GENAI_CONFIG: Final = "genai_config.json"

@@ -4,9 +4,10 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-A reader's way in: `loading` opens a bundle; `language_model` (text in, text out), `session` (a text that stays) and
-`chat` (a conversation) make a `generate` (the steps over ids) with the options of `settings`, read it as a `stream`,
-and give a `completion`; `many` and `asynchronous` read several, and in an event loop. The rooms that they stand on:
+A reader's way in: `loading` opens a bundle, and `signature` says whose it is; `language_model` (text in, text out),
+`session` (a text that stays) and `chat` (a conversation) make a `generate` (the steps over ids, of which `kept_tokens`
+says what is in the context) with the options of `settings`, read it as a `stream`, and give a `completion`; `many` and
+`asynchronous` read several, and in an event loop. The rooms that they stand on:
 
 - `providers/`: which hardware runs a graph, and how onnxruntime opens a session there.
 - `engine/`: an opened graph and its cache: token ids in, logits out.

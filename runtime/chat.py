@@ -218,7 +218,8 @@ class Chat:
             messages, cut = [*self.messages, message("user", checked_content("the message", text))], None
         ids = self._ids(messages, cut is not None)
         context = self.model.manifest.context_length
-        if len(ids) > context:
+        shifts = options.get("context_overflow") == "shift"
+        if len(ids) > context and not shifts:
             raise InputError(
                 f"with this message the conversation has {len(ids)} tokens; the context is {context}: let the oldest "
                 "question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
@@ -229,8 +230,16 @@ class Chat:
             "keep_special_tokens": self.tools is not None,
             **options,
         }
+        if shifts and "num_sink_tokens" not in options:
+            settings["num_sink_tokens"] = min(self._head_tokens(), context // 2)
         answer = self.model.stream(ids, **settings, reuse_prefix=True)
         return self._chunks(messages[:-1] if cut is not None else messages, answer, cut)
+
+    def _head_tokens(self) -> int:
+        """How many tokens come before the first question: what the model is told before all else."""
+        first = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
+        one, other = (self._ids([*first, message("user", text)], False) for text in "ab")
+        return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(one))  # noqa: B905
 
     def _standing(self) -> tuple[list[dict[str, Any]], str | None]:
         """The conversation as it stands, and of an answer that is to go on, what it says so far."""

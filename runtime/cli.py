@@ -1,4 +1,4 @@
-"""The commands run, chat, bench, inspect, compile and devices: parse, call, print."""
+"""The commands run, chat, bench, inspect, compile, sign and devices: parse, call, print."""
 
 from __future__ import annotations
 
@@ -251,9 +251,8 @@ def _print_inspection(inspection: Inspection) -> None:
     for name, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
         print(f"{record.size:>14,}  {name}")
     print(f"{inspection.total_bytes:>14,}  together; weights {inspection.weight_bytes:,}")
-    print(
-        f"{per_token:>14,}  of keys and values per token, {per_token * manifest.context_length:,} at the full context"
-    )
+    print(f"{per_token:>14,}  of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context")
+    print(f"{manifest.context_length:>14,}  tokens of context: {inspection.overflow}")
     print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
     shown = ""
     for share in inspection.shares:
@@ -307,12 +306,35 @@ def _compile(arguments: argparse.Namespace) -> int:
         arguments.out,
         arguments.provider,
         dict(arguments.provider_options or ()),
-        dict(arguments.session_entries or ()),
+        dict(arguments.session_options or ()),
         threads=arguments.threads or 0,
         allow_fallback=arguments.allow_fallback,
         force=arguments.force,
     )
     say(f"{made.path}: compiled for {made.manifest.compiled}")
+    return 0
+
+
+# --- sign ---------------------------------------------------------------------------------------------------------
+def _add_sign(parser: argparse.ArgumentParser) -> None:
+    _add_bundle(parser, nargs="?")
+    keys = parser.add_mutually_exclusive_group(required=True)
+    keys.add_argument("--key", metavar="PRIVATE.pem", help="the private ed25519 key to sign with")
+    keys.add_argument(
+        "--new-key", metavar="PRIVATE.pem", help="make a key: write it to this file, and its public half beside it"
+    )
+
+
+def _sign(arguments: argparse.Namespace) -> int:
+    from .signature import new_key, sign_bundle
+
+    if arguments.bundle is None and arguments.key is not None:
+        raise InputError("--key signs a bundle: name its folder")
+    if arguments.new_key is not None:
+        public = new_key(arguments.new_key)
+        say(f"{arguments.new_key}: keep it to yourself; {public} is for whoever verifies what it signs")
+    if arguments.bundle is not None:
+        say(f"{sign_bundle(arguments.bundle, arguments.key or arguments.new_key)}: signed")
     return 0
 
 
@@ -350,8 +372,8 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
-def _add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder that pastkey export wrote")
+def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help="a folder that pastkey export wrote")
 
 
 def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: bool = False) -> None:
@@ -375,6 +397,13 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
     )
     what = "a smaller bundle of the same vocabulary, which drafts tokens for this one (none)"
     add("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
+    add(
+        "--context-overflow",
+        choices=("error", "shift"),
+        default="error",
+        help="what a text longer than the context is: an error, or old tokens go (%(default)s)",
+    )
+    add("--num-sink-tokens", metavar="N", type=natural_int, help="then so many of the first tokens stay (4)")
     add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
     add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
     held = parser.add_mutually_exclusive_group()  # these need the package llguidance
@@ -416,4 +445,5 @@ chat_command = Command(_add_chat, _chat)
 bench_command = Command(_add_bench, _bench)
 inspect_command = Command(_add_inspect, _inspect)
 compile_command = Command(_add_compile, _compile)
+sign_command = Command(_add_sign, _sign)
 devices_command = Command(_add_devices, _devices)

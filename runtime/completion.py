@@ -60,6 +60,7 @@ class Completion:
         logprobs: Of each of `ids`, where `logprobs` was asked for; else none.
         prompt_logprobs: Of each of the prompt's tokens, None for the first, where `prompt_logprobs` was asked for.
         forced_tokens: Number of tokens that a constraint left no choice about; they were run together.
+        dropped_tokens: Number of tokens that left the context for later ones, with `context_overflow="shift"`.
     """
 
     text: str
@@ -77,6 +78,7 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     forced_tokens: int = 0
+    dropped_tokens: int = 0
 
     @property
     def seconds_to_first_token(self) -> float:

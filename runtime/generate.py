@@ -14,10 +14,11 @@ from pastkey.errors import InputError, NumericsError
 from pastkey.values import is_int
 
 from .engine.engine import Engine, Logits
+from .kept_tokens import KeptTokens
 from .sampling.dry import Breakers
 from .sampling.log_probs import TokenLogprob, token_logprob
 from .sampling.sampler import Sampler
-from .settings import SamplingConfig
+from .settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig
 from .speculation.drafter import Drafter
 from .speculation.speculator import Speculator
 
@@ -66,13 +67,14 @@ class Generation:
     the end of the context ("length"), after `cancel` ("cancelled"), or when its time is over ("deadline").
     `finish_reason` is None until then, and the times in seconds are complete then.
 
-    All but the last of `ids` are in the engine's cache when a step has ended, whatever interrupted it: appending to
-    `ids` is what makes a token chosen, and a step begins by running what the cache lacks.
+    All but the last of `kept_ids` are in the engine's cache when a step has ended, whatever interrupted it: appending
+    to `ids` is what makes a token chosen, and a step begins by running what the cache lacks.
 
     Attributes:
         ids: The prompt's, and those chosen so far. A few may not be yielded yet.
         engine: With the cache, from the first step on.
         begun: Whether it has that.
+        kept: Which of `ids` are in the context.
         logprobs: Those of the tokens chosen so far, where they were asked for.
         prompt_logprobs: Those of the prompt's tokens, where they were asked for; None for the first.
         tokens_per_step: How many tokens a step of this row alone chooses, lately; drafts make it more than one.
@@ -94,6 +96,8 @@ class Generation:
         breakers: Breakers | None = None,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
+        context_overflow: ContextOverflow = "error",
+        num_sink_tokens: int = NUM_SINK_TOKENS,
         constraint: Follows | None = None,
         drafter: Drafter | None = None,
         driver: Driver | None = None,
@@ -119,6 +123,8 @@ class Generation:
             breakers: DRY's sequence breakers as ids.
             logprobs: Whether log-probabilities are kept, and of how many of the likeliest tokens beside the chosen one.
             prompt_logprobs: Whether those of the prompt's tokens are, too: of all that the cache does not have yet.
+            context_overflow: Whether a text that is longer than the context is an error, or old tokens leave the cache.
+            num_sink_tokens: How many of the first tokens never do.
             constraint: What the new tokens are held to.
             drafter: Drafts where `prompt_lookup` finds nothing.
             driver: Who runs the steps; None for this object itself.
@@ -140,7 +146,8 @@ class Generation:
             raise InputError(f"logprobs is {logprobs!r}; it must be a whole number from 0, or None")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")
-        self.ids: list[int] = engine.checked(prompt, ndim=1, start=0).tolist()
+        self.kept = KeptTokens(engine, context_overflow, num_sink_tokens)
+        self.ids = self.kept.checked(prompt) if not prompt_logprobs else engine.checked(prompt, 1, start=0).tolist()
         self.engine = engine
         self.prompt_tokens = len(self.ids)
         self.cached_tokens = 0
@@ -153,8 +160,7 @@ class Generation:
         self.closed = False  # nobody asks for more
         self.drafted = False  # whether its last step alone had a draft
         self.error: BaseException | None = None
-        # The last token of all need not be fed, so that it may stand one behind the context.
-        self._limit = min(max_new_tokens, engine.manifest.context_length - len(self.ids) + 1)
+        self._limit = self.kept.most(max_new_tokens, len(self.ids))
         self._sample = Sampler(
             sampling,
             prompt_tokens=len(self.ids),
@@ -199,7 +205,7 @@ class Generation:
                 if self.error is not None:
                     raise self.error
                 break
-            decoding = self.begun and self.engine.length >= self.prompt_tokens
+            decoding = self.begun and self.engine.length + self.kept.dropped >= self.prompt_tokens
             started = time.perf_counter()
             try:
                 self._advance()
@@ -214,6 +220,11 @@ class Generation:
     def new_tokens(self) -> int:
         """How many were yielded."""
         return self._yielded - self.prompt_tokens
+
+    @property
+    def kept_ids(self) -> list[int]:
+        """Those of `ids` that are in the context."""
+        return self.kept.of(self.ids)
 
     @property
     def ready(self) -> bool:
@@ -292,7 +303,7 @@ class Generation:
         if self._provide is not None:
             self.engine, self.cached_tokens = self._provide(self)
         elif reuse:
-            self.cached_tokens = self.engine.keep_prefix(self.ids, exact=exact)
+            self.cached_tokens = self.engine.keep_prefix(self.kept_ids, exact=exact)
         else:
             self.engine.reset()
         self._resets = self.engine.resets
@@ -302,15 +313,17 @@ class Generation:
     @property
     def pending(self) -> int:
         """How many of `ids` the cache lacks: one when the next step is one of decoding."""
-        return len(self.ids) - min(self.engine.length, len(self.ids) - 1) if self.begun else len(self.ids)
+        count = len(self.ids) - self.kept.dropped
+        return count - min(self.engine.length, count - 1) if self.begun else count
 
     def step(self, chunk_size: int | None = None) -> None:
         """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
         engine = self.engine
         self.settle()
         self._speculator.start()
-        missing = self.ids[engine.length :]
+        missing = self.kept.missing(self.ids, engine.length)
         if len(missing) == 1:
+            self.kept.make_room(engine, 1)
             draft = self._speculator.draft(self.ids, self._room)
             try:
                 logits = engine.extend([*missing, *draft])
@@ -327,9 +340,10 @@ class Generation:
             self.settle()  # before what must follow stands where the cache has a rejected draft
             self._jump()
             return
-        sizes = engine.chunk_sizes(len(missing), chunk_size)
+        sizes = self.kept.chunk_sizes(engine, len(missing), chunk_size)
+        self.kept.make_room(engine, sizes[0])
         if len(sizes) > 1:
-            engine.reserve(len(missing))
+            engine.reserve(min(len(missing), engine.manifest.context_length - engine.length))
         if self.prompt_logprobs:
             start = engine.length
             logits = engine.all_logits(missing[: sizes[0]])
@@ -345,9 +359,9 @@ class Generation:
 
     def settle(self) -> None:
         """Forgets in the cache what is not of the text: rejected drafts, and what an interrupt left behind."""
-        last = len(self.ids) - (not self.ended)  # it is run for its logits
+        last = len(self.ids) - self.kept.dropped - (not self.ended)  # it is run for its logits
         if self.engine.length > last:
-            self.engine.trim(last)
+            self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
 
     def retire(self) -> None:
         """Takes back what nobody asked for, in `ids` and in the cache, when no step runs and none follows."""

@@ -24,17 +24,12 @@ from .draft_model import DraftModel
 from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generation_config import sampling_defaults
+from .hidden_states import embed
 from .many import StreamMany, all_completed, several, token_ids
 from .opening import open_prompt
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
-from .settings import (
-    GENERATE_OPTIONS,
-    ChatOptions,
-    GenerateOptions,
-    PlacementOptions,
-    require_known,
-)
+from .settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, require_known
 from .stream import Stream
 from .text.codec import TextCodec
 
@@ -126,13 +121,15 @@ class LanguageModel:
     def close(self) -> None:
         """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
         self._engine = None
-        self.scheduler.close()
-        if self.draft is not None:
-            self.draft.close()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-        if self._temporary is not None:
-            self._temporary()
+        try:
+            self.scheduler.close()
+        finally:  # whatever interrupts it
+            if self.draft is not None:
+                self.draft.close()
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
+            if self._temporary is not None:
+                self._temporary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process loads the bundle again, by its path."""
@@ -207,56 +204,7 @@ class LanguageModel:
             progress: Of several continuations, is told how many are done, and how many there are, after each.
             n: So many continuations of each prompt, which share its prefill; each draws by a seed of its own, the first
                 one by `seed`. They are a list, also of one prompt.
-            **options: How the continuation is made. docs/sampling.md has the settings of the sampler in their order.
-
-                - `max_new_tokens` (int, 64): At most so many new tokens. The end of the context may come first.
-                - `temperature` (float, 0): 0 takes the likeliest token. Above 0 tokens are drawn: 1 from the model's
-                  own distribution, less from a sharper one.
-                - `top_k` (int, 0): Draws from the k likeliest tokens; 0 from all.
-                - `top_p` (float, 1): Draws from the fewest likeliest tokens that have this probability together.
-                - `min_p` (float, 0): Drops tokens of less than this share of the likeliest one's probability.
-                - `typical_p` (float, 1): Draws from the tokens nearest to the entropy that have this probability.
-                - `top_n_sigma` (float, -1): Draws from logits within so many standard deviations of the largest.
-                - `xtc_probability` (float, 0): How often all but the least likely of the top choices are dropped.
-                - `xtc_threshold` (float, 0.1): The probability from which on a token is a top choice.
-                - `repetition_penalty` (float, 1): Above 1, tokens of the text, the prompt's too, become less likely.
-                - `presence_penalty` (float, 0): Off the logits of tokens that the text has, the prompt's too.
-                - `frequency_penalty` (float, 0): Off them for each time.
-                - `penalty_last_n` (int, -1): How many tokens these three look back; -1 for all.
-                - `no_repeat_ngram_size` (int, 0): No sequence of so many tokens comes twice.
-                - `dry_multiplier` (float, 0): DRY, a penalty on prolonging a repetition; 0 for none.
-                - `dry_base` (float, 1.75): By which it grows with each token of the repetition.
-                - `dry_allowed_length` (int, 2): The length from which on a repetition has it.
-                - `dry_penalty_last_n` (int, -1): How many tokens it looks back; -1 for all.
-                - `dry_sequence_breakers` (list of texts, or of lists of ids): What no repetition reaches across.
-                - `min_new_tokens` (int, 0): No EOS token before so many new tokens.
-                - `logit_bias` (mapping of ids to numbers, None): Added to their logits.
-                - `suppress_tokens` (list of ids, none): They never come.
-                - `bad_words` (list of texts, none): They never come, as the tokenizer writes them.
-                - `bad_words_ids` (list of lists of ids, none): They never come.
-                - `forced_decoder_ids` (list of pairs, none): At that place among the new tokens comes that id.
-                - `forced_eos_token_id` (int or None, None): Comes where `max_new_tokens` would end the text.
-                - `logits_processor` (function or list of functions, none): Of (ids (T,), logits (V,)), arrays of numpy,
-                  to new logits (V,). It runs within the step, which waits for it.
-                - `seed` (int or None, None): The same seed draws the same tokens; None draws afresh.
-                - `logprobs` (int or None, None): The log-probabilities of each new token and of so many likeliest ones.
-                - `prompt_logprobs` (bool, False): Those of the prompt's tokens, too; then no prefix is reused.
-                - `stop` (str or a sequence of str, none): Texts that end the continuation, which ends before them.
-                - `reuse_prefix` (bool, False): What the prompt shares with the beginning of an earlier one and its
-                  continuation is not computed again; this text is kept for later calls. In int8 the text may be another
-                  one, as likely, where the shared part was generated.
-                - `exact` (bool, False): With `reuse_prefix`, computes anew what a prefill did not compute: what was
-                  generated. Then an int8 text does not depend on what the cache held.
-                - `timeout` (float or None, None): Seconds from the first step on. Then it ends within one step, with
-                  the finish_reason "deadline" and what was generated.
-                - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
-                  and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
-                - `draft` (bool, as loaded): Elsewhere the model's draft model drafts, where that pays.
-                - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
-                - `json_schema` (JSON schema, None): The text is JSON that it validates. At most one of these four.
-                - `regex` (str, None): The text matches it.
-                - `choices` (list of texts, None): The text is one of them.
-                - `grammar` (str, None): The text follows it, in Lark's notation.
+            **options: How the continuation is made; `GenerateOptions` has each of them.
 
         Returns:
             The continuation, with its ids and figures; of several prompts a list of them in the same order, each as
@@ -410,6 +358,30 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
         """
         return score(self, self.prompt_ids(text))
+
+    def embed(
+        self,
+        text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """The embedding of a text, or of each of several: its last hidden states, which the output head reads, pooled.
+
+        Args:
+            text: As `prompt` in `generate`.
+            pooling: "mean" over the tokens; "last", the last token's; "none", one vector for each token of one text.
+            normalize: Makes the length of each vector 1.
+
+        Returns:
+            (H,); of several texts (N, H), in their order; with "none" (T, H).
+
+        Raises:
+            InputError: The bundle was exported without `--hidden-states`; or as in `score`.
+            NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
+        """
+        return embed(self, text, pooling, normalize=normalize)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids that a prompt is fed as.

@@ -24,7 +24,8 @@ from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
 from .draft_model import DraftModel
 from .language_model import LanguageModel
-from .settings import Choice
+from .settings import Choice, SessionSettings
+from .signature import require_signature
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
 
@@ -35,8 +36,9 @@ def load(
     threads: int | None = None,
     verify: bool | None = None,
     *,
+    key: str | Path | None = None,
     allow_fallback: bool = False,
-    session_entries: Mapping[str, str] | None = None,
+    session_options: SessionSettings | None = None,
     max_memory: int | None = None,
     prefix_bytes: int = PREFIX_BYTES,
     max_batch: int = MAX_ROWS,
@@ -53,10 +55,14 @@ def load(
             machine is an error.
         threads: Number of threads within an operator. None takes the physical cores.
         verify: True hashes every file again, False no file, None those that changed since they were hashed last.
+        key: A PEM file with the public ed25519 key whose signature the bundle must have, as `pastkey sign` makes it. It
+            is looked at before anything else of the bundle is read, and hashes are then not left alone.
         allow_fallback: Whether the processor may run what a provider that was asked for leaves. Without it a provider
             that was seen to run a whole graph runs all of this one, or is an error that names the operators; of any
             other one a FallbackWarning names them.
-        session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
+        session_options: What onnxruntime's session options are set to: attributes of onnxruntime.SessionOptions,
+            {"enable_cpu_mem_arena": False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names
+            with a dot, {"session.use_env_allocators": "1"}. What pastkey sets itself, as the threads, is an error.
         max_memory: Bytes that all caches of the model may take together. A call that might need more raises
             ResourceError before it begins. `lm.memory.estimate(tokens)` tells what a cache takes. None for no limit.
         prefix_bytes: Bytes that the caches of earlier texts may take, which `reuse_prefix` and conversations go on
@@ -64,15 +70,17 @@ def load(
         max_batch: How many generations are decoded in one run, at most; 1 lets them take turns.
         draft: A smaller bundle of the same vocabulary, as `path`, or a model that is loaded. It drafts tokens that
             this one accepts or rejects several at a time, where that is faster; docs/speculation.md has how. A path is
-            loaded with the same providers, threads and session entries, and closed with this model.
+            loaded with the same providers, threads, session options and key, and closed with this model.
 
     Raises:
         MissingFileError: There is no bundle at `path`.
-        IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it.
+        IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it, or the signature is not
+            that of `key`.
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
-        MissingExtraError: onnxruntime is not installed, or older than the bundle needs.
-        InputError: An argument has another type, or is out of range; or `draft` has another vocabulary, or is of no use
-            to this bundle.
+        MissingExtraError: onnxruntime is not installed, or older than the bundle needs; or a signature was asked for,
+            and cryptography is not installed.
+        InputError: An argument has another type, or is out of range; or a session option is pastkey's own; or `draft`
+            has another vocabulary, or is of no use to this bundle.
     """
     if threads is not None and not is_int(threads):
         raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
@@ -83,13 +91,12 @@ def load(
             f'providers is {providers!r}; a name such as "cuda", a pair of a name and its options, or a list of these '
             "was expected"
         )
-    if session_entries is not None and not (
-        isinstance(session_entries, Mapping)
-        and all(isinstance(part, str) for item in session_entries.items() for part in item)
+    if session_options is not None and not (
+        isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
     ):
         raise InputError(
-            f'session_entries is {session_entries!r}; a mapping of texts such as {{"session.use_env_allocators": "1"}} '
-            "was expected"
+            f"session_options is {session_options!r:.80}; a mapping of names to values such as "
+            '{"enable_cpu_mem_arena": False} was expected'
         )
     for name, value, least in (
         ("max_memory", max_memory, 1),
@@ -98,21 +105,35 @@ def load(
     ):
         if not is_int(value, least) and not (value is None and name == "max_memory"):
             raise InputError(f"{name} is {value!r}; a whole number from {least} was expected")
+    if key is not None and not isinstance(key, str | os.PathLike):
+        raise InputError(f"key is {type(key).__name__}; the path of a PEM file with a public key was expected")
+    if key is not None and verify is False:
+        raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     folder, temporary = _folder_of(path)
     drafts = None
     try:
+        if key is not None:
+            require_signature(folder, key)
         bundle = open_bundle(folder, verify=verify)
         if isinstance(draft, LanguageModel):
             drafts = DraftModel(draft, opened=False)
         elif draft is not None:
-            where = {"providers": providers, "threads": threads, "verify": verify, "session_entries": session_entries}
-            drafts = DraftModel(load(draft, allow_fallback=allow_fallback, **where), opened=True)  # type: ignore[arg-type]
+            opened = load(
+                draft,
+                providers,
+                threads,
+                verify,
+                key=key,
+                allow_fallback=allow_fallback,
+                session_options=session_options,
+            )
+            drafts = DraftModel(opened, opened=True)
         model = LanguageModel(
             bundle,
             providers=providers,
             threads=threads,
             allow_fallback=allow_fallback,
-            session_entries=session_entries,
+            session_options=session_options,
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,

@@ -12,7 +12,7 @@ from .batching.shared_prefill import SharedPrefill
 from .engine.engine import Engine
 from .generate import Generation
 from .sampling.dry import Breakers, sequence_breakers
-from .settings import MAX_NEW_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
+from .settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
 from .speculation.drafter import Drafter
 from .stream import Stream
 from .text.codec import TextCodec, TextStream
@@ -68,6 +68,8 @@ def open_stream(
         breakers=_breakers(codec, sampling) if sampling.dry_multiplier else None,
         logprobs=options.get("logprobs"),
         prompt_logprobs=bool(options.get("prompt_logprobs", False)),
+        context_overflow=options.get("context_overflow", "error"),
+        num_sink_tokens=options.get("num_sink_tokens", NUM_SINK_TOKENS),
         driver=model.scheduler,
         provide=provide,
         retired=retired,
@@ -90,7 +92,7 @@ def open_prompt(
     def provide(generation: Generation) -> tuple[Engine, int]:
         found = None if shared is None or anew else shared.take(generation, model.scheduler.move_out)
         if found is None:
-            found = model.scheduler.store.take(generation.ids, reuse=reuse and not anew, exact=exact)
+            found = model.scheduler.store.take(generation.kept_ids, reuse=reuse and not anew, exact=exact)
         model.memory.promise(found[0], generation.most_tokens)
         return found
 

@@ -12,8 +12,9 @@ from pastkey.values import is_int
 from .completion import Completion, completed
 from .engine.engine import Engine
 from .generate import Generation
+from .kept_tokens import KeptTokens
 from .opening import open_stream
-from .settings import SESSION_OPTIONS, SessionOptions, require_known
+from .settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, require_known
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class Session:
 
     @property
     def ids(self) -> list[int]:
-        """The tokens of the text so far, the generated ones included."""
+        """The tokens of the text so far, the generated ones included, but those that a context shift has dropped."""
         generation = self._generation
         if generation is None:
             return list(self._ids)
-        return generation.ids[: generation.prompt_tokens + generation.new_tokens]
+        return generation.kept.of(generation.ids[: generation.prompt_tokens + generation.new_tokens])
 
     @property
     def text(self) -> str:
@@ -60,20 +61,30 @@ class Session:
         """Bytes that the cache takes."""
         return 0 if self._engine is None else self._engine.nbytes
 
-    def append(self, text: str | Sequence[int]) -> None:
+    def append(
+        self,
+        text: str | Sequence[int],
+        *,
+        context_overflow: ContextOverflow = "error",
+        num_sink_tokens: int = NUM_SINK_TOKENS,
+    ) -> None:
         """Appends a text, and computes its keys and values, all but those of the last two tokens.
 
         Args:
             text: A text, which the tokenizer encodes, with its BOS token where it is the first; or token ids.
+            context_overflow: As in `LanguageModel.generate`: with "shift" old tokens go where there are too many.
+            num_sink_tokens: How many of the first tokens stay then.
 
         Raises:
             InputError: It is empty, has no tokens or is too long for the context; the session is closed or generates.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`. The session is as it was.
+            ResourceError: The cache would take more than `max_memory`.
+
+        After an error the session is as it was.
         """
-        engine = self._idle()
-        ids = [*self._ids, *self._encode(text)]
-        engine.checked(ids, 1, start=0)
+        engine, before = self._idle(), self._ids
+        kept = KeptTokens(engine, context_overflow, num_sink_tokens)
+        ids = kept.of(kept.checked([*self._ids, *self._encode(text)]))
         self._model.memory.promise(engine, len(ids))
         self._ids, self._cancelled = ids, False
         scheduler = self._model.scheduler
@@ -84,9 +95,14 @@ class Session:
                 sizes = engine.chunk_sizes(len(missing))
                 engine.append(missing[: sizes[0]])
 
-        scheduler.exclusively(lambda: engine.keep_prefix(ids))
-        while engine.length < len(ids) - 2 and not self._cancelled:
-            scheduler.exclusively(run)
+        try:
+            scheduler.exclusively(lambda: engine.keep_prefix(ids))
+            while engine.length < len(ids) - 2 and not self._cancelled:
+                scheduler.exclusively(run)
+        except BaseException:
+            self._ids = before
+            scheduler.exclusively(lambda: engine.keep_prefix(before))
+            raise
 
     def generate(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Completion:
         """Continues the text.
@@ -139,8 +155,7 @@ class Session:
         if not is_int(length) or not 0 <= length <= len(self._ids):
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {length}")
         del self._ids[length:]
-        if engine.length > length:
-            self._model.scheduler.exclusively(engine.reset if engine.manifest.states else lambda: engine.trim(length))
+        self._model.scheduler.exclusively(lambda: _cut(engine, length))
 
     def fork(self) -> Session:
         """Another session with the same text and a copy of its cache."""
@@ -203,12 +218,14 @@ class Session:
 
         def provide(generation: Generation) -> tuple[Engine, int]:
             self._model.memory.promise(engine, generation.most_tokens)
-            return engine, engine.keep_prefix(generation.ids, exact=options.get("exact", False))
+            return engine, engine.keep_prefix(generation.kept_ids, exact=options.get("exact", False))
 
         def retired(ended: Generation) -> None:
             self._model.scheduler.move_out(engine)
             if self._generation is ended:
-                self._ids, self._generation = list(ended.ids), None
+                failed = ended.error is not None and not ended.new_tokens  # on what was appended: nothing stays of it
+                self._ids, self._generation = before if failed else list(ended.kept_ids), None
+                _cut(engine, len(self._ids))
 
         before = list(self._ids)
 
@@ -241,3 +258,9 @@ class Session:
                 "first, or go on in a fork"
             )
         return self._engine
+
+
+def _cut(engine: Engine, length: int) -> None:
+    """Forgets in a cache what is behind a text of this length."""
+    if engine.length > length:
+        engine.trim(length) if engine.can_trim(length) else engine.reset()

@@ -42,13 +42,16 @@ def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine
         raise InputError(f"{path.parent} is no folder: make it, or save the session elsewhere")
     if path.is_dir():
         raise InputError(f"{path} is a folder; the path of a file was expected")
-    rows = [np.ascontiguousarray(row) for row in engine.cache.rows(engine.length)] if engine.length else []
+    cached = engine.length if engine.cached_ids else 0  # after a context shift it is computed again
+    gone = engine.gone if cached else 0
+    rows = [np.ascontiguousarray(row) for row in engine.cache.rows(cached - gone)] if cached else []
     header = json.dumps(
         {
             "bundle": bundle_digest(bundle),
             "ids": list(ids),
-            "cached": engine.length,
-            "exact": engine.exact_length,
+            "cached": cached,
+            "gone": gone,
+            "exact": min(engine.exact_length, cached),
             "arrays": [[list(row.shape), row.dtype.newbyteorder("<").str] for row in rows],
         }
     ).encode()
@@ -80,7 +83,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         size = path.stat().st_size if path.is_dir() else require_regular(path).st_size
         with reading(path, "a saved session"), path.open("rb") as file:
             header, start = _read_header(file, path, size)
-            ids, cached, exact, shapes = _parse(header, path, bundle, engine)
+            ids, cached, gone, exact, shapes = _parse(header, path, bundle, engine)
             expected = start + sum(math.prod(shape) * kind.itemsize for shape, kind in shapes) + 32
             if size != expected:
                 raise IntegrityError(
@@ -101,7 +104,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; a saved session is a file") from None
     if rows:
-        engine.restore(ids[:cached], rows, exact)
+        engine.restore(ids[:cached], rows, exact_length=exact, gone=gone)
     return ids
 
 
@@ -130,27 +133,29 @@ def _read_header(file: Any, path: Path, size: int) -> tuple[dict[str, Any], int]
 
 def _parse(
     header: dict[str, Any], path: Path, bundle: Bundle, engine: Engine
-) -> tuple[list[int], int, int, list[tuple[tuple[int, ...], np.dtype[Any]]]]:
-    """ids, cached, exact, and shape and type of each array. Raises IntegrityError."""
+) -> tuple[list[int], int, int, int, list[tuple[tuple[int, ...], np.dtype[Any]]]]:
+    """ids, cached, gone, exact, and shape and type of each array. Raises IntegrityError."""
     if header.get("bundle") != bundle_digest(bundle):
         raise IntegrityError(
             f"{path} was saved by another bundle than {bundle.path}: load it with that one, or compute it again"
         )
     manifest = engine.manifest
     ids, arrays = header.get("ids"), header.get("arrays")
-    cached, exact = header.get("cached"), header.get("exact")
+    cached, gone, exact = header.get("cached"), header.get("gone", 0), header.get("exact")
     if not (
         isinstance(ids, list)
         and all(is_int(token, 0, manifest.vocab_size - 1) for token in ids)
         and len(ids) <= manifest.context_length + 1
         and isinstance(cached, int)
         and is_int(cached, 0, len(ids))
+        and isinstance(gone, int)
+        and is_int(gone, 0, max(0, cached - 1) if engine.graph.droppable_window else 0)
         and isinstance(exact, int)
         and is_int(exact, 0, cached)
     ):
         raise IntegrityError(f"{path} has ids or lengths that cannot be: it was altered, save it again")
     expected = [
-        (1, layer.kv_heads, cached, size)
+        (1, layer.kv_heads, cached - gone, size)
         for layer in manifest.layers
         for size in (layer.key_head_size, layer.value_head_size)
     ]
@@ -166,7 +171,7 @@ def _parse(
         raise IntegrityError(
             f"{path} has arrays of other shapes than this bundle's cache: it was altered, save it again"
         )
-    return ids, cached, exact, list(zip(shapes, kinds, strict=True))
+    return ids, cached, gone, exact, list(zip(shapes, kinds, strict=True))
 
 
 def _bytes(array: npt.NDArray[Any]) -> memoryview:

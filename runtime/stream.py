@@ -111,6 +111,7 @@ class _Told:
                 logprobs=found[:new],
                 prompt_logprobs=generation.prompt_logprobs,
                 forced_tokens=generation.forced_tokens,
+                dropped_tokens=generation.kept.dropped,
             )
         return self.completion
 

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 
 import pastkey
 
+from .wheel import build_wheel
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture of conftest.py
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +84,26 @@ def test_an_uninstalled_checkout_works() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", *(["train", "export", "verify", "check", "eval", "run", "chat", "bench", "inspect", "devices"])]
+    "command",
+    [
+        "",
+        *(
+            [
+                "train",
+                "export",
+                "verify",
+                "check",
+                "eval",
+                "run",
+                "chat",
+                "bench",
+                "inspect",
+                "compile",
+                "sign",
+                "devices",
+            ]
+        ),
+    ],
 )
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
@@ -107,17 +128,7 @@ def test_an_unknown_command_lists_those_that_exist(pastkey_command: Run) -> None
 # --- the wheel ----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy without build/, where setuptools would leave deleted modules to ship again."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pastkey", "train", "export", "runtime"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    out = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source], check=True
-    )
-    return next(out.glob("*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow

@@ -170,6 +170,7 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/own-modules.md",
         "docs/tutorial.md",
         "docs/embedding.md",
+        "docs/text-embeddings.md",
         "docs/constrained.md",
     ],
 )

@@ -64,6 +64,12 @@ class Observation:
         return not self.states and all(layer.padding for layer in self.layers)
 
     @property
+    def window(self) -> int | None:
+        """Tokens that the widest attention call sees, where each has a window."""
+        windows = [layer.window for layer in self.layers if layer.window is not None]
+        return max(windows) if len(windows) == len(self.layers) and not self.states else None
+
+    @property
     def geometry(self) -> tuple[KVGeometry, ...]:
         return tuple(layer.geometry for layer in self.layers)
 

@@ -36,6 +36,18 @@ def output_head(model: ir.Model) -> ir.Node | None:
     return node
 
 
+def hidden_size(head: ir.Node) -> int | None:
+    """H, the width of what the output head of a float32 graph multiplies; None where its weight does not show it."""
+    value, axis = head.inputs[1], 0
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in ("Transpose", "Identity", "Cast"):
+        axis = 1 - axis if node.op_type == "Transpose" else axis
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    array = weight(value)
+    return array.shape[axis] if array is not None and array.ndim == 2 else None
+
+
 def mark_head(nodes: Iterable[ir.Node]) -> None:
     """Says that these nodes are the output head now. The graph's first of them reads the hidden state as input 0."""
     for node in nodes:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from pastkey import names
 
 from .embedding_rows import take_embedding_rows
+from .hidden_states import yield_hidden_states
 from .last_logits import keep_last_positions
 from .output_head import take_head
 from .sequence_lengths import take_sequence_lengths
@@ -21,8 +22,10 @@ _ALIGNMENT = 64  # bytes; a cache line
 _PAGE_ALIGNMENT, _PAGE_ALIGNED_FROM = 4096, 1 << 20  # large weights start on a page, to be mapped
 
 
-def write_graphs(model: ir.Model, folder: Path, precision: str) -> int:
+def write_graphs(model: ir.Model, folder: Path, precision: str, hidden_size: int | None = None) -> int:
     """Writes the all-logits graph, its weights, and the last-logits graph over the same weights. Changes `model`.
+
+    With `hidden_size`, which needs an output head, the second gives the last hidden states, too.
 
     Returns the bytes of the weights, in their own file and in the graph.
     """
@@ -31,6 +34,8 @@ def write_graphs(model: ir.Model, folder: Path, precision: str) -> int:
     all_logits.parent.mkdir(parents=True, exist_ok=True)
     weight_bytes = _move_weights_out(model, all_logits.with_name(all_logits.name + names.DATA_SUFFIX))
     ir.save(model, all_logits)
+    if hidden_size is not None:
+        yield_hidden_states(model, head, hidden_size, half=precision == "fp16")
     keep_last_positions(model, head)
     take_sequence_lengths(model)
     take_embedding_rows(model)

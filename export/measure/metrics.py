@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.errors import NumericsError
-from pastkey.runtime.engine.engine import Ids, Logits
+from pastkey.runtime.engine.engine import HiddenStates, Ids, Logits
 
 Probabilities = npt.NDArray[np.float32]
 LogProbabilities = npt.NDArray[np.float64]
@@ -64,6 +64,14 @@ def relative_difference(reference: Logits, logits: Logits) -> float:
     """max |difference| / max |reference|: 1e-5 on logits of 44 is 4.4e-4."""
     largest = float(np.abs(reference).max())
     return float(np.abs(reference - logits).max()) / max(largest, float(np.finfo(np.float32).tiny))
+
+
+def cosine_distance(reference: HiddenStates, states: HiddenStates) -> float:
+    """1 - cosine, mean over positions. Both (..., H). Of a vector of zeros from another one it is 1."""
+    a, b = reference.astype(np.float64), states.astype(np.float64)
+    sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosines = np.einsum("...h,...h->...", a, b) / np.maximum(sizes, np.finfo(np.float64).tiny)
+    return float(np.where((a == b).all(-1), 0.0, np.maximum(1 - cosines, 0)).mean())
 
 
 # --- texts --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from pastkey.runtime import Engine, Generation
 from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
-from .metrics import Ids, Logits, agreeing_tokens, relative_difference
+from .hidden_states import head_input
+from .metrics import HiddenStates, Ids, Logits, agreeing_tokens, relative_difference
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,13 +124,24 @@ class ModulePredictor:
         logits = self.logits(np.array([*prompt, *tokens[:-1]], np.int64))[prompt.size - 1 :]
         return agreeing_tokens(logits.argmax(-1).tolist(), tokens)
 
-    def rounding(self, ids: Ids) -> float:
-        """max |difference| over max |logit| between the module in float64 and in float32; 0 where it has no float64."""
+    def hidden_states(self, ids: Ids) -> HiddenStates:
+        """(T,) -> (T, H), what its output head multiplies. Raises ContractError where no head is seen."""
+        from ..graft.observe import natively
+
+        with natively(self._module):
+            return head_input(self._module, ids)
+
+    def rounding(self, ids: Ids, *, hidden: bool = False) -> float:
+        """max |difference| over the largest between the module in float64 and in float32; 0 where it has no float64.
+
+        Of its logits, or with `hidden` of its last hidden states.
+        """
         try:
-            wide = ModulePredictor(copy.deepcopy(self._module).double()).logits(ids)
+            wide = ModulePredictor(copy.deepcopy(self._module).double())
+            found = wide.hidden_states(ids) if hidden else wide.logits(ids)
         except Exception:  # whatever a user's module raises in a precision that it was not written for
             return 0.0
-        return relative_difference(wide, self.logits(ids))
+        return relative_difference(found, self.hidden_states(ids) if hidden else self.logits(ids))
 
 
 def _uncached(module: nn.Module, ids: Ids) -> Uncached:

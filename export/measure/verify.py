@@ -20,7 +20,8 @@ from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
 from ..progress import SILENT, Progress
-from .metrics import Ids, Logits, kl_divergence, relative_difference, top1_agreement
+from .hidden_states import by_every_path, one_run
+from .metrics import HiddenStates, Ids, Logits, cosine_distance, kl_divergence, relative_difference, top1_agreement
 from .predictors import BundlePredictor, ModulePredictor, Predictor, cached_layers
 from .texts import self_generated_texts
 
@@ -51,6 +52,9 @@ KL_FLOOR = 1e-6
 # source, no further than twice what was measured at export.
 MAX_KL = {"int8": 0.5, "int4": 1.0}
 RECORDED_KL_ALLOWANCE = 2
+# How far the last hidden states of int8 and int4 may be from float32's, and those of chunks from those of one run:
+# 1 - cosine. One that is no copy of the other, but of other channels or another layer, is 0.1 and more away.
+MAX_COSINE_DISTANCE = 0.05
 TOKENS = 150  # length of the text that is compared, where the context has room for it
 MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or so many tokens beyond a window, where it is no larger than this
 RANDOM_TOKENS = 16  # at its beginning; the model itself writes the rest
@@ -66,7 +70,9 @@ class Check:
 
     name: str
     ok: bool
-    measure: str  # "max_relative_difference", "mean_kl" (nats) or "first_difference" (of the token ids, or null)
+    # "max_relative_difference", "mean_kl" (nats), "first_difference" (of the token ids, or null), or
+    # "mean_cosine_distance" (1 - cosine)
+    measure: str
     value: float | int | None
     limit: float | None
     detail: str = ""
@@ -163,7 +169,8 @@ def verify(
     """
     manifest = bundle.manifest
     quantized = manifest.precision not in _FLOAT
-    parts = _Parts(progress, _PARTS - (manifest.graph == "static"))
+    hidden = manifest.hidden_size is not None
+    parts = _Parts(progress, _PARTS - (manifest.graph == "static") + hidden)
     own, last_logits = BundlePredictor(bundle, **placement), Engine(bundle, graph="last_logits", **placement)
     require_golden(last_logits, bundle)
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
@@ -180,13 +187,14 @@ def verify(
     limits = Limits.of(manifest, quality.get("kl_divergence"))
     all_logits = Engine(bundle, graph="all_logits", **placement)
     require_golden(all_logits, bundle)
-    compared = _Compared(manifest, all_logits, last_logits, reference, ids, expected, limits, layers)
+    compared = _Compared(manifest, all_logits, last_logits, reference, ids, expected, limits, layers, source)
     parts.next()
 
     checks = []
     for check in _checks(compared, parts):
         checks.append(check)
-        parts.next()
+        if check.name != "hidden_states_float32":
+            parts.next()
     if quality and quantized:
         checks.append(_against_float32(manifest.precision, quality["kl_divergence"], limits))
     return Verification("source" if reference is source else "own uncached run", len(ids), tuple(checks), quality)
@@ -240,6 +248,7 @@ class _Compared:
     expected: Logits  # (T, V), the reference's
     limits: Limits
     layers: tuple[Layer, ...]
+    source: ModulePredictor | None
 
     @functools.cached_property
     def rounding(self) -> float:
@@ -258,6 +267,8 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
     if c.manifest.graph != "static":  # which has one row
         yield _batch(c)
     yield _greedy(c, noise)
+    if c.manifest.hidden_size is not None:
+        yield from _hidden_states(c)
 
 
 def _prefill(c: _Compared) -> Check:
@@ -343,6 +354,32 @@ def _greedy(c: _Compared, noise: float) -> Check:
             detail = f"token {step} of the greedy continuation is {token}; the uncached run has {best}"
             return Check("greedy", gap <= allowed, "first_difference", step, None, detail)
     return Check("greedy", True, "first_difference", None, None)
+
+
+def _hidden_states(c: _Compared) -> Iterator[Check]:
+    """Those of one run, of chunks and of a batch against the source's; of int8 and int4 against those of one run."""
+    quantized = c.limits.decode_kl is not None
+
+    def alone(ids: Ids) -> HiddenStates:
+        return one_run(c.last_logits, ids) if quantized or c.source is None else c.source.hidden_states(ids)
+
+    longest = min(BATCH_LENGTH, c.ids.size)
+    pairs = [*by_every_path(c.last_logits, c.ids, [longest, -(-longest // 2), 1], alone)]
+    if quantized:
+        yield _hidden_check("hidden_states", max(cosine_distance(*pair) for pair in pairs), MAX_COSINE_DISTANCE)
+        if c.source is not None:
+            value = cosine_distance(c.source.hidden_states(c.ids), pairs[0][1])
+            yield _hidden_check("hidden_states_float32", value, MAX_COSINE_DISTANCE)
+        return
+    value, limit = max(relative_difference(*pair) for pair in pairs), c.limits.relative
+    if value > limit and c.source is not None:
+        limit = max(limit, ROUNDING_ALLOWANCE * c.source.rounding(c.ids, hidden=True))
+    yield _hidden_check("hidden_states", value, limit, "max_relative_difference")
+
+
+def _hidden_check(name: str, value: float, limit: float, measure: str = "mean_cosine_distance") -> Check:
+    detail = f"in the check {name!r} the last hidden states differ by {value:.1e} ({measure}, limit {limit:.1e})"
+    return Check(name, value <= limit, measure, value, limit, "" if value <= limit else detail)
 
 
 def _against_float32(precision: str, kl: float, limits: Limits) -> Check:

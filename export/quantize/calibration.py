@@ -19,6 +19,7 @@ from pastkey.runtime import Engine
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.tokenizer_file import open_tokenizer
 
+from ..graph.output_head import output_head
 from ..measure.evaluate import evaluate
 from ..measure.metrics import Ids, relative_difference
 from ..measure.predictors import BundlePredictor
@@ -104,6 +105,9 @@ def calibrated(bundle: Bundle, windows: Sequence[Ids], progress: Progress = SILE
     """
     model = ir.load(bundle.all_logits_graph)
     groups = find_groups(model)
+    if bundle.manifest.hidden_size is not None:  # whose channels are the model's own
+        head = output_head(model)
+        groups = [group for group in groups if all(reader.node is not head for reader in group.readers)]
     if not groups:
         return model
     folder, count = bundle.all_logits_graph.parent, -(-_SAMPLES // len(windows))

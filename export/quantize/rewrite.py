@@ -100,7 +100,7 @@ def quantize(
         if embedding_weight(node) is not None:
             _quantize_embedding(model, node, weights)
         elif node is head and form is Form.GPU:
-            _quantize_matmul(model, node, weights)
+            mark_head(_quantize_matmul(model, node, weights))
         elif node is head:
             _quantize_head(model, node, weights)
         elif node.op_type in ("MatMul", "Gemm") and id(node) not in merged:
@@ -298,15 +298,16 @@ def _matmul_nbits(x: ir.Value | None, stored: _Stored, name: str, accuracy_level
     return ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB_DOMAIN, name=name)
 
 
-def _quantize_matmul(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
-    """Rules 1, 2 and 4."""
+def _quantize_matmul(model: ir.Model, node: ir.Node, weights: _Weights) -> list[ir.Node]:
+    """Rules 1, 2 and 4. Returns the nodes that are in the place of `node`."""
     found = weights.of(node)
     if found is None:
-        return
+        return []
     nodes = weights.product(node.inputs[0], weights.store(found), str(node.name))
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         nodes.append(ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]], name=f"{node.name}_bias"))
     replace_node(model, node, *nodes)
+    return nodes
 
 
 def _quantize_merged(model: ir.Model, projections: Projections, weights: _Weights) -> None:

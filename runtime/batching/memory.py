@@ -21,12 +21,15 @@ class CacheMemory:
         self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
     def estimate(self, tokens: int) -> int:
-        """Bytes of a cache of so many tokens, and of the context at most."""
-        return _bytes(self._graph, tokens)
+        """Bytes of a cache of so many tokens at its largest: no more than the context has, or all windows see."""
+        return self._graph.cache_bytes(tokens)
 
-    def promise(self, engine: Engine, tokens: int) -> None:
-        """Takes note that an engine's cache grows to so many tokens. Raises ResourceError where there is no room."""
-        needed = _bytes(engine.graph, tokens)
+    def promise(self, engine: Engine, tokens: int, rows: int = 1) -> None:
+        """Takes note that an engine's cache grows to so many tokens in each of its rows.
+
+        Raises ResourceError where there is no room.
+        """
+        needed = rows * engine.graph.cache_bytes(tokens)
         if self._most is None:
             return
         others = sum(size for other, size in list(self._promised.items()) if other is not engine)
@@ -45,7 +48,3 @@ class CacheMemory:
     def release(self, engine: Engine) -> None:
         """Forgets an engine that is stored or of no use any more."""
         self._promised.pop(engine, None)
-
-
-def _bytes(graph: DecoderGraph, tokens: int) -> int:
-    return graph.bytes_per_token * min(tokens, graph.manifest.context_length)

@@ -44,7 +44,7 @@ class PrefixStore:
         for engine in self._all() if reuse else ():
             found = engine.shared_with(ids)
             found = min(found, engine.exact_length) if exact else found
-            if self._graph.manifest.states and found < engine.length:
+            if not engine.can_trim(found):
                 found = 0
             if found > shared:
                 nearest, shared = engine, found
@@ -67,12 +67,16 @@ class PrefixStore:
         """Keeps an engine that nobody uses any more, in the place of all that hold no more than its beginning."""
         if not engine.length or engine.nbytes > self.most_bytes:
             return
-        if not reuse:
+        if not reuse or not engine.cached_ids:  # after a shift it begins no text
             self._spare = engine
         else:
             ids = engine.cached_ids
             for other in self._all():
-                if len(ids) >= other.length and ids[: other.length] == other.cached_ids:
+                if (
+                    len(ids) >= other.length
+                    and engine.can_trim(other.length)
+                    and ids[: other.length] == other.cached_ids
+                ):
                     self._drop(other)
             self._entries.append(engine)
         self.shrink(self.most_bytes)

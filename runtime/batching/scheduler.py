@@ -83,6 +83,7 @@ class Scheduler:
         self._stalled: dict[int, int] = {}  # id of an engine in the slab -> steps without a token
         self._pace = Pace()
         self._held: _Lead | None = None  # while the process forks
+        self._clears = False  # whether the store is cleared at the end of the step
         _schedulers.add(self)
 
     # --- whoever waits for a token ------------------------------------------------------------------------------------
@@ -182,9 +183,14 @@ class Scheduler:
     def _is_led(self) -> bool:
         return self._lead is not None and self._lead.lives
 
-    def _require_outside(self) -> None:
+    @property
+    def _is_within(self) -> bool:
+        """Whether this is called by a step of its own."""
         lead = self._lead
-        if lead is not None and not lead.over and lead.thread is threading.current_thread():
+        return lead is not None and not lead.over and lead.thread is threading.current_thread()
+
+    def _require_outside(self) -> None:
+        if self._is_within:
             raise InputError(
                 "the model was asked for something within one of its own steps, which would wait for itself: let a "
                 "logits_processor use another model, or none"
@@ -196,10 +202,13 @@ class Scheduler:
             self._open_gates()
 
     def close(self) -> None:
-        """Ends all generations within one step, and lets go of all caches."""
+        """Ends all generations within one step, and lets go of all caches; of a step's own callback, at its end."""
         for generation in list(self._live):
             generation.cancel()
-        self.exclusively(self.store.clear)
+        if self._is_within:
+            self._clears = True
+        else:
+            self.exclusively(self.store.clear)
 
     @property
     def live(self) -> int:
@@ -243,6 +252,9 @@ class Scheduler:
                 generation.retire()
             except Exception as error:
                 _log.warning("the cache of a generation was lost: %s", error)
+        if self._clears:
+            self._clears = False
+            self.store.clear()
 
     def move_out(self, engine: Engine, *, keep: bool = True) -> None:
         """Takes a row out of the slab, with its cache or without. Between two runs only."""
@@ -289,6 +301,8 @@ class Scheduler:
         assert self._slab is not None
         for generation in rows:
             generation.settle()
+            self._guarded(generation, lambda g=generation: g.kept.make_room(g.engine, 1))  # type: ignore[misc]
+        rows = [generation for generation in rows if not generation.ended]
         joining = 0
         for generation in list(rows):  # room was looked at for each alone
             joining += not self._slab.holds(generation.engine)

@@ -30,7 +30,7 @@ class SharedPrefill:
         if self._first is None:
             self._first = generation
             return None
-        ids = generation.ids[: generation.prompt_tokens]
+        ids = generation.kept_ids
         if self._kept is None:
             self._kept = self._copied(self._first.engine, ids, move_out)
         kept = self._kept

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from pastkey import names
 from pastkey.bundle import Bundle, Compiled, open_bundle, read_bundle
+from pastkey.command import say
 from pastkey.errors import InputError, ProviderError
 from pastkey.folder import file_records, parse_records, whole_folder, write_json
+from pastkey.replace import leftovers
 
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
@@ -29,7 +31,7 @@ def compile_bundle(
     out: str | Path,
     provider: str | None = None,
     provider_options: Mapping[str, str] | None = None,
-    session_entries: Mapping[str, str] | None = None,
+    session_options: Mapping[str, str] | None = None,
     *,
     threads: int = 0,
     allow_fallback: bool = False,
@@ -44,7 +46,7 @@ def compile_bundle(
         out: The folder to write.
         provider: A short name; None for the provider that the bundle was made for.
         provider_options: Of the provider: the chip, say.
-        session_entries: Further settings of onnxruntime's session, as {"ep.context_embed_mode": "1"}.
+        session_options: Further options of onnxruntime's session, as {"ep.context_embed_mode": "1"}.
         threads: Threads within an operator; 0 leaves their number to onnxruntime.
         allow_fallback: Whether the processor may run what the provider leaves.
         force: Replaces an existing bundle.
@@ -70,6 +72,8 @@ def compile_bundle(
         options_of_target=bundle.manifest.provider_options,
     )
     name, options = placement.providers[0]
+    for sentence in leftovers(out):
+        say(sentence)
     with whole_folder(out, force=force) as folder:
         _copy(bundle, folder)
         for graph in bundle.static_graphs:
@@ -78,7 +82,7 @@ def compile_bundle(
                 "ep.context_enable": "1",
                 "ep.context_file_path": str(target.absolute()),
                 "ep.context_embed_mode": "0",
-                **(session_entries or {}),
+                **(session_options or {}),
             }
             open_session(
                 graph,
@@ -86,7 +90,7 @@ def compile_bundle(
                 providers=(name, options),
                 threads=threads,
                 allow_fallback=allow_fallback,
-                session_entries=entries,
+                session_options=entries,
             )
             if not target.is_file():
                 raise ProviderError(
@@ -98,7 +102,7 @@ def compile_bundle(
         manifest = dataclasses.replace(bundle.manifest, compiled=compiled, files=records)
         write_json(folder / names.MANIFEST, manifest.to_json())
         made = open_bundle(folder, verify=False)
-        engine = Engine(made, allow_fallback=allow_fallback, session_entries=session_entries)
+        engine = Engine(made, allow_fallback=allow_fallback, session_options=session_options)
         require_golden(engine, made)
         del engine
     return read_bundle(out)

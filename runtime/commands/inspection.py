@@ -16,6 +16,7 @@ from typing import Any, Unpack
 from pastkey import names
 from pastkey.bundle import Manifest, open_bundle
 
+from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
 from ..providers.int8_kernels import Int8Kernels, int8_kernels_of
 from ..providers.parts import Assigned, assigned
@@ -47,6 +48,8 @@ class Inspection:
     weight_bytes: int  # of the external-data files, or of the graph that holds its weights itself
     total_bytes: int  # of all files
     kv_bytes_per_token: int
+    kv_bytes_at_context: int  # of one text's cache at its largest
+    overflow: str  # what becomes of a text that is longer than the context, and of what no window sees
     shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
     int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
 
@@ -94,9 +97,26 @@ def inspect(
         weight_bytes=weights or sizes[names.ALL_LOGITS_GRAPH[manifest.precision]],
         total_bytes=sum(sizes.values()),
         kv_bytes_per_token=engine.graph.bytes_per_token,
+        kv_bytes_at_context=engine.graph.cache_bytes(manifest.context_length),
+        overflow=_overflow(engine.graph),
         shares=tuple(shares),
         int8_kernels=kernels,
     )
+
+
+def _overflow(graph: DecoderGraph) -> str:
+    """For people: what leaves the cache, and when."""
+    manifest = graph.manifest
+    shift, window = manifest.shift, manifest.window
+    told = "a full context can be shifted (context_overflow)"
+    if shift is None:
+        told = "a full context cannot be shifted, since an older pastkey wrote the bundle: export it again"
+    elif shift.refused:
+        told = f"a full context cannot be shifted: {shift.refused}"
+    if window is None:
+        return told
+    kept = "all before them" if graph.droppable_window is None else f"{graph.most_rows} at most"
+    return f"a token sees the last {window}, and the cache keeps {kept}; {told}"
 
 
 def _read_profile(path: Path) -> list[dict[str, Any]]:

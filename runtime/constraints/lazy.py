@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,6 +15,8 @@ from .constraint import Constraint
 from .matcher import Matcher
 from .vocabulary import Vocabulary
 
+_all: weakref.WeakSet[LazyVocabulary] = weakref.WeakSet()
+
 
 class LazyVocabulary:
     """Gives each new text what follows it."""
@@ -20,6 +25,8 @@ class LazyVocabulary:
         """See `Vocabulary.of`."""
         self._given = codec, size, end_ids
         self._read: Vocabulary | None = None
+        self._reading = threading.Lock()
+        _all.add(self)
 
     def matcher(self, options: Mapping[str, Any]) -> Matcher | None:
         """That of a call's options, or None where they hold a text to nothing.
@@ -34,6 +41,17 @@ class LazyVocabulary:
         codec, size, end_ids = self._given
         if codec is None:
             raise InputError(f"this bundle has no tokenizer, so that no text can be held to {constraint.kind}")
-        if self._read is None:
-            self._read = Vocabulary.of(codec, size, end_ids)
+        with self._reading:  # once, whoever asks for it meanwhile
+            if self._read is None:
+                self._read = Vocabulary.of(codec, size, end_ids)
         return self._read.matcher(constraint)
+
+    @staticmethod
+    def after_fork() -> None:
+        """In a child, where no thread that was reading goes on."""
+        for vocabulary in list(_all):
+            vocabulary._reading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=LazyVocabulary.after_fork)

@@ -15,6 +15,7 @@ from pastkey.errors import InputError
 from pastkey.values import is_int
 
 from ..providers.ort import onnxruntime
+from .shift import Moved
 
 GROWTH_STEP = 128  # rows by which a shared buffer grows at least
 # Devices on which onnxruntime's Python allocates nothing: what is there, a run has put there.
@@ -145,6 +146,18 @@ class KVCache:
             self._values = [self._place(np.ascontiguousarray(value.numpy()[:, :, :length])) for value in self._values]
         self.length = length
 
+    def drop(self, start: int, end: int, moved: Moved) -> None:
+        """Forgets the tokens from `start` to `end` of each row; those behind move up. An interrupt leaves both mixed.
+
+        `moved` gives the rows behind of each tensor as they are in their new places.
+        """
+        if self.arrays:
+            move_up(self.arrays, start, end, self.length, moved)
+            self.length -= end - start
+            return
+        rows = self.rows(self.length)
+        self.fill([np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)])
+
     def reset(self) -> None:
         """Forgets everything. A shared buffer is kept for the next prompt."""
         self.length = 0
@@ -247,3 +260,9 @@ class KVCache:
         return onnxruntime.OrtValue.ortvalue_from_numpy(
             array, "cpu" if self._from_runs else self._device, 0 if self._from_runs else self._device_id
         )
+
+
+def move_up(arrays: Sequence[npt.NDArray[Any]], start: int, end: int, length: int, moved: Moved) -> None:
+    """Writes the rows from `end` to `length` of each of `arrays` (B, K, >= length, D) from `start` on."""
+    for index, array in enumerate(arrays):
+        array[:, :, start : start + length - end] = moved(index, array[:, :, end:length])

@@ -17,6 +17,11 @@ class CachedIds:
         """Those of an empty cache."""
         self._ids: list[int] | None = []
 
+    @property
+    def known(self) -> bool:
+        """Whether they are."""
+        return self._ids is not None
+
     def clear(self) -> None:
         """The cache is empty."""
         self._ids = []

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,17 +15,28 @@ import numpy.typing as npt
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
+from pastkey.values import parse_version
 
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..settings import Choice, PlacementOptions
+from ..settings import Choice, PlacementOptions, SessionSettings
 from .embedding import EmbeddingRows
 from .int8_kv import INT8_KV_FROM, CachePair
 from .static_graphs import StaticGraphs
 
+# Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
+PREFILL_CHUNK = 256
+# Scores of a run and a head, its tokens times its columns, where attention stores them: from 1,024 columns on a
+# run has fewer tokens, by halves, since some devices compile a graph anew for each number of tokens.
+SCORES, LEAST_CHUNK = PREFILL_CHUNK * 1024, 16
+FLASH_ATTENTION_FROM = "1.28.0"  # GroupQueryAttention of 1.27 stores scores on the processor
+# Tokens that stay behind those of a window, for some to be forgotten again: rejected drafts, and the end of a prompt.
+TRIMMABLE = 16
+
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+HiddenStates = npt.NDArray[np.float32]
 
 
 class GraphOptions(PlacementOptions, total=False):
@@ -57,7 +69,7 @@ class DecoderGraph:
         providers: onnxruntime's names of the execution providers in use, in order of preference.
         threads: Threads within an operator; 0 where onnxruntime chooses.
         one_by_one: Whether several new tokens are run one after another, on a device that computes them right alone.
-        asked: The providers and session entries that were given.
+        asked: The providers and session options that were given.
         every: Whether it gives the logits of every position.
         fused: Whether its cache is a shared buffer.
     """
@@ -70,7 +82,7 @@ class DecoderGraph:
         providers: Choice | Sequence[Choice] | None = None,
         threads: int | None = None,
         allow_fallback: bool = False,
-        session_entries: Mapping[str, str] | None = None,
+        session_options: SessionSettings | None = None,
         profile_prefix: Path | None = None,
         int8_kv_from: int | None = INT8_KV_FROM,
     ) -> None:
@@ -85,7 +97,7 @@ class DecoderGraph:
             threads: Threads within an operator; None for the physical cores this process may use.
             allow_fallback: Whether the processor may run what a provider that was asked for leaves; without it, one
                 that was seen to run a whole graph runs all of it or is refused.
-            session_entries: Settings of onnxruntime's sessions: {"session.use_env_allocators": "1"}, say.
+            session_options: See `load`.
             profile_prefix: Where given, onnxruntime records where each operator ran, in a file per graph whose name
                 starts with it.
             int8_kv_from: Tokens in the cache from which on one row is decoded with an int8 cache, where the bundle has
@@ -112,7 +124,7 @@ class DecoderGraph:
             providers=providers,
             threads=self.threads,
             allow_fallback=allow_fallback,
-            session_entries=session_entries,
+            session_options=session_options,
             profile_prefix=profile_prefix,
         )
         if manifest.static is not None:
@@ -122,6 +134,7 @@ class DecoderGraph:
         self.providers: list[str] = self.onnx.get_providers()
         self._on_processor = self.providers[0] == ep.CPU
         self._inputs = {value.name for value in self.onnx.get_inputs()}
+        self._outputs = {value.name for value in self.onnx.get_outputs()}
         self._folder = path.parent.absolute()
         self._static_decode: Any = None
         if manifest.static is not None:
@@ -130,6 +143,7 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
+        self._decodes_in_int8 = bundle.int8_kv_graph is not None and not self.every and int8_kv_from is not None
         int8 = bundle.int8_kv_graph if not self.every and profile_prefix is None else None
         # Opened later, wherever the process has gone by then.
         self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
@@ -137,7 +151,7 @@ class DecoderGraph:
         self._opening = threading.Lock()
         self.int8_kv_from = int8_kv_from
         self.one_by_one = False
-        self.asked = (providers, dict(session_entries or {}))
+        self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
 
     def new_cache(self) -> CachePair | StaticGraphs:
         """An empty cache over this graph."""
@@ -191,15 +205,74 @@ class DecoderGraph:
         return ep.cache_device(self.providers) == "cpu" and not self.manifest.states
 
     @property
+    def droppable_window(self) -> int | None:
+        """Tokens that the widest attention call sees, where those before them can leave the cache; else None.
+
+        The rows behind them move up then, which a static graph's fixed arrays have no use for.
+        """
+        manifest = self.manifest
+        movable = manifest.shift is not None and not manifest.shift.refused
+        return manifest.window if movable and manifest.static is None else None
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that the cache of one text has, at most: its tokens, or those of the window and a chunk."""
+        context, window = self.manifest.context_length, self.droppable_window
+        return context if window is None else min(context, window + TRIMMABLE + PREFILL_CHUNK)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
         size = 2 if self.manifest.precision == "fp16" else 4
         layers = self.manifest.layers
         return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
 
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that the cache of one text of so many tokens takes at its largest.
+
+        A static graph's is of the whole context from the first token on, and a run of the standard graph holds the
+        cache twice, before and after it. Where tokens are decoded with an int8 cache, that stands beside the float32
+        one.
+        """
+        manifest = self.manifest
+        if manifest.static is not None:
+            return self.bytes_per_token * manifest.context_length
+        size = self.bytes_per_token * min(tokens, self.most_rows)
+        if manifest.graph == "standard":
+            return 2 * size
+        in_int8 = self._decodes_in_int8 and tokens > (self.int8_kv_from or 0)
+        return size + size // 4 if in_int8 else size
+
+    def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
+        """The tokens of each run of a prefill of so many behind `length` in the cache.
+
+        Raises InputError for a `chunk_size` below 1.
+        """
+        if chunk_size is not None and chunk_size < 1:
+            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
+        if chunk_size is None and self.manifest.static is not None:
+            return [tokens]
+        if chunk_size is not None or not self._stores_scores:
+            return _evenly(tokens, chunk_size or PREFILL_CHUNK)
+        sizes = list[int]()
+        columns, chunk = SCORES // PREFILL_CHUNK, PREFILL_CHUNK
+        while tokens:
+            while length >= columns:
+                columns, chunk = 2 * columns, max(LEAST_CHUNK, chunk // 2)
+            part = min(tokens, max(2, columns - length))
+            part += tokens - part == 1  # a run of one token takes another path
+            sizes += _evenly(part, chunk)
+            length, tokens = length + part, tokens - part
+        return sizes
+
+    @property
+    def _stores_scores(self) -> bool:
+        """Whether a run stores the scores of all its tokens and columns."""
+        return not self.fused or parse_version(onnxruntime.__version__) < parse_version(FLASH_ATTENTION_FROM)
+
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,
-            mask: Ids | None = None) -> Logits:  # fmt: skip
+            mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
         """Runs the new tokens `ids` (B, T) at `positions` (B, T) through a cache. The one place where it is run.
 
         Args:
@@ -210,9 +283,10 @@ class DecoderGraph:
             total: Tokens of the longest row with the new ones, padding included.
             keep: How many last positions have logits.
             mask: (B, total), 1 for a real token; None for a graph that takes none.
+            hidden: Whether the last hidden states of all new tokens are returned.
 
         Returns:
-            Logits (B, keep, V), in an array of their own.
+            Logits (B, keep, V), or last hidden states (B, T, H), in an array of their own.
         """
         feeds: dict[str, npt.NDArray[Any]] = {names.INPUT_IDS: ids, names.POSITION_IDS: positions}
         if names.SEQLENS_K in self._inputs:
@@ -239,7 +313,12 @@ class DecoderGraph:
                 bound[name] = np.array(array)
                 binding.bind_ortvalue_input(name, value(bound[name]))
         binding.bind_ortvalue_output(names.LOGITS, value(logits))
+        if names.LAST_HIDDEN_STATE in self._outputs:  # always: a binding would hold on to what one run gave, and fail
+            binding.bind_output(names.LAST_HIDDEN_STATE)
         cache.onnx.run_with_iobinding(binding)
+        if hidden:
+            states: HiddenStates = binding.get_outputs()[-1].numpy()  # which was bound last
+            return states
         return logits
 
     # --- checks ---------------------------------------------------------------------------------------------------
@@ -262,11 +341,27 @@ class DecoderGraph:
             found = f"the prompt has {tokens} tokens"
             if start:
                 found = f"{start} tokens are in the cache and {tokens} more were given"
-            raise InputError(f"{found}; the context is {context}: shorten the text, or export with a larger --context")
+            raise InputError(
+                f"{found}; the context is {context}: shorten the text, export with a larger --context, or let its "
+                "oldest tokens go (--context-overflow shift)"
+            )
         return np.ascontiguousarray(array, np.int64)
 
-    def checked_mask(self, mask: npt.ArrayLike, ids: Ids, start: int) -> Ids | None:
-        """`mask` as int64, or None when nothing is padded. Raises InputError where it cannot be taken."""
+    def require_hidden_states(self) -> None:
+        """Raises InputError unless the graph gives the last hidden states."""
+        if names.LAST_HIDDEN_STATE not in self._outputs:
+            again = "export it again with  pastkey export SOURCE --out BUNDLE --hidden-states"
+            if self.manifest.hidden_size is not None:
+                again = 'open graph="last_logits"'
+            elif self.manifest.static is not None:
+                again = f"{again}, and for a target without static graphs, such as cpu"
+            raise InputError(f"this bundle's graph gives logits and no hidden states: {again}")
+
+    def checked_mask(self, mask: npt.ArrayLike, ids: Ids, start: int, *, every: bool) -> Ids | None:
+        """`mask` as int64, or None when nothing is padded. Raises InputError where it cannot be taken.
+
+        `every`: whether the run gives something for every position.
+        """
         array = np.asarray(mask).astype(np.int64)
         if not self.manifest.padding and not array.all():
             raise InputError(
@@ -277,7 +372,7 @@ class DecoderGraph:
             raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         if array.all():
             return None
-        if not self.every and not array[:, -1].all():
+        if not every and not array[:, -1].all():
             raise InputError(
                 'a row ends in padding, and this graph gives the last position only: open graph="all_logits"'
             )
@@ -294,15 +389,29 @@ class DecoderGraph:
             )
         return array
 
-    def check_finite(self, logits: Logits, start: int, tokens: int, mask: Ids | None = None) -> None:
-        """Raises NumericsError unless all `logits` (B, keep, V), of the last of `tokens` after `start`, are finite."""
-        finite = np.isfinite(logits).all(axis=-1)  # (B, T), or (B, keep)
-        if mask is not None and self.every:
+    def check_finite(
+        self, found: HiddenStates | Logits, start: int, tokens: int, mask: Ids | None = None, *, hidden: bool = False
+    ) -> None:
+        """Raises NumericsError unless all that a run found is finite.
+
+        `found` are logits (B, keep, V) of the last of `tokens` after `start`, or hidden states (B, T, H).
+        """
+        finite = np.isfinite(found).all(axis=-1)  # (B, T), or (B, keep)
+        if mask is not None and (self.every or hidden):
             finite |= mask == 0
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
-            position = start + tokens - logits.shape[1] + int(column)
+            position = start + tokens - found.shape[1] + int(column)
+            what = "hidden states" if hidden else "logits"
             raise NumericsError(
-                f"the logits at position {position} of row {row} are not finite (NaN or infinity): the weights are "
+                f"the {what} at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )
+
+
+def _evenly(tokens: int, chunk_size: int) -> list[int]:
+    """Runs of even size, of two tokens at least where the chunk size allows."""
+    count = math.ceil(tokens / chunk_size)
+    if chunk_size > 1:
+        count = min(count, max(1, tokens // 2))
+    return [tokens // count + (number < tokens % count) for number in range(count)]

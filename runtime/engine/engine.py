@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,29 +15,12 @@ from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError
 
 from .cached_ids import CachedIds
-from .decoder_graph import DecoderGraph, GraphOptions, Ids, Logits
+from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .int8_kv import CachePair
+from .one_at_a_time import one_at_a_time
+from .padding import Padding
+from .shift import moved_by, require_shift
 from .static_graphs import StaticGraphs
-
-# Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
-PREFILL_CHUNK = 256
-
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
-
-
-def _one_at_a_time(
-    method: Callable[Concatenate[Engine, P], Result],
-) -> Callable[Concatenate[Engine, P], Result]:
-    """Lets a second thread wait while one is inside: both would write into the same cache."""
-
-    @functools.wraps(method)
-    def locked(self: Engine, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return locked
 
 
 class Engine:
@@ -54,6 +36,8 @@ class Engine:
         cache: The keys and values.
         lock: Held by whoever is inside a call.
         resets: How often the cache was emptied, or cut to a prefix: whoever fills it can tell when another took it.
+        gone: So many of the first tokens are no more in the cache, since all attention is local and no token to come
+            sees them. Those behind them stand at the positions from 0 on.
         exact_length: So many of the first tokens were computed as a prefill does, two and more in a run of one row.
             A token that is decoded alone or among other rows takes another path, which differs in the last bits.
     """
@@ -74,10 +58,11 @@ class Engine:
         self.lock = threading.RLock()
         self.cache: CachePair | StaticGraphs = graph.new_cache()
         self._cached_ids = CachedIds()
-        self._mask: Ids | None = None  # (B, length) once a row has padding, else None: all ones
-        self._ones = np.ones(0, np.int64)
+        self._padding = Padding()
         self.resets = 0
+        self.gone = 0
         self.exact_length = 0
+        self._window = graph.droppable_window
 
     @property
     def manifest(self) -> Manifest:
@@ -115,8 +100,8 @@ class Engine:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache, per row, padding included."""
-        return self.cache.length
+        """Tokens in the cache, per row, padding included, and those that are gone."""
+        return self.gone + self.cache.length
 
     @property
     def nbytes(self) -> int:
@@ -133,17 +118,22 @@ class Engine:
         """Whether the next token would be decoded with an int8 cache."""
         return isinstance(self.cache, CachePair) and self.cache.decodes_in_int8()
 
-    @_one_at_a_time
+    @one_at_a_time
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._cached_ids.forget()
-        self.cache.reset()
-        self._mask = None
-        self.exact_length = 0
-        self._cached_ids.clear()
+        self.empty()
         self.resets += 1
 
-    @_one_at_a_time
+    @one_at_a_time
+    def empty(self) -> None:
+        """Forgets all tokens, for the same text to be given again."""
+        self._cached_ids.forget()
+        self.cache.reset()
+        self._padding.clear()
+        self.gone = self.exact_length = 0
+        self._cached_ids.clear()
+
+    @one_at_a_time
     def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
         """Forgets all but what the cache shares with the beginning of `ids` (T,), and at most all of them but two.
 
@@ -159,7 +149,7 @@ class Engine:
         shared = self.shared_with(ids)
         if exact:
             shared = min(shared, self.exact_length)
-        if shared < self.length and self.manifest.states:
+        if not self.can_trim(shared):
             shared = 0
         if not shared:
             self.reset()
@@ -168,6 +158,12 @@ class Engine:
             self.resets += 1
         return shared
 
+    def can_trim(self, length: int) -> bool:
+        """Whether all but the first `length` tokens can be forgotten: the cache has what the next one sees."""
+        if self.manifest.states:
+            return length in (0, self.length)
+        return not self.gone or length == 0 or length - self.gone >= (self._window or 0) - 1
+
     def shared_with(self, ids: Sequence[int]) -> int:
         """How many of the first of `ids` (T,) are the first in the cache, of all but the last two.
 
@@ -175,7 +171,7 @@ class Engine:
         """
         return self._cached_ids.shared_with(ids[: -1 if self.manifest.states else -2])
 
-    @_one_at_a_time
+    @one_at_a_time
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
         """Another engine with the first `length` tokens of each row, or all, in a cache of its own.
 
@@ -184,32 +180,89 @@ class Engine:
         made = Engine.over(self.graph)
         length = self.length if length is None else length
         if length:
-            with made._cached_ids.changing() as cached:
+            with made._cached_ids.changing(known=self._cached_ids.known) as cached:
+                made.gone = self.gone
                 if room and self.graph.fused:
-                    made.cache.reserve(1, min(length + room, self.manifest.context_length))
-                made.cache.fill(self.cache.rows(length))
-                made._mask = None if self._mask is None else self._mask[:, :length]
+                    made.cache.reserve(1, self._rows_of(length - self.gone + room))
+                made.cache.fill(self.cache.rows(length - self.gone))
+                made._padding.mask = self._padding.first(length)
                 made.exact_length = min(self.exact_length, length)
                 cached += self._cached_ids.first(length)
         return made
 
-    def restore(self, ids: Sequence[int], rows: Sequence[npt.NDArray[Any]], exact_length: int) -> None:
+    def restore(
+        self, ids: Sequence[int], rows: Sequence[npt.NDArray[Any]], *, exact_length: int, gone: int = 0
+    ) -> None:
         """Fills an empty cache with the keys and values of one row `ids` (T,), as `cache.rows` gave them."""
         with self._cached_ids.changing() as cached:
             self.cache.fill(rows)
-            self.exact_length = exact_length
+            self.exact_length, self.gone = exact_length, gone
             cached += ids
 
-    @_one_at_a_time
+    @one_at_a_time
     def trim(self, length: int) -> None:
-        """Forgets all but the first `length` tokens of each row. Raises InputError where there are fewer."""
+        """Forgets all but the first `length` tokens of each row.
+
+        Raises InputError where there are fewer, or not those that the next token sees (see `can_trim`).
+        """
+        if not length:
+            self.empty()
+            return
+        if self.gone and not self.can_trim(length):
+            raise InputError(
+                f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"
+                ": call reset() and give the tokens again"
+            )
         with self._cached_ids.changing() as cached:
-            self.cache.trim(length)
-            self._mask = None if self._mask is None or not length else self._mask[:, :length]
+            self.cache.trim(length - self.gone)
+            self._padding.mask = self._padding.first(length)
             self.exact_length = min(self.exact_length, length)
             del cached[length:]
 
-    @_one_at_a_time
+    @one_at_a_time
+    def shift(self, keep: int, count: int) -> None:
+        """Forgets `count` tokens of one row behind the first `keep`; those behind take their positions.
+
+        What is left is no prefix of any text: the tokens that moved saw those that are gone. An interrupt empties the
+        cache.
+
+        Raises:
+            InputError: The bundle's positions do not allow it, the cache has other rows, or fewer tokens.
+        """
+        require_shift(self.manifest)
+        fits = 0 <= keep <= keep + count <= self.length and not (keep and self.gone)
+        if self.cache.batch > 1 or self._padding.mask is not None or not fits:
+            raise InputError(
+                f"{count} tokens behind the first {keep} were to leave a cache of {self.cache.batch} rows of "
+                f"{self.length} tokens: a shift takes one row without padding, and tokens that are there"
+            )
+        with self._all_or_nothing(), self._cached_ids.changing(known=False):
+            inside = max(keep, keep + count - self.gone)
+            self.gone -= min(count, self.gone)
+            self.cache.drop(keep, inside, moved_by(self.manifest, inside - keep))
+            self.exact_length = min(self.exact_length, keep)
+
+    @one_at_a_time
+    def leave_window(self, tokens: int) -> None:
+        """Forgets the tokens that no token to come sees, where `tokens` more of one row would be many rows."""
+        rows, window, padded = self.cache.length, self._window, self._padding.mask is not None
+        if window is None or rows + tokens <= self.graph.most_rows or padded or self.cache.batch > 1:
+            return
+        gone = rows - (window - 1) - TRIMMABLE
+        if gone > 0:
+            with self._all_or_nothing(), self._cached_ids.changing():
+                self.cache.drop(0, gone, moved_by(self.manifest, gone))
+                self.gone += gone
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # an interrupt, or the end of memory
+            self.empty()
+            raise
+
+    @one_at_a_time
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
         """Appends the tokens of one row in runs of about `chunk_size`.
 
@@ -219,7 +272,7 @@ class Engine:
 
         Args:
             ids: (T,), at least one.
-            chunk_size: Tokens; None for PREFILL_CHUNK.
+            chunk_size: Tokens; None for 256, or fewer behind a long text where attention stores its scores.
 
         Returns:
             The last one's logits, (V,).
@@ -234,21 +287,19 @@ class Engine:
 
     def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
         """The tokens of each run of a prefill."""
-        size = (PREFILL_CHUNK if self.manifest.static is None else tokens) if chunk_size is None else chunk_size
-        if size < 1:
-            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
-        count = math.ceil(tokens / size)
-        if size > 1:
-            count = min(count, max(1, tokens // 2))
-        return [tokens // count + (number < tokens % count) for number in range(count)]
+        return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
 
-    @_one_at_a_time
+    @one_at_a_time
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` more of one row, by one growth."""
         with self._cached_ids.changing():
-            self.cache.reserve(1, tokens)
+            self.cache.reserve(1, max(0, self._rows_of(self.cache.length + tokens) - self.cache.length))
 
-    @_one_at_a_time
+    def _rows_of(self, tokens: int) -> int:
+        """How many rows so many tokens come to, at most."""
+        return min(tokens, self.graph.most_rows)
+
+    @one_at_a_time
     def decode(self, token: int) -> Logits:
         """Appends one token to one row; returns its logits (V,)."""
         return _last(self._run(self.checked([token], 1)[None]))
@@ -263,12 +314,12 @@ class Engine:
         """Whether `extend` can append several tokens, and `trim` forget some of them without moving the others."""
         return self.graph.supports_drafts
 
-    @_one_at_a_time
+    @one_at_a_time
     def append(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one row in one run; returns the last one's logits (V,)."""
         return _last(self._run(self.checked(ids, 1)[None]))
 
-    @_one_at_a_time
+    @one_at_a_time
     def all_logits(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one row as `prefill` does; returns the logits (T, V) of each."""
         ids = self.checked(ids, 1)
@@ -276,7 +327,7 @@ class Engine:
         chunks = np.split(ids, np.cumsum(sizes)[:-1])
         return np.concatenate([self._run(chunk[None], keep=chunk.size)[0] for chunk in chunks])
 
-    @_one_at_a_time
+    @one_at_a_time
     def extend(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one row in one run; returns the logits (T, V) of each.
 
@@ -287,7 +338,7 @@ class Engine:
         logits: Logits = self._run(ids[None], keep=ids.size)[0]
         return logits
 
-    @_one_at_a_time
+    @one_at_a_time
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Appends the tokens of several rows in one run.
 
@@ -302,16 +353,34 @@ class Engine:
             Logits (B, T, V), or (B, 1, V) of the graph "last_logits". Those at padding mean nothing.
         """
         ids = self.checked(ids, 2)
-        return self._run(ids, None if mask is None else self.graph.checked_mask(mask, ids, self.length))
+        every = self.graph.every
+        return self._run(ids, None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=every))
+
+    @one_at_a_time
+    def hidden_states(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> HiddenStates:
+        """Appends tokens as `forward` does; returns what the output head multiplies, behind the last norm.
+
+        Args:
+            ids: (B, T), at least one.
+            mask: (B, T), 1 for a real token and 0 for padding; None for no padding.
+
+        Returns:
+            The last hidden states (B, T, H). Those at padding mean nothing. Raises InputError where the bundle was
+            exported without them.
+        """
+        self.graph.require_hidden_states()
+        ids = self.checked(ids, 2)
+        checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=True)
+        return self._run(ids, checked, hidden=True)
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1) -> Logits:
-        """Appends checked ids (B, T); `keep`: how many last positions have logits."""
+    def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False) -> HiddenStates | Logits:
+        """Appends checked ids (B, T); `keep`: how many last positions have logits. `hidden`: see DecoderGraph.run."""
         batch, tokens = ids.shape
         graph = self.graph
         if graph.one_by_one and tokens > 1:
-            singly = [self._run(ids[:, i : i + 1]) for i in range(tokens)]
-            return np.concatenate(singly if graph.every else singly[-keep:], 1)
+            singly = [self._run(ids[:, i : i + 1], hidden=hidden) for i in range(tokens)]
+            return np.concatenate(singly if graph.every or hidden else singly[-keep:], 1)
         start = self.length
         keep = tokens if graph.every else keep
         if graph.fused and batch > 1 and tokens > 1 and start:
@@ -321,18 +390,20 @@ class Engine:
             )
         if isinstance(self.cache, StaticGraphs):
             return self._run_static(self.cache, ids, mask, keep=keep)
-        padded = self._mask is not None or mask is not None
+        padded = self._padding.mask is not None or mask is not None
+        if batch == 1 and mask is None:
+            self.leave_window(tokens)
         with self._cached_ids.changing(known=batch == 1 and not padded) as cached:
-            cache = self.cache.for_run(batch, tokens, padded=padded)
-            full_mask, positions = self._mask_and_positions(batch, tokens, mask)
-            real = full_mask.sum(1) if padded else np.full(batch, start + tokens)
-            logits = graph.run(cache, ids, positions, real, start + tokens, keep, full_mask)
-            graph.check_finite(logits, start, tokens, mask)
+            cache, total = self.cache.for_run(batch, tokens, padded=padded), self.cache.length + tokens
+            full_mask, positions = self._padding.of_run(cache.length, batch, tokens, mask)
+            real = full_mask.sum(1) if padded else np.full(batch, total)
+            found = graph.run(cache, ids, positions, real, total, keep, full_mask, hidden)
+            graph.check_finite(found, start, tokens, mask, hidden=hidden)
             cache.advance(tokens)
-            self._mask = full_mask if padded else None
+            self._padding.mask = full_mask if padded else None
             self._count_exact(start, batch, tokens)
             cached += ids[0].tolist()
-        return logits
+        return found
 
     def advance_batched(self, token: int) -> None:
         """Takes in a token that was run among rows of other engines, in this one's memory."""
@@ -358,20 +429,6 @@ class Engine:
             static.advance(tokens)
             cached += ids[0].tolist()
         return logits
-
-    def _mask_and_positions(self, batch: int, tokens: int, mask: Ids | None) -> tuple[Ids, Ids]:
-        """attention_mask (B, S) and position_ids (B, T): a token's position is the number of real tokens before it."""
-        total = self.length + tokens
-        if self._mask is None and mask is None:
-            if self._ones.size < batch * total:
-                self._ones = np.ones(2 * batch * total, np.int64)
-            positions = np.arange(self.length, total, dtype=np.int64)[None].repeat(batch, axis=0)
-            return self._ones[: batch * total].reshape(batch, total), positions
-        past = np.ones((batch, self.length), np.int64) if self._mask is None else self._mask
-        new = np.ones((batch, tokens), np.int64) if mask is None else mask
-        full = np.concatenate([past, new], axis=1)
-        positions = np.maximum(np.cumsum(full, axis=1) - 1, 0)[:, self.length :]
-        return full, np.ascontiguousarray(positions)
 
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, *, start: int | None = None) -> Ids:

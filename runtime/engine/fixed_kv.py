@@ -18,7 +18,8 @@ from pastkey.errors import InputError
 from pastkey.values import is_int
 
 from ..providers.ort import onnxruntime
-from .cache import GROWTH_STEP
+from .cache import GROWTH_STEP, move_up
+from .shift import Moved
 
 Rows = npt.NDArray[Any]
 
@@ -79,6 +80,11 @@ class FixedRows:
         if not is_int(length) or not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
         self.length = length
+
+    def drop(self, start: int, end: int, moved: Moved) -> None:
+        """As that of a KVCache."""
+        move_up(self.arrays, start, end, self.length, moved)
+        self.length -= end - start
 
     def reset(self) -> None:
         """Forgets everything. The arrays are kept for the next prompt."""

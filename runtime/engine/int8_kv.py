@@ -22,6 +22,7 @@ from ..providers.ort import onnxruntime
 from ..settings import MAX_DRAFT_TOKENS
 from .cache import KVCache
 from .fixed_kv import FixedKVCache
+from .shift import Moved
 
 Rows = npt.NDArray[Any]
 
@@ -108,6 +109,13 @@ class CachePair:
         for cache in self._caches:
             cache.trim(min(length, cache.length))
 
+    def drop(self, start: int, end: int, moved: Moved) -> None:
+        """As that of a KVCache. What moves is rounded to int8 anew."""
+        self._dequantize()
+        if self.int8 is not None:
+            self.int8.trim(min(start, self.int8.length))
+        self.float32.drop(start, end, moved)
+
     def reserve(self, batch: int, tokens: int) -> None:
         """Makes room for `tokens` that several runs prefill in each of `batch` rows, by one growth."""
         self._dequantize()
@@ -142,6 +150,11 @@ class CachePair:
         """As that of the float32 cache."""
         self.reset()
         self.float32.fill(rows)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.float32.batch
 
     @property
     def nbytes(self) -> int:

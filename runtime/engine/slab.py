@@ -64,6 +64,7 @@ class Slab:
         """
         try:
             for engine in engines:
+                engine.leave_window(1)
                 self.join(engine)
             return self._decode(engines, tokens)
         except BaseException:
@@ -74,12 +75,12 @@ class Slab:
         place = {id(engine): row for row, engine in enumerate(self.members)}
         rows = [place[id(engine)] for engine in engines]
         count = max(rows) + 1
-        self._make_room(self._rows, max(member.length for member in self.members[:count]) + 1)
+        self._make_room(self._rows, max(_cache(member).length for member in self.members[:count]) + 1)
         self._bind(count)
         # A row that nobody wants now writes the place behind its last token, which is written again when it goes on.
         ids = np.zeros((count, 1), np.int64)
         ids[rows, 0] = tokens
-        lengths = np.array([member.length for member in self.members[:count]], np.int64)
+        lengths = np.array([_cache(member).length for member in self.members[:count]], np.int64)
         logits = self._graph.run(self, ids, lengths[:, None], lengths + 1, int(lengths.max()) + 1, 1)
         for engine, token in zip(engines, tokens, strict=True):
             engine.advance_batched(token)

@@ -18,16 +18,15 @@ from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingE
 from pastkey.reading import reading
 from pastkey.values import parse_version
 
-from ..settings import Choice
+from ..settings import Choice, SessionSettings
 from . import placement as ep
 from .inference import Session
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .parts import assigned
+from .session_options import RECORD, WHOLE, require_free, set_options
 
 # Threads that spin on after a run take the cores from another session of the process, and from the program.
 _STOP_SPINNING = "session.force_spinning_stop"
-_WHOLE = "session.disable_cpu_ep_fallback"
-_RECORD = "session.record_ep_graph_assignment_info"  # from onnxruntime 1.24 on, which ignores what it does not know
 
 
 def open_session(
@@ -37,7 +36,7 @@ def open_session(
     providers: Choice | Sequence[Choice] | None,
     threads: int,
     allow_fallback: bool = False,
-    session_entries: Mapping[str, str] | None = None,
+    session_options: SessionSettings | None = None,
     profile_prefix: Path | None = None,
 ) -> Any:
     """Opens one graph of a bundle.
@@ -48,7 +47,7 @@ def open_session(
         providers: See `providers.resolve`.
         threads: Threads within an operator; 0 leaves their number to onnxruntime.
         allow_fallback: See `providers.resolve`.
-        session_entries: Settings of onnxruntime's sessions, as `session.use_env_allocators`.
+        session_options: See `session_options`.
         profile_prefix: Where given, onnxruntime records where each operator ran, in a file whose name starts with it.
 
     Returns:
@@ -58,17 +57,15 @@ def open_session(
         MissingExtraError: The bundle needs a newer onnxruntime.
         ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
         IntegrityError: The graph cannot be loaded, or it and the manifest differ.
+        InputError: A session option that onnxruntime does not have, or that pastkey sets itself.
     """
     if parse_version(onnxruntime.__version__) < parse_version(manifest.min_onnxruntime):
         raise MissingExtraError(
             f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
             f"type  {upgrade_command()}  and try again"
         )
-    if session_entries and _WHOLE in session_entries:
-        raise InputError(
-            f"the session entry {_WHOLE} is set by pastkey: leave it out, and let the processor run what a provider "
-            "leaves with allow_fallback=True, or --allow-fallback"
-        )
+    given = dict(session_options or {})
+    require_free(given, profiled=profile_prefix is not None)
     if manifest.compiled is not None:
         providers = ep.for_compiled(providers, manifest.compiled)
     wanted = ep.resolve(
@@ -78,15 +75,13 @@ def open_session(
         allow_fallback=allow_fallback,
         options_of_target=manifest.provider_options,
     )
-    entries = dict(session_entries or {})
-    if wanted.tells or profile_prefix is not None:
-        entries = {_RECORD: "1"} | entries
+    entries = {RECORD: "1"} if wanted.tells or profile_prefix is not None else {}
 
     # Held until the session is there: onnxruntime is given their memory, and not them.
     linked = _linked_weights(path.parent) if parse_version(onnxruntime.__version__) in REFUSE_LINKS else {}
 
     def options(entries: Mapping[str, str]) -> Any:
-        made = _options(linked, threads, entries)
+        made = _options(linked, threads, entries, given)
         if profile_prefix is not None:
             made.enable_profiling = True
             made.profile_file_prefix = f"{profile_prefix}_{path.stem}"  # else graphs of one second share a file
@@ -96,11 +91,11 @@ def open_session(
 
     try:
         with reading(path, "an ONNX graph", but=RunError):  # names that are no text, say
-            session = _create(path, options({_WHOLE: "1"} | entries if wanted.whole else entries), wanted)
+            session = _create(path, options(entries | {WHOLE: "1"} if wanted.whole else entries), wanted)
     except RunError as error:
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
             raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
-        partly = _with_processor(path, options({_RECORD: "1"} | entries), wanted) if wanted.whole else None
+        partly = _with_processor(path, options({RECORD: "1"}), wanted) if wanted.whole else None
         placed = {} if partly is None else assigned(partly, path)
         if left := placed.get(ep.CPU):
             if len(placed) == 1 and wanted.providers[0][1]:
@@ -125,14 +120,14 @@ def open_session(
     return session
 
 
-def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str, str]) -> Any:
+def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str, str], given: SessionSettings) -> Any:
+    """`entries` are pastkey's own, and `given` the user's, which have the last word."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # a decoder is a chain: nothing runs beside it
     # Errors; warnings about shapes of the shared buffer mean nothing here. What stays behind is told by us.
-    options.log_severity_level = 4 if _WHOLE in entries else 3
-    for key, value in ({_STOP_SPINNING: "1"} | dict(entries)).items():
-        options.add_session_config_entry(key, value)
+    options.log_severity_level = 4 if WHOLE in entries else 3
+    set_options(options, {_STOP_SPINNING: "1", **entries, **given})
     if linked:  # copied while the session is made: with 134 MB of weights the peak of a load is 172 MiB higher
         sizes = [len(content) for content in linked.values()]
         options.add_external_initializers_from_files_in_memory([*linked], [*linked.values()], sizes)
@@ -233,6 +228,8 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
     if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
         expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
+        if manifest.hidden_size is not None:
+            expected[names.LAST_HIDDEN_STATE] = [names.BATCH, names.SEQUENCE, manifest.hidden_size]
     if names.EMBEDDING_ROWS in found:
         expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
     return expected

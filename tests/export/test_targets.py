@@ -53,13 +53,13 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
         target="openvino",
         context_length=8,
         provider_options={"device_type": "GPU"},
-        session_entries=[("session.use_env_allocators", "1")],
+        session_options=[("session.use_env_allocators", "1")],
         allow_fallback=True,
     )
     assert proved[-1] == {
         "target": "openvino",
         "options": {"device_type": "GPU"},
-        "session_entries": {"session.use_env_allocators": "1"},
+        "session_options": {"session.use_env_allocators": "1"},
         "allow_fallback": True,
     }
     assert open_bundle(tmp_path / "bundle").manifest.files.keys() >= {names.GOLDEN}

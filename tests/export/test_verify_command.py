@@ -111,3 +111,23 @@ def test_a_damaged_bundle_is_one_sentence(
 def test_no_such_bundle(tmp_path: Path, command: Command) -> None:
     fails(command("verify", tmp_path / "none"), "no such bundle")
     fails(command("verify", tmp_path), "is not a bundle")
+
+
+def test_a_key_is_asked_for_before_anything_else(small: Path, tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("cryptography")
+    bundle, key, public = tmp_path / "bundle", tmp_path / "me.pem", tmp_path / "me.pub.pem"
+    shutil.copytree(small, bundle)
+    fails(command("verify", bundle, "--key", public), "no such file", "me.pub.pem")
+    assert command("sign", bundle, "--new-key", key)[0] == 0
+    status, out, err = command("verify", bundle, "--key", public)
+    assert (status, out) == (0, "")
+    assert f"signed by the key in {public}" in err
+    status, printed, _ = command("verify", bundle, "--key", public, "--json")
+    assert (status, json.loads(printed)["signed_by"]) == (0, str(public))
+    assert command("sign", "--new-key", tmp_path / "other.pem")[0] == 0
+    fails(command("verify", bundle, "--key", tmp_path / "other.pub.pem"), "is no signature of pastkey.json by the key")
+    graph = bundle / "onnx" / "model.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    fails(command("verify", bundle, "--key", public), "model.onnx was altered: its sha256")
+    (bundle / names.MANIFEST).write_text("{}", encoding="utf-8")
+    fails(command("verify", bundle, "--key", public), "is no signature of pastkey.json by the key")

@@ -133,6 +133,19 @@ def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_write(tmp_path: Path) -> None:
+    stale, fresh = tmp_path / ".a.json.0123abcd.new", tmp_path / ".a.json.0123abce.new"
+    others = [tmp_path / name for name in (".b.json.0123abcd.new", ".a.json.0123.new", "a.json.0123abcd.new")]
+    for path in (stale, fresh, *others):
+        path.write_text("cut")
+    for path in (stale, *others):
+        os.utime(path, (1, 1))
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert not stale.exists()
+    assert all(path.exists() for path in (fresh, *others))  # another process may be writing the first
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
 def test_a_second_interrupt_does_not_stop_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remove, calls = shutil.rmtree, list[Path]()
 

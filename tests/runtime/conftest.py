@@ -57,6 +57,10 @@ class Tiny:
         weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
         return cls(tuple(KVGeometry(K, key, value) for key, value in sizes), context_length, weights)
 
+    def text(self, graph: str, **options: Any) -> str:
+        """See `tiny_graph`."""
+        return tiny_graph(self, graph, **options)
+
     def saying(self, script: Sequence[int]) -> Tiny:
         """A decoder of these sizes whose token after position i is `script[i]`, whatever came before."""
         embedding = np.random.default_rng(0).normal(size=(V, E))
@@ -68,6 +72,11 @@ class Tiny:
 
     def __call__(self, ids: Sequence[int] | Array) -> Array:
         """The reference: logits (T, V) of an uncached pass over one row, in float64."""
+        logits: Array = self.hidden_states(ids) @ self.weights["embedding"].astype(np.float64).T
+        return logits
+
+    def hidden_states(self, ids: Sequence[int] | Array) -> Array:
+        """What is multiplied for them, (T, E)."""
         w = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
         count = len(ids)
         x = w["embedding"][list(ids)] + w["position"][:count]  # (T, E)
@@ -82,7 +91,7 @@ class Tiny:
                 scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
                 heads.append(scores / scores.sum(axis=-1, keepdims=True) @ v[:, h // (H // K)])
             x = x + np.concatenate(heads, axis=-1) @ w[f"wo{i}"]
-        return x @ w["embedding"].T
+        return x
 
 
 FUSED_MASK = """
@@ -179,7 +188,7 @@ STATIC_ATTENTION = (
 
 def static_graph(tiny: Tiny, tokens: int) -> str:
     """The decoder as a static graph of so many new tokens, as ONNX text without its weights."""
-    text = tiny_graph(tiny, "static", last_only=False)
+    text = tiny.text("static", last_only=False)
     sizes = {"B": 1, "T": tokens, "S": tiny.context_length + tokens}
     sizes |= {f"P{i}": tiny.context_length for i in range(len(tiny.layers))}
     sizes |= {f"S{i}": tokens for i in range(len(tiny.layers))}  # of present
@@ -188,10 +197,13 @@ def static_graph(tiny: Tiny, tokens: int) -> str:
     return text
 
 
-def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION) -> str:
+def tiny_graph(
+    tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION, hidden: bool = False
+) -> str:
     """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8.
 
-    A graph of last positions has the inputs of a bundle of this format version.
+    A graph of last positions has the inputs of a bundle of this format version, and with `hidden` the last hidden
+    states as an output.
     """
     mask, attention = {
         "static": ("", STATIC_ATTENTION),
@@ -223,6 +235,9 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, format_version: int =
         body += attention.format(i=i, H=H, K=K, **sizes)
         body += f"o{i} = MatMul(a{i}, wo{i})\n x{i + 1} = Add(x{i}, o{i})\n"
     end = f"x{len(tiny.layers)}"
+    if hidden:
+        outputs.append(f"float[B, T, {E}] {names.LAST_HIDDEN_STATE}")
+        body += f"{names.LAST_HIDDEN_STATE} = Identity({end})\n"
     if last_only:
         body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
         body += "start = Neg(logits_to_keep)\n" if format_version == 1 else "start = Identity(logits_start)\n"
@@ -250,19 +265,20 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
     With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
-    an int8 cache, too. A static one needs `chunk`.
+    an int8 cache, too, and with `hidden_size=E` the graphs of last positions give the last hidden states. A static one
+    needs `chunk`.
     """
     (folder / "onnx").mkdir(parents=True)
     form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
     data_file = fields.pop("data_file", "")
     common = "standard" if graph == "static" else graph
-    texts = {names.ALL_LOGITS_GRAPH["fp32"]: tiny_graph(tiny, common, last_only=False)}
+    texts = {names.ALL_LOGITS_GRAPH["fp32"]: tiny.text(common, last_only=False)}
     if graph == "static":
         fields.setdefault("static", StaticShape(fields.pop("chunk"), -1e4, (0,)))
         texts[names.STATIC_DECODE_GRAPH] = static_graph(tiny, 1)
         texts[names.STATIC_PREFILL_GRAPH] = static_graph(tiny, fields["static"].chunk)
     else:
-        texts[names.LAST_LOGITS_GRAPH] = tiny_graph(tiny, graph, last_only=True, **form)
+        texts[names.LAST_LOGITS_GRAPH] = tiny.text(graph, last_only=True, hidden="hidden_size" in fields, **form)
     for path, text in texts.items():
         model, data = encode_model(text, tiny.weights, data_file)
         (folder / path).write_bytes(model)
@@ -272,7 +288,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         scales = int8_kv_scales(tiny)
         pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
         metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
-        text = tiny_graph(tiny, "int8_kv", last_only=True, **form)
+        text = tiny.text("int8_kv", last_only=True, hidden="hidden_size" in fields, **form)
         model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
         (folder / names.INT8_KV_GRAPH).write_bytes(model)
     tokenizer = fields.pop("tokenizer", None)

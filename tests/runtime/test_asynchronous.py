@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
-from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, OptionError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import LanguageModel
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
-
-
-@pytest.fixture
-def model(speaking_bundle: Bundle) -> LanguageModel:
-    return load(speaking_bundle.path, threads=1)
 
 
 def slowed(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
@@ -35,35 +29,33 @@ def slowed(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, seconds: float
     return ends
 
 
-def test_many_tasks_get_the_texts_of_calls_alone(model: LanguageModel) -> None:
+def test_many_tasks_get_the_texts_of_calls_alone(lm: LanguageModel) -> None:
     prompts = ["a", "bc", "def", "ghij"] * 5
-    expected = [model.generate(prompt, **SETTINGS) for prompt in prompts]
+    expected = [lm.generate(prompt, **SETTINGS) for prompt in prompts]
 
     async def streamed(prompt: str) -> str:
-        return "".join([chunk.text async for chunk in model.astream(prompt, **SETTINGS)])
+        return "".join([chunk.text async for chunk in lm.astream(prompt, **SETTINGS)])
 
     async def all_of_them() -> tuple[list[str], list[str]]:
         texts = await asyncio.gather(*map(streamed, prompts))
-        completions = await asyncio.gather(*(model.agenerate(prompt, **SETTINGS) for prompt in prompts))
+        completions = await asyncio.gather(*(lm.agenerate(prompt, **SETTINGS) for prompt in prompts))
         return texts, [completion.text for completion in completions]
 
     assert asyncio.run(all_of_them()) == ([c.text for c in expected], [c.text for c in expected])
-    assert model.scheduler.batched > 100
-    assert model.scheduler.live == 0
+    assert lm.scheduler.batched > 100
+    assert lm.scheduler.live == 0
 
 
 @pytest.mark.parametrize("call", ["astream", "agenerate"])
-def test_a_cancelled_task_stops_within_one_step(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    ends = slowed(model, monkeypatch, 0.02)
+def test_a_cancelled_task_stops_within_one_step(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    ends = slowed(lm, monkeypatch, 0.02)
 
     async def read() -> None:
         if call == "astream":
-            async for _ in model.astream("abc", max_new_tokens=500):
+            async for _ in lm.astream("abc", max_new_tokens=500):
                 pass
         else:
-            await model.agenerate("abc", max_new_tokens=500)
+            await lm.agenerate("abc", max_new_tokens=500)
 
     async def cancel() -> float:
         task = asyncio.create_task(read())
@@ -78,14 +70,14 @@ def test_a_cancelled_task_stops_within_one_step(
 
     moment = asyncio.run(cancel())
     assert sum(end > moment for end in ends) <= 1
-    assert model.scheduler.live == 0
+    assert lm.scheduler.live == 0
     monkeypatch.undo()
-    assert model.generate("abc", **SETTINGS).new_tokens == 25
+    assert lm.generate("abc", **SETTINGS).new_tokens == 25
 
 
-def test_leaving_and_closing_end_it(model: LanguageModel) -> None:
+def test_leaving_and_closing_end_it(lm: LanguageModel) -> None:
     async def leave() -> list[int]:
-        async with model.astream("abc", **SETTINGS) as stream:
+        async with lm.astream("abc", **SETTINGS) as stream:
             async for _ in stream:
                 break
         assert stream.completion is not None
@@ -93,15 +85,15 @@ def test_leaving_and_closing_end_it(model: LanguageModel) -> None:
             await anext(stream)
         return stream.completion.ids
 
-    assert asyncio.run(leave()) == model.generate("abc", **SETTINGS).ids[:1]
-    assert model.scheduler.live == 0
+    assert asyncio.run(leave()) == lm.generate("abc", **SETTINGS).ids[:1]
+    assert lm.scheduler.live == 0
 
 
-def test_the_loop_goes_on_meanwhile(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    slowed(model, monkeypatch, 0.05)
+def test_the_loop_goes_on_meanwhile(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(lm, monkeypatch, 0.05)
 
     async def ticks() -> int:
-        task, count = asyncio.create_task(model.agenerate("abc", max_new_tokens=10)), 0
+        task, count = asyncio.create_task(lm.agenerate("abc", max_new_tokens=10)), 0
         while not task.done():
             await asyncio.sleep(0.005)
             count += 1
@@ -110,19 +102,19 @@ def test_the_loop_goes_on_meanwhile(model: LanguageModel, monkeypatch: pytest.Mo
     assert asyncio.run(ticks()) > 4  # one, where it waits for the generation
 
 
-def test_errors_come_where_they_belong(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_come_where_they_belong(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r"astream\(\) has no option"):
-        model.astream("abc", temprature=1)  # type: ignore[call-arg]
+        lm.astream("abc", temprature=1)  # type: ignore[call-arg]
     with pytest.raises(InputError, match="temperature"):
-        model.astream("abc", temperature=-1)
+        lm.astream("abc", temperature=-1)
 
     async def generate() -> None:
-        await model.agenerate("abc")
+        await lm.agenerate("abc")
 
     def broken(*_: Any) -> None:
         raise NumericsError("not finite")
 
-    monkeypatch.setattr(model.require_open().graph, "run", broken)
+    monkeypatch.setattr(lm.require_open().graph, "run", broken)
     with pytest.raises(NumericsError, match="not finite"):
         asyncio.run(generate())
-    assert model.scheduler.live == 0
+    assert lm.scheduler.live == 0

@@ -55,7 +55,7 @@ def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: B
     assert (status, err) == (0, "")
     assert list(found) == [
         "text", "ids", "finish_reason", "prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds",
-        "stop_string", "draft_tokens", "accepted_tokens", "forced_tokens",
+        "stop_string", "draft_tokens", "accepted_tokens", "forced_tokens", "dropped_tokens",
     ]  # fmt: skip
     assert (found["text"], found["ids"], found["new_tokens"]) == (expected.text, expected.ids, 9)
 

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from .conftest import Tiny
 
 
-@pytest.fixture(scope="module")
-def model(speaking_bundle: Bundle) -> LanguageModel:
-    return load(speaking_bundle.path, threads=1)
-
-
 def greedy(tiny: Tiny, prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
@@ -33,9 +28,9 @@ def greedy(tiny: Tiny, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_generate_continues_a_text(model: LanguageModel, tiny: Tiny, letters: Tokenizer) -> None:
+def test_generate_continues_a_text(lm: LanguageModel, tiny: Tiny, letters: Tokenizer) -> None:
     expected = greedy(tiny, letters.encode("once upon").ids, 12)
-    completion = model.generate("once upon", max_new_tokens=12)
+    completion = lm.generate("once upon", max_new_tokens=12)
     assert completion.ids == expected
     assert completion.text == letters.decode(expected)
     assert completion.finish_reason == "length"
@@ -44,16 +39,16 @@ def test_generate_continues_a_text(model: LanguageModel, tiny: Tiny, letters: To
     assert completion.decode_seconds > 0
 
 
-def test_a_prompt_of_ids_is_the_same_as_its_text(model: LanguageModel, letters: Tokenizer) -> None:
+def test_a_prompt_of_ids_is_the_same_as_its_text(lm: LanguageModel, letters: Tokenizer) -> None:
     ids = letters.encode("abc").ids
-    expected = model.generate("abc", max_new_tokens=8)
+    expected = lm.generate("abc", max_new_tokens=8)
     for prompt in (ids, tuple(ids), np.array(ids)):
-        completion = model.generate(prompt, max_new_tokens=8)  # type: ignore[arg-type]
+        completion = lm.generate(prompt, max_new_tokens=8)  # type: ignore[arg-type]
         assert (completion.ids, completion.text) == (expected.ids, expected.text)
     assert all(type(token) is int for token in expected.ids)
 
 
-def test_stream_is_generate_in_pieces(model: LanguageModel) -> None:
+def test_stream_is_generate_in_pieces(lm: LanguageModel) -> None:
     settings: dict[str, Any] = {
         "max_new_tokens": 15,
         "temperature": 1.5,
@@ -62,72 +57,72 @@ def test_stream_is_generate_in_pieces(model: LanguageModel) -> None:
         "min_p": 0.01,
         "seed": 3,
     }
-    expected = model.generate("abc", **settings)
-    chunks = list(model.stream("abc", **settings))
+    expected = lm.generate("abc", **settings)
+    chunks = list(lm.stream("abc", **settings))
     assert all(isinstance(chunk, Chunk) for chunk in chunks)
     assert "".join(chunk.text for chunk in chunks) == expected.text
     assert list(itertools.chain.from_iterable(chunk.ids for chunk in chunks)) == expected.ids
 
 
-def test_a_stream_refuses_before_the_first_chunk(model: LanguageModel) -> None:
+def test_a_stream_refuses_before_the_first_chunk(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="temperature"):
-        model.stream("abc", temperature=-1)
+        lm.stream("abc", temperature=-1)
 
 
-def test_a_stop_string_ends_the_text_before_it(model: LanguageModel) -> None:
-    text = model.generate("abc", max_new_tokens=30).text
+def test_a_stop_string_ends_the_text_before_it(lm: LanguageModel) -> None:
+    text = lm.generate("abc", max_new_tokens=30).text
     stop = text[5:8]
-    completion = model.generate("abc", max_new_tokens=30, stop=["~", stop])
+    completion = lm.generate("abc", max_new_tokens=30, stop=["~", stop])
     assert completion.text == text[: text.index(stop)]
     assert completion.finish_reason == "stop_string"
     assert completion.new_tokens == len(completion.ids) < 30
-    assert model.generate("abc", max_new_tokens=30, stop=stop).text == completion.text
+    assert lm.generate("abc", max_new_tokens=30, stop=stop).text == completion.text
 
 
-def test_text_held_back_for_a_stop_string_comes_at_the_end(model: LanguageModel) -> None:
-    text = model.generate("abc", max_new_tokens=10).text
-    completion = model.generate("abc", max_new_tokens=10, stop=text[-2:] + "~")
+def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) -> None:
+    text = lm.generate("abc", max_new_tokens=10).text
+    completion = lm.generate("abc", max_new_tokens=10, stop=text[-2:] + "~")
     assert (completion.text, completion.finish_reason) == (text, "length")
-    assert "".join(chunk.text for chunk in model.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
+    assert "".join(chunk.text for chunk in lm.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
 
 
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3, None])
-def test_a_stop_string_that_is_none_is_refused(model: LanguageModel, stop: Any) -> None:
+def test_a_stop_string_that_is_none_is_refused(lm: LanguageModel, stop: Any) -> None:
     with pytest.raises(InputError, match="stop is"):
-        model.generate("abc", stop=stop)
+        lm.generate("abc", stop=stop)
 
 
 @pytest.mark.parametrize("prompt", [None, 3, np.array(3), b"Hi", bytearray(b"Hi"), memoryview(b"Hi")])
-def test_a_prompt_that_is_none_is_refused(model: LanguageModel, prompt: Any) -> None:
+def test_a_prompt_that_is_none_is_refused(lm: LanguageModel, prompt: Any) -> None:
     with pytest.raises(InputError, match="a text or a sequence of token ids was expected"):
-        model.generate(prompt)
+        lm.generate(prompt)
 
 
 @pytest.mark.parametrize(
     "prompt", [["a", "b"], ["a"], ("a", "b"), [[1, 2], [3]], [[1, 2]], np.array([[1, 2]]), [np.array([1, 2])]]
 )
-def test_several_prompts_are_refused_by_a_stream(model: LanguageModel, prompt: Any) -> None:
+def test_several_prompts_are_refused_by_a_stream(lm: LanguageModel, prompt: Any) -> None:
     with pytest.raises(InputError, match="several prompts were given; one was expected, a text or a sequence of"):
-        model.stream(prompt)
+        lm.stream(prompt)
 
 
 @pytest.mark.parametrize(
     ("prompt", "shown"), [([1, 2.5], "2.5"), ([True], "True"), ([1, None], "None"), (np.array([0.5]), "0.5")]
 )
-def test_ids_that_are_no_whole_numbers_are_refused(model: LanguageModel, prompt: Any, shown: str) -> None:
+def test_ids_that_are_no_whole_numbers_are_refused(lm: LanguageModel, prompt: Any, shown: str) -> None:
     with pytest.raises(InputError, match=f"the prompt holds {shown}; token ids are whole numbers from 0 to 36"):
-        model.generate(prompt)
+        lm.generate(prompt)
 
 
 @pytest.mark.parametrize("ids", [np.array([1, 2], np.uint8), np.array([1, 2], np.int32), range(1, 3), iter([1, 2])])
-def test_ids_of_any_kind_are_taken(model: LanguageModel, ids: Any) -> None:
-    assert model.generate(ids, max_new_tokens=3).ids == model.generate([1, 2], max_new_tokens=3).ids
+def test_ids_of_any_kind_are_taken(lm: LanguageModel, ids: Any) -> None:
+    assert lm.generate(ids, max_new_tokens=3).ids == lm.generate([1, 2], max_new_tokens=3).ids
 
 
-def test_logits_of_a_text_are_refused(model: LanguageModel) -> None:
+def test_logits_of_a_text_are_refused(lm: LanguageModel) -> None:
     for text in ("ab", b"ab"):
         with pytest.raises(InputError, match="a sequence of token ids was expected"):
-            model.logits(text)  # type: ignore[arg-type]
+            lm.logits(text)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "chat.ask", "chat.stream"])
@@ -152,9 +147,9 @@ def test_an_answer_always_reuses_what_was_said(byte_model: LanguageModel) -> Non
         byte_model.chat().ask("?", reuse_prefix=False)  # type: ignore[call-arg]
 
 
-def test_logits_of_nothing_are_refused(model: LanguageModel) -> None:
+def test_logits_of_nothing_are_refused(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match=r"shape \(T,\), at least one; found .* of shape \(0,\)"):
-        model.logits([])
+        lm.logits([])
 
 
 # --- characters of several tokens ---------------------------------------------------------------------------------
@@ -202,9 +197,9 @@ def test_a_text_that_ends_at_a_stop_string_inside_a_character_ends_before_it(byt
 
 
 def test_an_end_token_ends_the_text(
-    model: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+    lm: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
 ) -> None:
-    free = model.generate("abc", max_new_tokens=30)
+    free = lm.generate("abc", max_new_tokens=30)
     end = next(token for i, token in enumerate(free.ids) if i > 3 and token not in free.ids[:i])
     ending = load(make_bundle(tiny, "fused", tokenizer=letters, eos_token_ids=(end,)).path, threads=1)
     completion = ending.generate("abc", max_new_tokens=30)
@@ -213,18 +208,18 @@ def test_an_end_token_ends_the_text(
     assert completion.text == letters.decode(completion.ids)
 
 
-def test_generations_do_not_leak_into_one_another(model: LanguageModel) -> None:
-    first = model.generate("hello", max_new_tokens=10)
-    stream = model.stream("world", max_new_tokens=10)
+def test_generations_do_not_leak_into_one_another(lm: LanguageModel) -> None:
+    first = lm.generate("hello", max_new_tokens=10)
+    stream = lm.stream("world", max_new_tokens=10)
     next(stream)
     stream.close()
-    assert model.generate("hello", max_new_tokens=10).ids == first.ids
+    assert lm.generate("hello", max_new_tokens=10).ids == first.ids
 
 
-def test_logits_of_every_position(model: LanguageModel, tiny: Tiny) -> None:
+def test_logits_of_every_position(lm: LanguageModel, tiny: Tiny) -> None:
     ids = [3, 1, 4, 1, 5]
     for given in (ids, np.array(ids)):
-        logits = model.logits(given)
+        logits = lm.logits(given)
         assert logits.dtype == np.float32
         np.testing.assert_allclose(logits, tiny(ids), atol=1e-4)
 
@@ -242,15 +237,15 @@ def test_a_bundle_without_tokenizer_takes_ids(bundle: Bundle, tiny: Tiny) -> Non
 
 
 @pytest.mark.parametrize("prompt", ["", []])
-def test_an_empty_prompt_is_refused(model: LanguageModel, prompt: str | list[int]) -> None:
+def test_an_empty_prompt_is_refused(lm: LanguageModel, prompt: str | list[int]) -> None:
     with pytest.raises(InputError, match="the prompt is empty"):
-        model.generate(prompt)
+        lm.generate(prompt)
 
 
-def test_a_prompt_beyond_the_context_is_refused(model: LanguageModel) -> None:
+def test_a_prompt_beyond_the_context_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="the prompt has 700 tokens; the context is 600"):
-        model.generate("a" * 700)
-    completion = model.generate("a" * 600)
+        lm.generate("a" * 700)
+    completion = lm.generate("a" * 600)
     assert (completion.new_tokens, completion.finish_reason) == (1, "length")
 
 
@@ -301,8 +296,8 @@ def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> Non
     assert load(speaking_bundle.path, providers=providers, threads=one)._engine.providers[-1].startswith("CPU")
 
 
-def test_a_model_is_shown_by_its_folder(model: LanguageModel, speaking_bundle: Bundle) -> None:
-    assert repr(model) == f"<LanguageModel {speaking_bundle.path} (fp32)>"
+def test_a_model_is_shown_by_its_folder(lm: LanguageModel, speaking_bundle: Bundle) -> None:
+    assert repr(lm) == f"<LanguageModel {speaking_bundle.path} (fp32)>"
 
 
 def test_an_absent_provider_is_refused(speaking_bundle: Bundle) -> None:
@@ -315,19 +310,19 @@ def test_the_package_itself_offers_it() -> None:
 
 
 @pytest.mark.parametrize("prompt", [{1: 2}, {1, 2}, frozenset({1})])
-def test_what_has_no_order_of_ids_is_refused(model: LanguageModel, prompt: Any) -> None:
+def test_what_has_no_order_of_ids_is_refused(lm: LanguageModel, prompt: Any) -> None:
     with pytest.raises(InputError, match=r"the prompt is .*; a text or a sequence of token ids was expected"):
-        model.generate(prompt)
+        lm.generate(prompt)
 
 
 @pytest.mark.parametrize(
     ("prompt", "odd"), [([1, "a"], "'a'"), ([1, [2]], r"\[2\]"), ([1, 2.5], "2.5"), ([1, None], "None")]
 )
-def test_the_one_id_that_is_none_is_named(model: LanguageModel, prompt: Any, odd: str) -> None:
+def test_the_one_id_that_is_none_is_named(lm: LanguageModel, prompt: Any, odd: str) -> None:
     with pytest.raises(InputError, match=f"the prompt holds {odd}; token ids are whole numbers from 0 to"):
-        model.generate(prompt)
+        lm.generate(prompt)
 
 
-def test_an_id_beyond_any_number_is_refused(model: LanguageModel) -> None:
+def test_an_id_beyond_any_number_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="token id"):
-        model.generate([10**30])
+        lm.generate([10**30])

@@ -9,7 +9,7 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel
-from pastkey.runtime.engine import engine as engines
+from pastkey.runtime.engine import decoder_graph
 
 if TYPE_CHECKING:
     from .conftest import Tiny
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def test_it_is_the_log_softmax_of_each_token_after_those_before_it(
     model: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(engines, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", chunk)
     ids = [5, 6, 7, 9, 11, 5, 6, 7, 3, 4]
     logits = tiny(ids).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from pastkey.bundle import Bundle
-from pastkey.errors import InputError, OptionError, ResourceError
+from pastkey.errors import InputError, NumericsError, OptionError, ResourceError
 from pastkey.runtime import LanguageModel, load
+from pastkey.runtime.engine import decoder_graph
 
 if TYPE_CHECKING:
-    pass
+    from .conftest import Tiny
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
@@ -186,3 +192,35 @@ def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle: Bundle) ->
         model.generate("abc", max_new_tokens=50)
     session.close()
     assert model.generate("abc", max_new_tokens=50).new_tokens == 50
+
+
+@pytest.mark.parametrize("graph", ["fused", "standard"])
+def test_what_fails_leaves_a_session_as_it_was(
+    graph: str,
+    tiny: Tiny,
+    letters: Tokenizer,
+    make_bundle: Callable[..., Bundle],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Beyond 20 tokens the decoder gives NaN."""
+    position = tiny.weights["position"].copy()
+    position[20:] = np.nan
+    damaged = replace(tiny, weights={**tiny.weights, "position": position})
+    model = load(make_bundle(damaged, graph, tokenizer=letters).path, threads=1)
+    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 8)  # so that the first of several runs end well
+    session = model.session()
+    session.append("once")
+    for failing in (session.append, session.generate):
+        with pytest.raises(NumericsError):
+            failing("a text that is far longer than those that it takes")
+        assert session.text == "once"
+    session.save(tmp_path / "saved")
+    for one in (session, model.load_session(tmp_path / "saved")):
+        assert one.generate(" upon", max_new_tokens=5).ids == model.generate("once upon", max_new_tokens=5).ids
+    # What was yielded stands, as in a stream that is closed.
+    yielded: list[list[int]] = []
+    with pytest.raises(NumericsError):
+        yielded.extend(session.ids for _ in session.stream(max_new_tokens=30))
+    assert session.ids == yielded[-1]
+    assert len(yielded) > 4

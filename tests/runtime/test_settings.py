@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from pastkey.runtime import LanguageModel, cli
-from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SamplingConfig, SamplingOptions
+from pastkey.runtime import cli
+from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, GenerateOptions, SamplingConfig, SamplingOptions
 
 # What a command line has no flag for, and why.
 UNTYPED = {
@@ -29,6 +29,6 @@ def test_every_field_of_a_sampler_is_an_option_and_a_flag() -> None:
     assert SamplingOptions.__optional_keys__ == FIELDS
 
 
-def test_generate_explains_every_option() -> None:
-    explained = re.findall(r"^ +- `(\w+)` \(", LanguageModel.generate.__doc__ or "", re.MULTILINE)
+def test_every_option_is_explained() -> None:
+    explained = re.findall(r"^ +- `(\w+)` \(", GenerateOptions.__doc__ or "", re.MULTILINE)
     assert sorted(explained) == sorted(GENERATE_OPTIONS)

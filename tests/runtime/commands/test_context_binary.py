@@ -34,7 +34,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def open_session(path: Path, manifest: Any, **given: Any) -> None:
         calls.append({"path": path.name, **given})
-        target = Path(given["session_entries"]["ep.context_file_path"])
+        target = Path(given["session_options"]["ep.context_file_path"])
         target.write_bytes(path.read_bytes() + UNKNOWN_FIELD)
         target.with_name(f"{target.stem}_qnn.bin").write_bytes(b"binary")
 
@@ -52,14 +52,24 @@ def test_static_graphs_are_compiled_and_everything_else_stays(
     assert [call["path"] for call in opened] == ["pastkey_decode.onnx", "pastkey_prefill.onnx"]
     for call in opened:
         assert call["providers"] == ("QNNExecutionProvider", QNN | {"htp_arch": "73"})
-        assert call["session_entries"]["ep.context_enable"] == "1"
-        assert call["session_entries"]["ep.share_ep_contexts"] == "0"
+        assert call["session_options"]["ep.context_enable"] == "1"
+        assert call["session_options"]["ep.share_ep_contexts"] == "0"
     assert made.manifest.compiled is not None
     assert (made.manifest.compiled.provider, made.manifest.compiled.options["htp_arch"]) == ("qnn", "73")
     assert open_bundle(tmp_path / "out", verify=True).manifest == made.manifest
     assert made.static_graphs[0].read_bytes() == static.static_graphs[0].read_bytes() + UNKNOWN_FIELD
     common = names.ALL_LOGITS_GRAPH["fp32"]
     assert (made.path / common).read_bytes() == (static.path / common).read_bytes()
+
+
+def test_what_a_killed_run_left_is_told(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = tmp_path / ".out.abcdefg1.partial"
+    left.mkdir()
+    compile_bundle(static.path, tmp_path / "out", "qnn")
+    assert f"{left} was left by a run that was killed; nothing needs it: remove it" in capsys.readouterr().err
+    assert left.exists()
 
 
 def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(

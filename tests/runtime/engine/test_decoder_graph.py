@@ -10,7 +10,8 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.runtime import Engine
-from pastkey.runtime.engine import int8_kv
+from pastkey.runtime.engine import decoder_graph, int8_kv
+from pastkey.runtime.engine.decoder_graph import DecoderGraph
 from pastkey.runtime.providers import ort
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.values import parse_version
@@ -75,3 +76,22 @@ def test_all_logits_come_of_the_graph_of_the_last_ones(bundle: Bundle, tiny: Tin
     engine = Engine(bundle, threads=1)
     ids = [number % 37 for number in range(300)]
     np.testing.assert_allclose(engine.all_logits(ids), tiny(ids), atol=2e-4)
+
+
+def test_a_run_has_fewer_tokens_behind_a_long_text_where_scores_are_stored(
+    standard_bundle: Bundle, fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standard, fused = DecoderGraph(standard_bundle, threads=1), DecoderGraph(fused_bundle, threads=1)
+    monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", "1.0")
+    assert fused.chunk_sizes(8000, 0) == [250] * 32
+    monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", "99.0")
+    assert fused.chunk_sizes(8000, 0) == standard.chunk_sizes(8000, 0)
+    assert standard.chunk_sizes(600, 0) == [200, 200, 200]
+    for tokens, length in ((8000, 0), (3, 1023), (1026, 0), (1, 5000), (5000, 3000), (2, 2047)):
+        sizes = standard.chunk_sizes(tokens, length)
+        ends = length + np.cumsum(sizes)
+        assert sum(sizes) == tokens
+        assert min(sizes) >= min(2, tokens)
+        assert (sizes * np.maximum(ends, 1024)).max() <= 1.02 * decoder_graph.SCORES
+    assert standard.chunk_sizes(1, 200_000) == [1]
+    assert standard.chunk_sizes(100, 200_000) == [15, 15, 14, 14, 14, 14, 14]

@@ -103,7 +103,7 @@ def test_a_failed_run_leaves_the_cache_as_it_was(fixed: Engine, monkeypatch: pyt
     np.testing.assert_array_equal(fixed.cache.layer(0)[0], expected)
 
 
-def interrupted(*_: Any) -> None:
+def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 

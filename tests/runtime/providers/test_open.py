@@ -90,9 +90,9 @@ def test_a_provider_that_finds_no_device_is_one_sentence(
         Engine(standard_bundle, providers="webgpu")
 
 
-def test_the_session_entry_that_forbids_the_processor_is_pastkeys(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match=r"is set by pastkey: leave it out, .* --allow-fallback"):
-        Engine(bundle, session_entries={"session.disable_cpu_ep_fallback": "0"})
+def test_the_session_option_that_forbids_the_processor_is_pastkeys(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match=r"is set by pastkey: leave it out; .* --allow-fallback"):
+        Engine(bundle, session_options={"session.disable_cpu_ep_fallback": "0"})
 
 
 def test_a_provider_that_was_never_seen_to_run_the_fused_graph_is_refused(

@@ -1,0 +1,62 @@
+"""A context shift: old tokens leave the cache, and those behind take their positions.
+
+Keys are cached as they were turned at their positions (RoPE), so that they are turned back by as many positions as they
+move. The first tokens stay, since attention rests on them (Xiao et al., "Efficient streaming language models with
+attention sinks", https://arxiv.org/abs/2309.17453). How keys turn, an export has found by running the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey.bundle import KeyRotation, Manifest
+from pastkey.errors import InputError
+
+Rows = npt.NDArray[Any]
+Moved = Callable[[int, Rows], Rows]  # the rows (B, K, n, D) of a cache's tensor, by its number, in their new places
+
+
+def turned(keys: Rows, rotation: KeyRotation, by: int) -> Rows:
+    """Keys (B, K, n, D) as they are `by` positions later, or earlier where it is negative: a copy of their type."""
+    angles = by * np.array(rotation.angles)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    first, end = rotation.first, rotation.first + 2 * len(angles)
+    if rotation.interleaved:
+        places = slice(first, end, 2), slice(first + 1, end, 2)
+    else:
+        places = slice(first, first + len(angles)), slice(first + len(angles), end)
+    found = keys.copy()
+    one, other = (keys[..., place].astype(np.float32, copy=False) for place in places)
+    found[..., places[0]] = one * cos - other * sin
+    found[..., places[1]] = other * cos + one * sin
+    return found
+
+
+def moved_by(manifest: Manifest, tokens: int) -> Moved:
+    """What `drop` of a cache asks, where the rows behind move up by so many tokens."""
+    assert manifest.shift is not None, "the caller has asked require_shift"
+    of_layer = {layer: rotation for rotation in manifest.shift.rotations for layer in rotation.layers}
+
+    def moved(index: int, rows: Rows) -> Rows:
+        rotation = of_layer.get(index // 2) if index % 2 == 0 else None  # keys and values in turn
+        return rows if rotation is None else turned(rows, rotation, -tokens)
+
+    return moved
+
+
+def require_shift(manifest: Manifest) -> None:
+    """Raises InputError where a bundle's cache cannot be shifted."""
+    if manifest.shift is None:
+        raise InputError(
+            'context_overflow is "shift", and this bundle does not say how its keys turn with their position, since an '
+            "older pastkey wrote it: export it again"
+        )
+    if manifest.shift.refused:
+        raise InputError(
+            f'context_overflow is "shift", and the cache of {manifest.source} cannot be shifted: '
+            f"{manifest.shift.refused}; shorten the text, or export with a larger --context"
+        )

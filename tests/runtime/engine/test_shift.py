@@ -1,0 +1,242 @@
+"""After a shift the cache computes what keys do that were kept unturned and are turned at their new places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pastkey.bundle import Bundle, CacheShift, KeyRotation
+from pastkey.errors import InputError
+from pastkey.runtime.engine import engine as engines
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.engine.int8_kv import CachePair
+from pastkey.runtime.engine.shift import turned
+from pastkey.runtime.providers import placement
+
+from ..conftest import Tiny
+from ..rotary import RotaryTiny
+
+MakeBundle = Callable[..., Bundle]
+CONTEXT, SIZE = 64, 16
+TOLERANCE = 5e-6  # of the largest logit
+FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # graph, decoder, bundle
+    "fused, rotated inside": ("fused", {"pairs": 8, "inside": True}, {}),
+    "fused, interleaved inside": ("fused", {"pairs": 8, "inside": True, "interleaved": True}, {}),
+    "fused, a part interleaved": ("fused", {"pairs": 3, "interleaved": True}, {}),
+    "standard, a part": ("standard", {"pairs": 3}, {}),
+    "standard, interleaved": ("standard", {"pairs": 8, "interleaved": True}, {}),
+    "static": ("static", {"pairs": 4}, {"chunk": 8}),
+}
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 37, count).tolist()
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def compare(tiny: RotaryTiny, engine: Engine) -> None:
+    """Fills the context twice, by runs of one token and of several, with shifts of different sizes."""
+    reference, sinks = tiny.reference(), 3
+    ids = ids_of(CONTEXT)
+    assert_close(engine.prefill(ids), reference.feed(ids)[-1])
+    for gone, more in ((20, 9), (1, 1), (30, 30)):
+        engine.shift(sinks, gone)
+        reference.drop(sinks, gone)
+        for token in ids_of(3, gone):
+            assert_close(engine.decode(token), reference.feed([token])[-1])
+        several = ids_of(more, gone + 1)
+        assert_close(engine.prefill(several), reference.feed(several)[-1])
+    assert engine.length == CONTEXT - 51 + 9 + 40
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_logits_are_those_of_keys_turned_at_their_new_places(form: str, make_bundle: MakeBundle) -> None:
+    graph, decoder, fields = FORMS[form]
+    tiny = RotaryTiny.of(SIZE, CONTEXT, **decoder)
+    compare(tiny, Engine(make_bundle(tiny, graph, shift=tiny.shift, **fields), threads=1))
+
+
+def test_a_cache_of_fixed_shapes(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "prefers_fixed_shapes", lambda _: True)
+    tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=4)
+    compare(tiny, Engine(make_bundle(tiny, "standard", shift=tiny.shift), threads=1))
+
+
+def test_of_one_layer_it_is_a_prefill_of_what_was_kept(make_bundle: MakeBundle) -> None:
+    tiny = RotaryTiny.of(SIZE, CONTEXT, layers=1, pairs=8, inside=True)
+    bundle = make_bundle(tiny, "fused", shift=tiny.shift)
+    shifted, fresh, ids = Engine(bundle, threads=1), Engine(bundle, threads=1), ids_of(CONTEXT)
+    shifted.prefill(ids)
+    shifted.shift(4, 30)
+    fresh.prefill([*ids[:4], *ids[34:]])
+    assert_close(shifted.decode(5), fresh.decode(5))
+
+
+def test_an_int8_cache_is_rounded_anew(make_bundle: MakeBundle) -> None:
+    tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True)
+    bundle = make_bundle(tiny, "fused", shift=tiny.shift, int8_kv=True)
+    found = []
+    for int8_from in (8, None):
+        engine = Engine(bundle, threads=1, int8_kv_from=int8_from)
+        engine.prefill(ids_of(40))
+        for token in ids_of(10, 1):
+            engine.decode(token)
+        engine.shift(4, 20)
+        found.append(engine.decode(3))
+        assert isinstance(engine.cache, CachePair)
+        assert (engine.cache.int8 is not None) is (int8_from == 8)
+    assert np.abs(found[0] - found[1]).max() < 0.05 * np.abs(found[1]).max()
+
+
+def test_keys_in_float16_stay_so() -> None:
+    keys = np.random.default_rng(0).normal(size=(1, 2, 5, 8)).astype(np.float16)
+    rotation = KeyRotation((0,), 2, False, (0.5, 0.1))
+    there = turned(keys, rotation, 30)
+    assert there.dtype == np.float16
+    assert np.array_equal(there[..., :2], keys[..., :2])
+    assert np.array_equal(there[..., 6:], keys[..., 6:])
+    assert not np.allclose(there[..., 2:6], keys[..., 2:6], atol=1e-2)
+    assert np.allclose(turned(there, rotation, -30), keys, atol=1e-2)
+
+
+# --- what the cache says of itself --------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def bundle(make_bundle: MakeBundle) -> Bundle:
+    tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True)
+    return make_bundle(tiny, "fused", shift=tiny.shift)
+
+
+def test_what_is_left_is_no_prefix_of_a_text(bundle: Bundle) -> None:
+    engine, ids = Engine(bundle, threads=1), ids_of(40)
+    engine.prefill(ids)
+    engine.shift(4, 10)
+    kept = [*ids[:4], *ids[14:]]
+    assert (engine.length, engine.cached_ids, engine.exact_length) == (30, [], 4)
+    assert engine.shared_with(kept) == 0
+    assert engine.copy().shared_with(kept) == 0
+    engine.decode(1)
+    assert engine.cached_ids == []
+    assert engine.keep_prefix(kept) == 0
+    engine.prefill(kept)
+    assert engine.cached_ids == kept
+
+
+def test_an_error_within_a_shift_empties_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(bundle, threads=1)
+    engine.prefill(ids_of(40))
+
+    def moved_by(*_: object) -> Any:
+        calls = iter(range(2))
+
+        def moved(index: int, rows: Any) -> Any:
+            if next(calls):
+                raise KeyboardInterrupt
+            return rows
+
+        return moved
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "moved_by", moved_by)
+        with pytest.raises(KeyboardInterrupt):
+            engine.shift(4, 10)
+    assert (engine.length, engine.cached_ids) == (0, [])
+    engine.prefill([1, 2, 3])
+    assert engine.cached_ids == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("keep", "count"), [(-1, 2), (0, 11), (8, 3), (4, -1)])
+def test_tokens_that_are_not_there(bundle: Bundle, keep: int, count: int) -> None:
+    engine = Engine(bundle, threads=1)
+    engine.prefill(ids_of(10))
+    with pytest.raises(InputError, match="takes one row without padding, and tokens that are there"):
+        engine.shift(keep, count)
+
+
+def test_several_rows(bundle: Bundle) -> None:
+    engine = Engine(bundle, threads=1)
+    engine.forward([ids_of(10), ids_of(10, 1)])
+    with pytest.raises(InputError, match="a cache of 2 rows of 10 tokens"):
+        engine.shift(0, 2)
+
+
+def test_a_bundle_that_does_not_say_how_its_keys_turn(make_bundle: MakeBundle, tiny: Tiny) -> None:
+    old = Engine(make_bundle(tiny), threads=1)
+    refused = Engine(make_bundle(tiny, shift=CacheShift("its positions are learned")), threads=1)
+    with pytest.raises(InputError, match="since an older pastkey wrote it: export it again"):
+        old.shift(0, 0)
+    with pytest.raises(InputError, match="cannot be shifted: its positions are learned; shorten the text"):
+        refused.shift(0, 0)
+
+
+# --- windows ------------------------------------------------------------------------------------------------------
+WINDOW = 24
+LOCAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "rotated inside": ("fused", {"pairs": 8, "inside": True}),
+    "rotated outside": ("fused", {"pairs": 4, "interleaved": True}),
+}
+
+
+@pytest.mark.parametrize("form", LOCAL)
+def test_what_no_window_sees_leaves_the_cache(
+    form: str, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pastkey.runtime.engine.decoder_graph.PREFILL_CHUNK", 32)
+    graph, decoder = LOCAL[form]
+    tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, **decoder)
+    engine = Engine(make_bundle(tiny, graph, shift=tiny.shift, window=WINDOW), threads=1)
+    whole = Engine(make_bundle(tiny, graph), threads=1)
+    reference, rows = tiny.reference(), []
+    ids = ids_of(400)
+    for part in (ids[:7], ids[7:300]):
+        expected = reference.feed(part)[-1]
+        assert_close(engine.prefill(part), expected)
+        assert_close(whole.prefill(part), expected)
+    for token in ids[300:]:
+        assert_close(engine.decode(token), reference.feed([token])[-1])
+        rows.append(engine.cache.length)
+    assert (engine.length, engine.cached_ids) == (400, ids)
+    assert max(rows) <= WINDOW + 16 + 32
+    assert engine.nbytes <= whole.nbytes / 3
+
+
+def test_a_text_is_cut_as_far_as_its_window_is_there(make_bundle: MakeBundle) -> None:
+    tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, pairs=8, inside=True)
+    engine = Engine(make_bundle(tiny, "fused", shift=tiny.shift, window=WINDOW), threads=1)
+    ids = ids_of(700)
+    engine.prefill(ids)
+    assert engine.gone
+    least = engine.gone + WINDOW - 1
+    assert [engine.can_trim(length) for length in (700, least, least - 1, 1, 0)] == [True, True, False, False, True]
+    with pytest.raises(InputError, match="cannot be trimmed to 100: call reset"):
+        engine.trim(100)
+    engine.trim(least)
+    assert_close(engine.decode(7), tiny([*ids[:least], 7])[-1])
+    assert engine.keep_prefix([*ids[:least], 8, 9]) == least
+    assert engine.keep_prefix(ids[:200]) == 0
+
+
+def test_a_copy_and_a_shift_of_what_is_local(make_bundle: MakeBundle) -> None:
+    tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, pairs=8, inside=True)
+    engine = Engine(make_bundle(tiny, "fused", shift=tiny.shift, window=WINDOW), threads=1)
+    ids, reference = ids_of(900), tiny.reference()
+    engine.prefill(ids)
+    reference.feed(ids)
+    copy = engine.copy(890, room=5)
+    assert (copy.length, copy.cached_ids) == (890, ids[:890])
+    copy.prefill(ids[890:])
+    expected = reference.feed([5])[-1]
+    assert_close(copy.decode(5), expected)
+    assert_close(engine.decode(5), expected)
+    gone = engine.gone
+    engine.shift(0, 100)
+    assert (engine.gone, engine.length) == (gone - 100, 801)
+    engine.shift(0, engine.gone + 30)
+    assert (engine.gone, engine.length) == (0, 901 - gone - 30)
+    reference.drop(0, gone + 30)
+    assert_close(engine.decode(6), reference.feed([6])[-1])

@@ -1,0 +1,93 @@
+"""Session options of a user's reach every session, or are one sentence."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime import Engine, load
+from pastkey.runtime.commands.inspection import inspect
+from pastkey.runtime.providers.session_options import RECORD, WHOLE, set_options
+
+GIVEN: dict[str, Any] = {
+    "enable_cpu_mem_arena": False,
+    "enable_mem_pattern": "0",
+    "execution_mode": "ORT_PARALLEL",
+    "graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "inter_op_num_threads": "2",
+    "logid": "mine",
+    "session.force_spinning_stop": "0",
+    "session.use_env_allocators": "1",
+}
+
+
+def test_attributes_and_entries_are_set_over_pastkeys_defaults(bundle: Bundle) -> None:
+    options = Engine(bundle, threads=2, session_options=GIVEN).onnx.get_session_options()
+    assert options.enable_cpu_mem_arena is options.enable_mem_pattern is False
+    assert options.execution_mode == onnxruntime.ExecutionMode.ORT_PARALLEL
+    assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert (options.inter_op_num_threads, options.intra_op_num_threads, options.logid) == (2, 2, "mine")
+    assert options.get_session_config_entry("session.force_spinning_stop") == "0"
+    assert options.get_session_config_entry("session.use_env_allocators") == "1"
+    plain = Engine(bundle, threads=2).onnx.get_session_options()
+    assert plain.inter_op_num_threads == 1
+    assert plain.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle: Bundle) -> None:
+    expected = load(speaking_bundle.path, threads=1).generate("abc", max_new_tokens=8).ids
+    model = load(speaking_bundle.path, threads=1, session_options=GIVEN)
+    again = pickle.loads(pickle.dumps(model))
+    for one in (model, again):
+        assert one.generate("abc", max_new_tokens=8).ids == expected
+        assert one.require_open().onnx.get_session_options().logid == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (WHOLE, "0", "is set by pastkey: leave it out; .* --allow-fallback"),
+        (RECORD, "0", "is set by pastkey: leave it out; what a provider leaves"),
+        ("intra_op_num_threads", 2, "is set by pastkey: leave it out; give threads=N"),
+        ("session.model_external_initializers_file_folder_path", "x", "is set by pastkey: .* beside their graph"),
+        ("enable_mem_patern", True, "has no session option enable_mem_patern; did you mean enable_mem_pattern?"),
+        ("zzz", True, "has no session option zzz; it has enable_cpu_mem_arena, .* entries with a dot"),
+        ("add_initializer", None, "has no session option add_initializer"),
+        ("enable_mem_pattern", 3, "enable_mem_pattern is 3; True or False"),
+        ("enable_mem_pattern", "yes", "enable_mem_pattern is 'yes'; True or False"),
+        ("inter_op_num_threads", "many", "inter_op_num_threads is 'many'; a whole number was expected"),
+        ("inter_op_num_threads", True, "inter_op_num_threads is True; a whole number was expected"),
+        ("inter_op_num_threads", 2**40, "a whole number was expected"),
+        ("logid", 3, "logid is 3; a text was expected"),
+        ("graph_optimization_level", "all", "is 'all'; one of ORT_DISABLE_ALL, .* was expected"),
+        ("graph_optimization_level", 99, "is 99; one of ORT_DISABLE_ALL, .* was expected"),
+        ("session.use_env_allocators", True, 'is True; a text, such as "1", was expected'),
+        ("session." + "x" * 2000, "1", "onnxruntime does not take the session option session.xxx"),
+    ],
+)
+def test_what_cannot_be_set(bundle: Bundle, name: str, value: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Engine(bundle, session_options={name: value})
+
+
+@pytest.mark.parametrize("given", [onnxruntime.SessionOptions(), [("a", "b")], {1: "1"}, "logid"])
+def test_something_else_than_a_mapping(bundle: Bundle, given: Any) -> None:
+    with pytest.raises(InputError, match=r"session_options is .*; a mapping of names to values such as"):
+        load(bundle.path, session_options=given)
+
+
+def test_a_path_is_a_text(tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    set_options(options, {"optimized_model_filepath": tmp_path / "optimized.onnx"})
+    assert options.optimized_model_filepath == str(tmp_path / "optimized.onnx")
+
+
+def test_an_inspection_profiles_by_itself(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match="enable_profiling is set by pastkey: leave it out; the run is profiled"):
+        inspect(bundle.path, session_options={"enable_profiling": True})

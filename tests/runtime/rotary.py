@@ -1,0 +1,126 @@
+"""The tiny decoder with rotary positions in place of learned ones, and the same in numpy with keys that are not turned.
+
+The reference is what a context shift must equal: it keeps keys as they were before any rotation, and turns them at each
+step by their place in the cache (Xiao et al., https://arxiv.org/abs/2309.17453).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pastkey.bundle import CacheShift, KeyRotation
+
+from .conftest import Array, H, K, Tiny
+
+
+@dataclass(frozen=True)
+class RotaryTiny(Tiny):
+    """`pairs` of the first channels of each head turn, the first one by one radian per token."""
+
+    pairs: int = 4
+    interleaved: bool = False
+    inside: bool = False  # whether GroupQueryAttention turns them, of whole heads
+    window: int = 0  # tokens that a token sees with itself; 0 for all
+
+    @classmethod
+    def of(cls, size: int, context_length: int, layers: int = 2, **fields: Any) -> RotaryTiny:
+        """With heads of this size."""
+        plain = Tiny.random([(size, size)] * layers, context_length, seed=3)
+        made = cls(plain.layers, context_length, plain.weights, **fields)
+        angles = np.arange(context_length)[:, None] * made.angles
+        tables = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+        return dataclasses.replace(made, weights={**plain.weights, **tables})
+
+    @property
+    def angles(self) -> Array:
+        """Radians per token of each pair."""
+        return np.array(100.0 ** (-np.arange(self.pairs) / self.pairs))
+
+    @property
+    def shift(self) -> CacheShift:
+        """What an export would write."""
+        layers = tuple(range(len(self.layers)))
+        return CacheShift(rotations=(KeyRotation(layers, 0, self.interleaved, tuple(self.angles.tolist())),))
+
+    def text(self, graph: str, **options: Any) -> str:
+        found = super().text(graph, **options)
+        found = re.sub(
+            r"place = .*\n x0 = .*\n", "x0 = Identity(word)\n places = Cast <to = 7> (position_ids)\n", found
+        )
+        if self.inside:
+            found = found.replace(
+                "kv_num_heads", f"do_rotary = 1, rotary_interleaved = {int(self.interleaved)}, kv_num_heads"
+            )
+            found = found.replace("seqlens, total)", "seqlens, total, cos, sin)").replace(
+                'total,\n        "", "", ', "total,\n        cos, sin, "
+            )
+        else:
+            for name, heads in (("q", H), ("k", K)):
+                turn = (
+                    rf"raw{name}\1 = MatMul(x\1, w{name}\1)\n "
+                    rf"{name}\1 = com.microsoft.RotaryEmbedding <num_heads = {heads}, "
+                    rf"rotary_embedding_dim = {2 * self.pairs}, interleaved = {int(self.interleaved)}> "
+                    rf"(raw{name}\1, places, cos, sin)\n"
+                )
+                found = re.sub(rf"{name}(\d) = MatMul\(x\d, w{name}\d\)\n", turn, found)
+        if self.window and graph != "standard":
+            found = found.replace("kv_num_heads", f"local_window_size = {self.window}, kv_num_heads")
+        return found
+
+    def reference(self) -> Streaming:
+        """An empty cache."""
+        return Streaming(self)
+
+    def __call__(self, ids: Sequence[int] | Array) -> Array:
+        return self.reference().feed(ids)
+
+
+class Streaming:
+    """Keys and values in float64, the keys before any rotation."""
+
+    def __init__(self, tiny: RotaryTiny) -> None:
+        self._tiny = tiny
+        self._weights = {name: weight.astype(np.float64) for name, weight in tiny.weights.items()}
+        self._rows: list[tuple[Array, Array]] = [
+            (np.zeros((0, K, layer.key_head_size)), np.zeros((0, K, layer.value_head_size))) for layer in tiny.layers
+        ]
+
+    def drop(self, keep: int, count: int) -> None:
+        """Forgets `count` tokens behind the first `keep`."""
+        self._rows = [tuple(np.delete(rows, slice(keep, keep + count), 0) for rows in pair) for pair in self._rows]  # type: ignore[misc]
+
+    def feed(self, ids: Sequence[int] | Array) -> Array:
+        """Logits (T, V) of tokens behind those in the cache."""
+        w, tiny = self._weights, self._tiny
+        x = w["embedding"][list(ids)]
+        for i, (keys, values) in enumerate(self._rows):
+            q, k, v = ((x @ w[f"w{n}{i}"]).reshape(len(x), heads, -1) for n, heads in (("q", H), ("k", K), ("v", K)))
+            keys, values = np.concatenate([keys, k]), np.concatenate([values, v])
+            self._rows[i] = keys, values
+            places = np.arange(len(keys))
+            turned, q = self._turned(keys, places), self._turned(q, places[-len(x) :])
+            distance = places[-len(x) :, None] - places
+            seen = (distance >= 0) & (distance < (tiny.window or np.inf))
+            heads = []
+            for h in range(H):
+                scores = q[:, h] @ turned[:, h // (H // K)].T / np.sqrt(q.shape[-1])
+                scores = np.exp(np.where(seen, scores, -np.inf))
+                heads.append(scores / scores.sum(axis=-1, keepdims=True) @ values[:, h // (H // K)])
+            x = x + np.concatenate(heads, axis=-1) @ w[f"wo{i}"]
+        return x @ w["embedding"].T
+
+    def _turned(self, heads: Array, places: Array) -> Array:
+        """`heads` (T, heads, D) at their places (T,)."""
+        tiny, found = self._tiny, heads.copy()
+        n = tiny.pairs
+        ones, others = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if tiny.interleaved else (slice(0, n), slice(n, 2 * n))
+        turn = np.exp(1j * places[:, None] * tiny.angles)[:, None]
+        both = (heads[..., ones] + 1j * heads[..., others]) * turn
+        found[..., ones], found[..., others] = both.real, both.imag
+        return found

@@ -1,0 +1,102 @@
+"""Nothing that pastkey does asks for the network: no socket of the internet is made, nor a name looked up."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .export.commands import FACTORY
+
+pytestmark = pytest.mark.slow
+
+# Read by Python at its start: an attempt is written down, since whoever makes it may catch the error.
+REFUSING = """
+import os, sys
+def refuse(event, arguments):
+    if event == "socket.__new__" and int(arguments[1]) == 1:
+        return  # within this machine, as between threads of an event loop
+    if event in ("socket.__new__", "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind"):
+        with open(os.environ["ATTEMPTS"], "a") as file:
+            print(event, arguments, file=file)
+        raise OSError(f"no network: {event}")
+sys.addaudithook(refuse)
+"""
+INTERNET = re.compile(r"AF_INET|AF_PACKET|AF_NETLINK")
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Refused:
+    """Runs Python where sockets are refused, and under strace where it is; standard output. Fails at an attempt."""
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "sitecustomize.py").write_text(REFUSING)
+    attempts, traced = tmp_path / "attempts", tmp_path / "traced"
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "ORT_DISABLE_TELEMETRY")
+
+    def run(*arguments: object, stdin: str = "") -> str:
+        environment = {name: value for name, value in os.environ.items() if name not in offline} | {
+            "PYTHONPATH": os.pathsep.join([str(tmp_path / "start"), *filter(None, sys.path)]),
+            "ATTEMPTS": str(attempts),
+        }
+        strace = shutil.which("strace")
+        watch = [strace, "-f", "-qq", "-e", "trace=socket,connect,sendto", "-o", str(traced)] if strace else []
+        command = [*watch, sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not attempts.exists(), attempts.read_text()
+        if strace:
+            assert not INTERNET.search(traced.read_text()), traced.read_text()
+        return done.stdout
+
+    return run
+
+
+def test_what_refuses_sees_an_attempt(refused: Refused) -> None:
+    for code in ("socket.socket()", "socket.getaddrinfo('localhost', 80)"):
+        with pytest.raises(AssertionError, match="socket"):
+            refused("-c", f"import contextlib, socket\nwith contextlib.suppress(OSError): {code}")
+
+
+@pytest.mark.parametrize("module", ["pastkey.runtime.language_model", "pastkey.export.pipeline", "pastkey.train.loop"])
+def test_an_import(refused: Refused, module: str) -> None:
+    refused("-c", f"import pastkey, {module}")
+
+
+def test_a_load_a_text_and_a_conversation(refused: Refused, classic: Path, tmp_path: Path) -> None:
+    bundle, template = classic / "bundle", tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}<EOS>{% endfor %}")
+    code = f"import pastkey; print(pastkey.load({str(bundle)!r}).generate('what is statquest').text)"
+    assert refused("-c", code) == "awesome\n"
+    assert refused("-m", "pastkey", "run", bundle, "--prompt", "what is statquest") == "awesome\n"
+    asked = ("-m", "pastkey", "chat", bundle, "--template", template)
+    assert "awesome" in refused(*asked, "--prompt", "what is statquest")
+    assert "awesome" in refused(*asked, stdin="what is statquest\n")
+
+
+@pytest.mark.parametrize("kind", ["module", "checkpoint", "huggingface"])
+def test_an_export_and_its_verification(refused: Refused, classic: Path, tmp_path: Path, kind: str) -> None:
+    flags: tuple[object, ...] = ("--precision", "fp32")
+    if kind == "module":
+        (tmp_path / "mine.py").write_text(FACTORY)
+        source: object = f"{tmp_path}/mine.py:Small"
+        flags = (*flags, "--context", 12)
+    elif kind == "checkpoint":
+        source = classic / "checkpoint"
+    else:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.LlamaConfig(
+            vocab_size=37, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=32,
+        )  # fmt: skip
+        source = tmp_path / "llama"
+        transformers.LlamaForCausalLM(config).save_pretrained(source)
+    refused("-m", "pastkey", "export", source, "--out", tmp_path / "bundle", *flags)
+    refused("-m", "pastkey", "verify", tmp_path / "bundle", source)
+    refused("-m", "pastkey", "run", tmp_path / "bundle", "--prompt-ids", "1,2" if kind != "checkpoint" else "0,1")

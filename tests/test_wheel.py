@@ -1,0 +1,38 @@
+"""Two builds of the wheel are the same bytes, at another time, under another umask."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from .wheel import ROOT
+
+
+@pytest.mark.slow
+def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
+    built: list[Path] = []
+    for number, (umask, when) in enumerate(((0o022, 1_500_000_000), (0o077, 1_700_000_000))):
+        checkout = tmp_path / f"checkout{number}"
+        for stage in ("pastkey", "train", "export", "runtime"):
+            shutil.copytree(ROOT / stage, checkout / stage, ignore=shutil.ignore_patterns("__pycache__"))
+        (checkout / "tests").mkdir()
+        for name in ("pyproject.toml", "README.md", "LICENSE", "tests/wheel.py"):
+            shutil.copy(ROOT / name, checkout / name)
+        for path in checkout.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            os.utime(path, (when, when))
+        command = [sys.executable, str(checkout / "tests" / "wheel.py"), str(tmp_path / f"out{number}")]
+        environment = os.environ | {"SOURCE_DATE_EPOCH": "1600000000", "PYTHONHASHSEED": str(number)}
+        subprocess.run(command, env=environment, umask=umask, check=True)
+        built += (tmp_path / f"out{number}").glob("*.whl")
+    one, other = (file.read_bytes() for file in built)
+    assert one == other
+    with zipfile.ZipFile(built[0]) as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(2020, 9, 13, 12, 26, 40)}
+        assert {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()} <= {0o644, 0o664}
