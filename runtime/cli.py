@@ -395,6 +395,8 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
         default=True,
         help="run draft tokens from the text itself, where it repeats itself (on)",
     )
+    what = "a smaller bundle of the same vocabulary, which drafts tokens for this one (none)"
+    add("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
     add(
         "--context-overflow",
         choices=("error", "shift"),
@@ -402,8 +404,6 @@ def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: b
         help="what a text longer than the context is: an error, or old tokens go (%(default)s)",
     )
     add("--num-sink-tokens", metavar="N", type=natural_int, help="then so many of the first tokens stay (4)")
-    what = "a smaller bundle of the same vocabulary, which drafts tokens for this one (none)"
-    add("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
     add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
     add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
     held = parser.add_mutually_exclusive_group()  # these need the package llguidance

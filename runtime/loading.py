@@ -70,7 +70,7 @@ def load(
         max_batch: How many generations are decoded in one run, at most; 1 lets them take turns.
         draft: A smaller bundle of the same vocabulary, as `path`, or a model that is loaded. It drafts tokens that
             this one accepts or rejects several at a time, where that is faster; docs/speculation.md has how. A path is
-            loaded with the same providers, threads and session entries, and closed with this model.
+            loaded with the same providers, threads, session options and key, and closed with this model.
 
     Raises:
         MissingFileError: There is no bundle at `path`.
@@ -79,8 +79,8 @@ def load(
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
         MissingExtraError: onnxruntime is not installed, or older than the bundle needs; or a signature was asked for,
             and cryptography is not installed.
-        InputError: An argument has another type, or is out of range; a session option is pastkey's own; or `draft` has
-            another vocabulary, or is of no use to this bundle.
+        InputError: An argument has another type, or is out of range; or a session option is pastkey's own; or `draft`
+            has another vocabulary, or is of no use to this bundle.
     """
     if threads is not None and not is_int(threads):
         raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
@@ -118,8 +118,16 @@ def load(
         if isinstance(draft, LanguageModel):
             drafts = DraftModel(draft, opened=False)
         elif draft is not None:
-            where = {"providers": providers, "threads": threads, "verify": verify, "session_options": session_options}
-            drafts = DraftModel(load(draft, allow_fallback=allow_fallback, **where), opened=True)  # type: ignore[arg-type]
+            opened = load(
+                draft,
+                providers,
+                threads,
+                verify,
+                key=key,
+                allow_fallback=allow_fallback,
+                session_options=session_options,
+            )
+            drafts = DraftModel(opened, opened=True)
         model = LanguageModel(
             bundle,
             providers=providers,

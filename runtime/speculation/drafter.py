@@ -141,7 +141,11 @@ class Drafter:
         while known < min(length, len(ids) - 1) and self._fed[known] == ids[known]:
             known += 1
         if length > known:
-            self._engine.trim(known)
+            if self._engine.can_trim(known):
+                self._engine.trim(known)
+            else:  # a window has left behind what the next token sees
+                self._engine.empty()
+                known = 0
         del self._fed[known:]
         self._known = known
 

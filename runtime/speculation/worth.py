@@ -25,6 +25,7 @@ _OTHERS = 0.05  # the weight of the newest draft token in the rate of all texts
 _PER_TOKEN = 0.2  # what each further token of a run costs, as a share of the first, until it was timed
 _NEWEST = 0.2  # the weight of the newest run in an average
 _FIRST = 2  # runs of one token, of which the faster one counts
+_HELD_UP = 4  # times an average: what a run takes beyond is not its own, but something else that held it up
 _SHORT = 2  # tokens of a run that counts as one of a single token
 _LONG = 16  # tokens of a run that tells what a token of a prefill takes
 
@@ -65,6 +66,7 @@ class Worth:
         self._steps: dict[int, float] = {}  # seconds of a run, by its tokens
         self._timed = 0  # runs of one token
         self._draft, self._draft_reads = run_seconds, token_seconds
+        self._last = 0.0  # seconds of the last step
         self._since_plain = 0  # steps
         self._since_try = 0.0  # seconds
 
@@ -102,7 +104,7 @@ class Worth:
             if tokens >= _LONG:
                 self._draft_reads = _averaged(self._draft_reads, seconds / tokens)
         draft = self._draft
-        self.balance -= sum(draft if tokens <= _SHORT else min(seconds, tokens * draft) for tokens, seconds in runs)
+        self.balance -= sum(min(seconds, max(_HELD_UP, tokens) * draft) for tokens, seconds in runs)
         self._since_try = 0.0
 
     def note_prefill(self, seconds: float) -> None:
@@ -119,6 +121,8 @@ class Worth:
         elif 1 in self._steps:
             expected = self._run(tokens)
             self._steps[tokens] = _averaged(self._steps.get(tokens), min(seconds, 2 * expected))
+        if 1 in self._steps:
+            self._last = min(seconds, _HELD_UP * self._run(tokens))
         self._since_plain = 0 if tokens == 1 else self._since_plain + 1
         self._since_try += seconds
         self.balance += SHARE * seconds
@@ -127,7 +131,7 @@ class Worth:
         """Takes in what became of a draft, after its step."""
         step = self._steps.get(1)
         if step is not None:
-            self.balance += (accepted + 1) * step - self._run(drafted + 1)
+            self.balance += (accepted + 1) * step - self._last
         for place in range(observed(drafted, accepted)):
             self.rate += _OTHERS * ((place < accepted) - self.rate)
 
