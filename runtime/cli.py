@@ -1,4 +1,4 @@
-"""The commands run, chat, bench, inspect, compile, sign and devices: parse, call, print."""
+"""The commands run, chat, batch, bench, inspect, compile, sign and devices: parse, call, print."""
 
 from __future__ import annotations
 
@@ -171,6 +171,23 @@ def _answer_json(chat: Chat, answer: Completion, options: ChatOptions) -> dict[s
         **({} if options.get("logprobs") is None else {"logprobs": list(map(dataclasses.asdict, answer.logprobs))}),
         "seconds": answer.prefill_seconds + answer.decode_seconds,
     }
+
+
+# --- batch --------------------------------------------------------------------------------------------------------
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    from .bulk.flags import add_job
+
+    _add_bundle(parser)
+    add_job(parser)
+    _add_generation(parser, None)
+    add_placement(parser)
+    parser.set_defaults(seed=0)
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    from .commands.batch import batch
+
+    return batch(arguments, _generation_options(arguments), _placement(arguments))
 
 
 # --- bench --------------------------------------------------------------------------------------------------------
@@ -376,10 +393,11 @@ def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> No
     parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help="a folder that pastkey export wrote")
 
 
-def _add_generation(parser: argparse.ArgumentParser, most: int, *, models_own: bool = False) -> None:
+def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models_own: bool = False) -> None:
     """The flags of a generation. With `models_own` what is not given is the model's own."""
     add = parser.add_argument
-    add("--max-new-tokens", metavar="N", type=natural_int, default=most, help="at most so many (%(default)s)")
+    shown = f"{MAX_NEW_TOKENS}; of an answer {CHAT_NEW_TOKENS}" if most is None else str(most)
+    add("--max-new-tokens", metavar="N", type=natural_int, default=most, help=f"at most so many ({shown})")
     for name, (kind, meaning) in _SAMPLING.items():
         default = getattr(SamplingConfig, name)
         shown = {None: "drawn afresh", (): "none"}.get(default, default)
@@ -442,6 +460,7 @@ def _show_what_can_be_shown() -> None:
 
 run_command = Command(_add_run, _run)
 chat_command = Command(_add_chat, _chat)
+batch_command = Command(_add_batch, _batch)
 bench_command = Command(_add_bench, _bench)
 inspect_command = Command(_add_inspect, _inspect)
 compile_command = Command(_add_compile, _compile)
