@@ -65,7 +65,7 @@ class _Task:
     row: Row
     form: Form
     request: Request = field(default_factory=Request)
-    ids: Sequence[int] = ()
+    ids: list[int] = field(default_factory=list)
     options: GenerateOptions | None = None
     chat: Chat | None = None
     error: Exception | None = None
@@ -255,9 +255,10 @@ class Generator:
         """`shares`: whether a neighbour's prompt begins in the same way."""
         assert task.options is not None
         prompt = task.ids if task.request.prompt is None else task.request.prompt  # a text goes on from a text
+        # Of what others generated nothing is taken, so that no text depends on the order.
+        options = cast(GenerateOptions, {**task.options, "reuse_prefix": shares, "exact": True})
         try:
-            # Of what others generated nothing is taken, so that no text depends on the order.
-            return model.stream(prompt, **task.options, reuse_prefix=shares, exact=True)
+            return model.stream(prompt, **options)
         except Exception as error:
             return error
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from pastkey.errors import InputError, PastkeyError, missing_extra
+from pastkey.errors import InputError, PastkeyError, first_line, missing_extra
 from pastkey.reading import MOST_JSON, parse_json, reading, require_regular
 
 from .answers import Answer, openai_error, openai_row
@@ -138,7 +139,7 @@ class ParquetTable:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with reading(path, "a Parquet file"):
+        with _reading(path):
             self._schema = _parquet().read_schema(path)
         names = self._schema.names
         if not {"prompt", "messages"} & set(names):
@@ -153,7 +154,7 @@ class ParquetTable:
 
     def _batches(self) -> Iterator[tuple[Any, list[Entry]]]:
         number = 0
-        with reading(self._path, "a Parquet file"), _parquet().ParquetFile(self._path) as file:
+        with _reading(self._path), _parquet().ParquetFile(self._path) as file:
             for batch in file.iter_batches(batch_size=_BATCH):
                 rows = batch.to_pylist()
                 places = range(number + 1, number + 1 + len(rows))
@@ -179,6 +180,18 @@ class ParquetTable:
                 found = [{"id": entries[place].id, **(answers[place] or {})} for place in kept]
                 added = [pyarrow.array([_cell(row, name) for row in found], kind) for name, kind in types.items()]
                 writer.write_batch(pyarrow.RecordBatch.from_arrays([*chosen.columns, *added], schema=schema))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """As `reading`; pyarrow says of damaged bytes that they are an OSError, too, which has no number."""
+    with reading(path, "a Parquet file"):
+        try:
+            yield
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(first_line(error)) from error
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:

@@ -43,7 +43,12 @@ class Mortal(pastkey.Generator):
 def main(bundle: str, folder: str) -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     rows = [
-        {"id": number, "prompt": "abcdefg"[: 1 + number % 7] if number % 10 else "", "temperature": 1.0, "topic": f"t{number}"}
+        {
+            "id": number,
+            "prompt": "abcdefg"[: 1 + number % 7] if number % 10 else "",
+            "temperature": 1.0,
+            "topic": f"t{number}",
+        }
         for number in range(ROWS)
     ]
     made = ray.data.from_items(rows).map_batches(
