@@ -154,8 +154,9 @@ class Generator:
                 draw equal texts.
 
         Returns:
-            These columns, and `text`, `finish_reason`, `prompt_tokens`, `new_tokens` and `error`: lists. A row that
-            cannot be answered has a sentence for its error, and None for the others.
+            These columns, and `text`, `finish_reason`, `prompt_tokens`, `new_tokens` and `error`: lists, of one type in
+            each batch. A row that cannot be answered has a sentence for its error, and "" and 0 for the others; one
+            that was has "" for its error. With `logprobs`, or a column of tools, there is another column of JSON texts.
 
         Raises:
             InputError: A column bears the name of one of these.
@@ -169,10 +170,9 @@ class Generator:
         length = len(next(iter(columns.values()), ()))
         rows = [{name: as_python(column[place]) for name, column in columns.items()} for place in range(length)]
         found = dict(self.answers(Row(place, _identity(row), row) for place, row in enumerate(rows)))
-        made: dict[str, list[Any]] = {name: [found[place].get(name) for place in range(length)] for name in FIELDS}
-        for name in FURTHER:
-            if any(name in answer for answer in found.values()):
-                made[name] = [as_text(found[place].get(name)) for place in range(length)]
+        further = ["logprobs"] * (self.options.get("logprobs") is not None) + ["tool_calls"] * ("tools" in columns)
+        answers = [found[place] for place in range(length)]
+        made = {name: [as_cell(name, answer.get(name)) for answer in answers] for name in (*FIELDS, *further)}
         return {**columns, **made}
 
     def answers(self, rows: Iterable[Row], *, created: int = 0) -> Iterator[tuple[Any, Answer]]:
@@ -299,6 +299,14 @@ def as_python(value: Any) -> Any:
 def as_text(value: Any) -> str | None:
     """What has no type in a table, as JSON."""
     return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def as_cell(name: str, value: Any) -> str | int:
+    """A field of an answer as what is never None: libraries take a column's type from its first batch."""
+    if name in FURTHER:
+        value = as_text(value)
+    found: str | int = (0 if name.endswith("_tokens") else "") if value is None else value
+    return found
 
 
 def _identity(row: Mapping[str, Any]) -> Any:

@@ -62,7 +62,7 @@ def test_each_row_is_answered_as_by_a_call_of_its_own(talking: Path, model: Lang
     assert set(made["finish_reason"]) == {"length"}
     assert made["new_tokens"] == [12] * 40
     assert made["prompt_tokens"] == [len(row["prompt"]) for row in rows]
-    assert made["error"] == [None] * 40
+    assert made["error"] == [""] * 40
     assert len(set(made["text"])) > 30
 
 
@@ -112,8 +112,8 @@ def test_arrays_and_missing_values_are_as_lists_and_none(talking: Path, model: L
             "max_new_tokens": np.array([2.0, np.nan, 5.0]),
         }
     )
-    assert made["error"][0] is not None  # 2.0 is no whole number
-    assert made["new_tokens"] == [None, 3, None]
+    assert [bool(error) for error in made["error"]] == [True, False, True]  # 2.0 is no whole number
+    assert (made["text"][0], made["finish_reason"][0], made["new_tokens"]) == ("", "", [0, 3, 0])
     whole = generator({"prompt": [np.array([1, 2]), [1, 2]], "max_new_tokens": np.array([4, 2])})
     assert whole["new_tokens"] == [4, 2]
     assert as_python({"a": np.array([[1, 2]]), "b": (np.float32(0.5), float("nan")), "c": np.int64(3)}) == {
@@ -148,7 +148,9 @@ def test_tools_are_told_and_their_calls_are_read(
     assert asked["tool_calls"] == []
     assert "tool_calls" not in plain
     table = generator({"messages": [HI, HI], "tools": [tools, None]})
-    assert table["tool_calls"] == ["[]", None]
+    assert table["tool_calls"] == ["[]", ""]
+    assert "logprobs" not in table
+    assert len(Generator(bundle.path, threads=1, logprobs=0)({"prompt": ["a"]})["logprobs"]) == 1
 
 
 def test_requests_of_openais_form_have_its_responses(talking: Path) -> None:
