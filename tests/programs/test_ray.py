@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models
 from benchmarks.environments import RAY, RAY_OLDEST, ROOT, environment
 
 from ..runtime import conftest as decoder
-from ..runtime.bulk.rows import plain_rows
+from ..runtime.bulk.rows import plain_rows, read_rows, write_rows
 from ..shared import divided
 
 pytestmark = pytest.mark.slow
@@ -77,6 +78,17 @@ def test_ray_answers_each_row_once_though_an_actor_is_killed(
         made = json.loads((tmp_path / f"{name}.json").read_text())
         assert sorted(made, key=lambda row: row["id"]) == expected(bundle, rows)
     assert sum(row["error"] != "" for row in made) == 7
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_the_program_of_the_page_runs(which: str, bundle: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "page.py").write_text(program.replace("/models/bundle", str(bundle)), encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    run(which, str(tmp_path / "page.py"), bundle, tmp_path)
+    made = [row for part in (tmp_path / "answers").iterdir() for row in read_rows(part)]
+    assert sorted(row["id"] for row in made) == [row["id"] for row in rows]
 
 
 @pytest.mark.parametrize("which", WHICH)
