@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -14,8 +15,9 @@ from typing import Any, Unpack, cast
 
 import numpy as np
 
-from pastkey.errors import InputError
+from pastkey.errors import InputError, PastkeyError
 
+from ..batching.prefix_store import TAIL
 from ..batching.scheduler import MAX_ROWS
 from ..chat import Chat
 from ..completion import Completion
@@ -37,7 +39,7 @@ from .continuous import finished
 from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
 
 WINDOW = 1024  # rows that are sorted at once
-SHARED_TOKENS = 32  # that a neighbour's prompt begins with, for the cache to be kept for it
+SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once
 _HELD = ("json_schema", "regex", "choices", "grammar")  # of which a text follows one
 _CHATS = 16  # sets of tools whose conversations are kept ready
 
@@ -207,11 +209,24 @@ class Generator:
         while window := [self._task(model, row) for row in itertools.islice(waiting, WINDOW)]:
             good = sorted((task for task in window if task.error is None), key=lambda task: task.ids)
             yield from ((task, task.error) for task in window if task.error is not None)
-            begins = [list(task.ids[:SHARED_TOKENS]) for task in good]
-            for place, task in enumerate(good):
-                beside = begins[max(0, place - 1) : place] + begins[place + 1 : place + 2]
-                shares = len(begins[place]) == SHARED_TOKENS and begins[place] in beside
-                yield task, self._stream(model, task, shares)
+            for _, group in itertools.groupby(good, key=lambda task: task.ids[:SHARED_TOKENS]):
+                yield from self._group(model, list(group))
+
+    def _group(self, model: LanguageModel, tasks: list[_Task]) -> Iterator[tuple[_Task, Stream | Exception]]:
+        """The streams of rows that begin alike, in order: what they share is computed before the first."""
+        first, last = tasks[0].ids, tasks[-1].ids
+        shared = next(
+            (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
+        )
+        shares = len(tasks) > 1 and shared >= SHARED_TOKENS
+        if shares and model.require_open().graph.copies and not model.manifest.states:
+            # The tail keeps the cache in the store: one hardly longer than what a row needs would go to that row.
+            ids = [*first[:shared], *[first[shared - 1]] * (TAIL + 1)]
+            if len(ids) < model.manifest.context_length:
+                with contextlib.suppress(PastkeyError):  # each row has its own
+                    model.generate(ids, max_new_tokens=1, reuse_prefix=True, exact=True)
+        for task in tasks:
+            yield task, self._stream(model, task, shares)
 
     def _task(self, model: LanguageModel, row: Row) -> _Task:
         if isinstance(row.content, str):
@@ -252,7 +267,7 @@ class Generator:
         return self._chats[key]
 
     def _stream(self, model: LanguageModel, task: _Task, shares: bool) -> Stream | Exception:
-        """`shares`: whether a neighbour's prompt begins in the same way."""
+        """`shares`: whether other prompts begin in the same way."""
         assert task.options is not None
         prompt = task.ids if task.request.prompt is None else task.request.prompt  # a text goes on from a text
         # Of what others generated nothing is taken, so that no text depends on the order.

@@ -82,8 +82,8 @@ class Job:
 
     def rows(self) -> Iterator[Row]:
         """Those that are not answered, in order."""
-        for entry in self._mine():
-            if entry.id not in self._journal:
+        for entry in self._table.entries():
+            if in_shard(entry.number, self.record.shard) and entry.id not in self._journal:
                 yield Row(entry.id, entry.id, entry.content)
 
     def add(self, identity: RowId, answer: Answer) -> None:
@@ -103,13 +103,7 @@ class Job:
         partial = folder / f".out.{secrets.token_hex(4)}.partial"
         try:
             with partial.open("xb") as written:
-                mine = {entry.number for entry in self._mine()}
-                answer = self._journal.__getitem__
-                self._table.write(
-                    written,
-                    lambda entry: answer(entry.id) if entry.number in mine else None,
-                    sorted(self._journal.further),
-                )
+                self._table.write(written, self._answer, sorted(self._journal.further))
                 written.flush()
                 os.fsync(written.fileno())
             partial.replace(self._out)
@@ -121,8 +115,8 @@ class Job:
         sync_folder(self._out.parent)
         write_json(folder / "job.json", asdict(self.record) | {"report": dict(report)})
 
-    def _mine(self) -> Iterator[Entry]:
-        return of_shard(self._table.entries(), self.record.shard)
+    def _answer(self, entry: Entry) -> Answer | None:
+        return self._journal[entry.id] if in_shard(entry.number, self.record.shard) else None
 
 
 @contextlib.contextmanager
@@ -223,7 +217,7 @@ def read_record(file: Path) -> JobRecord:
     """job.json. Raises IntegrityError where it is not valid."""
     content = read_json(file)
     version = content.get("format_version")
-    if is_int(version) and version > FORMAT_VERSION:
+    if is_int(version, FORMAT_VERSION + 1, 2**31 - 1):
         raise IntegrityError(
             f"{file} has job format version {version}; this pastkey reads up to {FORMAT_VERSION}: upgrade pastkey"
         )
@@ -246,12 +240,10 @@ def require_same(found: JobRecord, wanted: JobRecord, out: Path) -> None:
             )
 
 
-def of_shard(entries: Iterator[Entry], shard: str) -> Iterator[Entry]:
-    """The rows of the shard "I/N": each N-th, from the I-th on. All for ""."""
-    if not shard:
-        return entries
-    part, parts = map(int, shard.split("/"))
-    return (entry for entry in entries if entry.number % parts == part % parts)
+def in_shard(number: int, shard: str) -> bool:
+    """Whether a row, counted from 1, is of the shard "I/N": each N-th, from the I-th on. All are of ""."""
+    part, parts = map(int, (shard or "1/1").split("/"))
+    return number % parts == part % parts
 
 
 def counted_ids(source: Path, shard: str = "") -> int:
@@ -264,7 +256,4 @@ def counted_ids(source: Path, shard: str = "") -> int:
                 "is known by its row's id, so give each its own"
             )
         seen[entry.id] = entry.number
-    if not shard:
-        return len(seen)
-    part, parts = map(int, shard.split("/"))
-    return sum(number % parts == part % parts for number in seen.values())
+    return sum(in_shard(number, shard) for number in seen.values())

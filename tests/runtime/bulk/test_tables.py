@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ def lines(path: Path, content: bytes) -> Path:
     return path
 
 
-def written(path: Path, further: list[str] | None = None, **answers: Any) -> bytes:
+def written(path: Path, answers: Mapping[str, Any], further: Sequence[str] = ()) -> bytes:
     """The output with these answers by id, all others ANSWER; None leaves a row out."""
     out = io.BytesIO()
-    open_table(path).write(out, lambda entry: answers.get(str(entry.id), ANSWER), further or [])
+    open_table(path).write(out, lambda entry: answers.get(str(entry.id), ANSWER), further)
     return out.getvalue()
 
 
@@ -55,7 +56,7 @@ def test_a_line_of_any_length_is_one_row_or_one_error(tmp_path: Path, monkeypatc
 
 def test_json_lines_are_written_in_order_with_their_fields(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", b'{"b": 1.0, "id": "x"}\nbad\n{"prompt": "y"}\n{"id": "left out"}\n')
-    made = written(path, **{"line-2": plain_error("wrong"), "left out": None})
+    made = written(path, {"line-2": plain_error("wrong"), "left out": None})
     assert made.endswith(b"\n")
     assert [json.loads(line) for line in made.splitlines()] == [
         {"b": 1.0, "id": "x", **ANSWER},
@@ -68,7 +69,7 @@ def test_json_lines_are_written_in_order_with_their_fields(tmp_path: Path) -> No
 def test_openais_rows_are_written_in_its_form(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", b'{"custom_id": "x", "url": "/v1/completions", "body": {}}\nbad\n')
     answer = {"response": {"status_code": 200}, "error": None}
-    first, second = map(json.loads, written(path, x=answer, **{"line-2": plain_error("wrong")}).splitlines())
+    first, second = map(json.loads, written(path, {"x": answer, "line-2": plain_error("wrong")}).splitlines())
     assert first == {"id": first["id"], "custom_id": "x", **answer}
     assert second["custom_id"] == "line-2"
     sentence = second["error"]["message"]
@@ -111,7 +112,7 @@ def test_parquet_rows_keep_their_types_and_have_the_answers_beside_them(tmp_path
     assert isinstance(open_table(path), ParquetTable)  # by its first bytes
     entries = [*open_table(path).entries()]
     assert [(entry.number, entry.id) for entry in entries] == [(1, 7), (2, "row-2"), (3, 9)]
-    made = read(written(path, **{"row-2": plain_error("wrong"), "9": None}))
+    made = read(written(path, {"row-2": plain_error("wrong"), "9": None}))
     assert made.column("when").type == pyarrow.timestamp("ms")
     assert made.column("raw").to_pylist() == [b"\0", b""]
     assert made.column("text").to_pylist() == ["é", None]
@@ -124,7 +125,7 @@ def test_parquet_rows_without_ids_get_a_column_of_them(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", {"prompt": ["a"] * 2500}, row_group_size=700)
     assert [entry.id for entry in open_table(path).entries()] == [f"row-{n}" for n in range(1, 2501)]
     calls = {**ANSWER, "tool_calls": [{"name": "f", "arguments": {}}]}
-    made = read(written(path, ["tool_calls"], **{"row-2": calls}))
+    made = read(written(path, {"row-2": calls}, ["tool_calls"]))
     assert made.column_names == ["prompt", "id", *ANSWER, "tool_calls"]
     assert made.num_rows == 2500
     assert made.column("id").to_pylist()[-1] == "row-2500"
