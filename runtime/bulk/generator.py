@@ -31,6 +31,7 @@ from ..settings import (
     Choice,
     GenerateOptions,
     SamplingConfig,
+    SessionSettings,
     require_known,
 )
 from ..stream import Stream
@@ -96,7 +97,7 @@ class Generator:
         providers: Choice | Sequence[Choice] | None = None,
         threads: int | None = None,
         allow_fallback: bool = False,
-        session_entries: Mapping[str, str] | None = None,
+        session_options: SessionSettings | None = None,
         **options: Unpack[ChatOptions],
     ) -> None:
         """Loads nothing yet.
@@ -110,7 +111,7 @@ class Generator:
             providers: As in `load`.
             threads: As in `load`.
             allow_fallback: As in `load`.
-            session_entries: As in `load`.
+            session_options: As in `load`.
             **options: As in `LanguageModel.generate`, for all rows; a column or field of an option's name wins.
                 `max_new_tokens` is 64, of an answer to messages 512. Each row draws by a seed made of `seed` (0) and
                 its id.
@@ -127,7 +128,7 @@ class Generator:
             "providers": providers,
             "threads": threads,
             "allow_fallback": allow_fallback,
-            "session_entries": session_entries,
+            "session_options": session_options,
             "max_batch": 1 if exact else max_batch,
         }
         self._chats: dict[str, Chat] = {}

@@ -41,7 +41,7 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
 
 def run(which: str, program: str, bundle: Path, folder: Path) -> None:
     done = subprocess.run(
-        [environment(*ENVIRONMENTS[which]), Path(__file__).with_name(program), bundle, folder],
+        [environment(*ENVIRONMENTS[which]), Path(__file__).parent / program, bundle, folder],
         cwd=folder,
         env=os.environ
         | {
