@@ -172,11 +172,11 @@ def _in_bundle(file: str, use: Callable[[Any], object]) -> Callable[[bytes], obj
 
 
 def _use_manifest(bundle: Any) -> str:
-    from pastkey.runtime.cli import _print_figures
+    from pastkey.runtime.commands.inspection import print_figures
 
     manifest = bundle.manifest
     for figures in (manifest.parity, manifest.quality, manifest.operators):
-        _print_figures(figures, indent=2)
+        print_figures(figures, indent=2)
     return json.dumps(manifest.to_json(), default=str)
 
 
