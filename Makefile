@@ -33,6 +33,7 @@ NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source exp
 	$(addprefix export/quantize/test_,sensitivity smoothing switches) \
 	$(addprefix runtime/test_,chat cli draft_model generate hidden_states kept_tokens language_model) \
 	$(addprefix runtime/,commands/test_bench commands/test_inspection commands/test_terminal) \
+	$(addprefix runtime/,bulk/test_generator bulk/test_job commands/test_batch) \
 	$(addprefix runtime/constraints/test_,lazy matcher vocabulary) \
 	$(addprefix runtime/speculation/test_,drafter worth) \
 	$(addprefix runtime/,engine/test_engine engine/test_int8_kv engine/test_shift providers/test_open) \
@@ -142,7 +143,7 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	cp pyproject.toml $(ENVIRONMENTS)/$@/away
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
 	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet \
-		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,sign]" \
+		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,parquet,sign]" \
 		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 

@@ -30,6 +30,9 @@ OPTIMUM = ("optimum", ["pytest", "hypothesis"], "[cpu,export,gguf,optimum]")
 OPENVINO = ("openvino", ["onnxruntime-openvino>=1.24.1", "numpy", "tokenizers"])
 WEBGPU = ("webgpu", ["onnxruntime-webgpu>=1.27", "numpy", "tokenizers"])
 QNN = ("qnn", ["onnxruntime>=1.26", "onnxruntime-qnn>=2", "numpy", "tokenizers"])
+# Ray Data, and Hugging Face's datasets, beside the runtime as its extra brings it; the second has every lower bound.
+RAY = ("ray", ["datasets"], "[cpu,ray]")
+RAY_OLDEST = ("ray-oldest", ["datasets", "--constraint", str(ROOT / "tests" / "constraints-oldest.txt")], "[cpu,ray]")
 
 
 P = ParamSpec("P")

@@ -14,6 +14,7 @@ from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from pastkey.runtime import Completion as Completion
+    from pastkey.runtime import Generator as Generator
     from pastkey.runtime import LanguageModel as LanguageModel
     from pastkey.runtime import load as load
 
@@ -26,7 +27,7 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "pastkey.runtime": ["Completion", "LanguageModel", "load"],
+            "pastkey.runtime": ["Completion", "Generator", "LanguageModel", "load"],
             ".errors": ["errors"],
             ".export": ["export"],
             ".runtime": ["runtime"],

@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": ("export", "measure perplexity on a text, and how far a bundle is from a reference"),
     "run": ("runtime", "generate text: bundle/ -> text"),
     "chat": ("runtime", "hold a conversation by the bundle's chat template"),
+    "batch": ("runtime", "answer a file of rows, with resume: rows -> rows with texts"),
     "bench": ("runtime", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime", "show a bundle's sizes, operators and execution providers"),
     "compile": ("runtime", "compile a bundle of static graphs for one device, so that it loads at once"),

@@ -37,11 +37,11 @@ class MissingFileError(PastkeyError, FileNotFoundError):
 
 
 class ExistingFolderError(PastkeyError, FileExistsError):
-    """An output folder that is already there."""
+    """An output that is already there."""
 
 
 class InUseError(PastkeyError, BlockingIOError):
-    """A checkpoint that another process trains."""
+    """A checkpoint or an output that another process writes."""
 
 
 class IntegrityError(PastkeyError, ValueError):
@@ -102,7 +102,7 @@ NEEDED = {
     "huggingface": ("transformers",),
     "gguf": ("gguf", "transformers", "accelerate"),
 }
-_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib"}.union(
+_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib", "pyarrow"}.union(
     *NEEDED.values()
 )
 

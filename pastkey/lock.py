@@ -17,18 +17,18 @@ _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, checkpoint: object) -> Iterator[None]:
+def locked(folder: Path, checkpoint: object, busy: str = "being trained") -> Iterator[None]:
     """Holds a lock on `folder`, by a file `lock` in it that goes at the end. The folder may be renamed meanwhile.
 
-    Raises InUseError, which names `checkpoint`, where another process holds it; OSError where no file can be made in
-    `folder`. Where the system or the file system has no locks, nothing is held.
+    Raises InUseError, which says that `checkpoint` is `busy`, where another process holds it; OSError where no file can
+    be made in `folder`. Where the system or the file system has no locks, nothing is held.
     """
     if sys.platform == "win32":  # a file that is open there would keep its folder from being renamed
         yield
         return
     place = os.open(folder, os.O_RDONLY)
     try:
-        held = _lock_file(place, checkpoint)
+        held = _lock_file(place, checkpoint, busy)
         try:
             yield
         finally:
@@ -52,19 +52,19 @@ def require_unlocked(folder: Path, checkpoint: object) -> None:
         os.close(file)
 
 
-def _in_use(file: int, checkpoint: object) -> InUseError:
+def _in_use(file: int, checkpoint: object, busy: str = "being trained") -> InUseError:
     owner = os.read(file, 20).decode("ascii", "replace").strip() or "?"
-    return InUseError(f"{checkpoint} is being trained by process {owner}: wait for its end, or stop it")
+    return InUseError(f"{checkpoint} is {busy} by process {owner}: wait for its end, or stop it")
 
 
-def _lock_file(place: int, checkpoint: object) -> int:
+def _lock_file(place: int, checkpoint: object, busy: str) -> int:
     """The descriptor of the lock file in an open folder, locked where that can be."""
     while True:
         file = os.open(_LOCK, os.O_RDWR | os.O_CREAT, 0o666, dir_fd=place)
         try:
             taken = _take(file)
             if taken is False:
-                raise _in_use(file, checkpoint)
+                raise _in_use(file, checkpoint, busy)
             # Whoever held it before may have removed the file between the two calls: then it locks out nobody.
             if taken is None or _is_named(file, place):
                 os.ftruncate(file, 0)

@@ -15,7 +15,8 @@ says what is in the context) with the options of `settings`, read it as a `strea
 - `sampling/`: from logits to a token, and drafts of the next ones from the text itself.
 - `speculation/`: drafts of the next ones, by a draft model too, and whether these pay.
 - `text/`: tokens <-> text, and a conversation as one text.
-- `commands/`: what `cli` runs beyond the library.
+
+Above it all stand `bulk/`: many rows in one job, and `commands/`: what `cli` runs beyond the library.
 
 Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
 """
@@ -28,6 +29,7 @@ from pastkey.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .asynchronous import AsyncStream as AsyncStream
+    from .bulk.generator import Generator as Generator
     from .chat import Chat as Chat
     from .completion import Chunk as Chunk
     from .completion import Completion as Completion
@@ -49,6 +51,7 @@ else:
         __name__,
         {
             ".asynchronous": ["AsyncStream"],
+            ".bulk.generator": ["Generator"],
             ".chat": ["Chat"],
             ".completion": ["Chunk", "Completion", "ToolCall"],
             ".engine.engine": ["Engine"],

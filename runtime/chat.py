@@ -128,6 +128,24 @@ class Chat:
         require_known("chat.stream", options, CHAT_OPTIONS)
         return self._answer(text, options)
 
+    def prompt_ids(self) -> list[int]:
+        """The token ids that `ask()` without a text goes on from.
+
+        Raises InputError where there is nothing to go on from, or the template does not take the conversation.
+        """
+        messages, cut = self._standing()
+        return self._ids(messages, cut is not None)
+
+    def take_answer(self, answer: Completion) -> Completion:
+        """Puts an answer into `messages` that `lm.generate` gave for `prompt_ids()`.
+
+        Returns it with its `tool_calls`, as `ask` does.
+        """
+        messages, cut = self._standing()
+        lost = cut and answer.ids and self._tokenizer.loses_space(answer.ids[0])
+        answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
+        return self._taken_in(messages if cut is None else messages[:-1], (cut or "") + answer.text, answer)
+
     def add_tool_result(self, content: Any, *, name: str | None = None, call_id: str | None = None) -> None:
         """Tells the model what a tool gave; `ask()` without a text then goes on from it.
 

@@ -30,7 +30,7 @@ RULES = {
     "runtime": Rule(
         frozenset({"pastkey"}),
         frozenset({"numpy", "onnxruntime", "tokenizers"}),
-        frozenset({"tqdm", "jinja2", "llguidance", "cryptography"}),
+        frozenset({"tqdm", "jinja2", "llguidance", "cryptography", "pyarrow"}),
     ),
     "train": Rule(
         frozenset({"pastkey"}), frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"})
@@ -137,8 +137,8 @@ def test_the_rooms_of_export_are_in_order() -> None:
     assert crossings > 20  # the walk finds them at all
 
 
-# Those of runtime/: what stands beside them makes a language model of them, and commands/ sees everything. batching/
-# runs the steps of generations, which are made of an engine and a sampler.
+# Those of runtime/: what stands beside them makes a language model of them, bulk/ uses that, and commands/ sees
+# everything. batching/ runs the steps of generations, which are made of an engine and a sampler.
 RUNTIME_ROOMS = {
     "providers": frozenset({"providers"}),
     "engine": frozenset({"engine", "providers"}),
@@ -147,6 +147,9 @@ RUNTIME_ROOMS = {
     "speculation": frozenset({"speculation", "sampling", "engine"}),
     "text": frozenset({"text"}),
     "constraints": frozenset({"constraints", "text"}),
+    "bulk": frozenset(
+        {"bulk", "batching", "sampling", "text", "chat", "completion", "language_model", "loading", "stream"}
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from pastkey.__main__ import main
 from pastkey.runtime import AsyncStream, LanguageModel, load
@@ -322,3 +323,25 @@ def test_a_wheel_brings_its_model(bundle: Path, lm: LanguageModel, tmp_path: Pat
             check=False,
         )
         assert (done.stdout, done.returncode) == (expected, 0), done.stderr[-2000:]
+
+
+def test_questions_are_answered_by_a_pool_and_once_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that was cut is answered again, one that is whole is not."""
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
+    tiny = decoder.Tiny.random([(8, 8)], context_length=100)
+    bundle = decoder.write_bundle(tmp_path / "b", tiny, "fused", tokenizer=tokenizer)
+    questions, answers = tmp_path / "questions.txt", tmp_path / "answers.tsv"
+    questions.write_text("abc\n\n" + "".join(f"{letter}\n" for letter in "defghijklm"))
+    answers.write_text("0\tmine\n5\tcut in the mid")
+    monkeypatch.setattr(sys, "argv", ["questions.py", str(bundle.path), str(questions), str(answers)])
+    runpy.run_path(str(ROOT / "examples" / "questions.py"), run_name="__main__")
+    assert capsys.readouterr().err.splitlines()[-1] == "11 of 11"
+    found = dict(line.split("\t") for line in answers.read_text(encoding="utf-8").splitlines())
+    assert sorted(map(int, found)) == [0, *range(2, 12)]
+    assert found["0"] == "mine"
+    assert found["5"] != "cut in the mid"
+    before = answers.read_bytes()
+    runpy.run_path(str(ROOT / "examples" / "questions.py"), run_name="__main__")
+    assert answers.read_bytes() == before

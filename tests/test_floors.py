@@ -19,7 +19,8 @@ def floors() -> set[str]:
     declared = list(project["dependencies"])
     for extra, requirements in project["optional-dependencies"].items():
         declared += requirements if extra not in OTHER_WHEELS else []
-    found = [re.match(r"([\w-]+)>=([\d.]+)", requirement) for requirement in declared if "[" not in requirement]
+    others = [requirement for requirement in declared if not requirement.startswith("pastkey[")]
+    found = [re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement) for requirement in others]
     assert all(found), f"without a lower bound: {declared}"
     return {f"{match[1]}=={match[2]}" for match in found if match}
 

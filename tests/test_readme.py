@@ -135,8 +135,8 @@ MODEL = "path/to/SmolLM2-135M-Instruct"
 
 
 def commands(page: str) -> list[str]:
-    """The lines of the page's indented blocks that run pastkey."""
-    return re.findall(r"^    ((?:pastkey|printf .*\| pastkey) .*)$", text_of(page), re.MULTILINE)
+    """The lines of the page's indented blocks that run pastkey, or write what it reads."""
+    return re.findall(r"^    ((?:pastkey|printf) .*)$", text_of(page), re.MULTILINE)
 
 
 def programs(page: str) -> list[str]:
@@ -169,6 +169,7 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/index.md",
         "docs/own-modules.md",
         "docs/tutorial.md",
+        "docs/batch.md",
         "docs/embedding.md",
         "docs/text-embeddings.md",
         "docs/constrained.md",

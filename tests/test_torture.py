@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from pastkey.bundle import open_bundle
 from pastkey.folder import read_json
@@ -23,6 +24,8 @@ from pastkey.runtime.text.messages import read_messages, save_messages
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 
 from .export.commands import FACTORY
+from .runtime import conftest as decoder
+from .runtime.bulk.rows import plain_rows, write_rows
 from .torture import ERRORS, Fault, Nursery, Outcome, build_faults
 from .train.helpers import TINY, write_corpus
 
@@ -30,7 +33,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 KILLS = int(os.environ.get("PASTKEY_KILLS", "0"))  # 0: the short form
 SEED = int(os.environ.get("PASTKEY_SEED", "1"))
-IMPORTS = ("pastkey.train.loop", "pastkey.export.pipeline", "pastkey.runtime.text.messages", "tests.torture")
+IMPORTS = (
+    "pastkey.train.loop",
+    "pastkey.export.pipeline",
+    "pastkey.runtime.commands.batch",
+    "pastkey.runtime.text.messages",
+    "tests.torture",
+)
 FLAGS = [
     item
     for name, value in (TINY | {"steps": 6, "save_every": 2}).items()
@@ -264,13 +273,57 @@ class Conversation(Scene):
         assert len(read_messages(self.file)) in (1, 2000)
 
 
+class Batch(Scene):
+    """A job over rows that goes on after each kill: what was written stays, each row once, and the end is the same."""
+
+    resumes = True
+
+    def prepare(self, nursery: Nursery) -> None:
+        self.bundle, self.rows = self.given / "tiny", self.given / "rows.jsonl"
+        if not self.bundle.exists():
+            tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
+            tiny = decoder.Tiny.random([(8, 8)], context_length=100)
+            decoder.write_bundle(self.bundle, tiny, "fused", tokenizer=tokenizer)
+            write_rows(self.rows, [*plain_rows(150), "no row", *({"id": n, "prompt": "a"} for n in range(150, 300))])
+            outcome = nursery.run(*self.batch(self.given / "whole.jsonl"))
+            assert outcome.status == 0, outcome.said
+
+    def batch(self, out: Path) -> tuple[object, ...]:
+        flags = ("--temperature", 1, "--max-new-tokens", 4, "--threads", 1)
+        return ("batch", self.bundle, self.rows, "--out", out, *flags)
+
+    def reset(self) -> None:
+        super().reset()
+        self.out, self.written = self.work / "out.jsonl", dict[object, object]()
+
+    def command(self) -> dict[str, Any]:
+        return {"arguments": self.batch(self.out)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            assert self.out.read_bytes() == (self.given / "whole.jsonl").read_bytes()
+        journal = self.work / "out.jsonl.job" / "rows.jsonl"
+        if journal.exists():
+            whole = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
+            found = {line["id"]: line["answer"] for line in whole}
+            assert len(found) == len(whole)
+            assert found.items() >= self.written.items()
+            self.written = found
+
+    def ended(self, locks: bool = True) -> None:
+        super().ended(locks)
+        assert self.out.exists()
+        assert [path.name for path in (self.work / "out.jsonl.job").iterdir()] == ["job.json"]
+
+
 SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
     # what is written, its share of the kills, and how many there are in the short form
     "conversation": (Conversation, 0.1, 5),
     "hash cache": (HashCache, 0.1, 5),
     "bundle": (Write, 0.2, 10),
-    "train --force": (TrainForce, 0.28, 8),
-    "train": (Train, 0.24, 5),
+    "batch": (Batch, 0.1, 10),
+    "train --force": (TrainForce, 0.23, 8),
+    "train": (Train, 0.19, 5),
     "export --force": (ExportForce, 0.06, 2),
     "export": (Export, 0.02, 1),
 }
@@ -304,7 +357,7 @@ def whole(scene: Scene, nursery: Nursery, library: Path | None) -> Outcome:
 
 # Commands that train or export take minutes.
 NAMES = [
-    name if name in ("conversation", "hash cache", "bundle") else pytest.param(name, marks=pytest.mark.matrix)
+    name if name in ("conversation", "hash cache", "bundle", "batch") else pytest.param(name, marks=pytest.mark.matrix)
     for name in SCENES
 ]
 

@@ -29,5 +29,7 @@ chat.ask("a", seed=3, top_k=5).ids.append(3)
 chat.ask("a", sed=3)  # type: ignore[call-arg]
 chat.ask("a", reuse_prefix=True)  # type: ignore[call-arg]
 chat.stream("a", topk=5)  # type: ignore[call-arg]
+pastkey.Generator("bundle/", exact=True, max_new_tokens=8)({"prompt": ["a"]})["text"]
+pastkey.Generator("bundle/", temprature=0.5)  # type: ignore[call-arg]
 pastkey.laod("bundle/")  # type: ignore[attr-defined]
 raise pastkey.errors.InputError(pastkey.__version__)

@@ -12,7 +12,7 @@ from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
 
 PREFIX_BYTES = 256 * 2**20  # as far as nothing else is asked for
-_TAIL = 8  # tokens of an entry that may be lost where it is taken instead of copied
+TAIL = 8  # tokens of an entry that may be lost where it is taken instead of copied
 
 
 class PrefixStore:
@@ -54,7 +54,7 @@ class PrefixStore:
                 return Engine.over(self._graph), 0
             spare.reset()
             return spare, 0
-        if nearest.length - shared <= _TAIL or not self._graph.copies:
+        if nearest.length - shared <= TAIL or not self._graph.copies:
             self._drop(nearest)
             return nearest, nearest.keep_prefix(ids, exact=exact)
         if nearest is not self._spare:

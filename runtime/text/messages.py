@@ -75,8 +75,14 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
     found = read_json(file).get("messages")
     if not isinstance(found, list):
         raise InputError(f'{file} is no saved conversation: it has no list of "messages"')
+    check_messages(found, f" of {file}")
+    return found
+
+
+def check_messages(found: Sequence[Any], where: str = "") -> None:
+    """Raises InputError for the first that is no message; `where` is behind its number in the sentence."""
     for number, entry in enumerate(found, 1):
-        name = f"message {number} of {file}"
+        name = f"message {number}{where}"
         if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:
             raise InputError(f'{name} is {json.dumps(entry)[:60]}; an object with "role" and "content" was expected')
         calls = entry.get("tool_calls") or []
@@ -87,7 +93,6 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
             )
         if entry.get("content") is not None or not (calls and entry["role"] == "assistant"):
             checked_content(name, entry.get("content"))
-    return found
 
 
 def _is_tool_call(call: Any) -> bool:

@@ -31,6 +31,11 @@ from pastkey.export.source.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
 from pastkey.folder import FileRecord, read_json
 from pastkey.runtime import Engine
+from pastkey.runtime.bulk.answers import plain_error
+from pastkey.runtime.bulk.job import JobRecord, read_record
+from pastkey.runtime.bulk.journal import Journal
+from pastkey.runtime.bulk.requests import parse_request
+from pastkey.runtime.bulk.tables import open_table
 from pastkey.runtime.engine.embedding import EmbeddingRows
 from pastkey.runtime.engine.golden import Golden
 from pastkey.runtime.generation_config import sampling_defaults
@@ -167,11 +172,11 @@ def _in_bundle(file: str, use: Callable[[Any], object]) -> Callable[[bytes], obj
 
 
 def _use_manifest(bundle: Any) -> str:
-    from pastkey.runtime.cli import _print_figures
+    from pastkey.runtime.commands.inspection import print_figures
 
     manifest = bundle.manifest
     for figures in (manifest.parity, manifest.quality, manifest.operators):
-        _print_figures(figures, indent=2)
+        print_figures(figures, indent=2)
     return json.dumps(manifest.to_json(), default=str)
 
 
@@ -242,6 +247,23 @@ def _zip(content: bytes) -> object:
     folder, held = _unpacked(io.BytesIO(content), "x.zip")
     shutil.rmtree(folder, ignore_errors=True)
     return held
+
+
+_ROWS = [
+    {"id": 1, "prompt": "a", "stop": ["b"], "logit_bias": {"3": 1}},
+    {"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": MESSAGES, "top_p": 0.5}},
+]
+
+
+def _rows(content: bytes) -> object:
+    table, out = open_table(written("rows.jsonl", content)), io.BytesIO()
+    table.write(out, lambda entry: plain_error("no"), ())
+    return [parse_request(entry.content) for entry in table.entries() if isinstance(entry.content, dict)]
+
+
+def _journal(content: bytes) -> object:
+    with Journal(written("journal.jsonl", content)) as journal:
+        return len(journal)
 
 
 def _golden_valid() -> bytes:
@@ -396,6 +418,13 @@ TARGETS: Mapping[str, Target] = {
     "embedding_rows": Target(_embedding_rows, _json(_PLACE), mutate_json),
     "session": Target(_session, _session_valid, _mutate_session),
     "zip": Target(_zip, _zip_valid, mutate_bytes),
+    "rows": Target(_rows, lambda: b"\n".join(json.dumps(row).encode() for row in _ROWS), mutate_json),
+    "journal": Target(_journal, lambda: b'{"id":1,"answer":{}}\n{"id":"a","answer":{"error":"b"}}\n', mutate_bytes),
+    "job": Target(
+        lambda content: read_record(written("job.json", content)),
+        _json(dataclasses.asdict(JobRecord("b", "i", "1/2", {"seed": 0}, 5, False))),
+        mutate_json,
+    ),
     "golden_logits": Target(_golden, _golden_valid, mutate_bytes),
     "config": Target(_in_checkpoint(names.CONFIG), _of_checkpoint(names.CONFIG), mutate_json),
     "checkpoint_manifest": Target(_in_checkpoint(names.MANIFEST), _of_checkpoint(names.MANIFEST), mutate_json),

@@ -31,6 +31,7 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 V, E, H, K = 37, 24, 4, 2
+ALPHABET = "abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE"  # of the decoder's ids, from 0
 Array = npt.NDArray[Any]
 
 
@@ -346,9 +347,8 @@ def standard_bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
 @pytest.fixture(scope="session")
 def letters() -> Tokenizer:
     """A tokenizer with one letter for each of the tiny decoder's ids; a is 0."""
-    alphabet = "abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE"
-    assert len(alphabet) == V
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    assert len(ALPHABET) == V
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(ALPHABET)}, []))
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
 

@@ -1,0 +1,60 @@
+"""Streams that are decoded together, each to its end: where one ends, the next one joins."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import TypeVar
+
+from pastkey.errors import MissingExtraError, PastkeyError, first_line
+
+from ..completion import Completion
+from ..stream import Stream
+
+Key = TypeVar("Key")
+
+
+def told(error: Exception) -> str:
+    """An error as the row's own sentence. Raises it where it is everybody's: no memory, a missing package."""
+    if isinstance(error, MissingExtraError | MemoryError):
+        raise error
+    return str(error) if isinstance(error, PastkeyError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def finished(
+    streams: Iterator[tuple[Key, Stream | Exception]], most: int
+) -> Generator[tuple[Key, Completion | str], None, None]:
+    """Reads up to `most` streams at the same time.
+
+    Args:
+        streams: Each with a key. The next one is asked for when there is room. An error stands for one that could not
+            be begun.
+        most: How many.
+
+    Yields:
+        The key, and the completion or the sentence of what was wrong, in the order in which they end.
+    """
+    live: list[tuple[Key, Stream]] = []
+    try:
+        while True:
+            while len(live) < most and (found := next(streams, None)) is not None:
+                key, stream = found
+                if isinstance(stream, Stream):
+                    live.append((key, stream))
+                else:
+                    yield key, told(stream)
+            if not live:
+                return
+            for key, stream in list(live):
+                try:
+                    if next(stream, None) is not None:
+                        continue
+                except Exception as error:
+                    outcome: Completion | str = told(error)
+                else:
+                    assert stream.completion is not None
+                    outcome = stream.completion
+                live.remove((key, stream))
+                yield key, outcome
+    finally:
+        for _, stream in live:
+            stream.close()

@@ -1,0 +1,330 @@
+"""Answers rows with one loaded model: the class of the batch command, and of Ray Data and datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Unpack, cast
+
+import numpy as np
+
+from pastkey.errors import InputError, PastkeyError
+
+from ..batching.prefix_store import TAIL
+from ..batching.scheduler import MAX_ROWS
+from ..chat import Chat
+from ..completion import Completion
+from ..language_model import LanguageModel
+from ..loading import load
+from ..settings import (
+    CHAT_NEW_TOKENS,
+    CHAT_OPTIONS,
+    MAX_NEW_TOKENS,
+    ChatOptions,
+    Choice,
+    GenerateOptions,
+    SamplingConfig,
+    SessionSettings,
+    require_known,
+)
+from ..stream import Stream
+from .answers import Answer, openai_answer, openai_error, plain_answer, plain_error
+from .continuous import finished
+from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
+
+WINDOW = 1024  # rows that are sorted at once
+SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once
+_HELD = ("json_schema", "regex", "choices", "grammar")  # of which a text follows one
+_CHATS = 16  # sets of tools whose conversations are kept ready
+
+_models: dict[str, LanguageModel] = {}  # those of this process, by what they were loaded with
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row to be answered.
+
+    Attributes:
+        key: By which its answer is told.
+        identity: What its seed is made of: its id, or anything that JSON has.
+        content: The row, or what is wrong with it.
+    """
+
+    key: Hashable
+    identity: Any
+    content: Mapping[str, Any] | str
+
+
+@dataclass(frozen=True)
+class _Task:
+    row: Row
+    form: Form
+    request: Request = field(default_factory=Request)
+    ids: list[int] = field(default_factory=list)
+    options: GenerateOptions | None = None
+    chat: Chat | None = None
+    error: Exception | None = None
+
+
+class Generator:
+    """Answers batches of rows. It can be pickled, and loads its model once in each process, when the first batch comes.
+
+        generator = pastkey.Generator("bundle/", max_new_tokens=32)
+        generator({"prompt": ["Once upon", "The sky"]})["text"]
+        dataset.map(generator, batched=True)  # Hugging Face's datasets
+        dataset.map_batches(  # Ray Data
+            pastkey.Generator, fn_constructor_kwargs={"bundle": "bundle/"}, batch_size=64, concurrency=2
+        )
+
+    The rows of a batch are decoded together, sorted by their beginnings, so that what prompts share is computed once.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        exact: bool = False,
+        template: str | Path | None = None,
+        max_batch: int = MAX_ROWS,
+        providers: Choice | Sequence[Choice] | None = None,
+        threads: int | None = None,
+        allow_fallback: bool = False,
+        session_options: SessionSettings | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> None:
+        """Loads nothing yet.
+
+        Args:
+            bundle: The folder that `pastkey export` wrote, or a zip file of it, as the process sees it that loads it.
+            exact: Decodes one row at a time. Then an int8 text depends on its row alone, as a float32 text always does;
+                else a near tie may fall otherwise by who is decoded beside it.
+            template: The path of a chat template to take in place of the bundle's own.
+            max_batch: How many rows are decoded in one run, at most.
+            providers: As in `load`.
+            threads: As in `load`.
+            allow_fallback: As in `load`.
+            session_options: As in `load`.
+            **options: As in `LanguageModel.generate`, for all rows; a column or field of an option's name wins.
+                `max_new_tokens` is 64, of an answer to messages 512. Each row draws by a seed made of `seed` (0) and
+                its id.
+
+        Raises:
+            InputError: An option is out of range.
+            OptionError: There is no option of that name.
+        """
+        require_known("Generator", options, CHAT_OPTIONS)
+        SamplingConfig.of(options)
+        self.bundle, self.exact, self.template = bundle, exact, template
+        self.options = options
+        self._load: dict[str, Any] = {
+            "providers": providers,
+            "threads": threads,
+            "allow_fallback": allow_fallback,
+            "session_options": session_options,
+            "max_batch": 1 if exact else max_batch,
+        }
+        self._chats: dict[str, Chat] = {}
+
+    def __repr__(self) -> str:
+        return f"<Generator {self.bundle}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: the model is loaded where it arrives."""
+        return {**vars(self), "_chats": {}}
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model, which all generators of this process share that load it alike. Raises as `load` does."""
+        with _loading:
+            if self._key not in _models or _models[self._key].closed:
+                _models[self._key] = load(self.bundle, **self._load)
+            return _models[self._key]
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers the rows of a batch.
+
+        Args:
+            batch: Columns of one length, lists or arrays: `prompt` (texts, or token ids) or `messages`, and any other.
+                `id` or `custom_id` is what a row's seed is made of; without them the prompt is, so that equal prompts
+                draw equal texts.
+
+        Returns:
+            These columns, and `text`, `finish_reason`, `prompt_tokens`, `new_tokens` and `error`: lists, of one type in
+            each batch. A row that cannot be answered has a sentence for its error, and "" and 0 for the others; one
+            that was has "" for its error. With `logprobs`, or a column of tools, there is another column of JSON texts.
+
+        Raises:
+            InputError: A column bears the name of one of these.
+            PastkeyError: The model cannot be loaded.
+        """
+        columns = {str(name): batch[name] for name in batch}
+        for name in (*FIELDS, *FURTHER, "body"):
+            if name in columns:
+                advice = "OpenAI's rows are answered by pastkey batch" if name == "body" else "rename it"
+                raise InputError(f"the batch has the column {name!r}, which stands for something else: {advice}")
+        length = len(next(iter(columns.values()), ()))
+        rows = [{name: as_python(column[place]) for name, column in columns.items()} for place in range(length)]
+        found = dict(self.answers(Row(place, _identity(row), row) for place, row in enumerate(rows)))
+        further = ["logprobs"] * (self.options.get("logprobs") is not None) + ["tool_calls"] * ("tools" in columns)
+        answers = [found[place] for place in range(length)]
+        made = {name: [as_cell(name, answer.get(name)) for answer in answers] for name in (*FIELDS, *further)}
+        return {**columns, **made}
+
+    def answers(self, rows: Iterable[Row], *, created: int = 0) -> Iterator[tuple[Any, Answer]]:
+        """Answers rows, WINDOW of them read ahead.
+
+        Args:
+            rows: In any order. Plain rows and those of OpenAI's batch files.
+            created: The time that OpenAI's answers tell.
+
+        Yields:
+            A row's key and its answer, in the order in which they end.
+        """
+        model = self.model
+        for task, outcome in finished(self._begun(model, rows), model.max_batch):
+            yield task.row.key, self._answer(model, task, outcome, created)
+
+    def close(self) -> None:
+        """Lets go of the model, for all generators of this process that share it. The next batch loads it again."""
+        self._chats.clear()
+        with _loading:
+            if self._key in _models:
+                _models.pop(self._key).close()
+
+    @property
+    def _key(self) -> str:
+        return repr((Path(self.bundle).absolute(), self._load))
+
+    # --- from rows to streams -----------------------------------------------------------------------------------------
+    def _begun(self, model: LanguageModel, rows: Iterable[Row]) -> Iterator[tuple[_Task, Stream | Exception]]:
+        """Window by window: what is wrong first, then the streams by the beginnings of their prompts."""
+        waiting = iter(rows)
+        while window := [self._task(model, row) for row in itertools.islice(waiting, WINDOW)]:
+            good = sorted((task for task in window if task.error is None), key=lambda task: task.ids)
+            yield from ((task, task.error) for task in window if task.error is not None)
+            for _, group in itertools.groupby(good, key=lambda task: task.ids[:SHARED_TOKENS]):
+                yield from self._group(model, list(group))
+
+    def _group(self, model: LanguageModel, tasks: list[_Task]) -> Iterator[tuple[_Task, Stream | Exception]]:
+        """The streams of rows that begin alike, in order: what they share is computed before the first."""
+        first, last = tasks[0].ids, tasks[-1].ids
+        shared = next(
+            (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
+        )
+        shares = len(tasks) > 1 and shared >= SHARED_TOKENS
+        if shares and model.require_open().graph.copies and not model.manifest.states:
+            # The tail keeps the cache in the store: one hardly longer than what a row needs would go to that row.
+            ids = [*first[:shared], *[first[shared - 1]] * (TAIL + 1)]
+            if len(ids) < model.manifest.context_length:
+                with contextlib.suppress(PastkeyError):  # each row has its own
+                    model.generate(ids, max_new_tokens=1, reuse_prefix=True, exact=True)
+        for task in tasks:
+            yield task, self._stream(model, task, shares)
+
+    def _task(self, model: LanguageModel, row: Row) -> _Task:
+        if isinstance(row.content, str):
+            return _Task(row, "plain", error=InputError(row.content))
+        form = form_of(row.content)
+        try:
+            request = parse_request(row.content)
+            options = self._options(request, row.identity)
+            if request.messages is None:
+                assert request.prompt is not None
+                return _Task(row, form, request, model.prompt_ids(request.prompt), options)
+            chat = copy.copy(self._chat(model, request.tools))
+            chat.messages = request.messages
+            return _Task(row, form, request, chat.prompt_ids(), options, chat)
+        except Exception as error:
+            return _Task(row, form, error=error)
+
+    def _options(self, request: Request, identity: Any) -> GenerateOptions:
+        """The job's settings, the row's own in their place."""
+        held = any(name in request.options for name in _HELD)
+        usual: dict[str, Any] = {name: value for name, value in self.options.items() if not (held and name in _HELD)}
+        options: dict[str, Any] = {
+            "max_new_tokens": MAX_NEW_TOKENS if request.messages is None else CHAT_NEW_TOKENS,
+            **usual,
+            "keep_special_tokens": usual.get("keep_special_tokens", False) or request.tools is not None,
+            "seed": seed_of(usual.get("seed") or 0, identity),
+            **request.options,
+        }
+        return cast(GenerateOptions, options)
+
+    def _chat(self, model: LanguageModel, tools: list[dict[str, Any]] | None) -> Chat:
+        """An empty conversation with these tools."""
+        key = json.dumps(tools)
+        if key not in self._chats:
+            if len(self._chats) >= _CHATS:
+                self._chats.clear()
+            self._chats[key] = model.chat(template=self.template, tools=tools)
+        return self._chats[key]
+
+    def _stream(self, model: LanguageModel, task: _Task, shares: bool) -> Stream | Exception:
+        """`shares`: whether other prompts begin in the same way."""
+        assert task.options is not None
+        prompt = task.ids if task.request.prompt is None else task.request.prompt  # a text goes on from a text
+        # Of what others generated nothing is taken, so that no text depends on the order.
+        options = cast(GenerateOptions, {**task.options, "reuse_prefix": shares, "exact": True})
+        try:
+            return model.stream(prompt, **options)
+        except Exception as error:
+            return error
+
+    # --- and back -----------------------------------------------------------------------------------------------------
+    def _answer(self, model: LanguageModel, task: _Task, outcome: Completion | str, created: int) -> Answer:
+        if isinstance(outcome, str):
+            return plain_error(outcome) if task.form == "plain" else openai_error(task.row.identity, outcome)
+        assert task.options is not None
+        said = None
+        if task.chat is not None:
+            outcome = task.chat.take_answer(outcome)
+            said = task.chat.messages[-1]
+        logprobs = task.options.get("logprobs") is not None
+        if task.form == "plain":
+            return plain_answer(outcome, logprobs=logprobs, tools=task.request.tools is not None)
+        return openai_answer(
+            task.row.identity,
+            outcome,
+            said,
+            model=task.request.model or model.manifest.source,
+            created=created,
+            logprobs=logprobs,
+            codec=model.tokenizer,
+        )
+
+
+def as_python(value: Any) -> Any:
+    """A cell of a table as JSON has it: lists in place of arrays, None in place of NaN."""
+    if isinstance(value, np.ndarray | np.generic):
+        return as_python(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(name): as_python(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_python(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def as_text(value: Any) -> str | None:
+    """What has no type in a table, as JSON."""
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def as_cell(name: str, value: Any) -> str | int:
+    """A field of an answer as what is never None: libraries take a column's type from its first batch."""
+    if name in FURTHER:
+        value = as_text(value)
+    found: str | int = (0 if name.endswith("_tokens") else "") if value is None else value
+    return found
+
+
+def _identity(row: Mapping[str, Any]) -> Any:
+    found = next((row[name] for name in ID_FIELDS if is_id(row.get(name))), None)
+    return ["no id", row.get("prompt"), row.get("messages")] if found is None else found
