@@ -14,6 +14,7 @@ says what is in the context) with the options of `settings`, read it as a `strea
 - `batching/`: who runs a step, and for whom: where rows meet, and which caches stay.
 - `sampling/`: from logits to a token, and drafts of the next ones.
 - `text/`: tokens <-> text, and a conversation as one text.
+- `untrusted/`: a language model whose bundle is open in another process, with limits.
 - `commands/`: what `cli` runs beyond the library.
 
 Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from .settings import SamplingConfig as SamplingConfig
     from .settings import SamplingOptions as SamplingOptions
     from .stream import Stream as Stream
+    from .untrusted.limits import Limits as Limits
+    from .untrusted.limits import LimitsInForce as LimitsInForce
+    from .untrusted.model import UntrustedModel as UntrustedModel
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
@@ -56,6 +60,8 @@ else:
             ".scoring": ["Score"],
             ".session": ["Session"],
             ".stream": ["Stream"],
+            ".untrusted.limits": ["Limits", "LimitsInForce"],
+            ".untrusted.model": ["UntrustedModel"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
         },
     )
