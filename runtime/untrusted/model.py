@@ -19,16 +19,16 @@ from pastkey.errors import InputError, LimitWarning, PastkeyError
 
 from ..batching.shared_prefill import SharedPrefill
 from ..language_model import LanguageModel
-from ..many import token_ids
+from ..many import several, token_ids
 from ..scoring import Score
-from ..settings import CHAT_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, require_known
+from ..settings import CHAT_OPTIONS, ChatOptions, GenerateOptions, Pooling, SamplingConfig, require_known
 from ..unpacking import given_as
 from .connection import Connection
 from .conversation import Tokenizer, UntrustedChat
 from .limits import Limits
 from .protocol import MOST_JSON, Loaded, Scored, Shape, Values
 from .session import UntrustedSession
-from .stream import UntrustedStream, numbers
+from .stream import UntrustedStream, numbers, sent_value
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -161,6 +161,32 @@ class UntrustedModel(LanguageModel):
             connection.fail(f"answered with logits of shape ({shape.rows}, {shape.columns}), and was ended")
         found = np.frombuffer(content, "<f4").reshape(len(tokens), size)
         return found.astype(np.float32, copy=False)
+
+    def embed(
+        self,
+        text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """See LanguageModel."""
+        many, each = several(text), pooling == "none"
+        given = {"text": text, "pooling": pooling, "normalize": normalize}
+        size, context = self.manifest.hidden_size or 0, self.manifest.context_length
+        most = len(text) if many else context if each else 1
+        connection = self.alive()
+        shape, content = connection.call_with_array(
+            "for embeddings",
+            "embed",
+            Shape,
+            most_array=4 * most * size,
+            **{name: sent_value(name, value) for name, value in given.items()},
+        )
+        expected = shape.rows == most or (each and 0 < shape.rows <= context)
+        if not expected or shape.columns != size or len(content) != 4 * shape.rows * size:
+            connection.fail(f"answered with embeddings of shape ({shape.rows}, {shape.columns}), and was ended")
+        found = np.frombuffer(content, "<f4").reshape(shape.rows, size).astype(np.float32, copy=False)
+        return found if many or each else found[0]
 
     def score(self, text: str | Sequence[int]) -> Score:
         """See LanguageModel."""

@@ -134,6 +134,11 @@ class Server:
         found = np.ascontiguousarray(self._model.logits(ids), "<f4")
         return Shape(*found.shape), found.data.cast("B")
 
+    def do_embed(self, text: Any, pooling: Any, normalize: Any) -> tuple[Shape, Array]:
+        """Embeddings: one, or a row for each text or token."""
+        found = np.atleast_2d(self._model.embed(text, pooling=pooling, normalize=normalize)).astype("<f4")
+        return Shape(*found.shape), found.data.cast("B")
+
     def do_score(self, text: str | list[int]) -> Scored:
         """The log-probabilities of a text's tokens."""
         return Scored(**dataclasses.asdict(self._model.score(text)))

@@ -142,3 +142,14 @@ def told(completion: Completion, *but: str) -> dict[str, Any]:
 def beside(completion: Completion) -> dict[str, Any]:
     """What does not depend on those that are decoded at the same time."""
     return told(completion, "draft_tokens", "accepted_tokens", "cached_tokens")
+
+
+def descriptors() -> int:
+    """How many this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def children() -> list[str]:
+    """The processes that this one has started and that were not waited for."""
+    lists = [(task / "children").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sorted(child for listed in lists for child in listed.split())

@@ -16,6 +16,8 @@ from pastkey.runtime.untrusted.connection import Connection
 from pastkey.runtime.untrusted.limits import Limits
 from pastkey.runtime.untrusted.protocol import Done, Shape, Text
 
+from .conftest import children, descriptors
+
 # Answers the first question as it should, then runs what stands behind it with `say(content, array)`.
 ANSWERING = """
 import json, os, signal, struct, sys, time
@@ -35,16 +37,9 @@ LIMITS = Limits(seconds=20.0)
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """No descriptor, no thread, no process."""
-    before = descriptors(), threading.active_count()
+    before = descriptors(), threading.active_count(), children()
     yield
-    assert (descriptors(), threading.active_count()) == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-
-
-def descriptors() -> int:
-    folder = Path("/proc/self/fd")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
+    assert (descriptors(), threading.active_count(), children()) == before
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, program: str, limits: Limits = LIMITS) -> str:

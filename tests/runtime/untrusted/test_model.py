@@ -22,7 +22,7 @@ from pastkey.runtime.untrusted import process
 from pastkey.runtime.untrusted.limits import Limits
 from pastkey.runtime.untrusted.model import UntrustedModel
 
-from .conftest import EASY, beside, opened, told
+from .conftest import EASY, beside, children, descriptors, opened, told
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -84,6 +84,22 @@ def test_int8_and_what_authors_set(tiny: Any, letters: Any, make_bundle: Callabl
         prompt = [number % 37 for number in range(400)]
         assert told(model.generate(prompt, max_new_tokens=20)) == told(here.generate(prompt, max_new_tokens=20))
         assert model.manifest == here.manifest
+
+
+def test_embeddings(tiny: Any, letters: Any, make_bundle: Callable[..., Bundle], untrusted: UntrustedModel) -> None:
+    bundle = make_bundle(tiny, "fused", tokenizer=letters, hidden_size=24)
+    with opened(bundle.path) as model, pastkey.load(bundle.path, threads=1) as here:
+        many: list[Any] = ["hello", ["ab", "the cat"], [1, 2], [[1, 2], [3]], np.array([[1, 2], [3, 4]])]
+        for text in many:
+            mine, theirs = model.embed(text), here.embed(text)
+            assert mine.dtype == theirs.dtype
+            np.testing.assert_array_equal(mine, theirs)
+        for options in ({"pooling": "none"}, {"pooling": "last", "normalize": False}):
+            np.testing.assert_array_equal(model.embed("hello", **options), here.embed("hello", **options))
+        with pytest.raises(InputError, match="pooling is 'most'"):
+            model.embed("a", pooling="most")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="--hidden-states"):
+        untrusted.embed("hello")
 
 
 def test_errors_are_those_of_the_model(untrusted: UntrustedModel, trusted: LanguageModel) -> None:
@@ -217,16 +233,11 @@ def test_one_that_nobody_holds_is_ended(talking_bundle: Bundle) -> None:
 
 @pytest.mark.slow  # starts twenty processes
 def test_twenty_loads_leave_nothing(talking_bundle: Bundle) -> None:
-    def children() -> list[str]:
-        return [
-            child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
-        ]
-
-    before = len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), children()
+    before = descriptors(), threading.active_count(), children()
     for _ in range(20):
         with opened(talking_bundle.path) as model:
             assert model.generate("a", max_new_tokens=1).new_tokens == 1
-    assert (len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), children()) == before
+    assert (descriptors(), threading.active_count(), children()) == before
 
 
 @pytest.mark.parametrize(
@@ -238,6 +249,8 @@ def test_twenty_loads_leave_nothing(talking_bundle: Bundle) -> None:
         ("logits", "(P.Shape(5, 5), bytes(100))", "answered with logits of shape|answered with an array of"),
         ("logits", "(P.Shape(2, 37), bytes(10))", "answered with logits of shape"),
         ("logits", "(P.Shape(2, 37), bytes(10**6))", "answered with an array of 1,000,000 bytes"),
+        ("embed", "(P.Shape(0, 0), b'')", "answered with embeddings of shape"),
+        ("embed", "(P.Shape(1, 7), bytes(28))", "answered with an array of 28 bytes"),
         ("template", "P.Template('x' * 10**6, ())", "answered with a chat template that is too long"),
         ("next", "P.Step()", "answered with nothing"),
         (
@@ -262,6 +275,8 @@ def test_a_process_that_was_taken_over(
             assert model.sampling_defaults == {}
             model.logits([1, 2])
             model.chat()
+            if what == "embed":
+                model.embed("hello")
             model.generate("hello", max_new_tokens=20)
             model.prompt_ids("hello")
 

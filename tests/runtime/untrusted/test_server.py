@@ -84,7 +84,7 @@ def test_a_command_is_run_on_the_bundle_and_no_other(server: Server, tmp_path: P
         "bundle": str(tmp_path),
         "provider": "cpu",
         "provider_options": None,
-        "session_entries": None,
+        "session_options": None,
     }
     given |= {"threads": 1, "allow_fallback": False, "untrusted": False, "limits": None}
     (found,) = answers(server, {"what": "command", "given": {"name": "inspect", "arguments": given}})
