@@ -12,7 +12,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,7 @@ class Connection:
         *,
         unpack_to: Path | None = None,
         scratch: Path | None = None,
+        readable: Sequence[str] = (),
     ) -> None:
         """Starts it.
 
@@ -68,6 +69,7 @@ class Connection:
             content: That of the zip file, where it lies nowhere.
             unpack_to: An empty folder that it may write to until it has put the limits on itself.
             scratch: An empty folder that it may write to for as long as it lives.
+            readable: Further files that it may read.
 
         Raises:
             UntrustedBundleError: It could not be started, or does not answer.
@@ -95,7 +97,7 @@ class Connection:
                 "path": str(path),
                 "unpack_to": None if unpack_to is None else str(unpack_to),
                 "scratch": None if scratch is None else str(scratch),
-                "libraries": libraries()[1],
+                "libraries": libraries()[1] + [[place, "read"] for place in readable],
             }
             start = self.call_with_array(
                 "to start", "limits", LimitsInForce, content, seconds=max(_START, limits.seconds), asked=asked

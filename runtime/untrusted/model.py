@@ -237,7 +237,8 @@ def open_untrusted(given: object, limits: Limits | None, settings: Mapping[str, 
     unpack_to = Path(tempfile.mkdtemp(prefix="pastkey-")) if found.content is not None or path.is_file() else None
     folder = unpack_to or found.copied
     try:
-        connection = Connection(path, limits or Limits(), found.content or b"", unpack_to=unpack_to)
+        readable = [settings["key"]] if settings.get("key") is not None else []
+        connection = Connection(path, limits or Limits(), found.content or b"", unpack_to=unpack_to, readable=readable)
     except BaseException:
         _remove(folder)
         raise

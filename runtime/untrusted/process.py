@@ -19,7 +19,7 @@ BOOT: Final = (
     "from pastkey.runtime.untrusted.child import main; main(int(sys.argv[2]))"
 )
 # What the process imports, and where that lies is what it may read beside Python itself and the bundle.
-_PACKAGES: Final = ("numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance")
+_PACKAGES: Final = ("numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance", "cryptography", "cffi")
 # Of the environment it gets these alone: no key, no address, no home.
 _KEPT: Final = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT", "PASTKEY_TRACEBACK")
 _KEPT_PREFIXES: Final = ("OMP_", "OPENBLAS_", "MKL_", "TOKENIZERS_", "RAYON_")
