@@ -161,3 +161,55 @@ def read_shares(
 def _parts(given: Assigned | None, ran: int) -> int | None:
     """None where fewer nodes are recorded than ran: optimisation makes them fewer, and never more."""
     return given.parts if given is not None and given.nodes >= ran else None
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """Prints it for a person."""
+    manifest = inspection.manifest
+    per_token = inspection.kv_bytes_per_token
+    print(f"{manifest.source}: {manifest.precision}, {manifest.graph} graph ({manifest.graph_reason})")
+    print(
+        f"vocabulary {manifest.vocab_size}, context {manifest.context_length}, "
+        f"{len(manifest.layers)} attention calls, opset {manifest.opset}, onnxruntime >= {manifest.min_onnxruntime}"
+    )
+    print(f"\n{'bytes':>14}  file")
+    for name, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
+        print(f"{record.size:>14,}  {name}")
+    print(f"{inspection.total_bytes:>14,}  together; weights {inspection.weight_bytes:,}")
+    print(f"{per_token:>14,}  of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context")
+    print(f"{manifest.context_length:>14,}  tokens of context: {inspection.overflow}")
+    print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
+    shown = ""
+    for share in inspection.shares:
+        if manifest.static and share.graph != shown:
+            print(shown := share.graph)
+        operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
+        parts = "?" if share.parts is None else share.parts
+        print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")
+    if inspection.int8_kernels is not None:
+        print(f"\nint8 MatMuls here: {inspection.int8_kernels.note}")
+    for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
+        if figures:
+            print(f"\n{title} at export")
+            _print_figures(figures, indent=2)
+
+
+def _print_figures(figures: Mapping[str, Any], indent: int) -> None:
+    """One line per figure, and one per group of figures that holds no further group."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
+            print(f"{'':{indent}}{name}")
+            _print_figures(value, indent + 2)
+        elif isinstance(value, Mapping):
+            shown = ", ".join(f"{key} {_figure(inner)}" for key, inner in value.items() if inner not in (None, ""))
+            print(f"{'':{indent}}{name}: {shown}")
+        else:
+            print(f"{'':{indent}}{name}: {_figure(value)}")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

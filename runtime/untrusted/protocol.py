@@ -79,6 +79,7 @@ class Whole:
     draft_tokens: Natural
     accepted_tokens: Natural
     forced_tokens: Natural
+    dropped_tokens: Natural
     logprobs: tuple[Logprob, ...]
     prompt_logprobs: tuple[Logprob | None, ...]
 

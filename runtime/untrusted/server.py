@@ -236,9 +236,9 @@ class Server:
         self._sessions[session] = self._model.session() if fork_of is None else self._sessions[fork_of].fork()
         return Done()
 
-    def do_session_append(self, session: int, text: str | list[int]) -> Done:
+    def do_session_append(self, session: int, text: str | list[int], options: dict[str, Any]) -> Done:
         """Appends to its text."""
-        self._sessions[session].append(text)
+        self._sessions[session].append(text, **options)
         return Done()
 
     def do_session_stream(self, stream: int, session: int, text: str | list[int], options: dict[str, Any]) -> Number:

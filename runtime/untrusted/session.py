@@ -14,7 +14,7 @@ from ..session import Session
 from ..settings import SESSION_OPTIONS, SessionOptions, require_known
 from ..stream import Stream
 from .protocol import Done, Ids, Number
-from .stream import UntrustedStream, numbers
+from .stream import UntrustedStream, numbers, sent_options
 
 if TYPE_CHECKING:
     from .model import UntrustedModel
@@ -55,10 +55,11 @@ class UntrustedSession(Session):
             self._untrusted.alive().call("for a session's size", "session_bytes", Number, session=self._number).number
         )
 
-    def append(self, text: str | Sequence[int]) -> None:
+    def append(self, text: str | Sequence[int], **options: Any) -> None:
         """See `Session.append`."""
         self._require_open()
-        self._call("to append to a session", "session_append", text=self._sent(text))
+        sent = sent_options(options)
+        self._call("to append to a session", "session_append", text=self._sent(text), options=sent)
 
     def generate(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Completion:
         """See `Session.generate`."""
