@@ -167,7 +167,7 @@ def _in_bundle(file: str, use: Callable[[Any], object]) -> Callable[[bytes], obj
 
 
 def _use_manifest(bundle: Any) -> str:
-    from pastkey.runtime.cli import _print_figures
+    from pastkey.runtime.commands.inspection import _print_figures
 
     manifest = bundle.manifest
     for figures in (manifest.parity, manifest.quality, manifest.operators):

@@ -253,3 +253,16 @@ def test_no_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ta
     assert model.limits.landlock == 0
     assert model.limits.missing[0] == "files and networks are open to it (no landlock)"
     model.close()
+
+
+def test_a_signature_is_looked_at_there(hostile: Hostile, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    from pastkey.runtime.signature import new_key, sign_bundle
+
+    folder = hostile("")
+    mine, other = new_key(tmp_path / "mine.pem"), new_key(tmp_path / "other.pem")
+    sign_bundle(folder, tmp_path / "mine.pem")
+    with opened(folder, key=mine) as model:
+        assert model.generate("ab", max_new_tokens=1).new_tokens == 1
+    with pytest.raises(IntegrityError, match="sign"):
+        opened(folder, key=other)
