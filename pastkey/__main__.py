@@ -18,7 +18,15 @@ from types import FrameType
 from typing import Any
 
 from pastkey.command import Command, Parser, say
-from pastkey.errors import NEEDED, FallbackWarning, PastkeyError, TemplateWarning, first_line, missing_extra
+from pastkey.errors import (
+    NEEDED,
+    FallbackWarning,
+    LimitWarning,
+    PastkeyError,
+    TemplateWarning,
+    first_line,
+    missing_extra,
+)
 from pastkey.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: show where an unforeseen error came from
@@ -119,11 +127,12 @@ def _warnings_as_sentences(prog: str) -> Iterator[None]:
     """Shows what a provider or a template leaves out as a line, and every other warning as Python does."""
     with warnings.catch_warnings():
         warnings.simplefilter("once", FallbackWarning)  # of each graph that a command opens
+        warnings.simplefilter("always", LimitWarning)
         warnings.simplefilter("always", TemplateWarning)
         shown = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, FallbackWarning | TemplateWarning):
+            if issubclass(category, FallbackWarning | LimitWarning | TemplateWarning):
                 say(f"{prog}: {message}")
             else:
                 shown(message, category, *where, **more)

@@ -163,7 +163,7 @@ class Bundle:
 def read_bundle(path: str | Path) -> Bundle:
     """Reads the manifest alone and looks at no other file. Raises MissingFileError, InputError or IntegrityError."""
     folder = Path(path)
-    return Bundle(folder, _parse(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
+    return Bundle(folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
 
 
 def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
@@ -190,8 +190,11 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     return bundle
 
 
-def _parse(folder: Path, content: Mapping[str, Any]) -> Manifest:
-    """Every field by the type that its annotation says, then what two fields say together."""
+def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
+    """The manifest of a bundle in `folder`. Raises IntegrityError.
+
+    Every field is looked at by the type that its annotation says, then what two say together.
+    """
     values = {key: value for key, value in content.items() if key not in ("kind", "format_version")}
     values["files"] = parse_records(folder, values.get("files"))
     try:

@@ -87,6 +87,14 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     add_provider_settings(parser)
 
 
+def add_untrusted(parser: argparse.ArgumentParser) -> None:
+    """The flags of a bundle that is not trusted: `untrusted`, and `limits` as pairs, or None."""
+    add = parser.add_argument
+    add("--untrusted", action="store_true", help="open the bundle in a process of its own, with limits")
+    meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; may be given twice"
+    add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
+
+
 def add_provider_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of how a provider runs a bundle: `provider_options` and `session_options` are pairs, or None."""
     add = parser.add_argument

@@ -80,12 +80,20 @@ class MissingExtraError(PastkeyError, ImportError):
     """A package that an optional part of pastkey needs."""
 
 
+class UntrustedBundleError(PastkeyError, RuntimeError):
+    """The process of a bundle that is not trusted broke a limit, crashed, or gave no answer."""
+
+
 class FallbackWarning(RuntimeWarning):
     """The processor runs a part of what another execution provider was asked to run."""
 
 
 class TemplateWarning(UserWarning):
     """A chat template leaves out something that it is given."""
+
+
+class LimitWarning(RuntimeWarning):
+    """The process of a bundle that is not trusted lacks a limit, since this system has none such."""
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:

@@ -306,6 +306,14 @@ def leads_out(path: Path, folder: Path) -> bool:
     )
 
 
+def hub_store(folder: Path) -> Path | None:
+    """Where the links of a folder in Hugging Face's cache lead to; None for any other folder."""
+    for place in folder.resolve().parents:
+        if place.name == "snapshots" and place.parent.name.startswith(_HUB_PREFIXES):
+            return place.parent / "blobs"
+    return None
+
+
 def user_cache_file(name: str) -> Path | None:
     """Where a file of the user's cache folder is, or would be; None where there can be none."""
     try:

@@ -16,7 +16,8 @@ says what is in the context) with the options of `settings`, read it as a `strea
 - `speculation/`: drafts of the next ones, by a draft model too, and whether these pay.
 - `text/`: tokens <-> text, and a conversation as one text.
 
-Above it all stand `bulk/`: many rows in one job, and `commands/`: what `cli` runs beyond the library.
+Above it all stand `untrusted/`: a language model whose bundle is open in another process, with limits; `bulk/`: many
+rows in one job; and `commands/`: what `cli` runs beyond the library.
 
 Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
 """
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from .settings import SamplingConfig as SamplingConfig
     from .settings import SamplingOptions as SamplingOptions
     from .stream import Stream as Stream
+    from .untrusted.limits import Limits as Limits
+    from .untrusted.limits import LimitsInForce as LimitsInForce
+    from .untrusted.model import UntrustedModel as UntrustedModel
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
@@ -62,6 +66,8 @@ else:
             ".scoring": ["Score"],
             ".session": ["Session"],
             ".stream": ["Stream"],
+            ".untrusted.limits": ["Limits", "LimitsInForce"],
+            ".untrusted.model": ["UntrustedModel"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
         },
     )

@@ -70,9 +70,9 @@ class Chat:
             if name in self._variables:
                 raise OptionError(f"chat() has no option {name!r}: a conversation gives it to the template itself")
         self._tokenizer = model.tokenizer
-        self._template = ChatTemplate.from_bundle(model.bundle, template, tools=bool(tools))
+        self._template = self._open_template(template, tools=bool(tools))
         self._form = tool_call_form(self._template.source)
-        self._plain = _plain_contents(model.tokenizer) if special_tokens_as_text else None
+        self._plain = self._plain_contents(model.tokenizer) if special_tokens_as_text else None
         self._takes_text, self._takes_parts = self._contents_taken()
         self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
         self.reset()
@@ -319,6 +319,14 @@ class Chat:
         return [call for call in self.messages[places[-1]].get("tool_calls") or () if call.get("id") not in answered]
 
     # --- the template ---------------------------------------------------------------------------------------------
+    def _open_template(self, file: str | Path | None, *, tools: bool) -> ChatTemplate:
+        return ChatTemplate.from_bundle(self.model.bundle, file, tools=tools)
+
+    def _plain_contents(self, tokenizer: TextCodec) -> PlainContents:
+        from .text.plain_contents import PlainContents
+
+        return PlainContents(tokenizer)
+
     def _ids(self, messages: Sequence[Mapping[str, Any]], continued: bool) -> list[int]:
         text = self._rendered(messages, continue_final_message=continued)
         if self._plain is not None:
@@ -395,12 +403,6 @@ def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     from .text.tools import tool_schemas  # inspect and more, for whom it concerns
 
     return tool_schemas(tools)
-
-
-def _plain_contents(tokenizer: TextCodec) -> PlainContents:
-    from .text.plain_contents import PlainContents
-
-    return PlainContents(tokenizer)
 
 
 def _warn(sentence: str, stacklevel: int) -> None:

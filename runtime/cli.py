@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pastkey.command import (
     Command,
     add_placement,
+    add_untrusted,
     decode_input,
     finite_float,
     id_list,
@@ -88,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if prompt == "-":
         prompt = _standard_input()
     options = _generation_options(arguments)
-    model = load(arguments.bundle, draft=arguments.draft_bundle, **_placement(arguments))
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **_placement(arguments), **_trust(arguments))
     if arguments.json:
         completion = dataclasses.asdict(model.generate(prompt, **options))
         for name in ("cached_tokens", "tool_calls", "prompt_logprobs"):  # none: nothing came before, nor was asked for
@@ -129,7 +130,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from .loading import load
 
     options = _generation_options(arguments)
-    model = load(arguments.bundle, draft=arguments.draft_bundle, **_placement(arguments))
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **_placement(arguments), **_trust(arguments))
     options = _with_defaults(options, model.sampling_defaults)
     chat = model.chat(arguments.system, template=arguments.template)
     prompt = _standard_input() if arguments.prompt == "-" else arguments.prompt
@@ -208,7 +209,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from .commands.bench import bench
+    from .untrusted.rerun import rerun, untrusted_of
 
+    if untrusted_of(arguments):
+        return rerun("bench", arguments)
     report = bench(
         arguments.bundle,
         prompt_tokens=arguments.prompt_tokens,
@@ -246,7 +250,10 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from .commands.inspection import inspect, print_inspection
+    from .untrusted.rerun import rerun, untrusted_of
 
+    if untrusted_of(arguments):
+        return rerun("inspect", arguments)
     inspection = inspect(arguments.bundle, **_placement(arguments))
     if arguments.json:
         print_json(inspection.to_json())
@@ -257,7 +264,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 # --- compile ------------------------------------------------------------------------------------------------------
 def _add_compile(parser: argparse.ArgumentParser) -> None:
-    _add_bundle(parser)
+    _add_bundle(parser, any_author=False)
     parser.add_argument("--out", required=True, metavar="BUNDLE2", help="the folder to write")
     add_placement(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
@@ -337,8 +344,11 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
-def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None, *, any_author: bool = True) -> None:
+    """The bundle, and with `any_author` the flags of one that is a stranger's."""
     parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help="a folder that pastkey export wrote")
+    if any_author:
+        add_untrusted(parser)
 
 
 def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models_own: bool = False) -> None:
@@ -394,6 +404,12 @@ def _generation_options(arguments: argparse.Namespace) -> ChatOptions:
 
 def _placement(arguments: argparse.Namespace) -> PlacementOptions:
     return cast(PlacementOptions, placement_of(arguments))
+
+
+def _trust(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .untrusted.rerun import untrusted_of
+
+    return untrusted_of(arguments)
 
 
 def _standard_input() -> str:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import struct
-import tempfile
 import weakref
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pastkey.bundle import open_bundle
-from pastkey.errors import InputError, IntegrityError, MissingFileError, first_line
-from pastkey.folder import is_inside
-from pastkey.names import MANIFEST
-from pastkey.reading import reading
-from pastkey.values import is_int, shown
+from pastkey.errors import InputError
+from pastkey.values import is_int
 
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
@@ -26,8 +22,10 @@ from .draft_model import DraftModel
 from .language_model import LanguageModel
 from .settings import Choice, SessionSettings
 from .signature import require_signature
+from .unpacking import given_as, unpacked
 
-_MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
+if TYPE_CHECKING:
+    from .untrusted.limits import Limits
 
 
 def load(
@@ -43,6 +41,8 @@ def load(
     prefix_bytes: int = PREFIX_BYTES,
     max_batch: int = MAX_ROWS,
     draft: str | Path | bytes | Traversable | LanguageModel | None = None,
+    trust: bool = True,
+    limits: Limits | None = None,
 ) -> LanguageModel:
     """Opens a bundle.
 
@@ -71,6 +71,10 @@ def load(
         draft: A smaller bundle of the same vocabulary, as `path`, or a model that is loaded. It drafts tokens that
             this one accepts or rejects several at a time, where that is faster; docs/speculation.md has how. A path is
             loaded with the same providers, threads, session options and key, and closed with this model.
+        trust: False opens a bundle of a stranger in a process of its own, which serves every call of the model, with
+            limits of memory, time and file access; `lm.limits` tells them. It runs on the processor.
+            docs/security.md says what this keeps from whom.
+        limits: With `trust=False`, the memory and the time that it may take.
 
     Raises:
         MissingFileError: There is no bundle at `path`.
@@ -79,6 +83,8 @@ def load(
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
         MissingExtraError: onnxruntime is not installed, or older than the bundle needs; or a signature was asked for,
             and cryptography is not installed.
+        UntrustedBundleError: With `trust=False`, the bundle breaks a limit, crashes its process, or has it give no
+            answer. Every call may raise it.
         InputError: An argument has another type, or is out of range; or a session option is pastkey's own; or `draft`
             has another vocabulary, or is of no use to this bundle.
     """
@@ -109,6 +115,23 @@ def load(
         raise InputError(f"key is {type(key).__name__}; the path of a PEM file with a public key was expected")
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
+    if trust is not True or limits is not None:
+        _require_untrusted(trust, limits, providers, draft)
+        from .untrusted.model import open_untrusted
+
+        return open_untrusted(
+            path,
+            limits,
+            {
+                "threads": threads,
+                "verify": verify,
+                "key": None if key is None else str(Path(key).absolute()),
+                "session_options": None if session_options is None else dict(session_options),
+                "max_memory": max_memory,
+                "prefix_bytes": prefix_bytes,
+                "max_batch": max_batch,
+            },
+        )
     folder, temporary = _folder_of(path)
     drafts = None
     try:
@@ -157,81 +180,29 @@ class _Temporary:
 
 def _folder_of(path: object) -> tuple[Path, _Temporary | None]:
     """The bundle's folder, and what a temporary one is tied to. Raises InputError, IntegrityError, MissingFileError."""
-    if isinstance(path, bytes | bytearray | memoryview):
-        return _unpacked(io.BytesIO(path), "the bytes")
-    if isinstance(path, str | os.PathLike):
-        place = Path(path)
-        if place.is_file() and zipfile.is_zipfile(place):
-            with place.open("rb") as file:
-                return _unpacked(file, str(place))
-        return place, None
-    if isinstance(path, Traversable):
-        if path.is_file():
-            return _unpacked(io.BytesIO(path.read_bytes()), path.name)
-        if not path.is_dir():
-            raise MissingFileError(f"no such bundle: {path.name} is not in its package")
-        folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
-        _copy(path, folder)
-        return folder, _Temporary()
-    raise InputError(
-        f"path is {path!r}; the path of a bundle folder was expected, as a str or a Path, or a zip file of one, its "
-        "bytes, or a resource of a package"
-    )
+    given = given_as(path)
+    if given.content is not None:
+        return unpacked(io.BytesIO(given.content), str(given.path)), _Temporary()
+    if given.path.is_file() and zipfile.is_zipfile(given.path):
+        with given.path.open("rb") as file:
+            return unpacked(file, str(given.path)), _Temporary()
+    return given.path, None if given.copied is None else _Temporary()
 
 
-def _copy(source: Traversable, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for part in source.iterdir():
-        if part.is_dir():
-            _copy(part, target / part.name)
-        else:
-            with part.open("rb") as read, (target / part.name).open("wb") as written:
-                shutil.copyfileobj(read, written)
+def _require_untrusted(trust: object, limits: object, providers: object, draft: object) -> None:
+    """Raises InputError for what does not go with an untrusted bundle."""
+    from .untrusted.limits import Limits
 
-
-def _unpacked(file: object, name: str) -> tuple[Path, _Temporary]:
-    """A temporary folder with what stands beside the manifest in a zip file."""
-    try:
-        archive = zipfile.ZipFile(file)  # type: ignore[call-overload]
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
-        raise InputError(f"{name:.60} are no zip file of a bundle folder") from None
-    with archive, reading(name, "a zip file of a bundle"):
-        stored, unpacked = _sizes(archive)
-        if unpacked > _MOST_TIMES * stored + _ALWAYS:
-            raise IntegrityError(
-                f"{name} would be unpacked to {unpacked:,} bytes, more than {_MOST_TIMES} times its {stored:,}: no "
-                "bundle is, and it is left alone"
-            )
-        manifests = sorted((entry for entry in archive.namelist() if Path(entry).name == MANIFEST), key=len)
-        if not manifests:
-            raise MissingFileError(f"{name} holds no bundle: it has no {MANIFEST}")
-        root = manifests[0].removesuffix(MANIFEST)
-        folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
-        try:
-            for entry in archive.infolist():
-                inner = entry.filename.removeprefix(root)
-                if entry.is_dir() or not entry.filename.startswith(root):
-                    continue
-                if not is_inside(inner):
-                    raise IntegrityError(f"{name} names {shown(inner)}, which is not a path inside the folder")
-                (folder / inner).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as read, (folder / inner).open("wb") as written:
-                    shutil.copyfileobj(read, written)
-        except (zipfile.BadZipFile, EOFError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise IntegrityError(
-                f"{name} cannot be unpacked ({first_line(error, 100)}): it was cut or altered"
-            ) from None
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    return folder, _Temporary()
-
-
-def _sizes(archive: zipfile.ZipFile) -> tuple[int, int]:
-    """Bytes of all files, as they are stored, and as they say that they are unpacked to, which is where each is cut."""
-    entries = archive.infolist()
-    return sum(entry.compress_size for entry in entries), sum(entry.file_size for entry in entries)
+    if not isinstance(trust, bool):
+        raise InputError(f"trust is {trust!r:.60}; True or False was expected")
+    if trust:
+        raise InputError("limits are for a bundle that is not trusted, and trust is True: load it with trust=False")
+    if not isinstance(limits, Limits | None):
+        raise InputError(f"limits is {limits!r:.60}; Limits(memory=..., seconds=...) was expected, or None")
+    if providers not in (None, "cpu", ["cpu"], ("cpu",)):
+        raise InputError(f"providers is {providers!r}; an untrusted bundle runs on the processor alone: leave it out")
+    if draft is not None:
+        raise InputError("a draft model is of no use to a bundle that is not trusted: leave draft (--draft) out")
 
 
 def _is_choice(value: object) -> bool:

@@ -37,6 +37,11 @@ class Stream(Generator[Chunk, None, Completion]):
         """What it returns at its end; also after `close`, with what was yielded until then. None before."""
         return self._told.completion
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return self._generation.prompt_tokens
+
     def __next__(self) -> Chunk:
         return next(self._chunks)
 

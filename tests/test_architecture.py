@@ -137,8 +137,8 @@ def test_the_rooms_of_export_are_in_order() -> None:
     assert crossings > 20  # the walk finds them at all
 
 
-# Those of runtime/: what stands beside them makes a language model of them, bulk/ uses that, and commands/ sees
-# everything. batching/ runs the steps of generations, which are made of an engine and a sampler.
+# Those of runtime/: what stands beside them makes a language model of them, bulk/ uses that, and commands/ and
+# untrusted/ see everything. batching/ runs the steps of generations, which are made of an engine and a sampler.
 RUNTIME_ROOMS = {
     "providers": frozenset({"providers"}),
     "engine": frozenset({"engine", "providers"}),
@@ -154,7 +154,8 @@ RUNTIME_ROOMS = {
 
 
 def test_the_rooms_of_the_runtime_are_in_order() -> None:
-    assert {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")} == {*RUNTIME_ROOMS, "commands"}
+    rooms = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")}
+    assert rooms == {*RUNTIME_ROOMS, "commands", "untrusted"}
     crossings = 0
     for file in source_files("runtime"):
         room = file.relative_to(ROOT / "runtime").parts[0]
@@ -167,9 +168,13 @@ def test_the_rooms_of_the_runtime_are_in_order() -> None:
             if allowed is not None:
                 crossings += first != room
                 assert first in allowed | {"settings"}, f"{where}, which {room}/ may not: {', '.join(sorted(allowed))}"
+            elif room == "untrusted":
+                assert first != "commands" or found.lazy, f"{where}, which untrusted/ may not"
             elif room != "commands":
                 lazy_command = room == "cli.py" and found.lazy
                 assert first != "commands" or lazy_command or found.never, f"{where}, which only cli.py may"
+                lazy_untrusted = room in ("__init__.py", "cli.py", "loading.py") and found.lazy
+                assert first != "untrusted" or lazy_untrusted or found.never, f"{where}, which only load and cli.py may"
     assert crossings > 10
 
 

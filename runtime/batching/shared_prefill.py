@@ -17,7 +17,7 @@ class SharedPrefill:
 
     def __init__(self, count: int) -> None:
         """`count`: how many continuations there are."""
-        self._left = count
+        self.count = self._left = count
         self._first: Generation | None = None
         self._kept: Engine | None = None  # with the prompt alone
 

@@ -65,8 +65,12 @@ class ChatTemplate:
             raise InputError(f"the chat template cannot be compiled: {_reason(error)}") from None
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, file: str | Path | None = None, *, tools: bool = False) -> ChatTemplate:
+    def from_bundle(
+        cls, bundle: Bundle, file: str | Path | None = None, *, tools: bool = False, source: str | None = None
+    ) -> ChatTemplate:
         """The template that a bundle's tokenizer came with, or the one in `file`, with the bundle's special tokens.
+
+        `source` is the text of a file that was read already.
 
         Of several with names it is the default one, and with `tools` the one named tool_use where there is one. Of the
         bundle's files only those are read that its manifest lists. Raises InputError where there is no template
@@ -76,10 +80,10 @@ class ChatTemplate:
         if names.TOKENIZER_CONFIG in bundle.manifest.files:
             config = read_json(bundle.path / names.TOKENIZER_CONFIG)
         tokens = _special_tokens(config)
-        if file is not None:
-            return cls(_read(file), tokens)
+        if file is not None or source is not None:
+            return cls(read_template(file) if source is None else source, tokens)
         if names.CHAT_TEMPLATE in bundle.manifest.files:  # it comes first, as in transformers
-            return cls(_read(bundle.path / names.CHAT_TEMPLATE), tokens)
+            return cls(read_template(bundle.path / names.CHAT_TEMPLATE), tokens)
         return cls(_chosen(bundle.path, config.get("chat_template"), tools), tokens)
 
     def render(
@@ -164,7 +168,8 @@ def _up_to_mark(text: str, content: str) -> str:
     return text[:place] if text.startswith(_TAG, place) else text[:place].rstrip()
 
 
-def _read(file: str | Path) -> str:
+def read_template(file: object) -> str:
+    """The text of a template. Raises MissingFileError, or InputError for what is no path or no text."""
     if not isinstance(file, str | os.PathLike):
         raise InputError(f"template is {file!r:.60}; the path of a chat template was expected, as a str or a Path")
     return read_text(Path(file))

@@ -39,11 +39,11 @@ from pastkey.runtime.bulk.tables import open_table
 from pastkey.runtime.engine.embedding import EmbeddingRows
 from pastkey.runtime.engine.golden import Golden
 from pastkey.runtime.generation_config import sampling_defaults
-from pastkey.runtime.loading import _unpacked
 from pastkey.runtime.session_file import read_session, write_session
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.runtime.text.messages import read_messages
+from pastkey.runtime.unpacking import unpacked
 from pastkey.train.checkpoint import (
     STATE,
     TOKENS_TRAIN,
@@ -244,9 +244,9 @@ def _zip_valid() -> bytes:
 
 
 def _zip(content: bytes) -> object:
-    folder, held = _unpacked(io.BytesIO(content), "x.zip")
+    folder = unpacked(io.BytesIO(content), "x.zip")
     shutil.rmtree(folder, ignore_errors=True)
-    return held
+    return folder
 
 
 _ROWS = [

@@ -17,6 +17,7 @@ from pastkey.folder import (
     check_hashes,
     check_sizes,
     file_record,
+    hub_store,
     leads_out,
     parse_records,
     read_json,
@@ -363,3 +364,12 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch
     file.write_text("wrong")
     with pytest.raises(IntegrityError, match="a was altered"):
         check_hashes(tmp_path, records)
+
+
+def test_the_store_of_a_hubs_cache(tmp_path: Path) -> None:
+    """Of what lies in its layout, and of nothing else."""
+    repository = tmp_path / "models--a--b"
+    assert hub_store(repository / "snapshots" / "0123") == repository.resolve() / "blobs"
+    assert hub_store(repository / "snapshots" / "0123" / "onnx") == repository.resolve() / "blobs"
+    assert hub_store(tmp_path / "snapshots" / "0123") is None
+    assert hub_store(repository) is None

@@ -190,3 +190,8 @@ def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(
     (tmp_path / "onnx" / "other.onnx_data").write_bytes(b"x")
     with pytest.raises(IntegrityError, match=r"other\.onnx_data is not listed in pastkey\.json: it was added"):
         load(tmp_path)
+
+
+def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="of no use to a bundle that is not trusted: leave draft"):
+        load(tmp_path, trust=False, draft=tmp_path)

@@ -1,0 +1,176 @@
+"""A stream whose tokens another process makes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
+
+from ..completion import Chunk, Completion
+from ..stream import Stream
+from .connection import Connection
+from .protocol import MOST_JSON, Number, Step
+
+_MOST_TEXT: Final = 64_000_000  # characters of a stream
+_PER_TOKEN, _MOST = 64, 512_000_000  # bytes of JSON for a token or a log-probability, and of a whole
+numbers = itertools.count(1)  # of streams, templates and sessions; one for all processes does no harm
+
+
+class UntrustedStream(Stream):
+    """As Stream: it takes nothing until its first `next`, and may be read, cancelled and closed from any thread.
+
+    `close` waits for what the process says of the whole, unless another thread is inside `next`.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        holds: object,
+        options: Mapping[str, Any],
+        context_length: int,
+        call: str,
+        **given: Any,
+    ) -> None:
+        """Asks the process to open it.
+
+        Args:
+            connection: The process.
+            holds: What the process lives as long as.
+            options: Those of the call, whose names are known.
+            context_length: Tokens that a text may have.
+            call: Which of its calls opens it.
+            **given: What the call takes beside number and options.
+        """
+        self._connection, self._holds, self._number = connection, holds, next(numbers)
+        self._inside = threading.Lock()
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+        self._length = 0
+        self._over = self._closed = False
+        self._whole: Completion | None = None
+        logprobs = options.get("logprobs")
+        each = _PER_TOKEN * (2 + (logprobs if isinstance(logprobs, int) and logprobs < 2**20 else 0))
+        self._most = min(MOST_JSON + each * context_length, _MOST)
+        try:
+            asked = {"stream": self._number, "options": sent_options(options), **given}
+            self._prompt_tokens = connection.call("to begin a text", call, Number, **asked).number
+        except PastkeyError:
+            self._over = True
+            raise
+
+    @property
+    def completion(self) -> Completion | None:
+        """What it returns at its end; also after `close`, with what was yielded until then. None before."""
+        return self._so_far() if self._whole is None and self._closed else self._whole
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return self._prompt_tokens
+
+    def __next__(self) -> Chunk:
+        return self.send(None)
+
+    def send(self, value: None) -> Chunk:
+        """As `next`."""
+        del value
+        if not self._inside.acquire(blocking=False):
+            raise ValueError("generator already executing")
+        try:
+            if self._over:
+                raise StopIteration
+            return self._step()
+        finally:
+            self._inside.release()
+
+    def _step(self) -> Chunk:
+        try:
+            found = self._connection.call("for the next token", "next", Step, stream=self._number, most_json=self._most)
+        except BaseException as error:  # an interrupt, too: the answer to this question is lost
+            self._finish()
+            if isinstance(error, UntrustedBundleError) and self._connection.closed:
+                raise StopIteration(self._whole) from None  # as where a model is closed meanwhile
+            raise
+        if found.piece is None:
+            self._over = True
+            if found.whole is None:
+                self._connection.fail("answered with nothing, and was ended")
+            self._whole = found.whole.completion()
+            raise StopIteration(self._whole)
+        chunk = found.piece.chunk()
+        self._texts.append(chunk.text)
+        self._ids += chunk.ids
+        self._length += len(chunk.text)
+        if self._length > _MOST_TEXT:
+            self._connection.fail(f"answered with a text of more than {_MOST_TEXT:,} characters, and was ended")
+        return chunk
+
+    def cancel(self) -> None:
+        """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
+        self._connection.tell("cancel", stream=self._number)
+
+    def close(self) -> None:
+        """Ends it within one step; no more can be read."""
+        self.cancel()
+        self._closed = True
+        if self._inside.acquire(blocking=False):  # else another thread is inside, and comes to the end now
+            try:
+                self._finish()
+            finally:
+                self._inside.release()
+
+    def _finish(self) -> None:
+        """Takes the whole of what was told, once."""
+        if self._over:
+            return
+        self._over = True
+        whole, call = None, self._connection.call
+        with contextlib.suppress(PastkeyError):  # the process has ended
+            whole = call("to end a text", "close", Step, stream=self._number, most_json=self._most).whole
+        self._whole = self._so_far() if whole is None else whole.completion()
+
+    def _so_far(self) -> Completion:
+        """What was told, where the process does not say: it has ended, or is at the next token still."""
+        text, ids = "".join(self._texts), list(self._ids)
+        return Completion(text, ids, "cancelled", self._prompt_tokens, len(ids), 0.0, 0.0)
+
+    def __del__(self) -> None:
+        if not vars(self).get("_over", True):
+            self._connection.tell("drop", stream=self._number)
+
+
+def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call as JSON takes them, a mapping of ids as pairs. Raises InputError where it takes none."""
+    found = {}
+    for name, value in options.items():
+        if name == "logits_processor":
+            if callable(value) or value:
+                raise InputError(
+                    "logits_processor is a function, and the process of an untrusted bundle takes none: leave it out, "
+                    "or load the bundle with trust=True"
+                )
+            continue
+        sent = value.items() if name == "logit_bias" and isinstance(value, Mapping) else value
+        found[name] = sent_value(name, sent)
+    return found
+
+
+def sent_value(name: str, value: Any) -> Any:
+    """A value of JSON's types. Raises InputError, which calls it `name`, for what is none."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): sent_value(name, part) for key, part in value.items()}
+    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
+        return [sent_value(name, part) for part in value]
+    raise InputError(
+        f"{name} is {value!r:.60}; text, numbers, lists and mappings go to the process of an untrusted bundle"
+    )
