@@ -14,7 +14,7 @@ BadWords = Mapping[tuple[int, ...], Sequence[int]]  # what stands before -> the 
 def add_bias(logits: Scores, bias: Mapping[int, float]) -> Scores:
     """Logits (V,) with a number added to those of some ids; minus infinity bans."""
     biased = logits.astype(np.float64)
-    biased[list(bias)] += list(bias.values())
+    biased[list(bias)] += np.array(list(bias.values()), np.float64)  # an int of Python may fit no int64
     return biased
 
 

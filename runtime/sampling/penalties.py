@@ -49,7 +49,7 @@ def apply_presence_and_frequency_penalty(
     """
     ids, counts = np.unique(np.asarray(seen, np.int64), return_counts=True)
     penalised = logits.astype(np.float64)
-    penalised[ids] -= counts * frequency + presence
+    penalised[ids] -= counts * float(frequency) + float(presence)  # an int of Python may fit no int64
     return penalised
 
 

@@ -153,7 +153,7 @@ def _changes(config: SamplingConfig, text: _Text) -> Iterator[Change]:
         )
     if forced := _forced(config, text):
         yield lambda logits, ids: bans.force(logits, forced[ids.size]) if ids.size in forced else logits
-    if c.suppress_tokens:
+    if len(c.suppress_tokens):
         yield lambda logits, _: bans.suppress(logits, c.suppress_tokens)
     for processor in (c.logits_processor,) if callable(c.logits_processor) else c.logits_processor:
         yield partial(apply_processor, processor=processor)
