@@ -30,10 +30,10 @@ class KeptTokens:
         self._context = context = engine.manifest.context_length
         self.sinks, self.block, self.dropped = 0, 0, 0
         require(overflow in ("error", "shift"), "context_overflow", overflow, '"error" or "shift"')
+        most = context // 2 if overflow == "shift" else None  # without it, a number for any context is none too many
+        expected = "a whole number from 0" + ("" if most is None else f" to {most}, half the context")
+        require(is_int(sinks, 0, most), "num_sink_tokens", sinks, expected)
         if overflow == "shift":
-            half = context // 2
-            expected = f"a whole number from 0 to {half}, half the context"
-            require(is_int(sinks, 0, half), "num_sink_tokens", sinks, expected)
             require_shift(engine.manifest)
             if engine.manifest.window is not None:  # which no token sees any more, once it is that far
                 sinks = 0

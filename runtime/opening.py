@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pastkey.errors import InputError
-from pastkey.values import is_number
+from pastkey.values import is_number, require
 
 from .batching.shared_prefill import SharedPrefill
 from .engine.engine import Engine
@@ -20,6 +20,8 @@ from .text.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
+
+_SWITCHES = ("exact", "keep_special_tokens", "prompt_logprobs", "prompt_lookup", "reuse_prefix")
 
 
 def open_stream(
@@ -46,6 +48,8 @@ def open_stream(
     Raises:
         InputError: The model cannot take `ids`, or an option is out of range.
     """
+    for name in _SWITCHES:
+        require(isinstance(options.get(name, False), bool), name, options.get(name), "True or False")
     codec = model.tokenizer
     stops = _texts("stop", options.get("stop", ()))
     if stops and codec is None:
