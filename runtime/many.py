@@ -75,8 +75,9 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
 
         With `n` there are so many of each prompt, which share its prefill and draw by seeds of their own.
         """
-        if isinstance(prompts, str) or not len(prompts):
-            found = "a text" if isinstance(prompts, str) else "none"
+        ordered = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 0  # an array, or a column of a table
+        if isinstance(prompts, str) or not ordered or not len(prompts):
+            found = "a text" if isinstance(prompts, str) else "none" if ordered else f"{prompts!r:.60}"
             raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
         require(n is None or is_int(n, 1), "n", n, "a whole number from 1")
         if n is None:
@@ -138,6 +139,7 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
 
 def all_completed(streams: StreamMany, progress: Callable[[int, int], object] | None) -> list[Completion]:
     """What `streams` returns at its end. `progress` is told (done, all) after each."""
+    require(progress is None or callable(progress), "progress", progress, "a function of (done, all), or None")
     told, done = 0, False
     try:
         while not done:

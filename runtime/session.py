@@ -210,8 +210,7 @@ class Session:
 
     def _stream(self, text: str | Sequence[int], options: SessionOptions) -> Stream:
         engine = self._idle()
-        more = isinstance(text, str) or len(text)
-        ids = [*self._ids, *(self._encode(text) if more else [])]
+        ids = [*self._ids, *self._encode(text)]
         if not ids:
             raise InputError("the session is empty: append a text first, or generate from one")
         after_text = bool(self._ids) or (isinstance(text, str) and bool(text.strip()))

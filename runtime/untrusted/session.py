@@ -111,9 +111,7 @@ class UntrustedSession(Session):
         self.close()
 
     def _sent(self, text: str | Sequence[int]) -> str | list[int]:
-        if isinstance(text, str) or not len(text):
-            return text if isinstance(text, str) else []
-        return self._untrusted.prompt_ids(text)
+        return text if isinstance(text, str) else self._untrusted.prompt_ids(text)
 
     def _require_open(self) -> None:
         if self._closed:

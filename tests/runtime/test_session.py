@@ -101,9 +101,11 @@ def test_what_a_session_cannot_do_is_refused(lm: LanguageModel) -> None:
     session = lm.session()
     with pytest.raises(InputError, match="the session is empty: append a text first"):
         session.generate()
-    for wrong in ("", [], [99], "a" * 601):
-        with pytest.raises(InputError):
-            session.append(wrong)
+    wrong: Any
+    for wrong in ("", [], [99], "a" * 601, 5, None, {1: 2}):
+        for begin in (session.append, session.generate):
+            with pytest.raises(InputError):
+                begin(wrong)
         assert session.ids == []
     with pytest.raises(OptionError, match=r"session\.generate\(\) has no option 'reuse_prefix'"):
         session.generate("a", reuse_prefix=True)  # type: ignore[call-arg]
