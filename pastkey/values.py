@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import re
+from pathlib import Path
 from typing import TypeGuard
 
 from .errors import InputError
@@ -28,6 +30,13 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raises InputError for a setting unless the condition holds."""
     if not condition:
         raise InputError(f"{name} is {shown(value)}; it must be {expected}")
+
+
+def as_path(value: object) -> Path:
+    """The path of a file. Raises InputError for what is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"path is {shown(value)}; it must be the path of a file, as a str or a Path")
+    return Path(value)
 
 
 def shown(value: object, longest: int = 80) -> str:

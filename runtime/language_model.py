@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
+from pastkey.values import as_path
 
 from .batching.memory import CacheMemory
 from .batching.prefix_store import PREFIX_BYTES, PrefixStore
@@ -165,7 +166,7 @@ class LanguageModel:
         from .session_file import read_session
 
         engine = self.new_engine()
-        ids = read_session(Path(path), self.bundle, engine)
+        ids = read_session(as_path(path), self.bundle, engine)
         self.memory.promise(engine, len(ids))
         return Session(self, ids, engine)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, Unpack
 
 from pastkey.errors import InputError
-from pastkey.values import is_int
+from pastkey.values import as_path, is_int
 
 from .completion import Completion, completed
 from .engine.engine import Engine
@@ -176,8 +176,8 @@ class Session:
         """
         from .session_file import write_session
 
-        engine = self._idle()
-        self._model.scheduler.exclusively(lambda: write_session(Path(path), self._model.bundle, self._ids, engine))
+        engine, file = self._idle(), as_path(path)
+        self._model.scheduler.exclusively(lambda: write_session(file, self._model.bundle, self._ids, engine))
 
     def cancel(self) -> None:
         """Ends what the session does now within one step, from any thread. What was generated stays."""

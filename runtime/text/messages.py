@@ -9,6 +9,7 @@ from typing import Any
 
 from pastkey.errors import InputError, PastkeyError
 from pastkey.folder import read_json, write_json
+from pastkey.values import as_path
 
 Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text", "text": ...}
 
@@ -45,7 +46,7 @@ def save_messages(path: str | Path, messages: Sequence[Mapping[str, Any]]) -> No
 
     Raises InputError where the file is there and holds something else, OSError where it cannot be written.
     """
-    file = Path(path)
+    file = as_path(path)
     if file.is_dir():
         raise InputError(f"{file} is a folder; the name of a file to save the conversation in was expected")
     if file.exists() and not _is_replaceable(file):
@@ -69,7 +70,7 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
 
     Raises MissingFileError, IntegrityError where it is not JSON, InputError where it is no conversation.
     """
-    file = Path(path)
+    file = as_path(path)
     if file.is_dir():
         raise InputError(f"{file} is a folder; a saved conversation was expected")
     found = read_json(file).get("messages")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.values import is_int, is_number, parse_version
+from pastkey.errors import InputError
+from pastkey.values import as_path, is_int, is_number, parse_version
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,13 @@ from pastkey.values import is_int, is_number, parse_version
 )
 def test_a_whole_number_and_a_number_are_told_from_what_looks_like_one(value: Any, whole: bool, number: bool) -> None:
     assert (is_int(value), is_number(value)) == (whole, number)
+
+
+def test_a_path_is_a_text_or_a_path() -> None:
+    assert as_path("a/b") == as_path(Path("a/b")) == Path("a/b")
+    for wrong in (None, 5, b"a", ["a"]):
+        with pytest.raises(InputError, match=r"path is .*; it must be the path of a file, as a str or a Path"):
+            as_path(wrong)
 
 
 def test_a_whole_number_may_have_a_least() -> None:
