@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from pastkey.errors import InputError
 from pastkey.values import as_path, is_int
@@ -202,6 +202,13 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Raises InputError: a copy would write into the same cache, and another process does not have it."""
+        raise InputError(
+            "a session can be neither copied nor pickled: take session.fork(), or session.save() and load_session() "
+            "in the other process"
+        )
 
     def _encode(self, text: str | Sequence[int]) -> list[int]:
         if isinstance(text, str) and self._ids and self._model.tokenizer is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
+
+from pastkey.errors import InputError
 
 from .completion import Chunk, Completion
 from .generate import Generation
@@ -74,6 +76,13 @@ class Stream(Generator[Chunk, None, Completion]):
             self._wake()
         self._generation.close()
         self._told.complete()
+
+    def __reduce__(self) -> NoReturn:
+        """Raises InputError: a copy would end this one."""
+        raise InputError(
+            "a stream can be neither copied nor pickled: give the model and the prompt to the other process, and begin "
+            "the stream there"
+        )
 
     def __del__(self) -> None:
         generation = vars(self).get("_generation")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +117,19 @@ def test_what_a_session_cannot_do_is_refused(lm: LanguageModel) -> None:
     for call in (session.generate, session.fork, lambda: session.append("x"), lambda: session.save("x")):
         with pytest.raises(InputError, match=r"this session is closed: open another with model\.session\(\)"):
             call()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_neither_a_session_nor_a_stream_can_be_copied(lm: LanguageModel, copied: Callable[[object], object]) -> None:
+    session = lm.session()
+    session.append("abc")
+    with session.stream(max_new_tokens=5) as stream:
+        next(stream)
+        with pytest.raises(InputError, match=r"a session can be neither copied nor pickled: take session\.fork\(\)"):
+            copied(session)
+        with pytest.raises(InputError, match="a stream can be neither copied nor pickled: give the model"):
+            copied(stream)
+        assert len(list(stream)) == 4
 
 
 def test_closing_a_session_ends_its_stream(lm: LanguageModel) -> None:
