@@ -1,11 +1,13 @@
 """A pool of threads over a file of questions: an application's own loop, with progress, and resume after Ctrl-C.
 
-python examples/questions.py BUNDLE questions.txt answers.tsv
+python examples/questions.py BUNDLE questions.jsonl answers.jsonl
 
-A line of questions.txt is a question, and a line of answers.tsv its number, a tab and its answer. `pastkey batch` does
-more (a kill at any moment, errors, Parquet); here each answer is a call, between which a program may do what it likes.
+A line of questions.jsonl is {"question": ...}, and a line of answers.jsonl has its number, from 0, and its answer, too.
+`pastkey batch` does more (a kill at any moment, errors, Parquet); here each answer is a call, between which a program
+may do what it likes.
 """
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -17,9 +19,10 @@ bundle, questions, answers = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 
 def answered() -> set[int]:
     """The numbers of the lines that are whole."""
-    whole = answers.read_text(encoding="utf-8").rpartition("\n")[0] if answers.exists() else ""
-    answers.write_text(whole and whole + "\n", encoding="utf-8")  # without a line that was cut
-    return {int(line.partition("\t")[0]) for line in whole.splitlines()}
+    whole = answers.read_bytes().rpartition(b"\n")[0] if answers.exists() else b""
+    with answers.open("ab") as out:
+        out.truncate(len(whole and whole + b"\n"))  # without a line that was cut
+    return {json.loads(line)["number"] for line in whole.splitlines()}
 
 
 def answer(lm: pastkey.LanguageModel, number: int, question: str) -> str:
@@ -33,16 +36,15 @@ def answer(lm: pastkey.LanguageModel, number: int, question: str) -> str:
 
 
 done = answered()
-waiting = [
-    (number, line)
-    for number, line in enumerate(questions.read_text(encoding="utf-8").splitlines())
-    if line and number not in done
-]
+lines = questions.read_text(encoding="utf-8").split("\n")
+rows = {number: json.loads(line) for number, line in enumerate(lines) if line.strip()}
+waiting = rows.keys() - done
 with pastkey.load(bundle) as lm, ThreadPoolExecutor(8) as pool, answers.open("a", encoding="utf-8") as out:
-    jobs = {pool.submit(answer, lm, number, question): number for number, question in waiting}
+    jobs = {pool.submit(answer, lm, number, rows[number]["question"]): number for number in sorted(waiting)}
     try:
         for count, job in enumerate(as_completed(jobs), 1):
-            out.write(f"{jobs[job]}\t{job.result()}\n")
+            row = {"number": jobs[job], **rows[jobs[job]], "answer": job.result()}
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             print(f"{count + len(done)} of {len(waiting) + len(done)}", file=sys.stderr)
     finally:

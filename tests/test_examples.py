@@ -332,16 +332,19 @@ def test_questions_are_answered_by_a_pool_and_once_each(
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
     tiny = decoder.Tiny.random([(8, 8)], context_length=100)
     bundle = decoder.write_bundle(tmp_path / "b", tiny, "fused", tokenizer=tokenizer)
-    questions, answers = tmp_path / "questions.txt", tmp_path / "answers.tsv"
-    questions.write_text("abc\n\n" + "".join(f"{letter}\n" for letter in "defghijklm"))
-    answers.write_text("0\tmine\n5\tcut in the mid")
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    asked = [json.dumps({"question": letter, "of": "é"}) for letter in ["abc", *"defghijklm"]]
+    questions.write_text("\n\n".join([asked[0], "\n".join(asked[1:])]))
+    mine = {"number": 0, "question": "abc", "of": "é", "answer": "mine"}
+    answers.write_text(json.dumps(mine) + '\n{"number": 5, "answer": "cut in the mid')
     monkeypatch.setattr(sys, "argv", ["questions.py", str(bundle.path), str(questions), str(answers)])
     runpy.run_path(str(ROOT / "examples" / "questions.py"), run_name="__main__")
     assert capsys.readouterr().err.splitlines()[-1] == "11 of 11"
-    found = dict(line.split("\t") for line in answers.read_text(encoding="utf-8").splitlines())
-    assert sorted(map(int, found)) == [0, *range(2, 12)]
-    assert found["0"] == "mine"
-    assert found["5"] != "cut in the mid"
+    found = {row["number"]: row for row in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
+    assert sorted(found) == [0, *range(2, 12)]
+    assert found[0] == mine
+    assert found[5].items() >= {"number": 5, "question": "g", "of": "é"}.items()
+    assert found[5]["answer"] != "cut in the mid"
     before = answers.read_bytes()
     runpy.run_path(str(ROOT / "examples" / "questions.py"), run_name="__main__")
     assert answers.read_bytes() == before
