@@ -380,7 +380,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_bundle(tmp_path: Path, monkey
     out.mkdir()
     (out / names.MANIFEST).write_text("{}")
 
-    def full(model: object, folder: Path, precision: str) -> None:
+    def full(model: object, folder: Path, *rest: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
     monkeypatch.setattr(bundle_writer, "write_graphs", full)
