@@ -38,9 +38,9 @@ def greedy(graph: Path) -> list[int]:
     ("build", "settings", "operators"),
     [
         (llama, {"precision": "int8"}, "com.microsoft;1;GroupQueryAttention,MatMulNBits,"),
-        (llama, {"precision": "int4"}, "MatMulNBits"),
-        (llama, {"precision": "fp32", "graph": "standard"}, "Softmax"),
-        (llama, {"precision": "fp16"}, "GroupQueryAttention"),
+        pytest.param(llama, {"precision": "int4"}, "MatMulNBits", marks=pytest.mark.matrix),
+        pytest.param(llama, {"precision": "fp32", "graph": "standard"}, "Softmax", marks=pytest.mark.slow),
+        pytest.param(llama, {"precision": "fp16"}, "GroupQueryAttention", marks=pytest.mark.matrix),
         (lambda: Plain(size=10, context=CONTEXT), {"precision": "int8", "target": "portable"}, "MatMul"),
     ],
     ids=["int8", "int4", "standard", "fp16", "portable"],

@@ -180,7 +180,7 @@ class Host:
 
 
 @pytest.mark.parametrize("graph", ["auto", "standard"])
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 8)), 3])
 def test_chunks_say_what_one_call_says(graph: str, size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     bundle = made(tmp_path_factory.mktemp("steps") / "bundle", f"fp32 {graph}")
     for config in (SamplingConfig(seed=0, repetition_penalty=1.2), DRAWN):

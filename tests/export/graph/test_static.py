@@ -84,7 +84,10 @@ def test_the_folder_has_the_common_graph_and_no_last_logits(exported: Export) ->
     assert text == ids[3:]
 
 
-@pytest.mark.parametrize(("family", "windows"), [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))])
+WINDOWS = [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))]
+
+
+@pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, quick=WINDOWS[1:2], ci=WINDOWS[2:]))
 def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     from ..families import CONTEXT, build
@@ -100,7 +103,11 @@ def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], t
     ("family", "sentence"),
     [
         ("bloom", "needs more than masks of the tokens that it sees"),
-        ("lfm2", "cannot have the static graph, whose past has holes, since it keeps rows beside"),
+        pytest.param(
+            "lfm2",
+            "cannot have the static graph, whose past has holes, since it keeps rows beside",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_masks_cannot_tell_is_refused(family: str, sentence: str, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def reference_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize(
     "build",
     [

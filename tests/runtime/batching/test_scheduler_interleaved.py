@@ -62,6 +62,7 @@ def generates(place: int, expected: list[list[int]]) -> Callable[[LanguageModel]
     return work
 
 
+@pytest.mark.slow
 def test_two_generations_in_every_order_with_one_change(
     interleaved: Callable[..., Interleaving], expected: list[list[int]]
 ) -> None:
