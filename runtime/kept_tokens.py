@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pastkey.errors import InputError
 from pastkey.values import is_int, require
 
 from .engine.engine import Engine
@@ -44,7 +45,12 @@ class KeptTokens:
 
         Raises InputError where they are none of the model's, or too many and none may go.
         """
-        context = self._context
+        context, shift = self._context, self._engine.manifest.shift
+        if not self.block and len(ids) > context and shift is not None and not shift.refused:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; the context is {context}: shorten the text, export with a larger "
+                "--context, or let its oldest tokens go (--context-overflow shift)"
+            )
         if not self.block or len(ids) <= context:
             found: list[int] = self._engine.checked(ids, ndim=1, start=0).tolist()
             return found

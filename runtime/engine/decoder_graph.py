@@ -341,10 +341,7 @@ class DecoderGraph:
             found = f"the prompt has {tokens} tokens"
             if start:
                 found = f"{start} tokens are in the cache and {tokens} more were given"
-            raise InputError(
-                f"{found}; the context is {context}: shorten the text, export with a larger --context, or let its "
-                "oldest tokens go (--context-overflow shift)"
-            )
+            raise InputError(f"{found}; the context is {context}: shorten the text, or export with a larger --context")
         return np.ascontiguousarray(array, np.int64)
 
     def require_hidden_states(self) -> None:

@@ -297,3 +297,11 @@ def test_the_command(lm: LanguageModel, capsys: pytest.CaptureFixture[str]) -> N
     found = json.loads(capsys.readouterr().out)
     expected = lm.generate(ids_of(100), max_new_tokens=5, context_overflow="shift", num_sink_tokens=2)
     assert (found["ids"], found["dropped_tokens"]) == (expected.ids, expected.dropped_tokens)
+
+
+def test_what_cannot_shift_is_not_told_to(lm: LanguageModel, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
+        lm.score(ids_of(CONTEXT + 1))
+    older = load(make_bundle(tiny, "fused").path, threads=1)
+    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
+        older.generate([1] * (tiny.context_length + 1))
