@@ -146,7 +146,7 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet \
 		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,parquet,sign]" \
 		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
-	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 # The figures of `make demo` in docs/performance.md, measured again on this machine. Needs the bundles of `make demo`.
 figures: $(VENV)/installed
