@@ -43,7 +43,7 @@ def apply_dry(
         return logits
     tokens, lengths = map(list, zip(*repeated, strict=True))
     penalised = logits.astype(np.float64)
-    penalised[tokens] -= multiplier * base ** (np.array(lengths, np.float64) - allowed_length)
+    penalised[tokens] -= float(multiplier) * float(base) ** (np.array(lengths, np.float64) - allowed_length)
     return penalised
 
 

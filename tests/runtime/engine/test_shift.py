@@ -11,10 +11,12 @@ import pytest
 from pastkey.bundle import Bundle, CacheShift, KeyRotation
 from pastkey.errors import InputError
 from pastkey.runtime.engine import engine as engines
+from pastkey.runtime.engine import int8_kv
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.int8_kv import CachePair
 from pastkey.runtime.engine.shift import turned
-from pastkey.runtime.providers import placement
+from pastkey.runtime.providers import ort, placement
+from pastkey.values import parse_version
 
 from ..conftest import Tiny
 from ..rotary import RotaryTiny
@@ -78,6 +80,10 @@ def test_of_one_layer_it_is_a_prefill_of_what_was_kept(make_bundle: MakeBundle) 
     assert_close(shifted.decode(5), fresh.decode(5))
 
 
+@pytest.mark.skipif(
+    parse_version(ort.onnxruntime.__version__) < parse_version(int8_kv.MIN_ONNXRUNTIME),
+    reason="this onnxruntime has no int8 cache",
+)
 def test_an_int8_cache_is_rounded_anew(make_bundle: MakeBundle) -> None:
     tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True)
     bundle = make_bundle(tiny, "fused", shift=tiny.shift, int8_kv=True)
