@@ -30,5 +30,5 @@ def test_every_field_of_a_sampler_is_an_option_and_a_flag() -> None:
 
 
 def test_every_option_is_explained() -> None:
-    explained = re.findall(r"^ +- `(\w+)` \(", GenerateOptions.__doc__ or "", re.MULTILINE)
+    explained = re.findall(r"^ *- `(\w+)` \(", GenerateOptions.__doc__ or "", re.MULTILINE)
     assert sorted(explained) == sorted(GENERATE_OPTIONS)
