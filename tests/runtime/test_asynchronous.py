@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -89,17 +90,27 @@ def test_leaving_and_closing_end_it(lm: LanguageModel) -> None:
     assert lm.scheduler.live == 0
 
 
-def test_the_loop_goes_on_meanwhile(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    slowed(lm, monkeypatch, 0.05)
+def test_the_loop_goes_on_within_each_run(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run waits for a tick of the loop that comes after it has begun."""
+    graph, ticked, came = lm.require_open().graph, threading.Semaphore(0), list[bool]()
+    run = graph.run
 
-    async def ticks() -> int:
-        task, count = asyncio.create_task(lm.agenerate("abc", max_new_tokens=10)), 0
+    def waiting(*arguments: Any) -> Any:
+        while ticked.acquire(blocking=False):
+            pass
+        came.append(ticked.acquire(timeout=10))
+        return run(*arguments)
+
+    monkeypatch.setattr(graph, "run", waiting)
+
+    async def ticks() -> None:
+        task = asyncio.create_task(lm.agenerate("abc", max_new_tokens=10, prompt_lookup=False))
         while not task.done():
-            await asyncio.sleep(0.005)
-            count += 1
-        return count
+            await asyncio.sleep(0.001)
+            ticked.release()
 
-    assert asyncio.run(ticks()) > 4  # one, where it waits for the generation
+    asyncio.run(ticks())
+    assert came == [True] * 10
 
 
 def test_errors_come_where_they_belong(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
