@@ -15,6 +15,7 @@ from pastkey.errors import InputError
 from pastkey.values import is_int
 
 from ..providers.ort import onnxruntime
+from .binding import Binding
 from .shift import Moved
 
 GROWTH_STEP = 128  # rows by which a shared buffer grows at least
@@ -35,7 +36,7 @@ class _Tensor:
 class KVCache:
     """Keys and values of `length` tokens in each of `batch` rows, bound to one graph's inputs and outputs.
 
-    `binding` is the onnxruntime.IOBinding that the next run goes through: the engine binds the rest to it.
+    `binding` is what the next run goes through: the graph binds the rest to it.
 
     Shared form (the fused graph): past and present are one buffer of `capacity` rows, and a run writes the new rows
     into it. It grows in steps, because a buffer of the whole context would be paid for by the shortest prompt. A
@@ -60,10 +61,10 @@ class KVCache:
     ) -> None:
         """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda", "webgpu")."""
         self.onnx = onnx
-        self.binding = onnx.io_binding()
+        self.binding = Binding(onnx)
         # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
         # form takes turns, so that the last run's tensors outlast the binding of the next.
-        self._other_binding = self.binding if shared else onnx.io_binding()
+        self._other_binding = self.binding if shared else Binding(onnx)
         self._shared = shared
         self._context_length = context_length
         self._device, self._device_id = device, device_id

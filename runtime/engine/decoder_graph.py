@@ -21,6 +21,7 @@ from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
 from ..settings import Choice, PlacementOptions, SessionSettings
+from .binding import Binding
 from .embedding import EmbeddingRows
 from .int8_kv import INT8_KV_FROM, CachePair
 from .static_graphs import StaticGraphs
@@ -51,7 +52,7 @@ class Bound(Protocol):
     """A cache whose keys and values are bound: a run goes through it."""
 
     onnx: Any
-    binding: Any
+    binding: Binding
 
     def columns(self, mask: Ids) -> Ids:
         """The graph's attention_mask of the `mask` (B, S)."""
@@ -132,7 +133,6 @@ class DecoderGraph:
         self.onnx = open_graph(path)
         self.sessions = {path: self.onnx}
         self.providers: list[str] = self.onnx.get_providers()
-        self._on_processor = self.providers[0] == ep.CPU
         self._inputs = {value.name for value in self.onnx.get_inputs()}
         self._outputs = {value.name for value in self.onnx.get_outputs()}
         self._folder = path.parent.absolute()
@@ -288,38 +288,29 @@ class DecoderGraph:
         Returns:
             Logits (B, keep, V), or last hidden states (B, T, H), in an array of their own.
         """
-        feeds: dict[str, npt.NDArray[Any]] = {names.INPUT_IDS: ids, names.POSITION_IDS: positions}
+        binding, value = cache.binding, onnxruntime.OrtValue.ortvalue_from_numpy
+        binding.feed(names.INPUT_IDS, ids)
+        binding.feed(names.POSITION_IDS, positions)
         if names.SEQLENS_K in self._inputs:
-            feeds[names.SEQLENS_K] = (real - 1).astype(np.int32)
-            feeds[names.TOTAL_SEQUENCE_LENGTH] = np.array(total, np.int32)
+            binding.feed(names.SEQLENS_K, (real - 1).astype(np.int32))
+            binding.feed(names.TOTAL_SEQUENCE_LENGTH, np.array(total, np.int32))
         if names.ATTENTION_MASK in self._inputs:
             assert mask is not None
-            feeds[names.ATTENTION_MASK] = cache.columns(mask)
+            binding.feed(names.ATTENTION_MASK, cache.columns(mask))
         if names.LOGITS_START in self._inputs:
-            feeds[names.LOGITS_START] = np.array([-keep], np.int64)
+            binding.feed(names.LOGITS_START, np.array([-keep], np.int64))
         elif names.LOGITS_TO_KEEP in self._inputs:
-            feeds[names.LOGITS_TO_KEEP] = np.array([keep], np.int64)
+            binding.feed(names.LOGITS_TO_KEEP, np.array([keep], np.int64))
         if self._embedding is not None:
-            feeds[names.EMBEDDING_ROWS] = self._embedding[ids]
-        logits = np.empty((len(ids), keep, self.manifest.vocab_size), np.float32)
-        binding, value = cache.binding, onnxruntime.OrtValue.ortvalue_from_numpy
-        # Binding a value takes 10 us. On the processor it is its array, which the next run of these shapes writes into.
-        bound: dict[str, npt.NDArray[Any]] = vars(binding).setdefault("held", {}) if self._on_processor else {}
-        for name, array in feeds.items():
-            before = bound.get(name)
-            if before is not None and before.shape == array.shape:
-                before[...] = array
-            else:
-                bound[name] = np.array(array)
-                binding.bind_ortvalue_input(name, value(bound[name]))
-        binding.bind_ortvalue_output(names.LOGITS, value(logits))
-        if names.LAST_HIDDEN_STATE in self._outputs:  # always: a binding would hold on to what one run gave, and fail
-            binding.bind_output(names.LAST_HIDDEN_STATE)
+            binding.feed(names.EMBEDDING_ROWS, self._embedding[ids])
+        sizes = {names.LOGITS: (len(ids), keep, self.manifest.vocab_size)}
+        if self.manifest.hidden_size is not None and names.LAST_HIDDEN_STATE in self._outputs:
+            sizes[names.LAST_HIDDEN_STATE] = (*ids.shape, self.manifest.hidden_size)  # whether asked for or not
+        found = {name: np.empty(size, np.float32) for name, size in sizes.items()}
+        for name, array in found.items():
+            binding.bind_ortvalue_output(name, value(array))
         cache.onnx.run_with_iobinding(binding)
-        if hidden:
-            states: HiddenStates = binding.get_outputs()[-1].numpy()  # which was bound last
-            return states
-        return logits
+        return found[names.LAST_HIDDEN_STATE if hidden else names.LOGITS]
 
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, start: int) -> Ids:

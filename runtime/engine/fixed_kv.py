@@ -18,6 +18,7 @@ from pastkey.errors import InputError
 from pastkey.values import is_int
 
 from ..providers.ort import onnxruntime
+from .binding import Binding
 from .cache import GROWTH_STEP, move_up
 from .shift import Moved
 
@@ -133,7 +134,7 @@ class FixedKVCache(FixedRows):
         """`onnx` is the onnxruntime.InferenceSession."""
         super().__init__(layers, context_length=context_length, dtype=dtype)
         self.onnx = onnx
-        self.binding = onnx.io_binding()
+        self.binding = Binding(onnx)
         self._columns = 0  # of past in the run that was reserved
         self._out: list[Rows] = []  # (B, K, columns + T, D): what that run writes
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pastkey import names
 
 from ..providers.ort import onnxruntime
+from .binding import Binding
 from .cache import GROWTH_STEP, KVCache
 from .decoder_graph import DecoderGraph, Ids, Logits
 from .engine import Engine
@@ -35,7 +36,7 @@ class Slab:
     def __init__(self, graph: DecoderGraph, most: int) -> None:
         assert graph.batches
         self.onnx = graph.onnx
-        self.binding = graph.onnx.io_binding()
+        self.binding = Binding(graph.onnx)
         self.members: list[Engine] = []
         self._graph, self.most = graph, most
         self._arrays: list[npt.NDArray[Any]] = []  # (rows, K, capacity, D), keys and values of each call in turn
@@ -127,7 +128,7 @@ class Slab:
         """Lets go of all members, each with the buffers that it has: they keep this memory until they move."""
         self.members = []
         self._arrays, self._rows, self._capacity, self._bound = [], 0, 0, 0
-        self.binding = self.onnx.io_binding()
+        self.binding = Binding(self.onnx)
 
     def _is_home(self, engine: Engine) -> bool:
         """Whether a member's buffers are here: it may have outgrown its row in a run of its own."""

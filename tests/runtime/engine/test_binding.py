@@ -1,0 +1,81 @@
+"""An input is what its array held when it was given, by whichever way it came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pastkey.runtime.engine.binding import Binding
+from pastkey.runtime.providers.inference import Session
+
+from ...onnx_text import encode_model
+
+GRAPH = '<ir_version: 10, opset_import: ["": 21]> g (int64[N, M] x) => (int64[N, M] y) { y = Identity(x) }'
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session(encode_model(GRAPH, {})[0], providers=["CPUExecutionProvider"])
+
+
+def told(binding: Binding, session: Session) -> Any:
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+    return binding.get_outputs()[0].numpy().tolist()
+
+
+@pytest.fixture(params=[True, False], ids=["processor", "device"])
+def binding(request: pytest.FixtureRequest, session: Session, monkeypatch: pytest.MonkeyPatch) -> Binding:
+    if not request.param:
+        monkeypatch.setattr(session, "get_providers", lambda: ["DeviceExecutionProvider"])
+    return Binding(session)
+
+
+def test_each_run_has_what_was_given_to_it(binding: Binding, session: Session) -> None:
+    for rows in ([[1, 2]], [[3, 4]], [[5]], [[6], [7]], [[8, 9]]):
+        array = np.array(rows, np.int64)
+        binding.feed("x", array)
+        array[:] = 0
+        assert told(binding, session) == rows
+    binding.feed("x", np.array([[1, 2], [3, 4]], np.int64).T)  # its layout does not count
+    assert told(binding, session) == [[1, 3], [2, 4]]
+    binding.feed("x", np.array([[5, 6], [7, 8]], np.int64))
+    assert told(binding, session) == [[5, 6], [7, 8]]
+
+
+def test_on_the_processor_a_shape_that_stays_is_bound_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    binding, bound = Binding(session), list[str]()
+    bind = binding.bind_ortvalue_input
+
+    def counted(name: str, value: Any) -> None:
+        bound.append(name)
+        bind(name, value)
+
+    monkeypatch.setattr(binding, "bind_ortvalue_input", counted)
+    for number in range(5):
+        binding.feed("x", np.array([[number]], np.int64))
+    assert bound == ["x"]
+    assert told(binding, session) == [[4]]
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_an_interrupt_while_an_input_is_bound(session: Session, monkeypatch: pytest.MonkeyPatch, bound: bool) -> None:
+    """Before it is bound, and after: the next run has its own all the same."""
+    binding = Binding(session)
+    binding.feed("x", np.array([[1]], np.int64))
+    bind = binding.bind_ortvalue_input
+
+    def interrupted(*arguments: Any) -> None:
+        if bound:
+            bind(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(binding, "bind_ortvalue_input", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            binding.feed("x", np.array([[2, 3]], np.int64))
+    for rows in ([[4]], [[5, 6]]) if bound else ([[5, 6]], [[4]]):
+        binding.feed("x", np.array(rows, np.int64))
+        assert told(binding, session) == rows
