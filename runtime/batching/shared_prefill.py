@@ -11,8 +11,9 @@ from ..generate import Generation
 class SharedPrefill:
     """The cache of one prompt, from the first of its continuations that begins.
 
-    All of it happens in the leader's steps, between two runs. Where a cache cannot be copied (on another device), or
-    the first has ended already and its engine does something else, each computes its own.
+    All of it happens in the leader's steps, between two runs. Where a cache cannot be copied (on another device), the
+    first has ended already and its engine does something else, or a window has left the prompt behind, each computes
+    its own.
     """
 
     def __init__(self, count: int) -> None:
@@ -43,10 +44,8 @@ class SharedPrefill:
 
     @staticmethod
     def _copied(engine: Engine, ids: list[int], move_out: Callable[[Engine], object]) -> Engine | None:
-        if not engine.graph.copies or engine.manifest.states:
-            return None
         shared = min(engine.shared_with(ids), engine.exact_length)
-        if not shared:
+        if not shared or not engine.graph.copies or not engine.can_trim(shared):
             return None
         move_out(engine)
         return engine.copy(shared, room=len(ids) - shared + 1)

@@ -175,10 +175,12 @@ class Engine:
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
         """Another engine with the first `length` tokens of each row, or all, in a cache of its own.
 
-        `room`: for so many tokens more. Raises InputError where there are fewer, or where states hold all or nothing.
+        `room`: for so many tokens more. Raises InputError where there are fewer, or not those that the next token sees
+        (see `can_trim`).
         """
         made = Engine.over(self.graph)
         length = self.length if length is None else length
+        self._require_window(length)
         if length:
             with made._cached_ids.changing(known=self._cached_ids.known) as cached:
                 made.gone = self.gone
@@ -208,16 +210,19 @@ class Engine:
         if not length:
             self.empty()
             return
-        if self.gone and not self.can_trim(length):
-            raise InputError(
-                f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"
-                ": call reset() and give the tokens again"
-            )
+        self._require_window(length)
         with self._cached_ids.changing() as cached:
             self.cache.trim(length - self.gone)
             self._padding.mask = self._padding.first(length)
             self.exact_length = min(self.exact_length, length)
             del cached[length:]
+
+    def _require_window(self, length: int) -> None:
+        if self.gone and not self.can_trim(length):
+            raise InputError(
+                f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"
+                ": call reset() and give the tokens again"
+            )
 
     @one_at_a_time
     def shift(self, keep: int, count: int) -> None:

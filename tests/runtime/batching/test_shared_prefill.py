@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pastkey.runtime import LanguageModel
+from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.sampling.random_stream import continuation_seed
 
+from ..rotary import RotaryTiny
+
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable
+
+    from pastkey.bundle import Bundle
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
 PROMPT = "abcabcab" * 3
@@ -46,6 +50,19 @@ def test_the_prompt_is_computed_once(lm: LanguageModel, monkeypatch: pytest.Monk
     found = lm.generate(PROMPT, n=6, prompt_lookup=False, **DRAWN)
     assert sorted(tokens for tokens in runs if tokens > 1) == [2] * 5 + [24]
     assert [completion.cached_tokens for completion in found] == [0] + [22] * 5
+
+
+def test_a_window_that_has_left_the_prompt_behind(make_bundle: Callable[..., Bundle]) -> None:
+    """The second continuation begins when the first has ended."""
+    tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
+    lm = load(make_bundle(tiny, "fused", shift=tiny.shift, window=24).path, threads=1, max_batch=1)
+    prompt, options = [number % 37 for number in range(300)], {**DRAWN, "prompt_lookup": False}
+    for new, shared in ((20, 298), (400, 0)):
+        found = lm.generate(prompt, n=2, **{**options, "max_new_tokens": new})
+        seeds = [continuation_seed(5, number) for number in range(2)]
+        alone = [lm.generate(prompt, **{**options, "max_new_tokens": new, "seed": seed}).ids for seed in seeds]
+        assert [completion.ids for completion in found] == alone
+        assert found[1].cached_tokens == shared
 
 
 def test_several_prompts_and_streams(lm: LanguageModel) -> None:

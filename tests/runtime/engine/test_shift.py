@@ -221,6 +221,8 @@ def test_a_text_is_cut_as_far_as_its_window_is_there(make_bundle: MakeBundle) ->
     assert [engine.can_trim(length) for length in (700, least, least - 1, 1, 0)] == [True, True, False, False, True]
     with pytest.raises(InputError, match="cannot be trimmed to 100: call reset"):
         engine.trim(100)
+    with pytest.raises(InputError, match="cannot be trimmed to 100: call reset"):
+        engine.copy(100)
     engine.trim(least)
     assert_close(engine.decode(7), tiny([*ids[:least], 7])[-1])
     assert engine.keep_prefix([*ids[:least], 8, 9]) == least
