@@ -31,7 +31,7 @@ PREFILL_CHUNK = 256
 # Scores of a run and a head, its tokens times its columns, where attention stores them: from 1,024 columns on a
 # run has fewer tokens, by halves, since some devices compile a graph anew for each number of tokens.
 SCORES, LEAST_CHUNK = PREFILL_CHUNK * 1024, 16
-FLASH_ATTENTION_FROM = "1.28.0"  # GroupQueryAttention of 1.27 stores scores on the processor
+FLASH_ATTENTION_FROM = (1, 28, 0)  # GroupQueryAttention of 1.27 stores scores on the processor
 # Tokens that stay behind those of a window, for some to be forgotten again: rejected drafts, and the end of a prompt.
 TRIMMABLE = 16
 
@@ -151,6 +151,8 @@ class DecoderGraph:
         self._opening = threading.Lock()
         self.int8_kv_from = int8_kv_from
         self.one_by_one = False
+        # Whether a run stores the scores of all its tokens and columns.
+        self._stores_scores = not self.fused or parse_version(onnxruntime.__version__) < FLASH_ATTENTION_FROM
         self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
 
     def new_cache(self) -> CachePair | StaticGraphs:
@@ -264,11 +266,6 @@ class DecoderGraph:
             sizes += _evenly(part, chunk)
             length, tokens = length + part, tokens - part
         return sizes
-
-    @property
-    def _stores_scores(self) -> bool:
-        """Whether a run stores the scores of all its tokens and columns."""
-        return not self.fused or parse_version(onnxruntime.__version__) < parse_version(FLASH_ATTENTION_FROM)
 
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound, ids: Ids, positions: Ids, real: npt.NDArray[Any], total: int, keep: int,

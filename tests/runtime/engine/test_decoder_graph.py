@@ -81,11 +81,11 @@ def test_all_logits_come_of_the_graph_of_the_last_ones(bundle: Bundle, tiny: Tin
 def test_a_run_has_fewer_tokens_behind_a_long_text_where_scores_are_stored(
     standard_bundle: Bundle, fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    standard, fused = DecoderGraph(standard_bundle, threads=1), DecoderGraph(fused_bundle, threads=1)
-    monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", "1.0")
-    assert fused.chunk_sizes(8000, 0) == [250] * 32
-    monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", "99.0")
-    assert fused.chunk_sizes(8000, 0) == standard.chunk_sizes(8000, 0)
+    standard = DecoderGraph(standard_bundle, threads=1)
+    monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", (1, 0))
+    assert DecoderGraph(fused_bundle, threads=1).chunk_sizes(8000, 0) == [250] * 32
+    monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", (99, 0))
+    assert DecoderGraph(fused_bundle, threads=1).chunk_sizes(8000, 0) == standard.chunk_sizes(8000, 0)
     assert standard.chunk_sizes(600, 0) == [200, 200, 200]
     for tokens, length in ((8000, 0), (3, 1023), (1026, 0), (1, 5000), (5000, 3000), (2, 2047)):
         sizes = standard.chunk_sizes(tokens, length)
