@@ -56,8 +56,7 @@ class Drafter:
         self._rate = Rate(worth.rate)
         self._engine: Engine | None = None
         self._on = True
-        self._fed: list[int] = []  # the tokens in the cache, and after an interrupt some that were to come in
-        self._known = 0  # so many of them are the text's
+        self._known = 0  # so many of the first tokens in the cache are the text's
         self._began = 0.0
         self.made = False
 
@@ -104,12 +103,8 @@ class Drafter:
                 self._rate.note(place < accepted)
 
     def stop(self) -> None:
-        """Drafts no more."""
+        """Drafts no more, and gives the cache back."""
         self._on = False
-        self.close()
-
-    def close(self) -> None:
-        """Gives the cache back."""
         engine, self._engine = self._engine, None
         if engine is not None:
             self._give_back(engine)
@@ -117,7 +112,7 @@ class Drafter:
     def _draft(self, ids: Sequence[int], most: int) -> list[int]:
         if self._engine is None:
             self._engine = self._take(ids, len(ids) + most)
-            self._fed, self._known = list(ids[: self._engine.length]), self._engine.length
+            self._known = self._engine.length
         engine = self._engine
         room = engine.manifest.context_length - len(ids) + 1
         if room < 1:
@@ -135,18 +130,18 @@ class Drafter:
 
     def _settle(self, ids: Sequence[int]) -> None:
         """Forgets in the cache what is not of the text, and of the text its last token, which is run for its logits."""
-        assert self._engine is not None
-        length = self._engine.length
-        known = min(self._known, length)
-        while known < min(length, len(ids) - 1) and self._fed[known] == ids[known]:
+        engine = self._engine
+        assert engine is not None
+        cached = engine.cached_ids  # none after an interrupt within a run
+        known, most = min(self._known, len(cached)), min(len(cached), len(ids) - 1)
+        while known < most and cached[known] == ids[known]:
             known += 1
-        if length > known:
-            if self._engine.can_trim(known):
-                self._engine.trim(known)
+        if engine.length > known:
+            if engine.can_trim(known):
+                engine.trim(known)
             else:  # a window has left behind what the next token sees
-                self._engine.empty()
+                engine.empty()
                 known = 0
-        del self._fed[known:]
         self._known = known
 
     def _run(self, engine: Engine, ids: Sequence[int], count: int, runs: list[tuple[int, float]]) -> list[int]:
@@ -158,7 +153,6 @@ class Drafter:
         whole, missing = len(sizes) == 1, missing[: sizes[0]]
         while True:
             started = clock()
-            self._fed += missing
             logits = engine.append(missing)
             token = self._next(logits, text, draft) if whole else None
             runs.append((len(missing), clock() - started))
