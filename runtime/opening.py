@@ -124,7 +124,7 @@ def open_prompt(
 
 def _drafter(model: LanguageModel, options: GenerateOptions | SessionOptions) -> Drafter | None:
     asked = options.get("draft")
-    if asked not in (None, True, False):
+    if asked is not None and not isinstance(asked, bool):
         raise InputError(f"draft is {asked!r}; True or False was expected: the draft model itself is an option of load")
     if asked and model.draft is None:
         raise InputError("draft is True, and this model has no draft model: give one to pastkey.load(draft=BUNDLE)")

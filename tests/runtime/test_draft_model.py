@@ -207,6 +207,8 @@ def test_options_are_named(lm: LanguageModel, drafted: LanguageModel, speaking_b
         lm.generate("abc", draft=True)
     with pytest.raises(InputError, match="draft is 'small'; True or False was expected"):
         drafted.generate("abc", draft="small")  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="draft is 0; True or False was expected"):  # which is not the same as False
+        drafted.generate("abc", draft=0)  # type: ignore[call-overload]
     with pytest.raises(OptionError, match="did you mean 'draft'"):
         drafted.generate("abc", drafts=True)  # type: ignore[call-overload]
     assert lm.generate("abc", draft=False, max_new_tokens=1).new_tokens == 1
