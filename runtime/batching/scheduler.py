@@ -303,6 +303,8 @@ class Scheduler:
             generation.settle()
             self._guarded(generation, lambda g=generation: g.kept.make_room(g.engine, 1))  # type: ignore[misc]
         rows = [generation for generation in rows if not generation.ended]
+        if not rows:
+            return
         joining = 0
         for generation in list(rows):  # room was looked at for each alone
             joining += not self._slab.holds(generation.engine)

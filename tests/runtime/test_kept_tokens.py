@@ -17,6 +17,7 @@ from pastkey.errors import InputError
 from pastkey.runtime import Engine, Generation, LanguageModel, load
 from pastkey.runtime.batching.prefix_store import PrefixStore
 from pastkey.runtime.engine import engine as engines
+from pastkey.runtime.engine.slab import Slab
 from pastkey.runtime.kept_tokens import KeptTokens
 
 from .conftest import Tiny
@@ -173,6 +174,28 @@ def test_a_step_that_is_interrupted_within_a_shift(lm: LanguageModel, monkeypatc
     stream.close()
     assert len(found) == 15
     assert lm.generate(ids_of(50), **options).ids[:15] == found  # type: ignore[call-overload]
+
+
+def test_rows_that_fail_together_within_a_shift(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends with the error, and no run of no rows is tried."""
+    rows: list[int] = []
+    decode = Slab.decode
+
+    def counted(slab: Slab, engines: Any, tokens: Any) -> Any:
+        rows.append(len(engines))
+        return decode(slab, engines, tokens)
+
+    def interrupted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Slab, "decode", counted)
+    options = {"max_new_tokens": 30, "context_overflow": "shift", "prompt_lookup": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "moved_by", interrupted)
+        with pytest.raises(MemoryError):
+            lm.generate([ids_of(50)] * 2, **options)  # type: ignore[call-overload]
+    assert set(rows) == ({2} if lm.manifest.graph == "fused" else set())
+    assert lm.generate(ids_of(50), **options).new_tokens == 30  # type: ignore[call-overload]
 
 
 class Fives:
