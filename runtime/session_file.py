@@ -1,7 +1,7 @@
 """A saved session: its ids, keys and values in one file that only the bundle that wrote it takes back.
 
     "pastkey session 1"      a line, then the length of the header in bytes, 8 digits and a line end
-    header                  JSON: the bundle's files, ids, exact_length, and of each array its shape and type
+    header                  JSON: the bundle's files, ids, what is cached, and of each array its shape and type
     arrays                  little-endian, one behind the other, in the order of the graph's inputs
     sha256                  of all before it, 32 bytes
 
