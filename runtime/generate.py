@@ -19,7 +19,7 @@ from .sampling.dry import Breakers
 from .sampling.log_probs import TokenLogprob, token_logprob
 from .sampling.sampler import Sampler
 from .settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig
-from .speculation.drafter import Drafter
+from .speculation.drafter import Allows, Drafter
 from .speculation.speculator import Speculator
 
 _NEWEST = 0.2  # the share of the newest step in an average
@@ -37,11 +37,8 @@ class Driver(Protocol):
         """Forgets a generation that has ended, now or after the step that runs. Never waits."""
 
 
-class Follows(Protocol):
+class Follows(Allows, Protocol):
     """What new tokens are held to: constraints/ has it."""
-
-    def masked(self, logits: Logits) -> Logits:
-        """Logits (V,) with minus infinity at the tokens that may not follow."""
 
     def require(self, token: int) -> None:
         """Raises InputError unless the token may follow."""
@@ -51,9 +48,6 @@ class Follows(Protocol):
 
     def forced(self, most: int) -> list[int]:
         """The tokens that must follow, `most` at most."""
-
-    def allowed_draft(self, draft: Sequence[int]) -> list[int]:
-        """The first tokens of a draft, as far as they may follow."""
 
     @property
     def complete(self) -> bool:

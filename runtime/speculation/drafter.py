@@ -25,8 +25,8 @@ _log = logging.getLogger("pastkey")
 Choose = Callable[[Logits, Sequence[int]], int]  # of logits (V,) and the text before: a token
 
 
-class Follows(Protocol):
-    """What new tokens are held to: constraints/ has it."""
+class Allows(Protocol):
+    """What new tokens are held to, as far as a draft asks."""
 
     def masked(self, logits: Logits) -> Logits:
         """Logits (V,) with minus infinity at the tokens that may not follow."""
@@ -60,7 +60,7 @@ class Drafter:
         self._began = 0.0
         self.made = False
 
-    def begin(self, choose: Choose, end_ids: Collection[int], vocab_size: int, constraint: Follows | None) -> None:
+    def begin(self, choose: Choose, end_ids: Collection[int], vocab_size: int, constraint: Allows | None) -> None:
         """Takes in how the text's tokens are chosen, before its first draft."""
         self._choose, self._end_ids, self._vocab_size = choose, end_ids, vocab_size
         self._constraint = constraint

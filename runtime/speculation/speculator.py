@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..sampling.prompt_lookup import PromptLookup
 from ..settings import MAX_DRAFT_TOKENS
-from .drafter import Drafter, Follows
+from .drafter import Allows, Drafter
 
 
 class Speculator:
@@ -16,7 +16,7 @@ class Speculator:
     `guess`, a run and `came`.
     """
 
-    def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Follows | None) -> None:
+    def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Allows | None) -> None:
         """Without either it drafts nothing. `constraint`: what new tokens are held to."""
         self._prompt_lookup = PromptLookup() if prompt_lookup else None
         self._drafter, self._constraint = drafter, constraint
