@@ -7,6 +7,7 @@ line has them.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Mapping
@@ -73,8 +74,9 @@ def _value(name: str, value: Any, now: Any) -> Any:
             return found
         raise _wrong(name, value, "True or False, or 1 or 0 as a text,")
     if isinstance(now, int):
-        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
-            value = int(value)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = int(value)
         if is_int(value, -(2**31), 2**31 - 1):
             return value
         raise _wrong(name, value, "a whole number")

@@ -62,6 +62,7 @@ def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle
         ("enable_mem_pattern", 3, "enable_mem_pattern is 3; True or False"),
         ("enable_mem_pattern", "yes", "enable_mem_pattern is 'yes'; True or False"),
         ("inter_op_num_threads", "many", "inter_op_num_threads is 'many'; a whole number was expected"),
+        ("inter_op_num_threads", "--5", "inter_op_num_threads is '--5'; a whole number was expected"),
         ("inter_op_num_threads", True, "inter_op_num_threads is True; a whole number was expected"),
         ("inter_op_num_threads", 2**40, "a whole number was expected"),
         ("logid", 3, "logid is 3; a text was expected"),
