@@ -98,9 +98,7 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
     InUseError where a process trains in the folder that would be replaced. Call it before long work.
     """
-    file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
-    if file is not None:
-        raise InputError(f"{target} lies under {file}, which is a file: choose another --out")
+    refuse_below_a_file(target)
     if not os.path.lexists(target):
         return
     if not force:
@@ -112,6 +110,13 @@ def refuse_existing(target: Path, *, force: bool) -> None:
             "choose another --out"
         )
     require_unlocked(target / "training", target)
+
+
+def refuse_below_a_file(target: Path) -> None:
+    """Raises InputError where nothing can be made, since a part of the path is a file."""
+    file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise InputError(f"{target} lies under {file}, which is a file: choose another --out")
 
 
 def is_empty(folder: Path) -> bool:

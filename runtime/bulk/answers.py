@@ -99,6 +99,15 @@ def openai_row(identity: RowId, answer: Answer) -> Answer:
     return {"id": f"batch_req_{_digest(identity)}", "custom_id": identity, **answer}
 
 
+def json_text(value: Any, separators: tuple[str, str] | None = None) -> str:
+    """JSON that every reader takes: null for NaN and the infinities, which Python has and JSON has not."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
+    except ValueError:
+        value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(value, ensure_ascii=False, separators=separators)
+
+
 def _response(identity: RowId, status: int, body: Answer) -> Answer:
     return {"status_code": status, "request_id": f"req_{_digest(identity)}", "body": body}
 
@@ -111,7 +120,7 @@ def _digest(identity: RowId) -> str:
 def _written_call(call: Mapping[str, Any]) -> Answer:
     """A tool call with its arguments as a JSON text."""
     function = call["function"]
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+    return {**call, "function": {**function, "arguments": json_text(function["arguments"])}}
 
 
 def _shown(token: int, codec: TextCodec | None) -> str:

@@ -35,7 +35,7 @@ from ..settings import (
     require_known,
 )
 from ..stream import Stream
-from .answers import Answer, openai_answer, openai_error, plain_answer, plain_error
+from .answers import Answer, json_text, openai_answer, openai_error, plain_answer, plain_error
 from .continuous import finished
 from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
 
@@ -261,7 +261,7 @@ class Generator:
     def _chat(self, model: LanguageModel, tools: list[dict[str, Any]] | None) -> Chat:
         """An empty conversation with these tools."""
         key = json.dumps(tools)
-        if key not in self._chats:
+        if key not in self._chats or self._chats[key].model is not model:  # another generator may have closed that one
             if len(self._chats) >= _CHATS:
                 self._chats.clear()
             self._chats[key] = model.chat(template=self.template, tools=tools)
@@ -314,7 +314,7 @@ def as_python(value: Any) -> Any:
 
 def as_text(value: Any) -> str | None:
     """What has no type in a table, as JSON."""
-    return None if value is None else json.dumps(value, ensure_ascii=False)
+    return None if value is None else json_text(value)
 
 
 def as_cell(name: str, value: Any) -> str | int:

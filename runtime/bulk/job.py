@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pastkey.errors import ExistingFolderError, InputError, IntegrityError
-from pastkey.folder import read_json, sha256, write_json
+from pastkey.folder import read_json, refuse_below_a_file, sha256, write_json
 from pastkey.lock import locked
 from pastkey.replace import sync_folder
 from pastkey.typed import Natural, Size, parse
@@ -55,6 +55,11 @@ class JobRecord:
 def job_folder(out: Path) -> Path:
     """The folder that goes with an output."""
     return out.with_name(f"{out.name}.job")
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a job was begun that writes this output, or has written it."""
+    return (job_folder(out) / "job.json").is_file()
 
 
 class Job:
@@ -179,14 +184,12 @@ def refuse_output(out: Path, *, force: bool) -> None:
 
     Raises InputError for a folder or a place below a file, ExistingFolderError for a file.
     """
-    file = next((parent for parent in out.absolute().parents if parent.exists() and not parent.is_dir()), None)
-    if file is not None:
-        raise InputError(f"{out} lies under {file}, which is a file: choose another --out")
+    refuse_below_a_file(out)
     if out.is_dir():
         raise InputError(f"{out} is a folder; a file was expected")
     if not os.path.lexists(out):
         return
-    ours = (job_folder(out) / "job.json").is_file()
+    ours = is_begun(out)
     if not force and not ours:
         raise _existing(out)
     if not ours:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import IO, Any, Protocol
 from pastkey.errors import InputError, PastkeyError, first_line, missing_extra
 from pastkey.reading import MOST_JSON, parse_json, reading, require_regular
 
-from .answers import Answer, openai_error, openai_row
+from .answers import Answer, json_text, openai_error, openai_row
 from .generator import as_text
 from .requests import FIELDS, FURTHER, RowId, form_of, row_id
 
@@ -122,7 +121,7 @@ def _lacks_id(entry: Entry) -> bool:
 
 def json_line(row: Mapping[str, Any]) -> bytes:
     """A row as a line."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return json_text(row, separators=(",", ":")).encode() + b"\n"
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:

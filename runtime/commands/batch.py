@@ -18,7 +18,7 @@ from pastkey.folder import sha256
 
 from ..bulk.answers import Answer
 from ..bulk.generator import Generator
-from ..bulk.job import Job, JobRecord, open_job, refuse_output, require_formats
+from ..bulk.job import Job, JobRecord, is_begun, open_job, refuse_output, require_formats
 from ..session_file import bundle_digest
 from ..settings import ChatOptions, PlacementOptions
 
@@ -30,7 +30,7 @@ def batch(arguments: argparse.Namespace, options: ChatOptions, placement: Placem
     source, out = Path(arguments.input), Path(arguments.out)
     require_shard(arguments.shard)
     require_formats(source, out)
-    refuse_output(out, force=arguments.force or _is_begun(out))
+    refuse_output(out, force=arguments.force or is_begun(out))
     settings: dict[str, Any] = {**options, "exact": arguments.exact}
     settings["template"] = None if arguments.template is None else sha256(Path(arguments.template))
     generator = Generator(arguments.bundle, exact=arguments.exact, template=arguments.template, **placement, **options)
@@ -101,10 +101,6 @@ def counted_tokens(answer: Answer) -> dict[str, int]:
         "new_tokens": answer.get("new_tokens") or usage.get("completion_tokens"),
     }
     return {name: count or 0 for name, count in found.items()}
-
-
-def _is_begun(out: Path) -> bool:
-    return (out.with_name(f"{out.name}.job") / "job.json").is_file()
 
 
 def _print_report(report: dict[str, Any]) -> None:

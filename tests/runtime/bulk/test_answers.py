@@ -48,11 +48,11 @@ def test_a_conversations_answer_is_a_message() -> None:
 
 
 def test_tool_calls_have_their_arguments_as_text() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"é": 1}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"é": [1, float("nan")]}}}
     (choice,) = made({"role": "assistant", "content": "", "tool_calls": [call]})["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
-    assert choice["message"]["tool_calls"] == [{**call, "function": {"name": "f", "arguments": '{"é": 1}'}}]
+    assert choice["message"]["tool_calls"] == [{**call, "function": {"name": "f", "arguments": '{"é": [1, null]}'}}]
 
 
 def test_log_probabilities_show_tokens_as_text(speaking_bundle: Bundle) -> None:

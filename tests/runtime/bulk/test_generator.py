@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,22 @@ def test_conversations_are_answered_as_by_the_chat(talking: Path, model: Languag
         other.messages = messages
         assert other.take_answer(model.generate(ids, seed=seed_of(0, identity), **DRAWN)).text == text
         assert other.messages == chat.messages
+
+
+def test_a_bundle_that_was_exported_anew_is_talked_to_by_its_own_template(
+    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+) -> None:
+    """Also by a generator that another one, over the same model, has closed."""
+    first, second = (
+        make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": template}).path
+        for template in (TEMPLATE, "abc")
+    )
+    one, other = (Generator(first, threads=1, max_new_tokens=2) for _ in range(2))
+    assert one({"messages": [HI]})["prompt_tokens"] != [3]
+    other.close()
+    shutil.rmtree(first)
+    second.rename(first)
+    assert one({"messages": [HI]})["prompt_tokens"] == [3]
 
 
 def test_tools_are_told_and_their_calls_are_read(

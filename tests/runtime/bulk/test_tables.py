@@ -14,7 +14,7 @@ import pytest
 from pastkey.errors import InputError, IntegrityError, MissingExtraError, MissingFileError
 from pastkey.runtime.bulk import tables
 from pastkey.runtime.bulk.answers import openai_error, plain_error
-from pastkey.runtime.bulk.tables import Entry, JsonLines, ParquetTable, open_table
+from pastkey.runtime.bulk.tables import JsonLines, ParquetTable, open_table
 
 ANSWER = {"text": "é", "finish_reason": "stop", "prompt_tokens": 1, "new_tokens": 2, "error": None}
 
@@ -64,6 +64,14 @@ def test_json_lines_are_written_in_order_with_their_fields(tmp_path: Path) -> No
         {"id": "line-3", "prompt": "y", **ANSWER},
     ]
     assert "é".encode() in made
+
+
+def test_numbers_that_json_has_not_are_written_as_null(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", b'{"id": 1, "a": [NaN, {"b": -Infinity}], "c": 1e999, "d": "NaN \xc3\xa9"}\n')
+    answer = ANSWER | {"logprobs": [{"logprob": float("nan"), "top": [(3, -float("inf"))]}]}
+    made = json.loads(written(path, {"1": answer}), parse_constant=pytest.fail)
+    row = {"id": 1, "a": [None, {"b": None}], "c": None, "d": "NaN é"}
+    assert made == row | ANSWER | {"logprobs": [{"logprob": None, "top": [[3, None]]}]}
 
 
 def test_openais_rows_are_written_in_its_form(tmp_path: Path) -> None:
@@ -157,4 +165,3 @@ def test_json_lines_are_what_is_no_parquet(tmp_path: Path) -> None:
     table = open_table(lines(tmp_path / "a", b""))
     assert isinstance(table, JsonLines)
     assert [*table.entries()] == []
-    assert Entry(1, "a", {}) == Entry(1, "a", {})
