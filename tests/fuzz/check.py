@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pastkey.errors import PastkeyError
 
-from .targets import Target
+from .reader import Target
 
 MOST_SECONDS = 2.0  # of processor time, for files below 1 MB
 

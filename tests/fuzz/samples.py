@@ -1,8 +1,31 @@
-"""Small files that are valid, of formats that no package here writes."""
+"""What valid files are made of, and small ones of formats that no package here writes."""
 
 from __future__ import annotations
 
 import struct
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] | trim }}"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Yes?"}]
+CORPUS = "the cat sat on the mat.\nthe dog sat in the inn! " * 30
+
+
+def word_tokenizer() -> Tokenizer:
+    letters = [*"abcdefghijklmnopqrstuvwxyz .,!?", "th", "he", "in", "<s>", "</s>", "<unk>"]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h"), ("h", "e"), ("i", "n")], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("\t", " "), normalizers.NFC()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return tokenizer
 
 
 def gguf_valid() -> bytes:

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 from .check import input_of, outcome
-from .targets import TARGETS, workplace
+from .reader import workplace
+from .targets import TARGETS
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 FIRST, FURTHER = range(60), range(60, 200)  # seeds, of which `make test` takes the first and CI the further ones, too

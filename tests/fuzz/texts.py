@@ -1,0 +1,46 @@
+"""What people write: templates, conversations, corpora."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pastkey import names
+from pastkey.export.measure.texts import encode_file
+from pastkey.runtime.text.chat_template import ChatTemplate
+from pastkey.runtime.text.codec import TextCodec
+from pastkey.runtime.text.messages import read_messages
+from pastkey.train.data import survey, text_corpus
+from pastkey.train.stories import read_stories
+from pastkey.train.tokenizer import train_bpe
+
+from .bundles import bundle_folder
+from .mutations import mutate_json, mutate_text
+from .reader import Target, json_bytes, written
+from .samples import CORPUS, MESSAGES, TEMPLATE
+
+
+def _corpus(content: bytes) -> object:
+    corpus = text_corpus([written("corpus.txt", content)])
+    survey(corpus)
+    return train_bpe(corpus.documents(), 260).vocab_size
+
+
+def _template(content: bytes) -> object:
+    return ChatTemplate(content.decode("utf-8", "replace")).render(MESSAGES)
+
+
+def _calibration(content: bytes) -> object:
+    return encode_file(written("calibration.txt", content), TextCodec.from_file(bundle_folder() / names.TOKENIZER))
+
+
+TEXTS: Mapping[str, Target] = {
+    "chat_template": Target(_template, lambda: TEMPLATE.encode(), mutate_text),
+    "corpus": Target(_corpus, lambda: CORPUS.encode(), mutate_text),
+    "calibration": Target(_calibration, lambda: CORPUS.encode(), mutate_text),
+    "stories": Target(
+        lambda content: read_stories(written("s.jsonl", content)), lambda: b'{"text": "a"}\n{"text": "b"}', mutate_json
+    ),
+    "messages": Target(
+        lambda content: read_messages(written("chat.json", content)), json_bytes({"messages": MESSAGES}), mutate_json
+    ),
+}  # fmt: skip
