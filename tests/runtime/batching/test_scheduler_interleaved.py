@@ -63,12 +63,13 @@ def generates(place: int, expected: list[list[int]]) -> Callable[[LanguageModel]
 
 
 @pytest.mark.slow
-def test_two_generations_in_every_order_with_one_change(
-    interleaved: Callable[..., Interleaving], expected: list[list[int]]
+@pytest.mark.parametrize(("changes", "least"), [(1, 40), pytest.param(2, 1000, marks=pytest.mark.matrix)])
+def test_two_generations_in_every_order(
+    interleaved: Callable[..., Interleaving], expected: list[list[int]], changes: int, least: int
 ) -> None:
     works = [generates(0, expected), generates(1, expected)]
-    count = sum(1 for _ in every_interleaving(1, lambda choose: interleaved(choose, *works)))
-    assert count > 40
+    count = sum(1 for _ in every_interleaving(changes, lambda choose: interleaved(choose, *works)))
+    assert count > least
 
 
 def cancels(expected: list[list[int]]) -> list[Callable[[LanguageModel], None]]:
@@ -149,13 +150,3 @@ def test_random_orders(interleaved: Callable[..., Interleaving], expected: list[
 def test_many_random_orders(interleaved: Callable[..., Interleaving], expected: list[list[int]], scene: str) -> None:
     for seed in range(60):
         interleaved(at_random(seed, (0.05, 0.2, 0.5)[seed % 3]), *SCENES[scene](expected))
-
-
-@pytest.mark.slow
-@pytest.mark.matrix
-def test_two_generations_in_every_order_with_two_changes(
-    interleaved: Callable[..., Interleaving], expected: list[list[int]]
-) -> None:
-    works = [generates(0, expected), generates(1, expected)]
-    count = sum(1 for _ in every_interleaving(2, lambda choose: interleaved(choose, *works)))
-    assert count > 1000
