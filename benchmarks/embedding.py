@@ -25,16 +25,17 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.command import Parser, positive_int, say
-from pastkey.errors import InputError, PastkeyError
+from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel
 from pastkey.runtime.text.codec import TextCodec
 
 from . import constrained, sampling
 from .environments import ROOT
 from .peers import quality, serving
-from .peers.convert import open_source, prepare
-from .peers.engines import Engine, EngineError, Prepared
+from .peers.convert import open_source, prepare, prepare_all
+from .peers.engines import Engine, Prepared
 from .peers.environments import versions_of
+from .peers.progress import exit_status
 from .peers.results import machine, markdown
 from .peers.store import Store, digest, digest_of_files
 
@@ -49,18 +50,7 @@ SETTINGS = [one for one in sampling.SETTINGS if not one or "temperature" in one]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        measure(arguments)
-    except PastkeyError as error:
-        say(f"benchmarks.embedding: {error}")
-        return 2
-    except EngineError as error:
-        say(f"benchmarks.embedding: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("benchmarks.embedding: interrupted; the same command goes on from here")
-        return 130
-    return 0
+    return exit_status("benchmarks.embedding", lambda: measure(arguments))
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -68,22 +58,24 @@ def measure(arguments: argparse.Namespace) -> None:
     threads, rounds, streams = arguments.threads, arguments.rounds, sorted(set(arguments.streams))
     chosen = _chosen(arguments.only)
     store = Store(arguments.work)
-    prepared, skipped = _prepare_all(chosen, arguments.bundle, store)
-    bundle = open_bundle(prepared[0].model)
+    ours = _prepared(chosen[0], arguments.bundle, store)
+    others, skipped = prepare_all(chosen[1:], lambda engine: _prepared(engine, arguments.bundle, store))
+    prepared = [ours, *others]
+    bundle = open_bundle(ours.model)
     codec = _codec(bundle)
     file, most = quality.text_file(None), max(streams) * rounds
     text = (
-        quality.windows_of_own(bundle, prepared[0].identity, max(streams), threads, store)
+        quality.windows_of_own(bundle, ours.identity, max(streams), threads, store)
         if file is None
         else quality.windows_of_file(file, codec, most)
     )
     prompts = [text.prompt(serving.PROMPT, first=number) for number in range(most)]
     raced, load = serving.race(prepared, prompts, streams, rounds, threads, store, serving.NEW)
     peaks = serving.measure_memory(prepared, prompts, streams, threads, store, serving.NEW)
-    key = {"engine": prepared[0].identity, "threads": threads, "rounds": rounds, "text": digest(text.windows)}
+    key = {"engine": ours.identity, "threads": threads, "rounds": rounds, "text": digest(text.windows)}
     own = store.once("embedding-own", key, lambda: _own(bundle, threads, rounds, text))
 
-    reference = prepared[0].engine.name
+    reference = ours.engine.name
     found = {
         one.engine.title: {count: serving.figures(raced, one.engine.name, reference, count) for count in streams}
         for one in prepared
@@ -140,21 +132,11 @@ def _chosen(only: Sequence[str] | None) -> list[Engine]:
     return [engine for place, engine in enumerate(serving.ENGINES) if not place or not only or engine.name in only]
 
 
-def _prepare_all(chosen: Sequence[Engine], bundle: Path | None, store: Store) -> tuple[list[Prepared], dict[str, str]]:
-    """The engines that can be measured, and for each other one the reason."""
-    prepared, skipped = [], {}
-    for engine in chosen:
-        if bundle is not None and engine.runtime == "pastkey":
-            prepared.append(_of_bundle(engine, open_bundle(bundle)))
-            continue
-        try:
-            prepared.append(prepare(engine, open_source(None), store))
-        except EngineError as error:
-            if engine is chosen[0]:
-                raise
-            skipped[engine.title] = str(error)
-            say(f"without {engine.title}: {error}")
-    return prepared, skipped
+def _prepared(engine: Engine, bundle: Path | None, store: Store) -> Prepared:
+    """An engine with its files: pastkey's are those of the bundle, where one is given."""
+    if bundle is not None and engine.runtime == "pastkey":
+        return _of_bundle(engine, open_bundle(bundle))
+    return prepare(engine, open_source(None), store)
 
 
 def _of_bundle(engine: Engine, bundle: Bundle) -> Prepared:

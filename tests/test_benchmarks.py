@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from benchmarks import memory
 from benchmarks.environments import ROOT
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import chart, quality, results, scaling, speed
@@ -243,6 +244,17 @@ def test_the_worker_of_pastkey_answers_as_its_session_does(prepared: Prepared, t
     assert min(answer["prefill_seconds"], answer["decode_seconds"], worker.load_seconds) > 0
     whole = Engine(open_bundle(prepared.model), graph="all_logits", threads=1).forward([ids])[0]
     assert np.array_equal(np.load(tmp_path / "l.npy"), whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_the_memory_of_a_prompt_is_told_beside_its_cache(
+    prepared: Prepared, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["memory", str(prepared.model), "--lengths", "8", "20", "--new-tokens", "3"])
+    memory.main()
+    _, *told = capsys.readouterr().out.splitlines()
+    assert [line.split(" tokens: ")[0].strip() for line in told] == ["8", "20"]
+    assert all(10 < int(line.split(": ")[1].split(",")[0]) < 2000 for line in told)
 
 
 def test_quality_and_speed_are_measured_by_workers_and_then_remembered(prepared: Prepared, tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from pastkey.bundle import open_bundle
 from pastkey.command import Parser, positive_int, say
-from pastkey.errors import InputError, PastkeyError
+from pastkey.errors import InputError
 from pastkey.runtime.text.codec import TextCodec
 
 from . import chart, quality, results, scaling, speed
-from .convert import Source, open_source, prepare
-from .engines import ENGINES, REFERENCE, Engine, EngineError, Prepared, Worker
+from .convert import Source, open_source, prepare, prepare_all
+from .engines import ENGINES, REFERENCE, Engine, Worker
+from .progress import exit_status
 from .results import Row, Settings
 from .store import Store, make_folder
 
@@ -37,18 +38,7 @@ ROUNDS, THREADS = 11, 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        measure(arguments)
-    except PastkeyError as error:
-        say(f"benchmarks.peers: {error}")
-        return 2
-    except EngineError as error:
-        say(f"benchmarks.peers: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("benchmarks.peers: interrupted; the same command goes on from here")
-        return 130
-    return 0
+    return exit_status("benchmarks.peers", lambda: measure(arguments))
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -83,7 +73,8 @@ def measure(arguments: argparse.Namespace) -> None:
         say(f"without {speed.LONG.prompt} tokens of prompt: the text has {whole.tokens}, the context {context_length}")
     prompts = quality.question_ids(bundle, codec)
 
-    prepared, skipped = _prepare_all(engines, reference, source, store)
+    others, skipped = prepare_all(engines[1:], lambda engine: prepare(engine, source, store))
+    prepared = [reference, *others]
     context = max(shape.length for shape in shapes)
     with contextlib.ExitStack() as stack:
         workers = [
@@ -163,20 +154,6 @@ def _chosen(only: Sequence[str] | None, full: bool) -> list[Engine]:
             raise InputError(f"no engine {name!r}; the engines are {', '.join(known)}")
     wanted = [known[name] for name in dict.fromkeys(only)] if only else [e for e in ENGINES if full or not e.full]
     return [REFERENCE, *(engine for engine in wanted if engine is not REFERENCE)]
-
-
-def _prepare_all(
-    engines: Sequence[Engine], reference: Prepared, source: Source, store: Store
-) -> tuple[list[Prepared], dict[str, str]]:
-    """The engines that can be measured, and for each other one the reason."""
-    prepared, skipped = [reference], {}
-    for engine in engines[1:]:
-        try:
-            prepared.append(prepare(engine, source, store))
-        except EngineError as error:
-            skipped[engine.title] = str(error)
-            say(f"without {engine.title}: {error}")
-    return prepared, skipped
 
 
 def _codec(tokenizer: Path | None, source: Source) -> TextCodec:

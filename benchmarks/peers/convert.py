@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from pastkey.command import say
 from pastkey.errors import InputError, MissingFileError
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
-from .engines import ENGINES, WORKERS, Engine, EngineError, Prepared
+from .engines import ENGINES, Engine, EngineError, Prepared
 from .environments import python_of, versions_of
 from .store import Store, digest, digest_of_files
+
+CONVERTERS = Path(__file__).parent / "converters"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,18 @@ def prepare(engine: Engine, source: Source, store: Store) -> Prepared:
     return Prepared(engine, python, out, size, versions, digest([engine.name, source.content, versions]))
 
 
+def prepare_all(engines: Sequence[Engine], one: Callable[[Engine], Prepared]) -> tuple[list[Prepared], dict[str, str]]:
+    """Those of the engines that `one` can prepare, and for the title of each other one the reason."""
+    prepared, skipped = [], {}
+    for engine in engines:
+        try:
+            prepared.append(one(engine))
+        except EngineError as error:
+            skipped[engine.title] = str(error)
+            say(f"without {engine.title}: {error}")
+    return prepared, skipped
+
+
 def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Store) -> None:
     """One engine's own way from the source to its format."""
     log = store.logs / f"convert-{engine.name}.log"
@@ -74,7 +88,7 @@ def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Sto
         case "pastkey":
             run([python, "-m", "pastkey", "export", source.path, "--out", out, "--precision", engine.precision], log)
         case "llama":
-            run([python, WORKERS / "llama_convert.py", source.path, out, engine.precision], log)
+            run([python, CONVERTERS / "llama_convert.py", source.path, out, engine.precision], log)
         case "genai":
             folder, cache = _huggingface(source, store), store.models / "genai-cache"
             builder: list[str | Path] = [
@@ -92,7 +106,7 @@ def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Sto
             shutil.rmtree(cache, ignore_errors=True)
         case "optimum":
             folder, kernels = _huggingface(source, store), int8_kernels().name
-            run([python, WORKERS / "optimum_convert.py", folder, out, engine.precision, kernels], log)
+            run([python, CONVERTERS / "optimum_convert.py", folder, out, engine.precision, kernels], log)
         case "transformers":
             shutil.copytree(_huggingface(source, store), out)
 
@@ -105,7 +119,7 @@ def _huggingface(source: Source, store: Store) -> Path:
         say("write the weights as a Hugging Face folder")
         remove(out)
         run(
-            [sys.executable, WORKERS / "huggingface_convert.py", source.path, out],
+            [sys.executable, CONVERTERS / "huggingface_convert.py", source.path, out],
             store.logs / "convert-huggingface.log",
         )
 

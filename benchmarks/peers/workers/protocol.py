@@ -97,7 +97,7 @@ def _answer(model: Any, request: dict[str, Any]) -> dict[str, Any]:
             np.save(request["out"], np.ascontiguousarray(model.logits(request["ids"]), np.float32))
             return {}
         case "memory":
-            return {"peak_rss_bytes": _peak_rss_bytes()}
+            return {"peak_rss_bytes": peak_rss_bytes()}
         case unknown:
             raise ValueError(f"no request {unknown!r}")
 
@@ -133,7 +133,7 @@ def _streams(model: Streams, prompts: list[list[int]], new_tokens: int) -> dict[
     }
 
 
-def _peak_rss_bytes() -> int:
+def peak_rss_bytes() -> int:
     """VmHWM: what ru_maxrss says, without what the parent held before this process became its own program."""
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in lines if line.startswith("VmHWM:"))
