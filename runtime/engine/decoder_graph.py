@@ -318,7 +318,8 @@ class DecoderGraph:
                 f"token ids are whole numbers of shape {'(T,)' if ndim == 1 else '(B, T)'}, at least one; "
                 f"found {array.dtype} of shape {array.shape}"
             )
-        low, high = int(array.min()), int(array.max())
+        low = int(array.min())
+        high = low if array.size == 1 else int(array.max())
         if low < 0 or high >= self.manifest.vocab_size:
             wrong = low if low < 0 else high
             raise InputError(
@@ -381,6 +382,8 @@ class DecoderGraph:
 
         `found` are logits (B, keep, V) of the last of `tokens` after `start`, or hidden states (B, T, H).
         """
+        if math.isfinite(found.max()) and math.isfinite(found.min()):
+            return
         finite = np.isfinite(found).all(axis=-1)  # (B, T), or (B, keep)
         if mask is not None and (self.every or hidden):
             finite |= mask == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from pastkey.errors import IntegrityError, first_line
@@ -22,19 +20,19 @@ class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
     """An onnxruntime.InferenceSession. A run raises RunFailedError with the graph's name."""
 
     def run(self, *arguments: Any, **options: Any) -> Any:
-        with self._running():
+        try:
             return super().run(*arguments, **options)
+        except _FAILED as error:
+            raise self._failed(error) from error
 
     def run_with_iobinding(self, *arguments: Any, **options: Any) -> None:
-        with self._running():
-            super().run_with_iobinding(*arguments, **options)
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
         try:
-            yield
+            super().run_with_iobinding(*arguments, **options)
         except _FAILED as error:
-            raise RunFailedError(
-                f"onnxruntime {onnxruntime.__version__} cannot run {self._model_path} ({first_line(error)}): the graph "
-                "was altered, or memory is short; copy the bundle again, or end other programs"
-            ) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> RunFailedError:
+        return RunFailedError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {self._model_path} ({first_line(error)}): the graph was "
+            "altered, or memory is short; copy the bundle again, or end other programs"
+        )

@@ -82,7 +82,7 @@ class Sampler:
             text = self._history.of(ids)
             for change in self._changes:
                 logits = change(logits, text)
-        largest = int(np.argmax(logits))
+        largest = int(logits.argmax())
         if logits[largest] == -np.inf:
             raise InputError(
                 "the settings ban every token at this place: of logit_bias, bad_words_ids, no_repeat_ngram_size, "

@@ -17,6 +17,7 @@ from .penalties import IdArray, Scores
 
 _SHARE_TO_SORT = 2.0**-8  # of the likeliest one's probability: mostly enough tokens for top_p, and few
 _COUNTS_TO_SORT = (256, 4096, 2**63)  # for typical_p, in turn
+_PART = 64  # tokens, whose largest is found together
 
 
 class Left(NamedTuple):
@@ -57,8 +58,7 @@ def softmax(logits: Scores) -> npt.NDArray[np.float64]:
 
 
 def _exponentials(logits: Scores) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64)
-    shifted -= logits.max()
+    shifted = np.subtract(logits, logits.max(), dtype=np.float64)
     return np.exp(shifted, out=shifted)
 
 
@@ -74,8 +74,7 @@ def apply_temperature(logits: Scores, temperature: float) -> Scores:
 
     In float64 and from the largest logit down, so that no temperature above 0 overflows.
     """
-    scaled = logits.astype(np.float64)
-    scaled -= logits.max()
+    scaled = np.subtract(logits, logits.max(), dtype=np.float64)
     if temperature != 1:
         with np.errstate(over="ignore"):  # a token that far below the largest has probability 0
             scaled /= temperature
@@ -99,8 +98,22 @@ def keep_top_k(logits: Scores, k: int) -> Scores:
     """Logits (V,) with all but the `k` largest at minus infinity. Ties with the k-th stay."""
     if k >= logits.size:
         return logits
-    kth = np.partition(logits, -k)[-k]
-    return keep(logits, np.flatnonzero(logits >= kth))
+    candidates = np.flatnonzero(logits >= _bound(logits, k))
+    among = logits[candidates]
+    kth = np.partition(among, -k)[-k]
+    return keep(logits, candidates[among >= kth])
+
+
+def _bound(values: Scores, k: int) -> float:
+    """A number that at least the `k` largest of values (N,) reach, and mostly few others; k <= N.
+
+    It is the k-th largest of the parts' largest ones: N are partitioned only where there are fewer parts.
+    """
+    parts = values.size // _PART
+    if k > parts:
+        return float(np.partition(values, -k)[-k])
+    largest = values[: parts * _PART].reshape(-1, parts).max(axis=0)  # a stride apart, which numpy does by vectors
+    return float(np.partition(largest, -k)[-k])
 
 
 def keep_top_p(logits: Scores, p: float) -> Scores:
@@ -141,24 +154,26 @@ def keep_typical(logits: Scores, p: float) -> Scores:
     there = left(logits)
     probabilities = there.probabilities
     with np.errstate(divide="ignore", invalid="ignore"):
-        information = -np.log(probabilities)
-        entropy = np.nansum(probabilities * information)
-    distance = np.abs(information - entropy)
+        log_probs = np.log(probabilities)
+        terms = probabilities * log_probs
+    terms[probabilities == 0] = 0
+    nearness = np.abs(log_probs - terms.sum(), out=log_probs)  # to the entropy
+    np.negative(nearness, out=nearness)
     for count in _COUNTS_TO_SORT:  # mostly a few reach it
-        order = _nearest(distance, count)
+        order = _largest(nearness, count)
         reached = np.cumsum(probabilities[order])
-        if reached[-1] >= p or order.size == distance.size:
+        if reached[-1] >= p or order.size == nearness.size:
             break
     end = min(int((reached < p).sum()), order.size - 1)
-    return keep(logits, there.among(np.flatnonzero(distance <= distance[order[end]])))
+    return keep(logits, there.among(np.flatnonzero(nearness >= nearness[order[end]])))
 
 
-def _nearest(distance: npt.NDArray[np.float64], count: int) -> IdArray:
-    """The places of at least the `count` smallest numbers, ascending, with all that equal the last one."""
-    candidates = np.arange(distance.size)
-    if count < distance.size:
-        candidates = np.flatnonzero(distance <= np.partition(distance, count - 1)[count - 1])
-    return candidates[np.argsort(distance[candidates], kind="stable")]
+def _largest(values: npt.NDArray[np.float64], count: int) -> IdArray:
+    """The places of at least the `count` largest numbers, descending, with all that equal the last one."""
+    candidates = np.arange(values.size)
+    if count < values.size:
+        candidates = np.flatnonzero(values >= _bound(values, count))
+    return candidates[np.argsort(-values[candidates], kind="stable")]
 
 
 def exclude_top_choices(logits: Scores, threshold: float) -> Scores:

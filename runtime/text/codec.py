@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import re
+import string
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # one byte, in vocabularies that fall back to bytes
+_HEX = string.hexdigits
+# Tokens of one byte, in vocabularies that fall back to bytes.
+_BYTE_TOKENS = {f"<0x{high}{low}>": int(high + low, 16) for high in _HEX for low in _HEX}
 # The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others counted from 256.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
@@ -39,6 +42,8 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._pieces: list[str] | None = None
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        named = ((tokenizer.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
+        self._bytes = {token: byte for token, byte in named if token is not None}
 
     @property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
@@ -111,7 +116,7 @@ class TextCodec:
 
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for one byte, so that its character depends on the tokens beside it."""
-        return _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
+        return token in self._bytes
 
     def begun(self, ids: Sequence[int]) -> int:
         """The number of bytes at the end of `ids` that begin a character without ending it."""
@@ -131,9 +136,9 @@ class TextCodec:
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for in a byte-level vocabulary, or in one that falls back to bytes."""
+        if token in self._bytes:
+            return bytes([self._bytes[token]])
         piece = self._tokenizer.id_to_token(token) or ""
-        if byte := _BYTE_TOKEN.fullmatch(piece):
-            return bytes.fromhex(byte[1])
         try:
             return bytes(_BYTE_OF[letter] for letter in piece)
         except KeyError:

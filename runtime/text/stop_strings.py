@@ -27,6 +27,8 @@ class StopStrings:
         """Takes more text; returns the part that no stop string can reach. Once one is `found`, nothing comes."""
         if self.found is not None:
             return ""
+        if not self._stops:
+            return text
         new = range(len(self._held), len(self._held) + len(text))
         self._held += text
         starts = []
