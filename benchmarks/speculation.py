@@ -3,8 +3,9 @@
     python -m benchmarks.speculation BUNDLE --draft BUNDLE2
 
 Speeds are decode alone, in processor time of one thread, so that others on the machine count little: medians of
-interleaved rounds, and their range. The tasks begin at several places of a text, or ask a conversational model to
-repeat a passage, which is what prompt lookup is for. Whether a draft pays is decided by the same clock.
+interleaved rounds, and their range. The tasks go on from several places of a text; copy a passage, as two examples do,
+which a model of any size does word for word, and which is what prompt lookup is for; and ask a conversational model to
+repeat one, which a small one tells in other words. Whether a draft pays is decided by the same clock.
 
 Acceptance is of a draft token at each place of the text: what coupling by the place's random number gives, which keeps
 a seed's text as it is, and what rejection sampling would give, which does not: the sum of the smaller probabilities.
@@ -48,6 +49,7 @@ STORY = (
     "ship could go. The little boat was small enough. It went between the rocks, pulled the net free and came home wet "
     "and happy. From then on the big ships blew their horns whenever it passed."
 )
+PASSAGE = 80  # words that are copied
 REPEAT = "Repeat the following text word for word, without any comment.\n\n"
 
 
@@ -59,10 +61,21 @@ def prompts(model: LanguageModel, text: str, count: int, tokens: int) -> Iterato
         yield ids[start : start + tokens]
 
 
+def copying(text: str, count: int) -> Iterator[str]:
+    """Each asks for a copy of a passage, behind two others of the text and their copies."""
+    words = text.split()
+    size = min(PASSAGE, len(words) // 3)
+    for place in range(count):
+        start = place * max(1, (len(words) - 3 * size) // count)
+        *shown, last = (" ".join(words[first : first + size]) for first in range(start, start + 3 * size, size))
+        yield "".join(f"Text: {one}\nCopy: {one}\n\n" for one in shown) + f"Text: {last}\nCopy:"
+
+
 def tasks(model: LanguageModel, text: str, count: int, tokens: int) -> dict[str, list[Task]]:
     """Each gives a stream for the options of a call."""
     found: dict[str, list[Task]] = {
-        "continue": [partial(model.stream, prompt) for prompt in prompts(model, text, count, tokens)]
+        "continue": [partial(model.stream, prompt) for prompt in prompts(model, text, count, tokens)],
+        "copy": [partial(model.stream, prompt, stop=["\n"]) for prompt in copying(text, count)],
     }
     with contextlib.suppress(PastkeyError):  # no conversational model
         model.chat()

@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 CHAT_NEW_TOKENS = 512  # of an answer
 _LEAST, _MOST = 2.0**-149, 2.0**127  # settings count as float32, in which others are 0 or infinity
 NUM_SINK_TOKENS = 4  # of a text that stay in the context however long it becomes, the BOS token among them
-MAX_DRAFT_TOKENS = 3  # of a step, beside the token that is certain
+MAX_DRAFT_TOKENS = 7  # of a step, beside the token that is certain
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 

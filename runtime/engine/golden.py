@@ -39,7 +39,7 @@ TOKENS = 256  # of the text, where the context has room for it
 # Logits stand for the ends of the whole text, of its eighth, and of its half, quarter and sixteenth as far as there is
 # room: how far the bug is off changes from position to position.
 ENDS, LEAST_ROWS = (1, 8, 2, 4, 16), 2
-STEPS = 8  # tokens that are decoded one by one behind a prefill, and then as many at once as drafts are
+STEPS = MAX_DRAFT_TOKENS + 1  # that are decoded one by one behind a prefill, and then at once, as drafts are
 
 # max |difference| over max |logit| that a device may be off. In float32 devices were 5e-7 from the processor, in
 # float16 2e-3; a prefill that leaves out keys is 2e-2 off, and more. Activations in int8, as on the processor, are
@@ -187,7 +187,7 @@ def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
         yield _apart(logits, row)
         engine.reset()
         engine.prefill(golden.ids[:first])
-        yield _apart(engine.prefill(golden.ids[first:], MAX_DRAFT_TOKENS), row)
+        yield _apart(engine.prefill(golden.ids[first:], STEPS), row)
         return
     yield np.inf
 

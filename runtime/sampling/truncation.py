@@ -58,7 +58,7 @@ def softmax(logits: Scores) -> npt.NDArray[np.float64]:
 
 
 def _exponentials(logits: Scores) -> npt.NDArray[np.float64]:
-    shifted = np.subtract(logits, logits.max(), dtype=np.float64)
+    shifted: npt.NDArray[np.float64] = np.subtract(logits, logits.max(), dtype=np.float64)
     return np.exp(shifted, out=shifted)
 
 
@@ -74,7 +74,7 @@ def apply_temperature(logits: Scores, temperature: float) -> Scores:
 
     In float64 and from the largest logit down, so that no temperature above 0 overflows.
     """
-    scaled = np.subtract(logits, logits.max(), dtype=np.float64)
+    scaled: npt.NDArray[np.float64] = np.subtract(logits, logits.max(), dtype=np.float64)
     if temperature != 1:
         with np.errstate(over="ignore"):  # a token that far below the largest has probability 0
             scaled /= temperature

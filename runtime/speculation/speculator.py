@@ -44,7 +44,7 @@ class Speculator:
         if drafter is not None:
             drafter.end(drafted, accepted)
         if drafted and self._prompt_lookup is not None and (drafter is None or not drafter.made):
-            self._prompt_lookup.record(accepted)
+            self._prompt_lookup.record(drafted, accepted)
 
     def guess(self, ids: Sequence[int], most: int) -> None:
         """Takes note of what would be drafted. A draft model is not asked: that would cost a run of its own."""
@@ -62,7 +62,7 @@ class Speculator:
             if not more:
                 return 0
         if self._drafted and self._prompt_lookup is not None:
-            self._prompt_lookup.record(self._guessed)
+            self._prompt_lookup.record(self._drafted, self._guessed)
         self._guess = None
         return self._guessed + 1
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-MAX_DRAFT_MODEL_TOKENS = 7  # of a step
+from ..settings import MAX_DRAFT_TOKENS
+
 SHARE = 0.014  # of all time, which rejected drafts may take
 LOAN = 2.0  # steps that they may take before that, of a text of at least LOAN / SHARE tokens
 REFRESH = 64  # steps with drafts after which one without them is timed anew
@@ -85,7 +86,7 @@ class Worth:
         if self._loss(1, behind) > lent:
             return 0
         best, fastest, brought = 0, _MARGIN / step, 1.0
-        for count in range(1, min(most, MAX_DRAFT_MODEL_TOKENS) + 1):
+        for count in range(1, min(most, MAX_DRAFT_TOKENS) + 1):
             brought += rate**count
             if (speed := brought / (count * draft + self._run(count + 1))) > fastest:
                 best, fastest = count, speed

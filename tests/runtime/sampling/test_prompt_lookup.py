@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 PROMPT = [5, 6, 7, 9, 11, 5, 6, 7]
 
 
+def repeating() -> PromptLookup:
+    """One whose drafts were all accepted so far."""
+    prompt_lookup = PromptLookup()
+    for drafted in (1, 3):
+        prompt_lookup.record(drafted, drafted)
+    return prompt_lookup
+
+
 # --- drafts ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("ids", "expected"),
@@ -39,30 +47,48 @@ PROMPT = [5, 6, 7, 9, 11, 5, 6, 7]
     ],
 )
 def test_what_followed_the_last_time_is_drafted(ids: list[int], expected: list[int]) -> None:
-    assert PromptLookup().draft(ids, 3) == expected
+    assert repeating().draft(ids, 3) == expected
 
 
 def test_no_more_is_drafted_than_there_is_room_for() -> None:
     ids = [1, 2, 3, 4, 5, 6, 1, 2, 3]
-    assert [PromptLookup().draft(ids, most) for most in (-1, 0, 1, 2, 3)] == [[], [], [4], [4, 5], [4, 5]]
+    assert [repeating().draft(ids, most) for most in (-1, 0, 1, 2, 3)] == [[], [], [4], [4, 5], [4, 5]]
 
 
 def test_a_growing_text_is_drafted_as_a_whole_one() -> None:
     ids = np.random.default_rng(0).integers(0, 4, 200).tolist()
-    growing = PromptLookup()
+    growing = repeating()
     for end in range(len(ids)):
-        assert growing.draft(ids[:end], 3) == PromptLookup().draft(ids[:end], 3), end
+        assert growing.draft(ids[:end], 7) == repeating().draft(ids[:end], 7), end
+
+
+def test_drafts_grow_while_they_are_accepted_whole() -> None:
+    ids = [*range(20), *range(12)]
+    prompt_lookup, drafts = PromptLookup(), []
+    for accepted in (1, 3, 7, 6, 0, 1, 3):
+        drafts.append(prompt_lookup.draft(ids, MAX_DRAFT_TOKENS))
+        prompt_lookup.record(len(drafts[-1]), accepted)
+    assert [len(draft) for draft in drafts] == [1, 3, 7, 7, 1, 1, 3]
+    assert drafts[2] == [12, 13, 14, 15, 16, 17, 18]
+
+
+def test_a_draft_that_was_cut_short_says_nothing_of_longer_ones() -> None:
+    prompt_lookup = repeating()
+    prompt_lookup.record(7, 6)
+    prompt_lookup.record(1, 1)
+    prompt_lookup.record(2, 2)  # of three: a constraint, or the end of the text
+    assert len(prompt_lookup.draft([*range(20), *range(12)], 7)) == 3
 
 
 def test_after_rejected_drafts_more_must_agree_until_one_is_accepted() -> None:
     ids = [1, 2, 3, 4, 9, 1, 2, 3]
     prompt_lookup = PromptLookup()
     assert prompt_lookup.draft(ids, 1) == [4]  # three tokens agree
-    prompt_lookup.record(0)
+    prompt_lookup.record(1, 0)
     assert prompt_lookup.draft(ids, 1) == [4]
-    prompt_lookup.record(0)
+    prompt_lookup.record(1, 0)
     assert prompt_lookup.draft(ids, 1) == []
-    prompt_lookup.record(1)
+    prompt_lookup.record(1, 1)
     assert prompt_lookup.draft(ids, 1) == [4]
 
 
@@ -70,7 +96,7 @@ def test_a_long_agreement_is_drafted_from_however_many_drafts_were_rejected() ->
     ids = [*range(20), *range(10)]
     prompt_lookup = PromptLookup()
     for _ in range(100):
-        prompt_lookup.record(0)
+        prompt_lookup.record(1, 0)
     assert prompt_lookup.draft(ids[:22], 1) == []
     assert prompt_lookup.draft(ids, 1) == [10]
 

@@ -39,17 +39,19 @@ class Nines(Drafter):
 def test_the_text_itself_comes_first_and_each_hears_of_its_own_drafts() -> None:
     drafter, text = Nines(), list(TEXT)
     speculator = Speculator(prompt_lookup=True, drafter=drafter, constraint=None)
+    assert speculator.draft(text, 9) == [4]
+    speculator.end(1, 1)
     assert speculator.draft(text, 9) == [4, 5]
     speculator.end(2, 0)
     text += [7]
     assert speculator.draft(text, 9) == [9, 9]
     speculator.end(2, 0)  # which is no rejection of what the text says
     text += [8, 1, 2, 3]
-    assert speculator.draft(text, 9) == [7, 8]
-    speculator.end(2, 0)
+    assert speculator.draft(text, 9) == [7]
+    speculator.end(1, 0)
     text += [6, 0, 1, 2, 3]
     assert speculator.draft(text, 9) == [9, 9]  # after two of those, more must agree
-    assert drafter.told == [(2, 0)] * 3
+    assert drafter.told == [(1, 1), (2, 0), (2, 0), (1, 0)]
 
 
 def test_without_either_there_is_no_draft() -> None:
@@ -81,6 +83,7 @@ def test_beside_other_rows_what_a_draft_would_have_brought_is_counted(
     tokens: list[int | None], expected: list[int]
 ) -> None:
     speculator, text = Speculator(prompt_lookup=True, drafter=Nines(), constraint=None), list(TEXT)
+    speculator.end(1, 1)  # three are drafted now
     found = []
     for token in tokens:
         speculator.guess(text, 9)
@@ -91,5 +94,6 @@ def test_beside_other_rows_what_a_draft_would_have_brought_is_counted(
 
 def test_tokens_that_had_to_follow_end_what_a_draft_would_have_brought() -> None:
     speculator = Speculator(prompt_lookup=True, drafter=None, constraint=None)
+    speculator.end(1, 1)
     speculator.guess(TEXT, 9)
     assert speculator.came(4, more=True) == 2

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from pastkey.runtime.speculation.worth import MAX_DRAFT_MODEL_TOKENS, REFRESH, Rate, Worth, observed
+from pastkey.runtime.settings import MAX_DRAFT_TOKENS
+from pastkey.runtime.speculation.worth import REFRESH, Rate, Worth, observed
 
 PER_TOKEN = 0.2  # of a step, for each further token of a run
 
@@ -90,14 +91,14 @@ def test_as_many_tokens_are_drafted_as_bring_most_a_second() -> None:
     def fastest(rate: float, cost: float) -> int:
         speeds = [
             sum(rate**place for place in range(count + 1)) / (1 + PER_TOKEN * count + cost * count)
-            for count in range(MAX_DRAFT_MODEL_TOKENS + 1)
+            for count in range(MAX_DRAFT_TOKENS + 1)
         ]
         return max(range(len(speeds)), key=speeds.__getitem__)
 
     for rate, cost in itertools.product([0.5, 0.7, 0.85, 0.95], [0.02, 0.1, 0.3]):
         if fastest(rate, cost) > 1:  # that of 0 and 1 is nearly equal
             assert found(rate, cost) == fastest(rate, cost), (rate, cost)
-    assert found(1.0, 0.1) == MAX_DRAFT_MODEL_TOKENS
+    assert found(1.0, 0.1) == MAX_DRAFT_TOKENS
     assert found(0.1, 0.3) == 0
 
 
