@@ -178,6 +178,8 @@ class TrainForce(Train):
         return training.exists() and load_checkpoint(training).training["step"] > 0
 
     def ended(self, locks: bool = True) -> None:
+        if self.out.name != "c":  # the old one is as the run that was killed left it, which held its lock
+            (self.work / "c" / "training" / "lock").unlink(missing_ok=True)
         super().ended(locks)
         beside = {path.name for path in self.work.iterdir()} - {"c", self.out.name}
         assert beside <= (set() if locks else {"c.training"})  # what the disk kept from being removed
