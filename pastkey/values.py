@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import numbers
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from .errors import InputError
 
@@ -32,20 +34,39 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"{name} is {shown(value)}; it must be {expected}")
 
 
-def as_path(value: object) -> Path:
-    """The path of a file. Raises InputError for what is none."""
-    if not isinstance(value, str | os.PathLike):
-        raise InputError(f"path is {shown(value)}; it must be the path of a file, as a str or a Path")
-    return Path(value)
+def is_collection(value: object) -> TypeGuard[Collection[Any]]:
+    """Whether it has parts that can be gone through more than once: no text, no mapping, no array of no dimension."""
+    named = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
+    return isinstance(value, Collection) and not named and getattr(value, "ndim", 1) > 0
+
+
+def as_path(value: object, name: str = "path", expected: str = "the path of a file") -> Path:
+    """The path of something that need not be there. Raises InputError for what is none that this system takes."""
+    found = value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else None
+    if not isinstance(found, str):
+        raise InputError(f"{name} is {shown(value)}; it must be {expected}, as a str or a Path")
+    try:
+        os.lstat(found)
+    except ValueError:  # a NUL, or a character that no name has here
+        raise InputError(f"{name} is {shown(found)}, which is not the name of a file; it must be {expected}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{name} is {shown(found)}, which is longer than a name can be here; it must be {expected}"
+            ) from None
+    return Path(found)
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """A value as a sentence shows it, however large it is."""
+    """A value as a sentence shows it, in one line, however large it is, and whatever it says of itself."""
     if isinstance(value, int) and abs(value) >= 10**longest:  # Python refuses to write more than 4,300 digits
         return f"a number of more than {longest} digits"
     if isinstance(value, list | tuple | dict) and len(value) > 20:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
-    text = repr(value)
+    try:
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
+    except Exception:  # nested too deeply, a number of too many digits within, or the caller's own class
+        text = f"an object of the class {type(value).__name__}"
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

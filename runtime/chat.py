@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from pastkey.errors import InputError, OptionError, TemplateWarning
+from pastkey.values import shown
 
 from .completion import Chunk, Completion, ToolCall, completed
 from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
@@ -68,7 +69,7 @@ class Chat:
         self._variables = dict(template_variables or {})
         for name in _OURS:
             if name in self._variables:
-                raise OptionError(f"chat() has no option {name!r}: a conversation gives it to the template itself")
+                raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
         self._tokenizer = model.tokenizer
         self._template = self._open_template(template, tools=bool(tools))
         self._form = tool_call_form(self._template.source)
@@ -396,7 +397,7 @@ class Chat:
                 _warn(f"the chat template leaves the {name} out, so that the model is not told of them", stacklevel)
         for name in self._variables:
             if name not in self._template.variables:
-                _warn(f"the chat template does not read the variable {name!r}", stacklevel)
+                _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
 
 
 def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -411,7 +412,7 @@ def _warn(sentence: str, stacklevel: int) -> None:
 
 def _checked_text(name: str, text: object) -> str:
     if not isinstance(text, str):
-        raise InputError(f"{name} is {text!r:.60}; a text was expected")
+        raise InputError(f"{name} is {shown(text)}; a text was expected")
     return text
 
 
@@ -420,7 +421,7 @@ def _checked_documents(documents: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(documents, list | tuple) or not all(isinstance(document, Mapping) for document in documents):
         raise InputError(
-            f'documents is {documents!r:.60}; a list of {{"title": ..., "text": ...}} was expected, as the template '
+            f'documents is {shown(documents)}; a list of {{"title": ..., "text": ...}} was expected, as the template '
             "reads them"
         )
     return [dict(document) for document in documents]

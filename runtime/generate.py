@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, Protocol
 
 from pastkey.errors import InputError, NumericsError
-from pastkey.values import is_int
+from pastkey.values import is_int, shown
 
 from .engine.engine import Engine, Logits
 from .kept_tokens import KeptTokens
@@ -130,14 +130,15 @@ class Generation:
             InputError: The model cannot take the prompt, or an option is out of range.
         """
         if not is_int(max_new_tokens) or max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number from 0")
+            raise InputError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number from 0")
         sampling = sampling or SamplingConfig()
         if sampling.min_new_tokens > max_new_tokens:
             raise InputError(
-                f"min_new_tokens is {sampling.min_new_tokens!r}; it must be at most max_new_tokens, {max_new_tokens}"
+                f"min_new_tokens is {shown(sampling.min_new_tokens)}; it must be at most max_new_tokens, "
+                f"{shown(max_new_tokens)}"
             )
         if logprobs is not None and not is_int(logprobs, 0):
-            raise InputError(f"logprobs is {logprobs!r}; it must be a whole number from 0, or None")
+            raise InputError(f"logprobs is {shown(logprobs)}; it must be a whole number from 0, or None")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")
         self.kept = KeptTokens(engine, context_overflow, num_sink_tokens)

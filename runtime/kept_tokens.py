@@ -30,7 +30,12 @@ class KeptTokens:
         self._engine = engine
         self._context = context = engine.manifest.context_length
         self.sinks, self.block, self.dropped = 0, 0, 0
-        require(overflow in ("error", "shift"), "context_overflow", overflow, '"error" or "shift"')
+        require(
+            isinstance(overflow, str) and overflow in ("error", "shift"),
+            "context_overflow",
+            overflow,
+            '"error" or "shift"',
+        )
         most = context // 2 if overflow == "shift" else None  # without it, a number for any context is none too many
         expected = "a whole number from 0" + ("" if most is None else f" to {most}, half the context")
         require(is_int(sinks, 0, most), "num_sink_tokens", sinks, expected)

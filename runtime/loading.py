@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import weakref
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pastkey.bundle import open_bundle
 from pastkey.errors import InputError
-from pastkey.values import is_int
+from pastkey.values import as_path, is_collection, is_int, require, shown
 
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
@@ -89,30 +88,32 @@ def load(
             has another vocabulary, or is of no use to this bundle.
     """
     if threads is not None and not is_int(threads):
-        raise InputError(f"threads is {threads!r}; a whole number was expected, or None for the physical cores")
+        raise InputError(f"threads is {shown(threads)}; a whole number was expected, or None for the physical cores")
     if not (providers is None or _is_choice(providers)) and not (
-        isinstance(providers, Collection) and all(map(_is_choice, providers))
+        is_collection(providers) and all(map(_is_choice, providers))
     ):
         raise InputError(
-            f'providers is {providers!r}; a name such as "cuda", a pair of a name and its options, or a list of these '
-            "was expected"
+            f'providers is {shown(providers)}; a name such as "cuda", a pair of a name and its options, or a list of '
+            "these was expected"
         )
     if session_options is not None and not (
         isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
     ):
         raise InputError(
-            f"session_options is {session_options!r:.80}; a mapping of names to values such as "
+            f"session_options is {shown(session_options)}; a mapping of names to values such as "
             '{"enable_cpu_mem_arena": False} was expected'
         )
+    require(verify is None or isinstance(verify, bool), "verify", verify, "True, False or None")
+    require(isinstance(allow_fallback, bool), "allow_fallback", allow_fallback, "True or False")
     for name, value, least in (
         ("max_memory", max_memory, 1),
         ("prefix_bytes", prefix_bytes, 0),
         ("max_batch", max_batch, 1),
     ):
         if not is_int(value, least) and not (value is None and name == "max_memory"):
-            raise InputError(f"{name} is {value!r}; a whole number from {least} was expected")
-    if key is not None and not isinstance(key, str | os.PathLike):
-        raise InputError(f"key is {type(key).__name__}; the path of a PEM file with a public key was expected")
+            raise InputError(f"{name} is {shown(value)}; a whole number from {least} was expected")
+    if key is not None:
+        key = as_path(key, "key", "the path of a PEM file with a public key")
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     if trust is not True or limits is not None:
@@ -194,13 +195,15 @@ def _require_untrusted(trust: object, limits: object, providers: object, draft: 
     from .untrusted.limits import Limits
 
     if not isinstance(trust, bool):
-        raise InputError(f"trust is {trust!r:.60}; True or False was expected")
+        raise InputError(f"trust is {shown(trust)}; True or False was expected")
     if trust:
         raise InputError("limits are for a bundle that is not trusted, and trust is True: load it with trust=False")
     if not isinstance(limits, Limits | None):
-        raise InputError(f"limits is {limits!r:.60}; Limits(memory=..., seconds=...) was expected, or None")
+        raise InputError(f"limits is {shown(limits)}; Limits(memory=..., seconds=...) was expected, or None")
     if providers not in (None, "cpu", ["cpu"], ("cpu",)):
-        raise InputError(f"providers is {providers!r}; an untrusted bundle runs on the processor alone: leave it out")
+        raise InputError(
+            f"providers is {shown(providers)}; an untrusted bundle runs on the processor alone: leave it out"
+        )
     if draft is not None:
         raise InputError("a draft model is of no use to a bundle that is not trusted: leave draft (--draft) out")
 

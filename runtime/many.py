@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pastkey.errors import InputError
-from pastkey.values import is_int, require
+from pastkey.values import is_int, require, shown
 
 from .batching.shared_prefill import SharedPrefill
 from .completion import Chunk, Completion
@@ -16,6 +16,7 @@ from .sampling.random_stream import continuation_seed, fresh_seed
 from .settings import GenerateOptions, SamplingConfig
 from .stream import Stream
 
+MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 Open = Callable[[Any, GenerateOptions, SharedPrefill | None], Stream]
 
 
@@ -37,7 +38,7 @@ def token_ids(given: object, name: str, expected: str, vocab_size: int) -> list[
     no_list = isinstance(given, str | bytes | bytearray | memoryview | Mapping | Set)
     if no_list or not isinstance(given, Iterable):
         advice = ": decode it first" if isinstance(given, bytes | bytearray | memoryview) else ""
-        raise InputError(f"{name} is {given!r:.60}; {expected} was expected{advice}")
+        raise InputError(f"{name} is {shown(given)}; {expected} was expected{advice}")
     tokens = list(given)
     odd = [token for token in tokens if not is_int(token)]
     if odd and all(isinstance(token, str | Sequence | np.ndarray) for token in tokens):
@@ -45,7 +46,7 @@ def token_ids(given: object, name: str, expected: str, vocab_size: int) -> list[
             f"several prompts were given; one was expected, {expected}: generate and stream_many take a list"
         )
     if odd:
-        raise InputError(f"{name} holds {odd[0]!r:.60}; token ids are whole numbers from 0 to {vocab_size - 1}")
+        raise InputError(f"{name} holds {shown(odd[0])}; token ids are whole numbers from 0 to {vocab_size - 1}")
     return [int(token) for token in tokens]
 
 
@@ -77,9 +78,9 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         """
         ordered = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 0  # an array, or a column of a table
         if isinstance(prompts, str) or not ordered or not len(prompts):
-            found = "a text" if isinstance(prompts, str) else "none" if ordered else f"{prompts!r:.60}"
+            found = "a text" if isinstance(prompts, str) else "none" if ordered else shown(prompts)
             raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
-        require(n is None or is_int(n, 1), "n", n, "a whole number from 1")
+        require(n is None or is_int(n, 1, MAX_CONTINUATIONS), "n", n, f"a whole number from 1 to {MAX_CONTINUATIONS:,}")
         if n is None:
             self._streams = [begin(prompt, options, None) for prompt in prompts]
         else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pastkey.errors import InputError
-from pastkey.values import is_number, require
+from pastkey.values import is_collection, is_number, require, shown
 
 from .batching.shared_prefill import SharedPrefill
 from .engine.engine import Engine
@@ -56,7 +56,7 @@ def open_stream(
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
     timeout = options.get("timeout")
     if timeout is not None and not (is_number(timeout) and timeout > 0):
-        raise InputError(f"timeout is {timeout!r}; a number of seconds above 0 was expected, or None")
+        raise InputError(f"timeout is {shown(timeout)}; a number of seconds above 0 was expected, or None")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
     constraint = model.vocabulary.matcher(options)
     generation = Generation(
@@ -125,16 +125,18 @@ def open_prompt(
 def _drafter(model: LanguageModel, options: GenerateOptions | SessionOptions) -> Drafter | None:
     asked = options.get("draft")
     if asked is not None and not isinstance(asked, bool):
-        raise InputError(f"draft is {asked!r}; True or False was expected: the draft model itself is an option of load")
+        raise InputError(
+            f"draft is {shown(asked)}; True or False was expected: the draft model itself is an option of load"
+        )
     if asked and model.draft is None:
         raise InputError("draft is True, and this model has no draft model: give one to pastkey.load(draft=BUNDLE)")
     return None if model.draft is None or asked is False else model.draft.drafter(model.memory)
 
 
 def _texts(name: str, given: Any) -> tuple[str, ...]:
-    texts = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    texts = tuple(given) if is_collection(given) or isinstance(given, Iterator) else (given,)
     if any(not isinstance(text, str) or not text for text in texts):
-        raise InputError(f"{name} is {given!r}; texts of at least one character were expected")
+        raise InputError(f"{name} is {shown(given)}; texts of at least one character were expected")
     return texts
 
 

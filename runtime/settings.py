@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from pastkey.errors import OptionError
-from pastkey.values import is_int, is_number, require
+from pastkey.values import is_collection, is_int, is_number, require, shown
 
 # An execution provider by a short name ("cuda") or onnxruntime's, alone or with its options.
 Choice = str | tuple[str, dict[str, Any]]
@@ -171,7 +171,7 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise OptionError(
-                f"{call}() has no option {name!r}"
+                f"{call}() has no option {shown(name)}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(sorted(known))}")
             )
 
@@ -228,12 +228,7 @@ def _at_least(least: int) -> Callable[[Any], bool]:
 
 def _each(valid: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
     """Of a list, or another collection with an order."""
-    return lambda value: (
-        isinstance(value, Collection)
-        and not isinstance(value, str | bytes | Mapping)
-        and len(value) >= least
-        and all(map(valid, value))
-    )
+    return lambda value: is_collection(value) and len(value) >= least and all(map(valid, value))
 
 
 _IS_ID = _at_least(0)

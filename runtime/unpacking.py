@@ -19,7 +19,7 @@ from pastkey.errors import InputError, IntegrityError, MissingFileError, first_l
 from pastkey.folder import is_inside
 from pastkey.names import MANIFEST
 from pastkey.reading import reading
-from pastkey.values import shown
+from pastkey.values import as_path, shown
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
 
@@ -41,7 +41,7 @@ def given_as(path: object) -> Given:
     if isinstance(path, bytes | bytearray | memoryview):
         return Given(Path("the bytes"), memoryview(path).cast("B"))
     if isinstance(path, str | os.PathLike):
-        return Given(Path(path))
+        return Given(as_path(path, expected="that of a bundle folder or of a zip file of one"))
     if isinstance(path, Traversable):
         if path.is_file():
             return Given(Path(path.name), path.read_bytes())
@@ -51,8 +51,8 @@ def given_as(path: object) -> Given:
         _copy(path, folder)
         return Given(folder, copied=folder)
     raise InputError(
-        f"path is {path!r}; the path of a bundle folder was expected, as a str or a Path, or a zip file of one, its "
-        "bytes, or a resource of a package"
+        f"path is {shown(path)}; the path of a bundle folder was expected, as a str or a Path, or a zip file of one, "
+        "its bytes, or a resource of a package"
     )
 
 

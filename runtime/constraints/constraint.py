@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pastkey.errors import InputError
+from pastkey.values import is_collection, shown
 
 # Beyond these, compiling takes seconds or, in depth, more of a thread's stack than some systems give one.
 MAX_SCHEMA_CHARACTERS = 500_000
@@ -85,7 +86,7 @@ def _schema_text(value: object) -> str:
         except (ValueError, RecursionError) as error:
             raise InputError(f"json_schema is no JSON ({error}); {expected}") from None
     if not isinstance(schema, Mapping):
-        raise InputError(f"json_schema is {schema!r:.60}; a JSON schema was expected, as a dict or as its JSON text")
+        raise InputError(f"json_schema is {shown(schema)}; a JSON schema was expected, as a dict or as its JSON text")
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -101,9 +102,9 @@ def _schema_text(value: object) -> str:
 
 
 def _choices_text(value: object) -> str:
-    texts = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
-    if isinstance(value, str | bytes) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise InputError(f"choices is {value!r:.60}; a list of texts of at least one character was expected")
+    texts = list(value) if is_collection(value) or isinstance(value, Iterator) else []
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"choices is {shown(value)}; a list of texts of at least one character was expected")
     length = sum(len(str(text)) for text in texts)
     if len(texts) > MAX_CHOICES or length > MAX_SCHEMA_CHARACTERS:
         raise InputError(
@@ -116,7 +117,7 @@ def _choices_text(value: object) -> str:
 def _bounded(kind: Kind, value: object) -> str:
     if not isinstance(value, str) or not value:
         what = "a regular expression" if kind == "regex" else "the text of a Lark grammar"
-        raise InputError(f"{kind} is {value!r:.60}; {what} was expected, as a text")
+        raise InputError(f"{kind} is {shown(value)}; {what} was expected, as a text")
     if len(value) > MAX_CHARACTERS:
         raise InputError(_too_long(kind, len(value), MAX_CHARACTERS))
     if kind == "grammar":

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from pastkey.errors import InputError, missing_extra
+from pastkey.values import shown
 
 from ..text.codec import TextCodec
 from ..text.token_bytes import ExactEncoder, token_bytes
@@ -145,8 +146,8 @@ class Vocabulary:
             lacking = next((letter for letter in literal if not writes(letter)), None)
             if lacking is not None:
                 raise InputError(
-                    f"{constraint.kind} asks for {literal!r:.60}, and no token of this model's vocabulary writes "
-                    f"{lacking!r}: ask for what its vocabulary can write"
+                    f"{constraint.kind} asks for {shown(literal)}, and no token of this model's vocabulary writes "
+                    f"{shown(lacking)}: ask for what its vocabulary can write"
                 )
 
 

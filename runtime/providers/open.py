@@ -161,7 +161,7 @@ def checked_threads(threads: int | None) -> int:
     """The number of threads within an operator: `threads`, or the default for None. Raises InputError."""
     most = max(256, os.cpu_count() or 1)  # some thousands of threads take all memory before they do anything
     if threads is not None and not 1 <= threads <= most:
-        raise InputError(f"threads is {threads}; it must be 1 to {most}, and the physical cores are the fastest")
+        raise InputError(f"threads is {shown(threads)}; it must be 1 to {most}, and the physical cores are the fastest")
     return default_threads() if threads is None else threads
 
 

@@ -163,7 +163,7 @@ def resolve(
         name = full_name(asked)
         if name not in here:
             known = KNOWN.get(short_name(name)) if name else None
-            what = f"the execution provider {asked!r} " + ("is not on this machine" if known else "is unknown")
+            what = f"the execution provider {shown(asked)} " + ("is not on this machine" if known else "is unknown")
             remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(KNOWN)}"
             if known and len(wheels()) > 1 and set(_packages(known)) & set(wheels()):
                 remedy = f"; {overlapping()}"

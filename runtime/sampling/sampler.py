@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pastkey.errors import InputError
+from pastkey.values import shown
 
 from ..settings import SamplingConfig
 from . import bans, dry, penalties, truncation
@@ -192,4 +193,4 @@ def _require_known_ids(config: SamplingConfig, vocab_size: int) -> None:
     for name, tokens in named.items():
         for token in tokens:
             if token >= vocab_size:
-                raise InputError(f"{name} holds {token}; token ids are whole numbers from 0 to {vocab_size - 1}")
+                raise InputError(f"{name} holds {shown(token)}; token ids are whole numbers from 0 to {vocab_size - 1}")

@@ -16,6 +16,7 @@ from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.folder import read_json, read_text
+from pastkey.values import shown
 
 from . import sandbox
 
@@ -171,7 +172,7 @@ def _up_to_mark(text: str, content: str) -> str:
 def read_template(file: object) -> str:
     """The text of a template. Raises MissingFileError, or InputError for what is no path or no text."""
     if not isinstance(file, str | os.PathLike):
-        raise InputError(f"template is {file!r:.60}; the path of a chat template was expected, as a str or a Path")
+        raise InputError(f"template is {shown(file)}; the path of a chat template was expected, as a str or a Path")
     return read_text(Path(file))
 
 

@@ -16,6 +16,7 @@ from pastkey import names
 from pastkey.errors import InputError, IntegrityError
 from pastkey.reading import NativeError, panics_as_errors, read_bytes
 from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
+from pastkey.values import shown
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
@@ -79,7 +80,7 @@ class TextCodec:
             unknown = next((word for word in text.split() if not self._encodes(word)), text)
         if unknown is not None:
             raise InputError(
-                f"no token covers {unknown!r}: this model's vocabulary is made of other words or characters"
+                f"no token covers {shown(unknown)}: this model's vocabulary is made of other words or characters"
             )
         if not encoding.ids:
             raise InputError("the prompt is empty and the tokenizer adds no BOS token: give at least one word")

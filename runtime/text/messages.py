@@ -9,7 +9,7 @@ from typing import Any
 
 from pastkey.errors import InputError, PastkeyError
 from pastkey.folder import read_json, write_json
-from pastkey.values import as_path
+from pastkey.values import as_path, shown
 
 Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text", "text": ...}
 
@@ -26,12 +26,13 @@ def checked_content(name: str, content: Any) -> Content:
     parts = content if isinstance(content, list | tuple) and content else None
     if parts is None or not all(isinstance(part, Mapping) for part in parts):
         raise InputError(
-            f'{name} is {content!r:.60}; a text was expected, or a list of parts {{"type": "text", "text": ...}}'
+            f'{name} is {shown(content)}; a text was expected, or a list of parts {{"type": "text", "text": ...}}'
         )
     for part in parts:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise InputError(
-                f'{name} has the part {part!r:.60}; this model reads text: {{"type": "text", "text": ...}} was expected'
+                f'{name} has the part {shown(part)}; this model reads text: {{"type": "text", "text": ...}} was '
+                "expected"
             )
     return parts
 

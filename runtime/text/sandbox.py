@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pastkey.errors import missing_extra
+from pastkey.values import shown
 
 if TYPE_CHECKING:
     import jinja2
@@ -429,4 +430,4 @@ def plain(value: Any) -> Any:
     item = getattr(value, "item", None)  # numpy's numbers
     if callable(item):
         return plain(item())
-    raise TypeError(f"{value!r:.60} is a {type(value).__name__}; text, numbers, lists and dicts were expected")
+    raise TypeError(f"{shown(value)} is a {type(value).__name__}; text, numbers, lists and dicts were expected")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pastkey.errors import InputError
+from pastkey.values import shown
 
 Tool = Mapping[str, Any] | Callable[..., Any]
 _TYPES: dict[Any, dict[str, Any]] = {
@@ -31,7 +32,7 @@ def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     Raises InputError for what is neither a schema with a name nor a function with hints of JSON's types.
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-        raise InputError(f"tools is {tools!r:.60}; a list of JSON schemas or functions was expected")
+        raise InputError(f"tools is {shown(tools)}; a list of JSON schemas or functions was expected")
     return [dict(tool) if isinstance(tool, Mapping) and tool_name(tool) else _schema(tool) for tool in tools]
 
 
@@ -45,7 +46,7 @@ def tool_name(schema: Mapping[str, Any]) -> str | None:
 def _schema(tool: Any) -> dict[str, Any]:
     if not callable(tool) or not hasattr(tool, "__name__"):
         raise InputError(
-            f'a tool is {tool!r:.60}; a JSON schema such as {{"type": "function", "function": {{"name": ...}}}} or a '
+            f'a tool is {shown(tool)}; a JSON schema such as {{"type": "function", "function": {{"name": ...}}}} or a '
             "function was expected"
         )
     description, told = _docstring(inspect.getdoc(tool) or "")
@@ -64,7 +65,7 @@ def _schema(tool: Any) -> dict[str, Any]:
         hint = _hint(hints[name])
         if hint is None:
             raise InputError(
-                f"the tool {tool.__name__} cannot be described: its argument {name} is {hints[name]!r:.60}, which is "
+                f"the tool {tool.__name__} cannot be described: its argument {name} is {shown(hints[name])}, which is "
                 "none of JSON's types; give the tool's JSON schema"
             )
         properties[name] = hint | ({"description": told[name]} if name in told else {})

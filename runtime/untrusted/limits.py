@@ -8,7 +8,7 @@ from typing import Annotated
 from pastkey.errors import InputError
 from pastkey.memory import shown_bytes
 from pastkey.typed import Between
-from pastkey.values import is_int, is_number
+from pastkey.values import is_int, is_number, shown
 
 SECONDS = 120.0
 MEMORY, MEMORY_PER_BYTE = 2_000_000_000, 3  # bytes beside the libraries, and for each byte of the bundle
@@ -31,9 +31,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.memory is not None and not is_int(self.memory, LEAST_MEMORY, 2**62):
-            raise InputError(f"memory is {self.memory!r:.60}; bytes from {LEAST_MEMORY} were expected, or None")
+            raise InputError(f"memory is {shown(self.memory)}; bytes from {LEAST_MEMORY} were expected, or None")
         if not is_number(self.seconds) or not 0 < self.seconds <= 1e6:
-            raise InputError(f"seconds is {self.seconds!r:.60}; a number above 0 and at most 1000000 was expected")
+            raise InputError(f"seconds is {shown(self.seconds)}; a number above 0 and at most 1000000 was expected")
 
 
 @dataclass(frozen=True)

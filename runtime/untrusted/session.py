@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 from pastkey.errors import InputError
-from pastkey.values import is_int
+from pastkey.values import is_int, shown
 
 from ..completion import Completion, completed
 from ..session import Session
@@ -83,7 +83,7 @@ class UntrustedSession(Session):
         """See `Session.trim`."""
         self._require_open()
         if not is_int(length):
-            raise InputError(f"length is {length!r:.60}; a whole number was expected")
+            raise InputError(f"length is {shown(length)}; a whole number was expected")
         self._call("to trim a session", "session_trim", length=int(length))
 
     def fork(self) -> UntrustedSession:

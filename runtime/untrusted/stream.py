@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
+from pastkey.values import shown
 
 from ..completion import Chunk, Completion
 from ..stream import Stream
@@ -172,5 +173,5 @@ def sent_value(name: str, value: Any) -> Any:
     if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
         return [sent_value(name, part) for part in value]
     raise InputError(
-        f"{name} is {value!r:.60}; text, numbers, lists and mappings go to the process of an untrusted bundle"
+        f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
     )
