@@ -34,6 +34,11 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"{name} is {shown(value)}; it must be {expected}")
 
 
+def is_one_of(value: object, known: Collection[str]) -> TypeGuard[str]:
+    """Whether it is a text among those."""
+    return isinstance(value, str) and value in known
+
+
 def is_collection(value: object) -> TypeGuard[Collection[Any]]:
     """Whether it has parts that can be gone through more than once: no text, no mapping, no array of no dimension."""
     named = isinstance(value, str | bytes | bytearray | memoryview | Mapping)

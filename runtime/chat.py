@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from pastkey.errors import InputError, OptionError, TemplateWarning
-from pastkey.values import shown
+from pastkey.values import is_one_of, require, shown
 
 from .completion import Chunk, Completion, ToolCall, completed
 from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
@@ -66,6 +66,9 @@ class Chat:
         self.system = system if system is None else _checked_text("system", system)
         self.tools = None if tools is None else _schemas(tools)
         self.documents = _checked_documents(documents)
+        require(
+            isinstance(special_tokens_as_text, bool), "special_tokens_as_text", special_tokens_as_text, "True or False"
+        )
         self._variables = dict(template_variables or {})
         for name in _OURS:
             if name in self._variables:
@@ -237,7 +240,7 @@ class Chat:
             messages, cut = [*self.messages, message("user", checked_content("the message", text))], None
         ids = self._ids(messages, cut is not None)
         context = self.model.manifest.context_length
-        shifts = options.get("context_overflow") == "shift"
+        shifts = is_one_of(options.get("context_overflow"), ("shift",))
         if len(ids) > context and not shifts:
             raise InputError(
                 f"with this message the conversation has {len(ids)} tokens; the context is {context}: let the oldest "

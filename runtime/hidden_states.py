@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.errors import InputError, ResourceError
-from pastkey.values import require
+from pastkey.values import is_one_of, require
 
 from .engine.cache import GROWTH_STEP
 from .engine.decoder_graph import PREFILL_CHUNK, HiddenStates, Ids
@@ -26,7 +26,7 @@ _ROOM = 8 * GROWTH_STEP  # tokens that the cache of several rows has room for, a
 def embed(model: LanguageModel, text: Any, pooling: str, *, normalize: bool) -> npt.NDArray[np.float32]:
     """See `LanguageModel.embed`."""
     known = get_args(Pooling)
-    require(isinstance(pooling, str) and pooling in known, "pooling", pooling, f"one of {', '.join(known)}")
+    require(is_one_of(pooling, known), "pooling", pooling, f"one of {', '.join(known)}")
     require(isinstance(normalize, bool), "normalize", normalize, "True or False")
     many = several(text)
     if many and pooling == "none":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pastkey.errors import InputError
-from pastkey.values import is_int, require
+from pastkey.values import is_int, is_one_of, require
 
 from .engine.engine import Engine
 from .engine.shift import require_shift
@@ -30,12 +30,7 @@ class KeptTokens:
         self._engine = engine
         self._context = context = engine.manifest.context_length
         self.sinks, self.block, self.dropped = 0, 0, 0
-        require(
-            isinstance(overflow, str) and overflow in ("error", "shift"),
-            "context_overflow",
-            overflow,
-            '"error" or "shift"',
-        )
+        require(is_one_of(overflow, ("error", "shift")), "context_overflow", overflow, '"error" or "shift"')
         most = context // 2 if overflow == "shift" else None  # without it, a number for any context is none too many
         expected = "a whole number from 0" + ("" if most is None else f" to {most}, half the context")
         require(is_int(sinks, 0, most), "num_sink_tokens", sinks, expected)

@@ -190,7 +190,9 @@ def _folder_of(path: object) -> tuple[Path, _Temporary | None]:
     return given.path, None if given.copied is None else _Temporary()
 
 
-def _require_untrusted(trust: object, limits: object, providers: object, draft: object) -> None:
+def _require_untrusted(
+    trust: object, limits: object, providers: Choice | Sequence[Choice] | None, draft: object
+) -> None:
     """Raises InputError for what does not go with an untrusted bundle."""
     from .untrusted.limits import Limits
 
@@ -200,7 +202,8 @@ def _require_untrusted(trust: object, limits: object, providers: object, draft: 
         raise InputError("limits are for a bundle that is not trusted, and trust is True: load it with trust=False")
     if not isinstance(limits, Limits | None):
         raise InputError(f"limits is {shown(limits)}; Limits(memory=..., seconds=...) was expected, or None")
-    if providers not in (None, "cpu", ["cpu"], ("cpu",)):
+    asked = [providers] if isinstance(providers, str) else ["cpu"] if providers is None else [*providers]
+    if asked != ["cpu"]:
         raise InputError(
             f"providers is {shown(providers)}; an untrusted bundle runs on the processor alone: leave it out"
         )

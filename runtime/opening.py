@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any
 
 from pastkey.errors import InputError
@@ -66,7 +67,7 @@ def open_stream(
         end_ids=model.manifest.eos_token_ids,
         sampling=sampling,
         prompt_lookup=options.get("prompt_lookup", True),
-        timeout=timeout,
+        timeout=None if timeout is None else min(timeout, TIMEOUT_MAX),
         constraint=constraint,
         drafter=_drafter(model, options),
         breakers=_breakers(codec, sampling) if sampling.dry_multiplier else None,
@@ -91,7 +92,7 @@ def open_prompt(
     """A stream of one prompt, with a cache from the store of prefixes, or from another continuation of the same."""
     model.require_open()
     reuse, exact = options.get("reuse_prefix", False), options.get("exact", False)
-    anew = bool(options.get("prompt_logprobs", False))  # what is in the cache already has no logits
+    anew = options.get("prompt_logprobs") is True  # what is in the cache already has no logits
 
     def provide(generation: Generation) -> tuple[Engine, int]:
         found = None if shared is None or anew else shared.take(generation, model.scheduler.move_out)

@@ -16,7 +16,7 @@ from pastkey import names
 from pastkey.bundle import Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
 from pastkey.reading import reading
-from pastkey.values import parse_version
+from pastkey.values import parse_version, shown
 
 from ..settings import Choice, SessionSettings
 from . import placement as ep

@@ -14,6 +14,7 @@ from typing import Any
 
 from pastkey.bundle import Compiled, Manifest
 from pastkey.errors import ProviderError, StartError, first_line
+from pastkey.values import shown
 
 from ..settings import Choice
 from .ort import onnxruntime, wheels

@@ -6,7 +6,6 @@ renders them, in a sandbox with bounds, since they come from wherever the model 
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.folder import read_json, read_text
-from pastkey.values import shown
+from pastkey.values import as_path
 
 from . import sandbox
 
@@ -171,9 +170,7 @@ def _up_to_mark(text: str, content: str) -> str:
 
 def read_template(file: object) -> str:
     """The text of a template. Raises MissingFileError, or InputError for what is no path or no text."""
-    if not isinstance(file, str | os.PathLike):
-        raise InputError(f"template is {shown(file)}; the path of a chat template was expected, as a str or a Path")
-    return read_text(Path(file))
+    return read_text(as_path(file, "template", "the path of a chat template"))
 
 
 def _chosen(folder: Path, found: Any, tools: bool) -> str:
