@@ -129,8 +129,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def refuse_special(path: Path) -> None:
+    """Raises InputError where a pipe or a device is there: a file would be put in its place, /dev/null's too."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is a pipe or a device, which a file would replace: choose another name")
+
+
 def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Writes a file, whole or not at all, and leaves nothing else beside it. The umask takes from `mode` as ever."""
+    """Writes a file, whole or not at all, and leaves nothing else beside it. The umask takes from `mode` as ever.
+
+    Raises InputError where a pipe or a device is there, OSError where nothing can be written.
+    """
+    refuse_special(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write at once
     try:
         with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:

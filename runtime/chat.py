@@ -16,7 +16,7 @@ from pastkey.values import is_one_of, require, shown
 from .completion import Chunk, Completion, ToolCall, completed
 from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
 from .text.chat_template import ChatTemplate, TemplateBudgetError
-from .text.messages import Content, checked_content, message, read_messages, save_messages, text_of
+from .text.messages import Content, check_messages, checked_content, message, read_messages, save_messages, text_of
 from .text.sandbox import plain
 from .text.tool_calls import parse_tool_calls, tool_call_form
 
@@ -145,6 +145,7 @@ class Chat:
 
         Returns it with its `tool_calls`, as `ask` does.
         """
+        require(isinstance(answer, Completion), "answer", answer, "the Completion that lm.generate() gave")
         messages, cut = self._standing()
         lost = cut and answer.ids and self._tokenizer.loses_space(answer.ids[0])
         answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
@@ -161,27 +162,25 @@ class Chat:
         Raises:
             InputError: No call waits for a result, and no name is given; or JSON cannot write the content.
         """
+        name = name if name is None else _checked_text("name", name)
+        call_id = call_id if call_id is None else _checked_text("call_id", call_id)
         open_calls = [call for call in self._open_calls() if call_id in (None, call["id"])]
         call = next((call for call in open_calls if name in (None, call["function"]["name"])), None)
         if call is None and (name is None or call_id is not None):
-            raise InputError(
-                f"there is no tool call {call_id or 'that waits for a result'}: name the tool that gives this one "
-                "(name=)"
-            )
+            which = "that waits for a result" if call_id is None else shown(call_id)
+            raise InputError(f"there is no tool call {which}: name the tool that gives this one (name=)")
         if not isinstance(content, str):
             try:
                 content = json.dumps(plain(content), ensure_ascii=False, allow_nan=False)
             except (TypeError, ValueError, RecursionError) as error:
                 raise InputError(f"the result of a tool cannot be written as JSON: {error}") from None
         ids = {} if call is None else {"tool_call_id": call["id"]}
-        self.messages = [
-            *self.messages,
-            message("tool", content, name=name or cast(dict[str, Any], call)["function"]["name"], **ids),
-        ]
+        name = cast(dict[str, Any], call)["function"]["name"] if name is None else name
+        self.messages = [*self.messages, message("tool", content, name=name, **ids)]
 
     def undo(self) -> None:
         """Takes back the last question with all that followed. Raises InputError where there is none."""
-        places = [place for place, said in enumerate(self.messages) if said["role"] == "user"]
+        places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
         if not places:
             raise InputError("there is no question to take back")
         self.messages = self.messages[: places[-1]]
@@ -192,7 +191,7 @@ class Chat:
         The rest moves to another place in the text, so that it is prefilled anew. Raises InputError where there is no
         question.
         """
-        places = [place for place, said in enumerate(self.messages) if said["role"] == "user"]
+        places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
         if not places:
             raise InputError("there is no question to let go")
         self.messages = self.messages[: places[0]] + self.messages[(places[1:] or [len(self.messages)])[0] :]
@@ -202,13 +201,14 @@ class Chat:
 
         Raises InputError where the template takes no system text; the old one stays then.
         """
+        said = self._said()
         before, self.system = self.system, None if system is None else _checked_text("system", system)
         try:
             self._notice_what_is_left_out(stacklevel=4)
         except InputError:
             self.system = before
             raise
-        rest = [said for place, said in enumerate(self.messages) if place or said["role"] != "system"]
+        rest = [one for place, one in enumerate(said) if place or one["role"] != "system"]
         self.messages = [*([] if self.system is None else [message("system", self.system)]), *rest]
 
     def save(self, path: str | Path) -> None:
@@ -237,7 +237,7 @@ class Chat:
         if text is None:
             messages, cut = self._standing()
         else:
-            messages, cut = [*self.messages, message("user", checked_content("the message", text))], None
+            messages, cut = [*self._said(), message("user", checked_content("the message", text))], None
         ids = self._ids(messages, cut is not None)
         context = self.model.manifest.context_length
         shifts = is_one_of(options.get("context_overflow"), ("shift",))
@@ -263,14 +263,20 @@ class Chat:
         one, other = (self._ids([*first, message("user", text)], False) for text in "ab")
         return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(one))  # noqa: B905
 
+    def _said(self) -> list[dict[str, Any]]:
+        """The conversation, which anybody may have changed. Raises InputError for what is no message."""
+        check_messages(self.messages)
+        return self.messages
+
     def _standing(self) -> tuple[list[dict[str, Any]], str | None]:
         """The conversation as it stands, and of an answer that is to go on, what it says so far."""
-        last = self.messages[-1] if self.messages else {"role": "system"}
+        messages = self._said()
+        last = messages[-1] if messages else {"role": "system"}
         if last["role"] == "assistant" and not last.get("tool_calls"):
-            return self.messages, text_of(last["content"])
+            return messages, text_of(last["content"])
         if last["role"] not in ("tool", "user"):
             raise InputError("the message is None; a text was expected, since there is nothing to go on from")
-        return self.messages, None
+        return messages, None
 
     def _chunks(
         self, messages: list[dict[str, Any]], answer: Generator[Chunk, None, Completion], cut: str | None
@@ -313,7 +319,7 @@ class Chat:
 
     def _open_calls(self) -> list[dict[str, Any]]:
         """The tool calls of the last answer that have no result yet."""
-        places = [place for place, said in enumerate(self.messages) if said["role"] == "assistant"]
+        places = [place for place, said in enumerate(self._said()) if said["role"] == "assistant"]
         if not places:
             return []
         results = self.messages[places[-1] + 1 :]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from threading import TIMEOUT_MAX
 from typing import Literal, Protocol
 
 from pastkey.errors import InputError, NumericsError
-from pastkey.values import is_int, shown
+from pastkey.values import is_collection, is_int, is_number, require, shown
 
 from .engine.engine import Engine, Logits
 from .kept_tokens import KeptTokens
@@ -139,6 +140,9 @@ class Generation:
             )
         if logprobs is not None and not is_int(logprobs, 0):
             raise InputError(f"logprobs is {shown(logprobs)}; it must be a whole number from 0, or None")
+        if timeout is not None and not (is_number(timeout) and timeout > 0):
+            raise InputError(f"timeout is {shown(timeout)}; a number of seconds above 0 was expected, or None")
+        require(is_collection(prompt), "the prompt", prompt, "token ids")
         if len(prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")
         self.kept = KeptTokens(engine, context_overflow, num_sink_tokens)
@@ -278,7 +282,7 @@ class Generation:
             self._starting(self)
             self._starting = None
         if self._timeout is not None and self._deadline == float("inf"):
-            self._deadline = time.monotonic() + self._timeout
+            self._deadline = time.monotonic() + min(self._timeout, TIMEOUT_MAX)
         if self._driver is not None:
             self._driver.advance(self)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import weakref
 import zipfile
@@ -87,33 +88,11 @@ def load(
         InputError: An argument has another type, or is out of range; or a session option is pastkey's own; or `draft`
             has another vocabulary, or is of no use to this bundle.
     """
-    if threads is not None and not is_int(threads):
-        raise InputError(f"threads is {shown(threads)}; a whole number was expected, or None for the physical cores")
-    if not (providers is None or _is_choice(providers)) and not (
-        is_collection(providers) and all(map(_is_choice, providers))
-    ):
-        raise InputError(
-            f'providers is {shown(providers)}; a name such as "cuda", a pair of a name and its options, or a list of '
-            "these was expected"
-        )
-    if session_options is not None and not (
-        isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
-    ):
-        raise InputError(
-            f"session_options is {shown(session_options)}; a mapping of names to values such as "
-            '{"enable_cpu_mem_arena": False} was expected'
-        )
-    require(verify is None or isinstance(verify, bool), "verify", verify, "True, False or None")
-    require(isinstance(allow_fallback, bool), "allow_fallback", allow_fallback, "True or False")
-    for name, value, least in (
-        ("max_memory", max_memory, 1),
-        ("prefix_bytes", prefix_bytes, 0),
-        ("max_batch", max_batch, 1),
-    ):
-        if not is_int(value, least) and not (value is None and name == "max_memory"):
-            raise InputError(f"{name} is {shown(value)}; a whole number from {least} was expected")
+    require_settings(providers, threads, verify, allow_fallback, session_options, max_memory, prefix_bytes, max_batch)
+    if key is not None and not isinstance(key, str | os.PathLike):  # what it holds may be a secret
+        raise InputError(f"key is {type(key).__name__}; the path of a PEM file with a public key was expected")
     if key is not None:
-        key = as_path(key, "key", "the path of a PEM file with a public key")
+        as_path(key, "key", "the path of a PEM file with a public key")
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     if trust is not True or limits is not None:
@@ -173,6 +152,44 @@ def load(
     if temporary is not None:
         model.holds = temporary
     return model
+
+
+def require_settings(
+    providers: object = None,
+    threads: object = None,
+    verify: object = None,
+    allow_fallback: object = False,
+    session_options: object = None,
+    max_memory: object = None,
+    prefix_bytes: object = PREFIX_BYTES,
+    max_batch: object = MAX_ROWS,
+) -> None:
+    """Raises InputError for an argument of `load` that is of another type or out of range."""
+    if threads is not None and not is_int(threads):
+        raise InputError(f"threads is {shown(threads)}; a whole number was expected, or None for the physical cores")
+    if not (providers is None or _is_choice(providers)) and not (
+        is_collection(providers) and all(map(_is_choice, providers))
+    ):
+        raise InputError(
+            f'providers is {shown(providers)}; a name such as "cuda", a pair of a name and its options, or a list of '
+            "these was expected"
+        )
+    if session_options is not None and not (
+        isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
+    ):
+        raise InputError(
+            f"session_options is {shown(session_options)}; a mapping of names to values such as "
+            '{"enable_cpu_mem_arena": False} was expected'
+        )
+    require(verify is None or isinstance(verify, bool), "verify", verify, "True, False or None")
+    require(isinstance(allow_fallback, bool), "allow_fallback", allow_fallback, "True or False")
+    for name, value, least in (
+        ("max_memory", max_memory, 1),
+        ("prefix_bytes", prefix_bytes, 0),
+        ("max_batch", max_batch, 1),
+    ):
+        if not is_int(value, least) and not (value is None and name == "max_memory"):
+            raise InputError(f"{name} is {shown(value)}; a whole number from {least} was expected")
 
 
 class _Temporary:

@@ -14,7 +14,7 @@ from .batching.shared_prefill import SharedPrefill
 from .completion import Chunk, Completion
 from .sampling.random_stream import continuation_seed, fresh_seed
 from .settings import GenerateOptions, SamplingConfig
-from .stream import Stream
+from .stream import Stream, next_of
 
 MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 Open = Callable[[Any, GenerateOptions, SharedPrefill | None], Stream]
@@ -95,11 +95,12 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         return [stream.completion for stream in self._streams]
 
     def __next__(self) -> tuple[int, Chunk]:
-        return next(self._rest)
+        return next_of(self._rest)
 
     def send(self, value: None) -> tuple[int, Chunk]:
         """As `next`."""
-        return self._rest.send(value)
+        del value
+        return next(self)
 
     def throw(self, *error: Any) -> tuple[int, Chunk]:
         """Ends all, and raises the error."""

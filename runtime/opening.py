@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any
 
 from pastkey.errors import InputError
-from pastkey.values import is_collection, is_number, require, shown
+from pastkey.values import is_collection, require, shown
 
 from .batching.shared_prefill import SharedPrefill
 from .engine.engine import Engine
@@ -55,9 +54,6 @@ def open_stream(
     stops = _texts("stop", options.get("stop", ()))
     if stops and codec is None:
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
-    timeout = options.get("timeout")
-    if timeout is not None and not (is_number(timeout) and timeout > 0):
-        raise InputError(f"timeout is {shown(timeout)}; a number of seconds above 0 was expected, or None")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
     constraint = model.vocabulary.matcher(options)
     generation = Generation(
@@ -67,7 +63,7 @@ def open_stream(
         end_ids=model.manifest.eos_token_ids,
         sampling=sampling,
         prompt_lookup=options.get("prompt_lookup", True),
-        timeout=None if timeout is None else min(timeout, TIMEOUT_MAX),
+        timeout=options.get("timeout"),
         constraint=constraint,
         drafter=_drafter(model, options),
         breakers=_breakers(codec, sampling) if sampling.dry_multiplier else None,

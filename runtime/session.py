@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from pastkey.errors import InputError
-from pastkey.values import as_path, is_int
+from pastkey.values import as_path, is_int, shown
 
 from .completion import Completion, completed
 from .engine.engine import Engine
@@ -153,7 +153,7 @@ class Session:
         """Forgets all but the first `length` tokens. Raises InputError where there are fewer."""
         engine = self._idle()
         if not is_int(length) or not 0 <= length <= len(self._ids):
-            raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {length}")
+            raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {shown(length)}")
         del self._ids[length:]
         self._model.scheduler.exclusively(lambda: _cut(engine, length))
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.folder import refuse_special
 from pastkey.reading import reading, require_regular
 from pastkey.values import is_int
 
@@ -42,6 +43,7 @@ def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine
         raise InputError(f"{path.parent} is no folder: make it, or save the session elsewhere")
     if path.is_dir():
         raise InputError(f"{path} is a folder; the path of a file was expected")
+    refuse_special(path)
     cached = engine.length if engine.cached_ids else 0  # after a context shift it is computed again
     gone = engine.gone if cached else 0
     rows = [np.ascontiguousarray(row) for row in engine.cache.rows(cached - gone)] if cached else []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypeVar
 
 from pastkey.errors import InputError
 
@@ -12,6 +12,26 @@ from .completion import Chunk, Completion
 from .generate import Generation
 from .text.codec import TextStream
 from .text.stop_strings import StopStrings
+
+T = TypeVar("T")
+
+
+def next_of(steps: Iterator[T]) -> T:
+    """The next of a generator. Raises InputError where another thread, or a callback, reads it at this moment."""
+    try:
+        return next(steps)
+    except ValueError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # of no line of its own
+            raise read_already() from None
+        raise
+
+
+def read_already() -> InputError:
+    """For who reads a stream while another does."""
+    return InputError(
+        "this stream is being read by another thread or task, or by a callback of its own: let one read it at a time, "
+        "or give each a stream of its own"
+    )
 
 
 class Stream(Generator[Chunk, None, Completion]):
@@ -45,11 +65,12 @@ class Stream(Generator[Chunk, None, Completion]):
         return self._generation.prompt_tokens
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        return next_of(self._chunks)
 
     def send(self, value: None) -> Chunk:
         """As `next`."""
-        return self._chunks.send(value)
+        del value
+        return next(self)
 
     def throw(
         self,
@@ -60,7 +81,7 @@ class Stream(Generator[Chunk, None, Completion]):
         """Ends it, and raises the error."""
         del traceback
         self.close()
-        raise kind if isinstance(kind, BaseException) else kind(*([] if value is None else [value]))
+        raise kind(*([] if value is None else [value])) if isinstance(kind, type) else kind
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 
 from pastkey.errors import ResourceError
+from pastkey.values import is_int, require
 
 from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
@@ -21,7 +22,11 @@ class CacheMemory:
         self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
     def estimate(self, tokens: int) -> int:
-        """Bytes of a cache of so many tokens at its largest: no more than the context has, or all windows see."""
+        """Bytes of a cache of so many tokens at its largest: no more than the context has, or all windows see.
+
+        Raises InputError for what is no number of tokens.
+        """
+        require(is_int(tokens, 0), "tokens", tokens, "a whole number from 0")
         return self._graph.cache_bytes(tokens)
 
     def promise(self, engine: Engine, tokens: int, rows: int = 1) -> None:

@@ -16,13 +16,14 @@ from typing import Any, Unpack, cast
 import numpy as np
 
 from pastkey.errors import InputError, PastkeyError
+from pastkey.values import as_path, require, shown
 
 from ..batching.prefix_store import TAIL
 from ..batching.scheduler import MAX_ROWS
 from ..chat import Chat
 from ..completion import Completion
 from ..language_model import LanguageModel
-from ..loading import load
+from ..loading import load, require_settings
 from ..settings import (
     CHAT_NEW_TOKENS,
     CHAT_OPTIONS,
@@ -35,6 +36,7 @@ from ..settings import (
     require_known,
 )
 from ..stream import Stream
+from ..unpacking import BUNDLE
 from .answers import Answer, json_text, openai_answer, openai_error, plain_answer, plain_error
 from .continuous import finished
 from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
@@ -122,6 +124,8 @@ class Generator:
         """
         require_known("Generator", options, CHAT_OPTIONS)
         SamplingConfig.of(options)
+        require(isinstance(exact, bool), "exact", exact, "True or False")
+        as_path(bundle, "bundle", BUNDLE)
         self.bundle, self.exact, self.template = bundle, exact, template
         self.options = options
         self._load: dict[str, Any] = {
@@ -131,6 +135,7 @@ class Generator:
             "session_options": session_options,
             "max_batch": 1 if exact else max_batch,
         }
+        require_settings(**self._load)
         self._chats: dict[str, Chat] = {}
 
     def __repr__(self) -> str:
@@ -165,12 +170,14 @@ class Generator:
             InputError: A column bears the name of one of these.
             PastkeyError: The model cannot be loaded.
         """
+        if not (hasattr(batch, "keys") and hasattr(batch, "__getitem__")) or isinstance(batch, type):
+            raise InputError(f"the batch is {shown(batch)}; a mapping of names to columns was expected")
         columns = {str(name): batch[name] for name in batch}
         for name in (*FIELDS, *FURTHER, "body"):
             if name in columns:
                 advice = "OpenAI's rows are answered by pastkey batch" if name == "body" else "rename it"
                 raise InputError(f"the batch has the column {name!r}, which stands for something else: {advice}")
-        length = len(next(iter(columns.values()), ()))
+        length = _length(columns)
         rows = [{name: as_python(column[place]) for name, column in columns.items()} for place in range(length)]
         found = dict(self.answers(Row(place, _identity(row), row) for place, row in enumerate(rows)))
         further = ["logprobs"] * (self.options.get("logprobs") is not None) + ["tool_calls"] * ("tools" in columns)
@@ -299,6 +306,18 @@ class Generator:
             logprobs=logprobs,
             codec=model.tokenizer,
         )
+
+
+def _length(columns: Mapping[str, Any]) -> int:
+    """The number of rows. Raises InputError for what is no column, and for columns of different lengths."""
+    for name, column in columns.items():
+        sized = hasattr(column, "__len__") and hasattr(column, "__getitem__") and getattr(column, "ndim", 1) > 0
+        if not sized or isinstance(column, str | bytes | Mapping | type):
+            raise InputError(f"the column {shown(name)} is {shown(column)}; a list or an array was expected")
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len({*lengths.values()}) > 1:
+        raise InputError(f"the columns of the batch have the lengths {shown(lengths)}; one length was expected")
+    return max(lengths.values(), default=0)
 
 
 def as_python(value: Any) -> Any:

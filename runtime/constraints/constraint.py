@@ -85,6 +85,9 @@ def _schema_text(value: object) -> str:
             schema = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise InputError(f"json_schema is no JSON ({error}); {expected}") from None
+    if schema is False:
+        raise InputError("json_schema is false, which no text validates: describe one, or leave it out")
+    schema = {} if schema is True else schema  # which every text of JSON validates
     if not isinstance(schema, Mapping):
         raise InputError(f"json_schema is {shown(schema)}; a JSON schema was expected, as a dict or as its JSON text")
     try:

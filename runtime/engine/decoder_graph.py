@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
-from pastkey.values import parse_version
+from pastkey.values import is_int, parse_version, require
 
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
@@ -250,8 +250,8 @@ class DecoderGraph:
 
         Raises InputError for a `chunk_size` below 1.
         """
-        if chunk_size is not None and chunk_size < 1:
-            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
+        expected = "a whole number from 1, or None"
+        require(chunk_size is None or is_int(chunk_size, 1), "chunk_size", chunk_size, expected)
         if chunk_size is None and self.manifest.static is not None:
             return [tokens]
         if chunk_size is not None or not self._stores_scores:
@@ -312,7 +312,10 @@ class DecoderGraph:
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, start: int) -> Ids:
         """`ids`, of shape (T,) or (B, T), as int64. Raises InputError unless they can be appended to `start` tokens."""
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except (ValueError, RecursionError):  # rows of different lengths
+            array = np.array(None)
         if array.ndim != ndim or not array.size or array.dtype.kind not in "iu":
             raise InputError(
                 f"token ids are whole numbers of shape {'(T,)' if ndim == 1 else '(B, T)'}, at least one; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,14 +82,16 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
 
 def check_messages(found: Sequence[Any], where: str = "") -> None:
     """Raises InputError for the first that is no message; `where` is behind its number in the sentence."""
+    if not isinstance(found, list | tuple):
+        raise InputError(f"messages is {shown(found)}; a list of messages was expected")
     for number, entry in enumerate(found, 1):
         name = f"message {number}{where}"
         if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:
-            raise InputError(f'{name} is {json.dumps(entry)[:60]}; an object with "role" and "content" was expected')
+            raise InputError(f'{name} is {shown(entry)}; an object with "role" and "content" was expected')
         calls = entry.get("tool_calls") or []
         if not isinstance(calls, list) or not all(map(_is_tool_call, calls)):
             raise InputError(
-                f"{name} has the tool calls {json.dumps(calls)[:60]}; a list of objects was expected, each with an "
+                f"{name} has the tool calls {shown(calls)}; a list of objects was expected, each with an "
                 '"id" and a "function" with a "name"'
             )
         if entry.get("content") is not None or not (calls and entry["role"] == "assistant"):

@@ -14,7 +14,7 @@ from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
 from pastkey.values import shown
 
 from ..completion import Chunk, Completion
-from ..stream import Stream
+from ..stream import Stream, read_already
 from .connection import Connection
 from .protocol import MOST_JSON, Number, Step
 
@@ -82,7 +82,7 @@ class UntrustedStream(Stream):
         """As `next`."""
         del value
         if not self._inside.acquire(blocking=False):
-            raise ValueError("generator already executing")
+            raise read_already()
         try:
             if self._over:
                 raise StopIteration

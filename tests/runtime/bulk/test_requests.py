@@ -115,7 +115,7 @@ def test_the_arguments_of_tool_calls_are_objects_as_templates_take_them() -> Non
         ({"prompt": "a", "tools": [{}]}, "tools are for a conversation"),
         ({"messages": []}, "messages is []; a list of at least one message"),
         ({"messages": "Hi"}, "messages is 'Hi'; a list of at least one message"),
-        ({"messages": [{"content": "a"}]}, 'message 1 is {"content": "a"}; an object with "role"'),
+        ({"messages": [{"content": "a"}]}, "message 1 is {'content': 'a'}; an object with \"role\""),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 is 3; a text was expected"),
         ({"messages": HI, "tools": {"a": 1}}, "tools is {'a': 1}; a list of JSON schemas was expected"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias is {'x': 1}; an object of token ids and numbers"),

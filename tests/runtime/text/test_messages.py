@@ -67,7 +67,7 @@ def test_what_json_does_not_know_is_told(tmp_path: Path) -> None:
     ("found", "words"),
     [
         ({"message": []}, 'is no saved conversation: it has no list of "messages"'),
-        ({"messages": ["a"]}, 'message 1 of .* is "a"; an object with "role"'),
+        ({"messages": ["a"]}, "message 1 of .* is 'a'; an object with \"role\""),
         ({"messages": [TALK[0], {"content": "a"}]}, "message 2 of "),
         ({"messages": [{"role": "user"}]}, "message 1 of .* is None; a text was expected"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 of .* is 3; a text was expected"),

@@ -71,7 +71,7 @@ def test_a_deadline(untrusted: UntrustedModel) -> None:
 def test_one_thread_at_a_time_reads_a_stream(untrusted: UntrustedModel) -> None:
     stream = untrusted.stream("hello", max_new_tokens=5)
     stream._inside.acquire()  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="already executing"):
+    with pytest.raises(ValueError, match="being read by another thread"):
         next(stream)
     stream.close()  # does not wait for the other
     stream._inside.release()  # type: ignore[attr-defined]
