@@ -75,7 +75,7 @@ class ChatOptions(SamplingOptions, total=False):
     context_overflow: ContextOverflow
     num_sink_tokens: int
     keep_special_tokens: bool
-    json_schema: str | Mapping[str, Any] | None
+    json_schema: str | bool | Mapping[str, Any] | None
     regex: str | None
     choices: Sequence[str] | None
     grammar: str | None

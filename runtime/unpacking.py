@@ -21,7 +21,6 @@ from pastkey.names import MANIFEST
 from pastkey.reading import reading
 from pastkey.values import as_path, shown
 
-BUNDLE = "the path of a bundle folder, or of a zip file of one"
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
 
 
@@ -42,7 +41,7 @@ def given_as(path: object) -> Given:
     if isinstance(path, bytes | bytearray | memoryview):
         return Given(Path("the bytes"), memoryview(path).cast("B"))
     if isinstance(path, str | os.PathLike):
-        return Given(as_path(path, expected=BUNDLE))
+        return Given(as_path(path, expected="the path of a bundle folder, or of a zip file of one"))
     if isinstance(path, Traversable):
         if path.is_file():
             return Given(Path(path.name), path.read_bytes())

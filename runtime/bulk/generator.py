@@ -36,7 +36,6 @@ from ..settings import (
     require_known,
 )
 from ..stream import Stream
-from ..unpacking import BUNDLE
 from .answers import Answer, json_text, openai_answer, openai_error, plain_answer, plain_error
 from .continuous import finished
 from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
@@ -125,7 +124,7 @@ class Generator:
         require_known("Generator", options, CHAT_OPTIONS)
         SamplingConfig.of(options)
         require(isinstance(exact, bool), "exact", exact, "True or False")
-        as_path(bundle, "bundle", BUNDLE)
+        as_path(bundle, "bundle", "the path of a bundle")
         self.bundle, self.exact, self.template = bundle, exact, template
         self.options = options
         self._load: dict[str, Any] = {
