@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from pastkey.values import is_collection, require
+
 
 class CachedIds:
     """The ids of the tokens in a cache, known for one row without padding.
@@ -44,10 +46,11 @@ class CachedIds:
         """The first `count` of them; none where they are unknown."""
         return (self._ids or [])[:count]
 
-    def shared_with(self, ids: Sequence[int]) -> int:
-        """How many of the first of `ids` are the first ones here."""
+    def shared_with(self, ids: Sequence[int], but: int = 0) -> int:
+        """How many of the first of `ids`, without the last `but`, are the first ones here."""
+        require(is_collection(ids) and hasattr(ids, "__getitem__"), "ids", ids, "a list of token ids")
         shared = 0
-        for mine, theirs in zip(self._ids or (), ids, strict=False):
+        for mine, theirs in zip(self._ids or (), ids[: len(ids) - but], strict=False):
             if mine != theirs:
                 break
             shared += 1

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError
+from pastkey.values import is_int, require
 
 from .cached_ids import CachedIds
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
@@ -169,7 +170,7 @@ class Engine:
 
         Of all but the last where the cache cannot be trimmed to less.
         """
-        return self._cached_ids.shared_with(ids[: -1 if self.manifest.states else -2])
+        return self._cached_ids.shared_with(ids, but=1 if self.manifest.states else 2)
 
     @one_at_a_time
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
@@ -207,10 +208,9 @@ class Engine:
 
         Raises InputError where there are fewer, or not those that the next token sees (see `can_trim`).
         """
-        if not length:
-            self.empty()
-            return
         self._require_window(length)
+        if not length:
+            return self.empty()
         with self._cached_ids.changing() as cached:
             self.cache.trim(length - self.gone)
             self._padding.mask = self._padding.first(length)
@@ -218,6 +218,7 @@ class Engine:
             del cached[length:]
 
     def _require_window(self, length: int) -> None:
+        require(is_int(length, 0), "length", length, "a number of tokens")
         if self.gone and not self.can_trim(length):
             raise InputError(
                 f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"
