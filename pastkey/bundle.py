@@ -24,7 +24,7 @@ from .errors import InputError, IntegrityError
 from .external_data import check_external_data
 from .folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
 from .typed import Between, Size, TokenId, parse
-from .values import require
+from .values import as_path, require
 
 _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # what Macs and Windows leave in a folder that was looked at
 
@@ -162,7 +162,7 @@ class Bundle:
 
 def read_bundle(path: str | Path) -> Bundle:
     """Reads the manifest alone and looks at no other file. Raises MissingFileError, InputError or IntegrityError."""
-    folder = Path(path)
+    folder = as_path(path, expected="the path of a bundle folder")
     return Bundle(folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
 
 

@@ -49,7 +49,8 @@ def as_path(value: object, name: str = "path", expected: str = "the path of a fi
     """The path of something that need not be there. Raises InputError for what is none that this system takes."""
     found = value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else None
     if not isinstance(found, str):
-        raise InputError(f"{name} is {shown(value)}; it must be {expected}, as a str or a Path")
+        what = type(value).__name__ if isinstance(value, bytes) else shown(value)  # a key's bytes are shown to nobody
+        raise InputError(f"{name} is {what}; it must be {expected}, as a str or a Path")
     try:
         os.lstat(found)
     except ValueError:  # a NUL, or a character that no name has here

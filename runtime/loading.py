@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import weakref
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pastkey.bundle import open_bundle
 from pastkey.errors import InputError
-from pastkey.values import as_path, is_collection, is_int, require, shown
+from pastkey.values import as_path, is_int, require, shown
 
 from .batching.prefix_store import PREFIX_BYTES
 from .batching.scheduler import MAX_ROWS
 from .draft_model import DraftModel
 from .language_model import LanguageModel
-from .settings import Choice, SessionSettings
+from .settings import Choice, SessionSettings, require_placement
 from .signature import require_signature
 from .unpacking import given_as, unpacked
 
@@ -89,8 +88,6 @@ def load(
             has another vocabulary, or is of no use to this bundle.
     """
     require_settings(providers, threads, verify, allow_fallback, session_options, max_memory, prefix_bytes, max_batch)
-    if key is not None and not isinstance(key, str | os.PathLike):  # what it holds may be a secret
-        raise InputError(f"key is {type(key).__name__}; the path of a PEM file with a public key was expected")
     if key is not None:
         as_path(key, "key", "the path of a PEM file with a public key")
     if key is not None and verify is False:
@@ -165,24 +162,8 @@ def require_settings(
     max_batch: object = MAX_ROWS,
 ) -> None:
     """Raises InputError for an argument of `load` that is of another type or out of range."""
-    if threads is not None and not is_int(threads):
-        raise InputError(f"threads is {shown(threads)}; a whole number was expected, or None for the physical cores")
-    if not (providers is None or _is_choice(providers)) and not (
-        is_collection(providers) and all(map(_is_choice, providers))
-    ):
-        raise InputError(
-            f'providers is {shown(providers)}; a name such as "cuda", a pair of a name and its options, or a list of '
-            "these was expected"
-        )
-    if session_options is not None and not (
-        isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
-    ):
-        raise InputError(
-            f"session_options is {shown(session_options)}; a mapping of names to values such as "
-            '{"enable_cpu_mem_arena": False} was expected'
-        )
+    require_placement(providers, threads, allow_fallback, session_options)
     require(verify is None or isinstance(verify, bool), "verify", verify, "True, False or None")
-    require(isinstance(allow_fallback, bool), "allow_fallback", allow_fallback, "True or False")
     for name, value, least in (
         ("max_memory", max_memory, 1),
         ("prefix_bytes", prefix_bytes, 0),
@@ -226,10 +207,3 @@ def _require_untrusted(
         )
     if draft is not None:
         raise InputError("a draft model is of no use to a bundle that is not trusted: leave draft (--draft) out")
-
-
-def _is_choice(value: object) -> bool:
-    """Whether it names one execution provider, with options or without."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return isinstance(value[0], str) and isinstance(value[1], dict)
-    return isinstance(value, str)

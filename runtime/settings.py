@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from pastkey.errors import OptionError
+from pastkey.errors import InputError, OptionError
 from pastkey.values import is_collection, is_int, is_number, require, shown
 
 # An execution provider by a short name ("cuda") or onnxruntime's, alone or with its options.
@@ -152,6 +152,36 @@ class PlacementOptions(TypedDict, total=False):
     threads: int | None
     allow_fallback: bool
     session_options: SessionSettings | None
+
+
+def require_placement(
+    providers: object = None, threads: object = None, allow_fallback: object = False, session_options: object = None
+) -> None:
+    """Raises InputError for one of PlacementOptions that is of another type."""
+    if threads is not None and not is_int(threads):
+        raise InputError(f"threads is {shown(threads)}; a whole number was expected, or None for the physical cores")
+    if not (providers is None or _is_choice(providers)) and not (
+        is_collection(providers) and all(map(_is_choice, providers))
+    ):
+        raise InputError(
+            f'providers is {shown(providers)}; a name such as "cuda", a pair of a name and its options, or a list of '
+            "these was expected"
+        )
+    if session_options is not None and not (
+        isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
+    ):
+        raise InputError(
+            f"session_options is {shown(session_options)}; a mapping of names to values such as "
+            '{"enable_cpu_mem_arena": False} was expected'
+        )
+    require(isinstance(allow_fallback, bool), "allow_fallback", allow_fallback, "True or False")
+
+
+def _is_choice(value: object) -> bool:
+    """Whether it names one execution provider, with options or without."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return isinstance(value[0], str) and isinstance(value[1], dict)
+    return isinstance(value, str)
 
 
 class SessionOptions(ChatOptions, total=False):

@@ -19,6 +19,7 @@ from pastkey.errors import InputError, IntegrityError, MissingFileError, missing
 from pastkey.folder import require_manifest, write_whole
 from pastkey.names import MANIFEST, SIGNATURE
 from pastkey.reading import MOST_JSON, read_bytes, reading
+from pastkey.values import as_path
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -44,7 +45,7 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
         InputError: The file holds another kind of key.
         MissingExtraError: cryptography is not installed.
     """
-    private = _private_key(Path(key))
+    private = _private_key(as_path(key, "key", "the path of a PEM file"))
     folder = open_bundle(bundle, verify=True).path
     write_whole(folder / SIGNATURE, private.sign(read_bytes(folder / MANIFEST, MOST_JSON)))
     return folder / SIGNATURE
@@ -65,7 +66,8 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
         InputError: The file holds another kind of key.
         MissingExtraError: cryptography is not installed.
     """
-    public, folder = _public_key(Path(key)), Path(bundle)
+    public = _public_key(as_path(key, "key", "the path of a PEM file"))
+    folder = as_path(bundle, "bundle", "the path of a bundle folder")
     require_manifest(folder, "bundle")
     try:
         signature = read_bytes(folder / SIGNATURE, _MOST_KEY)
@@ -96,7 +98,10 @@ def new_key(path: str | Path) -> Path:
         InputError: One of the two exists.
         MissingExtraError: cryptography is not installed.
     """
-    private, public = Path(path), Path(path).with_suffix(".pub.pem")
+    private = as_path(path)
+    if not private.name:
+        raise InputError(f"{path} is a folder; the name of a file for the new key was expected")
+    public = private.with_suffix(".pub.pem")
     taken = next((file for file in (private, public) if os.path.lexists(file)), None)
     if taken is not None:
         raise InputError(f"{taken} already exists, and a key that is overwritten is lost: choose another name")

@@ -15,6 +15,7 @@ import numpy as np
 
 import pastkey
 from pastkey.bundle import open_bundle
+from pastkey.values import is_int, require
 
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
@@ -63,8 +64,10 @@ def bench(
         MissingFileError: No bundle is there.
         IntegrityError: The bundle was altered, or its graph cannot be loaded.
         ProviderError: A provider is not here, did not start, or is not given this bundle's graph, or leaves some of it.
-        InputError: An impossible number of threads.
+        InputError: An impossible number of threads or tokens.
     """
+    for name, tokens in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        require(is_int(tokens, 1, 10**9), name, tokens, "a whole number from 1 to 10**9")
     started = time.perf_counter()
     bundle = open_bundle(path, verify=False)
     engine = Engine(bundle, **placement)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pastkey import names
 from pastkey.bundle import KVGeometry, StateGeometry
 from pastkey.errors import InputError
-from pastkey.values import is_int
+from pastkey.values import is_int, shown
 
 from ..providers.ort import onnxruntime
 from .binding import Binding
@@ -218,7 +218,7 @@ class KVCache:
 
     def _require_trimmable(self, length: int) -> None:
         if not is_int(length) or not 0 <= length <= self.length:
-            raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
+            raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {shown(length)}")
         if not self._trims and 0 < length < self.length:
             raise InputError(
                 "this bundle keeps the last rows of short convolutions, which cannot be trimmed: call reset() and give "

@@ -20,7 +20,7 @@ from pastkey.values import is_int, parse_version, require
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..settings import Choice, PlacementOptions, SessionSettings
+from ..settings import Choice, PlacementOptions, SessionSettings, require_placement
 from .binding import Binding
 from .embedding import EmbeddingRows
 from .int8_kv import INT8_KV_FROM, CachePair
@@ -111,6 +111,7 @@ class DecoderGraph:
             MissingExtraError: The bundle needs a newer onnxruntime.
             InputError: An impossible number of threads.
         """
+        require_placement(providers, threads, allow_fallback, session_options)
         self.threads = checked_threads(threads)
         self.manifest = manifest = bundle.manifest
         self.every = graph == "all_logits"
@@ -312,10 +313,7 @@ class DecoderGraph:
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, start: int) -> Ids:
         """`ids`, of shape (T,) or (B, T), as int64. Raises InputError unless they can be appended to `start` tokens."""
-        try:
-            array = np.asarray(ids)
-        except (ValueError, RecursionError):  # rows of different lengths
-            array = np.array(None)
+        array = as_array(ids)
         if array.ndim != ndim or not array.size or array.dtype.kind not in "iu":
             raise InputError(
                 f"token ids are whole numbers of shape {'(T,)' if ndim == 1 else '(B, T)'}, at least one; "
@@ -351,14 +349,15 @@ class DecoderGraph:
 
         `every`: whether the run gives something for every position.
         """
-        array = np.asarray(mask).astype(np.int64)
+        array = as_array(mask)
+        if array.shape != ids.shape or array.dtype.kind not in "iub" or not np.isin(array, (0, 1)).all():
+            raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
+        array = array.astype(np.int64)
         if not self.manifest.padding and not array.all():
             raise InputError(
                 "this bundle takes no padding, since its positions count every column of the cache: give rows of equal "
                 "length, or each row alone"
             )
-        if array.shape != ids.shape or not np.isin(array, (0, 1)).all():
-            raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         if array.all():
             return None
         if not every and not array[:, -1].all():
@@ -398,6 +397,14 @@ class DecoderGraph:
                 f"the {what} at position {position} of row {row} are not finite (NaN or infinity): the weights are "
                 "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
             )
+
+
+def as_array(given: npt.ArrayLike) -> npt.NDArray[Any]:
+    """What was given as an array; one of no dimension where its rows have different lengths, or it is none at all."""
+    try:
+        return np.asarray(given)
+    except (ValueError, RecursionError):
+        return np.array(None)
 
 
 def _evenly(tokens: int, chunk_size: int) -> list[int]:

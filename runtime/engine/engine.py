@@ -166,10 +166,7 @@ class Engine:
         return not self.gone or length == 0 or length - self.gone >= (self._window or 0) - 1
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        """How many of the first of `ids` (T,) are the first in the cache, of all but the last two.
-
-        Of all but the last where the cache cannot be trimmed to less.
-        """
+        """How many of the first of `ids` (T,) are the first in the cache, of all but the last two (of states, one)."""
         return self._cached_ids.shared_with(ids, but=1 if self.manifest.states else 2)
 
     @one_at_a_time
@@ -210,7 +207,8 @@ class Engine:
         """
         self._require_window(length)
         if not length:
-            return self.empty()
+            self.empty()
+            return
         with self._cached_ids.changing() as cached:
             self.cache.trim(length - self.gone)
             self._padding.mask = self._padding.first(length)
@@ -218,7 +216,7 @@ class Engine:
             del cached[length:]
 
     def _require_window(self, length: int) -> None:
-        require(is_int(length, 0), "length", length, "a number of tokens")
+        require(is_int(length), "length", length, "a whole number")
         if self.gone and not self.can_trim(length):
             raise InputError(
                 f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"

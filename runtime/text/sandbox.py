@@ -427,7 +427,7 @@ def plain(value: Any) -> Any:
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value)
-    item = getattr(value, "item", None)  # numpy's numbers
-    if callable(item):
-        return plain(item())
+    tolist = getattr(value, "tolist", None)  # numpy's numbers and arrays
+    if callable(tolist):
+        return plain(tolist())
     raise TypeError(f"{shown(value)} is a {type(value).__name__}; text, numbers, lists and dicts were expected")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pastkey.bundle import Bundle, parse_manifest
 from pastkey.errors import InputError, LimitWarning, PastkeyError
+from pastkey.values import is_one_of, shown
 
 from ..batching.shared_prefill import SharedPrefill
 from ..language_model import LanguageModel
@@ -146,7 +147,7 @@ class UntrustedModel(LanguageModel):
     def load_session(self, path: str | Path) -> NoReturn:
         """Raises InputError: the process of an untrusted bundle reads no file but the bundle's."""
         raise InputError(
-            f"{path} cannot be loaded: the process of an untrusted bundle reads no session; append its ids to a new one"
+            f"{shown(path)} cannot be loaded: the process of an untrusted bundle reads no session; append its ids to a new one"
         )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
@@ -170,10 +171,11 @@ class UntrustedModel(LanguageModel):
         normalize: bool = True,
     ) -> npt.NDArray[np.float32]:
         """See LanguageModel."""
-        many, each = several(text), pooling == "none"
-        given = {"text": text, "pooling": pooling, "normalize": normalize}
+        many, each = several(text), is_one_of(pooling, ("none",))
+        sent = [*map(self._sent, text)] if many else self._sent(text)  # type: ignore[arg-type]
+        given = {"text": sent, "pooling": pooling, "normalize": normalize}
         size, context = self.manifest.hidden_size or 0, self.manifest.context_length
-        most = len(text) if many else context if each else 1
+        most = len(sent) if many else context if each else 1
         connection = self.alive()
         shape, content = connection.call_with_array(
             "for embeddings",

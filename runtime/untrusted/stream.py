@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
-from pastkey.values import shown
+from pastkey.values import is_collection, shown
 
 from ..completion import Chunk, Completion
 from ..stream import Stream, read_already
@@ -20,6 +20,7 @@ from .protocol import MOST_JSON, Number, Step
 
 _MOST_TEXT: Final = 64_000_000  # characters of a stream
 _PER_TOKEN, _MOST = 64, 512_000_000  # bytes of JSON for a token or a log-probability, and of a whole
+_LARGEST: Final = 10**1000
 numbers = itertools.count(1)  # of streams, templates and sessions; one for all processes does no harm
 
 
@@ -151,7 +152,7 @@ def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in options.items():
         if name == "logits_processor":
-            if callable(value) or value:
+            if not is_collection(value) or len(value):
                 raise InputError(
                     "logits_processor is a function, and the process of an untrusted bundle takes none: leave it out, "
                     "or load the bundle with trust=True"
@@ -164,14 +165,23 @@ def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def sent_value(name: str, value: Any) -> Any:
     """A value of JSON's types. Raises InputError, which calls it `name`, for what is none."""
+    try:
+        return _sent(value)
+    except (TypeError, RecursionError):
+        raise InputError(
+            f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
+        ) from None
+
+
+def _sent(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, int) and not -_LARGEST < value < _LARGEST:
+        raise TypeError("no parser of JSON takes it")
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): sent_value(name, part) for key, part in value.items()}
+        return {str(key): _sent(part) for key, part in value.items()}
     if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
-        return [sent_value(name, part) for part in value]
-    raise InputError(
-        f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
-    )
+        return [_sent(part) for part in value]
+    raise TypeError("JSON has no such value")

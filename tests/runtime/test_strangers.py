@@ -10,11 +10,9 @@ import asyncio
 import inspect
 import os
 import re
-import threading
 import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from tokenizers import Tokenizer
 
 import pastkey.runtime
 from pastkey.bundle import Bundle
-from pastkey.errors import InputError, LimitWarning, PastkeyError
+from pastkey.errors import LimitWarning, PastkeyError
 from pastkey.runtime import Chat, Engine, Generation, LanguageModel, Limits, SamplingConfig, Session, load, settings
 from pastkey.runtime.batching.memory import CacheMemory
 from pastkey.runtime.batching.prefix_store import PrefixStore
@@ -164,7 +162,6 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "require_signature": lambda w: (require_signature, {"bundle": w.bundle, "key": w.folder / "key.pub.pem"}),
     "new_key": lambda w: (new_key, {"path": w.folder / "key.pem"}),
     "SamplingConfig": lambda w: (SamplingConfig, {}),
-    "SamplingConfig.of": lambda w: (SamplingConfig.of, {"options": {}}),
     "Limits": lambda w: (Limits, {}),
     "LanguageModel.generate": lambda w: (w.lm.generate, {"prompt": PROMPT, **FEW}),
     "LanguageModel.stream": lambda w: (w.lm.stream, {"prompt": PROMPT, **FEW}),
@@ -231,7 +228,8 @@ SURFACE = [value for name in pastkey.runtime.__all__ if inspect.isclass(value :=
 SURFACE += [StreamMany, CacheMemory, PrefixStore]
 LEFT_OUT = {
     "is what other classes of the runtime call, with what they have checked": (
-        "Engine.over Engine.empty Engine.can_trim Engine.restore Engine.shift Engine.leave_window Engine.reserve "
+        "SamplingConfig.of Engine.over Engine.empty Engine.can_trim Engine.restore Engine.shift Engine.leave_window "
+        "Engine.reserve "
         "Engine.advance_batched Generation.fail Generation.begin Generation.step Generation.settle Generation.retire "
         "Generation.take Generation.take_together Generator.answers PrefixStore.take PrefixStore.put "
         "PrefixStore.shrink CacheMemory.promise CacheMemory.release UntrustedModel.alive"
@@ -243,8 +241,9 @@ LEFT_OUT = {
         "LanguageModel.close Stream.cancel Stream.close StreamMany.cancel StreamMany.close AsyncStream.cancel "
         "AsyncStream.aclose"
     ),
-    "has the row of its base class, which is given a model of each kind": " ".join(
-        f"UntrustedModel.{name}" for name in "close require_open session load_session logits embed score chat".split()
+    "has the row of its base class, which is given a model of each kind": (
+        "UntrustedModel.close UntrustedModel.require_open UntrustedModel.session UntrustedModel.load_session "
+        "UntrustedModel.logits UntrustedModel.embed UntrustedModel.score UntrustedModel.chat"
     ),
 }
 # Parameters that take objects of the runtime, or whose values another call has checked.
