@@ -203,8 +203,8 @@ class LanguageModel:
         Args:
             prompt: A text, or a sequence of token ids (T,); or a sequence of these, which are decoded together.
             progress: Of several continuations, is told how many are done, and how many there are, after each.
-            n: So many continuations of each prompt, which share its prefill; each draws by a seed of its own, the first
-                one by `seed`. They are a list, also of one prompt.
+            n: So many continuations of each prompt, up to 10,000, which share its prefill; each draws by a seed of its
+                own, the first one by `seed`. They are a list, also of one prompt.
             **options: How the continuation is made; `GenerateOptions` has each of them.
 
         Returns:

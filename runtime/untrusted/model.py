@@ -147,7 +147,8 @@ class UntrustedModel(LanguageModel):
     def load_session(self, path: str | Path) -> NoReturn:
         """Raises InputError: the process of an untrusted bundle reads no file but the bundle's."""
         raise InputError(
-            f"{shown(path)} cannot be loaded: the process of an untrusted bundle reads no session; append its ids to a new one"
+            f"{shown(path)} cannot be loaded: the process of an untrusted bundle reads no session; append its ids to a "
+            "new one"
         )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:

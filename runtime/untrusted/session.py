@@ -94,7 +94,8 @@ class UntrustedSession(Session):
     def save(self, path: str | Path) -> NoReturn:
         """Raises InputError: the process of an untrusted bundle writes no file."""
         raise InputError(
-            f"the session cannot be saved in {shown(path)}: the process of an untrusted bundle writes no file; keep its ids"
+            f"the session cannot be saved in {shown(path)}: the process of an untrusted bundle writes no file; keep "
+            "its ids"
         )
 
     def cancel(self) -> None:

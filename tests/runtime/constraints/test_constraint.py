@@ -22,6 +22,14 @@ def test_a_schema_is_taken_as_a_dict_or_as_its_text() -> None:
     assert sorted(as_dict.literals()) == ['"é"', '"日"']
 
 
+def test_a_schema_may_be_true_which_all_json_validates_and_false_which_none_does() -> None:
+    expected = Constraint("json_schema", "{}")
+    assert [Constraint.of({"json_schema": schema}) for schema in (True, "true", {}, "{}")] == [expected] * 4
+    for schema in (False, " false "):
+        with pytest.raises(InputError, match="json_schema is false, which no text validates"):
+            Constraint.of({"json_schema": schema})
+
+
 def test_choices_are_the_texts_that_must_be_written() -> None:
     constraint = Constraint.of({"choices": ("yes", 'n"o')})
     assert constraint is not None
