@@ -31,7 +31,7 @@ NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source exp
 	$(addprefix export/measure/test_,eval_command evaluate hidden_states predictors reference texts verify) \
 	$(addprefix export/quantize/test_,activations int4 int8 int8_kv merge odd_weights report rewrite_decoders) \
 	$(addprefix export/quantize/test_,sensitivity smoothing switches) \
-	$(addprefix runtime/test_,chat cli draft_model generate hidden_states kept_tokens language_model) \
+	$(addprefix runtime/test_,chat cli draft_model generate hidden_states kept_tokens language_model strangers) \
 	$(addprefix runtime/,commands/test_bench commands/test_inspection commands/test_terminal) \
 	$(addprefix runtime/,bulk/test_generator bulk/test_job commands/test_batch) \
 	$(addprefix runtime/constraints/test_,lazy matcher vocabulary) \

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError
-from pastkey.values import as_path, is_int, is_number, parse_version
+from pastkey.values import as_path, is_collection, is_int, is_number, is_one_of, parse_version, shown
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,42 @@ def test_a_path_is_a_text_or_a_path() -> None:
     for wrong in (None, 5, b"a", ["a"]):
         with pytest.raises(InputError, match=r"path is .*; it must be the path of a file, as a str or a Path"):
             as_path(wrong)
+    with pytest.raises(InputError, match="key is bytes; it must be a key's file"):  # whose bytes are shown to nobody
+        as_path(b"secret", "key", "a key's file")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("a\0b", "not the name"), ("\ud800", "not the name"), ("/" + "b" * 5000, "longer than a name")]
+)
+def test_a_path_that_no_system_takes_is_told(path: str, why: str) -> None:
+    with pytest.raises(InputError, match=f"path is .*, which is {why}.*; it must be the path of a file") as told:
+        as_path(path)
+    assert len(str(told.value)) < 200
+
+
+class Silent:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+def test_any_value_is_shown_in_one_short_line() -> None:
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    assert shown(Silent()) == "an object of the class Silent"
+    assert shown(deep) == shown([10**5000]) == "an object of the class list"
+    assert shown(np.ones((2, 2), int)) == "array([[1, 1], [1, 1]])"
+    assert shown(10**5000) == "a number of more than 80 digits"
+    assert shown("a\n  b") == r"'a\n  b'"
+    assert len(shown("a" * 5000)) == 80
+
+
+def test_what_has_parts_is_told_from_what_has_none() -> None:
+    parts: tuple[Any, ...] = ([], (1,), {1}, range(2), np.ones(1))
+    none: tuple[Any, ...] = ("a", b"a", {1: 2}, np.array(1), None, 1, iter([1]), int)
+    assert [is_collection(value) for value in (*parts, *none)] == [True] * len(parts) + [False] * len(none)
+    assert is_one_of("a", ("a", "b"))
+    assert not any(is_one_of(value, ("a", "b")) for value in ("c", None, np.array(["a"]), ["a"]))
 
 
 def test_a_whole_number_may_have_a_least() -> None:
