@@ -24,8 +24,9 @@ def test_a_schema_is_taken_as_a_dict_or_as_its_text() -> None:
 
 def test_a_schema_may_be_true_which_all_json_validates_and_false_which_none_does() -> None:
     expected = Constraint("json_schema", "{}")
-    assert [Constraint.of({"json_schema": schema}) for schema in (True, "true", {}, "{}")] == [expected] * 4
+    taken: tuple[Any, ...] = (True, "true", {}, "{}")
     refused: tuple[Any, ...] = (False, " false ")
+    assert [Constraint.of({"json_schema": schema}) for schema in taken] == [expected] * len(taken)
     for schema in refused:
         with pytest.raises(InputError, match="json_schema is false, which no text validates"):
             Constraint.of({"json_schema": schema})
