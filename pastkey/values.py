@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -42,7 +42,7 @@ def is_one_of(value: object, known: Collection[str]) -> TypeGuard[str]:
 def is_collection(value: object) -> TypeGuard[Collection[Any]]:
     """Whether it has parts that can be gone through more than once: no text, no mapping, no array of no dimension."""
     named = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
-    return isinstance(value, Collection) and not named and getattr(value, "ndim", 1) > 0
+    return isinstance(value, Sized) and isinstance(value, Iterable) and not named and getattr(value, "ndim", 1) > 0
 
 
 def as_path(value: object, name: str = "path", expected: str = "the path of a file") -> Path:

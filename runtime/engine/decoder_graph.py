@@ -350,7 +350,7 @@ class DecoderGraph:
         `every`: whether the run gives something for every position.
         """
         array = as_array(mask)
-        if array.shape != ids.shape or array.dtype.kind not in "iub" or not np.isin(array, (0, 1)).all():
+        if array.shape != ids.shape or array.dtype.kind not in "iubf" or not np.isin(array, (0, 1)).all():
             raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         array = array.astype(np.int64)
         if not self.manifest.padding and not array.all():

@@ -53,7 +53,7 @@ def save_messages(path: str | Path, messages: Sequence[Mapping[str, Any]]) -> No
         raise InputError(f"{file} is there and holds no saved conversation: choose another name")
     try:
         write_json(file, {"messages": list(messages)})
-    except (TypeError, ValueError, RecursionError) as error:  # somebody put a value into `messages` that JSON does not know
+    except (TypeError, ValueError, RecursionError) as error:  # of a value that JSON does not know
         raise InputError(f"the conversation cannot be saved in {file}: {error}") from None
 
 
