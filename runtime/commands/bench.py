@@ -67,7 +67,7 @@ def bench(
         InputError: An impossible number of threads or tokens.
     """
     for name, tokens in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
-        require(is_int(tokens, 1, 10**9), name, tokens, "a whole number from 1 to 10**9")
+        require(is_int(tokens, 0, 10**9), name, tokens, "a whole number from 0 to 10**9")
     started = time.perf_counter()
     bundle = open_bundle(path, verify=False)
     engine = Engine(bundle, **placement)
