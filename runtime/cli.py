@@ -187,7 +187,7 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
 def _batch(arguments: argparse.Namespace) -> int:
     from .commands.batch import batch
 
-    return batch(arguments, _generation_options(arguments), _placement(arguments))
+    return batch(arguments, _generation_options(arguments), _placement(arguments), _trust(arguments))
 
 
 # --- bench --------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 # --- sign ---------------------------------------------------------------------------------------------------------
 def _add_sign(parser: argparse.ArgumentParser) -> None:
-    _add_bundle(parser, nargs="?")
+    _add_bundle(parser, nargs="?", any_author=False)
     keys = parser.add_mutually_exclusive_group(required=True)
     keys.add_argument("--key", metavar="PRIVATE.pem", help="the private ed25519 key to sign with")
     keys.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from typing import TypeVar
 
-from pastkey.errors import MissingExtraError, PastkeyError, first_line
+from pastkey.errors import MissingExtraError, PastkeyError, UntrustedBundleError, first_line
 
 from ..completion import Completion
 from ..stream import Stream
@@ -14,8 +14,8 @@ Key = TypeVar("Key")
 
 
 def told(error: Exception) -> str:
-    """An error as the row's own sentence. Raises it where it is everybody's: no memory, a missing package."""
-    if isinstance(error, MissingExtraError | MemoryError):
+    """An error as the row's own sentence. Raises it where it is everybody's: no memory, no package, no process."""
+    if isinstance(error, MissingExtraError | MemoryError | UntrustedBundleError):
         raise error
     return str(error) if isinstance(error, PastkeyError) else f"{type(error).__name__}: {first_line(error)}"
 

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,15 +25,19 @@ from ..settings import ChatOptions, PlacementOptions
 _EVERY = 10.0  # seconds between two lines of progress
 
 
-def batch(arguments: argparse.Namespace, options: ChatOptions, placement: PlacementOptions) -> int:
-    """Runs or goes on with a job, and prints its report."""
+def batch(
+    arguments: argparse.Namespace, options: ChatOptions, placement: PlacementOptions, trust: Mapping[str, Any]
+) -> int:
+    """Runs or goes on with a job, and prints its report. `trust`: as `load` takes trust and limits, where not usual."""
     source, out = Path(arguments.input), Path(arguments.out)
     require_shard(arguments.shard)
     require_formats(source, out)
     refuse_output(out, force=arguments.force or is_begun(out))
     settings: dict[str, Any] = {**options, "exact": arguments.exact}
     settings["template"] = None if arguments.template is None else sha256(Path(arguments.template))
-    generator = Generator(arguments.bundle, exact=arguments.exact, template=arguments.template, **placement, **options)
+    generator = Generator(
+        arguments.bundle, exact=arguments.exact, template=arguments.template, **placement, **trust, **options
+    )
     wanted = JobRecord(
         bundle=bundle_digest(generator.model.bundle),
         input=sha256(source),
