@@ -11,6 +11,7 @@ import itertools
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from pastkey import errors
 from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
+from pastkey.memory import available_memory
 from pastkey.reading import parse_json
 from pastkey.typed import parse
 
@@ -36,7 +38,7 @@ _LONGEST: Final = 4000  # characters of a sentence
 
 @dataclass
 class _Call:
-    """Who waits for a reply, and how long it may be."""
+    """Who waits for a reply, or did until it was interrupted, and how long it may be."""
 
     future: Future[tuple[Reply, bytearray]]
     most_json: int
@@ -140,9 +142,9 @@ class Connection:
             PastkeyError: What the process says of the call, by its class.
             UntrustedBundleError: It came to an end, now or before: it broke a limit, crashed, or gave no answer.
         """
-        call = _Call(Future(), most_json, most_array)
+        call = _Call(Future(), most_json, min(most_array, self._memory()))
         seconds = self._seconds if seconds is None else seconds
-        number = self._ask(what, given, array, call)
+        self._ask(what, given, array, call)
         try:
             try:
                 reply, behind = call.future.result(seconds)
@@ -151,9 +153,6 @@ class Connection:
                 reply, behind = call.future.result(_ENDING)  # raises, if none came in this very moment
         except UntrustedBundleError:
             raise self._error(doing) from None
-        finally:
-            with self._lock:
-                self._calls.pop(number, None)
         if reply.failure is not None:
             raise self._failure(reply.failure, doing)
         try:
@@ -186,7 +185,12 @@ class Connection:
         self._end(reason)
         raise self._error()
 
-    def _ask(self, what: str, given: Mapping[str, Any], array: bytes | memoryview, call: _Call) -> int:
+    def _memory(self) -> int:
+        """Bytes that no honest answer is longer than: the process has to have them, too."""
+        found = self.in_force.memory or available_memory()
+        return sys.maxsize if found is None else found
+
+    def _ask(self, what: str, given: Mapping[str, Any], array: bytes | memoryview, call: _Call) -> None:
         self.require_alive()
         number = next(self._numbers)
         try:
@@ -201,7 +205,6 @@ class Connection:
         self._queue.put((head, array))
         if self._ended is not None:  # meanwhile
             self._fail_all()
-        return number
 
     def _failure(self, failure: Failure, doing: str) -> PastkeyError:
         sentence = "".join(c if c.isprintable() else " " for c in failure.sentence)[:_LONGEST]
@@ -319,9 +322,10 @@ class Connection:
         except InputError as error:
             raise MalformedError(f"a message that is none ({error})") from None
         with self._lock:
-            call = self._calls.pop(reply.id, None)
-        if call is not None:  # else whoever asked was interrupted
-            call.future.set_result((reply, array))
+            call = self._calls.pop(reply.id, None)  # also that of a caller who was interrupted
+        if call is None:
+            raise MalformedError("a message that nobody asked for")
+        call.future.set_result((reply, array))
 
 
 def _parsed(text: bytes) -> Any:

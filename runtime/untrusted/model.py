@@ -216,9 +216,9 @@ class UntrustedModel(LanguageModel):
             self.alive(),
             self,
             options,
-            self.manifest.context_length,
+            self.manifest,
             "stream",
-            prompt=self._sent(prompt),
+            self._sent(prompt),
             shared=prefill,
         )
 

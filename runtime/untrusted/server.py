@@ -158,7 +158,7 @@ class Server:
 
     # --- streams ------------------------------------------------------------------------------------------------------
     def do_stream(
-        self, stream: int, prompt: str | list[int], options: dict[str, Any], shared: list[int] | None = None
+        self, stream: int, text: str | list[int], options: dict[str, Any], shared: list[int] | None = None
     ) -> Number:
         """Opens a stream under a number. `shared`: the number of a prefill, and how many streams share it."""
         prefill = None
@@ -167,7 +167,7 @@ class Server:
             prefill, left = self._shared.pop(key) if key in self._shared else (SharedPrefill(count), count)
             if left > 1:
                 self._shared[key] = prefill, left - 1
-        found = open_prompt(self._model, prompt, read_options(options), prefill)  # type: ignore[arg-type]
+        found = open_prompt(self._model, text, read_options(options), prefill)  # type: ignore[arg-type]
         self._streams[stream] = found
         return Number(found.prompt_tokens)
 

@@ -122,6 +122,6 @@ class UntrustedSession(Session):
         self._require_open()
         model = self._untrusted
         return UntrustedStream(
-            model.alive(), (model, self), options, model.manifest.context_length, "session_stream",
-            session=self._number, text=self._sent(text),
+            model.alive(), (model, self), options, model.manifest, "session_stream", self._sent(text),
+            session=self._number,
         )  # fmt: skip

@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
+from pastkey.bundle import Manifest
 from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
-from pastkey.values import is_collection, shown
+from pastkey.values import is_collection, is_int, shown
 
 from ..completion import Chunk, Completion
+from ..settings import MAX_NEW_TOKENS
 from ..stream import Stream, read_already
 from .connection import Connection
-from .protocol import MOST_JSON, Number, Step
+from .protocol import MOST_JSON, Number, Step, Whole
 
 _MOST_TEXT: Final = 64_000_000  # characters of a stream
 _PER_TOKEN, _MOST = 64, 512_000_000  # bytes of JSON for a token or a log-probability, and of a whole
 _LARGEST: Final = 10**1000
+_PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at most: those of UTF-8's bytes
 numbers = itertools.count(1)  # of streams, templates and sessions; one for all processes does no harm
 
 
@@ -35,8 +38,9 @@ class UntrustedStream(Stream):
         connection: Connection,
         holds: object,
         options: Mapping[str, Any],
-        context_length: int,
+        manifest: Manifest,
         call: str,
+        text: str | list[int],
         **given: Any,
     ) -> None:
         """Asks the process to open it.
@@ -45,22 +49,26 @@ class UntrustedStream(Stream):
             connection: The process.
             holds: What the process lives as long as.
             options: Those of the call, whose names are known.
-            context_length: Tokens that a text may have.
+            manifest: The bundle's.
             call: Which of its calls opens it.
-            **given: What the call takes beside number and options.
+            text: The prompt, as it is sent.
+            **given: What the call takes beside number, options and text.
         """
         self._connection, self._holds, self._number = connection, holds, next(numbers)
         self._inside = threading.Lock()
         self._texts: list[str] = []
         self._ids: list[int] = []
-        self._length = 0
+        self._pieces = self._length = 0
         self._over = self._closed = False
         self._whole: Completion | None = None
-        logprobs = options.get("logprobs")
-        each = _PER_TOKEN * (2 + (logprobs if isinstance(logprobs, int) and logprobs < 2**20 else 0))
-        self._most = min(MOST_JSON + each * context_length, _MOST)
+        # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
+        new, logprobs = options.get("max_new_tokens", MAX_NEW_TOKENS), options.get("logprobs")
+        self._most_new, self._vocab_size = int(new) if is_int(new, 0) else 0, manifest.vocab_size
+        tokens = self._most_new + (_PER_PART * len(text) if options.get("prompt_logprobs") else 0)
+        each = _PER_TOKEN * (2 + (int(logprobs) if is_int(logprobs, 0, self._vocab_size) else 0))
+        self._most = min(MOST_JSON + each * tokens, _MOST)
         try:
-            asked = {"stream": self._number, "options": sent_options(options), **given}
+            asked = {"stream": self._number, "options": sent_options(options), "text": text, **given}
             self._prompt_tokens = connection.call("to begin a text", call, Number, **asked).number
         except PastkeyError:
             self._over = True
@@ -103,15 +111,31 @@ class UntrustedStream(Stream):
             self._over = True
             if found.whole is None:
                 self._connection.fail("answered with nothing, and was ended")
-            self._whole = found.whole.completion()
+            self._whole = self._completion(found.whole)
             raise StopIteration(self._whole)
         chunk = found.piece.chunk()
+        self._pieces += 1
         self._texts.append(chunk.text)
         self._ids += chunk.ids
         self._length += len(chunk.text)
         if self._length > _MOST_TEXT:
             self._connection.fail(f"answered with a text of more than {_MOST_TEXT:,} characters, and was ended")
+        # There is a piece for each token, and one for what was held back.
+        self._require_asked_for(max(len(self._ids), self._pieces - 1), chunk.ids)
         return chunk
+
+    def _completion(self, whole: Whole) -> Completion:
+        self._require_asked_for(len(whole.ids), whole.ids)
+        if whole.new_tokens != len(whole.ids):
+            self._connection.fail(f"answered with {len(whole.ids):,} ids of {whole.new_tokens:,} tokens, and was ended")
+        return whole.completion()
+
+    def _require_asked_for(self, count: int, ids: Sequence[int]) -> None:
+        """Ends the process for a count of new tokens that was not asked for, or for ids that the model has not."""
+        if count > self._most_new:
+            self._connection.fail(f"answered with more than {self._most_new:,} new tokens, and was ended")
+        if ids and max(ids) >= self._vocab_size:
+            self._connection.fail(f"answered with a token of id {max(ids)}, and was ended")
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
@@ -135,7 +159,9 @@ class UntrustedStream(Stream):
         whole, call = None, self._connection.call
         with contextlib.suppress(PastkeyError):  # the process has ended
             whole = call("to end a text", "close", Step, stream=self._number, most_json=self._most).whole
-        self._whole = self._so_far() if whole is None else whole.completion()
+            self._whole = None if whole is None else self._completion(whole)
+        if self._whole is None:
+            self._whole = self._so_far()
 
     def _so_far(self) -> Completion:
         """What was told, where the process does not say: it has ended, or is at the next token still."""

@@ -30,7 +30,7 @@ def ask():
     asked = json.loads(sys.stdin.buffer.read(length))
     sys.stdin.buffer.read(size)
     return asked["id"]
-say({"id": ask(), "value": {"seconds": 5.0, "memory": 10, "landlock": 7, "missing": []}})
+say({"id": ask(), "value": {"seconds": 5.0, "memory": 1000, "landlock": 7, "missing": []}})
 """
 LIMITS = Limits(seconds=20.0)
 
@@ -74,6 +74,8 @@ NONSENSE = {
     "say({'id': 2, 'value': {'text': 5}})": "gave an answer that is none (text is 5",
     "say({'id': 2, 'value': {'text': 'a', 'more': 1}})": "gave an answer that is none (the answer has an unknown key",
     "say(b'{\"id\": 2, \"value\": {\"text\": \"\\\\ud800\"}}')": "answered with a message is not valid JSON (half ",
+    "say({'id': 1, 'value': {'text': 'a'}})": "answered with a message that nobody asked for, and was ended",
+    "say({'id': 9, 'value': {'text': 'a'}})": "answered with a message that nobody asked for, and was ended",
     "say({'id': 2, 'value': {'text': 'a'}}, b'123')": "answered with an array of 3 bytes, and was ended",
     "os.write(1, struct.pack('<IQ', 9, 2**63) + b'{\"id\": 2}')": "answered with an array of 9,223,372,036,854,",
 }  # fmt: skip
@@ -175,6 +177,16 @@ def test_an_array_of_the_length_that_was_asked_for(monkeypatch: pytest.MonkeyPat
     made.close()
 
 
+def test_no_array_is_larger_than_the_memory_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever sizes a bundle claims, by which one was asked for."""
+    program = "say({'id': ask(), 'value': {'rows': 1, 'columns': 300}}, bytes(1200))\nask()"
+    monkeypatch.setattr(process, "BOOT", ANSWERING + program)
+    made = Connection(Path("b"), LIMITS)
+    with pytest.raises(UntrustedBundleError, match="asked for logits, answered with an array of 1,200 bytes"):
+        made.call_with_array("for logits", "logits", Shape, most_array=2**60)
+    made.close()
+
+
 def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "BOOT", ANSWERING + "ask()")
     made = Connection(Path("b"), LIMITS)
@@ -204,4 +216,22 @@ def test_a_fork_of_the_parent_has_no_process(monkeypatch: pytest.MonkeyPatch) ->
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     assert made.call("for a text", "text", Text).text == "well"
+    made.close()
+
+
+def test_an_interrupted_call_leaves_the_next_one_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer that nobody waits for any more is taken as it was asked for, an array and all."""
+    program = "\ntime.sleep(1.0)\nsay({'id': ask(), 'value': {'rows': 1, 'columns': 3}}, bytes(12))\n"
+    program += "say({'id': ask(), 'value': {'text': 'well'}})\nask()"
+    monkeypatch.setattr(process, "BOOT", ANSWERING + program)
+    made = Connection(Path("b"), LIMITS)
+    old = signal.signal(signal.SIGALRM, lambda *_: signal.default_int_handler(signal.SIGINT, None))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            made.call_with_array("for logits", "logits", Shape, most_array=12)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert made.call("for a text", "text", Text).text == "well"
+    assert not made._calls
     made.close()

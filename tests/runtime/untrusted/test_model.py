@@ -240,6 +240,15 @@ def test_twenty_loads_leave_nothing(talking_bundle: Bundle) -> None:
     assert (descriptors(), threading.active_count(), children()) == before
 
 
+# A whole of one token, with other fields.
+HELPERS = """
+import dataclasses
+from pastkey.runtime.completion import Completion
+def whole(**fields):
+    return P.Whole.of(dataclasses.replace(Completion('x', [1], 'stop', 5, 1, 0.0, 0.0), **fields))
+"""
+
+
 @pytest.mark.parametrize(
     ("what", "answer", "told"),
     [
@@ -258,6 +267,12 @@ def test_twenty_loads_leave_nothing(talking_bundle: Bundle) -> None:
             "P.Step(piece=P.Piece('x' * 9_000_000, ()))",
             "answered with a text of more than 64,000,000 characters",
         ),
+        ("next", "P.Step(piece=P.Piece('', ()))", "answered with more than 20 new tokens"),
+        ("next", "P.Step(piece=P.Piece('x', (1,) * 9))", "answered with more than 20 new tokens"),
+        ("next", "P.Step(piece=P.Piece('x', (37,)))", "answered with a token of id 37"),
+        ("next", "P.Step(whole=whole(new_tokens=2))", "answered with 1 ids of 2 tokens"),
+        ("next", "P.Step(whole=whole(ids=(99,)))", "answered with a token of id 99"),
+        ("next", "P.Step(piece=P.Piece('x' * 17_000_000, ()))", r"answered with a message of 17,0\d\d,\d\d\d bytes"),
         ("encode", "P.Text('x')", "gave an answer that is none"),
     ],
 )
@@ -266,7 +281,7 @@ def test_a_process_that_was_taken_over(
 ) -> None:
     """It answers well until this call."""
     hook = "from pastkey.runtime.untrusted import server\nimport pastkey.runtime.untrusted.protocol as P\n"
-    hook += f"server.Server.do_{what} = lambda self, **given: {answer}\n"
+    hook += HELPERS + f"server.Server.do_{what} = lambda self, **given: {answer}\n"
     boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)
 

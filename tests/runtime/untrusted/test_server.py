@@ -42,7 +42,7 @@ def test_each_call_has_one_answer(server: Server) -> None:
         server,
         {"what": "encode", "given": {"text": "abc", "add_special_tokens": True}},
         {"what": "logits", "given": {"ids": [1, 2]}},
-        {"what": "stream", "given": {"stream": 5, "prompt": "ab", "options": {"max_new_tokens": 1}}},
+        {"what": "stream", "given": {"stream": 5, "text": "ab", "options": {"max_new_tokens": 1}}},
         {"what": "next", "given": {"stream": 5}},
         {"what": "next", "given": {"stream": 5}},
         {"what": "next", "given": {"stream": 5}},
