@@ -306,7 +306,7 @@ def _sign(arguments: argparse.Namespace) -> int:
         public = new_key(arguments.new_key)
         say(f"{arguments.new_key}: keep it to yourself; {public} is for whoever verifies what it signs")
     if arguments.bundle is not None:
-        say(f"{sign_bundle(arguments.bundle, arguments.key or arguments.new_key)}: signed")
+        say(f"{sign_bundle(arguments.bundle, arguments.new_key if arguments.key is None else arguments.key)}: signed")
     return 0
 
 

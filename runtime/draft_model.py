@@ -49,9 +49,9 @@ class DraftModel:
         Raises:
             InputError: It has another vocabulary, or one of the two cannot be used so.
         """
+        graphs = [model.require_open().graph for model in (self.model, target)]
         _require_forgetting(target, self.model)
         _require_same_vocabulary(target, self.model)
-        graphs = [model.require_open().graph for model in (self.model, target)]
         together = max(1, sum(graph.bytes_per_token for graph in graphs))
         self._stores = [PrefixStore(graph, prefix_bytes * graph.bytes_per_token // together) for graph in graphs]
         self.worth = timed_worth(graphs[0])

@@ -21,7 +21,7 @@ from .draft_model import DraftModel
 from .language_model import LanguageModel
 from .settings import Choice, SessionSettings, require_placement
 from .signature import require_signature
-from .unpacking import given_as, unpacked
+from .unpacking import given_as, remove, unpacked
 
 if TYPE_CHECKING:
     from .untrusted.limits import Limits
@@ -100,13 +100,14 @@ def load(
             path,
             limits,
             {
-                "threads": threads,
-                "verify": verify,
+                "threads": None if threads is None else int(threads),  # numpy's numbers are no JSON
+                "verify": None if verify is None else bool(verify),
                 "key": None if key is None else str(Path(key).absolute()),
+                "allow_fallback": bool(allow_fallback),
                 "session_options": None if session_options is None else dict(session_options),
-                "max_memory": max_memory,
-                "prefix_bytes": prefix_bytes,
-                "max_batch": max_batch,
+                "max_memory": None if max_memory is None else int(max_memory),
+                "prefix_bytes": int(prefix_bytes),
+                "max_batch": int(max_batch),
             },
         )
     folder, temporary = _folder_of(path)
@@ -138,7 +139,7 @@ def load(
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,
             draft=drafts,
-            temporary=None if temporary is None else weakref.finalize(temporary, shutil.rmtree, folder, True),
+            temporary=None if temporary is None else weakref.finalize(temporary, remove, folder, os.getpid()),
         )
     except BaseException:
         if drafts is not None:

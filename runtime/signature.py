@@ -95,12 +95,12 @@ def new_key(path: str | Path) -> Path:
         The public key's file: key.pub.pem beside key.pem.
 
     Raises:
-        InputError: One of the two exists.
+        InputError: One of the two exists, or the path ends with no name.
         MissingExtraError: cryptography is not installed.
     """
     private = as_path(path)
     if not private.name:
-        raise InputError(f"{path} is a folder; the name of a file for the new key was expected")
+        raise InputError(f"{str(path)!r} is not the name of a file: name the private key, as in key.pem")
     public = private.with_suffix(".pub.pem")
     taken = next((file for file in (private, public) if os.path.lexists(file)), None)
     if taken is not None:

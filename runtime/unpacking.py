@@ -77,6 +77,12 @@ def unpacked(file: IO[bytes], name: str) -> Path:
     return folder
 
 
+def remove(folder: Path, made_by: int) -> None:
+    """Removes a temporary folder in the process of this number, which made it: its forks read on there."""
+    if os.getpid() == made_by:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def unpack(file: IO[bytes], name: str, folder: Path) -> None:
     """Writes what stands beside the manifest in a zip file to an empty folder.
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from pastkey.folder import hub_store
 from pastkey.memory import available_memory
+from pastkey.names import MANIFEST
 
 from ..unpacking import unpack
 from . import landlock, rlimits
@@ -26,7 +27,7 @@ from .failures import failure_of
 from .frames import message, read_frame, write_frame
 from .limits import Limits, LimitsInForce, default_memory
 
-_UNPACKED, _SCRATCH = 2**40, 200_000_000  # bytes of a file that may be written
+_SCRATCH: Final = 200_000_000  # bytes of a file that may be written
 _BESIDE: Final = 1_000_000_000  # bytes that imports may take
 # What libraries read: themselves, the processor's kind, the memory that is left, the time zone.
 _SYSTEM: Final = (
@@ -52,11 +53,12 @@ def main(lifeline: int) -> None:
     asked, array = first
     number = asked["id"]
     try:
-        in_force, path = limited(asked["given"]["asked"], array)
+        given = asked["given"]["asked"]
+        in_force, path = limited(given, array if given["is_content"] else None)
         from .server import Server
 
         server = Server(path, source, target)
-        rlimits.limit_memory(in_force.memory or 0, rlimits.size_of(path), final=True)
+        rlimits.limit_memory(in_force.memory or 0, _size_of(path), final=True)
         write_frame(target, message({"id": number, "value": vars(in_force)}))
     except BaseException as error:
         write_frame(target, message({"id": number, "failure": failure_of(error)}, ascii_only=True))
@@ -79,8 +81,12 @@ def _end_with_parent(lifeline: int) -> None:
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def limited(given: Mapping[str, Any], content: bytes | bytearray) -> tuple[LimitsInForce, Path]:
+def limited(given: Mapping[str, Any], content: bytes | bytearray | None) -> tuple[LimitsInForce, Path]:
     """Puts the limits on this process, all but the final one of memory, and unpacks a zip file under them.
+
+    Args:
+        given: What the parent asks for.
+        content: That of the zip file, where it lies nowhere.
 
     Returns:
         What is in force, and where the bundle is.
@@ -107,11 +113,16 @@ def limited(given: Mapping[str, Any], content: bytes | bytearray) -> tuple[Limit
         missing.append("the network is open to it (landlock denies TCP from ABI 4 on)")
     if not rlimits.limit_files(0 if scratch is None else _SCRATCH):
         missing.append("the number and size of its files is not bounded")
-    memory = limits.memory or default_memory(rlimits.size_of(path), available_memory())
-    if not rlimits.limit_memory(memory + _BESIDE, rlimits.size_of(path), final=False):
+    memory = limits.memory or default_memory(_size_of(path), available_memory())
+    if not rlimits.limit_memory(memory + _BESIDE, _size_of(path), final=False):
         memory = 0
         missing.append("its memory is not bounded")
     return LimitsInForce(limits.seconds, memory or None, abi, tuple(missing)), path
+
+
+def _size_of(bundle: Path) -> int:
+    """Bytes of its files; 0 for a folder that is none, which may hold a whole disk."""
+    return rlimits.size_of(bundle) if (bundle / MANIFEST).is_file() else 0
 
 
 _RIGHTS: Final = {"read": landlock.READ, "list": landlock.READ_DIR}
@@ -122,11 +133,11 @@ def _of_python() -> list[str]:
     return [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(sys.base_prefix) / "lib")]
 
 
-def _unpacked(path: Path, content: bytes | bytearray, folder: Path, rights: list[tuple[Path, int]]) -> Path:
+def _unpacked(path: Path, content: bytes | bytearray | None, folder: Path, rights: list[tuple[Path, int]]) -> Path:
     """Unpacks a zip file, or the content of one, with the right to write to this folder and no other."""
     landlock.restrict([*rights, (path, landlock.READ_FILE), (folder, landlock.WRITE)])
     rlimits.limit_memory(_BESIDE, _BESIDE, final=False)
-    if content:
+    if content is not None:
         unpack(io.BytesIO(content), "the bytes", folder)
     else:
         with path.open("rb") as file:

@@ -57,7 +57,7 @@ class Connection:
         self,
         path: Path,
         limits: Limits,
-        content: bytes | memoryview = b"",
+        content: bytes | memoryview | None = None,
         *,
         unpack_to: Path | None = None,
         scratch: Path | None = None,
@@ -97,12 +97,13 @@ class Connection:
                 "memory": None if limits.memory is None else int(limits.memory),
                 "seconds": float(limits.seconds),
                 "path": str(path),
+                "is_content": content is not None,
                 "unpack_to": None if unpack_to is None else str(unpack_to),
                 "scratch": None if scratch is None else str(scratch),
                 "libraries": libraries()[1] + [[place, "read"] for place in readable],
             }
             start = self.call_with_array(
-                "to start", "limits", LimitsInForce, content, seconds=max(_START, limits.seconds), asked=asked
+                "to start", "limits", LimitsInForce, content or b"", seconds=max(_START, limits.seconds), asked=asked
             )
             self.in_force = start[0]
         except BaseException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 import warnings
 import weakref
@@ -23,7 +23,7 @@ from ..language_model import LanguageModel
 from ..many import several, token_ids
 from ..scoring import Score
 from ..settings import CHAT_OPTIONS, ChatOptions, GenerateOptions, Pooling, SamplingConfig, require_known
-from ..unpacking import given_as
+from ..unpacking import given_as, remove
 from .connection import Connection
 from .conversation import Tokenizer, UntrustedChat
 from .limits import Limits
@@ -65,7 +65,7 @@ class UntrustedModel(LanguageModel):
         self.connection = connection
         self._again, self._folder = (*given, dict(settings)), folder
         # Before the bundle is opened: whatever happens then, the process ends.
-        self._finalizer = weakref.finalize(self, _let_go, connection, folder)
+        self._finalizer = weakref.finalize(self, _let_go, connection, folder, os.getpid())
         try:
             found = connection.call("to load", "load", Loaded, **settings)
             try:
@@ -79,7 +79,7 @@ class UntrustedModel(LanguageModel):
         # Both have what a Chat and an application call.
         self.tokenizer = cast("TextCodec | None", Tokenizer(connection) if found.tokenizer else None)
         self.limits = connection.in_force
-        self.max_batch = int(settings["max_batch"])
+        self.max_batch: int = settings["max_batch"]
         self._executor: ThreadPoolExecutor | None = None
         self._is_closed = False
         self._prefills: weakref.WeakKeyDictionary[SharedPrefill, int] = weakref.WeakKeyDictionary()
@@ -241,9 +241,10 @@ def open_untrusted(given: object, limits: Limits | None, settings: Mapping[str, 
     folder = unpack_to or found.copied
     try:
         readable = [settings["key"]] if settings.get("key") is not None else []
-        connection = Connection(path, limits or Limits(), found.content or b"", unpack_to=unpack_to, readable=readable)
+        connection = Connection(path, limits or Limits(), found.content, unpack_to=unpack_to, readable=readable)
     except BaseException:
-        _remove(folder)
+        if folder is not None:
+            remove(folder, os.getpid())
         raise
     model = UntrustedModel(unpack_to or path, connection, settings, folder, (given, limits))
     if connection.in_force.missing:
@@ -251,11 +252,7 @@ def open_untrusted(given: object, limits: Limits | None, settings: Mapping[str, 
     return model
 
 
-def _let_go(connection: Connection, folder: Path | None) -> None:
+def _let_go(connection: Connection, folder: Path | None, made_by: int) -> None:
     connection.close()
-    _remove(folder)
-
-
-def _remove(folder: Path | None) -> None:
     if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder, made_by)

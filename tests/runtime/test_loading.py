@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import io
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -195,3 +196,30 @@ def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(
 def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of no use to a bundle that is not trusted: leave draft"):
         load(tmp_path, trust=False, draft=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize("trust", [True, False])
+def test_a_fork_leaves_the_unpacked_files_where_they_are(
+    speaking_bundle: Bundle, expected: list[int], tmp_path: Path, trust: bool
+) -> None:
+    """Whether it closes the model or ends; in a process of its own, for the atexit handlers of pytest."""
+    (tmp_path / "b.zip").write_bytes(zipped(speaking_bundle.path))
+    program = (
+        "import os, sys, warnings, pastkey\n"
+        "warnings.simplefilter('ignore')\n"
+        f"model = pastkey.load({str(tmp_path / 'b.zip')!r}, threads=1, trust={trust})\n"
+        "folder = model.bundle.path\n"
+        "for closes in (True, False):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        if closes: model.close()\n"
+        "        sys.exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        "    print(folder.is_dir(), flush=True)\n"
+        f"print(model.generate('abc', **{SETTINGS}).ids == {expected})\n"
+        "model.close()\n"
+        "print(folder.exists())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout == "True\nTrue\nTrue\nFalse\n", done.stderr

@@ -239,6 +239,9 @@ def test_the_command_makes_a_key_and_signs(speaking_bundle: Bundle, tmp_path: Pa
     for arguments, words in (
         (("sign", "--key", key), "--key signs a bundle: name its folder"),
         (("sign", folder), "one of the arguments --key --new-key is required"),
+        (("sign", folder, "--key", ""), ". is a folder; a file was expected"),
+        (("sign", "--new-key", ""), "'' is not the name of a file: name the private key, as in key.pem"),
+        (("sign", "--new-key", "."), "'.' is not the name of a file"),
         (("sign", folder, "--new-key", key), "already exists, and a key that is overwritten is lost"),
         (("sign", tmp_path / "none", "--key", key), "no such bundle"),
     ):

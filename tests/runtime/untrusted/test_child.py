@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, UntrustedBundleError
-from pastkey.runtime.untrusted import landlock, process
+from pastkey.runtime.untrusted import child, landlock, process
 from pastkey.runtime.untrusted.model import UntrustedModel
 
 from .conftest import EASY, GRAPHS, SMALL, Hostile, mend, opened
@@ -222,6 +223,13 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere")
     with pytest.raises(MissingFileError, match=r"has no pastkey\.json"):
         opened(tmp_path)
+    with pytest.raises(InputError, match="the bytes are no zip file of a bundle folder"):
+        opened(b"")
+
+
+def test_a_folder_that_is_no_bundle_is_not_walked_through(talking_bundle: Bundle) -> None:
+    assert child._size_of(Path(os.sep)) == 0
+    assert child._size_of(talking_bundle.path) > 100_000
 
 
 def test_a_bundle_in_the_cache_of_a_hub(talking_bundle: Bundle, tmp_path: Path) -> None:

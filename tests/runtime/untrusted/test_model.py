@@ -181,6 +181,8 @@ def test_what_it_lacks_is_said(untrusted: UntrustedModel, talking_bundle: Bundle
         pastkey.load(talking_bundle.path, limits=EASY)
     with pytest.raises(InputError, match="limits is 5; "):
         pastkey.load(talking_bundle.path, trust=False, limits=5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="the engine of an untrusted bundle is in another process"):
+        pastkey.load(talking_bundle.path, threads=1, draft=untrusted)
     for odd in (0, 1, "no", None):
         with pytest.raises(InputError, match="True or False was expected"):
             pastkey.load(talking_bundle.path, trust=odd)  # type: ignore[arg-type]
@@ -189,6 +191,13 @@ def test_what_it_lacks_is_said(untrusted: UntrustedModel, talking_bundle: Bundle
     assert "fp32" in repr(untrusted)
     assert untrusted.limits is not None
     assert untrusted.limits.seconds == 60
+
+
+def test_settings_of_numpy(talking_bundle: Bundle) -> None:
+    given: dict[str, Any] = {"max_memory": np.int64(10**9), "prefix_bytes": np.int64(0), "max_batch": np.int32(2)}
+    with opened(talking_bundle.path, verify=np.bool_(True), allow_fallback=True, **given) as model:
+        assert model.max_batch == 2
+        assert len(model.generate(["a", "b", "c"], max_new_tokens=1)) == 3
 
 
 def test_a_closed_model(talking_bundle: Bundle) -> None:
