@@ -14,8 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -38,11 +37,14 @@ _LONGEST: Final = 4000  # characters of a sentence
 
 @dataclass
 class _Call:
-    """Who waits for a reply, or did until it was interrupted, and how long it may be."""
+    """Who waits for a reply, or did until it was interrupted, and how long it may be.
 
-    future: Future[tuple[Reply, bytearray]]
+    What a Future waits by makes a RuntimeError of an interrupt that comes as it wakes up; a SimpleQueue does not.
+    """
+
     most_json: int
     most_array: int
+    replies: queue.SimpleQueue[tuple[Reply, bytearray] | None] = field(default_factory=queue.SimpleQueue)  # None: ended
 
 
 class Connection:
@@ -143,17 +145,17 @@ class Connection:
             PastkeyError: What the process says of the call, by its class.
             UntrustedBundleError: It came to an end, now or before: it broke a limit, crashed, or gave no answer.
         """
-        call = _Call(Future(), most_json, min(most_array, self._memory()))
+        call = _Call(most_json, min(most_array, self._memory()))
         seconds = self._seconds if seconds is None else seconds
         self._ask(what, given, array, call)
         try:
-            try:
-                reply, behind = call.future.result(seconds)
-            except TimeoutError:
-                self._end(f"gave no answer within {seconds:g} s, and was ended")
-                reply, behind = call.future.result(_ENDING)  # raises, if none came in this very moment
-        except UntrustedBundleError:
-            raise self._error(doing) from None
+            found = call.replies.get(timeout=seconds)
+        except queue.Empty:
+            self._end(f"gave no answer within {seconds:g} s, and was ended")
+            found = call.replies.get()  # None, unless it came in this very moment
+        if found is None:
+            raise self._error(doing)
+        reply, behind = found
         if reply.failure is not None:
             raise self._failure(reply.failure, doing)
         try:
@@ -257,12 +259,10 @@ class Connection:
                         self._process.kill()
 
     def _fail_all(self) -> None:
-        error = self._error()
         with self._lock:
             calls = list(self._calls.values())
         for call in calls:
-            with contextlib.suppress(Exception):  # it has its reply
-                call.future.set_exception(error)
+            call.replies.put(None)
 
     # --- the two threads ----------------------------------------------------------------------------------------------
     def _write(self) -> None:
@@ -326,7 +326,7 @@ class Connection:
             call = self._calls.pop(reply.id, None)  # also that of a caller who was interrupted
         if call is None:
             raise MalformedError("a message that nobody asked for")
-        call.future.set_result((reply, array))
+        call.replies.put((reply, array))
 
 
 def _parsed(text: bytes) -> Any:
