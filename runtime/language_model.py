@@ -35,7 +35,7 @@ from .stream import Stream
 from .text.codec import TextCodec
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Executor, ThreadPoolExecutor
 
     from .asynchronous import AsyncStream
     from .chat import Chat
@@ -247,19 +247,15 @@ class LanguageModel:
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
         require_known("astream", options, GENERATE_OPTIONS)
-        from .asynchronous import AsyncStream
-
-        return AsyncStream(self._stream(prompt, options), self.executor)
+        return self._astream(prompt, options)
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
         require_known("agenerate", options, GENERATE_OPTIONS)
-        from .asynchronous import AsyncStream
-
-        return await AsyncStream(self._stream(prompt, options), self.executor).completed()
+        return await self._astream(prompt, options).completed()
 
     @property
-    def executor(self) -> ThreadPoolExecutor:
+    def executor(self) -> Executor:
         """The threads that wait for the tokens of an event loop. They begin with the first such call."""
         self.require_open()
         from concurrent.futures import ThreadPoolExecutor
@@ -404,6 +400,11 @@ class LanguageModel:
     ) -> Stream:
         """Checks everything, and gives the stream."""
         return open_prompt(self, prompt, options, shared)
+
+    def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
+        from .asynchronous import AsyncStream
+
+        return AsyncStream(self._stream(prompt, options), self.executor)
 
 
 def _load_again(path: Path, settings: dict[str, Any]) -> LanguageModel:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +33,11 @@ from .session import UntrustedSession
 from .stream import UntrustedStream, numbers, sent_value
 
 if TYPE_CHECKING:
+    from ..asynchronous import AsyncStream
     from ..engine.engine import Engine
     from ..text.codec import TextCodec
 
+T = TypeVar("T")
 _PER_TOKEN = 64  # bytes of JSON for an id and its log-probability
 
 
@@ -80,7 +83,6 @@ class UntrustedModel(LanguageModel):
         self.tokenizer = cast("TextCodec | None", Tokenizer(connection) if found.tokenizer else None)
         self.limits = connection.in_force
         self.max_batch: int = settings["max_batch"]
-        self._executor: ThreadPoolExecutor | None = None
         self._is_closed = False
         self._prefills: weakref.WeakKeyDictionary[SharedPrefill, int] = weakref.WeakKeyDictionary()
 
@@ -111,8 +113,6 @@ class UntrustedModel(LanguageModel):
         """Ends the process. Generations that run end; later calls raise."""
         self._is_closed = True
         self._finalizer()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process loads the bundle again, by its path, in a process of its own."""
@@ -133,12 +133,10 @@ class UntrustedModel(LanguageModel):
         raise InputError("the engine of an untrusted bundle is in another process: load it with trust=True to have it")
 
     @property
-    def executor(self) -> ThreadPoolExecutor:
-        """The threads that wait for the tokens of an event loop. They begin with the first such call."""
+    def executor(self) -> Executor:
+        """The threads that wait for the tokens of an event loop."""
         self.alive()
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self.max_batch, thread_name_prefix="pastkey")
-        return self._executor
+        return _Waiters()
 
     def session(self) -> UntrustedSession:
         """See LanguageModel. It cannot be saved."""
@@ -209,7 +207,12 @@ class UntrustedModel(LanguageModel):
         return prompt if isinstance(prompt, str) else self.prompt_ids(prompt)
 
     def _stream(
-        self, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+        self,
+        prompt: str | Sequence[int],
+        options: GenerateOptions,
+        shared: SharedPrefill | None = None,
+        *,
+        waits: bool = True,
     ) -> UntrustedStream:
         prefill = None if shared is None else [self._prefills.setdefault(shared, next(numbers)), shared.count]
         return UntrustedStream(
@@ -219,8 +222,35 @@ class UntrustedModel(LanguageModel):
             self.manifest,
             "stream",
             self._sent(prompt),
+            waits=waits,
             shared=prefill,
         )
+
+    def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
+        """What the process says of the prompt and the options comes with the first token: no loop waits for it."""
+        from ..asynchronous import AsyncStream
+
+        return AsyncStream(self._stream(prompt, options, waits=False), self.executor)
+
+
+class _Waiters(Executor):
+    """A thread for each call, for which the end of the program does not wait: the process may keep it waiting."""
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **given: Any) -> Future[T]:
+        """See Executor."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    found = function(*args, **given)
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(found)
+
+        threading.Thread(target=work, name="pastkey", daemon=True).start()
+        return future
 
 
 def open_untrusted(given: object, limits: Limits | None, settings: Mapping[str, Any]) -> UntrustedModel:

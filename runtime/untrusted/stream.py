@@ -30,7 +30,9 @@ numbers = itertools.count(1)  # of streams, templates and sessions; one for all 
 class UntrustedStream(Stream):
     """As Stream: it takes nothing until its first `next`, and may be read, cancelled and closed from any thread.
 
-    `close` waits for what the process says of the whole, unless another thread is inside `next`.
+    One that `waits` waits for the process where it is made, and in `close` for what is said of the whole, unless
+    another thread is inside `next`. The other, for event loops, waits in `next` alone: the process is asked to begin
+    there, and `close` takes what was told.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class UntrustedStream(Stream):
         manifest: Manifest,
         call: str,
         text: str | list[int],
+        *,
+        waits: bool = True,
         **given: Any,
     ) -> None:
-        """Asks the process to open it.
+        """Asks the process to open it, if it waits.
 
         Args:
             connection: The process.
@@ -52,14 +56,16 @@ class UntrustedStream(Stream):
             manifest: The bundle's.
             call: Which of its calls opens it.
             text: The prompt, as it is sent.
+            waits: Whether it waits for the process anywhere but in `next`.
             **given: What the call takes beside number, options and text.
         """
         self._connection, self._holds, self._number = connection, holds, next(numbers)
         self._inside = threading.Lock()
-        self._texts: list[str] = []
-        self._ids: list[int] = []
-        self._pieces = self._length = 0
-        self._over = self._closed = False
+        self._pieces: list[Chunk] = []
+        self._tokens = self._length = 0
+        self._waits, self._begun = waits, False
+        self._over = self._closed = self._cancelled = False
+        self._prompt_tokens = 0
         self._whole: Completion | None = None
         # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
         new, logprobs = options.get("max_new_tokens", MAX_NEW_TOKENS), options.get("logprobs")
@@ -67,12 +73,19 @@ class UntrustedStream(Stream):
         tokens = self._most_new + (_PER_PART * len(text) if options.get("prompt_logprobs") else 0)
         each = _PER_TOKEN * (2 + (int(logprobs) if is_int(logprobs, 0, self._vocab_size) else 0))
         self._most = min(MOST_JSON + each * tokens, _MOST)
+        self._call, self._given = call, {"text": text, **given}
         try:
-            asked = {"stream": self._number, "options": sent_options(options), "text": text, **given}
-            self._prompt_tokens = connection.call("to begin a text", call, Number, **asked).number
+            self._given |= {"options": sent_options(options)}
+            if waits:
+                self._begin()
         except PastkeyError:
             self._over = True
             raise
+
+    def _begin(self) -> None:
+        asked = {"stream": self._number, **self._given}
+        self._prompt_tokens = self._connection.call("to begin a text", self._call, Number, **asked).number
+        self._begun = True
 
     @property
     def completion(self) -> Completion | None:
@@ -100,7 +113,14 @@ class UntrustedStream(Stream):
             self._inside.release()
 
     def _step(self) -> Chunk:
+        if self._cancelled and not self._begun:
+            self._finish()
+            raise StopIteration(self._whole)
         try:
+            if not self._begun:
+                self._begin()
+                if self._cancelled:  # meanwhile, when there was nothing to be cancelled
+                    self.cancel()
             found = self._connection.call("for the next token", "next", Step, stream=self._number, most_json=self._most)
         except BaseException as error:  # an interrupt, too: the answer to this question is lost
             self._finish()
@@ -114,14 +134,13 @@ class UntrustedStream(Stream):
             self._whole = self._completion(found.whole)
             raise StopIteration(self._whole)
         chunk = found.piece.chunk()
-        self._pieces += 1
-        self._texts.append(chunk.text)
-        self._ids += chunk.ids
+        self._pieces.append(chunk)
+        self._tokens += len(chunk.ids)
         self._length += len(chunk.text)
         if self._length > _MOST_TEXT:
             self._connection.fail(f"answered with a text of more than {_MOST_TEXT:,} characters, and was ended")
         # There is a piece for each token, and one for what was held back.
-        self._require_asked_for(max(len(self._ids), self._pieces - 1), chunk.ids)
+        self._require_asked_for(max(self._tokens, len(self._pieces) - 1), chunk.ids)
         return chunk
 
     def _completion(self, whole: Whole) -> Completion:
@@ -139,6 +158,7 @@ class UntrustedStream(Stream):
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
+        self._cancelled = True
         self._connection.tell("cancel", stream=self._number)
 
     def close(self) -> None:
@@ -156,6 +176,10 @@ class UntrustedStream(Stream):
         if self._over:
             return
         self._over = True
+        if not self._waits:
+            self._connection.tell("drop", stream=self._number)
+            self._whole = self._so_far()
+            return
         whole, call = None, self._connection.call
         with contextlib.suppress(PastkeyError):  # the process has ended
             whole = call("to end a text", "close", Step, stream=self._number, most_json=self._most).whole
@@ -165,8 +189,11 @@ class UntrustedStream(Stream):
 
     def _so_far(self) -> Completion:
         """What was told, where the process does not say: it has ended, or is at the next token still."""
-        text, ids = "".join(self._texts), list(self._ids)
-        return Completion(text, ids, "cancelled", self._prompt_tokens, len(ids), 0.0, 0.0)
+        chunks = list(self._pieces)
+        ids = [token for chunk in chunks for token in chunk.ids]
+        logprobs = [found for chunk in chunks for found in chunk.logprobs]
+        text = "".join(chunk.text for chunk in chunks)
+        return Completion(text, ids, "cancelled", self._prompt_tokens, len(ids), 0.0, 0.0, logprobs=logprobs)
 
     def __del__(self) -> None:
         if not vars(self).get("_over", True):

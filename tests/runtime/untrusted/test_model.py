@@ -237,7 +237,7 @@ def test_one_that_nobody_holds_is_ended(talking_bundle: Bundle) -> None:
         del stream
         gc.collect()
     assert set(Path("/proc/self/fd").iterdir()) == before
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # those of other models may end meanwhile
 
 
 @pytest.mark.slow  # starts twenty processes

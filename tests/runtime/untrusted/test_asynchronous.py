@@ -1,0 +1,117 @@
+"""An event loop waits for no process, whatever the process does."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from pastkey.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime import LanguageModel
+from pastkey.runtime.untrusted import process
+from pastkey.runtime.untrusted.model import UntrustedModel
+
+from .conftest import opened, told
+
+SILENT = "import time\nfrom pastkey.runtime.untrusted import server\n"
+
+
+def silent(call: str) -> str:
+    """The boot of a process that never answers this call."""
+    hook = SILENT + f"server.Server.do_{call} = lambda self, **_: time.sleep(1000)\n"
+    return process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
+
+
+def test_what_a_task_gets(untrusted: UntrustedModel, trusted: LanguageModel) -> None:
+    async def both() -> None:
+        for options in ({"logprobs": 2}, {"stop": ["m"]}, {"max_new_tokens": 0}):
+            mine, theirs = [await model.agenerate("hello", **options) for model in (untrusted, trusted)]
+            assert told(mine) == told(theirs)
+        chunks = [[chunk async for chunk in model.astream("hello")] for model in (untrusted, trusted)]
+        assert chunks[0] == chunks[1]
+        with pytest.raises(InputError, match="several prompts were given"):
+            untrusted.astream(["a"])  # type: ignore[list-item]
+        stream = untrusted.astream("ß")
+        with pytest.raises(InputError, match="no token covers"):
+            await anext(stream)
+
+    asyncio.run(both())
+
+
+def test_one_that_is_closed_or_cancelled_tells_what_came(untrusted: UntrustedModel) -> None:
+    async def use() -> None:
+        async with untrusted.astream("hello", max_new_tokens=500, logprobs=1) as stream:
+            chunks = [await anext(stream) for _ in range(3)]
+        assert stream.completion is not None
+        assert stream.completion.text == "".join(chunk.text for chunk in chunks)
+        assert stream.completion.logprobs == [chunk.logprobs[0] for chunk in chunks]
+        assert stream.completion.finish_reason == "cancelled"
+        unread = untrusted.astream("hello")
+        unread.cancel()
+        assert [chunk async for chunk in unread] == []
+        assert unread.completion is not None
+        assert unread.completion.new_tokens == 0
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("call", ["stream", "next", "close"])
+def test_the_loop_goes_on_beside_a_silent_process(
+    talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(process, "BOOT", silent(call))
+
+    async def use(model: UntrustedModel) -> float:
+        longest, last = 0.0, time.monotonic()
+
+        async def ticks() -> AsyncIterator[None]:
+            while True:
+                await asyncio.sleep(0.01)
+                yield
+
+        async def generated() -> None:
+            async with model.astream("hello", max_new_tokens=500) as stream:
+                async for _ in stream:
+                    pass
+
+        task = asyncio.create_task(generated())
+        count = 0
+        async for _ in ticks():
+            longest, last, count = max(longest, time.monotonic() - last), time.monotonic(), count + 1
+            if count == 20:
+                task.cancel()
+            if count == 40:
+                break
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return longest
+
+    with opened(talking_bundle.path) as model:
+        assert asyncio.run(use(model)) < 5
+
+
+def test_a_program_ends_while_a_process_is_silent(talking_bundle: Bundle, tmp_path: Path) -> None:
+    program = f"""
+import asyncio, sys, warnings
+import pastkey
+from pastkey.runtime import Limits
+from pastkey.runtime.untrusted import process
+warnings.simplefilter("ignore")
+process.BOOT = {silent("next")!r}
+lm = pastkey.load({str(talking_bundle.path)!r}, threads=1, trust=False, limits=Limits(seconds=100.0))
+async def main():
+    task = asyncio.create_task(lm.agenerate("hello"))
+    await asyncio.sleep(0.3)
+    task.cancel()
+    await asyncio.wait([task])
+asyncio.run(main())
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
