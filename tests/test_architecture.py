@@ -166,6 +166,8 @@ def test_the_rooms_of_the_runtime_are_in_order() -> None:
             first = (*target_of(file, found), "")[0]
             where = f"{file.relative_to(ROOT)}:{found.line} imports {first}"
             if allowed is not None:
+                if first == "untrusted" and found.never:  # the type of an argument of load
+                    continue
                 crossings += first != room
                 assert first in allowed | {"settings"}, f"{where}, which {room}/ may not: {', '.join(sorted(allowed))}"
             elif room == "untrusted":
