@@ -15,6 +15,7 @@ from .settings import ChatOptions, SamplingConfig
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what counts where tokens are drawn
 # What counts where the likeliest is taken, too.
 ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
+NAMES = (*_DRAWN, *ALWAYS)
 
 
 def sampling_defaults(bundle: Bundle) -> ChatOptions:
@@ -28,7 +29,7 @@ def sampling_defaults(bundle: Bundle) -> ChatOptions:
     found = read_json(bundle.path / names.GENERATION_CONFIG)
     drawn = found.get("do_sample") is True
     wanted: dict[str, Any] = {"temperature": 1.0} if drawn else {}
-    for name in (*_DRAWN, *ALWAYS):
+    for name in NAMES:
         if found.get(name) is not None and (drawn or name not in _DRAWN):
             wanted[name] = found[name]
     try:

@@ -20,10 +20,11 @@ from pastkey.errors import InputError, LimitWarning, PastkeyError
 from pastkey.values import is_one_of, shown
 
 from ..batching.shared_prefill import SharedPrefill
+from ..generation_config import NAMES
 from ..language_model import LanguageModel
 from ..many import several, token_ids
 from ..scoring import Score
-from ..settings import CHAT_OPTIONS, ChatOptions, GenerateOptions, Pooling, SamplingConfig, require_known
+from ..settings import ChatOptions, GenerateOptions, Pooling, SamplingConfig, require_known
 from ..unpacking import given_as, remove
 from .connection import Connection
 from .conversation import Tokenizer, UntrustedChat
@@ -98,7 +99,7 @@ class UntrustedModel(LanguageModel):
         """See LanguageModel."""
         found = self.alive().call("for the sampling defaults", "defaults", Values).values
         try:
-            require_known("the process", found, CHAT_OPTIONS)
+            require_known("the process", found, NAMES)
             SamplingConfig.of(found)
         except PastkeyError as error:
             self.connection.fail(f"answered with no sampling defaults ({error}), and was ended")
@@ -153,14 +154,7 @@ class UntrustedModel(LanguageModel):
         """See LanguageModel."""
         size = self.manifest.vocab_size
         tokens = token_ids(ids, "ids", "a sequence of token ids", size)
-        connection = self.alive()
-        shape, content = connection.call_with_array(
-            "for logits", "logits", Shape, ids=tokens, most_array=4 * len(tokens) * size
-        )
-        if (shape.rows, shape.columns) != (len(tokens), size) or len(content) != 4 * len(tokens) * size:
-            connection.fail(f"answered with logits of shape ({shape.rows}, {shape.columns}), and was ended")
-        found = np.frombuffer(content, "<f4").reshape(len(tokens), size)
-        return found.astype(np.float32, copy=False)
+        return self._array("logits", "logits", len(tokens), size, ids=tokens)
 
     def embed(
         self,
@@ -175,19 +169,22 @@ class UntrustedModel(LanguageModel):
         given = {"text": sent, "pooling": pooling, "normalize": normalize}
         size, context = self.manifest.hidden_size or 0, self.manifest.context_length
         most = len(sent) if many else context if each else 1
+        options = {name: sent_value(name, value) for name, value in given.items()}
+        found = self._array("embeddings", "embed", most, size, fewer=each, **options)
+        return found if many or each else found[0]
+
+    def _array(
+        self, called: str, what: str, rows: int, columns: int, *, fewer: bool = False, **given: Any
+    ) -> npt.NDArray[np.float32]:
+        """An answer (rows, columns), with `fewer` of so many rows at most. One of another shape ends the process."""
         connection = self.alive()
         shape, content = connection.call_with_array(
-            "for embeddings",
-            "embed",
-            Shape,
-            most_array=4 * most * size,
-            **{name: sent_value(name, value) for name, value in given.items()},
+            f"for {called}", what, Shape, most_array=4 * rows * columns, **given
         )
-        expected = shape.rows == most or (each and 0 < shape.rows <= context)
-        if not expected or shape.columns != size or len(content) != 4 * shape.rows * size:
-            connection.fail(f"answered with embeddings of shape ({shape.rows}, {shape.columns}), and was ended")
-        found = np.frombuffer(content, "<f4").reshape(shape.rows, size).astype(np.float32, copy=False)
-        return found if many or each else found[0]
+        expected = shape.rows == rows or (fewer and 0 < shape.rows <= rows)
+        if not expected or shape.columns != columns or len(content) != 4 * shape.rows * columns:
+            connection.fail(f"answered with {called} of shape ({shape.rows}, {shape.columns}), and was ended")
+        return np.frombuffer(content, "<f4").reshape(shape.rows, columns).astype(np.float32, copy=False)
 
     def score(self, text: str | Sequence[int]) -> Score:
         """See LanguageModel."""

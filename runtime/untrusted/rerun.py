@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pastkey.command import say
+from pastkey.command import placement_of, say
 from pastkey.errors import InputError
 
 from .connection import Connection
@@ -57,6 +57,7 @@ def rerun(name: str, arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--provider {arguments.provider} was given; an untrusted bundle runs on the processor alone: leave it out"
         )
+    placement_of(arguments)  # which refuses options of no provider
     given = {key: value for key, value in vars(arguments).items() if key not in ("untrusted", "limits", "bundle")}
     given |= {"untrusted": False, "limits": None, "provider": "cpu"}
     scratch = Path(tempfile.mkdtemp(prefix="pastkey-"))

@@ -264,6 +264,7 @@ def whole(**fields):
         ("load", "P.Loaded({'kind': 'bundle'}, True)", "answered with no manifest"),
         ("defaults", "P.Values({'temperature': -1})", "answered with no sampling defaults"),
         ("defaults", "P.Values({'colour': 1})", "answered with no sampling defaults"),
+        ("defaults", "P.Values({'stop': ['x']})", "answered with no sampling defaults"),
         ("logits", "(P.Shape(5, 5), bytes(100))", "answered with logits of shape|answered with an array of"),
         ("logits", "(P.Shape(2, 37), bytes(10))", "answered with logits of shape"),
         ("logits", "(P.Shape(2, 37), bytes(10**6))", "answered with an array of 1,000,000 bytes"),

@@ -72,6 +72,7 @@ def test_a_hostile_bundle_is_one_sentence_and_status_2(command: Command, hostile
         (("--untrusted", "--limit", "colour=2"), "--limit colour=2 was given; memory=BYTES or seconds=S was expected"),
         (("--untrusted", "--limit", "memory=much"), "--limit memory=much was given"),
         (("--untrusted", "--limit", "seconds=-1"), "seconds is -1.0"),
+        (("--untrusted", "--provider-option", "a=b"), "--provider-option is for an execution provider"),
         (("--untrusted", "--provider", "cuda"), "an untrusted bundle runs on the processor alone"),
     ],
 )
