@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,7 @@ class Connection:
         self._pid = os.getpid()
         self._queue: queue.SimpleQueue[tuple[bytes, bytes | memoryview] | None] = queue.SimpleQueue()
         self._process, self._lifeline = started(self._name)
+        _connections.add(self)
         self._threads = [
             threading.Thread(target=work, name="pastkey-untrusted", daemon=True) for work in (self._read, self._write)
         ]
@@ -225,6 +227,12 @@ class Connection:
         return kind(sentence)
 
     # --- the end ------------------------------------------------------------------------------------------------------
+    def drop_lifeline(self) -> None:
+        """Closes what tells the process that this one lives."""
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            os.close(lifeline)
+
     def close(self) -> None:
         """Ends the process, and lets go of all that belongs to it. In a process that was forked it does nothing."""
         if os.getpid() != self._pid:
@@ -304,8 +312,7 @@ class Connection:
             self._gone = True
         self._end(_ended_by(self._process.wait()))
         self._queue.put(None)
-        if self._lifeline is not None:
-            os.close(self._lifeline)
+        self.drop_lifeline()
 
     def _most_json(self) -> int:
         with self._lock:
@@ -327,6 +334,19 @@ class Connection:
         if call is None:
             raise MalformedError("a message that nobody asked for")
         call.replies.put((reply, array))
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _drop_lifelines() -> None:
+    """In a fork, which would keep the processes of its parent beyond the parent's end."""
+    for connection in list(_connections):
+        connection.drop_lifeline()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_lifelines)
 
 
 def _parsed(text: bytes) -> Any:

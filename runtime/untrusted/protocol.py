@@ -19,6 +19,7 @@ from ..scoring import Score
 MOST_JSON: Final = 16_000_000  # bytes of a reply, where nothing else is said
 
 Seconds = Annotated[float, Between(0, 1e12)]
+LogProbability = Annotated[float, Between(-1e39, 1)]  # a difference of float32, and an error of rounding above 0
 Reason = Literal["stop", "length", "stop_string", "cancelled", "deadline"]
 
 
@@ -35,9 +36,9 @@ class Logprob:
     """A TokenLogprob."""
 
     id: TokenId
-    logprob: float
+    logprob: LogProbability
     ids: tuple[TokenId, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[LogProbability, ...]
 
     @classmethod
     def of(cls, found: TokenLogprob) -> Logprob:
@@ -167,7 +168,7 @@ class Scored:
     """A Score."""
 
     ids: tuple[TokenId, ...]
-    logprobs: tuple[float | None, ...]
+    logprobs: tuple[LogProbability | None, ...]
     total: float
 
     def score(self) -> Score:

@@ -11,7 +11,7 @@ from pastkey.values import is_int, shown
 
 from ..completion import Completion, completed
 from ..session import Session
-from ..settings import SESSION_OPTIONS, SessionOptions, require_known
+from ..settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, require_known
 from ..stream import Stream
 from .protocol import Done, Ids, Number
 from .stream import UntrustedStream, numbers, sent_options
@@ -55,10 +55,16 @@ class UntrustedSession(Session):
             self._untrusted.alive().call("for a session's size", "session_bytes", Number, session=self._number).number
         )
 
-    def append(self, text: str | Sequence[int], **options: Any) -> None:
+    def append(
+        self,
+        text: str | Sequence[int],
+        *,
+        context_overflow: ContextOverflow = "error",
+        num_sink_tokens: int = NUM_SINK_TOKENS,
+    ) -> None:
         """See `Session.append`."""
         self._require_open()
-        sent = sent_options(options)
+        sent = sent_options({"context_overflow": context_overflow, "num_sink_tokens": num_sink_tokens})
         self._call("to append to a session", "session_append", text=self._sent(text), options=sent)
 
     def generate(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Completion:

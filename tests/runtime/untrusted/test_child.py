@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -186,13 +187,43 @@ lm.logits([1])
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
-    until = time.monotonic() + 60
-    while time.monotonic() < until and Path(f"/proc/{pid}").exists():
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
-            break
+    assert has_ended(pid)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_of_the_parent_does_not_keep_it(talking_bundle: Bundle) -> None:
+    program = f"""
+import os, pastkey, time, warnings
+warnings.simplefilter("ignore")
+lm = pastkey.load({str(talking_bundle.path)!r}, threads=1, trust=False)
+fork = os.fork()
+if fork:
+    print(lm.connection._process.pid, fork, flush=True)
+time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid, fork = map(int, parent.stdout.readline().split())
+        time.sleep(0.2)  # in which the fork begins
+        parent.kill()
+        parent.wait()
+        try:
+            assert has_ended(pid)
+        finally:
+            os.kill(fork, signal.SIGKILL)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone within a minute."""
+    until, state = time.monotonic() + 60, Path(f"/proc/{pid}/stat")
+    while time.monotonic() < until:
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except OSError:
+            return True
         time.sleep(0.02)
-    else:
-        assert not Path(f"/proc/{pid}").exists()
+    return False
 
 
 def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def test_what_a_stream_gives_comes_back_equal() -> None:
         (Step, {"piece": {"text": "a", "ids": [2**40]}}),
         (Step, {"piece": {"text": "a", "ids": [True]}}),
         (Step, {"piece": {"text": "a", "ids": [1], "logprobs": [ODD]}}),
+        (Step, {"piece": {"text": "a", "ids": [1], "logprobs": [{**ODD, "logprob": 10**300}]}}),
+        (Scored, {"ids": [1, 2], "logprobs": [None, 1.5], "total": 0}),
         (Step, {"piece": {"text": "a", "ids": [1]}, "more": 1}),
         (Step, {"whole": {**as_json(Whole.of(COMPLETION)), "finish_reason": "because"}}),
         (Step, {"whole": {**as_json(Whole.of(COMPLETION)), "new_tokens": -1}}),
