@@ -13,12 +13,15 @@ import json
 from collections.abc import Collection
 from typing import Any, Literal
 
+from pastkey.reading import parse_json
+
 Form = Literal["hermes", "llama3", "mistral"]
 Call = dict[str, Any]  # "name" and "arguments"
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
 _CALLS, _ARGS = "[TOOL_CALLS]", "[ARGS]"
+_BETWEEN = frozenset("; \n\t\r")
 _JSON = json.JSONDecoder()
 
 
@@ -42,20 +45,28 @@ def parse_tool_calls(text: str, form: Form | None, known: Collection[str] = ()) 
         known: The names of the tools. A call without a mark must be of one of them.
     """
     try:
-        if form == "hermes" and _OPEN in text:
-            said, *blocks = text.split(_OPEN)
-            return said.rstrip(), [call for block in blocks for call in _block(block)]
-        if form == "mistral" and _CALLS in text:
-            said, *blocks = text.split(_CALLS)
-            return said.rstrip(), [call for block in blocks for call in _listed(block)]
-        if form == "llama3":
-            said, mark, rest = text.partition(_PYTHON)
-            calls = _sequence(rest if mark else text)
-            if mark or all(call["name"] in known for call in calls):
-                return said.rstrip() if mark else "", calls
+        said, calls = _read(text, form, known)
+        # What all later code can take: no NaN, no half surrogate pair, no depth without end.
+        parse_json(json.dumps(calls, allow_nan=False), "the calls")
     except (ValueError, RecursionError):
-        pass
-    return text, []
+        return text, []
+    return said, calls
+
+
+def _read(text: str, form: Form | None, known: Collection[str]) -> tuple[str, list[Call]]:
+    """Raises ValueError, RecursionError where the text is not in the form."""
+    if form == "hermes" and _OPEN in text:
+        said, *blocks = text.split(_OPEN)
+        return said.rstrip(), [call for block in blocks for call in _block(block)]
+    if form == "mistral" and _CALLS in text:
+        said, *blocks = text.split(_CALLS)
+        return said.rstrip(), [call for block in blocks for call in _listed(block)]
+    if form == "llama3":
+        said, mark, rest = text.partition(_PYTHON)
+        calls = _sequence(rest if mark else text)
+        if mark or all(call["name"] in known for call in calls):
+            return said.rstrip() if mark else "", calls
+    raise ValueError("there is no call")
 
 
 def _block(text: str) -> list[Call]:
@@ -76,13 +87,14 @@ def _listed(text: str) -> list[Call]:
 def _sequence(text: str) -> list[Call]:
     """Objects one after another, with ; between them or nothing."""
     calls: list[Call] = []
-    rest = text.strip()
-    while rest:
-        found, end = _JSON.raw_decode(rest)
+    text, place = text.strip(), 0
+    while place < len(text):
+        found, place = _JSON.raw_decode(text, place)
         if not isinstance(found, dict):
             raise ValueError("a call is an object")
         calls += _calls(found)
-        rest = rest[end:].lstrip("; \n\t\r")
+        while text[place : place + 1] in _BETWEEN:
+            place += 1
     if not calls:
         raise ValueError("there is no call")
     return calls

@@ -20,7 +20,7 @@ from ..stream import Stream, read_already
 from .connection import Connection
 from .protocol import MOST_JSON, Number, Step, Whole
 
-_MOST_TEXT: Final = 64_000_000  # characters of a stream
+_TEXT_PER_TOKEN, _TEXT, _MOST_TEXT = 10_000, 1_000_000, 64_000_000  # characters of a token, beside them, and of all
 _PER_TOKEN, _MOST = 64, 512_000_000  # bytes of JSON for a token or a log-probability, and of a whole
 _LARGEST: Final = 10**1000
 _PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at most: those of UTF-8's bytes
@@ -73,6 +73,7 @@ class UntrustedStream(Stream):
         tokens = self._most_new + (_PER_PART * len(text) if options.get("prompt_logprobs") else 0)
         each = _PER_TOKEN * (2 + (int(logprobs) if is_int(logprobs, 0, self._vocab_size) else 0))
         self._most = min(MOST_JSON + each * tokens, _MOST)
+        self._most_text = min(_TEXT + _TEXT_PER_TOKEN * self._most_new, _MOST_TEXT)
         self._call, self._given = call, {"text": text, **given}
         try:
             self._given |= {"options": sent_options(options)}
@@ -137,24 +138,24 @@ class UntrustedStream(Stream):
         self._pieces.append(chunk)
         self._tokens += len(chunk.ids)
         self._length += len(chunk.text)
-        if self._length > _MOST_TEXT:
-            self._connection.fail(f"answered with a text of more than {_MOST_TEXT:,} characters, and was ended")
         # There is a piece for each token, and one for what was held back.
-        self._require_asked_for(max(self._tokens, len(self._pieces) - 1), chunk.ids)
+        self._require_asked_for(max(self._tokens, len(self._pieces) - 1), chunk.ids, self._length)
         return chunk
 
     def _completion(self, whole: Whole) -> Completion:
-        self._require_asked_for(len(whole.ids), whole.ids)
+        self._require_asked_for(len(whole.ids), whole.ids, len(whole.text))
         if whole.new_tokens != len(whole.ids):
             self._connection.fail(f"answered with {len(whole.ids):,} ids of {whole.new_tokens:,} tokens, and was ended")
         return whole.completion()
 
-    def _require_asked_for(self, count: int, ids: Sequence[int]) -> None:
-        """Ends the process for a count of new tokens that was not asked for, or for ids that the model has not."""
+    def _require_asked_for(self, count: int, ids: Sequence[int], length: int) -> None:
+        """Ends the process for more new tokens than were asked for, ids that the model has not, or too long a text."""
         if count > self._most_new:
             self._connection.fail(f"answered with more than {self._most_new:,} new tokens, and was ended")
         if ids and max(ids) >= self._vocab_size:
             self._connection.fail(f"answered with a token of id {max(ids)}, and was ended")
+        if length > self._most_text:
+            self._connection.fail(f"answered with a text of more than {self._most_text:,} characters, and was ended")
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -69,6 +70,9 @@ def test_calls_are_read(form: Form, text: str, said: str, calls: list[Any]) -> N
         ("hermes", '<tool_call>{"name": "a", "arguments": [1]}</tool_call>'),
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>"),
         ("hermes", LLAMA),
+        ("hermes", HERMES.replace('"Oslo"', "NaN")),
+        ("hermes", HERMES.replace("Oslo", "\\ud800")),
+        ("hermes", HERMES.replace('"Oslo"', "[" * 200 + "]" * 200)),
         ("llama3", LLAMA.replace("weather", "unknown")),
         ("llama3", LLAMA + " is what I would say"),
         ("llama3", "[1]"),
@@ -81,6 +85,13 @@ def test_calls_are_read(form: Form, text: str, said: str, calls: list[Any]) -> N
 )
 def test_what_is_in_no_form_is_text(form: Form | None, text: str) -> None:
     assert parse_tool_calls(text, form, ["weather"]) == (text, [])
+
+
+def test_many_calls_take_no_quadratic_time() -> None:
+    text = LLAMA * 80_000
+    started = time.process_time()
+    assert len(parse_tool_calls(text, "llama3", ["weather"])[1]) == 80_000
+    assert time.process_time() - started < 5
 
 
 JSON = st.recursive(
