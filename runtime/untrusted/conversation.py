@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_RENDERED: Final = 32_000_000  # bytes of JSON for the 4,000,000 characters of a rendering
 _PER_ID: Final = 16  # bytes of JSON
+_PER_CHARACTER, _ALWAYS = 512, 64_000  # bytes of JSON of a text's ids: one character may be 36 bytes when normalized
 
 
 class Tokenizer:
@@ -30,7 +31,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """See TextCodec."""
-        return self._ids("encode", text=text, add_special_tokens=add_special_tokens)
+        return self._ids("encode", len(text), text=text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
         """See TextCodec."""
@@ -42,8 +43,9 @@ class Tokenizer:
         """See TextCodec."""
         return self._connection.call("about a token", "loses_space", Found, token=int(token)).found
 
-    def _ids(self, what: str, **given: Any) -> list[int]:
-        most = MOST_JSON + _PER_ID * max(len(part) for part in given.values() if isinstance(part, str))
+    def _ids(self, what: str, length: int, **given: Any) -> list[int]:
+        """Of a text of so many characters: no more of them than such a text can have."""
+        most = min(_ALWAYS + _PER_CHARACTER * length, MOST_JSON + _PER_ID * length)
         return list(self._connection.call("for the ids of a text", what, Ids, **given, most_json=most).ids)
 
 
@@ -63,7 +65,7 @@ class PlainContents(Tokenizer):
     def encode(self, rendered: str, *, add_special_tokens: bool = False) -> list[int]:
         """See PlainContents of text/."""
         del add_special_tokens
-        return self._ids("plain_encode", rendered=rendered)
+        return self._ids("plain_encode", len(rendered), rendered=rendered)
 
 
 class ChatTemplate:

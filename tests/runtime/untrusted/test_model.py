@@ -285,6 +285,7 @@ def whole(**fields):
         ("next", "P.Step(whole=whole(text='x' * 2_000_000))", "answered with a text of more than 1,200,000 characters"),
         ("next", "P.Step(piece=P.Piece('x' * 17_000_000, ()))", r"answered with a message of 17,0\d\d,\d\d\d bytes"),
         ("encode", "P.Text('x')", "gave an answer that is none"),
+        ("encode", "P.Ids((1,) * 100_000)", r"answered with a message of 3\d\d,\d\d\d bytes"),
     ],
 )
 def test_a_process_that_was_taken_over(
