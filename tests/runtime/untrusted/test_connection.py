@@ -120,12 +120,29 @@ def test_what_it_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_one_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "BOOT", "raise SystemExit(5)")
-    with pytest.raises(UntrustedBundleError, match="b, asked to start, ended with status 5; limits in force: 20 s"):
+    with pytest.raises(UntrustedBundleError, match=r"b(, asked to start,)? ended with status 5; limits in force: 20 s"):
         Connection(Path("b"), LIMITS)
     monkeypatch.setattr(process, "BOOT", "import time; time.sleep(1000)")
     monkeypatch.setattr(connection, "_START", 0.5)
     with pytest.raises(UntrustedBundleError, match=r"b, asked to start, gave no answer within 0\.6 s, and was ended"):
         Connection(Path("b"), Limits(seconds=0.6))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    start, begun = threading.Thread.start, []
+
+    def refused(self: threading.Thread) -> None:
+        if self.name == "pastkey-untrusted":
+            begun.append(self)
+            if len(begun) == number:
+                raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(process, "BOOT", "import time; time.sleep(1000)")
+    with pytest.raises(UntrustedBundleError, match=r"cannot be started \(can't start new thread\): free memory"):
+        Connection(Path("b"), LIMITS)
 
 
 def test_errors_are_sentences_of_known_classes(monkeypatch: pytest.MonkeyPatch) -> None:
