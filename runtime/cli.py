@@ -75,6 +75,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
     _add_generation(parser, MAX_NEW_TOKENS)
+    _add_draft(parser)
     add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     parser.epilog = (
@@ -115,6 +116,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="one question: print its answer and end; - reads it all")
     _add_generation(parser, CHAT_NEW_TOKENS, models_own=True)
+    _add_draft(parser)
     add_placement(parser)
     parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object instead of the text")
     parser.epilog = (
@@ -371,8 +373,6 @@ def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models
         default=True,
         help="run draft tokens from the text itself, where it repeats itself (on)",
     )
-    what = "a smaller bundle of the same vocabulary, which drafts tokens for this one (none)"
-    add("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
     add(
         "--context-overflow",
         choices=("error", "shift"),
@@ -389,6 +389,11 @@ def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models
         "--choice", metavar="TEXT", action="append", dest="choices", help="one of these texts; given several times"
     )
     held.add_argument("--grammar", metavar="FILE", help="a text of the Lark grammar in this file")
+
+
+def _add_draft(parser: argparse.ArgumentParser) -> None:
+    what = "a smaller bundle of the same vocabulary, which drafts tokens for this one (none)"
+    parser.add_argument("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
 
 
 def _generation_options(arguments: argparse.Namespace) -> ChatOptions:

@@ -60,8 +60,12 @@ def test_a_process_that_ends_ends_the_job(
     generator.close()
 
 
-def test_a_command_that_would_not_heed_the_flag_has_none(command: Command, talking_bundle: Bundle) -> None:
-    """`sign` is for one's own bundle."""
-    status, _, err = command("sign", talking_bundle.path, "--key", "key.pem", "--untrusted")
-    assert status == 2
-    assert "unrecognized arguments: --untrusted" in err
+def test_a_command_that_would_not_heed_a_flag_has_none(command: Command, talking_bundle: Bundle) -> None:
+    """`sign` is for one's own bundle, and `batch` has no draft model."""
+    for arguments, flag in (
+        (("sign", talking_bundle.path, "--key", "key.pem"), ("--untrusted",)),
+        (("batch", talking_bundle.path, "in.jsonl", "--out", "out.jsonl"), ("--draft", "b")),
+    ):
+        status, _, err = command(*arguments, *flag)
+        assert status == 2
+        assert f"unrecognized arguments: {' '.join(flag)}" in err
