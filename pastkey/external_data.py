@@ -17,6 +17,7 @@ from typing import Final
 from .errors import IntegrityError
 from .folder import FileRecord, is_inside
 from .protobuf import BYTES, VARINT, DamagedError, fields, varint
+from .values import shown
 
 # The messages of onnx.proto through which a TensorProto can be reached: field number -> message of that field.
 CHILDREN: Final[Mapping[str, Mapping[int, str]]] = {
@@ -64,13 +65,13 @@ def check_external_data(folder: Path, files: Mapping[str, FileRecord]) -> None:
             file = files.get((PurePosixPath(name).parent / data.location).as_posix()) if inside else None
             if file is None:
                 raise IntegrityError(
-                    f"{folder / name} takes weights from {data.location!r}, which is no file beside it that the "
+                    f"{folder / name} takes weights from {shown(data.location)}, which is no file beside it that the "
                     "manifest lists: the bundle was altered, copy it again"
                 )
             if data.offset + data.length > file.size:
                 raise IntegrityError(
                     f"{folder / name} takes the bytes {data.offset} to {data.offset + data.length} of "
-                    f"{data.location!r}, which has {file.size}: the bundle was altered, copy it again"
+                    f"{shown(data.location)}, which has {file.size}: the bundle was altered, copy it again"
                 )
 
 
@@ -117,13 +118,15 @@ def tensor_data(content: mmap.mmap, position: int, end: int) -> ExternalData | N
             entry = {number: (a, b) for number, wire, a, b in fields(content, start, after) if wire == BYTES}
             key, value = (_text(content, *entry.get(number, (0, 0))) for number in (_KEY, _VALUE))
             if key not in _KEYS or key in said:
-                raise DamagedError(f"a tensor says {key!r} of its data, or says it twice")
+                raise DamagedError(f"a tensor says {shown(key)} of its data, or says it twice")
             said[key] = value
     if not external and not said:
         return None
     location, offset, length = (said.get(key, "") for key in ("location", "offset", "length"))
     if not location or not all(re.fullmatch("[0-9]{1,18}", number) for number in (offset, length)):
-        raise DamagedError(f"a tensor takes {length!r} bytes from {offset!r} on of the file {location!r}")
+        raise DamagedError(
+            f"a tensor takes {shown(length)} bytes from {shown(offset)} on of the file {shown(location)}"
+        )
     return ExternalData(location, int(offset), int(length))
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pastkey.config import ModelConfig
 from pastkey.errors import InputError
-from pastkey.values import is_int, is_number, require
+from pastkey.values import is_int, is_number, require, shown
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise InputError(f"no preset {self.preset!r}; the presets are {', '.join(PRESETS)}")
+            raise InputError(f"no preset {shown(self.preset)}; the presets are {', '.join(PRESETS)}")
         for name in ("steps", "batch_size", "accumulate", "save_every", "vocab_size"):
             self._require(name, is_int(getattr(self, name), 1), "a whole number from 1")
         for name in ("threads", "context", "hidden_size", "layers", "heads", "kv_heads", "head_dim"):

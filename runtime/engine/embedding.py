@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.errors import IntegrityError
+from pastkey.errors import IntegrityError, first_line
 from pastkey.values import shown
 
 
@@ -45,7 +45,9 @@ class EmbeddingRows:
                 raise ValueError(f"{shown(path.name)} has no bytes {shown(self._offset)} to {shown(end)}")
             self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except (LookupError, TypeError, ValueError, OSError, ArithmeticError, RecursionError) as error:
-            raise IntegrityError(f"a graph in {folder} does not say where its embedding is: {error}") from None
+            raise IntegrityError(
+                f"a graph in {folder} does not say where its embedding is: {first_line(error)}"
+            ) from None
         weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
