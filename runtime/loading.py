@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import weakref
 import zipfile
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pastkey.bundle import open_bundle
 from pastkey.errors import InputError
@@ -87,13 +88,24 @@ def load(
         InputError: An argument has another type, or is out of range; or a session option is pastkey's own; or `draft`
             has another vocabulary, or is of no use to this bundle.
     """
-    require_settings(providers, threads, verify, allow_fallback, session_options, max_memory, prefix_bytes, max_batch)
+    require_settings(
+        providers,
+        threads,
+        verify,
+        allow_fallback,
+        session_options,
+        max_memory,
+        prefix_bytes,
+        max_batch,
+        draft,
+        trust,
+        limits,
+    )
     if key is not None:
         as_path(key, "key", "the path of a PEM file with a public key")
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
-    if trust is not True or limits is not None:
-        _require_untrusted(trust, limits, providers, draft)
+    if not trust:
         from .untrusted.model import open_untrusted
 
         return open_untrusted(
@@ -101,7 +113,7 @@ def load(
             limits,
             {
                 "threads": None if threads is None else int(threads),  # numpy's numbers are no JSON
-                "verify": None if verify is None else bool(verify),
+                "verify": verify,
                 "key": None if key is None else str(Path(key).absolute()),
                 "allow_fallback": bool(allow_fallback),
                 "session_options": None if session_options is None else dict(session_options),
@@ -153,7 +165,7 @@ def load(
 
 
 def require_settings(
-    providers: object = None,
+    providers: Any = None,
     threads: object = None,
     verify: object = None,
     allow_fallback: object = False,
@@ -161,6 +173,9 @@ def require_settings(
     max_memory: object = None,
     prefix_bytes: object = PREFIX_BYTES,
     max_batch: object = MAX_ROWS,
+    draft: object = None,
+    trust: object = True,
+    limits: object = None,
 ) -> None:
     """Raises InputError for an argument of `load` that is of another type or out of range."""
     require_placement(providers, threads, allow_fallback, session_options)
@@ -172,6 +187,8 @@ def require_settings(
     ):
         if not is_int(value, least) and not (value is None and name == "max_memory"):
             raise InputError(f"{name} is {shown(value)}; a whole number from {least} was expected")
+    if trust is not True or limits is not None:
+        _require_untrusted(trust, limits, providers, draft)
 
 
 class _Temporary:

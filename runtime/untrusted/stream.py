@@ -67,16 +67,17 @@ class UntrustedStream(Stream):
         self._over = self._closed = self._cancelled = False
         self._prompt_tokens = 0
         self._whole: Completion | None = None
-        # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
-        new, logprobs = options.get("max_new_tokens", MAX_NEW_TOKENS), options.get("logprobs")
-        self._most_new, self._vocab_size = int(new) if is_int(new, 0) else 0, manifest.vocab_size
-        tokens = self._most_new + (_PER_PART * len(text) if options.get("prompt_logprobs") else 0)
-        each = _PER_TOKEN * (2 + (int(logprobs) if is_int(logprobs, 0, self._vocab_size) else 0))
-        self._most = min(MOST_JSON + each * tokens, _MOST)
-        self._most_text = min(_TEXT + _TEXT_PER_TOKEN * self._most_new, _MOST_TEXT)
-        self._call, self._given = call, {"text": text, **given}
+        self._call, self._vocab_size = call, manifest.vocab_size
         try:
-            self._given |= {"options": sent_options(options)}
+            sent = sent_options(options)
+            self._given = {"text": text, **given, "options": sent}
+            # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
+            new, logprobs = sent.get("max_new_tokens", MAX_NEW_TOKENS), sent.get("logprobs")
+            self._most_new = new if is_int(new, 0) else 0
+            tokens = self._most_new + (_PER_PART * len(text) if sent.get("prompt_logprobs") else 0)
+            each = _PER_TOKEN * (2 + (logprobs if is_int(logprobs, 0, self._vocab_size) else 0))
+            self._most = min(MOST_JSON + each * tokens, _MOST)
+            self._most_text = min(_TEXT + _TEXT_PER_TOKEN * self._most_new, _MOST_TEXT)
             if waits:
                 self._begin()
         except PastkeyError:

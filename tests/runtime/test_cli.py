@@ -77,7 +77,7 @@ def test_run_takes_bans(command: Run, speaking_bundle: Bundle) -> None:
     assert "suppress_tokens holds 99999; token ids are whole numbers" in err
 
 
-@pytest.mark.parametrize(("flag", "most"), [("--prompt-lookup", 4), ("--no-prompt-lookup", 1)])
+@pytest.mark.parametrize(("flag", "most"), [("--prompt-lookup", 8), ("--no-prompt-lookup", 1)])
 def test_run_decodes_with_draft_tokens_or_without(
     command: Run, speaking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, flag: str, most: int
 ) -> None:

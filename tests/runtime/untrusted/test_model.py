@@ -195,7 +195,7 @@ def test_what_it_lacks_is_said(untrusted: UntrustedModel, talking_bundle: Bundle
 
 def test_settings_of_numpy(talking_bundle: Bundle) -> None:
     given: dict[str, Any] = {"max_memory": np.int64(10**9), "prefix_bytes": np.int64(0), "max_batch": np.int32(2)}
-    with opened(talking_bundle.path, verify=np.bool_(True), allow_fallback=True, **given) as model:
+    with opened(talking_bundle.path, allow_fallback=True, **given) as model:
         assert model.max_batch == 2
         assert len(model.generate(["a", "b", "c"], max_new_tokens=1)) == 3
 
