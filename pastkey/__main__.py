@@ -51,6 +51,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 well, 1 a difference was found, 2 the user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path need not be text
             stream.reconfigure(errors="backslashreplace")
@@ -94,6 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, Exception) and not is_panic(error):  # SystemExit
             raise
         return _fail(_last_resort(error), prog)
+
+
+def _open_what_is_closed() -> None:
+    """Gives a standard stream that a shell closed (1>&-) the null device: the next file would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            file = os.open(os.devnull, os.O_RDWR)
+            if file != number:
+                os.dup2(file, number)
+                os.close(file)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 @contextlib.contextmanager
@@ -171,7 +183,7 @@ def _last_resort(error: BaseException) -> str:
 
 
 def _fail(sentence: str, prog: str, status: int = 2) -> int:
-    print(f"{prog}: {' '.join(sentence.split())}", file=sys.stderr)
+    say(f"{prog}: {' '.join(sentence.split())}")
     return status
 
 

@@ -126,9 +126,21 @@ def decode_input(content: bytes) -> str:
     return decode_text(content, "standard input")
 
 
+# What moves a terminal's cursor or sets it, but line breaks and tabs.
+_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}")
+
+
 def say(text: str) -> None:
-    """A line of progress or result for a person, on standard error: standard output is for the result itself."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of progress or result for a person, on standard error: standard output is for the result itself.
+
+    Without control characters, which a name in a file may have.
+    """
+    print(text.translate(_CONTROL), file=sys.stderr, flush=True)
+
+
+def print_text(text: str) -> None:
+    """A piece of a model's text as it comes. A terminal gets no control characters, which would be its commands."""
+    print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from pastkey.command import (
     placement_of,
     positive_int,
     print_json,
+    print_text,
     say,
 )
 from pastkey.errors import InputError
@@ -102,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _show_what_can_be_shown()
     for chunk in model.stream(prompt, **options):
         text = chunk.text if model.tokenizer else "".join(f"{token} " for token in chunk.ids)
-        print(text, end="", flush=True)
+        print_text(text)
     print()
     return 0
 

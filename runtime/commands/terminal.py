@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
-from pastkey.command import decode_input, say
+from pastkey.command import decode_input, print_text, say
 from pastkey.errors import InputError, PastkeyError
 
 from ..chat import Chat
@@ -73,7 +73,7 @@ def print_answer(
     with contextlib.closing(answer):
         while True:
             try:
-                print(next(answer).text, end="", flush=True)
+                print_text(next(answer).text)
             except StopIteration as end:
                 done = end.value
                 break

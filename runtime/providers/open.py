@@ -15,7 +15,7 @@ from typing import Any
 from pastkey import names
 from pastkey.bundle import Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
-from pastkey.reading import reading
+from pastkey.reading import is_unicode, reading
 from pastkey.values import parse_version, shown
 
 from ..settings import Choice, SessionSettings
@@ -59,6 +59,8 @@ def open_session(
         IntegrityError: The graph cannot be loaded, or it and the manifest differ.
         InputError: A session option that onnxruntime does not have, or that pastkey sets itself.
     """
+    if not is_unicode(str(path)):
+        raise InputError(f"{path} is not UTF-8, and onnxruntime takes no other path: rename the folder")
     if parse_version(onnxruntime.__version__) < parse_version(manifest.min_onnxruntime):
         raise MissingExtraError(
             f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "

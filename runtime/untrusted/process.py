@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -12,6 +13,9 @@ from typing import Final
 
 import pastkey
 from pastkey.errors import UntrustedBundleError
+
+if sys.platform != "win32":
+    import fcntl
 
 # -I and -S leave out the current folder, and what a user or a site adds: imports come from where `libraries` says.
 BOOT: Final = (
@@ -35,7 +39,7 @@ def started(name: str) -> tuple[subprocess.Popen[bytes], int | None]:
             f"the untrusted bundle {name} needs a process of its own, and this program has no Python to start one "
             "with: load it from a program that Python runs"
         )
-    own, lifeline = os.pipe() if os.name == "posix" else (None, None)
+    own, lifeline = (None, None) if sys.platform == "win32" else _lifeline()
     environment = {name: value for name, value in os.environ.items() if _is_kept(name)}
     flags = ["-I", "-S", "-B", "-X", "utf8"]
     try:
@@ -52,14 +56,24 @@ def started(name: str) -> tuple[subprocess.Popen[bytes], int | None]:
     except OSError as error:
         if lifeline is not None:
             os.close(lifeline)
+        short = error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+        what = "free memory, or end other processes" if short else f"{sys.executable} must be there and may be run"
         raise UntrustedBundleError(
-            f"the process of the untrusted bundle {name} cannot be started ({error.strerror or error}): free memory, "
-            "or end other processes"
+            f"the process of the untrusted bundle {name} cannot be started ({error.strerror or error}): {what}"
         ) from None
     finally:
         if own is not None:
             os.close(own)
     return process, lifeline
+
+
+def _lifeline() -> tuple[int, int]:
+    """A pipe whose first end the process inherits: not as its standard input or output, where this one has none."""
+    own, lifeline = os.pipe()
+    if own <= 2:
+        low, own = own, fcntl.fcntl(own, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(low)
+    return own, lifeline
 
 
 def _is_kept(name: str) -> bool:

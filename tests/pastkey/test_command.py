@@ -65,3 +65,18 @@ def test_json_is_one_line_of_standard_output(capsys: pytest.CaptureFixture[str])
     assert err == "said\n"
     with pytest.raises(ValueError, match="Out of range float"):
         command.print_json({"loss": float("nan")})
+
+
+def test_a_terminal_gets_no_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a\x1b[2J\tb\x9b1m\rc\n"
+    command.print_text(text)
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    command.print_text(text)
+    command.say("no bundle: \x1b]0;x\x07")
+    out, err = capsys.readouterr()
+    assert out == "a\N{REPLACEMENT CHARACTER}[2J\tb\N{REPLACEMENT CHARACTER}1m\N{REPLACEMENT CHARACTER}c\n"
+    assert "\x1b" not in err + out
+    assert "\x07" not in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,14 @@ def test_a_manifest_with_other_layers_names_the_tensor(bundle: Bundle, count: in
     layers = (bundle.manifest.layers * 2)[:count]
     with pytest.raises(IntegrityError, match=r"has (the|no) tensor '(present|past_key_values)\.\d"):
         Engine(with_manifest(bundle, layers=layers))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
+def test_a_path_that_is_no_text_is_told(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / os.fsdecode(b"b\xff")
+    shutil.copytree(bundle.path, copy)
+    with pytest.raises(InputError, match="is not UTF-8, and onnxruntime takes no other path: rename the folder"):
+        Engine(open_bundle(copy))
 
 
 def test_a_graph_without_what_pastkey_asks_it_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import pastkey
+from pastkey.bundle import Bundle
 from pastkey.errors import UntrustedBundleError
 from pastkey.runtime.untrusted import process
 
@@ -67,5 +69,17 @@ def test_without_a_python_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UntrustedBundleError, match="the untrusted bundle b needs a process of its own"):
         process.started("b")
     monkeypatch.setattr(process.sys, "executable", "/nowhere/python")
-    with pytest.raises(UntrustedBundleError, match=r"of the untrusted bundle b cannot be started \(No such file"):
+    with pytest.raises(
+        UntrustedBundleError, match=r"of the untrusted bundle b cannot be started \(No such file.*python must be"
+    ):
         process.started("b")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX closes the streams")
+def test_a_program_without_standard_streams(talking_bundle: Bundle, tmp_path: Path) -> None:
+    told = (
+        f"import pastkey; from pathlib import Path; lm = pastkey.load({str(talking_bundle.path)!r}, trust=False); "
+        f"Path({str(tmp_path / 'out')!r}).write_text(str(lm.generate('a', max_new_tokens=2).new_tokens))"
+    )
+    subprocess.run(["sh", "-c", 'exec "$0" -c "$1" 0<&- 1>&- 2>&-', sys.executable, told], check=True)
+    assert (tmp_path / "out").read_text() == "2"
