@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.errors import IntegrityError, first_line
+from pastkey.errors import IntegrityError, PastkeyError, first_line
+from pastkey.reading import require_regular
 from pastkey.values import shown
 
 
@@ -41,10 +42,10 @@ class EmbeddingRows:
             self._dtype = np.dtype(dtype)
             self._row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
             end = self._offset + self._vocab_size * self._row_bytes
-            if self._offset < 0 or min(shape) < 1 or end > path.stat().st_size:
+            if self._offset < 0 or min(shape) < 1 or end > require_regular(path).st_size:
                 raise ValueError(f"{shown(path.name)} has no bytes {shown(self._offset)} to {shown(end)}")
             self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except (LookupError, TypeError, ValueError, OSError, ArithmeticError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, OSError, ArithmeticError, RecursionError, PastkeyError) as error:
             raise IntegrityError(
                 f"a graph in {folder} does not say where its embedding is: {first_line(error)}"
             ) from None

@@ -42,6 +42,7 @@ def test_reading_moves_no_position_that_a_forked_process_shares(folder: Path) ->
     [
         {},
         PLACE | {"file": "missing"},
+        PLACE | {"file": "..", "shape": [1, 1, 1]},
         PLACE | {"offset": 65},  # one byte beyond the end
         PLACE | {"offset": -1},
         PLACE | {"shape": [11, 0, 16]},
