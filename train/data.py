@@ -20,6 +20,7 @@ from torch import Tensor
 from pastkey.errors import InputError, MissingFileError
 from pastkey.folder import read_text
 from pastkey.reading import require_regular
+from pastkey.typed import Natural, Size, TokenId
 
 from .checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from .stories import stories
@@ -52,14 +53,14 @@ class DataInfo:
 
     corpus: str
     fingerprint: str  # sha256 of the documents
-    documents: int
+    documents: Natural
     dtype: str  # of a token in the files, little-endian
-    train_tokens: int
-    val_tokens: int
-    val_bytes: int  # UTF-8 bytes of the held-out text, for bits per byte
-    begin: int | None  # the token that begins a document
-    end: int
-    row_length: int | None = None  # the files hold rows of so many tokens, each a whole example; None: running text
+    train_tokens: Natural
+    val_tokens: Natural
+    val_bytes: Natural  # UTF-8 bytes of the held-out text, for bits per byte
+    begin: TokenId | None  # that begins a document
+    end: TokenId
+    row_length: Size | None = None  # the files hold rows of so many tokens, each a whole example; None: running text
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

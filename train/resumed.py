@@ -72,14 +72,14 @@ def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoin
     size, rows = file.stat().st_size, info.row_length or 1
     context = checkpoint.config.max_position_embeddings
     enough = tokens >= 2 and (info.row_length is not None or file.name != Path(TOKENS_TRAIN).name or tokens > context)
-    if tokens * np.dtype(info.dtype).itemsize != size or not enough or rows < 1 or tokens % rows or rows > context + 1:
+    if tokens * np.dtype(info.dtype).itemsize != size or not enough or tokens % rows or rows > context + 1:
         raise IntegrityError(
             f"{file} has {size:,} bytes, which are not the {tokens:,} tokens that the manifest speaks of, or too few "
             "to train on: it was altered, copy the checkpoint again"
         )
     largest, vocab_size = int(np.memmap(file, info.dtype, "r").max()), checkpoint.config.vocab_size
     ends = [token for token in (info.begin, info.end) if token is not None]
-    if max(largest, *ends) >= vocab_size or min(ends) < 0 or (info.row_length is not None and rows < 2):
+    if max(largest, *ends) >= vocab_size or (info.row_length is not None and rows < 2):
         raise IntegrityError(
             f"{file} holds the token id {max(largest, *ends)}, and the model has {vocab_size} embeddings: it is "
             "another model's, copy the checkpoint again"

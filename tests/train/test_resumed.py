@@ -68,6 +68,8 @@ def test_what_is_of_another_type_is_named(changes: dict[str, Any], words: str, t
         ({"dtype": "|O"}, "the type of the tokens"),
         ({"train_tokens": 5}, "which are not the 5 tokens"),
         ({"end": 10**6}, "holds the token id 1000000"),
+        ({"end": 10**4000}, "end is a number of more than 80 digits"),
+        ({"train_tokens": 10**4000}, "train_tokens is a number of more than 80 digits"),
         ({"row_length": 7_000}, "which are not the"),
     ],
 )
