@@ -29,7 +29,7 @@ MAX_SOURCE = 200_000  # characters of a template; the longest public ones have s
 MAX_TEXT = 4_000_000  # characters of a text that it makes, about a million tokens
 MAX_WRITTEN = 100_000_000  # characters of all texts that it makes on the way
 MAX_STEPS = 2_000_000
-MAX_SECONDS = 2.0  # of this thread's processor time; a usual template takes milliseconds
+MAX_SECONDS = 1.5  # of this thread's processor time; a usual template takes milliseconds
 _MAX_BITS = 20_000  # of a whole number
 _MAX_ARGUMENT = 100_000  # a width, a count
 _LOOK = 1_000  # steps between two looks at the clock
@@ -56,7 +56,7 @@ class Budget:
             if self._steps < 0:
                 raise OverBudgetError(f"more than {MAX_STEPS:,} steps")
             if time.thread_time() > self._end:
-                raise OverBudgetError(f"more than {MAX_SECONDS:.0f} seconds")
+                raise OverBudgetError(f"more than {MAX_SECONDS:g} seconds")
 
     def text(self, length: int) -> None:
         """Takes in a text of this length, before or after it is made."""
@@ -286,7 +286,7 @@ def _before_replace(text: str, old: Any = "", new: Any = "", *_: Any) -> None:
 
 
 def _small(*values: Any) -> None:
-    if any(isinstance(value, int) and value > _MAX_ARGUMENT for value in values):
+    if any(isinstance(value, int) and abs(value) > _MAX_ARGUMENT for value in values):
         raise OverBudgetError(f"a width or a count above {_MAX_ARGUMENT:,}")
 
 
