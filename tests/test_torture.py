@@ -20,13 +20,14 @@ from tokenizers import Tokenizer, models
 
 from pastkey.bundle import open_bundle
 from pastkey.folder import read_json
+from pastkey.runtime import load
 from pastkey.runtime.text.messages import read_messages, save_messages
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 
 from .export.commands import FACTORY
 from .runtime import conftest as decoder
 from .runtime.bulk.rows import plain_rows, write_rows
-from .torture import ERRORS, Fault, Nursery, Outcome, build_faults
+from .torture import ERRORS, Fault, Nursery, Outcome, build_faults, save_a_session
 from .train.helpers import TINY, write_corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forks")]
@@ -37,6 +38,7 @@ IMPORTS = (
     "pastkey.train.loop",
     "pastkey.export.pipeline",
     "pastkey.runtime.commands.batch",
+    "pastkey.runtime.session_file",
     "pastkey.runtime.text.messages",
     "tests.torture",
 )
@@ -62,6 +64,15 @@ def trained(folder: Path) -> Files:
     return {name: content for name, content in found.items() if name not in beside} | {
         "pastkey.json": json.dumps(manifest).encode()
     }
+
+
+def speaking(bundle: Path) -> Path:
+    """A small bundle with a tokenizer, made where it is not there yet."""
+    if not bundle.exists():
+        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
+        tiny = decoder.Tiny.random([(8, 8)], context_length=100)
+        decoder.write_bundle(bundle, tiny, "fused", tokenizer=tokenizer)
+    return bundle
 
 
 class Scene:
@@ -275,17 +286,34 @@ class Conversation(Scene):
         assert len(read_messages(self.file)) in (1, 2000)
 
 
+class SavedSession(Scene):
+    """A session that is saved over an earlier one."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        self.bundle = speaking(self.given / "tiny")
+        self.model = load(self.bundle, threads=1)
+
+    def reset(self) -> None:
+        super().reset()
+        self.file = self.work / "one.session"
+        save_a_session(str(self.bundle), str(self.file), "2")
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:save_a_session", "arguments": (self.bundle, self.file, 90)}
+
+    def check(self) -> None:
+        with self.model.load_session(self.file) as session:
+            assert len(session) in (2, 90)
+
+
 class Batch(Scene):
     """A job over rows that goes on after each kill: what was written stays, each row once, and the end is the same."""
 
     resumes = True
 
     def prepare(self, nursery: Nursery) -> None:
-        self.bundle, self.rows = self.given / "tiny", self.given / "rows.jsonl"
-        if not self.bundle.exists():
-            tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
-            tiny = decoder.Tiny.random([(8, 8)], context_length=100)
-            decoder.write_bundle(self.bundle, tiny, "fused", tokenizer=tokenizer)
+        self.bundle, self.rows = speaking(self.given / "tiny"), self.given / "rows.jsonl"
+        if not self.rows.exists():
             write_rows(self.rows, [*plain_rows(150), "no row", *({"id": n, "prompt": "a"} for n in range(150, 300))])
             outcome = nursery.run(*self.batch(self.given / "whole.jsonl"))
             assert outcome.status == 0, outcome.said
@@ -320,8 +348,9 @@ class Batch(Scene):
 
 SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
     # what is written, its share of the kills, and how many there are in the short form
-    "conversation": (Conversation, 0.1, 5),
-    "hash cache": (HashCache, 0.1, 5),
+    "conversation": (Conversation, 0.05, 5),
+    "session": (SavedSession, 0.1, 5),
+    "hash cache": (HashCache, 0.05, 5),
     "bundle": (Write, 0.2, 10),
     "batch": (Batch, 0.1, 10),
     "train --force": (TrainForce, 0.23, 8),

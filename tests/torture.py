@@ -232,5 +232,13 @@ def save_a_conversation(file: str) -> None:
     save_messages(file, [{"role": "user", "content": "new"}] * 2000)
 
 
+def save_a_session(bundle: str, file: str, tokens: str) -> None:
+    from pastkey.runtime import load
+
+    with load(bundle, threads=1) as model, model.session() as session:
+        session.append([token % 20 for token in range(int(tokens))])
+        session.save(file)
+
+
 if __name__ == "__main__":
     serve(sys.argv[1:])

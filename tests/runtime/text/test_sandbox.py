@@ -110,7 +110,7 @@ def test_what_else_fails_is_told_as_the_templates_own_words(template: str) -> No
 
 def test_the_clock_ends_a_template_whose_steps_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
-    with pytest.raises(InputError, match="spends more than it may, more than 0.05 seconds"):
+    with pytest.raises(InputError, match=r"spends more than it may, more than 0\.05 seconds"):
         ChatTemplate("{% for i in range(99999) %}{% for j in range(9) %}{{ 1 }}{% endfor %}{% endfor %}").render([])
 
 
