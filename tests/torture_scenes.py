@@ -1,0 +1,340 @@
+"""What is ended in the middle by test_torture.py: how each thing is written, and what must hold at every moment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+from pastkey.bundle import open_bundle
+from pastkey.folder import read_json
+from pastkey.runtime import load
+from pastkey.runtime.text.messages import read_messages, save_messages
+from pastkey.train.checkpoint import load_checkpoint, load_optimizer
+
+from .export.commands import FACTORY
+from .runtime import conftest as decoder
+from .runtime.bulk.rows import plain_rows, write_rows
+from .torture import Nursery, Outcome, save_a_session
+from .train.helpers import TINY, write_corpus
+
+FLAGS = [
+    item
+    for name, value in (TINY | {"steps": 6, "save_every": 2}).items()
+    for item in (f"--{name.replace('_', '-')}", str(value))
+]
+
+Files = dict[str, bytes]
+
+
+def files(folder: Path) -> Files:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def trained(folder: Path) -> Files:
+    """What a finished run leaves, but for its speed."""
+    found = files(folder)
+    beside = ("loss.png", "training/lock", "training/replaces.json")  # of which the last two are checked by `ended`
+    manifest = json.loads(found.pop("pastkey.json"))
+    del manifest["training"]["figures"]["tokens_per_second"]
+    return {name: content for name, content in found.items() if name not in beside} | {
+        "pastkey.json": json.dumps(manifest).encode()
+    }
+
+
+def speaking(bundle: Path) -> Path:
+    """A small bundle with a tokenizer, made where it is not there yet."""
+    if not bundle.exists():
+        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
+        tiny = decoder.Tiny.random([(8, 8)], context_length=100)
+        decoder.write_bundle(bundle, tiny, "fused", tokenizer=tokenizer)
+    return bundle
+
+
+class Scene:
+    """One thing that is written: how, and what must hold whenever that ended in the middle."""
+
+    resumes = False  # whether a command after a kill goes on from what is there
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.given, self.work = folder, work
+        self.below = work
+
+    def prepare(self, nursery: Nursery) -> None:
+        """Makes what each try begins with."""
+
+    def reset(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+
+    def command(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """What holds at every moment."""
+        raise NotImplementedError
+
+    def ended(self, locks: bool = True) -> None:
+        """What holds when the command was not ended in the middle."""
+        self.check()
+        assert not [left for left in hidden(self.work) if locks or left not in ("lock", "replaces.json")]
+
+    def run(self, nursery: Nursery, **how: Any) -> Outcome:
+        asked = self.command()
+        return nursery.run(*asked.get("arguments", ()), function=asked.get("function"), **how)
+
+
+def hidden(folder: Path) -> list[str]:
+    """What nothing but a kill may leave."""
+    return sorted(
+        path.name
+        for path in folder.rglob("*")
+        if path.name.endswith((".new", ".partial", ".old", "lock", "replaces.json"))
+    )
+
+
+class Train(Scene):
+    """A new run, which is resumed after each kill and must come to the end of the uninterrupted one."""
+
+    resumes = True
+
+    def prepare(self, nursery: Nursery) -> None:
+        write_corpus(self.given / "text.txt")
+        for seed in (0, 1):
+            if not (self.given / f"seed{seed}").exists():
+                assert self.train(nursery, self.given / f"seed{seed}", seed).status == 0
+
+    def train(self, nursery: Nursery, out: Path, seed: int) -> Outcome:
+        return nursery.run("train", "--out", out, "--data", self.given / "text.txt", *FLAGS, "--seed", seed)
+
+    def reset(self) -> None:
+        super().reset()
+        self.out, self.step = self.work / "c", -1
+
+    def command(self) -> dict[str, Any]:
+        if self.out.exists():
+            return {"arguments": ("train", "--out", self.out, "--resume")}
+        return {"arguments": ("train", "--out", self.out, "--data", self.given / "text.txt", *FLAGS, "--seed", 1)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            before = files(self.work)
+            checkpoint = load_checkpoint(self.out)
+            load_optimizer(self.out, checkpoint.training)
+            assert checkpoint.training["step"] >= self.step
+            self.step = checkpoint.training["step"]
+            assert files(self.work) == before
+
+    def ended(self, locks: bool = True) -> None:
+        super().ended(locks)
+        assert trained(self.out) == trained(self.given / "seed1")
+
+
+class TrainForce(Train):
+    """One with --force over a finished run: that, or the new one, stands at the name.
+
+    A run that was saved and ended before the exchange lies beside it, where it is resumed, as the message says.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.given / "seed0", self.out)
+        self.begun = False
+
+    def command(self) -> dict[str, Any]:
+        if self.begun:
+            return {"arguments": ("train", "--out", self.out, "--resume")}
+        data = ("--data", self.given / "text.txt", *FLAGS)
+        return {"arguments": ("train", "--out", self.out, *data, "--seed", 1, "--force")}
+
+    def check(self) -> None:
+        name, training = self.work / "c", self.work / "c.training"
+        replaced = load_checkpoint(name).training["settings"]["seed"] == 1
+        if not replaced:
+            kept = {file: content for file, content in files(name).items() if file != "training/lock"}
+            assert kept == files(self.given / "seed0")
+        if not self.begun and (replaced or self.is_saved(training)):
+            self.begun, self.out = True, name if replaced else training
+        if self.begun:
+            assert replaced == (self.out == name)
+            super().check()
+
+    @staticmethod
+    def is_saved(training: Path) -> bool:
+        """Whether a run there has learnt something: one at step 0 is begun anew."""
+        return training.exists() and load_checkpoint(training).training["step"] > 0
+
+    def ended(self, locks: bool = True) -> None:
+        if self.out.name != "c":  # the old one is as the run that was killed left it, which held its lock
+            (self.work / "c" / "training" / "lock").unlink(missing_ok=True)
+        super().ended(locks)
+        beside = {path.name for path in self.work.iterdir()} - {"c", self.out.name}
+        assert beside <= (set() if locks else {"c.training"})  # what the disk kept from being removed
+
+
+class Export(Scene):
+    """A whole export of a small module to a new place."""
+
+    context = 12
+
+    def prepare(self, nursery: Nursery) -> None:
+        (self.given / "mine.py").write_text(FACTORY)
+        if not (self.given / "old").exists():
+            assert nursery.run(*self.export(self.given / "old", 11)).status == 0
+
+    def export(self, out: Path, context: int) -> tuple[object, ...]:
+        source = f"{self.given}/mine.py:Small"
+        return ("export", source, "--context", context, "--precision", "fp32", "--out", out, "--force")
+
+    def reset(self) -> None:
+        super().reset()
+        self.out = self.work / "b"
+
+    def command(self) -> dict[str, Any]:
+        return {"arguments": self.export(self.out, 12)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            open_bundle(self.out, verify=True)
+
+    def ended(self, locks: bool = True) -> None:
+        super().ended(locks)
+        assert open_bundle(self.out, verify=True).manifest.context_length == 12
+
+
+class ExportForce(Export):
+    """An export in the place of another."""
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.given / "old", self.out)
+
+    def check(self) -> None:
+        assert open_bundle(self.out, verify=True).manifest.context_length in (11, 12)
+
+
+class Write(ExportForce):
+    """Its end alone, where it writes: a bundle's files, and the exchange."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        super().prepare(nursery)
+        if not (self.given / "new").exists():
+            assert nursery.run(*self.export(self.given / "new", 12)).status == 0
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:write_bundle", "arguments": (self.given / "new", self.out)}
+
+
+class HashCache(Export):
+    """A reader that remembers hashes: it never fails, and what it remembers is a JSON object or not there."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        super().__init__(folder, work)
+        self.below = folder / "cache"
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.rmtree(self.below, ignore_errors=True)
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:check_a_folder", "arguments": (self.given / "old",)}
+
+    def check(self) -> None:
+        for file in self.below.rglob("*.json"):
+            assert read_json(file)
+
+    def ended(self, locks: bool = True) -> None:
+        self.check()
+
+
+class Conversation(Scene):
+    """A conversation that is saved over an earlier one."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.file = self.work / "talk.json"
+        save_messages(self.file, [{"role": "user", "content": "old"}])
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:save_a_conversation", "arguments": (self.file,)}
+
+    def check(self) -> None:
+        assert len(read_messages(self.file)) in (1, 2000)
+
+
+class SavedSession(Scene):
+    """A session that is saved over an earlier one."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        self.bundle = speaking(self.given / "tiny")
+        self.model = load(self.bundle, threads=1)
+
+    def reset(self) -> None:
+        super().reset()
+        self.file = self.work / "one.session"
+        save_a_session(str(self.bundle), str(self.file), "2")
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tests.torture:save_a_session", "arguments": (self.bundle, self.file, 90)}
+
+    def check(self) -> None:
+        with self.model.load_session(self.file) as session:
+            assert len(session) in (2, 90)
+
+
+class Batch(Scene):
+    """A job over rows that goes on after each kill: what was written stays, each row once, and the end is the same."""
+
+    resumes = True
+
+    def prepare(self, nursery: Nursery) -> None:
+        self.bundle, self.rows = speaking(self.given / "tiny"), self.given / "rows.jsonl"
+        if not self.rows.exists():
+            write_rows(self.rows, [*plain_rows(150), "no row", *({"id": n, "prompt": "a"} for n in range(150, 300))])
+            outcome = nursery.run(*self.batch(self.given / "whole.jsonl"))
+            assert outcome.status == 0, outcome.said
+
+    def batch(self, out: Path) -> tuple[object, ...]:
+        flags = ("--temperature", 1, "--max-new-tokens", 4, "--threads", 1)
+        return ("batch", self.bundle, self.rows, "--out", out, *flags)
+
+    def reset(self) -> None:
+        super().reset()
+        self.out, self.written = self.work / "out.jsonl", dict[object, object]()
+
+    def command(self) -> dict[str, Any]:
+        return {"arguments": self.batch(self.out)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            assert self.out.read_bytes() == (self.given / "whole.jsonl").read_bytes()
+        journal = self.work / "out.jsonl.job" / "rows.jsonl"
+        if journal.exists():
+            whole = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
+            found = {line["id"]: line["answer"] for line in whole}
+            assert len(found) == len(whole)
+            assert found.items() >= self.written.items()
+            self.written = found
+
+    def ended(self, locks: bool = True) -> None:
+        super().ended(locks)
+        assert self.out.exists()
+        assert [path.name for path in (self.work / "out.jsonl.job").iterdir()] == ["job.json"]
+
+
+SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
+    # what is written, its share of the kills, and how many there are in the short form
+    "conversation": (Conversation, 0.05, 5),
+    "session": (SavedSession, 0.1, 5),
+    "hash cache": (HashCache, 0.05, 5),
+    "bundle": (Write, 0.2, 10),
+    "batch": (Batch, 0.1, 10),
+    "train --force": (TrainForce, 0.23, 8),
+    "train": (Train, 0.19, 5),
+    "export --force": (ExportForce, 0.06, 2),
+    "export": (Export, 0.02, 1),
+}
