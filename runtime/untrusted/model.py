@@ -166,11 +166,10 @@ class UntrustedModel(LanguageModel):
         """See LanguageModel."""
         many, each = several(text), is_one_of(pooling, ("none",))
         sent = [*map(self._sent, text)] if many else self._sent(text)  # type: ignore[arg-type]
-        given = {"text": sent, "pooling": pooling, "normalize": normalize}
         size, context = self.manifest.hidden_size or 0, self.manifest.context_length
         most = len(sent) if many else context if each else 1
-        options = {name: sent_value(name, value) for name, value in given.items()}
-        found = self._array("embeddings", "embed", most, size, fewer=each, **options)
+        options = {"pooling": sent_value("pooling", pooling), "normalize": sent_value("normalize", normalize)}
+        found = self._array("embeddings", "embed", most, size, fewer=each, text=sent, **options)
         return found if many or each else found[0]
 
     def _array(

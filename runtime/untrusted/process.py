@@ -57,7 +57,9 @@ def started(name: str) -> tuple[subprocess.Popen[bytes], int | None]:
         if lifeline is not None:
             os.close(lifeline)
         short = error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
-        what = "free memory, or end other processes" if short else f"{sys.executable} must be there and may be run"
+        what = (
+            "free memory, or end other processes" if short else f"{sys.executable} must be there, for this user to run"
+        )
         raise UntrustedBundleError(
             f"the process of the untrusted bundle {name} cannot be started ({error.strerror or error}): {what}"
         ) from None
