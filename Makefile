@@ -25,7 +25,7 @@ DOCS := .venv-docs
 # stands here.
 NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source export/compat fuzz programs)) \
 	$(patsubst %,tests/%.py,$(addprefix test_,benchmarks embedding_benchmark end_to_end examples no_network picture) \
-	$(addprefix test_,readme torture trained wheel) \
+	$(addprefix test_,readme sensitivity_chart torture trained wheel) \
 	$(addprefix export/test_,bundle_writer cli folder_to_chat large own_decoders pipeline targets terminal verify_command) \
 	$(addprefix export/graph/test_,clean embedding_rows fuse hidden_states last_logits output_head rotary save) \
 	$(addprefix export/measure/test_,eval_command evaluate hidden_states predictors reference texts verify) \
