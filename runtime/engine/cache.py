@@ -126,16 +126,20 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         """Takes in the tokens of the run that has just ended."""
-        self.length += tokens
+        if self._shared and not self._moving:
+            self.length += tokens
+            return
+        # `reserve` binds before the engine binds its logits, and onnxruntime keeps the order of binding.
+        present = self.binding.get_outputs()[: len(self._tensors)]
+        # Python looks for signals where something is called: an interrupt finds all of this, or nothing.
+        self._values, self.length = present, self.length + tokens
         if not self._shared:
-            # `reserve` binds before the engine binds its logits, and onnxruntime keeps the order of binding.
-            self._values = self.binding.get_outputs()[: len(self._tensors)]
             self.binding, self._other_binding = self._other_binding, self.binding
-        elif self._moving:
-            self._moving = False
-            self._values = self.binding.get_outputs()[: len(self._tensors)]
-            for tensor, value in zip(self._tensors, self._values, strict=True):
-                self._bind_shared(tensor, value)
+            return
+        capacity, self._capacity, self._moving = self._capacity, 0, False  # as in `_grow`
+        for tensor, value in zip(self._tensors, present, strict=True):
+            self._bind_shared(tensor, value)
+        self._capacity = capacity
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
@@ -152,7 +156,7 @@ class KVCache:
 
         `moved` gives the rows behind of each tensor as they are in their new places.
         """
-        if self.arrays:
+        if self.arrays and self._capacity:
             move_up(self.arrays, start, end, self.length, moved)
             self.length -= end - start
             return
@@ -197,7 +201,7 @@ class KVCache:
                 array[:, :, :length] = row
         else:
             self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(row)) for row in rows]
-            self.length, self._capacity = length, 0
+            self.batch, self.length, self._capacity = batch, length, 0
             self._grow(batch, length)
         self.batch, self.length = batch, length
 
@@ -206,10 +210,10 @@ class KVCache:
         assert self._shared, "a concatenating cache has no memory of its own"
         assert (1, self.length) <= (self.batch, array.shape[2]), f"{self.length} tokens do not fit {array.shape}"
         array[:, :, : self.length] = self.arrays[index][:, :, : self.length]
-        self._values[index] = self._place(array)
-        self._bind_shared(self._tensors[index], self._values[index])
-        self.arrays[index] = array
-        self._capacity = min(moved.shape[2] for moved in self.arrays)  # whatever interrupts the others
+        bound, self._capacity = self._capacity > 0, 0  # as in `_grow`
+        self._move(index, array)
+        if bound:
+            self._capacity = min(moved.shape[2] for moved in self.arrays)
 
     def move_out(self) -> None:
         """Moves a shared buffer to memory of its own."""
@@ -226,26 +230,33 @@ class KVCache:
             )
 
     def _grow(self, batch: int, needed: int) -> None:
-        """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
+        """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most.
+
+        An interrupt, or the end of memory, leaves some of them moved and no capacity: the next `reserve` begins anew.
+        """
         wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
         capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
-        old, self._values, self.arrays = self._values, [], []
-        self.batch, self._capacity = batch, 0  # until the buffers are there: memory may end before
-        for i, tensor in enumerate(self._tensors):
+        if not self.length:
+            self._values, self.arrays = [], []
+        self.batch, self._capacity = batch, 0
+        for i, tensor in enumerate(self._tensors):  # one at a time is held twice
             array = np.zeros(self._shape(tensor, capacity), self._dtype)
             if self.length:
-                array[:, :, : self.length] = old[i].numpy()[:, :, : self.length]
-                old[i] = None  # one tensor at a time is held twice
-            value = self._place(array)
-            if self._from_runs:
-                self.binding.bind_ortvalue_input(tensor.past, value)
-                self.binding.bind_output(tensor.present, self._device, self._device_id)
-            else:
-                self._bind_shared(tensor, value)
-                if self._device == "cpu":
-                    self.arrays.append(array)
-            self._values.append(value)
+                array[:, :, : self.length] = self._values[i].numpy()[:, :, : self.length]
+            self._move(i, array)
         self._capacity, self._moving = capacity, self._from_runs
+
+    def _move(self, index: int, array: npt.NDArray[Any]) -> None:
+        """Lets `array`, which has the tokens so far, be the buffer of one tensor, and binds it."""
+        tensor, value = self._tensors[index], self._place(array)
+        self._values[index : index + 1] = [value]
+        if self._device == "cpu":
+            self.arrays[index : index + 1] = [array]
+        if self._from_runs:
+            self.binding.bind_ortvalue_input(tensor.past, value)
+            self.binding.bind_output(tensor.present, self._device, self._device_id)
+        else:
+            self._bind_shared(tensor, value)
 
     def _bind_shared(self, tensor: _Tensor, value: Any) -> None:
         self.binding.bind_ortvalue_input(tensor.past, value)

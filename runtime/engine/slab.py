@@ -110,17 +110,24 @@ class Slab:
         self._settle(len(self.members) - 1)
 
     def remove(self, engine: Engine, *, keep: bool = True) -> None:
-        """Moves an engine out, to memory of its own; with `keep=False` it is of no use any more."""
+        """Moves an engine out, to memory of its own; with `keep=False` it is of no use any more.
+
+        Whatever fails or interrupts it leaves the others as they were, out of the slab.
+        """
         row = next((row for row, member in enumerate(self.members) if member is engine), None)
         if row is None:
             return
-        last = self.members.pop()
-        if keep and self._is_home(engine):
-            _cache(engine).move_out()
-        if last is not engine:
-            self.members[row] = last
-            if self._is_home(last):
-                self._settle(row)
+        try:
+            last = self.members.pop()
+            if keep and self._is_home(engine):
+                _cache(engine).move_out()
+            if last is not engine:
+                self.members[row] = last
+                if self._is_home(last):
+                    self._settle(row)
+        except BaseException:
+            self._forget()
+            raise
         if not self.members:
             self._forget()
 
