@@ -186,6 +186,7 @@ class Generation:
         self.begun = False
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
+        self._jumped = False  # whether what follows from the newest of `ids` is known
         self.tokens_per_step = 1.0
         self._resets = engine.resets
 
@@ -269,7 +270,7 @@ class Generation:
         self.closed = True
         if self._driver is not None:
             self._driver.leave(self)
-        elif self.engine.resets == self._resets:
+        else:
             self.retire()
 
     def _overdue(self) -> bool:
@@ -319,6 +320,8 @@ class Generation:
         """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
         engine = self.engine
         self.settle()
+        if self.ended:
+            return
         self._speculator.start()
         missing = self.kept.missing(self.ids, engine.length)
         if len(missing) == 1:
@@ -336,8 +339,7 @@ class Generation:
             self.drafted, accepted = bool(draft), self.accepted_tokens
             self._count(self.take(logits, draft))
             self._speculator.end(len(draft), self.accepted_tokens - accepted)
-            self.settle()  # before what must follow stands where the cache has a rejected draft
-            self._jump()
+            self.settle()
             return
         sizes = self.kept.chunk_sizes(engine, len(missing), chunk_size)
         self.kept.make_room(engine, sizes[0])
@@ -357,13 +359,17 @@ class Generation:
             self._jump()
 
     def settle(self) -> None:
-        """Forgets in the cache what is not of the text: rejected drafts, and what an interrupt left behind."""
+        """Forgets in the cache what is not of the text, rejected drafts, and then lets follow what must."""
         last = len(self.ids) - self.kept.dropped - (not self.ended)  # it is run for its logits
         if self.engine.length > last:
             self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
+        if not self.ended:
+            self._jump()
 
     def retire(self) -> None:
         """Takes back what nobody asked for, in `ids` and in the cache, when no step runs and none follows."""
+        if self.begun and self.engine.resets != self._resets:
+            return  # another's engine; else again, where an interrupt ended this
         del self.ids[self._yielded :]
         if self.begun:
             self.settle()
@@ -377,6 +383,7 @@ class Generation:
         Returns how many.
         """
         accepted, before, constraint = 0, len(self.ids), self._constraint
+        self._jumped = False
         for place, row in enumerate(logits):
             token = self._sample(row if constraint is None else constraint.masked(row), self.ids)
             if constraint is not None:
@@ -397,16 +404,20 @@ class Generation:
 
     def _jump(self) -> None:
         """Appends the tokens that must follow. The next step runs them at once, as it does a prompt's."""
-        if self._constraint is None or self._ending is not None or self._top is not None:
-            return  # log-probabilities are those of single choices
-        forced = self._constraint.forced(self.most_tokens - len(self.ids))
-        self.ids += forced
-        self.forced_tokens += len(forced)
-        self._see_whether_it_ends()
+        if self._jumped:
+            return
+        self._see_whether_it_ends()  # where an interrupt came before it did
+        # Log-probabilities are those of single choices.
+        if self._constraint is not None and self._ending is None and self._top is None:
+            forced = self._constraint.forced(self.most_tokens - len(self.ids))
+            self.ids += forced
+            self.forced_tokens += len(forced)
+            self._see_whether_it_ends()
+        self._jumped = True
 
     def _see_whether_it_ends(self) -> None:
         """By its last token: where the constraint is met, or at the limit."""
-        if self._constraint is not None:
+        if self._constraint is not None and len(self.ids) > self.prompt_tokens:
             self._constraint.follow(self.ids, self.prompt_tokens)
             if self._constraint.complete:
                 self._ending = self._ending or "stop"

@@ -108,7 +108,11 @@ class Stream(Generator[Chunk, None, Completion]):
     def __del__(self) -> None:
         generation = vars(self).get("_generation")
         if generation is not None:
-            generation.close()
+            try:
+                generation.close()
+            except BaseException:  # an interrupt comes once
+                generation.close()
+                raise
 
     def __enter__(self) -> Self:
         return self

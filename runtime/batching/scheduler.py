@@ -90,11 +90,11 @@ class Scheduler:
     def advance(self, generation: Generation) -> None:
         """Runs steps, or waits while another does, until the generation is `ready`."""
         self._require_outside()
-        with self._mutex:
-            if generation not in self._live:
-                self._live.append(generation)
-            self._waiting.append(generation)
         try:
+            with self._mutex:
+                if generation not in self._live:
+                    self._live.append(generation)
+                self._waiting.append(generation)
             while not generation.ready:
                 self._lead_or_wait(generation)
         finally:
@@ -120,6 +120,7 @@ class Scheduler:
                 return
             self._step()
         finally:
+            lead.over = True  # an interrupt may come as soon as something is called
             self._give_up(lead)
 
     def _new_gate(self) -> threading.Lock:
@@ -137,17 +138,14 @@ class Scheduler:
 
     def _give_up(self, lead: _Lead) -> None:
         """Lets another lead, if this one did."""
-        try:
-            if self._lead is lead or lead in self._asking:
-                with self._mutex:
-                    if lead in self._asking:
-                        self._asking.remove(lead)
-                    if self._lead is lead:
-                        self._sweep()
-                        self._lead = None
-                    self._open_gates()
-        finally:
-            lead.over = True  # whatever has interrupted this
+        if self._lead is lead or lead in self._asking:
+            with self._mutex:
+                if lead in self._asking:
+                    self._asking.remove(lead)
+                if self._lead is lead:
+                    self._sweep()
+                    self._lead = None
+                self._open_gates()
 
     def leave(self, generation: Generation) -> None:
         """Forgets a generation that is closed: now, or by the leader at the end of its step."""
@@ -166,6 +164,7 @@ class Scheduler:
             self._wait_for(lead)
             action()
         finally:
+            lead.over = True
             self._give_up(lead)
 
     def _wait_for(self, lead: _Lead) -> None:
@@ -244,14 +243,17 @@ class Scheduler:
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
         """Takes those that have left out of the slab, and hands their caches on."""
+        # An interrupt may have come between the end of a generation and `leave`.
+        self._left += [generation for generation in self._live if generation.closed and generation not in self._left]
         while self._left:
-            generation = self._left.pop()
-            if generation in self._live:
-                self._live.remove(generation)
+            generation = self._left[0]
             try:
                 generation.retire()
             except Exception as error:
                 _log.warning("the cache of a generation was lost: %s", error)
+            for those in (self._live, self._waiting, self._left):
+                if generation in those:
+                    those.remove(generation)
         if self._clears:
             self._clears = False
             self.store.clear()
@@ -300,9 +302,9 @@ class Scheduler:
         """One token for each of several rows, in one run."""
         assert self._slab is not None
         for generation in rows:
-            generation.settle()
+            self._guarded(generation, generation.settle)
             self._guarded(generation, lambda g=generation: g.kept.make_room(g.engine, 1))  # type: ignore[misc]
-        rows = [generation for generation in rows if not generation.ended]
+        rows = [generation for generation in rows if not generation.ended and generation.pending == 1]
         if not rows:
             return
         joining = 0

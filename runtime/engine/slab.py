@@ -110,13 +110,15 @@ class Slab:
         self._settle(len(self.members) - 1)
 
     def remove(self, engine: Engine, *, keep: bool = True) -> None:
-        """Moves an engine out, to memory of its own; with `keep=False` it is of no use any more.
+        """Moves an engine out, to memory of its own; with `keep=False` it is emptied, and of no use any more.
 
         Whatever fails or interrupts it leaves the others as they were, out of the slab.
         """
         row = next((row for row, member in enumerate(self.members) if member is engine), None)
         if row is None:
             return
+        if not keep:
+            engine.empty()  # first of all: others will write where its tokens are
         try:
             last = self.members.pop()
             if keep and self._is_home(engine):

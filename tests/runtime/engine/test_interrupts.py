@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import dis
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.runtime import Engine
-from pastkey.runtime.engine import cache as cache_module
+from pastkey.runtime import engine as engine_folder
 from pastkey.runtime.engine.slab import Slab
 from pastkey.runtime.providers import placement
+
+from ..interrupt import interrupted
 
 if TYPE_CHECKING:
     from ..conftest import Tiny
 
-FOLDER = str(Path(cache_module.__file__).parent)
+FOLDER = Path(engine_folder.__file__).parent
 IDS = [token % 37 for token in range(3, 900, 7)] * 3
 NEXT = 11
 
@@ -30,51 +28,6 @@ NEXT = 11
 EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.matrix)])
 
 Opened = Callable[[], Engine]
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at one of the moments when CPython looks for signals in a file of the engine's.
-
-    These are the beginning of a function, the end of a call and the jump back of a loop.
-    """
-
-    def __init__(self, moment: int) -> None:
-        self._left = moment
-
-    @property
-    def came(self) -> bool:
-        return self._left < 0
-
-    def __call__(self, frame: FrameType, *_: Any) -> Any:
-        """What traces a function: None for one that is not interrupted. An error in __del__ goes nowhere."""
-        if not frame.f_code.co_filename.startswith(FOLDER) or frame.f_code.co_name == "__del__":
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        before = "RESUME"
-
-        def trace(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal before
-            if event == "opcode":
-                after, before = before, dis.opname[frame.f_code.co_code[frame.f_lasti]]
-                if after == "RESUME" or after.startswith(("CALL", "JUMP_BACKWARD")):
-                    self._left -= 1
-                    if self._left == -1:
-                        raise KeyboardInterrupt
-            return trace
-
-        return trace
-
-
-@contextlib.contextmanager
-def interrupted(moment: int) -> Iterator[Interrupt]:
-    """Interrupts the block at its `moment`, from 0 on; `came` is False where it ended before."""
-    interrupt, before = Interrupt(moment), sys.gettrace()
-    sys.settrace(interrupt)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield interrupt
-    finally:
-        sys.settrace(before)
 
 
 def begun(engine: Engine, ids: list[int]) -> Engine:
@@ -129,7 +82,7 @@ def test_a_change_of_one_cache(
     for moment in range(0, 9999, every):
         engine = opened()
         engine.prefill(IDS[:120])
-        with interrupted(moment) as interrupt:
+        with interrupted(FOLDER, moment) as interrupt:
             CHANGES[change](engine)
         require_right(engine, tiny, IDS, {0, 50, 120, 121, 140})
         if not interrupt.came:
@@ -155,7 +108,7 @@ def test_a_change_of_memory_that_engines_share(fused_bundle: Bundle, tiny: Tiny,
         texts = [IDS[5:125], IDS[30:60], IDS[20:50]]
         engines, slab = [begun(engine, ids) for ids in texts], Slab(engine.graph, 4)
         slab.decode(engines[:2], [8, 9])
-        with interrupted(moment) as interrupt:
+        with interrupted(FOLDER, moment) as interrupt:
             SHARED[change](slab, engines)
         known = {"one that outgrew its row": [*IDS[:90], 1]}.get(change, [1] * 9)
         grown = [[*texts[0], 8, *known], [*texts[1], 9, *[2] * 9], [*texts[2], 3]]
