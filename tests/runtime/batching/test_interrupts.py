@@ -34,7 +34,7 @@ STREAMS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 # All moments take minutes.
-EVERY = pytest.mark.parametrize("every", [41, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.matrix])])
+EVERY = pytest.mark.parametrize("every", [97, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.matrix])])
 
 
 @pytest.fixture(scope="module", params=["fused", "standard", "static", "int8_kv"])

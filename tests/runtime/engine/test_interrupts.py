@@ -25,7 +25,7 @@ IDS = [token % 37 for token in range(3, 900, 7)] * 3
 NEXT = 11
 
 # All moments take minutes.
-EVERY = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.matrix)])
+EVERY = pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.matrix)])
 
 Opened = Callable[[], Engine]
 
