@@ -86,7 +86,6 @@ class Session:
         kept = KeptTokens(engine, context_overflow, num_sink_tokens)
         ids = kept.of(kept.checked([*self._ids, *self._encode(text)]))
         self._model.memory.promise(engine, len(ids))
-        self._ids, self._cancelled = ids, False
         scheduler = self._model.scheduler
 
         def run() -> None:
@@ -96,6 +95,7 @@ class Session:
                 engine.append(missing[: sizes[0]])
 
         try:
+            self._ids, self._cancelled = ids, False
             scheduler.exclusively(lambda: engine.keep_prefix(ids))
             while engine.length < len(ids) - 2 and not self._cancelled:
                 scheduler.exclusively(run)

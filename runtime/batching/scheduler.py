@@ -217,8 +217,7 @@ class Scheduler:
     # --- a process that forks -----------------------------------------------------------------------------------------
     def before_fork(self) -> None:
         """Waits until no step runs: a child would wait for its end for ever."""
-        lead = self._lead
-        if lead is not None and lead.thread is threading.current_thread():
+        if self._is_within:
             return  # a step's own callback forks
         lead = _Lead()
         self._asking.append(lead)

@@ -94,7 +94,7 @@ def require_nothing_left(model: LanguageModel) -> None:
 # Python tells of an interrupt within a `__del__`, and goes on.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @EVERY
-def test_a_session(bundle: Bundle, every: int) -> None:
+def test_a_session_that_generates(bundle: Bundle, every: int) -> None:
     model, options = load(bundle.path, threads=1), {**DRAWN, "prompt_lookup": False}
     expected, prompt = model.generate("abcab", max_new_tokens=12, **options), model.prompt_ids("abcab")
     for moment in range(0, 99999, every):
@@ -111,3 +111,22 @@ def test_a_session(bundle: Bundle, every: int) -> None:
         if not interrupt.came:
             break
     assert moment > 1000
+
+
+@EVERY
+def test_a_session_that_a_text_is_appended_to(bundle: Bundle, every: int) -> None:
+    model, options = load(bundle.path, threads=1), {**DRAWN, "prompt_lookup": False, "max_new_tokens": 4}
+    first, both = model.prompt_ids("abcab"), model.prompt_ids("abcab" + "fghij" * 40)
+    texts = [model.generate(ids, **options).ids for ids in (first, both)]
+    for moment in range(0, 99999, every):
+        session = model.session()
+        session.append(first)
+        with interrupted(FOLDER, moment) as interrupt:
+            session.append(both[len(first) :])
+        assert session.ids in (first, both), moment
+        assert session.generate(**options).ids == texts[session.ids[: len(both)] == both], moment
+        session.close()
+        require_nothing_left(model)
+        if not interrupt.came:
+            break
+    assert moment > 100
