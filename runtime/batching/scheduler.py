@@ -140,12 +140,16 @@ class Scheduler:
         """Lets another lead, if this one did."""
         if self._lead is lead or lead in self._asking:
             with self._mutex:
-                if lead in self._asking:
-                    self._asking.remove(lead)
+                self._forget_who_asked()
                 if self._lead is lead:
                     self._sweep()
                     self._lead = None
                 self._open_gates()
+
+    def _forget_who_asked(self) -> None:
+        """With the mutex held; others may append at any moment."""
+        for lead in [asking for asking in self._asking if not asking.lives]:
+            self._asking.remove(lead)
 
     def leave(self, generation: Generation) -> None:
         """Forgets a generation that is closed: now, or by the leader at the end of its step."""
@@ -235,7 +239,7 @@ class Scheduler:
             self._mutex = threading.Lock()
             self._waiting, self._asking, self._gates = [], [], []
         else:
-            self._asking = [asking for asking in self._asking if asking.lives]
+            self._forget_who_asked()
             self._open_gates()
             self._mutex.release()
 
