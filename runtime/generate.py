@@ -20,7 +20,7 @@ from .sampling.dry import Breakers
 from .sampling.log_probs import TokenLogprob, token_logprob
 from .sampling.sampler import Sampler
 from .settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig
-from .speculation.drafter import Allows, Drafter
+from .speculation.drafter import Drafter, Follows
 from .speculation.speculator import Speculator
 
 _NEWEST = 0.2  # the share of the newest step in an average
@@ -36,23 +36,6 @@ class Driver(Protocol):
 
     def leave(self, generation: Generation) -> None:
         """Forgets a generation that has ended, now or after the step that runs. Never waits."""
-
-
-class Follows(Allows, Protocol):
-    """What new tokens are held to: constraints/ has it."""
-
-    def require(self, token: int) -> None:
-        """Raises InputError unless the token may follow."""
-
-    def follow(self, tokens: Sequence[int], start: int) -> None:
-        """Takes in what is new of `tokens`, which are the text's from `start` on."""
-
-    def forced(self, most: int) -> list[int]:
-        """The tokens that must follow, `most` at most."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing may follow but the end."""
 
 
 class Generation:
@@ -345,18 +328,25 @@ class Generation:
         self.kept.make_room(engine, sizes[0])
         if len(sizes) > 1:
             engine.reserve(min(len(missing), engine.manifest.context_length - engine.length))
-        if self.prompt_logprobs:
-            start = engine.length
-            logits = engine.all_logits(missing[: sizes[0]])
-            for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
-                self.prompt_logprobs[place] = token_logprob(row, self.ids[place], self._top or 0)
-            logits = logits[-1]
-        else:
-            logits = engine.append(missing[: sizes[0]])
+        read = self._read_with_logprobs if self.prompt_logprobs else engine.append
+        logits = read(missing[: sizes[0]])
         self._speculator.read()
         if len(sizes) == 1:
             self.take(logits[None], [])
             self._jump()
+
+    def _read_with_logprobs(self, ids: Sequence[int]) -> Logits:
+        """As `Engine.append`, and takes note of the prompt's tokens."""
+        start = self.engine.length
+        try:
+            logits = self.engine.all_logits(ids)
+            for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
+                self.prompt_logprobs[place] = token_logprob(row, self.ids[place], self._top or 0)
+        except BaseException:
+            self.engine.empty()  # what is in the cache would have no logits
+            raise
+        last: Logits = logits[-1]
+        return last
 
     def settle(self) -> None:
         """Forgets in the cache what is not of the text, rejected drafts, and then lets follow what must."""
@@ -410,14 +400,15 @@ class Generation:
         # Log-probabilities are those of single choices.
         if self._constraint is not None and self._ending is None and self._top is None:
             forced = self._constraint.forced(self.most_tokens - len(self.ids))
+            count = len(forced)
             self.ids += forced
-            self.forced_tokens += len(forced)
+            self.forced_tokens += count
             self._see_whether_it_ends()
         self._jumped = True
 
     def _see_whether_it_ends(self) -> None:
         """By its last token: where the constraint is met, or at the limit."""
-        if self._constraint is not None and len(self.ids) > self.prompt_tokens:
+        if self._constraint is not None:
             self._constraint.follow(self.ids, self.prompt_tokens)
             if self._constraint.complete:
                 self._ending = self._ending or "stop"

@@ -230,8 +230,9 @@ class Session:
             self._model.scheduler.move_out(engine)
             if self._generation is ended:
                 failed = ended.error is not None and not ended.new_tokens  # on what was appended: nothing stays of it
-                self._ids, self._generation = before if failed else list(ended.kept_ids), None
-                _cut(engine, len(self._ids))
+                ids = before if failed else list(ended.kept_ids)
+                _cut(engine, len(ids))
+                self._ids, self._generation = ids, None
 
         before = list(self._ids)
 

@@ -48,7 +48,7 @@ class _Lead:
     """The right to run steps. It ends with its thread, whatever interrupts it."""
 
     def __init__(self) -> None:
-        self.over = False
+        self.led = self.over = False
         self.thread = threading.current_thread()
 
     @property
@@ -114,7 +114,7 @@ class Scheduler:
                 if self._is_led or any(asking.lives for asking in self._asking):
                     gate = self._new_gate()
                 else:
-                    self._lead = lead
+                    self._lead, lead.led = lead, True
             if gate is not None:
                 gate.acquire(timeout=max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
                 return
@@ -138,7 +138,7 @@ class Scheduler:
 
     def _give_up(self, lead: _Lead) -> None:
         """Lets another lead, if this one did."""
-        if self._lead is lead or lead in self._asking:
+        if lead.led or lead in self._asking:
             with self._mutex:
                 self._forget_who_asked()
                 if self._lead is lead:
@@ -176,7 +176,7 @@ class Scheduler:
         while True:
             with self._mutex:
                 if not self._is_led and next(other for other in self._asking if other.lives) is lead:
-                    self._lead = lead
+                    self._lead, lead.led = lead, True
                     self._sweep()
                     return
                 gate = self._new_gate()
@@ -222,26 +222,26 @@ class Scheduler:
     def before_fork(self) -> None:
         """Waits until no step runs: a child would wait for its end for ever."""
         if self._is_within:
-            return  # a step's own callback forks
-        lead = _Lead()
-        self._asking.append(lead)
-        self._wait_for(lead)
-        self._mutex.acquire()  # until after the fork
-        self._held = lead
+            return  # a step's own callback forks, or this is done already
+        lead = self._held = _Lead()
+        try:
+            self._asking.append(lead)
+            self._wait_for(lead)
+        except BaseException:
+            self.after_fork(child=False)
+            raise
 
     def after_fork(self, *, child: bool) -> None:
         """Goes on. In the child nobody waits, and what other threads generated has ended."""
-        if self._held is None:
+        held, self._held = self._held, None
+        if held is None:
             return
-        self._held.over = True
-        self._lead = self._held = None
+        held.over = True
         if child:
-            self._mutex = threading.Lock()
+            self._lead, self._mutex = None, threading.Lock()
             self._waiting, self._asking, self._gates = [], [], []
         else:
-            self._forget_who_asked()
-            self._open_gates()
-            self._mutex.release()
+            self._give_up(held)
 
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
@@ -287,9 +287,9 @@ class Scheduler:
         alone = next((g for g in waiting if g not in together and not g.ready), None)
         if alone is not None:
             beside = alone.pending > 1 and any(g is not alone and g.begun and g.pending == 1 for g in live)
-            decodes, started = alone.begun and alone.pending == 1, time.perf_counter()
+            decodes, before, started = alone.begun and alone.pending == 1, len(alone.ids), time.perf_counter()
             self._guarded(alone, lambda: alone.step(PREFILL_BESIDE if beside else None))
-            if decodes:
+            if decodes and len(alone.ids) > before:
                 self._pace.note(1, time.perf_counter() - started, draft=alone.drafted)
             self._to_the_end(alone)
         if together:
@@ -372,9 +372,11 @@ def _each(call: Callable[[Scheduler], None]) -> Callable[[], None]:
     return of_all
 
 
+_FORK_HOOKS: dict[str, Callable[[], None]] = {
+    "before": _each(Scheduler.before_fork),
+    "after_in_parent": _each(lambda scheduler: scheduler.after_fork(child=False)),
+    "after_in_child": _each(lambda scheduler: scheduler.after_fork(child=True)),
+}
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_each(Scheduler.before_fork),
-        after_in_parent=_each(lambda scheduler: scheduler.after_fork(child=False)),
-        after_in_child=_each(lambda scheduler: scheduler.after_fork(child=True)),
-    )
+    for _ in range(2):  # an interrupt comes once, and ends one of the two: what is done already is not done again
+        os.register_at_fork(**_FORK_HOOKS)

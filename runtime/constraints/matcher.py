@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +19,12 @@ Scores = npt.NDArray[np.floating]
 class Matcher:
     """Follows one text, token by token."""
 
-    def __init__(self, matcher: LLMatcher, size: int, end_ids: Sequence[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, size: int, end_ids: Sequence[int], require_uninterrupted: Callable[[], None]
+    ) -> None:
         """See Vocabulary. `size`: V, the id that stands for the end."""
         self._matcher, self._size, self._end_ids = matcher, size, list(end_ids)
+        self._require_uninterrupted = require_uninterrupted
         self._allowed: npt.NDArray[np.bool_] | None = None  # (V + 1,), once it is asked for
         self._complete = False
         self._taken = 0  # tokens
@@ -63,7 +66,11 @@ class Matcher:
 
     def forced(self, most: int) -> list[int]:
         """The tokens that must follow, `most` at most."""
-        return [] if self._complete else self._matcher.compute_ff_tokens()[: max(0, most)]
+        if self._complete:
+            return []
+        forced = self._matcher.compute_ff_tokens()[: max(0, most)]
+        self._require_uninterrupted()
+        return forced
 
     def allowed_draft(self, draft: Sequence[int]) -> list[int]:
         """The first tokens of a draft, as far as they may follow."""

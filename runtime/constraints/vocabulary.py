@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import sys
+import threading
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,8 +52,9 @@ class Vocabulary:
         except ModuleNotFoundError as error:
             raise missing_extra(error) from None
         self.size, self.end_ids, self._encode = len(tokens), sorted(end_ids), encode
+        self._wrapper = _Wrapper([*tokens, b"<end>"], {*special, *end_ids}, encode)
         self._tokenizer = LLTokenizer(
-            _Wrapper([*tokens, b"<end>"], {*special, *end_ids}, encode),  # type: ignore[arg-type]
+            self._wrapper,  # type: ignore[arg-type]
             n_vocab=self.size + 1,
             eos_token=self.size,
         )
@@ -82,7 +84,9 @@ class Vocabulary:
         self._compiled[constraint] = compiled
         for oldest in list(self._compiled)[:-_KEPT]:
             self._compiled.pop(oldest, None)
-        return Matcher(compiled.deep_copy(), self.size, self.end_ids)
+        made = Matcher(compiled.deep_copy(), self.size, self.end_ids, self._wrapper.require_uninterrupted)
+        self._wrapper.require_uninterrupted()
+        return made
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -99,7 +103,7 @@ class Vocabulary:
                 f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; leave that out, and check it in the "
                 "text that comes (docs/constrained.md tells what is supported)"
             )
-        start = Matcher(compiled.deep_copy(), self.size, self.end_ids)
+        start = Matcher(compiled.deep_copy(), self.size, self.end_ids, self._wrapper.require_uninterrupted)
         if not start.can_begin:
             raise InputError(
                 f"no text can meet {constraint.kind}, or none that this model's vocabulary can write: mend it"
@@ -152,7 +156,10 @@ class Vocabulary:
 
 
 class _Wrapper:
-    """The attributes that LLTokenizer reads of a tokenizer."""
+    """The attributes that LLTokenizer reads of a tokenizer.
+
+    What is raised in a call from llguidance would break the matcher for good: an interrupt waits for its end.
+    """
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -160,6 +167,18 @@ class _Wrapper:
     def __init__(self, tokens: list[bytes], special: Collection[int], encode: ExactEncoder) -> None:
         self.tokens, self.eos_token_id, self._encode = tokens, len(tokens) - 1, encode
         self.special_token_ids = sorted({*special, self.eos_token_id})
+        self._interrupts: dict[int, BaseException] = {}  # by thread
 
     def __call__(self, text: Any) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode())
+        try:
+            return self._encode(text if isinstance(text, str) else text.decode())
+        except BaseException as error:
+            ids = self._encode(text if isinstance(text, str) else text.decode())
+            self._interrupts[threading.get_ident()] = error
+            return ids
+
+    def require_uninterrupted(self) -> None:
+        """Raises what this thread's last calls were interrupted by."""
+        interrupt = self._interrupts.pop(threading.get_ident(), None)
+        if interrupt is not None:
+            raise interrupt

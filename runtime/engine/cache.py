@@ -103,7 +103,8 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that the tensors take now."""
         row = sum((tensor.kv_heads or 0) * tensor.head_size for tensor in self._tensors)
-        return self.batch * (self.capacity * row + self._state_rows) * self._dtype.itemsize
+        rows = max(self.capacity, self.length)  # the first is 0 after a growth that was interrupted
+        return self.batch * (rows * row + self._state_rows) * self._dtype.itemsize
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Makes room for `tokens` new tokens in each of `batch` rows and binds what changed by that."""
@@ -214,6 +215,11 @@ class KVCache:
         self._move(index, array)
         if bound:
             self._capacity = min(moved.shape[2] for moved in self.arrays)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether a shared buffer is a part of memory in which others have theirs."""
+        return bool(self.arrays) and self.arrays[0].base is not None
 
     def move_out(self) -> None:
         """Moves a shared buffer to memory of its own."""

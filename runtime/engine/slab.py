@@ -116,6 +116,8 @@ class Slab:
         """
         row = next((row for row, member in enumerate(self.members) if member is engine), None)
         if row is None:
+            if keep and _cache(engine).is_part:  # it was in a slab that let go of all
+                _cache(engine).move_out()
             return
         if not keep:
             engine.empty()  # first of all: others will write where its tokens are

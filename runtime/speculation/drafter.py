@@ -35,6 +35,23 @@ class Allows(Protocol):
         """The first tokens of a draft, as far as they may follow."""
 
 
+class Follows(Allows, Protocol):
+    """The whole of it, as the text itself asks: constraints/ has it."""
+
+    def require(self, token: int) -> None:
+        """Raises InputError unless the token may follow."""
+
+    def follow(self, tokens: Sequence[int], start: int) -> None:
+        """Takes in what is new of `tokens`, which are the text's from `start` on."""
+
+    def forced(self, most: int) -> list[int]:
+        """The tokens that must follow, `most` at most."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow but the end."""
+
+
 class Drafter:
     """Drafts for one text. Whatever fails in it ends the drafts and not the text.
 

@@ -71,6 +71,12 @@ def test_whatever_is_drawn_validates(lm: LanguageModel) -> None:
     jsonschema.validate(json.loads(greedy.text), SCHEMA)
 
 
+def test_a_constraint_that_takes_no_text_is_met_at_once(lm: LanguageModel, speaking_bundle: Bundle) -> None:
+    assert lm.generate("ta", regex="a{0}", min_new_tokens=2).finish_reason == "stop"
+    done = load(speaking_bundle.path, threads=1).generate("abc", regex="a{0}")  # a model without EOS
+    assert (done.text, done.finish_reason) == ("", "stop")
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["[0-9]{1,4}", "(tr|te)[as]*", "a{30}y|a{30}é", '"[^"]{3}"']))
 def test_whatever_is_drawn_matches(lm: LanguageModel, seed: int, expression: str) -> None:

@@ -65,6 +65,7 @@ def require_right(engine: Engine, tiny: Tiny, ids: list[int], lengths: set[int])
     length = engine.length
     assert length in lengths
     assert engine.cached_ids in ([], ids[:length])
+    assert not length or engine.nbytes > 0
     np.testing.assert_allclose(engine.decode(NEXT), tiny([*ids[:length], NEXT])[-1], atol=2e-4)
     rest = [(token * 5) % 37 for token in range(140)]
     np.testing.assert_allclose(engine.prefill(rest), tiny([*ids[:length], NEXT, *rest])[-1], atol=2e-4)

@@ -101,6 +101,15 @@ def test_a_run_that_fails_leaves_the_engines_as_they_were(
     np.testing.assert_allclose(second, tiny([4, 5, 7, 9])[-1], atol=1e-4)
 
 
+def test_who_leaves_after_a_failure_keeps_none_of_the_others_memory(engine: Engine, tiny: Tiny) -> None:
+    slab, engines = Slab(engine.graph, 4), [begun(engine, [1, 2, 3]), begun(engine, [4, 5])]
+    slab.decode(engines, [6, 7])
+    slab._forget()
+    slab.remove(engines[0])
+    assert [made.cache.float32.is_part for made in engines] == [False, True]
+    np.testing.assert_allclose(engines[0].decode(8), tiny([1, 2, 3, 6, 8])[-1], atol=1e-4)
+
+
 def test_there_is_room_for_so_many(engine: Engine) -> None:
     slab, engines = Slab(engine.graph, 2), [begun(engine, [1, 2]) for _ in range(3)]
     slab.decode(engines[:2], [3, 4])
