@@ -169,7 +169,7 @@ class Generation:
         self.begun = False
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
-        self._jumped = False  # whether what follows from the newest of `ids` is known
+        self._jumped = logprobs is not None  # whether what follows from the newest of `ids` is known
         self.tokens_per_step = 1.0
         self._resets = engine.resets
 

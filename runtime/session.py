@@ -270,4 +270,4 @@ class Session:
 def _cut(engine: Engine, length: int) -> None:
     """Forgets in a cache what is behind a text of this length."""
     if engine.length > length:
-        engine.trim(length) if engine.can_trim(length) else engine.reset()
+        engine.trim(length) if engine.can_trim(length) else engine.empty()

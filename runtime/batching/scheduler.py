@@ -82,7 +82,7 @@ class Scheduler:
         self._slab = Slab(graph, max_rows) if graph.batches and max_rows > 1 else None
         self._stalled: dict[int, int] = {}  # id of an engine in the slab -> steps without a token
         self._pace = Pace()
-        self._held: _Lead | None = None  # while the process forks
+        self._held: dict[int, _Lead] = {}  # by thread that forks, of which several may
         self._clears = False  # whether the store is cleared at the end of the step
         _schedulers.add(self)
 
@@ -223,7 +223,7 @@ class Scheduler:
         """Waits until no step runs: a child would wait for its end for ever."""
         if self._is_within:
             return  # a step's own callback forks, or this is done already
-        lead = self._held = _Lead()
+        lead = self._held[threading.get_ident()] = _Lead()
         try:
             self._asking.append(lead)
             self._wait_for(lead)
@@ -233,15 +233,17 @@ class Scheduler:
 
     def after_fork(self, *, child: bool) -> None:
         """Goes on. In the child nobody waits, and what other threads generated has ended."""
-        held, self._held = self._held, None
+        held = self._held.get(threading.get_ident())
         if held is None:
             return
         held.over = True
         if child:
             self._lead, self._mutex = None, threading.Lock()
             self._waiting, self._asking, self._gates = [], [], []
+            self._held = {}
         else:
             self._give_up(held)
+            self._held.pop(threading.get_ident(), None)
 
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
@@ -372,11 +374,10 @@ def _each(call: Callable[[Scheduler], None]) -> Callable[[], None]:
     return of_all
 
 
-_FORK_HOOKS: dict[str, Callable[[], None]] = {
-    "before": _each(Scheduler.before_fork),
-    "after_in_parent": _each(lambda scheduler: scheduler.after_fork(child=False)),
-    "after_in_child": _each(lambda scheduler: scheduler.after_fork(child=True)),
-}
 if hasattr(os, "register_at_fork"):
     for _ in range(2):  # an interrupt comes once, and ends one of the two: what is done already is not done again
-        os.register_at_fork(**_FORK_HOOKS)
+        os.register_at_fork(
+            before=_each(Scheduler.before_fork),
+            after_in_parent=_each(lambda scheduler: scheduler.after_fork(child=False)),
+            after_in_child=_each(lambda scheduler: scheduler.after_fork(child=True)),
+        )

@@ -63,6 +63,7 @@ class Matcher:
             self._allowed = None
             self._taken += 1
             self._require(self._matcher.consume_token(token))
+            self._require_uninterrupted()
 
     def forced(self, most: int) -> list[int]:
         """The tokens that must follow, `most` at most."""
@@ -74,7 +75,9 @@ class Matcher:
 
     def allowed_draft(self, draft: Sequence[int]) -> list[int]:
         """The first tokens of a draft, as far as they may follow."""
-        return list(draft[: self._matcher.validate_tokens(list(draft))]) if draft else []
+        allowed = self._matcher.validate_tokens(list(draft)) if draft else 0
+        self._require_uninterrupted()
+        return list(draft[:allowed])
 
     def _goes_on(self) -> bool:
         """Whether a token may follow that is no end. The ends' own bits are never set by the grammar."""
@@ -92,6 +95,7 @@ class Matcher:
         if self._allowed is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             self._allowed = np.unpackbits(bits, count=self._size + 1, bitorder="little").view(np.bool_)
+            self._require_uninterrupted()
         return self._allowed
 
     def _require(self, followed: bool) -> None:

@@ -84,9 +84,7 @@ class Vocabulary:
         self._compiled[constraint] = compiled
         for oldest in list(self._compiled)[:-_KEPT]:
             self._compiled.pop(oldest, None)
-        made = Matcher(compiled.deep_copy(), self.size, self.end_ids, self._wrapper.require_uninterrupted)
-        self._wrapper.require_uninterrupted()
-        return made
+        return Matcher(compiled.deep_copy(), self.size, self.end_ids, self._wrapper.require_uninterrupted)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -98,6 +96,7 @@ class Vocabulary:
             wrong = compiled.get_error()
         except ValueError as error:
             wrong = str(error)
+        self._wrapper.require_uninterrupted()
         if wrong:
             raise InputError(
                 f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; leave that out, and check it in the "
@@ -170,15 +169,18 @@ class _Wrapper:
         self._interrupts: dict[int, BaseException] = {}  # by thread
 
     def __call__(self, text: Any) -> list[int]:
+        text = text if isinstance(text, str) else text.decode()
         try:
-            return self._encode(text if isinstance(text, str) else text.decode())
-        except BaseException as error:
-            ids = self._encode(text if isinstance(text, str) else text.decode())
-            self._interrupts[threading.get_ident()] = error
+            return self._encode(text)
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            ids = self._encode(text)
+            self._interrupts[threading.get_ident()] = interrupt
             return ids
 
     def require_uninterrupted(self) -> None:
-        """Raises what this thread's last calls were interrupted by."""
+        """Raises what interrupted the last call of llguidance in this thread."""
         interrupt = self._interrupts.pop(threading.get_ident(), None)
         if interrupt is not None:
             raise interrupt

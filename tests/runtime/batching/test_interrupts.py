@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,7 @@ import pastkey.runtime
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel, load
-from pastkey.runtime.batching import scheduler as scheduler_module
+from pastkey.runtime.batching.scheduler import Scheduler
 from pastkey.runtime.completion import Completion
 from pastkey.runtime.generate import Generation
 from pastkey.runtime.sampling.log_probs import TokenLogprob
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from ..conftest import Tiny
 
 FOLDER = Path(pastkey.runtime.__file__).parent
+NEVER = -1_000_000
 DRAWN: dict[str, Any] = {"temperature": 1.0, "seed": 1, "logprobs": 1}
 
 # By prompt the options of two streams, for which the interrupted call runs steps, too.
@@ -197,50 +202,90 @@ def test_a_session_whose_first_token_fails(bundle: Bundle, every: int, tmp_path:
     assert moment > 500
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
 def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, logprobs: int | None
 ) -> None:
-    model = loaded(bundle)
-    options: dict[str, Any] = {"max_new_tokens": 30, "regex": "[a-d][ef]gggg[hi]jjj[kl]"}
-    expected, encode, interrupts = model.generate("abc", **options), ExactEncoder.__call__, [0]
+    model, calls, interrupt_at = loaded(bundle), [0], [-1]
+    options: dict[str, Any] = {"max_new_tokens": 30, "regex": "[a-d][ef]gggg[hi]jjj[kl]", "logprobs": logprobs}
+    expected, encode = model.generate("abc", **options), ExactEncoder.__call__
 
     def interrupted_once(self: ExactEncoder, text: str) -> list[int]:
-        if interrupts[0]:
-            interrupts[0] -= 1
+        calls[0] += 1
+        if calls[0] - 1 == interrupt_at[0]:
             raise KeyboardInterrupt
         return encode(self, text)
 
     monkeypatch.setattr(ExactEncoder, "__call__", interrupted_once)
-    stream = model.stream("abc", **options)
-    next(stream)
-    interrupts[0] = 1
-    with others_waiting(model, [stream._generation]), pytest.raises(KeyboardInterrupt):
-        model.generate("f", max_new_tokens=8)
-    for _ in stream:
-        pass
-    assert same(stream.completion, expected)
-    interrupts[0] = 1
-    with pytest.raises(KeyboardInterrupt):
-        model.generate("abc", **options)
-    assert same(model.generate("abc", **options), expected)
+    came = True
+    while came:
+        interrupt_at[0] += 1
+        calls[0] = NEVER
+        stream = model.stream("abc", **options)
+        next(stream)
+        calls[0], came = 0, False
+        with others_waiting(model, [stream._generation]):
+            try:
+                model.generate("f", max_new_tokens=8)
+            except KeyboardInterrupt:
+                came = True
+            assert came == (calls[0] > interrupt_at[0])
+        calls[0] = NEVER
+        for _ in stream:
+            pass
+        assert same(stream.completion, expected)
+        calls[0] = 0
+        try:
+            model.generate("abc", **options)
+        except KeyboardInterrupt:
+            came = True
+        assert came == (calls[0] > interrupt_at[0])
+        calls[0] = NEVER
+        assert same(model.generate("abc", **options), expected)
+    assert interrupt_at[0] > 0
+
+
+def fork_hooks(model: LanguageModel, *names: str) -> list[Callable[[], None]]:
+    """Each twice: the second does what an interrupt kept the first from."""
+    hooks: dict[str, Callable[[Scheduler], None]] = {
+        "before": Scheduler.before_fork,
+        "after": lambda scheduler: scheduler.after_fork(child=False),
+    }
+    return [partial(hooks[name], model.scheduler) for name in names for _ in range(2)]
 
 
 def test_the_hooks_of_a_fork(bundle: Bundle) -> None:
-    """Both are called twice: the second does what an interrupt kept the first from."""
     model, moment, came = loaded(bundle), 0, True
     expected = model.generate("abc", max_new_tokens=3, temperature=0).ids
-    hooks = [scheduler_module._FORK_HOOKS[name] for name in ("before", "before", "after_in_parent", "after_in_parent")]
+    hooks = fork_hooks(model, "before", "after")
     while came:
         came = False
         for place in range(4):
-            for hook in hooks[:place]:
-                hook()
-            with interrupted(FOLDER, moment) as interrupt:
-                hooks[place]()
-            came = came or interrupt.came
-            for hook in hooks[place + 1 :]:
-                hook()
+            for number, hook in enumerate(hooks):
+                with interrupted(FOLDER, moment if number == place else 99999) as interrupt:
+                    hook()
+                came = came or interrupt.came
+                if number == 1:
+                    assert model.scheduler._is_within
+            assert model.scheduler._lead is None
             assert model.generate("abc", max_new_tokens=3, temperature=0).ids == expected, (place, moment)
             require_nothing_left(model)
         moment += 1
-    assert moment > 5
+    assert moment > 20
+
+
+def test_two_threads_that_fork_at_once(bundle: Bundle) -> None:
+    model, held = loaded(bundle), threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        holder = pool.submit(model.scheduler.exclusively, lambda: held.wait(60))
+        while not model.scheduler._is_led:
+            time.sleep(0.001)
+        forks = [pool.submit(lambda: [hook() for hook in fork_hooks(model, "before", "after")]) for _ in range(2)]
+        while len(model.scheduler._asking) < 3:
+            time.sleep(0.001)
+        held.set()
+        holder.result(timeout=60)
+        for fork in forks:
+            fork.result(timeout=60)
+        assert pool.submit(model.generate, "abc", max_new_tokens=3).result(timeout=60).new_tokens == 3
+    require_nothing_left(model)
