@@ -223,11 +223,12 @@ def test_a_long_prompt_does_not_hold_the_others_up(model: LanguageModel, monkeyp
     stream = model.stream("abc", **SETTINGS | {"max_new_tokens": 60})
     next(stream)
     shapes = runs_of(model, monkeypatch)
-    late = threading.Thread(target=lambda: next(model.stream("x" * 500)), daemon=True)
-    late.start()
+    late = model.stream("x" * 500)  # which lives until the end of this, however fast it is
+    thread = threading.Thread(target=lambda: next(late), daemon=True)
+    thread.start()
     until(lambda: model.scheduler.live == 2)
     list(stream)
-    late.join()
+    thread.join()
     chunks = [tokens for rows, tokens in shapes if tokens > MAX_DRAFT_TOKENS + 1]
     assert max(chunks) <= 64
     assert sum(chunks) == 500
