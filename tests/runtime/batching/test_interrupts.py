@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +24,7 @@ from pastkey.runtime.sampling.log_probs import TokenLogprob
 from pastkey.runtime.text.token_bytes import ExactEncoder
 
 from ..interrupt import interrupted
+from .waiting import until
 
 if TYPE_CHECKING:
     from ..conftest import Tiny
@@ -278,11 +278,9 @@ def test_two_threads_that_fork_at_once(bundle: Bundle) -> None:
     model, held = loaded(bundle), threading.Event()
     with ThreadPoolExecutor(4) as pool:
         holder = pool.submit(model.scheduler.exclusively, lambda: held.wait(60))
-        while not model.scheduler._is_led:
-            time.sleep(0.001)
+        until(lambda: model.scheduler._is_led)
         forks = [pool.submit(lambda: [hook() for hook in fork_hooks(model, "before", "after")]) for _ in range(2)]
-        while len(model.scheduler._asking) < 3:
-            time.sleep(0.001)
+        until(lambda: len(model.scheduler._asking) == 3)
         held.set()
         holder.result(timeout=60)
         for fork in forks:

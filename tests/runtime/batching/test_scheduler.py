@@ -22,6 +22,8 @@ from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.batching.scheduler import AHEAD, STALLED
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
 
+from .waiting import until
+
 if TYPE_CHECKING:
     from ..conftest import Tiny
 
@@ -62,14 +64,6 @@ def fresh(talking: Bundle) -> LanguageModel:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as executor:
         yield executor
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for what another thread does."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
 
 
 def runs_of(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
