@@ -117,7 +117,7 @@ def test_a_call_that_leads(bundle: Bundle, kind: str, every: int) -> None:
         require_nothing_left(model)
         if not interrupt.came:
             break
-    assert moment > 1000
+    assert moment > 300
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def test_a_session_that_generates(bundle: Bundle, every: int) -> None:
         require_nothing_left(model)
         if not interrupt.came:
             break
-    assert moment > 1000
+    assert moment > 300
 
 
 @EVERY
@@ -175,7 +175,7 @@ def test_a_session_that_a_text_is_appended_to(bundle: Bundle, every: int) -> Non
         require_nothing_left(model)
         if not interrupt.came:
             break
-    assert moment > 100
+    assert moment > 50
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -199,7 +199,7 @@ def test_a_session_whose_first_token_fails(bundle: Bundle, every: int, tmp_path:
         require_nothing_left(model)
         if not interrupt.came:
             break
-    assert moment > 500
+    assert moment > 300
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])
@@ -271,7 +271,7 @@ def test_the_hooks_of_a_fork(bundle: Bundle) -> None:
             assert model.generate("abc", max_new_tokens=3, temperature=0).ids == expected, (place, moment)
             require_nothing_left(model)
         moment += 1
-    assert moment > 20
+    assert moment > 5
 
 
 def test_two_threads_that_fork_at_once(bundle: Bundle) -> None:
