@@ -170,6 +170,7 @@ class Generation:
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
         self._jumped = logprobs is not None  # whether what follows from the newest of `ids` is known
+        self._seen = 0  # of how many `ids` it is known whether the text ends with them
         self.tokens_per_step = 1.0
         self._resets = engine.resets
 
@@ -408,12 +409,15 @@ class Generation:
 
     def _see_whether_it_ends(self) -> None:
         """By its last token: where the constraint is met, or at the limit."""
+        if self._seen == len(self.ids):
+            return
         if self._constraint is not None:
             self._constraint.follow(self.ids, self.prompt_tokens)
             if self._constraint.complete:
                 self._ending = self._ending or "stop"
         if len(self.ids) >= self.most_tokens:
             self._ending = self._ending or "length"
+        self._seen = len(self.ids)
 
     def take_together(self, logits: Logits) -> None:
         """As `take` of a run of several rows, (1, V): there is no draft, and what one would have brought is counted."""
