@@ -15,9 +15,9 @@ from pastkey.values import is_one_of, require, shown
 
 from .completion import Chunk, Completion, ToolCall, completed
 from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
-from .text.chat_template import ChatTemplate, TemplateBudgetError
+from .text.chat_template import ChatTemplate
+from .text.environment import plain
 from .text.messages import Content, check_messages, checked_content, message, read_messages, save_messages, text_of
-from .text.sandbox import plain
 from .text.tool_calls import parse_tool_calls, tool_call_form
 
 if TYPE_CHECKING:
@@ -368,8 +368,6 @@ class Chat:
         def writes(content: Content) -> bool:
             try:
                 text = self._template.render([message("user", content)], **self._variables)
-            except TemplateBudgetError:
-                raise
             except InputError:
                 return False
             return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
@@ -387,8 +385,6 @@ class Chat:
             first = [] if system is None else [message("system", system)]
             try:
                 return self._rendered([*first, message("user", "Hi")], **changes)
-            except TemplateBudgetError:
-                raise
             except InputError as error:
                 return error
 

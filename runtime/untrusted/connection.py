@@ -380,10 +380,8 @@ def _ended_by(status: int) -> str:
 @functools.cache
 def _kinds() -> dict[str, Callable[[str], PastkeyError]]:
     """The errors that a process may name: those that are made of a sentence alone."""
-    from ..text.chat_template import TemplateBudgetError
-
     found = {
         name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, PastkeyError)
     }
     del found["ContextLengthError"]
-    return {**found, "TemplateBudgetError": TemplateBudgetError}
+    return found

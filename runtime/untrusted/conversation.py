@@ -10,7 +10,7 @@ from pastkey.errors import InputError
 
 from ..chat import Chat
 from ..text.chat_template import read_template
-from ..text.sandbox import MAX_SOURCE, plain
+from ..text.environment import MAX_SOURCE, plain
 from .connection import Connection
 from .protocol import MOST_JSON, Done, Found, Ids, Template, Text, Values
 from .stream import numbers, sent_value

@@ -208,12 +208,6 @@ def test_a_later_system_text_that_is_left_out_is_told_where_it_is_set(make_model
     assert [warning.filename for warning in told] == [__file__]
 
 
-def test_a_template_that_does_not_end_is_told_where_the_conversation_begins(make_model: MakeModel) -> None:
-    model = make_model("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
-    with pytest.raises(InputError, match="the chat template spends more than it may"):
-        model.chat()
-
-
 def test_a_template_that_writes_all_is_silent(make_model: MakeModel) -> None:
     template = "{{ tools }}{{ documents }}{{ x }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with warnings.catch_warnings():

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 from pastkey.errors import InputError, IntegrityError
-from pastkey.runtime.text.chat_template import TemplateBudgetError
 from pastkey.runtime.untrusted.failures import failure_of
 
 
 def test_errors_by_their_kind() -> None:
     assert failure_of(InputError("odd \ud800")) == {"kind": "InputError", "sentence": "odd ?"}
-    assert failure_of(TemplateBudgetError("long"))["kind"] == "TemplateBudgetError"
     assert failure_of(InputError("no token covers 'out of memory'"))["kind"] == "InputError"
     assert failure_of(MemoryError()) == {"kind": "memory", "sentence": "MemoryError"}
     assert failure_of(IntegrityError("cannot load: std::bad_alloc"))["kind"] == "memory"
