@@ -16,7 +16,7 @@ says what is in the context) with the options of `settings`, read it as a `strea
 - `speculation/`: drafts of the next ones, by a draft model too, and whether these pay.
 - `text/`: tokens <-> text, and a conversation as one text.
 
-Above it all stand `untrusted/`: a language model whose bundle is open in another process, with limits; `bulk/`: many
+Above it all stand `sandbox/`: a language model whose bundle is open in another process, with limits; `bulk/`: many
 rows in one job; and `commands/`: what `cli` runs beyond the library.
 
 Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from .language_model import LanguageModel as LanguageModel
     from .loading import load as load
     from .sampling.log_probs import TokenLogprob as TokenLogprob
+    from .sandbox.limits import Limits as Limits
+    from .sandbox.limits import LimitsInForce as LimitsInForce
+    from .sandbox.model import UntrustedModel as UntrustedModel
     from .scoring import Score as Score
     from .session import Session as Session
     from .settings import ChatOptions as ChatOptions
@@ -47,9 +50,6 @@ if TYPE_CHECKING:
     from .settings import SamplingConfig as SamplingConfig
     from .settings import SamplingOptions as SamplingOptions
     from .stream import Stream as Stream
-    from .untrusted.limits import Limits as Limits
-    from .untrusted.limits import LimitsInForce as LimitsInForce
-    from .untrusted.model import UntrustedModel as UntrustedModel
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
@@ -66,8 +66,8 @@ else:
             ".scoring": ["Score"],
             ".session": ["Session"],
             ".stream": ["Stream"],
-            ".untrusted.limits": ["Limits", "LimitsInForce"],
-            ".untrusted.model": ["UntrustedModel"],
+            ".sandbox.limits": ["Limits", "LimitsInForce"],
+            ".sandbox.model": ["UntrustedModel"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
         },
     )

@@ -212,7 +212,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from .commands.bench import bench
-    from .untrusted.rerun import rerun, untrusted_of
+    from .sandbox.rerun import rerun, untrusted_of
 
     if untrusted_of(arguments):
         return rerun("bench", arguments)
@@ -253,7 +253,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from .commands.inspection import inspect, print_inspection
-    from .untrusted.rerun import rerun, untrusted_of
+    from .sandbox.rerun import rerun, untrusted_of
 
     if untrusted_of(arguments):
         return rerun("inspect", arguments)
@@ -413,7 +413,7 @@ def _placement(arguments: argparse.Namespace) -> PlacementOptions:
 
 
 def _trust(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .untrusted.rerun import untrusted_of
+    from .sandbox.rerun import untrusted_of
 
     return untrusted_of(arguments)
 

@@ -25,7 +25,7 @@ from .signature import require_signature
 from .unpacking import given_as, remove, unpacked
 
 if TYPE_CHECKING:
-    from .untrusted.limits import Limits
+    from .sandbox.limits import Limits
 
 
 def load(
@@ -106,7 +106,7 @@ def load(
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     if not trust:
-        from .untrusted.model import open_untrusted
+        from .sandbox.model import open_untrusted
 
         return open_untrusted(
             path,
@@ -210,7 +210,7 @@ def _require_untrusted(
     trust: object, limits: object, providers: Choice | Sequence[Choice] | None, draft: object
 ) -> None:
     """Raises InputError for what does not go with an untrusted bundle."""
-    from .untrusted.limits import Limits
+    from .sandbox.limits import Limits
 
     if not isinstance(trust, bool):
         raise InputError(f"trust is {shown(trust)}; True or False was expected")

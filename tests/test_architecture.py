@@ -138,7 +138,7 @@ def test_the_rooms_of_export_are_in_order() -> None:
 
 
 # Those of runtime/: what stands beside them makes a language model of them, bulk/ uses that, and commands/ and
-# untrusted/ see everything. batching/ runs the steps of generations, which are made of an engine and a sampler.
+# sandbox/ see everything. batching/ runs the steps of generations, which are made of an engine and a sampler.
 RUNTIME_ROOMS = {
     "providers": frozenset({"providers"}),
     "engine": frozenset({"engine", "providers"}),
@@ -155,7 +155,7 @@ RUNTIME_ROOMS = {
 
 def test_the_rooms_of_the_runtime_are_in_order() -> None:
     rooms = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")}
-    assert rooms == {*RUNTIME_ROOMS, "commands", "untrusted"}
+    assert rooms == {*RUNTIME_ROOMS, "commands", "sandbox"}
     crossings = 0
     for file in source_files("runtime"):
         room = file.relative_to(ROOT / "runtime").parts[0]
@@ -166,17 +166,17 @@ def test_the_rooms_of_the_runtime_are_in_order() -> None:
             first = (*target_of(file, found), "")[0]
             where = f"{file.relative_to(ROOT)}:{found.line} imports {first}"
             if allowed is not None:
-                if first == "untrusted" and found.never:  # the type of an argument of load
+                if first == "sandbox" and found.never:  # the type of an argument of load
                     continue
                 crossings += first != room
                 assert first in allowed | {"settings"}, f"{where}, which {room}/ may not: {', '.join(sorted(allowed))}"
-            elif room == "untrusted":
-                assert first != "commands" or found.lazy, f"{where}, which untrusted/ may not"
+            elif room == "sandbox":
+                assert first != "commands" or found.lazy, f"{where}, which sandbox/ may not"
             elif room != "commands":
                 lazy_command = room == "cli.py" and found.lazy
                 assert first != "commands" or lazy_command or found.never, f"{where}, which only cli.py may"
-                lazy_untrusted = room in ("__init__.py", "cli.py", "loading.py") and found.lazy
-                assert first != "untrusted" or lazy_untrusted or found.never, f"{where}, which only load and cli.py may"
+                lazy_sandbox = room in ("__init__.py", "cli.py", "loading.py") and found.lazy
+                assert first != "sandbox" or lazy_sandbox or found.never, f"{where}, which only load and cli.py may"
     assert crossings > 10
 
 

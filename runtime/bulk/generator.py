@@ -41,7 +41,7 @@ from .continuous import finished
 from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
 
 if TYPE_CHECKING:
-    from ..untrusted.limits import Limits
+    from ..sandbox.limits import Limits
 
 WINDOW = 1024  # rows that are sorted at once
 SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.runtime.untrusted import rlimits
+from pastkey.runtime.sandbox import rlimits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems keep no such limit")
 
 
 def ran(program: str, *arguments: object) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", f"from pastkey.runtime.untrusted import rlimits\n{program}", *map(str, arguments)],
+        [sys.executable, "-c", f"from pastkey.runtime.sandbox import rlimits\n{program}", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,

@@ -18,9 +18,9 @@ import pastkey
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, OptionError, UntrustedBundleError
 from pastkey.runtime import LanguageModel
-from pastkey.runtime.untrusted import process
-from pastkey.runtime.untrusted.limits import Limits
-from pastkey.runtime.untrusted.model import UntrustedModel
+from pastkey.runtime.sandbox import process
+from pastkey.runtime.sandbox.limits import Limits
+from pastkey.runtime.sandbox.model import UntrustedModel
 
 from .conftest import EASY, beside, children, descriptors, opened, told
 
@@ -292,7 +292,7 @@ def test_a_process_that_was_taken_over(
     talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, what: str, answer: str, told: str
 ) -> None:
     """It answers well until this call."""
-    hook = "from pastkey.runtime.untrusted import server\nimport pastkey.runtime.untrusted.protocol as P\n"
+    hook = "from pastkey.runtime.sandbox import server\nimport pastkey.runtime.sandbox.protocol as P\n"
     hook += HELPERS + f"server.Server.do_{what} = lambda self, **given: {answer}\n"
     boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)

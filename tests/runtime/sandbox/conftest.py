@@ -18,8 +18,8 @@ from pastkey.bundle import Bundle
 from pastkey.errors import LimitWarning
 from pastkey.folder import file_records, write_json
 from pastkey.runtime import Completion, LanguageModel, load
-from pastkey.runtime.untrusted.limits import Limits
-from pastkey.runtime.untrusted.model import UntrustedModel
+from pastkey.runtime.sandbox.limits import Limits
+from pastkey.runtime.sandbox.model import UntrustedModel
 
 from ...onnx_text import encode_model, field, nodes, values
 from ..conftest import Tiny, tiny_graph

@@ -14,12 +14,12 @@ import pytest
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel
-from pastkey.runtime.untrusted import process
-from pastkey.runtime.untrusted.model import UntrustedModel
+from pastkey.runtime.sandbox import process
+from pastkey.runtime.sandbox.model import UntrustedModel
 
 from .conftest import opened, told
 
-SILENT = "import time\nfrom pastkey.runtime.untrusted import server\n"
+SILENT = "import time\nfrom pastkey.runtime.sandbox import server\n"
 
 
 def silent(call: str) -> str:
@@ -101,7 +101,7 @@ def test_a_program_ends_while_a_process_is_silent(talking_bundle: Bundle, tmp_pa
 import asyncio, sys, warnings
 import pastkey
 from pastkey.runtime import Limits
-from pastkey.runtime.untrusted import process
+from pastkey.runtime.sandbox import process
 warnings.simplefilter("ignore")
 process.BOOT = {silent("next")!r}
 lm = pastkey.load({str(talking_bundle.path)!r}, threads=1, trust=False, limits=Limits(seconds=100.0))

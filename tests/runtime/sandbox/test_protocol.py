@@ -7,7 +7,7 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import Chunk, Completion, TokenLogprob
-from pastkey.runtime.untrusted.protocol import Loaded, Piece, Reply, Scored, Step, Whole, as_json
+from pastkey.runtime.sandbox.protocol import Loaded, Piece, Reply, Scored, Step, Whole, as_json
 from pastkey.typed import parse
 
 ODD = {"id": 1, "logprob": float("nan"), "ids": [], "logprobs": []}

@@ -11,7 +11,7 @@ import pytest
 import pastkey
 from pastkey.bundle import Bundle
 from pastkey.errors import UntrustedBundleError
-from pastkey.runtime.untrusted import process
+from pastkey.runtime.sandbox import process
 
 
 def test_what_it_starts_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

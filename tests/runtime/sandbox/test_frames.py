@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pastkey.runtime.untrusted.frames import HEADER, MalformedError, message, read_frame, write_frame
+from pastkey.runtime.sandbox.frames import HEADER, MalformedError, message, read_frame, write_frame
 
 
 def sent(content: dict[str, Any], array: bytes | memoryview = b"", **more: bool) -> bytes:

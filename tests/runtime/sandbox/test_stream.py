@@ -7,10 +7,10 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel
+from pastkey.runtime.sandbox.model import UntrustedModel
+from pastkey.runtime.sandbox.server import read_options
+from pastkey.runtime.sandbox.stream import sent_options, sent_value
 from pastkey.runtime.stream import Stream
-from pastkey.runtime.untrusted.model import UntrustedModel
-from pastkey.runtime.untrusted.server import read_options
-from pastkey.runtime.untrusted.stream import sent_options, sent_value
 
 
 def test_chunks_are_those_of_the_model(untrusted: UntrustedModel, trusted: LanguageModel) -> None:

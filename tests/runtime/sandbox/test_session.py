@@ -6,7 +6,7 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel, Session
-from pastkey.runtime.untrusted.model import UntrustedModel
+from pastkey.runtime.sandbox.model import UntrustedModel
 
 from .conftest import told
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pastkey.bundle import Bundle
-from pastkey.runtime.untrusted.frames import message, read_frame
-from pastkey.runtime.untrusted.protocol import Text
-from pastkey.runtime.untrusted.server import Server
+from pastkey.runtime.sandbox.frames import message, read_frame
+from pastkey.runtime.sandbox.protocol import Text
+from pastkey.runtime.sandbox.server import Server
 
 
 def answers(server: Server, *asked: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pastkey.errors import InputError, UntrustedBundleError
-from pastkey.runtime.untrusted import connection, process
-from pastkey.runtime.untrusted.connection import Connection
-from pastkey.runtime.untrusted.limits import Limits
-from pastkey.runtime.untrusted.protocol import Done, Shape, Text
+from pastkey.runtime.sandbox import connection, process
+from pastkey.runtime.sandbox.connection import Connection
+from pastkey.runtime.sandbox.limits import Limits
+from pastkey.runtime.sandbox.protocol import Done, Shape, Text
 
 from .conftest import children, descriptors
 

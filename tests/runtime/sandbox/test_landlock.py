@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.runtime.untrusted import landlock
+from pastkey.runtime.sandbox import landlock
 
 PROGRAM = """
 import json, os, socket, sys
 from pathlib import Path
-from pastkey.runtime.untrusted import landlock
+from pastkey.runtime.sandbox import landlock
 allowed, outside, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 rights = [(allowed, landlock.READ), (Path(sys.executable), landlock.READ), (Path("/nowhere"), landlock.READ)]
 kept = socket.socket()

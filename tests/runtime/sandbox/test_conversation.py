@@ -7,7 +7,7 @@ import pytest
 
 from pastkey.errors import InputError, MissingFileError, TemplateWarning
 from pastkey.runtime import Chat, LanguageModel
-from pastkey.runtime.untrusted.model import UntrustedModel
+from pastkey.runtime.sandbox.model import UntrustedModel
 
 from .conftest import told
 

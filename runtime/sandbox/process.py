@@ -20,7 +20,7 @@ if sys.platform != "win32":
 # -I and -S leave out the current folder, and what a user or a site adds: imports come from where `libraries` says.
 BOOT: Final = (
     "import json, sys; sys.path += json.loads(sys.argv[1]); "
-    "from pastkey.runtime.untrusted.child import main; main(int(sys.argv[2]))"
+    "from pastkey.runtime.sandbox.child import main; main(int(sys.argv[2]))"
 )
 # What the process imports, and where that lies is what it may read beside Python itself and the bundle.
 _PACKAGES: Final = ("numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance", "cryptography", "cffi")

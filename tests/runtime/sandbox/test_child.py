@@ -17,8 +17,8 @@ import pytest
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, UntrustedBundleError
-from pastkey.runtime.untrusted import child, landlock, process
-from pastkey.runtime.untrusted.model import UntrustedModel
+from pastkey.runtime.sandbox import child, landlock, process
+from pastkey.runtime.sandbox.model import UntrustedModel
 
 from .conftest import EASY, GRAPHS, SMALL, Hostile, mend, opened
 
@@ -89,7 +89,7 @@ def test_a_template_that_never_ends(untrusted: UntrustedModel, template: str, tm
 
 
 def test_one_that_crashes_within_a_call(talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    crash = "import ctypes\nfrom pastkey.runtime.untrusted import server\n"
+    crash = "import ctypes\nfrom pastkey.runtime.sandbox import server\n"
     crash += "server.Server.do_logits = lambda self, ids: ctypes.string_at(0)\n"
     monkeypatch.setattr(
         process, "BOOT", process.BOOT.replace("from pastkey", crash + "from pastkey", 1).replace("; ", "\n")
@@ -106,8 +106,8 @@ def test_one_that_crashes_within_a_call(talking_bundle: Bundle, monkeypatch: pyt
 SPIED = """
 import json, os, socket, sys
 from pathlib import Path
-from pastkey.runtime.untrusted import server
-from pastkey.runtime.untrusted.protocol import Ids, Values
+from pastkey.runtime.sandbox import server
+from pastkey.runtime.sandbox.protocol import Ids, Values
 def tried(action):
     try: action()
     except OSError as error: return type(error).__name__
@@ -146,14 +146,14 @@ def test_what_it_can_reach(talking_bundle: Bundle, tmp_path: Path, monkeypatch: 
             "PORT", str(listening.getsockname()[1])
         )
         # Put in the place of a call when the server is imported, which is behind the limits.
-        hook = f"import pastkey.runtime.untrusted.child as c, builtins\nspied = {spied!r}\n"
+        hook = f"import pastkey.runtime.sandbox.child as c, builtins\nspied = {spied!r}\n"
         hook += "real = c.rlimits.limit_memory\n"
         hook += "def limit(*a, final, **k):\n    if final: exec(spied, {})\n    return real(*a, final=final, **k)\n"
         hook += "c.rlimits.limit_memory = limit\n"
         boot = process.BOOT.replace("; ", "\n")
         monkeypatch.setattr(process, "BOOT", boot.replace("from pastkey", hook + "from pastkey", 1))
         with opened(talking_bundle.path) as model:
-            from pastkey.runtime.untrusted.protocol import Values
+            from pastkey.runtime.sandbox.protocol import Values
 
             found = dict(model.connection.call("for a test", "defaults", Values).values)
     assert set(found.pop("threads")) == {"NoNewPrivs:\t1"}
@@ -174,9 +174,9 @@ def test_a_parent_that_dies_takes_it_along(hostile: Hostile, tmp_path: Path) -> 
 import pastkey, sys, threading, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from pastkey.runtime.untrusted.limits import Limits
-from pastkey.runtime.untrusted import process
-hang = "import re\\nfrom pastkey.runtime.untrusted import server\\n"
+from pastkey.runtime.sandbox.limits import Limits
+from pastkey.runtime.sandbox import process
+hang = "import re\\nfrom pastkey.runtime.sandbox import server\\n"
 hang += "server.Server.do_logits = lambda self, ids: re.match('(a+)+$', 'a' * 60 + 'b')\\n"
 process.BOOT = process.BOOT.replace("from pastkey", hang + "from pastkey", 1).replace("; ", "\\n")
 lm = pastkey.load({str(hostile(""))!r}, trust=False, limits=Limits(seconds=500.0))
@@ -283,7 +283,7 @@ def test_no_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ta
     import pastkey
     from pastkey.errors import LimitWarning
 
-    lacking = "import pastkey.runtime.untrusted.landlock as l\nl.abi = lambda: 0\n"
+    lacking = "import pastkey.runtime.sandbox.landlock as l\nl.abi = lambda: 0\n"
     boot = process.BOOT.replace("; ", "\n").replace("from pastkey", lacking + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)
     with pytest.warns(LimitWarning, match=r"files and networks are open to it \(no landlock\)"):

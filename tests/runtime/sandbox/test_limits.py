@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pastkey.errors import InputError
-from pastkey.runtime.untrusted.limits import LEAST_MEMORY, MEMORY, Limits, LimitsInForce, default_memory
+from pastkey.runtime.sandbox.limits import LEAST_MEMORY, MEMORY, Limits, LimitsInForce, default_memory
 
 
 def test_what_may_be_asked_for() -> None:

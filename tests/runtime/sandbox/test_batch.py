@@ -12,7 +12,7 @@ import pytest
 from pastkey.bundle import Bundle
 from pastkey.errors import UntrustedBundleError
 from pastkey.runtime import Generator
-from pastkey.runtime.untrusted import process
+from pastkey.runtime.sandbox import process
 
 from .conftest import EASY
 
@@ -46,7 +46,7 @@ def test_a_process_that_ends_ends_the_job(
     """And is no row's own error; nor is the bundle opened here instead."""
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "ab"}\n')
-    crash = "import os\nfrom pastkey.runtime.untrusted import server\n"
+    crash = "import os\nfrom pastkey.runtime.sandbox import server\n"
     crash += "server.Server.do_next = lambda self, stream: os._exit(5)\n"
     boot = process.BOOT.replace("; ", "\n").replace("from pastkey", crash + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)

@@ -11,8 +11,8 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.runtime.untrusted import process, rerun
-from pastkey.runtime.untrusted.limits import Limits
+from pastkey.runtime.sandbox import process, rerun
+from pastkey.runtime.sandbox.limits import Limits
 
 from .conftest import Hostile
 
@@ -99,7 +99,7 @@ def test_what_limit_says() -> None:
 def test_what_a_terminal_would_act_on_is_not_printed(
     command: Command, talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = "from pastkey.runtime.untrusted import server\nimport pastkey.runtime.untrusted.protocol as P\n"
+    hook = "from pastkey.runtime.sandbox import server\nimport pastkey.runtime.sandbox.protocol as P\n"
     hook += "server.Server.do_command = lambda self, **_: P.Ran(77, 'a\\x1b[31mé\\n', 'b\\x07\\n')\n"
     boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)

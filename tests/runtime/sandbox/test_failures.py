@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pastkey.errors import InputError, IntegrityError
-from pastkey.runtime.untrusted.failures import failure_of
+from pastkey.runtime.sandbox.failures import failure_of
 
 
 def test_errors_by_their_kind() -> None:
