@@ -16,7 +16,7 @@ says what is in the context) with the options of `settings`, read it as a `strea
 - `speculation/`: drafts of the next ones, by a draft model too, and whether these pay.
 - `text/`: tokens <-> text, and a conversation as one text.
 
-Above it all stand `sandbox/`: a language model whose bundle is open in another process, with limits; `bulk/`: many
+Above it all stand `sandbox/`: a bundle in a child process with limits; `bulk/`: many
 rows in one job; and `commands/`: what `cli` runs beyond the library.
 
 Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from .sampling.log_probs import TokenLogprob as TokenLogprob
     from .sandbox.limits import Limits as Limits
     from .sandbox.limits import LimitsInForce as LimitsInForce
-    from .sandbox.model import UntrustedModel as UntrustedModel
+    from .sandbox.model import SandboxedModel as SandboxedModel
+    from .sandbox.stream import SandboxedStream as SandboxedStream
     from .scoring import Score as Score
     from .session import Session as Session
     from .settings import ChatOptions as ChatOptions
@@ -67,7 +68,8 @@ else:
             ".session": ["Session"],
             ".stream": ["Stream"],
             ".sandbox.limits": ["Limits", "LimitsInForce"],
-            ".sandbox.model": ["UntrustedModel"],
+            ".sandbox.model": ["SandboxedModel"],
+            ".sandbox.stream": ["SandboxedStream"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
         },
     )

@@ -4,29 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
+from pastkey.bundle import Manifest
 from pastkey.errors import InputError, OptionError, TemplateWarning
 from pastkey.values import is_one_of, require, shown
 
 from .completion import Chunk, Completion, ToolCall, completed
-from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
-from .text.chat_template import ChatTemplate
+from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions, require_known
 from .text.environment import plain
 from .text.messages import Content, check_messages, checked_content, message, read_messages, save_messages, text_of
 from .text.tool_calls import parse_tool_calls, tool_call_form
 
 if TYPE_CHECKING:
-    from .language_model import LanguageModel
-    from .text.codec import TextCodec
-    from .text.plain_contents import PlainContents
     from .text.tools import Tool
 
 _OURS = ("messages", "add_generation_prompt", "continue_final_message")  # what a template is given in any case
+
+
+class Format(Protocol):
+    """How a conversation becomes token ids: see ChatFormat, which has what is here."""
+
+    source: str
+    variables: frozenset[str]
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
+        """The conversation as a text."""
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> list[int]:
+        """The conversation as token ids."""
+
+    def loses_space(self, token: int) -> bool:
+        """Whether a text that begins with this token lacks the space that the token carries."""
+
+
+class ChatModel(Protocol):
+    """What a conversation asks of its model: LanguageModel has it, and the model in a sandbox."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest, for the length of the context."""
+
+    def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
+        """How a conversation becomes token ids."""
+
+    def stream(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> Generator[Chunk, None, Completion]:
+        """Continues token ids."""
 
 
 class Chat:
@@ -46,7 +72,7 @@ class Chat:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: ChatModel,
         system: str | None = None,
         *,
         template: str | Path | None = None,
@@ -56,12 +82,6 @@ class Chat:
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         """See `LanguageModel.chat`, whose further keywords are `template_variables`."""
-        path = model.bundle.path
-        if model.tokenizer is None:
-            raise InputError(
-                f"{path} has no tokenizer and holds no conversation: use  pastkey run {shlex.quote(str(path))} "
-                "--prompt-ids 1,2,3"
-            )
         self.model = model
         self.system = system if system is None else _checked_text("system", system)
         self.tools = None if tools is None else _schemas(tools)
@@ -73,10 +93,8 @@ class Chat:
         for name in _OURS:
             if name in self._variables:
                 raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
-        self._tokenizer = model.tokenizer
-        self._template = self._open_template(template, tools=bool(tools))
-        self._form = tool_call_form(self._template.source)
-        self._plain = self._plain_contents(model.tokenizer) if special_tokens_as_text else None
+        self._format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=special_tokens_as_text)
+        self._form = tool_call_form(self._format.source)
         self._takes_text, self._takes_parts = self._contents_taken()
         self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
         self.reset()
@@ -147,7 +165,7 @@ class Chat:
         """
         require(isinstance(answer, Completion), "answer", answer, "the Completion that lm.generate() gave")
         messages, cut = self._standing()
-        lost = cut and answer.ids and self._tokenizer.loses_space(answer.ids[0])
+        lost = cut and answer.ids and self._format.loses_space(answer.ids[0])
         answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
         return self._taken_in(messages if cut is None else messages[:-1], (cut or "") + answer.text, answer)
 
@@ -285,7 +303,7 @@ class Chat:
         try:
             while True:
                 chunk = next(answer)
-                if cut and said == cut and chunk.ids and self._tokenizer.loses_space(chunk.ids[0]):
+                if cut and said == cut and chunk.ids and self._format.loses_space(chunk.ids[0]):
                     space = " "  # a decoder drops it where a text begins, and this one goes on
                     chunk = dataclasses.replace(chunk, text=space + chunk.text)
                 said += chunk.text
@@ -329,29 +347,15 @@ class Chat:
         return [call for call in self.messages[places[-1]].get("tool_calls") or () if call.get("id") not in answered]
 
     # --- the template ---------------------------------------------------------------------------------------------
-    def _open_template(self, file: str | Path | None, *, tools: bool) -> ChatTemplate:
-        return ChatTemplate.from_bundle(self.model.bundle, file, tools=tools)
-
-    def _plain_contents(self, tokenizer: TextCodec) -> PlainContents:
-        from .text.plain_contents import PlainContents
-
-        return PlainContents(tokenizer)
-
     def _ids(self, messages: Sequence[Mapping[str, Any]], continued: bool) -> list[int]:
-        text = self._rendered(messages, continue_final_message=continued)
-        if self._plain is not None:
-            return self._plain.encode(text)
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._format.ids(list(map(self._shaped, messages)), **self._given(continue_final_message=continued))
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], **changes: Any) -> str:
-        given: dict[str, Any] = {"tools": self.tools, "documents": self.documents, **self._variables, **changes}
-        shown: Any = [self._shaped(said) for said in messages]
-        if self._plain is not None:
-            # Where special tokens are kept, those of an answer are the model's own.
-            kept = ["role", "content"] if self.tools is not None else ["role"]
-            shown = [self._plain.protect(said, kept if said["role"] == "assistant" else ["role"]) for said in shown]
-            given |= {name: self._plain.protect(given[name], ["type"]) for name in ("tools", "documents")}
-        return self._template.render(shown, **given)
+        return self._format.render(list(map(self._shaped, messages)), **self._given(**changes))
+
+    def _given(self, **changes: Any) -> dict[str, Any]:
+        """What the template reads beside the messages."""
+        return {"tools": self.tools, "documents": self.documents, **self._variables, **changes}
 
     def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
         """A message with its content as the template takes it: in parts, or as a text."""
@@ -367,7 +371,7 @@ class Chat:
 
         def writes(content: Content) -> bool:
             try:
-                text = self._template.render([message("user", content)], **self._variables)
+                text = self._format.render([message("user", content)], **self._variables)
             except InputError:
                 return False
             return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
@@ -401,7 +405,7 @@ class Chat:
             if given and whole == rendered(self.system, **{name: None}):
                 _warn(f"the chat template leaves the {name} out, so that the model is not told of them", stacklevel)
         for name in self._variables:
-            if name not in self._template.variables:
+            if name not in self._format.variables:
                 _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
 
 

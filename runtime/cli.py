@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pastkey import names
 from pastkey.command import (
     Command,
     add_placement,
@@ -102,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     _show_what_can_be_shown()
     for chunk in model.stream(prompt, **options):
-        text = chunk.text if model.tokenizer else "".join(f"{token} " for token in chunk.ids)
+        text = chunk.text if names.TOKENIZER in model.manifest.files else "".join(f"{token} " for token in chunk.ids)
         print_text(text)
     print()
     return 0
@@ -212,10 +213,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from .commands.bench import bench
-    from .sandbox.rerun import rerun, untrusted_of
+    from .commands.rerun import rerun, untrusted_of
 
     if untrusted_of(arguments):
-        return rerun("bench", arguments)
+        return rerun("bench", _bench, arguments)
     report = bench(
         arguments.bundle,
         prompt_tokens=arguments.prompt_tokens,
@@ -253,10 +254,10 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from .commands.inspection import inspect, print_inspection
-    from .sandbox.rerun import rerun, untrusted_of
+    from .commands.rerun import rerun, untrusted_of
 
     if untrusted_of(arguments):
-        return rerun("inspect", arguments)
+        return rerun("inspect", _inspect, arguments)
     inspection = inspect(arguments.bundle, **_placement(arguments))
     if arguments.json:
         print_json(inspection.to_json())
@@ -413,7 +414,7 @@ def _placement(arguments: argparse.Namespace) -> PlacementOptions:
 
 
 def _trust(arguments: argparse.Namespace) -> dict[str, Any]:
-    from .sandbox.rerun import untrusted_of
+    from .commands.rerun import untrusted_of
 
     return untrusted_of(arguments)
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from .asynchronous import AsyncStream
     from .chat import Chat
+    from .text.chat_format import ChatFormat
     from .text.tools import Tool
 
 
@@ -326,6 +327,16 @@ class LanguageModel:
             documents=documents,
             special_tokens_as_text=special_tokens_as_text,
             template_variables=template_variables,
+        )
+
+    def chat_format(
+        self, template: str | Path | None = None, *, tools: bool = False, special_tokens_as_text: bool = False
+    ) -> ChatFormat:
+        """How a conversation becomes token ids. `chat` has the arguments and the errors."""
+        from .text.chat_format import open_chat_format
+
+        return open_chat_format(
+            self.bundle, self.tokenizer, template, tools=tools, special_tokens_as_text=special_tokens_as_text
         )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:

@@ -137,8 +137,8 @@ def test_the_rooms_of_export_are_in_order() -> None:
     assert crossings > 20  # the walk finds them at all
 
 
-# Those of runtime/: what stands beside them makes a language model of them, bulk/ uses that, and commands/ and
-# sandbox/ see everything. batching/ runs the steps of generations, which are made of an engine and a sampler.
+# Those of runtime/: what stands beside them makes a language model of them, bulk/ and sandbox/ use that, and commands/
+# see everything. batching/ runs the steps of generations, which are made of an engine and a sampler.
 RUNTIME_ROOMS = {
     "providers": frozenset({"providers"}),
     "engine": frozenset({"engine", "providers"}),
@@ -166,17 +166,16 @@ def test_the_rooms_of_the_runtime_are_in_order() -> None:
             first = (*target_of(file, found), "")[0]
             where = f"{file.relative_to(ROOT)}:{found.line} imports {first}"
             if allowed is not None:
-                if first == "sandbox" and found.never:  # the type of an argument of load
-                    continue
                 crossings += first != room
                 assert first in allowed | {"settings"}, f"{where}, which {room}/ may not: {', '.join(sorted(allowed))}"
             elif room == "sandbox":
-                assert first != "commands" or found.lazy, f"{where}, which sandbox/ may not"
+                assert first not in ("commands", "bulk", "cli"), f"{where}, which sandbox/ may not"
+                assert not found.never or first != "sandbox", f"{where} for its types alone: a knot"
             elif room != "commands":
                 lazy_command = room == "cli.py" and found.lazy
                 assert first != "commands" or lazy_command or found.never, f"{where}, which only cli.py may"
-                lazy_sandbox = room in ("__init__.py", "cli.py", "loading.py") and found.lazy
-                assert first != "sandbox" or lazy_sandbox or found.never, f"{where}, which only load and cli.py may"
+                lazy_sandbox = room in ("__init__.py", "loading.py") and found.lazy
+                assert first != "sandbox" or lazy_sandbox or found.never, f"{where}, which only load may"
     assert crossings > 10
 
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 
@@ -39,9 +39,6 @@ from ..stream import Stream
 from .answers import Answer, json_text, openai_answer, openai_error, plain_answer, plain_error
 from .continuous import finished
 from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
-
-if TYPE_CHECKING:
-    from ..sandbox.limits import Limits
 
 WINDOW = 1024  # rows that are sorted at once
 SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once
@@ -102,8 +99,6 @@ class Generator:
         threads: int | None = None,
         allow_fallback: bool = False,
         session_options: SessionSettings | None = None,
-        trust: bool = True,
-        limits: Limits | None = None,
         **options: Unpack[ChatOptions],
     ) -> None:
         """Loads nothing yet.
@@ -118,8 +113,6 @@ class Generator:
             threads: As in `load`.
             allow_fallback: As in `load`.
             session_options: As in `load`.
-            trust: As in `load`.
-            limits: As in `load`.
             **options: As in `LanguageModel.generate`, for all rows; a column or field of an option's name wins.
                 `max_new_tokens` is 64, of an answer to messages 512. Each row draws by a seed made of `seed` (0) and
                 its id.
@@ -140,8 +133,6 @@ class Generator:
             "allow_fallback": allow_fallback,
             "session_options": session_options,
             "max_batch": 1 if exact else max_batch,
-            "trust": trust,
-            "limits": limits,
         }
         require_settings(**self._load)
         self._chats: dict[str, Chat] = {}
@@ -238,7 +229,7 @@ class Generator:
         if shares and not model.manifest.states:
             # The tail keeps the cache in the store: one hardly longer than what a row needs would go to that row.
             ids = [*first[:shared], *[first[shared - 1]] * (TAIL + 1)]
-            with contextlib.suppress(PastkeyError):  # each row has its own; an untrusted bundle has no engine here
+            with contextlib.suppress(PastkeyError):  # each row has its own
                 if model.require_open().graph.copies and len(ids) < model.manifest.context_length:
                     model.generate(ids, max_new_tokens=1, reuse_prefix=True, exact=True)
         for task in tasks:

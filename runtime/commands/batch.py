@@ -21,6 +21,8 @@ from ..bulk.generator import Generator
 from ..bulk.job import Job, JobRecord, is_begun, open_job, refuse_output, require_formats
 from ..session_file import bundle_digest
 from ..settings import ChatOptions, PlacementOptions
+from .rerun import require_cpu
+from .untrusted_rows import SandboxedGenerator
 
 _EVERY = 10.0  # seconds between two lines of progress
 
@@ -35,11 +37,18 @@ def batch(
     refuse_output(out, force=arguments.force or is_begun(out))
     settings: dict[str, Any] = {**options, "exact": arguments.exact}
     settings["template"] = None if arguments.template is None else sha256(Path(arguments.template))
-    generator = Generator(
-        arguments.bundle, exact=arguments.exact, template=arguments.template, **placement, **trust, **options
-    )
+    given: dict[str, Any] = {"exact": arguments.exact, "template": arguments.template, **placement, **options}
+    generator: Generator | SandboxedGenerator
+    if trust:
+        require_cpu(arguments)
+        del given["providers"]
+        generator = SandboxedGenerator(arguments.bundle, trust["limits"], **given)
+        digest = generator.digest
+    else:
+        generator = Generator(arguments.bundle, **given)
+        digest = bundle_digest(generator.model.bundle)
     wanted = JobRecord(
-        bundle=bundle_digest(generator.model.bundle),
+        bundle=digest,
         input=sha256(source),
         shard=arguments.shard,
         settings=json.loads(json.dumps(settings, sort_keys=True)),  # as it comes back from the file
@@ -67,7 +76,7 @@ def require_shard(shard: str) -> None:
         raise InputError(f"--shard is {shard!r}; I/N was expected, with I from 1 to N")
 
 
-def answer_all(job: Job, generator: Generator, out: Path) -> dict[str, Any]:
+def answer_all(job: Job, generator: Generator | SandboxedGenerator, out: Path) -> dict[str, Any]:
     """Answers what is left. Returns the report, which tells of this run in its speeds and of the job in the rest."""
     before, started = job.done, time.monotonic()
     tokens = {"prompt_tokens": 0, "new_tokens": 0}

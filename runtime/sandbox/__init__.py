@@ -1,7 +1,7 @@
-"""A bundle of a stranger in a child process with limits: the parent opens nothing of it, and believes nothing it says.
+"""Runs an untrusted bundle in a child process with limits; the parent validates every reply.
 
-- `limits`: what is asked for, what is in force; `landlock`, `rlimits`: how the child puts them on itself.
-- `protocol`: what the two say to each other, and in which types.
-- `child`: the process; `model`: what an application holds; `connection`: the way between them, and its end.
-- `rerun`: a whole command in such a process.
+- `limits`: what is asked for and what is in force; `landlock`, `rlimits`: how the child puts limits on itself.
+- `frames`, `protocol`: the messages between the two, and their types.
+- `child`, `server`: the process, and what it answers; `process`, `connection`: how it is started, asked and ended.
+- `model`, `stream`, `chat_format`: what an application holds.
 """

@@ -7,7 +7,6 @@ onnxruntime is imported: what stands at the top of this file imports neither.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -23,8 +22,7 @@ from pastkey.names import MANIFEST
 
 from ..unpacking import unpack
 from . import landlock, rlimits
-from .failures import failure_of
-from .frames import message, read_frame, write_frame
+from .frames import failure_of, message, read_frame, write_frame
 from .limits import Limits, LimitsInForce, default_memory
 
 _SCRATCH: Final = 200_000_000  # bytes of a file that may be written
@@ -47,14 +45,12 @@ def main(lifeline: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)  # what a library prints is no answer
-    first = read_frame(source, json.loads, lambda: sys.maxsize, lambda _: sys.maxsize)
-    if first is None:
+    asked = read_frame(source, json.loads, lambda: sys.maxsize)
+    if asked is None:
         return
-    asked, array = first
     number = asked["id"]
     try:
-        given = asked["given"]["asked"]
-        in_force, path = limited(given, array if given["is_content"] else None)
+        in_force, path = limited(asked["given"])
         from .server import Server
 
         server = Server(path, source, target)
@@ -81,15 +77,10 @@ def _end_with_parent(lifeline: int) -> None:
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def limited(given: Mapping[str, Any], content: bytes | bytearray | None) -> tuple[LimitsInForce, Path]:
+def limited(given: Mapping[str, Any]) -> tuple[LimitsInForce, Path]:
     """Puts the limits on this process, all but the final one of memory, and unpacks a zip file under them.
 
-    Args:
-        given: What the parent asks for.
-        content: That of the zip file, where it lies nowhere.
-
-    Returns:
-        What is in force, and where the bundle is.
+    Returns what is in force, and where the bundle is. `given`: what the parent asks for.
     """
     limits = Limits(given["memory"], given["seconds"])
     path = Path(given["path"])
@@ -98,7 +89,7 @@ def limited(given: Mapping[str, Any], content: bytes | bytearray | None) -> tupl
     rights += [(Path(place), landlock.READ) for place in (*_SYSTEM, *_of_python())]
     rights += [(Path(os.devnull), landlock.READ_FILE | landlock.WRITE_FILE)]
     if given["unpack_to"] is not None:
-        path = _unpacked(path, content, Path(given["unpack_to"]), rights)
+        path = _unpacked(path, given["name"], Path(given["unpack_to"]), rights)
     rights.append((path, landlock.READ))
     if (store := hub_store(path)) is not None:
         rights.append((store, landlock.READ))
@@ -133,13 +124,10 @@ def _of_python() -> list[str]:
     return [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(sys.base_prefix) / "lib")]
 
 
-def _unpacked(path: Path, content: bytes | bytearray | None, folder: Path, rights: list[tuple[Path, int]]) -> Path:
-    """Unpacks a zip file, or the content of one, with the right to write to this folder and no other."""
-    landlock.restrict([*rights, (path, landlock.READ_FILE), (folder, landlock.WRITE)])
+def _unpacked(file: Path, name: str, folder: Path, rights: list[tuple[Path, int]]) -> Path:
+    """Unpacks a zip file, with the right to write to this folder and no other."""
+    landlock.restrict([*rights, (file, landlock.READ_FILE), (folder, landlock.WRITE)])
     rlimits.limit_memory(_BESIDE, _BESIDE, final=False)
-    if content is not None:
-        unpack(io.BytesIO(content), "the bytes", folder)
-    else:
-        with path.open("rb") as file:
-            unpack(file, str(path), folder)
+    with file.open("rb") as content:
+        unpack(content, name, folder)
     return folder

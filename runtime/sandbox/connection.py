@@ -11,24 +11,22 @@ import itertools
 import os
 import queue
 import signal
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 from pastkey import errors
 from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
-from pastkey.memory import available_memory
 from pastkey.reading import parse_json
 from pastkey.typed import parse
 
 from .frames import MalformedError, message, read_frame, write_frame
 from .limits import Limits, LimitsInForce
 from .process import libraries, started
-from .protocol import MOST_JSON, Failure, Reply
+from .protocol import MOST_JSON, Done, Failure, Reply, Values
 
 T = TypeVar("T")
 _START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
@@ -43,9 +41,8 @@ class _Call:
     What a Future waits by makes a RuntimeError of an interrupt that comes as it wakes up; a SimpleQueue does not.
     """
 
-    most_json: int
-    most_array: int
-    replies: queue.SimpleQueue[tuple[Reply, bytearray] | None] = field(default_factory=queue.SimpleQueue)  # None: ended
+    most: int  # bytes of JSON
+    replies: queue.SimpleQueue[Reply | None] = field(default_factory=queue.SimpleQueue)  # None: ended
 
 
 class Connection:
@@ -53,6 +50,7 @@ class Connection:
 
     Attributes:
         in_force: Its limits.
+        seconds: How long it may take for an answer.
         closed: Whether `close` was called.
     """
 
@@ -60,8 +58,8 @@ class Connection:
         self,
         path: Path,
         limits: Limits,
-        content: bytes | memoryview | None = None,
         *,
+        name: str | None = None,
         unpack_to: Path | None = None,
         scratch: Path | None = None,
         readable: Sequence[str] = (),
@@ -71,7 +69,7 @@ class Connection:
         Args:
             path: The bundle, or a zip file of one; with `unpack_to` the bundle is what will be there.
             limits: What it may take.
-            content: That of the zip file, where it lies nowhere.
+            name: What errors call it; its path by default.
             unpack_to: An empty folder that it may write to until it has put the limits on itself.
             scratch: An empty folder that it may write to for as long as it lives.
             readable: Further files that it may read.
@@ -79,7 +77,7 @@ class Connection:
         Raises:
             UntrustedBundleError: It could not be started, or does not answer.
         """
-        self._name, self._seconds = str(path), limits.seconds
+        self._name, self.seconds = name or str(path), limits.seconds
         self.in_force = LimitsInForce(limits.seconds, None, 0, ("what its process was to put on itself",))
         self._lock = threading.RLock()  # a collector may close this in whichever thread holds it
         self._calls: dict[int, _Call] = {}
@@ -88,7 +86,7 @@ class Connection:
         self._ended: str | None = None
         self._gone = False
         self._pid = os.getpid()
-        self._queue: queue.SimpleQueue[tuple[bytes, bytes | memoryview] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._process, self._lifeline = started(self._name)
         _connections.add(self)
         self._threads = [
@@ -100,15 +98,12 @@ class Connection:
                 "memory": None if limits.memory is None else int(limits.memory),
                 "seconds": float(limits.seconds),
                 "path": str(path),
-                "is_content": content is not None,
+                "name": self._name,
                 "unpack_to": None if unpack_to is None else str(unpack_to),
                 "scratch": None if scratch is None else str(scratch),
                 "libraries": libraries()[1] + [[place, "read"] for place in readable],
             }
-            start = self.call_with_array(
-                "to start", "limits", LimitsInForce, content or b"", seconds=max(_START, limits.seconds), asked=asked
-            )
-            self.in_force = start[0]
+            self.in_force = self._call("to start", "limits", LimitsInForce, asked, seconds=max(_START, limits.seconds))
         except BaseException:
             self.close()
             raise
@@ -131,31 +126,23 @@ class Connection:
             ) from None
 
     # --- calls --------------------------------------------------------------------------------------------------------
-    def call(self, doing: str, what: str, kind: type[T], **given: Any) -> T:
-        """What the process answers, as `kind`. See `call_with_array`."""
-        return self.call_with_array(doing, what, kind, **given)[0]
-
-    def call_with_array(
+    def call(
         self,
         doing: str,
         what: str,
         kind: type[T],
-        array: bytes | memoryview = b"",
         *,
-        most_json: int = MOST_JSON,
-        most_array: int = 0,
+        most: int = MOST_JSON,
         seconds: float | None = None,
         **given: Any,
-    ) -> tuple[T, bytearray]:
+    ) -> T:
         """Asks, and waits for the answer.
 
         Args:
             doing: What it is asked for, for a sentence: "for the next token".
-            what: Which of the calls of child.py.
+            what: Which of the calls of server.py.
             kind: The class of the answer.
-            array: Bytes that go along.
-            most_json: Bytes of the answer that are taken, at most.
-            most_array: Bytes behind it that are taken, at most.
+            most: Bytes of JSON that the answer may have.
             seconds: How long to wait; None as long as the limit says.
             **given: What the call takes.
 
@@ -163,9 +150,44 @@ class Connection:
             PastkeyError: What the process says of the call, by its class.
             UntrustedBundleError: It came to an end, now or before: it broke a limit, crashed, or gave no answer.
         """
-        call = _Call(most_json, min(most_array, self._memory()))
-        seconds = self._seconds if seconds is None else seconds
-        self._ask(what, given, array, call)
+        return self._call(doing, what, kind, given, most=most, seconds=seconds)
+
+    def results(
+        self,
+        doing: str,
+        function: Callable[..., Iterator[Mapping[str, Any]]],
+        kind: type[T],
+        *,
+        most: int = MOST_JSON,
+        seconds: float | None = None,
+        **given: Any,
+    ) -> Iterator[T]:
+        """What a function of pastkey yields, each as `kind`, called in the process with the bundle's path and `given`.
+
+        Each result has the bounds of `call`.
+        """
+        job = next(numbers)
+        self.call(doing, "begin", Done, job=job, function=name_of(function), arguments=given)
+        while found := self.call(doing, "more", Values, job=job, most=most, seconds=seconds).values:
+            try:
+                result = parse(kind, found, "the answer")
+            except InputError as error:
+                self.fail(f"gave an answer that is none ({error}), and was ended")
+            yield result
+
+    def _call(
+        self,
+        doing: str,
+        what: str,
+        kind: type[T],
+        given: Mapping[str, Any],
+        *,
+        most: int = MOST_JSON,
+        seconds: float | None = None,
+    ) -> T:
+        call = _Call(most)
+        seconds = self.seconds if seconds is None else seconds
+        self._ask(what, given, call)
         try:
             found = call.replies.get(timeout=seconds)
         except queue.Empty:
@@ -173,23 +195,17 @@ class Connection:
             found = call.replies.get()  # None, unless it came in this very moment
         if found is None:
             raise self._error(doing)
-        reply, behind = found
-        if reply.failure is not None:
-            raise self._failure(reply.failure, doing)
+        if found.failure is not None:
+            raise self._failure(found.failure, doing)
         try:
-            return parse(kind, reply.value, "the answer"), behind
+            return parse(kind, found.value, "the answer")
         except InputError as error:
             self._end(f"gave an answer that is none ({error}), and was ended")
             raise self._error(doing) from None
 
     def tell(self, what: str, **given: Any) -> None:
         """Asks for something that has no answer. Never waits, and never raises: a collector may call it."""
-        self._queue.put((message({"id": 0, "what": what, "given": given}), b""))
-
-    @property
-    def ended(self) -> bool:
-        """Whether the process came to an end, or will in a moment."""
-        return self._ended is not None
+        self._queue.put(message({"id": 0, "what": what, "given": given}))
 
     def require_alive(self) -> None:
         """Raises UntrustedBundleError where the process has ended, InputError in a process that was forked."""
@@ -206,16 +222,11 @@ class Connection:
         self._end(reason)
         raise self._error()
 
-    def _memory(self) -> int:
-        """Bytes that no honest answer is longer than: the process has to have them, too."""
-        found = self.in_force.memory or available_memory()
-        return sys.maxsize if found is None else found
-
-    def _ask(self, what: str, given: Mapping[str, Any], array: bytes | memoryview, call: _Call) -> None:
+    def _ask(self, what: str, given: Mapping[str, Any], call: _Call) -> None:
         self.require_alive()
         number = next(self._numbers)
         try:
-            head = message({"id": number, "what": what, "given": given}, array, ascii_only=True)
+            sent = message({"id": number, "what": what, "given": given}, ascii_only=True)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
                 f"what was given cannot be sent to the process of an untrusted bundle ({error}): give "
@@ -223,7 +234,7 @@ class Connection:
             ) from None
         with self._lock:
             self._calls[number] = call
-        self._queue.put((head, array))
+        self._queue.put(sent)
         if self._ended is not None:  # meanwhile
             self._fail_all()
 
@@ -294,7 +305,7 @@ class Connection:
         assert stream is not None
         try:
             while (sent := self._queue.get()) is not None:
-                write_frame(stream, *sent)  # type: ignore[arg-type]
+                write_frame(stream, sent)  # type: ignore[arg-type]
         except (OSError, ValueError):  # the reader tells why it is gone
             pass
         finally:
@@ -306,8 +317,8 @@ class Connection:
         assert stream is not None
         reason = None
         try:
-            while (found := read_frame(stream, _parsed, self._most_json, self._most_array)) is not None:  # type: ignore[arg-type]
-                self._take(*found)
+            while (found := read_frame(stream, _parsed, self._most)) is not None:  # type: ignore[arg-type]
+                self._take(found)
         except MalformedError as error:
             reason = f"answered with {' '.join(str(error).split())[:200]}, and was ended"
         except MemoryError:
@@ -330,17 +341,12 @@ class Connection:
         self._queue.put(None)
         self.drop_lifeline()
 
-    def _most_json(self) -> int:
+    def _most(self) -> int:
+        """Bytes of the longest answer that is waited for."""
         with self._lock:
-            return max((call.most_json for call in self._calls.values()), default=MOST_JSON)
+            return max((call.most for call in self._calls.values()), default=MOST_JSON)
 
-    def _most_array(self, content: Mapping[str, Any]) -> int:
-        with self._lock:
-            number = content.get("id")
-            call = self._calls.get(number) if isinstance(number, int) else None
-            return 0 if call is None else call.most_array
-
-    def _take(self, content: Mapping[str, Any], array: bytearray) -> None:
+    def _take(self, content: Mapping[str, Any]) -> None:
         try:
             reply = parse(Reply, content, "a message")
         except InputError as error:
@@ -349,7 +355,15 @@ class Connection:
             call = self._calls.pop(reply.id, None)  # also that of a caller who was interrupted
         if call is None:
             raise MalformedError("a message that nobody asked for")
-        call.replies.put((reply, array))
+        call.replies.put(reply)
+
+
+numbers = itertools.count(1)  # of streams, chat formats and jobs; one for all processes does no harm
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What the server finds a function of pastkey by."""
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -378,7 +392,7 @@ def _ended_by(status: int) -> str:
 
 
 @functools.cache
-def _kinds() -> dict[str, Callable[[str], PastkeyError]]:
+def _kinds() -> Mapping[str, Callable[[str], PastkeyError]]:
     """The errors that a process may name: those that are made of a sentence alone."""
     found = {
         name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, PastkeyError)

@@ -1,109 +1,92 @@
-"""A language model whose bundle is open in another process, with limits, and nowhere else."""
+"""A model whose bundle is open in another process, with limits, and nowhere else."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, cast, overload
 
-import numpy as np
-import numpy.typing as npt
-
-from pastkey.bundle import Bundle, parse_manifest
+from pastkey.bundle import parse_manifest
 from pastkey.errors import InputError, LimitWarning, PastkeyError
-from pastkey.values import is_one_of, shown
 
-from ..batching.shared_prefill import SharedPrefill
+from ..asynchronous import AsyncStream
+from ..chat import Chat
+from ..completion import Completion, completed
 from ..generation_config import NAMES
-from ..language_model import LanguageModel
 from ..many import several, token_ids
 from ..scoring import Score
-from ..settings import ChatOptions, GenerateOptions, Pooling, SamplingConfig, require_known
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, require_known
+from ..text.chat_template import read_template
 from ..unpacking import given_as, remove
+from .chat_format import SandboxedChatFormat
 from .connection import Connection
-from .conversation import Tokenizer, UntrustedChat
 from .limits import Limits
-from .protocol import MOST_JSON, Loaded, Scored, Shape, Values
-from .session import UntrustedSession
-from .stream import UntrustedStream, numbers, sent_value
+from .protocol import MOST_JSON, Loaded, Values
+from .stream import PER_TOKEN, SandboxedStream
 
 if TYPE_CHECKING:
-    from ..asynchronous import AsyncStream
-    from ..engine.engine import Engine
-    from ..text.codec import TextCodec
+    from ..stream import Stream
+    from ..text.tools import Tool
 
 T = TypeVar("T")
-_PER_TOKEN = 64  # bytes of JSON for an id and its log-probability
+_HAS: Final = "generate, agenerate, stream, astream, chat, score, ascore, sampling_defaults, manifest, limits and close"
 
 
-class UntrustedModel(LanguageModel):
-    """As LanguageModel, over a bundle that another process has opened under limits.
+class SandboxedModel:
+    """A bundle that another process has opened under limits: `pastkey.load(path, trust=False)`.
 
-    What the process says is checked like a stranger's file. It runs on the processor. A call that it does not answer in
-    time, and whatever else ends it, raises UntrustedBundleError, as every later call does: load the bundle again.
+    The process runs on the CPU, and every reply of it is checked. A call that it does not answer in time, and whatever
+    else ends it, raises UntrustedBundleError, as every later call does: load the bundle again. Any number of threads
+    and tasks may call at the same time; what they generate is decoded together.
 
     Attributes:
-        bundle: The bundle's path, and its manifest.
-        manifest: What the bundle says of itself.
-        tokenizer: Encodes and decodes, or None for a bundle that has none.
-        max_batch: How many generations are decoded in one run, at most.
+        path: The bundle's folder.
+        manifest: The bundle's manifest, as the process read it.
         limits: The limits that the process has.
         connection: The way to the process.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        connection: Connection,
-        settings: Mapping[str, Any],
-        folder: Path | None,
-        given: tuple[Any, Any],
-    ) -> None:
-        """See `open_untrusted`. `folder` is a temporary one; `given` is what was to be loaded, and its limits."""
-        self.connection = connection
-        self._again, self._folder = (*given, dict(settings)), folder
+    def __init__(self, opened: Opened, settings: Mapping[str, Any]) -> None:
+        """See `open_sandboxed`."""
+        self.connection = connection = opened.connection
+        self.limits = connection.in_force
+        self.path, self._max_batch, self._is_closed = opened.path, settings["max_batch"], False
         # Before the bundle is opened: whatever happens then, the process ends.
-        self._finalizer = weakref.finalize(self, _let_go, connection, folder, os.getpid())
+        self._finalizer = weakref.finalize(self, opened.close)
         try:
             found = connection.call("to load", "load", Loaded, **settings)
             try:
-                self.manifest = parse_manifest(path, found.manifest)
+                self.manifest = parse_manifest(opened.path, found.manifest)
             except PastkeyError as error:
                 connection.fail(f"answered with no manifest ({error}), and was ended")
         except BaseException:
             self._finalizer()
             raise
-        self.bundle = Bundle(path, self.manifest)
-        # Both have what a Chat and an application call.
-        self.tokenizer = cast("TextCodec | None", Tokenizer(connection) if found.tokenizer else None)
-        self.limits = connection.in_force
-        self.max_batch: int = settings["max_batch"]
-        self._is_closed = False
-        self._prefills: weakref.WeakKeyDictionary[SharedPrefill, int] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         closed = ", closed" if self._is_closed else ""
-        return f"<UntrustedModel {self.bundle.path} ({self.manifest.precision}{closed})>"
+        return f"<SandboxedModel {self.path} ({self.manifest.precision}{closed})>"
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"an UntrustedModel has no {name!r}: what it would tell is in another process")
+    if not TYPE_CHECKING:
 
-    @property
-    def sampling_defaults(self) -> ChatOptions:
-        """See LanguageModel."""
-        found = self.alive().call("for the sampling defaults", "defaults", Values).values
-        try:
-            require_known("the process", found, NAMES)
-            SamplingConfig.of(found)
-        except PastkeyError as error:
-            self.connection.fail(f"answered with no sampling defaults ({error}), and was ended")
-        return cast(ChatOptions, dict(found))
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"a sandboxed model has no {name!r}; it has {_HAS}: load a bundle that you trust with trust=True"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def closed(self) -> bool:
@@ -115,118 +98,143 @@ class UntrustedModel(LanguageModel):
         self._is_closed = True
         self._finalizer()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Another process loads the bundle again, by its path, in a process of its own."""
-        if self._folder is not None:
-            raise InputError("a model that was unpacked cannot be given to another process: load it there")
-        return open_untrusted, self._again
+    @property
+    def sampling_defaults(self) -> ChatOptions:
+        """See LanguageModel."""
+        connection = self._alive()
+        found = connection.call("for the sampling defaults", "defaults", Values).values
+        try:
+            require_known("the process", found, NAMES)
+            SamplingConfig.of(found)
+        except PastkeyError as error:
+            connection.fail(f"answered with no sampling defaults ({error}), and was ended")
+        return cast(ChatOptions, dict(found))
 
-    def alive(self) -> Connection:
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them, too
+        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Unpack[GenerateOptions]
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | list[Completion]:
+        """Continues a prompt, or each of several, which are decoded together.
+
+        Args:
+            prompt: A text, or a sequence of token ids (T,); or a sequence of these.
+            **options: As in `LanguageModel.generate`, without `logits_processor`.
+
+        Returns:
+            The continuation; of several prompts a list of them, in the same order.
+
+        Raises:
+            UntrustedBundleError: The process broke a limit, crashed, or gave no answer.
+            InputError: As in `LanguageModel.generate`.
+            OptionError: There is no option of that name.
+        """
+        require_known("generate", options, GENERATE_OPTIONS)
+        if not several(prompt):
+            return completed(self._stream(prompt, options))  # type: ignore[arg-type]
+        streams = [self._stream(one, options) for one in prompt]  # type: ignore[arg-type]
+        threads = ThreadPoolExecutor(self._max_batch)
+        try:
+            return list(threads.map(completed, streams))
+        finally:
+            for stream in streams:
+                stream.close()
+            threads.shutdown(wait=False)
+
+    async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
+        """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
+        require_known("agenerate", options, GENERATE_OPTIONS)
+        return await self._astream(prompt, options).completed()
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> SandboxedStream:
+        """Continues one prompt token by token.
+
+        What is wrong with the prompt or the value of an option is raised at the first `next`.
+
+        Args:
+            prompt: A text, or a sequence of token ids (T,).
+            **options: As in `generate`.
+
+        Returns:
+            An iterator of a Chunk for each new token. The Completion is its `completion` at the end, and the value of
+            StopIteration.
+
+        Raises:
+            OptionError: There is no option of that name.
+        """
+        require_known("stream", options, GENERATE_OPTIONS)
+        return self._stream(prompt, options)
+
+    def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
+        require_known("astream", options, GENERATE_OPTIONS)
+        return self._astream(prompt, options)
+
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        template: str | Path | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        special_tokens_as_text: bool = False,
+        **template_variables: Any,
+    ) -> Chat:
+        """Begins a conversation. See `LanguageModel.chat`; the process renders and encodes it."""
+        return Chat(
+            self,
+            system,
+            template=template,
+            tools=tools,
+            documents=documents,
+            special_tokens_as_text=special_tokens_as_text,
+            template_variables=template_variables,
+        )
+
+    def chat_format(
+        self, template: str | Path | None = None, *, tools: bool = False, special_tokens_as_text: bool = False
+    ) -> SandboxedChatFormat:
+        """How a conversation becomes token ids. `LanguageModel.chat` has the arguments and the errors."""
+        source = None if template is None else read_template(template)
+        return SandboxedChatFormat(self._alive(), source, tools=tools, special_tokens_as_text=special_tokens_as_text)
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """The log-probability of each token of a text, and their sum. See `LanguageModel.score`."""
+        sent = self._sent(text)
+        most = MOST_JSON + PER_TOKEN * len(sent)
+        return self._alive().call("for a score", "score", Score, text=sent, most=most)
+
+    async def ascore(self, text: str | Sequence[int]) -> Score:
+        """As `score`, for `await`."""
+        return await asyncio.get_running_loop().run_in_executor(_Waiters(), self.score, text)
+
+    def _alive(self) -> Connection:
         """The process. Raises InputError where the model is closed, UntrustedBundleError where it has ended."""
         if self._is_closed:
             raise InputError("this model is closed: load it again with pastkey.load()")
         self.connection.require_alive()
         return self.connection
 
-    def require_open(self) -> Engine:
-        """Raises: no engine is here."""
-        self.alive()
-        raise InputError("the engine of an untrusted bundle is in another process: load it with trust=True to have it")
-
-    @property
-    def executor(self) -> Executor:
-        """The threads that wait for the tokens of an event loop."""
-        self.alive()
-        return _Waiters()
-
-    def session(self) -> UntrustedSession:
-        """See LanguageModel. It cannot be saved."""
-        return UntrustedSession(self)
-
-    def load_session(self, path: str | Path) -> NoReturn:
-        """Raises InputError: the process of an untrusted bundle reads no file but the bundle's."""
-        raise InputError(
-            f"{shown(path)} cannot be loaded: the process of an untrusted bundle reads no session; append its ids to a "
-            "new one"
-        )
-
-    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """See LanguageModel."""
-        size = self.manifest.vocab_size
-        tokens = token_ids(ids, "ids", "a sequence of token ids", size)
-        return self._array("logits", "logits", len(tokens), size, ids=tokens)
-
-    def embed(
-        self,
-        text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
-        *,
-        pooling: Pooling = "mean",
-        normalize: bool = True,
-    ) -> npt.NDArray[np.float32]:
-        """See LanguageModel."""
-        many, each = several(text), is_one_of(pooling, ("none",))
-        sent = [*map(self._sent, text)] if many else self._sent(text)  # type: ignore[arg-type]
-        size, context = self.manifest.hidden_size or 0, self.manifest.context_length
-        most = len(sent) if many else context if each else 1
-        options = {"pooling": sent_value("pooling", pooling), "normalize": sent_value("normalize", normalize)}
-        found = self._array("embeddings", "embed", most, size, fewer=each, text=sent, **options)
-        return found if many or each else found[0]
-
-    def _array(
-        self, called: str, what: str, rows: int, columns: int, *, fewer: bool = False, **given: Any
-    ) -> npt.NDArray[np.float32]:
-        """An answer (rows, columns), with `fewer` of so many rows at most. One of another shape ends the process."""
-        connection = self.alive()
-        shape, content = connection.call_with_array(
-            f"for {called}", what, Shape, most_array=4 * rows * columns, **given
-        )
-        expected = shape.rows == rows or (fewer and 0 < shape.rows <= rows)
-        if not expected or shape.columns != columns or len(content) != 4 * shape.rows * columns:
-            connection.fail(f"answered with {called} of shape ({shape.rows}, {shape.columns}), and was ended")
-        return np.frombuffer(content, "<f4").reshape(shape.rows, columns).astype(np.float32, copy=False)
-
-    def score(self, text: str | Sequence[int]) -> Score:
-        """See LanguageModel."""
-        sent = self._sent(text)
-        most = MOST_JSON + _PER_TOKEN * len(sent)
-        return self.alive().call("for a score", "score", Scored, text=sent, most_json=most).score()
-
-    def chat(self, system: str | None = None, **given: Any) -> UntrustedChat:
-        """See LanguageModel."""
-        own = ("template", "tools", "documents", "special_tokens_as_text")
-        variables = {name: value for name, value in given.items() if name not in own}
-        options = {name: value for name, value in given.items() if name in own}
-        return UntrustedChat(self, system, template_variables=variables, **options)
-
     def _sent(self, prompt: str | Sequence[int]) -> str | list[int]:
-        """A prompt as it is sent: ids are looked at here."""
-        return prompt if isinstance(prompt, str) else self.prompt_ids(prompt)
+        """A prompt as JSON has it. Raises InputError for what is neither a text nor token ids."""
+        if isinstance(prompt, str):
+            return prompt
+        return token_ids(prompt, "the prompt", "a text or a sequence of token ids", self.manifest.vocab_size)
 
-    def _stream(
-        self,
-        prompt: str | Sequence[int],
-        options: GenerateOptions,
-        shared: SharedPrefill | None = None,
-        *,
-        waits: bool = True,
-    ) -> UntrustedStream:
-        prefill = None if shared is None else [self._prefills.setdefault(shared, next(numbers)), shared.count]
-        return UntrustedStream(
-            self.alive(),
-            self,
-            options,
-            self.manifest,
-            "stream",
-            self._sent(prompt),
-            waits=waits,
-            shared=prefill,
-        )
+    def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> SandboxedStream:
+        return SandboxedStream(self._alive(), self, self._sent(prompt), options, self.manifest)
 
     def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
-        """What the process says of the prompt and the options comes with the first token: no loop waits for it."""
-        from ..asynchronous import AsyncStream
-
-        return AsyncStream(self._stream(prompt, options, waits=False), self.executor)
+        stream = cast("Stream", self._stream(prompt, options))  # it has all that an AsyncStream calls
+        return AsyncStream(stream, _Waiters())
 
 
 class _Waiters(Executor):
@@ -249,11 +257,56 @@ class _Waiters(Executor):
         return future
 
 
-def open_untrusted(given: object, limits: Limits | None, settings: Mapping[str, Any]) -> UntrustedModel:
+@dataclass(frozen=True)
+class Opened:
+    """A process for a bundle, and the temporary folder that the bundle lies in, if any."""
+
+    path: Path
+    connection: Connection
+    folder: Path | None
+    made_by: int
+
+    def close(self) -> None:
+        """Ends the process, and removes the folder."""
+        self.connection.close()
+        if self.folder is not None:
+            remove(self.folder, self.made_by)
+
+
+def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Opened:
+    """Starts a process for a bundle. No file of it is read here: a resource that is no file is copied.
+
+    Args:
+        given: As `load` takes it. The process unpacks a zip file to a temporary folder.
+        limits: What it may take.
+        readable: Further files that it may read.
+    """
+    found = given_as(given)
+    path, folder, unpack_to = found.path.absolute(), found.copied, None
+    try:
+        if found.content is not None or path.is_file():
+            folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
+            unpack_to = folder / "bundle"
+            unpack_to.mkdir()
+        if folder is not None and found.content is not None:
+            path = folder / "bundle.zip"
+            path.write_bytes(found.content)
+        name = str(found.path if found.content is not None else path)
+        connection = Connection(path, limits, name=name, unpack_to=unpack_to, readable=readable)
+        if found.content is not None:
+            path.unlink()
+    except BaseException:
+        if folder is not None:
+            remove(folder, os.getpid())
+        raise
+    return Opened(unpack_to or path, connection, folder, os.getpid())
+
+
+def open_sandboxed(given: object, limits: Limits | None, settings: Mapping[str, Any]) -> SandboxedModel:
     """Opens a bundle in a process of its own. A LimitWarning says which limits this system lacks.
 
     Args:
-        given: As `load` takes it. No file of it is read here: a resource that is no file is copied.
+        given: As `load` takes it.
         limits: What it may take.
         settings: Those of `load`, checked, without a provider.
 
@@ -261,24 +314,9 @@ def open_untrusted(given: object, limits: Limits | None, settings: Mapping[str, 
         UntrustedBundleError: The process breaks a limit, crashes or gives no answer.
         PastkeyError: As `load` does.
     """
-    found = given_as(given)
-    path = found.path if found.content is not None else found.path.absolute()
-    unpack_to = Path(tempfile.mkdtemp(prefix="pastkey-")) if found.content is not None or path.is_file() else None
-    folder = unpack_to or found.copied
-    try:
-        readable = [settings["key"]] if settings.get("key") is not None else []
-        connection = Connection(path, limits or Limits(), found.content, unpack_to=unpack_to, readable=readable)
-    except BaseException:
-        if folder is not None:
-            remove(folder, os.getpid())
-        raise
-    model = UntrustedModel(unpack_to or path, connection, settings, folder, (given, limits))
-    if connection.in_force.missing:
-        warnings.warn(f"{path}: {connection.in_force}", LimitWarning, stacklevel=3)
+    key = settings.get("key")
+    opened = connect(given, limits or Limits(), [] if key is None else [key])
+    model = SandboxedModel(opened, settings)
+    if model.limits.missing:
+        warnings.warn(f"{opened.path}: {model.limits}", LimitWarning, stacklevel=3)
     return model
-
-
-def _let_go(connection: Connection, folder: Path | None, made_by: int) -> None:
-    connection.close()
-    if folder is not None:
-        remove(folder, made_by)

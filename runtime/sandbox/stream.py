@@ -2,102 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import dataclasses
 import threading
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Generator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
 
 import numpy as np
 
 from pastkey.bundle import Manifest
-from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
+from pastkey.errors import InputError, UntrustedBundleError
 from pastkey.values import is_collection, is_int, shown
 
 from ..completion import Chunk, Completion
 from ..settings import MAX_NEW_TOKENS
-from ..stream import Stream, read_already
-from .connection import Connection
-from .protocol import MOST_JSON, Number, Step, Whole
+from ..stream import read_already
+from .connection import Connection, numbers
+from .protocol import MOST_JSON, Step
 
-_TEXT_PER_TOKEN, _TEXT, _MOST_TEXT = 10_000, 1_000_000, 64_000_000  # characters of a token, beside them, and of all
-_PER_TOKEN, _MOST = 64, 512_000_000  # bytes of JSON for a token or a log-probability, and of a whole
-_LARGEST: Final = 10**1000
+PER_TOKEN: Final = 64  # bytes of JSON for an id and its log-probability
+_TEXT_PER_TOKEN, _TEXT = 10_000, 1_000_000  # characters of a token, and beside them
 _PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at most: those of UTF-8's bytes
-numbers = itertools.count(1)  # of streams, templates and sessions; one for all processes does no harm
+_LARGEST: Final = 10**1000
 
 
-class UntrustedStream(Stream):
-    """As Stream: it takes nothing until its first `next`, and may be read, cancelled and closed from any thread.
+class SandboxedStream(Generator[Chunk, None, Completion]):
+    """As Stream: it may be read, cancelled and closed from any thread.
 
-    One that `waits` waits for the process where it is made, and in `close` for what is said of the whole, unless
-    another thread is inside `next`. The other, for event loops, waits in `next` alone: the process is asked to begin
-    there, and `close` takes what was told.
+    The process is asked to begin at the first `next`, which also raises what is wrong with the prompt or an option.
+    Nothing but `next` waits for the process.
+
+    Attributes:
+        completion: What it returns at its end; also after `close`, with what was yielded until then. None before.
     """
 
     def __init__(
         self,
         connection: Connection,
         holds: object,
+        text: str | Sequence[int],
         options: Mapping[str, Any],
         manifest: Manifest,
-        call: str,
-        text: str | list[int],
-        *,
-        waits: bool = True,
-        **given: Any,
     ) -> None:
-        """Asks the process to open it, if it waits.
+        """Asks for nothing yet.
 
         Args:
             connection: The process.
             holds: What the process lives as long as.
+            text: The prompt.
             options: Those of the call, whose names are known.
             manifest: The bundle's.
-            call: Which of its calls opens it.
-            text: The prompt, as it is sent.
-            waits: Whether it waits for the process anywhere but in `next`.
-            **given: What the call takes beside number, options and text.
+
+        Raises InputError for an option that JSON does not hold.
         """
+        self.completion: Completion | None = None
         self._connection, self._holds, self._number = connection, holds, next(numbers)
-        self._inside = threading.Lock()
-        self._pieces: list[Chunk] = []
-        self._tokens = self._length = 0
-        self._waits, self._begun = waits, False
-        self._over = self._closed = self._cancelled = False
-        self._prompt_tokens = 0
-        self._whole: Completion | None = None
-        self._call, self._vocab_size = call, manifest.vocab_size
-        try:
-            sent = sent_options(options)
-            self._given = {"text": text, **given, "options": sent}
-            # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
-            new, logprobs = sent.get("max_new_tokens", MAX_NEW_TOKENS), sent.get("logprobs")
-            self._most_new = new if is_int(new, 0) else 0
-            tokens = self._most_new + (_PER_PART * len(text) if sent.get("prompt_logprobs") else 0)
-            each = _PER_TOKEN * (2 + (logprobs if is_int(logprobs, 0, self._vocab_size) else 0))
-            self._most = min(MOST_JSON + each * tokens, _MOST)
-            self._most_text = min(_TEXT + _TEXT_PER_TOKEN * self._most_new, _MOST_TEXT)
-            if waits:
-                self._begin()
-        except PastkeyError:
-            self._over = True
-            raise
-
-    def _begin(self) -> None:
-        asked = {"stream": self._number, **self._given}
-        self._prompt_tokens = self._connection.call("to begin a text", self._call, Number, **asked).number
-        self._begun = True
-
-    @property
-    def completion(self) -> Completion | None:
-        """What it returns at its end; also after `close`, with what was yielded until then. None before."""
-        return self._so_far() if self._whole is None and self._closed else self._whole
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Number of tokens of the prompt."""
-        return self._prompt_tokens
+        self._reading = threading.Lock()
+        self._chunks: list[Chunk] = []
+        self._prompt_tokens = self._length = 0
+        self._begun = self._over = self._cancelled = False
+        sent = sent_options(options)
+        self._given: dict[str, Any] = {"text": text, "options": sent}
+        # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
+        new, logprobs = sent.get("max_new_tokens", MAX_NEW_TOKENS), sent.get("logprobs")
+        self._vocab_size, self._most_new = manifest.vocab_size, new if is_int(new, 0) else 0
+        self._most_text = _TEXT + _TEXT_PER_TOKEN * self._most_new
+        each = PER_TOKEN * (2 + (logprobs if is_int(logprobs, 0, self._vocab_size) else 0))
+        self._most = MOST_JSON + (_PER_PART * len(text) * each if sent.get("prompt_logprobs") else 0)
 
     def __next__(self) -> Chunk:
         return self.send(None)
@@ -105,58 +76,74 @@ class UntrustedStream(Stream):
     def send(self, value: None) -> Chunk:
         """As `next`."""
         del value
-        if not self._inside.acquire(blocking=False):
+        if not self._reading.acquire(blocking=False):
             raise read_already()
         try:
+            if self._cancelled and not self._begun:
+                self.close()
             if self._over:
-                raise StopIteration
-            return self._step()
+                raise StopIteration(self.completion)
+            return self._taken(self._asked())
         finally:
-            self._inside.release()
+            self._reading.release()
 
-    def _step(self) -> Chunk:
-        if self._cancelled and not self._begun:
-            self._finish()
-            raise StopIteration(self._whole)
+    def _asked(self) -> Step:
+        what, given = ("next", dict[str, Any]()) if self._begun else ("stream", self._given)
+        self._begun = True
         try:
-            if not self._begun:
-                self._begin()
-                if self._cancelled:  # meanwhile, when there was nothing to be cancelled
-                    self.cancel()
-            found = self._connection.call("for the next token", "next", Step, stream=self._number, most_json=self._most)
+            found = self._connection.call(
+                "for the next token", what, Step, stream=self._number, most=self._most, **given
+            )
         except BaseException as error:  # an interrupt, too: the answer to this question is lost
-            self._finish()
+            self.close()
             if isinstance(error, UntrustedBundleError) and self._connection.closed:
-                raise StopIteration(self._whole) from None  # as where a model is closed meanwhile
+                raise StopIteration(self.completion) from None  # as where a model is closed meanwhile
             raise
+        if what == "stream" and (self._over or self._cancelled):  # meanwhile, when the process may not have begun
+            self._connection.tell("drop" if self._over else "cancel", stream=self._number)
+        return found
+
+    def _taken(self, found: Step) -> Chunk:
+        self._prompt_tokens = found.prompt_tokens
+        if self._over:  # closed meanwhile
+            raise StopIteration(self.completion)
+        if found.whole is not None:
+            self._over, self.completion = True, self._completion(found.whole)
+            raise StopIteration(self.completion)
         if found.piece is None:
-            self._over = True
-            if found.whole is None:
-                self._connection.fail("answered with nothing, and was ended")
-            self._whole = self._completion(found.whole)
-            raise StopIteration(self._whole)
-        chunk = found.piece.chunk()
-        self._pieces.append(chunk)
-        self._tokens += len(chunk.ids)
+            self._connection.fail("answered with nothing, and was ended")
+        chunk = found.piece
+        self._chunks.append(chunk)
         self._length += len(chunk.text)
         # There is a piece for each token, and one for what was held back.
-        self._require_asked_for(max(self._tokens, len(self._pieces) - 1), chunk.ids, self._length)
+        tokens = max(sum(len(chunk.ids) for chunk in self._chunks), len(self._chunks) - 1)
+        if tokens > self._most_new:
+            self._connection.fail(f"answered with more than {self._most_new:,} new tokens, and was ended")
+        for token in chunk.ids:
+            if not 0 <= token < self._vocab_size:
+                self._connection.fail(f"answered with a token of id {token}, and was ended")
+        if self._length > self._most_text:
+            self._connection.fail(f"answered with a text of more than {self._most_text:,} characters, and was ended")
         return chunk
 
-    def _completion(self, whole: Whole) -> Completion:
-        self._require_asked_for(len(whole.ids), whole.ids, len(whole.text))
-        if whole.new_tokens != len(whole.ids):
-            self._connection.fail(f"answered with {len(whole.ids):,} ids of {whole.new_tokens:,} tokens, and was ended")
-        return whole.completion()
+    def _completion(self, whole: Completion) -> Completion:
+        """With what the chunks told."""
+        chunks = list(self._chunks)
+        ids = [token for chunk in chunks for token in chunk.ids]
+        logprobs = [found for chunk in chunks for found in chunk.logprobs]
+        text, prompt, new = "".join(chunk.text for chunk in chunks), self._prompt_tokens, len(ids)
+        return dataclasses.replace(whole, text=text, ids=ids, logprobs=logprobs, prompt_tokens=prompt, new_tokens=new)
 
-    def _require_asked_for(self, count: int, ids: Sequence[int], length: int) -> None:
-        """Ends the process for more new tokens than were asked for, ids that the model has not, or too long a text."""
-        if count > self._most_new:
-            self._connection.fail(f"answered with more than {self._most_new:,} new tokens, and was ended")
-        if ids and max(ids) >= self._vocab_size:
-            self._connection.fail(f"answered with a token of id {max(ids)}, and was ended")
-        if length > self._most_text:
-            self._connection.fail(f"answered with a text of more than {self._most_text:,} characters, and was ended")
+    def throw(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+    ) -> Chunk:
+        """Ends it, and raises the error."""
+        del traceback
+        self.close()
+        raise kind(*([] if value is None else [value])) if isinstance(kind, type) else kind
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
@@ -164,42 +151,22 @@ class UntrustedStream(Stream):
         self._connection.tell("cancel", stream=self._number)
 
     def close(self) -> None:
-        """Ends it within one step; no more can be read."""
-        self.cancel()
-        self._closed = True
-        if self._inside.acquire(blocking=False):  # else another thread is inside, and comes to the end now
-            try:
-                self._finish()
-            finally:
-                self._inside.release()
-
-    def _finish(self) -> None:
-        """Takes the whole of what was told, once."""
+        """Ends it within one step; no more can be read. Never waits."""
         if self._over:
             return
         self._over = True
-        if not self._waits:
-            self._connection.tell("drop", stream=self._number)
-            self._whole = self._so_far()
-            return
-        whole, call = None, self._connection.call
-        with contextlib.suppress(PastkeyError):  # the process has ended
-            whole = call("to end a text", "close", Step, stream=self._number, most_json=self._most).whole
-            self._whole = None if whole is None else self._completion(whole)
-        if self._whole is None:
-            self._whole = self._so_far()
-
-    def _so_far(self) -> Completion:
-        """What was told, where the process does not say: it has ended, or is at the next token still."""
-        chunks = list(self._pieces)
-        ids = [token for chunk in chunks for token in chunk.ids]
-        logprobs = [found for chunk in chunks for found in chunk.logprobs]
-        text = "".join(chunk.text for chunk in chunks)
-        return Completion(text, ids, "cancelled", self._prompt_tokens, len(ids), 0.0, 0.0, logprobs=logprobs)
+        self.completion = self._completion(Completion("", [], "cancelled", 0, 0, 0.0, 0.0))
+        self._connection.tell("drop", stream=self._number)
 
     def __del__(self) -> None:
         if not vars(self).get("_over", True):
             self._connection.tell("drop", stream=self._number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,18 +181,13 @@ def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 )
             continue
         sent = value.items() if name == "logit_bias" and isinstance(value, Mapping) else value
-        found[name] = sent_value(name, sent)
+        try:
+            found[name] = _sent(sent)
+        except (TypeError, RecursionError):
+            raise InputError(
+                f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
+            ) from None
     return found
-
-
-def sent_value(name: str, value: Any) -> Any:
-    """A value of JSON's types. Raises InputError, which calls it `name`, for what is none."""
-    try:
-        return _sent(value)
-    except (TypeError, RecursionError):
-        raise InputError(
-            f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
-        ) from None
 
 
 def _sent(value: Any) -> Any:

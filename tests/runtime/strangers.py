@@ -127,8 +127,8 @@ class World:
         return Generation(self.lm.new_engine(), **given)
 
 
-def begun(bundle: Path, folder: Path, **trust: Any) -> World:
-    lm = load(bundle, threads=1, **trust)
+def begun(bundle: Path, folder: Path) -> World:
+    lm = load(bundle, threads=1)
     world = World(lm, lm.session(), lm.chat(), bundle, folder)
     world.session.append(PROMPT)
     world.chat.ask("abc", **FEW)
@@ -221,7 +221,7 @@ LEFT_OUT = {
         "Engine.reserve "
         "Engine.advance_batched Generation.fail Generation.begin Generation.step Generation.settle Generation.retire "
         "Generation.take Generation.take_together Generator.answers PrefixStore.take PrefixStore.put "
-        "PrefixStore.shrink CacheMemory.promise CacheMemory.release UntrustedModel.alive"
+        "PrefixStore.shrink CacheMemory.promise CacheMemory.release"
     ),
     "is Python's own protocol of generators, which takes an error to be raised": (
         "Stream.throw StreamMany.throw AsyncStream.athrow"
@@ -230,10 +230,13 @@ LEFT_OUT = {
         "LanguageModel.close Stream.cancel Stream.close StreamMany.cancel StreamMany.close AsyncStream.cancel "
         "AsyncStream.aclose"
     ),
-    "has the row of its base class, which is given a model of each kind": (
-        "UntrustedModel.close UntrustedModel.require_open UntrustedModel.session UntrustedModel.load_session "
-        "UntrustedModel.logits UntrustedModel.embed UntrustedModel.score UntrustedModel.chat"
+    "sends what it is given to a process, which calls those above": (
+        "SandboxedModel.generate SandboxedModel.agenerate SandboxedModel.stream SandboxedModel.astream "
+        "SandboxedModel.score SandboxedModel.ascore SandboxedModel.chat SandboxedModel.chat_format "
+        "SandboxedModel.close SandboxedStream.send SandboxedStream.throw "
+        "SandboxedStream.cancel SandboxedStream.close"
     ),
+    "has the row of Chat, which calls it": "LanguageModel.chat_format",
 }
 # Parameters that take objects of the runtime, or whose values another call has checked.
 OWN_OBJECTS = {

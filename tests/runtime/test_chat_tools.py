@@ -315,7 +315,7 @@ def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(
     says("one", "two")
     chat = model.chat()
     chat.ask("hello")
-    monkeypatch.setattr(type(chat._tokenizer), "begins_word", lambda codec, token: True)
+    monkeypatch.setattr(type(model.tokenizer), "begins_word", lambda codec, token: True)
     pieces = list(chat.stream())
     assert "".join(piece.text for piece in pieces) == " two"
     assert chat.messages[-1]["content"] == "one two"

@@ -215,4 +215,4 @@ def test_options_are_named(lm: LanguageModel, drafted: LanguageModel, speaking_b
     with pytest.raises(MissingFileError):
         load(speaking_bundle.path, draft=tmp_path / "none")
     with pytest.raises(InputError, match="path is 3; the path of a bundle folder was expected"):
-        load(speaking_bundle.path, draft=3)  # type: ignore[arg-type]
+        load(speaking_bundle.path, draft=3)  # type: ignore[call-overload]

@@ -19,7 +19,7 @@ from pastkey.errors import LimitWarning
 from pastkey.folder import file_records, write_json
 from pastkey.runtime import Completion, LanguageModel, load
 from pastkey.runtime.sandbox.limits import Limits
-from pastkey.runtime.sandbox.model import UntrustedModel
+from pastkey.runtime.sandbox.model import SandboxedModel
 
 from ...onnx_text import encode_model, field, nodes, values
 from ..conftest import Tiny, tiny_graph
@@ -112,17 +112,17 @@ def hostile(talking_bundle: Bundle, tiny: Tiny, tmp_path: Path) -> Hostile:
     return make
 
 
-def opened(path: Path | bytes, limits: Limits = EASY, **settings: Any) -> UntrustedModel:
+def opened(path: Path | bytes, limits: Limits = EASY, **settings: Any) -> SandboxedModel:
     """`load` with trust=False, wherever this is: a system may lack limits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LimitWarning)
         model = load(path, threads=1, trust=False, limits=limits, **settings)
-    assert isinstance(model, UntrustedModel)
+    assert isinstance(model, SandboxedModel)
     return model
 
 
 @pytest.fixture(scope="session")
-def untrusted(talking_bundle: Bundle) -> Iterator[UntrustedModel]:
+def untrusted(talking_bundle: Bundle) -> Iterator[SandboxedModel]:
     """The tiny decoder in a process of its own."""
     with opened(talking_bundle.path) as model:
         yield model

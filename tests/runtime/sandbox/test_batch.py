@@ -1,8 +1,9 @@
-"""Rows that a stranger's bundle answers, in the process with limits."""
+"""Rows that an untrusted bundle answers, in the process with limits."""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,54 +11,89 @@ from typing import Any
 import pytest
 
 from pastkey.bundle import Bundle
-from pastkey.errors import UntrustedBundleError
-from pastkey.runtime import Generator
 from pastkey.runtime.sandbox import process
-
-from .conftest import EASY
 
 Command = Callable[..., tuple[int, str, str]]
 
 
 def rows() -> list[dict[str, Any]]:
-    """Some begin alike, one is a conversation, one is wrong."""
+    """Some begin alike, two are conversations, one is wrong."""
     long = "the cat and the dog and the bird sat. "
     said = [{"role": "user", "content": "hi"}]
-    return [*({"prompt": f"{long}{end}"} for end in "abc"), {"messages": said}, {"prompt": ""}]
+    asked = {"custom_id": "o", "url": "/v1/chat/completions", "body": {"messages": said, "max_tokens": 3}}
+    return [*({"prompt": f"{long}{end}"} for end in "abc"), {"messages": said}, {"prompt": ""}, asked]
+
+
+def lines(content: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in content)
 
 
 def test_rows_are_answered_in_the_process(command: Command, talking_bundle: Bundle, tmp_path: Path) -> None:
-    source, answers = tmp_path / "rows.jsonl", []
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    for name, flags in (("here", ()), ("there", ("--untrusted", "--limit", "seconds=60"))):
+    source, template, answers = tmp_path / "rows.jsonl", tmp_path / "own.jinja", []
+    source.write_text(lines(rows()))
+    template.write_text("{{ messages[0].content }}")
+    zipped = tmp_path / "b.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for part in talking_bundle.path.rglob("*"):
+            archive.write(part, f"b/{part.relative_to(talking_bundle.path)}")
+    flags = ("--threads", 1, "--max-new-tokens", 4, "--template", template)
+    for name, bundle, more in (
+        ("here", talking_bundle.path, ()),
+        ("there", talking_bundle.path, ("--untrusted", "--limit", "seconds=60")),
+        ("zip", zipped, ("--untrusted", "--exact")),
+    ):
         out = tmp_path / f"{name}.jsonl"
-        status, _, err = command(
-            "batch", talking_bundle.path, source, "--out", out, "--threads", 1, "--max-new-tokens", 4, *flags
-        )
+        status, _, err = command("batch", bundle, source, "--out", out, *flags, *more)
         assert status == 0, err
         answers.append([json.loads(line) for line in out.read_text().splitlines()])
-    assert answers[0] == answers[1]
-    assert [row["error"] is None for row in answers[1]] == [True, True, True, True, False]
+    for row in [row for found in answers for row in found if "response" in row]:
+        row["response"]["body"]["created"] = 0
+    assert answers[0] == answers[1] == answers[2]
+    assert [row["error"] is None for row in answers[1]] == [True, True, True, True, False, True]
 
 
-def test_a_process_that_ends_ends_the_job(
-    command: Command, talking_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+HONEST = "{'place': 0, 'answer': dict(text='a', finish_reason='stop', prompt_tokens=1, new_tokens=1, error=None)}"
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ("os._exit(5)", "asked to answer rows, ended with status 5; limits in force"),
+        ("iter([])", "left rows without an answer"),
+        (f"iter([{HONEST}, {HONEST}])", "answered a row that was not asked for"),
+        ("iter([{'place': 7, 'answer': {}}])", "answered a row that was not asked for"),
+        ("iter([{'place': 0, 'answer': {}}])", "gave an answer that is none"),
+        (f"iter([{HONEST.replace('text=', 'id=5, text=')}])", "gave an answer that is none (the content has an unkn"),
+        (f"iter([{HONEST.replace('new_tokens=1', 'new_tokens=-1')}])", "gave an answer that is none (new_tokens is -1"),
+        ("iter([{'place': 0, 'answer': {'response': {'body': 5}, 'error': None}}])", "gave an answer that is none"),
+        ("iter([{'answer': {}}])", "gave an answer that is none (the answer has no 'place')"),
+    ],
+)
+def test_a_process_that_was_taken_over_ends_the_job(
+    command: Command, talking_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: str, told: str
 ) -> None:
     """And is no row's own error; nor is the bundle opened here instead."""
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "ab"}\n')
-    crash = "import os\nfrom pastkey.runtime.sandbox import server\n"
-    crash += "server.Server.do_next = lambda self, stream: os._exit(5)\n"
-    boot = process.BOOT.replace("; ", "\n").replace("from pastkey", crash + "from pastkey", 1)
+    source.write_text(lines([{"prompt": "ab"}]))
+    hook = "import os\nfrom pastkey.runtime.commands import untrusted_rows\n"
+    hook += f"untrusted_rows.answer_here = lambda *_, **__: {answers}\n"
+    boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)
     status, _, err = command("batch", talking_bundle.path, source, "--out", out, "--threads", 1, "--untrusted")
     assert status == 2
-    assert "asked for the next token, ended with status 5; limits in force" in err
+    assert told in err
     assert not out.exists()
-    generator = Generator(talking_bundle.path, threads=1, trust=False, limits=EASY)
-    with pytest.raises(UntrustedBundleError, match="ended with status 5"):
-        generator({"prompt": ["ab"]})
-    generator.close()
+
+
+@pytest.mark.parametrize("flags", [("--provider", "cuda"), ("--provider", "cpu", "--provider-option", "a=b")])
+def test_rows_are_answered_on_the_cpu_alone(
+    command: Command, talking_bundle: Bundle, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(lines([{"prompt": "ab"}]))
+    status, _, err = command("batch", talking_bundle.path, source, "--out", tmp_path / "o.jsonl", "--untrusted", *flags)
+    assert status == 2
+    assert "an untrusted bundle runs on the CPU alone" in err
 
 
 def test_a_command_that_would_not_heed_a_flag_has_none(command: Command, talking_bundle: Bundle) -> None:

@@ -18,7 +18,7 @@ from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, UntrustedBundleError
 from pastkey.runtime.sandbox import child, landlock, process
-from pastkey.runtime.sandbox.model import UntrustedModel
+from pastkey.runtime.sandbox.model import SandboxedModel
 
 from .conftest import EASY, GRAPHS, SMALL, Hostile, mend, opened
 
@@ -70,44 +70,58 @@ def test_a_tokenizer_that_fails_at_a_prompt(hostile: Hostile) -> None:
 
 
 BOMBS = {
-    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "the chat template",
-    "{{ 'a' * 10**9 }}": "the chat template",
-    "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}": "the chat template",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "the chat template",
+    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "does not take this conversation: maximum recursion",
+    "{{ 'a' * n }}": "does not take this conversation",  # no memory, or too long
+    "{% for a in range(n) %}{% for b in range(n) %}x{% endfor %}{% endfor %}": "writes more than 4,000,000 characters",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "does not take this conversation",
 }
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize("template", BOMBS)
-def test_a_template_that_never_ends(untrusted: UntrustedModel, template: str, tmp_path: Path) -> None:
-    """A sentence of its bounds, or of the process: that of the other tests lives on."""
+def test_a_template_that_asks_for_too_much(untrusted: SandboxedModel, template: str, tmp_path: Path) -> None:
+    """The process of the other tests lives on."""
     pytest.importorskip("jinja2")
     file = tmp_path / "template.jinja"
     file.write_text("{{ messages[0]['content'] }}" + template)
+    n = 99_999 if "range" in template else 10**9
     with pytest.raises(InputError, match=BOMBS[template]):
-        untrusted.chat(template=file).ask("Hi")
-    assert untrusted.prompt_ids("ab") == [0, 1]
+        untrusted.chat_format(file).render([{"role": "user", "content": "Hi"}], n=n)
+    assert untrusted.generate("ab", max_new_tokens=1).new_tokens == 1
+
+
+def test_a_template_that_never_ends(hostile: Hostile) -> None:
+    pytest.importorskip("jinja2")
+    folder = hostile("")
+    (folder / names.TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": LOOP}))
+    mend(folder)
+    with (
+        opened(folder, SMALL) as model,
+        pytest.raises(UntrustedBundleError, match="asked to render a conversation, gave no answer within 3 s"),
+    ):
+        model.chat()
 
 
 def test_one_that_crashes_within_a_call(talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     crash = "import ctypes\nfrom pastkey.runtime.sandbox import server\n"
-    crash += "server.Server.do_logits = lambda self, ids: ctypes.string_at(0)\n"
+    crash += "server.Server.do_score = lambda self, text: ctypes.string_at(0)\n"
     monkeypatch.setattr(
         process, "BOOT", process.BOOT.replace("from pastkey", crash + "from pastkey", 1).replace("; ", "\n")
     )
     with opened(talking_bundle.path) as model:
         assert model.generate("ab", max_new_tokens=1).new_tokens == 1
-        with pytest.raises(UntrustedBundleError, match="asked for logits, was ended by SIGSEGV; limits in force"):
-            model.logits([1])
+        with pytest.raises(UntrustedBundleError, match="asked for a score, was ended by SIGSEGV; limits in force"):
+            model.score([1])
         with pytest.raises(UntrustedBundleError, match="was ended by SIGSEGV"):
             model.generate("ab")
 
 
-# Run within the process, by a hook in place of the logits.
+# Run within the process, by a hook in place of a call.
 SPIED = """
 import json, os, socket, sys
 from pathlib import Path
 from pastkey.runtime.sandbox import server
-from pastkey.runtime.sandbox.protocol import Ids, Values
+from pastkey.runtime.sandbox.protocol import Values
 def tried(action):
     try: action()
     except OSError as error: return type(error).__name__
@@ -177,11 +191,11 @@ from pathlib import Path
 from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox import process
 hang = "import re\\nfrom pastkey.runtime.sandbox import server\\n"
-hang += "server.Server.do_logits = lambda self, ids: re.match('(a+)+$', 'a' * 60 + 'b')\\n"
+hang += "server.Server.do_score = lambda self, text: re.match('(a+)+$', 'a' * 60 + 'b')\\n"
 process.BOOT = process.BOOT.replace("from pastkey", hang + "from pastkey", 1).replace("; ", "\\n")
 lm = pastkey.load({str(hostile(""))!r}, trust=False, limits=Limits(seconds=500.0))
 print(lm.connection._process.pid, flush=True)
-lm.logits([1])
+lm.score([1])
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -233,11 +247,9 @@ def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) ->
             archive.write(part, f"b/{part.relative_to(talking_bundle.path)}")
     for given in (file, file.read_bytes()):
         with opened(given) as model:
-            folder = model.bundle.path
+            folder = model.path
             assert folder.is_dir()
             assert model.generate("ab", max_new_tokens=2).new_tokens == 2
-            with pytest.raises(InputError, match="a model that was unpacked cannot be given to another process"):
-                model.__reduce__()
         assert not folder.exists()
     with pytest.raises(InputError, match="are no zip file of a bundle folder"):
         opened(b"no zip file")
@@ -288,7 +300,7 @@ def test_no_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ta
     monkeypatch.setattr(process, "BOOT", boot)
     with pytest.warns(LimitWarning, match=r"files and networks are open to it \(no landlock\)"):
         model = pastkey.load(talking_bundle.path, trust=False, limits=EASY)
-    assert isinstance(model, UntrustedModel)
+    assert isinstance(model, SandboxedModel)
     assert model.limits.landlock == 0
     assert model.limits.missing[0] == "files and networks are open to it (no landlock)"
     model.close()

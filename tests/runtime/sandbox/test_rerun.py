@@ -11,7 +11,8 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.runtime.sandbox import process, rerun
+from pastkey.runtime.commands import rerun
+from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
 
 from .conftest import Hostile
@@ -73,7 +74,7 @@ def test_a_hostile_bundle_is_one_sentence_and_status_2(command: Command, hostile
         (("--untrusted", "--limit", "memory=much"), "--limit memory=much was given"),
         (("--untrusted", "--limit", "seconds=-1"), "seconds is -1.0"),
         (("--untrusted", "--provider-option", "a=b"), "--provider-option is for an execution provider"),
-        (("--untrusted", "--provider", "cuda"), "an untrusted bundle runs on the processor alone"),
+        (("--untrusted", "--provider", "cuda"), "an untrusted bundle runs on the CPU alone"),
     ],
 )
 @pytest.mark.parametrize("name", ["run", "bench"])
@@ -99,8 +100,8 @@ def test_what_limit_says() -> None:
 def test_what_a_terminal_would_act_on_is_not_printed(
     command: Command, talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = "from pastkey.runtime.sandbox import server\nimport pastkey.runtime.sandbox.protocol as P\n"
-    hook += "server.Server.do_command = lambda self, **_: P.Ran(77, 'a\\x1b[31mé\\n', 'b\\x07\\n')\n"
+    hook = "from pastkey.runtime.commands import rerun\n"
+    hook += "rerun.run_here = lambda *_, **__: iter([dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')])\n"
     boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)
     found: tuple[Any, ...] = command("inspect", talking_bundle.path, "--untrusted")

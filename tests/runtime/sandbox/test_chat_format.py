@@ -7,18 +7,18 @@ import pytest
 
 from pastkey.errors import InputError, MissingFileError, TemplateWarning
 from pastkey.runtime import Chat, LanguageModel
-from pastkey.runtime.sandbox.model import UntrustedModel
+from pastkey.runtime.sandbox.model import SandboxedModel
 
 from .conftest import told
 
 pytest.importorskip("jinja2")
 
 
-def both(mine: LanguageModel, theirs: LanguageModel, **given: Any) -> tuple[Chat, Chat]:
+def both(mine: SandboxedModel, theirs: LanguageModel, **given: Any) -> tuple[Chat, Chat]:
     return mine.chat(**given), theirs.chat(**given)
 
 
-def test_a_conversation(untrusted: UntrustedModel, trusted: LanguageModel, tmp_path: Path) -> None:
+def test_a_conversation(untrusted: SandboxedModel, trusted: LanguageModel, tmp_path: Path) -> None:
     mine, theirs = both(untrusted, trusted, system="be kind")
     for question in ("hello", "and you"):
         answers = [chat.ask(question, max_new_tokens=6) for chat in (mine, theirs)]
@@ -38,7 +38,7 @@ def test_a_conversation(untrusted: UntrustedModel, trusted: LanguageModel, tmp_p
     assert told(mine.ask("x", max_new_tokens=3)) == told(theirs.ask("x", max_new_tokens=3))
 
 
-def test_an_answer_goes_on(untrusted: UntrustedModel, trusted: LanguageModel) -> None:
+def test_an_answer_goes_on(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
     answers = []
     for chat in both(untrusted, trusted):
         chat.messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "abc"}]
@@ -47,7 +47,7 @@ def test_an_answer_goes_on(untrusted: UntrustedModel, trusted: LanguageModel) ->
 
 
 def test_a_template_of_ones_own_and_its_variables(
-    untrusted: UntrustedModel, trusted: LanguageModel, tmp_path: Path
+    untrusted: SandboxedModel, trusted: LanguageModel, tmp_path: Path
 ) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}{{ 'tools' if tools }}")
@@ -66,19 +66,9 @@ def test_a_template_of_ones_own_and_its_variables(
     file.write_text("{{ '\\ud800' }}{{ messages[0].content }}")
     with pytest.raises(InputError, match=r"half of a surrogate pair|not valid UTF-8"):
         untrusted.chat(template=file).ask("hello")
-    assert untrusted.prompt_ids("a") == [0]
+    assert untrusted.generate("a", max_new_tokens=1).new_tokens == 1
 
 
-def test_contents_as_ordinary_characters(untrusted: UntrustedModel, trusted: LanguageModel) -> None:
+def test_contents_as_ordinary_characters(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
     mine, theirs = both(untrusted, trusted, special_tokens_as_text=True)
     assert told(mine.ask("a<b>c", max_new_tokens=4)) == told(theirs.ask("a<b>c", max_new_tokens=4))
-
-
-def test_the_tokenizer(untrusted: UntrustedModel, trusted: LanguageModel) -> None:
-    mine, theirs = untrusted.tokenizer, trusted.tokenizer
-    assert mine is not None
-    assert theirs is not None
-    assert mine.encode("hello") == theirs.encode("hello")
-    assert mine.encode("hello", add_special_tokens=False) == theirs.encode("hello", add_special_tokens=False)
-    assert mine.decode([1, 2], keep_special_tokens=True) == "bc"
-    assert mine.loses_space(3) is False

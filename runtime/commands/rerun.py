@@ -1,21 +1,24 @@
-"""A whole command in the process of an untrusted bundle: `pastkey inspect BUNDLE --untrusted`."""
+"""The flags --untrusted and --limit, and whole commands in the process of an untrusted bundle: inspect and bench."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from pastkey.command import placement_of, say
 from pastkey.errors import InputError
+from pastkey.typed import Between
 
-from .connection import Connection
-from .limits import Limits
-from .protocol import Ran
+from ..sandbox.connection import Connection, name_of
+from ..sandbox.limits import Limits
 
 _READ: Final[dict[str, Callable[[str], Any]]] = {"memory": lambda text: int(float(text)), "seconds": float}
 _MOST_PRINTED: Final = 10_000_000  # bytes of JSON
@@ -43,7 +46,25 @@ def untrusted_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-def rerun(name: str, arguments: argparse.Namespace) -> int:
+def require_cpu(arguments: argparse.Namespace) -> None:
+    """Raises InputError for a provider other than the CPU, and for options of a provider."""
+    placement_of(arguments)  # which refuses those of none
+    if arguments.provider not in (None, "cpu") or arguments.provider_options:
+        raise InputError(
+            f"--provider {arguments.provider} was given; an untrusted bundle runs on the CPU alone: leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What a command printed, and its exit status."""
+
+    status: Annotated[int, Between(0, 255)]
+    out: str
+    error: str
+
+
+def rerun(name: str, run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Runs a command on the bundle of `arguments` in a process with limits, prints what it printed, returns its status.
 
     The time of the limits is that of the whole command. It may write to a temporary folder, which is removed.
@@ -53,18 +74,14 @@ def rerun(name: str, arguments: argparse.Namespace) -> int:
         PastkeyError: What the command raises.
     """
     limits = limits_of(arguments)
-    if getattr(arguments, "provider", None) not in (None, "cpu"):
-        raise InputError(
-            f"--provider {arguments.provider} was given; an untrusted bundle runs on the processor alone: leave it out"
-        )
-    placement_of(arguments)  # which refuses options of no provider
+    require_cpu(arguments)
     given = {key: value for key, value in vars(arguments).items() if key not in ("untrusted", "limits", "bundle")}
     given |= {"untrusted": False, "limits": None, "provider": "cpu"}
     scratch = Path(tempfile.mkdtemp(prefix="pastkey-"))
     try:
         connection = Connection(Path(arguments.bundle).absolute(), limits, scratch=scratch)
         try:
-            ran = connection.call(f"to {name}", "command", Ran, name=name, arguments=given, most_json=_MOST_PRINTED)
+            (ran,) = connection.results(f"to {name}", run_here, _Ran, most=_MOST_PRINTED, run=name_of(run), given=given)
             tell_missing(connection.in_force.missing)
         finally:
             connection.close()
@@ -74,6 +91,16 @@ def rerun(name: str, arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     sys.stderr.write(_printable(ran.error))
     return ran.status if ran.status in (0, 1) else 2
+
+
+def run_here(path: Path, run: str, given: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """In the process: runs a command on the bundle, and gives what it prints."""
+    from ..sandbox.server import function_of  # which imports the whole runtime
+
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        status = function_of(run)(argparse.Namespace(**{**given, "bundle": str(path)}))
+    yield {"status": status, "out": out.getvalue(), "error": error.getvalue()}
 
 
 def tell_missing(missing: Sequence[str]) -> None:
