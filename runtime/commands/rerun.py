@@ -8,7 +8,7 @@ import io
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -81,7 +81,8 @@ def rerun(name: str, run: Callable[[argparse.Namespace], int], arguments: argpar
     try:
         connection = Connection(Path(arguments.bundle).absolute(), limits, scratch=scratch)
         try:
-            (ran,) = connection.results(f"to {name}", run_here, _Ran, most=_MOST_PRINTED, run=name_of(run), given=given)
+            asked = {"run": name_of(run), "given": given}
+            ran = connection.run(f"to {name}", run_here, _Ran, asked, most=_MOST_PRINTED)
             tell_missing(connection.in_force.missing)
         finally:
             connection.close()
@@ -93,14 +94,14 @@ def rerun(name: str, run: Callable[[argparse.Namespace], int], arguments: argpar
     return ran.status if ran.status in (0, 1) else 2
 
 
-def run_here(path: Path, run: str, given: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def run_here(path: Path, run: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """In the process: runs a command on the bundle, and gives what it prints."""
     from ..sandbox.server import function_of  # which imports the whole runtime
 
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         status = function_of(run)(argparse.Namespace(**{**given, "bundle": str(path)}))
-    yield {"status": status, "out": out.getvalue(), "error": error.getvalue()}
+    return {"status": status, "out": out.getvalue(), "error": error.getvalue()}
 
 
 def tell_missing(missing: Sequence[str]) -> None:

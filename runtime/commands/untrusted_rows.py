@@ -92,8 +92,7 @@ class SandboxedGenerator:
         weakref.finalize(self, opened.close)
         self._connection = opened.connection
         tell_missing(self._connection.in_force.missing)
-        (found,) = self._connection.results("to load", digest_here, _Digest, settings=settings)
-        self.digest = found.digest
+        self.digest = self._connection.run("to load", digest_here, _Digest, {"settings": settings}).digest
 
     def answers(self, rows: Iterable[Row], *, created: int = 0) -> Iterator[tuple[Any, Answer]]:
         """See Generator."""
@@ -101,10 +100,10 @@ class SandboxedGenerator:
         together = 1 if self._settings.get("exact") else MAX_ROWS
         while window := list(itertools.islice(waiting, _WINDOW)):
             left = dict(enumerate(window))
-            for found in self._connection.results(
-                "to answer rows", answer_here, _Answered, seconds=self._connection.seconds * together,
-                settings=self._settings, rows=[[row.identity, row.content] for row in window], created=created,
-            ):  # fmt: skip
+            asked = [[row.identity, row.content] for row in window]
+            given = {"settings": self._settings, "rows": asked, "created": created}
+            seconds = self._connection.seconds * together
+            for found in self._connection.results("to answer rows", answer_here, _Answered, given, seconds=seconds):
                 if found.place not in left:
                     self._connection.fail("answered a row that was not asked for, and was ended")
                 try:
@@ -125,9 +124,9 @@ def _checked(answer: Mapping[str, Any]) -> Answer:
     return dict(answer)
 
 
-def digest_here(path: Path, settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def digest_here(path: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """In the process: loads the bundle."""
-    yield {"digest": bundle_digest(Generator(path, providers="cpu", **settings).model.bundle)}
+    return {"digest": bundle_digest(Generator(path, providers="cpu", **settings).model.bundle)}
 
 
 def answer_here(

@@ -26,7 +26,7 @@ from pastkey.typed import parse
 from .frames import MalformedError, message, read_frame, write_frame
 from .limits import Limits, LimitsInForce
 from .process import libraries, started
-from .protocol import MOST_JSON, Done, Failure, Reply, Values
+from .protocol import MOST_JSON, Done, Failure, Reply
 
 T = TypeVar("T")
 _START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
@@ -103,7 +103,7 @@ class Connection:
                 "scratch": None if scratch is None else str(scratch),
                 "libraries": libraries()[1] + [[place, "read"] for place in readable],
             }
-            self.in_force = self._call("to start", "limits", LimitsInForce, asked, seconds=max(_START, limits.seconds))
+            self.in_force = self.call("to start", "limits", LimitsInForce, asked, seconds=max(_START, limits.seconds))
         except BaseException:
             self.close()
             raise
@@ -131,10 +131,10 @@ class Connection:
         doing: str,
         what: str,
         kind: type[T],
+        given: Mapping[str, Any],
         *,
         most: int = MOST_JSON,
         seconds: float | None = None,
-        **given: Any,
     ) -> T:
         """Asks, and waits for the answer.
 
@@ -142,49 +142,14 @@ class Connection:
             doing: What it is asked for, for a sentence: "for the next token".
             what: Which of the calls of server.py.
             kind: The class of the answer.
+            given: What the call takes.
             most: Bytes of JSON that the answer may have.
             seconds: How long to wait; None as long as the limit says.
-            **given: What the call takes.
 
         Raises:
             PastkeyError: What the process says of the call, by its class.
             UntrustedBundleError: It came to an end, now or before: it broke a limit, crashed, or gave no answer.
         """
-        return self._call(doing, what, kind, given, most=most, seconds=seconds)
-
-    def results(
-        self,
-        doing: str,
-        function: Callable[..., Iterator[Mapping[str, Any]]],
-        kind: type[T],
-        *,
-        most: int = MOST_JSON,
-        seconds: float | None = None,
-        **given: Any,
-    ) -> Iterator[T]:
-        """What a function of pastkey yields, each as `kind`, called in the process with the bundle's path and `given`.
-
-        Each result has the bounds of `call`.
-        """
-        job = next(numbers)
-        self.call(doing, "begin", Done, job=job, function=name_of(function), arguments=given)
-        while found := self.call(doing, "more", Values, job=job, most=most, seconds=seconds).values:
-            try:
-                result = parse(kind, found, "the answer")
-            except InputError as error:
-                self.fail(f"gave an answer that is none ({error}), and was ended")
-            yield result
-
-    def _call(
-        self,
-        doing: str,
-        what: str,
-        kind: type[T],
-        given: Mapping[str, Any],
-        *,
-        most: int = MOST_JSON,
-        seconds: float | None = None,
-    ) -> T:
         call = _Call(most)
         seconds = self.seconds if seconds is None else seconds
         self._ask(what, given, call)
@@ -202,6 +167,35 @@ class Connection:
         except InputError as error:
             self._end(f"gave an answer that is none ({error}), and was ended")
             raise self._error(doing) from None
+
+    def run(
+        self,
+        doing: str,
+        function: Callable[..., Mapping[str, Any]],
+        kind: type[T],
+        given: Mapping[str, Any],
+        **bounds: Any,
+    ) -> T:
+        """What a function of pastkey returns in the process, called with the bundle's path and `given`.
+
+        `bounds` are those of `call`.
+        """
+        return self.call(doing, "run", kind, {"function": name_of(function), "arguments": given}, **bounds)
+
+    def results(
+        self,
+        doing: str,
+        function: Callable[..., Iterator[Mapping[str, Any]]],
+        kind: type[T],
+        given: Mapping[str, Any],
+        **bounds: Any,
+    ) -> Iterator[T]:
+        """As `run`, of a function that yields: each result has the bounds."""
+        job = next(numbers)
+        self.call(doing, "begin", Done, {"job": job, "function": name_of(function), "arguments": given})
+        more: Any = kind | None
+        while (found := self.call(doing, "more", more, {"job": job}, **bounds)) is not None:
+            yield found
 
     def tell(self, what: str, **given: Any) -> None:
         """Asks for something that has no answer. Never waits, and never raises: a collector may call it."""

@@ -17,13 +17,13 @@ LEAST_MEMORY = 16_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """What a bundle of a stranger may take.
+    """What an untrusted bundle may take.
 
     Attributes:
         memory: Bytes beside those of Python and its libraries; weights that are mapped from their file do not count.
             None is 2 GB and three times the size of the bundle's files, and no more than is available.
         seconds: Time to load, and for each answer: the next token, of which the first takes the whole prompt; the
-            logits of a text; a rendering of a conversation.
+            score of a text; a rendering of a conversation.
     """
 
     memory: int | None = None

@@ -62,7 +62,7 @@ class SandboxedModel:
         # Before the bundle is opened: whatever happens then, the process ends.
         self._finalizer = weakref.finalize(self, opened.close)
         try:
-            found = connection.call("to load", "load", Loaded, **settings)
+            found = connection.call("to load", "load", Loaded, settings)
             try:
                 self.manifest = parse_manifest(opened.path, found.manifest)
             except PastkeyError as error:
@@ -102,7 +102,7 @@ class SandboxedModel:
     def sampling_defaults(self) -> ChatOptions:
         """See LanguageModel."""
         connection = self._alive()
-        found = connection.call("for the sampling defaults", "defaults", Values).values
+        found = connection.call("for the sampling defaults", "defaults", Values, {}).values
         try:
             require_known("the process", found, NAMES)
             SamplingConfig.of(found)
@@ -210,7 +210,7 @@ class SandboxedModel:
         """The log-probability of each token of a text, and their sum. See `LanguageModel.score`."""
         sent = self._sent(text)
         most = MOST_JSON + PER_TOKEN * len(sent)
-        return self._alive().call("for a score", "score", Score, text=sent, most=most)
+        return self._alive().call("for a score", "score", Score, {"text": sent}, most=most)
 
     async def ascore(self, text: str | Sequence[int]) -> Score:
         """As `score`, for `await`."""

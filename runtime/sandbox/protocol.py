@@ -7,7 +7,7 @@ longer than was asked for, ends it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from pastkey.typed import Natural, TokenId
@@ -87,5 +87,5 @@ class Reply:
     """One reply: what was found, or a failure."""
 
     id: Natural
-    value: Mapping[str, Any] = field(default_factory=dict)
+    value: Mapping[str, Any] | None = None
     failure: Failure | None = None

@@ -53,7 +53,8 @@ class Server:
     def _answer(self, asked: Mapping[str, Any]) -> None:
         number = asked["id"]
         try:
-            content = {"value": dataclasses.asdict(getattr(self, f"do_{asked['what']}")(**asked["given"]))}
+            found = getattr(self, f"do_{asked['what']}")(**asked["given"])
+            content = {"value": found if isinstance(found, dict | None) else dataclasses.asdict(found)}
         except BaseException as error:
             content = {"failure": failure_of(error)}
         if number:
@@ -147,17 +148,19 @@ class Server:
         return Found(self._formats[chat].loses_space(token))
 
     # --- functions that a command hands over --------------------------------------------------------------------------
+    def do_run(self, function: str, arguments: dict[str, Any]) -> Mapping[str, Any]:
+        """What a function of pastkey returns, called with the bundle's path."""
+        found: Mapping[str, Any] = function_of(function)(self._path, **arguments)
+        return found
+
     def do_begin(self, job: int, function: str, arguments: dict[str, Any]) -> Done:
-        """Calls a function of pastkey with the bundle's path, under a number."""
+        """Calls one that yields, under a number."""
         self._jobs[job] = function_of(function)(self._path, **arguments)
         return Done()
 
-    def do_more(self, job: int) -> Values:
-        """What it yields next; nothing at its end."""
-        found = next(self._jobs[job], None)
-        if found is None:
-            del self._jobs[job]
-        return Values(found or {})
+    def do_more(self, job: int) -> Mapping[str, Any] | None:
+        """What it yields next, or None at its end."""
+        return next(self._jobs[job], None)
 
 
 def function_of(name: str) -> Any:

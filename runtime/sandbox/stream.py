@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from types import TracebackType
 from typing import Any, Final, Self
-
-import numpy as np
 
 from pastkey.bundle import Manifest
 from pastkey.errors import InputError, UntrustedBundleError
@@ -17,13 +15,13 @@ from pastkey.values import is_collection, is_int, shown
 from ..completion import Chunk, Completion
 from ..settings import MAX_NEW_TOKENS
 from ..stream import read_already
+from ..text.environment import plain
 from .connection import Connection, numbers
 from .protocol import MOST_JSON, Step
 
 PER_TOKEN: Final = 64  # bytes of JSON for an id and its log-probability
 _TEXT_PER_TOKEN, _TEXT = 10_000, 1_000_000  # characters of a token, and beside them
 _PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at most: those of UTF-8's bytes
-_LARGEST: Final = 10**1000
 
 
 class SandboxedStream(Generator[Chunk, None, Completion]):
@@ -88,12 +86,11 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
             self._reading.release()
 
     def _asked(self) -> Step:
-        what, given = ("next", dict[str, Any]()) if self._begun else ("stream", self._given)
+        what, given = ("next", {}) if self._begun else ("stream", self._given)
         self._begun = True
         try:
-            found = self._connection.call(
-                "for the next token", what, Step, stream=self._number, most=self._most, **given
-            )
+            asked = {"stream": self._number, **given}
+            found = self._connection.call("for the next token", what, Step, asked, most=self._most)
         except BaseException as error:  # an interrupt, too: the answer to this question is lost
             self.close()
             if isinstance(error, UntrustedBundleError) and self._connection.closed:
@@ -180,25 +177,11 @@ def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
                     "or load the bundle with trust=True"
                 )
             continue
-        sent = value.items() if name == "logit_bias" and isinstance(value, Mapping) else value
+        pairs = name == "logit_bias" and isinstance(value, Mapping)
         try:
-            found[name] = _sent(sent)
+            found[name] = plain(list(value.items()) if pairs else list(value) if isinstance(value, Set) else value)
         except (TypeError, RecursionError):
             raise InputError(
                 f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
             ) from None
     return found
-
-
-def _sent(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, int) and not -_LARGEST < value < _LARGEST:
-        raise TypeError("no parser of JSON takes it")
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _sent(part) for key, part in value.items()}
-    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
-        return [_sent(part) for part in value]
-    raise TypeError("JSON has no such value")

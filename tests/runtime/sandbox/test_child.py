@@ -169,7 +169,7 @@ def test_what_it_can_reach(talking_bundle: Bundle, tmp_path: Path, monkeypatch: 
         with opened(talking_bundle.path) as model:
             from pastkey.runtime.sandbox.protocol import Values
 
-            found = dict(model.connection.call("for a test", "defaults", Values).values)
+            found = dict(model.connection.call("for a test", "defaults", Values, {}).values)
     assert set(found.pop("threads")) == {"NoNewPrivs:\t1"}
     assert "SECRET_TOKEN" not in found.pop("environment")
     assert found.pop("bundle") == "done"

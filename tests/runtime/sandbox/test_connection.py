@@ -47,9 +47,9 @@ def ended(monkeypatch: pytest.MonkeyPatch, program: str, limits: Limits = LIMITS
     made = Connection(Path("b"), limits)
     try:
         with pytest.raises(UntrustedBundleError) as first:
-            made.call("for a text", "text", Text)
+            made.call("for a text", "text", Text, {})
         with pytest.raises(UntrustedBundleError) as later:
-            made.call("again", "text", Text)
+            made.call("again", "text", Text, {})
         assert str(later.value) == str(first.value).replace(", asked for a text,", "")
     finally:
         made.close()
@@ -98,7 +98,7 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "BOOT", ANSWERING + "time.sleep(1000)")
     made = Connection(Path("b"), Limits(seconds=1.0))
     with pytest.raises(UntrustedBundleError, match=told):
-        made.call("for much", "text", Text, much="x" * 10_000_000)
+        made.call("for much", "text", Text, {"much": "x" * 10_000_000})
     made.close()
 
 
@@ -156,7 +156,7 @@ def test_errors_are_sentences_of_known_classes(monkeypatch: pytest.MonkeyPatch) 
     made = Connection(Path("b"), LIMITS)
     for _, _, told, kind in answers:
         with pytest.raises(kind) as found:
-            made.call("for a text", "text", Text)
+            made.call("for a text", "text", Text, {})
         assert told in str(found.value)
         assert len(str(found.value)) <= 4000
     made.close()
@@ -170,7 +170,7 @@ def test_calls_of_many_threads_each_get_their_own_answer(monkeypatch: pytest.Mon
     monkeypatch.setattr(process, "BOOT", ANSWERING + program)
     made = Connection(Path("b"), LIMITS)
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(made.call("for", "text", Text).text)) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(made.call("for", "text", Text, {}).text)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -188,7 +188,7 @@ def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         deep = [deep]
     for value in (object(), 10**5000, deep):
         with pytest.raises(InputError, match="cannot be sent to the process of an untrusted bundle"):
-            made.call("for", "text", Done, value=value)
+            made.call("for", "text", Done, {"value": value})
     while deep:  # or its own end would be a deep recursion
         deep = deep[0]  # type: ignore[assignment]
     made.close()
@@ -203,12 +203,12 @@ def test_a_fork_of_the_parent_has_no_process(monkeypatch: pytest.MonkeyPatch) ->
     if not pid:
         try:
             made.close()  # does nothing
-            made.call("for a text", "text", Text)
+            made.call("for a text", "text", Text, {})
         except InputError as error:
             os._exit(7 if "this process was forked" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    assert made.call("for a text", "text", Text).text == "well"
+    assert made.call("for a text", "text", Text, {}).text == "well"
     made.close()
 
 
@@ -222,9 +222,9 @@ def test_an_interrupted_call_leaves_the_next_one_in_step(monkeypatch: pytest.Mon
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            made.call("for a long text", "text", Text, most=30_000_000)
+            made.call("for a long text", "text", Text, {}, most=30_000_000)
     finally:
         signal.signal(signal.SIGALRM, old)
-    assert made.call("for a text", "text", Text).text == "well"
+    assert made.call("for a text", "text", Text, {}).text == "well"
     assert not made._calls
     made.close()

@@ -101,7 +101,7 @@ def test_what_a_terminal_would_act_on_is_not_printed(
     command: Command, talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = "from pastkey.runtime.commands import rerun\n"
-    hook += "rerun.run_here = lambda *_, **__: iter([dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')])\n"
+    hook += "rerun.run_here = lambda *_, **__: dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')\n"
     boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
     monkeypatch.setattr(process, "BOOT", boot)
     found: tuple[Any, ...] = command("inspect", talking_bundle.path, "--untrusted")
