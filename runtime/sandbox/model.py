@@ -51,6 +51,7 @@ class SandboxedModel:
         path: The bundle's folder.
         manifest: The bundle's manifest, as the process read it.
         limits: The limits that the process has.
+        closed: Whether `close` was called.
         connection: The way to the process.
     """
 
@@ -58,7 +59,7 @@ class SandboxedModel:
         """See `open_sandboxed`."""
         self.connection = connection = opened.connection
         self.limits = connection.in_force
-        self.path, self._max_batch, self._is_closed = opened.path, settings["max_batch"], False
+        self.path, self._max_batch, self.closed = opened.path, settings["max_batch"], False
         # Before the bundle is opened: whatever happens then, the process ends.
         self._finalizer = weakref.finalize(self, opened.close)
         try:
@@ -72,7 +73,7 @@ class SandboxedModel:
             raise
 
     def __repr__(self) -> str:
-        closed = ", closed" if self._is_closed else ""
+        closed = ", closed" if self.closed else ""
         return f"<SandboxedModel {self.path} ({self.manifest.precision}{closed})>"
 
     if not TYPE_CHECKING:
@@ -88,14 +89,9 @@ class SandboxedModel:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._is_closed
-
     def close(self) -> None:
         """Ends the process. Generations that run end; later calls raise."""
-        self._is_closed = True
+        self.closed = True
         self._finalizer()
 
     @property
@@ -218,7 +214,7 @@ class SandboxedModel:
 
     def _alive(self) -> Connection:
         """The process. Raises InputError where the model is closed, UntrustedBundleError where it has ended."""
-        if self._is_closed:
+        if self.closed:
             raise InputError("this model is closed: load it again with pastkey.load()")
         self.connection.require_alive()
         return self.connection

@@ -57,7 +57,7 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
         self._connection, self._holds, self._number = connection, holds, next(numbers)
         self._reading = threading.Lock()
         self._chunks: list[Chunk] = []
-        self._prompt_tokens = self._length = 0
+        self._prompt_tokens = self._tokens = self._length = 0
         self._begun = self._over = self._cancelled = False
         sent = sent_options(options)
         self._given: dict[str, Any] = {"text": text, "options": sent}
@@ -111,10 +111,10 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
             self._connection.fail("answered with nothing, and was ended")
         chunk = found.piece
         self._chunks.append(chunk)
+        self._tokens += len(chunk.ids)
         self._length += len(chunk.text)
         # There is a piece for each token, and one for what was held back.
-        tokens = max(sum(len(chunk.ids) for chunk in self._chunks), len(self._chunks) - 1)
-        if tokens > self._most_new:
+        if max(self._tokens, len(self._chunks) - 1) > self._most_new:
             self._connection.fail(f"answered with more than {self._most_new:,} new tokens, and was ended")
         for token in chunk.ids:
             if not 0 <= token < self._vocab_size:
