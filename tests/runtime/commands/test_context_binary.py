@@ -82,6 +82,17 @@ def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
     assert made.manifest.compiled.options == QNN | given
 
 
+def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"htp_arch": "73", "backend_path": "libQnnHtp.so"}
+    made = compile_bundle(static.path, tmp_path / "out", "qnn", given)
+    assert all(one["providers"][1]["backend_path"] == "libQnnHtp.so" for one in opened)
+    assert made.manifest.compiled is not None
+    assert made.manifest.compiled.options == QNN | {"htp_arch": "73"}
+    assert "does not keep the provider options backend_path" in capsys.readouterr().err
+
+
 def test_nothing_is_left_of_what_fails(
     static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
