@@ -52,6 +52,12 @@ def require_unlocked(folder: Path, checkpoint: object) -> None:
         os.close(file)
 
 
+def lock_file(descriptor: int, path: object) -> None:
+    """Locks an open file until it is closed. Raises InUseError where another process holds it."""
+    if _take(descriptor) is False:
+        raise InUseError(f"{path} is being written by another process: wait for its end, or stop it")
+
+
 def _in_use(file: int, checkpoint: object, busy: str = "being trained") -> InUseError:
     owner = os.read(file, 20).decode("ascii", "replace").strip() or "?"
     return InUseError(f"{checkpoint} is {busy} by process {owner}: wait for its end, or stop it")

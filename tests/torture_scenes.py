@@ -304,26 +304,28 @@ class Batch(Scene):
 
     def reset(self) -> None:
         super().reset()
-        self.out, self.written = self.work / "out.jsonl", dict[object, object]()
+        self.out, self.written = self.work / "out.jsonl", b""
 
     def command(self) -> dict[str, Any]:
         return {"arguments": self.batch(self.out)}
 
+    def answers(self, out: Path) -> set[bytes]:
+        """The lines that are whole, each of another row."""
+        lines = out.read_bytes().split(b"\n")[:-1]
+        assert len({json.loads(line)["id"] for line in lines}) == len(lines)
+        return set(lines)
+
     def check(self) -> None:
         if self.out.exists():
-            assert self.out.read_bytes() == (self.given / "whole.jsonl").read_bytes()
-        journal = self.work / "out.jsonl.job" / "rows.jsonl"
-        if journal.exists():
-            whole = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
-            found = {line["id"]: line["answer"] for line in whole}
-            assert len(found) == len(whole)
-            assert found.items() >= self.written.items()
-            self.written = found
+            assert self.answers(self.out) <= self.answers(self.given / "whole.jsonl")
+            content = self.out.read_bytes()
+            assert content.startswith(self.written)
+            self.written = content[: content.rfind(b"\n") + 1]
 
     def ended(self, locks: bool = True) -> None:
         super().ended(locks)
-        assert self.out.exists()
-        assert [path.name for path in (self.work / "out.jsonl.job").iterdir()] == ["job.json"]
+        assert self.answers(self.out) == self.answers(self.given / "whole.jsonl")
+        assert sorted(path.name for path in self.work.iterdir()) == ["out.jsonl", "out.jsonl.job"]
 
 
 SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
