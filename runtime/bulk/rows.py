@@ -105,7 +105,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
 def answered_line(row: Row, answer: Answer) -> bytes:
     """The line of the output: the id, the row's own fields, and those of its answer."""
     fields = row.content if isinstance(row.content, Mapping) else {}
-    return json_text({"id": row.id} | fields | answer | {"id": row.id}).encode() + b"\n"
+    return json_text({"id": row.id, **fields, **answer} | {"id": row.id}).encode() + b"\n"
 
 
 def json_text(value: Any) -> str:
