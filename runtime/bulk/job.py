@@ -18,10 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from pastkey.errors import ExistingFolderError, InputError, IntegrityError, ResourceError
-from pastkey.folder import read_json, refuse_below_a_file, refuse_special, sha256, write_json
-from pastkey.lock import lock_file
+from pastkey.folder import (
+    lock_file,
+    read_json,
+    refuse_below_a_file,
+    refuse_special,
+    sha256,
+    sync_folder,
+    write_json,
+)
 from pastkey.reading import parse_json
-from pastkey.replace import sync_folder
 from pastkey.values import shown
 
 from .rows import Answer, Row, RowId, answered_line, is_id, read_rows

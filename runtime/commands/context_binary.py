@@ -18,7 +18,6 @@ from pastkey.command import say
 from pastkey.errors import InputError, ProviderError
 from pastkey.folder import file_records, parse_records, whole_folder, write_json
 from pastkey.provider_options import in_manifest, not_kept
-from pastkey.replace import leftovers
 
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
@@ -75,7 +74,7 @@ def compile_bundle(
     name, given = placement.providers[0]
     provider = ep.short_name(name)
     options = {key: str(value) for key, value in given.items()}
-    for sentence in [*leftovers(out), *filter(None, [not_kept(provider, options)])]:
+    if sentence := not_kept(provider, options):
         say(sentence)
     with whole_folder(out, force=force) as folder:
         _copy(bundle, folder)

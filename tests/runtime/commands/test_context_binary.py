@@ -62,16 +62,6 @@ def test_static_graphs_are_compiled_and_everything_else_stays(
     assert (made.path / common).read_bytes() == (static.path / common).read_bytes()
 
 
-def test_what_a_killed_run_left_is_told(
-    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    left = tmp_path / ".out.abcdefg1.partial"
-    left.mkdir()
-    compile_bundle(static.path, tmp_path / "out", "qnn")
-    assert f"{left} was left by a run that was killed; nothing needs it: remove it" in capsys.readouterr().err
-    assert left.exists()
-
-
 def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
     make_bundle: MakeBundle, tiny: Any, opened: list[dict[str, Any]], tmp_path: Path
 ) -> None:
