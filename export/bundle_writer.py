@@ -12,8 +12,9 @@ import onnx_ir as ir
 import pastkey
 from pastkey import names
 from pastkey.bundle import Bundle, CacheShift, Manifest
+from pastkey.durable import write_json
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
-from pastkey.folder import file_records, parse_records, write_json
+from pastkey.folder import file_records, parse_records
 from pastkey.provider_options import in_manifest, not_kept
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import LIMITS, Golden, require_golden

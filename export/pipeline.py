@@ -22,8 +22,8 @@ import onnx_ir as ir
 from torch import nn
 
 from pastkey.bundle import Bundle, CacheShift, Manifest
+from pastkey.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.errors import ContractError, InputError, NumericsError
-from pastkey.folder import refuse_existing, remove_leftovers, whole_folder
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 

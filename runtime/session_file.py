@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.bundle import Bundle
+from pastkey.durable import whole_file
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.folder import whole_file
 from pastkey.reading import reading, require_regular
 from pastkey.values import is_int
 

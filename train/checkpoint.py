@@ -29,19 +29,9 @@ from torch import Tensor
 import pastkey
 from pastkey import names
 from pastkey.config import ModelConfig
+from pastkey.durable import remove_leftovers, sync_folder, write_json
 from pastkey.errors import IntegrityError
-from pastkey.folder import (
-    FileRecord,
-    check_hashes,
-    check_sizes,
-    file_record,
-    parse_records,
-    read_json,
-    read_manifest,
-    remove_leftovers,
-    sync_folder,
-    write_json,
-)
+from pastkey.folder import FileRecord, check_hashes, check_sizes, file_record, parse_records, read_json, read_manifest
 from pastkey.folder import sha256 as file_sha256
 from pastkey.memory import require_memory_for
 from pastkey.reading import reading

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pastkey import names
+from pastkey.durable import NewFolder, locked, new_folder, remove_leftovers
 from pastkey.errors import InputError, MissingFileError, NumericsError
-from pastkey.folder import NewFolder, locked, new_folder, remove_leftovers
 
 from .checkpoint import (
     TOKENS_TRAIN,

@@ -17,16 +17,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from pastkey.durable import lock_file, refuse_below_a_file, refuse_special, sync_folder, write_json
 from pastkey.errors import ExistingFolderError, InputError, IntegrityError, ResourceError
-from pastkey.folder import (
-    lock_file,
-    read_json,
-    refuse_below_a_file,
-    refuse_special,
-    sha256,
-    sync_folder,
-    write_json,
-)
+from pastkey.folder import read_json, sha256
 from pastkey.reading import parse_json
 from pastkey.values import shown
 

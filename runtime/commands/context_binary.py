@@ -15,8 +15,9 @@ from pathlib import Path
 from pastkey import names
 from pastkey.bundle import Bundle, Compiled, open_bundle, read_bundle
 from pastkey.command import say
+from pastkey.durable import whole_folder, write_json
 from pastkey.errors import InputError, ProviderError
-from pastkey.folder import file_records, parse_records, whole_folder, write_json
+from pastkey.folder import file_records, parse_records
 from pastkey.provider_options import in_manifest, not_kept
 
 from ..engine.engine import Engine

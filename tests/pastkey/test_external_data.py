@@ -14,9 +14,10 @@ from onnx import helper
 
 from pastkey import names
 from pastkey.bundle import KVGeometry, Manifest, open_bundle
+from pastkey.durable import write_json
 from pastkey.errors import IntegrityError
 from pastkey.external_data import CHILDREN, ExternalData, check_contexts, external_data
-from pastkey.folder import file_records, parse_records, read_json, write_json
+from pastkey.folder import file_records, parse_records, read_json
 
 DATA = "model.onnx_data"
 

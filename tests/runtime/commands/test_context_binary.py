@@ -11,8 +11,8 @@ import pytest
 
 from pastkey import names
 from pastkey.bundle import Bundle, Compiled, open_bundle
+from pastkey.durable import write_json
 from pastkey.errors import InputError, IntegrityError, ProviderError
-from pastkey.folder import write_json
 from pastkey.runtime.commands import context_binary
 from pastkey.runtime.commands.context_binary import compile_bundle
 from pastkey.runtime.providers import placement as providers
