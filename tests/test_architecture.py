@@ -30,7 +30,7 @@ RULES = {
     "runtime": Rule(
         frozenset({"pastkey"}),
         frozenset({"numpy", "onnxruntime", "tokenizers"}),
-        frozenset({"tqdm", "jinja2", "llguidance", "cryptography", "pyarrow"}),
+        frozenset({"jinja2", "llguidance", "cryptography"}),
     ),
     "train": Rule(
         frozenset({"pastkey"}), frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"})

@@ -1,4 +1,4 @@
-"""The command batch with --untrusted: rows are answered by a Generator in the process of the bundle."""
+"""The command batch with --untrusted: a Generator in the process of the bundle answers the rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pastkey.errors import InputError
-from pastkey.typed import Natural, parse
+from pastkey.typed import Natural
 
 from ..batching.scheduler import MAX_ROWS
-from ..bulk.answers import Answer, json_text
-from ..bulk.generator import Generator, Row
+from ..bulk.generator import Generator
+from ..bulk.rows import FIELDS, Answer, Row, json_text
 from ..sandbox.limits import Limits
 from ..sandbox.model import connect
 from ..session_file import bundle_digest
@@ -31,13 +30,7 @@ class _Digest:
 
 
 @dataclass(frozen=True)
-class _Answered:
-    place: Natural  # of the row, in its window
-    answer: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Plain:
+class _Answer:
     text: str | None
     finish_reason: str | None
     prompt_tokens: Natural | None
@@ -48,26 +41,9 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class _Usage:
-    prompt_tokens: Natural
-    completion_tokens: Natural
-    total_tokens: Natural
-
-
-@dataclass(frozen=True)
-class _Body:
-    usage: _Usage | None = None
-
-
-@dataclass(frozen=True)
-class _Response:
-    body: _Body
-
-
-@dataclass(frozen=True)
-class _OpenAI:
-    response: _Response
-    error: Mapping[str, Any] | None
+class _Answered:
+    place: Natural  # of the row, in its window
+    answer: _Answer
 
 
 class SandboxedGenerator:
@@ -94,34 +70,20 @@ class SandboxedGenerator:
         tell_missing(self._connection.in_force.missing)
         self.digest = self._connection.run("to load", digest_here, _Digest, {"settings": settings}).digest
 
-    def answers(self, rows: Iterable[Row], *, created: int = 0) -> Iterator[tuple[Any, Answer]]:
+    def answers(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Answer]]:
         """See Generator."""
         waiting = iter(rows)
-        together = 1 if self._settings.get("exact") else MAX_ROWS
+        seconds = self._connection.seconds * (1 if self._settings.get("exact") else MAX_ROWS)
         while window := list(itertools.islice(waiting, _WINDOW)):
             left = dict(enumerate(window))
-            asked = [[row.identity, row.content] for row in window]
-            given = {"settings": self._settings, "rows": asked, "created": created}
-            seconds = self._connection.seconds * together
+            given = {"settings": self._settings, "rows": [[row.id, row.content] for row in window]}
             for found in self._connection.results("to answer rows", answer_here, _Answered, given, seconds=seconds):
                 if found.place not in left:
                     self._connection.fail("answered a row that was not asked for, and was ended")
-                try:
-                    answer = _checked(found.answer)
-                except InputError as error:
-                    self._connection.fail(f"gave an answer that is none ({error}), and was ended")
-                yield left.pop(found.place).key, answer
+                answer = vars(found.answer).items()
+                yield left.pop(found.place), {name: part for name, part in answer if name in FIELDS or part is not None}
             if left:
                 self._connection.fail("left rows without an answer, and was ended")
-
-
-def _checked(answer: Mapping[str, Any]) -> Answer:
-    """An answer whose fields have their types. Raises InputError for anything else."""
-    if answer.keys() == {"response", "error"}:
-        parse(_OpenAI, answer, further=True)
-    else:
-        parse(_Plain, answer)
-    return dict(answer)
 
 
 def digest_here(path: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,11 +91,8 @@ def digest_here(path: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"digest": bundle_digest(Generator(path, providers="cpu", **settings).model.bundle)}
 
 
-def answer_here(
-    path: Path, settings: Mapping[str, Any], rows: Sequence[Any], created: int
-) -> Iterator[Mapping[str, Any]]:
+def answer_here(path: Path, settings: Mapping[str, Any], rows: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
     """In the process: the answer of each row, with its place in `rows`."""
     generator = Generator(path, providers="cpu", **settings)  # its model is loaded once
-    asked = (Row(place, identity, content) for place, (identity, content) in enumerate(rows))
-    for place, answer in generator.answers(asked, created=created):
-        yield {"place": place, "answer": json.loads(json_text(answer))}  # without NaN
+    for row, answer in generator.answers(Row(place, *row) for place, row in enumerate(rows)):
+        yield {"place": row.number, "answer": json.loads(json_text(answer))}  # without NaN
