@@ -29,6 +29,7 @@ from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
+from .graft.call import CONTRACT
 from .graft.contract import in_contract
 from .graft.observe import Observation
 from .graft.positions import find_shift
@@ -288,7 +289,7 @@ def _make_graph(source: Source, config: ExportConfig, progress: Progress) -> Dec
     try:
         return _graft(source, config, progress)
     except ContractError as refused:
-        if config.graph == "fused":
+        if config.graph == "fused" or config.call is not None:  # optimum's exporter chooses the call itself
             raise
         made = optimum.take_over(source.module, refused, progress.warn)
     check_tokenizer(source, made.observation.vocab_size, config.eos_ids)
@@ -304,7 +305,8 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     observation = contracted.observation
     check_tokenizer(source, observation.vocab_size, config.eos_ids)
     choice = choose_graph(config.graph, config.target, observation)
-    progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
+    call = contracted.call or CONTRACT
+    progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers of {call} ({choice.reason})")
     model = trace(source.module, observation, choice.graph, source.context_length)
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":

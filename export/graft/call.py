@@ -12,9 +12,10 @@ import dataclasses
 import inspect
 import itertools
 import random
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from .causes import Cause, Kind, NoCacheError
 from .observe import name_of, natively
 from .watched import draws, kept
 
-CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: where it fits, no other is tried
+CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: where it fits, PLAIN must give the same logits
+PLAIN = "model(ids)"
 # What an argument besides the ids may be, most likely first.
 _ARGUMENTS = ("None", "ids", "positions", "0", "future", "past", "future_scores")
 _BATCH, _LENGTHS = 2, (7, 5)
@@ -113,11 +115,13 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
 
     Raises ContractError where none fits, and InputError where two do that give different logits, or the asked fails.
     """
-    expressions = [asked] if asked is not None else _expressions(module)
+    expressions, targets = ([asked], []) if asked is not None else (_expressions(module), _with_targets(module))
     fitting: list[tuple[Probed, Tensor]] = []
     failed: list[tuple[str, BaseException]] = []
     breached: list[Probed] = []
     for expression in expressions:
+        if expression in targets and any(probed.call.expression.startswith(PLAIN) for probed in breached):
+            continue  # targets show the logits of every position, and mend no call
         try:
             found = _probe(module, expression, context_length)
         except Exception as error:  # whatever a user's module raises
@@ -133,7 +137,8 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
             fitting.append((probed, last))
             if fitting[0][0].call.order.count("t") and (expression == CONTRACT or not _asks(module)):
                 break
-    if not fitting and breached and asked is None:  # a mask that the caller may pass
+    looks_ahead = any(cause.kind is Kind.LOOK_AHEAD for probed in breached[:1] for cause in probed.breaches)
+    if not fitting and looks_ahead and asked is None:  # a mask that the caller may pass
         for expression in _masked(module):
             with contextlib.suppress(Exception):  # whatever a user's module raises
                 found = _probe(module, expression, context_length)
@@ -167,12 +172,27 @@ def _chosen(module: nn.Module, fitting: Sequence[tuple[Probed, Tensor]]) -> Prob
     first, last = fitting[0]
     for other, logits in fitting[1:]:
         if logits.shape != last.shape or not _close(logits, last):
-            raise InputError(
-                f"{name_of(module)} runs as {first.call.expression} and as {other.call.expression}, and gives "
-                f"other logits: say which with  --call {other.call.expression!r}  or  --call {first.call.expression!r}"
-            )
+            refuse_ambiguous(module, first.call, other.call)
     whole = [probed for probed, _ in fitting if "t" in probed.call.order]
     return whole[0] if whole else first
+
+
+def refuse_ambiguous(module: nn.Module, one: Call, other: Call) -> NoReturn:
+    """Raises InputError for two calls that fit and give different logits: the user says which one is meant."""
+    cause = ContractError(f"{one.expression} and {other.expression} give different logits")  # what verify tells
+    raise InputError(
+        f"{name_of(module)} runs as {one.expression} and as {other.expression}, and gives other logits: say which "
+        f"with  --call {shlex.quote(other.expression)}  or  --call {shlex.quote(one.expression)}"
+    ) from cause
+
+
+def plain_call(module: nn.Module, context_length: int) -> Call | None:
+    """The call without any optional argument; None where it fails or is not a decoder's."""
+    with contextlib.suppress(Exception):  # whatever a user's module raises
+        found = _probe(module, PLAIN, context_length)
+        if found is not None and not found[0].breaches:
+            return found[0].call
+    return None
 
 
 def _asks(module: nn.Module) -> bool:
@@ -210,17 +230,27 @@ def _expressions(module: nn.Module) -> list[str]:
     found = []
     if "position_ids" in names:
         found.append(CONTRACT)
-    if len(others) and not required:
-        found += ["model(ids)", "model(ids, ids)"]  # logits of every position where targets are given
-    elif required:
+    if not required:
+        found += [PLAIN, *_with_targets(module)]
+    else:
         choices = list(itertools.product(*(_candidates(name) for name in names[: min(required, 3)])))
         extra = ", 0" * (required - 3)
         found += [f"model(ids, {', '.join(choice)}{extra})" for choice in choices]
-    else:
-        found.append("model(ids)")
     for form in ("ids[0]", "ids.T"):
-        found.append(found[0].replace("(ids", f"({form}", 1))
+        found.append((found[0] if required else PLAIN).replace("(ids", f"({form}", 1))
     return found
+
+
+def _with_targets(module: nn.Module) -> list[str]:
+    """The call with optional targets, for which many modules give the logits of every position."""
+    others, required = _parameters(module)
+    if required or not others:
+        return []
+    first, *more = (p.name for p in others)
+    named = next((name for name in more if _candidates(name)[0] == "ids"), None)
+    if named is not None and _candidates(first)[0] != "ids":
+        return [f"model(ids, {named}=ids)"]
+    return ["model(ids, ids)"] if _candidates(first) is _ARGUMENTS or _candidates(first)[0] == "ids" else []
 
 
 def _masked(module: nn.Module) -> list[str]:

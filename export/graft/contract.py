@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import random
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from pastkey.errors import ContractError, InputError, PastkeyError, first_line
 
 from .attention import failing_line
 from .cache_check import cache_works
-from .call import Call, find_call
+from .call import CONTRACT, Call, find_call, plain_call, refuse_ambiguous
 from .causes import Cause, Kind, NoCacheError, ObstacleError
 from .observe import (
     Observation,
@@ -43,6 +44,7 @@ _TOLERANCE = 1e-4  # of the largest logit, of a text and its parts in float32
 _CHOOSING = 11  # tokens of the texts on which it is seen whether rows are chosen
 _MOST_LOGITS = 1 << 28  # of the longest text on which a followed module is compared with its author's call
 _SHORT = 512  # tokens of a text that is run several times
+_PLAIN = 128  # tokens of the longest text on which the plain call is compared
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Contracted:
 
     module: nn.Module
     observation: Observation
-    call: str = ""  # how the author calls what was given; empty where that is the contract
+    call: str = ""  # how the author calls what was given; empty where that is the contract, found by trying
 
 
 def in_contract(module: nn.Module, context_length: int, asked: str | None, say: Say) -> Contracted:
@@ -59,14 +61,16 @@ def in_contract(module: nn.Module, context_length: int, asked: str | None, say: 
     with _as_it_was():
         model = module if isinstance(module, StandIn) else _prepared(module, say)  # transformers' is ours already
         require_finite(model)
-        kept = _kept(model, context_length) if asked is None else None
+        kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
         if kept is None:
             return _followed(model, context_length, asked)
+        if asked is None:
+            _require_plain(model, Call(CONTRACT), context_length, kept.observation.vocab_size)
         # Followed, each head is cached once, and experts that compute their own tokens alone are traced.
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
-                return _followed(model, context_length, asked)
-        return kept
+                return _followed(model, context_length, CONTRACT)
+        return dataclasses.replace(kept, call=asked or "")
 
 
 def _kept(model: nn.Module, context_length: int) -> Contracted | None:
@@ -106,6 +110,8 @@ def _followed(model: nn.Module, context_length: int, asked: str | None) -> Contr
     with evaluating(model):
         probed = find_call(model, context_length, asked)
         _run_whole(model, probed.call, context_length, probed.vocab_size)
+        if asked is None and not probed.breaches:
+            _require_plain(model, probed.call, context_length, probed.vocab_size)
         try:
             found = find(model, probed.call, context_length, probed.vocab_size)
         except NoCacheError as error:
@@ -190,6 +196,31 @@ def _run_whole(model: nn.Module, call: Call, context_length: int, vocab_size: in
             f"{f', at {where}' if where else ''} with {type(error).__name__}: {first_line(error)}; give the context "
             "that its tables and masks are made for with --context N"
         ) from error
+
+
+def _require_plain(model: nn.Module, taken: Call, context_length: int, vocab_size: int) -> None:
+    """Raises InputError where the plain call fits and gives other logits than the call that was found by trying.
+
+    It is compared on texts of one token, of two and of many. The longest begins with ids that often stand for padding.
+    """
+    with evaluating(model):
+        plain = plain_call(model, context_length)
+        if plain is not None and plain != taken and not _agree(model, plain, taken, context_length, vocab_size):
+            refuse_ambiguous(model, plain, taken)
+
+
+def _agree(model: nn.Module, plain: Call, taken: Call, context_length: int, vocab_size: int) -> bool:
+    ids = random_ids(1, min(context_length, _PLAIN), vocab_size, seed=3)
+    padded = torch.cat([torch.tensor([[0, 1, 2, 3, -2, -1]]) % vocab_size, ids], 1)[:, : ids.shape[1]]
+    for text in (ids[:, :1], ids[:, :2], padded):
+        try:
+            expected, found = plain(model, text).float(), taken(model, text).float()
+        except Exception:  # whatever a user's module raises for a text of this length
+            continue
+        count = min(expected.shape[1], found.shape[1])  # one of the two may give the last position alone
+        if expected.shape[2] != found.shape[2] or not _relative(found[:, -count:], expected[:, -count:]) <= _TOLERANCE:
+            return False
+    return True
 
 
 def _require_equal(decoder: TimeAxisDecoder, call: Call, context_length: int, vocab_size: int) -> None:

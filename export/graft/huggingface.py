@@ -36,7 +36,10 @@ _HARMLESS = {
 
 
 class HuggingFaceDecoder(StandIn):
-    """forward(input_ids, position_ids) -> logits (B, T, V) of a transformers model for causal language modelling."""
+    """forward(input_ids, position_ids) -> logits (B, T, V) of a transformers model for causal language modelling.
+
+    Without position_ids the model makes its own, by which those of the contract are checked.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -51,7 +54,7 @@ class HuggingFaceDecoder(StandIn):
         except ValueError as error:
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         with self._experts():
             # A mask of ones, since without one transformers looks for several texts packed into a row.
             logits: Tensor = self.model(

@@ -162,7 +162,8 @@ def _open_module(
     except InputError as error:
         raise InputError(
             f"{path} does not run as {call or 'a decoder'} on {source.context_length} tokens "
-            f"({first_line(error.__cause__ or error)}): name the source that the bundle was exported from"
+            f"({first_line(error.__cause__ or error)}): name the source that the bundle was exported from, "
+            "or export that again"
         ) from error
     return source, found.module, found.observation
 

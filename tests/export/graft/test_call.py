@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +81,20 @@ class WithStart(Counted):
         return self.logits(ids) + (torch.arange(ids.shape[1]) + start_pos)[:, None] * 0.01
 
 
+class LastUnlessTargets(Counted):
+    """Has its targets behind positions, which are no place for ids."""
+
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None) -> Any:
+        logits = self.logits(ids) if position_ids is None else self.logits(ids) + position_ids[..., None] * 0
+        return logits if targets is not None else logits[:, -1]
+
+
+class OneRowWithPositions(OneRow):
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Any:
+        logits = super().forward(ids)
+        return logits if position_ids is None else logits + position_ids[..., None]
+
+
 class WithMask(Counted):
     """Looks ahead unless a mask is given."""
 
@@ -96,6 +112,8 @@ FOUND: dict[type[Counted], tuple[str, str]] = {
     TimeFirst: ("model(ids.T)", "tbv"),
     OneRow: ("model(ids[0])", "tv"),
     LastOnly: ("model(ids)", "bv"),
+    LastUnlessTargets: ("model(ids, targets=ids)", "btv"),
+    OneRowWithPositions: ("model(ids[0])", "tv"),
     WithStart: ("model(ids, 0)", "btv"),
     WithMask: ("model(ids, mask=future_scores)", "btv"),
 }
@@ -135,6 +153,31 @@ def test_two_calls_that_give_other_logits_are_told() -> None:
     with pytest.raises(InputError, match=r"runs as .* and as .*, and gives other logits: say which with  --call "):
         probed(EitherWay())
     assert probed(EitherWay(), "model(ids, 1)").call.expression == "model(ids, 1)"
+
+
+def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell() -> None:
+    class Quoted(Counted):
+        def forward(self, ids: Tensor, scale: Any) -> Any:  # type: ignore[override]
+            return {"it's $HOME": self.logits(ids) * (2 if scale is None else 1)}
+
+    with pytest.raises(InputError) as caught:
+        probed(Quoted())
+    words = shlex.split(str(caught.value).partition("say which with")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert calls == ['model(ids, ids)["it\'s $HOME"]', 'model(ids, None)["it\'s $HOME"]']
+    assert [probed(Quoted(), call).call.expression for call in calls] == calls
+
+
+class NoisyUnlessTold(Counted):
+    """Its argument is neither targets nor a mask."""
+
+    def forward(self, ids: Tensor, quiet: Tensor | None = None) -> Any:
+        return self.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0)
+
+
+def test_a_plain_call_that_is_random_is_mended_by_no_other() -> None:
+    found = probed(NoisyUnlessTold())
+    assert (found.call.expression, [cause.kind for cause in found.breaches]) == ("model(ids)", [Kind.CHANCE])
 
 
 def breach(change: Callable[[Tensor], Tensor]) -> list[Kind]:

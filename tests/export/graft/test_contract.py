@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import shlex
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey.errors import ContractError, InputError, NumericsError, PastkeyError
+from pastkey.export.graft.call import Call
 from pastkey.export.graft.contract import Contracted, in_contract
 
 from ..decoders import NanoGpt, Plain
@@ -85,6 +88,130 @@ class Routed(Plain):
 def test_a_module_that_keeps_the_contract_by_its_signature_alone_is_followed(build: type[Plain]) -> None:
     found, _ = taken(build())
     assert found.call.startswith("model(ids, position_ids=positions)")
+
+
+# --- the plain call -----------------------------------------------------------------------------------------------
+def counted(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1]).expand_as(ids)
+
+
+class Optional(Plain):
+    """Positions that may be given: the module's own are `default` of the ids."""
+
+    default = staticmethod(counted)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, self.default(input_ids) if position_ids is None else position_ids)
+
+
+class FromTwo(Optional):
+    default = staticmethod(lambda ids: counted(ids) + 2)
+
+
+class AllZero(Optional):
+    default = staticmethod(torch.zeros_like)
+
+
+class CappedAtNine(Optional):
+    default = staticmethod(lambda ids: counted(ids).clamp(max=9))
+
+
+class NoneUnlessGiven(Plain):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids)  # type: ignore[arg-type]
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        return self.token(input_ids) if position_ids is None else super().embed(input_ids, position_ids)
+
+
+class AmongOthers(Plain):
+    def forward(self, input_ids: Tensor, **others: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids, others.get("position_ids", counted(input_ids) + 1))
+
+
+class ByKeywordOnly(FromTwo):
+    def forward(self, input_ids: Tensor, *, use_cache: bool = False, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids)
+
+
+class InDictionary(FromTwo):
+    """Is followed, whichever way it is called."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {"logits": super().forward(input_ids, position_ids)}
+
+
+class LastUnlessTargets(FromTwo):
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        return logits if targets is not None else logits[:, -1:]
+
+
+OTHERWISE = (
+    FromTwo, AllZero, CappedAtNine, NoneUnlessGiven, AmongOthers, ByKeywordOnly, InDictionary, LastUnlessTargets,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("build", OTHERWISE)
+def test_positions_that_change_the_plain_logits_are_asked_about(build: type[Plain]) -> None:
+    """Each of the two calls that the sentence offers is then taken, and rows of different lengths may share a batch."""
+    module, ids = build().eval(), torch.arange(SHORT)[None]
+    sentence = refusal(InputError, module)
+    words = shlex.split(sentence.partition("say which with")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert [call.startswith("model(ids, position_ids=positions)") for call in calls] in ([True, False], [False, True])
+    for call in calls:
+        found, _ = taken(module, call=call)
+        with torch.no_grad():
+            expected = Call(call).raw(module, ids)
+            logits = found.module(ids, position_ids=counted(ids))
+        assert found.call == call
+        assert found.observation.padding
+        assert torch.allclose(logits[:, -expected.shape[1] :], expected, atol=1e-4)
+
+
+def test_a_plain_call_that_fails_for_one_token_alone_or_for_padding_alone_is_compared_too() -> None:
+    class OneToken(Optional):
+        default = staticmethod(lambda ids: counted(ids) + (3 if ids.shape[1] == 1 else 0))
+
+    class Padding(Optional):
+        default = staticmethod(lambda ids: ((ids != 0).cumsum(1) - 1).clamp(min=0))
+
+    for build in (OneToken, Padding):
+        assert "runs as model(ids) and as model(ids, position_ids=positions)" in refusal(InputError, build().eval())
+
+
+class EqualAmongOthers(Plain):
+    def forward(self, input_ids: Tensor, **others: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids, others.get("position_ids", counted(input_ids)))
+
+
+class NeededAfterAll(Plain):
+    """The plain call fails."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids)  # type: ignore[arg-type]
+
+
+class AheadUnlessGiven(Optional):
+    """The plain call is not a decoder's."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        return logits + logits.mean(1, keepdim=True) if position_ids is None else logits
+
+
+@pytest.mark.parametrize("build", [Optional, EqualAmongOthers, NeededAfterAll, AheadUnlessGiven])
+def test_the_contract_is_taken_where_no_plain_call_gives_other_logits(build: type[Plain]) -> None:
+    for call in (None, "model(ids, position_ids=positions)"):
+        found, _ = taken(build().eval(), call=call)
+        assert isinstance(found.module, build)
+        assert found.observation.padding
+        assert found.call == (call or "")
 
 
 class OtherwiseWhenLong(Gpt):
