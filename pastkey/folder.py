@@ -95,6 +95,10 @@ def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any
     require_manifest(folder, kind)
     manifest = read_json(folder / MANIFEST)
     found = manifest.get("kind")
+    if found is None:
+        raise InputError(
+            f"{folder / MANIFEST} has no kind; the manifest of a {kind} was expected: copy the {kind} again"
+        )
     if found != kind:
         hint = {"checkpoint": "export it first", "bundle": "name the checkpoint it came from"}.get(str(found), "")
         raise InputError(f"{folder} is a {shown(found)} folder; a {kind} was expected" + (f": {hint}" if hint else ""))

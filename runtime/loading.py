@@ -22,7 +22,7 @@ from .draft_model import DraftModel
 from .language_model import LanguageModel
 from .settings import Choice, SessionSettings, require_placement
 from .signature import require_signature
-from .unpacking import given_as, remove, unpacked
+from .unpacking import Given, given_as, remove, tell_as_given, unpacked
 
 if TYPE_CHECKING:
     from .sandbox.limits import Limits
@@ -167,7 +167,8 @@ def load(
                 "max_batch": int(max_batch),
             },
         )
-    folder, temporary = _folder_of(path)
+    given = given_as(path)
+    folder, temporary = _folder_of(given)
     drafts = None
     try:
         if key is not None:
@@ -198,11 +199,12 @@ def load(
             draft=drafts,
             temporary=None if temporary is None else weakref.finalize(temporary, remove, folder, os.getpid()),
         )
-    except BaseException:
+    except BaseException as error:
         if drafts is not None:
             drafts.close()
         if temporary is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            tell_as_given(error, folder, given.name)
         raise
     if temporary is not None:
         model.holds = temporary
@@ -240,14 +242,13 @@ class _Temporary:
     """What a temporary folder lives as long as."""
 
 
-def _folder_of(path: object) -> tuple[Path, _Temporary | None]:
+def _folder_of(given: Given) -> tuple[Path, _Temporary | None]:
     """The bundle's folder, and what a temporary one is tied to. Raises InputError, IntegrityError, MissingFileError."""
-    given = given_as(path)
     if given.content is not None:
-        return unpacked(io.BytesIO(given.content), str(given.path)), _Temporary()
+        return unpacked(io.BytesIO(given.content), given.name), _Temporary()
     if given.path.is_file() and zipfile.is_zipfile(given.path):
         with given.path.open("rb") as file:
-            return unpacked(file, str(given.path)), _Temporary()
+            return unpacked(file, given.name), _Temporary()
     return given.path, None if given.copied is None else _Temporary()
 
 

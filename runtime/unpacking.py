@@ -15,7 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO
 
-from pastkey.errors import InputError, IntegrityError, MissingFileError, first_line
+from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, first_line
 from pastkey.folder import is_inside
 from pastkey.names import MANIFEST
 from pastkey.reading import reading
@@ -26,9 +26,10 @@ _MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bun
 
 @dataclass(frozen=True)
 class Given:
-    """What `load` was given: a path, or the content of a zip file and what it is called."""
+    """What `load` was given: a path, or the content of a zip file."""
 
     path: Path
+    name: str  # what messages call it
     content: bytes | memoryview | None = None
     copied: Path | None = None  # a temporary folder, which is the path
 
@@ -39,17 +40,18 @@ def given_as(path: object) -> Given:
     Raises InputError, MissingFileError.
     """
     if isinstance(path, bytes | bytearray | memoryview):
-        return Given(Path("the bytes"), memoryview(path).cast("B"))
+        return Given(Path("the bytes"), "the bytes", memoryview(path).cast("B"))
     if isinstance(path, str | os.PathLike):
-        return Given(as_path(path, expected="the path of a bundle folder, or of a zip file of one"))
+        found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
+        return Given(found, str(found))
     if isinstance(path, Traversable):
         if path.is_file():
-            return Given(Path(path.name), path.read_bytes())
+            return Given(Path(path.name), path.name, path.read_bytes())
         if not path.is_dir():
             raise MissingFileError(f"no such bundle: {path.name} is not in its package")
         folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
         _copy(path, folder)
-        return Given(folder, copied=folder)
+        return Given(folder, path.name, copied=folder)
     raise InputError(
         f"path is {shown(path)}; the path of a bundle folder was expected, as a str or a Path, or a zip file of one, "
         "its bytes, or a resource of a package"
@@ -81,6 +83,12 @@ def remove(folder: Path, made_by: int) -> None:
     """Removes a temporary folder in the process of this number, which made it: its forks read on there."""
     if os.getpid() == made_by:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def tell_as_given(error: BaseException, folder: Path, name: str) -> None:
+    """Has the sentence about a bundle in a temporary folder name what the user gave."""
+    if isinstance(error, PastkeyError):
+        error.args = (str(error).replace(str(folder), name), *error.args[1:])
 
 
 def unpack(file: IO[bytes], name: str, folder: Path) -> None:

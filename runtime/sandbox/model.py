@@ -25,7 +25,7 @@ from ..many import several, token_ids
 from ..scoring import Score
 from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, require_known
 from ..text.chat_template import read_template
-from ..unpacking import given_as, remove
+from ..unpacking import given_as, remove, tell_as_given
 from .chat_format import SandboxedChatFormat
 from .connection import Connection
 from .limits import Limits
@@ -68,8 +68,10 @@ class SandboxedModel:
                 self.manifest = parse_manifest(opened.path, found.manifest)
             except PastkeyError as error:
                 connection.fail(f"answered with no manifest ({error}), and was ended")
-        except BaseException:
+        except BaseException as error:
             self._finalizer()
+            if opened.folder is not None:
+                tell_as_given(error, opened.path, opened.name)
             raise
 
     def __repr__(self) -> str:
@@ -258,6 +260,7 @@ class Opened:
     """A process for a bundle, and the temporary folder that the bundle lies in, if any."""
 
     path: Path
+    name: str  # what messages call it
     connection: Connection
     folder: Path | None
     made_by: int
@@ -287,15 +290,14 @@ def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Open
         if folder is not None and found.content is not None:
             path = folder / "bundle.zip"
             path.write_bytes(found.content)
-        name = str(found.path if found.content is not None else path)
-        connection = Connection(path, limits, name=name, unpack_to=unpack_to, readable=readable)
+        connection = Connection(path, limits, name=found.name, unpack_to=unpack_to, readable=readable)
         if found.content is not None:
             path.unlink()
     except BaseException:
         if folder is not None:
             remove(folder, os.getpid())
         raise
-    return Opened(unpack_to or path, connection, folder, os.getpid())
+    return Opened(unpack_to or path, found.name, connection, folder, os.getpid())
 
 
 def open_sandboxed(given: object, limits: Limits | None, settings: Mapping[str, Any]) -> SandboxedModel:

@@ -95,6 +95,25 @@ def test_what_is_no_bundle_is_refused(speaking_bundle: Bundle, tmp_path: Path) -
     assert not (tmp_path.parent / "outside").exists()
 
 
+@pytest.mark.parametrize("trust", [True, False])
+def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(
+    speaking_bundle: Bundle, tmp_path: Path, trust: bool
+) -> None:
+    """The last of two entries of one name counts."""
+    file = tmp_path / "b.zip"
+    file.write_bytes(zipped(speaking_bundle.path))
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("pastkey.json", "{}")
+    with pytest.raises(InputError) as caught:
+        load(file, trust=trust)
+    assert str(caught.value).startswith(f"{file / 'pastkey.json'} has no kind; the manifest of a bundle was expected")
+    file.write_bytes(zipped(speaking_bundle.path, skip="model.onnx"))
+    for given, name in ((file, f"{file}"), (file.read_bytes(), "the bytes")):
+        with pytest.raises(IntegrityError) as missing:
+            load(given, trust=trust)
+        assert str(missing.value).startswith(f"{name}/onnx/model.onnx is missing")
+
+
 # --- other processes ----------------------------------------------------------------------------------------------
 def test_a_model_that_is_pickled_is_loaded_again(speaking_bundle: Bundle, expected: list[int]) -> None:
     model = load(speaking_bundle.path, threads=1, max_batch=3)
