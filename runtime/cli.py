@@ -25,7 +25,7 @@ from pastkey.command import (
     print_text,
     say,
 )
-from pastkey.errors import InputError
+from pastkey.errors import InputError, ProviderError
 from pastkey.folder import read_text
 
 from .settings import (
@@ -263,6 +263,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print_json(inspection.to_json())
     else:
         print_inspection(inspection)
+    if inspection.refusal is not None:
+        raise ProviderError(inspection.refusal)
     return 0
 
 

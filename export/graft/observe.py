@@ -48,6 +48,7 @@ class Layer:
     window: int | None = None  # a token sees so many, where attention is local
     special: str | None = None  # what GroupQueryAttention does not compute
     padding: bool = True  # whether rows of different lengths may share a batch
+    attributes: tuple[str, ...] = ()  # of GroupQueryAttention for it
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,16 @@ class _Observer:
         module = self._stack[-1] if self._stack else ""
         self.masked |= call.mask is not None
         self.layers.append(
-            Layer(geometry, call.query.shape[1], module, call.where, call.window, call.special, call.weights is None)
+            Layer(
+                geometry,
+                heads=call.query.shape[1],
+                module=module,
+                where=call.where,
+                window=call.window,
+                special=call.special,
+                padding=call.weights is None,
+                attributes=tuple(call.fused_attributes),
+            )
         )
         return torch_attention(call)
 

@@ -173,8 +173,10 @@ def test_webgpu_runs_its_own_graph_whole_and_another_in_parts_where_the_bundle_w
 ) -> None:
     here(monkeypatch, "WebGpuExecutionProvider")
     assert providers.resolve(None, target="webgpu", graph="fused").whole
-    assert providers.resolve("webgpu", target="webgpu", graph="standard").whole
-    assert not providers.resolve(None, target="webgpu", graph="standard").whole
+    for choice in (None, "webgpu"):
+        placement = providers.resolve(choice, target="webgpu", graph="standard")
+        assert (placement.whole, placement.tells) == (False, True)
+    assert providers.resolve("webgpu", target="cpu", graph="standard").whole
 
 
 def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle: Bundle) -> None:
