@@ -153,6 +153,31 @@ def test_webgpu_runs_the_static_graph_whole_and_prefills_right(bundles: Callable
     assert ("leaves" in done.stderr, "single tokens" in done.stderr) == (False, False)
 
 
+def test_webgpu_runs_a_soft_capped_decoder_by_the_standard_graph(
+    bundles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = bundles("soft-cap-webgpu-int8")
+    for flags in ((), ("--provider", "webgpu")):
+        options = ("--prompt-ids", "5,9,2", "--max-new-tokens", str(NEW_TOKENS), "--json", *flags)
+        done = pastkey_in(WEBGPU, "run", bundle, *options, home=tmp_path)
+        assert answered(done) == pastkey.load(bundle, "cpu").generate([5, 9, 2], max_new_tokens=NEW_TOKENS).ids
+        assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) in 2 parts to ", done.stderr)
+
+
+def test_inspect_says_what_run_says_of_a_graph_that_webgpu_computes_wrong(
+    bundles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = ("--provider", "webgpu", "--allow-fallback", "--json")
+    inspected = pastkey_in(WEBGPU, "inspect", bundles("soft-cap-fp32"), *flags, home=tmp_path)
+    ran = pastkey_in(WEBGPU, "run", bundles("soft-cap-fp32"), "--prompt-ids", "5,9,2", *flags, home=tmp_path)
+    assert (inspected.returncode, ran.returncode, ran.stdout) == (2, 2, "")
+    shown = json.loads(inspected.stdout)
+    assert shown["golden_logits"] == "wrong"
+    assert "computes other logits on this device than the processor" in shown["refusal"]
+    assert shown["refusal"] in inspected.stderr
+    assert shown["refusal"] in ran.stderr
+
+
 def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = bundles("llama-webgpu")
     numbers = ("--prompt-tokens", "20", "--new-tokens", "8", "--json")
