@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.bundle import Bundle, CacheShift, Manifest
+from pastkey.bundle import Bundle, Manifest
 from pastkey.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.runtime.providers import placement as providers
@@ -31,9 +31,8 @@ from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
 from .graft.call import CONTRACT
 from .graft.contract import in_contract
-from .graft.observe import Observation
 from .graft.positions import find_shift
-from .graft.trace import GraphChoice, choose_graph, trace
+from .graft.trace import choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import LARGEST, to_float16
 from .graph.fuse import fuse, where_rotated
@@ -54,7 +53,6 @@ from .quantize.search import Quantized
 from .quantize.sensitivity import Sensitivity
 from .resources import parameters, require_disk, require_memory
 from .settings import STATIC_CHUNK, ExportConfig, Options
-from .source import optimum
 from .source.open import open_source
 from .source.source import Source, check_tokenizer
 
@@ -195,7 +193,7 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
     _refuse_early(module_or_path, out, config)
     source = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
-    decoder = _make_graph(source, config.common, progress)
+    decoder = _graft(source, config.common, progress)
     _require_masks(decoder, config)
     _require_head(decoder, config)
     with whole_folder(out, force=config.force) as folder:
@@ -285,19 +283,6 @@ def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
-def _make_graph(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
-    try:
-        return _graft(source, config, progress)
-    except ContractError as refused:
-        if config.graph == "fused" or config.call is not None:  # optimum's exporter chooses the call itself
-            raise
-        made = optimum.take_over(source.module, refused, progress.warn)
-    check_tokenizer(source, made.observation.vocab_size, config.eos_ids)
-    choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
-    shift = CacheShift("optimum exported it, whose keys nobody saw turn with their position")
-    return _cleaned(source, made.model, made.observation, choice, shift)
-
-
 def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     progress.stage(f"observe the attention calls of {source.name}")
     contracted = in_contract(source.module, source.context_length, config.call, progress.warn)
@@ -312,12 +297,6 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     if choice.graph == "fused":
         fuse(model, source.context_length)
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    return _cleaned(source, model, observation, choice, shift)
-
-
-def _cleaned(
-    source: Source, model: ir.Model, observation: Observation, choice: GraphChoice, shift: CacheShift
-) -> Decoder:
     clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
     head = output_head(model)
     width = None if head is None else hidden_size(head)

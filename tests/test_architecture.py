@@ -43,7 +43,7 @@ RULES = {
                 "safetensors", "tokenizers", "numpy", "tqdm",
             }
         ),
-        frozenset({"transformers", "gguf", "optimum", "onnxruntime_extensions"}),
+        frozenset({"transformers", "gguf", "onnxruntime_extensions"}),
     ),
 }  # fmt: skip
 

@@ -17,7 +17,6 @@ from pastkey import names
 from pastkey.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.errors import (
     ContextLengthError,
-    ContractError,
     InputError,
     MissingExtraError,
     MissingFileError,
@@ -104,8 +103,6 @@ def open_exported(
     if call is not None:
         _require_plain(call, bundle)
     source, module, observation = _open_module(path, length, call, weights, trust_remote_code, say)
-    if observation is None:
-        return module, ()
     _require_same_shape(bundle, source.name, observation)
     return module, observation.layers
 
@@ -139,15 +136,10 @@ def _shown(layers: Sequence[KVGeometry]) -> str:
 # --- sources ------------------------------------------------------------------------------------------------------
 def _open_module(
     path: str, context_length: int, call: str | None, weights: str | None, trust_remote_code: bool, say: Say
-) -> tuple[Source, nn.Module, Observation | None]:
-    """The source, its module as it is run, and what running it showed.
-
-    A module of transformers that no cache can be given is run as it is, since it may have been exported by optimum:
-    nothing is observed of it.
-    """
+) -> tuple[Source, nn.Module, Observation]:
+    """The source, its module as it is run, and what running it showed."""
     _require_packages()
     from ..graft.contract import in_contract
-    from ..graft.observe import StandIn
     from ..source.open import open_source
 
     source = open_source(
@@ -155,10 +147,6 @@ def _open_module(
     )
     try:
         found = in_contract(source.module, source.context_length, call, say)
-    except ContractError:
-        if not isinstance(source.module, StandIn):
-            raise
-        return source, source.module, None
     except InputError as error:
         raise InputError(
             f"{path} does not run as {call or 'a decoder'} on {source.context_length} tokens "
