@@ -15,9 +15,10 @@ from pastkey.bundle import Bundle, CacheShift, Manifest
 from pastkey.durable import write_json
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.folder import file_records, parse_records
+from pastkey.precisions import PRECISIONS
 from pastkey.provider_options import in_manifest, not_kept
 from pastkey.runtime import Engine
-from pastkey.runtime.engine.golden import LIMITS, Golden, require_golden
+from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.ort import RunError
@@ -167,8 +168,8 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     weights = sum(path.stat().st_size for path in bundle.all_logits_graph.parent.glob(f"*{names.DATA_SUFFIX}"))
     rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
     # There the weights alone are quantized, and the processor's activations are no others than the device's.
-    exact = manifest.precision in ("int8", "int4") and Form.of(manifest.target) is Form.GPU
+    exact = PRECISIONS[manifest.precision].quantized and Form.of(manifest.target) is Form.GPU
     like = "fp32" if exact else manifest.precision
     if like == "fp32" and manifest.target in names.STATIC_TARGETS:  # which compute in float16
         like = "fp16"
-    return Golden.computed(Engine(bundle, providers="cpu"), rows, LIMITS[like])
+    return Golden.computed(Engine(bundle, providers="cpu"), rows, PRECISIONS[like].golden_limit)

@@ -23,6 +23,7 @@ from pastkey.command import (
     say,
 )
 from pastkey.errors import InputError
+from pastkey.precisions import PRECISIONS
 
 from .progress import SILENT, Progress
 from .settings import (
@@ -53,7 +54,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help=SOURCES)
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    add("--precision", choices=names.PRECISIONS, help="of the weights (default: %(default)s)")
+    add("--precision", choices=PRECISIONS, help="of the weights (default: %(default)s)")
     add("--target", choices=names.TARGETS, help="where it will run (default: %(default)s)")
     add("--graph", choices=GRAPH_CHOICES, help="which graph (default: %(default)s)")
     add(

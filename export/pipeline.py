@@ -24,6 +24,7 @@ from torch import nn
 from pastkey.bundle import Bundle, Manifest
 from pastkey.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.errors import ContractError, InputError, NumericsError
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
@@ -42,8 +43,7 @@ from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
 from .quantize.activations import probing
-from .quantize.calibration import WINDOWS, CalibrationText, calibration_text, measured, read_calibration
-from .quantize.int4 import WINDOWS as INT4_WINDOWS
+from .quantize.calibration import CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
@@ -279,7 +279,7 @@ def _open(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfi
 def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
     if config.calibration is None:
         return None
-    return read_calibration(config.calibration, source.tokenizer, _WINDOWS[config.precision])
+    return read_calibration(config.calibration, source.tokenizer, PRECISIONS[config.precision].calibration_windows)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
@@ -392,14 +392,13 @@ def _make_static_int8(
 
 # --- int8 and int4 ------------------------------------------------------------------------------------------------
 _MAKERS = {"int8": make_int8, "int4": make_int4}
-_WINDOWS = {"int8": WINDOWS, "int4": INT4_WINDOWS}  # of calibration text
 
 
 def _calibration_text(
     fp32: Bundle, calibration: list[int] | None, config: ExportConfig, progress: Progress
 ) -> CalibrationText:
     progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
-    return calibration_text(fp32, calibration, _WINDOWS[config.precision], progress)
+    return calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
 
 
 def _quantize(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pastkey import names
 from pastkey.errors import InputError
+from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int
 
 Options = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -40,7 +41,7 @@ GREEDY_TOKENS = 32  # of a continuation, where prompt and continuation fit into 
 class ExportConfig:
     """How to export. Raises InputError for a choice that does not exist, or that another one rules out."""
 
-    precision: str = "int8"  # of the weights: names.PRECISIONS
+    precision: str = "int8"  # of the weights: PRECISIONS
     target: str = "cpu"  # where the bundle will run: names.TARGETS
     graph: str = "auto"  # GRAPH_CHOICES
     format: str = "onnx"  # names.FORMATS: "ort" writes pastkey's own graph in the ORT format, too
@@ -65,7 +66,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         for name, found, known in (
-            ("precision", self.precision, names.PRECISIONS),
+            ("precision", self.precision, PRECISIONS),
             ("target", self.target, names.TARGETS),
             ("graph", self.graph, GRAPH_CHOICES),
             ("format", self.format, names.FORMATS),
@@ -88,7 +89,7 @@ class ExportConfig:
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
             raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
-        if self.precision in ("fp32", "fp16"):
+        if not PRECISIONS[self.precision].quantized:
             self._check_float(self.precision)
         self._check_static()
         self._check_generate()

@@ -23,6 +23,7 @@ from . import names
 from .errors import InputError, IntegrityError
 from .external_data import check_contexts, check_external_data
 from .folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
+from .precisions import PRECISIONS
 from .provider_options import require_in_manifest
 from .typed import Between, Size, TokenId, parse
 from .values import as_path, require
@@ -97,7 +98,7 @@ class Manifest:
 
     pastkey_version: str
     source: str  # what was exported: a checkpoint's name, or a module's class
-    precision: str  # names.PRECISIONS
+    precision: str  # PRECISIONS
     target: str  # names.TARGETS
     graph: str  # names.GRAPHS
     graph_reason: str  # why this graph
@@ -137,7 +138,7 @@ class Bundle:
     @property
     def all_logits_graph(self) -> Path:
         """The graph with the logits of every position."""
-        return self.path / names.ALL_LOGITS_GRAPH[self.manifest.precision]
+        return self.path / PRECISIONS[self.manifest.precision].graph
 
     @property
     def last_logits_graph(self) -> Path:
@@ -202,7 +203,7 @@ def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
     try:
         manifest = parse(Manifest, values, "the manifest")
         static, graph = manifest.static, manifest.graph
-        require(manifest.precision in names.ALL_LOGITS_GRAPH, "precision", manifest.precision, "one of pastkey's")
+        require(manifest.precision in PRECISIONS, "precision", manifest.precision, "one of pastkey's")
         require(graph in names.GRAPHS, "graph", graph, f"one of {', '.join(names.GRAPHS)}")
         require((graph == "static") == (static is not None), "static", static, "there where the graph is static")
         require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")

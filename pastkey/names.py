@@ -110,16 +110,8 @@ CHAT_TEMPLATE: Final = "chat_template.jinja"
 WEIGHTS: Final = "model.safetensors"
 GOLDEN: Final = "golden_logits.npz"  # what a device must compute before its text is shown
 
-# The graph that every loader finds by its precision's usual name: logits of all positions.
-ALL_LOGITS_GRAPH: Final = {
-    "fp32": "onnx/model.onnx",
-    "fp16": "onnx/model_fp16.onnx",
-    "int8": "onnx/model_quantized.onnx",
-    "int4": "onnx/model_q4.onnx",
-}
-# What transformers.js calls a precision, and finds the all-logits graph by.
-TRANSFORMERS_JS_DTYPE: Final = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
-# pastkey's own graph over the same weights: logits of the last positions only, from LOGITS_START on.
+# pastkey's own graph, over the weights of the all-logits graph, which `precisions` names: logits of the last positions
+# only, from LOGITS_START on.
 LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 # The same with an int8 cache, a quarter of the bytes that decoding after a long text reads. Some bundles have it.
 INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
@@ -137,7 +129,6 @@ STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"
 STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # what they have beside the weights of the all-logits graph
 DATA_SUFFIX: Final = "_data"  # weights stand beside the all-logits graph: onnx/model_quantized.onnx_data
 
-PRECISIONS: Final = ("int8", "int4", "fp16", "fp32")
 TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "qnn", "coreml", "portable")
 STATIC_TARGETS: Final = ("qnn", "coreml")  # which take graphs of fixed sizes only
 FORMATS: Final = ("onnx", "ort")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pastkey import names
+from pastkey.precisions import PRECISIONS
 
 from . import facts
 from .bundle_view import BundleView, Graph
@@ -120,7 +121,7 @@ def js_makes_the_cache(view: BundleView, graph: Graph) -> Iterator[Finding]:
 def js_finds_the_files(where: str) -> Rule:
     def rule(view: BundleView, graph: Graph) -> Iterator[Finding]:
         settings = view.config.section("transformers.js_config")
-        mine = names.TRANSFORMERS_JS_DTYPE[view.bundle.manifest.precision]
+        mine = PRECISIONS[view.bundle.manifest.precision].transformers_js
         chosen = settings.get("dtype")
         chosen = chosen.get("model") if isinstance(chosen, dict) else chosen
         default = chosen if chosen not in (None, "auto") else facts.JS_DEFAULT_DTYPE[where]

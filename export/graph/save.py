@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey import names
+from pastkey.precisions import PRECISIONS
 
 from .embedding_rows import take_embedding_rows
 from .hidden_states import yield_hidden_states
@@ -30,12 +31,12 @@ def write_graphs(model: ir.Model, folder: Path, precision: str, hidden_size: int
     Returns the bytes of the weights, in their own file and in the graph.
     """
     head = take_head(model)  # first: its marks are no part of a file
-    all_logits = folder / names.ALL_LOGITS_GRAPH[precision]
+    all_logits = folder / PRECISIONS[precision].graph
     all_logits.parent.mkdir(parents=True, exist_ok=True)
     weight_bytes = _move_weights_out(model, all_logits.with_name(all_logits.name + names.DATA_SUFFIX))
     ir.save(model, all_logits)
     if hidden_size is not None:
-        yield_hidden_states(model, head, hidden_size, half=precision == "fp16")
+        yield_hidden_states(model, head, hidden_size, half=PRECISIONS[precision].bits == 16)
     keep_last_positions(model, head)
     take_sequence_lengths(model)
     take_embedding_rows(model)

@@ -9,20 +9,20 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph.edit import add_weight
-from .blocks import ZERO, Int8Blocks
-from .int4_blocks import Int4Blocks, unpacked
+from .blocks import ZERO, Blocks
+from .int4_blocks import unpacked
 
 OPSET = 21  # the first whose DequantizeLinear knows blocks
 _UINT4 = ir.DataType.UINT4.numpy()
 
 
-def dequantize_linear(model: ir.Model, name: str, matrix: Int8Blocks | Int4Blocks) -> ir.Node:
+def dequantize_linear(model: ir.Model, name: str, matrix: Blocks) -> ir.Node:
     """A node that gives the matrix (N, K) transposed, of int8 or uint4 with a scale for each block.
 
     (blocks * block_size, N) float32: not every runtime takes a last block that is cut off.
     """
     rows, blocks = matrix.scale_codes.shape
-    if isinstance(matrix, Int4Blocks):
+    if matrix.zeros is not None:
         columns = unpacked(matrix.data.reshape(rows, -1)).astype(_UINT4)
         zeros = {"column_zeros": unpacked(matrix.zeros)[:, :blocks].astype(_UINT4)}
     else:

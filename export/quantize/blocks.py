@@ -5,12 +5,15 @@ QLoRA and k-quants: a scale code of a byte, from 1 to 255, times one float32 row
 weight is cut off.
 
     int8   round(w / scale) + 128 in a uint8; the scale is max |w| / 127
+
+Fewer bits have a zero point for each block, and are rounded elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +23,23 @@ _LARGEST_CODE = np.float32(255)
 
 
 @dataclass(frozen=True)
-class Int8Blocks:
-    """A matrix (N, K) in int8 blocks."""
+class Blocks:
+    """A matrix (N, K) in blocks of integers, as com.microsoft.MatMulNBits reads them.
 
-    data: np.ndarray  # (N, blocks, block_size) uint8, offset by 128; the last block padded with zeros
+    Of 4 bits there are two in a byte, the lower first. The last block of a row is padded with its zero point.
+    """
+
+    data: np.ndarray  # (N, blocks, block_size * bits / 8) uint8
     scale_codes: np.ndarray  # (N, blocks) uint8: the scale over the row scale
     row_scales: np.ndarray  # (N, 1) float32
     columns: int  # K
+    zeros: np.ndarray | None = None  # (N, blocks * bits / 8 rounded up) uint8: the zero points; None: ZERO
+    bits: int = 8
 
     @property
     def block_size(self) -> int:
         """Weights to a scale."""
-        return int(self.data.shape[2])
+        return int(self.data.shape[2]) * 8 // self.bits
 
     @property
     def scales(self) -> np.ndarray:
@@ -40,8 +48,8 @@ class Int8Blocks:
         return scales
 
 
-def quantize_blocks(matrix: np.ndarray, block_size: int) -> Int8Blocks:
-    """Quantizes (N, K) float32 row by row. Raises ValueError on NaN or infinity."""
+def quantize_blocks(matrix: np.ndarray, block_size: int) -> Blocks:
+    """Quantizes (N, K) float32 to int8, row by row. Raises ValueError on NaN or infinity."""
     if not np.isfinite(matrix).all():
         raise ValueError("NaN or infinity")
     rows, columns = matrix.shape
@@ -52,11 +60,11 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> Int8Blocks:
     scale_codes, row_scales = encode_scales(np.abs(padded).max(2) / np.float32(127))
     scales = scale_codes.astype(np.float32) * row_scales
     data = np.clip(np.rint(padded / scales[:, :, None]), -127, 127) + ZERO
-    return Int8Blocks(data.astype(np.uint8), scale_codes, row_scales, columns)
+    return Blocks(data.astype(np.uint8), scale_codes, row_scales, columns)
 
 
-def dequantize_blocks(quantized: Int8Blocks) -> np.ndarray:
-    """(N, K) float32, what the kernels compute with."""
+def dequantize_blocks(quantized: Blocks) -> np.ndarray:
+    """(N, K) float32 of int8, what the kernels compute with."""
     values: np.ndarray = (quantized.data.astype(np.float32) - ZERO) * quantized.scales[:, :, None]
     return values.reshape(len(values), -1)[:, : quantized.columns]
 
@@ -66,16 +74,12 @@ def choose_block_size(columns: int) -> int:
     return min(_BLOCK_SIZES, key=lambda size: -(-columns // size) * (size + 1))
 
 
-def join(parts: Sequence[Int8Blocks]) -> Int8Blocks:
-    """Matrices of equal K and block size below one another, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Int8Blocks(
-        np.concatenate([part.data for part in parts]),
-        np.concatenate([part.scale_codes for part in parts]),
-        np.concatenate([part.row_scales for part in parts]),
-        parts[0].columns,
-    )
+def join(parts: Sequence[Blocks]) -> Blocks:
+    """Matrices of equal K, bits and block size below one another, as one."""
+    first = parts[0]
+    names = [field.name for field in fields(first) if isinstance(getattr(first, field.name), np.ndarray)]
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(first, **arrays)
 
 
 def encode_scales(

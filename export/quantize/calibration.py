@@ -29,7 +29,7 @@ from .activations import probing
 from .smoothing import smooth
 from .smoothing_groups import find_groups
 
-WINDOWS, LENGTH = 8, 256  # of calibration text, and tokens of each, where the context has room for them
+LENGTH = 256  # tokens of a window of calibration text, where the context has room for them
 MIN_TOKENS = 64  # of a calibration file: fewer say nothing about the activations of other texts
 _MONOTONOUS = 0.9  # of a text, as one and the same token: a word over and over, or a script the tokenizer cannot read
 _MEASURED = 2  # windows that are kept apart, to measure on
@@ -47,7 +47,7 @@ class CalibrationText:
     held_out_set: tuple[Ids, ...]
 
 
-def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int = WINDOWS) -> list[int]:
+def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int) -> list[int]:
     """The token ids of the user's calibration text. Raises MissingFileError or InputError where it cannot be used."""
     if tokenizer is None:
         raise InputError(
@@ -70,7 +70,7 @@ def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int = W
 
 
 def calibration_text(
-    bundle: Bundle, ids: Sequence[int] | None, count: int = WINDOWS, progress: Progress = SILENT
+    bundle: Bundle, ids: Sequence[int] | None, count: int, progress: Progress = SILENT
 ) -> CalibrationText:
     """`count` windows of the user's text, spread over all of it; without one, of what the float32 bundle itself writes.
 

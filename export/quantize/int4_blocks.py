@@ -10,14 +10,13 @@ by the error that cannot be compensated. The Hessian of the output's error is X^
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import encode_scales
+from .blocks import Blocks, encode_scales
 
+BITS = 4
 _TOP = 15
 _SHRINKS = np.linspace(1, 0.5, 16).tolist()  # of a block's range: what is cut off may cost less than coarser steps
 # Added to the Hessian's diagonal, of its mean. Much, since other texts than the calibration text are written, too.
@@ -26,29 +25,7 @@ _ROWS_AT_ONCE = 128  # whose scales are looked for together: what a core's cache
 _LAZY_COLUMNS = 64  # whose compensation by all columns behind them is one MatMul (GPTQ's lazy batch updates)
 
 
-@dataclass(frozen=True)
-class Int4Blocks:
-    """A matrix (N, K) in blocks of 4 bits, as com.microsoft.MatMulNBits reads them: two in a byte, the lower first."""
-
-    data: np.ndarray  # (N, blocks, block_size / 2) uint8; the last block padded with its zero point
-    zeros: np.ndarray  # (N, blocks / 2, rounded up) uint8: the zero points
-    scale_codes: np.ndarray  # (N, blocks) uint8: the scale over the row scale
-    row_scales: np.ndarray  # (N, 1) float32
-    columns: int  # K
-
-    @property
-    def block_size(self) -> int:
-        """Weights to a scale."""
-        return 2 * int(self.data.shape[2])
-
-    @property
-    def scales(self) -> np.ndarray:
-        """(N, blocks) float32, as the graph computes them."""
-        scales: np.ndarray = self.scale_codes.astype(np.float32) * self.row_scales
-        return scales
-
-
-def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -> Int4Blocks:
+def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -> Blocks:
     """Rounds a matrix to 4 bits by GPTQ.
 
     Args:
@@ -85,25 +62,17 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
         for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
     )
     numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
-    return Int4Blocks(_packed(numbers).reshape(rows, blocks, -1), _packed(zeros), scale_codes, row_scales, columns)
+    return Blocks(_packed(numbers).reshape(rows, blocks, -1), scale_codes, row_scales, columns, _packed(zeros), BITS)
 
 
-def dequantize(matrix: Int4Blocks) -> np.ndarray:
+def dequantize(matrix: Blocks) -> np.ndarray:
     """(N, K) float32, what the kernels compute with."""
+    assert matrix.zeros is not None
     rows, blocks, half = matrix.data.shape
     numbers = unpacked(matrix.data.reshape(rows, -1)).reshape(rows, blocks, 2 * half)
     zeros = unpacked(matrix.zeros)[:, :blocks]
     values: np.ndarray = (numbers.astype(np.float32) - zeros[:, :, None]) * matrix.scales[:, :, None]
     return values.reshape(rows, -1)[:, : matrix.columns]
-
-
-def join(parts: list[Int4Blocks]) -> Int4Blocks:
-    """Matrices of equal K and block size below one another, as one."""
-    data, zeros, scale_codes, row_scales = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("data", "zeros", "scale_codes", "row_scales")
-    )
-    return Int4Blocks(data, zeros, scale_codes, row_scales, parts[0].columns)
 
 
 def _compensation(hessian: np.ndarray) -> np.ndarray:

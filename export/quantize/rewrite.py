@@ -1,4 +1,4 @@
-"""int8 and int4 weights in blocks: the graph. `blocks` has the arrays, `merge` joins projections.
+"""Quantized weights in blocks: the graph. `blocks` has the arrays, `merge` joins projections.
 
 MatMuls by a weight become com.microsoft.MatMulNBits (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md);
 at accuracy level 4 activations are quantized to int8 per block too, at run time. Embeddings gather blocks and scales,
@@ -17,7 +17,8 @@ Rules over the graph:
                                    the rounding of this one activation is a third of int8's error, and a second row
                                    costs little beside one
 
-MatMuls whose weight was rounded to 4 bits beforehand (`int4`) read that instead, and are merged among themselves.
+MatMuls whose weight was rounded to fewer bits beforehand (`rounded`) read that instead, and are merged among
+themselves.
 """
 
 from __future__ import annotations
@@ -43,17 +44,15 @@ from ..graph.edit import (
     weight,
 )
 from ..graph.output_head import mark_head, output_head
-from . import block_dequantize, int4_blocks
+from . import block_dequantize
 from .block_dequantize import dequantize_linear
-from .blocks import ZERO, Int8Blocks, choose_block_size, join, quantize_blocks
-from .int4_blocks import Int4Blocks
+from .blocks import ZERO, Blocks, choose_block_size, join, quantize_blocks
 from .merge import Projections, find_mergeable, insert_merged
 
-BITS, INT4_BITS = 8, 4
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
 GPU_ACCURACY_LEVEL = 0  # the activations as they are
 _COMPUTED_TOGETHER = 30  # matrices; their sizes must stand in the graph itself, where few bytes may
-NO_INT4: Mapping[str, Int4Blocks] = MappingProxyType({})
+NONE_ROUNDED: Mapping[str, Blocks] = MappingProxyType({})
 
 
 class Form(enum.Enum):
@@ -73,7 +72,7 @@ def quantize(
     model: ir.Model,
     keep: Collection[str] = (),
     head: ir.Node | None = None,
-    int4: Mapping[str, Int4Blocks] = NO_INT4,
+    rounded: Mapping[str, Blocks] = NONE_ROUNDED,
     form: Form = Form.MATMUL_NBITS,
 ) -> None:
     """Quantizes every matrix of a float32 graph in place, by the rules above. Marks the output head.
@@ -82,7 +81,7 @@ def quantize(
         model: The graph.
         keep: Names of initializers that stay in float32.
         head: The output head, where the graph does not show it.
-        int4: 4-bit matrices of weights that only MatMuls read, by the names of their initializers.
+        rounded: Matrices of fewer bits, of weights that only MatMuls read, by the names of their initializers.
         form: The operators.
 
     Raises:
@@ -90,11 +89,12 @@ def quantize(
     """
     if head is None:
         head = output_head(model)
-    weights = _Weights(model, frozenset(keep), int4, form)
+    weights = _Weights(model, frozenset(keep), rounded, form)
     matmuls = [n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.of(n)]
-    mergeable = [
-        p for bits in (BITS, INT4_BITS) for p in find_mergeable([n for n in matmuls if weights.bits(n) == bits])
-    ]
+    by_bits: dict[int, list[ir.Node]] = {}
+    for node in matmuls:
+        by_bits.setdefault(weights.bits(node), []).append(node)
+    mergeable = [p for bits in sorted(by_bits, reverse=True) for p in find_mergeable(by_bits[bits])]
     merged = {id(node) for projections in mergeable for node in projections.matmuls}
     for node in tuple(model.graph):
         if embedding_weight(node) is not None:
@@ -175,20 +175,20 @@ class _Stored:
     go of them, unless something else uses them too; of a table, only the rows that are gathered come into memory.
     """
 
-    matrix: Int8Blocks | Int4Blocks
-    blocks: ir.Value  # (N, blocks, block_size) uint8, for MatMulNBits
+    matrix: Blocks
+    blocks: ir.Value  # (N, blocks, block_size * bits / 8) uint8, for MatMulNBits
     table: ir.Value  # the same, for Gather
     scales: ir.Value  # (N, blocks) float32; `compute_scales` puts what is computed at load in its place
-    zeros: ir.Value | None = None  # zero points of 4-bit blocks
+    zeros: ir.Value | None = None  # zero points, where there are fewer than 8 bits
 
 
 class _Weights:
     """The quantized matrices of a graph: one that is used twice is stored once."""
 
-    def __init__(self, model: ir.Model, keep: frozenset[str], int4: Mapping[str, Int4Blocks], form: Form) -> None:
+    def __init__(self, model: ir.Model, keep: frozenset[str], rounded: Mapping[str, Blocks], form: Form) -> None:
         self._model = model
         self._keep = keep  # names of initializers that stay in float32
-        self._int4 = int4  # by the names of initializers
+        self._rounded = rounded  # by the names of initializers
         self._stored: dict[tuple[int, ...], _Stored] = {}  # by the identity of initializers
         self.form = form
         self._dequantized: dict[str, ir.Value] = {}  # by the names of blocks
@@ -205,29 +205,23 @@ class _Weights:
     def bits(self, node: ir.Node) -> int:
         """Of the weight that a MatMul reads."""
         found = self.of(node)
-        return INT4_BITS if found is not None and found.initializer.name in self._int4 else BITS
+        before = None if found is None else self._rounded.get(str(found.initializer.name))
+        return 8 if before is None else before.bits
 
     def store(self, *weights: MatMulWeight) -> _Stored:
         """Quantizes weights that are read below one another, as one matrix."""
         key = tuple(id(w.initializer) for w in weights)
-        if key not in self._stored and weights[0].initializer.name in self._int4:
-            self._stored[key] = self._store_int4([str(w.initializer.name) for w in weights])
         if key not in self._stored:
-            matrix = join([_quantized(w) for w in weights])
+            matrix = join([self._rounded.get(str(w.initializer.name)) or _quantized(w) for w in weights])
             name = "+".join(str(w.initializer.name) for w in weights)
-            self._stored[key] = _Stored(
-                matrix,
-                add_weight(self._model, f"{name}.blocks", matrix.data),
-                add_weight(self._model, f"{name}.table", matrix.data),
-                ir.Value(name=f"{name}.scales"),
-            )
+            blocks, scales = add_weight(self._model, f"{name}.blocks", matrix.data), ir.Value(name=f"{name}.scales")
+            if matrix.zeros is None:
+                table = add_weight(self._model, f"{name}.table", matrix.data)
+                self._stored[key] = _Stored(matrix, blocks, table, scales)
+            else:
+                zeros = add_weight(self._model, f"{name}.zeros", matrix.zeros.reshape(-1))
+                self._stored[key] = _Stored(matrix, blocks, blocks, scales, zeros)
         return self._stored[key]
-
-    def _store_int4(self, names_of_all: list[str]) -> _Stored:
-        matrix, name = int4_blocks.join([self._int4[one] for one in names_of_all]), "+".join(names_of_all)
-        blocks = add_weight(self._model, f"{name}.blocks", matrix.data)
-        zeros = add_weight(self._model, f"{name}.zeros", matrix.zeros.reshape(-1))
-        return _Stored(matrix, blocks, blocks, ir.Value(name=f"{name}.scales"), zeros)
 
     def product(self, x: ir.Value | None, stored: _Stored, name: str) -> list[ir.Node]:
         """The nodes that multiply by a quantized matrix, the last of which gives the product."""
@@ -272,7 +266,7 @@ class _Weights:
                     replace_uses(stored.scales, part)
 
 
-def _quantized(read: MatMulWeight) -> Int8Blocks:
+def _quantized(read: MatMulWeight) -> Blocks:
     matrix = read.matrix
     try:
         return quantize_blocks(matrix, choose_block_size(matrix.shape[1]))
@@ -290,7 +284,7 @@ def _matmul_nbits(x: ir.Value | None, stored: _Stored, name: str, accuracy_level
     attributes = {
         "K": stored.matrix.columns,
         "N": len(stored.matrix.data),
-        "bits": BITS if stored.zeros is None else INT4_BITS,
+        "bits": stored.matrix.bits,
         "block_size": stored.matrix.block_size,
         "accuracy_level": accuracy_level,
     }
@@ -374,7 +368,12 @@ def _gather_block_quantized(
     """Rule 3 by one operator, over the same bytes: its zero point is 128 where none is given."""
     rows = stored.matrix.data.reshape(len(stored.matrix.data), -1)
     table = add_weight(model, f"{stored.table.name}.rows", rows)
-    attributes = {"bits": BITS, "block_size": stored.matrix.block_size, "gather_axis": 0, "quantize_axis": 1}
+    attributes = {
+        "bits": stored.matrix.bits,
+        "block_size": stored.matrix.block_size,
+        "gather_axis": 0,
+        "quantize_axis": 1,
+    }
     gather = ir.node(
         "GatherBlockQuantized", [table, indices, stored.scales], attributes, domain=CONTRIB_DOMAIN, name=f"{table.name}"
     )
@@ -383,7 +382,7 @@ def _gather_block_quantized(
     return (gather, *builder.nodes)
 
 
-def _without_padding(builder: NodeBuilder, rows: ir.Value, matrix: Int8Blocks | Int4Blocks) -> ir.Value:
+def _without_padding(builder: NodeBuilder, rows: ir.Value, matrix: Blocks) -> ir.Value:
     """Rows (..., blocks * block_size) as (..., K)."""
     if matrix.data[0].size == matrix.columns:
         return rows

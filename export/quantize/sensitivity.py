@@ -1,4 +1,4 @@
-"""Sensitivity: what int8 or int4 costs at each matrix, as the KL divergence from float32 with that one alone quantized.
+"""Sensitivity: what quantizing costs at each matrix, as the KL divergence from float32 with that one alone quantized.
 
 All of it runs in one session, over a graph with `switches`. Which matrices must have more bits for a budget is found
 there too, by halving.
@@ -19,12 +19,13 @@ import onnx_ir as ir
 
 from pastkey import names
 from pastkey.errors import QualityError
+from pastkey.precisions import PRECISIONS
 
 from ..measure.metrics import Ids, Logits, kl_by_position, softmax, top1_agreement
 from ..progress import SILENT, Progress
 from .activations import probing
-from .int4_blocks import Int4Blocks
-from .rewrite import NO_INT4
+from .blocks import Blocks
+from .rewrite import NONE_ROUNDED
 from .switches import SWITCHES, Matrix, add_switches, quantization_mask
 
 _PART = 64  # positions that are compared at once, each part by a core
@@ -48,7 +49,9 @@ class Sensitivity:
 
     kl_divergence: float  # of everything quantized, in nats
     rows: tuple[Row, ...]  # worst first
-    ranking: tuple[str, ...] = ()  # in the order in which they are given more bits; of int4, what is 4-bit
+    ranking: tuple[
+        str, ...
+    ] = ()  # in the order in which they are given more bits; those that have fewer than 8, if any
     keep: tuple[str, ...] = ()  # the first of these, without which the budget is met
 
     def worst(self, count: int) -> tuple[str, ...]:
@@ -70,7 +73,8 @@ def sensitivity(
     windows: Sequence[Ids],
     max_kl: float | None = None,
     *,
-    int4: Mapping[str, Int4Blocks] = NO_INT4,
+    precision: str = "int8",
+    rounded: Mapping[str, Blocks] = NONE_ROUNDED,
     progress: Progress = SILENT,
 ) -> Sensitivity:
     """Measures every matrix of a float32 graph.
@@ -80,16 +84,17 @@ def sensitivity(
         folder: Holds the weights file that the graph names.
         windows: Token ids (T,) to measure on.
         max_kl: The budget in nats: `keep` is as many of the worst matrices as must have more bits.
-        int4: 4-bit matrices by the names of initializers, if those are to be measured and ranked. They are ranked by
-            what they cost per weight: a bit buys most where a small matrix costs much.
+        precision: Of the matrices.
+        rounded: Those of fewer than 8 bits, by the names of initializers; all others are int8. They alone are ranked,
+            by what they cost per weight: a bit buys most where a small matrix costs much.
         progress: Is told how many matrices are measured.
 
     Raises:
-        QualityError: The budget is missed with all matrices but one in float32; or of int4 with all of them in int8,
-            as embeddings and the output head are.
+        QualityError: The budget is missed with all matrices but one in float32; or of `rounded` with all of them in
+            int8, as embeddings and the output head are.
         InputError: A weight holds NaN or infinity.
     """
-    with _opened(model, folder, windows, int4) as switched:
+    with _opened(model, folder, windows, rounded) as switched:
         whole, _ = switched.measure(matrix.weight for matrix in switched.matrices)
         total = sum(matrix.bytes for matrix in switched.matrices)
         rows = []
@@ -97,22 +102,27 @@ def sensitivity(
             rows.append(Row(m.weight, m.shape, *switched.measure([m.weight]), share=m.bytes / total, matmul=m.matmul))
             progress.advance(len(rows), len(switched.matrices))
         rows.sort(key=lambda row: -row.kl_divergence)  # stable: equal ones in the graph's order
-        found = Sensitivity(whole, tuple(rows), _ranking(rows, int4))
+        found = Sensitivity(whole, tuple(rows), _ranking(rows, rounded))
         if max_kl is None or whole <= max_kl:
             return found
-        return replace(found, keep=_fewest(found, switched.measure, max_kl, "int4" if int4 else "int8"))
+        most = len(found.ranking) if rounded else found.most_kept
+        return replace(found, keep=_fewest(found, switched.measure, max_kl, precision, most))
 
 
-def _ranking(rows: list[Row], int4: Mapping[str, Int4Blocks]) -> tuple[str, ...]:
-    if int4:
-        ranked = sorted((row for row in rows if row.weight in int4), key=lambda row: -row.kl_divergence / row.share)
+def _ranking(rows: list[Row], rounded: Mapping[str, Blocks]) -> tuple[str, ...]:
+    if rounded:
+        ranked = sorted((row for row in rows if row.weight in rounded), key=lambda row: -row.kl_divergence / row.share)
     else:
         ranked = rows
     return tuple(row.weight for row in ranked)
 
 
 def _fewest(
-    found: Sensitivity, measure: Callable[[Iterable[str]], tuple[float, float]], max_kl: float, precision: str
+    found: Sensitivity,
+    measure: Callable[[Iterable[str]], tuple[float, float]],
+    max_kl: float,
+    precision: str,
+    most: int,
 ) -> tuple[str, ...]:
     """The worst matrices without which the quantized rest keeps within the budget, by halving."""
 
@@ -120,7 +130,7 @@ def _fewest(
         kept = frozenset(found.worst(count))
         return measure(row.weight for row in found.rows if row.weight not in kept)[0]
 
-    few, many = 0, found.most_kept if precision == "int8" else len(found.ranking)  # too few, and enough
+    few, many = 0, most  # too few, and enough
     if left(many) > max_kl:
         raise missed(left(many), max_kl, precision, many, len(found.ranking))
     while many - few > 1:
@@ -131,10 +141,10 @@ def _fewest(
 
 def missed(kl: float, max_kl: float, precision: str, raised: int, ranked: int) -> QualityError:
     """The sentence for a budget that cannot be met, with `raised` of the ranked matrices in more bits."""
-    better = {"int4": "int8", "int8": "float32"}[precision]
+    finer = PRECISIONS[precision].finer
     return QualityError(
-        f"{precision} is {kl:.3g} nats from float32 with {raised} of {ranked} matrices in {better}, over --max-kl "
-        f"{max_kl:g} by {kl - max_kl:.2g}: allow more, or export with --precision {better.replace('float32', 'fp32')}"
+        f"{precision} is {kl:.3g} nats from float32 with {raised} of {ranked} matrices in {finer}, over --max-kl "
+        f"{max_kl:g} by {kl - max_kl:.2g}: allow more, or export with --precision {finer}"
     )
 
 
@@ -182,8 +192,8 @@ class _SwitchedGraph:
 
 @contextlib.contextmanager
 def _opened(
-    model: ir.Model, folder: Path, windows: Sequence[Ids], int4: Mapping[str, Int4Blocks]
+    model: ir.Model, folder: Path, windows: Sequence[Ids], rounded: Mapping[str, Blocks]
 ) -> Iterator[_SwitchedGraph]:
-    matrices = add_switches(model, int4)
+    matrices = add_switches(model, rounded)
     with probing(model, folder, [names.LOGITS]) as probe, ThreadPoolExecutor(os.cpu_count()) as pool:
         yield _SwitchedGraph(matrices, windows, lambda ids, mask: probe(ids, {SWITCHES: mask})[names.LOGITS], pool)

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from ..graph.edit import NodeBuilder, add_weight, replace_node, weight
 from ..graph.output_head import output_head
-from .int4_blocks import Int4Blocks
-from .rewrite import NO_INT4, embedding_weight, matmul_weight, quantize
+from .blocks import Blocks
+from .rewrite import NONE_ROUNDED, embedding_weight, matmul_weight, quantize
 
 SWITCHES = "int8_switches"  # the input, a quantization mask (matrices,) int64: how many rows of each MatMul are int8
 _ALL = np.iinfo(np.int64).max
@@ -41,11 +41,11 @@ def quantization_mask(matrices: Iterable[Matrix], int8: Iterable[str]) -> np.nda
     return np.array([_ALL if matrix.weight in chosen else 0 for matrix in matrices], np.int64)
 
 
-def add_switches(model: ir.Model, int4: Mapping[str, Int4Blocks] = NO_INT4) -> tuple[Matrix, ...]:
+def add_switches(model: ir.Model, rounded: Mapping[str, Blocks] = NONE_ROUNDED) -> tuple[Matrix, ...]:
     """Adds the input SWITCHES to a float32 graph. Returns its matrices, in the order of their switches.
 
-    Matrices of `int4`, by the names of initializers, are 4-bit where others are int8. Nodes that share an initializer
-    share its switch. Raises InputError on NaN or infinity.
+    Matrices of `rounded`, by the names of initializers, stand in for int8. Nodes that share an initializer share its
+    switch. Raises InputError on NaN or infinity.
     """
     head = output_head(model)
     originals = frozenset(model.graph.initializers)
@@ -60,7 +60,7 @@ def add_switches(model: ir.Model, int4: Mapping[str, Int4Blocks] = NO_INT4) -> t
     switches_input = switched.input
     switches_input.shape = ir.Shape((len(switched.matrices),))
     model.graph.inputs.append(switches_input)
-    quantize(model, originals, int8_head, {_copy(name): matrix for name, matrix in int4.items()})
+    quantize(model, originals, int8_head, {_copy(name): matrix for name, matrix in rounded.items()})
     return tuple(switched.matrices.values())
 
 

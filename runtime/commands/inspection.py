@@ -17,6 +17,7 @@ from typing import Any, Unpack
 from pastkey import names
 from pastkey.bundle import Bundle, Manifest, open_bundle
 from pastkey.errors import NumericsError, ProviderError
+from pastkey.precisions import PRECISIONS
 
 from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
@@ -102,7 +103,7 @@ def inspect(
     golden_logits, refusal = (None, None) if on_cpu else _prove(engine, bundle)
     return Inspection(
         manifest=manifest,
-        weight_bytes=weights or sizes[names.ALL_LOGITS_GRAPH[manifest.precision]],
+        weight_bytes=weights or sizes[PRECISIONS[manifest.precision].graph],
         total_bytes=sum(sizes.values()),
         kv_bytes_per_token=engine.graph.bytes_per_token,
         kv_bytes_at_context=engine.graph.cache_bytes(manifest.context_length),

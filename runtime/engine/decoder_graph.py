@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
+from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int, parse_version, require
 
 from ..providers import placement as ep
@@ -198,7 +199,7 @@ class DecoderGraph:
             and not self.every
             and names.SEQLENS_K in self._inputs
             and names.ATTENTION_MASK not in self._inputs
-            and self.manifest.precision != "fp16"
+            and PRECISIONS[self.manifest.precision].cache_bytes == 4
             and ep.cache_device(self.providers) == "cpu"
         )
 
@@ -226,7 +227,7 @@ class DecoderGraph:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
-        size = 2 if self.manifest.precision == "fp16" else 4
+        size = PRECISIONS[self.manifest.precision].cache_bytes
         layers = self.manifest.layers
         return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
 

@@ -15,6 +15,7 @@ from typing import Any
 from pastkey import names
 from pastkey.bundle import Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
+from pastkey.precisions import PRECISIONS
 from pastkey.reading import is_unicode, reading
 from pastkey.values import parse_version, shown
 
@@ -228,7 +229,7 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         expected |= {names.SEQLENS_K: [names.BATCH], names.TOTAL_SEQUENCE_LENGTH: []}
     if names.SEQLENS_K not in found or names.ATTENTION_MASK in found:
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
-    if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
+    if path.name != Path(PRECISIONS[manifest.precision].graph).name:
         expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
         if manifest.hidden_size is not None:
             expected[names.LAST_HIDDEN_STATE] = [names.BATCH, names.SEQUENCE, manifest.hidden_size]

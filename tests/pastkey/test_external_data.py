@@ -18,6 +18,7 @@ from pastkey.durable import write_json
 from pastkey.errors import IntegrityError
 from pastkey.external_data import CHILDREN, ExternalData, check_contexts, external_data
 from pastkey.folder import file_records, parse_records, read_json
+from pastkey.precisions import PRECISIONS
 
 DATA = "model.onnx_data"
 
@@ -90,7 +91,7 @@ def write(folder: Path, model: onnx.ModelProto | bytes) -> Path:
     """A bundle whose graphs are this one, with hashes that are right."""
     content = model if isinstance(model, bytes) else model.SerializeToString()
     (folder / "onnx").mkdir(parents=True)
-    for graph in (names.ALL_LOGITS_GRAPH["fp32"], names.LAST_LOGITS_GRAPH):
+    for graph in (PRECISIONS["fp32"].graph, names.LAST_LOGITS_GRAPH):
         (folder / graph).write_bytes(content)
     (folder / "onnx" / DATA).write_bytes(bytes(64))
     listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

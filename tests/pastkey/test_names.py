@@ -9,9 +9,3 @@ def test_the_tensors_of_a_layer_differ_by_what_they_hold() -> None:
     assert len(made) == 12
     assert names.past_key(11) == "past_key_values.11.key"
     assert names.present_value(0) == "present.0.value"
-
-
-def test_every_precision_has_a_graph_and_a_name_in_transformers_js() -> None:
-    assert set(names.PRECISIONS) <= set(names.ALL_LOGITS_GRAPH)
-    assert set(names.PRECISIONS) <= set(names.TRANSFORMERS_JS_DTYPE)
-    assert len(set(names.ALL_LOGITS_GRAPH.values())) == len(names.ALL_LOGITS_GRAPH)

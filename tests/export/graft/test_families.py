@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from pastkey.errors import ContractError
 from pastkey.export import Report, export
-from pastkey.export.measure.verify import MAX_RELATIVE_DIFFERENCE
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime import load
 
 from ...shared import divided
@@ -50,7 +50,7 @@ def test_a_family_computes_what_transformers_computes(
     assert parity["tokens"] == CONTEXT > 2 * WINDOW
     figures = [c["value"] for c in parity["checks"].values() if c["measure"] == "max_relative_difference"]
     assert len(figures) == 5
-    assert max(figures) <= MAX_RELATIVE_DIFFERENCE
+    assert max(figures) <= PRECISIONS["fp32"].max_difference
     assert parity["checks"]["greedy"]["value"] is None
     if family in BY_HAND:
         assert_greedy_ids_are_those_of_transformers(model, report)

@@ -12,6 +12,7 @@ import pytest
 from pastkey import names
 from pastkey.export.graph.save import INLINE_BYTES, count_operators, write_graphs
 from pastkey.export.quantize.rewrite import quantize
+from pastkey.precisions import PRECISIONS
 
 from ..conftest import Export
 from ..small_graphs import Array, model_of
@@ -27,7 +28,7 @@ def written(folder: Path, w: Array, v: Array) -> tuple[int, onnx.ModelProto, onn
     told = write_graphs(model_of(TEXT, w=w, v=v), folder, "fp32")
     all_logits, last_logits = (
         onnx.load(folder / name, load_external_data=False)
-        for name in (names.ALL_LOGITS_GRAPH["fp32"], names.LAST_LOGITS_GRAPH)
+        for name in (PRECISIONS["fp32"].graph, names.LAST_LOGITS_GRAPH)
     )
     return told, all_logits, last_logits
 
@@ -44,7 +45,7 @@ def test_both_graphs_read_one_file_which_has_the_weights_told(tmp_path: Path) ->
     assert set(places(all_logits)) == {"w", "v"}
     (file,) = tmp_path.rglob("*.onnx_data")
     assert file.stat().st_size == told == w.nbytes + v.nbytes
-    stored = onnx.load(tmp_path / names.ALL_LOGITS_GRAPH["fp32"])
+    stored = onnx.load(tmp_path / PRECISIONS["fp32"].graph)
     for tensor in stored.graph.initializer:
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), {"w": w, "v": v}[tensor.name])
 

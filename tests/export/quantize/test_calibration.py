@@ -25,7 +25,7 @@ def words(count: int) -> str:
 def test_the_fewest_tokens_that_are_taken(tokenizer: bytes, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(words(64))
-    assert read_calibration(file, tokenizer) == [i % 7 for i in range(64)]
+    assert read_calibration(file, tokenizer, 8) == [i % 7 for i in range(64)]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_text_that_cannot_be_used_is_one_sentence(
     file = tmp_path / "text.txt"
     file.write_bytes(content)
     with pytest.raises(InputError, match=rf"^\S*text\.txt {sentence}"):
-        read_calibration(file, tokenizer)
+        read_calibration(file, tokenizer, 8)
 
 
 def test_tokens_that_the_tokenizer_adds_do_not_make_a_text(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -61,13 +61,13 @@ def test_tokens_that_the_tokenizer_adds_do_not_make_a_text(word_tokenizer: Token
     file = tmp_path / "text.txt"
     file.write_text("w5 " * 100)
     with pytest.raises(InputError, match="is one token 100 times in 102"):
-        read_calibration(file, adding.to_str().encode())
+        read_calibration(file, adding.to_str().encode(), 8)
 
 
 def test_no_file_a_folder_and_no_tokenizer(tokenizer: bytes, tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"no such file: .*none\.txt"):
-        read_calibration(tmp_path / "none.txt", tokenizer)
+        read_calibration(tmp_path / "none.txt", tokenizer, 8)
     with pytest.raises(InputError, match="is a folder; a file was expected"):
-        read_calibration(tmp_path, tokenizer)
+        read_calibration(tmp_path, tokenizer, 8)
     with pytest.raises(InputError, match="no tokenizer to read a calibration text with: give --tokenizer FILE"):
-        read_calibration(tmp_path / "none.txt", None)
+        read_calibration(tmp_path / "none.txt", None, 8)

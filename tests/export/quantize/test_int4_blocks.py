@@ -9,8 +9,8 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from pastkey.export.quantize import int4_blocks
-from pastkey.export.quantize.int4_blocks import Int4Blocks, dequantize, round_by_hessian
+from pastkey.export.quantize.blocks import join
+from pastkey.export.quantize.int4_blocks import dequantize, round_by_hessian
 
 from ..plain_loop import onnxruntime
 
@@ -107,6 +107,6 @@ def test_a_matrix_that_is_not_finite_is_refused(number: float) -> None:
 
 def test_matrices_below_one_another_are_one() -> None:
     parts = [round_by_hessian(drawn(rows, 48, rows)[0], np.eye(48, dtype=np.float32), 16) for rows in (3, 5)]
-    joined = int4_blocks.join(parts)
-    assert isinstance(joined, Int4Blocks)
+    joined = join(parts)
+    assert (joined.bits, joined.block_size) == (4, 16)
     np.testing.assert_array_equal(dequantize(joined), np.concatenate([dequantize(part) for part in parts]))

@@ -78,7 +78,7 @@ def test_a_budget_below_what_the_embeddings_cost_keeps_them_too(exported: Export
     found = sensitivity(ir.load(bundle.all_logits_graph), folder, windows, min(gathered.values()) / 2)
     assert set(gathered) <= set(found.keep)
     assert len(found.keep) < len(found.ranking) == len(plain.rows)
-    with pytest.raises(QualityError, match=r"with 5 of 6 matrices in float32, over --max-kl 1e-12 by \d"):
+    with pytest.raises(QualityError, match=r"with 5 of 6 matrices in fp32, over --max-kl 1e-12 by \d"):
         sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12)
 
 
@@ -87,4 +87,4 @@ def test_int4_cannot_get_below_what_int8_embeddings_cost(exported: Export) -> No
     windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
     int4 = rounded(ir.load(bundle.all_logits_graph), folder, windows)
     with pytest.raises(QualityError, match=r"of \d+ matrices in int8, over --max-kl 1e-12 by \d"):
-        sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12, int4=int4)
+        sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12, rounded=int4)

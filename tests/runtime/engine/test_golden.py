@@ -18,7 +18,6 @@ from pastkey import names
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
 from pastkey.runtime import load
-from pastkey.runtime.engine import golden as golden_module
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
 
@@ -263,4 +262,3 @@ def test_text_is_made_of_an_engine_that_was_proved(fused_bundle: Bundle, monkeyp
     lm = load(fused_bundle.path, threads=1)
     assert asked == [lm._engine]
     assert open_bundle(fused_bundle.path).manifest == lm.manifest
-    assert golden_module.LIMITS.keys() == set(names.PRECISIONS)
