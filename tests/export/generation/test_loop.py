@@ -36,7 +36,7 @@ def made(folder: Path, kind: str) -> Bundle:
         precision, _, graph = kind.partition(" ")
         target = "portable" if graph == "portable" else "cpu"
         graph = "standard" if graph == "portable" else graph or "auto"
-        export(llama(), folder, precision, target, graph, context_length=CONTEXT, generate=True)
+        export(llama(), folder, precision, target=target, graph=graph, context_length=CONTEXT, generate=True)
     return open_bundle(folder, verify=True)
 
 
