@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pastkey import names
 from pastkey.bundle import Bundle, open_bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.providers.ort import onnxruntime
@@ -91,7 +92,7 @@ def describe(training: dict[str, float]) -> str:
 
 
 def weight_bytes(bundle: Bundle) -> int:
-    return sum(record.size for name, record in bundle.manifest.files.items() if name.endswith("_data"))
+    return sum(record.size for name, record in bundle.manifest.files.items() if names.is_weights_file(name))
 
 
 def speed_ratios(fp32: Bundle, int8: Bundle, rounds: int) -> tuple[str, str]:

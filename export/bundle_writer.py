@@ -165,7 +165,8 @@ class BundleWriter:
 
 def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     """What a device must compute: logits of as many positions as a part of the weights has room for."""
-    weights = sum(path.stat().st_size for path in bundle.all_logits_graph.parent.glob(f"*{names.DATA_SUFFIX}"))
+    files = bundle.all_logits_graph.parent.iterdir()
+    weights = sum(path.stat().st_size for path in files if names.is_weights_file(path.name))
     rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
     # There the weights alone are quantized, and the processor's activations are no others than the device's.
     exact = PRECISIONS[manifest.precision].quantized and Form.of(manifest.target) is Form.GPU

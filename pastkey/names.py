@@ -4,6 +4,7 @@ Shape letters used throughout: B batch, T new tokens, P past tokens, S = P + T, 
 D head size, V vocabulary.
 """
 
+import re
 from typing import Final
 
 # --- graph inputs and outputs -------------------------------------------------------------------------------------
@@ -127,7 +128,17 @@ TEXT_GRAPH: Final = "onnx/text.onnx"
 STATIC_DECODE_GRAPH: Final = "onnx/pastkey_decode.onnx"
 STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"
 STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # what they have beside the weights of the all-logits graph
-DATA_SUFFIX: Final = "_data"  # weights stand beside the all-logits graph: onnx/model_quantized.onnx_data
+
+
+def weights_file(graph: str, shard: int = 0) -> str:
+    """The name of a graph's weights file, as transformers.js looks for it: model.onnx_data, then model.onnx_data_1."""
+    return f"{graph}_data_{shard}" if shard else f"{graph}_data"
+
+
+def is_weights_file(name: str, graph: str | None = None) -> bool:
+    """Whether a file of this name holds weights: of any graph, or of that one."""
+    return re.fullmatch(f"{'.+' if graph is None else re.escape(graph)}_data(_[0-9]+)?", name) is not None
+
 
 TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "qnn", "coreml", "portable")
 STATIC_TARGETS: Final = ("qnn", "coreml")  # which take graphs of fixed sizes only

@@ -74,8 +74,9 @@ def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
     javascript: dict[str, Any] = {"dtype": precision.transformers_js}
     if precision.cache_bytes == 2:
         javascript["kv_cache_dtype"] = {"fp16": "float16"}
-    if (folder / (precision.graph + names.DATA_SUFFIX)).exists():
-        javascript["use_external_data_format"] = {Path(precision.graph).name: 1}
+    graph = folder / precision.graph
+    if files := sum(names.is_weights_file(path.name, graph.name) for path in graph.parent.iterdir()):
+        javascript["use_external_data_format"] = {graph.name: files}
     return {"transformers.js_config": javascript}
 
 

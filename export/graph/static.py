@@ -25,11 +25,11 @@ from pastkey.bundle import Bundle, StaticShape
 from pastkey.errors import ContractError
 from pastkey.runtime.engine.static_graphs import visible_columns
 
-from .data_file import DataFile
 from .edit import NodeBuilder, replace_value, weight
 from .part import Part, depends_only_on
 from .simplify import simplify
 from .tables import take_tables
+from .weights_file import WeightsFile
 
 MASKED = -1e4  # added to the score of a token that is not seen: e to it is 0, and half precision has it
 _LOWEST = -1e30  # a score at or below it is of a token that is not seen
@@ -43,7 +43,7 @@ class StaticGraph:
     windows: tuple[int, ...]
 
 
-def make_static(model: ir.Model, tokens: int, past: int, tables: DataFile | None = None) -> StaticGraph:
+def make_static(model: ir.Model, tokens: int, past: int, tables: WeightsFile | None = None) -> StaticGraph:
     """Changes a standard graph, all logits, into the static one of T = `tokens` and P = `past`.
 
     With `tables`, the host reads embeddings and what positions alone make, and the graph has no such operators.
@@ -68,7 +68,7 @@ def write_static_graphs(bundle: Bundle, chunk: int, *, with_tables: bool = False
     attention needs more than masks.
     """
     windows: set[int] = set()
-    tables = DataFile(bundle.path / names.STATIC_DATA) if with_tables else None
+    tables = WeightsFile(bundle.path / names.STATIC_DATA) if with_tables else None
     for path, tokens in zip(bundle.static_graphs, (1, chunk), strict=True):
         made = make_static(ir.load(bundle.all_logits_graph), tokens, bundle.manifest.context_length, tables)
         ir.save(made.model, path)

@@ -22,12 +22,12 @@ import onnx_ir.passes.common as common
 
 from pastkey import names
 
-from .data_file import DataFile
 from .edit import NodeBuilder, drop_unused_weights, replace_uses, replace_value, weight
 from .part import Part, depends_only_on
+from .weights_file import WeightsFile
 
 
-def take_tables(model: ir.Model, tokens: int, context_length: int, file: DataFile) -> None:
+def take_tables(model: ir.Model, tokens: int, context_length: int, file: WeightsFile) -> None:
     """Runs the passes above on a static graph of T = `tokens`."""
     places: dict[str, dict[str, Any]] = {}
     for place in (*_take_positions(model, tokens, context_length, file), *_take_embeddings(model, tokens, file)):
@@ -52,13 +52,13 @@ def _feed(model: ir.Model, value: ir.Value, name: str, shape: tuple[int, ...]) -
     model.graph.inputs.append(new)
 
 
-def _placed(file: DataFile, table: np.ndarray) -> dict[str, Any]:
-    content = np.ascontiguousarray(table, "<f4").tobytes()
-    return {"file": file.path.name, "offset": file.place(content), "shape": list(table.shape)}
+def _placed(file: WeightsFile, table: np.ndarray) -> dict[str, Any]:
+    name, offset = file.place(np.ascontiguousarray(table, "<f4").tobytes())
+    return {"file": name, "offset": offset, "shape": list(table.shape)}
 
 
 # --- positions ----------------------------------------------------------------------------------------------------
-def _take_positions(model: ir.Model, tokens: int, context_length: int, file: DataFile) -> Iterator[dict[str, Any]]:
+def _take_positions(model: ir.Model, tokens: int, context_length: int, file: WeightsFile) -> Iterator[dict[str, Any]]:
     source = _input(model, names.POSITION_IDS)
     if source is None:
         return
@@ -95,7 +95,7 @@ def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
 
 
 # --- embeddings ---------------------------------------------------------------------------------------------------
-def _take_embeddings(model: ir.Model, tokens: int, file: DataFile) -> Iterator[dict[str, Any]]:
+def _take_embeddings(model: ir.Model, tokens: int, file: WeightsFile) -> Iterator[dict[str, Any]]:
     source = _input(model, names.INPUT_IDS)
     for number, (node, index) in enumerate(() if source is None else tuple(source.uses())):
         if node.op_type == "Gather" and index == 1 and (stored := _stored_rows(node.outputs[0], node.inputs[1])):
@@ -113,7 +113,7 @@ def _stored_rows(value: ir.Value, source: ir.Value | None) -> ir.Value | None:
 
 
 def _fed_by(
-    model: ir.Model, value: ir.Value, name: str, stored: ir.Value, tokens: int, file: DataFile
+    model: ir.Model, value: ir.Value, name: str, stored: ir.Value, tokens: int, file: WeightsFile
 ) -> dict[str, Any]:
     """Makes `value`, the rows of a weight, an input (1, T, ...)."""
     node, tensor = value.producer(), stored.const_value

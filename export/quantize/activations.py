@@ -14,7 +14,7 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.runtime.providers.ort import onnxruntime
 
-from ..graph.save import INLINE_BYTES
+from ..graph.weights_file import INLINE_BYTES, remove_with_weights, save_with_weights
 from ..measure.metrics import Ids
 
 _NO_INPUTS: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -42,10 +42,13 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
     for value in extra:
         value.type = ir.TensorType(ir.DataType.FLOAT)
     model.graph.outputs.extend(extra)
-    probe, data = folder / "probe.onnx", "probe.onnx_data"
+    probe = folder / "probe.onnx"
     try:
         changed = any(_is_large_and_in_memory(value) for value in model.graph.initializers.values())
-        ir.save(model, probe, external_data=data if changed else None)
+        if changed:
+            save_with_weights(model, probe)
+        else:
+            ir.save(model, probe)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
@@ -54,8 +57,7 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
         model.graph.outputs[:] = ends
         for value in extra:
             value.type = None
-        probe.unlink(missing_ok=True)
-        (folder / data).unlink(missing_ok=True)
+        remove_with_weights(probe)
 
 
 def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -24,8 +24,8 @@ from pastkey.runtime.engine.static_graphs import StaticGraphs
 from pastkey.runtime.providers.ort import quantization_tools
 
 from ..graph.clean import strip_traces
-from ..graph.data_file import DataFile
 from ..graph.edit import add_weight, drop_unused_weights, weight
+from ..graph.weights_file import WeightsFile
 from ..measure.metrics import Ids
 
 # A score of a token that is not seen gets this: a small number, so that ranges that were seen are of use.
@@ -41,7 +41,7 @@ def quantize_static(source: Bundle, target: Path, windows: Sequence[Ids]) -> Non
 
     `windows` are token ids (T,) that the ranges of activations are seen on.
     """
-    file = DataFile(target / names.STATIC_DATA)
+    file = WeightsFile(target / names.STATIC_DATA)
     fed = [*zip(source.static_graphs, _feeds(source, windows), strict=True)]
     context = source.manifest.context_length
     ranges: dict[str, tuple[float, float]] = {}

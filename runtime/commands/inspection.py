@@ -83,7 +83,7 @@ def inspect(
     bundle = open_bundle(path)
     manifest = bundle.manifest
     sizes = {name: record.size for name, record in manifest.files.items()}
-    weights = sum(size for name, size in sizes.items() if name.endswith(names.DATA_SUFFIX))
+    weights = sum(size for name, size in sizes.items() if names.is_weights_file(name))
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
         on_cpu = engine.providers[0] == CPU

@@ -182,8 +182,8 @@ def default_threads() -> int:
 def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
     """The weights files that are links, as a download cache's are: name -> content."""
     content = {}
-    for path in folder.glob(f"*{names.DATA_SUFFIX}"):
-        if path.is_symlink():
+    for path in folder.iterdir():
+        if path.is_symlink() and names.is_weights_file(path.name):
             with path.open("rb") as file:
                 content[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return content

@@ -88,7 +88,7 @@ def test_inputs_and_outputs_are_those_that_the_format_names(fused: Bundle) -> No
 
 
 def test_the_weights_are_those_of_the_bundles_file(fused: Bundle) -> None:
-    files = {path.name for path in (fused.path / "onnx").glob(f"*{names.DATA_SUFFIX}")}
+    files = {path.name for path in (fused.path / "onnx").iterdir() if names.is_weights_file(path.name)}
     assert len(files) == 1
     for name in (names.GENERATE_GRAPH, names.GENERATE_STEP_GRAPH):
         model = ir.load(fused.path / name)

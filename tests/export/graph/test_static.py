@@ -69,7 +69,7 @@ def require_fixed(path: Path, bundle: Bundle, tokens: int) -> None:
     assert kinds[names.INPUT_IDS] == kinds[names.POSITION_IDS] == onnx.TensorProto.INT32
     assert not {"Shape", "Range", "Greater", "And"} & {node.op_type for node in model.graph.node}
     files = {entry.value for w in model.graph.initializer for entry in w.external_data if entry.key == "location"}
-    assert files <= {bundle.all_logits_graph.name + names.DATA_SUFFIX}
+    assert files <= {names.weights_file(bundle.all_logits_graph.name)}
 
 
 def test_the_folder_has_the_common_graph_and_no_last_logits(exported: Export) -> None:

@@ -16,8 +16,8 @@ from pastkey import names
 from pastkey.bundle import open_bundle
 from pastkey.errors import IntegrityError
 from pastkey.export import export
-from pastkey.export.graph.data_file import DataFile
 from pastkey.export.graph.tables import replace_operators, take_tables
+from pastkey.export.graph.weights_file import WeightsFile
 from pastkey.runtime import load
 from pastkey.runtime.engine.engine import Engine
 
@@ -89,7 +89,7 @@ def test_what_positions_make_is_a_table_of_the_context(tokens: int, tmp_path: Pa
     )
     model = model_of(text, angles=angles[:, None])
     x = RNG.normal(size=(4, tokens)).astype(np.float32)
-    file = DataFile(tmp_path / "tables")
+    file = WeightsFile(tmp_path / "tables")
     take_tables(model, tokens, 7, file)
     ((name, place),) = json.loads(model.metadata_props[names.TABLES]).items()
     assert (place["of"], place["axis"], place["shape"]) == (names.POSITION_IDS, 1, [7, 4])
