@@ -45,14 +45,15 @@ class Generation:
     the end of the context ("length"), after `cancel` ("cancelled"), or when its time is over ("deadline").
     `finish_reason` is None until then, and the times in seconds are complete then.
 
-    All but the last of `kept_ids` are in the engine's cache when a step has ended, whatever interrupted it: appending
-    to `ids` is what makes a token chosen, and a step begins by running what the cache lacks.
+    `ids` are the truth: appending to them is what makes a token chosen, and a step runs what the cache lacks, which is
+    the last of `kept_ids` or, after an exception, all of them.
 
     Attributes:
         ids: The prompt's, and those chosen so far. A few may not be yielded yet.
         engine: With the cache, from the first step on.
         begun: Whether it has that.
         kept: Which of `ids` are in the context.
+        deadline: The time.monotonic() at which it ends; infinite where there is none.
         logprobs: Those of the tokens chosen so far, where they were asked for.
         prompt_logprobs: Those of the prompt's tokens, where they were asked for; None for the first.
         tokens_per_step: How many tokens a step of this row alone chooses, lately; drafts make it more than one.
@@ -164,12 +165,12 @@ class Generation:
         )
         if drafter is not None:
             drafter.begin(self._sample.twin(), self._end_ids, engine.manifest.vocab_size, constraint)
-        self._timeout, self._deadline = timeout, float("inf")
+        self._timeout, self.deadline = timeout, float("inf")
         self._driver, self._provide, self._retired, self._starting = driver, provide, retired, starting
         self.begun = False
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
-        self._jumped = logprobs is not None  # whether what follows from the newest of `ids` is known
+        self._jumped = False  # whether what must follow the newest of `ids` is among them
         self._seen = 0  # of how many `ids` it is known whether the text ends with them
         self.tokens_per_step = 1.0
         self._resets = engine.resets
@@ -189,12 +190,11 @@ class Generation:
                 if self.error is not None:
                     raise self.error
                 break
-            decoding = self.begun and self.engine.length + self.kept.dropped >= self.prompt_tokens
             started = time.perf_counter()
             try:
                 self._advance()
             finally:
-                if decoding:
+                if self.new_tokens:
                     self.decode_seconds += time.perf_counter() - started
                 else:
                     self.prefill_seconds += time.perf_counter() - started
@@ -230,11 +230,6 @@ class Generation:
         """How many tokens are chosen that nobody has asked for."""
         return len(self.ids) - self._yielded
 
-    @property
-    def deadline(self) -> float:
-        """The time.monotonic() at which it ends; infinite where there is none."""
-        return self._deadline
-
     def cancel(self) -> None:
         """Ends it within one step, from any thread. Tokens that were yielded stay."""
         if self._ending is None:
@@ -258,7 +253,7 @@ class Generation:
             self.retire()
 
     def _overdue(self) -> bool:
-        if self._ending is None and time.monotonic() >= self._deadline:
+        if self._ending is None and time.monotonic() >= self.deadline:
             self._ending = "deadline"
         return self._ending == "deadline"
 
@@ -266,17 +261,21 @@ class Generation:
         if self._starting is not None:
             self._starting(self)
             self._starting = None
-        if self._timeout is not None and self._deadline == float("inf"):
-            self._deadline = time.monotonic() + min(self._timeout, TIMEOUT_MAX)
+        if self._timeout is not None and self.deadline == float("inf"):
+            self.deadline = time.monotonic() + min(self._timeout, TIMEOUT_MAX)
         if self._driver is not None:
             self._driver.advance(self)
             return
         # Another thread may take the engine over between two steps, but not within one.
         with self.engine.lock:
-            self.begin()
-            self._require_ownership()
-            if not self.ready:
-                self.step()
+            try:
+                self.begin()
+                self._require_ownership()
+                if not self.ready:
+                    self.step()
+            except BaseException:
+                self.restart()
+                raise
 
     # --- steps, by whoever drives -------------------------------------------------------------------------------------
     def begin(self) -> None:
@@ -292,7 +291,14 @@ class Generation:
             self.engine.reset()
         self._resets = self.engine.resets
         self.begun = True
-        self._jump()
+
+    def restart(self) -> None:
+        """Drops the cache after an exception within a step: the next step runs `ids` again."""
+        if self.begun and self.engine.resets == self._resets:
+            self.engine.drop_cache()
+        if self._constraint is not None:
+            self._constraint.restart()
+        self._seen, self._jumped = 0, False
 
     @property
     def pending(self) -> int:
@@ -303,7 +309,7 @@ class Generation:
     def step(self, chunk_size: int | None = None) -> None:
         """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
         engine = self.engine
-        self.settle()
+        self.jump()
         if self.ended:
             return
         self._speculator.start()
@@ -323,7 +329,8 @@ class Generation:
             self.drafted, accepted = bool(draft), self.accepted_tokens
             self._count(self.take(logits, draft))
             self._speculator.end(len(draft), self.accepted_tokens - accepted)
-            self.settle()
+            self._settle()
+            self.jump()
             return
         sizes = self.kept.chunk_sizes(engine, len(missing), chunk_size)
         self.kept.make_room(engine, sizes[0])
@@ -334,36 +341,30 @@ class Generation:
         self._speculator.read()
         if len(sizes) == 1:
             self.take(logits[None], [])
-            self._jump()
+            self.jump()
 
     def _read_with_logprobs(self, ids: Sequence[int]) -> Logits:
         """As `Engine.append`, and takes note of the prompt's tokens."""
         start = self.engine.length
-        try:
-            logits = self.engine.all_logits(ids)
-            for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
-                self.prompt_logprobs[place] = token_logprob(row, self.ids[place], self._top or 0)
-        except BaseException:
-            self.engine.empty()  # what is in the cache would have no logits
-            raise
+        logits = self.engine.all_logits(ids)
+        for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
+            self.prompt_logprobs[place] = token_logprob(row, self.ids[place], self._top or 0)
         last: Logits = logits[-1]
         return last
 
-    def settle(self) -> None:
-        """Forgets in the cache what is not of the text, rejected drafts, and then lets follow what must."""
+    def _settle(self) -> None:
+        """Forgets in the cache what is not of the text: rejected drafts, and what nobody asked for."""
         last = len(self.ids) - self.kept.dropped - (not self.ended)  # it is run for its logits
         if self.engine.length > last:
             self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
-        if not self.ended:
-            self._jump()
 
     def retire(self) -> None:
         """Takes back what nobody asked for, in `ids` and in the cache, when no step runs and none follows."""
-        if self.begun and self.engine.resets != self._resets:
-            return  # another's engine; else again, where an interrupt ended this
+        if self.begun and self.engine.resets != self._resets:  # another's engine
+            return
         del self.ids[self._yielded :]
         if self.begun:
-            self.settle()
+            self._settle()
         self._speculator.stop()
         if self._retired is not None:
             self._retired(self)
@@ -393,11 +394,16 @@ class Generation:
         self.accepted_tokens += accepted
         return len(self.ids) - before
 
-    def _jump(self) -> None:
+    def make_ready(self) -> None:
+        """Prepares a step with other rows."""
+        self.jump()
+        self.kept.make_room(self.engine, 1)
+
+    def jump(self) -> None:
         """Appends the tokens that must follow. The next step runs them at once, as it does a prompt's."""
         if self._jumped:
             return
-        self._see_whether_it_ends()  # where an interrupt came before it did
+        self._see_whether_it_ends()
         # Log-probabilities are those of single choices.
         if self._constraint is not None and self._ending is None and self._top is None:
             forced = self._constraint.forced(self.most_tokens - len(self.ids))
@@ -422,9 +428,8 @@ class Generation:
     def take_together(self, logits: Logits) -> None:
         """As `take` of a run of several rows, (1, V): there is no draft, and what one would have brought is counted."""
         self._speculator.guess(self.ids, self._room)
-        token = self.ids[-1] if self.take(logits, []) else None
-        chosen = len(self.ids)
-        self._jump()
+        token, chosen = self.ids[-1] if self.take(logits, []) else None, len(self.ids)
+        self.jump()
         if tokens := self._speculator.came(token, more=len(self.ids) > chosen):
             self._count(tokens)
 

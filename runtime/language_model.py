@@ -93,7 +93,9 @@ class LanguageModel:
         self.max_batch = max_batch
         self.memory = CacheMemory(graph, stores, max_memory)
         self._executor: ThreadPoolExecutor | None = None
-        _log.debug("loaded %s on %s with %d threads", self.bundle.path, self._engine.providers, self._engine.threads)
+        _log.debug(
+            "loaded %s on %s with %d threads", self.bundle.path, self._engine.providers, self._engine.graph.threads
+        )
 
     def __repr__(self) -> str:
         closed = "" if self._engine is not None else ", closed"

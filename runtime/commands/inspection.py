@@ -81,11 +81,11 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
         engine.prefill([0] * min(2, manifest.context_length))
-        if len(engine.sessions) > 1:
+        if len(engine.graph.sessions) > 1:
             engine.reset()
             engine.decode(0)
         shares: list[Share] = []
-        for graph, session in engine.sessions.items():
+        for graph, session in engine.graph.sessions.items():
             profile = _read_profile(Path(session.end_profiling()))
             file = graph.relative_to(bundle.path).as_posix()
             compiled = (f"{file.removesuffix('.onnx')}_", ".bin")

@@ -215,6 +215,9 @@ class Fives:
     def follow(self, tokens: Any, start: int) -> None:
         pass
 
+    def restart(self) -> None:
+        pass
+
     def forced(self, most: int) -> list[int]:
         found, self._left = self._left[:most], []
         return found
