@@ -8,25 +8,37 @@ import shlex
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
+from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import InputError, OptionError, TemplateWarning
 from pastkey.values import is_one_of, require, shown
 
 from .completion import Chunk, Completion, ToolCall, completed
-from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, require_known
+from .settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions, require_known
+from .stream import Stream
 from .text.chat_template import ChatTemplate, TemplateBudgetError
+from .text.codec import TextCodec
 from .text.messages import Content, check_messages, checked_content, message, read_messages, save_messages, text_of
 from .text.sandbox import plain
 from .text.tool_calls import parse_tool_calls, tool_call_form
 
 if TYPE_CHECKING:
-    from .language_model import LanguageModel
-    from .text.codec import TextCodec
     from .text.plain_contents import PlainContents
     from .text.tools import Tool
 
 _OURS = ("messages", "add_generation_prompt", "continue_final_message")  # what a template is given in any case
+
+
+class Answering(Protocol):
+    """What a conversation asks of the model that answers."""
+
+    bundle: Bundle
+    manifest: Manifest
+    tokenizer: TextCodec | None
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Stream:
+        """Continues a prompt token by token."""
 
 
 class Chat:
@@ -46,7 +58,7 @@ class Chat:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Answering,
         system: str | None = None,
         *,
         template: str | Path | None = None,

@@ -27,6 +27,8 @@ ELSEWHERE = {
     "pastkey/version.py": ("runtime/test_init.py", "one constant"),
     "runtime/bulk/flags.py": ("runtime/commands/test_batch.py", "is what the command there takes"),
     "runtime/unpacking.py": ("runtime/test_loading.py", "is how load takes zip files and resources"),
+    "runtime/parts.py": ("runtime/test_language_model.py", "is what a model is made of"),
+    "runtime/request.py": ("runtime/test_generate.py", "is what a Generation takes"),
     "runtime/completion.py": ("runtime/test_language_model.py", "is what generate returns"),
 }
 

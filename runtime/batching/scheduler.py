@@ -51,11 +51,13 @@ class Scheduler:
         store: The caches of earlier texts.
         steps: How many steps were run.
         batched: How many tokens were decoded in runs of several rows.
+        closed: Whether `close` was called.
     """
 
     def __init__(self, graph: DecoderGraph, store: PrefixStore, max_rows: int = MAX_ROWS) -> None:
         self.store = store
         self.steps = self.batched = 0
+        self.closed = False
         self._new_lock()
         self._leader: int | None = None  # the thread that runs a step, or changes the caches
         self._asking: list[object] = []  # who wants to lead alone, in order of arrival
@@ -167,6 +169,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Ends all generations within one step, and lets go of all caches; of a step's own callback, at its end."""
+        self.closed = True
         for generation in list(self._live):
             generation.cancel()
         if self._leader == threading.get_ident():

@@ -167,7 +167,7 @@ class Server:
             prefill, left = self._shared.pop(key) if key in self._shared else (SharedPrefill(count), count)
             if left > 1:
                 self._shared[key] = prefill, left - 1
-        found = open_prompt(self._model, text, read_options(options), prefill)  # type: ignore[arg-type]
+        found = open_prompt(self._model.parts, text, read_options(options), prefill)  # type: ignore[arg-type]
         self._streams[stream] = found
         return Number(found.prompt_tokens)
 

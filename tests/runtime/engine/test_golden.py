@@ -261,6 +261,6 @@ def test_text_is_made_of_an_engine_that_was_proved(fused_bundle: Bundle, monkeyp
     asked: list[Engine] = []
     monkeypatch.setattr("pastkey.runtime.language_model.require_golden", lambda engine, bundle: asked.append(engine))
     lm = load(fused_bundle.path, threads=1)
-    assert asked == [lm._engine]
+    assert asked == [lm.parts.engine]
     assert open_bundle(fused_bundle.path).manifest == lm.manifest
     assert golden_module.LIMITS.keys() == set(names.PRECISIONS)
