@@ -26,7 +26,7 @@ from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generation_config import sampling_defaults
 from .hidden_states import embed
-from .many import StreamMany, all_completed, several, token_ids
+from .many import StreamMany, several, token_ids
 from .opening import open_prompt
 from .parts import ModelParts, prompt_ids
 from .scoring import Score, logits_by_chunk, score
@@ -223,7 +223,7 @@ class LanguageModel:
         require_known("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
             prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
-            return all_completed(StreamMany(self._stream, prompts, options, self.max_batch, n), progress)
+            return completed(StreamMany(self._stream, prompts, options, self.max_batch, n, progress))
         return completed(self._stream(prompt, options))  # type: ignore[arg-type]
 
     def stream_many(

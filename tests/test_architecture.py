@@ -148,7 +148,7 @@ RUNTIME_ROOMS = {
     "text": frozenset({"text"}),
     "constraints": frozenset({"constraints", "text"}),
     "bulk": frozenset(
-        {"bulk", "batching", "sampling", "text", "chat", "completion", "language_model", "loading", "stream"}
+        {"bulk", "batching", "sampling", "text", "chat", "completion", "language_model", "loading", "many", "stream"}
     ),
 }
 
