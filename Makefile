@@ -145,7 +145,7 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	cp pyproject.toml $(ENVIRONMENTS)/$@/away
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
 	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet \
-		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,parquet,sign]" \
+		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,sign]" \
 		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 

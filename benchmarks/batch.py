@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from pastkey.runtime import Generator
-from pastkey.runtime.bulk.requests import seed_of
+from pastkey.runtime.bulk.rows import seed_of
 
 from .speculation import STORY
 

@@ -3,7 +3,7 @@
 python examples/questions.py BUNDLE questions.jsonl answers.jsonl
 
 A line of questions.jsonl is {"question": ...}, and a line of answers.jsonl has its number, from 0, and its answer, too.
-`pastkey batch` does more (a kill at any moment, errors, Parquet); here each answer is a call, between which a program
+`pastkey batch` does more (rows decoded together, an error per row); here each answer is a call, between which a program
 may do what it likes.
 """
 

@@ -12,8 +12,10 @@ import onnx_ir as ir
 import pastkey
 from pastkey import names
 from pastkey.bundle import Bundle, CacheShift, Manifest
+from pastkey.durable import write_json
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
-from pastkey.folder import file_records, parse_records, write_json
+from pastkey.folder import file_records, parse_records
+from pastkey.provider_options import in_manifest, not_kept
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import LIMITS, Golden, require_golden
 from pastkey.runtime.providers import placement as ep
@@ -113,7 +115,7 @@ class BundleWriter:
         manifest = dataclasses.replace(
             bundle.manifest,
             target=self.config.target,
-            provider_options=dict(self.config.provider_options or ()),
+            provider_options=in_manifest(self.config.target, dict(self.config.provider_options or ())),
             parity=parity,
             quality=quality,
         )
@@ -137,14 +139,20 @@ class BundleWriter:
         provider = ep.provider_of(target)
         if provider == "cpu":
             return
+        config = self.config
+        options = dict(config.provider_options or ())
+        if sentence := not_kept(provider, options):
+            self.progress.warn(sentence)
         if not ep.is_here(provider):
             self.progress.warn(f"{target} is not on this machine: the bundle is proved there when it is loaded first")
             return
         self.progress.stage(f"prove the bundle on {provider}")
-        config = self.config
+        manifest = dataclasses.replace(
+            bundle.manifest, provider_options=options
+        )  # with those that the file may not have
         try:
             engine = Engine(
-                bundle,
+                dataclasses.replace(bundle, manifest=manifest),
                 session_options=dict(config.session_options or ()),
                 allow_fallback=config.allow_fallback,
             )

@@ -22,9 +22,8 @@ import onnx_ir as ir
 from torch import nn
 
 from pastkey.bundle import Bundle, CacheShift, Manifest
+from pastkey.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.errors import ContractError, InputError, NumericsError
-from pastkey.folder import refuse_existing, whole_folder
-from pastkey.replace import leftovers
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
@@ -191,9 +190,8 @@ def export(
 
 def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig, progress: Recorder) -> Report:
     started = time.perf_counter()
+    remove_leftovers(out)
     _refuse_early(module_or_path, out, config)
-    for sentence in leftovers(out):
-        progress.warn(sentence)
     source = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
     decoder = _make_graph(source, config.common, progress)

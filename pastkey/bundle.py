@@ -21,8 +21,9 @@ from typing import Annotated, Any
 
 from . import names
 from .errors import InputError, IntegrityError
-from .external_data import check_external_data
+from .external_data import check_contexts, check_external_data
 from .folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
+from .provider_options import require_in_manifest
 from .typed import Between, Size, TokenId, parse
 from .values import as_path, require
 
@@ -82,7 +83,7 @@ class Compiled:
     """What the static graphs were compiled for."""
 
     provider: str  # the execution provider's short name
-    options: Mapping[str, str]  # its own: the chip, say
+    options: Mapping[str, str]  # its own, as `provider_options` allows: the chip, say
     onnxruntime: str  # the release that compiled them
 
     def __str__(self) -> str:
@@ -111,7 +112,7 @@ class Manifest:
     shift: CacheShift | None = None  # None where the export did not look
     static: StaticShape | None = None  # of the static graphs
     compiled: Compiled | None = None  # where they are no graphs but context binaries
-    provider_options: Mapping[str, str] = field(default_factory=dict)  # of the target's provider, where none are given
+    provider_options: Mapping[str, str] = field(default_factory=dict)  # of the target's provider: `provider_options`
     call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
     bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these
@@ -187,6 +188,7 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     if verify is not False:
         check_hashes(folder, manifest.files, remembered=not verify)
     check_external_data(folder, manifest.files)
+    check_contexts(folder, manifest.files, compiled=manifest.compiled is not None)
     return bundle
 
 
@@ -218,4 +220,7 @@ def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
         raise IntegrityError(
             f"{folder / names.MANIFEST} is not valid, since it was altered or cut short: {error}"
         ) from None
+    require_in_manifest(manifest.target, manifest.provider_options, folder / names.MANIFEST)
+    if manifest.compiled is not None:
+        require_in_manifest(manifest.compiled.provider, manifest.compiled.options, folder / names.MANIFEST)
     return manifest

@@ -110,7 +110,7 @@ NEEDED = {
     "huggingface": ("transformers",),
     "gguf": ("gguf", "transformers", "accelerate"),
 }
-_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib", "pyarrow"}.union(
+_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib"}.union(
     *NEEDED.values()
 )
 

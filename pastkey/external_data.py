@@ -39,6 +39,8 @@ CHILDREN: Final[Mapping[str, Mapping[int, str]]] = {
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of a TensorProto
 _KEYS = frozenset({"location", "offset", "length", "checksum"})  # of external data
 _KEY, _VALUE = 1, 2  # of a StringStringEntryProto
+_ATTRIBUTE_NAME, _ATTRIBUTE_TEXT = 1, 4  # of an AttributeProto
+_CONTEXT = b"ep_cache_context"  # the attribute of an EPContext node
 _DEEPEST = 100  # messages within one another, as many as protobuf itself reads
 _LONGEST = 4096  # bytes of a key or value
 
@@ -83,23 +85,63 @@ def external_data(graph: Path) -> Iterator[ExternalData]:
     """
     try:
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield from _walk(content)
+            for kind, start, end in _messages(content):
+                if kind == "TensorProto" and (data := tensor_data(content, start, end)) is not None:
+                    yield data
     except (DamagedError, IndexError, ValueError) as error:  # the second past the end, the third of an empty file
         reason = str(error) if isinstance(error, DamagedError) else "it ends too early"
         raise IntegrityError(f"{graph} is not an ONNX graph ({reason}): it was cut short or altered") from None
 
 
-def _walk(content: mmap.mmap) -> Iterator[ExternalData]:
-    """Looks at each message once and at no byte twice, in depth first, so that few are held at a time."""
+def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: bool) -> None:
+    """Raises IntegrityError where a graph takes a context binary from anywhere but a listed file beside it.
+
+    An EPContext node names what an execution provider compiled, and OpenVINO reads it wherever its path leads. Only a
+    bundle that was compiled has such nodes.
+    """
+    for name in files:
+        path = folder / name
+        if path.suffix not in (".onnx", ".ort") or not files[name].size:
+            continue
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(_CONTEXT) < 0:
+                continue
+            if not compiled or path.suffix == ".ort":
+                raise IntegrityError(
+                    f"{path} has a node that an execution provider compiled, and the manifest says that nothing was "
+                    "compiled: the bundle was altered, copy it again"
+                )
+            for kind, start, end in _messages(content):
+                found = _context(content, start, end) if kind == "AttributeProto" else None
+                if found is None:
+                    continue
+                if not is_inside(found) or (PurePosixPath(name).parent / found).as_posix() not in files:
+                    raise IntegrityError(
+                        f"{path} takes what was compiled from {shown(found)}, which is no file beside it that the "
+                        "manifest lists: the bundle was altered, copy it again"
+                    )
+
+
+def _context(content: mmap.mmap, start: int, end: int) -> str | None:
+    """The path in an attribute of an EPContext node; None for another attribute, or where the binary stands in it."""
+    parts = {number: (a, b) for number, wire, a, b in fields(content, start, end) if wire == BYTES}
+    (a, b), (first, last) = parts.get(_ATTRIBUTE_NAME, (0, 0)), parts.get(_ATTRIBUTE_TEXT, (0, 0))
+    if content[a:b] != _CONTEXT or last - first > _LONGEST:  # no system opens a longer path
+        return None
+    return content[first:last].decode("utf-8", "replace")
+
+
+def _messages(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
+    """Each message, its kind and place, once and in depth first, so that few are held at a time."""
     open_messages = [(CHILDREN["ModelProto"], fields(content, 0, len(content)))]
     while open_messages:
         children, within = open_messages[-1]
         for number, wire, start, end in within:
             child = children.get(number) if wire == BYTES else None
-            if child == "TensorProto":
-                if (data := tensor_data(content, start, end)) is not None:
-                    yield data
-            elif child is not None:
+            if child is None:
+                continue
+            yield child, start, end
+            if child in CHILDREN:
                 open_messages.append((CHILDREN[child], fields(content, start, end)))
                 break
         else:

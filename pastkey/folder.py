@@ -1,36 +1,29 @@
-"""Folders that are whole or not there: written beside their target and renamed, read only after a check.
+"""A folder with a manifest, as a checkpoint and a bundle are: read only after a check.
 
-A checkpoint and a bundle both carry a manifest, pastkey.json, with size and sha256 of each of their files.
+The manifest is pastkey.json, with size and sha256 of each of the folder's files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import ExistingFolderError, InputError, IntegrityError, MissingFileError
-from .lock import held, require_unlocked
+from .durable import write_json
+from .errors import InputError, IntegrityError, MissingFileError
 from .memory import require_memory_for
 from .names import MANIFEST
 from .reading import MOST_JSON, note_reading, parse_json, read_bytes, require_regular
-from .replace import put_in_place, sync_folder, sync_tree
 from .values import is_int, shown
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGE_TEXT = 10_000_000  # bytes
-_STALE = 3600  # seconds, of which no file takes so many to write
 _LONGEST_NAME = 1024  # characters of a path in a folder
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
@@ -41,127 +34,6 @@ class FileRecord:
 
     size: int  # bytes
     sha256: str  # hexadecimal
-
-
-# --- writing ------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder beside `target`; renames it to `target` on success, removes it on any failure.
-
-    Raises ExistingFolderError when the target exists, unless `force` is given and the target is a folder that
-    pastkey wrote (or an empty one): nothing else is ever replaced.
-    """
-    refuse_existing(target, force=force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = rest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with held(work):
-            yield work
-            work.chmod(0o777 & ~_umask())
-            sync_tree(work)
-            rest = _put(work, target, force=force)
-        sync_folder(target.parent)
-    finally:
-        remove_folder(rest)
-
-
-def _put(work: Path, target: Path, *, force: bool) -> Path:
-    """Puts `work` at its name. Returns where that lies which stood there."""
-    for _ in range(2):  # another process may make or remove the target at any moment
-        refuse_existing(target, force=force)
-        try:
-            return put_in_place(work, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                raise
-    refuse_existing(target, force=force)
-    return put_in_place(work, target)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder as far as the disk lets it, also where an impatient user interrupts that once more.
-
-    Of a link, the link alone.
-    """
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        if folder.exists():  # interrupted, or the disk failed once
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def refuse_existing(target: Path, *, force: bool) -> None:
-    """Raises ExistingFolderError where `whole_folder` would, InputError where no folder can be made.
-
-    InUseError where a process trains in the folder that would be replaced. Call it before long work.
-    """
-    refuse_below_a_file(target)
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise ExistingFolderError(f"{target} already exists: choose another --out, or replace it with --force")
-    replaceable = is_empty(target) or (target / MANIFEST).is_file()
-    if not replaceable:
-        raise ExistingFolderError(
-            f"{target} exists and pastkey did not write it (it has no {MANIFEST}), so --force does not replace it: "
-            "choose another --out"
-        )
-    require_unlocked(target / "training", target)
-
-
-def refuse_below_a_file(target: Path) -> None:
-    """Raises InputError where nothing can be made, since a part of the path is a file."""
-    file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
-    if file is not None:
-        raise InputError(f"{target} lies under {file}, which is a file: choose another --out")
-
-
-def is_empty(folder: Path) -> bool:
-    """Whether this is a folder with nothing in it."""
-    return folder.is_dir() and not any(folder.iterdir())
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes readable JSON, whole or not at all, and leaves nothing else beside it."""
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def refuse_special(path: Path) -> None:
-    """Raises InputError where a pipe or a device is there: a file would be put in its place, /dev/null's too."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{path} is a pipe or a device, which a file would replace: choose another name")
-
-
-def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Writes a file, whole or not at all, and leaves nothing else beside it. The umask takes from `mode` as ever.
-
-    Raises InputError where a pipe or a device is there, OSError where nothing can be written.
-    """
-    refuse_special(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # two may write at once
-    try:
-        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    _remove_stale(path)
-
-
-def _remove_stale(path: Path) -> None:
-    """Removes what killed processes left beside `path` when they wrote it. Another one may be writing it now."""
-    left, latest = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.new"), time.time() - _STALE
-    with contextlib.suppress(OSError), os.scandir(path.parent) as beside:
-        for entry in beside:
-            if left.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < latest:
-                Path(entry).unlink()
 
 
 def file_record(path: Path) -> FileRecord:
@@ -372,9 +244,3 @@ class _HashMemory:
         with contextlib.suppress(OSError, ValueError):  # ValueError: a path that is no text
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self._seen)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

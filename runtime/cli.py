@@ -178,7 +178,7 @@ def _answer_json(chat: Chat, answer: Completion, options: ChatOptions) -> dict[s
 
 # --- batch --------------------------------------------------------------------------------------------------------
 def _add_batch(parser: argparse.ArgumentParser) -> None:
-    from .bulk.flags import add_job
+    from .commands.batch import add_job
 
     _add_bundle(parser)
     add_job(parser)

@@ -14,8 +14,6 @@ import hashlib
 import json
 import math
 import operator
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.bundle import Bundle
+from pastkey.durable import whole_file
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.folder import refuse_special
 from pastkey.reading import reading, require_regular
 from pastkey.values import is_int
 
@@ -43,7 +41,6 @@ def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine
         raise InputError(f"{path.parent} is no folder: make it, or save the session elsewhere")
     if path.is_dir():
         raise InputError(f"{path} is a folder; the path of a file was expected")
-    refuse_special(path)
     cached = engine.length if engine.cached_ids else 0  # after a context shift it is computed again
     gone = engine.gone if cached else 0
     rows = [np.ascontiguousarray(row) for row in engine.cache.rows(cached - gone)] if cached else []
@@ -57,21 +54,13 @@ def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine
             "arrays": [[list(row.shape), row.dtype.newbyteorder("<").str] for row in rows],
         }
     ).encode()
-    file, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(file, "wb") as out:
-            digest = hashlib.sha256()
-            parts: list[bytes | memoryview] = [_MAGIC, b"%0*d\n" % (_DIGITS, len(header)), header, *map(_bytes, rows)]
-            for part in parts:
-                out.write(part)
-                digest.update(part)
-            out.write(digest.digest())
-            out.flush()
-            os.fsync(out.fileno())
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as out:
+        digest = hashlib.sha256()
+        parts: list[bytes | memoryview] = [_MAGIC, b"%0*d\n" % (_DIGITS, len(header)), header, *map(_bytes, rows)]
+        for part in parts:
+            out.write(part)
+            digest.update(part)
+        out.write(digest.digest())
 
 
 def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:

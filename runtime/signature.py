@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pastkey.bundle import open_bundle
+from pastkey.durable import write_whole
 from pastkey.errors import InputError, IntegrityError, MissingFileError, missing_extra
-from pastkey.folder import require_manifest, write_whole
+from pastkey.folder import require_manifest
 from pastkey.names import MANIFEST, SIGNATURE
 from pastkey.reading import MOST_JSON, read_bytes, reading
 from pastkey.values import as_path

@@ -25,7 +25,6 @@ ELSEWHERE = {
     "export/graft/huggingface.py": ("export/graft/test_families.py", "is told by what the families compute"),
     "export/source/open.py": ("export/source/test_source.py", "is the dispatch to the sources there"),
     "pastkey/version.py": ("runtime/test_init.py", "one constant"),
-    "runtime/bulk/flags.py": ("runtime/commands/test_batch.py", "is what the command there takes"),
     "runtime/unpacking.py": ("runtime/test_loading.py", "is how load takes zip files and resources"),
     "runtime/parts.py": ("runtime/test_language_model.py", "is what a model is made of"),
     "runtime/request.py": ("runtime/test_generate.py", "is what a Generation takes"),

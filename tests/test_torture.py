@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from .torture import ERRORS, Fault, Nursery, Outcome, build_faults
-from .torture_scenes import SCENES, Scene, hidden
+from .torture_scenes import SCENES, Scene
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forks")]
 
@@ -90,23 +89,18 @@ def test_a_kill_at_any_moment_loses_nothing(
             found["at a call"] += "fault" in how
             if KILLS and found["kills"] % 20 == 0:
                 print(f"\n{name}: {dict(found)}", file=sys.stderr, flush=True)
-            if not scene.resumes:
-                found["left something hidden"] += bool(hidden(scene.work))
-                scene.reset()
-            continue
-        assert outcome.status == 0 or "trained already, to step 6 of 6" in outcome.said, outcome.said
-        sweep(scene)
-        scene.ended()
+            continue  # over what the killed one left
+        assert_ended(scene, outcome)
         found["came to an end"] += 1
         scene.reset()
+    assert_ended(scene, scene.run(nursery))
     print(f"\n{name}: {dict(found)}", file=sys.stderr)
 
 
-def sweep(scene: Scene) -> None:
-    """Removes the hidden folders that kills left, which the next command tells and does not remove."""
-    for path in list(scene.work.iterdir()):
-        if path.name.startswith("."):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def assert_ended(scene: Scene, outcome: Outcome) -> None:
+    """That a command which nothing ended in the middle came to its end, and removed what others had left."""
+    assert outcome.status == 0 or "trained already, to step 6 of 6" in outcome.said, outcome.said
+    scene.ended()
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
@@ -130,17 +124,7 @@ def test_a_disk_that_fails_at_any_call_loses_nothing(
             assert "Traceback" not in outcome.said
             assert outcome.status in (0, 2)
             scene.check()
-            if outcome.status == 0:
-                if not once:
-                    sweep(scene)  # the disk kept what was replaced from being removed
-                scene.ended(locks=once)
-            elif once:  # NAME.new is what a manifest lists: the save was made, and its renaming failed
-                assert not [left for left in hidden(scene.work) if not scene.resumes]
-                assert not [left for left in hidden(scene.work) if left.startswith(".")]
-            if scene.resumes and once and outcome.status:
-                after = scene.run(nursery)
-                assert after.status == 0 or "trained already" in after.said, after.said
-                scene.ended()
+            assert_ended(scene, scene.run(nursery))
         except BaseException as problem:
             problem.add_note(f"{fault}: {outcome}")
             raise

@@ -206,7 +206,8 @@ def _run(function: str | None, command: list[str]) -> int:
 def write_bundle(source: str, out: str) -> None:
     """What the end of an export does to the disk, and nothing that it computes."""
     from pastkey import names
-    from pastkey.folder import file_records, read_json, whole_folder, write_json
+    from pastkey.durable import whole_folder, write_json
+    from pastkey.folder import file_records, read_json
 
     with whole_folder(Path(out), force=True) as work:
         for file in sorted(Path(source).rglob("*")):

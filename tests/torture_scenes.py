@@ -38,12 +38,10 @@ def files(folder: Path) -> Files:
 def trained(folder: Path) -> Files:
     """What a finished run leaves, but for its speed."""
     found = files(folder)
-    beside = ("loss.png", "training/lock", "training/replaces.json")  # of which the last two are checked by `ended`
     manifest = json.loads(found.pop("pastkey.json"))
     del manifest["training"]["figures"]["tokens_per_second"]
-    return {name: content for name, content in found.items() if name not in beside} | {
-        "pastkey.json": json.dumps(manifest).encode()
-    }
+    found.pop("loss.png", None)  # a kill after the last save
+    return found | {"pastkey.json": json.dumps(manifest).encode()}
 
 
 def speaking(bundle: Path) -> Path:
@@ -57,8 +55,6 @@ def speaking(bundle: Path) -> Path:
 
 class Scene:
     """One thing that is written: how, and what must hold whenever that ended in the middle."""
-
-    resumes = False  # whether a command after a kill goes on from what is there
 
     def __init__(self, folder: Path, work: Path) -> None:
         self.given, self.work = folder, work
@@ -78,29 +74,18 @@ class Scene:
         """What holds at every moment."""
         raise NotImplementedError
 
-    def ended(self, locks: bool = True) -> None:
-        """What holds when the command was not ended in the middle."""
+    def ended(self) -> None:
+        """What holds when the command was not ended in the middle: nothing is left of those before that were."""
         self.check()
-        assert not [left for left in hidden(self.work) if locks or left not in ("lock", "replaces.json")]
+        assert not [path for path in self.below.rglob("*") if path.name.endswith((".new", ".partial", ".old"))]
 
     def run(self, nursery: Nursery, **how: Any) -> Outcome:
         asked = self.command()
         return nursery.run(*asked.get("arguments", ()), function=asked.get("function"), **how)
 
 
-def hidden(folder: Path) -> list[str]:
-    """What nothing but a kill may leave."""
-    return sorted(
-        path.name
-        for path in folder.rglob("*")
-        if path.name.endswith((".new", ".partial", ".old", "lock", "replaces.json"))
-    )
-
-
 class Train(Scene):
     """A new run, which is resumed after each kill and must come to the end of the uninterrupted one."""
-
-    resumes = True
 
     def prepare(self, nursery: Nursery) -> None:
         write_corpus(self.given / "text.txt")
@@ -129,51 +114,32 @@ class Train(Scene):
             self.step = checkpoint.training["step"]
             assert files(self.work) == before
 
-    def ended(self, locks: bool = True) -> None:
-        super().ended(locks)
+    def ended(self) -> None:
+        super().ended()
         assert trained(self.out) == trained(self.given / "seed1")
 
 
 class TrainForce(Train):
-    """One with --force over a finished run: that, or the new one, stands at the name.
-
-    A run that was saved and ended before the exchange lies beside it, where it is resumed, as the message says.
-    """
+    """One with --force over a finished run: that, or the new one from its first save on, stands at the name."""
 
     def reset(self) -> None:
         super().reset()
         shutil.copytree(self.given / "seed0", self.out)
-        self.begun = False
+
+    def replaced(self) -> bool:
+        return bool(load_checkpoint(self.out).training["settings"]["seed"] == 1)
 
     def command(self) -> dict[str, Any]:
-        if self.begun:
+        if self.replaced():
             return {"arguments": ("train", "--out", self.out, "--resume")}
         data = ("--data", self.given / "text.txt", *FLAGS)
         return {"arguments": ("train", "--out", self.out, *data, "--seed", 1, "--force")}
 
     def check(self) -> None:
-        name, training = self.work / "c", self.work / "c.training"
-        replaced = load_checkpoint(name).training["settings"]["seed"] == 1
-        if not replaced:
-            kept = {file: content for file, content in files(name).items() if file != "training/lock"}
-            assert kept == files(self.given / "seed0")
-        if not self.begun and (replaced or self.is_saved(training)):
-            self.begun, self.out = True, name if replaced else training
-        if self.begun:
-            assert replaced == (self.out == name)
+        if self.replaced():
             super().check()
-
-    @staticmethod
-    def is_saved(training: Path) -> bool:
-        """Whether a run there has learnt something: one at step 0 is begun anew."""
-        return training.exists() and load_checkpoint(training).training["step"] > 0
-
-    def ended(self, locks: bool = True) -> None:
-        if self.out.name != "c":  # the old one is as the run that was killed left it, which held its lock
-            (self.work / "c" / "training" / "lock").unlink(missing_ok=True)
-        super().ended(locks)
-        beside = {path.name for path in self.work.iterdir()} - {"c", self.out.name}
-        assert beside <= (set() if locks else {"c.training"})  # what the disk kept from being removed
+        else:
+            assert files(self.out) == files(self.given / "seed0")
 
 
 class Export(Scene):
@@ -201,8 +167,8 @@ class Export(Scene):
         if self.out.exists():
             open_bundle(self.out, verify=True)
 
-    def ended(self, locks: bool = True) -> None:
-        super().ended(locks)
+    def ended(self) -> None:
+        super().ended()
         assert open_bundle(self.out, verify=True).manifest.context_length == 12
 
 
@@ -247,7 +213,7 @@ class HashCache(Export):
         for file in self.below.rglob("*.json"):
             assert read_json(file)
 
-    def ended(self, locks: bool = True) -> None:
+    def ended(self) -> None:
         self.check()
 
 
@@ -289,8 +255,6 @@ class SavedSession(Scene):
 class Batch(Scene):
     """A job over rows that goes on after each kill: what was written stays, each row once, and the end is the same."""
 
-    resumes = True
-
     def prepare(self, nursery: Nursery) -> None:
         self.bundle, self.rows = speaking(self.given / "tiny"), self.given / "rows.jsonl"
         if not self.rows.exists():
@@ -304,26 +268,28 @@ class Batch(Scene):
 
     def reset(self) -> None:
         super().reset()
-        self.out, self.written = self.work / "out.jsonl", dict[object, object]()
+        self.out, self.written = self.work / "out.jsonl", b""
 
     def command(self) -> dict[str, Any]:
         return {"arguments": self.batch(self.out)}
 
+    def answers(self, out: Path) -> set[bytes]:
+        """The lines that are whole, each of another row."""
+        lines = out.read_bytes().split(b"\n")[:-1]
+        assert len({json.loads(line)["id"] for line in lines}) == len(lines)
+        return set(lines)
+
     def check(self) -> None:
         if self.out.exists():
-            assert self.out.read_bytes() == (self.given / "whole.jsonl").read_bytes()
-        journal = self.work / "out.jsonl.job" / "rows.jsonl"
-        if journal.exists():
-            whole = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
-            found = {line["id"]: line["answer"] for line in whole}
-            assert len(found) == len(whole)
-            assert found.items() >= self.written.items()
-            self.written = found
+            assert self.answers(self.out) <= self.answers(self.given / "whole.jsonl")
+            content = self.out.read_bytes()
+            assert content.startswith(self.written)
+            self.written = content[: content.rfind(b"\n") + 1]
 
-    def ended(self, locks: bool = True) -> None:
-        super().ended(locks)
-        assert self.out.exists()
-        assert [path.name for path in (self.work / "out.jsonl.job").iterdir()] == ["job.json"]
+    def ended(self) -> None:
+        super().ended()
+        assert self.answers(self.out) == self.answers(self.given / "whole.jsonl")
+        assert sorted(path.name for path in self.work.iterdir()) == ["out.jsonl", "out.jsonl.job"]
 
 
 SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {

@@ -29,21 +29,12 @@ from torch import Tensor
 import pastkey
 from pastkey import names
 from pastkey.config import ModelConfig
+from pastkey.durable import remove_leftovers, sync_folder, write_json
 from pastkey.errors import IntegrityError
-from pastkey.folder import (
-    FileRecord,
-    check_hashes,
-    check_sizes,
-    file_record,
-    parse_records,
-    read_json,
-    read_manifest,
-    write_json,
-)
+from pastkey.folder import FileRecord, check_hashes, check_sizes, file_record, parse_records, read_json, read_manifest
 from pastkey.folder import sha256 as file_sha256
 from pastkey.memory import require_memory_for
 from pastkey.reading import reading
-from pastkey.replace import sync_folder
 from pastkey.safetensors_header import HeaderError, read_header
 from pastkey.values import shown
 
@@ -147,8 +138,8 @@ def finish_or_discard(folder: Path) -> None:
         if actual != name:
             (folder / actual).replace(folder / name)
         _pending(folder / name).unlink(missing_ok=True)
-    for rest in [_pending(folder / LOSS_CURVE), *folder.glob(f".{names.MANIFEST}.*{_PENDING}")]:
-        rest.unlink(missing_ok=True)
+    for name in (names.MANIFEST, LOSS_CURVE):
+        remove_leftovers(folder / name)
 
 
 def _weights(model: Decoder) -> bytes:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pastkey import names
+from pastkey.durable import NewFolder, locked, new_folder, remove_leftovers
 from pastkey.errors import InputError, MissingFileError, NumericsError
 
 from .checkpoint import (
@@ -43,7 +44,6 @@ from .data import (
     write_tokens,
 )
 from .model import Decoder, generate, positions_like
-from .place import Place, new_place, old_place
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import read_training
 from .settings import TrainConfig
@@ -60,28 +60,15 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
     """Trains from the beginning into the new folder `out` and returns the final figures.
 
     `data` names text files and folders; without any, the preset's built-in corpus is learnt. Raises InputError,
-    MissingFileError, ExistingFolderError or NumericsError, and then leaves no folder that was not there before.
+    MissingFileError, ExistingFolderError or NumericsError. The folder is there from the first save on, and what it
+    replaces is there until then.
     """
-    with new_place(out, force=force) as (place, stack):
-        with place.begin(stack) as work:
-            info, tokenizer = _prepare(config, work, data)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
-            save_checkpoint(work, model, _state(0, {}, config, info, {}))
-        saved_step, interrupted = 0, True
-        try:
-            run = Run(place, config, info, tokenizer, model, step=0, moments={})
-            try:
-                return run.go()
-            finally:
-                saved_step = run.saved_step
-        except Exception:
-            interrupted = False
-            raise
-        finally:
-            # Nothing was learnt yet. An interrupted run may still be resumed, unless it is to replace another.
-            place.end(learnt=saved_step > 0, interrupted=interrupted)
+    with new_folder(out, force=force) as place:
+        info, tokenizer = _prepare(config, place.path, data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+        return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
 
 
 def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
@@ -94,13 +81,13 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
         raise MissingFileError(
             f"there is nothing to resume: {out} is not a checkpoint; leave out --resume to begin one"
         )
-    with old_place(out) as place:
-        return _resumed(place, given, data).go()
+    with locked(out):
+        remove_leftovers(out)
+        finish_or_discard(out)
+        return _resumed(out, given, data).go()
 
 
-def _resumed(place: Place, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
-    out = place.out
-    finish_or_discard(out)
+def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
     checkpoint = load_checkpoint(out)
     resumed = read_training(checkpoint)
     saved, info, step = resumed.config, resumed.info, resumed.step
@@ -114,9 +101,9 @@ def _resumed(place: Place, given: Mapping[str, Any], data: Sequence[Path]) -> Ru
         raise InputError(f"the run in {out} was started on other text ({info.corpus}): start a new run for new text")
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
     if step >= config.steps:
-        place.finish()  # which a kill after the last save left undone
         raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
     tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
+    place = NewFolder(out, out)
     return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=resumed.moments)
 
 
@@ -151,7 +138,7 @@ class Run:
 
     def __init__(
         self,
-        place: Place,
+        place: NewFolder,
         config: TrainConfig,
         info: DataInfo,
         tokenizer: TextTokenizer,
@@ -164,19 +151,19 @@ class Run:
         self.train_tokens, self.val_tokens = self._tokens()
         self.optimizer = make_optimizer(model, config)
         _restore_moments(self.optimizer, model, moments, step)
-        self.step = self.saved_step = step
+        self.step = step
         self.figures: dict[str, Any] = {}
 
     def _tokens(self) -> tuple[Tokens, Tokens]:
         context = self.model.config.max_position_embeddings
-        folder = self.place.folder
+        folder = self.place.path
         return Tokens(folder / TOKENS_TRAIN, self.info, context), Tokens(folder / TOKENS_VAL, self.info, context)
 
     def go(self) -> dict[str, Any]:
         """Takes the steps that are left. Returns the final figures."""
         with (
             _deterministic(self.config.threads),
-            Metrics(self.place.folder, self.step) as metrics,
+            Metrics(self.place.path, self.step) as metrics,
             Progress(self.step, self.config.steps) as progress,
         ):
             started, tokens = time.monotonic(), 0
@@ -191,7 +178,7 @@ class Run:
                     self._save(metrics)
                     progress.say(self._summary())
         return {
-            "checkpoint": str(self.place.out),
+            "checkpoint": str(self.place.target),
             "preset": self.config.preset,
             "step": self.step,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -244,21 +231,20 @@ class Run:
         metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
         moments = _moments(self.optimizer, self.model)
-        save_checkpoint(self.place.folder, self.model, _state(self.step, moments, self.config, self.info, self.figures))
-        self.saved_step = self.step
-        if self.place.moves:
+        save_checkpoint(self.place.path, self.model, _state(self.step, moments, self.config, self.info, self.figures))
+        if self.place.path != self.place.target:
             # Windows renames no folder with an open file.
             metrics.close()
             del self.train_tokens, self.val_tokens
-            self.place.saved()
+            self.place.put()
             self.train_tokens, self.val_tokens = self._tokens()
-            metrics.open(self.place.folder, self.step)
-        draw_loss_curve(self.place.folder)
+            metrics.open(self.place.path, self.step)
+        draw_loss_curve(self.place.path)
 
     def _summary(self) -> str:
         figures = (
             f"step {self.step}: held-out loss {self.figures['val_loss']:.3f} nats per token, "
-            f"{self.figures['bits_per_byte']:.3f} bits per byte; saved in {self.place.out}"
+            f"{self.figures['bits_per_byte']:.3f} bits per byte; saved in {self.place.target}"
         )
         return "\n".join([figures, *self.samples()]).replace("\n", "\n    ")
 

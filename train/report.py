@@ -19,6 +19,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from tqdm import tqdm
 
 from pastkey.command import say
+from pastkey.durable import write_whole
 
 from .checkpoint import LOSS_CURVE, METRICS
 
@@ -109,12 +110,7 @@ def draw_loss_curve(folder: Path) -> None:
         axes.spines[side].set_visible(False)
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture)
-    partial = folder / (LOSS_CURVE + ".new")
-    try:
-        partial.write_bytes(picture.getvalue())
-        partial.replace(folder / LOSS_CURVE)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / LOSS_CURVE, picture.getvalue())
 
 
 class Progress:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pastkey import names
 from pastkey.bundle import Manifest
-from pastkey.folder import write_json
+from pastkey.durable import write_json
 
 from ..source.source import Source
 from .bundle_view import special_ids

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pastkey.durable import write_json
 from pastkey.errors import InputError, MissingFileError
-from pastkey.folder import write_json
 
 from .sensitivity import Sensitivity
 

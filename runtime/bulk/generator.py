@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -36,9 +36,8 @@ from ..settings import (
     require_known,
 )
 from ..stream import Stream
-from .answers import Answer, json_text, openai_answer, openai_error, plain_answer, plain_error
 from .continuous import finished
-from .requests import FIELDS, FURTHER, ID_FIELDS, Form, Request, form_of, is_id, parse_request, seed_of
+from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
 
 if TYPE_CHECKING:
     from ..untrusted.limits import Limits
@@ -53,24 +52,8 @@ _loading = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row to be answered.
-
-    Attributes:
-        key: By which its answer is told.
-        identity: What its seed is made of: its id, or anything that JSON has.
-        content: The row, or what is wrong with it.
-    """
-
-    key: Hashable
-    identity: Any
-    content: Mapping[str, Any] | str
-
-
-@dataclass(frozen=True)
 class _Task:
     row: Row
-    form: Form
     request: Request = field(default_factory=Request)
     ids: list[int] = field(default_factory=list)
     options: GenerateOptions | None = None
@@ -166,8 +149,7 @@ class Generator:
 
         Args:
             batch: Columns of one length, lists or arrays: `prompt` (texts, or token ids) or `messages`, and any other.
-                `id` or `custom_id` is what a row's seed is made of; without them the prompt is, so that equal prompts
-                draw equal texts.
+                `id` is what a row's seed is made of; without it the prompt is, so that equal prompts draw equal texts.
 
         Returns:
             These columns, and `text`, `finish_reason`, `prompt_tokens`, `new_tokens` and `error`: lists, of one type in
@@ -181,31 +163,23 @@ class Generator:
         if not (hasattr(batch, "keys") and hasattr(batch, "__getitem__")) or isinstance(batch, type):
             raise InputError(f"the batch is {shown(batch)}; a mapping of names to columns was expected")
         columns = {str(name): batch[name] for name in batch}
-        for name in (*FIELDS, *FURTHER, "body"):
+        for name in (*FIELDS, *FURTHER):
             if name in columns:
-                advice = "OpenAI's rows are answered by pastkey batch" if name == "body" else "rename it"
-                raise InputError(f"the batch has the column {name!r}, which stands for something else: {advice}")
+                raise InputError(f"the batch has the column {name!r}, which the output has for the answer: rename it")
         length = _length(columns)
         rows = [{name: as_python(column[place]) for name, column in columns.items()} for place in range(length)]
-        found = dict(self.answers(Row(place, _identity(row), row) for place, row in enumerate(rows)))
+        batch_rows = (Row(place, _identity(row), row) for place, row in enumerate(rows))
+        found = {row.number: answer for row, answer in self.answers(batch_rows)}
         further = ["logprobs"] * (self.options.get("logprobs") is not None) + ["tool_calls"] * ("tools" in columns)
         answers = [found[place] for place in range(length)]
         made = {name: [as_cell(name, answer.get(name)) for answer in answers] for name in (*FIELDS, *further)}
         return {**columns, **made}
 
-    def answers(self, rows: Iterable[Row], *, created: int = 0) -> Iterator[tuple[Any, Answer]]:
-        """Answers rows, WINDOW of them read ahead.
-
-        Args:
-            rows: In any order. Plain rows and those of OpenAI's batch files.
-            created: The time that OpenAI's answers tell.
-
-        Yields:
-            A row's key and its answer, in the order in which they end.
-        """
+    def answers(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Answer]]:
+        """Answers rows, WINDOW of them read ahead. Yields each with its answer, in the order in which they end."""
         model = self.model
         for task, outcome in finished(self._begun(model, rows), model.max_batch):
-            yield task.row.key, self._answer(model, task, outcome, created)
+            yield task.row, error_of(outcome) if isinstance(outcome, str) else _answer(task, outcome)
 
     def close(self) -> None:
         """Lets go of the model, for all generators of this process that share it. The next batch loads it again."""
@@ -246,19 +220,18 @@ class Generator:
 
     def _task(self, model: LanguageModel, row: Row) -> _Task:
         if isinstance(row.content, str):
-            return _Task(row, "plain", error=InputError(row.content))
-        form = form_of(row.content)
+            return _Task(row, error=InputError(row.content))
         try:
             request = parse_request(row.content)
-            options = self._options(request, row.identity)
+            options = self._options(request, row.id)
             if request.messages is None:
                 assert request.prompt is not None
-                return _Task(row, form, request, model.prompt_ids(request.prompt), options)
+                return _Task(row, request, model.prompt_ids(request.prompt), options)
             chat = copy.copy(self._chat(model, request.tools))
             chat.messages = request.messages
-            return _Task(row, form, request, chat.prompt_ids(), options, chat)
+            return _Task(row, request, chat.prompt_ids(), options, chat)
         except Exception as error:
-            return _Task(row, form, error=error)
+            return _Task(row, error=error)
 
     def _options(self, request: Request, identity: Any) -> GenerateOptions:
         """The job's settings, the row's own in their place."""
@@ -293,27 +266,13 @@ class Generator:
         except Exception as error:
             return error
 
-    # --- and back -----------------------------------------------------------------------------------------------------
-    def _answer(self, model: LanguageModel, task: _Task, outcome: Completion | str, created: int) -> Answer:
-        if isinstance(outcome, str):
-            return plain_error(outcome) if task.form == "plain" else openai_error(task.row.identity, outcome)
-        assert task.options is not None
-        said = None
-        if task.chat is not None:
-            outcome = task.chat.take_answer(outcome)
-            said = task.chat.messages[-1]
-        logprobs = task.options.get("logprobs") is not None
-        if task.form == "plain":
-            return plain_answer(outcome, logprobs=logprobs, tools=task.request.tools is not None)
-        return openai_answer(
-            task.row.identity,
-            outcome,
-            said,
-            model=task.request.model or model.manifest.source,
-            created=created,
-            logprobs=logprobs,
-            codec=model.tokenizer,
-        )
+
+def _answer(task: _Task, completion: Completion) -> Answer:
+    assert task.options is not None
+    if task.chat is not None:
+        completion = task.chat.take_answer(completion)
+    logprobs = task.options.get("logprobs") is not None
+    return answer_of(completion, logprobs=logprobs, tools=task.request.tools is not None)
 
 
 def _length(columns: Mapping[str, Any]) -> int:
@@ -353,5 +312,5 @@ def as_cell(name: str, value: Any) -> str | int:
 
 
 def _identity(row: Mapping[str, Any]) -> Any:
-    found = next((row[name] for name in ID_FIELDS if is_id(row.get(name))), None)
-    return ["no id", row.get("prompt"), row.get("messages")] if found is None else found
+    found = row.get("id")
+    return found if is_id(found) else ["no id", row.get("prompt"), row.get("messages")]

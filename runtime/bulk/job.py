@@ -1,262 +1,206 @@
-"""One job over a file of rows: what it was begun with, which rows are answered, and the output at its end.
+"""A job: a file of rows whose answers are appended to another, which goes on after a kill.
 
-    OUT                  at the end, whole: the rows in the order of the input
-    OUT.job/job.json     what the job was begun with, and its report when it has ended
-    OUT.job/rows.jsonl   the answers so far: a Journal, until OUT is there
-    OUT.job/lock         while a process writes
+    OUT        a line for each answered row, in the order in which they ended
+    OUT.job    what the job was begun with
 
-A job that was ended in the middle goes on by the same command: what the journal has is not answered again.
+The ids in OUT are the state of the job. A process writes OUT while it holds the lock of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import secrets
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pastkey.errors import ExistingFolderError, InputError, IntegrityError
-from pastkey.folder import read_json, refuse_below_a_file, sha256, write_json
-from pastkey.lock import locked
-from pastkey.replace import sync_folder
-from pastkey.typed import Natural, Size, parse
-from pastkey.values import is_int, shown
-from pastkey.version import __version__
+from pastkey.durable import lock_file, refuse_below_a_file, refuse_special, sync_folder, write_json
+from pastkey.errors import ExistingFolderError, InputError, IntegrityError, ResourceError
+from pastkey.folder import read_json, sha256
+from pastkey.reading import parse_json
+from pastkey.values import shown
 
-from .answers import Answer
-from .generator import Row
-from .journal import Journal, disk_error
-from .requests import RowId
-from .tables import SUFFIX, Entry, ParquetTable, open_table
+from .rows import Answer, Row, RowId, answered_line, is_id, read_rows
 
 FORMAT_VERSION = 1
-_AGAIN = "give the same, choose another --out, or begin anew with --force"
+SYNC_SECONDS = 2.0  # between two fsyncs: what a power cut may cost
+_ANEW = "begin anew with --force"
 
 
-@dataclass(frozen=True)
-class JobRecord:
-    """job.json."""
-
-    bundle: str  # the hash of its files' hashes
-    input: str  # the sha256 of the file
-    shard: str  # "1/4", or "" for all rows
-    settings: Mapping[str, Any]
-    created: Natural  # seconds since 1970
-    replaces: bool  # whether an output was there that it is to replace
-    pastkey_version: str = __version__
-    format_version: Size = FORMAT_VERSION
-    report: Mapping[str, Any] | None = None  # of a job that has ended
-
-
-def job_folder(out: Path) -> Path:
-    """The folder that goes with an output."""
+def job_file(out: Path) -> Path:
+    """The file that says what the output was begun with."""
     return out.with_name(f"{out.name}.job")
 
 
-def is_begun(out: Path) -> bool:
-    """Whether a job was begun that writes this output, or has written it."""
-    return (job_folder(out) / "job.json").is_file()
+def shard_ids(source: Path, shard: str) -> set[RowId]:
+    """The ids of the shard "I/N", or of all rows for "". Raises InputError where two of the file have one id."""
+    lines: dict[RowId, int] = {}
+    for row in read_rows(source):
+        if row.id in lines:
+            raise InputError(
+                f"{source} has the id {shown(row.id)} twice, in lines {lines[row.id]} and {row.number}: an answer is "
+                "known by its row's id, so give each its own"
+            )
+        lines[row.id] = row.number
+    return {identity for identity, number in lines.items() if _in_shard(number, shard)}
+
+
+def _in_shard(number: int, shard: str) -> bool:
+    """Each N-th row, from the I-th on."""
+    part, parts = map(int, (shard or "1/1").split("/"))
+    return number % parts == part % parts
+
+
+def refuse_output(out: Path, source: Path) -> None:
+    """Raises where a job may not write its output. Call it before long work.
+
+    Raises InputError for the input itself, a folder, a device, or a place below a file; ExistingFolderError for a file
+    that holds something and that no job wrote.
+    """
+    refuse_below_a_file(out)
+    refuse_special(out)
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; a file was expected")
+    if not out.exists():
+        return
+    if out.samefile(source):
+        raise InputError(f"{out} is the input: choose another --out")
+    if out.stat().st_size and not job_file(out).exists():
+        raise ExistingFolderError(
+            f"{out} already exists and pastkey batch did not write it (there is no {job_file(out)}): choose another "
+            "--out"
+        )
 
 
 class Job:
     """A job that is open. Made by `open_job`.
 
     Attributes:
-        record: What it was begun with. It has a report where the job has ended before.
         total: How many rows there are.
+        done: How many of them are answered.
+        errors: How many of these answers are errors.
     """
 
-    def __init__(self, source: Path, out: Path, record: JobRecord, total: int, journal: Journal) -> None:
-        self.record, self.total = record, total
-        self._source, self._out, self._journal = source, out, journal
-        self._table = open_table(source)
+    def __init__(self, source: Path, out: Path, file: FileIO, ids: set[RowId]) -> None:
+        """`file`: the output, open for appending."""
+        self._source, self._out, self._file = source, out, file
+        self._left, self.total, self.errors = set(ids), len(ids), 0
+        self._synced = time.monotonic()
 
     @property
     def done(self) -> int:
-        """How many rows are answered."""
-        return len(self._journal)
-
-    @property
-    def errors(self) -> int:
-        """How many of these answers are errors."""
-        return self._journal.errors
+        return self.total - len(self._left)
 
     def rows(self) -> Iterator[Row]:
         """Those that are not answered, in order."""
-        for entry in self._table.entries():
-            if in_shard(entry.number, self.record.shard) and entry.id not in self._journal:
-                yield Row(entry.id, entry.id, entry.content)
+        return (row for row in read_rows(self._source) if row.id in self._left)
 
-    def add(self, identity: RowId, answer: Answer) -> None:
-        """Takes an answer. Raises ResourceError or OSError where it cannot be written."""
-        self._journal.add(identity, answer)
+    def add(self, row: Row, answer: Answer) -> None:
+        """Appends an answer. Raises ResourceError or OSError where it cannot be written."""
+        with _full_disk_as_sentence(self._out):
+            line = memoryview(answered_line(row, answer))
+            while line:
+                line = line[self._file.write(line) :]
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
+                self.sync()
+        self._note(row.id, answer)
 
-    def finish(self, report: Mapping[str, Any]) -> None:
-        """Writes the output and the report, when every row is answered.
+    def sync(self) -> None:
+        """Puts the answers on the disk itself, against a power cut: a kill does not need it."""
+        with _full_disk_as_sentence(self._out):
+            os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
-        Raises InputError where the input has changed meanwhile; ResourceError or OSError where it cannot be written,
-        and then the same command tries again.
+    def _note(self, identity: RowId, answer: Mapping[str, Any]) -> None:
+        self._left.discard(identity)
+        self.errors += answer.get("error") is not None
+
+    def begin(self, wanted: Mapping[str, Any]) -> None:
+        """Empties the output, then writes the job file. After a kill in between, the job begins again."""
+        self._file.truncate(0)
+        self.sync()
+        write_json(job_file(self._out), wanted)
+        sync_folder(self._out.absolute().parent)
+
+    def resume(self) -> None:
+        """Reads the ids of the output, and cuts it off at the first line that is not whole.
+
+        Raises IntegrityError for a whole line that is no answer.
         """
-        self._journal.sync()
-        if sha256(self._source) != self.record.input:
-            raise InputError(f"{self._source} was changed while the job ran: begin anew with --force")
-        folder = job_folder(self._out)
-        partial = folder / f".out.{secrets.token_hex(4)}.partial"
-        try:
-            with partial.open("xb") as written:
-                self._table.write(written, self._answer, sorted(self._journal.further))
-                written.flush()
-                os.fsync(written.fileno())
-            partial.replace(self._out)
-        except OSError as error:
-            raise disk_error(error, self._out) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-        sync_folder(self._out.parent)
-        write_json(folder / "job.json", asdict(self.record) | {"report": dict(report)})
-
-    def _answer(self, entry: Entry) -> Answer | None:
-        return self._journal[entry.id] if in_shard(entry.number, self.record.shard) else None
+        end = 0
+        with self._out.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") or b"\0" in line:  # a power cut may leave zeros where a file grew
+                    break
+                found = parse_json(line, f"line {number} of {self._out}")
+                if not (isinstance(found, dict) and is_id(found.get("id"))):
+                    raise IntegrityError(f"line {number} of {self._out} holds no answer: it was altered; {_ANEW}")
+                self._note(found["id"], found)
+                end += len(line)
+        self._file.truncate(end)
+        self.sync()
 
 
 @contextlib.contextmanager
-def open_job(source: Path, out: Path, wanted: JobRecord, *, force: bool = False) -> Iterator[Job]:
-    """Begins a job, or goes on with one. At the end of the block what was answered is on the disk.
+def open_job(
+    source: Path, out: Path, ids: set[RowId], wanted: Mapping[str, Any], *, force: bool = False
+) -> Iterator[Job]:
+    """Begins a job, or goes on with one.
 
     Args:
         source: The file of rows.
         out: The output.
-        wanted: What the job is to be; `created` and `replaces` are those of the first time.
+        ids: Those of the rows to answer.
+        wanted: What the answers depend on, beside the rows' own settings: names and values of JSON's types.
         force: Whether to begin anew.
 
     Raises:
-        InputError: Two rows have one id; or the job was begun with something else.
+        InputError: The job was begun with something else, or the input has changed at the end of the block.
         InUseError: Another process writes there.
         IntegrityError: What was written of the job was altered.
-        ExistingFolderError: The output is there, and is of no job, or `force` is not given.
+        ExistingFolderError: The output holds something that no job wrote.
+        ResourceError, OSError: It cannot be written.
     """
-    total = counted_ids(source, wanted.shard)
-    folder = job_folder(out)
+    refuse_output(out, source)
+    wanted = {"format_version": FORMAT_VERSION, "input": sha256(source), **wanted}
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(exist_ok=True)
-    try:
-        with locked(folder, out, "being written"):
-            for path in folder.glob(".*"):
-                if path.name.endswith((".new", ".partial")):  # of a process that was killed
-                    path.unlink()
-            record, journal = _begun(folder, out, wanted, force=force), folder / "rows.jsonl"
-            with Journal(journal) as answers:
-                if record.report is None and os.path.lexists(out) and not record.replaces and len(answers) < total:
-                    raise _existing(out)
-                job = Job(source, out, record, total, answers)
-                yield job
-            if read_record(folder / "job.json").report is not None:
-                journal.unlink(missing_ok=True)
-    finally:
-        with contextlib.suppress(OSError):  # it holds something, as it mostly does
-            folder.rmdir()
+    with out.open("ab", buffering=0) as file:
+        lock_file(file.fileno(), out)
+        refuse_output(out, source)
+        job = Job(source, out, file, ids)
+        if force or not out.stat().st_size:
+            job.begin(wanted)
+        else:
+            _require_same(read_json(job_file(out)), wanted, out)
+            job.resume()
+        yield job
+        job.sync()
+        if sha256(source) != wanted["input"]:
+            raise InputError(f"{source} was changed while the job ran: {_ANEW}")
 
 
-def _begun(folder: Path, out: Path, wanted: JobRecord, *, force: bool) -> JobRecord:
-    """The record of the job that goes on, or a new one. With the lock held."""
-    file = folder / "job.json"
-    found = read_record(file) if file.exists() else None
-    if found is not None and not force:
-        require_same(found, wanted, out)
-        if found.report is None or out.exists():
-            return found
-    refuse_output(out, force=force or found is not None)
-    (folder / "rows.jsonl").unlink(missing_ok=True)
-    record = JobRecord(**(asdict(wanted) | {"created": int(time.time()), "replaces": os.path.lexists(out)}))
-    write_json(file, asdict(record))
-    sync_folder(folder)
-    sync_folder(out.parent)
-    return record
-
-
-def refuse_output(out: Path, *, force: bool) -> None:
-    """Raises where a job may not write its output: what no job wrote is never replaced. Call it before long work.
-
-    Raises InputError for a folder or a place below a file, ExistingFolderError for a file.
-    """
-    refuse_below_a_file(out)
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; a file was expected")
-    if not os.path.lexists(out):
-        return
-    ours = is_begun(out)
-    if not force and not ours:
-        raise _existing(out)
-    if not ours:
-        raise ExistingFolderError(
-            f"{out} exists and no pastkey batch wrote it (there is no {job_folder(out)}), so --force does not replace "
-            "it: choose another --out"
-        )
-
-
-def _existing(out: Path) -> ExistingFolderError:
-    return ExistingFolderError(f"{out} already exists: choose another --out, or replace it with --force")
-
-
-def require_formats(source: Path, out: Path) -> None:
-    """Raises InputError where the output's name says another format than the input's, or is the input's."""
-    parquet = isinstance(open_table(source), ParquetTable)
-    if out.suffix == SUFFIX and not parquet:
-        raise InputError(f"{source} holds JSON lines, and so will the output: name it {out.with_suffix('.jsonl').name}")
-    if out.suffix != SUFFIX and parquet:
-        raise InputError(
-            f"{source} is a Parquet file, and so will the output be: name it {out.with_suffix(SUFFIX).name}"
-        )
-    if out.exists() and out.samefile(source):
-        raise InputError(f"{out} is the input: choose another --out")
-
-
-def read_record(file: Path) -> JobRecord:
-    """job.json. Raises IntegrityError where it is not valid."""
-    content = read_json(file)
-    version = content.get("format_version")
-    if is_int(version, FORMAT_VERSION + 1, 2**31 - 1):
-        raise IntegrityError(
-            f"{file} has job format version {version}; this pastkey reads up to {FORMAT_VERSION}: upgrade pastkey"
-        )
-    try:
-        return parse(JobRecord, content)
-    except InputError as error:
-        raise IntegrityError(f"{file} is not valid: {error}; begin the job anew with --force") from None
-
-
-def require_same(found: JobRecord, wanted: JobRecord, out: Path) -> None:
-    """Raises InputError where a job was begun with something else: its rows would not be of one kind."""
-    for name, what in (("bundle", "another bundle"), ("input", "other rows"), ("shard", "another --shard")):
-        if getattr(found, name) != getattr(wanted, name):
-            raise InputError(f"{out} is of a job that was begun with {what}: {_AGAIN}")
-    for name in sorted({*found.settings, *wanted.settings}):
-        before, now = found.settings.get(name), wanted.settings.get(name)
+def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], out: Path) -> None:
+    """Raises InputError where a job was begun with something else: its answers would not be of one kind."""
+    for name in sorted({*found, *wanted}):
+        before, now = found.get(name), wanted.get(name)
         if before != now:
             raise InputError(
-                f"{out} is of a job that was begun with {name} {shown(before)}, and now it is {shown(now)}: {_AGAIN}"
+                f"{out} is of a job that was begun with {name} {shown(before, 40)}, and now it is {shown(now, 40)}: "
+                f"give the same, choose another --out, or {_ANEW}"
             )
 
 
-def in_shard(number: int, shard: str) -> bool:
-    """Whether a row, counted from 1, is of the shard "I/N": each N-th, from the I-th on. All are of ""."""
-    part, parts = map(int, (shard or "1/1").split("/"))
-    return number % parts == part % parts
-
-
-def counted_ids(source: Path, shard: str = "") -> int:
-    """How many rows there are. Raises InputError where two of the file have one id."""
-    seen: dict[RowId, int] = {}
-    for entry in open_table(source).entries():
-        if entry.id in seen:
-            raise InputError(
-                f"{source} has the id {shown(entry.id)} twice, in rows {seen[entry.id]} and {entry.number}: an answer "
-                "is known by its row's id, so give each its own"
-            )
-        seen[entry.id] = entry.number
-    return sum(in_shard(number, shard) for number in seen.values())
+@contextlib.contextmanager
+def _full_disk_as_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceError(
+            f"the disk is full: {path} could not be written; what was answered before is kept: free some space, and "
+            "the same command goes on"
+        ) from None

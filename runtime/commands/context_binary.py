@@ -15,9 +15,10 @@ from pathlib import Path
 from pastkey import names
 from pastkey.bundle import Bundle, Compiled, open_bundle, read_bundle
 from pastkey.command import say
+from pastkey.durable import whole_folder, write_json
 from pastkey.errors import InputError, ProviderError
-from pastkey.folder import file_records, parse_records, whole_folder, write_json
-from pastkey.replace import leftovers
+from pastkey.folder import file_records, parse_records
+from pastkey.provider_options import in_manifest, not_kept
 
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
@@ -71,8 +72,10 @@ def compile_bundle(
         bundle.manifest.graph,
         options_of_target=bundle.manifest.provider_options,
     )
-    name, options = placement.providers[0]
-    for sentence in leftovers(out):
+    name, given = placement.providers[0]
+    provider = ep.short_name(name)
+    options = {key: str(value) for key, value in given.items()}
+    if sentence := not_kept(provider, options):
         say(sentence)
     with whole_folder(out, force=force) as folder:
         _copy(bundle, folder)
@@ -94,15 +97,19 @@ def compile_bundle(
             )
             if not target.is_file():
                 raise ProviderError(
-                    f"the execution provider {ep.short_name(name)!r} writes no context binary: use the bundle as it is"
+                    f"the execution provider {provider!r} writes no context binary: use the bundle as it is"
                 )
-        compiled = Compiled(ep.short_name(name), {k: str(v) for k, v in options.items()}, onnxruntime.__version__)
+        compiled = Compiled(provider, in_manifest(provider, options), onnxruntime.__version__)
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         records = parse_records(folder, file_records(folder, files))
         manifest = dataclasses.replace(bundle.manifest, compiled=compiled, files=records)
         write_json(folder / names.MANIFEST, manifest.to_json())
         made = open_bundle(folder, verify=False)
-        engine = Engine(made, allow_fallback=allow_fallback, session_options=session_options)
+        # The proof runs with the options that the manifest may not set as well.
+        proved = dataclasses.replace(manifest, compiled=dataclasses.replace(compiled, options=options))
+        engine = Engine(
+            dataclasses.replace(made, manifest=proved), allow_fallback=allow_fallback, session_options=session_options
+        )
         require_golden(engine, made)
         del engine
     return read_bundle(out)

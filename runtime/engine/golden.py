@@ -26,8 +26,9 @@ import numpy.typing as npt
 
 from pastkey import names
 from pastkey.bundle import Bundle
+from pastkey.durable import write_json
 from pastkey.errors import FallbackWarning, IntegrityError, NumericsError, ProviderError
-from pastkey.folder import user_cache_file, write_json
+from pastkey.folder import user_cache_file
 from pastkey.reading import reading
 
 from ..providers import placement as ep

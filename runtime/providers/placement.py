@@ -14,6 +14,7 @@ from typing import Any
 
 from pastkey.bundle import Compiled, Manifest
 from pastkey.errors import ProviderError, StartError, first_line
+from pastkey.provider_options import HTP_ARCHS
 from pastkey.values import shown
 
 from ..settings import Choice
@@ -87,7 +88,7 @@ KNOWN = {
         plugin="onnxruntime_qnn",
         # The graph compiler needs a chip by name; without one it runs out of memory.
         options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
-        values={"htp_arch": ("68", "69", "73", "75", "79", "81")},  # another one is taken for none, in silence
+        values={"htp_arch": HTP_ARCHS},
     ),
     "coreml": Known(
         "CoreMLExecutionProvider",

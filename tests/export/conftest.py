@@ -18,8 +18,8 @@ from torch import nn
 from pastkey import names
 from pastkey.__main__ import main
 from pastkey.bundle import Bundle, open_bundle
+from pastkey.durable import write_json
 from pastkey.export import Report, export
-from pastkey.folder import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
 from .cases import CASES, MORE_CASES

@@ -46,22 +46,24 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
 
     monkeypatch.setattr(bundle_writer, "Engine", Recorded)
     monkeypatch.setattr(providers, "available", lambda: [providers.KNOWN["openvino"].name, providers.CPU])
-    export(
+    report = export(
         Plain(),
         tmp_path / "bundle",
         precision="fp32",
         target="openvino",
         context_length=8,
-        provider_options={"device_type": "GPU"},
+        provider_options={"device_type": "GPU", "cache_dir": "blobs"},
         session_options=[("session.use_env_allocators", "1")],
         allow_fallback=True,
     )
     assert proved[-1] == {
         "target": "openvino",
-        "options": {"device_type": "GPU"},
+        "options": {"device_type": "GPU", "cache_dir": "blobs"},
         "session_options": {"session.use_env_allocators": "1"},
         "allow_fallback": True,
     }
+    assert report.manifest.provider_options == {"device_type": "GPU"}
+    assert any("does not keep the provider options cache_dir" in sentence for sentence in report.warnings)
     assert open_bundle(tmp_path / "bundle").manifest.files.keys() >= {names.GOLDEN}
 
 

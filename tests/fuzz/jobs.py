@@ -1,45 +1,38 @@
-"""What is in a job of many rows: the rows, the answers so far, and what it was begun with."""
+"""What is in a job of many rows: the rows, and the output that it goes on with."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Mapping
 
-from pastkey.runtime.bulk.answers import plain_error
-from pastkey.runtime.bulk.job import JobRecord, read_record
-from pastkey.runtime.bulk.journal import Journal
-from pastkey.runtime.bulk.requests import parse_request
-from pastkey.runtime.bulk.tables import open_table
+from pastkey.runtime.bulk.job import Job
+from pastkey.runtime.bulk.rows import answered_line, error_of, parse_request, read_rows
 
 from .mutations import mutate_bytes, mutate_json
-from .reader import Target, json_bytes, written
+from .reader import Target, written
 from .samples import MESSAGES
 
-_ROWS = [
-    {"id": 1, "prompt": "a", "stop": ["b"], "logit_bias": {"3": 1}},
-    {"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": MESSAGES, "top_p": 0.5}},
-]
+_ROWS = [{"id": 1, "prompt": "a", "stop": ["b"], "logit_bias": {"3": 1}}, {"id": "x", "messages": MESSAGES}]
 
 
 def _rows(content: bytes) -> object:
-    table, out = open_table(written("rows.jsonl", content)), io.BytesIO()
-    table.write(out, lambda entry: plain_error("no"), ())
-    return [parse_request(entry.content) for entry in table.entries() if isinstance(entry.content, dict)]
+    rows = [*read_rows(written("rows.jsonl", content))]
+    for row in rows:
+        assert json.loads(answered_line(row, error_of("no")))["id"] == row.id
+    return [parse_request(row.content) for row in rows if isinstance(row.content, dict)]
 
 
-def _journal(content: bytes) -> object:
-    with Journal(written("journal.jsonl", content)) as journal:
-        return len(journal)
+def _output(content: bytes) -> object:
+    out = written("output.jsonl", content)
+    with out.open("ab", buffering=0) as file:
+        assert isinstance(file, io.FileIO)
+        job = Job(out, out, file, {1, "a"})
+        job.resume()
+        return job.done
 
 
 JOBS: Mapping[str, Target] = {
     "rows": Target(_rows, lambda: b"\n".join(json.dumps(row).encode() for row in _ROWS), mutate_json),
-    "journal": Target(_journal, lambda: b'{"id":1,"answer":{}}\n{"id":"a","answer":{"error":"b"}}\n', mutate_bytes),
-    "job": Target(
-        lambda content: read_record(written("job.json", content)),
-        json_bytes(dataclasses.asdict(JobRecord("b", "i", "1/2", {"seed": 0}, 5, False))),
-        mutate_json,
-    ),
+    "output": Target(_output, lambda: b'{"id":1,"text":"x"}\n{"id":"a","error":"b"}\n', mutate_bytes),
 }  # fmt: skip

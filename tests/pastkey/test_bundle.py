@@ -10,8 +10,8 @@ import pytest
 
 from pastkey import names
 from pastkey.bundle import CacheShift, KeyRotation, KVGeometry, Manifest, read_bundle
+from pastkey.durable import write_json
 from pastkey.errors import IntegrityError
-from pastkey.folder import write_json
 
 MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0").to_json()
 

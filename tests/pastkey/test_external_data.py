@@ -14,9 +14,10 @@ from onnx import helper
 
 from pastkey import names
 from pastkey.bundle import KVGeometry, Manifest, open_bundle
+from pastkey.durable import write_json
 from pastkey.errors import IntegrityError
-from pastkey.external_data import CHILDREN, ExternalData, external_data
-from pastkey.folder import file_records, read_json, write_json
+from pastkey.external_data import CHILDREN, ExternalData, check_contexts, external_data
+from pastkey.folder import file_records, parse_records, read_json
 
 DATA = "model.onnx_data"
 
@@ -341,3 +342,25 @@ def test_a_damaged_graph_is_refused_or_read_as_protobuf_reads_it(
     except Exception:  # protobuf refuses more, what is no text for one
         return
     assert {location for said in locations(model) for location in said} <= found
+
+
+def context(value: str | bytes) -> onnx.NodeProto:
+    return helper.make_node("EPContext", [], ["c"], domain="com.microsoft", embed_mode=0, ep_cache_context=value)
+
+
+@pytest.mark.parametrize("place", ["graph", "subgraph"])
+@pytest.mark.parametrize("value", ["/etc/hostname", "../other.bin", "unlisted.bin", "a/../own.bin", "", b"\xff"])
+def test_a_context_binary_is_a_listed_file_beside_the_graph(tmp_path: Path, value: str | bytes, place: str) -> None:
+    def listed(node: onnx.NodeProto) -> Any:
+        if place == "subgraph":
+            node = helper.make_node("If", ["c"], ["d"], then_branch=helper.make_graph([node], "inner", [], []))
+        onnx.save(model_of(node), tmp_path / "model.onnx")
+        return parse_records(tmp_path, file_records(tmp_path, ["model.onnx", "own.bin"]))
+
+    (tmp_path / "own.bin").write_bytes(b"compiled")
+    check_contexts(tmp_path, listed(context("own.bin")), compiled=True)
+    check_contexts(tmp_path, listed(context(b"x" * 5000)), compiled=True)  # the binary itself
+    with pytest.raises(IntegrityError, match="takes what was compiled from"):
+        check_contexts(tmp_path, listed(context(value)), compiled=True)
+    with pytest.raises(IntegrityError, match="the manifest says that nothing was compiled"):
+        check_contexts(tmp_path, listed(context("own.bin")), compiled=False)

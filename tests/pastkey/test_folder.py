@@ -1,18 +1,12 @@
-"""Folders are whole or not there."""
+"""What a manifest lists is checked: paths stay inside the folder, sizes and hashes are those that were written."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pastkey import replace
-from pastkey.errors import ExistingFolderError, InputError, IntegrityError, InUseError
+from pastkey.errors import IntegrityError
 from pastkey.folder import (
     check_hashes,
     check_sizes,
@@ -21,156 +15,7 @@ from pastkey.folder import (
     leads_out,
     parse_records,
     read_json,
-    refuse_existing,
-    whole_folder,
-    write_json,
 )
-from pastkey.lock import locked
-
-
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "deep" / "out") as work:
-        (work / "a").write_text("a")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-    assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
-
-
-def test_nothing_stays_of_one_that_failed(tmp_path: Path) -> None:
-    def write_until_the_disk_is_full() -> None:
-        with whole_folder(tmp_path / "out") as work:
-            (work / "a").write_text("a")
-            raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        write_until_the_disk_is_full()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExistingFolderError, match="did not write it"), whole_folder(out, force=True):
-        pass
-    write_json(out / "pastkey.json", {})
-    with whole_folder(out, force=True) as work:
-        (work / "new").write_text("new")
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_where_names_cannot_be_exchanged_an_interrupt_keeps_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    write_json(out / "pastkey.json", {})
-    rename = Path.rename
-
-    def interrupted(path: Path, target: Path) -> Path:
-        if path.suffix == ".partial":
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    monkeypatch.setattr(replace, "exchange", lambda one, other: False)
-    with pytest.raises(KeyboardInterrupt), whole_folder(out, force=True):
-        pass
-    assert list(tmp_path.iterdir()) == [out]
-    assert (out / "pastkey.json").is_file()
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(force: bool, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
-    def write() -> None:
-        with whole_folder(out, force=force) as work:
-            write_json(work / "pastkey.json", {"by": "us"})
-            out.mkdir()
-            write_json(out / "pastkey.json", {"by": "another"})
-
-    with contextlib.nullcontext() if force else pytest.raises(ExistingFolderError, match="already exists"):
-        write()
-    assert read_json(out / "pastkey.json") == {"by": "us" if force else "another"}
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
-    (tmp_path / "v1").mkdir()
-    write_json(tmp_path / "v1" / "pastkey.json", {"v": 1})
-    (tmp_path / "current").symlink_to("v1")
-    with whole_folder(tmp_path / "current", force=True) as work:
-        write_json(work / "pastkey.json", {"v": 2})
-    assert read_json(tmp_path / "current" / "pastkey.json") == {"v": 2}
-    assert read_json(tmp_path / "v1" / "pastkey.json") == {"v": 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
-
-
-def test_a_folder_that_is_being_trained_is_not_replaced(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / "training").mkdir(parents=True)
-    write_json(out / "pastkey.json", {})
-    with (
-        locked(out / "training", "busy"),
-        pytest.raises(InUseError, match=rf"is being trained by process {os.getpid()}"),
-    ):
-        refuse_existing(out, force=True)
-    refuse_existing(out, force=True)
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "a.json"
-    write_json(file, {"a": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(file, {"a": float("nan")})
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-    with pytest.raises(OSError, match="broken"):
-        write_json(file, {"a": 2})
-    assert read_json(file) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_what_a_killed_process_left_of_a_file_goes_with_the_next_write(tmp_path: Path) -> None:
-    stale, fresh = tmp_path / ".a.json.0123abcd.new", tmp_path / ".a.json.0123abce.new"
-    others = [tmp_path / name for name in (".b.json.0123abcd.new", ".a.json.0123.new", "a.json.0123abcd.new")]
-    for path in (stale, fresh, *others):
-        path.write_text("cut")
-    for path in (stale, *others):
-        os.utime(path, (1, 1))
-    write_json(tmp_path / "a.json", {"a": 1})
-    assert not stale.exists()
-    assert all(path.exists() for path in (fresh, *others))  # another process may be writing the first
-    assert read_json(tmp_path / "a.json") == {"a": 1}
-
-
-def test_a_second_interrupt_does_not_stop_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remove, calls = shutil.rmtree, list[Path]()
-
-    def impatient(path: Path, **options: Any) -> None:
-        calls.append(path)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        remove(path, **options)
-
-    def write_until_interrupted() -> None:
-        with whole_folder(tmp_path / "out") as work:
-            (work / "a").write_text("a")
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", impatient)
-    with pytest.raises(KeyboardInterrupt):
-        write_until_interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="which is a file"), whole_folder(tmp_path / "file" / "out"):
-        pass
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "C:\\x", ""])

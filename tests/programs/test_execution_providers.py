@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 
 import pastkey
 from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
+from pastkey import names
 from pastkey.bundle import open_bundle
 from pastkey.export.measure.texts import self_generated_texts
+from pastkey.folder import write_json
 from pastkey.runtime.engine.engine import Engine
 
 from ..shared import divided
@@ -262,3 +265,43 @@ def test_static_graphs_run_whole_on_openvino(bundles: Callable[[str], Path]) -> 
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS).ids
     done = run(OPENVINO, bundle, "--provider", "openvino", "--provider-option", "device_type=CPU")
     assert answered(done) == expected
+
+
+def with_options(bundle: Path, folder: Path, target: str, options: Mapping[str, str]) -> Path:
+    """A copy of a bundle that somebody altered: its manifest sets options of a provider."""
+    shutil.copytree(bundle, folder)
+    content = json.loads((folder / names.MANIFEST).read_text(encoding="utf-8"))
+    write_json(folder / names.MANIFEST, content | {"target": target, "provider_options": options})
+    return folder
+
+
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_qnn_loads_no_library_that_a_manifest_names(
+    bundles: Callable[[str], Path], tmp_path: Path, command: str
+) -> None:
+    code, library, ran = tmp_path / "evil.c", tmp_path / "evil.so", tmp_path / "ran"
+    code.write_text(
+        f'#include <stdio.h>\n__attribute__((constructor)) static void go(void) {{ fclose(fopen("{ran}", "w")); }}\n'
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, code], check=True)
+    options = {"backend_path": str(library), "backend_type": ""}
+    bundle = with_options(bundles("llama-standard-fp32"), tmp_path / "bundle", "qnn", options)
+    done = pastkey_in(QNN, command, bundle, *(("--prompt", PROMPT) if command == "run" else ()))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sets 'backend_path'" in done.stderr
+    assert not ran.exists()
+
+
+def test_openvino_writes_no_cache_that_a_manifest_names(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    options = {"device_type": "CPU", "cache_dir": str(cache)}
+    bundle = with_options(bundles("llama-standard-fp32"), tmp_path / "bundle", "openvino", options)
+    done = run(OPENVINO, bundle)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sets 'cache_dir'" in done.stderr
+    assert not cache.exists()
+    given = run(
+        OPENVINO, bundles("llama-standard-fp32"), "--provider", "openvino", "--provider-option", f"cache_dir={cache}"
+    )
+    assert answered(given) == expected(bundles("llama-standard-fp32"))
+    assert cache.exists()  # the user's own options are not restricted

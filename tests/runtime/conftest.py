@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from pastkey import names
 from pastkey.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
-from pastkey.folder import file_records, write_json
+from pastkey.durable import write_json
+from pastkey.folder import file_records
 from pastkey.runtime import LanguageModel, load
 
 from ..onnx_text import encode_model

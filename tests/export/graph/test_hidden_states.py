@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pastkey import names
+from pastkey.durable import write_json
 from pastkey.errors import ContractError, IntegrityError
 from pastkey.export import export
 from pastkey.export.graph.hidden_states import yield_hidden_states
@@ -18,7 +19,6 @@ from pastkey.export.graph.last_logits import keep_last_positions
 from pastkey.export.graph.output_head import hidden_size, output_head, take_head
 from pastkey.export.measure.metrics import cosine_distance
 from pastkey.export.quantize.rewrite import Form, quantize
-from pastkey.folder import write_json
 from pastkey.runtime import load
 
 from ...shared import divided

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from pastkey import names
 from pastkey.__main__ import main
-from pastkey.folder import write_json
+from pastkey.durable import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, load_checkpoint, save_checkpoint
 
 from ..commands import fails

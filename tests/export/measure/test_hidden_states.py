@@ -14,12 +14,13 @@ from torch import nn
 
 from pastkey import names
 from pastkey.bundle import Bundle, open_bundle
+from pastkey.durable import write_json
 from pastkey.errors import ContractError
 from pastkey.export import export
 from pastkey.export.measure.hidden_states import head_input
 from pastkey.export.measure.metrics import cosine_distance
 from pastkey.export.measure.verify import MAX_RELATIVE_DIFFERENCE, verify
-from pastkey.folder import file_record, write_json
+from pastkey.folder import file_record
 
 from ..cases import CASES
 from ..decoders import llama

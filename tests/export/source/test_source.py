@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 from pastkey import names
+from pastkey.durable import write_json
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
 from pastkey.export.source.open import open_source
-from pastkey.folder import write_json
 
 from ...conftest import Run
 from ..decoders import Plain

@@ -19,8 +19,8 @@ from pastkey.bundle import Bundle
 from pastkey.errors import InputError, MissingFileError, OptionError
 from pastkey.runtime import Completion, LanguageModel, load
 from pastkey.runtime.bulk import generator as module
-from pastkey.runtime.bulk.generator import Generator, Row, as_python, as_text
-from pastkey.runtime.bulk.requests import seed_of
+from pastkey.runtime.bulk.generator import Generator, as_python, as_text
+from pastkey.runtime.bulk.rows import Row, seed_of
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_NEW_TOKENS
 
 from .rows import DRAWN, TEMPLATE, plain_rows
@@ -50,7 +50,8 @@ def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def answered(generator: Generator, *rows: Any) -> list[Any]:
-    found = dict(generator.answers(Row(place, place, row) for place, row in enumerate(rows)))
+    made = generator.answers(Row(place, place, row) for place, row in enumerate(rows))
+    found = {row.number: answer for row, answer in made}
     return [found[place] for place in range(len(rows))]
 
 
@@ -84,7 +85,7 @@ def test_what_neighbours_share_is_computed_once(talking: Path, monkeypatch: pyte
     generator = Generator(talking, threads=1, max_batch=2, max_new_tokens=2)
     asked: list[bool] = []
     cached: list[int] = []
-    stream, plain_answer = LanguageModel.stream, module.plain_answer
+    stream, answer_of = LanguageModel.stream, module.answer_of
 
     def watched(self: LanguageModel, prompt: Any, **options: Any) -> Any:
         asked.append(options["reuse_prefix"])
@@ -92,10 +93,10 @@ def test_what_neighbours_share_is_computed_once(talking: Path, monkeypatch: pyte
 
     def told(answer: Completion, **how: bool) -> dict[str, Any]:
         cached.append(answer.cached_tokens)
-        return plain_answer(answer, **how)
+        return answer_of(answer, **how)
 
     monkeypatch.setattr(LanguageModel, "stream", watched)
-    monkeypatch.setattr(module, "plain_answer", told)
+    monkeypatch.setattr(module, "answer_of", told)
     begin = "abcdefgh" * 6
     generator({"prompt": ["zz", *(begin + letter * 3 for letter in "abcdef"), "yy"]})
     assert sorted(asked) == [False, False] + [True] * 6
@@ -173,21 +174,6 @@ def test_tools_are_told_and_their_calls_are_read(
     assert len(Generator(bundle.path, threads=1, logprobs=0)({"prompt": ["a"]})["logprobs"]) == 1
 
 
-def test_requests_of_openais_form_have_its_responses(talking: Path) -> None:
-    body = {"messages": HI, "max_tokens": 3, "logprobs": True, "top_logprobs": 1}
-    chat = {"custom_id": "a", "url": "/v1/chat/completions", "body": body}
-    text = {"custom_id": "b", "url": "/v1/completions", "body": {"prompt": "abc", "max_tokens": 2, "model": "m"}}
-    bad = {"custom_id": "c", "url": "/v1/completions", "body": {"prompt": "abc", "temperature": -1}}
-    first, second, third = answered(Generator(talking, threads=1), chat, text, bad)
-    body = first["response"]["body"]
-    assert body["usage"]["completion_tokens"] == 3
-    assert body["model"] == "tiny"
-    assert len(body["choices"][0]["logprobs"]["content"]) == 3
-    assert body["choices"][0]["message"]["role"] == "assistant"
-    assert (second["response"]["body"]["model"], second["error"]) == ("m", None)
-    assert "temperature is -1" in third["error"]["message"]
-
-
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -259,8 +245,8 @@ def test_another_process_loads_it_again(talking: Path) -> None:
         assert pool.map(generator, [batch]) == [made]
 
 
-@pytest.mark.parametrize("name", ["text", "error", "tool_calls", "body"])
-def test_a_column_that_stands_for_something_else_is_refused(talking: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["text", "error", "tool_calls"])
+def test_a_column_of_the_answers_is_refused(talking: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"the batch has the column '{name}'"):
         Generator(talking)({"prompt": ["a"], name: ["b"]})
 

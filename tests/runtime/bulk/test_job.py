@@ -1,34 +1,23 @@
-"""A job goes on where it was ended, refuses what would mix two, and gives its output whole and in order."""
+"""A job goes on where it was ended, has each answer once, and refuses what would mix two."""
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
 from pastkey.errors import ExistingFolderError, InputError, IntegrityError, InUseError, ResourceError
-from pastkey.folder import sha256
-from pastkey.runtime.bulk import job as module
-from pastkey.runtime.bulk.job import (
-    Job,
-    JobRecord,
-    counted_ids,
-    job_folder,
-    open_job,
-    read_record,
-    refuse_output,
-    require_formats,
-)
-from pastkey.runtime.bulk.tables import JsonLines
+from pastkey.runtime.bulk.job import Job, job_file, open_job, refuse_output, shard_ids
+from pastkey.runtime.bulk.rows import error_of
 
 from .rows import plain_rows, read_rows, write_rows
+
+WANTED: dict[str, Any] = {"bundle": "b", "shard": "", "temperature": 0.5}
 
 
 @pytest.fixture
@@ -41,71 +30,82 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "sub" / "out.jsonl"
 
 
-def wanted(source: Path, **changes: Any) -> JobRecord:
-    settings: Mapping[str, Any] = {"temperature": 0.5, "seed": 0}
-    record = JobRecord("bundle", sha256(source), "", settings, 5, False)
-    return dataclasses.replace(record, **changes)
-
-
 def answer(job: Job, most: int = 100) -> int:
-    """Answers rows, in an order of its own; returns how many."""
+    """Answers rows, in an order of its own, the fourth with an error; returns how many."""
     rows = [*job.rows()][:most]
     for row in reversed(rows):
-        job.add(row.identity, {"text": f"of {row.identity}", "error": None})
+        job.add(row, error_of("bad") if row.id == 3 else {"text": f"of {row.id}", "error": None})
     return len(rows)
 
 
-def run(source: Path, out: Path, most: int = 100, **how: Any) -> int:
-    force = how.pop("force", False)
-    with open_job(source, out, wanted(source, **how), force=force) as job:
+def run(source: Path, out: Path, most: int = 100, *, force: bool = False, **changes: Any) -> int:
+    wanted = WANTED | changes
+    with open_job(source, out, shard_ids(source, wanted["shard"]), wanted, force=force) as job:
+        before = job.done
         count = answer(job, most)
-        if job.done == job.total and job.record.report is None:
-            job.finish({"rows": job.total})
+        assert job.done == before + count
+        if job.done == job.total == 10:
+            assert job.errors == 1
     return count
 
 
 def complete(source: Path, out: Path) -> None:
-    assert [row["id"] for row in read_rows(out)] == [row["id"] for row in read_rows(source)]
-    assert all(row["text"] == f"of {row['id']}" and row["topic"] for row in read_rows(out))
-    assert [path.name for path in job_folder(out).iterdir()] == ["job.json"]
-    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+    rows = sorted(read_rows(out), key=lambda row: row["id"])
+    assert [row["id"] for row in rows] == [row["id"] for row in read_rows(source)]
+    assert all(row["topic"] and row["error" if row["id"] == 3 else "text"] for row in rows)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.job"]
 
 
-def test_rows_are_answered_once_and_written_in_order(source: Path, out: Path) -> None:
+def test_rows_are_answered_once_whatever_the_stops(source: Path, out: Path) -> None:
     assert run(source, out, 4) == 4
-    assert not out.exists()
+    assert [row["id"] for row in read_rows(out)] == [3, 2, 1, 0]
     assert run(source, out, 4) == 4
     assert run(source, out) == 2
     complete(source, out)
-    record = read_record(job_folder(out) / "job.json")
-    assert (record.report, record.created > 10**9) == ({"rows": 10}, True)
     before = out.read_bytes()
-    assert run(source, out, 0) == 0
+    assert run(source, out) == 0
     assert out.read_bytes() == before
-    assert out.stat().st_mode == source.stat().st_mode
+    assert json.loads(job_file(out).read_text())["temperature"] == 0.5
 
 
-def test_a_job_that_has_ended_has_its_report(source: Path, out: Path) -> None:
+def test_an_output_that_is_cut_anywhere_goes_on(source: Path, out: Path) -> None:
     run(source, out)
-    with open_job(source, out, wanted(source)) as job:
-        assert job.record.report == {"rows": 10}
+    content = out.read_bytes()
+    for end in [*range(0, len(content), 7), len(content) - 1]:
+        out.write_bytes(content[:end])
+        whole = content[:end].count(b"\n")
+        assert run(source, out) == 10 - whole
+        assert out.read_bytes().startswith(content[: content[:end].rfind(b"\n") + 1])
+        complete(source, out)
 
 
-def test_an_output_that_was_removed_is_made_anew(source: Path, out: Path) -> None:
-    run(source, out)
-    out.unlink()
-    assert run(source, out) == 10
-    complete(source, out)
+@pytest.mark.parametrize("torn", [b"\0" * 40, b'\0\0\0\n{"id":8,"text":"x"}\n', b'{"id":9,"text":"x"}'])
+def test_what_a_power_cut_tore_is_cut_off(source: Path, out: Path, torn: bytes) -> None:
+    run(source, out, 4)
+    whole = out.read_bytes()
+    out.write_bytes(whole + torn)
+    assert run(source, out, 0) == 0
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"x\n", b"3\n", b'{"id":1.5}\n', b'{"text":"a"}\n', b"\xff\n"])
+def test_an_output_that_was_altered_is_refused_and_left_alone(source: Path, out: Path, line: bytes) -> None:
+    run(source, out, 2)
+    out.write_bytes(line + out.read_bytes())
+    altered = out.read_bytes()
+    with pytest.raises(IntegrityError, match="line 1"):
+        run(source, out)
+    assert out.read_bytes() == altered
+    assert run(source, out, force=True) == 10
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"bundle": "other"}, "was begun with another bundle: give the same"),
-        ({"input": "other"}, "was begun with other rows"),
-        ({"shard": "1/2"}, "was begun with another --shard"),
-        ({"settings": {"temperature": 0.7, "seed": 0}}, "was begun with temperature 0.5, and now it is 0.7"),
-        ({"settings": {"temperature": 0.5}}, "was begun with seed 0, and now it is None"),
+        ({"bundle": "c"}, "was begun with bundle 'b', and now it is 'c': give the same"),
+        ({"shard": "1/2"}, "was begun with shard '', and now it is '1/2'"),
+        ({"temperature": 0.7}, "was begun with temperature 0.5, and now it is 0.7"),
+        ({"top_k": 3}, "was begun with top_k None, and now it is 3"),
     ],
 )
 def test_a_job_does_not_go_on_with_something_else(source: Path, out: Path, changes: Any, words: str) -> None:
@@ -114,72 +114,56 @@ def test_a_job_does_not_go_on_with_something_else(source: Path, out: Path, chang
         with pytest.raises(InputError, match=re.escape(words)):
             run(source, out, **changes)
     complete(source, out)
-    if "input" not in changes and "shard" not in changes:
+    if "shard" not in changes:
         assert run(source, out, force=True, **changes) == 10
         complete(source, out)
 
 
-def test_force_begins_anew_and_keeps_the_old_output_until_the_end(source: Path, out: Path) -> None:
-    run(source, out)
-    before = out.read_bytes()
-    assert run(source, out, 3, force=True) == 3
-    assert out.read_bytes() == before
-    assert run(source, out, 3) == 3  # it goes on without --force
-    assert run(source, out, 3, force=True) == 3
-    assert run(source, out) == 7
+def test_other_rows_are_refused(source: Path, out: Path) -> None:
+    run(source, out, 3)
+    write_rows(source, plain_rows(11))
+    with pytest.raises(InputError, match="was begun with input '"):
+        run(source, out)
+
+
+def test_an_output_without_its_first_row_begins_as_it_is_asked(source: Path, out: Path) -> None:
+    """As a kill leaves it between the emptying and the job file of --force."""
+    run(source, out, 0)
+    assert run(source, out, temperature=0.7) == 10
     complete(source, out)
 
 
 def test_an_output_of_no_job_is_never_replaced(source: Path, out: Path) -> None:
     out.parent.mkdir()
     out.write_text("mine")
-    for force, words in ((False, "already exists: choose another"), (True, "no pastkey batch wrote it")):
-        with pytest.raises(ExistingFolderError, match=words):
-            refuse_output(out, force=force)
-        with pytest.raises(ExistingFolderError, match=words):
+    for force in (False, True):
+        with pytest.raises(ExistingFolderError, match="already exists and pastkey batch did not write it"):
             run(source, out, force=force)
-    assert out.read_text() == "mine"
-    assert not job_folder(out).exists()
-
-
-def test_a_file_that_came_meanwhile_is_not_replaced(source: Path, out: Path) -> None:
-    run(source, out, 3)
-    out.write_text("mine")
-    with pytest.raises(ExistingFolderError, match="already exists"):
-        run(source, out)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert out.read_text() == "mine"
 
 
-def test_places_that_cannot_be_are_told(source: Path, out: Path) -> None:
-    with pytest.raises(InputError, match=r"lies under .*, which is a file"):
-        refuse_output(source / "out.jsonl", force=False)
-    with pytest.raises(InputError, match="is a folder; a file was expected"):
-        refuse_output(source.parent, force=True)
-    with pytest.raises(InputError, match="is the input"):
-        require_formats(source, source)
-    with pytest.raises(InputError, match=r"holds JSON lines, and so will the output: name it out\.jsonl"):
-        require_formats(source, source.parent / "out.parquet")
-
-
-def test_a_parquet_output_is_named_so(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    path = tmp_path / "rows.parquet"
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"prompt": ["a"]}), path)
-    require_formats(path, tmp_path / "out.parquet")
-    with pytest.raises(InputError, match=r"is a Parquet file, and so will the output be: name it out\.parquet"):
-        require_formats(path, tmp_path / "out.jsonl")
+def test_places_that_cannot_be_are_told(source: Path, tmp_path: Path) -> None:
+    for out, words in (
+        (source / "out.jsonl", r"lies under .*, which is a file"),
+        (tmp_path, "is a folder; a file was expected"),
+        (source, "is the input"),
+        (Path(os.devnull), "is a pipe or a device"),
+    ):
+        with pytest.raises(InputError, match=words):
+            refuse_output(out, source)
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "in.jsonl", [{"id": 1}, {"id": "1"}, "bad", {"custom_id": 1}])
-    with pytest.raises(InputError, match="has the id 1 twice, in rows 1 and 4"):
-        counted_ids(source)
+    source = write_rows(tmp_path / "in.jsonl", [{"id": 1}, {"id": "1"}, "bad", {"id": 1}])
+    with pytest.raises(InputError, match="has the id 1 twice, in lines 1 and 4"):
+        shard_ids(source, "2/2")
 
 
 def test_a_job_of_two_processes_at_once_is_refused(source: Path, out: Path) -> None:
-    with open_job(source, out, wanted(source)) as job:
+    with open_job(source, out, shard_ids(source, ""), WANTED) as job:
         answer(job, 2)
-        with pytest.raises(InUseError, match=rf"is being written by process {os.getpid()}: wait"):
+        with pytest.raises(InUseError, match="is being written by another process: wait"):
             run(source, out, force=True)
     assert run(source, out) == 8
 
@@ -188,69 +172,40 @@ def test_shards_have_each_row_once(source: Path, out: Path) -> None:
     found: list[int] = []
     for part in (1, 2, 3):
         place = out.with_name(f"{part}.jsonl")
-        assert run(source, place, shard=f"{part}/3") == counted_ids(source, f"{part}/3")
-        ids = [row["id"] for row in read_rows(place)]
-        assert ids == [*range(part - 1, 10, 3)]
-        found += ids
+        assert run(source, place, shard=f"{part}/3") == len(shard_ids(source, f"{part}/3"))
+        found += (row["id"] for row in read_rows(place))
     assert sorted(found) == [*range(10)]
 
 
 def test_an_input_that_changes_meanwhile_is_told(source: Path, out: Path) -> None:
-    with open_job(source, out, wanted(source)) as job:
-        answer(job)
-        write_rows(source, plain_rows(11))
-        with pytest.raises(InputError, match="was changed while the job ran"):
-            job.finish({})
-    assert not out.exists()
+    def change() -> None:
+        with open_job(source, out, shard_ids(source, ""), WANTED) as job:
+            answer(job)
+            write_rows(source, plain_rows(11))
+
+    with pytest.raises(InputError, match="was changed while the job ran"):
+        change()
 
 
-def test_a_full_disk_at_the_end_keeps_the_answers(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: JsonLines, file: IO[bytes], *_: Any) -> None:
-        file.write(b"half")
+class Full:
+    """A file on a full disk: half of a line is written."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, content: memoryview) -> int:
+        self.file.write(content[:7])
         raise OSError(errno.ENOSPC, "no space")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(JsonLines, "write", full)
-        with pytest.raises(ResourceError, match=r"the disk is full: .*out\.jsonl"):
-            run(source, out)
-    assert sorted(path.name for path in job_folder(out).iterdir()) == ["job.json", "rows.jsonl"]
-    assert run(source, out) == 0
+
+def test_a_full_disk_is_a_sentence_and_keeps_the_answers(source: Path, out: Path) -> None:
+    def fill() -> None:
+        with open_job(source, out, shard_ids(source, ""), WANTED) as job:
+            answer(job, 3)
+            job._file = Full(job._file)  # type: ignore[assignment]
+            answer(job)
+
+    with pytest.raises(ResourceError, match=r"the disk is full: .*out\.jsonl .* the same command goes on"):
+        fill()
+    assert run(source, out) == 7
     complete(source, out)
-
-
-def test_a_kill_between_the_output_and_its_report_is_made_good(
-    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            module, "sync_folder", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt) if out.exists() else None
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run(source, out)
-    assert out.exists()
-    assert run(source, out) == 0
-    complete(source, out)
-
-
-def test_what_kills_left_in_the_folder_goes(source: Path, out: Path) -> None:
-    run(source, out, 2)
-    (job_folder(out) / ".out.0123.partial").write_text("x")
-    (job_folder(out) / ".job.json.0123.new").write_text("x")
-    run(source, out)
-    complete(source, out)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"format_version": 2}, "has job format version 2; this pastkey reads up to 1: upgrade pastkey"),
-        ({"settings": 3}, "is not valid: settings is 3; it must be an object; begin"),
-        ({"more": 3}, "is not valid: the content has an unknown key 'more'"),
-    ],
-)
-def test_a_record_that_was_altered_is_told(source: Path, out: Path, change: dict[str, Any], words: str) -> None:
-    run(source, out, 2)
-    file = job_folder(out) / "job.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(IntegrityError, match=re.escape(words)):
-        run(source, out)

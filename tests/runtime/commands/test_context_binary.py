@@ -11,8 +11,8 @@ import pytest
 
 from pastkey import names
 from pastkey.bundle import Bundle, Compiled, open_bundle
+from pastkey.durable import write_json
 from pastkey.errors import InputError, IntegrityError, ProviderError
-from pastkey.folder import write_json
 from pastkey.runtime.commands import context_binary
 from pastkey.runtime.commands.context_binary import compile_bundle
 from pastkey.runtime.providers import placement as providers
@@ -62,16 +62,6 @@ def test_static_graphs_are_compiled_and_everything_else_stays(
     assert (made.path / common).read_bytes() == (static.path / common).read_bytes()
 
 
-def test_what_a_killed_run_left_is_told(
-    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    left = tmp_path / ".out.abcdefg1.partial"
-    left.mkdir()
-    compile_bundle(static.path, tmp_path / "out", "qnn")
-    assert f"{left} was left by a run that was killed; nothing needs it: remove it" in capsys.readouterr().err
-    assert left.exists()
-
-
 def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
     make_bundle: MakeBundle, tiny: Any, opened: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -80,6 +70,17 @@ def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
     made = compile_bundle(bundle.path, tmp_path / "out")
     assert made.manifest.compiled is not None
     assert made.manifest.compiled.options == QNN | given
+
+
+def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"htp_arch": "73", "backend_path": "libQnnHtp.so"}
+    made = compile_bundle(static.path, tmp_path / "out", "qnn", given)
+    assert all(one["providers"][1]["backend_path"] == "libQnnHtp.so" for one in opened)
+    assert made.manifest.compiled is not None
+    assert made.manifest.compiled.options == QNN | {"htp_arch": "73"}
+    assert "does not keep the provider options backend_path" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_what_fails(

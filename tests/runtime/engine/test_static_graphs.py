@@ -12,8 +12,8 @@ import pytest
 
 from pastkey import names
 from pastkey.bundle import Bundle, StaticShape, open_bundle
+from pastkey.durable import write_json
 from pastkey.errors import InputError, IntegrityError
-from pastkey.folder import write_json
 from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.engine.engine import Engine

@@ -13,7 +13,8 @@ import pytest
 from pastkey import names
 from pastkey.__main__ import main
 from pastkey.bundle import Bundle, open_bundle
-from pastkey.folder import file_records, parse_records, write_json
+from pastkey.durable import write_json
+from pastkey.folder import file_records, parse_records
 from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers import int8_kernels

@@ -15,8 +15,9 @@ import pytest
 
 from pastkey import names
 from pastkey.bundle import Bundle
+from pastkey.durable import write_json
 from pastkey.errors import LimitWarning
-from pastkey.folder import file_records, write_json
+from pastkey.folder import file_records
 from pastkey.runtime import Completion, LanguageModel, load
 from pastkey.runtime.untrusted.limits import Limits
 from pastkey.runtime.untrusted.model import UntrustedModel
