@@ -37,7 +37,7 @@ NOT_QUICK := $(wildcard $(patsubst %,tests/%/*.py,export/graft export/source exp
 	$(addprefix runtime/constraints/test_,lazy matcher vocabulary) \
 	$(addprefix runtime/speculation/test_,drafter worth) \
 	$(addprefix runtime/,engine/test_engine engine/test_int8_kv engine/test_shift providers/test_open) \
-	$(addprefix runtime/,batching/test_interrupts engine/test_interrupts) \
+	runtime/batching/test_exceptions \
 	$(addprefix runtime/sandbox/test_,asynchronous batch chat_format child connection model rerun stream) \
 	$(addprefix train/test_,checkpoint cli loop model place report stories))
 QUICK := $(filter-out $(NOT_QUICK),$(wildcard $(addsuffix test_*.py,tests/ tests/*/ tests/*/*/)))

@@ -78,7 +78,7 @@ def rows(fp32: Bundle, int8: Bundle, stories: dict[str, float], rounds: int, dem
         f"| decode of {NEW} tokens after them, speed | 1 | {decode} |",
         "",
         f"The decoder of `make demo` ({describe(training)}); medians of {rounds} interleaved rounds of {TURNS} runs "
-        f"each, with their range; {Engine(int8).threads} threads, accuracy level 4, shared cache buffer, CPU; "
+        f"each, with their range; {Engine(int8).graph.threads} threads, accuracy level 4, shared cache buffer, CPU; "
         f"onnxruntime {onnxruntime.__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}.",
         "",

@@ -22,7 +22,7 @@ import numpy as np
 
 from pastkey import names
 from pastkey.bundle import open_bundle
-from pastkey.runtime import Engine, Generation, SamplingConfig
+from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 
 NEW, ROUNDS = 48, 9
@@ -51,7 +51,7 @@ def runtime(bundle: Path) -> Run:
     engine = Engine(open_bundle(bundle), threads=1, int8_kv_from=None)
 
     def run(prompt: list[int], new: int, sampling: SamplingConfig) -> list[int]:
-        return list(Generation(engine, prompt, max_new_tokens=new, sampling=sampling, prompt_lookup=False))
+        return list(Generation(engine, Request(prompt, max_new_tokens=new, sampling=sampling, prompt_lookup=False)))
 
     return run
 

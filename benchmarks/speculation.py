@@ -144,7 +144,7 @@ def acceptance(model: LanguageModel, draft: LanguageModel, ids: list[int]) -> No
 def reverse(model: LanguageModel) -> None:
     """Turns the logits of the draft model round, which takes it no longer."""
     assert model.draft is not None, "--useless is for a draft model: name one with --draft"
-    graph = model.draft.model.require_open().graph
+    graph = model.draft.model.parts.require_open().graph
     run = graph.run
 
     def reversed_run(*arguments: Any) -> Any:
@@ -169,9 +169,11 @@ def main() -> None:
     text = STORY if arguments.text is None else arguments.text.read_text(encoding="utf-8")[:100_000]
     print(f"onnxruntime {onnxruntime.__version__}, {os.cpu_count()} processors, one thread")
     if model.draft is not None:
-        model.draft.worth = timed_worth(model.draft.model.require_open().graph, time.process_time)
-        length = min(256, model.manifest.context_length, model.draft.model.manifest.context_length)
-        acceptance(model, model.draft.model, model.prompt_ids(text)[:length])
+        draft = model.draft.model
+        assert isinstance(draft, LanguageModel)
+        model.draft.worth = timed_worth(draft.require_open().graph, time.process_time)
+        length = min(256, model.manifest.context_length, draft.manifest.context_length)
+        acceptance(model, draft, model.prompt_ids(text)[:length])
     if arguments.acceptance:
         return
     if arguments.useless:

@@ -38,7 +38,7 @@ def memory(model: LanguageModel, texts: list[list[int]]) -> tuple[int, int]:
     generated = peak_rss_bytes()
     model.embed(texts)
     embedded = peak_rss_bytes()
-    engine = Engine(model.bundle, threads=model.require_open().threads)
+    engine = Engine(model.bundle, threads=model.require_open().graph.threads)
     engine.hidden_states([texts[0]])
     return embedded - generated, peak_rss_bytes() - embedded
 

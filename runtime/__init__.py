@@ -5,9 +5,9 @@
     print(lm.generate("Once upon a time").text)
 
 A reader's way in: `loading` opens a bundle, and `signature` says whose it is; `language_model` (text in, text out),
-`session` (a text that stays) and `chat` (a conversation) make a `generate` (the steps over ids, of which `kept_tokens`
-says what is in the context) with the options of `settings`, read it as a `stream`, and give a `completion`; `many` and
-`asynchronous` read several, and in an event loop. The rooms that they stand on:
+`session` (a text that stays) and `chat` (a conversation) over its `parts` make a `request` and a `generate` (the steps
+over ids, of which `kept_tokens` says what is in the context) with the options of `settings`, read it as a `stream`, and
+give a `completion`; `many` and `asynchronous` read several, and in an event loop. The rooms that they stand on:
 
 - `providers/`: which hardware runs a graph, and how onnxruntime opens a session there.
 - `engine/`: an opened graph and its cache: token ids in, logits out.
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .generate import Generation as Generation
     from .language_model import LanguageModel as LanguageModel
     from .loading import load as load
+    from .request import Request as Request
     from .sampling.log_probs import TokenLogprob as TokenLogprob
     from .sandbox.limits import Limits as Limits
     from .sandbox.limits import LimitsInForce as LimitsInForce
@@ -61,6 +62,7 @@ else:
             ".completion": ["Chunk", "Completion", "ToolCall"],
             ".engine.engine": ["Engine"],
             ".generate": ["Generation"],
+            ".request": ["Request"],
             ".language_model": ["LanguageModel"],
             ".loading": ["load"],
             ".sampling.log_probs": ["TokenLogprob"],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 from .sampling.log_probs import TokenLogprob
+
+Result = TypeVar("Result")
 
 
 class ToolCall(TypedDict):
@@ -91,12 +93,12 @@ class Completion:
         return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
 
-def completed(stream: Generator[Chunk, None, Completion]) -> Completion:
-    """What a stream returns at its end."""
+def completed(stream: Generator[object, None, Result]) -> Result:
+    """What a stream, or one of several prompts, returns at its end."""
     with contextlib.closing(stream):  # an interrupt's traceback keeps it from being collected
         while True:
             try:
                 next(stream)
             except StopIteration as end:
-                completion: Completion = end.value
-                return completion
+                result: Result = end.value
+                return result

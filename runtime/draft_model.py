@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pastkey.errors import InputError, NumericsError
 
@@ -13,13 +13,24 @@ from .batching.memory import CacheMemory
 from .batching.prefix_store import PrefixStore
 from .engine.decoder_graph import DecoderGraph
 from .engine.engine import Engine
+from .parts import ModelParts
 from .speculation.drafter import Drafter
 from .speculation.worth import Worth
 
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
-
 _RUNS, _TOKENS = 3, 64  # runs of one token that are timed when it is loaded, and tokens of a longer one
+
+
+class Model(Protocol):
+    """A loaded model, as far as it drafts for another."""
+
+    parts: ModelParts
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+
+    def close(self) -> None:
+        """Lets go of it."""
 
 
 class DraftModel:
@@ -31,7 +42,7 @@ class DraftModel:
         worth: What its drafts bring.
     """
 
-    def __init__(self, model: LanguageModel, *, opened: bool) -> None:
+    def __init__(self, model: Model, *, opened: bool) -> None:
         self.model, self.opened = model, opened
         self._stores: list[PrefixStore] = []
 
@@ -39,23 +50,23 @@ class DraftModel:
         """Another process loads it again, by its path."""
         return _again, (self.model, self.opened)
 
-    def attach(self, target: LanguageModel, prefix_bytes: int) -> list[PrefixStore]:
-        """Makes it the draft model of one model.
+    def attach(self, graph: DecoderGraph, prefix_bytes: int) -> list[PrefixStore]:
+        """Makes it the draft model of a model over `graph`.
 
         Returns:
             Where the caches of earlier texts are kept: the draft model's own, and the model's. Together they take
             `prefix_bytes`, each as much of it as for one token.
-
-        Raises:
-            InputError: It has another vocabulary, or one of the two cannot be used so.
         """
-        graphs = [model.require_open().graph for model in (self.model, target)]
-        _require_forgetting(target, self.model)
-        _require_same_vocabulary(target, self.model)
+        graphs = [self.model.parts.require_open().graph, graph]
         together = max(1, sum(graph.bytes_per_token for graph in graphs))
         self._stores = [PrefixStore(graph, prefix_bytes * graph.bytes_per_token // together) for graph in graphs]
         self.worth = timed_worth(graphs[0])
         return self._stores
+
+    def require_fit(self, target: ModelParts) -> None:
+        """Raises InputError where it has another vocabulary, or one of the two cannot be used so."""
+        _require_forgetting(target, self.model.parts)
+        _require_same_vocabulary(target, self.model.parts)
 
     def drafter(self, memory: CacheMemory) -> Drafter | None:
         """What drafts for a new text; None where the draft model was closed meanwhile."""
@@ -101,7 +112,7 @@ def timed_worth(graph: DecoderGraph, clock: Callable[[], float] = time.perf_coun
     return Worth(fastest(1, _RUNS), fastest(tokens, 1) / tokens, clock)
 
 
-def _require_forgetting(target: LanguageModel, draft: LanguageModel) -> None:
+def _require_forgetting(target: ModelParts, draft: ModelParts) -> None:
     if not target.require_open().supports_drafts:
         raise InputError(
             f"a draft model is of no use to {target.bundle.path}, which decodes token by token, since its cache cannot "
@@ -114,7 +125,7 @@ def _require_forgetting(target: LanguageModel, draft: LanguageModel) -> None:
         )
 
 
-def _require_same_vocabulary(target: LanguageModel, draft: LanguageModel) -> None:
+def _require_same_vocabulary(target: ModelParts, draft: ModelParts) -> None:
     if target.tokenizer is None or draft.tokenizer is None:
         mine, its = target.manifest.vocab_size, draft.manifest.vocab_size
         difference = None if mine == its else f"it has {its} token ids, and the model has {mine}"
@@ -136,5 +147,5 @@ def _difference(mine: Mapping[str, int], its: Mapping[str, int]) -> str | None:
     return f"it has {more} tokens that the model does not have" if more else None
 
 
-def _again(model: LanguageModel, opened: bool) -> DraftModel:
+def _again(model: Model, opened: bool) -> DraftModel:
     return DraftModel(model, opened=opened)

@@ -7,20 +7,17 @@ A token is chosen in `take`, and nowhere else.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from threading import TIMEOUT_MAX
 from typing import Literal, Protocol
 
 from pastkey.errors import InputError, NumericsError
-from pastkey.values import is_collection, is_int, is_number, require, shown
 
 from .engine.engine import Engine, Logits
 from .kept_tokens import KeptTokens
-from .sampling.dry import Breakers
+from .request import Request
 from .sampling.log_probs import TokenLogprob, token_logprob
 from .sampling.sampler import Sampler
-from .settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig
-from .speculation.drafter import Drafter, Follows
 from .speculation.speculator import Speculator
 
 _NEWEST = 0.2  # the share of the newest step in an average
@@ -28,14 +25,57 @@ _NEWEST = 0.2  # the share of the newest step in an average
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
-class Driver(Protocol):
-    """Who runs the steps of a generation."""
+class Lifecycle(Protocol):
+    """What surrounds the steps of a generation."""
+
+    def starting(self, generation: Generation) -> object:
+        """Is told by whoever asks for the first token. Raises where it may not begin."""
+
+    def provide(self, generation: Generation) -> tuple[Engine, int]:
+        """An engine, and how many of the prompt's tokens are in its cache, when the first step comes."""
 
     def advance(self, generation: Generation) -> None:
         """Returns when the generation is `ready`."""
 
     def leave(self, generation: Generation) -> None:
         """Forgets a generation that has ended, now or after the step that runs. Never waits."""
+
+    def retired(self, generation: Generation) -> None:
+        """Is told when no step follows, to hand the engine on."""
+
+
+class Alone:
+    """The lifecycle of a generation that runs its own steps over one engine."""
+
+    def starting(self, generation: Generation) -> None:
+        """Nothing."""
+
+    def provide(self, generation: Generation) -> tuple[Engine, int]:
+        """The engine it was made with, as far as its cache may be reused."""
+        engine, request = generation.engine, generation.request
+        if request.reuse_prefix:
+            return engine, engine.keep_prefix(generation.kept_ids, exact=request.exact)
+        engine.reset()
+        return engine, 0
+
+    def advance(self, generation: Generation) -> None:
+        """One step. Another thread may take the engine over between two steps, but not within one."""
+        with generation.engine.lock:
+            try:
+                generation.begin()
+                generation.require_ownership()
+                if not generation.ready:
+                    generation.step()
+            except BaseException:
+                generation.restart()
+                raise
+
+    def leave(self, generation: Generation) -> None:
+        """At once."""
+        generation.retire()
+
+    def retired(self, generation: Generation) -> None:
+        """Nothing: the engine is the caller's."""
 
 
 class Generation:
@@ -45,92 +85,37 @@ class Generation:
     the end of the context ("length"), after `cancel` ("cancelled"), or when its time is over ("deadline").
     `finish_reason` is None until then, and the times in seconds are complete then.
 
-    All but the last of `kept_ids` are in the engine's cache when a step has ended, whatever interrupted it: appending
-    to `ids` is what makes a token chosen, and a step begins by running what the cache lacks.
+    `ids` are the truth: appending to them is what makes a token chosen, and a step runs what the cache lacks, which is
+    the last of `kept_ids` or, after an exception, all of them.
 
     Attributes:
+        request: What was asked for.
         ids: The prompt's, and those chosen so far. A few may not be yielded yet.
         engine: With the cache, from the first step on.
         begun: Whether it has that.
         kept: Which of `ids` are in the context.
+        deadline: The time.monotonic() at which it ends; infinite where there is none.
         logprobs: Those of the tokens chosen so far, where they were asked for.
         prompt_logprobs: Those of the prompt's tokens, where they were asked for; None for the first.
         tokens_per_step: How many tokens a step of this row alone chooses, lately; drafts make it more than one.
         forced_tokens: How many were not chosen, since nothing else could follow.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompt: Sequence[int],
-        *,
-        max_new_tokens: int,
-        end_ids: Collection[int] = (),
-        sampling: SamplingConfig | None = None,
-        reuse_prefix: bool = False,
-        prompt_lookup: bool = True,
-        exact: bool = False,
-        timeout: float | None = None,
-        breakers: Breakers | None = None,
-        logprobs: int | None = None,
-        prompt_logprobs: bool = False,
-        context_overflow: ContextOverflow = "error",
-        num_sink_tokens: int = NUM_SINK_TOKENS,
-        constraint: Follows | None = None,
-        drafter: Drafter | None = None,
-        driver: Driver | None = None,
-        provide: Callable[[Generation], tuple[Engine, int]] | None = None,
-        retired: Callable[[Generation], None] | None = None,
-        starting: Callable[[Generation], object] | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine, request: Request, lifecycle: Lifecycle | None = None) -> None:
         """Leaves the engine alone until the first token is asked for.
 
-        Then its cache is reset, or with `reuse_prefix` kept as far as the prompt begins with it. With `prompt_lookup`,
-        draft tokens are run in one step where the text has said the same before.
-
         Args:
-            engine: Which graph, and the cache unless `provide` is given.
-            prompt: Token ids (T,), at least one.
-            max_new_tokens: At most so many.
-            end_ids: EOS tokens.
-            sampling: How a token is chosen.
-            reuse_prefix: Whether what the cache shares with the prompt is kept.
-            prompt_lookup: Whether draft tokens are run where the text repeats itself.
-            exact: Whether of that only what a prefill computed is kept.
-            timeout: Seconds from the first step on, after which it ends.
-            breakers: DRY's sequence breakers as ids.
-            logprobs: Whether log-probabilities are kept, and of how many of the likeliest tokens beside the chosen one.
-            prompt_logprobs: Whether those of the prompt's tokens are, too: of all that the cache does not have yet.
-            context_overflow: Whether a text that is longer than the context is an error, or old tokens leave the cache.
-            num_sink_tokens: How many of the first tokens never do.
-            constraint: What the new tokens are held to.
-            drafter: Drafts where `prompt_lookup` finds nothing.
-            driver: Who runs the steps; None for this object itself.
-            starting: Is told by whoever asks for the first token.
-            provide: Gives an engine, and how many of the prompt's tokens are in its cache, when the first step comes.
-            retired: Is told when no step follows, to hand the engine on.
+            engine: Which graph, and the cache unless the lifecycle provides another.
+            request: What is asked for.
+            lifecycle: What surrounds the steps; None for steps that it runs itself.
 
         Raises:
             InputError: The model cannot take the prompt, or an option is out of range.
         """
-        if not is_int(max_new_tokens) or max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {shown(max_new_tokens)}; it must be a whole number from 0")
-        sampling = sampling or SamplingConfig()
-        if sampling.min_new_tokens > max_new_tokens:
-            raise InputError(
-                f"min_new_tokens is {shown(sampling.min_new_tokens)}; it must be at most max_new_tokens, "
-                f"{shown(max_new_tokens)}"
-            )
-        if logprobs is not None and not is_int(logprobs, 0):
-            raise InputError(f"logprobs is {shown(logprobs)}; it must be a whole number from 0, or None")
-        if timeout is not None and not (is_number(timeout) and timeout > 0):
-            raise InputError(f"timeout is {shown(timeout)}; a number of seconds above 0 was expected, or None")
-        require(is_collection(prompt), "the prompt", prompt, "token ids")
-        if len(prompt) == 0:
-            raise InputError("the prompt is empty: give at least one token to continue from")
-        self.kept = KeptTokens(engine, context_overflow, num_sink_tokens)
-        self.ids = self.kept.checked(prompt) if not prompt_logprobs else engine.checked(prompt, 1, start=0).tolist()
-        self.engine = engine
+        self.request, self.engine = request, engine
+        self.kept = KeptTokens(engine, request.context_overflow, request.num_sink_tokens)
+        prompt = request.prompt
+        self.ids = engine.checked(prompt, 1, start=0).tolist() if request.prompt_logprobs else self.kept.checked(prompt)
         self.prompt_tokens = len(self.ids)
         self.cached_tokens = 0
         self.draft_tokens = 0
@@ -142,34 +127,35 @@ class Generation:
         self.closed = False  # nobody asks for more
         self.drafted = False  # whether its last step alone had a draft
         self.error: BaseException | None = None
-        self._limit = self.kept.most(max_new_tokens, len(self.ids))
+        self._limit = self.kept.most(request.max_new_tokens, len(self.ids))
+        self._end_ids = frozenset(request.end_ids)
         self._sample = Sampler(
-            sampling,
+            request.sampling,
             prompt_tokens=len(self.ids),
             max_new_tokens=self._limit,
-            end_ids=end_ids,
+            end_ids=request.end_ids,
             vocab_size=engine.manifest.vocab_size,
-            breakers=breakers,
+            breakers=request.breakers,
         )
-        self._top = logprobs
+        self._top = request.logprobs
         self.logprobs: list[TokenLogprob] = []
-        self.prompt_logprobs: list[TokenLogprob | None] = [None] * len(self.ids) if prompt_logprobs else []
-        self._end_ids = frozenset(end_ids)
+        self.prompt_logprobs: list[TokenLogprob | None] = [None] * len(self.ids) if request.prompt_logprobs else []
+        constraint, drafter = request.constraint, request.drafter
         self._constraint = constraint
-        self._keep = (reuse_prefix, exact)
         self._speculator = Speculator(
-            prompt_lookup=prompt_lookup and engine.supports_drafts,
+            prompt_lookup=request.prompt_lookup and engine.supports_drafts,
             drafter=drafter if engine.supports_drafts else None,
             constraint=constraint,
         )
         if drafter is not None:
             drafter.begin(self._sample.twin(), self._end_ids, engine.manifest.vocab_size, constraint)
-        self._timeout, self._deadline = timeout, float("inf")
-        self._driver, self._provide, self._retired, self._starting = driver, provide, retired, starting
+        self.deadline = float("inf")
+        self._lifecycle: Lifecycle = lifecycle or Alone()
+        self._started = False
         self.begun = False
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
-        self._jumped = logprobs is not None  # whether what follows from the newest of `ids` is known
+        self._jumped = False  # whether what must follow the newest of `ids` is among them
         self._seen = 0  # of how many `ids` it is known whether the text ends with them
         self.tokens_per_step = 1.0
         self._resets = engine.resets
@@ -181,7 +167,7 @@ class Generation:
         while not self.closed:
             if self._yielded < len(self.ids) and self._ending not in ("cancelled", "deadline") and not self._overdue():
                 token = self.ids[self._yielded]
-                self._require_ownership()
+                self.require_ownership()
                 self._yielded += 1
                 return token
             if self.ended:
@@ -189,12 +175,13 @@ class Generation:
                 if self.error is not None:
                     raise self.error
                 break
-            decoding = self.begun and self.engine.length + self.kept.dropped >= self.prompt_tokens
             started = time.perf_counter()
             try:
-                self._advance()
+                if not self._started:
+                    self._start()
+                self._lifecycle.advance(self)
             finally:
-                if decoding:
+                if self.new_tokens:
                     self.decode_seconds += time.perf_counter() - started
                 else:
                     self.prefill_seconds += time.perf_counter() - started
@@ -230,11 +217,6 @@ class Generation:
         """How many tokens are chosen that nobody has asked for."""
         return len(self.ids) - self._yielded
 
-    @property
-    def deadline(self) -> float:
-        """The time.monotonic() at which it ends; infinite where there is none."""
-        return self._deadline
-
     def cancel(self) -> None:
         """Ends it within one step, from any thread. Tokens that were yielded stay."""
         if self._ending is None:
@@ -252,47 +234,35 @@ class Generation:
         if self.error is None and self.finish_reason is None:
             self.finish_reason = self._ending or "cancelled"
         self.closed = True
-        if self._driver is not None:
-            self._driver.leave(self)
-        else:
-            self.retire()
+        self._lifecycle.leave(self)
 
     def _overdue(self) -> bool:
-        if self._ending is None and time.monotonic() >= self._deadline:
+        if self._ending is None and time.monotonic() >= self.deadline:
             self._ending = "deadline"
         return self._ending == "deadline"
 
-    def _advance(self) -> None:
-        if self._starting is not None:
-            self._starting(self)
-            self._starting = None
-        if self._timeout is not None and self._deadline == float("inf"):
-            self._deadline = time.monotonic() + min(self._timeout, TIMEOUT_MAX)
-        if self._driver is not None:
-            self._driver.advance(self)
-            return
-        # Another thread may take the engine over between two steps, but not within one.
-        with self.engine.lock:
-            self.begin()
-            self._require_ownership()
-            if not self.ready:
-                self.step()
+    def _start(self) -> None:
+        self._lifecycle.starting(self)
+        self._started = True
+        if self.request.timeout is not None:
+            self.deadline = time.monotonic() + min(self.request.timeout, TIMEOUT_MAX)
 
     # --- steps, by whoever drives -------------------------------------------------------------------------------------
     def begin(self) -> None:
         """Takes a cache, with what it shares with the prompt. Once, before the first step."""
         if self.begun:
             return
-        reuse, exact = self._keep
-        if self._provide is not None:
-            self.engine, self.cached_tokens = self._provide(self)
-        elif reuse:
-            self.cached_tokens = self.engine.keep_prefix(self.kept_ids, exact=exact)
-        else:
-            self.engine.reset()
+        self.engine, self.cached_tokens = self._lifecycle.provide(self)
         self._resets = self.engine.resets
         self.begun = True
-        self._jump()
+
+    def restart(self) -> None:
+        """Drops the cache after an exception within a step: the next step runs `ids` again."""
+        if self.begun and self.engine.resets == self._resets:
+            self.engine.drop_cache()
+        if self._constraint is not None:
+            self._constraint.restart()
+        self._seen, self._jumped = 0, False
 
     @property
     def pending(self) -> int:
@@ -303,7 +273,7 @@ class Generation:
     def step(self, chunk_size: int | None = None) -> None:
         """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
         engine = self.engine
-        self.settle()
+        self.jump()
         if self.ended:
             return
         self._speculator.start()
@@ -323,7 +293,8 @@ class Generation:
             self.drafted, accepted = bool(draft), self.accepted_tokens
             self._count(self.take(logits, draft))
             self._speculator.end(len(draft), self.accepted_tokens - accepted)
-            self.settle()
+            self._settle()
+            self.jump()
             return
         sizes = self.kept.chunk_sizes(engine, len(missing), chunk_size)
         self.kept.make_room(engine, sizes[0])
@@ -334,39 +305,32 @@ class Generation:
         self._speculator.read()
         if len(sizes) == 1:
             self.take(logits[None], [])
-            self._jump()
+            self.jump()
 
     def _read_with_logprobs(self, ids: Sequence[int]) -> Logits:
         """As `Engine.append`, and takes note of the prompt's tokens."""
         start = self.engine.length
-        try:
-            logits = self.engine.all_logits(ids)
-            for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
-                self.prompt_logprobs[place] = token_logprob(row, self.ids[place], self._top or 0)
-        except BaseException:
-            self.engine.empty()  # what is in the cache would have no logits
-            raise
+        logits = self.engine.all_logits(ids)
+        for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
+            self.prompt_logprobs[place] = token_logprob(row, self.ids[place], self._top or 0)
         last: Logits = logits[-1]
         return last
 
-    def settle(self) -> None:
-        """Forgets in the cache what is not of the text, rejected drafts, and then lets follow what must."""
+    def _settle(self) -> None:
+        """Forgets in the cache what is not of the text: rejected drafts, and what nobody asked for."""
         last = len(self.ids) - self.kept.dropped - (not self.ended)  # it is run for its logits
         if self.engine.length > last:
             self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
-        if not self.ended:
-            self._jump()
 
     def retire(self) -> None:
         """Takes back what nobody asked for, in `ids` and in the cache, when no step runs and none follows."""
-        if self.begun and self.engine.resets != self._resets:
-            return  # another's engine; else again, where an interrupt ended this
+        if self.begun and self.engine.resets != self._resets:  # another's engine
+            return
         del self.ids[self._yielded :]
         if self.begun:
-            self.settle()
+            self._settle()
         self._speculator.stop()
-        if self._retired is not None:
-            self._retired(self)
+        self._lifecycle.retired(self)
 
     def take(self, logits: Logits, draft: Sequence[int]) -> int:
         """Chooses tokens by the logits (T, V), up to the first that rejects the draft's, and appends them to `ids`.
@@ -393,11 +357,16 @@ class Generation:
         self.accepted_tokens += accepted
         return len(self.ids) - before
 
-    def _jump(self) -> None:
+    def make_ready(self) -> None:
+        """Prepares a step with other rows."""
+        self.jump()
+        self.kept.make_room(self.engine, 1)
+
+    def jump(self) -> None:
         """Appends the tokens that must follow. The next step runs them at once, as it does a prompt's."""
         if self._jumped:
             return
-        self._see_whether_it_ends()  # where an interrupt came before it did
+        self._see_whether_it_ends()
         # Log-probabilities are those of single choices.
         if self._constraint is not None and self._ending is None and self._top is None:
             forced = self._constraint.forced(self.most_tokens - len(self.ids))
@@ -422,9 +391,8 @@ class Generation:
     def take_together(self, logits: Logits) -> None:
         """As `take` of a run of several rows, (1, V): there is no draft, and what one would have brought is counted."""
         self._speculator.guess(self.ids, self._room)
-        token = self.ids[-1] if self.take(logits, []) else None
-        chosen = len(self.ids)
-        self._jump()
+        token, chosen = self.ids[-1] if self.take(logits, []) else None, len(self.ids)
+        self.jump()
         if tokens := self._speculator.came(token, more=len(self.ids) > chosen):
             self._count(tokens)
 
@@ -437,7 +405,8 @@ class Generation:
         room = self.engine.manifest.context_length - self.engine.length - 1
         return min(room, self.most_tokens - len(self.ids) - 1)
 
-    def _require_ownership(self) -> None:
+    def require_ownership(self) -> None:
+        """Raises InputError where another generation took the engine over."""
         if self.begun and self.engine.resets != self._resets:
             raise InputError(
                 "another generation began on this engine before this one ended: finish one before the next, or give "

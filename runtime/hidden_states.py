@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,13 @@ from .engine.cache import GROWTH_STEP
 from .engine.decoder_graph import PREFILL_CHUNK, HiddenStates, Ids
 from .engine.engine import Engine
 from .many import several
+from .parts import ModelParts
 from .settings import Pooling
-
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
 
 _ROOM = 8 * GROWTH_STEP  # tokens that the cache of several rows has room for, at most
 
 
-def embed(model: LanguageModel, text: Any, pooling: str, *, normalize: bool) -> npt.NDArray[np.float32]:
+def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt.NDArray[np.float32]:
     """See `LanguageModel.embed`."""
     known = get_args(Pooling)
     require(is_one_of(pooling, known), "pooling", pooling, f"one of {', '.join(known)}")
@@ -31,26 +29,26 @@ def embed(model: LanguageModel, text: Any, pooling: str, *, normalize: bool) -> 
     many = several(text)
     if many and pooling == "none":
         raise InputError('with the pooling "none" each token has a vector of its own: give one text at a time')
-    engine = model.new_engine()
+    engine = parts.new_engine()
     engine.graph.require_hidden_states()
     given = enumerate(text) if many else [(None, text)]
-    texts = [_checked(model, engine, one, number) for number, one in given]
+    texts = [_checked(parts, engine, one, number) for number, one in given]
     pooled: dict[int, npt.NDArray[np.float64]] = {}
     try:
-        for places in _runs(model, engine, [ids.size for ids in texts]):
-            pooled |= zip(places, _pooled(model, engine, [texts[place] for place in places], pooling), strict=True)
+        for places in _runs(parts, engine, [ids.size for ids in texts]):
+            pooled |= zip(places, _pooled(parts, engine, [texts[place] for place in places], pooling), strict=True)
     finally:
-        model.memory.release(engine)
+        parts.memory.release(engine)
     found = np.stack([pooled[place] for place in range(len(texts))])
     if normalize:
         found /= np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     return (found if many else found[0]).astype(np.float32)
 
 
-def _checked(model: LanguageModel, engine: Engine, text: Any, number: int | None) -> Ids:
+def _checked(parts: ModelParts, engine: Engine, text: Any, number: int | None) -> Ids:
     """The ids (T,) of one text. Raises InputError, which says the place of one among several."""
     try:
-        ids = model.prompt_ids(text)
+        ids = parts.prompt_ids(text)
         if not ids:
             raise InputError("the text is empty: give at least one token")
         return engine.checked(ids, 1)
@@ -58,17 +56,17 @@ def _checked(model: LanguageModel, engine: Engine, text: Any, number: int | None
         raise InputError(f"text {number} of the list: {error}" if number is not None else str(error)) from None
 
 
-def _runs(model: LanguageModel, engine: Engine, lengths: Sequence[int]) -> Iterator[list[int]]:
+def _runs(parts: ModelParts, engine: Engine, lengths: Sequence[int]) -> Iterator[list[int]]:
     """The places of the texts that are run together, for which there is memory."""
     for places in _groups(lengths, engine):
         try:
-            model.memory.promise(engine, _room(max(lengths[place] for place in places), engine), len(places))
+            parts.memory.promise(engine, _room(max(lengths[place] for place in places), engine), len(places))
             yield places
         except ResourceError:
             if len(places) == 1:
                 raise
             for place in places:
-                model.memory.promise(engine, _room(lengths[place], engine))
+                parts.memory.promise(engine, _room(lengths[place], engine))
                 yield [place]
 
 
@@ -90,7 +88,7 @@ def _room(length: int, engine: Engine) -> int:
     return min(-(-length // GROWTH_STEP) * GROWTH_STEP, engine.manifest.context_length)
 
 
-def _pooled(model: LanguageModel, engine: Engine, texts: list[Ids], pooling: str) -> list[npt.NDArray[np.float64]]:
+def _pooled(parts: ModelParts, engine: Engine, texts: list[Ids], pooling: str) -> list[npt.NDArray[np.float64]]:
     """Of each text (T,) a vector (H,), or with "none" one for each token, (T, H)."""
     longest = max(ids.size for ids in texts)
     rows = np.zeros((len(texts), longest), np.int64)
@@ -104,7 +102,7 @@ def _pooled(model: LanguageModel, engine: Engine, texts: list[Ids], pooling: str
     ends = np.cumsum(sizes)
     for start, end in zip(ends - sizes, ends, strict=True):
         chunk = slice(start, end)
-        states = [*(states if pooling == "none" else ()), _run(model, engine, rows[:, chunk], mask[:, chunk])]
+        states = [*(states if pooling == "none" else ()), _run(parts, engine, rows[:, chunk], mask[:, chunk])]
         if pooling == "mean":
             total = total + np.einsum("bth,bt->bh", states[-1], mask[:, chunk], dtype=np.float64)
     if pooling == "mean":
@@ -115,8 +113,8 @@ def _pooled(model: LanguageModel, engine: Engine, texts: list[Ids], pooling: str
     return [np.concatenate(states, axis=1)[0].astype(np.float64)]
 
 
-def _run(model: LanguageModel, engine: Engine, rows: Ids, mask: Ids) -> HiddenStates:
+def _run(parts: ModelParts, engine: Engine, rows: Ids, mask: Ids) -> HiddenStates:
     """The next tokens (B, T) of some rows."""
     found: list[HiddenStates] = []
-    model.scheduler.exclusively(lambda: found.append(engine.hidden_states(rows, mask)))
+    parts.scheduler.exclusively(lambda: found.append(engine.hidden_states(rows, mask)))
     return found[0]

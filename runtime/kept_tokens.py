@@ -91,11 +91,6 @@ class KeptTokens:
     def make_room(self, engine: Engine, tokens: int) -> None:
         """Drops the oldest tokens where the cache has no room for so many more."""
         gone = self.excess(engine.length, tokens)
-        if not gone:
-            return
-        try:
+        if gone:
             engine.shift(self.sinks, gone)
             self.dropped += gone
-        except BaseException:  # between the two
-            engine.empty()
-            raise

@@ -26,8 +26,9 @@ from .engine.engine import Engine
 from .engine.golden import require_golden
 from .generation_config import sampling_defaults
 from .hidden_states import embed
-from .many import StreamMany, all_completed, several, token_ids
+from .many import StreamMany, several, token_ids
 from .opening import open_prompt
+from .parts import ModelParts, prompt_ids
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
 from .settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, require_known
@@ -60,6 +61,7 @@ class LanguageModel:
         max_batch: How many generations are decoded in one run, at most.
         scheduler: Who runs the steps.
         memory: What the caches may take.
+        parts: These, for what works with the model.
         vocabulary: What constraints see of the tokenizer.
         draft: Its draft model, or None.
     """
@@ -85,19 +87,23 @@ class LanguageModel:
         self._settings = {**limits, "draft": draft, **placement}
         self._temporary = temporary
         self.holds: object = None  # what lives as long as the model
-        self._engine: Engine | None = Engine(bundle, **placement)
-        require_golden(self._engine, bundle)
-        graph, most = self._engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
-        self.draft = draft
-        stores = [PrefixStore(graph, most)] if draft is None else draft.attach(self, most)
+        engine = Engine(bundle, **placement)
+        require_golden(engine, bundle)
+        graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
+        stores = [PrefixStore(graph, most)] if draft is None else draft.attach(graph, most)
+        self.draft, self.max_batch = draft, max_batch
         self.scheduler = Scheduler(graph, stores[-1], max_batch)
-        self.max_batch = max_batch
         self.memory = CacheMemory(graph, stores, max_memory)
+        self.parts = ModelParts(
+            self.bundle, self.tokenizer, self.vocabulary, engine, self.scheduler, self.memory, self.draft
+        )
+        if draft is not None:
+            draft.require_fit(self.parts)
         self._executor: ThreadPoolExecutor | None = None
-        _log.debug("loaded %s on %s with %d threads", self.bundle.path, self._engine.providers, self._engine.threads)
+        _log.debug("loaded %s on %s with %d threads", self.bundle.path, graph.providers, graph.threads)
 
     def __repr__(self) -> str:
-        closed = "" if self._engine is not None else ", closed"
+        closed = ", closed" if self.closed else ""
         return f"<LanguageModel {self.bundle.path} ({self.manifest.precision}{closed})>"
 
     @property
@@ -118,14 +124,13 @@ class LanguageModel:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._engine is None
+        return self.parts.scheduler.closed
 
     def close(self) -> None:
         """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
-        self._engine = None
         try:
             self.scheduler.close()
-        finally:  # whatever interrupts it
+        finally:
             if self.draft is not None:
                 self.draft.close()
             if self._executor is not None:
@@ -141,9 +146,7 @@ class LanguageModel:
 
     def require_open(self) -> Engine:
         """An engine over the graph, for what it says of itself. Raises InputError where the model is closed."""
-        if self._engine is None:
-            raise InputError("this model is closed: load it again with pastkey.load()")
-        return self._engine
+        return self.parts.require_open()
 
     def new_engine(self) -> Engine:
         """One with an empty cache over the model's graph."""
@@ -154,7 +157,7 @@ class LanguageModel:
 
         Raises InputError where the model is closed.
         """
-        return Session(self)
+        return Session(self.parts)
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote.
@@ -169,7 +172,7 @@ class LanguageModel:
         engine = self.new_engine()
         ids = read_session(as_path(path), self.bundle, engine)
         self.memory.promise(engine, len(ids))
-        return Session(self, ids, engine)
+        return Session(self.parts, ids, engine)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them, too
@@ -221,7 +224,7 @@ class LanguageModel:
         require_known("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
             prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
-            return all_completed(StreamMany(self._stream, prompts, options, self.max_batch, n), progress)
+            return completed(StreamMany(self._stream, prompts, options, self.max_batch, n, progress))
         return completed(self._stream(prompt, options))  # type: ignore[arg-type]
 
     def stream_many(
@@ -353,7 +356,7 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
         """
         tokens = token_ids(ids, "ids", "a sequence of token ids", self.manifest.vocab_size)
-        return np.concatenate(list(logits_by_chunk(self, tokens)))
+        return np.concatenate(list(logits_by_chunk(self.parts, tokens)))
 
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of each token of a text, and their sum.
@@ -365,7 +368,7 @@ class LanguageModel:
             InputError: It is empty, or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        return score(self, self.prompt_ids(text))
+        return score(self.parts, self.prompt_ids(text))
 
     def embed(
         self,
@@ -389,7 +392,7 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
         """
-        return embed(self, text, pooling, normalize=normalize)
+        return embed(self.parts, text, pooling, normalize=normalize)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids that a prompt is fed as.
@@ -400,17 +403,13 @@ class LanguageModel:
         Raises:
             InputError: It is neither, several of them, a text without tokens, or a text for a bundle without tokenizer.
         """
-        if not isinstance(prompt, str):
-            return token_ids(prompt, "the prompt", "a text or a sequence of token ids", self.manifest.vocab_size)
-        if self.tokenizer is None:
-            raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
-        return self.tokenizer.encode(prompt)
+        return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
 
     def _stream(
         self, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
     ) -> Stream:
         """Checks everything, and gives the stream."""
-        return open_prompt(self, prompt, options, shared)
+        return open_prompt(self.parts, prompt, options, shared)
 
     def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
         from .asynchronous import AsyncStream

@@ -175,6 +175,7 @@ def load(
             require_signature(folder, key)
         bundle = open_bundle(folder, verify=verify)
         if isinstance(draft, LanguageModel):
+            draft.require_open()
             drafts = DraftModel(draft, opened=False)
         elif draft is not None:
             opened = load(

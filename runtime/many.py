@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from .settings import GenerateOptions, SamplingConfig
 from .stream import Stream, next_of
 
 MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
+Key = TypeVar("Key")
 Open = Callable[[Any, GenerateOptions, SharedPrefill | None], Stream]
 
 
@@ -62,6 +63,45 @@ def continuations(options: GenerateOptions, n: int) -> list[GenerateOptions]:
     return each
 
 
+def interleaved(
+    streams: Iterator[tuple[Key, Stream | Exception]], most: int
+) -> Generator[tuple[Key, Chunk | Completion | Exception], None, None]:
+    """Reads up to `most` streams in turn, each to its end. Where one ends, the next one joins.
+
+    Args:
+        streams: Each with a key. The next one is asked for when there is room. An error stands for one that could not
+            be begun.
+        most: How many.
+
+    Yields:
+        The key with each chunk, and at last with the completion, or with the error that ended the stream.
+    """
+    live: list[tuple[Key, Stream]] = []
+    try:
+        while True:
+            while len(live) < most and (begun := next(streams, None)) is not None:
+                key, stream = begun
+                if isinstance(stream, Stream):
+                    live.append((key, stream))
+                else:
+                    yield key, stream
+            if not live:
+                return
+            for key, stream in list(live):
+                found: Chunk | Completion | Exception | None
+                try:
+                    found = next(stream, None) or stream.completion
+                except Exception as error:
+                    found = error
+                assert found is not None
+                if not isinstance(found, Chunk):
+                    live.remove((key, stream))
+                yield key, found
+    finally:
+        for _, stream in live:
+            stream.close()
+
+
 class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
     """Yields (place of the prompt, Chunk), in turn for those that are decoded now; returns the completions in order.
 
@@ -70,24 +110,32 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
     """
 
     def __init__(
-        self, begin: Open, prompts: Sequence[Any], options: GenerateOptions, most: int, n: int | None = None
+        self,
+        begin: Open,
+        prompts: Sequence[Any],
+        options: GenerateOptions,
+        most: int,
+        n: int | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """`begin` makes a stream of one prompt, which takes nothing yet; up to `most` are read at the same time.
 
-        With `n` there are so many of each prompt, which share its prefill and draw by seeds of their own.
+        With `n` there are so many of each prompt, which share its prefill and draw by seeds of their own. `progress` is
+        told (done, all) when one ends.
         """
         ordered = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 0  # an array, or a column of a table
         if isinstance(prompts, str) or not ordered or not len(prompts):
             found = "a text" if isinstance(prompts, str) else "none" if ordered else shown(prompts)
             raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
         require(n is None or is_int(n, 1, MAX_CONTINUATIONS), "n", n, f"a whole number from 1 to {MAX_CONTINUATIONS:,}")
+        require(progress is None or callable(progress), "progress", progress, "a function of (done, all), or None")
         if n is None:
             self._streams = [begin(prompt, options, None) for prompt in prompts]
         else:
             each = continuations(options, n)
             shared = [SharedPrefill(n) for _ in prompts]
             self._streams = [begin(prompt, one, of) for prompt, of in zip(prompts, shared, strict=True) for one in each]
-        self._rest = self._run(min(most, len(self._streams)))
+        self._rest = self._run(most, progress)
 
     @property
     def completions(self) -> list[Completion | None]:
@@ -118,42 +166,21 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         for stream in self._streams:
             stream.cancel()
 
-    def _run(self, most: int) -> Generator[tuple[int, Chunk], None, list[Completion]]:
-        waiting: Iterator[tuple[int, Stream]] = iter(enumerate(self._streams))
-        live: list[tuple[int, Stream]] = []
+    def _run(
+        self, most: int, progress: Callable[[int, int], object] | None
+    ) -> Generator[tuple[int, Chunk], None, list[Completion]]:
+        done: dict[int, Completion] = {}
         try:
-            while True:
-                while len(live) < most and (found := next(waiting, None)) is not None:
-                    live.append(found)
-                if not live:
-                    break
-                for place, stream in list(live):
-                    chunk = next(stream, None)
-                    if chunk is None:
-                        live.remove((place, stream))
-                    else:
-                        yield place, chunk
+            for place, found in interleaved(iter(enumerate(self._streams)), most):
+                if isinstance(found, Chunk):
+                    yield place, found
+                elif isinstance(found, Completion):
+                    done[place] = found
+                    if progress is not None:
+                        progress(len(done), len(self._streams))
+                else:
+                    raise found
         finally:
             for stream in self._streams:
                 stream.close()
-        return [stream.completion for stream in self._streams if stream.completion is not None]
-
-
-def all_completed(streams: StreamMany, progress: Callable[[int, int], object] | None) -> list[Completion]:
-    """What `streams` returns at its end. `progress` is told (done, all) after each."""
-    require(progress is None or callable(progress), "progress", progress, "a function of (done, all), or None")
-    told, done = 0, False
-    try:
-        while not done:
-            try:
-                next(streams)
-            except StopIteration as end:
-                completions: list[Completion] = end.value
-                done = True
-            ended = sum(completion is not None for completion in streams.completions)
-            if progress is not None and ended > told:
-                for told in range(told + 1, ended + 1):  # noqa: B020 - one call for each
-                    progress(told, len(streams.completions))
-    finally:
-        streams.close()
-    return completions
+        return [done[place] for place in range(len(self._streams))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Self, Unpack
+from typing import NoReturn, Self, Unpack
 
 from pastkey.errors import InputError
 from pastkey.values import as_path, is_int, shown
@@ -13,12 +13,10 @@ from .completion import Completion, completed
 from .engine.engine import Engine
 from .generate import Generation
 from .kept_tokens import KeptTokens
-from .opening import open_stream
+from .opening import Scheduled, open_stream
+from .parts import ModelParts
 from .settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, require_known
 from .stream import Stream
-
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
 
 
 class Session:
@@ -28,11 +26,11 @@ class Session:
     keys and values of the text stay, so that only what is new is computed.
     """
 
-    def __init__(self, model: LanguageModel, ids: Sequence[int] = (), engine: Engine | None = None) -> None:
+    def __init__(self, parts: ModelParts, ids: Sequence[int] = (), engine: Engine | None = None) -> None:
         """See `LanguageModel.session`. `engine`: with some of the first of `ids` in its cache."""
-        self._model = model
+        self._parts = parts
         self._ids = list(ids)
-        self._engine: Engine | None = engine or model.new_engine()
+        self._engine: Engine | None = engine or parts.new_engine()
         self._generation: Generation | None = None
         self._cancelled = False
 
@@ -53,7 +51,7 @@ class Session:
     @property
     def text(self) -> str:
         """The text so far, special tokens left out; "" without a tokenizer."""
-        tokenizer = self._model.tokenizer
+        tokenizer = self._parts.tokenizer
         return "" if tokenizer is None else tokenizer.decode(self.ids)
 
     @property
@@ -85,8 +83,8 @@ class Session:
         engine, before = self._idle(), self._ids
         kept = KeptTokens(engine, context_overflow, num_sink_tokens)
         ids = kept.of(kept.checked([*self._ids, *self._encode(text)]))
-        self._model.memory.promise(engine, len(ids))
-        scheduler = self._model.scheduler
+        self._parts.memory.promise(engine, len(ids))
+        scheduler = self._parts.scheduler
 
         def run() -> None:
             missing = ids[engine.length : -2]
@@ -141,7 +139,7 @@ class Session:
             How many tokens stay. Append the prompt's others, or generate with them: `prompt_ids(prompt)[kept:]`.
         """
         self._idle()
-        ids, kept = self._model.prompt_ids(prompt), 0
+        ids, kept = self._parts.prompt_ids(prompt), 0
         for mine, theirs in zip(self._ids, ids, strict=False):
             if mine != theirs:
                 break
@@ -155,17 +153,17 @@ class Session:
         if not is_int(length) or not 0 <= length <= len(self._ids):
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {shown(length)}")
         del self._ids[length:]
-        self._model.scheduler.exclusively(lambda: _cut(engine, length))
+        self._parts.scheduler.exclusively(lambda: _cut(engine, length))
 
     def fork(self) -> Session:
         """Another session with the same text and a copy of its cache."""
         engine = self._idle()
         if not engine.graph.copies and not engine.manifest.states:
-            return Session(self._model, self._ids)  # elsewhere than on the processor it is computed again
+            return Session(self._parts, self._ids)  # elsewhere than on the processor it is computed again
         copied: list[Engine] = []
-        self._model.scheduler.exclusively(lambda: copied.append(engine.copy()))
-        self._model.memory.promise(copied[0], engine.length)
-        return Session(self._model, self._ids, copied[0])
+        self._parts.scheduler.exclusively(lambda: copied.append(engine.copy()))
+        self._parts.memory.promise(copied[0], engine.length)
+        return Session(self._parts, self._ids, copied[0])
 
     def save(self, path: str | Path) -> None:
         """Writes the text and its cache to a file, whole or not at all. `LanguageModel.load_session` reads it.
@@ -177,7 +175,7 @@ class Session:
         from .session_file import write_session
 
         engine, file = self._idle(), as_path(path)
-        self._model.scheduler.exclusively(lambda: write_session(file, self._model.bundle, self._ids, engine))
+        self._parts.scheduler.exclusively(lambda: write_session(file, self._parts.bundle, self._ids, engine))
 
     def cancel(self) -> None:
         """Ends what the session does now within one step, from any thread. What was generated stays."""
@@ -185,7 +183,7 @@ class Session:
         generation = self._generation
         if generation is not None:
             generation.cancel()
-            self._model.scheduler.wake()
+            self._parts.scheduler.wake()
 
     def close(self) -> None:
         """Lets go of the cache. A stream of it ends within one step."""
@@ -195,7 +193,7 @@ class Session:
             generation.close()
         self._engine = None
         if engine is not None:
-            self._model.memory.release(engine)
+            self._parts.memory.release(engine)
 
     def __enter__(self) -> Self:
         return self
@@ -211,9 +209,9 @@ class Session:
         )
 
     def _encode(self, text: str | Sequence[int]) -> list[int]:
-        if isinstance(text, str) and self._ids and self._model.tokenizer is not None:
-            return self._model.tokenizer.encode(text, add_special_tokens=False) if text else []
-        return self._model.prompt_ids(text)
+        if isinstance(text, str) and self._ids and self._parts.tokenizer is not None:
+            return self._parts.tokenizer.encode(text, add_special_tokens=False) if text else []
+        return self._parts.prompt_ids(text)
 
     def _stream(self, text: str | Sequence[int], options: SessionOptions) -> Stream:
         engine = self._idle()
@@ -221,50 +219,54 @@ class Session:
         if not ids:
             raise InputError("the session is empty: append a text first, or generate from one")
         after_text = bool(self._ids) or (isinstance(text, str) and bool(text.strip()))
-
-        def provide(generation: Generation) -> tuple[Engine, int]:
-            self._model.memory.promise(engine, generation.most_tokens)
-            return engine, engine.keep_prefix(generation.kept_ids, exact=options.get("exact", False))
-
-        def retired(ended: Generation) -> None:
-            self._model.scheduler.move_out(engine)
-            if self._generation is ended:
-                failed = ended.error is not None and not ended.new_tokens  # on what was appended: nothing stays of it
-                ids = before if failed else list(ended.kept_ids)
-                _cut(engine, len(ids))
-                self._ids, self._generation = ids, None
-
-        before = list(self._ids)
-
-        def starting(generation: Generation) -> None:
-            self._idle()
-            if self._ids != before:
-                raise InputError("the session went on since this stream was made: make another one")
-            self._generation = generation
-
-        return open_stream(
-            self._model,
-            ids,
-            options,
-            after_text=after_text,
-            provide=provide,
-            retired=retired,
-            starting=starting,
-        )
+        lifecycle = _Going(self, engine, exact=options.get("exact", False))
+        return open_stream(lifecycle, ids, options, after_text=after_text)
 
     def _idle(self) -> Engine:
         """The engine, which nothing runs. Raises InputError."""
-        self._model.require_open()
+        self._parts.require_open()
         if self._engine is None:
             raise InputError("this session is closed: open another with model.session()")
         if self._generation is not None and self._generation.closed:
-            self._model.scheduler.exclusively(lambda: None)  # it is taken out of the caches
+            self._parts.scheduler.exclusively(lambda: None)  # it is taken out of the caches
         if self._generation is not None:
             raise InputError(
                 "this session has a stream that is not at its end: read it to its end or close it (stream.close()) "
                 "first, or go on in a fork"
             )
         return self._engine
+
+
+class _Going(Scheduled):
+    """The lifecycle of a generation that goes on from a session's text, in its cache."""
+
+    def __init__(self, session: Session, engine: Engine, *, exact: bool) -> None:
+        super().__init__(session._parts)
+        self._session, self._engine, self._exact = session, engine, exact
+        self._before = list(session._ids)
+
+    def starting(self, generation: Generation) -> None:
+        """The session generates from now on. Raises InputError where it has gone on since."""
+        session = self._session
+        session._idle()
+        if session._ids != self._before:
+            raise InputError("the session went on since this stream was made: make another one")
+        session._generation = generation
+
+    def provide(self, generation: Generation) -> tuple[Engine, int]:
+        """The session's own."""
+        self.parts.memory.promise(self._engine, generation.most_tokens)
+        return self._engine, self._engine.keep_prefix(generation.kept_ids, exact=self._exact)
+
+    def retired(self, generation: Generation) -> None:
+        """What was generated is the session's."""
+        session = self._session
+        self.parts.scheduler.move_out(self._engine)
+        if session._generation is generation:
+            failed = generation.error is not None and not generation.new_tokens  # on what was appended: nothing stays
+            ids = self._before if failed else list(generation.kept_ids)
+            _cut(self._engine, len(ids))
+            session._ids, session._generation = ids, None
 
 
 def _cut(engine: Engine, length: int) -> None:

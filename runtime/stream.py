@@ -108,11 +108,7 @@ class Stream(Generator[Chunk, None, Completion]):
     def __del__(self) -> None:
         generation = vars(self).get("_generation")
         if generation is not None:
-            try:
-                generation.close()
-            except BaseException:  # an interrupt comes once
-                generation.close()
-                raise
+            generation.close()
 
     def __enter__(self) -> Self:
         return self

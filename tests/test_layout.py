@@ -29,6 +29,8 @@ ELSEWHERE = {
     "runtime/commands/untrusted_rows.py": ("runtime/sandbox/test_batch.py", "needs the bundles there"),
     "runtime/text/chat_format.py": ("runtime/test_chat.py", "is what a conversation asks of its model"),
     "runtime/unpacking.py": ("runtime/test_loading.py", "is how load takes zip files and resources"),
+    "runtime/parts.py": ("runtime/test_language_model.py", "is what a model is made of"),
+    "runtime/request.py": ("runtime/test_generate.py", "is what a Generation takes"),
     "runtime/completion.py": ("runtime/test_language_model.py", "is what generate returns"),
 }
 

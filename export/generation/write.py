@@ -12,7 +12,7 @@ import onnx_ir as ir
 from pastkey import names
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, MissingExtraError, ParityError
-from pastkey.runtime import Engine, Generation, SamplingConfig
+from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.runtime.text.codec import REPLACEMENT, TextCodec, TextStream
 
@@ -87,7 +87,7 @@ def _expected(bundle: Bundle) -> list[tuple[list[int], SamplingConfig, list[int]
     for case in _CASES:
         for _ in range(_PROMPTS):
             prompt = rng.integers(0, vocab, int(rng.integers(1, min(_PROMPT_TOKENS, context) + 1))).tolist()
-            made = Generation(engine, prompt, max_new_tokens=_NEW_TOKENS, sampling=case, prompt_lookup=False)
+            made = Generation(engine, Request(prompt, max_new_tokens=_NEW_TOKENS, sampling=case, prompt_lookup=False))
             found.append((prompt, case, list(made)))
     return found
 
@@ -115,7 +115,9 @@ def _expected_texts(bundle: Bundle, codec: TextCodec) -> list[tuple[str, Samplin
         except InputError:
             continue
         for case in _CASES:
-            made = Generation(engine, ids, max_new_tokens=_NEW_TOKENS, end_ids=ends, sampling=case, prompt_lookup=False)
+            made = Generation(
+                engine, Request(ids, max_new_tokens=_NEW_TOKENS, end_ids=ends, sampling=case, prompt_lookup=False)
+            )
             stream = TextStream(codec, after_text=True)
             found.append((text, case, "".join([*(stream.push(token) for token in made), stream.flush()])))
     return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, PastkeyError, first_line
-from pastkey.runtime import Engine, Generation
+from pastkey.runtime import Engine, Generation, Request
 from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
@@ -70,7 +70,7 @@ class BundlePredictor:
         return agreeing_tokens(self._continue(prompt, len(tokens)), tokens)
 
     def _continue(self, prompt: Ids, count: int) -> Generation:
-        return Generation(self._engine, prompt.tolist(), max_new_tokens=count, prompt_lookup=False)
+        return Generation(self._engine, Request(prompt.tolist(), max_new_tokens=count, prompt_lookup=False))
 
 
 def cached_layers(engine: Engine) -> Cache:

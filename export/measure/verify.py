@@ -16,7 +16,7 @@ import numpy as np
 from pastkey.bundle import Bundle, Manifest
 from pastkey.errors import ParityError
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime import Engine, Generation
+from pastkey.runtime import Engine, Generation, Request
 from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
 
@@ -333,7 +333,7 @@ def _greedy(c: _Compared, noise: float) -> Check:
     `noise` is max |difference| of logits, decode against prefill: int8 and int4 may differ at a tie within a multiple.
     """
     prompt = c.ids[: max(1, min(16, c.manifest.context_length // 2))].tolist()
-    found = list(Generation(c.last_logits, prompt, max_new_tokens=GREEDY_TOKENS))
+    found = list(Generation(c.last_logits, Request(prompt, max_new_tokens=GREEDY_TOKENS)))
     # One uncached run over the whole continuation: up to the first difference it is the reference's own, too.
     logits = c.reference.logits(np.array([*prompt, *found[:-1]], np.int64))[len(prompt) - 1 :]
     for step, token in enumerate(found):

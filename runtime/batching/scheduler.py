@@ -12,8 +12,8 @@ A row that is alone runs its own steps with drafts. So do a few whose drafts bri
 and those that cannot share a run: on the standard and the static graph, on another device, after a long text whose
 cache is int8. These take turns, one step each.
 
-Every change of the caches is the leader's, between two runs. `leave` never waits and takes no lock for certain, since a
-collector may call it at any moment in any thread, the leader's too.
+Every change of the caches is the leader's, between two runs. The ids of a generation are the truth: whatever exception
+leaves a step, the caches that the step had bound are dropped, and each of their generations runs its ids again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from pastkey.errors import InputError, NumericsError
+from pastkey.errors import InputError
 
 from ..engine.decoder_graph import DecoderGraph, Logits
 from ..engine.engine import Engine
@@ -38,24 +38,9 @@ MAX_ROWS = 16  # that share a run; more take turns beside them
 AHEAD = 4  # tokens that are decoded before somebody asks for them, where others are decoded anyway
 STALLED = 16  # steps that a row which nobody reads stays among the others
 PREFILL_BESIDE = 64  # tokens of a prompt in one step, where others wait for theirs
-LOOK_SECONDS = 0.5  # how often whoever waits looks whether the leader is alive
-
+LOOK_SECONDS = 0.5  # after which a thread that waits looks again, should an interrupt have kept another from telling it
 
 _log = logging.getLogger("pastkey")
-
-
-class _Lead:
-    """The right to run steps. It ends with its thread, whatever interrupts it."""
-
-    def __init__(self) -> None:
-        self.led = self.over = False
-        self.thread = threading.current_thread()
-
-    @property
-    def lives(self) -> bool:
-        return not self.over and self.thread.is_alive()
-
-
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
@@ -66,25 +51,29 @@ class Scheduler:
         store: The caches of earlier texts.
         steps: How many steps were run.
         batched: How many tokens were decoded in runs of several rows.
+        closed: Whether `close` was called.
     """
 
     def __init__(self, graph: DecoderGraph, store: PrefixStore, max_rows: int = MAX_ROWS) -> None:
         self.store = store
         self.steps = self.batched = 0
-        # An interrupt may come inside a Condition's own Python, and leave its lock held: a lock and gates have none.
-        self._mutex = threading.Lock()
-        self._gates: list[threading.Lock] = []  # one for each thread that waits, opened when something has changed
-        self._lead: _Lead | None = None
-        self._asking: list[_Lead] = []  # who wants to lead alone, in order of arrival
-        self._live: list[Generation] = []
+        self.closed = False
+        self._new_lock()
+        self._leader: int | None = None  # the thread that runs a step, or changes the caches
+        self._asking: list[object] = []  # who wants to lead alone, in order of arrival
+        self._live: dict[Generation, None] = {}
         self._waiting: list[Generation] = []  # who has a thread that waits, in order of their last step
-        self._left: list[Generation] = []  # to be taken out of the caches
         self._slab = Slab(graph, max_rows) if graph.batches and max_rows > 1 else None
         self._stalled: dict[int, int] = {}  # id of an engine in the slab -> steps without a token
         self._pace = Pace()
-        self._held: dict[int, _Lead] = {}  # by thread that forks, of which several may
+        self._forks = False  # whether the leader is about to fork
         self._clears = False  # whether the store is cleared at the end of the step
         _schedulers.add(self)
+
+    def _new_lock(self) -> None:
+        # The lock by itself is entered and left in C, where no interrupt comes between.
+        self._mutex = threading.RLock()
+        self._changed = threading.Condition(self._mutex)  # tells those who wait of the end of a step
 
     # --- whoever waits for a token ------------------------------------------------------------------------------------
     def advance(self, generation: Generation) -> None:
@@ -92,8 +81,7 @@ class Scheduler:
         self._require_outside()
         try:
             with self._mutex:
-                if generation not in self._live:
-                    self._live.append(generation)
+                self._live[generation] = None
                 self._waiting.append(generation)
             while not generation.ready:
                 self._lead_or_wait(generation)
@@ -101,99 +89,74 @@ class Scheduler:
             with self._mutex:
                 if generation in self._waiting:
                     self._waiting.remove(generation)
-                self._open_gates()  # a follower leads now
+                self._changed.notify_all()  # a follower leads now
 
     def _lead_or_wait(self, generation: Generation) -> None:
-        """Runs steps until the generation is ready where nobody else does; else waits for the end of one."""
-        lead = _Lead()
+        """Runs a step where nobody else does; else waits for the end of one."""
+        me = threading.get_ident()
         try:
-            gate = None
             with self._mutex:
                 if generation.ready:
                     return
-                if self._is_led or any(asking.lives for asking in self._asking):
-                    gate = self._new_gate()
-                else:
-                    self._lead, lead.led = lead, True
-            if gate is not None:
-                gate.acquire(timeout=max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
-                return
+                if self._leader is not None or self._asking:
+                    self._changed.wait(max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
+                    return
+                self._leader = me
             self._step()
         finally:
-            lead.over = True  # an interrupt may come as soon as something is called
-            self._give_up(lead)
+            if self._leader == me:
+                self._leader = None  # before an interrupt can come within a call
+                self._tidy()
 
-    def _new_gate(self) -> threading.Lock:
-        """A lock that is opened when something has changed. With the mutex held; it is waited for without."""
-        gate = threading.Lock()
-        gate.acquire()
-        self._gates.append(gate)
-        return gate
+    def _lead_alone(self) -> None:
+        """Waits for the lead, before all who want a step: these would never leave a gap."""
+        ticket = object()
+        with self._mutex:
+            try:
+                self._asking.append(ticket)
+                while self._leader is not None or self._asking[0] is not ticket:
+                    self._changed.wait(LOOK_SECONDS)
+                self._sweep()
+                self._leader = threading.get_ident()
+            finally:
+                if ticket in self._asking:
+                    self._asking.remove(ticket)
+                self._changed.notify_all()
 
-    def _open_gates(self) -> None:
-        """Lets all who wait look again. With the mutex held."""
-        gates, self._gates = self._gates, []
-        for gate in gates:
-            gate.release()
-
-    def _give_up(self, lead: _Lead) -> None:
-        """Lets another lead, if this one did."""
-        if lead.led or lead in self._asking:
-            with self._mutex:
-                self._forget_who_asked()
-                if self._lead is lead:
-                    self._sweep()
-                    self._lead = None
-                self._open_gates()
-
-    def _forget_who_asked(self) -> None:
-        """With the mutex held; others may append at any moment."""
-        for lead in [asking for asking in self._asking if not asking.lives]:
-            self._asking.remove(lead)
+    def _tidy(self) -> None:
+        """Looks after those that have left, and lets another lead."""
+        with self._mutex:
+            if self._leader is None:
+                self._sweep()
+            self._changed.notify_all()
 
     def leave(self, generation: Generation) -> None:
-        """Forgets a generation that is closed: now, or by the leader at the end of its step."""
-        self._left.append(generation)
-        if not self._mutex.locked():  # else this thread may hold it, below a collector's call
-            with self._mutex:
-                if not self._is_led:
+        """Forgets a generation that is closed: now, or at the end of the step that runs.
+
+        Never waits, since a collector may call it at any moment, in a thread that leads or has the lock.
+        """
+        self._live[generation] = None
+        if self._mutex.acquire(blocking=False):
+            try:
+                if self._leader is None:
                     self._sweep()
+            finally:
+                self._mutex.release()
 
     def exclusively(self, action: Callable[[], object]) -> None:
         """Does something to the caches while no step runs. Raises InputError within a step."""
         self._require_outside()
-        lead = _Lead()
+        me = threading.get_ident()
         try:
-            self._asking.append(lead)
-            self._wait_for(lead)
+            self._lead_alone()
             action()
         finally:
-            lead.over = True
-            self._give_up(lead)
-
-    def _wait_for(self, lead: _Lead) -> None:
-        """Waits for the lead, before all who want a step: these would never leave a gap."""
-        while True:
-            with self._mutex:
-                if not self._is_led and next(other for other in self._asking if other.lives) is lead:
-                    self._lead, lead.led = lead, True
-                    self._sweep()
-                    return
-                gate = self._new_gate()
-            gate.acquire(timeout=LOOK_SECONDS)
-
-    @property
-    def _is_led(self) -> bool:
-        return self._lead is not None and self._lead.lives
-
-    @property
-    def _is_within(self) -> bool:
-        """Whether this is called by a step of its own."""
-        lead = self._lead
-        return lead is not None and not lead.over and lead.thread is threading.current_thread()
+            if self._leader == me:
+                self._leader = None
+            self._tidy()
 
     def _require_outside(self) -> None:
-        if self._is_within:
+        if self._leader == threading.get_ident():
             raise InputError(
                 "the model was asked for something within one of its own steps, which would wait for itself: let a "
                 "logits_processor use another model, or none"
@@ -202,13 +165,14 @@ class Scheduler:
     def wake(self) -> None:
         """Lets those who wait look again at what they wait for: one was cancelled."""
         with self._mutex:
-            self._open_gates()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Ends all generations within one step, and lets go of all caches; of a step's own callback, at its end."""
+        self.closed = True
         for generation in list(self._live):
             generation.cancel()
-        if self._is_within:
+        if self._leader == threading.get_ident():
             self._clears = True
         else:
             self.exclusively(self.store.clear)
@@ -221,47 +185,40 @@ class Scheduler:
     # --- a process that forks -----------------------------------------------------------------------------------------
     def before_fork(self) -> None:
         """Waits until no step runs: a child would wait for its end for ever."""
-        if self._is_within:
-            return  # a step's own callback forks, or this is done already
-        lead = self._held[threading.get_ident()] = _Lead()
-        try:
-            self._asking.append(lead)
-            self._wait_for(lead)
-        except BaseException:
-            self.after_fork(child=False)
-            raise
+        if self._leader != threading.get_ident():  # else a step's own callback forks
+            self._lead_alone()
+            self._forks = True
 
     def after_fork(self, *, child: bool) -> None:
         """Goes on. In the child nobody waits, and what other threads generated has ended."""
-        held = self._held.get(threading.get_ident())
-        if held is None:
-            return
-        held.over = True
+        mine = self._leader == threading.get_ident()
         if child:
-            self._lead, self._mutex = None, threading.Lock()
-            self._waiting, self._asking, self._gates = [], [], []
-            self._held = {}
-        else:
-            self._give_up(held)
-            self._held.pop(threading.get_ident(), None)
+            self._new_lock()
+            self._asking = []
+            if self._forks or not mine:
+                self._waiting, self._leader = [], None
+        elif self._forks and mine:
+            self._leader = None
+            self._tidy()
+        if mine:
+            self._forks = False
 
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
-        """Takes those that have left out of the slab, and hands their caches on."""
-        # An interrupt may have come between the end of a generation and `leave`.
-        self._left += [generation for generation in self._live if generation.closed and generation not in self._left]
-        while self._left:
-            generation = self._left[0]
-            try:
-                generation.retire()
-            except Exception as error:
-                _log.warning("the cache of a generation was lost: %s", error)
-            for those in (self._live, self._waiting, self._left):
-                if generation in those:
-                    those.remove(generation)
-        if self._clears:
-            self._clears = False
-            self.store.clear()
+        """Takes those that have left out of the slab, and hands their caches on. With the lock held, and no leader."""
+        self._leader = threading.get_ident()  # a collector may call `leave` within this
+        try:
+            for generation in [generation for generation in list(self._live) if generation.closed]:
+                try:
+                    generation.retire()
+                except Exception as error:
+                    _log.warning("the cache of a generation was lost: %s", error)
+                self._live.pop(generation, None)
+            if self._clears:
+                self._clears = False
+                self.store.clear()
+        finally:
+            self._leader = None
 
     def move_out(self, engine: Engine, *, keep: bool = True) -> None:
         """Takes a row out of the slab, with its cache or without. Between two runs only."""
@@ -275,11 +232,26 @@ class Scheduler:
 
     def _step(self) -> None:
         """One chunk of a prefill, and one run that decodes."""
+        bound: list[Generation] = []
+        try:
+            self._run_step(bound)
+        except BaseException:
+            for generation in bound:
+                self._drop(generation)
+            raise
+
+    def _drop(self, generation: Generation) -> None:
+        """The rule of what an exception leaves: a cache that was bound is dropped."""
+        self.move_out(generation.engine, keep=False)
+        generation.restart()
+
+    def _run_step(self, bound: list[Generation]) -> None:
         self.steps += 1
         waiting = [g for g in self._waiting if not g.ended]
         live = [g for g in list(self._live) if not g.ended]
         for generation in waiting:
-            self._guarded(generation, generation.begin)
+            if not generation.begun:
+                self._guarded(generation, generation.begin)
         rows = [g for g in live if g.begun and not g.ended and g.pending == 1 and self._shares(g)]
         if len(rows) < 2 or self._pace.turns_pay(rows):
             rows = []
@@ -287,6 +259,7 @@ class Scheduler:
         together = reading if len(reading) > 1 and any(g in waiting for g in reading) else []
         # Who is not decoded with others has a step of its own, one of them each time, in order.
         alone = next((g for g in waiting if g not in together and not g.ready), None)
+        bound += together if alone is None else [alone, *together]
         if alone is not None:
             beside = alone.pending > 1 and any(g is not alone and g.begun and g.pending == 1 for g in live)
             decodes, before, started = alone.begun and alone.pending == 1, len(alone.ids), time.perf_counter()
@@ -307,8 +280,7 @@ class Scheduler:
         """One token for each of several rows, in one run."""
         assert self._slab is not None
         for generation in rows:
-            self._guarded(generation, generation.settle)
-            self._guarded(generation, lambda g=generation: g.kept.make_room(g.engine, 1))  # type: ignore[misc]
+            self._guarded(generation, generation.make_ready)
         rows = [generation for generation in rows if not generation.ended and generation.pending == 1]
         if not rows:
             return
@@ -346,23 +318,19 @@ class Scheduler:
                 self._waiting.remove(generation)
                 self._waiting.append(generation)
 
-    @staticmethod
-    def _guarded(generation: Generation, action: Callable[[], object]) -> None:
+    def _guarded(self, generation: Generation, action: Callable[[], object]) -> None:
         """An error belongs to the generation that it came of, whoever leads."""
         try:
             action()
         except Exception as error:
+            self._drop(generation)
             generation.fail(error)
 
 
 def _take(generation: Generation, logits: Logits) -> None:
     """Takes a token by the logits (V,) of a run of several rows, which its engine took in already."""
     engine = generation.engine
-    try:
-        engine.graph.check_finite(logits[None, None], engine.length - 1, 1)
-    except NumericsError:
-        engine.trim(engine.length - 1)
-        raise
+    engine.graph.check_finite(logits[None, None], engine.length - 1, 1)
     generation.take_together(logits[None])
 
 
@@ -375,9 +343,8 @@ def _each(call: Callable[[Scheduler], None]) -> Callable[[], None]:
 
 
 if hasattr(os, "register_at_fork"):
-    for _ in range(2):  # an interrupt comes once, and ends one of the two: what is done already is not done again
-        os.register_at_fork(
-            before=_each(Scheduler.before_fork),
-            after_in_parent=_each(lambda scheduler: scheduler.after_fork(child=False)),
-            after_in_child=_each(lambda scheduler: scheduler.after_fork(child=True)),
-        )
+    os.register_at_fork(
+        before=_each(Scheduler.before_fork),
+        after_in_parent=_each(lambda scheduler: scheduler.after_fork(child=False)),
+        after_in_child=_each(lambda scheduler: scheduler.after_fork(child=True)),
+    )

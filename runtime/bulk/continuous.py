@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 from pastkey.errors import MissingExtraError, PastkeyError, UntrustedBundleError, first_line
 
-from ..completion import Completion
+from ..completion import Chunk, Completion
+from ..many import interleaved
 from ..stream import Stream
 
 Key = TypeVar("Key")
@@ -33,28 +35,7 @@ def finished(
     Yields:
         The key, and the completion or the sentence of what was wrong, in the order in which they end.
     """
-    live: list[tuple[Key, Stream]] = []
-    try:
-        while True:
-            while len(live) < most and (found := next(streams, None)) is not None:
-                key, stream = found
-                if isinstance(stream, Stream):
-                    live.append((key, stream))
-                else:
-                    yield key, told(stream)
-            if not live:
-                return
-            for key, stream in list(live):
-                try:
-                    if next(stream, None) is not None:
-                        continue
-                except Exception as error:
-                    outcome: Completion | str = told(error)
-                else:
-                    assert stream.completion is not None
-                    outcome = stream.completion
-                live.remove((key, stream))
-                yield key, outcome
-    finally:
-        for _, stream in live:
-            stream.close()
+    with contextlib.closing(interleaved(streams, most)) as found:
+        for key, one in found:
+            if not isinstance(one, Chunk):
+                yield key, one if isinstance(one, Completion) else told(one)

@@ -97,7 +97,7 @@ def bench(
         "graph": bundle.manifest.graph,
         "precision": bundle.manifest.precision,
         "provider": engine.providers[0],
-        "threads": engine.threads,
+        "threads": engine.graph.threads,
         "onnxruntime": onnxruntime.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),

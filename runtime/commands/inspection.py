@@ -89,11 +89,11 @@ def inspect(
         on_cpu = engine.providers[0] == CPU
         with contextlib.nullcontext() if on_cpu else contextlib.suppress(NumericsError):  # `_prove` says what is wrong
             engine.prefill([0] * min(2, manifest.context_length))
-            if len(engine.sessions) > 1:
+            if len(engine.graph.sessions) > 1:
                 engine.reset()
                 engine.decode(0)
         shares: list[Share] = []
-        for graph, session in engine.sessions.items():
+        for graph, session in engine.graph.sessions.items():
             profile = _read_profile(Path(session.end_profiling()))
             file = graph.relative_to(bundle.path).as_posix()
             compiled = (f"{file.removesuffix('.onnx')}_", ".bin")

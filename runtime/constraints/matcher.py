@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,12 +19,14 @@ Scores = npt.NDArray[np.floating]
 class Matcher:
     """Follows one text, token by token."""
 
-    def __init__(
-        self, matcher: LLMatcher, size: int, end_ids: Sequence[int], require_uninterrupted: Callable[[], None]
-    ) -> None:
-        """See Vocabulary. `size`: V, the id that stands for the end."""
-        self._matcher, self._size, self._end_ids = matcher, size, list(end_ids)
-        self._require_uninterrupted = require_uninterrupted
+    def __init__(self, compiled: LLMatcher, size: int, end_ids: Sequence[int]) -> None:
+        """See Vocabulary. `compiled` is not changed. `size`: V, the id that stands for the end."""
+        self._compiled, self._size, self._end_ids = compiled, size, list(end_ids)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all tokens."""
+        self._matcher = self._compiled.deep_copy()
         self._allowed: npt.NDArray[np.bool_] | None = None  # (V + 1,), once it is asked for
         self._complete = False
         self._taken = 0  # tokens
@@ -63,20 +65,19 @@ class Matcher:
             self._allowed = None
             self._taken += 1
             self._require(self._matcher.consume_token(token))
-            self._require_uninterrupted()
 
     def forced(self, most: int) -> list[int]:
         """The tokens that must follow, `most` at most."""
         if self._complete:
             return []
         forced = self._matcher.compute_ff_tokens()[: max(0, most)]
-        self._require_uninterrupted()
+        require_uninterrupted(self._matcher)
         return forced
 
     def allowed_draft(self, draft: Sequence[int]) -> list[int]:
         """The first tokens of a draft, as far as they may follow."""
         allowed = self._matcher.validate_tokens(list(draft)) if draft else 0
-        self._require_uninterrupted()
+        require_uninterrupted(self._matcher)
         return list(draft[:allowed])
 
     def _goes_on(self) -> bool:
@@ -95,17 +96,23 @@ class Matcher:
         if self._allowed is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             self._allowed = np.unpackbits(bits, count=self._size + 1, bitorder="little").view(np.bool_)
-            self._require_uninterrupted()
         return self._allowed
 
     def _require(self, followed: bool) -> None:
         """Raises InputError unless the text could be followed. The library says so by a state that stays."""
+        require_uninterrupted(self._matcher)
         if not followed or (self._matcher.is_error() and not self._matcher.is_accepting()):
             raise InputError(
                 "the grammar leads to a place from which this model's vocabulary cannot go on, or which is too complex "
                 f"({first_sentence(self._matcher.get_error()) or 'no token may follow'}): ask for less, or for other "
                 "characters"
             )
+
+
+def require_uninterrupted(matcher: LLMatcher) -> None:
+    """Raises KeyboardInterrupt where one came within llguidance, which swallows it and has lost its place."""
+    if matcher.is_error() and matcher.get_error().startswith("panic:") and "KeyboardInterrupt" in matcher.get_error():
+        raise KeyboardInterrupt
 
 
 def first_sentence(message: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import json
 import sys
-import threading
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +14,7 @@ from pastkey.values import shown
 from ..text.codec import TextCodec
 from ..text.token_bytes import ExactEncoder, token_bytes
 from .constraint import Constraint
-from .matcher import Matcher, first_sentence
+from .matcher import Matcher, first_sentence, require_uninterrupted
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -52,9 +51,8 @@ class Vocabulary:
         except ModuleNotFoundError as error:
             raise missing_extra(error) from None
         self.size, self.end_ids, self._encode = len(tokens), sorted(end_ids), encode
-        self._wrapper = _Wrapper([*tokens, b"<end>"], {*special, *end_ids}, encode)
         self._tokenizer = LLTokenizer(
-            self._wrapper,  # type: ignore[arg-type]
+            _Wrapper([*tokens, b"<end>"], {*special, *end_ids}, encode),  # type: ignore[arg-type]
             n_vocab=self.size + 1,
             eos_token=self.size,
         )
@@ -84,7 +82,7 @@ class Vocabulary:
         self._compiled[constraint] = compiled
         for oldest in list(self._compiled)[:-_KEPT]:
             self._compiled.pop(oldest, None)
-        return Matcher(compiled.deep_copy(), self.size, self.end_ids, self._wrapper.require_uninterrupted)
+        return Matcher(compiled, self.size, self.end_ids)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -93,17 +91,16 @@ class Vocabulary:
         limits = LLParserLimits(verbose_errors=False)
         try:
             compiled = LLMatcher(self._tokenizer, self._grammar(constraint), log_level=0, limits=limits)
+            require_uninterrupted(compiled)
             wrong = compiled.get_error()
         except ValueError as error:
             wrong = str(error)
-        self._wrapper.require_uninterrupted()
         if wrong:
             raise InputError(
                 f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; leave that out, and check it in the "
                 "text that comes (docs/constrained.md tells what is supported)"
             )
-        start = Matcher(compiled.deep_copy(), self.size, self.end_ids, self._wrapper.require_uninterrupted)
-        if not start.can_begin:
+        if not Matcher(compiled, self.size, self.end_ids).can_begin:
             raise InputError(
                 f"no text can meet {constraint.kind}, or none that this model's vocabulary can write: mend it"
             )
@@ -155,10 +152,7 @@ class Vocabulary:
 
 
 class _Wrapper:
-    """The attributes that LLTokenizer reads of a tokenizer.
-
-    What is raised in a call from llguidance would break the matcher for good: an interrupt waits for its end.
-    """
+    """The attributes that LLTokenizer reads of a tokenizer."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -166,21 +160,6 @@ class _Wrapper:
     def __init__(self, tokens: list[bytes], special: Collection[int], encode: ExactEncoder) -> None:
         self.tokens, self.eos_token_id, self._encode = tokens, len(tokens) - 1, encode
         self.special_token_ids = sorted({*special, self.eos_token_id})
-        self._interrupts: dict[int, BaseException] = {}  # by thread
 
     def __call__(self, text: Any) -> list[int]:
-        text = text if isinstance(text, str) else text.decode()
-        try:
-            return self._encode(text)
-        except Exception:
-            raise
-        except BaseException as interrupt:
-            ids = self._encode(text)
-            self._interrupts[threading.get_ident()] = interrupt
-            return ids
-
-    def require_uninterrupted(self) -> None:
-        """Raises what interrupted the last call of llguidance in this thread."""
-        interrupt = self._interrupts.pop(threading.get_ident(), None)
-        if interrupt is not None:
-            raise interrupt
+        return self._encode(text if isinstance(text, str) else text.decode())

@@ -23,10 +23,9 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
 
     def feed(self, name: str, array: npt.NDArray[Any]) -> None:
         """Gives the next run an input: what `array` holds now, whatever becomes of it."""
-        bound = self._fed.pop(name, None)  # an interrupt before the end of this leaves it to be bound anew
+        bound = self._fed.get(name)
         if not self._keeps or bound is None or bound.shape != array.shape:
-            bound = np.array(array, order="C")
+            self._fed[name] = bound = np.array(array, order="C")
             self.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(bound))
         else:
             bound[...] = array
-        self._fed[name] = bound

@@ -44,7 +44,7 @@ class KVCache:
 
     Concatenating form (the standard graph): a run returns new tensors, which become the next run's past.
 
-    A run is `reserve`, onnxruntime's run, `advance`; a run that failed between them leaves the cache as it was.
+    A run is `reserve`, onnxruntime's run, `advance`. After an exception within a method its owner drops the cache.
     """
 
     def __init__(
@@ -103,8 +103,7 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that the tensors take now."""
         row = sum((tensor.kv_heads or 0) * tensor.head_size for tensor in self._tensors)
-        rows = max(self.capacity, self.length)  # the first is 0 after a growth that was interrupted
-        return self.batch * (rows * row + self._state_rows) * self._dtype.itemsize
+        return self.batch * (self.capacity * row + self._state_rows) * self._dtype.itemsize
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Makes room for `tokens` new tokens in each of `batch` rows and binds what changed by that."""
@@ -127,20 +126,17 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         """Takes in the tokens of the run that has just ended."""
+        self.length += tokens
         if self._shared and not self._moving:
-            self.length += tokens
             return
         # `reserve` binds before the engine binds its logits, and onnxruntime keeps the order of binding.
-        present = self.binding.get_outputs()[: len(self._tensors)]
-        # Python looks for signals where something is called: an interrupt finds all of this, or nothing.
-        self._values, self.length = present, self.length + tokens
+        self._values = self.binding.get_outputs()[: len(self._tensors)]
         if not self._shared:
             self.binding, self._other_binding = self._other_binding, self.binding
             return
-        capacity, self._capacity, self._moving = self._capacity, 0, False  # as in `_grow`
-        for tensor, value in zip(self._tensors, present, strict=True):
+        self._moving = False
+        for tensor, value in zip(self._tensors, self._values, strict=True):
             self._bind_shared(tensor, value)
-        self._capacity = capacity
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
@@ -153,11 +149,11 @@ class KVCache:
         self.length = length
 
     def drop(self, start: int, end: int, moved: Moved) -> None:
-        """Forgets the tokens from `start` to `end` of each row; those behind move up. An interrupt leaves both mixed.
+        """Forgets the tokens from `start` to `end` of each row; those behind move up.
 
         `moved` gives the rows behind of each tensor as they are in their new places.
         """
-        if self.arrays and self._capacity:
+        if self.arrays:
             move_up(self.arrays, start, end, self.length, moved)
             self.length -= end - start
             return
@@ -211,15 +207,8 @@ class KVCache:
         assert self._shared, "a concatenating cache has no memory of its own"
         assert (1, self.length) <= (self.batch, array.shape[2]), f"{self.length} tokens do not fit {array.shape}"
         array[:, :, : self.length] = self.arrays[index][:, :, : self.length]
-        bound, self._capacity = self._capacity > 0, 0  # as in `_grow`
         self._move(index, array)
-        if bound:
-            self._capacity = min(moved.shape[2] for moved in self.arrays)
-
-    @property
-    def is_part(self) -> bool:
-        """Whether a shared buffer is a part of memory in which others have theirs."""
-        return bool(self.arrays) and self.arrays[0].base is not None
+        self._capacity = array.shape[2]
 
     def move_out(self) -> None:
         """Moves a shared buffer to memory of its own."""
@@ -236,21 +225,17 @@ class KVCache:
             )
 
     def _grow(self, batch: int, needed: int) -> None:
-        """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most.
-
-        An interrupt, or the end of memory, leaves some of them moved and no capacity: the next `reserve` begins anew.
-        """
+        """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
         wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
         capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
         if not self.length:
             self._values, self.arrays = [], []
-        self.batch, self._capacity = batch, 0
+        self.batch, self._capacity, self._moving = batch, capacity, self._from_runs
         for i, tensor in enumerate(self._tensors):  # one at a time is held twice
             array = np.zeros(self._shape(tensor, capacity), self._dtype)
             if self.length:
                 array[:, :, : self.length] = self._values[i].numpy()[:, :, : self.length]
             self._move(i, array)
-        self._capacity, self._moving = capacity, self._from_runs
 
     def _move(self, index: int, array: npt.NDArray[Any]) -> None:
         """Lets `array`, which has the tokens so far, be the buffer of one tensor, and binds it."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from pastkey.bundle import Bundle, Manifest
-from pastkey.errors import InputError
-from pastkey.values import is_int, require
+from pastkey.errors import InputError, PastkeyError
+from pastkey.values import is_collection, is_int, require
 
-from .cached_ids import CachedIds
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .int8_kv import CachePair
 from .one_at_a_time import one_at_a_time
@@ -29,8 +27,8 @@ class Engine:
 
     Calls from several threads take turns; who needs several calls to belong together holds `lock`. Every call that is
     given ids may raise InputError (ids that are none of the model's, or more than the context has room for) and
-    NumericsError (logits that are not finite). After a call that an error or an interrupt ended, `keep_prefix` keeps
-    nothing, and everything else goes on from the runs that had ended.
+    NumericsError (logits that are not finite). Both leave the cache as the runs before left it. After any other
+    exception in a call that changes the cache, the cache is empty: its owner gives the tokens again.
 
     Attributes:
         graph: What other engines may share.
@@ -58,7 +56,7 @@ class Engine:
         self.graph = graph
         self.lock = threading.RLock()
         self.cache: CachePair | StaticGraphs = graph.new_cache()
-        self._cached_ids = CachedIds()
+        self._ids: list[int] | None = []  # of the tokens in the cache; None where they are unknown
         self._padding = Padding()
         self.resets = 0
         self.gone = 0
@@ -76,28 +74,9 @@ class Engine:
         return self.graph.onnx
 
     @property
-    def sessions(self) -> dict[Path, Any]:
-        """All that are open from the beginning: the graph's file -> its onnxruntime.InferenceSession."""
-        return self.graph.sessions
-
-    @property
     def providers(self) -> list[str]:
         """onnxruntime's names of the execution providers in use, in order of preference."""
         return self.graph.providers
-
-    @property
-    def threads(self) -> int:
-        """Threads within an operator; 0 where onnxruntime chooses."""
-        return self.graph.threads
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether several new tokens are run one after another, on a device that computes them right alone."""
-        return self.graph.one_by_one
-
-    @one_by_one.setter
-    def one_by_one(self, value: bool) -> None:
-        self.graph.one_by_one = value
 
     @property
     def length(self) -> int:
@@ -112,7 +91,7 @@ class Engine:
     @property
     def cached_ids(self) -> list[int]:
         """The ids of the tokens in the cache; none where they are unknown, as those of several rows."""
-        return self._cached_ids.first(self.length)
+        return (self._ids or [])[: self.length]
 
     @property
     def decodes_in_int8(self) -> bool:
@@ -128,11 +107,29 @@ class Engine:
     @one_at_a_time
     def empty(self) -> None:
         """Forgets all tokens, for the same text to be given again."""
-        self._cached_ids.forget()
         self.cache.reset()
+        self._note_empty()
+
+    def drop_cache(self) -> None:
+        """Forgets all tokens, and lets go of memory that an exception may have left half changed."""
+        self.cache = self.graph.new_cache()
+        self._note_empty()
+
+    def _note_empty(self) -> None:
         self._padding.clear()
         self.gone = self.exact_length = 0
-        self._cached_ids.clear()
+        self._ids = []
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The one rule of what an exception leaves: a cache that it may have caught half changed is dropped."""
+        try:
+            yield
+        except PastkeyError:  # a refusal, before anything was changed
+            raise
+        except BaseException:
+            self.drop_cache()
+            raise
 
     @one_at_a_time
     def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
@@ -167,7 +164,13 @@ class Engine:
 
     def shared_with(self, ids: Sequence[int]) -> int:
         """How many of the first of `ids` (T,) are the first in the cache, of all but the last two (of states, one)."""
-        return self._cached_ids.shared_with(ids, but=1 if self.manifest.states else 2)
+        require(is_collection(ids) and hasattr(ids, "__getitem__"), "ids", ids, "a list of token ids")
+        shared = 0
+        for mine, theirs in zip(self.cached_ids, ids[: len(ids) - (1 if self.manifest.states else 2)], strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        return shared
 
     @one_at_a_time
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
@@ -180,24 +183,25 @@ class Engine:
         length = self.length if length is None else length
         self._require_window(length)
         if length:
-            with made._cached_ids.changing(known=self._cached_ids.known) as cached:
-                made.gone = self.gone
-                if room and self.graph.fused:
-                    made.cache.reserve(1, self._rows_of(length - self.gone + room))
-                made.cache.fill(self.cache.rows(length - self.gone))
-                made._padding.mask = self._padding.first(length)
-                made.exact_length = min(self.exact_length, length)
-                cached += self._cached_ids.first(length)
+            made.gone = self.gone
+            if room and self.graph.fused:
+                made.cache.reserve(1, self._rows_of(length - self.gone + room))
+            with self._changing():  # rows in int8 are read through the float32 cache
+                rows = self.cache.rows(length - self.gone)
+            made.cache.fill(rows)
+            made._padding.mask = self._padding.first(length)
+            made.exact_length = min(self.exact_length, length)
+            made._ids = None if self._ids is None else self._ids[:length]
         return made
 
     def restore(
         self, ids: Sequence[int], rows: Sequence[npt.NDArray[Any]], *, exact_length: int, gone: int = 0
     ) -> None:
         """Fills an empty cache with the keys and values of one row `ids` (T,), as `cache.rows` gave them."""
-        with self._cached_ids.changing() as cached:
+        with self._changing():
             self.cache.fill(rows)
             self.exact_length, self.gone = exact_length, gone
-            cached += ids
+            self._ids = list(ids)
 
     @one_at_a_time
     def trim(self, length: int) -> None:
@@ -209,11 +213,12 @@ class Engine:
         if not length:
             self.empty()
             return
-        with self._cached_ids.changing() as cached:
+        with self._changing():
             self.cache.trim(length - self.gone)
             self._padding.mask = self._padding.first(length)
             self.exact_length = min(self.exact_length, length)
-            del cached[length:]
+            if self._ids is not None:
+                del self._ids[length:]
 
     def _require_window(self, length: int) -> None:
         require(is_int(length), "length", length, "a whole number")
@@ -227,8 +232,7 @@ class Engine:
     def shift(self, keep: int, count: int) -> None:
         """Forgets `count` tokens of one row behind the first `keep`; those behind take their positions.
 
-        What is left is no prefix of any text: the tokens that moved saw those that are gone. An interrupt empties the
-        cache.
+        What is left is no prefix of any text: the tokens that moved saw those that are gone.
 
         Raises:
             InputError: The bundle's positions do not allow it, the cache has other rows, or fewer tokens.
@@ -240,11 +244,12 @@ class Engine:
                 f"{count} tokens behind the first {keep} were to leave a cache of {self.cache.batch} rows of "
                 f"{self.length} tokens: a shift takes one row without padding, and tokens that are there"
             )
-        with self._all_or_nothing(), self._cached_ids.changing(known=False):
+        with self._changing():
             inside = max(keep, keep + count - self.gone)
             self.gone -= min(count, self.gone)
             self.cache.drop(keep, inside, moved_by(self.manifest, inside - keep))
             self.exact_length = min(self.exact_length, keep)
+            self._ids = None
 
     @one_at_a_time
     def leave_window(self, tokens: int) -> None:
@@ -254,17 +259,9 @@ class Engine:
             return
         gone = rows - (window - 1) - TRIMMABLE
         if gone > 0:
-            with self._all_or_nothing(), self._cached_ids.changing():
+            with self._changing():
                 self.cache.drop(0, gone, moved_by(self.manifest, gone))
                 self.gone += gone
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:  # an interrupt, or the end of memory
-            self.empty()
-            raise
 
     @one_at_a_time
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
@@ -296,7 +293,7 @@ class Engine:
     @one_at_a_time
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` more of one row, by one growth."""
-        with self._cached_ids.changing():
+        with self._changing():
             self.cache.reserve(1, max(0, self._rows_of(self.cache.length + tokens) - self.cache.length))
 
     def _rows_of(self, tokens: int) -> int:
@@ -397,7 +394,7 @@ class Engine:
         padded = self._padding.mask is not None or mask is not None
         if batch == 1 and mask is None:
             self.leave_window(tokens)
-        with self._cached_ids.changing(known=batch == 1 and not padded) as cached:
+        with self._changing():
             cache, total = self.cache.for_run(batch, tokens, padded=padded), self.cache.length + tokens
             full_mask, positions = self._padding.of_run(cache.length, batch, tokens, mask)
             real = full_mask.sum(1) if padded else np.full(batch, total)
@@ -405,33 +402,36 @@ class Engine:
             graph.check_finite(found, start, tokens, mask, hidden=hidden)
             cache.advance(tokens)
             self._padding.mask = full_mask if padded else None
-            self._count_exact(start, batch, tokens)
-            cached += ids[0].tolist()
+            self._take_in(start, ids, known=batch == 1 and not padded)
         return found
+
+    def _take_in(self, start: int, ids: Ids, *, known: bool = True) -> None:
+        """Notes the tokens (B, T) of a run behind `start` others."""
+        if len(ids) == 1 and ids.size > 1 and self.exact_length == start:
+            self.exact_length += ids.size
+        if not known:
+            self._ids = None
+        elif self._ids is not None:
+            self._ids += ids[0].tolist()
 
     def advance_batched(self, token: int) -> None:
         """Takes in a token that was run among rows of other engines, in this one's memory."""
-        with self._cached_ids.changing() as cached:
-            assert isinstance(self.cache, CachePair)
-            self.cache.float32.advance(1)
-            cached.append(token)
-
-    def _count_exact(self, start: int, batch: int, tokens: int) -> None:
-        if batch == 1 and tokens > 1 and self.exact_length == start:
-            self.exact_length += tokens
+        assert isinstance(self.cache, CachePair)
+        self.cache.float32.advance(1)
+        if self._ids is not None:
+            self._ids.append(token)
 
     def _run_static(self, static: StaticGraphs, ids: Ids, mask: Ids | None, *, keep: int) -> Logits:
         """As `_run`, by the static graphs."""
         batch, tokens = ids.shape
         if mask is not None:
             raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
-        with self._cached_ids.changing() as cached:
+        with self._changing():
             static.reserve(batch, tokens)
             logits = static.run(ids[0], keep)
             self.graph.check_finite(logits, self.length, tokens)
-            self._count_exact(self.length, batch, tokens)
             static.advance(tokens)
-            cached += ids[0].tolist()
+            self._take_in(self.length - tokens, ids)
         return logits
 
     # --- checks ---------------------------------------------------------------------------------------------------

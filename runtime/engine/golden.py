@@ -135,7 +135,7 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
         one_by_one = _takes_one_by_one(engine, golden)
         memory.keep(one_by_one)
     if one_by_one:
-        engine.one_by_one = True
+        engine.graph.one_by_one = True
         name = ep.short_name(engine.providers[0])
         warnings.warn(
             f"the execution provider {name!r} computes a prefill wrong on this device, or too far off to be told from "
@@ -154,9 +154,9 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
     unseen = limit > SMALLEST_BUG and engine.manifest.graph == "fused" and ep.misses_keys(engine.providers)
     if not unseen and all(off <= limit for off in _differences(engine, golden)):
         return False
-    engine.one_by_one = True
+    engine.graph.one_by_one = True
     off = max(_apart(_prefilled(engine, golden.ids[:end], end), row) for end, row in _beginnings(golden))
-    engine.one_by_one = False
+    engine.graph.one_by_one = False
     if off <= limit:
         return True
     name = ep.short_name(engine.providers[0])

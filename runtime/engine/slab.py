@@ -7,7 +7,8 @@ what it runs alone, and the first n rows together are what a run of all goes thr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,22 @@ class Slab:
         """Appends a token to each of several engines in one run; returns the logits (V,) of each, in their order.
 
         Those that are not in the slab yet move in. The caller sees to it that there is room (`has_room`) and that the
-        logits are finite. Whatever fails or interrupts it leaves the engines as they were, out of the slab.
+        logits are finite. An exception drops the caches of all engines here, and they leave the slab.
         """
-        try:
+        with self._changing(engines):
             for engine in engines:
                 engine.leave_window(1)
                 self.join(engine)
             return self._decode(engines, tokens)
+
+    @contextlib.contextmanager
+    def _changing(self, engines: Sequence[Engine]) -> Iterator[None]:
+        """Drops the caches of `engines` and of all members where an exception comes of the block."""
+        try:
+            yield
         except BaseException:
+            for engine in (*self.members, *engines):
+                engine.drop_cache()
             self._forget()
             raise
 
@@ -110,40 +119,33 @@ class Slab:
         self._settle(len(self.members) - 1)
 
     def remove(self, engine: Engine, *, keep: bool = True) -> None:
-        """Moves an engine out, to memory of its own; with `keep=False` it is emptied, and of no use any more.
-
-        Whatever fails or interrupts it leaves the others as they were, out of the slab.
-        """
+        """Moves an engine out, to memory of its own; with `keep=False` its cache is dropped."""
         row = next((row for row, member in enumerate(self.members) if member is engine), None)
         if row is None:
-            if keep and _cache(engine).is_part:  # it was in a slab that let go of all
-                _cache(engine).move_out()
             return
-        if not keep:
-            engine.empty()  # first of all: others will write where its tokens are
-        try:
+        with self._changing([engine]):
             last = self.members.pop()
-            if keep and self._is_home(engine):
+            if not keep:
+                engine.drop_cache()
+            elif self._is_home(engine):
                 _cache(engine).move_out()
             if last is not engine:
                 self.members[row] = last
                 if self._is_home(last):
                     self._settle(row)
-        except BaseException:
-            self._forget()
-            raise
         if not self.members:
             self._forget()
 
     def _forget(self) -> None:
-        """Lets go of all members, each with the buffers that it has: they keep this memory until they move."""
+        """Lets go of all members and of the memory."""
         self.members = []
         self._arrays, self._rows, self._capacity, self._bound = [], 0, 0, 0
         self.binding = Binding(self.onnx)
 
     def _is_home(self, engine: Engine) -> bool:
         """Whether a member's buffers are here: it may have outgrown its row in a run of its own."""
-        return _cache(engine).arrays[0].base is self._arrays[0]
+        arrays = _cache(engine).arrays
+        return bool(arrays) and arrays[0].base is self._arrays[0]
 
     def _settle(self, row: int) -> None:
         """Moves a member's buffers to its row."""

@@ -44,6 +44,9 @@ class Follows(Allows, Protocol):
     def follow(self, tokens: Sequence[int], start: int) -> None:
         """Takes in what is new of `tokens`, which are the text's from `start` on."""
 
+    def restart(self) -> None:
+        """Forgets all tokens."""
+
     def forced(self, most: int) -> list[int]:
         """The tokens that must follow, `most` at most."""
 
@@ -149,7 +152,7 @@ class Drafter:
         """Forgets in the cache what is not of the text, and of the text its last token, which is run for its logits."""
         engine = self._engine
         assert engine is not None
-        cached = engine.cached_ids  # none after an interrupt within a run
+        cached = engine.cached_ids
         known, most = min(self._known, len(cached)), min(len(cached), len(ids) - 1)
         while known < most and cached[known] == ids[known]:
             known += 1

@@ -17,7 +17,7 @@ import onnxruntime
 
 from pastkey import names
 from pastkey.bundle import open_bundle
-from pastkey.runtime import Engine, Generation, SamplingConfig
+from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 FLOAT32 = ("generate-fp32", "generate-standard-fp32", "generate-gpt2-fp32")
@@ -47,7 +47,8 @@ class Call:
         """pastkey's ids, and the end token behind them, as the graph gives it."""
         made = [
             *Generation(
-                engine, self.prompt, max_new_tokens=self.new_tokens, sampling=self.sampling, prompt_lookup=False
+                engine,
+                Request(self.prompt, max_new_tokens=self.new_tokens, sampling=self.sampling, prompt_lookup=False),
             )
         ]
         end = next((place for place, token in enumerate(made) if token in self.ends), len(made))

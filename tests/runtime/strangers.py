@@ -16,7 +16,18 @@ import numpy as np
 
 import pastkey.runtime
 from pastkey.errors import PastkeyError
-from pastkey.runtime import Chat, Engine, Generation, LanguageModel, Limits, SamplingConfig, Session, load, settings
+from pastkey.runtime import (
+    Chat,
+    Engine,
+    Generation,
+    LanguageModel,
+    Limits,
+    Request,
+    SamplingConfig,
+    Session,
+    load,
+    settings,
+)
 from pastkey.runtime.batching.memory import CacheMemory
 from pastkey.runtime.batching.prefix_store import PrefixStore
 from pastkey.runtime.commands.bench import bench
@@ -124,7 +135,7 @@ class World:
         return engine
 
     def generation(self, **given: Any) -> Generation:
-        return Generation(self.lm.new_engine(), **given)
+        return Generation(self.lm.new_engine(), Request(**given))
 
 
 def begun(bundle: Path, folder: Path) -> World:
@@ -219,7 +230,8 @@ LEFT_OUT = {
     "is what other classes of the runtime call, with what they have checked": (
         "SamplingConfig.of Engine.over Engine.empty Engine.can_trim Engine.restore Engine.shift Engine.leave_window "
         "Engine.reserve "
-        "Engine.advance_batched Generation.fail Generation.begin Generation.step Generation.settle Generation.retire "
+        "Engine.advance_batched Generation.fail Generation.begin Generation.step Generation.retire "
+        "Engine.drop_cache Generation.jump Generation.make_ready Generation.require_ownership Generation.restart "
         "Generation.take Generation.take_together Generator.answers PrefixStore.take PrefixStore.put "
         "PrefixStore.shrink CacheMemory.promise CacheMemory.release"
     ),

@@ -76,7 +76,7 @@ def test_a_session_goes_on_in_both_caches(
 ) -> None:
     """The draft model reads no more of the text than what is new to it."""
     assert drafted.draft is not None
-    engine = drafted.draft.model.require_open()
+    engine = drafted.draft.model.parts.require_open()
     read: list[int] = []
     run = engine.graph.run
 
@@ -179,7 +179,8 @@ def test_without_tokenizers_the_number_of_ids_counts(
 ) -> None:
     load(fused_bundle.path, threads=1, draft=fused_bundle.path).close()
     model, other = load(fused_bundle.path, threads=1), load(fused_bundle.path, threads=1)
-    other.manifest = dataclasses.replace(other.manifest, vocab_size=40)
+    manifest = dataclasses.replace(other.manifest, vocab_size=40)
+    other.parts = dataclasses.replace(other.parts, bundle=dataclasses.replace(other.bundle, manifest=manifest))
     with pytest.raises(InputError, match="it has 40 token ids, and the model has 37"):
         load(model.bundle.path, threads=1, draft=other)
 

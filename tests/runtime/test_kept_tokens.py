@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from pastkey.__main__ import main
 from pastkey.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.runtime import Engine, Generation, LanguageModel, load
+from pastkey.runtime import Engine, Generation, LanguageModel, Request, load
 from pastkey.runtime.batching.prefix_store import PrefixStore
 from pastkey.runtime.engine import engine as engines
 from pastkey.runtime.engine.slab import Slab
@@ -215,6 +215,9 @@ class Fives:
     def follow(self, tokens: Any, start: int) -> None:
         pass
 
+    def restart(self) -> None:
+        pass
+
     def forced(self, most: int) -> list[int]:
         found, self._left = self._left[:most], []
         return found
@@ -225,7 +228,9 @@ class Fives:
 
 def test_tokens_that_must_follow_and_do_not_fit_at_once(bundle: Bundle) -> None:
     engine = Engine(bundle, threads=1)
-    generation = Generation(engine, ids_of(50), max_new_tokens=110, context_overflow="shift", constraint=Fives())
+    generation = Generation(
+        engine, Request(ids_of(50), max_new_tokens=110, context_overflow="shift", constraint=Fives())
+    )
     found = list(generation)
     assert (len(found), found[:100], generation.forced_tokens) == (110, [5] * 100, 100)
     assert engine.length + generation.kept.dropped == 159

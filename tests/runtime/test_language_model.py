@@ -293,7 +293,7 @@ def test_an_argument_of_another_type_is_named(speaking_bundle: Bundle, arguments
 @pytest.mark.parametrize("providers", ["cpu", ["cpu"], ("cpu",), ("cpu", {}), [("cpu", {})], [], None])
 def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> None:
     one: Any = np.int64(1)
-    assert load(speaking_bundle.path, providers=providers, threads=one)._engine.providers[-1].startswith("CPU")
+    assert load(speaking_bundle.path, providers=providers, threads=one).require_open().providers[-1].startswith("CPU")
 
 
 def test_a_model_is_shown_by_its_folder(lm: LanguageModel, speaking_bundle: Bundle) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from protocol import serve
 
 from pastkey.bundle import open_bundle
-from pastkey.runtime import Engine, Generation
+from pastkey.runtime import Engine, Generation, Request
 
 
 class Pastkey:
@@ -22,7 +22,9 @@ class Pastkey:
 
     def start(self, ids: list[int], length: int) -> int:
         new = length - len(ids) + 1  # the last one is not fed, and ends what is measured
-        self._tokens = iter(Generation(self._session, ids, max_new_tokens=new, prompt_lookup=self.prompt_lookup))
+        self._tokens = iter(
+            Generation(self._session, Request(ids, max_new_tokens=new, prompt_lookup=self.prompt_lookup))
+        )
         return next(self._tokens)
 
     def step(self, token: int) -> int:

@@ -15,7 +15,7 @@ from pastkey.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
 from pastkey.export import export
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
-from pastkey.runtime import Engine, Generation, SamplingConfig
+from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 
 from ..decoders import Plain, llama
@@ -60,7 +60,7 @@ def call(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig, en
 
 def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig) -> list[int]:
     engine = Engine(bundle, threads=1)
-    return list(Generation(engine, prompt, max_new_tokens=new, sampling=config, prompt_lookup=False))
+    return list(Generation(engine, Request(prompt, max_new_tokens=new, sampling=config, prompt_lookup=False)))
 
 
 @pytest.mark.parametrize(

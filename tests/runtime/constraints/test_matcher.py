@@ -314,3 +314,14 @@ def test_the_first_line_tells_what_is_wrong() -> None:
     assert first_sentence("at 1(8): x\n  |\nerror: unclosed group\n") == "unclosed group"
     assert first_sentence("NoExtensionBias\n<non-verbose/>") == "NoExtensionBias"
     assert first_sentence("") == ""
+
+
+def test_one_that_restarts_follows_the_same_tokens_again() -> None:
+    following = BYTES.matcher(regex="(ab){3}")
+    ids = BYTES.codec.encode("ab", add_special_tokens=False)
+    following.follow(ids, 0)
+    expected = following.forced(20)
+    assert expected
+    following.restart()
+    following.follow(ids, 0)
+    assert following.forced(20) == expected

@@ -58,24 +58,3 @@ def test_on_the_processor_a_shape_that_stays_is_bound_once(session: Session, mon
         binding.feed("x", np.array([[number]], np.int64))
     assert bound == ["x"]
     assert told(binding, session) == [[4]]
-
-
-@pytest.mark.parametrize("bound", [False, True])
-def test_an_interrupt_while_an_input_is_bound(session: Session, monkeypatch: pytest.MonkeyPatch, bound: bool) -> None:
-    """Before it is bound, and after: the next run has its own all the same."""
-    binding = Binding(session)
-    binding.feed("x", np.array([[1]], np.int64))
-    bind = binding.bind_ortvalue_input
-
-    def interrupted(*arguments: Any) -> None:
-        if bound:
-            bind(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(binding, "bind_ortvalue_input", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            binding.feed("x", np.array([[2, 3]], np.int64))
-    for rows in ([[4]], [[5, 6]]) if bound else ([[5, 6]], [[4]]):
-        binding.feed("x", np.array(rows, np.int64))
-        assert told(binding, session) == rows

@@ -92,15 +92,14 @@ def test_rows_with_padding_equal_each_row_alone(fixed: Engine, tiny: Tiny) -> No
     np.testing.assert_allclose(found[1, -1], tiny([*IDS[5:7], 2])[-1], atol=1e-4)
 
 
-def test_a_failed_run_leaves_the_cache_as_it_was(fixed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_within_a_run_drops_the_cache(fixed: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed.prefill(IDS[:10])
-    expected = fixed.cache.layer(0)[0]
     with monkeypatch.context() as patch:
         patch.setattr(fixed.graph, "check_finite", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fixed.decode(1)
-    assert fixed.length == 10
-    np.testing.assert_array_equal(fixed.cache.layer(0)[0], expected)
+    assert (fixed.length, fixed.nbytes) == (0, 0)
+    np.testing.assert_allclose(fixed.prefill(IDS[:10]), tiny(IDS[:10])[-1], atol=1e-4)
 
 
 def interrupted(*_: Any, **__: Any) -> None:

@@ -48,7 +48,7 @@ class Elsewhere(Engine):
 
     def _run(self, ids: Any, mask: Any = None, *, keep: int = 1, hidden: bool = False) -> npt.NDArray[np.float32]:
         logits = super()._run(ids, mask, keep=keep, hidden=hidden)
-        if not (self.one_by_one and ids.shape[1] > 1):
+        if not (self.graph.one_by_one and ids.shape[1] > 1):
             self.runs.append(ids.shape[1])
             if ids.shape[1] >= self.least:
                 logits[..., 3] += self.off * np.abs(logits).max()
@@ -89,7 +89,7 @@ def test_the_processor_is_not_proved(fused_bundle: Bundle, monkeypatch: pytest.M
 def test_a_device_that_is_right_is_remembered(fused_bundle: Bundle, home: Path) -> None:
     engine = on(fused_bundle, off=LIMIT / 2)
     assert proved(engine, fused_bundle) == []
-    assert not engine.one_by_one
+    assert not engine.graph.one_by_one
     assert engine.length == 0
     assert max(engine.runs) == TOKENS
     assert 1 in engine.runs  # decoded, too
@@ -122,7 +122,7 @@ def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundl
         engine = on(fused_bundle, off=0.1)
         (told,) = proved(engine, fused_bundle)
         assert "prefill wrong on this device, or too far off to be told from that, and single tokens right" in told
-        assert engine.one_by_one
+        assert engine.graph.one_by_one
         assert not engine.supports_drafts
         engine.runs.clear()
         np.testing.assert_allclose(engine.prefill([5, 6, 7, 8]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -133,7 +133,7 @@ def test_every_logit_is_there_one_token_at_a_time(fused_bundle: Bundle) -> None:
     engine = Engine(fused_bundle, graph="all_logits", threads=1)
     expected = engine.forward([[5, 6, 7]])
     engine.reset()
-    engine.one_by_one = True
+    engine.graph.one_by_one = True
     np.testing.assert_allclose(engine.forward([[5, 6, 7]]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     engine.reset()
     with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
@@ -151,7 +151,7 @@ def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
         bundle = copied(make_bundle(tiny, "fused"), tmp_path / str(limit), dataclasses.replace(stored, limit=limit))
         engine = on(make_bundle(tiny, "fused"))
         assert bool(proved(engine, bundle)) is one_by_one
-        assert engine.one_by_one is one_by_one
+        assert engine.graph.one_by_one is one_by_one
         assert not engine.takes_padding
         everything = Engine(make_bundle(tiny, "fused"), graph="all_logits", threads=1)
         everything.graph.providers = ["DeviceExecutionProvider"]
@@ -187,7 +187,7 @@ def test_a_device_that_computes_something_else_is_refused(fused_bundle: Bundle, 
         ProviderError, match=r"'device' computes other logits on this device than the processor: off by"
     ):
         proved(engine, fused_bundle)
-    assert not engine.one_by_one
+    assert not engine.graph.one_by_one
 
 
 def test_a_bundle_of_format_1_is_compared_with_the_processor(
@@ -260,5 +260,5 @@ def test_text_is_made_of_an_engine_that_was_proved(fused_bundle: Bundle, monkeyp
     asked: list[Engine] = []
     monkeypatch.setattr("pastkey.runtime.language_model.require_golden", lambda engine, bundle: asked.append(engine))
     lm = load(fused_bundle.path, threads=1)
-    assert asked == [lm._engine]
+    assert asked == [lm.parts.engine]
     assert open_bundle(fused_bundle.path).manifest == lm.manifest

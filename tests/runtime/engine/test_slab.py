@@ -81,33 +81,29 @@ def test_whoever_comes_goes_or_runs_alone_the_rows_are_right(engine: Engine, tin
             np.testing.assert_allclose(row.decode(1), tiny([*ids, 1])[-1], atol=2e-4)
 
 
-def test_a_run_that_fails_leaves_the_engines_as_they_were(
-    engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["run", "place", "_make_room", "_bind"])
+def test_an_exception_drops_the_caches_of_all(
+    engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     slab, engines = Slab(engine.graph, 4), [begun(engine, [1, 2, 3]), begun(engine, [4, 5])]
     slab.decode(engines, [6, 7])
+    engines.append(begun(engine, [8, 9]))
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.graph, "run", interrupted)
+        owner = {"run": engine.graph, "place": engines[2].cache.float32}.get(step, slab)
+        patch.setattr(owner, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            slab.decode(engines, [8, 9])
-    assert slab.members == []
-    assert [made.length for made in engines] == [4, 3]
-    first, second = slab.decode(engines, [8, 9])
+            slab.decode(engines, [8, 9, 10])
+    assert (slab.members, slab.nbytes) == ([], 0)
+    assert [(made.length, made.nbytes) for made in engines] == [(0, 0)] * 3
+    for made, ids in zip(engines, ([1, 2, 3, 6], [4, 5, 7]), strict=False):
+        made.prefill(ids)
+    first, second = slab.decode(engines[:2], [8, 9])
     np.testing.assert_allclose(first, tiny([1, 2, 3, 6, 8])[-1], atol=1e-4)
     np.testing.assert_allclose(second, tiny([4, 5, 7, 9])[-1], atol=1e-4)
-
-
-def test_who_leaves_after_a_failure_keeps_none_of_the_others_memory(engine: Engine, tiny: Tiny) -> None:
-    slab, engines = Slab(engine.graph, 4), [begun(engine, [1, 2, 3]), begun(engine, [4, 5])]
-    slab.decode(engines, [6, 7])
-    slab._forget()
-    slab.remove(engines[0])
-    assert [made.cache.float32.is_part for made in engines] == [False, True]
-    np.testing.assert_allclose(engines[0].decode(8), tiny([1, 2, 3, 6, 8])[-1], atol=1e-4)
 
 
 def test_there_is_room_for_so_many(engine: Engine) -> None:

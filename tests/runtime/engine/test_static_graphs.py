@@ -83,7 +83,7 @@ def test_it_takes_one_row_without_padding(engine: Engine) -> None:
     assert engine.length == 0
 
 
-def test_an_interrupted_prefill_leaves_the_cache_as_it_was(
+def test_an_exception_within_a_prefill_drops_the_cache(
     engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.prefill(IDS[:10])
@@ -100,8 +100,8 @@ def test_an_interrupted_prefill_leaves_the_cache_as_it_was(
         patch.setattr(engine.cache._prefill, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.prefill(IDS[10:30])
-    assert engine.length == 10
-    np.testing.assert_allclose(engine.decode(3), tiny([*IDS[:10], 3])[-1], atol=1e-4)
+    assert (engine.length, engine.nbytes) == (0, 0)
+    np.testing.assert_allclose(engine.prefill(IDS[:11]), tiny(IDS[:11])[-1], atol=1e-4)
 
 
 def test_generate_stream_logits_bench_and_inspect_work(bundle: Bundle, tiny: Tiny) -> None:

@@ -114,8 +114,8 @@ def test_a_provider_that_was_never_seen_to_run_the_fused_graph_is_refused(
 
 def test_threads(bundle: Bundle) -> None:
     session = Engine(bundle, threads=2)
-    assert session.threads == session.onnx.get_session_options().intra_op_num_threads == 2
-    assert Engine(bundle).threads == default_threads()
+    assert session.graph.threads == session.onnx.get_session_options().intra_op_num_threads == 2
+    assert Engine(bundle).graph.threads == default_threads()
     for threads in (0, -1, 100_000):
         with pytest.raises(InputError, match=f"threads is {threads}; it must be 1 to "):
             Engine(bundle, threads=threads)

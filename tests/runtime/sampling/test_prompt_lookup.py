@@ -12,6 +12,7 @@ from pastkey.bundle import Bundle
 from pastkey.errors import NumericsError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.generate import Generation
+from pastkey.runtime.request import Request
 from pastkey.runtime.sampling.prompt_lookup import PromptLookup
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS, SamplingConfig
 
@@ -129,9 +130,9 @@ def test_the_text_is_the_same_in_fewer_steps(
     session: Engine, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     sampling = SamplingConfig(**settings)
-    plain = list(Generation(session, PROMPT, max_new_tokens=200, sampling=sampling, prompt_lookup=False))
+    plain = list(Generation(session, Request(PROMPT, max_new_tokens=200, sampling=sampling, prompt_lookup=False)))
     runs = steps_of(session, monkeypatch)
-    generation = Generation(session, PROMPT, max_new_tokens=200, sampling=sampling)
+    generation = Generation(session, Request(PROMPT, max_new_tokens=200, sampling=sampling))
     assert list(generation) == plain
     assert generation.new_tokens == 200
     assert max(runs[1:]) == MAX_DRAFT_TOKENS + 1
@@ -141,21 +142,21 @@ def test_the_text_is_the_same_in_fewer_steps(
 
 def test_rejected_drafts_leave_nothing_behind(session: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PromptLookup, "draft", lambda self, ids, most: [36, 35, 34][: max(0, most)])
-    plain = list(Generation(session, PROMPT, max_new_tokens=30, prompt_lookup=False))
+    plain = list(Generation(session, Request(PROMPT, max_new_tokens=30, prompt_lookup=False)))
     assert not {34, 35, 36} & set(plain)
     runs = steps_of(session, monkeypatch)
-    assert list(Generation(session, PROMPT, max_new_tokens=30)) == plain
+    assert list(Generation(session, Request(PROMPT, max_new_tokens=30))) == plain
     assert runs[1] == 4
     assert session.length == len(PROMPT) + 29
     np.testing.assert_allclose(session.decode(plain[-1]), tiny([*PROMPT, *plain])[-1], atol=1e-4)
 
 
 def test_an_end_token_in_an_accepted_draft_ends_it(session: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = list(Generation(session, PROMPT, max_new_tokens=30, prompt_lookup=False))
+    plain = list(Generation(session, Request(PROMPT, max_new_tokens=30, prompt_lookup=False)))
     end = next(token for i, token in enumerate(plain) if i >= 2 and token not in plain[:i])
     known = [*PROMPT, *plain]
     monkeypatch.setattr(PromptLookup, "draft", lambda self, ids, most: known[len(ids) : len(ids) + most])
-    generation = Generation(session, PROMPT, max_new_tokens=30, end_ids=[end])
+    generation = Generation(session, Request(PROMPT, max_new_tokens=30, end_ids=[end]))
     assert list(generation) == plain[: plain.index(end)]
     assert generation.finish_reason == "stop"
     assert generation.new_tokens == plain.index(end)
@@ -166,17 +167,17 @@ def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle: Bundle, new: int)
     session = Engine(fused_bundle, threads=1)
     session.graph.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
     prompt = [3, 4, 5] * 5
-    plain = list(Generation(session, prompt, max_new_tokens=new, prompt_lookup=False))
-    assert list(Generation(session, prompt, max_new_tokens=new)) == plain
+    plain = list(Generation(session, Request(prompt, max_new_tokens=new, prompt_lookup=False)))
+    assert list(Generation(session, Request(prompt, max_new_tokens=new))) == plain
     assert len(plain) == min(new, 10)
     assert session.length <= 24
 
 
 def test_a_conversation_goes_on_from_what_was_accepted(session: Engine, tiny: Tiny) -> None:
-    first = Generation(session, PROMPT, max_new_tokens=200)
+    first = Generation(session, Request(PROMPT, max_new_tokens=200))
     taken = [next(first) for _ in range(101)]  # given up in the middle of a step, perhaps
     following = [*PROMPT, *taken, 8, 9]
-    second = Generation(session, following, max_new_tokens=1, reuse_prefix=True)
+    second = Generation(session, Request(following, max_new_tokens=1, reuse_prefix=True))
     assert list(second) == [int(np.argmax(tiny(following)[-1]))]
     assert second.cached_tokens >= len(PROMPT) + 100
 
@@ -189,12 +190,12 @@ def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(
     broken = tiny.saying([*prompt[1:], 3, 4, end])
     broken.weights["position"][17:] = np.nan
     session = Engine(make_bundle(broken, "fused"), threads=1)
-    generation = Generation(session, prompt, max_new_tokens=30, end_ids=[end])
+    generation = Generation(session, Request(prompt, max_new_tokens=30, end_ids=[end]))
     assert list(generation) == [3, 4]
     assert generation.finish_reason == "stop"
     assert session.length == 17
     with pytest.raises(NumericsError, match="position 17"):
-        list(Generation(session, prompt, max_new_tokens=30))
+        list(Generation(session, Request(prompt, max_new_tokens=30)))
 
 
 def test_the_standard_graph_generates_one_by_one(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +203,7 @@ def test_the_standard_graph_generates_one_by_one(standard_bundle: Bundle, monkey
     session = Engine(standard_bundle, threads=1)
     assert not session.supports_drafts
     runs = steps_of(session, monkeypatch)
-    assert len(list(Generation(session, PROMPT, max_new_tokens=40))) == 40
+    assert len(list(Generation(session, Request(PROMPT, max_new_tokens=40)))) == 40
     assert set(runs[1:]) == {1}
 
 

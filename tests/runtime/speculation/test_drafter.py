@@ -13,6 +13,7 @@ from pastkey.bundle import Bundle
 from pastkey.errors import ResourceError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.generate import Generation
+from pastkey.runtime.request import Request
 from pastkey.runtime.sampling.truncation import softmax
 from pastkey.runtime.settings import SamplingConfig
 from pastkey.runtime.speculation.drafter import Drafter
@@ -69,11 +70,13 @@ def text(engine: Engine, drafter: Drafter | None = None, new: int = 60, **option
     given = {name: options.pop(name) for name in ("constraint", "end_ids", "prompt_lookup") if name in options}
     generation = Generation(
         engine,
-        PROMPT,
-        max_new_tokens=new,
-        sampling=SamplingConfig(**options),
-        drafter=drafter,
-        **{"prompt_lookup": False, **given},
+        Request(
+            PROMPT,
+            max_new_tokens=new,
+            sampling=SamplingConfig(**options),
+            drafter=drafter,
+            **{"prompt_lookup": False, **given},
+        ),
     )
     return list(generation), generation
 
@@ -262,7 +265,7 @@ def test_an_interrupt_within_a_draft_leaves_the_text_right(
 
     drafter = drafter_over(other)
     monkeypatch.setattr(other.graph, "run", interrupted)
-    generation = Generation(engine, PROMPT, max_new_tokens=60, prompt_lookup=False, drafter=drafter)
+    generation = Generation(engine, Request(PROMPT, max_new_tokens=60, prompt_lookup=False, drafter=drafter))
     ids: list[int] = []
     while True:
         try:
