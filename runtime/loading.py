@@ -154,6 +154,7 @@ def load(
         from .sandbox.model import open_sandboxed
 
         return open_sandboxed(
+            load,
             path,
             limits,
             {

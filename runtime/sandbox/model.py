@@ -27,7 +27,7 @@ from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingC
 from ..text.chat_template import read_template
 from ..unpacking import given_as, remove, tell_as_given
 from .chat_format import SandboxedChatFormat
-from .connection import Connection
+from .connection import Connection, name_of
 from .limits import Limits
 from .protocol import MOST_JSON, Loaded, Values
 from .stream import PER_TOKEN, SandboxedStream
@@ -300,10 +300,13 @@ def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Open
     return Opened(unpack_to or path, found.name, connection, folder, os.getpid())
 
 
-def open_sandboxed(given: object, limits: Limits | None, settings: Mapping[str, Any]) -> SandboxedModel:
+def open_sandboxed(
+    load: Callable[..., object], given: object, limits: Limits | None, settings: Mapping[str, Any]
+) -> SandboxedModel:
     """Opens a bundle in a process of its own. A LimitWarning says which limits this system lacks.
 
     Args:
+        load: `pastkey.load`, which the process calls by its name.
         given: As `load` takes it.
         limits: What it may take.
         settings: Those of `load`, checked, without a provider.
@@ -314,7 +317,7 @@ def open_sandboxed(given: object, limits: Limits | None, settings: Mapping[str, 
     """
     key = settings.get("key")
     opened = connect(given, limits or Limits(), [] if key is None else [key])
-    model = SandboxedModel(opened, settings)
+    model = SandboxedModel(opened, {**settings, "load": name_of(load)})
     if model.limits.missing:
         warnings.warn(f"{opened.path}: {model.limits}", LimitWarning, stacklevel=3)
     return model

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..language_model import LanguageModel
-from ..loading import load
 from ..scoring import Score
 from ..stream import Stream
 from ..text.chat_format import ChatFormat, open_chat_format
@@ -77,9 +76,9 @@ class Server:
         return self._loaded
 
     # --- the model ----------------------------------------------------------------------------------------------------
-    def do_load(self, **settings: Any) -> Loaded:
+    def do_load(self, load: str, **settings: Any) -> Loaded:
         """Opens the bundle on the CPU."""
-        self._loaded = load(self._path, "cpu", **settings)
+        self._loaded = function_of(load)(self._path, "cpu", **settings)
         return Loaded(self._loaded.manifest.to_json())
 
     def do_defaults(self) -> Values:

@@ -11,6 +11,7 @@ import pytest
 
 from pastkey.bundle import Bundle
 from pastkey.runtime.commands.untrusted_rows import answer_here
+from pastkey.runtime.loading import load
 from pastkey.runtime.sandbox.connection import name_of
 from pastkey.runtime.sandbox.frames import read_frame
 from pastkey.runtime.sandbox.protocol import Text
@@ -32,7 +33,7 @@ def answers(server: Server, *asked: Mapping[str, Any]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def server(talking_bundle: Bundle) -> Server:
     made = Server(talking_bundle.path, io.BytesIO(), io.BytesIO())
-    settings = {"threads": 1, "max_memory": None, "prefix_bytes": 0, "max_batch": 2}
+    settings = {"load": name_of(load), "threads": 1, "max_memory": None, "prefix_bytes": 0, "max_batch": 2}
     (found,) = answers(made, {"what": "load", "given": settings})
     assert found["value"]["manifest"]["source"] == "tiny"
     return made
