@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.export.measure.metrics import kl_divergence, top1_agreement
-from pastkey.export.quantize import calibration
-from pastkey.export.quantize.activations import probing
-from pastkey.export.quantize.rewrite import quantize
+from pastkey.export.quantize.calibrate import calibration
+from pastkey.export.quantize.calibrate.activations import probing
+from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.text.codec import TextCodec
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
@@ -63,7 +63,7 @@ def rows(fp32: Bundle, int8: Bundle, stories: dict[str, float], rounds: int, dem
     training = json.loads((demo / "checkpoint" / "pastkey.json").read_text(encoding="utf-8"))["training"]["figures"]
     imports = [
         1e3 * import_seconds("pastkey", beforehand="sys"),
-        1e3 * import_seconds("pastkey.runtime.language_model", beforehand="numpy, onnxruntime"),
+        1e3 * import_seconds("pastkey.runtime.model.language_model", beforehand="numpy, onnxruntime"),
     ]
     return [
         "| | float32 | int8 |",

@@ -10,13 +10,13 @@ from typing import Any
 import onnx_ir as ir
 
 import pastkey
-from pastkey import names
-from pastkey.bundle import Bundle, CacheShift, Manifest
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, CacheShift, Manifest
+from pastkey.contract.provider_options import in_manifest, not_kept
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
-from pastkey.folder import file_records, parse_records
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
-from pastkey.provider_options import in_manifest, not_kept
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
@@ -24,13 +24,13 @@ from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.ort import RunError
 
 from .compat.configs import write_configurations
-from .graft.observe import Observation
+from .graft.probe.observe import Observation
 from .graft.trace import GraphChoice
 from .graph.edit import IR_VERSION
-from .graph.save import count_operators, write_graphs
+from .graph.write.save import count_operators, write_graphs
 from .measure.verify import Verification, verify
 from .progress import Progress
-from .quantize.rewrite import Form
+from .quantize.rounding.rewrite import Form
 from .settings import ExportConfig
 from .source.source import Source
 

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from pastkey import names
-from pastkey.bundle import open_bundle
 from pastkey.command import (
     Command,
     add_placement,
@@ -22,6 +20,8 @@ from pastkey.command import (
     print_json,
     say,
 )
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.precisions import PRECISIONS
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from pastkey.runtime.settings import PlacementOptions
 
-    from .graft.observe import Layer
+    from .graft.probe.observe import Layer
     from .measure.evaluate import Evaluation
     from .pipeline import Report
 
@@ -191,7 +191,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.key is not None:
-        from pastkey.runtime.signature import require_signature
+        from pastkey.runtime.model.signature import require_signature
 
         require_signature(arguments.bundle, arguments.key)
     bundle = open_bundle(arguments.bundle, verify=True)

@@ -21,35 +21,35 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.bundle import Bundle, Manifest
-from pastkey.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError, NumericsError
+from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
-from .graft.call import CONTRACT
-from .graft.contract import in_contract
-from .graft.positions import find_shift
+from .graft.probe.call import CONTRACT
+from .graft.probe.contract import in_contract
+from .graft.probe.positions import find_shift
 from .graft.trace import choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import LARGEST, to_float16
 from .graph.fuse import fuse, where_rotated
-from .graph.output_head import hidden_size, output_head
-from .graph.static import write_static_graphs
+from .graph.static.qdq import in_int8, quantize_static
+from .graph.static.static import write_static_graphs
+from .graph.write.output_head import hidden_size, output_head
 from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
-from .quantize.activations import probing
-from .quantize.calibration import CalibrationText, calibration_text, measured, read_calibration
+from .quantize.calibrate.activations import probing
+from .quantize.calibrate.calibration import CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
-from .quantize.qdq import in_int8, quantize_static
+from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
-from .quantize.sensitivity import Sensitivity
 from .resources import parameters, require_disk, require_memory
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.open import open_source

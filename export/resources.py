@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from pastkey.errors import ResourceError
-from pastkey.memory import available_memory
-from pastkey.memory import shown_bytes as _shown
+from pastkey.files.memory import available_memory
+from pastkey.files.memory import shown_bytes as _shown
 from pastkey.precisions import PRECISIONS
 
 # Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace, the arrays that are written. Of a

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import InputError
 from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from .errors import InputError
-from .reading import is_unicode
-from .values import is_int, is_number, shown
+from .values import is_int, is_number, is_unicode, shown
 
 T = TypeVar("T")
 _LARGEST: Final = 2**31 - 1  # of a size or an id: onnxruntime and torch count further, no model does

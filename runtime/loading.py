@@ -12,17 +12,17 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.values import as_path, is_int, require, shown
 
-from .batching.prefix_store import PREFIX_BYTES
-from .batching.scheduler import MAX_ROWS
-from .draft_model import DraftModel
-from .language_model import LanguageModel
+from .decoding.batching.prefix_cache import PREFIX_BYTES
+from .decoding.batching.scheduler import MAX_ROWS
+from .model.draft_model import DraftModel
+from .model.language_model import LanguageModel
+from .model.signature import require_signature
+from .model.unpack import Given, given_as, remove, tell_as_given, unpacked
 from .settings import Choice, SessionSettings, require_placement
-from .signature import require_signature
-from .unpacking import Given, given_as, remove, tell_as_given, unpacked
 
 if TYPE_CHECKING:
     from .sandbox.limits import Limits

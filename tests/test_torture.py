@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from .torture import ERRORS, Fault, Nursery, Outcome, build_faults
-from .torture_scenes import SCENES, Scene
+from tools.torture import ERRORS, Fault, Nursery, Outcome, build_faults
+from tools.torture_scenes import SCENES, Scene
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forks")]
 
@@ -26,9 +26,9 @@ IMPORTS = (
     "pastkey.train.loop",
     "pastkey.export.pipeline",
     "pastkey.runtime.commands.batch",
-    "pastkey.runtime.session_file",
+    "pastkey.runtime.model.session_file",
     "pastkey.runtime.text.messages",
-    "tests.torture",
+    "tools.torture",
 )
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.environments import ROOT, smollm2
-from pastkey import names
 from pastkey.command import say
+from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers.int8_kernels import int8_kernels

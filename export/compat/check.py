@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pastkey.bundle import read_bundle
+from pastkey.contract.bundle import read_bundle
 from pastkey.precisions import PRECISIONS
 
 from . import facts, hub_rules, rules

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import Manifest
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Manifest
+from pastkey.files.durable import write_json
 from pastkey.precisions import PRECISIONS
 
 from ..source.source import Source

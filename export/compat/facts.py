@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import KVGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry
 from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.precisions import PRECISIONS
 
 from . import facts

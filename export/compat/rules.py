@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import KVGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry, open_bundle
 from pastkey.errors import PastkeyError
 from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int, parse_version

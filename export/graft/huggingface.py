@@ -22,7 +22,7 @@ from pastkey.errors import ContractError, InputError
 
 from ..quiet import quiet
 from .attention import AttentionCall, MaskSpec, attend, calling_line, described_mask, mask_spec
-from .observe import StandIn
+from .probe.observe import StandIn
 
 GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
 NATIVE = "eager"  # its own attention that every architecture has, written out: the reference

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from pastkey import names
-from pastkey.bundle import KVGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
 from pastkey.runtime.providers.placement import ignored, takes_fused
 
@@ -30,8 +30,8 @@ from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
 from ..graph.simplify import simplify
 from ..quiet import quiet
 from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
-from .observe import Layer, Observation, evaluating, name_of
-from .time_axis.traced import whole_objects
+from .probe.observe import Layer, Observation, evaluating, name_of
+from .time_axis.program.traced import whole_objects
 
 # Sizes that the example inputs have. Each dynamic dimension needs at least 2, or torch takes it for a constant.
 _BATCH, _PAST, _NEW = 2, 5, 3
@@ -84,7 +84,7 @@ def _unsupported_by_fused(layer: Layer, target: str) -> str | None:
 
 # --- tracing ------------------------------------------------------------------------------------------------------
 def trace(module: nn.Module, observation: Observation, graph: str, context_length: int) -> ir.Model:
-    """The module as an ONNX graph with explicit past key values, float32, names as in `pastkey.names`.
+    """The module as an ONNX graph with explicit past key values, float32, names as in `pastkey.contract.names`.
 
     Raises ContractError when torch cannot trace the module.
     """

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.errors import (
     ContextLengthError,
     InputError,
@@ -22,8 +22,8 @@ from pastkey.errors import (
     MissingFileError,
     first_line,
 )
-from pastkey.folder import read_json
-from pastkey.tokenizer_file import open_tokenizer
+from pastkey.files.folder import read_json
+from pastkey.files.tokenizer_file import open_tokenizer
 
 from ..settings import SOURCES, split_factory
 from .predictors import BundlePredictor, ModulePredictor, Predictor
@@ -31,7 +31,7 @@ from .predictors import BundlePredictor, ModulePredictor, Predictor
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..graft.observe import Layer, Observation
+    from ..graft.probe.observe import Layer, Observation
     from ..source.source import Source
 
 Say = Callable[[str], None]
@@ -110,7 +110,7 @@ def open_exported(
 def _require_plain(call: str, bundle: Bundle) -> None:
     """A manifest may come from anybody, and its call is run as Python."""
     _require_packages()
-    from ..graft.call import is_plain
+    from ..graft.probe.call import is_plain
 
     if not is_plain(call):
         raise InputError(
@@ -139,7 +139,7 @@ def _open_module(
 ) -> tuple[Source, nn.Module, Observation]:
     """The source, its module as it is run, and what running it showed."""
     _require_packages()
-    from ..graft.contract import in_contract
+    from ..graft.probe.contract import in_contract
     from ..source.open import open_source
 
     source = open_source(

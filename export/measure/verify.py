@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from pastkey.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import ParityError
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine, Generation, Request
@@ -29,7 +29,7 @@ from .texts import self_generated_texts
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..graft.observe import Layer
+    from ..graft.probe.observe import Layer
 
 # --- tolerances and sizes, in this one place ----------------------------------------------------------------------
 # Those that depend on the precision of the weights are in `pastkey/precisions.py`, relative to the largest logit.

@@ -22,19 +22,19 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 
-from ..graph.output_head import output_head
+from ..graph.write.output_head import output_head
 from ..measure.metrics import Ids
 from ..progress import SILENT, Progress
 from ..settings import ExportConfig
-from .activations import probing
-from .blocks import Blocks, choose_block_size
-from .calibration import CalibrationText
-from .int4_blocks import round_by_hessian
-from .rewrite import Form, embedding_weight, matmul_weight, not_finite, quantize
+from .calibrate.activations import probing
+from .calibrate.calibration import CalibrationText
+from .ranking.sensitivity import Sensitivity, sensitivity
+from .rounding.blocks import Blocks, choose_block_size
+from .rounding.int4_blocks import round_by_hessian
+from .rounding.rewrite import Form, embedding_weight, matmul_weight, not_finite, quantize
 from .search import Quantized, Write, search
-from .sensitivity import Sensitivity, sensitivity
 
 _PROBED = 1  # window that shows what each matrix costs
 _INT8_SHARE = 1 / 32  # of the weights that may be 4-bit

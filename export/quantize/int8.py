@@ -6,15 +6,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 
-from ..graph.weights_file import save_with_weights
+from ..graph.write.weights_file import save_with_weights
 from ..progress import Progress
 from ..settings import ExportConfig
-from .calibration import CalibrationText, calibrated
-from .rewrite import Form, quantize
+from .calibrate.calibration import CalibrationText, calibrated
+from .ranking.sensitivity import Sensitivity, sensitivity
+from .rounding.rewrite import Form, quantize
 from .search import Quantized, Write, search
-from .sensitivity import Sensitivity, sensitivity
 
 
 def make_int8(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:

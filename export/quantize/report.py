@@ -6,10 +6,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pastkey.durable import write_json
 from pastkey.errors import InputError, MissingFileError
+from pastkey.files.durable import write_json
 
-from .sensitivity import Sensitivity
+from .ranking.sensitivity import Sensitivity
 
 
 def check_report_file(file: str | Path, out: str | Path, read: Sequence[object]) -> None:

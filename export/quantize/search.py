@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 
-from .calibration import CalibrationText, measured
-from .sensitivity import Sensitivity, missed
+from .calibrate.calibration import CalibrationText, measured
+from .ranking.sensitivity import Sensitivity, missed
 
 # Writes a quantized graph as a bundle. Returns it with the bytes of its weights.
 Write = Callable[[ir.Model], tuple[Bundle, int]]

@@ -18,12 +18,13 @@ import numpy as np
 from pastkey.errors import InputError, PastkeyError
 from pastkey.values import as_path, require, shown
 
-from ..batching.prefix_store import TAIL
-from ..batching.scheduler import MAX_ROWS
-from ..chat import Chat
-from ..completion import Completion
-from ..language_model import LanguageModel
+from ..decoding.batching.prefix_cache import TAIL
+from ..decoding.batching.scheduler import MAX_ROWS
+from ..decoding.completion import Completion
+from ..decoding.stream import Stream
 from ..loading import load, require_settings
+from ..model.chat import Chat
+from ..model.language_model import LanguageModel
 from ..settings import (
     CHAT_NEW_TOKENS,
     CHAT_OPTIONS,
@@ -35,7 +36,6 @@ from ..settings import (
     SessionSettings,
     require_known,
 )
-from ..stream import Stream
 from .continuous import finished
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pastkey.command import print_json, say
 from pastkey.errors import InputError
-from pastkey.folder import sha256
+from pastkey.files.folder import sha256
 
 from ..settings import ChatOptions, PlacementOptions
 
@@ -46,7 +46,7 @@ def batch(
     """Runs or goes on with a job, and prints its report. `trust`: as `load` takes trust and limits, where not usual."""
     from ..bulk.generator import Generator  # here, so that --help is there at once
     from ..bulk.job import open_job, refuse_output, shard_ids
-    from ..session_file import bundle_digest
+    from ..model.session_file import bundle_digest
     from .rerun import require_cpu
     from .untrusted_rows import SandboxedGenerator
 

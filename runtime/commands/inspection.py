@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from pastkey import names
-from pastkey.bundle import Bundle, Manifest, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, Manifest, open_bundle
 from pastkey.errors import NumericsError, ProviderError
 from pastkey.precisions import PRECISIONS
 

@@ -12,12 +12,12 @@ from typing import Any, Final
 
 from pastkey.typed import Natural
 
-from ..batching.scheduler import MAX_ROWS
 from ..bulk.generator import Generator
 from ..bulk.rows import FIELDS, Answer, Row, json_text
+from ..decoding.batching.scheduler import MAX_ROWS
+from ..model.session_file import bundle_digest
 from ..sandbox.limits import Limits
 from ..sandbox.model import connect
-from ..session_file import bundle_digest
 from .rerun import tell_missing
 
 _WINDOW: Final = 256  # rows that the process has at once

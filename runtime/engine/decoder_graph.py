@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
 from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int, parse_version, require
@@ -23,9 +23,9 @@ from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
 from ..settings import Choice, PlacementOptions, SessionSettings, require_placement
 from .binding import Binding
+from .caches.int8_kv import INT8_KV_FROM, CachePair
+from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
-from .int8_kv import INT8_KV_FROM, CachePair
-from .static_graphs import StaticGraphs
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
 PREFILL_CHUNK = 256

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey import names
-from pastkey.bundle import Bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, IntegrityError, NumericsError, ProviderError
-from pastkey.folder import user_cache_file
+from pastkey.files.durable import write_json
+from pastkey.files.folder import user_cache_file
+from pastkey.files.reading import reading
 from pastkey.precisions import PRECISIONS
-from pastkey.reading import reading
 
 from ..providers import placement as ep
 from ..providers.ort import onnxruntime

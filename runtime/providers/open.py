@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import Manifest
+from pastkey.contract import names
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
+from pastkey.files.reading import reading
 from pastkey.precisions import PRECISIONS
-from pastkey.reading import is_unicode, reading
-from pastkey.values import parse_version, shown
+from pastkey.values import is_unicode, parse_version, shown
 
 from ..settings import Choice, SessionSettings
 from . import placement as ep

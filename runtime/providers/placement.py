@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pastkey.bundle import Compiled, Manifest
+from pastkey.contract.bundle import Compiled, Manifest
+from pastkey.contract.provider_options import HTP_ARCHS
 from pastkey.errors import ProviderError, StartError, first_line
-from pastkey.provider_options import HTP_ARCHS
 from pastkey.values import shown
 
 from ..settings import Choice

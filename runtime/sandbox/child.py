@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pastkey.folder import hub_store
-from pastkey.memory import available_memory
-from pastkey.names import MANIFEST
+from pastkey.contract.names import MANIFEST
+from pastkey.files.folder import hub_store
+from pastkey.files.memory import available_memory
 
-from ..unpacking import unpack
+from ..model.unpack import unpack
 from . import landlock, rlimits
 from .frames import failure_of, message, read_frame, write_frame
 from .limits import Limits, LimitsInForce, default_memory

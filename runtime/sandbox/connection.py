@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from pastkey import errors
 from pastkey.errors import InputError, PastkeyError, UntrustedBundleError
-from pastkey.reading import parse_json
+from pastkey.files.reading import parse_json
 from pastkey.typed import parse
 
 from .frames import MalformedError, message, read_frame, write_frame

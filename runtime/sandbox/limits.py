@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pastkey.errors import InputError
-from pastkey.memory import shown_bytes
+from pastkey.files.memory import shown_bytes
 from pastkey.typed import Between
 from pastkey.values import is_int, is_number, shown
 

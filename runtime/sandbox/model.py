@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, cast, overload
 
-from pastkey.bundle import parse_manifest
+from pastkey.contract.bundle import parse_manifest
 from pastkey.errors import InputError, LimitWarning, PastkeyError
 
-from ..asynchronous import AsyncStream
-from ..chat import Chat
-from ..completion import Completion, completed
-from ..generation_config import NAMES
-from ..many import several, token_ids
-from ..scoring import Score
+from ..decoding.asynchronous import AsyncStream
+from ..decoding.completion import Completion, completed
+from ..decoding.many import several, token_ids
+from ..model.chat import Chat
+from ..model.generation_config import NAMES
+from ..model.scoring import Score
+from ..model.unpack import given_as, remove, tell_as_given
 from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, require_known
 from ..text.chat_template import read_template
-from ..unpacking import given_as, remove, tell_as_given
 from .chat_format import SandboxedChatFormat
 from .connection import Connection, name_of
 from .limits import Limits
@@ -33,7 +33,7 @@ from .protocol import MOST_JSON, Loaded, Values
 from .stream import PER_TOKEN, SandboxedStream
 
 if TYPE_CHECKING:
-    from ..stream import Stream
+    from ..decoding.stream import Stream
     from ..text.tools import Tool
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pastkey.typed import Natural, TokenId
 
-from ..completion import Chunk, Completion
+from ..decoding.completion import Chunk, Completion
 
 MOST_JSON: Final = 16_000_000  # bytes of a reply, where nothing else is said
 

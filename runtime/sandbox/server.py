@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..language_model import LanguageModel
-from ..scoring import Score
-from ..stream import Stream
+from ..decoding.stream import Stream
+from ..model.language_model import LanguageModel
+from ..model.scoring import Score
 from ..text.chat_format import ChatFormat, open_chat_format
 from .frames import failure_of, message, read_frame, write_frame
 from .protocol import Done, Format, Found, Ids, Loaded, Step, Text, Values

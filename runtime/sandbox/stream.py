@@ -8,13 +8,13 @@ from collections.abc import Generator, Mapping, Sequence, Set
 from types import TracebackType
 from typing import Any, Final, Self
 
-from pastkey.bundle import Manifest
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError, UntrustedBundleError
 from pastkey.values import is_collection, is_int, shown
 
-from ..completion import Chunk, Completion
+from ..decoding.completion import Chunk, Completion
+from ..decoding.stream import read_already
 from ..settings import MAX_NEW_TOKENS
-from ..stream import read_already
 from ..text.environment import plain
 from .connection import Connection, numbers
 from .protocol import MOST_JSON, Step

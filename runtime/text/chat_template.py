@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.folder import read_json, read_text
+from pastkey.files.folder import read_json, read_text
 from pastkey.values import as_path
 
 from .environment import MAX_OUTPUT, MAX_SOURCE, environment, plain

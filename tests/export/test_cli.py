@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.export.compat import configs
 from pastkey.runtime import load
 

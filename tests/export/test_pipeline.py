@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import (
     ContractError,
     ExistingFolderError,
@@ -27,7 +27,7 @@ from pastkey.errors import (
 )
 from pastkey.export import bundle_writer, export, pipeline
 from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
-from pastkey.export.graph.weights_file import WeightsFile
+from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import Engine
 
 from ..shared import divided

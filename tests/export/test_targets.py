@@ -10,8 +10,8 @@ import onnx
 import pytest
 from torch import Tensor, nn
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ContractError, NumericsError, ProviderError
 from pastkey.export import bundle_writer, export
 from pastkey.runtime import Engine, load

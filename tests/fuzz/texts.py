@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import LimitWarning, UntrustedBundleError
 from pastkey.export.measure.texts import encode_file
 from pastkey.runtime import Limits, load

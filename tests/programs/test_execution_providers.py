@@ -15,10 +15,10 @@ import pytest
 
 import pastkey
 from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.export.measure.texts import self_generated_texts
-from pastkey.folder import write_json
+from pastkey.files.folder import write_json
 from pastkey.runtime.engine.engine import Engine
 
 from ..shared import divided

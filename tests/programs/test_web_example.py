@@ -12,7 +12,7 @@ import pytest
 
 import pastkey
 from benchmarks.environments import install_chromium, node_environment
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 
 from ..shared import divided
 from .browser import visit

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from pastkey import names
-from pastkey.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
-from pastkey.durable import write_json
-from pastkey.folder import file_records
+from pastkey.contract import names
+from pastkey.contract.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime import LanguageModel, load
 

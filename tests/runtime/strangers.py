@@ -28,12 +28,12 @@ from pastkey.runtime import (
     load,
     settings,
 )
-from pastkey.runtime.batching.memory import CacheMemory
-from pastkey.runtime.batching.prefix_store import PrefixStore
 from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect as inspect_bundle
-from pastkey.runtime.many import StreamMany
-from pastkey.runtime.signature import new_key, require_signature, sign_bundle
+from pastkey.runtime.decoding.batching.cache_budget import CacheMemory
+from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
+from pastkey.runtime.decoding.many import StreamMany
+from pastkey.runtime.model.signature import new_key, require_signature, sign_bundle
 
 from .conftest import V
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError, TemplateWarning
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
 from pastkey.runtime.text.chat_template import ChatTemplate

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.runtime import LanguageModel, load
 

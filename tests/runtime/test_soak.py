@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tokenizers import Tokenizer
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime import load
 
 from .soak import Soak

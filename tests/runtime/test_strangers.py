@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, PastkeyError
 from pastkey.runtime import Chat
-from pastkey.runtime.signature import new_key
+from pastkey.runtime.model.signature import new_key
 
 from .conftest import E, Tiny, V
 from .strangers import (

@@ -9,9 +9,9 @@ from typing import Any
 
 import onnx
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.export.compat.check import Verdict, check
-from pastkey.folder import file_records
+from pastkey.files.folder import file_records
 from pastkey.precisions import PRECISIONS
 
 

@@ -17,9 +17,9 @@ import onnx
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import read_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import read_bundle
 from pastkey.errors import IntegrityError, MissingFileError
 from pastkey.export.compat.bundle_view import read_bundle_view
 from pastkey.export.compat.check import check

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
 from pastkey.export import export
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pastkey.bundle import KVGeometry
+from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
-from pastkey.export.graft.observe import Layer, Observation, observe
+from pastkey.export.graft.probe.observe import Layer, Observation, observe
 from pastkey.export.graft.trace import GraphChoice, choose_graph, trace
 from pastkey.export.graph.edit import IR_VERSION, OPSET
 

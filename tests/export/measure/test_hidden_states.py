@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ContractError
 from pastkey.export import export
 from pastkey.export.measure.hidden_states import head_input
 from pastkey.export.measure.metrics import cosine_distance
 from pastkey.export.measure.verify import verify
-from pastkey.folder import file_record
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_record
 from pastkey.precisions import PRECISIONS
 
 from ..cases import CASES

@@ -12,10 +12,10 @@ import onnx
 import pytest
 import torch
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ParityError
-from pastkey.export.graft.observe import observe
+from pastkey.export.graft.probe.observe import observe
 from pastkey.export.measure.verify import (
     KL_FLOOR,
     Check,
@@ -24,7 +24,7 @@ from pastkey.export.measure.verify import (
     verify,
 )
 from pastkey.export.progress import Progress
-from pastkey.folder import file_record
+from pastkey.files.folder import file_record
 from pastkey.precisions import PRECISIONS
 
 from ..conftest import Export, Exported

@@ -10,17 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import QualityError, ResourceError
 from pastkey.export import export, resources
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.export.measure.verify import KL_FLOOR, verify
 from pastkey.export.quantize import int4
 from pastkey.export.quantize.int4 import in_int8, rounded
-from pastkey.export.quantize.rewrite import matmul_weight, quantize
-from pastkey.export.quantize.sensitivity import Row, Sensitivity, sensitivity
-from pastkey.export.quantize.switches import SWITCHES, add_switches, quantization_mask
+from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity, sensitivity
+from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
+from pastkey.export.quantize.rounding.rewrite import matmul_weight, quantize
 from pastkey.precisions import PRECISIONS
 
 from ...shared import divided

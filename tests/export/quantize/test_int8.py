@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, QualityError
 from pastkey.export import export, pipeline
 from pastkey.export.quantize import int8
-from pastkey.export.quantize.rewrite import quantize
-from pastkey.export.quantize.sensitivity import Sensitivity, sensitivity
+from pastkey.export.quantize.ranking.sensitivity import Sensitivity, sensitivity
+from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
 from ...shared import divided

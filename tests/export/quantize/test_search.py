@@ -8,12 +8,12 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from pastkey.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import QualityError
 from pastkey.export.quantize import search as module
-from pastkey.export.quantize.calibration import CalibrationText
+from pastkey.export.quantize.calibrate.calibration import CalibrationText
+from pastkey.export.quantize.ranking.sensitivity import Sensitivity
 from pastkey.export.quantize.search import Quantized, search
-from pastkey.export.quantize.sensitivity import Sensitivity
 from pastkey.precisions import PRECISIONS
 
 TEXT = CalibrationText("own", (), ())

@@ -18,8 +18,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey import names
 from pastkey.__main__ import main
+from pastkey.contract import names
 from pastkey.errors import ResourceError
 from pastkey.export import export, resources
 from pastkey.export.source.open import open_source

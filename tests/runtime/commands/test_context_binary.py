@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, Compiled, open_bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, Compiled, open_bundle
 from pastkey.errors import InputError, IntegrityError, ProviderError
+from pastkey.files.durable import write_json
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands import context_binary
 from pastkey.runtime.commands.context_binary import compile_bundle

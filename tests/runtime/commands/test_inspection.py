@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pastkey.__main__ import main
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime.commands import inspection
 from pastkey.runtime.commands.inspection import Share, inspect, read_shares
 from pastkey.runtime.engine.engine import Engine

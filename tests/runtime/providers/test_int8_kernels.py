@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import Bundle, open_bundle
-from pastkey.durable import write_json
-from pastkey.folder import file_records, parse_records
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect

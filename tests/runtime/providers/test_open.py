@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingExtraError, ProviderError, StartError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers import open as opening

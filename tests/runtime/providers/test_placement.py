@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import ProviderError
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.settings import Choice

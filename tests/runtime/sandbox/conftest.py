@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import LimitWarning
-from pastkey.folder import file_records
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records
 from pastkey.runtime import Completion, LanguageModel, load
 from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox.model import SandboxedModel

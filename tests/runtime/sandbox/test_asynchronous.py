@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel
 from pastkey.runtime.sandbox import process

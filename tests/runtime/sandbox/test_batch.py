@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime.sandbox import process
 
 Command = Callable[..., tuple[int, str, str]]

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, UntrustedBundleError
 from pastkey.runtime.sandbox import child, landlock, process
 from pastkey.runtime.sandbox.model import SandboxedModel
@@ -308,7 +308,7 @@ def test_no_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ta
 
 def test_a_signature_is_looked_at_there(hostile: Hostile, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    from pastkey.runtime.signature import new_key, sign_bundle
+    from pastkey.runtime.model.signature import new_key, sign_bundle
 
     folder = hostile("")
     mine, other = new_key(tmp_path / "mine.pem"), new_key(tmp_path / "other.pem")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pastkey
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, OptionError, UntrustedBundleError
 from pastkey.runtime import LanguageModel
 from pastkey.runtime.sandbox import process

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pastkey
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import UntrustedBundleError
 from pastkey.runtime.sandbox import process
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime.commands import rerun
 from pastkey.runtime.sandbox import process

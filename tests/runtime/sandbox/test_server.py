@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime.commands.untrusted_rows import answer_here
 from pastkey.runtime.loading import load
 from pastkey.runtime.sandbox.connection import name_of
