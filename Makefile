@@ -24,7 +24,7 @@ TESTS := -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
 help:  ## This list
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
-	@echo "Tools, each with --help: $(BIN)/python -m tools.{torture,soak,versions,aarch64,wheel,sbom}, -m tests.fuzz"
+	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}, -m tests.fuzz; CONTRIBUTING.md has more"
 
 demo: $(VENV)/installed  ## From built-in stories to text: train, export in fp32 and int8, verify, tell a story
 	$(PASTKEY) train --out demo/checkpoint --force

@@ -27,7 +27,7 @@ from pastkey.runtime.providers.ort import onnxruntime
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- figures: make figures -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: benchmarks.figures -->", "<!-- end of figures -->"
 PROMPT, NEW = 128, 64  # tokens; together the demo's context
 TURNS = 9  # of a bundle in a round
 

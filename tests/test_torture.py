@@ -1,6 +1,6 @@
 """Whatever is ended in the middle leaves the old or the new, whole, at its name: by kills, and by disks that fail.
 
-`make torture KILLS=1000` runs the long form: so many kills, and every call that changes the disk.
+PASTKEY_KILLS=1000 runs the long form: so many kills, and every call that changes the disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`make aarch64`: the bundles of `make versions` by the runtime on another architecture, emulated by qemu.
+"""The bundles of tools/versions.py by the runtime on another architecture, emulated by qemu.
 
 Debian's Python for arm64 and its libraries are fetched by apt into a folder of their own and unpacked there; the system
 stays as it is. The wheels for arm64 come from the package index. By hand, on Debian: it takes a few minutes.

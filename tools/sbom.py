@@ -1,4 +1,4 @@
-"""`make sbom`: for each extra of pyproject.toml, all that pip would install with it here, as a CycloneDX document.
+"""For each extra of pyproject.toml, all that pip would install with it here, as a CycloneDX document.
 
 pip resolves an extra without installing it, and reports names, releases and sha256 of the files that it would take.
 cyclonedx-py, in an environment of its own, makes the document of that.

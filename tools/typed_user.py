@@ -1,6 +1,6 @@
 """A user's program as an editor and mypy see it.
 
-`make types` reads it and nobody runs it: its mistakes are planted, and an ignore that is not needed is an error, too.
+`make check` reads it and nobody runs it: its mistakes are planted, and an ignore that is not needed is an error, too.
 """
 
 from __future__ import annotations

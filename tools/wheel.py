@@ -1,4 +1,4 @@
-"""`make wheel`: the wheel of this checkout, the same bytes from the same files, whoever builds it and when.
+"""The wheel of this checkout, the same bytes from the same files, whoever builds it and when.
 
 It is built from a copy, since setuptools leaves build/ behind, from which a deleted module would ship again. What
 differs between two builds goes: times are those of SOURCE_DATE_EPOCH, modes no longer those of a umask. What is left

@@ -14,6 +14,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ContractError, NumericsError, ProviderError
 from pastkey.export import bundle_writer, export
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine, load
 from pastkey.runtime.providers import placement as providers
 
@@ -81,7 +82,7 @@ def test_a_portable_bundle_has_onnx_standard_operators_only(build: Callable[[], 
         onnx.checker.check_model(path)
 
 
-@pytest.mark.parametrize("precision", divided(names.PRECISIONS, quick=["fp32"], ci=["int8"]))
+@pytest.mark.parametrize("precision", divided(list(PRECISIONS), quick=["fp32"], ci=["int8"]))
 def test_a_soft_capped_decoder_for_webgpu_has_its_cap_in_operators_that_are_right_there(
     precision: str, tmp_path: Path
 ) -> None:
