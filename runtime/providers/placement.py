@@ -76,7 +76,7 @@ KNOWN = {
         "WebGpuExecutionProvider",
         "GPUs by Vulkan, Metal or D3D12",
         "pip install onnxruntime-webgpu",
-        {"fused": Seen.WHOLE, "static": Seen.WHOLE, "standard": Seen.RUNS},
+        {"fused": Seen.RUNS, "static": Seen.WHOLE, "standard": Seen.RUNS},
         remedy="export the model again with --target webgpu",
         ignores={"GroupQueryAttention": ("softcap",)},
         misses_keys=True,

@@ -66,6 +66,10 @@ def own_module(out: Path, _: Checkpoint) -> None:
     export(source, out, precision="fp32", target="qnn", context_length=64)
 
 
+def own_rope(out: Path, _: Checkpoint) -> None:
+    export(f"{ROOT / 'examples' / 'own_rope.py'}:make", out, precision="fp32", target="webgpu", context_length=128)
+
+
 def soft_cap(out: Path, _: Checkpoint, **settings: Any) -> None:
     """A decoder of random weights whose scores of attention are capped."""
     own = BIASES["soft_cap"]
@@ -95,6 +99,7 @@ MORE: dict[str, Write] = {
     "gpt2-webgpu-fp16": partial(gpt2, precision="fp16", target="webgpu"),
     "soft-cap-fp32": partial(soft_cap, precision="fp32"),
     "soft-cap-webgpu-int8": partial(soft_cap, target="webgpu"),
+    "own-rope-webgpu": own_rope,
     "short-conv": short_conv,
     "llama-qnn": partial(llama, precision="fp32", target="qnn"),
     "llama-qnn-int8": partial(llama, target="qnn"),
