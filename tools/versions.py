@@ -1,8 +1,8 @@
 """Bundles that the newest onnxruntime here made, loaded and run by every release from the oldest on.
 
 Each release is installed alone, beside numpy, tokenizers and the wheel of this checkout. It continues two prompts
-greedily from each bundle, and its logits are compared with the newest release's. tools/aarch64.py does the same on another
-architecture. Both by hand: they fetch releases from the package index.
+greedily from each bundle, and its logits are compared with the newest release's. tools/aarch64.py does the same on
+another architecture. Both by hand: they fetch releases from the package index.
 """
 
 from __future__ import annotations
