@@ -222,7 +222,7 @@ def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from pastkey.durable import whole_file, whole_folder
+from pastkey.files.durable import whole_file, whole_folder
 with whole_folder(Path(sys.argv[1])) as work, whole_file(Path(sys.argv[1] + ".json")) as file:
     print(work, flush=True)
     time.sleep(60)
