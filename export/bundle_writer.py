@@ -71,7 +71,7 @@ class BundleWriter:
             pastkey_version=pastkey.__version__,
             source=source.name,
             precision=precision,
-            target="cpu",  # where an export runs it; `finish` says what it was made for
+            target="cpu",  # where an export runs it; `configure` sets its own
             graph=choice.graph,
             graph_reason=choice.reason,
             vocab_size=observation.vocab_size,
@@ -111,7 +111,7 @@ class BundleWriter:
         return verification
 
     def configure(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Bundle:
-        """Writes golden logits, configurations and the tokenizer. Returns the bundle, for its target."""
+        """Writes golden logits, configurations and the tokenizer. Returns the bundle for its target."""
         folder = bundle.path
         manifest = dataclasses.replace(
             bundle.manifest,
@@ -135,7 +135,7 @@ class BundleWriter:
         return dataclasses.replace(bundle, manifest=manifest)
 
     def prove_on_target(self, bundle: Bundle) -> None:
-        """Proves a finished bundle where it is to run, if that is here; a first load there does so, too."""
+        """Proves a finished bundle on its target, where this machine has it; otherwise the first load does."""
         target = bundle.manifest.target
         provider = ep.provider_of(target)
         if provider == "cpu":
@@ -164,11 +164,11 @@ class BundleWriter:
 
 
 def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
-    """What a device must compute: logits of as many positions as a part of the weights has room for."""
+    """The logits that a device must compute, of as many positions as fit into 1 % of the weights' bytes."""
     files = bundle.all_logits_graph.parent.iterdir()
     weights = sum(path.stat().st_size for path in files if names.is_weights_file(path.name))
     rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
-    # There the weights alone are quantized, and the processor's activations are no others than the device's.
+    # On a GPU the weights alone are quantized: activations are float32 there and on the CPU.
     exact = PRECISIONS[manifest.precision].quantized and Form.of(manifest.target) is Form.GPU
     like = "fp32" if exact else manifest.precision
     if like == "fp32" and manifest.target in names.STATIC_TARGETS:  # which compute in float16

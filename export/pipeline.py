@@ -1,4 +1,4 @@
-"""checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
+"""checkpoint/ -> bundle/, from end to end: the main function of the stage.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
     [-> float16 -> verify, or calibrate -> quantize -> write -> verify -> int8-KV graph]
@@ -58,7 +58,7 @@ from .source.source import Source, check_tokenizer
 
 @dataclass(frozen=True)
 class Report:
-    """What an export made and measured."""
+    """The result of an export."""
 
     path: Path
     manifest: Manifest
@@ -66,7 +66,7 @@ class Report:
     weight_bytes: int  # of this bundle
     fp32_weight_bytes: int  # of the same graph in float32
     seconds: float
-    sensitivity: Sensitivity | None = None  # what each matrix costs, where that was measured
+    sensitivity: Sensitivity | None = None  # of each matrix, where it was measured
     warnings: tuple[str, ...] = ()  # a sentence each
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def export(
             .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
         precision: "int8", "int4", "fp16" or "fp32", of the weights.
-        progress: Is told each stage, how far it is, and warnings.
+        progress: Receives each stage, its progress, and warnings.
         **options: See ExportOptions.
 
     Raises:
@@ -194,7 +194,7 @@ def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
 
 # --- opening ------------------------------------------------------------------------------------------------------
 def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig) -> None:
-    """Raises what can be known before the work."""
+    """Raises the errors that need no work to find."""
     if config.graph == "fused" and not providers.takes_fused(config.target):
         target = config.target
         raise InputError(
@@ -262,7 +262,7 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
 
 
 def _require_head(decoder: Decoder, config: ExportConfig) -> None:
-    """Raises ContractError where there is nothing to be the last hidden states."""
+    """Raises ContractError where the graph has no output head to take the last hidden states from."""
     if config.hidden_states and decoder.hidden_size is None:
         raise ContractError(
             f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "
@@ -276,7 +276,7 @@ _MASKED = 1e30  # what is beyond it is a mask
 
 
 def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
-    """From a float32 bundle that was verified to one in float16 in `folder` that is verified, too."""
+    """A verified float16 bundle in `folder`, made from a verified float32 one."""
     model = ir.load(fp32.all_logits_graph)
     _require_range(fp32, to_float16(model))
     bundle, weight_bytes = writer.write(model, folder, "fp16")
@@ -285,7 +285,7 @@ def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
 
 
 def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
-    """Raises NumericsError where a value would overflow in float16. The processor computes in float32, and cannot tell.
+    """Raises NumericsError where a value would overflow in float16. The CPU computes in float32 and cannot show it.
 
     `halved` are the names of the values, which are looked at in the float32 graph.
     """
@@ -316,7 +316,7 @@ def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
 
 
 def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, progress: Progress) -> Artifact:
-    """Adds the static graphs to a float32 bundle of the standard graph that was verified, and verifies them, too."""
+    """Adds the static graphs to a verified float32 bundle of the standard graph, and verifies them."""
     fp32 = made.bundle
     context = fp32.manifest.context_length
     chunk = min(config.chunk or STATIC_CHUNK, context)
@@ -366,7 +366,7 @@ def _make_quantized(
     config: ExportConfig,
     progress: Progress,
 ) -> Artifact:
-    """From a float32 bundle that was verified to one in `folder` that is verified, too."""
+    """A verified quantized bundle in `folder`, made from a verified float32 one."""
     precision = config.precision
     write = functools.partial(writer.write, folder=folder, precision=precision)
     made = _MAKERS[precision](fp32, text, write, config, progress)
@@ -376,5 +376,5 @@ def _make_quantized(
         quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
     if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
         measured = "" if precision == "int8" else " (measured with int8)"
-        progress.warn(f"on this processor {precision} MatMuls take {kernels.note}{measured}")
+        progress.warn(f"on this CPU {precision} MatMuls take {kernels.note}{measured}")
     return Artifact(made.bundle, made.weight_bytes, verification, quality, made.sensitivity)

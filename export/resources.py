@@ -1,4 +1,4 @@
-"""What an export will need, estimated and said before the work starts rather than found out in the middle of it."""
+"""Estimates the disk and memory that an export needs, before the work starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = False) -> None:
-    """Raises ResourceError when `out` lies on a disk without room for a bundle of so many weights."""
+    """Raises ResourceError when the disk of `out` has too little room for a bundle of so many weights."""
     needed = weights * (_BYTES_BY_MATRIX if by_matrix else PRECISIONS[precision].disk_bytes)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
@@ -37,9 +37,9 @@ def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = F
 
 
 def require_memory(weights: int, *, loaded_for: str | None = None) -> None:
-    """Raises ResourceError when the machine has not the memory to export so many weights.
+    """Raises ResourceError when the machine has too little memory to export so many weights.
 
-    `loaded_for`: the precision that they were loaded for, or None while they are not yet.
+    `loaded_for`: the precision of the export once the weights are loaded, or None before.
     """
     copies = _COPIES_IN_MEMORY if loaded_for is None else PRECISIONS[loaded_for].memory_copies
     needed = copies * 4 * weights + _BASE_BYTES

@@ -1,6 +1,6 @@
-"""What an export and an evaluation are told, with the defaults of Python and of the command line alike.
+"""The settings of an export and an evaluation, with the defaults of Python and of the command line.
 
-Standard library only, so that `--help` can show all of it at once.
+Standard library only, so that `--help` starts at once.
 """
 
 from __future__ import annotations

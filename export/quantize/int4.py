@@ -89,7 +89,7 @@ class _Int4Mixtures:
 
 
 def in_int8(table: Sensitivity) -> int:
-    """How many of the first in the table's ranking are int8 in any case: as many as keep within their share."""
+    """How many of the first in the table's ranking are always int8: as many as fit their share of the weights."""
     sizes = {row.weight: float(np.prod(row.shape)) for row in table.rows}
     filled = np.cumsum([sizes[name] for name in table.ranking])
     return int((filled <= _INT8_SHARE * filled[-1]).sum()) if len(filled) else 0

@@ -102,7 +102,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("flags", "precision", "words"),
     [
-        ("fma avx2", "int8", "on this processor int8 MatMuls take AVX2 kernels, for want of VNNI"),
+        ("fma avx2", "int8", "on this CPU int8 MatMuls take AVX2 kernels, for want of VNNI"),
         ("fma avx2", "fp32", None),
         ("fma avx2 avx_vnni", "int8", None),
         (None, "int8", None),

@@ -21,7 +21,7 @@ from .weights_file import WeightsFile
 def write_graphs(model: ir.Model, folder: Path, precision: str, hidden_size: int | None = None) -> int:
     """Writes the all-logits graph, its weights, and the last-logits graph over the same weights. Changes `model`.
 
-    With `hidden_size`, which needs an output head, the second gives the last hidden states, too.
+    With `hidden_size`, which needs an output head, the second also outputs the last hidden states.
 
     Returns the bytes of the weights, in their own file and in the graph.
     """

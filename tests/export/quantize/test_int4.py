@@ -185,5 +185,5 @@ def test_the_command_says_how_many_are_in_8_bits(
     told = capsys.readouterr().err
     raised = open_bundle(out).manifest.quality["int8_weights"]
     assert "int4 against float32: KL divergence" in told
-    assert f"in int8, where a bit buys most: {len(raised)} weights" in told
-    assert "int4 costs most at " in told
+    assert f"kept in int8 (most sensitive): {len(raised)} weights" in told
+    assert "most sensitive to int4: " in told

@@ -216,9 +216,9 @@ def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(
     assert main(arguments) == 0
     told = capsys.readouterr().err
     kept = open_bundle(out).manifest.quality["float32_weights"]
-    assert f"kept in float32, to meet --max-kl: {len(kept)} weights" in told
+    assert f"kept in float32 to meet --max-kl: {len(kept)} weights" in told
     rows = json.loads(table.read_text())["matrices"]
-    assert f"int8 costs most at {rows[0]['weight']} (" in told
+    assert f"most sensitive to int8: {rows[0]['weight']} (" in told
     assert f", {rows[2]['weight']} (" in told
     assert main(["inspect", str(out)]) == 0
     assert f"float32_weights: {', '.join(kept)}" in capsys.readouterr().out
