@@ -39,5 +39,7 @@ chat.ask("a", reuse_prefix=True)  # type: ignore[call-arg]
 chat.stream("a", topk=5)  # type: ignore[call-arg]
 pastkey.Generator("bundle/", exact=True, max_new_tokens=8)({"prompt": ["a"]})["text"]
 pastkey.Generator("bundle/", temprature=0.5)  # type: ignore[call-arg]
+pastkey.export.export("model.gguf", "bundle/", "int4", target="webgpu", force=True).weight_bytes.bit_length()
+pastkey.export.export("model.gguf", "bundle/", contxt_length=512)  # type: ignore[call-arg]
 pastkey.laod("bundle/")  # type: ignore[attr-defined]
 raise pastkey.errors.InputError(pastkey.__version__)
