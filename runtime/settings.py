@@ -68,6 +68,8 @@ class ChatOptions(SamplingOptions, total=False):
     max_new_tokens: int
     stop: str | Sequence[str]
     bad_words: Sequence[str]
+    eos_token_id: int | Sequence[int]
+    stop_token_ids: Sequence[int]
     logprobs: int | None
     prompt_lookup: bool
     draft: bool
@@ -119,6 +121,8 @@ class GenerateOptions(ChatOptions, total=False):
     - `logprobs` (int or None, None): The log-probabilities of each new token and of so many likeliest ones.
     - `prompt_logprobs` (bool, False): Those of the prompt's tokens, too; then no prefix is reused.
     - `stop` (str or a sequence of str, none): Texts that end the continuation, which ends before them.
+    - `eos_token_id` (id or list of ids, the bundle's): The EOS tokens; an empty list for none.
+    - `stop_token_ids` (list of ids, none): Ids that end the continuation like an EOS token, beside those.
     - `reuse_prefix` (bool, False): What the prompt shares with the beginning of an earlier one and its
       continuation is not computed again; this text is kept for later calls. In int8 the text may be another
       one, as likely, where the shared part was generated.

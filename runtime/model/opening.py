@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
-from pastkey.values import is_collection, require, shown
+from pastkey.values import is_collection, is_int, require, shown
 
 from ..decoding.batching.shared_prefill import SharedPrefill
 from ..decoding.generation import Generation, Lifecycle
@@ -107,11 +108,12 @@ def open_stream(
     if stops and codec is None:
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
-    constraint = parts.vocabulary.matcher(options)
+    end_ids = _end_ids(options, parts.manifest)
+    constraint = parts.vocabulary.matcher(options, end_ids)
     request = Request(
         ids,
         max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
-        end_ids=parts.manifest.eos_token_ids,
+        end_ids=end_ids,
         sampling=sampling,
         prompt_lookup=options.get("prompt_lookup", True),
         timeout=options.get("timeout"),
@@ -128,6 +130,16 @@ def open_stream(
     text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
     generation = Generation(parts.require_open(), request, lifecycle)
     return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
+
+
+def _end_ids(options: GenerateOptions | SessionOptions, manifest: Manifest) -> list[int]:
+    """The ids that end the text: EOS tokens, the bundle's or the call's own, and those beside them."""
+    eos = options.get("eos_token_id", manifest.eos_token_ids)
+    ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
+    for name, given in ids.items():
+        valid = is_collection(given) and all(is_int(token, 0, manifest.vocab_size - 1) for token in given)
+        require(valid, name, given, f"a list of token ids from 0 to {manifest.vocab_size - 1}")
+    return [int(token) for given in ids.values() for token in given]  # type: ignore[union-attr]
 
 
 def _drafter(parts: ModelParts, options: GenerateOptions | SessionOptions) -> Drafter | None:

@@ -208,6 +208,33 @@ def test_an_end_token_ends_the_text(
     assert completion.text == letters.decode(completion.ids)
 
 
+def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(
+    lm: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+) -> None:
+    drawn: dict[str, Any] = {"max_new_tokens": 30, "temperature": 2.0, "seed": 1}
+    free = lm.generate("abc", **drawn)
+    first, second = [token for i, token in enumerate(free.ids) if i > 0 and token not in free.ids[:i]][:2]
+    ending = load(make_bundle(tiny, "fused", tokenizer=letters, eos_token_ids=(second,)).path, threads=1)
+
+    def told(**options: Any) -> tuple[list[int], str]:
+        completion = ending.generate("abc", **drawn, **options)
+        return completion.ids, completion.finish_reason
+
+    to_first, to_second = (free.ids[: free.ids.index(end)] for end in (first, second))
+    assert told() == told(stop_token_ids=[]) == (to_second, "stop")
+    assert told(stop_token_ids=np.array([first])) == told(stop_token_ids=(first,)) == (to_first, "stop")
+    assert told(eos_token_id=first) == told(eos_token_id=[second, first]) == (to_first, "stop")
+    assert told(eos_token_id=[]) == (free.ids, "length")
+    assert told(eos_token_id=[], stop_token_ids=[second]) == (to_second, "stop")
+    assert first not in told(eos_token_id=first, min_new_tokens=30)[0]
+
+
+@pytest.mark.parametrize("given", [{"eos_token_id": -1}, {"stop_token_ids": 3}, {"stop_token_ids": [37]}])
+def test_an_end_id_that_is_none_is_refused(lm: LanguageModel, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(given))} is .*must be a list of token ids from 0 to 36"):
+        lm.generate("abc", **given)
+
+
 def test_generations_do_not_leak_into_one_another(lm: LanguageModel) -> None:
     first = lm.generate("hello", max_new_tokens=10)
     stream = lm.stream("world", max_new_tokens=10)
