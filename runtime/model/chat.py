@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError, OptionError, TemplateWarning
-from pastkey.values import is_one_of, require, shown
+from pastkey.values import is_one_of, or_default, require, shown
 
 from ..decoding.completion import Chunk, Completion, ToolCall, completed
-from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions, require_known
+from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions, options_of
 from ..text.environment import plain
 from ..text.messages import Content, check_messages, checked_content, message, read_messages, save_messages, text_of
 from ..text.tool_calls import parse_tool_calls, tool_call_form
@@ -78,7 +78,7 @@ class Chat:
         template: str | Path | None = None,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        special_tokens_as_text: bool = False,
+        special_tokens_as_text: bool | None = False,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         """See `LanguageModel.chat`, whose further keywords are `template_variables`."""
@@ -86,14 +86,13 @@ class Chat:
         self.system = system if system is None else _checked_text("system", system)
         self.tools = None if tools is None else _schemas(tools)
         self.documents = _checked_documents(documents)
-        require(
-            isinstance(special_tokens_as_text, bool), "special_tokens_as_text", special_tokens_as_text, "True or False"
-        )
+        as_text = or_default(special_tokens_as_text, False)
+        require(isinstance(as_text, bool), "special_tokens_as_text", as_text, "True or False")
         self._variables = dict(template_variables or {})
         for name in _OURS:
             if name in self._variables:
                 raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
-        self._format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=special_tokens_as_text)
+        self._format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=as_text)
         self._form = tool_call_form(self._format.source)
         self._takes_text, self._takes_parts = self._contents_taken()
         self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
@@ -122,8 +121,7 @@ class Chat:
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity. The conversation is as it was.
         """
-        require_known("chat.ask", options, CHAT_OPTIONS)
-        return completed(self._answer(text, options))
+        return completed(self._answer(text, options_of("chat.ask", options, CHAT_OPTIONS)))
 
     def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> Generator[Chunk, None, Completion]:
         """Answers a message token by token.
@@ -147,8 +145,7 @@ class Chat:
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
-        require_known("chat.stream", options, CHAT_OPTIONS)
-        return self._answer(text, options)
+        return self._answer(text, options_of("chat.stream", options, CHAT_OPTIONS))
 
     def prompt_ids(self) -> list[int]:
         """The token ids that `ask()` without a text goes on from.
@@ -250,7 +247,7 @@ class Chat:
         self.system = text_of(first["content"]) if first.get("role") == "system" else None
 
     # --- the answer -----------------------------------------------------------------------------------------------
-    def _answer(self, text: Content | None, options: ChatOptions) -> Generator[Chunk, None, Completion]:
+    def _answer(self, text: Content | None, options: Mapping[str, Any]) -> Generator[Chunk, None, Completion]:
         """Checks everything, and gives the generator."""
         if text is None:
             messages, cut = self._standing()
@@ -265,7 +262,7 @@ class Chat:
                 "question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
                 "chat.drop(), undo(), reset()); nothing was lost"
             )
-        settings: ChatOptions = {
+        settings: dict[str, Any] = {
             "max_new_tokens": CHAT_NEW_TOKENS,
             "keep_special_tokens": self.tools is not None,
             **options,

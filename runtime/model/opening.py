@@ -15,7 +15,7 @@ from ..decoding.request import Request
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
 from ..sampling.dry import Breakers, sequence_breakers
-from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
+from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, SamplingConfig
 from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
@@ -35,7 +35,7 @@ class Scheduled:
 class Prompted(Scheduled):
     """The lifecycle of a call of its own: a cache from the store of prefixes, or from another continuation."""
 
-    def __init__(self, parts: ModelParts, options: GenerateOptions, shared: SharedPrefill | None) -> None:
+    def __init__(self, parts: ModelParts, options: Mapping[str, Any], shared: SharedPrefill | None) -> None:
         super().__init__(parts)
         self._reuse, self._exact = options.get("reuse_prefix", False), options.get("exact", False)
         self._anew = options.get("prompt_logprobs") is True  # what is in the cache already has no logits
@@ -71,7 +71,7 @@ class Prompted(Scheduled):
 
 
 def open_prompt(
-    parts: ModelParts, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+    parts: ModelParts, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefill | None = None
 ) -> Stream:
     """A stream of one prompt. `shared`: with the prefill of other continuations of it. Raises as `open_stream`."""
     parts.require_open()
@@ -87,14 +87,14 @@ class ModelLifecycle(Lifecycle, Protocol):
 
 
 def open_stream(
-    lifecycle: ModelLifecycle, ids: Sequence[int], options: GenerateOptions | SessionOptions, *, after_text: bool
+    lifecycle: ModelLifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
 ) -> Stream:
     """A stream behind `ids`.
 
     Args:
         lifecycle: What surrounds its steps.
         ids: The whole text so far, (T,).
-        options: Checked names, and values to check.
+        options: Those of `options_of`: checked names, and values to check.
         after_text: Whether the new text goes on from a text.
 
     Raises:
@@ -132,17 +132,17 @@ def open_stream(
     return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
 
 
-def _end_ids(options: GenerateOptions | SessionOptions, manifest: Manifest) -> list[int]:
+def _end_ids(options: Mapping[str, Any], manifest: Manifest) -> list[int]:
     """The ids that end the text: EOS tokens, the bundle's or the call's own, and those beside them."""
     eos = options.get("eos_token_id", manifest.eos_token_ids)
     ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
     for name, given in ids.items():
         valid = is_collection(given) and all(is_int(token, 0, manifest.vocab_size - 1) for token in given)
         require(valid, name, given, f"a list of token ids from 0 to {manifest.vocab_size - 1}")
-    return [int(token) for given in ids.values() for token in given]  # type: ignore[union-attr]
+    return [int(token) for given in ids.values() for token in given]
 
 
-def _drafter(parts: ModelParts, options: GenerateOptions | SessionOptions) -> Drafter | None:
+def _drafter(parts: ModelParts, options: Mapping[str, Any]) -> Drafter | None:
     asked = options.get("draft")
     if asked is not None and not isinstance(asked, bool):
         raise InputError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import shutil
@@ -16,6 +17,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError, OptionError, ProviderError
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
+from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SESSION_OPTIONS
 
 if TYPE_CHECKING:
     from ..conftest import Tiny
@@ -86,7 +88,7 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) ->
     assert "".join(chunk.text for chunk in lm.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
 
 
-@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3, None])
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3])
 def test_a_stop_string_that_is_none_is_refused(lm: LanguageModel, stop: Any) -> None:
     with pytest.raises(InputError, match="stop is"):
         lm.generate("abc", stop=stop)
@@ -140,6 +142,21 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
         TypeError, match=rf"{call}\(\) has no option 'x'; its options are .*keep_special_tokens, .*, xtc_threshold$"
     ):
         calls[call]("?", x=1)
+
+
+def test_none_is_not_set_in_every_option(byte_model: LanguageModel, speaking_bundle: Bundle) -> None:
+    names = dict.fromkeys(GENERATE_OPTIONS)
+    seen = byte_model.generate("a", **names)  # type: ignore[misc]
+    assert seen.ids == byte_model.generate("a").ids
+    chat = byte_model.chat(None, template=None, tools=None, documents=None, special_tokens_as_text=None)
+    assert chat.ask("?", **dict.fromkeys(CHAT_OPTIONS)).ids == byte_model.chat().ask("?").ids  # type: ignore[misc]
+    session = byte_model.session()
+    session.append("a", context_overflow=None, num_sink_tokens=None)
+    assert session.generate(**dict.fromkeys(SESSION_OPTIONS)).ids == seen.ids  # type: ignore[misc]
+    arguments = set(inspect.signature(load).parameters) - {"path", "trust"}
+    with load(speaking_bundle.path, **dict.fromkeys(arguments)) as model:  # type: ignore[call-overload]
+        assert model.max_batch > 1
+        assert not pastkey.Generator(model.bundle.path, exact=None, max_batch=None, seed=None).exact
 
 
 def test_an_answer_always_reuses_what_was_said(byte_model: LanguageModel) -> None:
@@ -301,7 +318,7 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle
     [
         ({"path": 3}, "path is 3; the path of a bundle folder was expected"),
         ({"max_memory": 0}, "max_memory is 0; a whole number from 1 was expected"),
-        ({"prefix_bytes": None}, "prefix_bytes is None; a whole number from 0 was expected"),
+        ({"prefix_bytes": -1}, "prefix_bytes is -1; a whole number from 0 was expected"),
         ({"max_batch": 1.5}, "max_batch is 1.5; a whole number from 1 was expected"),
         ({"path": None}, "path is None; the path"),
         ({"threads": "2"}, "threads is '2'; a whole number was expected"),
