@@ -290,6 +290,7 @@ class LanguageModel:
         self,
         system: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         template: str | Path | None = None,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
@@ -302,6 +303,8 @@ class LanguageModel:
 
         Args:
             system: What the model is told before all else.
+            messages: What was said so far, in OpenAI's form; a system text stands first. `ask()` without a text answers
+                a question that stands last.
             template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
             tools: What the model may call: JSON schemas {"type": "function", "function": {"name", "description",
                 "parameters"}}, or Python functions with type hints and a docstring in Google's style.
@@ -322,6 +325,7 @@ class LanguageModel:
         return Chat(
             self,
             system,
+            messages=messages,
             template=template,
             tools=tools,
             documents=documents,

@@ -33,7 +33,6 @@ from .protocol import MOST_JSON, Loaded, Values
 from .stream import PER_TOKEN, SandboxedStream
 
 if TYPE_CHECKING:
-    from ..decoding.stream import Stream
     from ..text.tools import Tool
 
 T = TypeVar("T")
@@ -177,6 +176,7 @@ class SandboxedModel:
         self,
         system: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         template: str | Path | None = None,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
@@ -187,6 +187,7 @@ class SandboxedModel:
         return Chat(
             self,
             system,
+            messages=messages,
             template=template,
             tools=tools,
             documents=documents,
@@ -209,7 +210,12 @@ class SandboxedModel:
 
     async def ascore(self, text: str | Sequence[int]) -> Score:
         """As `score`, for `await`."""
-        return await asyncio.get_running_loop().run_in_executor(_Waiters(), self.score, text)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self.score, text)
+
+    @property
+    def executor(self) -> Executor:
+        """The threads that wait for the tokens of an event loop."""
+        return _Waiters()
 
     def _alive(self) -> Connection:
         """The process. Raises InputError where the model is closed, UntrustedBundleError where it has ended."""
@@ -228,8 +234,7 @@ class SandboxedModel:
         return SandboxedStream(self._alive(), self, self._sent(prompt), options, self.manifest)
 
     def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
-        stream = cast("Stream", self._stream(prompt, options))  # it has all that an AsyncStream calls
-        return AsyncStream(stream, _Waiters())
+        return AsyncStream(self._stream(prompt, options), self.executor)
 
 
 class _Waiters(Executor):

@@ -145,16 +145,18 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
 
 
 def test_none_is_not_set_in_every_option(byte_model: LanguageModel, speaking_bundle: Bundle) -> None:
-    names = dict.fromkeys(GENERATE_OPTIONS)
-    seen = byte_model.generate("a", **names)  # type: ignore[misc]
-    assert seen.ids == byte_model.generate("a").ids
-    chat = byte_model.chat(None, template=None, tools=None, documents=None, special_tokens_as_text=None)
-    assert chat.ask("?", **dict.fromkeys(CHAT_OPTIONS)).ids == byte_model.chat().ask("?").ids  # type: ignore[misc]
+    every: dict[str, Any] = dict.fromkeys(GENERATE_OPTIONS)
+    chats: dict[str, Any] = dict.fromkeys(CHAT_OPTIONS)
+    going: dict[str, Any] = dict.fromkeys(SESSION_OPTIONS)
+    arguments: dict[str, Any] = dict.fromkeys(set(inspect.signature(load).parameters) - {"path", "trust"})
+    expected = byte_model.generate("a").ids
+    assert byte_model.generate("a", **every).ids == expected
+    chat = byte_model.chat(None, messages=None, template=None, tools=None, documents=None, special_tokens_as_text=None)
+    assert chat.ask("?", **chats).ids == byte_model.chat().ask("?").ids
     session = byte_model.session()
     session.append("a", context_overflow=None, num_sink_tokens=None)
-    assert session.generate(**dict.fromkeys(SESSION_OPTIONS)).ids == seen.ids  # type: ignore[misc]
-    arguments = set(inspect.signature(load).parameters) - {"path", "trust"}
-    with load(speaking_bundle.path, **dict.fromkeys(arguments)) as model:  # type: ignore[call-overload]
+    assert session.generate(**going).ids == expected
+    with load(speaking_bundle.path, **arguments) as model:
         assert model.max_batch > 1
         assert not pastkey.Generator(model.bundle.path, exact=None, max_batch=None, seed=None).exact
 
