@@ -19,7 +19,7 @@ from ..constraints.lazy import LazyVocabulary
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
-from ..decoding.batching.shared_prefill import SharedPrefill
+from ..decoding.batching.shared_prefill import SharedPrefills
 from ..decoding.completion import Completion, completed
 from ..decoding.many import StreamMany, several, token_ids
 from ..decoding.stream import Stream
@@ -205,7 +205,8 @@ class LanguageModel:
         """Continues a prompt, or each of several.
 
         Args:
-            prompt: A text, or a sequence of token ids (T,); or a sequence of these, which are decoded together.
+            prompt: A text, or a sequence of token ids (T,); or a sequence of these, which are decoded together. Those
+                that share their first 32 tokens share the prefill of what they begin with.
             progress: Of several continuations, is told how many are done, and how many there are, after each.
             n: So many continuations of each prompt, up to 10,000, which share its prefill; each draws by a seed of its
                 own, the first one by `seed`. They are a list, also of one prompt.
@@ -407,7 +408,7 @@ class LanguageModel:
         return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
 
     def _stream(
-        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefill | None = None
+        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
     ) -> Stream:
         """Checks everything, and gives the stream."""
         return open_prompt(self.parts, prompt, options, shared)
