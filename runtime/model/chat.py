@@ -66,8 +66,8 @@ class Chat:
     ) -> None:
         """See `LanguageModel.chat`, whose further keywords are `template_variables`."""
         self.model = model
-        check_messages(messages or [])
-        said = list(map(read_message, messages or []))
+        check_messages(given := or_default(messages, ()))
+        said = list(map(read_message, given))
         if said and said[0]["role"] == "system":
             if system is not None:
                 raise InputError("system is given, and messages begin with another system text: leave one of them out")

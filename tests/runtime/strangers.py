@@ -189,6 +189,9 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Chat.reset": lambda w: (asked(w).reset, {}),
     "Chat.ask": lambda w: (w.lm.chat().ask, {"text": "abc", **FEW}),
     "Chat.stream": lambda w: (w.lm.chat().stream, {"text": "abc", **FEW}),
+    "Chat.aask": lambda w: (w.lm.chat().aask, {"text": "abc", **FEW}),
+    "Chat.astream": lambda w: (w.lm.chat().astream, {"text": "abc", **FEW}),
+    "AnswerStream.send": lambda w: (w.lm.chat().stream("abc", **FEW).send, {"value": None}),
     "Chat.prompt_ids": lambda w: (asked(w).prompt_ids, {}),
     "Chat.take_answer": lambda w: (asked(w).take_answer, {"answer": w.lm.generate("abc", **FEW)}),
     "Chat.add_tool_result": lambda w: (w.lm.chat().add_tool_result, {"content": "abc", "name": "f"}),
@@ -233,13 +236,14 @@ LEFT_OUT = {
         "Engine.advance_batched Generation.fail Generation.begin Generation.step Generation.retire "
         "Engine.drop_cache Generation.jump Generation.make_ready Generation.require_ownership Generation.restart "
         "Generation.take Generation.take_together Generator.answers PrefixStore.take PrefixStore.put "
-        "PrefixStore.shrink CacheMemory.promise CacheMemory.release"
+        "Chat.taken_in PrefixStore.nearest PrefixStore.shrink CacheMemory.promise CacheMemory.release"
     ),
     "is Python's own protocol of generators, which takes an error to be raised": (
-        "Stream.throw StreamMany.throw AsyncStream.athrow"
+        "Stream.throw StreamMany.throw AsyncStream.athrow AnswerStream.throw"
     ),
     "takes nothing, and ends what every row has used": (
-        "LanguageModel.close Stream.cancel Stream.close StreamMany.cancel StreamMany.close AsyncStream.cancel "
+        "LanguageModel.close AnswerStream.cancel AnswerStream.close "
+        "Stream.cancel Stream.close StreamMany.cancel StreamMany.close AsyncStream.cancel "
         "AsyncStream.aclose"
     ),
     "sends what it is given to a process, which calls those above": (
