@@ -6,10 +6,13 @@ A token is chosen in `take`, and nowhere else.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from threading import TIMEOUT_MAX
 from typing import Literal, Protocol
+
+import numpy as np
 
 from pastkey.errors import InputError, NumericsError
 
@@ -149,7 +152,7 @@ class Generation:
         )
         if drafter is not None:
             drafter.begin(self._sample.twin(), self._end_ids, engine.manifest.vocab_size, constraint)
-        self.deadline = float("inf")
+        self.deadline = math.inf
         self._lifecycle: Lifecycle = lifecycle or Alone()
         self._started = False
         self.begun = False
@@ -165,7 +168,7 @@ class Generation:
 
     def __next__(self) -> int:
         while not self.closed:
-            if self._yielded < len(self.ids) and self._ending not in ("cancelled", "deadline") and not self._overdue():
+            if self._yielded < len(self.ids) and not self._overdue() and self._ending not in ("cancelled", "deadline"):
                 token = self.ids[self._yielded]
                 self.require_ownership()
                 self._yielded += 1
@@ -237,7 +240,7 @@ class Generation:
         self._lifecycle.leave(self)
 
     def _overdue(self) -> bool:
-        if self._ending is None and time.monotonic() >= self.deadline:
+        if self.deadline < math.inf and self._ending is None and time.monotonic() >= self.deadline:
             self._ending = "deadline"
         return self._ending == "deadline"
 
@@ -273,27 +276,29 @@ class Generation:
     def step(self, chunk_size: int | None = None) -> None:
         """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
         engine = self.engine
-        self.jump()
-        if self.ended:
-            return
+        if not self._jumped:
+            self.jump()
+            if self.ended:
+                return
         self._speculator.start()
         missing = self.kept.missing(self.ids, engine.length)
         if len(missing) == 1:
             self.kept.make_room(engine, 1)
             draft = self._speculator.draft(self.ids, self._room)
             try:
-                logits = engine.extend([*missing, *draft])
+                logits = engine.run(np.array([[*missing, *draft]]), keep=1 + len(draft))
             except NumericsError:
                 if not draft:
                     raise
                 # Not finite keys or values of a draft token, which may be no part of the text, reach the rows before.
                 draft = []
                 self._speculator.stop()
-                logits = engine.extend(missing)
+                logits = engine.run(np.array([missing]))
             self.drafted, accepted = bool(draft), self.accepted_tokens
-            self._count(self.take(logits, draft))
+            self._count(self.take(logits[0], draft))
             self._speculator.end(len(draft), self.accepted_tokens - accepted)
-            self._settle()
+            if draft:
+                self._settle()
             self.jump()
             return
         sizes = self.kept.chunk_sizes(engine, len(missing), chunk_size)

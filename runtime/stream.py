@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
@@ -51,13 +52,16 @@ class Stream(Generator[Chunk, None, Completion]):
     ) -> None:
         """`wake` lets a thread that waits for the next token look again."""
         self._generation, self._wake = generation, wake
-        self._told = _Told(generation, stops)
-        self._chunks = _run(self._told, text)  # which knows nothing of this object, so that it is collected at once
+        self._text, self._stops = text, stops
+        self._texts: list[str] = []  # what was told so far
+        self._flushed = self._over = False
+        self._reading = threading.Lock()  # held by whoever reads
+        self._completion: Completion | None = None
 
     @property
     def completion(self) -> Completion | None:
         """What it returns at its end; also after `close`, with what was yielded until then. None before."""
-        return self._told.completion
+        return self._completion
 
     @property
     def prompt_tokens(self) -> int:
@@ -65,7 +69,62 @@ class Stream(Generator[Chunk, None, Completion]):
         return self._generation.prompt_tokens
 
     def __next__(self) -> Chunk:
-        return next_of(self._chunks)
+        if not self._reading.acquire(blocking=False):
+            raise read_already()
+        try:
+            if self._over:
+                raise StopIteration
+            chunk = self._read()
+            if chunk is None:
+                raise StopIteration(self._end())
+            return chunk
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            self._reading.release()
+
+    def _read(self) -> Chunk | None:
+        """The next token with its text, or at the end the text that was held back; then None."""
+        generation, text, stops = self._generation, self._text, self._stops
+        token = next(generation, None) if stops.found is None and not self._flushed else None
+        if token is not None:
+            self._texts.append("" if text is None else stops.push(text.push(token)))
+            new = generation.new_tokens
+            return Chunk(self._texts[-1], [token], generation.logprobs[new - 1 : new])
+        if text is not None and not self._flushed:
+            self._flushed = True
+            self._texts.append(stops.push(text.flush()) + stops.flush())
+            if self._texts[-1]:
+                return Chunk(self._texts[-1], [])
+        return None
+
+    def _end(self) -> Completion:
+        """Lets go of the model. The completion, once and for all."""
+        self._over = True
+        generation = self._generation
+        generation.close()
+        if self._completion is None:
+            reason = generation.finish_reason if self._stops.found is None else "stop_string"
+            new, found = generation.new_tokens, generation.logprobs
+            self._completion = Completion(
+                "".join(self._texts),
+                generation.ids[generation.prompt_tokens : generation.prompt_tokens + new],
+                reason or "cancelled",
+                generation.prompt_tokens,
+                new,
+                generation.prefill_seconds,
+                generation.decode_seconds,
+                generation.cached_tokens,
+                self._stops.found,
+                draft_tokens=generation.draft_tokens,
+                accepted_tokens=generation.accepted_tokens,
+                logprobs=found[:new],
+                prompt_logprobs=generation.prompt_logprobs,
+                forced_tokens=generation.forced_tokens,
+                dropped_tokens=generation.kept.dropped,
+            )
+        return self._completion
 
     def send(self, value: None) -> Chunk:
         """As `next`."""
@@ -91,12 +150,14 @@ class Stream(Generator[Chunk, None, Completion]):
     def close(self) -> None:
         """Ends it within one step; no more can be read. Never waits."""
         self._generation.cancel()
-        try:
-            self._chunks.close()
-        except ValueError:  # another thread is inside, and comes to the end now
+        if self._reading.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self._reading.release()
+        else:  # another thread is inside, and comes to the end now
             self._wake()
-        self._generation.close()
-        self._told.complete()
+            self._generation.close()
 
     def __reduce__(self) -> NoReturn:
         """Raises InputError: a copy would end this one."""
@@ -115,56 +176,3 @@ class Stream(Generator[Chunk, None, Completion]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class _Told:
-    """What a stream has told so far."""
-
-    def __init__(self, generation: Generation, stops: StopStrings) -> None:
-        self.generation, self.stops = generation, stops
-        self.texts: list[str] = []
-        self.completion: Completion | None = None
-
-    def complete(self) -> Completion:
-        """The completion, once and for all."""
-        if self.completion is None:
-            generation = self.generation
-            reason = generation.finish_reason if self.stops.found is None else "stop_string"
-            new, found = generation.new_tokens, generation.logprobs
-            self.completion = Completion(
-                "".join(self.texts),
-                generation.ids[generation.prompt_tokens : generation.prompt_tokens + new],
-                reason or "cancelled",
-                generation.prompt_tokens,
-                new,
-                generation.prefill_seconds,
-                generation.decode_seconds,
-                generation.cached_tokens,
-                self.stops.found,
-                draft_tokens=generation.draft_tokens,
-                accepted_tokens=generation.accepted_tokens,
-                logprobs=found[:new],
-                prompt_logprobs=generation.prompt_logprobs,
-                forced_tokens=generation.forced_tokens,
-                dropped_tokens=generation.kept.dropped,
-            )
-        return self.completion
-
-
-def _run(told: _Told, text: TextStream | None) -> Generator[Chunk, None, Completion]:
-    stops, texts = told.stops, told.texts
-    try:
-        for token in told.generation:
-            texts.append("" if text is None else stops.push(text.push(token)))
-            new = told.generation.new_tokens
-            yield Chunk(texts[-1], [token], told.generation.logprobs[new - 1 : new])
-            if stops.found is not None:
-                break
-        if text is not None:
-            texts.append(stops.push(text.flush()) + stops.flush())
-            if texts[-1]:
-                yield Chunk(texts[-1], [])
-    finally:
-        told.generation.close()
-        completion = told.complete()
-    return completion

@@ -79,34 +79,29 @@ class Scheduler:
     def advance(self, generation: Generation) -> None:
         """Runs steps, or waits while another does, until the generation is `ready`."""
         self._require_outside()
+        me = threading.get_ident()
         try:
             with self._mutex:
                 self._live[generation] = None
                 self._waiting.append(generation)
-            while not generation.ready:
-                self._lead_or_wait(generation)
+            while True:
+                with self._mutex:
+                    if generation.ready:
+                        break
+                    if self._leader is not None or self._asking:
+                        self._changed.wait(max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
+                        continue
+                    self._leader = me
+                self._step()
+                self._leader = None
+                self._tidy()
         finally:
+            if self._leader == me:
+                self._leader = None  # before an interrupt can come within a call
             with self._mutex:
                 if generation in self._waiting:
                     self._waiting.remove(generation)
                 self._changed.notify_all()  # a follower leads now
-
-    def _lead_or_wait(self, generation: Generation) -> None:
-        """Runs a step where nobody else does; else waits for the end of one."""
-        me = threading.get_ident()
-        try:
-            with self._mutex:
-                if generation.ready:
-                    return
-                if self._leader is not None or self._asking:
-                    self._changed.wait(max(0.0, min(LOOK_SECONDS, generation.deadline - time.monotonic())))
-                    return
-                self._leader = me
-            self._step()
-        finally:
-            if self._leader == me:
-                self._leader = None  # before an interrupt can come within a call
-                self._tidy()
 
     def _lead_alone(self) -> None:
         """Waits for the lead, before all who want a step: these would never leave a gap."""
@@ -206,9 +201,12 @@ class Scheduler:
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
         """Takes those that have left out of the slab, and hands their caches on. With the lock held, and no leader."""
+        closed = [generation for generation in list(self._live) if generation.closed]
+        if not closed and not self._clears:
+            return
         self._leader = threading.get_ident()  # a collector may call `leave` within this
         try:
-            for generation in [generation for generation in list(self._live) if generation.closed]:
+            for generation in closed:
                 try:
                     generation.retire()
                 except Exception as error:
@@ -230,46 +228,56 @@ class Scheduler:
         """Whether an engine is in the slab."""
         return self._slab is not None and self._slab.holds(engine)
 
-    def _step(self) -> None:
-        """One chunk of a prefill, and one run that decodes."""
-        bound: list[Generation] = []
-        try:
-            self._run_step(bound)
-        except BaseException:
-            for generation in bound:
-                self._drop(generation)
-            raise
-
     def _drop(self, generation: Generation) -> None:
         """The rule of what an exception leaves: a cache that was bound is dropped."""
         self.move_out(generation.engine, keep=False)
         generation.restart()
 
-    def _run_step(self, bound: list[Generation]) -> None:
+    def _step(self) -> None:
+        """One chunk of a prefill, and one run that decodes."""
         self.steps += 1
-        waiting = [g for g in self._waiting if not g.ended]
-        live = [g for g in list(self._live) if not g.ended]
-        for generation in waiting:
-            if not generation.begun:
-                self._guarded(generation, generation.begin)
-        rows = [g for g in live if g.begun and not g.ended and g.pending == 1 and self._shares(g)]
+        bound: list[Generation] = []
+        try:
+            waiting = [g for g in self._waiting if not g.ended]
+            for generation in waiting:
+                if not generation.begun:
+                    self._guarded(generation, generation.begin)
+            together = self._sharing(waiting) if len(self._live) > 1 else []
+            # Who is not decoded with others has a step of its own, one of them each time, in order.
+            alone = next((g for g in waiting if g not in together and not g.ready), None)
+            bound += together
+            if alone is not None:
+                bound.append(alone)
+                decodes, before, started = alone.pending == 1, len(alone.ids), time.perf_counter()
+                try:
+                    alone.step(None if decodes or not self._decodes_beside(alone) else PREFILL_BESIDE)
+                except Exception as error:
+                    self._fail(alone, error)
+                if decodes and len(alone.ids) > before:
+                    self._pace.note(1, time.perf_counter() - started, draft=alone.drafted)
+                if len(waiting) > 1:
+                    self._to_the_end(alone)
+            if together:
+                self._decode(together)
+            if self._slab is not None and self._slab.members:
+                self._park(self._slab, {id(g.engine) for g in together})
+        except BaseException:
+            for generation in bound:
+                self._drop(generation)
+            raise
+
+    def _sharing(self, waiting: list[Generation]) -> list[Generation]:
+        """Those whose next tokens are decoded in one run."""
+        live = [g for g in list(self._live) if g.begun and not g.ended]
+        rows = [g for g in live if g.pending == 1 and self._shares(g)]
         if len(rows) < 2 or self._pace.turns_pay(rows):
-            rows = []
+            return []
         reading = [g for g in rows if g.ahead < AHEAD]
-        together = reading if len(reading) > 1 and any(g in waiting for g in reading) else []
-        # Who is not decoded with others has a step of its own, one of them each time, in order.
-        alone = next((g for g in waiting if g not in together and not g.ready), None)
-        bound += together if alone is None else [alone, *together]
-        if alone is not None:
-            beside = alone.pending > 1 and any(g is not alone and g.begun and g.pending == 1 for g in live)
-            decodes, before, started = alone.begun and alone.pending == 1, len(alone.ids), time.perf_counter()
-            self._guarded(alone, lambda: alone.step(PREFILL_BESIDE if beside else None))
-            if decodes and len(alone.ids) > before:
-                self._pace.note(1, time.perf_counter() - started, draft=alone.drafted)
-            self._to_the_end(alone)
-        if together:
-            self._decode(together)
-        self._park({id(g.engine) for g in together})
+        return reading if len(reading) > 1 and any(g in waiting for g in reading) else []
+
+    def _decodes_beside(self, alone: Generation) -> bool:
+        """Whether others wait for tokens meanwhile."""
+        return any(g is not alone and g.begun and g.pending == 1 and not g.ended for g in list(self._live))
 
     def _shares(self, generation: Generation) -> bool:
         """Whether its next token can be decoded in a run with others."""
@@ -294,23 +302,21 @@ class Scheduler:
             logits = self._slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])
         except Exception as error:
             for generation in rows:
-                generation.fail(error)
+                self._fail(generation, error)
             return
         self._pace.note(len(rows), time.perf_counter() - started)
         self.batched += len(rows)
         for generation, row in zip(rows, logits, strict=True):
             self._guarded(generation, lambda g=generation, row=row: _take(g, row))  # type: ignore[misc]
 
-    def _park(self, wanted: set[int]) -> None:
+    def _park(self, slab: Slab, wanted: set[int]) -> None:
         """Moves rows out that have had no token for a while, so that the others do not run over them."""
-        if self._slab is None or not self._slab.members:
-            return
-        for engine in list(self._slab.members):
+        for engine in list(slab.members):
             steps = 0 if id(engine) in wanted else self._stalled.get(id(engine), 0) + 1
             self._stalled[id(engine)] = steps
             if steps > STALLED:
                 self._stalled.pop(id(engine))
-                self._slab.remove(engine)
+                slab.remove(engine)
 
     def _to_the_end(self, generation: Generation) -> None:
         with self._mutex:
@@ -323,8 +329,11 @@ class Scheduler:
         try:
             action()
         except Exception as error:
-            self._drop(generation)
-            generation.fail(error)
+            self._fail(generation, error)
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        self._drop(generation)
+        generation.fail(error)
 
 
 def _take(generation: Generation, logits: Logits) -> None:

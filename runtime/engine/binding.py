@@ -1,4 +1,4 @@
-"""What a run is bound to: onnxruntime's IOBinding, with the arrays of its inputs."""
+"""What a run is bound to: onnxruntime's IOBinding, with the arrays of its inputs and of its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..providers.placement import CPU
 
 
 class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
-    """An onnxruntime.IOBinding. Binding a value takes 10 us, so that an input which keeps its shape is bound once."""
+    """An onnxruntime.IOBinding. Binding takes 10 us, and a new array its pages: what keeps its shape is bound once."""
 
     def __init__(self, onnx: Any) -> None:
         """`onnx` is the onnxruntime.InferenceSession."""
@@ -20,12 +20,37 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
         # A bound value is its array on the processor; a provider with memory of its own is given a copy.
         self._keeps = onnx.get_providers()[0] == CPU
         self._fed: dict[str, npt.NDArray[Any]] = {}
+        self._results: dict[str, npt.NDArray[np.float32]] = {}
 
-    def feed(self, name: str, array: npt.NDArray[Any]) -> None:
-        """Gives the next run an input: what `array` holds now, whatever becomes of it."""
+    def feed(
+        self,
+        name: str,
+        value: npt.ArrayLike,
+        shape: tuple[int, ...] | None = None,
+        dtype: type[np.generic] = np.int64,
+    ) -> None:
+        """Gives the next run an input: what `value` holds now, whatever becomes of it.
+
+        `shape`: of the input, where `value` is a number for all of it or another shape of the same size.
+        """
+        shape = np.shape(value) if shape is None else shape
         bound = self._fed.get(name)
-        if not self._keeps or bound is None or bound.shape != array.shape:
-            self._fed[name] = bound = np.array(array, order="C")
+        if not self._keeps or bound is None or bound.shape != shape:
+            self._fed[name] = bound = np.empty(shape, dtype)
+            bound[...] = value
             self.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(bound))
         else:
-            bound[...] = array
+            bound[...] = value
+
+    def result(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """The array that the next run writes an output into: that of the run before where it has this shape."""
+        bound = self._results.get(name)
+        if bound is None or bound.shape != shape:
+            self._results[name] = bound = np.empty(shape, np.float32)
+            self.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(bound))
+        return bound
+
+    def clear_binding_outputs(self) -> None:
+        """Forgets all outputs."""
+        super().clear_binding_outputs()
+        self._results.clear()

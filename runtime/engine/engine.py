@@ -283,7 +283,7 @@ class Engine:
         if len(chunks) > 1:
             self.reserve(ids.size)
         for chunk in chunks:
-            logits = self._run(chunk[None])
+            logits = self.run(chunk[None])
         return _last(logits)
 
     def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
@@ -303,7 +303,7 @@ class Engine:
     @one_at_a_time
     def decode(self, token: int) -> Logits:
         """Appends one token to one row; returns its logits (V,)."""
-        return _last(self._run(self.checked([token], 1)[None]))
+        return _last(self.run(self.checked([token], 1)[None]))
 
     @property
     def takes_padding(self) -> bool:
@@ -318,7 +318,7 @@ class Engine:
     @one_at_a_time
     def append(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one row in one run; returns the last one's logits (V,)."""
-        return _last(self._run(self.checked(ids, 1)[None]))
+        return _last(self.run(self.checked(ids, 1)[None]))
 
     @one_at_a_time
     def all_logits(self, ids: npt.ArrayLike) -> Logits:
@@ -326,7 +326,7 @@ class Engine:
         ids = self.checked(ids, 1)
         sizes = self.chunk_sizes(ids.size)
         chunks = np.split(ids, np.cumsum(sizes)[:-1])
-        return np.concatenate([self._run(chunk[None], keep=chunk.size)[0] for chunk in chunks])
+        return np.concatenate([self.run(chunk[None], keep=chunk.size)[0].copy() for chunk in chunks])
 
     @one_at_a_time
     def extend(self, ids: npt.ArrayLike) -> Logits:
@@ -336,7 +336,7 @@ class Engine:
         """
         ids = self.checked(ids, 1)
         assert ids.size == 1 or self.supports_drafts, "the standard graph's cache would be copied to be trimmed"
-        logits: Logits = self._run(ids[None], keep=ids.size)[0]
+        logits: Logits = self.run(ids[None], keep=ids.size)[0].copy()
         return logits
 
     @one_at_a_time
@@ -355,7 +355,8 @@ class Engine:
         """
         ids = self.checked(ids, 2)
         every = self.graph.every
-        return self._run(ids, None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=every))
+        checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=every)
+        return self.run(ids, checked).copy()
 
     @one_at_a_time
     def hidden_states(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> HiddenStates:
@@ -372,15 +373,25 @@ class Engine:
         self.graph.require_hidden_states()
         ids = self.checked(ids, 2)
         checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=True)
-        return self._run(ids, checked, hidden=True)
+        return self.run(ids, checked, hidden=True).copy()
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def _run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False) -> HiddenStates | Logits:
-        """Appends checked ids (B, T); `keep`: how many last positions have logits. `hidden`: see DecoderGraph.run."""
+    def run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False) -> HiddenStates | Logits:
+        """Appends checked ids (B, T). The one way to onnxruntime: every method above comes here.
+
+        Args:
+            ids: (B, T).
+            mask: (B, T), or None for no padding.
+            keep: How many last positions have logits.
+            hidden: Whether hidden states are returned in their place.
+
+        Returns:
+            As DecoderGraph.run: an array that the next run may write into.
+        """
         batch, tokens = ids.shape
         graph = self.graph
         if graph.one_by_one and tokens > 1:
-            singly = [self._run(ids[:, i : i + 1], hidden=hidden) for i in range(tokens)]
+            singly = [self.run(ids[:, i : i + 1], hidden=hidden).copy() for i in range(tokens)]
             return np.concatenate(singly if graph.every or hidden else singly[-keep:], 1)
         start = self.length
         keep = tokens if graph.every else keep
@@ -392,17 +403,24 @@ class Engine:
         if isinstance(self.cache, StaticGraphs):
             return self._run_static(self.cache, ids, mask, keep=keep)
         padded = self._padding.mask is not None or mask is not None
-        if batch == 1 and mask is None:
+        if self._window is not None and batch == 1 and mask is None:
             self.leave_window(tokens)
-        with self._changing():
+        try:  # as `_changing`, which would cost a hundredth of a fast step
             cache, total = self.cache.for_run(batch, tokens, padded=padded), self.cache.length + tokens
-            full_mask, positions = self._padding.of_run(cache.length, batch, tokens, mask)
-            real = full_mask.sum(1) if padded else np.full(batch, total)
+            full_mask, positions, real = None, cache.length, total
+            if tokens > 1 or padded or graph.takes_mask:
+                full_mask, positions = self._padding.of_run(cache.length, batch, tokens, mask)
+                real = full_mask.sum(1) if padded else total
             found = graph.run(cache, ids, positions, real, total, keep, full_mask, hidden)
             graph.check_finite(found, start, tokens, mask, hidden=hidden)
             cache.advance(tokens)
             self._padding.mask = full_mask if padded else None
             self._take_in(start, ids, known=batch == 1 and not padded)
+        except PastkeyError:
+            raise
+        except BaseException:
+            self.drop_cache()
+            raise
         return found
 
     def _take_in(self, start: int, ids: Ids, *, known: bool = True) -> None:
@@ -422,7 +440,7 @@ class Engine:
             self._ids.append(token)
 
     def _run_static(self, static: StaticGraphs, ids: Ids, mask: Ids | None, *, keep: int) -> Logits:
-        """As `_run`, by the static graphs."""
+        """As `run`, by the static graphs."""
         batch, tokens = ids.shape
         if mask is not None:
             raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
@@ -444,6 +462,6 @@ class Engine:
 
 
 def _last(logits: Logits) -> Logits:
-    """Logits (V,) of the last position of one row's (1, T, V)."""
-    last: Logits = logits[0, -1]
+    """A copy of the logits (V,) of the last position of one row's (1, T, V)."""
+    last: Logits = logits[0, -1].copy()
     return last

@@ -32,7 +32,8 @@ class Padding:
         if self.mask is None and mask is None:
             if self._ones.size < batch * total:
                 self._ones = np.ones(2 * batch * total, np.int64)
-            positions = np.arange(length, total, dtype=np.int64)[None].repeat(batch, axis=0)
+            positions = np.arange(length, total, dtype=np.int64)[None]
+            positions = positions if batch == 1 else positions.repeat(batch, axis=0)
             return self._ones[: batch * total].reshape(batch, total), positions
         past = np.ones((batch, length), np.int64) if self.mask is None else self.mask
         new = np.ones((batch, tokens), np.int64) if mask is None else mask

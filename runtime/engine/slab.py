@@ -61,6 +61,7 @@ class Slab:
     def decode(self, engines: Sequence[Engine], tokens: Sequence[int]) -> list[Logits]:
         """Appends a token to each of several engines in one run; returns the logits (V,) of each, in their order.
 
+        They stand in arrays that the next run may write into.
         Those that are not in the slab yet move in. The caller sees to it that there is room (`has_room`) and that the
         logits are finite. An exception drops the caches of all engines here, and they leave the slab.
         """

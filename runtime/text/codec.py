@@ -13,8 +13,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pastkey import names
-from pastkey.errors import InputError, IntegrityError
-from pastkey.reading import NativeError, panics_as_errors, read_bytes
+from pastkey.errors import InputError, IntegrityError, first_line
+from pastkey.reading import NativeError, is_panic, panics_as_errors, read_bytes
 from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 from pastkey.values import shown
 
@@ -42,6 +42,7 @@ class TextCodec:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._pieces: list[str] | None = None
+        self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, special ones shown or not
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         named = ((tokenizer.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
         self._bytes = {token: byte for token, byte in named if token is not None}
@@ -89,10 +90,20 @@ class TextCodec:
     def decode(self, ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
         """The text of ids, special tokens left out unless they are to be kept."""
         try:
-            with panics_as_errors():
-                return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
-        except NativeError as error:
-            raise _damaged_decoder(len(ids), error) from None
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
+        except BaseException as error:  # what `panics_as_errors` does, once or twice a token
+            if is_panic(error):
+                raise _damaged_decoder(len(ids), NativeError(first_line(error))) from None
+            raise
+
+    def decode_known(self, ids: Sequence[int], *, keep_special_tokens: bool) -> str:
+        """As `decode`, which remembers the texts of single tokens."""
+        if len(ids) != 1:
+            return self.decode(ids, keep_special_tokens=keep_special_tokens)
+        key = ids[0], keep_special_tokens
+        if key not in self._alone:
+            self._alone[key] = self.decode(ids, keep_special_tokens=keep_special_tokens)
+        return self._alone[key]
 
     def vocabulary(self) -> dict[str, int]:
         """The id of each token by its text in the vocabulary, added ones included."""
@@ -170,6 +181,7 @@ class TextStream:
         self._keep = keep_special_tokens
         self._after_text = after_text
         self._context: list[int] = []  # ids whose text is out
+        self._before: str | None = None  # their text, once it is asked for
         self._window: list[int] = []  # ids after them
         self._emitted = 0  # characters of the window's text that are out
 
@@ -193,7 +205,7 @@ class TextStream:
         new = text[self._emitted : whole]
         self._emitted = max(self._emitted, whole)
         if text and whole == len(text):
-            self._context, self._window, self._emitted = self._window, [], 0
+            self._context, self._window, self._emitted, self._before = self._window, [], 0, None
         return new
 
     def flush(self) -> str:
@@ -209,7 +221,9 @@ class TextStream:
 
     def _text(self) -> str:
         """The window's text as it stands behind the context."""
-        before = self._codec.decode(self._context, keep_special_tokens=self._keep)
+        if self._before is None:
+            self._before = self._codec.decode_known(self._context, keep_special_tokens=self._keep)
+        before = self._before
         return self._codec.decode(self._context + self._window, keep_special_tokens=self._keep)[len(before) :]
 
 

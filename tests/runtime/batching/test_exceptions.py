@@ -65,7 +65,7 @@ MOMENTS: list[tuple[type, str, int, bool]] = [
     (Slab, "_make_room", 0, True),
     (Slab, "remove", 0, True),
     (Engine, "append", 0, True),
-    (Engine, "extend", 1, True),
+    (Engine, "run", 1, True),
     (Engine, "trim", 0, True),
     (Engine, "keep_prefix", 0, True),
     (Generation, "begin", 0, True),

@@ -40,13 +40,13 @@ def test_each_is_the_text_of_its_seed(model: LanguageModel, n: int) -> None:
 
 def test_the_prompt_is_computed_once(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    run = Engine._run
+    run = Engine.run
 
     def counted(engine: Engine, ids: Any, *rest: Any, **named: Any) -> Any:
         runs.append(ids.shape[1])
         return run(engine, ids, *rest, **named)
 
-    monkeypatch.setattr(Engine, "_run", counted)
+    monkeypatch.setattr(Engine, "run", counted)
     found = lm.generate(PROMPT, n=6, prompt_lookup=False, **DRAWN)
     assert sorted(tokens for tokens in runs if tokens > 1) == [2] * 5 + [24]
     assert [completion.cached_tokens for completion in found] == [0] + [22] * 5

@@ -70,8 +70,8 @@ def test_chunked_prefill_equals_one_pass(last: Engine, tiny: Tiny, chunk_size: i
 
 def test_a_long_prompt_is_prefilled_in_chunks_of_bounded_size(last: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    run = last._run
-    monkeypatch.setattr(last, "_run", lambda ids: sizes.append(ids.shape[1]) or run(ids))  # type: ignore[func-returns-value]
+    run = last.run
+    monkeypatch.setattr(last, "run", lambda ids: sizes.append(ids.shape[1]) or run(ids))  # type: ignore[func-returns-value]
     last.prefill(random_ids(600))
     assert sizes == [200] * 3
     for count, chunk_size in ((65, 64), (7, 2), (3, 2), (9, 4)):

@@ -47,8 +47,8 @@ class Elsewhere(Engine):
         self.graph.providers = ["DeviceExecutionProvider"]
         self.runs: list[int] = []
 
-    def _run(self, ids: Any, mask: Any = None, *, keep: int = 1, hidden: bool = False) -> npt.NDArray[np.float32]:
-        logits = super()._run(ids, mask, keep=keep, hidden=hidden)
+    def run(self, ids: Any, mask: Any = None, *, keep: int = 1, hidden: bool = False) -> npt.NDArray[np.float32]:
+        logits = super().run(ids, mask, keep=keep, hidden=hidden)
         if not (self.graph.one_by_one and ids.shape[1] > 1):
             self.runs.append(ids.shape[1])
             if ids.shape[1] >= self.least:

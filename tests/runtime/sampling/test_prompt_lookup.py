@@ -111,13 +111,13 @@ def session(fused_bundle: Bundle) -> Engine:
 def steps_of(session: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of tokens of all runs from now on."""
     runs: list[int] = []
-    run = session._run
+    run = session.run
 
     def counted(ids: Any, *arguments: Any, **named: Any) -> Any:
         runs.append(ids.shape[1])
         return run(ids, *arguments, **named)
 
-    monkeypatch.setattr(session, "_run", counted)
+    monkeypatch.setattr(session, "run", counted)
     return runs
 
 
