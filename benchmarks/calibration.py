@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.export.measure.metrics import kl_divergence, top1_agreement
-from pastkey.export.quantize import calibration
-from pastkey.export.quantize.activations import probing
-from pastkey.export.quantize.rewrite import quantize
+from pastkey.export.quantize.calibrate import calibration
+from pastkey.export.quantize.calibrate.activations import probing
+from pastkey.export.quantize.rounding.rewrite import quantize
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime.text.codec import TextCodec
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         ids = TextCodec.from_file(bundle.tokenizer).encode(arguments.text.read_text(encoding="utf-8"))
         middle, length = len(ids) // 2, arguments.length
         windows = [ids[start : start + length] for start in range(middle, middle + arguments.windows * length, length)]
-        text = calibration.calibration_text(bundle, None)
+        text = calibration.calibration_text(bundle, None, PRECISIONS["int8"].calibration_windows)
         calibrated = calibration.calibrated(bundle, text.calibration_set)
         folder, plain = bundle.all_logits_graph.parent, ir.load(bundle.all_logits_graph)
         expected = [logits(plain, folder, window) for window in windows]

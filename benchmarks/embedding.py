@@ -23,8 +23,8 @@ from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-from pastkey.bundle import Bundle, open_bundle
 from pastkey.command import Parser, positive_int, say
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel
 from pastkey.runtime.text.codec import TextCodec

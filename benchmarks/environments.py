@@ -32,10 +32,10 @@ WEBGPU = ("webgpu", ["onnxruntime-webgpu>=1.27", "numpy", "tokenizers"])
 QNN = ("qnn", ["onnxruntime>=1.26", "onnxruntime-qnn>=2", "numpy", "tokenizers"])
 # Ray Data, and Hugging Face's datasets, beside the runtime as its extra brings it; the second has every lower bound.
 RAY = ("ray", ["datasets"], "[cpu,ray]")
-# Ray 2.44 writes JSON by what pandas 3 has no more.
+# Ray 2.44 writes JSON by what pandas 3 has no more, and the newest pyarrow needs numpy 2.
 RAY_OLDEST = (
     "ray-oldest",
-    ["datasets", "pandas<3", "--constraint", str(ROOT / "tests" / "constraints-oldest.txt")],
+    ["datasets", "pandas<3", "pyarrow==17", "--constraint", str(ROOT / "tests" / "constraints-oldest.txt")],
     "[cpu,ray]",
 )
 

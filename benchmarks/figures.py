@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pastkey.bundle import Bundle, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- figures: make figures -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: benchmarks.figures -->", "<!-- end of figures -->"
 PROMPT, NEW = 128, 64  # tokens; together the demo's context
 TURNS = 9  # of a bundle in a round
 
@@ -62,7 +63,7 @@ def rows(fp32: Bundle, int8: Bundle, stories: dict[str, float], rounds: int, dem
     training = json.loads((demo / "checkpoint" / "pastkey.json").read_text(encoding="utf-8"))["training"]["figures"]
     imports = [
         1e3 * import_seconds("pastkey", beforehand="sys"),
-        1e3 * import_seconds("pastkey.runtime.language_model", beforehand="numpy, onnxruntime"),
+        1e3 * import_seconds("pastkey.runtime.model.language_model", beforehand="numpy, onnxruntime"),
     ]
     return [
         "| | float32 | int8 |",
@@ -91,7 +92,7 @@ def describe(training: dict[str, float]) -> str:
 
 
 def weight_bytes(bundle: Bundle) -> int:
-    return sum(record.size for name, record in bundle.manifest.files.items() if name.endswith("_data"))
+    return sum(record.size for name, record in bundle.manifest.files.items() if names.is_weights_file(name))
 
 
 def speed_ratios(fp32: Bundle, int8: Bundle, rounds: int) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from pastkey.folder import read_json
+from pastkey.files.folder import read_json
 
 _BARS = 10
 _LONGEST_NAME = 44  # characters of a bar's label

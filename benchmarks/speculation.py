@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from pastkey.errors import PastkeyError
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
-from pastkey.runtime.draft_model import timed_worth
+from pastkey.runtime.model.draft_model import timed_worth
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.runtime.sampling import truncation
 

@@ -25,5 +25,8 @@ from pastkey.lazy import lazy_names
 if TYPE_CHECKING:
     from .pipeline import Report as Report
     from .pipeline import export as export
+    from .settings import ExportOptions as ExportOptions
 else:
-    __all__, __getattr__, __dir__ = lazy_names(__name__, {".pipeline": ["Report", "export"]})
+    __all__, __getattr__, __dir__ = lazy_names(
+        __name__, {".pipeline": ["Report", "export"], ".settings": ["ExportOptions"]}
+    )

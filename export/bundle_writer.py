@@ -10,26 +10,27 @@ from typing import Any
 import onnx_ir as ir
 
 import pastkey
-from pastkey import names
-from pastkey.bundle import Bundle, CacheShift, Manifest
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, CacheShift, Manifest
+from pastkey.contract.provider_options import in_manifest, not_kept
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
-from pastkey.folder import file_records, parse_records
-from pastkey.provider_options import in_manifest, not_kept
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records, parse_records
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine
-from pastkey.runtime.engine.golden import LIMITS, Golden, require_golden
+from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.ort import RunError
 
 from .compat.configs import write_configurations
-from .graft.observe import Observation
+from .graft.probe.observe import Observation
 from .graft.trace import GraphChoice
 from .graph.edit import IR_VERSION
-from .graph.save import count_operators, write_graphs
+from .graph.write.save import count_operators, write_graphs
 from .measure.verify import Verification, verify
 from .progress import Progress
-from .quantize.rewrite import Form
+from .quantize.rounding.rewrite import Form
 from .settings import ExportConfig
 from .source.source import Source
 
@@ -70,7 +71,7 @@ class BundleWriter:
             pastkey_version=pastkey.__version__,
             source=source.name,
             precision=precision,
-            target="cpu",  # where an export runs it; `finish` says what it was made for
+            target="cpu",  # where an export runs it; `configure` sets its own
             graph=choice.graph,
             graph_reason=choice.reason,
             vocab_size=observation.vocab_size,
@@ -110,7 +111,7 @@ class BundleWriter:
         return verification
 
     def configure(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Bundle:
-        """Writes golden logits, configurations and the tokenizer. Returns the bundle, for its target."""
+        """Writes golden logits, configurations and the tokenizer. Returns the bundle for its target."""
         folder = bundle.path
         manifest = dataclasses.replace(
             bundle.manifest,
@@ -134,7 +135,7 @@ class BundleWriter:
         return dataclasses.replace(bundle, manifest=manifest)
 
     def prove_on_target(self, bundle: Bundle) -> None:
-        """Proves a finished bundle where it is to run, if that is here; a first load there does so, too."""
+        """Proves a finished bundle on its target, where this machine has it; otherwise the first load does."""
         target = bundle.manifest.target
         provider = ep.provider_of(target)
         if provider == "cpu":
@@ -163,12 +164,13 @@ class BundleWriter:
 
 
 def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
-    """What a device must compute: logits of as many positions as a part of the weights has room for."""
-    weights = sum(path.stat().st_size for path in bundle.all_logits_graph.parent.glob(f"*{names.DATA_SUFFIX}"))
+    """The logits that a device must compute, of as many positions as fit into 1 % of the weights' bytes."""
+    files = bundle.all_logits_graph.parent.iterdir()
+    weights = sum(path.stat().st_size for path in files if names.is_weights_file(path.name))
     rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
-    # There the weights alone are quantized, and the processor's activations are no others than the device's.
-    exact = manifest.precision in ("int8", "int4") and Form.of(manifest.target) is Form.GPU
+    # On a GPU the weights alone are quantized: activations are float32 there and on the CPU.
+    exact = PRECISIONS[manifest.precision].quantized and Form.of(manifest.target) is Form.GPU
     like = "fp32" if exact else manifest.precision
     if like == "fp32" and manifest.target in names.STATIC_TARGETS:  # which compute in float16
         like = "fp16"
-    return Golden.computed(Engine(bundle, providers="cpu"), rows, LIMITS[like])
+    return Golden.computed(Engine(bundle, providers="cpu"), rows, PRECISIONS[like].golden_limit)

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from pastkey import names
-from pastkey.bundle import open_bundle
 from pastkey.command import (
     Command,
     add_placement,
@@ -22,7 +20,10 @@ from pastkey.command import (
     print_json,
     say,
 )
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
+from pastkey.precisions import PRECISIONS
 
 from .progress import SILENT, Progress
 from .settings import (
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from pastkey.runtime.settings import PlacementOptions
 
-    from .graft.observe import Layer
+    from .graft.probe.observe import Layer
     from .measure.evaluate import Evaluation
     from .pipeline import Report
 
@@ -53,27 +54,25 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help=SOURCES)
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    add("--precision", choices=names.PRECISIONS, help="of the weights (default: %(default)s)")
-    add("--target", choices=names.TARGETS, help="where it will run (default: %(default)s)")
-    add("--graph", choices=GRAPH_CHOICES, help="which graph (default: %(default)s)")
-    add(
-        "--format", choices=names.FORMATS, help="ort: pastkey's own graph in the ORT format, too (default: %(default)s)"
-    )
+    add("--precision", choices=PRECISIONS, help="of the weights (default: %(default)s)")
+    add("--target", choices=names.TARGETS, help="where the bundle will run (default: %(default)s)")
+    add("--graph", choices=GRAPH_CHOICES, help="form of the graph (default: %(default)s)")
+    add("--format", choices=names.FORMATS, help="ort: also write the graph in the ORT format (default: %(default)s)")
     add(
         "--generate",
         action="store_true",
-        help="a whole generation as one graph, too: one call from any language takes a prompt and gives the new ids",
+        help="also write a whole generation as one graph: one call from any language, prompt in, new ids out",
     )
     add(
         "--hidden-states",
         action="store_true",
-        help="pastkey's own graph gives the last hidden states, too, for embeddings of texts: lm.embed in Python",
+        help="also output the last hidden states, for text embeddings: lm.embed in Python",
     )
     add(
         "--chunk",
         type=positive_int,
         metavar="T",
-        help=f"of the static graph: tokens of a run of prefill (default: {STATIC_CHUNK})",
+        help=f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})",
     )
     add(
         "--context",
@@ -85,30 +84,29 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer",
         metavar="FILE",
-        help=f"of a module: {TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer .bin; "
-        "without one, ids only",
+        help=f"for modules: {TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer "
+        ".bin; without one, the bundle takes ids only",
     )
     add(
         "--call",
         metavar="EXPR",
-        help="how a module is called, where trying does not find it: an expression over model and ids (B, T), such as "
-        '"model(ids, None)[0]"',
+        help="how to call a module, an expression over model and ids (B, T), such as "
+        '"model(ids, None)[0]" (default: found by trying)',
     )
-    add("--eos", type=_token_ids, action="extend", metavar="ID", help="token id that ends a text; several: 1,2")
+    add("--eos", type=_token_ids, action="extend", metavar="ID", help="token id that ends a generation; several: 1,2")
     _add_weights(parser)
-    add("--chat-template", metavar="FILE", help="a .jinja file in place of the source's own chat template")
-    add("--calibration", metavar="FILE", help="text that int8 or int4 is made for (default: its own)")
+    add("--chat-template", metavar="FILE", help="a .jinja file (default: the source's chat template)")
+    add("--calibration", metavar="FILE", help="text to calibrate quantization on (default: text that the model writes)")
     add(
         "--max-kl",
         type=finite_float,
         metavar="NATS",
-        help="what it may cost: the matrices that cost most stay in float32, or of int4 in int8, until its KL "
-        "divergence is no larger",
+        help="KL budget in nats: the most sensitive matrices stay in float32 (int4: int8) until it is met",
     )
-    add("--sensitivity", metavar="FILE", help="write what each matrix costs in int8 or int4 to this .json file")
+    add("--sensitivity", metavar="FILE", help="write the sensitivity of each matrix to this .json file")
     add_provider_settings(parser)
     add("--force", action="store_true", help="replace an existing bundle")
-    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
+    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
     add("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(ExportConfig)})
 
@@ -117,8 +115,8 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; no "
-        "training of the script is run then",
+        help="state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; of a "
+        "script only definitions run then",
     )
 
 
@@ -165,14 +163,14 @@ def _export(arguments: argparse.Namespace) -> int:
 def _say_sensitivity(report: Report) -> None:
     kept = report.manifest.quality.get("float32_weights", [])
     if kept:
-        say(f"  kept in float32, to meet --max-kl: {len(kept)} {'weight' if len(kept) == 1 else 'weights'}")
+        say(f"  kept in float32 to meet --max-kl: {len(kept)} {'weight' if len(kept) == 1 else 'weights'}")
     raised = report.manifest.quality.get("int8_weights", [])
     if raised:
-        say(f"  in int8, where a bit buys most: {len(raised)} {'weight' if len(raised) == 1 else 'weights'}")
+        say(f"  kept in int8 (most sensitive): {len(raised)} {'weight' if len(raised) == 1 else 'weights'}")
     if report.sensitivity is not None:
         worst = report.sensitivity.rows[:3]
         say(
-            f"  {report.manifest.precision} costs most at "
+            f"  most sensitive to {report.manifest.precision}: "
             + ", ".join(f"{row.weight} ({row.kl_divergence:.2g} nats)" for row in worst)
         )
 
@@ -180,17 +178,17 @@ def _say_sensitivity(report: Report) -> None:
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", help="the bundle folder")
-    add("source", nargs="?", help="what it was exported from; without it, the bundle's own uncached run")
-    add("--key", metavar="PUBLIC.pem", help="whose signature it must have, by pastkey sign; looked at first")
+    add("source", nargs="?", help="the source of the export (default: compare with the bundle's own uncached run)")
+    add("--key", metavar="PUBLIC.pem", help="require a signature by this key, made by pastkey sign; checked first")
     _add_weights(parser)
-    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
+    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
     add_placement(parser)
     add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.key is not None:
-        from pastkey.runtime.signature import require_signature
+        from pastkey.runtime.model.signature import require_signature
 
         require_signature(arguments.bundle, arguments.key)
     bundle = open_bundle(arguments.bundle, verify=True)
@@ -238,7 +236,9 @@ def _say_parity(verification: Mapping[str, Any], title: str) -> None:
 
 def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="the bundle folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: per program, loads and why not")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: for each program, whether it loads and why not"
+    )
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -262,8 +262,8 @@ def _check(arguments: argparse.Namespace) -> int:
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", help="the bundle folder")
-    add("--text", required=True, metavar="FILE", help="a UTF-8 text file to measure it on")
-    add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or whatever export takes, run in torch")
+    add("--text", required=True, metavar="FILE", help="a UTF-8 text file to evaluate on")
+    add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or a source of export, run in torch")
     _add_weights(parser)
     shown = f"{EVAL_LENGTH}, or the context where that is shorter"
     add("--length", type=positive_int, metavar="N", help=f"tokens of a window ({shown})")
@@ -272,10 +272,10 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=EVAL_WINDOWS,
         metavar="N",
-        help="take so many at most, one after another from the beginning of the text (%(default)s)",
+        help="at most N windows, from the beginning of the text (%(default)s)",
     )
     add_placement(parser)
-    add("--trust-remote-code", action="store_true", help="run the Python code that a Hugging Face folder brings")
+    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
     add("--json", action="store_true", help="print one JSON object: the same figures, null for those without reference")
     parser.epilog = (
         "perplexity: exp of the mean loss in nats over every token of a window but its first. kl_divergence: "

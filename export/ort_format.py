@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import ParityError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
-from .graph.embedding_rows import give_embedding_back
+from .graph.write.embedding_rows import give_embedding_back
 from .measure.metrics import relative_difference
 from .progress import Progress
 

@@ -1,7 +1,7 @@
-"""checkpoint/ -> bundle/, from end to end: the main function of the stage, to be read aloud.
+"""checkpoint/ -> bundle/, from end to end: the main function of the stage.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
-    [-> float16 -> verify, or calibrate -> quantize -> write int8 or int4 -> verify -> int8-KV graph]
+    [-> float16 -> verify, or calibrate -> quantize -> write -> verify -> int8-KV graph]
     [-> static graphs -> verify] [-> ORT format]
     -> golden logits -> configurations [-> whole generation] -> manifest -> prove on the target
 """
@@ -13,54 +13,52 @@ import functools
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.bundle import Bundle, CacheShift, Manifest
-from pastkey.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError, NumericsError
+from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
-from .graft.contract import in_contract
-from .graft.observe import Observation
-from .graft.positions import find_shift
-from .graft.trace import GraphChoice, choose_graph, trace
+from .graft.probe.call import CONTRACT
+from .graft.probe.contract import in_contract
+from .graft.probe.positions import find_shift
+from .graft.trace import choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import LARGEST, to_float16
 from .graph.fuse import fuse, where_rotated
-from .graph.output_head import hidden_size, output_head
-from .graph.static import write_static_graphs
+from .graph.static.qdq import in_int8, quantize_static
+from .graph.static.static import write_static_graphs
+from .graph.write.output_head import hidden_size, output_head
 from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
-from .quantize.activations import probing
-from .quantize.calibration import WINDOWS, CalibrationText, calibration_text, measured, read_calibration
-from .quantize.int4 import WINDOWS as INT4_WINDOWS
+from .quantize.calibrate.activations import probing
+from .quantize.calibrate.calibration import CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
-from .quantize.qdq import in_int8, quantize_static
+from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
-from .quantize.search import Quantized
-from .quantize.sensitivity import Sensitivity
 from .resources import parameters, require_disk, require_memory
-from .settings import STATIC_CHUNK, ExportConfig, Options
-from .source import optimum
+from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.open import open_source
 from .source.source import Source, check_tokenizer
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an export made and measured."""
+    """The result of an export."""
 
     path: Path
     manifest: Manifest
@@ -68,7 +66,7 @@ class Report:
     weight_bytes: int  # of this bundle
     fp32_weight_bytes: int  # of the same graph in float32
     seconds: float
-    sensitivity: Sensitivity | None = None  # what each matrix costs, where that was measured
+    sensitivity: Sensitivity | None = None  # of each matrix, where it was measured
     warnings: tuple[str, ...] = ()  # a sentence each
 
     def to_json(self) -> dict[str, Any]:
@@ -92,28 +90,9 @@ def export(
     module_or_path: nn.Module | str | Path,
     out: str | Path,
     precision: str = ExportConfig.precision,
-    target: str = ExportConfig.target,
-    graph: str = ExportConfig.graph,
-    tokenizer: str | Path | None = ExportConfig.tokenizer,
-    context_length: int | None = ExportConfig.context_length,
-    force: bool = ExportConfig.force,
     *,
-    call: str | None = ExportConfig.call,
-    chat_template: str | Path | None = ExportConfig.chat_template,
-    calibration: str | Path | None = ExportConfig.calibration,
-    max_kl: float | None = ExportConfig.max_kl,
-    sensitivity: str | Path | None = ExportConfig.sensitivity,
-    trust_remote_code: bool = ExportConfig.trust_remote_code,
-    weights: str | Path | None = ExportConfig.weights,
-    eos: int | Sequence[int] | None = ExportConfig.eos,
-    provider_options: Options | None = ExportConfig.provider_options,
-    session_options: Options | None = ExportConfig.session_options,
-    allow_fallback: bool = ExportConfig.allow_fallback,
-    format: str = ExportConfig.format,  # noqa: A002  # the name of the flag, and the field's word
-    generate: bool = ExportConfig.generate,
-    hidden_states: bool = ExportConfig.hidden_states,
-    chunk: int | None = ExportConfig.chunk,
     progress: Progress = SILENT,
+    **options: Unpack[ExportOptions],
 ) -> Report:
     """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
 
@@ -125,32 +104,8 @@ def export(
             .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
         precision: "int8", "int4", "fp16" or "fp32", of the weights.
-        target: "cpu", "cuda", "openvino", "webgpu", "qnn", "coreml" or "portable".
-        graph: "auto", "fused", "standard" or "static".
-        tokenizer: tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a list of characters
-            as .json, a "file.py:factory" of a tokenizers.Tokenizer or a tiktoken Encoding, or for a llama2.c model the
-            tokenizer of its own format. None takes the source's.
-        context_length: In tokens. Required for a module; may shorten the context of other sources.
-        force: Replaces an existing bundle.
-        call: How a module is called where that is not found by trying, an expression over `model` and `ids` (B, T):
-            "model(ids, None)[0]".
-        chat_template: A .jinja file instead of the source's own template.
-        calibration: A text file that int8 or int4 is made for and measured on, instead of text that the model writes.
-        max_kl: Bounds the KL divergence from float32, in nats: the matrices that cost most stay in float32, or of int4
-            in int8, until it is no larger.
-        sensitivity: A .json file to write what each matrix costs to.
-        trust_remote_code: Runs the Python code that a Hugging Face folder brings.
-        weights: A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads with
-            weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand is left as it is.
-        eos: The token id, or ids, that end a text, instead of the source's own.
-        provider_options: Of the target's execution provider, where the bundle is proved at its end.
-        session_options: Options of onnxruntime's session there, as of `pastkey.load`.
-        allow_fallback: Whether the processor may run there what the provider leaves.
-        format: "onnx", or "ort": pastkey's own graph is written in onnxruntime's ORT format, too.
-        generate: A whole generation is written as one graph, too, for programs in any language.
-        hidden_states: pastkey's own graph gives the last hidden states, too, for `LanguageModel.embed`.
-        chunk: Of the static graph, tokens of a run of prefill.
-        progress: Is told each stage, how far it is, and warnings.
+        progress: Receives each stage, its progress, and warnings.
+        **options: See ExportOptions.
 
     Raises:
         InputError: An argument that cannot be used.
@@ -162,30 +117,7 @@ def export(
         ParityError: The bundle differs from the source.
         QualityError: `max_kl` cannot be met.
     """
-    config = ExportConfig(
-        precision=precision,
-        target=target,
-        graph=graph,
-        tokenizer=tokenizer,
-        context_length=context_length,
-        force=force,
-        call=call,
-        chat_template=chat_template,
-        calibration=calibration,
-        max_kl=max_kl,
-        sensitivity=sensitivity,
-        trust_remote_code=trust_remote_code,
-        weights=weights,
-        eos=eos,
-        provider_options=provider_options,
-        session_options=session_options,
-        allow_fallback=allow_fallback,
-        format=format,
-        generate=generate,
-        hidden_states=hidden_states,
-        chunk=chunk,
-    )
-    return _export(module_or_path, Path(out), config, Recorder(progress))
+    return _export(module_or_path, Path(out), ExportConfig(precision, **options), Recorder(progress))
 
 
 def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig, progress: Recorder) -> Report:
@@ -194,50 +126,75 @@ def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportCon
     _refuse_early(module_or_path, out, config)
     source = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
-    decoder = _make_graph(source, config.common, progress)
+    decoder = _graft(source, config.common, progress)
     _require_masks(decoder, config)
     _require_head(decoder, config)
     with whole_folder(out, force=config.force) as folder:
         writer = BundleWriter(decoder, config, progress)
-        bundle, fp32_bytes = writer.write(decoder.model, folder if config.precision == "fp32" else folder / ".fp32")
-        verification = writer.verify(bundle)
-        made, parity = Quantized(bundle, fp32_bytes, {}, None), {"fp32": verification.to_json()}
-        text = None
-        if config.precision != "fp32":
-            if config.precision == "fp16":
-                made, verification = _halve(bundle, folder, writer)
-            else:
-                text = _calibration_text(bundle, calibration, config, progress)
-                made, verification = _quantize(bundle, folder, writer, text, config.common, progress)
-            parity[config.precision] = verification.to_json()
-        if config.static:
-            bundle, verification = _make_static(bundle, writer, config, progress)
-            parity["fp32"] = verification.to_json()
-            if text is None:
-                made = dataclasses.replace(made, bundle=bundle)
-            else:
-                made, verification = _make_static_int8(bundle, folder, made, writer, text, progress)
-                parity["int8"] = verification.to_json()
-        if config.precision != "fp32":
-            shutil.rmtree(bundle.path)
+        artifacts = _make_artifacts(writer, folder, calibration)
+        last = artifacts[-1]
         if config.format == "ort":
-            write_ort_format(made.bundle, progress)
-        bundle = writer.configure(made.bundle, parity, made.quality)
+            write_ort_format(last.bundle, progress)
+        parity = {made.bundle.manifest.precision: made.verification.to_json() for made in artifacts}
+        bundle = writer.configure(last.bundle, parity, last.quality)
         if config.generate:
             write_generation(bundle, progress)
         bundle = writer.finish(bundle)
         writer.prove_on_target(bundle)
-        if config.sensitivity is not None and made.sensitivity is not None:
-            write_report(Path(config.sensitivity), made.sensitivity)
-    seconds, warnings = time.perf_counter() - started, tuple(progress.warnings)
+        if config.sensitivity is not None and last.sensitivity is not None:
+            write_report(Path(config.sensitivity), last.sensitivity)
     return Report(
-        out, bundle.manifest, verification, made.weight_bytes, fp32_bytes, seconds, made.sensitivity, warnings
+        path=out,
+        manifest=bundle.manifest,
+        verification=last.verification,
+        weight_bytes=last.weight_bytes,
+        fp32_weight_bytes=artifacts[0].weight_bytes,
+        seconds=time.perf_counter() - started,
+        sensitivity=last.sensitivity,
+        warnings=tuple(progress.warnings),
     )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The graphs of one precision: written, measured and verified."""
+
+    bundle: Bundle
+    weight_bytes: int
+    verification: Verification
+    quality: dict[str, Any] = field(default_factory=dict)  # against float32, of the manifest
+    sensitivity: Sensitivity | None = None
+
+
+def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] | None) -> list[Artifact]:
+    """float32, what is made of it, and the static graphs of both. The last one is the bundle in `folder`."""
+    config, progress = writer.config, writer.progress
+    precision = PRECISIONS[config.precision]
+    beside = folder if precision.name == "fp32" else folder / ".fp32"
+    artifacts = [_make_fp32(writer, beside)]
+    fp32 = artifacts[0].bundle
+    if precision.name == "fp16":
+        artifacts.append(_make_fp16(fp32, folder, writer))
+    if precision.quantized:
+        text = _calibration_text(fp32, calibration, config, progress)
+        artifacts.append(_make_quantized(fp32, folder, writer, text, config.common, progress))
+    if config.static:
+        artifacts.append(_make_static(artifacts[0], writer, config, progress))
+        if precision.quantized:
+            artifacts.append(_make_static_int8(artifacts[-1].bundle, folder, artifacts[1], writer, text, progress))
+    if beside != folder:
+        shutil.rmtree(beside)
+    return artifacts
+
+
+def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
+    bundle, weight_bytes = writer.write(writer.decoder.model, folder)
+    return Artifact(bundle, weight_bytes, writer.verify(bundle))
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
 def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig) -> None:
-    """Raises what can be known before the work."""
+    """Raises the errors that need no work to find."""
     if config.graph == "fused" and not providers.takes_fused(config.target):
         target = config.target
         raise InputError(
@@ -280,23 +237,10 @@ def _open(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfi
 def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
     if config.calibration is None:
         return None
-    return read_calibration(config.calibration, source.tokenizer, _WINDOWS[config.precision])
+    return read_calibration(config.calibration, source.tokenizer, PRECISIONS[config.precision].calibration_windows)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
-def _make_graph(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
-    try:
-        return _graft(source, config, progress)
-    except ContractError as refused:
-        if config.graph == "fused":
-            raise
-        made = optimum.take_over(source.module, refused, progress.warn)
-    check_tokenizer(source, made.observation.vocab_size, config.eos_ids)
-    choice = GraphChoice("standard", "by optimum's exporter, since the graft cannot take this model")
-    shift = CacheShift("optimum exported it, whose keys nobody saw turn with their position")
-    return _cleaned(source, made.model, made.observation, choice, shift)
-
-
 def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     progress.stage(f"observe the attention calls of {source.name}")
     contracted = in_contract(source.module, source.context_length, config.call, progress.warn)
@@ -304,18 +248,13 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     observation = contracted.observation
     check_tokenizer(source, observation.vocab_size, config.eos_ids)
     choice = choose_graph(config.graph, config.target, observation)
-    progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers ({choice.reason})")
+    call = contracted.call or CONTRACT
+    progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers of {call} ({choice.reason})")
     model = trace(source.module, observation, choice.graph, source.context_length)
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    return _cleaned(source, model, observation, choice, shift)
-
-
-def _cleaned(
-    source: Source, model: ir.Model, observation: Observation, choice: GraphChoice, shift: CacheShift
-) -> Decoder:
     clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
     head = output_head(model)
     width = None if head is None else hidden_size(head)
@@ -323,7 +262,7 @@ def _cleaned(
 
 
 def _require_head(decoder: Decoder, config: ExportConfig) -> None:
-    """Raises ContractError where there is nothing to be the last hidden states."""
+    """Raises ContractError where the graph has no output head to take the last hidden states from."""
     if config.hidden_states and decoder.hidden_size is None:
         raise ContractError(
             f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "
@@ -336,17 +275,17 @@ _RANGE_TOKENS = 64  # of the text on which values are looked at
 _MASKED = 1e30  # what is beyond it is a mask
 
 
-def _halve(fp32: Bundle, folder: Path, writer: BundleWriter) -> tuple[Quantized, Verification]:
-    """From a float32 bundle that was verified to one in float16 in `folder` that is verified, too."""
+def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
+    """A verified float16 bundle in `folder`, made from a verified float32 one."""
     model = ir.load(fp32.all_logits_graph)
     _require_range(fp32, to_float16(model))
     bundle, weight_bytes = writer.write(model, folder, "fp16")
     verification = writer.verify(bundle)
-    return Quantized(bundle, weight_bytes, verification.quality, None), verification
+    return Artifact(bundle, weight_bytes, verification, verification.quality)
 
 
 def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
-    """Raises NumericsError where a value would overflow in float16. The processor computes in float32, and cannot tell.
+    """Raises NumericsError where a value would overflow in float16. The CPU computes in float32 and cannot show it.
 
     `halved` are the names of the values, which are looked at in the float32 graph.
     """
@@ -376,10 +315,9 @@ def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
         )
 
 
-def _make_static(
-    fp32: Bundle, writer: BundleWriter, config: ExportConfig, progress: Progress
-) -> tuple[Bundle, Verification]:
-    """Adds the static graphs to a float32 bundle of the standard graph that was verified, and verifies them, too."""
+def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, progress: Progress) -> Artifact:
+    """Adds the static graphs to a verified float32 bundle of the standard graph, and verifies them."""
+    fp32 = made.bundle
     context = fp32.manifest.context_length
     chunk = min(config.chunk or STATIC_CHUNK, context)
     sizes = f"1 and {chunk} new tokens over a past of {context}"
@@ -390,12 +328,12 @@ def _make_static(
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
     manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
     bundle = dataclasses.replace(fp32, manifest=manifest)
-    return bundle, writer.verify(bundle)
+    return dataclasses.replace(made, bundle=bundle, verification=writer.verify(bundle))
 
 
 def _make_static_int8(
-    fp32: Bundle, folder: Path, made: Quantized, writer: BundleWriter, text: CalibrationText, progress: Progress
-) -> tuple[Quantized, Verification]:
+    fp32: Bundle, folder: Path, made: Artifact, writer: BundleWriter, text: CalibrationText, progress: Progress
+) -> Artifact:
     """From static graphs in float32 to those in int8, beside the int8 graph for other programs that `made` has."""
     progress.stage("quantize the static graphs to int8")
     quantize_static(fp32, folder, text.calibration_set)
@@ -405,38 +343,38 @@ def _make_static_int8(
         made.bundle.manifest, graph=static.graph, graph_reason=static.graph_reason, static=static.static
     )
     bundle = dataclasses.replace(made.bundle, manifest=manifest)
-    made = dataclasses.replace(made, bundle=bundle, quality=measured(fp32, bundle, text))
-    return made, writer.verify(bundle)
+    quality = measured(fp32, bundle, text)
+    return dataclasses.replace(made, bundle=bundle, quality=quality, verification=writer.verify(bundle))
 
 
-# --- int8 and int4 ------------------------------------------------------------------------------------------------
+# --- quantized -----------------------------------------------------------------------------------------------------
 _MAKERS = {"int8": make_int8, "int4": make_int4}
-_WINDOWS = {"int8": WINDOWS, "int4": INT4_WINDOWS}  # of calibration text
 
 
 def _calibration_text(
     fp32: Bundle, calibration: list[int] | None, config: ExportConfig, progress: Progress
 ) -> CalibrationText:
     progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
-    return calibration_text(fp32, calibration, _WINDOWS[config.precision], progress)
+    return calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
 
 
-def _quantize(
+def _make_quantized(
     fp32: Bundle,
     folder: Path,
     writer: BundleWriter,
     text: CalibrationText,
     config: ExportConfig,
     progress: Progress,
-) -> tuple[Quantized, Verification]:
-    """From a float32 bundle that was verified to one in `folder` that is verified, too."""
+) -> Artifact:
+    """A verified quantized bundle in `folder`, made from a verified float32 one."""
     precision = config.precision
     write = functools.partial(writer.write, folder=folder, precision=precision)
     made = _MAKERS[precision](fp32, text, write, config, progress)
     verification = writer.verify(made.bundle)
+    quality = made.quality
     if config.target == "cpu":
-        made = dataclasses.replace(made, quality=made.quality | add_int8_kv(fp32, made.bundle, text, progress))
+        quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
     if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
         measured = "" if precision == "int8" else " (measured with int8)"
-        progress.warn(f"on this processor {precision} MatMuls take {kernels.note}{measured}")
-    return made, verification
+        progress.warn(f"on this CPU {precision} MatMuls take {kernels.note}{measured}")
+    return Artifact(made.bundle, made.weight_bytes, verification, quality, made.sensitivity)

@@ -1,6 +1,6 @@
-"""What an export and an evaluation are told, with the defaults of Python and of the command line alike.
+"""The settings of an export and an evaluation, with the defaults of Python and of the command line.
 
-Standard library only, so that `--help` can show all of it at once.
+Standard library only, so that `--help` starts at once.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import InputError
+from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int
 
 Options = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -36,36 +38,91 @@ GREEDY_PROMPT_TOKENS = 32  # of a window's beginning, and no more than half of i
 GREEDY_TOKENS = 32  # of a continuation, where prompt and continuation fit into a window's length
 
 
+class ExportOptions(TypedDict, total=False):
+    """The options of `export`.
+
+    - `target` ("cpu"): Where the bundle will run: "cpu", "cuda", "openvino", "webgpu", "qnn", "coreml" or "portable".
+    - `graph` ("auto"): "auto", "fused", "standard" or "static".
+    - `format` ("onnx"): "ort" also writes pastkey's own graph in onnxruntime's ORT format.
+    - `generate` (False): Also writes a whole generation as one graph, for programs in any language.
+    - `hidden_states` (False): pastkey's own graph also returns the last hidden states, for `LanguageModel.embed`.
+    - `tokenizer` (the source's): tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a
+      list of characters as .json, a "file.py:factory" of a tokenizers.Tokenizer or a tiktoken Encoding, or for a
+      llama2.c model the tokenizer of its own format.
+    - `context_length` (the source's): In tokens. Required for a module; may shorten the context of other sources.
+    - `force` (False): Replaces an existing bundle.
+    - `call` (found by trying): How a module is called, as an expression over `model` and `ids` (B, T):
+      "model(ids, None)[0]".
+    - `chat_template` (the source's): A .jinja file.
+    - `calibration` (text that the model writes): A text file to quantize with and to measure on.
+    - `max_kl` (None): Bounds the KL divergence from float32, in nats: the most sensitive matrices get a finer
+      precision until the bound is met.
+    - `sensitivity` (None): A .json file to write what each matrix costs to.
+    - `trust_remote_code` (False): Runs the Python code that a Hugging Face folder brings.
+    - `weights` (None): A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads
+      with weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand stays as it is.
+    - `eos` (the source's): The token id, or ids, that end a text.
+    - `provider_options` (None): Of the target's execution provider, where the bundle is proved at the end; names and
+      values are onnxruntime's.
+    - `session_options` (None): Options of onnxruntime's session there, as of `pastkey.load`.
+    - `allow_fallback` (False): Whether the CPU may run there what the provider leaves.
+    - `chunk` (64): Tokens of a run of prefill of the static graph.
+    """
+
+    target: str
+    graph: str
+    format: str
+    generate: bool
+    hidden_states: bool
+    tokenizer: str | Path | None
+    context_length: int | None
+    force: bool
+    call: str | None
+    chat_template: str | Path | None
+    calibration: str | Path | None
+    max_kl: float | None
+    sensitivity: str | Path | None
+    trust_remote_code: bool
+    weights: str | Path | None
+    eos: int | Sequence[int] | None
+    provider_options: Options | None
+    session_options: Options | None
+    allow_fallback: bool
+    chunk: int | None
+
+
 @dataclass(frozen=True)
 class ExportConfig:
-    """How to export. Raises InputError for a choice that does not exist, or that another one rules out."""
+    """How to export: the precision of the weights, and the fields of ExportOptions, which says what each is.
 
-    precision: str = "int8"  # of the weights: names.PRECISIONS
-    target: str = "cpu"  # where the bundle will run: names.TARGETS
-    graph: str = "auto"  # GRAPH_CHOICES
-    format: str = "onnx"  # names.FORMATS: "ort" writes pastkey's own graph in the ORT format, too
-    generate: bool = False  # write a whole generation as one graph, too
-    hidden_states: bool = False  # pastkey's own graph gives the last hidden states, too
-    tokenizer: str | Path | None = None  # TOKENIZERS, or llama2.c's own; None: the source's
-    context_length: int | None = None  # tokens; None: the source's
-    force: bool = False  # replace an existing bundle
-    call: str | None = None  # an expression over model and ids (B, T); None: found by trying
-    chat_template: str | Path | None = None  # a .jinja file; None: the source's
-    calibration: str | Path | None = None  # a text file; None: what the model itself writes
-    max_kl: float | None = None  # nats: the KL divergence from float32 that is allowed
-    sensitivity: str | Path | None = None  # a .json file for what each matrix costs
-    trust_remote_code: bool = False  # run the Python that a Hugging Face folder brings
-    weights: str | Path | None = None  # a module's state dict: .safetensors, or a checkpoint of torch.save
-    eos: int | Sequence[int] | None = None  # token ids that end a text; None: the source's
-    # Of the provider where the bundle is proved at its end; names and values are onnxruntime's.
+    Raises InputError for a choice that does not exist, or that another one rules out.
+    """
+
+    precision: str = "int8"
+    target: str = "cpu"
+    graph: str = "auto"
+    format: str = "onnx"
+    generate: bool = False
+    hidden_states: bool = False
+    tokenizer: str | Path | None = None
+    context_length: int | None = None
+    force: bool = False
+    call: str | None = None
+    chat_template: str | Path | None = None
+    calibration: str | Path | None = None
+    max_kl: float | None = None
+    sensitivity: str | Path | None = None
+    trust_remote_code: bool = False
+    weights: str | Path | None = None
+    eos: int | Sequence[int] | None = None
     provider_options: Options | None = None
     session_options: Options | None = None
-    allow_fallback: bool = False  # the processor may run what that provider leaves
-    chunk: int | None = None  # tokens of a run of prefill of the static graph; None: STATIC_CHUNK
+    allow_fallback: bool = False
+    chunk: int | None = None  # None: STATIC_CHUNK
 
     def __post_init__(self) -> None:
         for name, found, known in (
-            ("precision", self.precision, names.PRECISIONS),
+            ("precision", self.precision, PRECISIONS),
             ("target", self.target, names.TARGETS),
             ("graph", self.graph, GRAPH_CHOICES),
             ("format", self.format, names.FORMATS),
@@ -88,7 +145,7 @@ class ExportConfig:
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
             raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
-        if self.precision in ("fp32", "fp16"):
+        if not PRECISIONS[self.precision].quantized:
             self._check_float(self.precision)
         self._check_static()
         self._check_generate()

@@ -27,7 +27,7 @@ from pastkey.errors import (
     first_line,
     missing_extra,
 )
-from pastkey.reading import is_panic, last_read
+from pastkey.files.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: show where an unforeseen error came from
 # command -> (stage, one line of help). The stage's cli.py has a Command of the same name.
@@ -37,14 +37,14 @@ COMMANDS = {
     "verify": ("export", "compare a bundle with its source, or with its own uncached run"),
     "check": ("export", "say which other programs load a bundle, and why not"),
     "eval": ("export", "measure perplexity on a text, and how far a bundle is from a reference"),
-    "run": ("runtime", "generate text: bundle/ -> text"),
-    "chat": ("runtime", "hold a conversation by the bundle's chat template"),
-    "batch": ("runtime", "answer a file of rows, with resume: rows -> rows with texts"),
-    "bench": ("runtime", "measure prefill and decode speed of a bundle"),
-    "inspect": ("runtime", "show a bundle's sizes, operators and execution providers"),
-    "compile": ("runtime", "compile a bundle of static graphs for one device, so that it loads at once"),
-    "sign": ("runtime", "sign a bundle, so that it can be known to be one's own"),
-    "devices": ("runtime", "list the execution providers of this machine"),
+    "run": ("runtime.commands", "generate text: bundle/ -> text"),
+    "chat": ("runtime.commands", "hold a conversation by the bundle's chat template"),
+    "batch": ("runtime.commands", "answer a file of rows, with resume: rows -> rows with texts"),
+    "bench": ("runtime.commands", "measure prefill and decode speed of a bundle"),
+    "inspect": ("runtime.commands", "show a bundle's sizes, operators and execution providers"),
+    "compile": ("runtime.commands", "compile a bundle of static graphs for one device, so that it loads at once"),
+    "sign": ("runtime.commands", "sign a bundle, so that it can be known to be one's own"),
+    "devices": ("runtime.commands", "list the execution providers of this machine"),
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import InputError
-from .folder import decode_text
+from .files.folder import decode_text
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,8 +9,9 @@
 
     parse(Layer, {"heads": 4}) == Layer(4)
 
-Understood are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], Mapping[str, X]
-and dataclasses. A truth value is no number, a number is finite, and a text is Unicode.
+Understood are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
+list[X], Mapping[str, X] and dataclasses; a field of another type is refused. A truth value is no number, a number is
+finite, and a text is Unicode.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from .errors import InputError
-from .reading import is_unicode
-from .values import is_int, is_number, shown
+from .values import is_int, is_number, is_unicode, shown
 
 T = TypeVar("T")
 _LARGEST: Final = 2**31 - 1  # of a size or an id: onnxruntime and torch count further, no model does
@@ -62,9 +62,13 @@ def _parse(kind: Any, value: Any, name: str, further: bool) -> Any:
         return None if value is None else _parse(own, value, name, further)
     if origin is Literal:
         return value if isinstance(value, str) and value in given else _refuse(name, value, ", ".join(given))
-    if origin is tuple:
+    if origin in (tuple, list):
         listed = value if isinstance(value, list | tuple) else _refuse(name, value, "a list")
-        return tuple(_parse(given[0], part, f"{name}[{i}]", further) for i, part in enumerate(listed))
+        kinds = [given[0]] * len(listed) if origin is list or given[-1] is ... else given
+        if len(kinds) != len(listed):
+            _refuse(name, value, f"a list of {len(kinds)}")
+        parts = [_parse(kind, part, f"{name}[{i}]", further) for i, (kind, part) in enumerate(zip(kinds, listed))]  # noqa: B905
+        return origin(parts)
     if origin is Mapping:
         named = value if isinstance(value, Mapping) else _refuse(name, value, "an object")
         return {
@@ -83,7 +87,8 @@ def _plain(kind: Any, value: Any, name: str) -> Any:
         return int(value) if is_int(value) else _refuse(name, value, "a whole number")
     if kind is float:
         return _float(value) if is_number(value) and abs(value) < 2**1023 else _refuse(name, value, "a finite number")
-    assert kind is str, kind
+    if kind is not str:
+        _refuse(name, value, "left out")
     return value if isinstance(value, str) and is_unicode(value) else _refuse(name, value, "a text")
 
 

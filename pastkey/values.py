@@ -34,6 +34,15 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"{name} is {shown(value)}; it must be {expected}")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_one_of(value: object, known: Collection[str]) -> TypeGuard[str]:
     """Whether it is a text among those."""
     return isinstance(value, str) and value in known

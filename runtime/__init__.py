@@ -4,20 +4,20 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-A reader's way in: `loading` opens a bundle, and `signature` says whose it is; `language_model` (text in, text out),
-`session` (a text that stays) and `chat` (a conversation) over its `parts` make a `request` and a `generate` (the steps
-over ids, of which `kept_tokens` says what is in the context) with the options of `settings`, read it as a `stream`, and
-give a `completion`; `many` and `asynchronous` read several, and in an event loop. The rooms that they stand on:
+The rooms, each standing on those above it:
 
-- `providers/`: which hardware runs a graph, and how onnxruntime opens a session there.
-- `engine/`: an opened graph and its cache: token ids in, logits out.
-- `batching/`: who runs a step, and for whom: where rows meet, and which caches stay.
-- `sampling/`: from logits to a token, and drafts of the next ones from the text itself.
-- `speculation/`: drafts of the next ones, by a draft model too, and whether these pay.
-- `text/`: tokens <-> text, and a conversation as one text.
-
-Above it all stand `untrusted/`: a language model whose bundle is open in another process, with limits; `bulk/`: many
-rows in one job; and `commands/`: what `cli` runs beyond the library.
+- `settings`: the options of a call and of a load.
+- `text/`: tokens <-> text, and a conversation as one text. `sampling/`: from logits to a token. `providers/`: which
+  hardware runs a graph, and how onnxruntime opens a session there.
+- `engine/`: an opened graph and its caches: token ids in, logits out. `constraints/`: which tokens a schema allows.
+- `speculation/`: drafts of the next tokens, and whether they pay.
+- `decoding/`: a request becomes a generation, its steps a stream, its end a completion. `decoding/batching/` decodes
+  generations that run at the same time together.
+- `model/`: a bundle as a language model: sessions, chat, scores, embeddings.
+- `sandbox/`: a bundle in a child process with limits.
+- `loading`: `pastkey.load`.
+- `bulk/`: many rows in one job.
+- `commands/`: the command line.
 
 Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
 """
@@ -29,47 +29,49 @@ from typing import TYPE_CHECKING
 from pastkey.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .asynchronous import AsyncStream as AsyncStream
     from .bulk.generator import Generator as Generator
-    from .chat import Chat as Chat
-    from .completion import Chunk as Chunk
-    from .completion import Completion as Completion
-    from .completion import ToolCall as ToolCall
+    from .decoding.asynchronous import AsyncStream as AsyncStream
+    from .decoding.completion import Chunk as Chunk
+    from .decoding.completion import Completion as Completion
+    from .decoding.completion import ToolCall as ToolCall
+    from .decoding.generation import Generation as Generation
+    from .decoding.request import Request as Request
+    from .decoding.stream import Stream as Stream
     from .engine.engine import Engine as Engine
-    from .generate import Generation as Generation
-    from .language_model import LanguageModel as LanguageModel
     from .loading import load as load
-    from .request import Request as Request
+    from .model.chat import Chat as Chat
+    from .model.language_model import LanguageModel as LanguageModel
+    from .model.scoring import Score as Score
+    from .model.session import Session as Session
     from .sampling.log_probs import TokenLogprob as TokenLogprob
-    from .scoring import Score as Score
-    from .session import Session as Session
+    from .sandbox.limits import Limits as Limits
+    from .sandbox.limits import LimitsInForce as LimitsInForce
+    from .sandbox.model import SandboxedModel as SandboxedModel
+    from .sandbox.stream import SandboxedStream as SandboxedStream
     from .settings import ChatOptions as ChatOptions
     from .settings import GenerateOptions as GenerateOptions
     from .settings import SamplingConfig as SamplingConfig
     from .settings import SamplingOptions as SamplingOptions
-    from .stream import Stream as Stream
-    from .untrusted.limits import Limits as Limits
-    from .untrusted.limits import LimitsInForce as LimitsInForce
-    from .untrusted.model import UntrustedModel as UntrustedModel
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            ".asynchronous": ["AsyncStream"],
             ".bulk.generator": ["Generator"],
-            ".chat": ["Chat"],
-            ".completion": ["Chunk", "Completion", "ToolCall"],
+            ".decoding.asynchronous": ["AsyncStream"],
+            ".decoding.completion": ["Chunk", "Completion", "ToolCall"],
+            ".decoding.generation": ["Generation"],
+            ".decoding.request": ["Request"],
+            ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
-            ".generate": ["Generation"],
-            ".request": ["Request"],
-            ".language_model": ["LanguageModel"],
             ".loading": ["load"],
+            ".model.chat": ["Chat"],
+            ".model.language_model": ["LanguageModel"],
+            ".model.scoring": ["Score"],
+            ".model.session": ["Session"],
             ".sampling.log_probs": ["TokenLogprob"],
-            ".scoring": ["Score"],
-            ".session": ["Session"],
-            ".stream": ["Stream"],
-            ".untrusted.limits": ["Limits", "LimitsInForce"],
-            ".untrusted.model": ["UntrustedModel"],
+            ".sandbox.limits": ["Limits", "LimitsInForce"],
+            ".sandbox.model": ["SandboxedModel"],
+            ".sandbox.stream": ["SandboxedStream"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
         },
     )

@@ -10,24 +10,69 @@ import zipfile
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.values import as_path, is_int, require, shown
 
-from .batching.prefix_store import PREFIX_BYTES
-from .batching.scheduler import MAX_ROWS
-from .draft_model import DraftModel
-from .language_model import LanguageModel
+from .decoding.batching.prefix_cache import PREFIX_BYTES
+from .decoding.batching.scheduler import MAX_ROWS
+from .model.draft_model import DraftModel
+from .model.language_model import LanguageModel
+from .model.signature import require_signature
+from .model.unpack import Given, given_as, remove, tell_as_given, unpacked
 from .settings import Choice, SessionSettings, require_placement
-from .signature import require_signature
-from .unpacking import given_as, remove, unpacked
 
 if TYPE_CHECKING:
-    from .untrusted.limits import Limits
+    from .sandbox.limits import Limits
+    from .sandbox.model import SandboxedModel
 
 
+class _Further(TypedDict, total=False):
+    """What `load` takes beside: its own parameters say what each is."""
+
+    key: str | Path | None
+    allow_fallback: bool
+    session_options: SessionSettings | None
+    max_memory: int | None
+    prefix_bytes: int
+    max_batch: int
+    draft: str | Path | bytes | Traversable | LanguageModel | None
+
+
+@overload
+def load(
+    path: str | Path | bytes | Traversable,
+    providers: Choice | Sequence[Choice] | None = None,
+    threads: int | None = None,
+    verify: bool | None = None,
+    *,
+    trust: Literal[True] = True,
+    **further: Unpack[_Further],
+) -> LanguageModel: ...
+@overload
+def load(
+    path: str | Path | bytes | Traversable,
+    providers: Choice | Sequence[Choice] | None = None,
+    threads: int | None = None,
+    verify: bool | None = None,
+    *,
+    trust: Literal[False],
+    limits: Limits | None = None,
+    **further: Unpack[_Further],
+) -> SandboxedModel: ...
+@overload
+def load(
+    path: str | Path | bytes | Traversable,
+    providers: Choice | Sequence[Choice] | None = None,
+    threads: int | None = None,
+    verify: bool | None = None,
+    *,
+    trust: bool,
+    limits: Limits | None = None,
+    **further: Unpack[_Further],
+) -> LanguageModel | SandboxedModel: ...
 def load(
     path: str | Path | bytes | Traversable,
     providers: Choice | Sequence[Choice] | None = None,
@@ -43,7 +88,7 @@ def load(
     draft: str | Path | bytes | Traversable | LanguageModel | None = None,
     trust: bool = True,
     limits: Limits | None = None,
-) -> LanguageModel:
+) -> LanguageModel | SandboxedModel:
     """Opens a bundle.
 
     Args:
@@ -71,9 +116,9 @@ def load(
         draft: A smaller bundle of the same vocabulary, as `path`, or a model that is loaded. It drafts tokens that
             this one accepts or rejects several at a time, where that is faster; docs/speculation.md has how. A path is
             loaded with the same providers, threads, session options and key, and closed with this model.
-        trust: False opens a bundle of a stranger in a process of its own, which serves every call of the model, with
-            limits of memory, time and file access; `lm.limits` tells them. It runs on the processor.
-            docs/security.md says what this keeps from whom.
+        trust: False opens an untrusted bundle in a child process with limits of memory, time and file access, on the
+            CPU, and returns a SandboxedModel: generate, stream, chat and score. docs/security.md says what this
+            protects from.
         limits: With `trust=False`, the memory and the time that it may take.
 
     Raises:
@@ -106,9 +151,10 @@ def load(
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     if not trust:
-        from .untrusted.model import open_untrusted
+        from .sandbox.model import open_sandboxed
 
-        return open_untrusted(
+        return open_sandboxed(
+            load,
             path,
             limits,
             {
@@ -122,7 +168,8 @@ def load(
                 "max_batch": int(max_batch),
             },
         )
-    folder, temporary = _folder_of(path)
+    given = given_as(path)
+    folder, temporary = _folder_of(given)
     drafts = None
     try:
         if key is not None:
@@ -154,11 +201,12 @@ def load(
             draft=drafts,
             temporary=None if temporary is None else weakref.finalize(temporary, remove, folder, os.getpid()),
         )
-    except BaseException:
+    except BaseException as error:
         if drafts is not None:
             drafts.close()
         if temporary is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            tell_as_given(error, folder, given.name)
         raise
     if temporary is not None:
         model.holds = temporary
@@ -196,14 +244,13 @@ class _Temporary:
     """What a temporary folder lives as long as."""
 
 
-def _folder_of(path: object) -> tuple[Path, _Temporary | None]:
+def _folder_of(given: Given) -> tuple[Path, _Temporary | None]:
     """The bundle's folder, and what a temporary one is tied to. Raises InputError, IntegrityError, MissingFileError."""
-    given = given_as(path)
     if given.content is not None:
-        return unpacked(io.BytesIO(given.content), str(given.path)), _Temporary()
+        return unpacked(io.BytesIO(given.content), given.name), _Temporary()
     if given.path.is_file() and zipfile.is_zipfile(given.path):
         with given.path.open("rb") as file:
-            return unpacked(file, str(given.path)), _Temporary()
+            return unpacked(file, given.name), _Temporary()
     return given.path, None if given.copied is None else _Temporary()
 
 
@@ -211,7 +258,7 @@ def _require_untrusted(
     trust: object, limits: object, providers: Choice | Sequence[Choice] | None, draft: object
 ) -> None:
     """Raises InputError for what does not go with an untrusted bundle."""
-    from .untrusted.limits import Limits
+    from .sandbox.limits import Limits
 
     if not isinstance(trust, bool):
         raise InputError(f"trust is {shown(trust)}; True or False was expected")
@@ -221,8 +268,6 @@ def _require_untrusted(
         raise InputError(f"limits is {shown(limits)}; Limits(memory=..., seconds=...) was expected, or None")
     asked = [providers] if isinstance(providers, str) else ["cpu"] if providers is None else [*providers]
     if asked != ["cpu"]:
-        raise InputError(
-            f"providers is {shown(providers)}; an untrusted bundle runs on the processor alone: leave it out"
-        )
+        raise InputError(f"providers is {shown(providers)}; an untrusted bundle runs on the CPU alone: leave it out")
     if draft is not None:
         raise InputError("a draft model is of no use to a bundle that is not trusted: leave draft (--draft) out")

@@ -34,12 +34,53 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, own)
 
 
+# Folders, and files, whose tests neither train nor export nor run many sessions: `make quick`.
+QUICK = (
+    "pastkey",
+    "export/generation/test_nodes.py",
+    "export/graft/time_axis/operators",
+    "export/graph/test_edit.py",
+    "export/graph/test_part.py",
+    "runtime/decoding/batching/test_scheduler.py",
+    "runtime/engine/caches",
+    "runtime/providers",
+    "runtime/sampling",
+    "runtime/text",
+    "test_architecture.py",
+    "test_floors.py",
+    "test_layout.py",
+    "test_troubleshooting.py",
+    "train/test_settings.py",
+)
+# What the oldest packages run: commands from text to text, and each source.
+OLDEST = (
+    "train",
+    "export/graph/test_clean.py",
+    "export/graph/test_simplify.py",
+    "export/source/test_source.py",
+    "export/source/test_pretrained.py",
+    "export/source/test_pretrained_refused.py",
+    "export/source/test_llama2c.py",
+    "export/source/test_gguf.py",
+    "export/test_folder_to_chat.py",
+    "test_end_to_end.py",
+    "test_examples.py",
+)
+TESTS = Path(__file__).parent
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What only `make matrix` runs is slow, too, so that `-m "not slow"` leaves it out."""
+    """Marks tests by their place, and what only `make matrix` runs as slow."""
     for item in items:
         if item.get_closest_marker("matrix"):
             item.add_marker("slow")
+        place = item.path.relative_to(TESTS)
+        parents = {parent.as_posix() for parent in (place, *place.parents)}
+        if parents & {*QUICK} and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
+        if parents & {*OLDEST}:
+            item.add_marker("oldest")
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -19,7 +19,7 @@ from benchmarks.peers import __main__ as peers
 from benchmarks.peers import chart, quality, results, scaling, speed
 from benchmarks.peers.engines import ENGINES, REFERENCE, EngineError, Prepared, Worker
 from benchmarks.peers.store import Store, digest_of_files
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.export import export
 from pastkey.runtime import Engine

@@ -17,8 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import pastkey
-
-from .wheel import build_wheel
+from tools.wheel import build_wheel
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture of conftest.py
 

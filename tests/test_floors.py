@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import re
-import shlex
 import tomllib
 from pathlib import Path
 
@@ -23,17 +21,6 @@ def floors() -> set[str]:
     found = [re.match(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", requirement) for requirement in others]
     assert all(found), f"without a lower bound: {declared}"
     return {f"{match[1]}=={match[2]}" for match in found if match}
-
-
-def test_the_advice_for_optimum_is_the_extra_of_that_name() -> None:
-    tree = ast.parse((ROOT / "export" / "source" / "optimum.py").read_text(encoding="utf-8"))
-    (install,) = (
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INSTALL"
-    )
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert shlex.split(install) == ["pip", "install", *project["optional-dependencies"]["optimum"]]
 
 
 def test_the_oldest_environment_has_every_lower_bound_that_is_declared() -> None:

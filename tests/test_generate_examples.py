@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pastkey import names
+from pastkey.contract import names
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

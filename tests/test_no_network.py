@@ -64,7 +64,9 @@ def test_what_refuses_sees_an_attempt(refused: Refused) -> None:
             refused("-c", f"import contextlib, socket\nwith contextlib.suppress(OSError): {code}")
 
 
-@pytest.mark.parametrize("module", ["pastkey.runtime.language_model", "pastkey.export.pipeline", "pastkey.train.loop"])
+@pytest.mark.parametrize(
+    "module", ["pastkey.runtime.model.language_model", "pastkey.export.pipeline", "pastkey.train.loop"]
+)
 def test_an_import(refused: Refused, module: str) -> None:
     refused("-c", f"import pastkey, {module}")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import KVGeometry, Manifest, StateGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry, Manifest, StateGeometry
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {"android": "android/MainActivity.kt", "ios": "ios/GreedyDecoder.swift"}

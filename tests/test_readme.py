@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import figures, picture
-from pastkey import names
+from pastkey.contract import names
 from pastkey.runtime.providers.ort import onnxruntime
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .sbom import extras, requirements, write_sbom
+from tools.sbom import extras, requirements, write_sbom
 
 
 def test_a_package_is_pinned_by_release_and_hash() -> None:

@@ -10,8 +10,8 @@ from matplotlib.image import imread
 
 from benchmarks.sensitivity_chart import main as draw_sensitivity
 from benchmarks.sensitivity_chart import place
+from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity
 from pastkey.export.quantize.report import write_report
-from pastkey.export.quantize.sensitivity import Row, Sensitivity
 
 
 def a_table(layers: int = 30) -> Sensitivity:

@@ -1,6 +1,6 @@
 """Whatever is ended in the middle leaves the old or the new, whole, at its name: by kills, and by disks that fail.
 
-`make torture KILLS=1000` runs the long form: so many kills, and every call that changes the disk.
+PASTKEY_KILLS=1000 runs the long form: so many kills, and every call that changes the disk.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from .torture import ERRORS, Fault, Nursery, Outcome, build_faults
-from .torture_scenes import SCENES, Scene
+from tools.torture import ERRORS, Fault, Nursery, Outcome, build_faults
+from tools.torture_scenes import SCENES, Scene
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forks")]
 
@@ -26,9 +26,9 @@ IMPORTS = (
     "pastkey.train.loop",
     "pastkey.export.pipeline",
     "pastkey.runtime.commands.batch",
-    "pastkey.runtime.session_file",
+    "pastkey.runtime.model.session_file",
     "pastkey.runtime.text.messages",
-    "tests.torture",
+    "tools.torture",
 )
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.runtime import load

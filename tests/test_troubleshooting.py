@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md has the sentence of every refusal, and none that no code writes."""
+"""docs/troubleshooting.md has the messages that people meet most, and none that no code writes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-import pastkey.errors
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("pastkey", "runtime", "train", "export")
@@ -35,26 +33,13 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def refusals() -> Iterator[tuple[str, str]]:
-    """Where an error of pastkey.errors, or a cause of one, is made, and its sentence."""
-    places = {name: 0 for name, kind in vars(pastkey.errors).items() if isinstance(kind, type)}
-    places |= {"Refused": 1, "Unknown": 1, "Cause": 1}  # what stands in the way of a cache
-    for file, tree in trees():
-        for node in ast.walk(tree):
-            place = places.get(ast.unparse(node.func)) if isinstance(node, ast.Call) else None
-            if isinstance(node, ast.Call) and place is not None and len(node.args) > place:
-                sentence = flat(literal(node.args[place]) or "")
-                if re.search(r"\w", sentence):
-                    yield f"{file}:{node.lineno}", sentence
-
-
 def messages() -> list[re.Pattern[str]]:
     """Those of the first column of each table, as patterns."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     tables = page[: page.index("## It works, but")]
     cells = re.findall(r"^\| (`.*?`) \| ", tables, re.MULTILINE)
     quoted = [message for cell in cells for message in re.findall(r"`(.+?)`(?:<br>|$)", cell)]
-    assert len(quoted) > 100
+    assert 30 <= len(quoted) <= 50
     return [re.compile(".*".join(map(re.escape, message.split(HOLE)))) for message in quoted]
 
 
@@ -62,11 +47,3 @@ def test_every_message_of_the_page_is_in_the_code() -> None:
     written = [flat(text) for _, tree in trees() for node in ast.walk(tree) if (text := literal(node))]
     unknown = [message.pattern for message in messages() if not any(map(message.search, written))]
     assert not unknown, "\n".join(unknown)
-
-
-def test_every_refusal_is_on_the_page() -> None:
-    known = messages()
-    found = list(refusals())
-    assert len(found) > 150
-    missing = [f"{where}: {sentence}" for where, sentence in found if not any(m.search(sentence) for m in known)]
-    assert not missing, "\n".join(missing)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .wheel import ROOT
+from tools.wheel import ROOT
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         for stage in ("pastkey", "train", "export", "runtime"):
             shutil.copytree(ROOT / stage, checkout / stage, ignore=shutil.ignore_patterns("__pycache__"))
         (checkout / "tests").mkdir()
-        for name in ("pyproject.toml", "README.md", "LICENSE", "tests/wheel.py"):
+        for name in ("pyproject.toml", "README.md", "LICENSE", "tools/wheel.py"):
             shutil.copy(ROOT / name, checkout / name)
         for path in checkout.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

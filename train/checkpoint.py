@@ -27,15 +27,23 @@ import safetensors.torch
 from torch import Tensor
 
 import pastkey
-from pastkey import names
-from pastkey.config import ModelConfig
-from pastkey.durable import remove_leftovers, sync_folder, write_json
+from pastkey.contract import names
+from pastkey.contract.config import ModelConfig
 from pastkey.errors import IntegrityError
-from pastkey.folder import FileRecord, check_hashes, check_sizes, file_record, parse_records, read_json, read_manifest
-from pastkey.folder import sha256 as file_sha256
-from pastkey.memory import require_memory_for
-from pastkey.reading import reading
-from pastkey.safetensors_header import HeaderError, read_header
+from pastkey.files.durable import remove_leftovers, sync_folder, write_json
+from pastkey.files.folder import (
+    FileRecord,
+    check_hashes,
+    check_sizes,
+    file_record,
+    parse_records,
+    read_json,
+    read_manifest,
+)
+from pastkey.files.folder import sha256 as file_sha256
+from pastkey.files.memory import require_memory_for
+from pastkey.files.reading import reading
+from pastkey.files.safetensors_header import HeaderError, read_header
 from pastkey.values import shown
 
 from .model import Decoder

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pastkey.errors import InputError, MissingFileError
-from pastkey.folder import read_text
-from pastkey.reading import require_regular
+from pastkey.files.folder import read_text
+from pastkey.files.reading import require_regular
 from pastkey.typed import Natural, Size, TokenId
 
 from .checkpoint import TOKENS_TRAIN, TOKENS_VAL

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pastkey import names
-from pastkey.durable import NewFolder, locked, new_folder, remove_leftovers
+from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError, NumericsError
+from pastkey.files.durable import NewFolder, locked, new_folder, remove_leftovers
 
 from .checkpoint import (
     TOKENS_TRAIN,

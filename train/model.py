@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pastkey.config import ModelConfig
+from pastkey.contract.config import ModelConfig
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B, 1, T, D/2)
 

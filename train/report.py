@@ -19,7 +19,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from tqdm import tqdm
 
 from pastkey.command import say
-from pastkey.durable import write_whole
+from pastkey.files.durable import write_whole
 
 from .checkpoint import LOSS_CURVE, METRICS
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError
 from pastkey.typed import parse
 from pastkey.values import is_int

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pastkey.config import ModelConfig
+from pastkey.contract.config import ModelConfig
 from pastkey.errors import InputError
 from pastkey.values import is_int, is_number, require, shown
 

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from pastkey.command import natural_int, print_json
 from pastkey.errors import InputError, PastkeyError
-from pastkey.folder import read_text
-from pastkey.reading import is_unicode
+from pastkey.files.folder import read_text
+from pastkey.values import is_unicode
 
 from .story_plots import SLOTS, STORY, Entry, Node
 

@@ -15,11 +15,11 @@ from typing import Any, Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pastkey import names
 from pastkey.command import say
+from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
-from pastkey.reading import panics_as_errors, read_bytes, reading
-from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
+from pastkey.files.reading import panics_as_errors, read_bytes, reading
+from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
 END_OF_TEXT: Final = "<|endoftext|>"  # begins every document and thereby ends the one before it, as in GPT-2's corpus
 UNKNOWN: Final = "<unk>"

@@ -20,8 +20,8 @@ from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-from pastkey.bundle import open_bundle
 from pastkey.command import Parser, positive_int, say
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.runtime.text.codec import TextCodec
 

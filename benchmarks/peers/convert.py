@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.environments import ROOT, smollm2
-from pastkey import names
 from pastkey.command import say
+from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .engines import ENGINES, Engine, EngineError, Prepared
@@ -50,7 +51,7 @@ def prepare(engine: Engine, source: Source, store: Store) -> Prepared:
     if engine.files_of is not None:
         made = prepare(next(other for other in ENGINES if other.name == engine.files_of), source, store)
         return dataclasses.replace(made, engine=engine, identity=digest([engine.name, made.identity]))
-    if engine.runtime == "pastkey" and engine.precision not in names.PRECISIONS:
+    if engine.runtime == "pastkey" and engine.precision not in PRECISIONS:
         raise EngineError(f"this pastkey does not export {engine.precision}")
     if engine.runtime == "llama" and source.path.is_dir():
         raise EngineError("llama-cpp-python brings no converter from a Hugging Face folder: give the model as GGUF")

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.environments import ROOT
-from pastkey.bundle import Bundle
 from pastkey.command import say
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingFileError
 from pastkey.export.measure.metrics import Sums, agreeing_tokens
 from pastkey.export.measure.texts import self_generated_texts, start_token
-from pastkey.folder import read_text
+from pastkey.files.folder import read_text
 from pastkey.runtime import Engine
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.runtime.text.codec import TextCodec

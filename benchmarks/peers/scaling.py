@@ -19,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from pastkey.bundle import open_bundle
 from pastkey.command import say
-from pastkey.config import ModelConfig
+from pastkey.contract.bundle import open_bundle
+from pastkey.contract.config import ModelConfig
 from pastkey.errors import PastkeyError
 from pastkey.runtime import Engine
 

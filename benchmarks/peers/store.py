@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pastkey.durable import write_json
 from pastkey.errors import InputError
+from pastkey.files.durable import write_json
 
 _MARK = "made-by-pastkey-benchmarks"
 

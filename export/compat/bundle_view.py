@@ -12,13 +12,13 @@ from typing import Any
 import onnx
 from tokenizers import Tokenizer
 
-from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, KVGeometry
 from pastkey.errors import IntegrityError, PastkeyError
-from pastkey.external_data import external_data
-from pastkey.folder import read_json
-from pastkey.reading import panics_as_errors
-from pastkey.tokenizer_file import open_tokenizer
+from pastkey.files.external_data import external_data
+from pastkey.files.folder import read_json
+from pastkey.files.reading import panics_as_errors
+from pastkey.files.tokenizer_file import open_tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import read_bundle
+from pastkey.contract.bundle import read_bundle
+from pastkey.precisions import PRECISIONS
 
 from . import facts, hub_rules, rules
 from .bundle_view import BundleView, read_bundle_view
@@ -67,7 +67,7 @@ def _javascript(where: str, package: str) -> _Program:
         f"transformers.js in {'Node' if where == 'Node' else 'a browser'}",
         lambda c: (
             f"AutoModelForCausalLM.from_pretrained({str(c.bundle.path)!r}, "
-            f"{{ dtype: {names.TRANSFORMERS_JS_DTYPE[c.bundle.manifest.precision]!r} }})  // {facts.TRANSFORMERS_JS}"
+            f"{{ dtype: {PRECISIONS[c.bundle.manifest.precision].transformers_js!r} }})  // {facts.TRANSFORMERS_JS}"
         ),
         (
             hub_rules.js_knows_the_model,

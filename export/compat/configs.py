@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import Manifest
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Manifest
+from pastkey.files.durable import write_json
+from pastkey.precisions import PRECISIONS
 
 from ..source.source import Source
 from .bundle_view import special_ids
@@ -69,12 +70,13 @@ def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
     transformers.js takes its default precision from it: without, that is fp32 in Node and q8 in a browser.
     """
-    graph = names.ALL_LOGITS_GRAPH[manifest.precision]
-    javascript: dict[str, Any] = {"dtype": names.TRANSFORMERS_JS_DTYPE[manifest.precision]}
-    if manifest.precision == "fp16":
+    precision = PRECISIONS[manifest.precision]
+    javascript: dict[str, Any] = {"dtype": precision.transformers_js}
+    if precision.cache_bytes == 2:
         javascript["kv_cache_dtype"] = {"fp16": "float16"}
-    if (folder / (graph + names.DATA_SUFFIX)).exists():
-        javascript["use_external_data_format"] = {Path(graph).name: 1}
+    graph = folder / precision.graph
+    if files := sum(names.is_weights_file(path.name, graph.name) for path in graph.parent.iterdir()):
+        javascript["use_external_data_format"] = {graph.name: files}
     return {"transformers.js_config": javascript}
 
 
@@ -82,7 +84,7 @@ def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[i
     """What onnxruntime-genai reads."""
     first = manifest.layers[0]
     decoder = {
-        "filename": names.ALL_LOGITS_GRAPH[manifest.precision],
+        "filename": PRECISIONS[manifest.precision].graph,
         "head_size": first.key_head_size,
         "hidden_size": heads[0] * first.key_head_size,
         "num_attention_heads": heads[0],

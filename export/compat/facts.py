@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import KVGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry
+from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int
 
 Config = Mapping[str, Any]  # config.json
@@ -38,7 +39,7 @@ ONNXRUNTIME_OF = {"onnxruntime-genai": "1.31.0", "onnxruntime-node": "1.30.0", "
 
 # --- transformers.js ----------------------------------------------------------------------------------------------
 # The file that it opens for a dtype, and the dtype that it takes where none is named.
-JS_GRAPH = {dtype: names.ALL_LOGITS_GRAPH[precision] for precision, dtype in names.TRANSFORMERS_JS_DTYPE.items()}
+JS_GRAPH = {row.transformers_js: row.graph for row in PRECISIONS.values()}
 JS_DEFAULT_DTYPE = {"Node": "fp32", "browser": "q8"}
 
 # Decoders that it has, by the key of config.json that says how many layers have a cache: getNormalizedConfig in

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
+from pastkey.contract import names
+from pastkey.precisions import PRECISIONS
 
 from . import facts
 from .bundle_view import BundleView, Graph
@@ -120,7 +121,7 @@ def js_makes_the_cache(view: BundleView, graph: Graph) -> Iterator[Finding]:
 def js_finds_the_files(where: str) -> Rule:
     def rule(view: BundleView, graph: Graph) -> Iterator[Finding]:
         settings = view.config.section("transformers.js_config")
-        mine = names.TRANSFORMERS_JS_DTYPE[view.bundle.manifest.precision]
+        mine = PRECISIONS[view.bundle.manifest.precision].transformers_js
         chosen = settings.get("dtype")
         chosen = chosen.get("model") if isinstance(chosen, dict) else chosen
         default = chosen if chosen not in (None, "auto") else facts.JS_DEFAULT_DTYPE[where]
@@ -139,7 +140,7 @@ def _js_finds_the_weights(where: str, view: BundleView, graph: Graph, declared: 
     file = Path(graph_name(view)).name
     count = declared.get(file, declared.get("model", 0)) if isinstance(declared, dict) else declared
     chunks = min(int(count), 100) if isinstance(count, int) else 0  # true is 1; it takes 100 at most
-    fetched = {f"{file}_data{f'_{i}' if i else ''}" for i in range(chunks)}
+    fetched = {names.weights_file(file, i) for i in range(chunks)}
     folder = view.bundle.all_logits_graph.parent
     for name in sorted(fetched - set(graph.weights)):
         if not (folder / name).is_file():
@@ -149,7 +150,7 @@ def _js_finds_the_weights(where: str, view: BundleView, graph: Graph, declared: 
     for name in sorted(set(graph.weights) - fetched):
         text = (
             f'the weights onnx/{name} are not declared: write {{"{file}": 1}} under transformers.js_config.'
-            f"use_external_data_format in config.json, and name them {file}_data"
+            f"use_external_data_format in config.json, and name them {names.weights_file(file)}"
         )
         yield (
             stop(text) if where == "browser" else warn(f"{text}; from a local folder it loads, from a hub it does not")

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import KVGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry, open_bundle
 from pastkey.errors import PastkeyError
+from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int, parse_version
 
 from . import facts
@@ -53,7 +54,7 @@ def graph_is_whole(view: BundleView) -> Iterator[Finding]:
 
 
 def graph_name(view: BundleView) -> str:
-    return names.ALL_LOGITS_GRAPH[view.bundle.manifest.precision]
+    return PRECISIONS[view.bundle.manifest.precision].graph
 
 
 def feeds_every_input(view: BundleView, graph: Graph) -> Iterator[Finding]:

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import Manifest
+from pastkey.contract import names
+from pastkey.contract.bundle import Manifest
 
 from ..graph.edit import drop_unused_weights, replace_uses
 from .nodes import Nodes, typed

@@ -17,16 +17,16 @@ import numpy as np
 import onnx_ir as ir
 from tokenizers import Tokenizer
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import ContractError, InputError, MissingExtraError, first_line
+from pastkey.files.tokenizer_file import open_tokenizer
 from pastkey.runtime.providers.ort import OrtError, onnxruntime
 from pastkey.runtime.text.codec import TextCodec, TextStream
 from pastkey.runtime.text.token_bytes import token_bytes
-from pastkey.tokenizer_file import open_tokenizer
 
 from ..graph.edit import IR_VERSION, OPSET
-from ..source.conversion import sample_texts
+from ..source.tokenizers.conversion import sample_texts
 from .nodes import Nodes, typed
 from .utf8 import DROPPED, whole_characters
 

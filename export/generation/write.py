@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingExtraError, ParityError
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.runtime.text.codec import REPLACEMENT, TextCodec, TextStream
 
-from ..graph.embedding_rows import give_embedding_back
+from ..graph.write.embedding_rows import give_embedding_back
 from ..progress import Progress
 from .loop import generate_whole, why_no_step
 from .text import ReadsOtherwiseError, opened, text_operators, with_text

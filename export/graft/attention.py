@@ -71,6 +71,17 @@ class AttentionCall:
         return self.query.shape[1] // self.key.shape[1]
 
     @property
+    def fused_attributes(self) -> dict[str, Any]:
+        """The attributes of GroupQueryAttention for this call, without those of a rotation."""
+        attributes: dict[str, Any] = {"num_heads": self.query.shape[1], "kv_num_heads": self.key.shape[1]}
+        attributes["scale"] = self.scale
+        if self.window is not None:
+            attributes["local_window_size"] = self.window
+        if self.softcap is not None:
+            attributes["softcap"] = self.softcap
+        return attributes
+
+    @property
     def special(self) -> str | None:
         """What GroupQueryAttention does not compute."""
         if self.weights is not None:

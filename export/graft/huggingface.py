@@ -22,7 +22,7 @@ from pastkey.errors import ContractError, InputError
 
 from ..quiet import quiet
 from .attention import AttentionCall, MaskSpec, attend, calling_line, described_mask, mask_spec
-from .observe import StandIn
+from .probe.observe import StandIn
 
 GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
 NATIVE = "eager"  # its own attention that every architecture has, written out: the reference
@@ -36,7 +36,10 @@ _HARMLESS = {
 
 
 class HuggingFaceDecoder(StandIn):
-    """forward(input_ids, position_ids) -> logits (B, T, V) of a transformers model for causal language modelling."""
+    """forward(input_ids, position_ids) -> logits (B, T, V) of a transformers model for causal language modelling.
+
+    Without position_ids the model makes its own, by which those of the contract are checked.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -51,7 +54,7 @@ class HuggingFaceDecoder(StandIn):
         except ValueError as error:
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         with self._experts():
             # A mask of ones, since without one transformers looks for several texts packed into a row.
             logits: Tensor = self.model(

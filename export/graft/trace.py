@@ -14,25 +14,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from pastkey import names
-from pastkey.bundle import KVGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
-from pastkey.runtime.providers.placement import takes_fused
+from pastkey.runtime.providers.placement import ignored, takes_fused
 
 from ..graph.edit import OPSET
 from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
 from ..graph.simplify import simplify
 from ..quiet import quiet
 from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
-from .observe import Layer, Observation, evaluating, name_of
-from .time_axis.traced import whole_objects
+from .probe.observe import Layer, Observation, evaluating, name_of
+from .time_axis.program.traced import whole_objects
 
 # Sizes that the example inputs have. Each dynamic dimension needs at least 2, or torch takes it for a constant.
 _BATCH, _PAST, _NEW = 2, 5, 3
@@ -56,7 +55,7 @@ def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoi
     unsupported = (
         "rows that are kept beside keys and values"
         if observation.states
-        else next((found for layer in observation.layers if (found := _unsupported_by_fused(layer))), None)
+        else next((found for layer in observation.layers if (found := _unsupported_by_fused(layer, target))), None)
     )
     if asked == "fused" and unsupported:
         raise ContractError(f"the fused graph cannot take {unsupported}: use --graph standard, or auto")
@@ -71,7 +70,7 @@ def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoi
     return GraphChoice("fused", f"target {target}: one shared cache buffer, written in place")
 
 
-def _unsupported_by_fused(layer: Layer) -> str | None:
+def _unsupported_by_fused(layer: Layer, target: str) -> str | None:
     geometry = layer.geometry
     if layer.special is not None:
         return layer.special
@@ -79,12 +78,13 @@ def _unsupported_by_fused(layer: Layer) -> str | None:
         return f"keys of size {geometry.key_head_size} and values of size {geometry.value_head_size}"
     if geometry.key_head_size % 8:
         return f"a head size of {geometry.key_head_size}, not a multiple of 8"
-    return None
+    left_out = [name for name in ignored(target, "GroupQueryAttention") if name in layer.attributes]
+    return f"{left_out[0]}, which {target} ignores" if left_out else None
 
 
 # --- tracing ------------------------------------------------------------------------------------------------------
 def trace(module: nn.Module, observation: Observation, graph: str, context_length: int) -> ir.Model:
-    """The module as an ONNX graph with explicit past key values, float32, names as in `pastkey.names`.
+    """The module as an ONNX graph with explicit past key values, float32, names as in `pastkey.contract.names`.
 
     Raises ContractError when torch cannot trace the module.
     """
@@ -232,11 +232,7 @@ class _FusedAttention:
         batch, heads, new, size = call.query.shape
         kv_heads = call.key.shape[1]
         present = (batch, kv_heads, self._total_size, size)
-        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": call.scale}
-        if call.window is not None:
-            attributes["local_window_size"] = call.window
-        if call.softcap is not None:
-            attributes["softcap"] = call.softcap
+        attributes = call.fused_attributes
         query, key = call.query, call.key
         tables: tuple[Tensor, ...] = ()
         rotary = call.unrotated

@@ -6,7 +6,7 @@ What torch writes is not yet a bundle's graph. `clean` makes it one, in this ord
     2. share_transposed_weights a weight that is another one transposed becomes Transpose(it): tied heads, once
     3. fold_transposed_weights  Transpose(weight) used by nothing else becomes a weight, as MatMul reads it
     4. restore_weight_names     the module's own names in place of torch's val_131
-    5. name_axes                the axes of inputs and outputs by the names of `pastkey.names`
+    5. name_axes                the axes of inputs and outputs by the names of `pastkey.contract.names`
     6. strip_traces             no paths, source lines or doc strings of the exporting machine
 """
 
@@ -19,8 +19,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from pastkey import names
-from pastkey.bundle import KVGeometry, StateGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry, StateGeometry
 
 from .edit import IR_VERSION, add_weight, drop_unused_weights, replace_uses, weight
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from pastkey import names
+from pastkey.contract import names
 
 from .edit import add_weight, weight
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, weight

@@ -28,7 +28,7 @@ def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from ..graft.observe import name_of, run_uncached
+    from ..graft.probe.observe import name_of, run_uncached
 
     aten = torch.ops.aten
     left = {aten.mm: 0, aten.bmm: 0, aten.linear: 0, aten.matmul: 0, aten.addmm: 1, aten.baddbmm: 1}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, Unpack
 
 import numpy as np
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, PastkeyError, first_line
 from pastkey.runtime import Engine, Generation, Request
 from pastkey.runtime.engine.golden import require_golden
@@ -20,7 +20,7 @@ from .metrics import HiddenStates, Ids, Logits, agreeing_tokens, relative_differ
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..graft.observe import Uncached
+    from ..graft.probe.observe import Uncached
 
 Cache = tuple[tuple[Logits, Logits], ...]  # per layer, keys and values (K, T, D)
 
@@ -84,14 +84,14 @@ class ModulePredictor:
 
     def __init__(self, module: nn.Module, name: str | None = None) -> None:
         """`name` is what messages call it, None for its class."""
-        from ..graft.observe import name_of
+        from ..graft.probe.observe import name_of
 
         self.name = name or name_of(module)
         self._module = module
 
     def logits(self, ids: Ids) -> Logits:
         """(T,) -> (T, V). Raises InputError where the module fails on so many tokens, NumericsError for NaN."""
-        from ..graft.observe import natively
+        from ..graft.probe.observe import natively
 
         try:
             with natively(self._module):
@@ -126,7 +126,7 @@ class ModulePredictor:
 
     def hidden_states(self, ids: Ids) -> HiddenStates:
         """(T,) -> (T, H), what its output head multiplies. Raises ContractError where no head is seen."""
-        from ..graft.observe import natively
+        from ..graft.probe.observe import natively
 
         with natively(self._module):
             return head_input(self._module, ids)
@@ -147,6 +147,6 @@ class ModulePredictor:
 def _uncached(module: nn.Module, ids: Ids) -> Uncached:
     import torch
 
-    from ..graft.observe import run_uncached
+    from ..graft.probe.observe import run_uncached
 
     return run_uncached(module, torch.from_numpy(ids[None]))

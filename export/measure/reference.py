@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.errors import (
     ContextLengthError,
-    ContractError,
     InputError,
     MissingExtraError,
     MissingFileError,
     first_line,
 )
-from pastkey.folder import read_json
-from pastkey.tokenizer_file import open_tokenizer
+from pastkey.files.folder import read_json
+from pastkey.files.tokenizer_file import open_tokenizer
 
 from ..settings import SOURCES, split_factory
 from .predictors import BundlePredictor, ModulePredictor, Predictor
@@ -32,7 +31,7 @@ from .predictors import BundlePredictor, ModulePredictor, Predictor
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..graft.observe import Layer, Observation
+    from ..graft.probe.observe import Layer, Observation
     from ..source.source import Source
 
 Say = Callable[[str], None]
@@ -104,8 +103,6 @@ def open_exported(
     if call is not None:
         _require_plain(call, bundle)
     source, module, observation = _open_module(path, length, call, weights, trust_remote_code, say)
-    if observation is None:
-        return module, ()
     _require_same_shape(bundle, source.name, observation)
     return module, observation.layers
 
@@ -113,7 +110,7 @@ def open_exported(
 def _require_plain(call: str, bundle: Bundle) -> None:
     """A manifest may come from anybody, and its call is run as Python."""
     _require_packages()
-    from ..graft.call import is_plain
+    from ..graft.probe.call import is_plain
 
     if not is_plain(call):
         raise InputError(
@@ -139,15 +136,10 @@ def _shown(layers: Sequence[KVGeometry]) -> str:
 # --- sources ------------------------------------------------------------------------------------------------------
 def _open_module(
     path: str, context_length: int, call: str | None, weights: str | None, trust_remote_code: bool, say: Say
-) -> tuple[Source, nn.Module, Observation | None]:
-    """The source, its module as it is run, and what running it showed.
-
-    A module of transformers that no cache can be given is run as it is, since it may have been exported by optimum:
-    nothing is observed of it.
-    """
+) -> tuple[Source, nn.Module, Observation]:
+    """The source, its module as it is run, and what running it showed."""
     _require_packages()
-    from ..graft.contract import in_contract
-    from ..graft.observe import StandIn
+    from ..graft.probe.contract import in_contract
     from ..source.open import open_source
 
     source = open_source(
@@ -155,14 +147,11 @@ def _open_module(
     )
     try:
         found = in_contract(source.module, source.context_length, call, say)
-    except ContractError:
-        if not isinstance(source.module, StandIn):
-            raise
-        return source, source.module, None
     except InputError as error:
         raise InputError(
             f"{path} does not run as {call or 'a decoder'} on {source.context_length} tokens "
-            f"({first_line(error.__cause__ or error)}): name the source that the bundle was exported from"
+            f"({first_line(error.__cause__ or error)}): name the source that the bundle was exported from, "
+            "or export that again"
         ) from error
     return source, found.module, found.observation
 

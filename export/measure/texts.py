@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pastkey.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import InputError
-from pastkey.folder import read_text
+from pastkey.files.folder import read_text
 from pastkey.runtime import Engine
 from pastkey.runtime.text.codec import TextCodec
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from pastkey.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import ParityError
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine, Generation, Request
 from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.settings import PlacementOptions
@@ -28,13 +29,10 @@ from .texts import self_generated_texts
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..graft.observe import Layer
+    from ..graft.probe.observe import Layer
 
 # --- tolerances and sizes, in this one place ----------------------------------------------------------------------
-# max |difference| over max |logit|. State it relative: torch and onnxruntime in float32 differ by 9e-5 at logits of 44.
-MAX_RELATIVE_DIFFERENCE = 1e-5
-FLOAT16_DIFFERENCE = 1e-2  # the same of a bundle in float16, whose noise is 2e-3
-_FLOAT = {"fp32": MAX_RELATIVE_DIFFERENCE, "fp16": FLOAT16_DIFFERENCE}
+# Those that depend on the precision of the weights are in `pastkey/precisions.py`, relative to the largest logit.
 # A deep module can be further than that from itself: torch in float32 from torch in float64. Then the limit is so many
 # times the distance measured on the same text.
 ROUNDING_ALLOWANCE = 3
@@ -42,15 +40,8 @@ ROUNDING_ALLOWANCE = 3
 LAYER_ALLOWANCE = 10
 # int8 and int4 may choose another token than the uncached run within so many times the distance of their own paths.
 TIE_ALLOWANCE = 2
-# int8 decoded token by token takes another path through attention than int8 prefill; the last bits, amplified by int8
-# activations, may cost no more than twice what int8 itself costs against float32 (nats): two roundings of one size are
-# that far from each other. Or as much as rounding can explain. Most of what int4 costs is its weights', which are the
-# same on every path: a tenth of int8's share.
-DECODE_KL_ALLOWANCE = {"int8": 2, "int4": 0.2}
-KL_FLOOR = 1e-6
-# How far int8 and int4 may be from float32 at all (nats): an export beyond it has lost the model. Later, against the
-# source, no further than twice what was measured at export.
-MAX_KL = {"int8": 0.5, "int4": 1.0}
+KL_FLOOR = 1e-6  # nats, that rounding can explain
+# A quantized bundle may later be no further from its source in float32 than so many times what was measured at export.
 RECORDED_KL_ALLOWANCE = 2
 # How far the last hidden states of int8 and int4 may be from float32's, and those of chunks from those of one run:
 # 1 - cosine. One that is no copy of the other, but of other channels or another layer, is 0.1 and more away.
@@ -120,23 +111,23 @@ class Limits:
     within which the greedy continuation may differ at a tie (`_greedy`).
     """
 
-    relative: float = MAX_RELATIVE_DIFFERENCE
+    relative: float
     decode_kl: float | None = None  # nats, between paths of int8 or int4; None for float32
     fp32_kl: float | None = None  # nats, of int8 or int4 from the source in float32; None for float32
 
     @classmethod
     def of(cls, manifest: Manifest, measured_kl: float | None) -> Limits:
         """Of a bundle; `measured_kl` from float32 in nats, where the source is at hand."""
-        precision = manifest.precision
-        if precision in _FLOAT:
-            return cls(_FLOAT[precision])
+        precision = PRECISIONS[manifest.precision]
+        if not precision.quantized:
+            return cls(precision.max_difference)
         # Measured on this very text when it was exported; manifest.quality is on another.
-        recorded: float | None = manifest.parity.get(precision, {}).get("kl_divergence")
+        recorded: float | None = manifest.parity.get(precision.name, {}).get("kl_divergence")
         cost = recorded if recorded is not None else measured_kl or 0.0
-        fp32_kl = MAX_KL[precision]
+        fp32_kl = precision.max_kl
         if recorded is not None:
             fp32_kl = min(fp32_kl, RECORDED_KL_ALLOWANCE * max(recorded, KL_FLOOR))
-        return cls(decode_kl=max(DECODE_KL_ALLOWANCE[precision] * cost, 2 * KL_FLOOR), fp32_kl=fp32_kl)
+        return cls(precision.max_difference, max(precision.decode_kl * cost, 2 * KL_FLOOR), fp32_kl)
 
 
 # --- verifying ----------------------------------------------------------------------------------------------------
@@ -168,7 +159,7 @@ def verify(
         RunError: onnxruntime cannot run a graph.
     """
     manifest = bundle.manifest
-    quantized = manifest.precision not in _FLOAT
+    quantized = PRECISIONS[manifest.precision].quantized
     hidden = manifest.hidden_size is not None
     parts = _Parts(progress, _PARTS - (manifest.graph == "static") + hidden)
     own, last_logits = BundlePredictor(bundle, **placement), Engine(bundle, graph="last_logits", **placement)
@@ -387,10 +378,9 @@ def _hidden_check(name: str, value: float, limit: float, measure: str = "mean_co
 def _against_float32(precision: str, kl: float, limits: Limits) -> Check:
     """int8 or int4 against the source in float32: that it is the same model at all."""
     assert limits.fp32_kl is not None
-    better = "int8" if precision == "int4" else "fp32"
     detail = (
         f"its predictions are {kl:.2g} nats from the source's in float32 (limit {limits.fp32_kl:.2g}): it is another "
-        f"model's bundle, or {precision} does not suit this model (export with precision {better})"
+        f"model's bundle, or {precision} does not suit this model (export with precision {PRECISIONS[precision].finer})"
     )
     ok = kl <= limits.fp32_kl
     return Check("float32", ok, "mean_kl", kl, limits.fp32_kl, "" if ok else detail)

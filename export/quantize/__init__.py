@@ -1,1 +1,1 @@
-"""float32 bundle -> int8 or int4 bundle."""
+"""float32 bundle -> quantized bundle."""

@@ -22,21 +22,20 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 
-from ..graph.output_head import output_head
+from ..graph.write.output_head import output_head
 from ..measure.metrics import Ids
 from ..progress import SILENT, Progress
 from ..settings import ExportConfig
-from .activations import probing
-from .blocks import choose_block_size
-from .calibration import CalibrationText
-from .int4_blocks import Int4Blocks, round_by_hessian
-from .rewrite import Form, embedding_weight, matmul_weight, not_finite, quantize
+from .calibrate.activations import probing
+from .calibrate.calibration import CalibrationText
+from .ranking.sensitivity import Sensitivity, sensitivity
+from .rounding.blocks import Blocks, choose_block_size
+from .rounding.int4_blocks import round_by_hessian
+from .rounding.rewrite import Form, embedding_weight, matmul_weight, not_finite, quantize
 from .search import Quantized, Write, search
-from .sensitivity import Sensitivity, sensitivity
 
-WINDOWS = 32  # of calibration text: a Hessian is more numbers than the scales that int8 is calibrated by
 _PROBED = 1  # window that shows what each matrix costs
 _INT8_SHARE = 1 / 32  # of the weights that may be 4-bit
 
@@ -59,14 +58,15 @@ class _Int4Mixtures:
         self._graph = fp32.all_logits_graph
         self._form = Form.of(config.target)
         progress.stage("round to 4 bits by GPTQ")
-        self._int4 = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
+        self._rounded = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
         progress.stage("measure what each matrix costs in int4")
         self.sensitivity: Sensitivity = sensitivity(
             ir.load(self._graph),
             self._graph.parent,
             text.calibration_set[:_PROBED],
             config.max_kl,
-            int4=self._int4,
+            precision=self.precision,
+            rounded=self._rounded,
             progress=progress,
         )
         self.start = max(in_int8(self.sensitivity), len(self.sensitivity.keep))
@@ -74,8 +74,8 @@ class _Int4Mixtures:
     def model(self, raised: int) -> ir.Model:
         in_8_bits = self.sensitivity.worst(raised)
         model = ir.load(self._graph)
-        in_4_bits = {name: matrix for name, matrix in self._int4.items() if name not in in_8_bits}
-        quantize(model, int4=in_4_bits, form=self._form)
+        in_4_bits = {name: matrix for name, matrix in self._rounded.items() if name not in in_8_bits}
+        quantize(model, rounded=in_4_bits, form=self._form)
         return model
 
     def quality(self, raised: int) -> dict[str, Any]:
@@ -89,15 +89,13 @@ class _Int4Mixtures:
 
 
 def in_int8(table: Sensitivity) -> int:
-    """How many of the first in the table's ranking are int8 in any case: as many as keep within their share."""
+    """How many of the first in the table's ranking are always int8: as many as fit their share of the weights."""
     sizes = {row.weight: float(np.prod(row.shape)) for row in table.rows}
     filled = np.cumsum([sizes[name] for name in table.ranking])
     return int((filled <= _INT8_SHARE * filled[-1]).sum()) if len(filled) else 0
 
 
-def rounded(
-    model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT
-) -> dict[str, Int4Blocks]:
+def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT) -> dict[str, Blocks]:
     """The 4-bit matrices of a float32 graph, by the names of their initializers, from windows (T,) of token ids.
 
     `folder` holds the weights file that the graph names.
@@ -132,7 +130,7 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Int4Blocks:
+def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Blocks:
     """The weight of MatMuls that share it, by the sum of the Hessians of what they read."""
     found = matmul_weight(nodes[0])
     assert found is not None

@@ -6,16 +6,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 
-from ..graph.save import INLINE_BYTES
+from ..graph.write.weights_file import save_with_weights
 from ..progress import Progress
 from ..settings import ExportConfig
-from .calibration import CalibrationText, calibrated
-from .rewrite import Form, quantize
+from .calibrate.calibration import CalibrationText, calibrated
+from .ranking.sensitivity import Sensitivity, sensitivity
+from .rounding.rewrite import Form, quantize
 from .search import Quantized, Write, search
-from .sensitivity import Sensitivity, sensitivity
 
 
 def make_int8(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
@@ -41,8 +40,7 @@ class _Int8Mixtures:
         self.sensitivity: Sensitivity | None = None
         self.start = 0
         if config.measures_each_matrix:  # the calibrated graph is read again for the table, and for each mixture
-            data = self._graph.name + names.DATA_SUFFIX
-            ir.save(self._model, self._graph, external_data=data, size_threshold_bytes=INLINE_BYTES)
+            save_with_weights(self._model, self._graph)
             self._model = None
         if config.sensitivity is not None:
             self.start = len(self._table().keep)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import first_line
 from pastkey.runtime import Engine
-from pastkey.runtime.engine.int8_kv import INT8_KV_FROM, MIN_ONNXRUNTIME
+from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM, MIN_ONNXRUNTIME
 from pastkey.runtime.providers.ort import RunError, onnxruntime
 from pastkey.values import parse_version
 
@@ -27,7 +27,7 @@ from ..measure.metrics import Ids, kl_divergence
 from ..measure.predictors import BundlePredictor
 from ..measure.verify import KL_FLOOR
 from ..progress import SILENT, Progress
-from .calibration import CalibrationText
+from .calibrate.calibration import CalibrationText
 
 _MARGIN = 1.5  # over the largest number of the calibration text: cutting off costs more than coarser steps do
 _ALLOWED = 2  # times the divergence of int8 decoded with a float32 cache

@@ -1,4 +1,4 @@
-"""The table of what each matrix costs in int8 or int4, as a JSON file."""
+"""The sensitivity table, as a JSON file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pastkey.durable import write_json
 from pastkey.errors import InputError, MissingFileError
+from pastkey.files.durable import write_json
 
-from .sensitivity import Sensitivity
+from .ranking.sensitivity import Sensitivity
 
 
 def check_report_file(file: str | Path, out: str | Path, read: Sequence[object]) -> None:
-    """Looks at the file to write, before the work.
+    """Checks the path of the report, before the work.
 
     Args:
         file: What --sensitivity names.

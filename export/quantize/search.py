@@ -1,6 +1,6 @@
-"""The search for a quantized bundle that keeps within a budget of error.
+"""The search for a quantized bundle within a KL budget.
 
-A mixture of precisions is written and measured. Where it costs too much, more matrices are given more bits.
+A mixture of precisions is written and measured. While it exceeds the budget, more matrices get more bits.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 
-from .calibration import CalibrationText, measured
-from .sensitivity import Sensitivity, missed
+from .calibrate.calibration import CalibrationText, measured
+from .ranking.sensitivity import Sensitivity, missed
 
 # Writes a quantized graph as a bundle. Returns it with the bytes of its weights.
 Write = Callable[[ir.Model], tuple[Bundle, int]]
@@ -23,23 +23,23 @@ Write = Callable[[ir.Model], tuple[Bundle, int]]
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written and measured."""
+    """A quantized bundle that was written and measured."""
 
     bundle: Bundle
     weight_bytes: int
     quality: dict[str, Any]  # of the manifest
-    sensitivity: Sensitivity | None  # where it was asked for, or needed to meet the budget
+    sensitivity: Sensitivity | None  # where the user or the budget asked for it
 
 
 class Mixtures(Protocol):
-    """The graphs of one model in one precision, by how many of its matrices are given more bits than that."""
+    """The graphs of one model in one precision, by how many of its matrices get more bits."""
 
     precision: str
     start: int  # how many are in any case
 
     @property
     def sensitivity(self) -> Sensitivity | None:
-        """The table, where it was measured by now."""
+        """The table, once it is measured."""
         ...
 
     def model(self, raised: int) -> ir.Model:
@@ -47,24 +47,24 @@ class Mixtures(Protocol):
         ...
 
     def quality(self, raised: int) -> dict[str, Any]:
-        """What the manifest says of these matrices."""
+        """The entry of the manifest for these matrices."""
         ...
 
     def asked_for(self) -> int:
-        """How many the sensitivity table asks for, to meet the budget. Measures it where that was not done yet."""
+        """How many the sensitivity table asks for to meet the budget. Measures the table first if needed."""
         ...
 
     def most(self) -> int:
-        """How many may be given more bits at most."""
+        """The largest number that may get more bits."""
         ...
 
 
 def search(mixtures: Mixtures, fp32: Bundle, text: CalibrationText, write: Write, max_kl: float | None) -> Quantized:
     """Writes and measures one mixture after another until the KL divergence from float32 is at most `max_kl` nats.
 
-    It is measured on windows that nothing is chosen by. One round is the rule, and two where the first misses the
-    budget: the table says how many matrices it takes. Raises QualityError where all that may have more bits do not
-    suffice, and InputError on NaN or infinity.
+    It is measured on held-out windows. One round is the rule, and two where the first misses the budget: the table
+    says how many matrices must get more bits. Raises QualityError where the budget is missed with all of them, and
+    InputError on NaN or infinity.
     """
     raised, step = mixtures.start, 1
     while True:

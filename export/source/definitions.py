@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pastkey.errors import InputError, first_line
-from pastkey.folder import read_text
+from pastkey.files.folder import read_text
 
 _SIMPLE = (
     ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pastkey.errors import InputError
-from pastkey.reading import require_regular
+from pastkey.files.reading import require_regular
 
 _VERSIONS = (2, 3)
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

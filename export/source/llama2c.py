@@ -21,16 +21,16 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 
-from pastkey.config import ModelConfig
+from pastkey.contract.config import ModelConfig
 from pastkey.errors import InputError, MissingFileError
-from pastkey.reading import read_bytes, reading, require_regular
-from pastkey.tokenizer_file import MOST_BYTES
+from pastkey.files.reading import read_bytes, reading, require_regular
+from pastkey.files.tokenizer_file import MOST_BYTES
 from pastkey.train.model import Decoder
 
 from ..resources import require_memory
-from .sentencepiece import SPACE, merges_by_score
 from .source import Source, context_of
-from .tokenizer import read_tokenizer
+from .tokenizers.sentencepiece import SPACE, merges_by_score
+from .tokenizers.tokenizer import read_tokenizer
 
 BOS, EOS = 1, 2  # by the format; a decoder trained there ends a text with the first, which begins the next one
 

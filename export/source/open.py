@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
@@ -23,7 +23,7 @@ from .factory import call_factory
 from .llama2c import open_llama2c
 from .pretrained import open_folder, open_gguf, open_model
 from .source import Source, checked_context, context_of, read_template, with_template
-from .tokenizer import read_tokenizer
+from .tokenizers.tokenizer import read_tokenizer
 from .weights import load_weights
 
 

@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
-from pastkey.folder import read_json
-from pastkey.reading import is_panic, read_bytes
-from pastkey.safetensors_header import HeaderError, read_header
-from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
+from pastkey.files.folder import read_json
+from pastkey.files.reading import is_panic, read_bytes
+from pastkey.files.safetensors_header import HeaderError, read_header
+from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 from pastkey.values import is_int, shown
 
 from ..quiet import quiet
 from ..resources import require_memory
 from .gguf_header import read_gguf
 from .source import Source, context_of, refuse_links
-from .tokenizer import read_tokenizer
+from .tokenizers.tokenizer import read_tokenizer
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from pastkey.errors import ContextLengthError, InputError, MissingFileError
-from pastkey.folder import leads_out, read_text
-from pastkey.reading import reading
+from pastkey.files.folder import leads_out, read_text
+from pastkey.files.reading import reading
 from pastkey.values import is_int
 
 

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pastkey.errors import InputError, MissingFileError, ResourceError, first_line
-from pastkey.memory import require_memory_for
-from pastkey.safetensors_header import HeaderError, read_header
+from pastkey.files.memory import require_memory_for
+from pastkey.files.safetensors_header import HeaderError, read_header
 
 State = Mapping[str, Tensor]
 

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from pastkey.errors import MissingExtraError, PastkeyError, UntrustedBundleError, first_line
 
-from ..completion import Chunk, Completion
-from ..many import interleaved
-from ..stream import Stream
+from ..decoding.completion import Chunk, Completion
+from ..decoding.many import interleaved
+from ..decoding.stream import Stream
 
 Key = TypeVar("Key")
 

@@ -11,19 +11,20 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 
 from pastkey.errors import InputError, PastkeyError
 from pastkey.values import as_path, require, shown
 
-from ..batching.prefix_store import TAIL
-from ..batching.scheduler import MAX_ROWS
-from ..chat import Chat
-from ..completion import Completion
-from ..language_model import LanguageModel
+from ..decoding.batching.prefix_cache import TAIL
+from ..decoding.batching.scheduler import MAX_ROWS
+from ..decoding.completion import Completion
+from ..decoding.stream import Stream
 from ..loading import load, require_settings
+from ..model.chat import Chat
+from ..model.language_model import LanguageModel
 from ..settings import (
     CHAT_NEW_TOKENS,
     CHAT_OPTIONS,
@@ -35,12 +36,8 @@ from ..settings import (
     SessionSettings,
     require_known,
 )
-from ..stream import Stream
 from .continuous import finished
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
-
-if TYPE_CHECKING:
-    from ..untrusted.limits import Limits
 
 WINDOW = 1024  # rows that are sorted at once
 SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once
@@ -85,8 +82,6 @@ class Generator:
         threads: int | None = None,
         allow_fallback: bool = False,
         session_options: SessionSettings | None = None,
-        trust: bool = True,
-        limits: Limits | None = None,
         **options: Unpack[ChatOptions],
     ) -> None:
         """Loads nothing yet.
@@ -101,8 +96,6 @@ class Generator:
             threads: As in `load`.
             allow_fallback: As in `load`.
             session_options: As in `load`.
-            trust: As in `load`.
-            limits: As in `load`.
             **options: As in `LanguageModel.generate`, for all rows; a column or field of an option's name wins.
                 `max_new_tokens` is 64, of an answer to messages 512. Each row draws by a seed made of `seed` (0) and
                 its id.
@@ -123,8 +116,6 @@ class Generator:
             "allow_fallback": allow_fallback,
             "session_options": session_options,
             "max_batch": 1 if exact else max_batch,
-            "trust": trust,
-            "limits": limits,
         }
         require_settings(**self._load)
         self._chats: dict[str, Chat] = {}
@@ -212,7 +203,7 @@ class Generator:
         if shares and not model.manifest.states:
             # The tail keeps the cache in the store: one hardly longer than what a row needs would go to that row.
             ids = [*first[:shared], *[first[shared - 1]] * (TAIL + 1)]
-            with contextlib.suppress(PastkeyError):  # each row has its own; an untrusted bundle has no engine here
+            with contextlib.suppress(PastkeyError):  # each row has its own
                 if model.require_open().graph.copies and len(ids) < model.manifest.context_length:
                     model.generate(ids, max_new_tokens=1, reuse_prefix=True, exact=True)
         for task in tasks:

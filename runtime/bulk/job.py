@@ -17,10 +17,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pastkey.durable import lock_file, refuse_below_a_file, refuse_special, sync_folder, write_json
 from pastkey.errors import ExistingFolderError, InputError, IntegrityError, ResourceError
-from pastkey.folder import read_json, sha256
-from pastkey.reading import parse_json
+from pastkey.files.durable import lock_file, refuse_below_a_file, refuse_special, sync_folder, write_json
+from pastkey.files.folder import read_json, sha256
+from pastkey.files.reading import parse_json
 from pastkey.values import shown
 
 from .rows import Answer, Row, RowId, answered_line, is_id, read_rows

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any, TypeGuard, cast
 
 from pastkey.errors import InputError, PastkeyError
-from pastkey.reading import MOST_JSON, parse_json, require_regular
+from pastkey.files.reading import MOST_JSON, parse_json, require_regular
 from pastkey.values import is_int, shown
 
-from ..completion import Completion
+from ..decoding.completion import Completion
 from ..sampling.random_stream import MAX_SEED
 from ..settings import CHAT_OPTIONS, ChatOptions
 from ..text.messages import check_messages

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from pastkey.command import print_json, say
 from pastkey.errors import InputError
-from pastkey.folder import sha256
+from pastkey.files.folder import sha256
 
 from ..settings import ChatOptions, PlacementOptions
 
 if TYPE_CHECKING:
     from ..bulk.generator import Generator
     from ..bulk.job import Job
+    from .untrusted_rows import SandboxedGenerator
 
 _EVERY = 10.0  # seconds between two lines of progress
 
@@ -45,24 +46,33 @@ def batch(
     """Runs or goes on with a job, and prints its report. `trust`: as `load` takes trust and limits, where not usual."""
     from ..bulk.generator import Generator  # here, so that --help is there at once
     from ..bulk.job import open_job, refuse_output, shard_ids
-    from ..session_file import bundle_digest
+    from ..model.session_file import bundle_digest
+    from .rerun import require_cpu
+    from .untrusted_rows import SandboxedGenerator
 
     source, out = Path(arguments.input), Path(arguments.out)
     require_shard(arguments.shard)
     ids = shard_ids(source, arguments.shard)
     refuse_output(out, source)
-    generator = Generator(
-        arguments.bundle, exact=arguments.exact, template=arguments.template, **placement, **trust, **options
-    )
+    given: dict[str, Any] = {"exact": arguments.exact, "template": arguments.template, **placement, **options}
+    generator: Generator | SandboxedGenerator
+    if trust:
+        require_cpu(arguments)
+        del given["providers"]
+        generator = SandboxedGenerator(arguments.bundle, trust["limits"], **given)
+        digest = generator.digest
+    else:
+        generator = Generator(arguments.bundle, **given)
+        digest = bundle_digest(generator.model.bundle)
     settings: dict[str, Any] = {
         "shard": arguments.shard,
         "exact": arguments.exact,
         "template": None if arguments.template is None else sha256(Path(arguments.template)),
-        "bundle": bundle_digest(generator.model.bundle),
+        "bundle": digest,
         **json.loads(json.dumps(options)),  # as they come back from the file
     }
     with open_job(source, out, ids, settings, force=arguments.force) as job:
-        report = {"out": str(out), **answer_all(job, generator), "bundle": settings["bundle"]}
+        report = {"out": str(out), **answer_all(job, generator), "bundle": digest}
     if arguments.json:
         print_json(report)
     else:
@@ -77,7 +87,7 @@ def require_shard(shard: str) -> None:
         raise InputError(f"--shard is {shard!r}; I/N was expected, with I from 1 to N")
 
 
-def answer_all(job: Job, generator: Generator) -> dict[str, Any]:
+def answer_all(job: Job, generator: Generator | SandboxedGenerator) -> dict[str, Any]:
     """Answers what is left. Returns the report: its rows and errors are the job's, the rest is of this run."""
     before, started = job.done, time.monotonic()
     told, tokens = started, {"prompt_tokens": 0, "new_tokens": 0}

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import numpy as np
 
 import pastkey
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.values import is_int, require
 
 from ..engine.engine import Engine

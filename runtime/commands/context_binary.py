@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pastkey import names
-from pastkey.bundle import Bundle, Compiled, open_bundle, read_bundle
 from pastkey.command import say
-from pastkey.durable import whole_folder, write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, Compiled, open_bundle, read_bundle
+from pastkey.contract.provider_options import in_manifest, not_kept
 from pastkey.errors import InputError, ProviderError
-from pastkey.folder import file_records, parse_records
-from pastkey.provider_options import in_manifest, not_kept
+from pastkey.files.durable import whole_folder, write_json
+from pastkey.files.folder import file_records, parse_records
 
 from ..engine.engine import Engine
 from ..engine.golden import require_golden

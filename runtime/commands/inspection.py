@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -13,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from pastkey import names
-from pastkey.bundle import Manifest, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, Manifest, open_bundle
+from pastkey.errors import NumericsError, ProviderError
+from pastkey.precisions import PRECISIONS
 
 from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
+from ..engine.golden import require_golden
 from ..providers.int8_kernels import Int8Kernels, int8_kernels_of
 from ..providers.parts import Assigned, assigned
-from ..providers.placement import short_name
+from ..providers.placement import CPU, short_name
 from ..settings import PlacementOptions
 
 _KERNEL = "_kernel_time"  # how onnxruntime's profile names an operator's run
@@ -52,6 +56,8 @@ class Inspection:
     overflow: str  # what becomes of a text that is longer than the context, and of what no window sees
     shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
     int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
+    golden_logits: str | None = None  # on a device other than the CPU: right, prefill wrong, or wrong
+    refusal: str | None = None  # the sentence of `run`, where it refuses the bundle on this device
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -61,7 +67,7 @@ def inspect(
     path: str | Path,
     **placement: Unpack[PlacementOptions],
 ) -> Inspection:
-    """Opens a bundle and runs a few tokens to see where each operator is placed.
+    """Opens a bundle, runs a few tokens to see where each operator is placed, and proves it on its device.
 
     Args:
         path: A bundle.
@@ -77,13 +83,15 @@ def inspect(
     bundle = open_bundle(path)
     manifest = bundle.manifest
     sizes = {name: record.size for name, record in manifest.files.items()}
-    weights = sum(size for name, size in sizes.items() if name.endswith(names.DATA_SUFFIX))
+    weights = sum(size for name, size in sizes.items() if names.is_weights_file(name))
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
-        engine.prefill([0] * min(2, manifest.context_length))
-        if len(engine.graph.sessions) > 1:
-            engine.reset()
-            engine.decode(0)
+        on_cpu = engine.providers[0] == CPU
+        with contextlib.nullcontext() if on_cpu else contextlib.suppress(NumericsError):  # `_prove` says what is wrong
+            engine.prefill([0] * min(2, manifest.context_length))
+            if len(engine.graph.sessions) > 1:
+                engine.reset()
+                engine.decode(0)
         shares: list[Share] = []
         for graph, session in engine.graph.sessions.items():
             profile = _read_profile(Path(session.end_profiling()))
@@ -92,16 +100,28 @@ def inspect(
             binary = sum(n for name, n in sizes.items() if name.startswith(compiled[0]) and name.endswith(compiled[1]))
             shares += read_shares(profile, assigned(session, graph), file, binary)
         kernels = int8_kernels_of(manifest.precision, engine.providers[0])
+    golden_logits, refusal = (None, None) if on_cpu else _prove(engine, bundle)
     return Inspection(
         manifest=manifest,
-        weight_bytes=weights or sizes[names.ALL_LOGITS_GRAPH[manifest.precision]],
+        weight_bytes=weights or sizes[PRECISIONS[manifest.precision].graph],
         total_bytes=sum(sizes.values()),
         kv_bytes_per_token=engine.graph.bytes_per_token,
         kv_bytes_at_context=engine.graph.cache_bytes(manifest.context_length),
         overflow=_overflow(engine.graph),
         shares=tuple(shares),
         int8_kernels=kernels,
+        golden_logits=golden_logits,
+        refusal=refusal,
     )
+
+
+def _prove(engine: Engine, bundle: Bundle) -> tuple[str, str | None]:
+    """How a device computes a bundle's golden logits, and the sentence of a refusal."""
+    try:
+        require_golden(engine, bundle)
+    except ProviderError as error:
+        return "wrong", str(error)
+    return "prefill wrong" if engine.one_by_one else "right", None
 
 
 def _overflow(graph: DecoderGraph) -> str:
@@ -189,6 +209,8 @@ def print_inspection(inspection: Inspection) -> None:
         print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")
     if inspection.int8_kernels is not None:
         print(f"\nint8 MatMuls here: {inspection.int8_kernels.note}")
+    if inspection.golden_logits is not None:
+        print(f"\ngolden logits on this device: {inspection.golden_logits}")
     for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
         if figures:
             print(f"\n{title} at export")

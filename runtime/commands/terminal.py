@@ -15,8 +15,8 @@ from typing import Any, Unpack
 from pastkey.command import decode_input, print_text, say
 from pastkey.errors import InputError, PastkeyError
 
-from ..chat import Chat
-from ..completion import Completion
+from ..decoding.completion import Completion
+from ..model.chat import Chat
 from ..settings import ChatOptions
 
 HELP = '''/help          shows this

@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
+from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int, parse_version, require
 
 from ..providers import placement as ep
@@ -22,9 +23,9 @@ from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
 from ..settings import Choice, PlacementOptions, SessionSettings, require_placement
 from .binding import Binding
+from .caches.int8_kv import INT8_KV_FROM, CachePair
+from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
-from .int8_kv import INT8_KV_FROM, CachePair
-from .static_graphs import StaticGraphs
 
 # Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
 PREFILL_CHUNK = 256
@@ -200,7 +201,7 @@ class DecoderGraph:
             and not self.every
             and names.SEQLENS_K in self._inputs
             and not self.takes_mask
-            and self.manifest.precision != "fp16"
+            and PRECISIONS[self.manifest.precision].cache_bytes == 4
             and ep.cache_device(self.providers) == "cpu"
         )
 
@@ -228,7 +229,7 @@ class DecoderGraph:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
-        size = 2 if self.manifest.precision == "fp16" else 4
+        size = PRECISIONS[self.manifest.precision].cache_bytes
         layers = self.manifest.layers
         return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
 

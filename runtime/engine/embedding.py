@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.errors import IntegrityError, PastkeyError, first_line
-from pastkey.reading import require_regular
+from pastkey.files.reading import require_regular
 from pastkey.values import shown
 
 

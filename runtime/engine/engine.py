@@ -10,16 +10,16 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import InputError, PastkeyError
 from pastkey.values import is_collection, is_int, require
 
+from .caches.int8_kv import CachePair
+from .caches.static_graphs import StaticGraphs
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
-from .int8_kv import CachePair
 from .one_at_a_time import one_at_a_time
 from .padding import Padding
 from .shift import moved_by, require_shift
-from .static_graphs import StaticGraphs
 
 
 class Engine:

@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey import names
-from pastkey.bundle import Bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, IntegrityError, NumericsError, ProviderError
-from pastkey.folder import user_cache_file
-from pastkey.reading import reading
+from pastkey.files.durable import write_json
+from pastkey.files.folder import user_cache_file
+from pastkey.files.reading import reading
+from pastkey.precisions import PRECISIONS
 
 from ..providers import placement as ep
 from ..providers.ort import onnxruntime
@@ -41,11 +42,6 @@ TOKENS = 256  # of the text, where the context has room for it
 # room: how far the bug is off changes from position to position.
 ENDS, LEAST_ROWS = (1, 8, 2, 4, 16), 2
 STEPS = MAX_DRAFT_TOKENS + 1  # that are decoded one by one behind a prefill, and then at once, as drafts are
-
-# max |difference| over max |logit| that a device may be off. In float32 devices were 5e-7 from the processor, in
-# float16 2e-3; a prefill that leaves out keys is 2e-2 off, and more. Activations in int8, as on the processor, are
-# others than on a device that leaves them as they are: 1.5e-2 in SmolLM2-135M.
-LIMITS = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2, "int4": 5e-2}
 
 SMALLEST_BUG = 2e-2  # that was seen
 
@@ -72,7 +68,8 @@ class Golden:
         """What a bundle brings; of an older one that brings none, what the processor computes here."""
         path = bundle.path / names.GOLDEN
         if names.GOLDEN not in bundle.manifest.files:
-            return cls.computed(Engine(bundle, providers="cpu"), len(ENDS), LIMITS[bundle.manifest.precision])
+            limit = PRECISIONS[bundle.manifest.precision].golden_limit
+            return cls.computed(Engine(bundle, providers="cpu"), len(ENDS), limit)
         try:
             with reading(path, "golden logits", but=(ValueError, LookupError)):
                 content = _arrays(path)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.bundle import KeyRotation, Manifest
+from pastkey.contract.bundle import KeyRotation, Manifest
 from pastkey.errors import InputError
 
 Rows = npt.NDArray[Any]

@@ -13,6 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from pastkey.precisions import PRECISIONS
+
 from .placement import CPU
 
 _CPUINFO = Path("/proc/cpuinfo")  # Linux and Android
@@ -73,7 +75,7 @@ def int8_kernels_of(precision: str, provider: str) -> Int8Kernels | None:
 
     `provider` is onnxruntime's name of the one that a session prefers.
     """
-    return int8_kernels() if precision in ("int8", "int4") and provider == CPU else None
+    return int8_kernels() if PRECISIONS[precision].quantized and provider == CPU else None
 
 
 def choose_int8_kernels(machine: str, flags: Collection[str] | None) -> Int8Kernels:

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import Manifest
+from pastkey.contract import names
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
-from pastkey.reading import is_unicode, reading
-from pastkey.values import parse_version, shown
+from pastkey.files.reading import reading
+from pastkey.precisions import PRECISIONS
+from pastkey.values import is_unicode, parse_version, shown
 
 from ..settings import Choice, SessionSettings
 from . import placement as ep
@@ -181,8 +182,8 @@ def default_threads() -> int:
 def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
     """The weights files that are links, as a download cache's are: name -> content."""
     content = {}
-    for path in folder.glob(f"*{names.DATA_SUFFIX}"):
-        if path.is_symlink():
+    for path in folder.iterdir():
+        if path.is_symlink() and names.is_weights_file(path.name):
             with path.open("rb") as file:
                 content[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return content
@@ -228,7 +229,7 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         expected |= {names.SEQLENS_K: [names.BATCH], names.TOTAL_SEQUENCE_LENGTH: []}
     if names.SEQLENS_K not in found or names.ATTENTION_MASK in found:
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
-    if path.name != Path(names.ALL_LOGITS_GRAPH[manifest.precision]).name:
+    if path.name != Path(PRECISIONS[manifest.precision].graph).name:
         expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
         if manifest.hidden_size is not None:
             expected[names.LAST_HIDDEN_STATE] = [names.BATCH, names.SEQUENCE, manifest.hidden_size]

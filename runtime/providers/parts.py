@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pastkey.external_data import tensor_data
-from pastkey.protobuf import BYTES, DamagedError, fields
+from pastkey.files.external_data import tensor_data
+from pastkey.files.protobuf import BYTES, DamagedError, fields
 
 from .ort import OrtError
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pastkey.bundle import Compiled, Manifest
+from pastkey.contract.bundle import Compiled, Manifest
+from pastkey.contract.provider_options import HTP_ARCHS
 from pastkey.errors import ProviderError, StartError, first_line
-from pastkey.provider_options import HTP_ARCHS
 from pastkey.values import shown
 
 from ..settings import Choice
@@ -46,6 +46,7 @@ class Known:
     remedy: str = ""  # what to export for it, where that is not the fused graph
     fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
     plugin: str = ""  # the module of a provider that onnxruntime must be told of
+    ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operator -> attributes that change nothing
     misses_keys: bool = False  # GroupQueryAttention was seen to leave out keys, of a prefill and of a padded batch
     options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
@@ -75,8 +76,9 @@ KNOWN = {
         "WebGpuExecutionProvider",
         "GPUs by Vulkan, Metal or D3D12",
         "pip install onnxruntime-webgpu",
-        {"fused": Seen.WHOLE, "static": Seen.WHOLE},
+        {"fused": Seen.RUNS, "static": Seen.WHOLE, "standard": Seen.RUNS},
         remedy="export the model again with --target webgpu",
+        ignores={"GroupQueryAttention": ("softcap",)},
         misses_keys=True,
     ),
     "qnn": Known(
@@ -150,7 +152,6 @@ def resolve(
     Raises:
         ProviderError: One does not exist here, has no such option, or is not given the fused graph.
     """
-    named = choice is not None
     if choice is None:
         choice = provider_of(target)
         reason = f"the bundle was made for {target}; "
@@ -182,8 +183,9 @@ def resolve(
         require_values(short_name(name), chosen[name])
     first = next(iter(chosen), CPU)
     graphs = _facts(first).whole
-    # By the bundle's own choice a graph may run in parts, if it was made so.
-    whole = first != CPU and CPU not in chosen and not allow_fallback and (graph in graphs or (bool(graphs) and named))
+    # A graph that was made for a provider may run in parts there.
+    foreign = bool(graphs) and short_name(first) != provider_of(target)
+    whole = first != CPU and CPU not in chosen and not allow_fallback and (graph in graphs or foreign)
     if not whole:
         chosen.setdefault(CPU, {})
     return Placement(tuple(chosen.items()), whole)
@@ -246,6 +248,11 @@ def _packages(known: Known) -> list[str]:
 def takes_fused(target: str) -> bool:
     """Whether a bundle made for `target` may have the fused graph."""
     return KNOWN[provider_of(target)].graphs.get("fused") in (Seen.WHOLE, Seen.RUNS)
+
+
+def ignored(target: str, operator: str) -> tuple[str, ...]:
+    """The attributes of an operator that change nothing where a bundle made for `target` runs."""
+    return KNOWN[provider_of(target)].ignores.get(operator, ())
 
 
 def is_here(name: str) -> bool:

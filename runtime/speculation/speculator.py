@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..sampling.prompt_lookup import PromptLookup
 from ..settings import MAX_DRAFT_TOKENS
 from .drafter import Allows, Drafter
+from .prompt_lookup import PromptLookup
 
 
 class Speculator:

@@ -1,7 +1,7 @@
 """A bundle's chat template: messages to the text that the model was trained to see them as.
 
 Templates are Jinja programs that come with the tokenizer. They are rendered as transformers' `apply_chat_template`
-renders them, in a sandbox with bounds, since they come from wherever the model comes from.
+renders them, in Jinja's sandbox, with bounds of their source and their output.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.folder import read_json, read_text
+from pastkey.files.folder import read_json, read_text
 from pastkey.values import as_path
 
-from . import sandbox
+from .environment import MAX_OUTPUT, MAX_SOURCE, environment, plain
 
 # "role" ("system", "user", "assistant" or "tool") and "content", a text or its parts; "tool_calls" and what else a
 # template reads.
 Message = Mapping[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # where templates look for what a model thought
 _TAG = "<continue-here> "
-
-
-class TemplateBudgetError(InputError):
-    """A template that does not come to an end within its bounds."""
 
 
 class ChatTemplate:
@@ -43,21 +39,20 @@ class ChatTemplate:
 
         Raises InputError for a template that cannot be compiled, MissingExtraError without jinja2.
         """
-        environment = sandbox.environment()
+        made = environment()
         import jinja2
         import jinja2.meta
 
-        if len(source) > sandbox.MAX_SOURCE:
+        if len(source) > MAX_SOURCE:
             raise InputError(
-                f"the chat template cannot be compiled: it has {len(source):,} characters, and {sandbox.MAX_SOURCE:,} "
+                f"the chat template cannot be compiled: it has {len(source):,} characters, and {MAX_SOURCE:,} "
                 "are the most"
             )
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         try:
-            with sandbox.budget():  # constants are computed here
-                self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-                self._template = environment.from_string(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(made.parse(source)))
+            self._template = made.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             reason = (error.message or "")[:1000]
             raise InputError(f"the chat template is not valid Jinja: {reason} (line {error.lineno})") from None
@@ -105,25 +100,21 @@ class ChatTemplate:
             **variables: What else the template reads. `add_generation_prompt=False` ends behind the last message.
 
         Raises:
-            InputError: The template does not take these messages, in its own words; a TemplateBudgetError where it does
-                not come to an end within its bounds of time and size.
+            InputError: The template does not take these messages, in its own words, or writes more than MAX_OUTPUT
+                characters.
         """
         try:
-            given = [_with_reasoning(sandbox.plain(message)) for message in messages]
+            given = [_with_reasoning(plain(message)) for message in messages]
             content = _mark_end(given) if continue_final_message else ""
-            values = {"add_generation_prompt": not continue_final_message} | sandbox.plain(variables)
+            values = {"add_generation_prompt": not continue_final_message} | plain(variables)
             values |= {"messages": given, "tools": _listed(tools), "documents": _listed(documents)}
-            with sandbox.budget() as spent:
-                pieces = []
-                for piece in self._template.generate(self._special_tokens | values):
-                    spent.rendered(len(piece))
-                    pieces.append(piece)
+            pieces, length = [], 0
+            for piece in self._template.generate(self._special_tokens | values):
+                length += len(piece)
+                if length > MAX_OUTPUT:
+                    raise ValueError(f"it writes more than {MAX_OUTPUT:,} characters")
+                pieces.append(piece)
             text = "".join(pieces)
-        except sandbox.OverBudgetError as error:
-            raise TemplateBudgetError(
-                f"the chat template spends more than it may, {error}: take another one with --template FILE (in "
-                "Python, template=)"
-            ) from None
         except Exception as error:  # a template is a program: it may fail in any way
             raise InputError(f"the chat template does not take this conversation: {_reason(error)}") from None
         return _up_to_mark(text, content) if continue_final_message else text
@@ -134,7 +125,7 @@ def _reason(error: Exception) -> str:
 
 
 def _listed(values: Iterable[Any] | None) -> list[Any] | None:
-    return None if values is None else [sandbox.plain(value) for value in values]
+    return None if values is None else [plain(value) for value in values]
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

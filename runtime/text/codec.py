@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, first_line
-from pastkey.reading import NativeError, is_panic, panics_as_errors, read_bytes
-from pastkey.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
+from pastkey.files.reading import NativeError, is_panic, panics_as_errors, read_bytes
+from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 from pastkey.values import shown
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pastkey.durable import write_json
 from pastkey.errors import InputError, PastkeyError
-from pastkey.folder import read_json
+from pastkey.files.durable import write_json
+from pastkey.files.folder import read_json
 from pastkey.values import as_path, shown
 
 Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text", "text": ...}

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pastkey.errors import InputError
-from pastkey.tokenizer_file import open_tokenizer
+from pastkey.files.tokenizer_file import open_tokenizer
 
 from .codec import TextCodec
 

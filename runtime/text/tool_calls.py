@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection
 from typing import Any, Literal
 
-from pastkey.reading import parse_json
+from pastkey.files.reading import parse_json
 
 Form = Literal["hermes", "llama3", "mistral"]
 Call = dict[str, Any]  # "name" and "arguments"

@@ -15,11 +15,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import Bundle, open_bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.export import Report, export
+from pastkey.files.durable import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
 from .cases import CASES, MORE_CASES

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from pastkey.config import ModelConfig
+from pastkey.contract.config import ModelConfig
 from pastkey.train.model import Decoder
 
 

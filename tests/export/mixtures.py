@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from pastkey import names
-from pastkey.bundle import Bundle
-from pastkey.export.quantize.activations import probing
-from pastkey.export.quantize.rewrite import quantize
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
+from pastkey.export.quantize.calibrate.activations import probing
+from pastkey.export.quantize.rounding.rewrite import quantize
 
 Logits = npt.NDArray[np.float32]
 # A tied embedding; MatMuls with a bias and a softcap; a matrix that is used five times; plain norms.

@@ -15,7 +15,7 @@ from pastkey.export.bundle_writer import (
     BundleWriter,
     Decoder,
 )
-from pastkey.export.graft.observe import Observation, observe
+from pastkey.export.graft.probe.observe import Observation, observe
 from pastkey.export.graft.trace import GraphChoice, trace
 from pastkey.export.graph.clean import clean
 from pastkey.export.progress import SILENT

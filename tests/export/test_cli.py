@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.export.compat import configs
 from pastkey.runtime import load
 
@@ -100,7 +102,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("flags", "precision", "words"),
     [
-        ("fma avx2", "int8", "on this processor int8 MatMuls take AVX2 kernels, for want of VNNI"),
+        ("fma avx2", "int8", "on this CPU int8 MatMuls take AVX2 kernels, for want of VNNI"),
         ("fma avx2", "fp32", None),
         ("fma avx2 avx_vnni", "int8", None),
         (None, "int8", None),
@@ -252,6 +254,34 @@ def test_an_eos_that_is_no_token_is_told(factory: Path, tmp_path: Path, command:
 
 
 # --- what a source has to say -------------------------------------------------------------------------------------
+FROM_TWO = """
+class FromTwo(Small):
+    def forward(self, input_ids, position_ids=None):
+        default = torch.arange(2, 2 + input_ids.shape[1])[None]
+        return super().forward(input_ids, default if position_ids is None else position_ids)
+"""
+
+
+def test_each_call_that_an_export_offers_works_as_it_is_typed(factory: Path, tmp_path: Path, command: Command) -> None:
+    file, out = tmp_path / "from_two.py", tmp_path / "bundle"
+    file.write_text(factory.read_text() + FROM_TWO)
+    choices = ("export", f"{file}:FromTwo", "--context", 10, "--precision", "fp32", "--out", out, "--force")
+    refused = command(*choices)
+    fails(refused, "FromTwo runs as model(ids) and as model(ids, position_ids=positions), and gives other logits")
+    assert not out.exists()
+    words = shlex.split(refused[2].partition("say which with")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert set(calls) == {"model(ids)", "model(ids, position_ids=positions)"}
+    for call in calls:
+        status, printed, told = command(*choices, "--call", call)
+        assert (status, printed) == (0, "")
+        assert told.count(f"graph of 1 layers of {call} (") == 1
+        manifest = open_bundle(out).manifest
+        assert (manifest.call, manifest.padding) == (call, True)
+        status, _, told = command("verify", out, f"{file}:FromTwo")
+        assert status == 0, told
+
+
 def test_an_unfinished_training_is_a_warning_and_stands_in_the_report(
     checkpoint: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 import pastkey
 from pastkey.export import export
 from pastkey.export.resources import parameters
-from pastkey.memory import available_memory
+from pastkey.files.memory import available_memory
 
 from .decoders import Plain
 

@@ -12,11 +12,11 @@ import pytest
 from torch import nn
 
 import pastkey
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ParityError
 from pastkey.export import export, ort_format
-from pastkey.export.graph import embedding_rows
+from pastkey.export.graph.write import embedding_rows
 from pastkey.runtime import Engine
 
 from .decoders import Plain, llama

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ContractError
 from pastkey.export import Report, export
-from pastkey.export.graft.contract import in_contract
+from pastkey.export.graft.probe.contract import in_contract
 
 from ..shared import divided
 from .graft.own.by_hand import TrilBuffer

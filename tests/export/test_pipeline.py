@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import (
     ContractError,
     ExistingFolderError,
@@ -27,7 +27,7 @@ from pastkey.errors import (
 )
 from pastkey.export import bundle_writer, export, pipeline
 from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
-from pastkey.export.graph import save
+from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import Engine
 
 from ..shared import divided
@@ -366,10 +366,10 @@ def test_a_nan_weight_is_named_and_no_folder_is_left(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, *rest: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def full(file: WeightsFile, *rest: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file.path))
 
-    monkeypatch.setattr(save, "_move_weights_out", full)
+    monkeypatch.setattr(WeightsFile, "take_weights", full)
     with pytest.raises(OSError, match="No space left"):
         export(Plain(heads=1), tmp_path / "bundle", precision="fp32", context_length=8)
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from torch import nn
 
 from pastkey.errors import ResourceError
 from pastkey.export import resources
+from pastkey.precisions import PRECISIONS
 
 
 def test_a_weight_that_is_shared_counts_once() -> None:
@@ -45,5 +46,5 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypa
 
 
 def test_what_is_loaded_needs_less() -> None:
-    copies = resources._COPIES_AFTER_LOADING
+    copies = {name: row.memory_copies for name, row in PRECISIONS.items()}
     assert copies["int8"] < resources._COPIES_IN_MEMORY < copies["int4"]

@@ -5,28 +5,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-from typing import Any
+import re
+from typing import Any, get_type_hints
 
 import pytest
 
 from pastkey.errors import InputError
 from pastkey.export import export
 from pastkey.export.cli import export_command
-from pastkey.export.settings import ExportConfig
+from pastkey.export.settings import ExportConfig, ExportOptions
 
 
 def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> None:
     parser = argparse.ArgumentParser()
     export_command.add_arguments(parser)
     told = vars(parser.parse_args(["source", "--out", "bundle"]))
-    parameters = inspect.signature(export).parameters
     fields = dataclasses.fields(ExportConfig)
-    assert len(fields) > 5
     for field in fields:
         assert told[field.name] == field.default
-        assert parameters[field.name].default == field.default
     assert set(told) == {field.name for field in fields} | {"source", "out", "json"}
-    assert set(parameters) == {field.name for field in fields} | {"module_or_path", "out", "progress"}
+    options = get_type_hints(ExportOptions)
+    assert options | {"precision": str} == get_type_hints(ExportConfig)
+    documented = re.findall(r"^ +- `(\w+)`", str(ExportOptions.__doc__), re.MULTILINE)
+    assert documented == list(options)
+    assert inspect.signature(export).parameters["precision"].default == ExportConfig.precision
 
 
 @pytest.mark.parametrize(

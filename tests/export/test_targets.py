@@ -10,14 +10,17 @@ import onnx
 import pytest
 from torch import Tensor, nn
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
-from pastkey.errors import NumericsError, ProviderError
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.errors import ContractError, NumericsError, ProviderError
 from pastkey.export import bundle_writer, export
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine, load
 from pastkey.runtime.providers import placement as providers
 
+from ..shared import divided
 from .decoders import Plain, gpt2, llama
+from .graft.own.biases import DECODERS as BIASES
 
 
 @pytest.mark.parametrize("target", ["cuda", "openvino", "webgpu"])
@@ -77,6 +80,19 @@ def test_a_portable_bundle_has_onnx_standard_operators_only(build: Callable[[], 
         assert [opset.domain for opset in model.opset_import] == [""]
         assert {node.domain for node in model.graph.node} == {""}
         onnx.checker.check_model(path)
+
+
+@pytest.mark.parametrize("precision", divided(list(PRECISIONS), quick=["fp32"], ci=["int8"]))
+def test_a_soft_capped_decoder_for_webgpu_has_its_cap_in_operators_that_are_right_there(
+    precision: str, tmp_path: Path
+) -> None:
+    capped = BIASES["soft_cap"].make()
+    report = export(capped, tmp_path / "bundle", precision=precision, target="webgpu", context_length=8)
+    assert report.manifest.graph == "standard"
+    assert report.manifest.graph_reason == "GroupQueryAttention cannot take softcap, which webgpu ignores"
+    assert "GroupQueryAttention" not in report.manifest.operators
+    with pytest.raises(ContractError, match="the fused graph cannot take softcap, which webgpu ignores"):
+        export(capped, tmp_path / "other", target="webgpu", graph="fused", context_length=8)
 
 
 class Beyond(Plain):

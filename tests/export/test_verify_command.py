@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 
 from .commands import Command, fails
 from .measure.test_verify import alter_weight

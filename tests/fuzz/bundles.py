@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from pastkey import names
-from pastkey.bundle import open_bundle
-from pastkey.folder import FileRecord
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
+from pastkey.files.folder import FileRecord
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.embedding import EmbeddingRows
 from pastkey.runtime.engine.golden import Golden
-from pastkey.runtime.generation_config import sampling_defaults
-from pastkey.runtime.session_file import read_session, write_session
+from pastkey.runtime.model.generation_config import sampling_defaults
+from pastkey.runtime.model.session_file import read_session, write_session
+from pastkey.runtime.model.unpack import unpacked
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.runtime.text.codec import TextCodec
-from pastkey.runtime.unpacking import unpacked
 
 from ..runtime.conftest import Tiny, write_bundle
 from .mutations import mutate_bytes, mutate_json

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.train.checkpoint import (
     STATE,
     TOKENS_TRAIN,

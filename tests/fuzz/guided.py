@@ -1,4 +1,4 @@
-"""Coverage-guided inputs by atheris, for the readers in Python. It is installed by `make fuzz` where pip has it."""
+"""Coverage-guided inputs by atheris, for the readers in Python. `pip install atheris` brings it, where pip has it."""
 
 from __future__ import annotations
 

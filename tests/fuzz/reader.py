@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
+from pastkey.contract import names
 
 from .mutations import Mutation
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.export.source import pretrained
 from pastkey.export.source.llama2c import open_llama2c
-from pastkey.export.source.tokenizer import read_tokenizer
+from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
-from pastkey.folder import read_json
+from pastkey.files.folder import read_json
 
 from .checkpoints import checkpoint_folder
 from .mutations import mutate_bytes, mutate_headed, mutate_json

@@ -1,7 +1,7 @@
 """Every reader gives a value or a sentence on whatever bytes: so many inputs each, the same every time.
 
-`python -m tests.fuzz --target T --seed S --inputs 1` repeats one, and `make fuzz MINUTES=n` runs others; an input that
-was a finding once stands in regressions/TARGET/.
+`python -m tests.fuzz --target T --seed S --inputs 1` repeats one, and `--minutes N` runs others; an input that was
+ a finding once stands in regressions/TARGET/.
 """
 
 from __future__ import annotations

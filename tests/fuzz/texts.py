@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
 
-from pastkey import names
+from pastkey.contract import names
+from pastkey.errors import LimitWarning, UntrustedBundleError
 from pastkey.export.measure.texts import encode_file
-from pastkey.runtime.text.chat_template import ChatTemplate
+from pastkey.runtime import Limits, load
+from pastkey.runtime.sandbox.model import SandboxedModel
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.runtime.text.messages import read_messages
 from pastkey.train.data import survey, text_corpus
@@ -26,7 +30,20 @@ def _corpus(content: bytes) -> object:
 
 
 def _template(content: bytes) -> object:
-    return ChatTemplate(content.decode("utf-8", "replace")).render(MESSAGES)
+    """In the child process: a template may loop or take memory, which the process's limits end in a sentence."""
+    try:
+        return _sandboxed().chat_format(written("template.jinja", content)).render(MESSAGES)
+    except UntrustedBundleError:
+        _sandboxed.cache_clear()
+        raise
+
+
+@functools.cache
+def _sandboxed() -> SandboxedModel:
+    limits = Limits(memory=1_000_000_000, seconds=5.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LimitWarning)
+        return load(bundle_folder(), threads=1, trust=False, limits=limits)
 
 
 def _calibration(content: bytes) -> object:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pastkey import __main__ as module
-from pastkey.runtime import cli
+from pastkey.runtime.commands import cli
 
 Command = Callable[..., tuple[int, str, str]]
 

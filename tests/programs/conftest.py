@@ -18,6 +18,7 @@ from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
 from ..conftest import MadeOnce
+from ..export.graft.own.biases import DECODERS as BIASES
 from ..export.graft.own.blocks import DECODERS as OWN
 from ..shared import shared
 
@@ -65,6 +66,16 @@ def own_module(out: Path, _: Checkpoint) -> None:
     export(source, out, precision="fp32", target="qnn", context_length=64)
 
 
+def own_rope(out: Path, _: Checkpoint) -> None:
+    export(f"{ROOT / 'examples' / 'own_rope.py'}:make", out, precision="fp32", target="webgpu", context_length=128)
+
+
+def soft_cap(out: Path, _: Checkpoint, **settings: Any) -> None:
+    """A decoder of random weights whose scores of attention are capped."""
+    own = BIASES["soft_cap"]
+    export(own.make(), out, context_length=own.context, **settings)
+
+
 def gpt2(out: Path, trained: Checkpoint, **settings: Any) -> None:
     export(trained("gpt2", kv_heads=4), out, **settings)
 
@@ -86,6 +97,9 @@ MORE: dict[str, Write] = {
     "llama-webgpu-static": partial(llama, precision="fp32", target="webgpu", graph="static"),
     "llama-webgpu-int8": partial(llama, target="webgpu"),
     "gpt2-webgpu-fp16": partial(gpt2, precision="fp16", target="webgpu"),
+    "soft-cap-fp32": partial(soft_cap, precision="fp32"),
+    "soft-cap-webgpu-int8": partial(soft_cap, target="webgpu"),
+    "own-rope-webgpu": own_rope,
     "short-conv": short_conv,
     "llama-qnn": partial(llama, precision="fp32", target="qnn"),
     "llama-qnn-int8": partial(llama, target="qnn"),

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"

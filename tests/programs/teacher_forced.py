@@ -3,7 +3,7 @@
 import json
 import sys
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.runtime.engine.engine import Engine
 
 engine = Engine(open_bundle(sys.argv[1]))

@@ -15,10 +15,10 @@ import pytest
 
 import pastkey
 from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.export.measure.texts import self_generated_texts
-from pastkey.folder import write_json
+from pastkey.files.folder import write_json
 from pastkey.runtime.engine.engine import Engine
 
 from ..shared import divided
@@ -151,6 +151,33 @@ def test_webgpu_runs_the_static_graph_whole_and_prefills_right(bundles: Callable
     done = run(WEBGPU, bundle, "--provider", "webgpu", home=tmp_path)
     assert answered(done) == expected(bundle)
     assert ("leaves" in done.stderr, "single tokens" in done.stderr) == (False, False)
+
+
+# By the standard graph, and by the fused one.
+@pytest.mark.parametrize("name", divided(["soft-cap-webgpu-int8", "own-rope-webgpu"], ci=["soft-cap-webgpu-int8"]))
+def test_webgpu_runs_what_was_made_for_it_and_names_what_stays_on_the_cpu(
+    bundles: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    bundle = bundles(name)
+    for flags in ((), ("--provider", "webgpu")):
+        options = ("--prompt-ids", "5,9,2", "--max-new-tokens", str(NEW_TOKENS), "--json", *flags)
+        done = pastkey_in(WEBGPU, "run", bundle, *options, home=tmp_path)
+        assert answered(done) == pastkey.load(bundle, "cpu").generate([5, 9, 2], max_new_tokens=NEW_TOKENS).ids
+        assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) in 2 parts to ", done.stderr)
+
+
+def test_inspect_says_what_run_says_of_a_graph_that_webgpu_computes_wrong(
+    bundles: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = ("--provider", "webgpu", "--allow-fallback", "--json")
+    inspected = pastkey_in(WEBGPU, "inspect", bundles("soft-cap-fp32"), *flags, home=tmp_path)
+    ran = pastkey_in(WEBGPU, "run", bundles("soft-cap-fp32"), "--prompt-ids", "5,9,2", *flags, home=tmp_path)
+    assert (inspected.returncode, ran.returncode, ran.stdout) == (2, 2, "")
+    shown = json.loads(inspected.stdout)
+    assert shown["golden_logits"] == "wrong"
+    assert "computes other logits on this device than the processor" in shown["refusal"]
+    assert shown["refusal"] in inspected.stderr
+    assert shown["refusal"] in ran.stderr
 
 
 def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable[[str], Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.environments import install_kotlin, java_binding, node_environment, onnxruntime_header
-from pastkey import names
+from pastkey.contract import names
 
 from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
 

@@ -12,7 +12,7 @@ import pytest
 
 import pastkey
 from benchmarks.environments import install_chromium, node_environment
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 
 from ..shared import divided
 from .browser import visit
@@ -32,6 +32,13 @@ def packages() -> Path:
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
     return node_environment(EXAMPLE / "package.json", "web")
+
+
+def require_chromium() -> str:
+    chromium = install_chromium()
+    if chromium is None:
+        pytest.skip("chromium is not installed, and only root can install Debian's package")
+    return chromium
 
 
 def in_node(bundle: Path, prompts: list[list[int]], new_tokens: int) -> subprocess.CompletedProcess[str]:
@@ -89,10 +96,7 @@ def test_the_page_gives_them_too(
     bundles: Callable[[str], Path], tmp_path: Path, name: str, flags: tuple[str, ...], provider: str
 ) -> None:
     """Without WebGPU, with it on a bundle that it computes wrong, and on one that it computes right."""
-    modules, bundle = packages() / "node_modules", bundles(name)
-    chromium = install_chromium()
-    if chromium is None:
-        pytest.skip("chromium is not installed, and only root can install Debian's package")
+    modules, bundle, chromium = packages() / "node_modules", bundles(name), require_chromium()
     request = tmp_path / "request.json"
     request.write_text(json.dumps({"newTokens": NEW_TOKENS, "prompts": PROMPTS}))
     places = {
@@ -105,3 +109,10 @@ def test_the_page_gives_them_too(
     path, content = visit(chromium, "/page.html", places, flags=flags, seconds=300)
     assert path == "/answers", content
     assert content == {"ready": f"ready on {provider}", "answers": expected(bundle, [*PROMPTS], NEW_TOKENS)}
+
+
+def test_continue_before_the_bundle_is_ready_does_not_load_the_page_anew() -> None:
+    """It never is: no onnxruntime-web and no bundle are there."""
+    places = {"/page.html": HERE / "web_example_early.html", "/web": EXAMPLE}
+    path, content = visit(require_chromium(), "/page.html", places)
+    assert (path, content) == ("/answers", {"disabled": True, "same": True, "address": ""})

@@ -19,10 +19,11 @@ import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from pastkey import names
-from pastkey.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
-from pastkey.durable import write_json
-from pastkey.folder import file_records
+from pastkey.contract import names
+from pastkey.contract.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime import LanguageModel, load
 
 from ..onnx_text import encode_model
@@ -274,7 +275,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
     data_file = fields.pop("data_file", "")
     common = "standard" if graph == "static" else graph
-    texts = {names.ALL_LOGITS_GRAPH["fp32"]: tiny.text(common, last_only=False)}
+    texts = {PRECISIONS["fp32"].graph: tiny.text(common, last_only=False)}
     if graph == "static":
         fields.setdefault("static", StaticShape(fields.pop("chunk"), -1e4, (0,)))
         texts[names.STATIC_DECODE_GRAPH] = static_graph(tiny, 1)

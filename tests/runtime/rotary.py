@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pastkey.bundle import CacheShift, KeyRotation
+from pastkey.contract.bundle import CacheShift, KeyRotation
 
 from .conftest import Array, H, K, Tiny
 

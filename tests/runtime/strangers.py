@@ -28,12 +28,12 @@ from pastkey.runtime import (
     load,
     settings,
 )
-from pastkey.runtime.batching.memory import CacheMemory
-from pastkey.runtime.batching.prefix_store import PrefixStore
 from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect as inspect_bundle
-from pastkey.runtime.many import StreamMany
-from pastkey.runtime.signature import new_key, require_signature, sign_bundle
+from pastkey.runtime.decoding.batching.cache_budget import CacheMemory
+from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
+from pastkey.runtime.decoding.many import StreamMany
+from pastkey.runtime.model.signature import new_key, require_signature, sign_bundle
 
 from .conftest import V
 
@@ -138,8 +138,8 @@ class World:
         return Generation(self.lm.new_engine(), Request(**given))
 
 
-def begun(bundle: Path, folder: Path, **trust: Any) -> World:
-    lm = load(bundle, threads=1, **trust)
+def begun(bundle: Path, folder: Path) -> World:
+    lm = load(bundle, threads=1)
     world = World(lm, lm.session(), lm.chat(), bundle, folder)
     world.session.append(PROMPT)
     world.chat.ask("abc", **FEW)
@@ -233,7 +233,7 @@ LEFT_OUT = {
         "Engine.advance_batched Generation.fail Generation.begin Generation.step Generation.retire "
         "Engine.drop_cache Generation.jump Generation.make_ready Generation.require_ownership Generation.restart "
         "Generation.take Generation.take_together Generator.answers PrefixStore.take PrefixStore.put "
-        "PrefixStore.shrink CacheMemory.promise CacheMemory.release UntrustedModel.alive"
+        "PrefixStore.shrink CacheMemory.promise CacheMemory.release"
     ),
     "is Python's own protocol of generators, which takes an error to be raised": (
         "Stream.throw StreamMany.throw AsyncStream.athrow"
@@ -242,10 +242,13 @@ LEFT_OUT = {
         "LanguageModel.close Stream.cancel Stream.close StreamMany.cancel StreamMany.close AsyncStream.cancel "
         "AsyncStream.aclose"
     ),
-    "has the row of its base class, which is given a model of each kind": (
-        "UntrustedModel.close UntrustedModel.require_open UntrustedModel.session UntrustedModel.load_session "
-        "UntrustedModel.logits UntrustedModel.embed UntrustedModel.score UntrustedModel.chat"
+    "sends what it is given to a process, which calls those above": (
+        "SandboxedModel.generate SandboxedModel.agenerate SandboxedModel.stream SandboxedModel.astream "
+        "SandboxedModel.score SandboxedModel.ascore SandboxedModel.chat SandboxedModel.chat_format "
+        "SandboxedModel.close SandboxedStream.send SandboxedStream.throw "
+        "SandboxedStream.cancel SandboxedStream.close"
     ),
+    "has the row of Chat, which calls it": "LanguageModel.chat_format",
 }
 # Parameters that take objects of the runtime, or whose values another call has checked.
 OWN_OBJECTS = {

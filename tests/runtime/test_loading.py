@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.runtime import LanguageModel, load
 
@@ -93,6 +93,25 @@ def test_what_is_no_bundle_is_refused(speaking_bundle: Bundle, tmp_path: Path) -
     with pytest.raises(IntegrityError, match=r"names '\.\./outside', which is not a path inside the folder"):
         load(outside.getvalue())
     assert not (tmp_path.parent / "outside").exists()
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(
+    speaking_bundle: Bundle, tmp_path: Path, trust: bool
+) -> None:
+    """The last of two entries of one name counts."""
+    file = tmp_path / "b.zip"
+    file.write_bytes(zipped(speaking_bundle.path))
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("pastkey.json", "{}")
+    with pytest.raises(InputError) as caught:
+        load(file, trust=trust)
+    assert str(caught.value).startswith(f"{file / 'pastkey.json'} has no kind; the manifest of a bundle was expected")
+    file.write_bytes(zipped(speaking_bundle.path, skip="model.onnx"))
+    for given, name in ((file, f"{file}"), (file.read_bytes(), "the bytes")):
+        with pytest.raises(IntegrityError) as missing:
+            load(given, trust=trust)
+        assert str(missing.value).startswith(f"{name}/onnx/model.onnx is missing")
 
 
 # --- other processes ----------------------------------------------------------------------------------------------
@@ -209,7 +228,7 @@ def test_a_fork_leaves_the_unpacked_files_where_they_are(
         "import os, sys, warnings, pastkey\n"
         "warnings.simplefilter('ignore')\n"
         f"model = pastkey.load({str(tmp_path / 'b.zip')!r}, threads=1, trust={trust})\n"
-        "folder = model.bundle.path\n"
+        "folder = getattr(model, 'bundle', model).path\n"
         "for closes in (True, False):\n"
         "    child = os.fork()\n"
         "    if not child:\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from pastkey.runtime import cli
+from pastkey.runtime.commands import cli
 from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, GenerateOptions, SamplingConfig, SamplingOptions
 
 # What a command line has no flag for, and why.

@@ -1,4 +1,4 @@
-"""One model under load: right texts, and nothing that grows. `make soak` does it for half an hour."""
+"""One model under load: right texts, and nothing that grows. PASTKEY_SOAK_MINUTES=30 does it for half an hour."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tokenizers import Tokenizer
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime import load
 
 from .soak import Soak

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pastkey.bundle import Bundle
-from pastkey.errors import InputError, LimitWarning, PastkeyError
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError, PastkeyError
 from pastkey.runtime import Chat
-from pastkey.runtime.signature import new_key
+from pastkey.runtime.model.signature import new_key
 
 from .conftest import E, Tiny, V
 from .strangers import (
@@ -61,15 +60,6 @@ def world(letters: Tokenizer, make_bundle: Callable[..., Bundle], tmp_path_facto
     return world
 
 
-@pytest.fixture(scope="module")
-def untrusted(world: World) -> Iterator[World]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LimitWarning)
-        found = begun(world.bundle, world.folder, trust=False)
-    with found.lm:
-        yield found
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a relative path that something is saved at does no harm."""
@@ -86,13 +76,6 @@ def test_every_public_method_has_a_row_or_a_reason() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_an_odd_value_is_taken_or_told(world: World, name: str, tmp_path: Path) -> None:
     found = list(complaints(world, name, tmp_path))
-    assert not found, "\n".join(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CALLS if name.split(".")[0] in ("LanguageModel", "Session", "Chat")])
-def test_an_odd_value_is_taken_or_told_by_an_untrusted_model(untrusted: World, name: str, tmp_path: Path) -> None:
-    found = list(complaints(untrusted, name, tmp_path))
     assert not found, "\n".join(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState
 from pastkey.train.settings import TrainConfig
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pastkey import names
-from pastkey.config import ModelConfig
+from pastkey.contract import names
+from pastkey.contract.config import ModelConfig
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.folder import file_record
+from pastkey.files.folder import file_record
 from pastkey.train import checkpoint as module
 from pastkey.train.checkpoint import STATE, finish_or_discard, load_checkpoint, load_optimizer, save_checkpoint
 from pastkey.train.model import Decoder

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from pastkey.durable import refuse_existing
 from pastkey.errors import (
     ExistingFolderError,
     InputError,
@@ -28,6 +27,7 @@ from pastkey.errors import (
     MissingFileError,
     NumericsError,
 )
+from pastkey.files.durable import refuse_existing
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from pastkey.train.data import LESSON_PROMPTS

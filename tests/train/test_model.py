@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pastkey.config import ModelConfig
+from pastkey.contract.config import ModelConfig
 from pastkey.train.checkpoint import save_checkpoint
 from pastkey.train.model import Decoder, Sinusoids, generate, positions_like
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError
 from pastkey.train.checkpoint import TOKENS_TRAIN, load_checkpoint
 from pastkey.train.loop import train

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from protocol import in_threads, serve
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.runtime import LanguageModel
 
 

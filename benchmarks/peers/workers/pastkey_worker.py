@@ -7,7 +7,7 @@ from typing import Any
 
 from protocol import serve
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.runtime import Engine, Generation, Request
 
 

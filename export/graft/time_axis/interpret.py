@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pastkey.errors import first_line
 
-from ..causes import Kind, ObstacleError
+from ..probe.causes import Kind, ObstacleError
 from .operators.alone import alone
 from .operators.base import Contraction, Refused, Swapped
 from .operators.rules import DROPOUT, Rules
-from .program import LengthNumber, Op, Program, Size, Tables, map_args
+from .program.program import LengthNumber, Op, Program, Size, Tables, map_args
 from .values import KEY, LOCAL, NEW, Axis, Lengths, Value, laid
 
 Weight = Callable[[Op], Tensor]  # the module's own parameter or buffer, or a constant of the trace

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .program import Op, Size
+from .program.program import Op, Size
 
 LOCAL = Op("local", (), {}, (), None, "")  # among the products of a value that is being shifted
 NEW, KEY = "new", "key"  # rows of the new tokens; columns of all tokens, the earlier ones too

@@ -9,9 +9,10 @@ from typing import Any
 
 import onnx
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.export.compat.check import Verdict, check
-from pastkey.folder import file_records
+from pastkey.files.folder import file_records
+from pastkey.precisions import PRECISIONS
 
 
 def edit(folder: Path, file: str, change: Callable[[Any], object]) -> None:
@@ -22,7 +23,7 @@ def edit(folder: Path, file: str, change: Callable[[Any], object]) -> None:
 
 
 def edit_graph(folder: Path, change: Callable[[onnx.GraphProto], object], precision: str = "int8") -> None:
-    path = folder / names.ALL_LOGITS_GRAPH[precision]
+    path = folder / PRECISIONS[precision].graph
     model = onnx.load(path, load_external_data=False)
     change(model.graph)
     onnx.save(model, path)

@@ -17,12 +17,13 @@ import onnx
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import read_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import read_bundle
 from pastkey.errors import IntegrityError, MissingFileError
 from pastkey.export.compat.bundle_view import read_bundle_view
 from pastkey.export.compat.check import check
+from pastkey.precisions import PRECISIONS
 
 from ..conftest import Export
 from .editing import edit, edit_graph, graph_input, record, verdicts
@@ -346,7 +347,7 @@ def test_values_of_any_kind_are_judged_and_never_fail(file: str, bundle: Path) -
 def test_what_is_no_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="no such bundle"):
         check(tmp_path / "none")
-    (bundle / names.ALL_LOGITS_GRAPH["int8"]).write_bytes(b"\x08nothing of a graph")
+    (bundle / PRECISIONS["int8"].graph).write_bytes(b"\x08nothing of a graph")
     with pytest.raises(IntegrityError, match="is not an ONNX graph"):
         check(bundle)
     assert main(["check", str(bundle)]) == 2

@@ -13,10 +13,10 @@ import onnx_ir as ir
 import pytest
 from tokenizers import Tokenizer, models, processors
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.export import export
-from pastkey.export.graph.save import count_operators, write_graphs
-from pastkey.folder import sha256
+from pastkey.export.graph.write.save import count_operators, write_graphs
+from pastkey.files.folder import sha256
 
 from ..cases import CASES
 from ..conftest import Export, Exported

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import KVGeometry
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry
 from pastkey.export import export
 from pastkey.export.compat.facts import (
     NOTE_KEY,

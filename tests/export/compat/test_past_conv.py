@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import pastkey
-from pastkey import names
+from pastkey.contract import names
 from pastkey.export import export
 
 from ..graft.own.registry import DECODERS

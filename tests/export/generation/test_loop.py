@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
 from pastkey.export import export
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
@@ -36,7 +36,7 @@ def made(folder: Path, kind: str) -> Bundle:
         precision, _, graph = kind.partition(" ")
         target = "portable" if graph == "portable" else "cpu"
         graph = "standard" if graph == "portable" else graph or "auto"
-        export(llama(), folder, precision, target, graph, context_length=CONTEXT, generate=True)
+        export(llama(), folder, precision, target=target, graph=graph, context_length=CONTEXT, generate=True)
     return open_bundle(folder, verify=True)
 
 
@@ -88,7 +88,7 @@ def test_inputs_and_outputs_are_those_that_the_format_names(fused: Bundle) -> No
 
 
 def test_the_weights_are_those_of_the_bundles_file(fused: Bundle) -> None:
-    files = {path.name for path in (fused.path / "onnx").glob(f"*{names.DATA_SUFFIX}")}
+    files = {path.name for path in (fused.path / "onnx").iterdir() if names.is_weights_file(path.name)}
     assert len(files) == 1
     for name in (names.GENERATE_GRAPH, names.GENERATE_STEP_GRAPH):
         model = ir.load(fused.path / name)

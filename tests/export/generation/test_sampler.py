@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pastkey import names
+from pastkey.contract import names
 from pastkey.export.generation.sampler import Settings, choose
 from pastkey.export.generation.write import settings as as_feeds
 from pastkey.runtime import SamplingConfig

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import pastkey
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import MissingExtraError
 from pastkey.export import Report, export
 from pastkey.export.generation import text as text_module

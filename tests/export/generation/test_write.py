@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, ParityError
 from pastkey.export import export
 from pastkey.export.generation import write

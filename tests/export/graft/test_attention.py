@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pastkey.errors import ContractError
 from pastkey.export.graft.attention import AttentionCall, MaskSpec, attend, described_mask, intercept, torch_attention
-from pastkey.export.graft.observe import evaluating
+from pastkey.export.graft.probe.observe import evaluating
 
 from ..decoders import (
     CompiledAttention,

@@ -16,9 +16,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.errors import ContractError
+from pastkey.errors import ContractError, InputError
 from pastkey.export import Report, export
-from pastkey.export.measure.verify import MAX_RELATIVE_DIFFERENCE
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime import load
 
 from ...shared import divided
@@ -50,7 +50,7 @@ def test_a_family_computes_what_transformers_computes(
     assert parity["tokens"] == CONTEXT > 2 * WINDOW
     figures = [c["value"] for c in parity["checks"].values() if c["measure"] == "max_relative_difference"]
     assert len(figures) == 5
-    assert max(figures) <= MAX_RELATIVE_DIFFERENCE
+    assert max(figures) <= PRECISIONS["fp32"].max_difference
     assert parity["checks"]["greedy"]["value"] is None
     if family in BY_HAND:
         assert_greedy_ids_are_those_of_transformers(model, report)
@@ -112,3 +112,12 @@ def test_what_cannot_be_grafted_is_refused_with_the_reason(family: str, tmp_path
         export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
     assert REFUSED[family][1] in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_own_positions_do_not_begin_at_0_is_asked_about(tmp_path: Path) -> None:
+    """RoBERTa's begin behind its padding token. No family that is exported has such."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=24, is_decoder=True, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with pytest.raises(InputError, match=r"runs as model\(ids\) and as model\(ids, position_ids=positions\)"):
+        export(model, tmp_path / "bundle", precision="fp32", context_length=20)

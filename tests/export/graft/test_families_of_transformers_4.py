@@ -1,4 +1,4 @@
-"""The families again under transformers 4.57, beside optimum's exporter, in the environment that these two need."""
+"""The families again under transformers 4.57, in the environment of the extra `optimum`, which asks for it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import pytest
 
 from benchmarks.environments import OPTIMUM, ROOT, environment
 
-FILES = ("graft/test_families.py", "source/test_optimum.py")
+FILE = "tests/export/graft/test_families.py"
 AT_LEAST = 30
 # One of each kind: absolute positions, rotary, windows with softcap, experts, experts with sinks.
 AMONG_THEM = {"gpt2", "llama", "gemma2", "mixtral", "qwen3_moe", "gpt_oss"}
 
 
 @pytest.mark.slow
-def test_families_and_optimums_exporter_under_transformers_4(request: pytest.FixtureRequest) -> None:
+def test_families_under_transformers_4(request: pytest.FixtureRequest) -> None:
     """All, or in CI one of each kind."""
     python, in_ci = environment(*OPTIMUM), request.config.option.markexpr == "not matrix"
-    chosen = ["-m", "not matrix", "-k", " or ".join(["optimum", *sorted(AMONG_THEM)])] if in_ci else ["-m", ""]
-    files = [f"tests/export/{name}" for name in FILES]
+    chosen = ["-m", "not matrix", "-k", " or ".join(sorted(AMONG_THEM))] if in_ci else ["-m", ""]
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *files],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, FILE],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -36,4 +35,3 @@ def test_families_and_optimums_exporter_under_transformers_4(request: pytest.Fix
     families = set(re.findall(r"^([\w-]+) +\d\.\de-\d+$", done.stdout, re.MULTILINE))
     assert len(families) == int(counted[1]) >= (len(AMONG_THEM) if in_ci else AT_LEAST)
     assert families >= AMONG_THEM
-    assert "optimum-onnx is not installed" not in done.stdout

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pastkey.bundle import KVGeometry
+from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
-from pastkey.export.graft.observe import Layer, Observation, observe
-from pastkey.export.graft.trace import choose_graph, trace
+from pastkey.export.graft.probe.observe import Layer, Observation, observe
+from pastkey.export.graft.trace import GraphChoice, choose_graph, trace
 from pastkey.export.graph.edit import IR_VERSION, OPSET
 
 from ..decoders import Encoder, NanoGpt, Plain
@@ -58,6 +58,16 @@ def test_auto_takes_the_standard_graph_where_it_must_and_says_why(geometry: tupl
     assert (choice.graph, choice.reason) == ("standard", f"GroupQueryAttention cannot take {words}")
     with pytest.raises(ContractError, match=words):
         choose_graph("fused", "cpu", observed(*geometry))
+
+
+def test_auto_takes_the_standard_graph_where_the_targets_attention_ignores_an_attribute() -> None:
+    capped = Observation((Layer(FITTING, 2, "", "", attributes=("scale", "softcap")),), 37)
+    choice = choose_graph("auto", "webgpu", capped)
+    assert choice == GraphChoice("standard", "GroupQueryAttention cannot take softcap, which webgpu ignores")
+    assert choose_graph("auto", "cpu", capped).graph == "fused"
+    assert choose_graph("standard", "webgpu", capped).graph == "standard"
+    with pytest.raises(ContractError, match="cannot take softcap, which webgpu ignores: use --graph standard, or auto"):
+        choose_graph("fused", "webgpu", capped)
 
 
 @pytest.mark.parametrize("graph", ["fused", "standard"])

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from torch import Tensor, nn
 
-from pastkey.export.graft.observe import observe
+from pastkey.export.graft.probe.observe import observe
 from pastkey.export.graft.trace import trace
 from pastkey.export.graph.clean import clean
 from pastkey.export.graph.fuse import fuse

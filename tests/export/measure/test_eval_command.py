@@ -16,9 +16,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.files.durable import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, load_checkpoint, save_checkpoint
 
 from ..commands import fails

@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ContractError
 from pastkey.export import export
 from pastkey.export.measure.hidden_states import head_input
 from pastkey.export.measure.metrics import cosine_distance
-from pastkey.export.measure.verify import MAX_RELATIVE_DIFFERENCE, verify
-from pastkey.folder import file_record
+from pastkey.export.measure.verify import verify
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_record
+from pastkey.precisions import PRECISIONS
 
 from ..cases import CASES
 from ..decoders import llama
@@ -105,7 +106,7 @@ def test_verify_compares_them_with_the_source_and_alone(embedding: Bundle, tmp_p
         check = checks["hidden_states"]
         assert (check.ok, check.measure) == (True, "max_relative_difference")
         assert check.value is not None
-        assert check.value <= MAX_RELATIVE_DIFFERENCE == check.limit
+        assert check.value <= PRECISIONS["fp32"].max_difference == check.limit
     wrong = verify(altered(embedding, tmp_path / "altered"), module)
     assert [check.name for check in wrong.checks if not check.ok] == ["hidden_states"]
     assert "the last hidden states differ by" in wrong.checks[-1].detail

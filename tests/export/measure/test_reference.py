@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingExtraError
 from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor
 from pastkey.export.measure.reference import open_exported, open_reference

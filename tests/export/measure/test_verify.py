@@ -12,20 +12,20 @@ import onnx
 import pytest
 import torch
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ParityError
-from pastkey.export.graft.observe import observe
+from pastkey.export.graft.probe.observe import observe
 from pastkey.export.measure.verify import (
     KL_FLOOR,
-    MAX_RELATIVE_DIFFERENCE,
     Check,
     Limits,
     Verification,
     verify,
 )
 from pastkey.export.progress import Progress
-from pastkey.folder import file_record
+from pastkey.files.folder import file_record
+from pastkey.precisions import PRECISIONS
 
 from ..conftest import Export, Exported
 from ..decoders import llama
@@ -37,7 +37,7 @@ def alter_weight(bundle: Bundle, folder: Path, name: str, factor: float, rehash:
     """A copy of the bundle whose weight `name` has one row multiplied, with a manifest that agrees with it."""
     copy = folder / "altered"
     shutil.copytree(bundle.path, copy)
-    graph = onnx.load(copy / names.ALL_LOGITS_GRAPH[bundle.manifest.precision], load_external_data=False)
+    graph = onnx.load(copy / PRECISIONS[bundle.manifest.precision].graph, load_external_data=False)
     tensor = next(t for t in graph.graph.initializer if t.name == name)
     place = {entry.key: entry.value for entry in tensor.external_data}
     data = copy / "onnx" / place["location"]
@@ -67,7 +67,7 @@ def test_fp32_against_its_source_is_equal_in_every_check(exported: Export) -> No
     assert [check.name for check in verification.checks] == CHECKS
     for check in verification.checks[:-1]:
         assert check.measure == "max_relative_difference"
-        assert 0 < figure(check) <= MAX_RELATIVE_DIFFERENCE == check.limit
+        assert 0 < figure(check) <= PRECISIONS["fp32"].max_difference == check.limit
     assert verification.checks[-1].value is None
     assert verification.quality == {}
 
@@ -89,8 +89,8 @@ def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported: Export) -
     }
     assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.parity["int8"]["kl_divergence"], rel=1e-3)
     assert figure(checks["decode"]) <= (checks["decode"].limit or 0)
-    assert checks["chunks_of_7"].limit == checks["batch"].limit == MAX_RELATIVE_DIFFERENCE
-    assert figure(checks["chunks_of_7"]) <= MAX_RELATIVE_DIFFERENCE
+    assert checks["chunks_of_7"].limit == checks["batch"].limit == PRECISIONS["fp32"].max_difference
+    assert figure(checks["chunks_of_7"]) <= PRECISIONS["fp32"].max_difference
 
 
 def test_int8_alone_is_held_to_the_recorded_divergence(exported: Export) -> None:
@@ -131,7 +131,7 @@ def limits(exported: Export, precision: str, recorded: float | None, measured: f
 
 
 def test_float32_has_one_limit(exported: Export) -> None:
-    assert limits(exported, "fp32", None, None) == Limits(MAX_RELATIVE_DIFFERENCE, None, None)
+    assert limits(exported, "fp32", None, None) == Limits(PRECISIONS["fp32"].max_difference, None, None)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_limits_of_quantized_bundles_follow_from_what_was_recorded(
     exported: Export,
 ) -> None:
     found = limits(exported, precision, recorded, measured)
-    assert found.relative == MAX_RELATIVE_DIFFERENCE
+    assert found.relative == PRECISIONS["fp32"].max_difference
     assert found.decode_kl == pytest.approx(decode_kl)
     assert found.fp32_kl == pytest.approx(fp32_kl)
 
@@ -184,7 +184,7 @@ def test_an_altered_weight_is_found_and_its_layer_named(
     found = findings(verification)
     assert {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
     assert where in found["prefill"].detail
-    assert figure(found["prefill"]) > MAX_RELATIVE_DIFFERENCE
+    assert figure(found["prefill"]) > PRECISIONS["fp32"].max_difference
     with pytest.raises(ParityError, match="what I exported does not compute what its source computes: in the check"):
         verification.require_ok("what I exported")
 
@@ -237,7 +237,7 @@ def broken_cache(made: Exported, folder: Path) -> Bundle:
     """A copy whose layer 1 answers with layer 0's cached values."""
     copy = folder / "broken"
     shutil.copytree(made.bundle.path, copy)
-    for path in (copy / names.ALL_LOGITS_GRAPH["fp32"], copy / names.LAST_LOGITS_GRAPH):
+    for path in (copy / PRECISIONS["fp32"].graph, copy / names.LAST_LOGITS_GRAPH):
         model = onnx.load(path, load_external_data=False)
         for node in model.graph.node:
             for index, name in enumerate(node.input):

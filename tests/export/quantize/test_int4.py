@@ -10,17 +10,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import QualityError, ResourceError
 from pastkey.export import export, resources
 from pastkey.export.measure.metrics import kl_divergence
-from pastkey.export.measure.verify import DECODE_KL_ALLOWANCE, KL_FLOOR, verify
+from pastkey.export.measure.verify import KL_FLOOR, verify
 from pastkey.export.quantize import int4
 from pastkey.export.quantize.int4 import in_int8, rounded
-from pastkey.export.quantize.rewrite import matmul_weight, quantize
-from pastkey.export.quantize.sensitivity import Row, Sensitivity, sensitivity
-from pastkey.export.quantize.switches import SWITCHES, add_switches, quantization_mask
+from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity, sensitivity
+from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
+from pastkey.export.quantize.rounding.rewrite import matmul_weight, quantize
+from pastkey.precisions import PRECISIONS
 
 from ...shared import divided
 from ..conftest import Export
@@ -53,7 +54,7 @@ def test_products_are_4_bit_and_what_is_gathered_or_makes_the_logits_is_8_bit(na
 def divergence_of_int4(graph: Path, out: Path) -> float:
     """KL divergence in nats of the float32 graph from its MatMuls in 4 bits, which are written to `out`."""
     model = ir.load(graph)
-    quantize(model, int4=rounded(model, graph.parent, WINDOWS[1:]))
+    quantize(model, rounded=rounded(model, graph.parent, WINDOWS[1:]))
     ir.save(model, out, external_data=f"{out.name}_data")
     return kl_divergence(run_chunks(graph, [IDS]), run_chunks(out, [IDS]))
 
@@ -77,7 +78,7 @@ def test_matrices_of_different_bits_are_not_joined(exported: Export) -> None:
     assert len(matrices) == 14
     for name in ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.gate_proj.weight"):
         del matrices[name]
-    quantize(model, int4=matrices)
+    quantize(model, rounded=matrices)
     # v alone, then q and k; gate and up each alone. The head is the other one in 8 bits.
     assert bits_of(model) == {8: 3, 4: 8}
 
@@ -87,7 +88,7 @@ def test_a_switch_opens_the_very_4_bit_matrix(exported: Export, tmp_path: Path) 
     folder, weight = bundle.all_logits_graph.parent, "model.layers.1.mlp.down_proj.weight"
     matrices = rounded(ir.load(bundle.all_logits_graph), folder, WINDOWS[:2])
     alone = ir.load(bundle.all_logits_graph)
-    quantize(alone, set(alone.graph.initializers) - {weight}, int4=matrices)
+    quantize(alone, set(alone.graph.initializers) - {weight}, rounded=matrices)
     ir.save(alone, tmp_path / "alone", external_data="alone_data")
     switched = ir.load(bundle.all_logits_graph)
     every = add_switches(switched, matrices)
@@ -109,7 +110,7 @@ def test_what_costs_most_per_weight_is_ranked_first(exported: Export) -> None:
     bundle = exported("llama").bundle
     folder = bundle.all_logits_graph.parent
     matrices = rounded(ir.load(bundle.all_logits_graph), folder, WINDOWS[:2])
-    found = sensitivity(ir.load(bundle.all_logits_graph), folder, WINDOWS[:1], int4=matrices)
+    found = sensitivity(ir.load(bundle.all_logits_graph), folder, WINDOWS[:1], rounded=matrices)
     rows = {row.weight: row for row in found.rows}
     assert set(found.ranking) == set(matrices)
     worth = [rows[name].kl_divergence / rows[name].share for name in found.ranking]
@@ -162,7 +163,7 @@ def test_int4_has_bounds_of_its_own(exported: Export) -> None:
     assert 0 < manifest.quality["kl_divergence"] < 1
     checks = {check.name: check for check in verify(made.bundle, made.module).checks}
     recorded = manifest.parity["int4"]["kl_divergence"]
-    assert checks["decode"].limit == pytest.approx(max(DECODE_KL_ALLOWANCE["int4"] * recorded, 2 * KL_FLOOR))
+    assert checks["decode"].limit == pytest.approx(max(PRECISIONS["int4"].decode_kl * recorded, 2 * KL_FLOOR))
     assert checks["float32"].ok
 
 
@@ -184,5 +185,5 @@ def test_the_command_says_how_many_are_in_8_bits(
     told = capsys.readouterr().err
     raised = open_bundle(out).manifest.quality["int8_weights"]
     assert "int4 against float32: KL divergence" in told
-    assert f"in int8, where a bit buys most: {len(raised)} weights" in told
-    assert "int4 costs most at " in told
+    assert f"kept in int8 (most sensitive): {len(raised)} weights" in told
+    assert "most sensitive to int4: " in told

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from pastkey import names
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, QualityError
 from pastkey.export import export, pipeline
 from pastkey.export.quantize import int8
-from pastkey.export.quantize.rewrite import quantize
-from pastkey.export.quantize.sensitivity import Sensitivity, sensitivity
+from pastkey.export.quantize.ranking.sensitivity import Sensitivity, sensitivity
+from pastkey.export.quantize.rounding.rewrite import quantize
+from pastkey.precisions import PRECISIONS
 
 from ...shared import divided
 from ..conftest import Export
@@ -52,7 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 def weights_of(bundle: Path) -> dict[str, str]:
     """The all-logits graph's initializers, and what each is of."""
-    model = onnx.load(bundle / names.ALL_LOGITS_GRAPH["int8"])
+    model = onnx.load(bundle / PRECISIONS["int8"].graph)
     return {w.name: onnx.numpy_helper.to_array(w).dtype.name for w in model.graph.initializer}
 
 
@@ -94,7 +94,7 @@ def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as
     assert rows[-1]["weight"] not in kept
     stored = weights_of(tmp_path / "bundle")
     assert [name for name in stored if name.startswith("model.embed_tokens")] == ["model.embed_tokens.weight"]
-    found = f"with {len(rows) - 1} of {len(rows)} matrices in float32, over --max-kl"
+    found = f"with {len(rows) - 1} of {len(rows)} matrices in fp32, over --max-kl"
     with pytest.raises(QualityError, match=found):
         export(llama(), tmp_path / "refused", context_length=40, max_kl=cheapest / 2)
     assert not (tmp_path / "refused").exists()
@@ -123,7 +123,7 @@ def test_products_are_moved_until_the_written_bundle_itself_keeps_within(
 
     monkeypatch.setattr(int8, "sensitivity", promising)
     monkeypatch.setattr(int8, "quantize", counting)
-    with pytest.raises(QualityError, match="with 14 of 15 matrices in float32"):
+    with pytest.raises(QualityError, match="with 14 of 15 matrices in fp32"):
         export(llama(), tmp_path / "bundle", context_length=40, max_kl=1e-9)
     assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8, 14]
     rounds.clear()
@@ -216,9 +216,9 @@ def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(
     assert main(arguments) == 0
     told = capsys.readouterr().err
     kept = open_bundle(out).manifest.quality["float32_weights"]
-    assert f"kept in float32, to meet --max-kl: {len(kept)} weights" in told
+    assert f"kept in float32 to meet --max-kl: {len(kept)} weights" in told
     rows = json.loads(table.read_text())["matrices"]
-    assert f"int8 costs most at {rows[0]['weight']} (" in told
+    assert f"most sensitive to int8: {rows[0]['weight']} (" in told
     assert f", {rows[2]['weight']} (" in told
     assert main(["inspect", str(out)]) == 0
     assert f"float32_weights: {', '.join(kept)}" in capsys.readouterr().out

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pastkey.bundle import Bundle, open_bundle
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.export import export
-from pastkey.export.graph import embedding_rows
+from pastkey.export.graph.write import embedding_rows
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.export.quantize import int8_kv
 from pastkey.runtime import Engine
-from pastkey.runtime.engine.int8_kv import INT8_KV_FROM
+from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM
 
 from ..decoders import llama
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from pastkey.bundle import open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ContractError, NumericsError, PastkeyError
 from pastkey.export import export
 

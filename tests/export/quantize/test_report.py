@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pastkey.errors import InputError, MissingFileError
+from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity
 from pastkey.export.quantize.report import check_report_file, write_report
-from pastkey.export.quantize.sensitivity import Row, Sensitivity
 
 TABLE = Sensitivity(
     0.01,

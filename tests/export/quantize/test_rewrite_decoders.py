@@ -15,10 +15,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from pastkey.config import ModelConfig
+from pastkey.contract.config import ModelConfig
 from pastkey.export import export
 from pastkey.export.measure.metrics import kl_divergence
-from pastkey.export.quantize.rewrite import quantize
+from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.train.settings import PRESETS
 
 from ...shared import divided

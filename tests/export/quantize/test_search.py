@@ -8,13 +8,13 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import QualityError
 from pastkey.export.quantize import search as module
-from pastkey.export.quantize.calibration import CalibrationText
+from pastkey.export.quantize.calibrate.calibration import CalibrationText
+from pastkey.export.quantize.ranking.sensitivity import Sensitivity
 from pastkey.export.quantize.search import Quantized, search
-from pastkey.export.quantize.sensitivity import Sensitivity
+from pastkey.precisions import PRECISIONS
 
 TEXT = CalibrationText("own", (), ())
 
@@ -47,7 +47,7 @@ class Fake:
         bundle = Bundle(folder, manifest)
 
         def write(model: ir.Model) -> tuple[Bundle, int]:
-            graph = folder / names.ALL_LOGITS_GRAPH["int8"]
+            graph = folder / PRECISIONS["int8"].graph
             graph.parent.mkdir()  # fails where the last round was left
             graph.touch()
             return bundle, 7
@@ -85,6 +85,6 @@ def test_the_next_mixture_follows_the_table_and_then_ever_larger_steps(
 
 def test_a_budget_that_no_mixture_meets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake(asked=5, enough=10)
-    with pytest.raises(QualityError, match=r"with 9 of 10 matrices in float32, over --max-kl 0\.5 by 0\.5"):
+    with pytest.raises(QualityError, match=r"with 9 of 10 matrices in fp32, over --max-kl 0\.5 by 0\.5"):
         fake.search(tmp_path, monkeypatch)
     assert fake.tried[-1] == 9

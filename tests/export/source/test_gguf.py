@@ -17,9 +17,9 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from benchmarks.environments import smollm2
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load

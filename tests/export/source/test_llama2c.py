@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingFileError, PastkeyError, ResourceError
 from pastkey.export import export
 from pastkey.export.source.open import open_source

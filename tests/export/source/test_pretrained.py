@@ -13,9 +13,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load

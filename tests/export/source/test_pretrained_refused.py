@@ -18,8 +18,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey import names
 from pastkey.__main__ import main
+from pastkey.contract import names
 from pastkey.errors import ResourceError
 from pastkey.export import export, resources
 from pastkey.export.source.open import open_source
@@ -301,9 +301,7 @@ def test_weights_that_are_not_numbers(tmp_path: Path, refusal: Callable[..., str
     with torch.no_grad():
         model.lm_head.weight[3, 5] = torch.nan
     model.save_pretrained(tmp_path / "model")
-    sentence = refusal(tmp_path / "model")
-    assert "the weight lm_head.weight of LlamaForCausalLM holds NaN or infinity" in sentence
-    assert "optimum" not in sentence  # which would take it, and give a bundle of NaN
+    assert "the weight lm_head.weight of LlamaForCausalLM holds NaN or infinity" in refusal(tmp_path / "model")
 
 
 # --- resources ----------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pastkey import names
-from pastkey.durable import write_json
+from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
 from pastkey.export.source.open import open_source
+from pastkey.files.durable import write_json
 
 from ...conftest import Run
 from ..decoders import Plain

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import pastkey
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingFileError, OptionError
 from pastkey.runtime import Completion, LanguageModel, load
 from pastkey.runtime.bulk import generator as module

@@ -15,11 +15,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from pastkey.__main__ import main
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime import load
 from pastkey.runtime.bulk.job import job_file
 from pastkey.runtime.bulk.rows import seed_of
-from pastkey.runtime.session_file import bundle_digest
+from pastkey.runtime.model.session_file import bundle_digest
 
 from ..bulk.rows import TEMPLATE, plain_rows, read_rows, write_rows
 

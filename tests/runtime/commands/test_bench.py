@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime.commands.bench import bench, clamp, peak_rss_bytes
 
 

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, Compiled, open_bundle
-from pastkey.durable import write_json
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, Compiled, open_bundle
 from pastkey.errors import InputError, IntegrityError, ProviderError
+from pastkey.files.durable import write_json
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands import context_binary
 from pastkey.runtime.commands.context_binary import compile_bundle
 from pastkey.runtime.providers import placement as providers
@@ -58,7 +59,7 @@ def test_static_graphs_are_compiled_and_everything_else_stays(
     assert (made.manifest.compiled.provider, made.manifest.compiled.options["htp_arch"]) == ("qnn", "73")
     assert open_bundle(tmp_path / "out", verify=True).manifest == made.manifest
     assert made.static_graphs[0].read_bytes() == static.static_graphs[0].read_bytes() + UNKNOWN_FIELD
-    common = names.ALL_LOGITS_GRAPH["fp32"]
+    common = PRECISIONS["fp32"].graph
     assert (made.path / common).read_bytes() == (static.path / common).read_bytes()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -7,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from pastkey.__main__ import main
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
+from pastkey.runtime.commands import inspection
 from pastkey.runtime.commands.inspection import Share, inspect, read_shares
+from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.parts import Assigned
 
 if TYPE_CHECKING:
@@ -98,3 +102,50 @@ def test_each_graph_of_a_static_bundle_is_shown(
     assert main(["inspect", str(bundle.path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("onnx/")] == [f"onnx/{file}.onnx" for file in files]
+
+
+class OnDevice(Engine):
+    """An engine on a device that is off by a tenth of a logit where it runs `least` tokens or more."""
+
+    least = 1
+
+    def __init__(self, bundle: Bundle, **placement: Any) -> None:
+        super().__init__(bundle, **placement)
+        self.graph.providers = ["DeviceExecutionProvider"]
+
+    def _run(self, ids: Any, mask: Any = None, *, keep: int = 1, hidden: bool = False) -> Any:
+        logits = super()._run(ids, mask, keep=keep, hidden=hidden)
+        if ids.shape[1] >= self.least and not (self.one_by_one and ids.shape[1] > 1):  # which runs single tokens
+            logits[..., 3] += 0.1 * np.abs(logits).max()
+        return logits
+
+
+@pytest.mark.parametrize(("least", "shown"), [(999, "right"), (2, "prefill wrong"), (1, "wrong")])
+def test_what_a_device_computes_is_shown_as_run_says_it(
+    least: int,
+    shown: str,
+    fused_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(OnDevice, "least", least)
+    monkeypatch.setattr(inspection, "Engine", OnDevice)
+    for flags in ([], ["--json"]):
+        status, out, err = command("inspect", fused_bundle.path, *flags)
+        assert status == (2 if shown == "wrong" else 0)
+        assert ("'device' computes other logits on this device than the processor: off by" in err) == (status == 2)
+        assert ("single tokens right: the prompt is read token by token" in err) == (shown == "prefill wrong")
+    answer = json.loads(out)
+    assert answer["golden_logits"] == shown
+    assert (answer["refusal"] is None) == (status == 0)
+    assert [share["provider"] for share in answer["shares"]] == ["cpu"]
+    assert f"golden logits on this device: {shown}\n" in command("inspect", fused_bundle.path)[1]
+
+
+def test_of_the_cpu_no_golden_logits_are_shown(
+    fused_bundle: Bundle, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    status, out, _ = command("inspect", fused_bundle.path)
+    assert (status, "golden logits on" in out) == (0, False)

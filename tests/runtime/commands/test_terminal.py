@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tokenizers import Tokenizer
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import PastkeyError
 from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.commands import terminal

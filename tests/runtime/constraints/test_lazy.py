@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime.constraints.lazy import LazyVocabulary
 from pastkey.runtime.constraints.vocabulary import Vocabulary
-from pastkey.runtime.language_model import LanguageModel
 from pastkey.runtime.loading import load
+from pastkey.runtime.model.language_model import LanguageModel
 from pastkey.runtime.text.codec import TextCodec
 
 LETTERS = '{}[]":, -.0123456789aeflnrstuyé'  # what JSON is made of

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.runtime import Engine
-from pastkey.runtime.engine import decoder_graph, int8_kv
+from pastkey.runtime.engine import decoder_graph
+from pastkey.runtime.engine.caches import int8_kv
 from pastkey.runtime.engine.decoder_graph import DecoderGraph
 from pastkey.runtime.providers import ort
 from pastkey.runtime.providers.ort import onnxruntime

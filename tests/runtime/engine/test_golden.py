@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
 from pastkey.runtime import load
-from pastkey.runtime.engine import golden as golden_module
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
 
@@ -259,8 +258,9 @@ def copied(bundle: Bundle, folder: Path, golden: Golden) -> Bundle:
 
 def test_text_is_made_of_an_engine_that_was_proved(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Engine] = []
-    monkeypatch.setattr("pastkey.runtime.language_model.require_golden", lambda engine, bundle: asked.append(engine))
+    monkeypatch.setattr(
+        "pastkey.runtime.model.language_model.require_golden", lambda engine, bundle: asked.append(engine)
+    )
     lm = load(fused_bundle.path, threads=1)
     assert asked == [lm.parts.engine]
     assert open_bundle(fused_bundle.path).manifest == lm.manifest
-    assert golden_module.LIMITS.keys() == set(names.PRECISIONS)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey.bundle import Bundle, CacheShift, KeyRotation
+from pastkey.contract.bundle import Bundle, CacheShift, KeyRotation
 from pastkey.errors import InputError
 from pastkey.runtime.engine import engine as engines
-from pastkey.runtime.engine import int8_kv
+from pastkey.runtime.engine.caches import int8_kv
+from pastkey.runtime.engine.caches.int8_kv import CachePair
 from pastkey.runtime.engine.engine import Engine
-from pastkey.runtime.engine.int8_kv import CachePair
 from pastkey.runtime.engine.shift import turned
 from pastkey.runtime.providers import ort, placement
 from pastkey.values import parse_version

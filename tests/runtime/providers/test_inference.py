@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import IntegrityError
 from pastkey.runtime import Engine
 from pastkey.runtime.providers.inference import RunFailedError, Session

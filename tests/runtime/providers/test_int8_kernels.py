@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pastkey import names
 from pastkey.__main__ import main
-from pastkey.bundle import Bundle, open_bundle
-from pastkey.durable import write_json
-from pastkey.folder import file_records, parse_records
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records, parse_records
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers import int8_kernels
@@ -101,8 +102,8 @@ def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
 def int8_bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
     """One that calls itself int8: what its weights are does not matter here."""
     folder = Path(shutil.copytree(fused_bundle.path, tmp_path / "int8"))
-    (folder / names.ALL_LOGITS_GRAPH["fp32"]).rename(folder / names.ALL_LOGITS_GRAPH["int8"])
-    files = file_records(folder, [names.ALL_LOGITS_GRAPH["int8"], names.LAST_LOGITS_GRAPH])
+    (folder / PRECISIONS["fp32"].graph).rename(folder / PRECISIONS["int8"].graph)
+    files = file_records(folder, [PRECISIONS["int8"].graph, names.LAST_LOGITS_GRAPH])
     manifest = dataclasses.replace(fused_bundle.manifest, precision="int8", files=parse_records(folder, files))
     write_json(folder / names.MANIFEST, manifest.to_json())
     return open_bundle(folder)

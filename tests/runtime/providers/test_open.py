@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pastkey import names
-from pastkey.bundle import Bundle, KVGeometry, open_bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingExtraError, ProviderError, StartError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers import open as opening
@@ -133,7 +133,7 @@ def test_a_download_cache_of_links_is_loaded(
         if not hasattr(ort.onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory"):
             pytest.skip("this onnxruntime follows links and takes no weights in memory")
         monkeypatch.setattr(opening, "REFUSE_LINKS", {parse_version(ort.onnxruntime.__version__)})
-    source = make_bundle(tiny, "fused", data_file="model.onnx" + names.DATA_SUFFIX)
+    source = make_bundle(tiny, "fused", data_file=names.weights_file("model.onnx"))
     blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
     blobs.mkdir(parents=True)
     (snapshot / "onnx").mkdir(parents=True)

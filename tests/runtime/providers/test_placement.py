@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import ProviderError
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.settings import Choice
@@ -168,13 +168,14 @@ def test_the_fused_graph_is_refused_where_it_was_not(full: str, monkeypatch: pyt
         assert providers.resolve(choice, graph="standard").providers[0][0] == full
 
 
-def test_webgpu_runs_its_own_graph_whole_and_another_in_parts_where_the_bundle_was_made_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_webgpu_runs_a_bundle_that_was_made_for_it_in_parts_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     here(monkeypatch, "WebGpuExecutionProvider")
-    assert providers.resolve(None, target="webgpu", graph="fused").whole
-    assert providers.resolve("webgpu", target="webgpu", graph="standard").whole
-    assert not providers.resolve(None, target="webgpu", graph="standard").whole
+    for graph in ("fused", "standard"):
+        for choice in (None, "webgpu"):
+            placement = providers.resolve(choice, target="webgpu", graph=graph)
+            assert (placement.whole, placement.tells) == (False, True)
+        assert providers.resolve("webgpu", target="cpu", graph=graph).whole
+    assert providers.resolve(None, target="webgpu", graph="static").whole
 
 
 def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle: Bundle) -> None:

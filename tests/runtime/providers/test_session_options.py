@@ -9,7 +9,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
 from pastkey.runtime.commands.inspection import inspect

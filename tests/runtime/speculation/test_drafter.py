@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pastkey.bundle import Bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import ResourceError
+from pastkey.runtime.decoding.generation import Generation
+from pastkey.runtime.decoding.request import Request
 from pastkey.runtime.engine.engine import Engine
-from pastkey.runtime.generate import Generation
-from pastkey.runtime.request import Request
 from pastkey.runtime.sampling.truncation import softmax
 from pastkey.runtime.settings import SamplingConfig
 from pastkey.runtime.speculation.drafter import Drafter

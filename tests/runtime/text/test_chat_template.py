@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from pastkey import names
-from pastkey.bundle import Bundle
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingExtraError, MissingFileError
-from pastkey.folder import file_record
+from pastkey.files.folder import file_record
 from pastkey.runtime.text.chat_template import ChatTemplate
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...causes import Kind
-from ..program import Op, Size, Tables, map_args
+from ...probe.causes import Kind
+from ..program.program import Op, Size, Tables, map_args
 from .base import Refused, Unknown
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...causes import Kind
-from ..program import Op
+from ...probe.causes import Kind
+from ..program.program import Op
 from ..values import KEY, NEW, Axis, Value
 from .base import Refused, Swapped, over_time
 from .parts import Parts

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...causes import Cause, Kind, ObstacleError
-from ..program import LengthNumber, Op, Size
+from ...probe.causes import Cause, Kind, ObstacleError
+from ..program.program import LengthNumber, Op, Size
 from ..values import KEY, LOCAL, NEW, Axis, Lengths, Value
 
 aten = torch.ops.aten

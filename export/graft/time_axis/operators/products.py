@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...causes import Kind
-from ..program import Op, Size
+from ...probe.causes import Kind
+from ..program.program import Op, Size
 from ..values import KEY, NEW, Axis, Value
 from .along import Along
 from .base import Contraction, Refused, Swapped, over_time

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ...causes import Kind
-from ..program import Op, map_args
+from ...probe.causes import Kind
+from ..program.program import Op, map_args
 from ..values import Axis, Value
 from .along import REDUCED, SAME_SHAPE
 from .base import Refused, Unknown

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..program import LengthNumber, Op, Size
+from ..program.program import LengthNumber, Op, Size
 from ..values import Axis, Value
 from .base import Operators, Refused
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pastkey.export.graft.causes import Cause, ObstacleError
+from pastkey.export.graft.probe.causes import Cause, ObstacleError
 from pastkey.export.graft.time_axis.interpret import Whole
 from pastkey.export.graft.time_axis.operators.base import Swapped
-from pastkey.export.graft.time_axis.program import Op, Program, trace_program
+from pastkey.export.graft.time_axis.program.program import Op, Program, trace_program
 from pastkey.export.graft.time_axis.values import Value
 
 VOCAB, WIDTH, LENGTHS = 11, 8, (7, 5)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pastkey.export.graft.causes import Kind
+from pastkey.export.graft.probe.causes import Kind
 from pastkey.export.graft.time_axis.interpret import Weights, gathered, in_float32
-from pastkey.export.graft.time_axis.program import Tables
+from pastkey.export.graft.time_axis.program.program import Tables
 from pastkey.export.graft.time_axis.values import KEY, NEW, Axis, Lengths, Value
 
 from .small import causal, causes, followed, result, weight

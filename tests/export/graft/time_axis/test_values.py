@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pastkey.export.graft.time_axis.program import Size
+from pastkey.export.graft.time_axis.program.program import Size
 from pastkey.export.graft.time_axis.values import KEY, NEW, Axis, Lengths, Value, laid
 
 TIME = Axis(1, NEW)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pastkey.export.graft.causes import Kind
+from pastkey.export.graft.probe.causes import Kind
 
 from ..small import WIDTH, causal, cause, followed, result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pastkey.export.graft.causes import Kind
+from pastkey.export.graft.probe.causes import Kind
 from pastkey.export.graft.time_axis.operators.base import expanded
 from pastkey.export.graft.time_axis.values import NEW
 

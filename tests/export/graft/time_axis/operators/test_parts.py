@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pastkey.export.graft.causes import Kind, NoCacheError
+from pastkey.export.graft.probe.causes import Kind, NoCacheError
 
 from ..small import VOCAB, WIDTH, Of, cause, followed, ids_of, result
 

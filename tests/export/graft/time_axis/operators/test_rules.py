@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pastkey.export.graft.causes import Kind
+from pastkey.export.graft.probe.causes import Kind
 
 from ..small import cause, causes, result
 

@@ -1,0 +1,1 @@
+"""What running a module shows: its call, its attention, its cache."""

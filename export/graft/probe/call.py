@@ -1,0 +1,423 @@
+"""How a module's author calls it: found by trying, or given as an expression such as  model(ids, None)[0].
+
+An expression is taken where the logits that it gives are those of a decoder: the last token changes its own and no
+earlier ones, one row does not change another, and twice the same comes out.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import random
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pastkey.errors import ContractError, InputError, first_line
+
+from ...quiet import quiet
+from ..attention import failing_line, intercept, torch_attention
+from .causes import Cause, Kind, NoCacheError
+from .observe import name_of, natively
+from .watched import draws, kept
+
+CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: where it fits, PLAIN must give the same logits
+PLAIN = "model(ids)"
+# What an argument besides the ids may be, most likely first.
+_ARGUMENTS = ("None", "ids", "positions", "0", "future", "past", "future_scores")
+_BATCH, _LENGTHS = 2, (7, 5)
+_SEEDS = 64  # tried of a module that draws random numbers
+_TOLERANCE = 1e-4  # of the largest logit: torch's own kernels differ by shape
+
+
+def _future(ids: Tensor) -> Tensor:
+    """(T, T), whether a token (row) would see a later one (column)."""
+    return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+
+
+_NAMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "positions": lambda ids: torch.arange(ids.shape[1]).expand_as(ids),
+    "past": lambda ids: ~_future(ids),
+    "future": _future,
+    "future_scores": lambda ids: torch.zeros(ids.shape[1], ids.shape[1]).masked_fill(_future(ids), -torch.inf),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """An expression over `model` and `ids` (B, T), and how the logits lie in what it gives.
+
+    Besides, it may name positions (B, T), which count from 0; past and future (T, T), True where a token sees another
+    and where it does not; future_scores (T, T), -inf there; and torch.
+    """
+
+    expression: str
+    order: str = "btv"  # the axes of the logits: "btv", "tbv", "tv", or without t where only the last position is given
+
+    def raw(self, module: nn.Module, ids: Tensor) -> Any:
+        """What the expression gives."""
+        known = {"model": module, "ids": ids.contiguous(), "torch": torch}
+        known |= {name: make(ids) for name, make in _NAMED.items() if name in self.expression}
+        with natively(module):
+            return eval(self.expression, {"__builtins__": {"float": float, "int": int, "len": len}}, known)
+
+    def __call__(self, module: nn.Module, ids: Tensor) -> Tensor:
+        """(1, T) -> logits (1, T, V), or (1, 1, V) of the last position."""
+        logits: Tensor = self.raw(module, ids)
+        if self.order == "tbv":
+            return logits.transpose(0, 1)
+        if self.order in ("tv", "v"):
+            logits = logits.unsqueeze(0)
+        return logits if logits.dim() == 3 else logits.unsqueeze(1)
+
+
+_PLAIN = (
+    ast.Expression, ast.Name, ast.Load, ast.Constant, ast.Subscript, ast.Slice, ast.Tuple, ast.List, ast.keyword,
+    ast.UnaryOp, ast.USub, ast.Attribute, ast.Call,
+)  # fmt: skip
+
+
+def is_plain(expression: str) -> bool:
+    """Whether an expression does nothing but call the module: what a stranger's manifest may ask for."""
+    try:
+        nodes = list(ast.walk(ast.parse(expression, mode="eval")))
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    return all(
+        isinstance(node, _PLAIN)
+        and not (isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id == "model"))
+        and not (isinstance(node, ast.Name) and node.id == "torch")
+        and not (isinstance(node, ast.Attribute) and node.attr.startswith("_"))
+        for node in nodes
+    )
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A call that fits, and what was seen of it."""
+
+    call: Call
+    vocab_size: int
+    breaches: tuple[Cause, ...] = ()  # why it is not a decoder's
+
+
+def find_call(module: nn.Module, context_length: int, asked: str | None) -> Probed:
+    """Tries how the module may be called.
+
+    Raises ContractError where none fits, and InputError where two do that give different logits, or the asked fails.
+    """
+    expressions, targets = ([asked], []) if asked is not None else (_expressions(module), _with_targets(module))
+    fitting: list[tuple[Probed, Tensor]] = []
+    failed: list[tuple[str, BaseException]] = []
+    breached: list[Probed] = []
+    for expression in expressions:
+        if expression in targets and any(probed.call.expression.startswith(PLAIN) for probed in breached):
+            continue  # targets show the logits of every position, and mend no call
+        try:
+            found = _probe(module, expression, context_length)
+        except Exception as error:  # whatever a user's module raises
+            failed.append((expression, error))
+            continue
+        if found is None:
+            failed.append((expression, ContractError("it gives no logits (B, T, V), (B, V) or without B")))
+            continue
+        probed, last = found
+        if probed.breaches:
+            breached.append(probed)
+        else:
+            fitting.append((probed, last))
+            if fitting[0][0].call.order.count("t") and (expression == CONTRACT or not _asks(module)):
+                break
+    looks_ahead = any(cause.kind is Kind.LOOK_AHEAD for probed in breached[:1] for cause in probed.breaches)
+    if not fitting and looks_ahead and asked is None:  # a mask that the caller may pass
+        for expression in _masked(module):
+            with contextlib.suppress(Exception):  # whatever a user's module raises
+                found = _probe(module, expression, context_length)
+                if found is not None and not found[0].breaches:
+                    fitting.append(found)
+    if fitting:
+        return _chosen(module, fitting)
+    if breached:
+        return breached[0]
+    expression, cause = failed[0]
+    where = failing_line(cause)
+    if not isinstance(cause, ContractError) and _runs(module, expression, context_length):
+        what = f"takes {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
+        raise NoCacheError(name_of(module), [Cause(Kind.FIXED, what, where or "")]) from cause
+    told = f"{type(cause).__name__}: {first_line(cause)}" if not isinstance(cause, ContractError) else first_line(cause)
+    message = (
+        f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; give its "
+        'call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
+    )
+    raise (InputError if asked is not None else ContractError)(message) from cause
+
+
+def _runs(module: nn.Module, expression: str, length: int) -> bool:
+    with contextlib.suppress(Exception):  # whatever a user's module raises
+        _run(Call(expression), module, torch.zeros(_BATCH, length, dtype=torch.long))
+        return True
+    return False
+
+
+def _chosen(module: nn.Module, fitting: Sequence[tuple[Probed, Tensor]]) -> Probed:
+    first, last = fitting[0]
+    for other, logits in fitting[1:]:
+        if logits.shape != last.shape or not _close(logits, last):
+            refuse_ambiguous(module, first.call, other.call)
+    whole = [probed for probed, _ in fitting if "t" in probed.call.order]
+    return whole[0] if whole else first
+
+
+def refuse_ambiguous(module: nn.Module, one: Call, other: Call) -> NoReturn:
+    """Raises InputError for two calls that fit and give different logits: the user says which one is meant."""
+    cause = ContractError(f"{one.expression} and {other.expression} give different logits")  # what verify tells
+    raise InputError(
+        f"{name_of(module)} runs as {one.expression} and as {other.expression}, and gives other logits: say which "
+        f"with  --call {shlex.quote(other.expression)}  or  --call {shlex.quote(one.expression)}"
+    ) from cause
+
+
+def plain_call(module: nn.Module, context_length: int) -> Call | None:
+    """The call without any optional argument; None where it fails or is not a decoder's."""
+    with contextlib.suppress(Exception):  # whatever a user's module raises
+        found = _probe(module, PLAIN, context_length)
+        if found is not None and not found[0].breaches:
+            return found[0].call
+    return None
+
+
+def _asks(module: nn.Module) -> bool:
+    """Whether forward has an argument besides the ids that must be given."""
+    return bool(_parameters(module)[1])
+
+
+# What a required argument is, by what people call it; any of _ARGUMENTS where the name says nothing.
+_BY_NAME = {
+    "start": ("0",),
+    "pos": ("positions", "positions[0]", "0"),
+    "target": ("ids", "None"),
+    "label": ("ids", "None"),
+    "mask": ("future_scores", "future", "past", "None"),
+}
+
+
+def _candidates(name: str) -> tuple[str, ...]:
+    return next((found for part, found in _BY_NAME.items() if part in name.lower()), _ARGUMENTS)
+
+
+def _parameters(module: nn.Module) -> tuple[list[inspect.Parameter], int]:
+    """The parameters of forward after the first, and how many of them must be given."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return [], 0
+    usable = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    return usable, sum(p.default is p.empty for p in usable)
+
+
+def _expressions(module: nn.Module) -> list[str]:
+    others, required = _parameters(module)
+    names = [p.name for p in others]
+    found = []
+    if "position_ids" in names:
+        found.append(CONTRACT)
+    if not required:
+        found += [PLAIN, *_with_targets(module)]
+    else:
+        choices = list(itertools.product(*(_candidates(name) for name in names[: min(required, 3)])))
+        extra = ", 0" * (required - 3)
+        found += [f"model(ids, {', '.join(choice)}{extra})" for choice in choices]
+    for form in ("ids[0]", "ids.T"):
+        found.append((found[0] if required else PLAIN).replace("(ids", f"({form}", 1))
+    return found
+
+
+def _with_targets(module: nn.Module) -> list[str]:
+    """The call with optional targets, for which many modules give the logits of every position."""
+    others, required = _parameters(module)
+    if required or not others:
+        return []
+    first, *more = (p.name for p in others)
+    named = next((name for name in more if _candidates(name)[0] == "ids"), None)
+    if named is not None and _candidates(first)[0] != "ids":
+        return [f"model(ids, {named}=ids)"]
+    return ["model(ids, ids)"] if _candidates(first) is _ARGUMENTS or _candidates(first)[0] == "ids" else []
+
+
+def _masked(module: nn.Module) -> list[str]:
+    names = [p.name for p in _parameters(module)[0] if p.default is not p.empty]
+    return [f"model(ids, {name}={mask})" for name in names for mask in ("future_scores", "future", "past")]
+
+
+# --- one expression -----------------------------------------------------------------------------------------------
+def _probe(module: nn.Module, expression: str, context_length: int) -> tuple[Probed, Tensor] | None:
+    """What a call gives, and the logits of the last position (V,); None where there are no logits in it."""
+    lengths = tuple(max(1, min(n, context_length - i)) for i, n in enumerate(_LENGTHS))
+    vocab = _embedded(module, expression, lengths[1])
+    ids = torch.randint(0, vocab, (_BATCH, lengths[0]), generator=torch.Generator().manual_seed(0))
+    call = Call(expression)
+    outputs = [[*_tensors(_run(call, module, part))] for part in (ids, ids[:, : lengths[1]])]
+    path, shapes = _logits_in(outputs, lengths, vocab)
+    if path is None:
+        return None
+    order = _order(shapes, lengths, "ids[0]" in expression)
+    if order is None:
+        return None
+    call = Call(expression + path, order)
+    logits = _run(call, module, ids)
+    size = int(logits.shape[-1])
+    whole = _standing(logits, order)  # (B, T, V) or (B, 1, V)
+    return Probed(call, size, _breaches(module, call, ids, whole, order, vocab)), whole[0, -1]
+
+
+def _run(call: Call, module: nn.Module, ids: Tensor, seed: int = 0) -> Any:
+    _seed(seed)  # what is random is so in one comparison alone
+    with torch.no_grad(), quiet(), intercept(torch_attention):
+        return call.raw(module, ids)
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _draws(run: Callable[[], object]) -> bool:
+    """Whether a run takes random numbers of torch, Python or numpy."""
+
+    def states() -> tuple[object, ...]:
+        _, numbers, place, *_ = np.random.get_state()
+        return torch.default_generator.get_state().tolist(), random.getstate(), list(numbers), place
+
+    run()
+    after = states()
+    _seed(0)
+    return after != states()
+
+
+def _embedded(module: nn.Module, expression: str, length: int) -> int:
+    """How many tokens the module embeds: the rows of the table that is asked for the ids."""
+    ids = torch.zeros(_BATCH, length, dtype=torch.long)
+    rows: list[int] = []
+
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if func is F.embedding:
+            index = args[0] if args else kwargs.get("input")
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if not isinstance(index, Tensor) or not isinstance(weight, Tensor):
+                return
+            if index.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr():
+                rows.append(weight.shape[0])
+
+    with torch.no_grad(), quiet(), intercept(torch_attention, watch):
+        Call(expression).raw(module, ids)
+    return min(rows) if rows else 2
+
+
+def _logits_in(
+    outputs: Sequence[list[tuple[str, Tensor]]], lengths: Sequence[int], vocab: int
+) -> tuple[str | None, list[tuple[int, ...]]]:
+    """Where the logits are: an expression's end, and their shapes."""
+    found = []
+    for (path, first), (_, second) in zip(*outputs, strict=False):
+        shapes = [tuple(first.shape), tuple(second.shape)]
+        alike = first.dim() in (1, 2, 3) and first.dim() == second.dim() and shapes[0][-1] == shapes[1][-1]
+        if alike and first.is_floating_point() and _order(shapes, lengths, True) is not None:
+            found.append((path, shapes))
+    named = [entry for entry in found if "logits" in entry[0]]
+    wide = [entry for entry in found if entry[1][0][-1] == vocab]
+    for part in (named, wide, found):
+        if part:
+            return part[0]
+    return None, []
+
+
+def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, dict):
+        for key, value in output.items():
+            yield from _tensors(value, f"{path}[{key!r}]")
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        for name in output._fields:
+            yield from _tensors(getattr(output, name), f"{path}.{name}")
+    elif isinstance(output, list | tuple):
+        for i, value in enumerate(output):
+            yield from _tensors(value, f"{path}[{i}]")
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name), f"{path}.{field.name}")
+    elif hasattr(output, "logits") and isinstance(output.logits, Tensor):
+        yield f"{path}.logits", output.logits
+
+
+def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: bool) -> str | None:
+    """The axes of (..., V), from shapes at two lengths."""
+    heads = [shape[:-1] for shape in shapes]
+    known: dict[str, Callable[[int], tuple[int, ...]]] = {
+        "btv": lambda n: (_BATCH, n),
+        "tbv": lambda n: (n, _BATCH),
+        "bv": lambda n: (_BATCH,),
+        "b1v": lambda n: (_BATCH, 1),
+    }
+    if one_row:
+        known |= {"tv": lambda n: (n,), "v": lambda n: (), "1tv": lambda n: (1, n)}
+    for order, expected in known.items():
+        if all(head == expected(n) for head, n in zip(heads, lengths, strict=True)):
+            return order
+    return None
+
+
+def _standing(logits: Tensor, order: str) -> Tensor:
+    """(B, T, V) or (B, 1, V); B is 1 of a call that takes one row."""
+    logits = logits.float()
+    if order == "tbv":
+        return logits.transpose(0, 1)
+    if order in ("tv", "v"):
+        logits = logits[None]
+    return logits if logits.dim() == 3 else logits[:, None]
+
+
+def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order: str, vocab: int) -> tuple[Cause, ...]:
+    """What a decoder does not do; nothing of a decoder."""
+
+    def run(given: Tensor, seed: int = 0) -> Tensor:
+        return _standing(_run(call, module, given, seed), order)
+
+    found: list[Cause] = []
+    if not bool(torch.isfinite(logits).all()):
+        return (Cause(Kind.UNKNOWN, "gives NaN or infinity in its logits: check its weights and masks"),)
+    if not torch.equal(run(ids), run(ids)):
+        return tuple(kept(module, lambda: run(ids)))
+    logits = run(ids)
+    seeds = range(1, _SEEDS if _draws(lambda: run(ids)) else 2)  # a layer is left out once in a hundred times, say
+    if any(not torch.equal(logits, run(ids, seed)) for seed in seeds):
+        found += draws(lambda: run(ids))
+    changed = ids.clone()
+    changed[:, -1] = (ids[:, -1] + 1) % vocab
+    other = run(changed)
+    if logits.shape[1] > 1 and not _close(other[:, :-1], logits[:, :-1]):
+        found.append(Cause(Kind.LOOK_AHEAD, "gives earlier tokens other logits when a later token changes"))
+    if logits.shape[0] > 1:
+        for row in (0, 1):
+            changed = ids.clone()
+            changed[row] = (ids[row] + 1) % vocab
+            if not _close(run(changed)[1 - row], logits[1 - row]):
+                found.append(Cause(Kind.ROWS, "gives one row other logits when another row of the batch changes"))
+                break
+    if vocab > 1 and torch.equal(other[:, -1], logits[:, -1]):
+        found.append(Cause(Kind.UNKNOWN, "gives the last token the same logits whatever that token is"))
+    return tuple(found)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max().clamp_min(1e-12))

@@ -1,0 +1,272 @@
+"""Whatever a module is -> one of the contract, forward(input_ids, position_ids) -> logits (B, T, V).
+
+A module that keeps it already is taken as it is. Any other one is followed along its time axis as its author calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pastkey.errors import ContractError, InputError, PastkeyError, first_line
+
+from ..attention import failing_line
+from ..time_axis.program.python_branches import heard
+from ..time_axis.step.decoder import TimeAxisDecoder, find
+from .cache_check import cache_works
+from .call import CONTRACT, Call, find_call, plain_call, refuse_ambiguous
+from .causes import Cause, Kind, NoCacheError, ObstacleError
+from .observe import (
+    Observation,
+    StandIn,
+    UnkeptError,
+    evaluating,
+    name_of,
+    observe,
+    random_ids,
+    require_finite,
+    run_cached,
+    run_uncached,
+)
+
+Say = Callable[[str], None]
+
+_TOLERANCE = 1e-4  # of the largest logit, of a text and its parts in float32
+_CHOOSING = 11  # tokens of the texts on which it is seen whether rows are chosen
+_MOST_LOGITS = 1 << 28  # of the longest text on which a followed module is compared with its author's call
+_SHORT = 512  # tokens of a text that is run several times
+_PLAIN = 128  # tokens of the longest text on which the plain call is compared
+
+
+@dataclass(frozen=True)
+class Contracted:
+    """A module of the contract, and what running it showed."""
+
+    module: nn.Module
+    observation: Observation
+    call: str = ""  # how the author calls what was given; empty where that is the contract, found by trying
+
+
+def in_contract(module: nn.Module, context_length: int, asked: str | None, say: Say) -> Contracted:
+    """Raises ContractError for a module that no cache can be given, and InputError for a call that does not fit."""
+    with _as_it_was():
+        model = module if isinstance(module, StandIn) else _prepared(module, say)  # transformers' is ours already
+        require_finite(model)
+        kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
+        if kept is None:
+            return _followed(model, context_length, asked)
+        if asked is None:
+            _require_plain(model, Call(CONTRACT), context_length, kept.observation.vocab_size)
+        # Followed, each head is cached once, and experts that compute their own tokens alone are traced.
+        if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
+            with contextlib.suppress(ContractError, InputError):
+                return _followed(model, context_length, CONTRACT)
+        return dataclasses.replace(kept, call=asked or "")
+
+
+def _kept(model: nn.Module, context_length: int) -> Contracted | None:
+    """What keeps the contract as it is; None for what does not."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+        if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return None
+        observation = observe(model, context_length)
+    except (TypeError, ValueError, UnkeptError):
+        return None
+    return Contracted(model, observation) if cache_works(model, observation, context_length) else None
+
+
+def _repeats_heads(kept: Contracted, context_length: int) -> bool:
+    """Whether attention is given keys and values that were repeated for the query heads."""
+    run = run_uncached(kept.module, random_ids(1, min(4, context_length), kept.observation.vocab_size))
+    return any(
+        keys.shape[1] > 1 and torch.equal(keys[:, 0], keys[:, 1]) and torch.equal(values[:, 0], values[:, 1])
+        for keys, values in zip(run.keys, run.values, strict=True)
+    )
+
+
+def _chooses_rows(kept: Contracted, context_length: int) -> bool:
+    """Whether the module takes rows by what the tokens are, which no trace can."""
+
+    def run(ids: Tensor) -> Tensor:
+        return run_uncached(kept.module, ids).logits
+
+    with contextlib.suppress(Exception):  # whatever a module raises that is run otherwise: it is taken as it is
+        told = heard(run, min(_CHOOSING, context_length), kept.observation.vocab_size)
+        return any(decision.rows is not None for decision in told.decisions)
+    return False
+
+
+def _followed(model: nn.Module, context_length: int, asked: str | None) -> Contracted:
+    with evaluating(model):
+        probed = find_call(model, context_length, asked)
+        _run_whole(model, probed.call, context_length, probed.vocab_size)
+        if asked is None and not probed.breaches:
+            _require_plain(model, probed.call, context_length, probed.vocab_size)
+        try:
+            found = find(model, probed.call, context_length, probed.vocab_size)
+        except NoCacheError as error:
+            raise error.with_(probed.breaches) from error
+        except PastkeyError:
+            raise
+        except Exception as error:  # whatever torch raises for what no rule foresees
+            told = f"cannot be followed ({type(error).__name__}: {first_line(error)[:200]})"
+            causes = [Cause(Kind.UNKNOWN, told), *probed.breaches]
+            raise NoCacheError(name_of(model), causes) from error
+        if probed.breaches:
+            raise NoCacheError(name_of(model), probed.breaches)
+        decoder = TimeAxisDecoder(model, probed.call, found, context_length).eval()
+        try:
+            _require_equal(decoder, probed.call, context_length, probed.vocab_size)
+            observation = observe(decoder, context_length)
+        except ObstacleError as obstacle:
+            raise NoCacheError(name_of(model), [obstacle.cause]) from obstacle
+        except UnkeptError as error:
+            causes = [Cause(Kind.UNKNOWN, f"was followed, but not to the end ({first_line(error)})")]
+            raise NoCacheError(name_of(model), causes) from error
+        return Contracted(decoder, observation, probed.call.expression)
+
+
+# --- the module as it was -----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Puts the random states back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _prepared(module: nn.Module, say: Say) -> nn.Module:
+    """A copy that may be run without a trace on the module: it shares parameters in float32 on the processor."""
+    memo: dict[int, object] = {}
+    moved: set[str] = set()
+    for parameter in module.parameters():
+        if parameter.device.type == "meta":
+            raise ContractError(f"{name_of(module)} is on the device meta, without numbers: load its weights first")
+        if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
+            memo[id(parameter)] = parameter
+        elif parameter.is_floating_point():
+            moved.add(f"{parameter.dtype} on {parameter.device}".removeprefix("torch."))
+            copied = parameter.detach().to("cpu", torch.float32)
+            memo[id(parameter)] = nn.Parameter(copied, requires_grad=False)
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # kept from a run: it cannot be copied
+                memo[id(value)] = value.detach()
+    try:
+        model = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ContractError(
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}): leave out what "
+            "cannot, such as a lock, an open file or a generator"
+        ) from error
+    for part in model.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.device.type != "cpu":
+                moved.add(f"{buffer.dtype} on {buffer.device}".removeprefix("torch."))
+                part._buffers[name] = buffer.to("cpu")
+    if moved:
+        say(f"{name_of(module)} is {' and '.join(sorted(moved))}: it was copied to the processor in float32")
+    return model.eval()
+
+
+def _run_whole(model: nn.Module, call: Call, context_length: int, vocab_size: int) -> None:
+    """Runs the longest text once: tables that are made on first use are made, and one that is too short shows."""
+    ids = random_ids(1, context_length, vocab_size)
+    try:
+        with torch.no_grad():
+            call(model, ids)
+    except Exception as error:
+        where = failing_line(error)
+        raise InputError(
+            f"{name_of(model)} fails on {context_length} tokens, the context that was asked for"
+            f"{f', at {where}' if where else ''} with {type(error).__name__}: {first_line(error)}; give the context "
+            "that its tables and masks are made for with --context N"
+        ) from error
+
+
+def _require_plain(model: nn.Module, taken: Call, context_length: int, vocab_size: int) -> None:
+    """Raises InputError where the plain call fits and gives other logits than the call that was found by trying.
+
+    It is compared on texts of one token, of two and of many. The longest begins with ids that often stand for padding.
+    """
+    with evaluating(model):
+        plain = plain_call(model, context_length)
+        if plain is not None and plain != taken and not _agree(model, plain, taken, context_length, vocab_size):
+            refuse_ambiguous(model, plain, taken)
+
+
+def _agree(model: nn.Module, plain: Call, taken: Call, context_length: int, vocab_size: int) -> bool:
+    ids = random_ids(1, min(context_length, _PLAIN), vocab_size, seed=3)
+    padded = torch.cat([torch.tensor([[0, 1, 2, 3, -2, -1]]) % vocab_size, ids], 1)[:, : ids.shape[1]]
+    for text in (ids[:, :1], ids[:, :2], padded):
+        try:
+            expected, found = plain(model, text).float(), taken(model, text).float()
+        except Exception:  # whatever a user's module raises for a text of this length
+            continue
+        count = min(expected.shape[1], found.shape[1])  # one of the two may give the last position alone
+        if expected.shape[2] != found.shape[2] or not _relative(found[:, -count:], expected[:, -count:]) <= _TOLERANCE:
+            return False
+    return True
+
+
+def _require_equal(decoder: TimeAxisDecoder, call: Call, context_length: int, vocab_size: int) -> None:
+    """Compares what was followed with the author's call, and a text's end with a cache of its beginning.
+
+    The texts are of many lengths up to the context, and of one token again and again.
+    """
+    longest = max(min(context_length, _MOST_LOGITS // vocab_size), min(context_length, _SHORT))
+    ids = random_ids(1, longest, vocab_size, seed=2)
+    texts = [ids[:, :n] for n in _lengths(longest)]
+    short = min(longest, _SHORT)
+    texts += [torch.full((1, short), token) for token in sorted({0, vocab_size // 3, vocab_size - 1})]
+    off = max(_apart(decoder, call, text) for text in texts)
+    if short > 1:
+        half, text = short // 2, ids[:, :short]
+        whole = run_uncached(decoder, text).logits
+        cached = run_cached(decoder, run_uncached(decoder, text[:, :half]), text[:, half:])
+        off = max(off, _relative(cached, whole[:, half:]))
+    if not off <= _TOLERANCE:  # NaN, too
+        raise ContractError(
+            f"{name_of(decoder)} was followed, and is off by {off:.1e} of its largest logit on texts of up to "
+            f"{longest} tokens: it computes otherwise for another length or another text, or keeps what it computed in "
+            "an earlier call"
+        )
+
+
+def _lengths(longest: int) -> list[int]:
+    """1, 2, 3, 5, 8, ... and the longest."""
+    found = [1, 2]
+    while found[-1] < longest:
+        found.append(found[-1] + found[-2])
+    return [n for n in found if n < longest] + [longest]
+
+
+def _apart(decoder: TimeAxisDecoder, call: Call, ids: Tensor) -> float:
+    """How far it is from the author's call on a text, of every position or of the last."""
+    try:
+        with torch.no_grad():
+            expected = call(decoder.model, ids).float()
+    except Exception:  # whatever a user's module raises
+        if ids.shape[1] > 1:
+            raise
+        return 0.0  # it takes no text of one token
+    return _relative(run_uncached(decoder, ids).logits[:, -expected.shape[1] :], expected)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a part of the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

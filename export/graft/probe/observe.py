@@ -1,0 +1,355 @@
+"""Running a module once to learn what its cache must hold, and whether it keeps the contract.
+
+Nothing is read from names in a configuration: the KV geometry is what the attention calls are seen to receive. A module
+that does not keep the contract is followed along its time axis instead, so that nobody but a test reads why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pastkey.contract.bundle import KVGeometry, StateGeometry
+from pastkey.errors import ContractError, NumericsError, PastkeyError, first_line
+
+from ..attention import (
+    AttentionCall,
+    Handler,
+    RowsCall,
+    RowsHandler,
+    attention_over,
+    intercept,
+    torch_attention,
+    visible,
+)
+
+_SEED = 0
+_MASKED = -1e4  # a score at or below it gets no weight: e to it is 0 in float32
+
+
+class UnkeptError(Exception):
+    """The module does not keep the contract, forward(input_ids, position_ids) -> logits (B, T, V)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention call, in order of execution. A block applied several times is several layers."""
+
+    geometry: KVGeometry
+    heads: int  # H
+    module: str  # path of the submodule that made the call
+    where: str  # file:line of the call
+    window: int | None = None  # a token sees so many, where attention is local
+    special: str | None = None  # what GroupQueryAttention does not compute
+    padding: bool = True  # whether rows of different lengths may share a batch
+    attributes: tuple[str, ...] = ()  # of GroupQueryAttention for it
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What running the module showed."""
+
+    layers: tuple[Layer, ...]
+    vocab_size: int  # V, the width of the logits
+    states: tuple[StateGeometry, ...] = ()  # beside the keys and values of attention
+
+    @property
+    def padding(self) -> bool:
+        """Whether rows of different lengths may share a batch."""
+        return not self.states and all(layer.padding for layer in self.layers)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the widest attention call sees, where each has a window."""
+        windows = [layer.window for layer in self.layers if layer.window is not None]
+        return max(windows) if len(windows) == len(self.layers) and not self.states else None
+
+    @property
+    def geometry(self) -> tuple[KVGeometry, ...]:
+        return tuple(layer.geometry for layer in self.layers)
+
+
+@dataclass
+class Uncached:
+    """The slow obvious run that everything is compared with: logits (B, T, V), and each layer's keys and values."""
+
+    logits: Tensor
+    keys: list[Tensor] = field(default_factory=list)  # per layer (B, K, T, D)
+    values: list[Tensor] = field(default_factory=list)  # per layer (B, K, T, Dv)
+    rows: list[Tensor] = field(default_factory=list)  # per state (B, T, F)
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every submodule's own mode is put back afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Uncached:
+    """Runs the module as it is on (B, T) ids, keeping what its attention calls received."""
+    result = Uncached(torch.empty(0))
+
+    def keep(call: AttentionCall) -> Tensor:
+        result.keys.append(call.key)
+        result.values.append(call.value)
+        return torch_attention(call)
+
+    def keep_rows(call: RowsCall) -> Tensor:
+        result.rows.append(call.rows)
+        return call.rows
+
+    result.logits = _call(module, input_ids, position_ids, keep, keep_rows)
+    return result
+
+
+def run_cached(module: nn.Module, past: Uncached, input_ids: Tensor) -> Tensor:
+    """The module on new ids (B, T) alone, its attention calls given the keys and values of `past` as well."""
+    start = past.logits.shape[1]
+    length = start + input_ids.shape[1]
+    layer, state = iter(zip(past.keys, past.values, strict=True)), iter(past.rows)
+
+    def attend(call: AttentionCall) -> Tensor:
+        key, value = next(layer)
+        return attention_over(call, torch.cat([key, call.key], 2), torch.cat([value, call.value], 2))
+
+    def extend_rows(call: RowsCall) -> Tensor:
+        return torch.cat([next(state)[:, -call.keep :], call.rows], 1)
+
+    positions = torch.arange(start, length).expand_as(input_ids)
+    return _call(module, input_ids, positions, attend, extend_rows)
+
+
+def _call(
+    module: nn.Module, input_ids: Tensor, position_ids: Tensor | None, handler: Handler, rows: RowsHandler
+) -> Tensor:
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    with evaluating(module), intercept(handler, rows=rows):
+        logits = module(input_ids, position_ids=position_ids)
+    assert isinstance(logits, Tensor)
+    return logits.float()
+
+
+# --- observing ----------------------------------------------------------------------------------------------------
+def observe(module: nn.Module, context_length: int) -> Observation:
+    """Runs the module at two shapes and checks that it keeps the contract.
+
+    Raises UnkeptError where it does not.
+    """
+    longest = min(7, context_length)
+    vocab_size = _probe_vocabulary(module, longest)
+    _check_last_position(module, longest, context_length)
+    runs = [_Observer(module, batch, length, vocab_size) for batch, length in ((2, longest), (3, max(2, longest - 2)))]
+    if runs[0].masked:  # a window shows where the text is longer than it
+        runs.append(_Observer(module, 1, context_length, vocab_size))
+    return Observation(_attention_layers(module, runs), vocab_size, tuple(runs[0].states))
+
+
+def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, ...]:
+    """The attention calls, seen to be the same in runs of different lengths."""
+    first = runs[0].layers
+    if not first:
+        raise UnkeptError(f"{name_of(module)} made no call of F.scaled_dot_product_attention")
+    for run in runs[1:]:
+        if [a.geometry for a in first] != [b.geometry for b in run.layers]:
+            raise UnkeptError(f"{name_of(module)} makes different attention calls for different lengths")
+    return tuple(first)
+
+
+def _place(module: nn.Module, stack: list[str]) -> str:
+    """The submodule that runs, as messages call it."""
+    return f"{stack[-1] if stack else ''} of {name_of(module)}".removeprefix(" of ")
+
+
+def random_ids(count: int, length: int, vocab_size: int, seed: int = _SEED) -> Tensor:
+    """(count, length) token ids, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (count, length), generator=generator)
+
+
+class _Observer:
+    """One run of the module at one shape, and what was seen of it."""
+
+    def __init__(self, module: nn.Module, batch: int, length: int, vocab_size: int) -> None:
+        self.length = length
+        self.layers: list[Layer] = []
+        self.states: list[StateGeometry] = []
+        self.masked = False  # whether a call passed a mask of its own
+        self._module = module
+        self._batch = batch
+        self._stack: list[str] = []  # the submodules being run
+        ids = random_ids(batch, length, vocab_size)
+        with _tracking(module, self._stack), evaluating(module), intercept(self._record, rows=self._keep):
+            _guarded(module, ids, torch.arange(length).expand_as(ids))
+
+    def _keep(self, call: RowsCall) -> Tensor:
+        self.states.append(StateGeometry(call.keep, call.rows.shape[2]))
+        return call.rows
+
+    def _record(self, call: AttentionCall) -> Tensor:
+        number = len(self.layers)
+        told = f"attention call {number} ({call.where}, in {_place(self._module, self._stack)})"
+        self._check_shapes(call, told)
+        self._check_causal(call, told)
+        if call.dropout > 0:
+            raise UnkeptError(f"{told} drops out attention weights")
+        geometry = KVGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3])
+        module = self._stack[-1] if self._stack else ""
+        self.masked |= call.mask is not None
+        self.layers.append(
+            Layer(
+                geometry,
+                heads=call.query.shape[1],
+                module=module,
+                where=call.where,
+                window=call.window,
+                special=call.special,
+                padding=call.weights is None,
+                attributes=tuple(call.fused_attributes),
+            )
+        )
+        return torch_attention(call)
+
+    def _check_shapes(self, call: AttentionCall, told: str) -> None:
+        shapes = [tuple(tensor.shape) for tensor in (call.query, call.key, call.value)]
+        if any(len(shape) != 4 or shape[0] != self._batch or shape[2] != self.length for shape in shapes):
+            raise UnkeptError(f"{told} received query, key and value of shapes {', '.join(map(str, shapes))}")
+        if call.query.shape[1] % call.key.shape[1]:
+            raise UnkeptError(f"{told} has {call.query.shape[1]} query heads for {call.key.shape[1]} key/value heads")
+        if call.query.dtype != torch.float32:
+            raise UnkeptError(f"{told} computes in {call.query.dtype}")
+
+    def _check_causal(self, call: AttentionCall, told: str) -> None:
+        if call.is_causal:
+            return
+        mask, causal = call.mask, visible(self.length, self.length)
+        if mask is None or mask.shape[-2:] != causal.shape:
+            raise UnkeptError(f"{told} is not causal")
+        seen = mask if mask.dtype == torch.bool else mask > _MASKED
+        if not bool((seen == causal).all()) or (mask.dtype != torch.bool and bool((mask[seen] != 0).any())):
+            raise UnkeptError(f"{told} passes an attn_mask that is not the causal one")
+
+
+@contextlib.contextmanager
+def _tracking(module: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keeps `stack` at the path of the submodules being run, the innermost last."""
+    handles = []
+    for path, child in module.named_modules():
+        if not path:
+            continue
+
+        def enter(_module: nn.Module, _args: Any, path: str = path_in(module, path)) -> None:
+            stack.append(path)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            stack.pop()
+
+        handles += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack.clear()
+
+
+# --- the contract -------------------------------------------------------------------------------------------------
+def require_finite(module: nn.Module) -> None:
+    """Raises NumericsError for a weight that holds NaN or infinity."""
+    for path, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise NumericsError(
+                f"the weight {path_in(module, path)} of {name_of(module)} holds NaN or infinity: training went wrong"
+            )
+
+
+def _check_last_position(module: nn.Module, length: int, context_length: int) -> None:
+    """Runs the module at the end of the context, where a table of positions may be too short."""
+    ids = torch.zeros(1, length, dtype=torch.long)
+    with evaluating(module), intercept(torch_attention):
+        _guarded(module, ids, torch.arange(context_length - length, context_length)[None])
+
+
+def _probe_vocabulary(module: nn.Module, length: int) -> int:
+    """V, the width of the logits. Raises ContractError where input_ids index an embedding of fewer rows."""
+    ids = torch.zeros(2, length, dtype=torch.long)
+    rows: list[int] = []
+
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if func is F.embedding:
+            index = args[0] if args else kwargs.get("input")
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if isinstance(index, Tensor) and isinstance(weight, Tensor) and index.data_ptr() == ids.data_ptr():
+                rows.append(weight.shape[0])
+
+    with evaluating(module), intercept(torch_attention, watch):
+        logits = _guarded(module, ids, torch.arange(length).expand_as(ids))
+    vocab_size = logits.shape[-1]
+    if rows and min(rows) < vocab_size:
+        raise ContractError(
+            f"{name_of(module)} returns logits of {vocab_size} tokens and embeds {min(rows)}: a generated id of "
+            f"{min(rows)} or more could not be read back; give both the same vocabulary, e.g. return "
+            f"logits[..., :{min(rows)}]"
+        )
+    return vocab_size
+
+
+def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Calls the module and checks what it returns."""
+    batch, length = input_ids.shape
+    try:
+        output = module(input_ids, position_ids=position_ids)
+    except PastkeyError:
+        raise
+    except Exception as error:
+        raise UnkeptError(f"{name_of(module)} failed: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(output, Tensor):
+        raise UnkeptError(f"{name_of(module)} returned a {type(output).__name__}")
+    if output.dim() != 3 or output.shape[:2] != (batch, length) or output.dtype != torch.float32:
+        raise UnkeptError(f"{name_of(module)} returned {output.dtype} of shape {tuple(output.shape)}")
+    if not bool(torch.isfinite(output).all()):
+        raise UnkeptError(f"{name_of(module)} returned NaN or infinity")
+    return output
+
+
+class StandIn(nn.Module):
+    """A module of the contract in the place of somebody else's `model`."""
+
+    model: Any
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def native(self) -> contextlib.AbstractContextManager[None]:
+        """While open, `model` computes as its author wrote it: the reference."""
+        raise NotImplementedError
+
+
+def natively(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """While open, a module computes as its author wrote it."""
+    return module.native() if isinstance(module, StandIn) else contextlib.nullcontext()
+
+
+def name_of(module: nn.Module) -> str:
+    """What messages call a module: its class, or that of what it stands for."""
+    return name_of(module.model) if isinstance(module, StandIn) else type(module).__name__
+
+
+def path_in(module: nn.Module, path: str) -> str:
+    """A submodule's or weight's path as its author knows it: within what the module stands for."""
+    return path_in(module.model, path.removeprefix("model.")) if isinstance(module, StandIn) else path

@@ -1,0 +1,149 @@
+"""How positions enter a module: whether old tokens can be dropped from a cache, and by which angles the rest turns.
+
+A context shift moves cached tokens to smaller positions. That is exact for positions which enter as a rotation of
+queries and keys (RoPE, https://arxiv.org/abs/2104.09864), as a bias by distance (ALiBi) or not at all. The same tokens
+at several positions show which it is: logits and values must be equal, and each pair of key channels turned by one
+angle per token. Neither a configuration's names nor the graph are read, so that a scaled, partial or interleaved
+rotation is found as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pastkey.contract.bundle import CacheShift, KeyRotation
+
+from .observe import Observation, Uncached, random_ids, run_uncached
+
+_TOKENS = 16
+_STEP = 4  # from one distance to the next: an angle is known to much less than half a turn of the next
+# Relative to the largest number. A module computes angles in float32, which is off by so much for each token of the
+# distance; a table of learned positions gives other values altogether.
+_TOLERANCE, _PER_TOKEN = 1e-4, 4e-7
+
+Keys = npt.NDArray[np.float64]  # (K, T, D)
+
+
+def find_shift(module: nn.Module, observation: Observation, context_length: int) -> CacheShift:
+    """Runs a few tokens at several positions."""
+    if observation.states:
+        return CacheShift("it keeps rows beside the keys and values of attention, which no rotation moves")
+    if not observation.padding:
+        return CacheShift("its attention counts every column of the cache")
+    tokens = min(_TOKENS, context_length // 2)
+    if not tokens:
+        return CacheShift("its context is one token")
+    ids = random_ids(1, tokens, observation.vocab_size, seed=2)
+    runs = {
+        by: run_uncached(module, ids, torch.arange(by, by + tokens)[None]) for by in _distances(context_length, tokens)
+    }
+    first = runs[0]
+    for by, run in runs.items():
+        pairs = zip([first.logits, *first.values], [run.logits, *run.values], strict=True)
+        if any(_differs(_array(before), _array(after), by) for before, after in pairs):
+            return CacheShift(
+                "its positions enter otherwise than as a rotation of keys or by distance, as learned ones do"
+            )
+    return _rotations(runs, len(first.keys))
+
+
+def _distances(context_length: int, tokens: int) -> Iterator[int]:
+    """0, 1, 4, 16 and so on, and the last that the context has room for."""
+    yield 0
+    by = 1
+    while by < context_length - tokens:
+        yield by
+        by *= _STEP
+    yield context_length - tokens
+
+
+def _rotations(runs: dict[int, Uncached], layers: int) -> CacheShift:
+    """Those of all layers, each once."""
+    found: list[KeyRotation] = []
+    for layer in range(layers):
+        keys = {by: _array(run.keys[layer])[0] for by, run in runs.items()}
+        if not any(_differs(keys[0], moved, 0) for moved in keys.values()):
+            continue
+        rotation = _rotation(keys)
+        if rotation is None:
+            return CacheShift("its keys change with their position otherwise than by one angle per token")
+        same = next((place for place, other in enumerate(found) if _alike(other, rotation)), None)
+        if same is None:
+            found.append(dataclasses.replace(rotation, layers=(layer,)))
+        else:
+            found[same] = dataclasses.replace(found[same], layers=(*found[same].layers, layer))
+    return CacheShift(rotations=tuple(found))
+
+
+def _rotation(keys: dict[int, Keys]) -> KeyRotation | None:
+    """What turns `keys`, by distance, into one another; None where no pairing of the channels does."""
+    before = keys[0]
+    for first, pairs, interleaved in _pairings(before.shape[-1]):
+        channels = slice(first, first + 2 * pairs)
+        complex_keys = {by: as_pairs(moved[..., channels], interleaved) for by, moved in keys.items()}
+        angles = _angles(complex_keys)
+        if all(_is_turned(keys, complex_keys, by, angles, channels) for by in keys):
+            return KeyRotation((), first, interleaved, tuple(angles.tolist()))
+    return None
+
+
+def _pairings(size: int) -> Iterator[tuple[int, int, bool]]:
+    """First channel, number of pairs, interleaved: of the whole head, and of a part at either end."""
+    yield 0, size // 2, False
+    yield 0, size // 2, True  # which has any part in it, whose other pairs turn by nothing
+    for pairs in range(size // 2 - 1, 0, -1):
+        yield 0, pairs, False
+        yield size - 2 * pairs, pairs, False
+
+
+def as_pairs(keys: Keys, interleaved: bool) -> npt.NDArray[np.complex128]:
+    """Pairs of channels as complex numbers (K, T, D / 2)."""
+    half = keys.shape[-1] // 2
+    if interleaved:
+        return keys[..., ::2][..., :half] + 1j * keys[..., 1::2]
+    return keys[..., :half] + 1j * keys[..., half:]
+
+
+def _angles(keys: dict[int, npt.NDArray[np.complex128]]) -> npt.NDArray[np.float64]:
+    """Radians per token of each pair: from the first distance, and more precisely from each further one."""
+    angles = np.zeros(keys[0].shape[-1])
+    for by, moved in keys.items():
+        if by:
+            turned = np.angle((moved * keys[0].conj()).sum((0, 1)))
+            angles += np.angle(np.exp(1j * (turned - by * angles))) / by
+    return angles
+
+
+def _is_turned(
+    keys: dict[int, Keys],
+    pairs: dict[int, npt.NDArray[np.complex128]],
+    by: int,
+    angles: npt.NDArray[np.float64],
+    channels: slice,
+) -> bool:
+    rest = np.ones(keys[0].shape[-1], bool)
+    rest[channels] = False
+    turned = pairs[0] * np.exp(1j * by * angles)
+    return not _differs(turned, pairs[by], by) and not _differs(keys[0][..., rest], keys[by][..., rest], 0)
+
+
+def _alike(one: KeyRotation, other: KeyRotation) -> bool:
+    same = (one.first, one.interleaved, len(one.angles)) == (other.first, other.interleaved, len(other.angles))
+    return same and bool(np.allclose(one.angles, other.angles, rtol=0, atol=_PER_TOKEN))
+
+
+def _differs(before: npt.NDArray[Any], after: npt.NDArray[Any], by: int) -> bool:
+    if not before.size:
+        return False
+    return bool(np.abs(after - before).max() > (_TOLERANCE + _PER_TOKEN * by) * max(1e-12, np.abs(before).max()))
+
+
+def _array(tensor: Tensor) -> Keys:
+    return tensor.detach().double().numpy()

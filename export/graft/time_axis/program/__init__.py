@@ -1,0 +1,1 @@
+"""A module as a program along its time axis."""

@@ -1,0 +1,337 @@
+"""A module's uncached computation as a list of operators, traced at two lengths of one row.
+
+torch traces at fixed lengths, so that `len(x)`, indices made from T and Python loops over heads need nothing special.
+A number that differs between the two traces is one of the length: a·T + b. Traces of two forms mean that the module's
+Python code goes over positions one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
+
+from pastkey.errors import ContractError
+
+from ....quiet import quiet
+from ...attention import intercept
+from ...probe.causes import Cause, Kind, NoCacheError, ObstacleError
+from ...probe.observe import name_of
+from .nodes import Traced, flat, folded, forms
+from .python_branches import Given, Heard, heard
+from .traced import LogitsOf, different, patched, untraced, written_out
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Size:
+    """a·T + b, of a text of T tokens."""
+
+    a: int
+    b: int
+
+    def at(self, length: Any) -> Any:
+        return self.a * length + self.b if self.a else self.b
+
+    @property
+    def moves(self) -> bool:
+        """Whether it depends on the length."""
+        return self.a != 0
+
+
+@dataclass(frozen=True)
+class LengthNumber:
+    """A number that depends on the length and is no integer a·T + b."""
+
+    first: Any
+    second: Any
+    moves = True
+
+    def at(self, length: Any) -> Any:
+        raise ObstacleError(Cause(Kind.LENGTH, f"computes with a number made from the length ({self.first}, say)"))
+
+
+@dataclass
+class Op:
+    """One operator. Arguments are Op for what another one yields, Size where they depend on the length."""
+
+    target: Any  # an OpOverload, operator.getitem, or the kind of an input: "ids", "weight", "constant"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: tuple[tuple[Size, ...] | None, ...]  # of each output
+    dtype: torch.dtype | None
+    where: str  # file:line of the user's
+    constant: Tensor | None = None
+    at_length: Callable[[int], Tensor] | None = None  # a constant that is another one for each length
+    depends: bool = False  # on the ids
+    number: int = 0
+    users: list[Op] = field(default_factory=list, repr=False)
+    owner: str = ""  # class of the submodule
+    helper: Op | None = None  # a table that a rule makes of it
+
+    __hash__ = object.__hash__
+
+    @property
+    def name(self) -> str:
+        """The operator as torch calls it."""
+        target = self.target
+        return (
+            target.overloadpacket.__name__
+            if hasattr(target, "overloadpacket")
+            else getattr(target, "__name__", str(target))
+        )
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        shape = self.shapes[0]
+        assert shape is not None
+        return shape
+
+    @property
+    def inputs(self) -> list[Op]:
+        found: list[Op] = []
+        map_args((self.args, self.kwargs), lambda op: found.append(op))
+        return found
+
+    @property
+    def timed(self) -> bool:
+        """Whether an output has an axis of the length."""
+        return any(size.moves for shape in self.shapes if shape is not None for size in shape)
+
+
+def map_args(args: Any, of_op: Callable[[Op], Any], of_size: Callable[[Size], Any] = lambda size: size) -> Any:
+    """The arguments of an operator with each Op and Size in them replaced."""
+    if isinstance(args, Op):
+        return of_op(args)
+    if isinstance(args, Size):
+        return of_size(args)
+    if isinstance(args, list | tuple):
+        kind = list if isinstance(args, list) else tuple  # no torch.Size of our Sizes
+        return kind(map_args(a, of_op, of_size) for a in args)
+    if isinstance(args, dict):
+        return {k: map_args(v, of_op, of_size) for k, v in args.items()}
+    return args
+
+
+def _has_length_number(args: Any) -> bool:
+    if isinstance(args, list | tuple):
+        return any(_has_length_number(a) for a in args)
+    if isinstance(args, dict):
+        return any(_has_length_number(a) for a in args.values())
+    return isinstance(args, LengthNumber)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Operators in the order of execution, those alone that the logits need."""
+
+    ops: tuple[Op, ...]
+    ids: Op
+    logits: Op
+    lengths: tuple[int, int]  # of the two traces
+    mutated: tuple[str, ...] = ()  # buffers that the module writes
+    writes: tuple[Op, ...] = ()  # what each becomes
+
+
+class Tables:
+    """The values of operators that do not depend on the ids, at one length, each computed once."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._known: dict[Op, Any] = {}
+
+    def __call__(self, op: Op) -> Any:
+        if op in self._known:
+            return self._known[op]
+        stack = [op]
+        while stack:
+            top = stack[-1]
+            waiting = [i for i in top.inputs if i not in self._known]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            stack.pop()
+            if top not in self._known:
+                self._known[top] = self._run(top)
+        return self._known[op]
+
+    def _run(self, op: Op) -> Any:
+        if op.constant is not None:
+            return op.constant
+        if op.at_length is not None:
+            return op.at_length(self.length)
+        if _has_length_number((op.args, op.kwargs)):
+            what = "computes with a number made from the length of the text, such as T // 2 or 1 / T"
+            raise ObstacleError(Cause(Kind.LENGTH, what, op.where, op.owner))
+        args, kwargs = map_args((op.args, op.kwargs), self._known.__getitem__, lambda size: size.at(self.length))
+        with torch.no_grad():
+            return op.target(*args, **kwargs)
+
+
+# --- tracing ------------------------------------------------------------------------------------------------------
+def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], vocab_size: int) -> Program:
+    """Traces `call(module, ids)` at both lengths. Raises NoCacheError where torch cannot, or the traces differ."""
+    traced = [_export(module, call, length, vocab_size) for length in lengths]
+    first, second = ([*flat(program)] for program in traced)
+    loops = forms(first) != forms(second)
+    if loops:
+        parts = folded(first), folded(second)
+        if forms(parts[0]) != forms(parts[1]):
+            raise NoCacheError(name_of(module), different(lengths, first, second))
+        first, second = parts
+
+    @functools.cache
+    def constants(length: int) -> dict[str, Tensor | None]:
+        nodes = [*flat(_export(module, call, length, vocab_size))]
+        return {node.name: node.constant for node in (folded(nodes) if loops else nodes) if node.kind != "call"}
+
+    def again(name: str, shape: Any, length: int) -> Tensor:
+        """A constant of the trace at another length."""
+        found = constants(length).get(name)
+        if found is None or any(
+            isinstance(s, LengthNumber) or s.at(length) != n for s, n in zip(shape, found.shape, strict=True)
+        ):
+            raise ObstacleError(Cause(Kind.LENGTH, "makes a table in Python that is not known for every length"))
+        return found
+
+    ops: dict[Any, Op] = {}
+    for one, other in zip(first, second, strict=True):
+        ops[one.node] = _pair(one, other, ops, lengths, functools.partial(again, one.name))
+    mutated = tuple(traced[0].graph_signature.buffers_to_mutate.values())
+    outputs = traced[0].graph_module.graph.output_node().args[0]
+    logits = ops[outputs[len(mutated)]]
+    ids = next(op for op in ops.values() if op.target == "ids")
+    writes = tuple(ops[node] for node in outputs[: len(mutated)])
+    return Program(_live(logits, ops.values()), ids, logits, lengths, mutated, writes)
+
+
+_OF_A_SHAPE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+
+_LIKE = {
+    "type_as": aten.to.dtype,
+    "expand_as": aten.expand.default,
+    "view_as": aten.view.default,
+    "reshape_as": aten.reshape.default,
+}
+
+
+def _live(logits: Op, ops: Any) -> tuple[Op, ...]:
+    needed, stack = {logits}, [logits]
+    while stack:
+        for op in stack.pop().inputs:
+            if op not in needed:
+                needed.add(op)
+                stack.append(op)
+    live = [made for op in ops if op in needed for made in (*(i for i in op.inputs if i.target is torch.zeros), op)]
+    for number, op in enumerate(live):
+        op.number = number
+        op.depends = op.target == "ids" or any(i.depends for i in op.inputs)
+        for i in op.inputs:
+            i.users.append(op)
+    return tuple(live)
+
+
+class _Called(nn.Module):
+    """The author's call as a module of the ids alone. `model` as in TimeAxisDecoder, for the names of the weights."""
+
+    def __init__(self, model: nn.Module, call: LogitsOf, told: Heard) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+        self._told = told
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with intercept(written_out), Given(self._told):
+            return self._call(self.model, ids)
+
+
+def _export(module: nn.Module, call: LogitsOf, length: int, vocab_size: int) -> torch.export.ExportedProgram:
+    ids = torch.arange(length)[None] % vocab_size
+    try:
+        told = heard(lambda text: call(module, text), length, vocab_size)
+    except ObstacleError as obstacle:
+        raise NoCacheError(name_of(module), [obstacle.cause]) from obstacle
+    try:
+        with torch.no_grad(), quiet(), patched():
+            exported = torch.export.export(_Called(module, call, told).eval(), (ids,), strict=False)
+            decompositions = get_decompositions([aten.addmm, aten.baddbmm, aten.addbmm])
+            program: torch.export.ExportedProgram = exported.run_decompositions(decompositions)
+            return program
+    except ContractError:
+        raise
+    except Exception as error:
+        raise NoCacheError(name_of(module), [untraced(error)]) from error
+
+
+def _pair(
+    one: Traced,
+    other: Traced,
+    ops: dict[Any, Op],
+    lengths: tuple[int, int],
+    again: Callable[[Any, int], Tensor],
+) -> Op:
+    def merge(a: Any, b: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return ops[a]
+        if isinstance(a, list | tuple):
+            return [merge(x, y) for x, y in zip(a, b, strict=True)] if len(a) == len(b) else LengthNumber(a, b)
+        if isinstance(a, dict):
+            return {k: merge(a[k], b[k]) for k in a}
+        if a == b or a != a:  # NaN
+            return a
+        if isinstance(a, bool) or not isinstance(a, int) or not isinstance(b, int):
+            return LengthNumber(a, b)
+        return size_of(a, b, lengths)
+
+    values = [v if isinstance(v, list | tuple) else [v] for v in (one.value, other.value)]
+    shapes = tuple(
+        tuple(size_of(int(x), int(y), lengths) for x, y in zip(a.shape, b.shape, strict=True))
+        if isinstance(a, Tensor)
+        else None
+        for a, b in zip(*values, strict=True)
+    )
+    args = tuple(merge(one.args, other.args))
+    name = getattr(getattr(one.target, "overloadpacket", None), "__name__", "")
+    if name in _OF_A_SHAPE and isinstance(args[0], Op):  # of the shape alone, whatever the numbers are
+        source = args[0]
+        empty = Op(torch.zeros, (list(source.shape),), {"dtype": source.dtype}, source.shapes[:1], source.dtype, "")
+        args = (empty, *args[1:])
+    if name in _LIKE and len(args) > 1 and isinstance(args[1], Op):  # of the other's shape or type alone
+        other_op = args[1]
+        target, given = _LIKE[name], other_op.dtype if name == "type_as" else list(other_op.shape)
+        args = (args[0], given)
+    else:
+        target = one.target
+    constant = one.constant
+    at_length = None
+    if constant is not None and other.constant is not None and not _same(constant, other.constant):
+        constant = None  # made by Python, or kept by the module, for this length
+        at_length = functools.partial(again, shapes[0])
+    first = values[0][0]
+    return Op(
+        target=target,
+        args=args,
+        kwargs=merge(one.kwargs, other.kwargs),
+        shapes=shapes,  # type: ignore[arg-type]  # a LengthNumber is met where it is read
+        dtype=first.dtype if isinstance(first, Tensor) else None,
+        where=one.where,
+        owner=one.owner,
+        constant=constant,
+        at_length=at_length,
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def size_of(first: int, second: int, lengths: tuple[int, int]) -> Size | LengthNumber:
+    """The a·T + b that is `first` and `second` at the two lengths."""
+    slope, rest = divmod(second - first, lengths[1] - lengths[0])
+    return LengthNumber(first, second) if rest else Size(slope, first - slope * lengths[0])

@@ -1,0 +1,1 @@
+"""From that program to one cached step."""

@@ -1,0 +1,305 @@
+"""A module as its author calls it -> a module of the contract: forward(input_ids, position_ids) -> logits (B, T, V).
+
+What the author's call computes for a whole text is computed here for new tokens at given positions, and each attention
+is handed over, as scaled_dot_product_attention is where a module calls it. From there on it is any other module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...probe.causes import Cause, Kind, NoCacheError
+from ...probe.observe import StandIn, name_of
+from ..interpret import Attention, Weights, Whole, in_float32
+from ..operators.base import Refused, Swapped
+from ..program.program import LogitsOf, Op, Program, Tables, trace_program
+from ..values import Lengths, Value
+from .attention_form import LooksAhead, Softmax, recognised
+from .rope import find_rotation
+from .state import State, find_state
+from .step import Planned, Step
+
+_EQUAL = 1e-7  # scales that differ by less are one number, measured
+_LENGTHS = (31, 29)  # of the two traces; no size of a head or a window, as a rule
+
+
+class TimeAxisDecoder(StandIn):
+    """forward(input_ids, position_ids) -> logits (B, T, V) of a module that knows neither positions nor a cache."""
+
+    def __init__(self, model: nn.Module, call: LogitsOf, found: Found, context_length: int) -> None:
+        super().__init__(model)
+        self._call = call
+        self._found = found
+        self._native = False
+        self._tables = _FullTables(self, context_length)
+        for name, tensor in found.constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        if self._native:
+            return torch.cat([whole_logits(self.model, self._call, row[None]) for row in input_ids])
+        found = self._found
+        step = Step(
+            found.program,
+            found.plan,
+            found.templates,
+            self.weight,
+            self._tables,
+            self._constant,
+            input_ids,
+            position_ids,
+            found.swapped,
+            found.states,
+        )
+        return step.run()
+
+    @contextlib.contextmanager
+    def native(self) -> Iterator[None]:
+        self._native = True
+        try:
+            yield
+        finally:
+            self._native = False
+
+    def _constant(self, kind: str, number: int) -> Tensor:
+        tensor: Tensor = getattr(self, f"{kind}_{number}")
+        return tensor
+
+    def weight(self, op: Op) -> Tensor:
+        """A parameter, buffer or constant that the program reads."""
+        if op.target == "constant":
+            assert op.constant is not None
+            return op.constant
+        tensor: Tensor = operator.attrgetter(str(op.target))(self)
+        return tensor
+
+
+class _FullTables:
+    """The tables for the whole context, as buffers of the decoder."""
+
+    def __init__(self, owner: nn.Module, context_length: int) -> None:
+        self._owner = [owner]  # no submodule
+        self._tables = Tables(context_length)
+        self._names: dict[Op, str] = {}
+        self._counts: dict[Op, bool] = {}
+        self._uniform: dict[Op, bool] = {}
+
+    def __call__(self, op: Op) -> Tensor:
+        if op not in self._names:
+            tensor = in_float32(self._tables(op))
+            self._names[op] = f"table_{len(self._names)}"
+            self._owner[0].register_buffer(self._names[op], tensor.clone().contiguous(), persistent=False)
+        found: Tensor = getattr(self._owner[0], self._names[op])
+        return found
+
+    def counts(self, op: Op) -> bool:
+        if op not in self._counts:
+            line = all(s.moves or s.b == 1 for s in op.shape)
+            values = self._tables(op).flatten() if line else torch.empty(0)
+            length = self._tables.length
+            self._counts[op] = values.numel() == length and bool((values == torch.arange(length)).all())
+        return self._counts[op]
+
+    def uniform(self, op: Op) -> bool:
+        if op not in self._uniform:
+            table = self._tables(op)
+            self._uniform[op] = bool((table == table.flatten()[0]).all())
+        return self._uniform[op]
+
+
+def whole_logits(model: nn.Module, call: LogitsOf, ids: Tensor) -> Tensor:
+    """(1, T, V) as the author's call computes them; one of the last position alone is asked for each."""
+    logits = call(model, ids)
+    if logits.shape[1] == ids.shape[1]:
+        return logits.float()
+    rows = [call(model, ids[:, : n + 1]) for n in range(ids.shape[1] - 1)]
+    return torch.cat([*rows, logits], 1).float()
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Found:
+    """A program with its attention."""
+
+    program: Program
+    plan: dict[Op, Planned]
+    templates: dict[Op, Value]
+    swapped: set[Op]
+    constants: dict[str, Tensor]  # scales, sinks and biases by kind and number
+    states: tuple[State, ...] = ()
+
+
+def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int) -> Found:
+    """Traces the author's call and finds its attention. Raises NoCacheError with all that stands in the way."""
+    lengths = tuple(max(2 - i, min(n, context_length - 1 - i)) for i, n in enumerate(_LENGTHS))
+    program = trace_program(model, call, (lengths[0], lengths[1]), vocab_size)
+    whole = _whole(program, vocab_size)
+    causes = [*_written(program), *(refused.cause for refused in whole.refused)]
+    states: list[State] = []
+    for op in whole.shifted_back:
+        try:
+            states.append(find_state(program, op, whole.known, whole.local, _weight))
+        except Refused as refused:
+            causes.append(refused.cause)
+    end = whole.known[program.logits]
+    if isinstance(end, Value) and end.local:
+        first = min(whole.local, key=lambda op: op.number)
+        causes.append(Refused(first, "takes a part of the positions, and the rest nowhere").cause)
+    softmaxes: list[Softmax | None] = []
+    seen: dict[Any, Softmax | None] = {}
+    for attention in whole.found:
+        try:
+            softmaxes.append(_softmax(program, attention, context_length, seen))
+        except LooksAhead as found:
+            causes.append(_looks_ahead(attention, found))
+        except Exception:
+            if not causes:  # else of what was refused before
+                raise
+    if causes:
+        raise NoCacheError(name_of(model), causes)
+    plan: dict[Op, Planned] = {}
+    constants: dict[str, Tensor] = {}
+    for number, (attention, softmax) in enumerate(zip(whole.found, softmaxes, strict=True)):
+        plan[attention.op] = _planned(attention, softmax, number, constants)
+        if softmax is not None:
+            turned = set(attention.products) <= whole.swapped
+            rotation = find_rotation(program, attention, whole.known, _weight, context_length, swapped=turned)
+            if rotation is not None:
+                plan[attention.op] = dataclasses.replace(plan[attention.op], rotation=rotation)
+                constants |= {f"cos_{number}": rotation.cos, f"sin_{number}": rotation.sin}
+    skipped = {op for planned in plan.values() for op in (*planned.attention.region, *planned.attention.products)}
+    templates = {op: whole.known[op] for op in skipped if op in whole.known} | whole.tabled
+    return Found(program, plan, templates, whole.swapped, constants, tuple(states))
+
+
+def _weight(op: Op) -> Tensor:
+    """A parameter, buffer or constant, while it has no decoder around it."""
+    assert op.constant is not None
+    return op.constant
+
+
+def _whole(program: Program, vocab_size: int) -> Whole:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (2, program.lengths[0]), generator=generator)
+    swapped: set[Op] = set()
+    both: frozenset[Op] = frozenset()
+    while True:
+        run = Whole(program, ids, _weight, swapped, both)
+        try:
+            with torch.no_grad():
+                run.run()
+            return run
+        except Swapped as found:
+            if found.products <= swapped:
+                both, swapped = both | found.products, swapped - found.products
+            else:
+                swapped = swapped | found.products
+
+
+def _planned(attention: Attention, softmax: Softmax | None, number: int, constants: dict[str, Tensor]) -> Planned:
+    """What is known of the weights, with the tensors of it put among the constants."""
+    if softmax is None:
+        return Planned(attention, number)
+    scale = float(softmax.scale.mean()) if attention.products else 1.0  # of queries and keys that are 0
+    same = not attention.products or bool(((softmax.scale - scale).abs() <= _EQUAL * abs(scale)).all())
+    if not same:
+        constants[f"scale_{number}"] = softmax.scale.float()
+    if softmax.sinks is not None:
+        constants[f"sinks_{number}"] = softmax.sinks.float()
+    if not softmax.plain:
+        equal = bool((softmax.bias == softmax.bias[:1]).all())
+        constants[f"bias_{number}"] = (softmax.bias[:1] if equal else softmax.bias).float().contiguous()
+    return Planned(
+        attention,
+        number,
+        known=True,
+        scale=scale if same else None,
+        window=softmax.window if softmax.plain else None,
+        softcap=softmax.softcap,
+        sinks=softmax.sinks is not None,
+        bias=not softmax.plain,
+    )
+
+
+def _softmax(
+    program: Program,
+    attention: Attention,
+    context_length: int,
+    seen: dict[Any, Softmax | None],
+) -> Softmax | None:
+    """What the weights of an attention are, seen by running them. Raises LooksAhead.
+
+    `seen` holds those of the same form: most layers have the same mask and scale.
+    """
+    reads = {i for op in attention.region for i in op.inputs if i.depends}
+    if reads - set(attention.region) - set(attention.products):
+        return None  # numbers of the tokens, too
+    tables = Tables(context_length)
+    form = _form(attention, tables)
+    if form in seen:
+        return seen[form]
+
+    def given(scores: list[Tensor], total: int) -> Tensor:
+        lengths = Lengths(scores[0].shape[2], total)
+        with torch.no_grad():
+            try:
+                return Weights(program, attention, lengths, _weight, tables).run(scores, {})
+            except RuntimeError:  # a matrix of float32 takes no float64
+                return Weights(program, attention, lengths, _weight, tables).run([s.float() for s in scores], {})
+
+    heads = tuple(layout.head_count for layout in attention.layouts) or (1,)
+    seen[form] = recognised(given, len(heads), heads, context_length)
+    return seen[form]
+
+
+def _form(attention: Attention, tables: Tables) -> Any:
+    """What two attentions have in common that compute their weights alike."""
+    own = {op: i for i, op in enumerate((*attention.products, *attention.region))}
+
+    def told(args: Any) -> Any:
+        if isinstance(args, Op):
+            return ("op", own[args]) if args in own else ("table", _digest(tables(args)))
+        if isinstance(args, list | tuple):
+            return tuple(told(a) for a in args)
+        return tuple((k, told(v)) for k, v in args.items()) if isinstance(args, dict) else repr(args)
+
+    operators = tuple((op.name, told(op.args), told(op.kwargs)) for op in attention.region)
+    return operators, told(attention.weights), attention.layouts, attention.letters
+
+
+def _digest(table: object) -> object:
+    if not isinstance(table, Tensor):
+        return repr(table)
+    numbers = torch.view_as_real(table) if table.is_complex() else in_float32(table)
+    content = numbers.detach().contiguous().numpy().tobytes()
+    return tuple(table.shape), str(table.dtype), hashlib.sha1(content).hexdigest()
+
+
+def _written(program: Program) -> list[Cause]:
+    """The buffers that each call writes."""
+    places: dict[str, list[str]] = {}
+    for name, op in zip(program.mutated, program.writes, strict=True):
+        places.setdefault(op.where, []).append(name.removeprefix("model."))
+    owners = {op.where: op.owner for op in program.writes}
+    return [
+        Cause(
+            Kind.WRITES, f"writes into the buffer{'s' * (len(names) > 1)} {', '.join(names[:3])}", where, owners[where]
+        )
+        for where, names in places.items()
+    ]
+
+
+def _looks_ahead(attention: Attention, found: LooksAhead) -> Cause:
+    what = (
+        f"lets the token at position {found.row} see that at {found.column}, a later one (attention, head {found.head})"
+    )
+    return Cause(Kind.LOOK_AHEAD, what, attention.op.where, attention.op.owner)

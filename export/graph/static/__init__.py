@@ -1,0 +1,1 @@
+"""Graphs of fixed sizes, for NPUs."""

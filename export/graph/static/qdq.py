@@ -1,0 +1,197 @@
+"""Static graphs with QuantizeLinear and DequantizeLinear, as QNN's NPUs take int8: 8-bit weights, 16-bit activations.
+
+Only MatMuls are quantized: with norms, softmax and rotations rounded as well, an NPU writes other texts, though a
+processor that simulates the same graph does not. The ranges of activations are those seen on the calibration text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
+from pastkey.runtime import Engine
+from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
+from pastkey.runtime.engine.engine import Ids
+from pastkey.runtime.providers.ort import quantization_tools
+
+from ..clean import strip_traces
+from ..edit import add_weight, drop_unused_weights, weight
+from ..write.weights_file import WeightsFile
+
+# A score of a token that is not seen gets this: a small number, so that ranges that were seen are of use.
+MASKED = -100.0
+_DECODED = 12  # tokens of a window that are run one by one, spread over it
+_OPERATORS = ["MatMul"]
+
+Feeds = dict[str, np.ndarray]
+
+
+def quantize_static(source: Bundle, target: Path, windows: Sequence[Ids]) -> None:
+    """Writes the static graphs of the float32 bundle `source` in int8 to the folder `target`, over a data file of both.
+
+    `windows` are token ids (T,) that the ranges of activations are seen on.
+    """
+    file = WeightsFile(target / names.STATIC_DATA)
+    fed = [*zip(source.static_graphs, _feeds(source, windows), strict=True)]
+    context = source.manifest.context_length
+    ranges: dict[str, tuple[float, float]] = {}
+    for path, feeds in fed:
+        for name, (low, high) in _ranges(path, feeds, context).items():
+            lowest, highest = ranges.get(name, (low, high))
+            ranges[name] = min(low, lowest), max(high, highest)
+    for path, feeds in fed:
+        model = _quantized(path, feeds[:1], ranges, context)
+        file.take_weights(model)
+        ir.save(model, target / path.relative_to(source.path))
+
+
+def _feeds(source: Bundle, windows: Sequence[Ids]) -> tuple[list[Feeds], list[Feeds]]:
+    """What the graph of one token and that of a chunk are fed on the windows, from their beginnings to their ends."""
+    engine = Engine(source, providers="cpu")
+    static = engine.cache
+    assert isinstance(static, StaticGraphs)
+    fed: dict[int, list[Feeds]] = {}
+
+    def keep(tokens: int, start: int, inputs: Mapping[str, np.ndarray]) -> None:
+        # The past of a long context is holes for the most part: they are put back when they are fed.
+        fed.setdefault(tokens, []).append(
+            {name: (array[:, :, :start] if _is_past(name) else array).copy() for name, array in inputs.items()}
+        )
+
+    static.watch = keep
+    for ids in windows:
+        engine.reset()
+        engine.prefill(ids)
+        static.watch = None
+        for end in np.unique(np.linspace(0, len(ids) - 1, min(_DECODED, len(ids))).astype(int))[::-1].tolist():
+            engine.trim(end)
+            static.watch = keep
+            engine.decode(int(ids[end]))
+            static.watch = None
+        static.watch = keep
+    assert source.manifest.static is not None
+    return fed[1], fed.get(source.manifest.static.chunk, fed[1])
+
+
+def _is_past(name: str) -> bool:
+    return name.startswith(names.PAST_PREFIX)
+
+
+def _whole(feeds: Feeds, context_length: int) -> Feeds:
+    """With the holes of the past, which are zeros."""
+    return {
+        name: np.pad(array, [(0, 0), (0, 0), (0, context_length - array.shape[2]), (0, 0)]) if _is_past(name) else array
+        for name, array in feeds.items()
+    }
+
+
+def _ranges(path: Path, feeds: list[Feeds], context_length: int) -> dict[str, tuple[float, float]]:
+    """The smallest and largest number of each activation that a MatMul reads or makes, by its name."""
+    quantization, _ = quantization_tools()
+    with _prepared(path) as plain:
+        augmented = plain.with_name("augmented.onnx")
+        calibrator = quantization.create_calibrator(plain, _OPERATORS, str(augmented), use_external_data_format=True)
+        calibrator.collect_data(_reader(quantization, feeds, context_length))
+        found = calibrator.compute_data()
+        ends = {name: found[name].range_value for name in found.keys()}  # noqa: SIM118  # no mapping of Python's
+        return {name: (float(low.item()), float(high.item())) for name, (low, high) in ends.items()}
+
+
+@contextlib.contextmanager
+def _prepared(path: Path) -> Iterator[Path]:
+    """A graph as onnxruntime's package takes it, in a folder of its own that goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="pastkey-") as temporary, _silent():
+        plain = Path(temporary) / "plain.onnx"
+        model = ir.load(path)
+        _fold_transposed(model)
+        ir.save(model, plain, external_data="plain.data")
+        yield plain
+
+
+def _quantized(
+    path: Path, feeds: list[Feeds], ranges: Mapping[str, tuple[float, float]], context_length: int
+) -> ir.Model:
+    """A float32 graph of a file in int8, with these ranges of activations: in both graphs they are the same."""
+    quantization, qnn = quantization_tools()
+    with _prepared(path) as plain:
+        made = plain.with_name("made.onnx")
+        known = {str(value.name) for node in ir.load(plain).graph for value in [*node.inputs, *node.outputs] if value}
+        config = qnn.get_qnn_qdq_config(
+            plain,
+            _reader(quantization, feeds, context_length),
+            activation_type=quantization.QuantType.QUInt16,
+            weight_type=quantization.QuantType.QUInt8,
+            weight_symmetric=True,
+            op_types_to_quantize=_OPERATORS,
+            init_overrides={
+                name: [{"rmin": np.float32(low), "rmax": np.float32(high)}]
+                for name, (low, high) in ranges.items()
+                if name in known
+            },
+        )
+        config.use_external_data_format = True
+        quantization.quantize(plain, made, config)
+        quantized = ir.load(made)
+        for value in quantized.graph.initializers.values():  # the file that they are in goes with its folder
+            assert value.const_value is not None
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), dtype=value.const_value.dtype)
+    strip_traces(quantized)
+    return quantized
+
+
+def _fold_transposed(model: ir.Model) -> None:
+    """Makes a weight of each transposed one: a head that is tied to the embedding is quantized, too."""
+    for node in tuple(model.graph):
+        array = weight(node.inputs[0]) if node.op_type == "Transpose" else None
+        if array is None or node.outputs[0].is_graph_output():
+            continue
+        order = node.attributes.get_ints("perm", tuple(range(array.ndim))[::-1])
+        folded = add_weight(model, f"{node.name}_folded", np.ascontiguousarray(array.transpose(order)))
+        ir.convenience.replace_all_uses_with(node.outputs[0], folded)
+        model.graph.remove(node, safe=True)
+    drop_unused_weights(model)
+
+
+def _reader(quantization: Any, feeds: list[Feeds], context_length: int) -> Any:
+    """The feeds as onnxruntime's calibration takes them."""
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # a class that is known at run time
+        def __init__(self) -> None:
+            self.rest = iter(feeds)
+
+        def get_next(self) -> Feeds | None:
+            found = next(self.rest, None)
+            return None if found is None else _whole(found, context_length)
+
+        def rewind(self) -> None:
+            self.rest = iter(feeds)
+
+    return Reader()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the advice that onnxruntime's package logs about graphs that were not prepared its way."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def in_int8(bundle: Bundle) -> Bundle:
+    """The manifest of a static float32 bundle as that of its int8 graphs."""
+    static = bundle.manifest.static
+    assert static is not None
+    return replace(bundle, manifest=replace(bundle.manifest, static=replace(static, masked=MASKED)))

@@ -1,0 +1,1 @@
+"""Graphs to files: the further graphs of a bundle, and the weights once."""

@@ -1,0 +1,45 @@
+"""Writing the graphs of a bundle over one weights file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx_ir as ir
+
+from pastkey.contract import names
+from pastkey.precisions import PRECISIONS
+
+from .embedding_rows import take_embedding_rows
+from .last_hidden import yield_hidden_states
+from .last_logits import keep_last_positions
+from .output_head import take_head
+from .sequence_lengths import take_sequence_lengths
+from .weights_file import WeightsFile
+
+
+def write_graphs(model: ir.Model, folder: Path, precision: str, hidden_size: int | None = None) -> int:
+    """Writes the all-logits graph, its weights, and the last-logits graph over the same weights. Changes `model`.
+
+    With `hidden_size`, which needs an output head, the second also outputs the last hidden states.
+
+    Returns the bytes of the weights, in their own file and in the graph.
+    """
+    head = take_head(model)  # first: its marks are no part of a file
+    all_logits = folder / PRECISIONS[precision].graph
+    all_logits.parent.mkdir(parents=True, exist_ok=True)
+    file = WeightsFile.of(all_logits)
+    inline = file.take_weights(model)
+    ir.save(model, all_logits)
+    if hidden_size is not None:
+        yield_hidden_states(model, head, hidden_size, half=PRECISIONS[precision].bits == 16)
+    keep_last_positions(model, head)
+    take_sequence_lengths(model)
+    take_embedding_rows(model)
+    ir.save(model, folder / names.LAST_LOGITS_GRAPH)
+    return file.size + inline
+
+
+def count_operators(model: ir.Model) -> dict[str, int]:
+    """Operator -> number of nodes, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph).most_common())

@@ -1,0 +1,35 @@
+"""pastkey's own fused graph is told its lengths: the runtime knows them, and no mask is counted.
+
+Counting takes operators that a GPU's provider leaves to the processor, which then waits for both at every token.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from pastkey.contract import names
+
+from ..edit import replace_uses
+
+_SEQLENS_K, _TOTAL = 5, 6  # inputs of GroupQueryAttention
+
+
+def take_sequence_lengths(model: ir.Model) -> None:
+    """Makes inputs of what GroupQueryAttention reads, `seqlens_k` and `total_sequence_length`, in place of the mask."""
+    calls = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    if not calls:
+        return
+    for place, name, shape in (
+        (_SEQLENS_K, names.SEQLENS_K, [names.BATCH]),
+        (_TOTAL, names.TOTAL_SEQUENCE_LENGTH, list[str]()),
+    ):
+        length = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT32))
+        for counted in {id(call.inputs[place]): call.inputs[place] for call in calls}.values():
+            assert counted is not None
+            replace_uses(counted, length)
+        model.graph.inputs.append(length)
+    common.RemoveUnusedNodesPass()(model)
+    mask = next(value for value in model.graph.inputs if value.name == names.ATTENTION_MASK)
+    if not mask.uses():
+        model.graph.inputs.remove(mask)

@@ -1,0 +1,90 @@
+"""The weights of graphs in a file beside them: who writes one, and where a graph finds it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey.contract import names
+
+# Below this, a weight stands in the graph itself: shapes and axes must, for onnxruntime to infer shapes from them.
+INLINE_BYTES = 1024
+_ALIGNMENT = 64  # bytes; a cache line
+_PAGE_ALIGNMENT, _PAGE_ALIGNED_FROM = 4096, 1 << 20  # large weights start on a page, to be mapped
+_WEIGHTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT4)
+_PACKED = (ir.DataType.UINT4, ir.DataType.INT4)  # two in a byte
+
+
+class WeightsFile:
+    """The file at `path`, which the graphs of its folder share. Equal content is written once: a tied head, say.
+
+    The file is there when something is written: a model may be so small that all its weights stand in the graph.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0  # bytes
+        self._offsets: dict[tuple[int, bytes], int] = {}
+
+    @classmethod
+    def of(cls, graph: Path) -> WeightsFile:
+        """The one of the graph at this path."""
+        return cls(graph.with_name(names.weights_file(graph.name)))
+
+    def place(self, content: bytes | memoryview) -> tuple[str, int]:
+        """The name of the file, and the offset at which the content stands: it is written where it does not yet."""
+        key = (len(content), hashlib.sha256(content).digest())
+        if key not in self._offsets:
+            alignment = _PAGE_ALIGNMENT if len(content) >= _PAGE_ALIGNED_FROM else _ALIGNMENT
+            with self.path.open("ab" if self.size else "wb") as file:
+                file.write(b"\0" * (-self.size % alignment))
+                self._offsets[key] = file.tell()
+                file.write(content)
+                self.size = file.tell()
+        return self.path.name, self._offsets[key]
+
+    def take_weights(self, model: ir.Model) -> int:
+        """Moves the larger initializers of a graph here that will stand in the same folder.
+
+        Returns the bytes of the weights that stay in the graph.
+        """
+        inline = 0
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None
+            if tensor.nbytes < INLINE_BYTES:
+                inline += int(tensor.nbytes) if tensor.dtype in _WEIGHTS else 0
+                continue
+            name, offset = self.place(_content(tensor))
+            value.const_value = ir.ExternalTensor(
+                name,
+                offset,
+                int(tensor.nbytes),
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=str(value.name),
+                base_dir=self.path.parent,
+            )
+        return inline
+
+
+def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
+    """Little-endian, without a copy where it lies so."""
+    if tensor.dtype in _PACKED:
+        return tensor.tobytes()
+    array = np.ascontiguousarray(tensor.numpy())
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
+
+
+def save_with_weights(model: ir.Model, path: Path) -> None:
+    """Saves a graph with a weights file of its own. The model stays as it is."""
+    ir.save(model, path, external_data=names.weights_file(path.name), size_threshold_bytes=INLINE_BYTES)
+
+
+def remove_with_weights(path: Path) -> None:
+    """Removes what `save_with_weights` wrote, as far as it is there."""
+    for file in (path, path.with_name(names.weights_file(path.name))):
+        file.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Values inside a graph, on a text: the graph is run with further outputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey.contract import names
+from pastkey.runtime.providers.ort import onnxruntime
+
+from ...graph.write.weights_file import INLINE_BYTES, remove_with_weights, save_with_weights
+from ...measure.metrics import Ids
+
+_NO_INPUTS: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
+class Probe(Protocol):
+    """Runs the graph on ids (T,), and on whatever further inputs it has. Returns rows (T, K) by the names of values."""
+
+    def __call__(self, ids: Ids, further: Mapping[str, np.ndarray] = ..., /) -> dict[str, np.ndarray]: ...
+
+
+@contextlib.contextmanager
+def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Probe]:
+    """Opens the graph to look at values inside it, on ids without a past.
+
+    Args:
+        model: The graph; as it was, afterwards.
+        folder: Holds the weights file that the graph names. Where weights were changed since, all are written anew
+            there meanwhile.
+        wanted: Names of float32 values.
+    """
+    made = {str(value.name): value for node in model.graph for value in node.outputs}
+    ends = list(model.graph.outputs)
+    extra = [made[name] for name in wanted if made[name] not in ends]
+    for value in extra:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.outputs.extend(extra)
+    probe = folder / "probe.onnx"
+    try:
+        changed = any(_is_large_and_in_memory(value) for value in model.graph.initializers.values())
+        if changed:
+            save_with_weights(model, probe)
+        else:
+            ir.save(model, probe)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
+        yield lambda ids, further=_NO_INPUTS: _run(session, wanted, ids, further)
+    finally:
+        model.graph.outputs[:] = ends
+        for value in extra:
+            value.type = None
+        remove_with_weights(probe)
+
+
+def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    past = {
+        value.name: np.zeros([1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32)
+        for value in session.get_inputs()
+        if value.name not in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS, *further)
+    }
+    feeds = {
+        names.INPUT_IDS: ids[None],
+        names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
+        names.POSITION_IDS: np.arange(len(ids))[None],
+    }
+    found = session.run(list(wanted), feeds | past | dict(further))
+    return {name: rows.reshape(-1, *rows.shape[-1:]) for name, rows in zip(wanted, found, strict=True)}
+
+
+def _is_large_and_in_memory(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= INLINE_BYTES

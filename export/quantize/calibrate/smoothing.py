@@ -1,0 +1,209 @@
+"""Smoothing: activations are made easier to quantize, exactly, by changing the weights around them.
+
+Most of int8's error is that of the activations: in a block of 32, one channel that is far larger than the others takes
+all of the block's precision. Three transformations change no MatMul's result and cost nothing at run time:
+
+    1. rotation of value heads   spreads what a few channels have over all of a head (QuaRot)
+    2. scale migration           divides channels, and multiplies the weights that read them (SmoothQuant, AWQ)
+    3. channel permutation       puts channels of like size into one block
+
+`smoothing_groups` finds the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ...graph.edit import add_weight
+from ..rounding.blocks import choose_block_size, dequantize_blocks, quantize_blocks
+from .smoothing_groups import ChannelWeight, Group
+
+# The exponents a that are tried. 0 changes nothing; SmoothQuant takes 0.5 for most models, and up to 0.9 for others.
+_STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
+# Scales are within 1 / this and this: a channel that is silent on the calibration text may be loud on another.
+_MAX_SCALE = 100.0
+_FLOOR = 1e-5  # of the largest: what a smaller channel counts as, so that one of zeros has a scale too
+
+
+def smooth(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Makes the three transformations of every group, in their order and in place.
+
+    Args:
+        model: A float32 graph.
+        groups: Those of this very graph.
+        samples: Rows (N, K) of each group's activation on text, by its name.
+
+    Returns:
+        Each activation's exponent a of scale migration; 0 where nothing was migrated.
+    """
+    strengths: dict[str, float] = {}
+    for group in groups:
+        rows = _of_one_size(samples[group.activation])
+        if group.rotatable:
+            rows = rotate_value_heads(model, group, rows)
+        strengths[group.activation], rows = migrate_scales(model, group, rows)
+        if group.permuted:
+            permute_channels(model, group, rows)
+    return strengths
+
+
+def _of_one_size(rows: np.ndarray) -> np.ndarray:
+    """Rows (N, K) over their own root mean squares: a BOS token's may be a thousand times larger than any other."""
+    sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(1, keepdims=True))
+    return np.asarray(rows / np.maximum(sizes, np.finfo(np.float32).tiny), np.float32)
+
+
+# --- rotation -----------------------------------------------------------------------------------------------------
+def rotate_value_heads(model: ir.Model, group: Group, rows: np.ndarray) -> np.ndarray:
+    """Multiplies v_proj's columns and o_proj's rows by one rotation for all heads, which attention commutes with.
+
+    An int8 cache, whose scales are a channel's, then cuts off next to nothing. QuaRot,
+    https://arxiv.org/abs/2404.00456. Returns the activation's rows (N, K) as they are then.
+    """
+    rotation = _rotation(rows.shape[1] // group.heads)
+    for found in (*group.readers, *group.divided):
+        _change(model, found, functools.partial(_rotated, rotation=rotation))
+    return _rotated(rows, -1, rotation)
+
+
+def _rotation(size: int) -> np.ndarray:
+    """An orthogonal (D, D) whose columns have as much of every channel as can be.
+
+    It is Hadamard's where D is a power of two, and else the discrete cosine transform.
+    """
+    if size & (size - 1) == 0:
+        signs = np.ones((1, 1))
+        while len(signs) < size:
+            signs = np.block([[signs, signs], [signs, -signs]])
+        return np.asarray(signs / np.sqrt(size))
+    angles = np.pi / size * (np.arange(size)[:, None] + 0.5) * np.arange(size)
+    cosines = np.cos(angles) * np.sqrt(2 / size)
+    cosines[:, 0] = np.sqrt(1 / size)
+    return np.asarray(cosines)
+
+
+def _rotated(array: np.ndarray, axis: int, rotation: np.ndarray) -> np.ndarray:
+    """Every head along the axis, whose channels are heads times D, multiplied by the rotation (D, D)."""
+    last = np.moveaxis(array, axis, -1)
+    heads = last.reshape(*last.shape[:-1], -1, len(rotation)) @ rotation
+    return np.asarray(np.moveaxis(heads.reshape(last.shape), -1, axis), np.float32)
+
+
+# --- scale migration ----------------------------------------------------------------------------------------------
+def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
+    """Divides the activation's channels by s, and multiplies the weights that read them.
+
+    s = rms(x)^a / max|W|^(1 - a), with the exponent a for which the quantized MatMuls of `rows` (N, K) err least.
+    SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
+    Returns a, 0 where nothing was migrated, and the rows as they are then.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # of huge weights: what is not finite is not chosen
+        strength, scales = _choose_scales(group, rows)
+    if strength != 0:
+        for found in group.readers:
+            _scale(model, found, scales)
+        for found in group.divided:
+            _scale(model, found, 1 / _of_value_heads(scales, group, found))
+    return strength, rows / scales
+
+
+def _choose_scales(group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
+    """The exponent and its scales (K,)."""
+    matrices = [_matrix(found) for found in group.readers]
+    exact = [rows @ matrix.T for matrix in matrices]
+    best = (np.inf, 0.0, np.ones(rows.shape[1], np.float32))
+    for strength in _STRENGTHS if group.divided else (0.0,):
+        scales = _scales(group, rows, matrices, strength)
+        divided, multiplied = rows / scales, [matrix * scales for matrix in matrices]
+        if not all(np.isfinite(array).all() for array in (divided, *multiplied)):
+            continue
+        order = _by_magnitude(divided) if group.permuted else slice(None)
+        error = 0.0
+        for matrix, expected in zip(multiplied, exact, strict=True):
+            block = choose_block_size(matrix.shape[1])
+            found = _rounded(divided[:, order], block) @ _rounded(matrix[:, order], block).T
+            error += float(np.square(found - expected, dtype=np.float64).sum())
+        if error < best[0]:
+            best = (error, strength, scales)
+    return best[1], best[2]
+
+
+def _matrix(reader: ChannelWeight) -> np.ndarray:
+    """(N, K), a row per output."""
+    return reader.array.T if reader.axis == 0 else reader.array
+
+
+def _scales(group: Group, rows: np.ndarray, matrices: list[np.ndarray], strength: float) -> np.ndarray:
+    """s (K,), around 1."""
+    if strength == 0:
+        return np.ones(rows.shape[1], np.float32)
+    x = np.sqrt(np.square(rows).mean(0))
+    w = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
+    if group.shared_by > 1:
+        x, w = (_largest_of_shared(array, group) for array in (x, w))
+    if min(x.max(), w.max()) < np.finfo(np.float32).tiny:  # a layer that was switched off has nothing to go by
+        return np.ones(rows.shape[1], np.float32)
+    x, w = np.maximum(x, _FLOOR * x.max()), np.maximum(w, _FLOOR * w.max())
+    scales = x**strength / w ** (1 - strength)
+    scales /= np.exp(np.log(scales).mean())
+    return np.asarray(np.clip(scales, 1 / _MAX_SCALE, _MAX_SCALE), np.float32)
+
+
+def _largest_of_shared(channels: np.ndarray, group: Group) -> np.ndarray:
+    """The largest over the query heads that share a value head, for each of them. (H * D,) in and out."""
+    heads = channels.reshape(group.heads // group.shared_by, group.shared_by, -1)  # (K, G, D)
+    return np.broadcast_to(heads.max(1, keepdims=True), heads.shape).reshape(-1)
+
+
+def _of_value_heads(scales: np.ndarray, group: Group, producer: ChannelWeight) -> np.ndarray:
+    """The scales at the weight that makes the activation: one for each value head instead of each query head."""
+    if group.shared_by == 1 or producer.array.shape[producer.axis] == len(scales):
+        return scales
+    return scales.reshape(group.heads // group.shared_by, group.shared_by, -1)[:, 0].reshape(-1)
+
+
+def _rounded(matrix: np.ndarray, block_size: int) -> np.ndarray:
+    return dequantize_blocks(quantize_blocks(matrix, block_size))
+
+
+# --- permutation --------------------------------------------------------------------------------------------------
+def permute_channels(model: ir.Model, group: Group, rows: np.ndarray) -> None:
+    """Puts channels in the order of their largest magnitude in `rows` (N, K), so that those of one block are alike."""
+    order = _by_magnitude(rows)
+    for found in (*group.readers, *group.permuted):
+        _change(model, found, lambda array, axis: np.take(array, order, axis))
+
+
+def _by_magnitude(rows: np.ndarray) -> np.ndarray:
+    """The order (K,) of channels, those with the smallest extremes first."""
+    return np.argsort(np.abs(rows).max(0), kind="stable")
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+def _scale(model: ir.Model, found: ChannelWeight, scales: np.ndarray) -> None:
+    """Multiplies the weight along its axis."""
+
+    def scaled(array: np.ndarray, axis: int) -> np.ndarray:
+        shape = [1] * array.ndim
+        shape[axis] = len(scales)
+        result: np.ndarray = array * scales.reshape(shape)
+        return result
+
+    _change(model, found, scaled)
+
+
+def _change(model: ir.Model, found: ChannelWeight, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
+    """Changes the weight along its axis, as a new one: another node may read the old one."""
+    value = found.node.inputs[found.index]
+    assert value is not None
+    name = str(value.name)
+    changed = np.ascontiguousarray(change(found.array, found.axis), np.float32)
+    if len(tuple(value.uses())) == 1:
+        value.const_value = ir.Tensor(changed, name=name)
+        return
+    number = sum(1 for known in model.graph.initializers if str(known).startswith(f"{name}.scaled"))
+    found.node.replace_input_with(found.index, add_weight(model, f"{name}.scaled_{number}", changed))

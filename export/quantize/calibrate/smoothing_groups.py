@@ -1,0 +1,212 @@
+"""Which activations can be smoothed: those that only projections read, by the weights that make their channels.
+
+A channel is divided by s where it is made, and the weights that read it are multiplied by s: no result changes. The
+division is folded into a weight, so that it costs nothing at run time:
+
+    1. Mul(x, weight), LayerNormalization(x, weight, bias)   the norm before q, k, v and before gate and up
+    2. MatMul(x, W) [+ bias]                                 up_proj before down_proj: Mul(gate, up) is linear in up
+    3. GroupQueryAttention(q, k, MatMul(x, W))               v_proj before o_proj, equal for heads that share a value
+
+Channels are put in another order where they have none of their own, as those of gate and up before down:
+
+    4. element-wise operators over MatMul(x, W)              columns of each W, and the rows that read them
+
+Channels of attention and of the residual stream stay where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ...graph.edit import weight
+from ..rounding.rewrite import matmul_weight
+
+# Norms, and which of their inputs have a number for each channel.
+_NORMS = {
+    "LayerNormalization": (1, 2),
+    "SimplifiedLayerNormalization": (1,),
+    "SkipSimplifiedLayerNormalization": (2,),
+}
+# Operators that treat each channel alone, by itself or beside that of another value.
+_ELEMENTWISE = {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"),
+    *("Sigmoid", "Gelu", "Erf", "Tanh", "Relu", "Sqrt", "Exp", "Neg", "Softplus", "Elu", "LeakyRelu", "HardSwish"),
+}
+
+
+@dataclass(frozen=True)
+class ChannelWeight:
+    """A weight with one number, or one row or column, for each channel of an activation."""
+
+    node: ir.Node
+    index: int  # of the weight among the node's inputs
+    axis: int  # of the channels
+
+    @property
+    def array(self) -> np.ndarray:
+        found = weight(self.node.inputs[self.index])
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """An activation (B, T, K), the projections that read it, and the weights that make its channels."""
+
+    activation: str  # name of the value
+    readers: tuple[ChannelWeight, ...]  # of the projections, along K; nothing else reads the activation
+    divided: tuple[ChannelWeight, ...] = ()  # take the division of channels; empty where nothing can
+    permuted: tuple[ChannelWeight, ...] = ()  # move with the channels; empty where these have an order of their own
+    heads: int = 0  # query heads H, K = H * D, where attention makes the activation; else 0
+    shared_by: int = 1  # neighbouring query heads that read one value head, whose scales must be equal
+    rotatable: bool = False  # value heads may be rotated: nothing behind v_proj treats channels one by one
+
+
+def find_groups(model: ir.Model) -> list[Group]:
+    """Every activation whose channels can be divided or permuted, in the graph's order."""
+    readers: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        if matmul_weight(node) is not None and node.inputs[0] is not None:
+            readers.setdefault(str(node.inputs[0].name), []).append(node)
+    return [group for nodes in readers.values() if (group := _group(nodes)) is not None]
+
+
+def _group(projections: list[ir.Node]) -> Group | None:
+    """Of all projections that read one activation."""
+    activation = projections[0].inputs[0]
+    assert activation is not None
+    readers = tuple(_channels_of(node, reads=True) for node in projections)
+    if len(tuple(activation.uses())) != len(readers) or activation.is_graph_output():
+        return None
+    if not all(_only_here(reader) for reader in readers):
+        return None
+    channels = readers[0].array.shape[readers[0].axis]
+    divided, permuted = _divided(activation, channels) or _Divided(()), _permuted(activation, channels)
+    if not divided.weights and not permuted:
+        return None
+    return Group(
+        str(activation.name),
+        readers,
+        divided.weights,
+        permuted,
+        divided.heads,
+        divided.shared_by,
+        rotatable=divided.heads > 0 and divided.mixable,
+    )
+
+
+def _channels_of(projection: ir.Node, *, reads: bool) -> ChannelWeight:
+    """The weight of a projection, along the channels that it reads, or those that it makes."""
+    found = matmul_weight(projection)
+    assert found is not None
+    return ChannelWeight(projection, 1, 0 if found.transposed == reads else 1)
+
+
+def _only_here(found: ChannelWeight) -> bool:
+    """Whether nothing else reads the weight: a shared one (a tied head, a block applied twice) stays as it is."""
+    value = found.node.inputs[found.index]
+    return value is not None and weight(value) is not None and len(tuple(value.uses())) == 1
+
+
+def _fits(found: ChannelWeight, channels: int) -> bool:
+    """Whether it is a matrix with a column, or a vector with a number, for each channel."""
+    array = weight(found.node.inputs[found.index])
+    if array is None or array.shape[found.axis] != channels:
+        return False
+    return found.node.op_type == "MatMul" or array.size == channels
+
+
+def _alone(value: ir.Value) -> bool:
+    return len(tuple(value.uses())) == 1 and not value.is_graph_output()
+
+
+# --- rules 1 to 3 -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Divided:
+    """What is divided for an activation's channels to be divided; heads as in `Group`."""
+
+    weights: tuple[ChannelWeight, ...]
+    mixable: bool = True  # no operator on the way treats channels one by one
+    heads: int = 0
+    shared_by: int = 1
+
+
+def _divided(value: ir.Value, channels: int) -> _Divided | None:
+    """How the `channels` of a value are divided where they are made; None where they cannot be."""
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type in _NORMS:
+        given = [i for i in _NORMS[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None]
+        weights = tuple(ChannelWeight(node, i, -1) for i in given)
+        fit = value is node.outputs[0] and all(_fits(found, channels) for found in weights)
+        return _Divided(weights, mixable=False) if fit else None
+    vectors = [i for i, v in enumerate(node.inputs) if (array := weight(v)) is not None and array.size > 1]
+    made = [v for v in node.inputs if v is not None and weight(v) is None]
+    vector = ChannelWeight(node, vectors[0], -1) if len(vectors) == len(made) == 1 else None
+    if node.op_type == "Mul":
+        if vector is not None:
+            return _Divided((vector,), mixable=False) if _fits(vector, channels) else None
+        factors = (_divided(v, channels) for v in reversed(made) if _alone(v))
+        linear = next((found for found in factors if found is not None), None)
+        return None if linear is None else dataclasses.replace(linear, mixable=False)
+    if node.op_type == "Add" and vector is not None and _fits(vector, channels) and _alone(made[0]):
+        term = _divided(made[0], channels)
+        return None if term is None else dataclasses.replace(term, weights=(vector, *term.weights))
+    if node.op_type == "MatMul" and matmul_weight(node) is not None:
+        columns = _channels_of(node, reads=False)
+        return _Divided((columns,)) if _only_here(columns) and _fits(columns, channels) else None
+    if node.op_type == "Reshape" and made and _alone(made[0]):
+        # Whatever is regrouped on the way: where both ends have so many channels, each keeps its place among them.
+        return _divided(made[0], channels)
+    if node.op_type == "GroupQueryAttention" and value is node.outputs[0]:
+        heads, kv_heads = (int(node.attributes[name].as_int()) for name in ("num_heads", "kv_num_heads"))
+        values, shared_by = node.inputs[2], heads // kv_heads
+        found = _divided(values, channels // shared_by) if values is not None and _alone(values) else None
+        return None if found is None else dataclasses.replace(found, heads=heads, shared_by=shared_by)
+    return None
+
+
+# --- rule 4 -------------------------------------------------------------------------------------------------------
+def _permuted(activation: ir.Value, channels: int) -> tuple[ChannelWeight, ...]:
+    """The weights that move with the channels: matrices by their projections, and vectors of the operators between.
+
+    Empty where the channels are made otherwise, or something else reads a part of what makes them.
+    """
+    matrices: list[ChannelWeight] = []
+    vectors: list[ChannelWeight] = []
+    inside: dict[int, ir.Node] = {}
+    waiting = [activation.producer()]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            return ()
+        if id(node) in inside:
+            continue
+        inside[id(node)] = node
+        if node.op_type == "MatMul":
+            if matmul_weight(node) is None:
+                return ()
+            columns = _channels_of(node, reads=False)
+            if not (_only_here(columns) and _fits(columns, channels)):
+                return ()
+            matrices.append(columns)
+            continue
+        if node.op_type not in _ELEMENTWISE or len(node.outputs) != 1:
+            return ()
+        for index, value in enumerate(node.inputs):
+            array = weight(value)
+            if array is None:
+                waiting.append(None if value is None else value.producer())
+            elif array.size == channels and array.shape[-1] == channels:
+                vectors.append(ChannelWeight(node, index, -1))
+            elif array.size != 1:
+                return ()
+    made = [value for node in inside.values() for value in node.outputs if value is not activation]
+    if any(value.is_graph_output() or any(id(reader) not in inside for reader, _ in value.uses()) for value in made):
+        return ()
+    return (*matrices, *vectors) if matrices else ()

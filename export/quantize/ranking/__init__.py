@@ -1,0 +1,1 @@
+"""What each matrix costs, and which are kept in a higher precision."""

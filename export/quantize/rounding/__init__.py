@@ -1,0 +1,1 @@
+"""Weights to blocks of integers, and the graph that multiplies by them."""

@@ -1,0 +1,1 @@
+"""Tokenizers of every format, as tokenizer.json."""

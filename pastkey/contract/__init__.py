@@ -1,0 +1,1 @@
+"""What a folder of each stage is: names, a checkpoint's configuration, a bundle's manifest."""

@@ -1,0 +1,227 @@
+"""The bundle's manifest: what `export` writes and `run` reads. The one place that knows its fields.
+
+bundle/  pastkey.json                       this manifest
+         config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
+         onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
+         onnx/pastkey.onnx                                logits of the last positions, for `generate`
+         onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   in its place, where the graph is static
+         onnx/*.onnx_data                                 the weights, once
+         onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..errors import InputError, IntegrityError
+from ..files.external_data import check_contexts, check_external_data
+from ..files.folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
+from ..precisions import PRECISIONS
+from ..typed import Between, Size, TokenId, parse
+from ..values import as_path, require
+from . import names
+from .provider_options import require_in_manifest
+
+_LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # what Macs and Windows leave in a folder that was looked at
+
+TokenCount = Annotated[int, Between(0)]  # or nodes
+_RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
+FORMAT_VERSION = 2  # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits
+
+
+@dataclass(frozen=True)
+class KVGeometry:
+    """The cache of one attention call, observed by running the module."""
+
+    kv_heads: Size  # K
+    key_head_size: Size  # D of the keys
+    value_head_size: Size  # D of the values
+
+
+@dataclass(frozen=True)
+class StateGeometry:
+    """The cache of a short causal convolution or a shift: the last rows of what it reads."""
+
+    rows: Size  # at most
+    size: Size  # F
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """How cached keys turn with their position: RoPE."""
+
+    layers: tuple[TokenCount, ...]  # the attention calls, from 0
+    first: TokenCount  # the first channel of the head that turns
+    interleaved: bool  # pairs of neighbouring channels, not of the two halves of those that turn
+    angles: tuple[Annotated[float, Between(-math.pi, math.pi)], ...]  # radians per token, of each pair
+
+
+@dataclass(frozen=True)
+class CacheShift:
+    """What lets the oldest tokens be dropped from a cache, as running the module showed at export."""
+
+    refused: str = ""  # why they cannot be
+    rotations: tuple[KeyRotation, ...] = ()  # of the keys that turn; others stay as they are
+
+
+@dataclass(frozen=True)
+class StaticShape:
+    """The sizes of the static graphs, beside the context, which is their past."""
+
+    chunk: Size  # tokens of a run of prefill
+    masked: Annotated[float, Between(-1e38, -1.0)]  # what is added to the score of a token that is not seen
+    windows: tuple[TokenCount, ...]  # of the masks, in tokens; 0 for all earlier ones
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the static graphs were compiled for."""
+
+    provider: str  # the execution provider's short name
+    options: Mapping[str, str]  # its own, as `provider_options` allows: the chip, say
+    onnxruntime: str  # the release that compiled them
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.provider} ({options}) by onnxruntime {self.onnxruntime}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself. `parity` and `quality` hold the figures measured at export."""
+
+    pastkey_version: str
+    source: str  # what was exported: a checkpoint's name, or a module's class
+    precision: str  # PRECISIONS
+    target: str  # names.TARGETS
+    graph: str  # names.GRAPHS
+    graph_reason: str  # why this graph
+    vocab_size: Size
+    context_length: Size  # tokens
+    layers: tuple[KVGeometry, ...]  # one per attention call, in order
+    opset: Size
+    ir_version: Size
+    min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
+    states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
+    window: Size | None = None  # where every attention call has one: tokens that the widest sees, with the new one
+    shift: CacheShift | None = None  # None where the export did not look
+    static: StaticShape | None = None  # of the static graphs
+    compiled: Compiled | None = None  # where they are no graphs but context binaries
+    provider_options: Mapping[str, str] = field(default_factory=dict)  # of the target's provider: `provider_options`
+    call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
+    bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
+    eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these
+    padding: bool = True  # whether rows of different lengths may share a batch
+    hidden_size: Size | None = None  # H, where pastkey's own graph gives the last hidden states, too
+    operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
+    parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)  # path relative to the folder -> size, sha256
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "bundle", "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle folder and its manifest; `open_bundle` has checked the files' paths and sizes too."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def all_logits_graph(self) -> Path:
+        """The graph with the logits of every position."""
+        return self.path / PRECISIONS[self.manifest.precision].graph
+
+    @property
+    def last_logits_graph(self) -> Path:
+        """The graph with the logits of the last positions only."""
+        return self.path / names.LAST_LOGITS_GRAPH
+
+    @property
+    def static_graphs(self) -> tuple[Path, Path]:
+        """The graph of one new token, and that of a chunk."""
+        return self.path / names.STATIC_DECODE_GRAPH, self.path / names.STATIC_PREFILL_GRAPH
+
+    @property
+    def int8_kv_graph(self) -> Path | None:
+        """The graph with an int8 cache, or None for a bundle without one."""
+        path = self.path / names.INT8_KV_GRAPH
+        return path if path.is_file() else None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """tokenizer.json, or None for a bundle without a tokenizer."""
+        return self.path / names.TOKENIZER if names.TOKENIZER in self.manifest.files else None
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Reads the manifest alone and looks at no other file. Raises MissingFileError, InputError or IntegrityError."""
+    folder = as_path(path, expected="the path of a bundle folder")
+    return Bundle(folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
+
+
+def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
+    """Reads and checks a bundle before onnxruntime sees a byte of it.
+
+    Version, paths, sizes, and where the graphs' weights lie are checked always. Hashes: remembered from an earlier load
+    (None), hashed now (True), or left alone (False). Raises MissingFileError, InputError or IntegrityError.
+    """
+    bundle = read_bundle(path)
+    folder, manifest = bundle.path, bundle.manifest
+    own = bundle.static_graphs if manifest.graph == "static" else (bundle.last_logits_graph,)
+    for needed in (bundle.all_logits_graph, *own):
+        if needed.relative_to(folder).as_posix() not in manifest.files:
+            raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
+    for file in bundle.all_logits_graph.parent.glob("*"):
+        if file.name in _LEFT_BEHIND or file.name.startswith("._"):
+            continue  # no graph can name them: where its weights lie is checked below
+        if file.relative_to(folder).as_posix() not in manifest.files:
+            raise IntegrityError(f"{file} is not listed in {names.MANIFEST}: it was added, or the list was altered")
+    check_sizes(folder, manifest.files)
+    if verify is not False:
+        check_hashes(folder, manifest.files, remembered=not verify)
+    check_external_data(folder, manifest.files)
+    check_contexts(folder, manifest.files, compiled=manifest.compiled is not None)
+    return bundle
+
+
+def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
+    """The manifest of a bundle in `folder`. Raises IntegrityError.
+
+    Every field is looked at by the type that its annotation says, then what two say together.
+    """
+    values = {key: value for key, value in content.items() if key not in ("kind", "format_version")}
+    values["files"] = parse_records(folder, values.get("files"))
+    try:
+        manifest = parse(Manifest, values, "the manifest")
+        static, graph = manifest.static, manifest.graph
+        require(manifest.precision in PRECISIONS, "precision", manifest.precision, "one of pastkey's")
+        require(graph in names.GRAPHS, "graph", graph, f"one of {', '.join(names.GRAPHS)}")
+        require((graph == "static") == (static is not None), "static", static, "there where the graph is static")
+        require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")
+        require(not manifest.states or graph == "standard", "states", manifest.states, "those of a standard graph")
+        hidden = manifest.hidden_size
+        require(hidden is None or static is None, "hidden_size", hidden, "that of a graph that is not static")
+        for rotation in manifest.shift.rotations if manifest.shift is not None else ():
+            for call in rotation.layers:
+                size = manifest.layers[call].key_head_size if call < len(manifest.layers) else 0
+                end = rotation.first + 2 * len(rotation.angles)
+                require(end <= size, "shift", f"channels up to {end} of attention call {call}", f"of {size} at most")
+        release = manifest.min_onnxruntime
+        require(bool(re.fullmatch(_RELEASE, release)), "min_onnxruntime", release, "a release, such as 1.26.0")
+    except InputError as error:
+        raise IntegrityError(
+            f"{folder / names.MANIFEST} is not valid, since it was altered or cut short: {error}"
+        ) from None
+    require_in_manifest(manifest.target, manifest.provider_options, folder / names.MANIFEST)
+    if manifest.compiled is not None:
+        require_in_manifest(manifest.compiled.provider, manifest.compiled.options, folder / names.MANIFEST)
+    return manifest

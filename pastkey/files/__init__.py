@@ -1,0 +1,1 @@
+"""Folders and files: read with limits, written whole, locked, hashed."""

@@ -1,0 +1,303 @@
+"""Files and folders that are whole or not there, whatever ends the process that writes them.
+
+What is written stands as .NAME.xxxxxxxx.partial beside NAME, with a lock (flock) that the system forgets when its
+process dies. The next process that writes NAME removes what no living process holds. Linux and macOS exchange two names
+in one step, where the file system can. Elsewhere a folder is replaced by two renames: a kill in between leaves the old
+one as .NAME.xxxxxxxx.old, and the next process that writes NAME puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Final
+
+from ..errors import ExistingFolderError, InputError, InUseError
+
+MANIFEST: Final = "pastkey.json"  # what pastkey wrote has one, last of all
+
+if sys.platform != "win32":
+    import fcntl
+
+_PARTIAL, _OLD = ".partial", ".old"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # of Linux' renameat2, and RENAME_SWAP of macOS' renamex_np
+# What a system says that knows no exchange, a file system that has none, and a sandbox that lets none through.
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+
+
+# --- writing folders ----------------------------------------------------------------------------------------------
+class NewFolder:
+    """A folder that is filled beside its name, and then put there. Made by `new_folder`.
+
+    Attributes:
+        target: Its name.
+        path: Where it is.
+    """
+
+    def __init__(self, target: Path, path: Path, *, force: bool = False) -> None:
+        self.target, self.path, self._force = target, path, force
+
+    def put(self) -> None:
+        """Puts the folder at its name, and removes what stood there. Raises as `refuse_existing`, and OSError."""
+        sync_tree(self.path)
+        refuse_existing(self.target, force=self._force)
+        old = self.path
+        with locked(self.target):
+            _put_in_place(self.path, self.target)
+        self.path = self.target
+        sync_folder(self.target.absolute().parent)
+        _remove(old)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, force: bool = False) -> Iterator[NewFolder]:
+    """Makes a folder for `target`, which `NewFolder.put` puts at its name: else it is removed. It is locked meanwhile.
+
+    Raises ExistingFolderError when the target exists, unless `force` is given and the target is a folder that
+    pastkey wrote (or an empty one): nothing else is ever replaced.
+    """
+    remove_leftovers(target)
+    refuse_existing(target, force=force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(target, Path.mkdir) as work:
+        yield NewFolder(target, work, force=force)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yields a folder beside `target`; puts it there on success, removes it on any failure. Raises as `new_folder`."""
+    with new_folder(target, force=force) as folder:
+        yield folder.path
+        folder.put()
+
+
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """Raises ExistingFolderError where `new_folder` would, InputError where no folder can be made.
+
+    InUseError where a process trains in the folder that would be replaced. Call it before long work.
+    """
+    refuse_below_a_file(target)
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise ExistingFolderError(f"{target} already exists: choose another --out, or replace it with --force")
+    replaceable = is_empty(target) or (target / MANIFEST).is_file()
+    if not replaceable:
+        raise ExistingFolderError(
+            f"{target} exists and pastkey did not write it (it has no {MANIFEST}), so --force does not replace it: "
+            "choose another --out"
+        )
+    with locked(target):
+        pass
+
+
+def refuse_below_a_file(target: Path) -> None:
+    """Raises InputError where nothing can be made, since a part of the path is a file."""
+    file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise InputError(f"{target} lies under {file}, which is a file: choose another --out")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether this is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+# --- writing files ------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def whole_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Yields a file to write; puts it at `path` on success, removes it on any failure. The umask takes from `mode`.
+
+    Raises InputError where a pipe or a device is there, OSError where nothing can be written.
+    """
+    refuse_special(path)
+    remove_leftovers(path)
+    with _beside(path, lambda work: os.close(os.open(work, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))) as work:
+        with work.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+
+
+def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Writes a file, whole or not at all. Raises as `whole_file`."""
+    with whole_file(path, mode=mode) as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes readable JSON, whole or not at all. Raises as `whole_file`."""
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def refuse_special(path: Path) -> None:
+    """Raises InputError where a pipe or a device is there: a file would be put in its place, /dev/null's too."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is a pipe or a device, which a file would replace: choose another name")
+
+
+# --- what both are made of ----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Yields what `make` made beside `target`, locked. What is there of it at the end is removed."""
+    while True:
+        work = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        try:
+            make(work)
+            with locked(work, wait=True):
+                if os.path.lexists(work):  # else another process took it, not yet locked, for a dead one's
+                    yield work
+                    return
+        finally:
+            _remove(work)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Removes what dead processes left beside `target`; puts back what stood there where one died at its replacement.
+
+    Where the system or the file system has no locks, nothing is removed.
+    """
+    name = re.compile(re.escape(f".{target.name}.") + rf"[0-9a-f]{{8}}({_PARTIAL}|{_OLD})")
+    folder = target.absolute().parent
+    for path in [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []:
+        with contextlib.suppress(OSError):  # another process is quicker, or this system opens no folders
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if not _take(descriptor):
+                    continue
+                if path.suffix == _OLD and not os.path.lexists(target):
+                    path.rename(target)
+                else:
+                    _remove(path)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder, as far as the disk lets it: the next process removes the rest."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _put_in_place(work: Path, target: Path) -> None:
+    """Renames `work` to `target`; what stood there is called `work` then. Raises OSError, and nothing has changed."""
+    if not os.path.lexists(target):
+        work.rename(target)
+    elif not exchange(work, target):
+        old = work.with_suffix(_OLD)
+        target.rename(old)
+        try:
+            work.rename(target)
+        except BaseException:
+            with contextlib.suppress(OSError):  # then `remove_leftovers` does it
+                old.rename(target)
+            raise
+        old.rename(work)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step. Returns False where that cannot be done here. Raises OSError as renames do."""
+    if sys.platform == "win32":
+        return False
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(*names, _RENAME_EXCHANGE)
+        else:
+            failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    except AttributeError:  # a C library without it
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def sync_tree(folder: Path) -> None:
+    """Puts a folder with all its files on the disk itself, so that a power cut after its renaming loses nothing."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(place, name))
+        sync_folder(Path(place))
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's names on the disk itself. Not every system opens folders; a power cut may cost a rename there."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- locks --------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds the lock of a file or folder, which may be renamed meanwhile, or with `wait` waits for it.
+
+    Raises InUseError where another process holds it. Windows has no such lock, and neither have some network file
+    systems: nothing is held there, nor of what cannot be opened.
+    """
+    try:
+        descriptor = None if sys.platform == "win32" else os.open(path, os.O_RDONLY)
+    except OSError:
+        descriptor = None
+    if descriptor is None:
+        yield
+        return
+    try:
+        lock_file(descriptor, path, wait=wait)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock_file(descriptor: int, path: Path, *, wait: bool = False) -> None:
+    """Locks an open file or folder until it is closed. Raises InUseError where another process holds it."""
+    if _take(descriptor, wait=wait) is False:
+        raise InUseError(f"{path} is being written by another process: wait for its end, or stop it")
+
+
+def _take(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Whether a lock was taken, now or with `wait` when it is free; None where there are none."""
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return None
+    return True

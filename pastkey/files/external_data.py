@@ -1,0 +1,181 @@
+"""Where the tensors of an ONNX graph say that their data lies outside the graph's own file.
+
+Such a place is a path that the graph's author chooses, and onnxruntime below 1.24.2 reads it wherever it leads. So a
+graph is walked here before onnxruntime sees it: over protobuf's wire format, since the runtime is without onnx. What
+can hold no tensor is skipped, the bytes of inline weights too.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from ..errors import IntegrityError
+from ..values import shown
+from .folder import FileRecord, is_inside
+from .protobuf import BYTES, VARINT, DamagedError, fields, varint
+
+# The messages of onnx.proto through which a TensorProto can be reached: field number -> message of that field.
+CHILDREN: Final[Mapping[str, Mapping[int, str]]] = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {
+        5: "TensorProto",
+        6: "GraphProto",
+        10: "TensorProto",
+        11: "GraphProto",
+        22: "SparseTensorProto",
+        23: "SparseTensorProto",
+    },
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+}
+_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of a TensorProto
+_KEYS = frozenset({"location", "offset", "length", "checksum"})  # of external data
+_KEY, _VALUE = 1, 2  # of a StringStringEntryProto
+_ATTRIBUTE_NAME, _ATTRIBUTE_TEXT = 1, 4  # of an AttributeProto
+_CONTEXT = b"ep_cache_context"  # the attribute of an EPContext node
+_DEEPEST = 100  # messages within one another, as many as protobuf itself reads
+_LONGEST = 4096  # bytes of a key or value
+
+
+@dataclass(frozen=True)
+class ExternalData:
+    """The data of one tensor outside the graph's file."""
+
+    location: str  # the file, as the graph names it: relative to the graph's folder
+    offset: int  # bytes
+    length: int  # bytes
+
+
+def check_external_data(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Raises IntegrityError where a graph of `files`, a manifest's list, takes data from anywhere but a listed file.
+
+    A location must be a plain path below the graph's own folder, and its bytes must lie within that file.
+    """
+    for name in files:
+        if not name.endswith(".onnx"):
+            continue
+        for data in external_data(folder / name):
+            inside = is_inside(data.location)
+            file = files.get((PurePosixPath(name).parent / data.location).as_posix()) if inside else None
+            if file is None:
+                raise IntegrityError(
+                    f"{folder / name} takes weights from {shown(data.location)}, which is no file beside it that the "
+                    "manifest lists: the bundle was altered, copy it again"
+                )
+            if data.offset + data.length > file.size:
+                raise IntegrityError(
+                    f"{folder / name} takes the bytes {data.offset} to {data.offset + data.length} of "
+                    f"{shown(data.location)}, which has {file.size}: the bundle was altered, copy it again"
+                )
+
+
+def external_data(graph: Path) -> Iterator[ExternalData]:
+    """The external data of every tensor of an ONNX file, however deep it is nested.
+
+    Raises IntegrityError where the file is no ONNX graph. A tensor that says "external" must say where from, and each
+    key once: protobuf merges what is said twice, and readers disagree about it.
+    """
+    try:
+        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for kind, start, end in _messages(content):
+                if kind == "TensorProto" and (data := tensor_data(content, start, end)) is not None:
+                    yield data
+    except (DamagedError, IndexError, ValueError) as error:  # the second past the end, the third of an empty file
+        reason = str(error) if isinstance(error, DamagedError) else "it ends too early"
+        raise IntegrityError(f"{graph} is not an ONNX graph ({reason}): it was cut short or altered") from None
+
+
+def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: bool) -> None:
+    """Raises IntegrityError where a graph takes a context binary from anywhere but a listed file beside it.
+
+    An EPContext node names what an execution provider compiled, and OpenVINO reads it wherever its path leads. Only a
+    bundle that was compiled has such nodes.
+    """
+    for name in files:
+        path = folder / name
+        if path.suffix not in (".onnx", ".ort") or not files[name].size:
+            continue
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(_CONTEXT) < 0:
+                continue
+            if not compiled or path.suffix == ".ort":
+                raise IntegrityError(
+                    f"{path} has a node that an execution provider compiled, and the manifest says that nothing was "
+                    "compiled: the bundle was altered, copy it again"
+                )
+            for kind, start, end in _messages(content):
+                found = _context(content, start, end) if kind == "AttributeProto" else None
+                if found is None:
+                    continue
+                if not is_inside(found) or (PurePosixPath(name).parent / found).as_posix() not in files:
+                    raise IntegrityError(
+                        f"{path} takes what was compiled from {shown(found)}, which is no file beside it that the "
+                        "manifest lists: the bundle was altered, copy it again"
+                    )
+
+
+def _context(content: mmap.mmap, start: int, end: int) -> str | None:
+    """The path in an attribute of an EPContext node; None for another attribute, or where the binary stands in it."""
+    parts = {number: (a, b) for number, wire, a, b in fields(content, start, end) if wire == BYTES}
+    (a, b), (first, last) = parts.get(_ATTRIBUTE_NAME, (0, 0)), parts.get(_ATTRIBUTE_TEXT, (0, 0))
+    if content[a:b] != _CONTEXT or last - first > _LONGEST:  # no system opens a longer path
+        return None
+    return content[first:last].decode("utf-8", "replace")
+
+
+def _messages(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
+    """Each message, its kind and place, once and in depth first, so that few are held at a time."""
+    open_messages = [(CHILDREN["ModelProto"], fields(content, 0, len(content)))]
+    while open_messages:
+        children, within = open_messages[-1]
+        for number, wire, start, end in within:
+            child = children.get(number) if wire == BYTES else None
+            if child is None:
+                continue
+            yield child, start, end
+            if child in CHILDREN:
+                open_messages.append((CHILDREN[child], fields(content, start, end)))
+                break
+        else:
+            open_messages.pop()
+        if len(open_messages) > _DEEPEST:
+            raise DamagedError(f"it is nested more than {_DEEPEST} messages deep")
+
+
+def tensor_data(content: mmap.mmap, position: int, end: int) -> ExternalData | None:
+    """Of one TensorProto; None where its data stands in the graph. Raises DamagedError, or IndexError past the end."""
+    external, said = False, dict[str, str]()
+    for number, wire, start, after in fields(content, position, end):
+        if number == _DATA_LOCATION and wire == VARINT:
+            external |= varint(content, start)[0] != 0
+        elif number == _EXTERNAL_DATA and wire == BYTES:
+            entry = {number: (a, b) for number, wire, a, b in fields(content, start, after) if wire == BYTES}
+            key, value = (_text(content, *entry.get(number, (0, 0))) for number in (_KEY, _VALUE))
+            if key not in _KEYS or key in said:
+                raise DamagedError(f"a tensor says {shown(key)} of its data, or says it twice")
+            said[key] = value
+    if not external and not said:
+        return None
+    location, offset, length = (said.get(key, "") for key in ("location", "offset", "length"))
+    if not location or not all(re.fullmatch("[0-9]{1,18}", number) for number in (offset, length)):
+        raise DamagedError(
+            f"a tensor takes {shown(length)} bytes from {shown(offset)} on of the file {shown(location)}"
+        )
+    return ExternalData(location, int(offset), int(length))
+
+
+def _text(content: mmap.mmap, start: int, end: int) -> str:
+    if end - start > _LONGEST:
+        raise DamagedError(f"a tensor's place is told in {end - start} bytes")
+    try:
+        return content[start:end].decode("utf-8")
+    except UnicodeDecodeError:
+        raise DamagedError("a tensor's place is told in bytes that are no text") from None

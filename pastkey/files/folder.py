@@ -1,0 +1,249 @@
+"""A folder with a manifest, as a checkpoint and a bundle are: read only after a check.
+
+The manifest is pastkey.json, with size and sha256 of each of the folder's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import InputError, IntegrityError, MissingFileError
+from ..values import is_int, shown
+from .durable import MANIFEST, write_json
+from .memory import require_memory_for
+from .reading import MOST_JSON, note_reading, parse_json, read_bytes, require_regular
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_LARGE_TEXT = 10_000_000  # bytes
+_LONGEST_NAME = 1024  # characters of a path in a folder
+_HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    size: int  # bytes
+    sha256: str  # hexadecimal
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of one file."""
+    return FileRecord(size=path.stat().st_size, sha256=sha256(path))
+
+
+def file_records(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The manifest's `files`: for each path relative to the folder (with forward slashes), its size and hash."""
+    return {name: asdict(file_record(folder / name)) for name in sorted(files)}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises MissingFileError or IntegrityError, each naming the file."""
+    try:
+        content = parse_json(read_bytes(path, MOST_JSON), path)
+    except MissingFileError:
+        raise MissingFileError(f"{path} is missing") from None
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{path} holds a JSON {type(content).__name__}; an object was expected")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """A text file's content, line ends as they are.
+
+    Raises MissingFileError, or InputError for what is no regular file, or no text.
+    """
+    size = require_regular(path).st_size
+    if size > _LARGE_TEXT:
+        require_memory_for(path, 6 * size)  # its bytes, and up to four for each character
+    return decode_text(path.read_bytes(), path)
+
+
+def decode_text(content: bytes, source: object) -> str:
+    """The text that these bytes of `source` are. Raises InputError naming the first byte that is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x} ({error.reason}); "
+            "convert it to UTF-8"
+        ) from None
+
+
+def require_manifest(folder: Path, kind: str) -> None:
+    """Raises MissingFileError or InputError where this is no folder with a manifest; `kind` is what it should be."""
+    if not folder.exists():
+        raise MissingFileError(f"no such {kind}: {folder} does not exist")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; a {kind} is a folder")
+    if not (folder / MANIFEST).is_file():
+        raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}")
+
+
+def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:
+    """Reads pastkey.json of a "checkpoint" or "bundle" and checks its kind and version."""
+    require_manifest(folder, kind)
+    manifest = read_json(folder / MANIFEST)
+    found = manifest.get("kind")
+    if found is None:
+        raise InputError(
+            f"{folder / MANIFEST} has no kind; the manifest of a {kind} was expected: copy the {kind} again"
+        )
+    if found != kind:
+        hint = {"checkpoint": "export it first", "bundle": "name the checkpoint it came from"}.get(str(found), "")
+        raise InputError(f"{folder} is a {shown(found)} folder; a {kind} was expected" + (f": {hint}" if hint else ""))
+    version = manifest.get("format_version")
+    if not is_int(version, 1, 2**31 - 1):
+        raise IntegrityError(f"{folder / MANIFEST} has no valid format_version (found {shown(version)})")
+    if version > newest_version:
+        raise IntegrityError(
+            f"{folder} has {kind} format version {version}; this pastkey reads up to {newest_version}: upgrade pastkey"
+        )
+    return manifest
+
+
+def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
+    """The manifest's `files`, each path checked to stay inside the folder."""
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{folder / MANIFEST} has no list of files")
+    records = {}
+    for name, entry in content.items():
+        if not is_inside(name):
+            raise IntegrityError(f"{folder / MANIFEST} names {shown(name)}, which is not a path inside the folder")
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not is_int(size, 0, 2**63 - 1) or not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise IntegrityError(f"{folder / MANIFEST} has no size and sha256 for {shown(name)}")
+        records[name] = FileRecord(size, digest)
+    return records
+
+
+def is_inside(name: str) -> bool:
+    """Whether this is a plain relative path, which leads to below the folder that it is said of, on every system.
+
+    No file's name has a *: with one, onnxruntime takes an address in memory for a path.
+    """
+    path = PurePosixPath(name)
+    within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return within and len(name) <= _LONGEST_NAME and not set(name) & set("\\:*\0")
+
+
+def check_sizes(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """Raises IntegrityError naming the first file that is missing, of another size, or outside the folder."""
+    for name, record in records.items():
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing: copy the whole folder again")
+        if leads_out(path, folder):
+            raise IntegrityError(f"{path} leads out of the folder: copy the file itself into it")
+        size = path.stat().st_size
+        if size != record.size:
+            raise IntegrityError(
+                f"{path} has {size} bytes, {record.size} were expected: it was truncated or altered, copy it again"
+            )
+
+
+def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered: bool = True) -> None:
+    """Raises IntegrityError naming the first file whose content is not what was written.
+
+    A hash that matched is remembered by size, modification time and inode in the user's cache folder, since
+    hashing 154 MB takes half of a model's load; `remembered=False` hashes again whatever is remembered.
+    """
+    memory = _HashMemory(folder)
+    for name, record in records.items():
+        path = folder / name
+        if remembered and memory.knows(path, record):
+            continue
+        found = sha256(path)
+        if found != record.sha256:
+            raise IntegrityError(
+                f"{path} was altered: its sha256 is {found[:12]}…, {record.sha256[:12]}… was expected; copy it again"
+            )
+        memory.add(path, record)
+    memory.save()
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
+    note_reading(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file of `folder` is, or lies behind, a link to outside of it.
+
+    Not where it is one that Hugging Face's cache makes to its own store, each time in just this way:
+    models--X/snapshots/REV/FILE is a link to ../../blobs/HASH, with one more .. for each folder that FILE lies in.
+    """
+    root, parent, target = folder.resolve(), path.parent.resolve(), path.resolve()
+    if parent != root and root not in parent.parents:
+        return True
+    return root not in target.parents and not any(
+        place.name == "snapshots"
+        and place.parent.name.startswith(_HUB_PREFIXES)
+        and path.readlink() == Path(*[".."] * (up + 2), "blobs", target.name)
+        and target == place.parent / "blobs" / target.name
+        for up, place in enumerate(parent.parents)
+    )
+
+
+def hub_store(folder: Path) -> Path | None:
+    """Where the links of a folder in Hugging Face's cache lead to; None for any other folder."""
+    for place in folder.resolve().parents:
+        if place.name == "snapshots" and place.parent.name.startswith(_HUB_PREFIXES):
+            return place.parent / "blobs"
+    return None
+
+
+def user_cache_file(name: str) -> Path | None:
+    """Where a file of the user's cache folder is, or would be; None where there can be none."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except (RuntimeError, OSError):  # no home, as in some containers
+        return None
+    return cache / "pastkey" / name if cache.is_absolute() else None
+
+
+class _HashMemory:
+    """Which files of one folder were seen with which hash, in a small file of the user's cache folder.
+
+    A cache that cannot be read or written costs time, and nothing else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path: Path | None = None
+        self._seen: dict[str, Any] = {}
+        self._changed = False
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
+            self._path = user_cache_file(f"{key}.json")
+            content = {} if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
+            self._seen = content if isinstance(content, dict) else {}
+
+    @staticmethod
+    def _state(path: Path, record: FileRecord) -> list[Any]:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, record.sha256]
+
+    def knows(self, path: Path, record: FileRecord) -> bool:
+        return self._seen.get(str(path)) == self._state(path, record)
+
+    def add(self, path: Path, record: FileRecord) -> None:
+        self._seen[str(path)] = self._state(path, record)
+        self._changed = True
+
+    def save(self) -> None:
+        if self._path is None or not self._changed:
+            return
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a path that is no text
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, self._seen)

@@ -1,0 +1,42 @@
+"""How much memory is left, asked before much of it is taken."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from ..errors import ResourceError
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, or None where the system does not say (Linux and its containers do)."""
+    found = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            cached = next(
+                int(line.split()[1])
+                for line in (group / "memory.stat").read_text().splitlines()
+                if line.startswith("inactive_file ")
+            )
+            found.append(int(limit) - int((group / "memory.current").read_text()) + cached)
+    return min(found) if found else None
+
+
+def require_memory_for(what: object, needed: int) -> None:
+    """Raises ResourceError where `needed` bytes are not available: a file without content can claim any size."""
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"reading {what} takes about {shown_bytes(needed)} of memory and {shown_bytes(free)} are available: end "
+            "other programs, or use a larger machine"
+        )
+
+
+def shown_bytes(size: int) -> str:
+    """A size as a sentence shows it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,0 +1,1 @@
+"""Ids to ids: a generation, its steps, and the text as it comes."""

@@ -1,0 +1,1 @@
+"""Generations that run at the same time are decoded together."""

@@ -1,0 +1,1 @@
+"""The key/value caches, one file per form."""

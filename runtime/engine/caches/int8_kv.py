@@ -1,0 +1,208 @@
+"""Decoding after a long text: a second graph over the same weights whose cache is int8.
+
+Attention over a long cache reads more bytes than the weights are, and a quarter of them in int8. Prefill stays with
+float32, which is faster there. Rows are rounded once, before the first token that is decoded here.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Manifest
+from pastkey.values import parse_version
+
+from ...providers.ort import onnxruntime
+from ...settings import MAX_DRAFT_TOKENS
+from ..shift import Moved
+from .fixed import FixedKVCache
+from .kv import KVCache
+
+Rows = npt.NDArray[Any]
+
+# The oldest onnxruntime whose GroupQueryAttention takes an int8 cache on the CPU.
+MIN_ONNXRUNTIME = "1.27.0"
+# Tokens in the cache from which on it pays: below, the second graph's memory buys nothing.
+INT8_KV_FROM = 1024
+# Tokens of a run that still counts as decoding.
+MAX_DECODE_TOKENS = MAX_DRAFT_TOKENS + 1
+
+
+class CachePair:
+    """A float32 cache, and an int8 one that decodes one row after a long text: one cache to whoever uses it.
+
+    Each may have rows that the other has not, behind those that both have. A run is `for_run`, onnxruntime's run by the
+    cache that it gives, and that cache's `advance`.
+    """
+
+    def __init__(
+        self,
+        onnx: Any,
+        manifest: Manifest,
+        *,
+        device: str = "cpu",
+        device_id: int = 0,
+        fixed_shapes: bool = False,
+        open_int8: Callable[[], Any] | None = None,
+        int8_from: int | None = INT8_KV_FROM,
+    ) -> None:
+        """Makes empty caches.
+
+        Args:
+            onnx: The onnxruntime.InferenceSession of a graph with a float32 cache.
+            manifest: The bundle's.
+            device: Where the tensors live ("cpu", "cuda").
+            device_id: Which of several such devices.
+            fixed_shapes: Whether a shape that changes is slow there.
+            open_int8: Opens the session of the int8-KV graph, at the first token that is decoded there; None where
+                there is no such graph.
+            int8_from: Tokens in the cache from which on a token is decoded with int8, where onnxruntime can; None for
+                never.
+        """
+        shared = manifest.graph == "fused"
+        context = manifest.context_length
+        states = manifest.states
+        kind = next(value.type for value in onnx.get_inputs() if value.name.startswith(names.PAST_PREFIX))
+        dtype = np.float16 if kind == "tensor(float16)" else np.float32
+        self.float32: KVCache | FixedKVCache
+        if fixed_shapes and not shared and manifest.padding and not states:  # a hole is padding
+            self.float32 = FixedKVCache(onnx, manifest.layers, context_length=context, dtype=dtype)
+        else:
+            self.float32 = KVCache(
+                onnx,
+                manifest.layers,
+                shared=shared,
+                context_length=context,
+                device=device,
+                device_id=device_id,
+                dtype=dtype,
+                states=states,
+            )
+        self.int8: KVCache | None = None
+        self._manifest = manifest
+        self._open_int8 = open_int8
+        new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
+        able = open_int8 is not None and new and shared and device == "cpu"
+        self._int8_from = int8_from if able and int8_from is not None else math.inf
+        self._scales: list[Rows] = []  # (1, K, 1, D) of keys and values of each layer in turn
+
+    @property
+    def length(self) -> int:
+        """Tokens per row, padding included."""
+        return self.float32.length if self.int8 is None else max(self.float32.length, self.int8.length)
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        for cache in self._caches:
+            cache.reset()
+
+    def trim(self, length: int) -> None:
+        """Forgets all but the first `length` tokens of each row. Raises InputError where there are fewer."""
+        longest = max(self._caches, key=lambda cache: cache.length)
+        longest.trim(length)
+        for cache in self._caches:
+            cache.trim(min(length, cache.length))
+
+    def drop(self, start: int, end: int, moved: Moved) -> None:
+        """As that of a KVCache. What moves is rounded to int8 anew."""
+        self._dequantize()
+        if self.int8 is not None:
+            self.int8.trim(min(start, self.int8.length))
+        self.float32.drop(start, end, moved)
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Makes room for `tokens` that several runs prefill in each of `batch` rows, by one growth."""
+        self._dequantize()
+        self.float32.reserve(batch, tokens)
+
+    def for_run(self, batch: int, tokens: int, *, padded: bool) -> KVCache | FixedKVCache:
+        """The cache that the next run of `tokens` in each of `batch` rows goes through, with all tokens so far.
+
+        It has room for them. `padded`: some row of the cache or of the run has padding.
+        """
+        one_row = batch == self.float32.batch == 1 and not padded
+        cache: KVCache | FixedKVCache
+        if one_row and tokens <= MAX_DECODE_TOKENS and self.length >= self._int8_from:
+            cache = self._quantize()
+        else:
+            self._dequantize()
+            cache = self.float32
+        cache.reserve(batch, tokens)
+        return cache
+
+    def layer(self, index: int) -> tuple[Rows, Rows]:
+        """Copies of one attention call's keys and values, each (B, K, length, D) float32."""
+        self._dequantize()
+        return self.float32.layer(index)
+
+    def rows(self, length: int) -> list[Rows]:
+        """As those of the float32 cache."""
+        self._dequantize()
+        return self.float32.rows(length)
+
+    def fill(self, rows: Sequence[Rows]) -> None:
+        """As that of the float32 cache."""
+        self.reset()
+        self.float32.fill(rows)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.float32.batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take now."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def decodes_in_int8(self) -> bool:
+        """Whether the next token of one row would be decoded with the int8 cache."""
+        return self.length >= self._int8_from
+
+    @property
+    def _caches(self) -> list[KVCache | FixedKVCache]:
+        return [self.float32] if self.int8 is None else [self.float32, self.int8]
+
+    def _quantize(self) -> KVCache:
+        """The int8 cache, with the rows rounded that float32 alone had."""
+        if self.int8 is None:
+            assert self._open_int8 is not None
+            self.int8 = self._make_int8(self._open_int8())
+        _copy(self.float32, self.int8, self._scales, lambda rows, scales: np.clip(np.rint(rows / scales), -128, 127))
+        return self.int8
+
+    def _dequantize(self) -> None:
+        """Gives the rows that int8 alone has to float32."""
+        if self.int8 is not None:
+            _copy(self.int8, self.float32, self._scales, lambda rows, scales: rows * scales)
+
+    def _make_int8(self, onnx: Any) -> KVCache:
+        stored, layers = onnx.get_modelmeta().custom_metadata_map, self._manifest.layers
+        self._scales = [
+            np.frombuffer(base64.b64decode(stored[name(i)]), "<f4").reshape(1, layer.kv_heads, 1, -1)
+            for i, layer in enumerate(layers)
+            for name in (names.past_key, names.past_value)
+        ]
+        return KVCache(onnx, layers, shared=True, context_length=self._manifest.context_length, dtype=np.int8)
+
+
+def _copy(
+    source: KVCache | FixedKVCache,
+    target: KVCache | FixedKVCache,
+    scales: list[Rows],
+    converted: Callable[[Rows, Rows], Rows],
+) -> None:
+    """Copies the rows of `source` behind the last one of `target`."""
+    first, end = target.length, source.length
+    if first >= end:
+        return
+    target.reserve(1, end - first)
+    for read, written, scale in zip(source.arrays, target.arrays, scales, strict=True):
+        written[:, :, first:end] = converted(read[:, :, first:end], scale)
+    target.advance(end - first)

@@ -1,0 +1,271 @@
+"""The cache of keys and values: what the tokens so far left in every attention call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry, StateGeometry
+from pastkey.errors import InputError
+from pastkey.values import is_int, shown
+
+from ...providers.ort import onnxruntime
+from ..binding import Binding
+from ..shift import Moved
+
+GROWTH_STEP = 128  # rows by which a shared buffer grows at least
+# Devices on which onnxruntime's Python allocates nothing: what is there, a run has put there.
+_UNALLOCATED = {"webgpu"}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One cached tensor of the graph, (B, kv_heads, P, head_size), or (B, rows, head_size) of a short convolution."""
+
+    past: str  # input
+    present: str  # output
+    kv_heads: int | None  # None of a convolution
+    head_size: int
+
+
+class KVCache:
+    """Keys and values of `length` tokens in each of `batch` rows, bound to one graph's inputs and outputs.
+
+    `binding` is what the next run goes through: the graph binds the rest to it.
+
+    Shared form (the fused graph): past and present are one buffer of `capacity` rows, and a run writes the new rows
+    into it. It grows in steps, because a buffer of the whole context would be paid for by the shortest prompt. A
+    row of a padded batch keeps its real tokens first, without its padding.
+
+    Concatenating form (the standard graph): a run returns new tensors, which become the next run's past.
+
+    A run is `reserve`, onnxruntime's run, `advance`. After an exception within a method its owner drops the cache.
+    """
+
+    def __init__(
+        self,
+        onnx: Any,
+        layers: Sequence[KVGeometry],
+        *,
+        shared: bool,
+        context_length: int,
+        device: str = "cpu",
+        device_id: int = 0,
+        dtype: type[np.generic] = np.float32,
+        states: Sequence[StateGeometry] = (),
+    ) -> None:
+        """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda", "webgpu")."""
+        self.onnx = onnx
+        self.binding = Binding(onnx)
+        # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
+        # form takes turns, so that the last run's tensors outlast the binding of the next.
+        self._other_binding = self.binding if shared else Binding(onnx)
+        self._shared = shared
+        self._context_length = context_length
+        self._device, self._device_id = device, device_id
+        self._from_runs = device in _UNALLOCATED
+        self._moving = False  # whether the next run moves a shared buffer from the processor's memory to the device
+        self._dtype = np.dtype(dtype)
+        self._tensors: list[_Tensor] = []
+        for i, layer in enumerate(layers):
+            self._tensors += [
+                _Tensor(names.past_key(i), names.present_key(i), layer.kv_heads, layer.key_head_size),
+                _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
+            ]
+        assert not (shared and states)
+        self._trims = not states  # whether some tokens can be forgotten: the last rows do not tell those before them
+        for i, state in enumerate(states):
+            self._tensors.append(_Tensor(names.past_conv(i), names.present_conv(i), None, state.size))
+        self._state_rows = sum(state.rows * state.size for state in states)
+        self._values: list[Any] = []  # one OrtValue per tensor
+        # Of a shared buffer on the CPU its memory, (B, K, capacity, D): keys and values of each call in turn.
+        self.arrays: list[npt.NDArray[Any]] = []
+        self._capacity = 0
+        self.batch = 0  # B
+        self.length = 0  # tokens per row, padding included
+
+    def __del__(self) -> None:
+        # In the other order, the end of a session on WebGPU is a segmentation fault.
+        for name in ("_values", "binding", "_other_binding", "onnx"):
+            vars(self).pop(name, None)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the tensors have room for."""
+        return self._capacity if self._shared else self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take now."""
+        row = sum((tensor.kv_heads or 0) * tensor.head_size for tensor in self._tensors)
+        return self.batch * (self.capacity * row + self._state_rows) * self._dtype.itemsize
+
+    def reserve(self, batch: int, tokens: int) -> None:
+        """Makes room for `tokens` new tokens in each of `batch` rows and binds what changed by that."""
+        if self.length and batch != self.batch:
+            raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
+        if self._shared:
+            if batch != self.batch or self.length + tokens > self._capacity:
+                self._grow(batch, self.length + tokens)
+            return
+        if not self.length:
+            self.batch = batch
+            self._values = [self._place(np.zeros(self._shape(t, 0), self._dtype)) for t in self._tensors]
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            self.binding.bind_ortvalue_input(tensor.past, value)
+            self.binding.bind_output(tensor.present, self._device, self._device_id)
+
+    def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The graph's attention_mask of the `mask` (B, S): here, each column is a token."""
+        return mask
+
+    def advance(self, tokens: int) -> None:
+        """Takes in the tokens of the run that has just ended."""
+        self.length += tokens
+        if self._shared and not self._moving:
+            return
+        # `reserve` binds before the engine binds its logits, and onnxruntime keeps the order of binding.
+        self._values = self.binding.get_outputs()[: len(self._tensors)]
+        if not self._shared:
+            self.binding, self._other_binding = self._other_binding, self.binding
+            return
+        self._moving = False
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            self._bind_shared(tensor, value)
+
+    def trim(self, length: int) -> None:
+        """Forgets all but the first `length` tokens of each row."""
+        self._require_trimmable(length)
+        if not self._shared and length < self.length:
+            if not length:
+                self.reset()
+                return
+            self._values = [self._place(np.ascontiguousarray(value.numpy()[:, :, :length])) for value in self._values]
+        self.length = length
+
+    def drop(self, start: int, end: int, moved: Moved) -> None:
+        """Forgets the tokens from `start` to `end` of each row; those behind move up.
+
+        `moved` gives the rows behind of each tensor as they are in their new places.
+        """
+        if self.arrays:
+            move_up(self.arrays, start, end, self.length, moved)
+            self.length -= end - start
+            return
+        rows = self.rows(self.length)
+        self.fill([np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)])
+
+    def reset(self) -> None:
+        """Forgets everything. A shared buffer is kept for the next prompt."""
+        self.length = 0
+        if not self._shared:
+            self._values = []
+            self.binding.clear_binding_outputs()
+            self._other_binding.clear_binding_outputs()
+
+    def layer(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Copies of one attention call's keys and values, each (B, K, length, D)."""
+        if not self.length:
+            raise InputError("the cache is empty")
+        keys, values = (self._values[2 * index + i].numpy()[:, :, : self.length] for i in (0, 1))
+        return keys.copy(), values.copy()
+
+    def rows(self, length: int) -> list[npt.NDArray[Any]]:
+        """The first `length` tokens of each tensor, (B, K, length, D), and of states all that they hold.
+
+        Views where the memory is the processor's: they change with the cache.
+        """
+        self._require_trimmable(length)
+        arrays = [value.numpy() for value in self._values]
+        return [
+            array if tensor.kv_heads is None else array[:, :, :length]
+            for tensor, array in zip(self._tensors, arrays, strict=True)
+        ]
+
+    def fill(self, rows: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes copies of what `rows` of another cache of this graph gave, in place of what is here."""
+        self.reset()
+        batch, length = rows[0].shape[0], rows[0].shape[2]
+        if not self._shared:
+            self._values = [self._place(np.array(array, order="C")) for array in rows]
+        elif self.arrays and batch == self.batch and length <= self._capacity:
+            for array, row in zip(self.arrays, rows, strict=True):
+                array[:, :, :length] = row
+        else:
+            self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(row)) for row in rows]
+            self.batch, self.length, self._capacity = batch, length, 0
+            self._grow(batch, length)
+        self.batch, self.length = batch, length
+
+    def place(self, index: int, array: npt.NDArray[Any]) -> None:
+        """Moves one tensor of a shared buffer of one row, on the processor, to `array` (1, K, capacity, D)."""
+        assert self._shared, "a concatenating cache has no memory of its own"
+        assert (1, self.length) <= (self.batch, array.shape[2]), f"{self.length} tokens do not fit {array.shape}"
+        array[:, :, : self.length] = self.arrays[index][:, :, : self.length]
+        self._move(index, array)
+        self._capacity = array.shape[2]
+
+    def move_out(self) -> None:
+        """Moves a shared buffer to memory of its own."""
+        self._capacity = 0
+        self._grow(1, max(1, self.length))
+
+    def _require_trimmable(self, length: int) -> None:
+        if not is_int(length) or not 0 <= length <= self.length:
+            raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {shown(length)}")
+        if not self._trims and 0 < length < self.length:
+            raise InputError(
+                "this bundle keeps the last rows of short convolutions, which cannot be trimmed: call reset() and give "
+                "the tokens again"
+            )
+
+    def _grow(self, batch: int, needed: int) -> None:
+        """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
+        wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
+        capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
+        if not self.length:
+            self._values, self.arrays = [], []
+        self.batch, self._capacity, self._moving = batch, capacity, self._from_runs
+        for i, tensor in enumerate(self._tensors):  # one at a time is held twice
+            array = np.zeros(self._shape(tensor, capacity), self._dtype)
+            if self.length:
+                array[:, :, : self.length] = self._values[i].numpy()[:, :, : self.length]
+            self._move(i, array)
+
+    def _move(self, index: int, array: npt.NDArray[Any]) -> None:
+        """Lets `array`, which has the tokens so far, be the buffer of one tensor, and binds it."""
+        tensor, value = self._tensors[index], self._place(array)
+        self._values[index : index + 1] = [value]
+        if self._device == "cpu":
+            self.arrays[index : index + 1] = [array]
+        if self._from_runs:
+            self.binding.bind_ortvalue_input(tensor.past, value)
+            self.binding.bind_output(tensor.present, self._device, self._device_id)
+        else:
+            self._bind_shared(tensor, value)
+
+    def _bind_shared(self, tensor: _Tensor, value: Any) -> None:
+        self.binding.bind_ortvalue_input(tensor.past, value)
+        self.binding.bind_ortvalue_output(tensor.present, value)
+
+    def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, ...]:
+        if tensor.kv_heads is None:
+            return (self.batch, rows, tensor.head_size)
+        return (self.batch, tensor.kv_heads, rows, tensor.head_size)
+
+    def _place(self, array: npt.NDArray[Any]) -> Any:
+        """An OrtValue with this content, on the device where that can be; on the CPU it is the array itself."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(
+            array, "cpu" if self._from_runs else self._device, 0 if self._from_runs else self._device_id
+        )
+
+
+def move_up(arrays: Sequence[npt.NDArray[Any]], start: int, end: int, length: int, moved: Moved) -> None:
+    """Writes the rows from `end` to `length` of each of `arrays` (B, K, >= length, D) from `start` on."""
+    for index, array in enumerate(arrays):
+        array[:, :, start : start + length - end] = moved(index, array[:, :, end:length])

@@ -1,0 +1,1 @@
+"""A bundle as a language model: opening, sessions, chat, scores, embeddings."""

@@ -1,0 +1,436 @@
+"""A conversation: what was said so far, and the next answer from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
+
+from pastkey.contract.bundle import Manifest
+from pastkey.errors import InputError, OptionError, TemplateWarning
+from pastkey.values import is_one_of, require, shown
+
+from ..decoding.completion import Chunk, Completion, ToolCall, completed
+from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions, require_known
+from ..text.environment import plain
+from ..text.messages import Content, check_messages, checked_content, message, read_messages, save_messages, text_of
+from ..text.tool_calls import parse_tool_calls, tool_call_form
+
+if TYPE_CHECKING:
+    from ..text.tools import Tool
+
+_OURS = ("messages", "add_generation_prompt", "continue_final_message")  # what a template is given in any case
+
+
+class Format(Protocol):
+    """How a conversation becomes token ids: see ChatFormat, which has what is here."""
+
+    source: str
+    variables: frozenset[str]
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
+        """The conversation as a text."""
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> list[int]:
+        """The conversation as token ids."""
+
+    def loses_space(self, token: int) -> bool:
+        """Whether a text that begins with this token lacks the space that the token carries."""
+
+
+class ChatModel(Protocol):
+    """What a conversation asks of its model: LanguageModel has it, and the model in a sandbox."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest, for the length of the context."""
+
+    def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
+        """How a conversation becomes token ids."""
+
+    def stream(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> Generator[Chunk, None, Completion]:
+        """Continues token ids."""
+
+
+class Chat:
+    """A conversation with a language model, in the form of a chat template.
+
+    Each question is answered from the whole conversation, rendered anew; its beginning is mostly what the cache holds
+    from the turn before, so that little more than the question itself is prefilled. Conversations on one model answer
+    in turns, as LanguageModel says; one conversation belongs to one thread at a time.
+
+    Attributes:
+        messages: The conversation, {"role", "content"} each, and "tool_calls" where the model called tools.
+        model: The model that answers.
+        system: What it is told before all else, or None.
+        tools: The JSON schemas of the tools, or None.
+        documents: The documents, or None.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        system: str | None = None,
+        *,
+        template: str | Path | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        special_tokens_as_text: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See `LanguageModel.chat`, whose further keywords are `template_variables`."""
+        self.model = model
+        self.system = system if system is None else _checked_text("system", system)
+        self.tools = None if tools is None else _schemas(tools)
+        self.documents = _checked_documents(documents)
+        require(
+            isinstance(special_tokens_as_text, bool), "special_tokens_as_text", special_tokens_as_text, "True or False"
+        )
+        self._variables = dict(template_variables or {})
+        for name in _OURS:
+            if name in self._variables:
+                raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
+        self._format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=special_tokens_as_text)
+        self._form = tool_call_form(self._format.source)
+        self._takes_text, self._takes_parts = self._contents_taken()
+        self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new conversation under the same system text."""
+        self.messages: list[dict[str, Any]] = [] if self.system is None else [message("system", self.system)]
+
+    def ask(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> Completion:
+        """Answers a message.
+
+        Args:
+            text: What the user says: a text, or its parts {"type": "text", "text": ...}. None lets the assistant go on
+                from what stands: from the results of tools, or in an answer that was cut.
+            **options: Those of `LanguageModel.generate`, which says what they mean, but `reuse_prefix`, which an answer
+                does always. `max_new_tokens` is 512. With tools, `keep_special_tokens` is True.
+
+        Returns:
+            The answer, which stands in `messages`, too. Its `tool_calls` are those of its text, where the template's
+            form is known (Hermes and Qwen, Llama 3, Mistral) and the whole text keeps to it.
+
+        Raises:
+            InputError: The conversation is longer than the context, or one that the template does not take; an option
+                is out of range; or this thread holds a stream that is not at its end. The conversation is as it was.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity. The conversation is as it was.
+        """
+        require_known("chat.ask", options, CHAT_OPTIONS)
+        return completed(self._answer(text, options))
+
+    def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> Generator[Chunk, None, Completion]:
+        """Answers a message token by token.
+
+        What is wrong with the message or an option is raised by this call. The model is taken at the first `next`.
+        A stream that is left before its end leaves the answer as far as it came in the conversation. One that ends
+        with an error leaves the conversation as it was.
+
+        Args:
+            text: As in `ask`.
+            **options: As in `ask`.
+
+        Yields:
+            A Chunk for each new token. Their texts together are the completion's.
+
+        Returns:
+            The Completion, as the value of StopIteration, or of `yield from`.
+
+        Raises:
+            InputError: As in `ask`, or the stream has lost its turn.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity.
+        """
+        require_known("chat.stream", options, CHAT_OPTIONS)
+        return self._answer(text, options)
+
+    def prompt_ids(self) -> list[int]:
+        """The token ids that `ask()` without a text goes on from.
+
+        Raises InputError where there is nothing to go on from, or the template does not take the conversation.
+        """
+        messages, cut = self._standing()
+        return self._ids(messages, cut is not None)
+
+    def take_answer(self, answer: Completion) -> Completion:
+        """Puts an answer into `messages` that `lm.generate` gave for `prompt_ids()`.
+
+        Returns it with its `tool_calls`, as `ask` does.
+        """
+        require(isinstance(answer, Completion), "answer", answer, "the Completion that lm.generate() gave")
+        messages, cut = self._standing()
+        lost = cut and answer.ids and self._format.loses_space(answer.ids[0])
+        answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
+        return self._taken_in(messages if cut is None else messages[:-1], (cut or "") + answer.text, answer)
+
+    def add_tool_result(self, content: Any, *, name: str | None = None, call_id: str | None = None) -> None:
+        """Tells the model what a tool gave; `ask()` without a text then goes on from it.
+
+        Args:
+            content: A text, or another value of JSON's types, which is written as JSON.
+            name: The tool: its first call in the last answer that has no result yet is meant. None is any tool.
+            call_id: The "id" of the call in `messages`, in place of the order of calls.
+
+        Raises:
+            InputError: No call waits for a result, and no name is given; or JSON cannot write the content.
+        """
+        name = name if name is None else _checked_text("name", name)
+        call_id = call_id if call_id is None else _checked_text("call_id", call_id)
+        open_calls = [call for call in self._open_calls() if call_id in (None, call["id"])]
+        call = next((call for call in open_calls if name in (None, call["function"]["name"])), None)
+        if call is None and (name is None or call_id is not None):
+            which = "that waits for a result" if call_id is None else shown(call_id)
+            raise InputError(f"there is no tool call {which}: name the tool that gives this one (name=)")
+        if not isinstance(content, str):
+            try:
+                content = json.dumps(plain(content), ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InputError(f"the result of a tool cannot be written as JSON: {error}") from None
+        ids = {} if call is None else {"tool_call_id": call["id"]}
+        name = cast(dict[str, Any], call)["function"]["name"] if name is None else name
+        self.messages = [*self.messages, message("tool", content, name=name, **ids)]
+
+    def undo(self) -> None:
+        """Takes back the last question with all that followed. Raises InputError where there is none."""
+        places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
+        if not places:
+            raise InputError("there is no question to take back")
+        self.messages = self.messages[: places[-1]]
+
+    def drop(self) -> None:
+        """Lets the oldest question go with its answer, and keeps the system text.
+
+        The rest moves to another place in the text, so that it is prefilled anew. Raises InputError where there is no
+        question.
+        """
+        places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
+        if not places:
+            raise InputError("there is no question to let go")
+        self.messages = self.messages[: places[0]] + self.messages[(places[1:] or [len(self.messages)])[0] :]
+
+    def set_system(self, system: str | None) -> None:
+        """Changes what the model is told before all else, in this conversation and after `reset`.
+
+        Raises InputError where the template takes no system text; the old one stays then.
+        """
+        said = self._said()
+        before, self.system = self.system, None if system is None else _checked_text("system", system)
+        try:
+            self._notice_what_is_left_out(stacklevel=4)
+        except InputError:
+            self.system = before
+            raise
+        rest = [one for place, one in enumerate(said) if place or one["role"] != "system"]
+        self.messages = [*([] if self.system is None else [message("system", self.system)]), *rest]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the conversation to a file, {"messages": [...]} as JSON: whole, or not at all.
+
+        Raises InputError where the file is there and holds something else, OSError where it cannot be written.
+        """
+        save_messages(path, self.messages)
+
+    def load(self, path: str | Path) -> None:
+        """Takes up a conversation that `save` wrote, in place of this one.
+
+        Raises MissingFileError, IntegrityError or InputError where it is no conversation, or one that the template
+        does not take; this one stays then.
+        """
+        found = read_messages(path)
+        asked = not found or found[-1]["role"] in ("assistant", "system")
+        self._rendered([*found, message("user", "Hi")] if asked else found)
+        self.messages = found
+        first = found[0] if found else {}
+        self.system = text_of(first["content"]) if first.get("role") == "system" else None
+
+    # --- the answer -----------------------------------------------------------------------------------------------
+    def _answer(self, text: Content | None, options: ChatOptions) -> Generator[Chunk, None, Completion]:
+        """Checks everything, and gives the generator."""
+        if text is None:
+            messages, cut = self._standing()
+        else:
+            messages, cut = [*self._said(), message("user", checked_content("the message", text))], None
+        ids = self._ids(messages, cut is not None)
+        context = self.model.manifest.context_length
+        shifts = is_one_of(options.get("context_overflow"), ("shift",))
+        if len(ids) > context and not shifts:
+            raise InputError(
+                f"with this message the conversation has {len(ids)} tokens; the context is {context}: let the oldest "
+                "question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
+                "chat.drop(), undo(), reset()); nothing was lost"
+            )
+        settings: ChatOptions = {
+            "max_new_tokens": CHAT_NEW_TOKENS,
+            "keep_special_tokens": self.tools is not None,
+            **options,
+        }
+        if shifts and "num_sink_tokens" not in options:
+            settings["num_sink_tokens"] = min(self._head_tokens(), context // 2)
+        answer = self.model.stream(ids, **settings, reuse_prefix=True)
+        return self._chunks(messages[:-1] if cut is not None else messages, answer, cut)
+
+    def _head_tokens(self) -> int:
+        """How many tokens come before the first question: what the model is told before all else."""
+        first = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
+        one, other = (self._ids([*first, message("user", text)], False) for text in "ab")
+        return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(one))  # noqa: B905
+
+    def _said(self) -> list[dict[str, Any]]:
+        """The conversation, which anybody may have changed. Raises InputError for what is no message."""
+        check_messages(self.messages)
+        return self.messages
+
+    def _standing(self) -> tuple[list[dict[str, Any]], str | None]:
+        """The conversation as it stands, and of an answer that is to go on, what it says so far."""
+        messages = self._said()
+        last = messages[-1] if messages else {"role": "system"}
+        if last["role"] == "assistant" and not last.get("tool_calls"):
+            return messages, text_of(last["content"])
+        if last["role"] not in ("tool", "user"):
+            raise InputError("the message is None; a text was expected, since there is nothing to go on from")
+        return messages, None
+
+    def _chunks(
+        self, messages: list[dict[str, Any]], answer: Generator[Chunk, None, Completion], cut: str | None
+    ) -> Generator[Chunk, None, Completion]:
+        before, said, space = self.messages, cut or "", ""
+        try:
+            while True:
+                chunk = next(answer)
+                if cut and said == cut and chunk.ids and self._format.loses_space(chunk.ids[0]):
+                    space = " "  # a decoder drops it where a text begins, and this one goes on
+                    chunk = dataclasses.replace(chunk, text=space + chunk.text)
+                said += chunk.text
+                self.messages = [*messages, message("assistant", said)]
+                yield chunk
+        except StopIteration as end:
+            completion: Completion = dataclasses.replace(end.value, text=space + end.value.text)
+            return self._taken_in(messages, (cut or "") + completion.text, completion)
+        except Exception:
+            self.messages = before
+            raise
+        finally:
+            answer.close()
+
+    def _taken_in(self, messages: list[dict[str, Any]], text: str, completion: Completion) -> Completion:
+        """Puts the whole answer into the conversation, its tool calls by themselves."""
+        calls: list[dict[str, Any]] = []
+        if self.tools is not None:
+            known = [tool.get("function", tool).get("name") for tool in self.tools]
+            text, calls = parse_tool_calls(text, self._form, known)
+        more: dict[str, Any] = {}
+        if calls:
+            first = sum(len(said.get("tool_calls") or ()) for said in messages)
+            # Nine letters and digits, which Mistral's templates ask for.
+            more["tool_calls"] = [
+                {"id": f"call{first + place:05}", "type": "function", "function": call}
+                for place, call in enumerate(calls)
+            ]
+        self.messages = [*messages, message("assistant", text, **more)]
+        return dataclasses.replace(completion, tool_calls=cast(list[ToolCall], calls))
+
+    def _open_calls(self) -> list[dict[str, Any]]:
+        """The tool calls of the last answer that have no result yet."""
+        places = [place for place, said in enumerate(self._said()) if said["role"] == "assistant"]
+        if not places:
+            return []
+        results = self.messages[places[-1] + 1 :]
+        answered = {said.get("tool_call_id") for said in results}
+        if any(said["role"] == "user" for said in results):
+            return []
+        return [call for call in self.messages[places[-1]].get("tool_calls") or () if call.get("id") not in answered]
+
+    # --- the template ---------------------------------------------------------------------------------------------
+    def _ids(self, messages: Sequence[Mapping[str, Any]], continued: bool) -> list[int]:
+        return self._format.ids(list(map(self._shaped, messages)), **self._given(continue_final_message=continued))
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], **changes: Any) -> str:
+        return self._format.render(list(map(self._shaped, messages)), **self._given(**changes))
+
+    def _given(self, **changes: Any) -> dict[str, Any]:
+        """What the template reads beside the messages."""
+        return {"tools": self.tools, "documents": self.documents, **self._variables, **changes}
+
+    def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A message with its content as the template takes it: in parts, or as a text."""
+        content = said.get("content")
+        if isinstance(content, str) and not self._takes_text:
+            return {**said, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, list | tuple) and not self._takes_parts:
+            return {**said, "content": text_of(content)}
+        return said
+
+    def _contents_taken(self) -> tuple[bool, bool]:
+        """Whether the template writes a content that is a text, and one that is in parts."""
+
+        def writes(content: Content) -> bool:
+            try:
+                text = self._format.render([message("user", content)], **self._variables)
+            except InputError:
+                return False
+            return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
+
+        parts = writes([{"type": "text", "text": "pastkey"}])
+        return writes("pastkey") or not parts, parts
+
+    def _notice_what_is_left_out(self, stacklevel: int) -> None:
+        """Warns of what the template does not write, and refuses a system text that it does not take.
+
+        `stacklevel` says where the user's own line is, for `warnings.warn` in `_warn`.
+        """
+
+        def rendered(system: str | None, **changes: Any) -> str | InputError:
+            first = [] if system is None else [message("system", system)]
+            try:
+                return self._rendered([*first, message("user", "Hi")], **changes)
+            except InputError as error:
+                return error
+
+        whole = rendered(self.system)
+        if self.system is not None:
+            if isinstance(whole, InputError) and isinstance(rendered(None), str):
+                raise InputError(
+                    f"{whole}; it takes no system text: begin the first question with it, or take another template "
+                    "with --template FILE (in Python, template=)"
+                )
+            if whole == rendered(self.system + " and more"):
+                _warn("the chat template leaves the system text out: begin the first question with it", stacklevel)
+        for name, given in (("tools", self.tools), ("documents", self.documents)):
+            if given and whole == rendered(self.system, **{name: None}):
+                _warn(f"the chat template leaves the {name} out, so that the model is not told of them", stacklevel)
+        for name in self._variables:
+            if name not in self._format.variables:
+                _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
+
+
+def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    from ..text.tools import tool_schemas  # inspect and more, for whom it concerns
+
+    return tool_schemas(tools)
+
+
+def _warn(sentence: str, stacklevel: int) -> None:
+    warnings.warn(sentence, TemplateWarning, stacklevel=stacklevel)
+
+
+def _checked_text(name: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {shown(text)}; a text was expected")
+    return text
+
+
+def _checked_documents(documents: Any) -> list[dict[str, Any]] | None:
+    if documents is None:
+        return None
+    if not isinstance(documents, list | tuple) or not all(isinstance(document, Mapping) for document in documents):
+        raise InputError(
+            f'documents is {shown(documents)}; a list of {{"title": ..., "text": ...}} was expected, as the template '
+            "reads them"
+        )
+    return [dict(document) for document in documents]

@@ -1,0 +1,151 @@
+"""A model's draft model: another bundle of the same vocabulary, faster, whose tokens the model accepts or rejects."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from pastkey.errors import InputError, NumericsError
+
+from ..decoding.batching.cache_budget import CacheMemory
+from ..decoding.batching.prefix_cache import PrefixStore
+from ..engine.decoder_graph import DecoderGraph
+from ..engine.engine import Engine
+from ..speculation.drafter import Drafter
+from ..speculation.worth import Worth
+from .parts import ModelParts
+
+_RUNS, _TOKENS = 3, 64  # runs of one token that are timed when it is loaded, and tokens of a longer one
+
+
+class Model(Protocol):
+    """A loaded model, as far as it drafts for another."""
+
+    parts: ModelParts
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+
+    def close(self) -> None:
+        """Lets go of it."""
+
+
+class DraftModel:
+    """What a model knows of its draft model.
+
+    Attributes:
+        model: It.
+        opened: Whether it was loaded for this model alone, and is closed with it.
+        worth: What its drafts bring.
+    """
+
+    def __init__(self, model: Model, *, opened: bool) -> None:
+        self.model, self.opened = model, opened
+        self._stores: list[PrefixStore] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process loads it again, by its path."""
+        return _again, (self.model, self.opened)
+
+    def attach(self, graph: DecoderGraph, prefix_bytes: int) -> list[PrefixStore]:
+        """Makes it the draft model of a model over `graph`.
+
+        Returns:
+            Where the caches of earlier texts are kept: the draft model's own, and the model's. Together they take
+            `prefix_bytes`, each as much of it as for one token.
+        """
+        graphs = [self.model.parts.require_open().graph, graph]
+        together = max(1, sum(graph.bytes_per_token for graph in graphs))
+        self._stores = [PrefixStore(graph, prefix_bytes * graph.bytes_per_token // together) for graph in graphs]
+        self.worth = timed_worth(graphs[0])
+        return self._stores
+
+    def require_fit(self, target: ModelParts) -> None:
+        """Raises InputError where it has another vocabulary, or one of the two cannot be used so."""
+        _require_forgetting(target, self.model.parts)
+        _require_same_vocabulary(target, self.model.parts)
+
+    def drafter(self, memory: CacheMemory) -> Drafter | None:
+        """What drafts for a new text; None where the draft model was closed meanwhile."""
+        if self.model.closed:
+            return None
+        store = self._stores[0]
+
+        def take(ids: Sequence[int], most: int) -> Engine:
+            engine, _ = store.take(ids)
+            memory.promise(engine, most)
+            return engine
+
+        def give_back(engine: Engine) -> None:
+            memory.release(engine)
+            if not self.model.closed:
+                store.put(engine)
+
+        return Drafter(self.worth, take, give_back)
+
+    def close(self) -> None:
+        """Lets go of its caches, and closes it where it was opened for this model."""
+        for store in self._stores:
+            store.clear()
+        if self.opened:
+            self.model.close()
+
+
+def timed_worth(graph: DecoderGraph, clock: Callable[[], float] = time.perf_counter) -> Worth:
+    """What is known of a draft model before its first text: how long its runs take, by a few of them."""
+    engine = Engine.over(graph)
+
+    def fastest(tokens: int, runs: int) -> float:
+        found = []
+        for _ in range(runs):  # the first take longer
+            engine.reset()
+            started = clock()
+            with contextlib.suppress(NumericsError):  # then a text does without
+                engine.append([0] * tokens)
+            found.append(clock() - started)
+        return min(found)
+
+    tokens = min(_TOKENS, graph.manifest.context_length)
+    return Worth(fastest(1, _RUNS), fastest(tokens, 1) / tokens, clock)
+
+
+def _require_forgetting(target: ModelParts, draft: ModelParts) -> None:
+    if not target.require_open().graph.supports_drafts:
+        raise InputError(
+            f"a draft model is of no use to {target.bundle.path}, which decodes token by token, since its cache cannot "
+            "forget rejected tokens without moving the others: load it without a draft, or export it with --graph fused"
+        )
+    if draft.manifest.states:
+        raise InputError(
+            f"{draft.bundle.path} cannot draft: it keeps the last rows of short convolutions, which cannot forget "
+            "rejected tokens; take another draft model"
+        )
+
+
+def _require_same_vocabulary(target: ModelParts, draft: ModelParts) -> None:
+    if target.tokenizer is None or draft.tokenizer is None:
+        mine, its = target.manifest.vocab_size, draft.manifest.vocab_size
+        difference = None if mine == its else f"it has {its} token ids, and the model has {mine}"
+    else:
+        difference = _difference(target.tokenizer.vocabulary(), draft.tokenizer.vocabulary())
+    if difference is not None:
+        raise InputError(
+            f"{draft.bundle.path} has another vocabulary than {target.bundle.path} ({difference}): a draft model has "
+            "every token of its model, with the same id"
+        )
+
+
+def _difference(mine: Mapping[str, int], its: Mapping[str, int]) -> str | None:
+    for token in mine if mine != its else ():
+        if its.get(token) != mine[token]:
+            found = "it does not have" if token not in its else f"is its {its[token]}"
+            return f"the model's token {mine[token]}, {token!r}, {found}"
+    more = len(its) - len(mine)
+    return f"it has {more} tokens that the model does not have" if more else None
+
+
+def _again(model: Model, opened: bool) -> DraftModel:
+    return DraftModel(model, opened=opened)

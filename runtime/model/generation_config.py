@@ -1,0 +1,42 @@
+"""How the authors of a model would have it sampled: generation_config.json, which an export carries along."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError, IntegrityError
+from pastkey.files.folder import read_json
+
+from ..settings import ChatOptions, SamplingConfig
+
+_DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what counts where tokens are drawn
+# What counts where the likeliest is taken, too.
+ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
+NAMES = (*_DRAWN, *ALWAYS)
+
+
+def sampling_defaults(bundle: Bundle) -> ChatOptions:
+    """The options that the bundle's generation_config.json names; none where it names none, or the manifest not it.
+
+    As in transformers, temperature and what follows it count with `do_sample` alone. Raises IntegrityError for a value
+    out of range.
+    """
+    if names.GENERATION_CONFIG not in bundle.manifest.files:
+        return {}
+    found = read_json(bundle.path / names.GENERATION_CONFIG)
+    drawn = found.get("do_sample") is True
+    wanted: dict[str, Any] = {"temperature": 1.0} if drawn else {}
+    for name in NAMES:
+        if found.get(name) is not None and (drawn or name not in _DRAWN):
+            wanted[name] = found[name]
+    try:
+        SamplingConfig.of(wanted)
+    except InputError as error:
+        raise IntegrityError(f"{bundle.path / names.GENERATION_CONFIG} is not valid: {error}") from None
+    plain = dataclasses.asdict(SamplingConfig())
+    options: ChatOptions = {}
+    options.update({name: value for name, value in wanted.items() if value != plain[name]})  # type: ignore[typeddict-item]
+    return options

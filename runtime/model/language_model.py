@@ -1,0 +1,421 @@
+"""Text in, text out: a bundle, its engine and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.errors import InputError
+from pastkey.values import as_path
+
+from ..constraints.lazy import LazyVocabulary
+from ..decoding.batching.cache_budget import CacheMemory
+from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
+from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
+from ..decoding.batching.shared_prefill import SharedPrefill
+from ..decoding.completion import Completion, completed
+from ..decoding.many import StreamMany, several, token_ids
+from ..decoding.stream import Stream
+from ..engine.engine import Engine
+from ..engine.golden import require_golden
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, require_known
+from ..text.codec import TextCodec
+from .draft_model import DraftModel
+from .embed import embed
+from .generation_config import sampling_defaults
+from .opening import open_prompt
+from .parts import ModelParts, prompt_ids
+from .scoring import Score, logits_by_chunk, score
+from .session import Session
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, ThreadPoolExecutor
+
+    from ..decoding.asynchronous import AsyncStream
+    from ..text.chat_format import ChatFormat
+    from ..text.tools import Tool
+    from .chat import Chat
+
+
+_log = logging.getLogger("pastkey")
+
+
+class LanguageModel:
+    """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
+
+    Each call has a cache of its own. Calls that run at the same time are decoded together where the graph allows that,
+    and take turns step by step where it does not; no text depends on who else is there. (In int8 the last bits of the
+    logits do, so that a near tie may fall otherwise.) A stream that nobody reads holds nobody up.
+
+    Attributes:
+        bundle: The bundle, with its absolute path.
+        manifest: What the bundle says of itself.
+        tokenizer: Its tokenizer, or None for a bundle that has none.
+        max_batch: How many generations are decoded in one run, at most.
+        scheduler: Who runs the steps.
+        memory: What the caches may take.
+        parts: These, for what works with the model.
+        vocabulary: What constraints see of the tokenizer.
+        draft: Its draft model, or None.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        max_memory: int | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
+        max_batch: int = MAX_ROWS,
+        draft: DraftModel | None = None,
+        temporary: Callable[[], object] | None = None,
+        **placement: Unpack[PlacementOptions],
+    ) -> None:
+        """See `load`. `temporary` removes the bundle's folder, which is unpacked for this model alone."""
+        # Read again later, wherever the process has gone by then.
+        self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
+        self.manifest = bundle.manifest
+        self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
+        self.vocabulary = LazyVocabulary(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
+        limits = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
+        self._settings = {**limits, "draft": draft, **placement}
+        self._temporary = temporary
+        self.holds: object = None  # what lives as long as the model
+        engine = Engine(bundle, **placement)
+        require_golden(engine, bundle)
+        graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
+        stores = [PrefixStore(graph, most)] if draft is None else draft.attach(graph, most)
+        self.draft, self.max_batch = draft, max_batch
+        self.scheduler = Scheduler(graph, stores[-1], max_batch)
+        self.memory = CacheMemory(graph, stores, max_memory)
+        self.parts = ModelParts(
+            self.bundle, self.tokenizer, self.vocabulary, engine, self.scheduler, self.memory, self.draft
+        )
+        if draft is not None:
+            draft.require_fit(self.parts)
+        self._executor: ThreadPoolExecutor | None = None
+        _log.debug("loaded %s on %s with %d threads", self.bundle.path, graph.providers, graph.threads)
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self.closed else ""
+        return f"<LanguageModel {self.bundle.path} ({self.manifest.precision}{closed})>"
+
+    @property
+    def sampling_defaults(self) -> ChatOptions:
+        """How its authors would have it sampled, by the generation_config.json of what was exported.
+
+        Options to pass on: `lm.generate(prompt, **lm.sampling_defaults)`. Nothing but `pastkey chat` uses them unasked.
+        Empty where the authors named none. Raises IntegrityError where one is out of range.
+        """
+        return sampling_defaults(self.bundle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.parts.scheduler.closed
+
+    def close(self) -> None:
+        """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
+        try:
+            self.scheduler.close()
+        finally:
+            if self.draft is not None:
+                self.draft.close()
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
+            if self._temporary is not None:
+                self._temporary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process loads the bundle again, by its path."""
+        if self._temporary is not None:
+            raise InputError("a model that was unpacked cannot be given to another process: load it there")
+        return _load_again, (self.bundle.path, self._settings)
+
+    def require_open(self) -> Engine:
+        """An engine over the graph, for what it says of itself. Raises InputError where the model is closed."""
+        return self.parts.require_open()
+
+    def new_engine(self) -> Engine:
+        """One with an empty cache over the model's graph."""
+        return Engine.over(self.require_open().graph)
+
+    def session(self) -> Session:
+        """Begins a text that stays: what is appended and generated is computed once.
+
+        Raises InputError where the model is closed.
+        """
+        return Session(self.parts)
+
+    def load_session(self, path: str | Path) -> Session:
+        """A session that `Session.save` wrote.
+
+        Raises:
+            MissingFileError: There is no such file.
+            IntegrityError: It was cut or altered, or saved by another bundle.
+            InputError: The model is closed.
+        """
+        from .session_file import read_session
+
+        engine = self.new_engine()
+        ids = read_session(as_path(path), self.bundle, engine)
+        self.memory.promise(engine, len(ids))
+        return Session(self.parts, ids, engine)
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them, too
+        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        progress: Callable[[int, int], object] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        progress: Callable[[int, int], object] | None = None,
+        *,
+        n: int,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        progress: Callable[[int, int], object] | None = None,
+        *,
+        n: int | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | list[Completion]:
+        """Continues a prompt, or each of several.
+
+        Args:
+            prompt: A text, or a sequence of token ids (T,); or a sequence of these, which are decoded together.
+            progress: Of several continuations, is told how many are done, and how many there are, after each.
+            n: So many continuations of each prompt, up to 10,000, which share its prefill; each draws by a seed of its
+                own, the first one by `seed`. They are a list, also of one prompt.
+            **options: How the continuation is made; `GenerateOptions` has each of them.
+
+        Returns:
+            The continuation, with its ids and figures; of several prompts a list of them in the same order, each as
+            that of a call of its own; with `n`, those of a prompt one after another.
+
+        Raises:
+            InputError: The prompt is empty, too long, or has no tokens; an option is out of range; the model is closed.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
+        """
+        require_known("generate", options, GENERATE_OPTIONS)
+        if several(prompt) or n is not None:
+            prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
+            return completed(StreamMany(self._stream, prompts, options, self.max_batch, n, progress))
+        return completed(self._stream(prompt, options))  # type: ignore[arg-type]
+
+    def stream_many(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> StreamMany:
+        """Continues several prompts at the same time, token by token.
+
+        Args:
+            prompts: Texts, or sequences of token ids (T,).
+            n: So many continuations of each, as in `generate`: the places of a prompt's follow one another.
+            **options: As in `generate`, for each.
+
+        Returns:
+            An iterator of pairs: the place of a prompt, and the next Chunk of its continuation. `completions` is the
+            list of those that have ended, by place, and the value of StopIteration.
+
+        Raises:
+            InputError: There is no prompt, or as in `generate`.
+            OptionError: There is no option of that name.
+        """
+        require_known("stream_many", options, GENERATE_OPTIONS)
+        return StreamMany(self._stream, prompts, options, self.max_batch, n)
+
+    def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
+        require_known("astream", options, GENERATE_OPTIONS)
+        return self._astream(prompt, options)
+
+    async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
+        """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
+        require_known("agenerate", options, GENERATE_OPTIONS)
+        return await self._astream(prompt, options).completed()
+
+    @property
+    def executor(self) -> Executor:
+        """The threads that wait for the tokens of an event loop. They begin with the first such call."""
+        self.require_open()
+        from concurrent.futures import ThreadPoolExecutor
+
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self.max_batch, thread_name_prefix="pastkey")
+        return self._executor
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Stream:
+        """Continues one prompt token by token.
+
+        What is wrong with the prompt or an option is raised by this call. Nothing is computed before the first `next`.
+
+        Args:
+            prompt: As in `generate`.
+            **options: As in `generate`.
+
+        Returns:
+            An iterator of a Chunk for each new token, whose texts together are the completion's. The Completion is its
+            `completion` at the end, and the value of StopIteration, or of `yield from`.
+
+        Raises:
+            InputError: As in `generate`.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity.
+        """
+        require_known("stream", options, GENERATE_OPTIONS)
+        return self._stream(prompt, options)
+
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        template: str | Path | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        special_tokens_as_text: bool = False,
+        **template_variables: Any,
+    ) -> Chat:
+        """Begins a conversation.
+
+        A TemplateWarning says what the template leaves out of what is given here.
+
+        Args:
+            system: What the model is told before all else.
+            template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
+            tools: What the model may call: JSON schemas {"type": "function", "function": {"name", "description",
+                "parameters"}}, or Python functions with type hints and a docstring in Google's style.
+            documents: What it may answer from, as the template reads them: mostly {"title", "text"}.
+            special_tokens_as_text: What a content, a tool or a document writes is encoded as ordinary characters, so
+                that a user who writes <|im_end|> ends no message.
+            **template_variables: What else the template reads: `enable_thinking=False`, say.
+
+        Raises:
+            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used, or takes no
+                system text; or a tool cannot be described.
+            OptionError: A variable that the conversation gives to the template itself.
+            MissingFileError: There is no file at `template`.
+            MissingExtraError: jinja2 is not installed.
+        """
+        from .chat import Chat  # which stands on much that a text alone does not need
+
+        return Chat(
+            self,
+            system,
+            template=template,
+            tools=tools,
+            documents=documents,
+            special_tokens_as_text=special_tokens_as_text,
+            template_variables=template_variables,
+        )
+
+    def chat_format(
+        self, template: str | Path | None = None, *, tools: bool = False, special_tokens_as_text: bool = False
+    ) -> ChatFormat:
+        """How a conversation becomes token ids. `chat` has the arguments and the errors."""
+        from ..text.chat_format import open_chat_format
+
+        return open_chat_format(
+            self.bundle, self.tokenizer, template, tools=tools, special_tokens_as_text=special_tokens_as_text
+        )
+
+    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """The logits of every position of a text, from an empty cache of its own.
+
+        Args:
+            ids: Token ids (T,), at least one.
+
+        Returns:
+            Logits (T, V). Row t predicts the token after `ids[t]`.
+
+        Raises:
+            InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
+            NumericsError: The model yields NaN or infinity.
+        """
+        tokens = token_ids(ids, "ids", "a sequence of token ids", self.manifest.vocab_size)
+        return np.concatenate(list(logits_by_chunk(self.parts, tokens)))
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """The log-probability of each token of a text, and their sum.
+
+        Args:
+            text: A text, which the tokenizer encodes with its own BOS token, or token ids (T,), at least one.
+
+        Raises:
+            InputError: It is empty, or longer than the context; or the model is closed.
+            NumericsError: The model yields NaN or infinity.
+        """
+        return score(self.parts, self.prompt_ids(text))
+
+    def embed(
+        self,
+        text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> npt.NDArray[np.float32]:
+        """The embedding of a text, or of each of several: its last hidden states, which the output head reads, pooled.
+
+        Args:
+            text: As `prompt` in `generate`.
+            pooling: "mean" over the tokens; "last", the last token's; "none", one vector for each token of one text.
+            normalize: Makes the length of each vector 1.
+
+        Returns:
+            (H,); of several texts (N, H), in their order; with "none" (T, H).
+
+        Raises:
+            InputError: The bundle was exported without `--hidden-states`; or as in `score`.
+            NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
+        """
+        return embed(self.parts, text, pooling, normalize=normalize)
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The ids that a prompt is fed as.
+
+        Args:
+            prompt: A text, which the tokenizer encodes with its own BOS token, or token ids, which stay as they are.
+
+        Raises:
+            InputError: It is neither, several of them, a text without tokens, or a text for a bundle without tokenizer.
+        """
+        return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
+
+    def _stream(
+        self, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+    ) -> Stream:
+        """Checks everything, and gives the stream."""
+        return open_prompt(self.parts, prompt, options, shared)
+
+    def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
+        from ..decoding.asynchronous import AsyncStream
+
+        return AsyncStream(self._stream(prompt, options), self.executor)
+
+
+def _load_again(path: Path, settings: dict[str, Any]) -> LanguageModel:
+    return LanguageModel(open_bundle(path), **settings)

@@ -1,0 +1,171 @@
+"""From a prompt's ids and a call's options to a stream, whose first step comes with its first `next`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from pastkey.errors import InputError
+from pastkey.values import is_collection, require, shown
+
+from ..decoding.batching.shared_prefill import SharedPrefill
+from ..decoding.generation import Generation, Lifecycle
+from ..decoding.request import Request
+from ..decoding.stream import Stream
+from ..engine.engine import Engine
+from ..sampling.dry import Breakers, sequence_breakers
+from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
+from ..speculation.drafter import Drafter
+from ..text.codec import TextCodec, TextStream
+from ..text.stop_strings import StopStrings
+from .parts import ModelParts
+
+_SWITCHES = ("exact", "keep_special_tokens", "prompt_logprobs", "prompt_lookup", "reuse_prefix")
+
+
+class Scheduled:
+    """What surrounds the steps of a generation that a model's scheduler runs."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        self.parts = parts
+        self.advance, self.leave = parts.scheduler.advance, parts.scheduler.leave
+
+
+class Prompted(Scheduled):
+    """The lifecycle of a call of its own: a cache from the store of prefixes, or from another continuation."""
+
+    def __init__(self, parts: ModelParts, options: GenerateOptions, shared: SharedPrefill | None) -> None:
+        super().__init__(parts)
+        self._reuse, self._exact = options.get("reuse_prefix", False), options.get("exact", False)
+        self._anew = options.get("prompt_logprobs") is True  # what is in the cache already has no logits
+        self._shared = shared
+
+    def starting(self, generation: Generation) -> None:
+        """The model may be closed since the call."""
+        del generation
+        self.parts.require_open()
+
+    def provide(self, generation: Generation) -> tuple[Engine, int]:
+        """From the other continuation, where its cache can be copied, or from the store."""
+        scheduler, found = self.parts.scheduler, None
+        if self._shared is not None and not self._anew:
+            found = self._shared.take(generation, scheduler.move_out)
+        if found is None:
+            reuse = self._reuse and not self._anew
+            found = scheduler.store.take(generation.kept_ids, reuse=reuse, exact=self._exact)
+        self.parts.memory.promise(found[0], generation.most_tokens)
+        return found
+
+    def retired(self, generation: Generation) -> None:
+        """Back into the store."""
+        scheduler, engine = self.parts.scheduler, generation.engine
+        self.parts.memory.release(engine)
+        if not generation.begun:
+            return
+        # Moving out of the memory that it shares with others is worth it where a later call may ask for it.
+        keep = generation.error is None and (self._reuse or not scheduler.shares_memory(engine))
+        scheduler.move_out(engine, keep=keep)
+        if keep and not scheduler.closed:
+            scheduler.store.put(engine, reuse=self._reuse)
+
+
+def open_prompt(
+    parts: ModelParts, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+) -> Stream:
+    """A stream of one prompt. `shared`: with the prefill of other continuations of it. Raises as `open_stream`."""
+    parts.require_open()
+    lifecycle = Prompted(parts, options, shared)
+    after_text = isinstance(prompt, str) and bool(prompt.strip())
+    return open_stream(lifecycle, parts.prompt_ids(prompt), options, after_text=after_text)
+
+
+class ModelLifecycle(Lifecycle, Protocol):
+    """A lifecycle that knows its model."""
+
+    parts: ModelParts
+
+
+def open_stream(
+    lifecycle: ModelLifecycle, ids: Sequence[int], options: GenerateOptions | SessionOptions, *, after_text: bool
+) -> Stream:
+    """A stream behind `ids`.
+
+    Args:
+        lifecycle: What surrounds its steps.
+        ids: The whole text so far, (T,).
+        options: Checked names, and values to check.
+        after_text: Whether the new text goes on from a text.
+
+    Raises:
+        InputError: The model cannot take `ids`, or an option is out of range.
+    """
+    for name in _SWITCHES:
+        require(isinstance(options.get(name, False), bool), name, options.get(name), "True or False")
+    parts = lifecycle.parts
+    codec = parts.tokenizer
+    stops = _texts("stop", options.get("stop", ()))
+    if stops and codec is None:
+        raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
+    sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
+    constraint = parts.vocabulary.matcher(options)
+    request = Request(
+        ids,
+        max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
+        end_ids=parts.manifest.eos_token_ids,
+        sampling=sampling,
+        prompt_lookup=options.get("prompt_lookup", True),
+        timeout=options.get("timeout"),
+        constraint=constraint,
+        drafter=_drafter(parts, options),
+        breakers=_breakers(codec, sampling) if sampling.dry_multiplier else None,
+        logprobs=options.get("logprobs"),
+        prompt_logprobs=bool(options.get("prompt_logprobs", False)),
+        context_overflow=options.get("context_overflow", "error"),
+        num_sink_tokens=options.get("num_sink_tokens", NUM_SINK_TOKENS),
+    )
+    keep = options.get("keep_special_tokens", False)
+    after_text = after_text or constraint is not None  # which sees the space that begins a text
+    text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
+    generation = Generation(parts.require_open(), request, lifecycle)
+    return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
+
+
+def _drafter(parts: ModelParts, options: GenerateOptions | SessionOptions) -> Drafter | None:
+    asked = options.get("draft")
+    if asked is not None and not isinstance(asked, bool):
+        raise InputError(
+            f"draft is {shown(asked)}; True or False was expected: the draft model itself is an option of load"
+        )
+    if asked and parts.draft is None:
+        raise InputError("draft is True, and this model has no draft model: give one to pastkey.load(draft=BUNDLE)")
+    return None if parts.draft is None or asked is False else parts.draft.drafter(parts.memory)
+
+
+def _texts(name: str, given: Any) -> tuple[str, ...]:
+    texts = tuple(given) if is_collection(given) or isinstance(given, Iterator) else (given,)
+    if any(not isinstance(text, str) or not text for text in texts):
+        raise InputError(f"{name} is {shown(given)}; texts of at least one character were expected")
+    return texts
+
+
+def _bad_words(codec: TextCodec | None, options: Mapping[str, Any]) -> Sequence[Sequence[int]]:
+    """The ids of all bad words: those of a text as it stands, and after a space."""
+    given = options.get("bad_words_ids", ())
+    texts = _texts("bad_words", options.get("bad_words", ()))
+    if not texts:
+        return given  # type: ignore[no-any-return]  # which SamplingConfig checks
+    if codec is None:
+        raise InputError("this bundle has no tokenizer, so that bad words have no ids: give bad_words_ids")
+    encoded = [codec.encode(space + text, add_special_tokens=False) for text in texts for space in ("", " ")]
+    return [*SamplingConfig(bad_words_ids=given).bad_words_ids, *encoded]
+
+
+def _breakers(codec: TextCodec | None, sampling: SamplingConfig) -> Breakers:
+    given = sampling.dry_sequence_breakers
+    if codec is not None:
+        return sequence_breakers(given, codec.pieces(), lambda text: codec.encode(text, add_special_tokens=False))
+    if given == SamplingConfig.dry_sequence_breakers:
+        return {}
+    if any(isinstance(breaker, str) for breaker in given):
+        raise InputError("this bundle has no tokenizer, so that dry_sequence_breakers have no ids: give lists of ids")
+    return sequence_breakers(given, (), lambda _: ())

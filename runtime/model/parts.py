@@ -1,0 +1,76 @@
+"""What a loaded model is made of, as whatever works with it takes it: sessions, streams, scores, embeddings, drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pastkey.contract.bundle import Bundle, Manifest
+from pastkey.errors import InputError
+
+from ..constraints.lazy import LazyVocabulary
+from ..decoding.batching.cache_budget import CacheMemory
+from ..decoding.batching.scheduler import Scheduler
+from ..decoding.many import token_ids
+from ..engine.engine import Engine
+from ..speculation.drafter import Drafter
+from ..text.codec import TextCodec
+
+
+class Drafts(Protocol):
+    """A draft model, as far as a text needs it."""
+
+    def drafter(self, memory: CacheMemory) -> Drafter | None:
+        """What drafts for a new text; None where it was closed meanwhile."""
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The parts of one loaded model.
+
+    Attributes:
+        bundle: The bundle, with its absolute path.
+        tokenizer: Its tokenizer, or None for a bundle that has none.
+        vocabulary: What constraints see of the tokenizer.
+        engine: Over the graph, for what it says of itself.
+        scheduler: Runs the steps.
+        memory: What the caches may take.
+        draft: The draft model, or None.
+    """
+
+    bundle: Bundle
+    tokenizer: TextCodec | None
+    vocabulary: LazyVocabulary
+    engine: Engine
+    scheduler: Scheduler
+    memory: CacheMemory
+    draft: Drafts | None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's."""
+        return self.bundle.manifest
+
+    def require_open(self) -> Engine:
+        """The engine. Raises InputError where the model is closed."""
+        if self.scheduler.closed:
+            raise InputError("this model is closed: load it again with pastkey.load()")
+        return self.engine
+
+    def new_engine(self) -> Engine:
+        """An engine with an empty cache over the model's graph."""
+        return Engine.over(self.require_open().graph)
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """See `prompt_ids`."""
+        return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
+
+
+def prompt_ids(prompt: str | Sequence[int], tokenizer: TextCodec | None, vocab_size: int) -> list[int]:
+    """The ids that a prompt is fed as. Raises InputError; see `LanguageModel.prompt_ids`."""
+    if not isinstance(prompt, str):
+        return token_ids(prompt, "the prompt", "a text or a sequence of token ids", vocab_size)
+    if tokenizer is None:
+        raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
+    return tokenizer.encode(prompt)

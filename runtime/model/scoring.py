@@ -1,0 +1,51 @@
+"""How likely a text is to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..sampling.log_probs import token_logprob
+from .parts import ModelParts
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a text is to the model, whatever the settings of a sampler.
+
+    Attributes:
+        ids: Its tokens.
+        logprobs: The log-probability of each after those before it, natural; None for the first, which has none.
+        total: Their sum.
+    """
+
+    ids: list[int]
+    logprobs: list[float | None]
+    total: float
+
+
+def score(parts: ModelParts, ids: list[int]) -> Score:
+    """That of `ids` (T,), computed in chunks: no more logits than those of one chunk are held."""
+    logprobs: list[float | None] = [None]
+    for logits in logits_by_chunk(parts, ids):
+        following = ids[len(logprobs) : len(logprobs) + len(logits)]
+        logprobs += [token_logprob(row, token).logprob for row, token in zip(logits, following, strict=False)]
+    return Score(list(ids), logprobs, float(sum(number for number in logprobs if number is not None)))
+
+
+def logits_by_chunk(parts: ModelParts, ids: list[int]) -> Iterator[npt.NDArray[np.float32]]:
+    """The logits of every position of `ids` (T,), from an empty cache: arrays (t, V), one for each chunk.
+
+    Raises:
+        InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
+        NumericsError: The model yields NaN or infinity.
+    """
+    engine = parts.new_engine()
+    tokens = engine.checked(ids, 1)
+    for chunk in np.split(tokens, np.cumsum(engine.chunk_sizes(tokens.size))[:-1]):
+        found: list[npt.NDArray[np.float32]] = []
+        parts.scheduler.exclusively(lambda chunk=chunk, found=found: found.append(engine.all_logits(chunk)))  # type: ignore[misc]
+        yield found[0]

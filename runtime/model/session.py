@@ -1,0 +1,275 @@
+"""A session: a text of its own over a model that others use as well, with a cache that goes on where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, Self, Unpack
+
+from pastkey.errors import InputError
+from pastkey.values import as_path, is_int, shown
+
+from ..decoding.completion import Completion, completed
+from ..decoding.generation import Generation
+from ..decoding.kept_tokens import KeptTokens
+from ..decoding.stream import Stream
+from ..engine.engine import Engine
+from ..settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, require_known
+from .opening import Scheduled, open_stream
+from .parts import ModelParts
+
+
+class Session:
+    """One text that grows: what is appended, what is generated from there. It begins empty.
+
+    Sessions of one model may be used at the same time, each by one thread at a time; `cancel` may come from any. The
+    keys and values of the text stay, so that only what is new is computed.
+    """
+
+    def __init__(self, parts: ModelParts, ids: Sequence[int] = (), engine: Engine | None = None) -> None:
+        """See `LanguageModel.session`. `engine`: with some of the first of `ids` in its cache."""
+        self._parts = parts
+        self._ids = list(ids)
+        self._engine: Engine | None = engine or parts.new_engine()
+        self._generation: Generation | None = None
+        self._cancelled = False
+
+    def __repr__(self) -> str:
+        return f"<Session of {len(self.ids)} tokens>" if self._engine is not None else "<Session, closed>"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the text so far, the generated ones included, but those that a context shift has dropped."""
+        generation = self._generation
+        if generation is None:
+            return list(self._ids)
+        return generation.kept.of(generation.ids[: generation.prompt_tokens + generation.new_tokens])
+
+    @property
+    def text(self) -> str:
+        """The text so far, special tokens left out; "" without a tokenizer."""
+        tokenizer = self._parts.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache takes."""
+        return 0 if self._engine is None else self._engine.nbytes
+
+    def append(
+        self,
+        text: str | Sequence[int],
+        *,
+        context_overflow: ContextOverflow = "error",
+        num_sink_tokens: int = NUM_SINK_TOKENS,
+    ) -> None:
+        """Appends a text, and computes its keys and values, all but those of the last two tokens.
+
+        Args:
+            text: A text, which the tokenizer encodes, with its BOS token where it is the first; or token ids.
+            context_overflow: As in `LanguageModel.generate`: with "shift" old tokens go where there are too many.
+            num_sink_tokens: How many of the first tokens stay then.
+
+        Raises:
+            InputError: It is empty, has no tokens or is too long for the context; the session is closed or generates.
+            NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
+
+        After an error the session is as it was.
+        """
+        engine, before = self._idle(), self._ids
+        kept = KeptTokens(engine, context_overflow, num_sink_tokens)
+        ids = kept.of(kept.checked([*self._ids, *self._encode(text)]))
+        self._parts.memory.promise(engine, len(ids))
+        scheduler = self._parts.scheduler
+
+        def run() -> None:
+            missing = ids[engine.length : -2]
+            if missing:
+                sizes = engine.chunk_sizes(len(missing))
+                engine.append(missing[: sizes[0]])
+
+        try:
+            self._ids, self._cancelled = ids, False
+            scheduler.exclusively(lambda: engine.keep_prefix(ids))
+            while engine.length < len(ids) - 2 and not self._cancelled:
+                scheduler.exclusively(run)
+        except BaseException:
+            self._ids = before
+            scheduler.exclusively(lambda: engine.keep_prefix(before))
+            raise
+
+    def generate(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Completion:
+        """Continues the text.
+
+        Args:
+            text: What is appended first, as by `append`.
+            **options: Those of `LanguageModel.generate`, but `reuse_prefix`, which a session does always.
+
+        Returns:
+            The continuation. It stands in the session, too.
+
+        Raises:
+            InputError: The text is empty or too long, an option is out of range, or the session is closed or generates.
+            OptionError: There is no option of that name.
+            NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
+        """
+        require_known("session.generate", options, SESSION_OPTIONS)
+        return completed(self._stream(text, options))
+
+    def stream(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Stream:
+        """Continues the text token by token; what was yielded stands in the session. See `generate`.
+
+        The session generates from the first `next` on until the stream ends or is closed.
+        """
+        require_known("session.stream", options, SESSION_OPTIONS)
+        return self._stream(text, options)
+
+    def keep(self, prompt: str | Sequence[int]) -> int:
+        """Forgets all that is not the beginning of a prompt.
+
+        Args:
+            prompt: A whole text as in `LanguageModel.generate`, or token ids.
+
+        Returns:
+            How many tokens stay. Append the prompt's others, or generate with them: `prompt_ids(prompt)[kept:]`.
+        """
+        self._idle()
+        ids, kept = self._parts.prompt_ids(prompt), 0
+        for mine, theirs in zip(self._ids, ids, strict=False):
+            if mine != theirs:
+                break
+            kept += 1
+        self.trim(kept)
+        return kept
+
+    def trim(self, length: int) -> None:
+        """Forgets all but the first `length` tokens. Raises InputError where there are fewer."""
+        engine = self._idle()
+        if not is_int(length) or not 0 <= length <= len(self._ids):
+            raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {shown(length)}")
+        del self._ids[length:]
+        self._parts.scheduler.exclusively(lambda: _cut(engine, length))
+
+    def fork(self) -> Session:
+        """Another session with the same text and a copy of its cache."""
+        engine = self._idle()
+        if not engine.graph.copies and not engine.manifest.states:
+            return Session(self._parts, self._ids)  # elsewhere than on the processor it is computed again
+        copied: list[Engine] = []
+        self._parts.scheduler.exclusively(lambda: copied.append(engine.copy()))
+        self._parts.memory.promise(copied[0], engine.length)
+        return Session(self._parts, self._ids, copied[0])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the text and its cache to a file, whole or not at all. `LanguageModel.load_session` reads it.
+
+        Raises:
+            InputError: The session is closed or generates, or there is no such folder.
+            OSError: The disk is full, or nothing can be written there; what stood there before stays.
+        """
+        from .session_file import write_session
+
+        engine, file = self._idle(), as_path(path)
+        self._parts.scheduler.exclusively(lambda: write_session(file, self._parts.bundle, self._ids, engine))
+
+    def cancel(self) -> None:
+        """Ends what the session does now within one step, from any thread. What was generated stays."""
+        self._cancelled = True
+        generation = self._generation
+        if generation is not None:
+            generation.cancel()
+            self._parts.scheduler.wake()
+
+    def close(self) -> None:
+        """Lets go of the cache. A stream of it ends within one step."""
+        generation, engine = self._generation, self._engine
+        if generation is not None:
+            generation.cancel()
+            generation.close()
+        self._engine = None
+        if engine is not None:
+            self._parts.memory.release(engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Raises InputError: a copy would write into the same cache, and another process does not have it."""
+        raise InputError(
+            "a session can be neither copied nor pickled: take session.fork(), or session.save() and load_session() "
+            "in the other process"
+        )
+
+    def _encode(self, text: str | Sequence[int]) -> list[int]:
+        if isinstance(text, str) and self._ids and self._parts.tokenizer is not None:
+            return self._parts.tokenizer.encode(text, add_special_tokens=False) if text else []
+        return self._parts.prompt_ids(text)
+
+    def _stream(self, text: str | Sequence[int], options: SessionOptions) -> Stream:
+        engine = self._idle()
+        ids = [*self._ids, *self._encode(text)]
+        if not ids:
+            raise InputError("the session is empty: append a text first, or generate from one")
+        after_text = bool(self._ids) or (isinstance(text, str) and bool(text.strip()))
+        lifecycle = _Going(self, engine, exact=options.get("exact", False))
+        return open_stream(lifecycle, ids, options, after_text=after_text)
+
+    def _idle(self) -> Engine:
+        """The engine, which nothing runs. Raises InputError."""
+        self._parts.require_open()
+        if self._engine is None:
+            raise InputError("this session is closed: open another with model.session()")
+        if self._generation is not None and self._generation.closed:
+            self._parts.scheduler.exclusively(lambda: None)  # it is taken out of the caches
+        if self._generation is not None:
+            raise InputError(
+                "this session has a stream that is not at its end: read it to its end or close it (stream.close()) "
+                "first, or go on in a fork"
+            )
+        return self._engine
+
+
+class _Going(Scheduled):
+    """The lifecycle of a generation that goes on from a session's text, in its cache."""
+
+    def __init__(self, session: Session, engine: Engine, *, exact: bool) -> None:
+        super().__init__(session._parts)
+        self._session, self._engine, self._exact = session, engine, exact
+        self._before = list(session._ids)
+
+    def starting(self, generation: Generation) -> None:
+        """The session generates from now on. Raises InputError where it has gone on since."""
+        session = self._session
+        session._idle()
+        if session._ids != self._before:
+            raise InputError("the session went on since this stream was made: make another one")
+        session._generation = generation
+
+    def provide(self, generation: Generation) -> tuple[Engine, int]:
+        """The session's own."""
+        self.parts.memory.promise(self._engine, generation.most_tokens)
+        return self._engine, self._engine.keep_prefix(generation.kept_ids, exact=self._exact)
+
+    def retired(self, generation: Generation) -> None:
+        """What was generated is the session's."""
+        session = self._session
+        self.parts.scheduler.move_out(self._engine)
+        if session._generation is generation:
+            failed = generation.error is not None and not generation.new_tokens  # on what was appended: nothing stays
+            ids = self._before if failed else list(generation.kept_ids)
+            _cut(self._engine, len(ids))
+            session._ids, session._generation = ids, None
+
+
+def _cut(engine: Engine, length: int) -> None:
+    """Forgets in a cache what is behind a text of this length."""
+    if engine.length > length:
+        engine.trim(length) if engine.can_trim(length) else engine.empty()

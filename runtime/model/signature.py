@@ -1,0 +1,179 @@
+"""A signature of a bundle: who made it, where hashes alone say that it is undamaged.
+
+It is one of ed25519 (RFC 8032) over the bytes of the manifest, which has size and hash of every file. pastkey.json.sig
+holds its 64 bytes and nothing else, as `openssl pkeyutl -sign -rawin` writes them. Keys are PEM files as `openssl
+genpkey` writes them. The package cryptography computes; it comes with the extra `sign`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pastkey.contract.bundle import open_bundle
+from pastkey.contract.names import MANIFEST, SIGNATURE
+from pastkey.errors import InputError, IntegrityError, MissingFileError, missing_extra
+from pastkey.files.durable import write_whole
+from pastkey.files.folder import require_manifest
+from pastkey.files.reading import MOST_JSON, read_bytes, reading
+from pastkey.values import as_path
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+_MOST_KEY = 10_000  # bytes of a PEM file; one of ed25519 has 119
+_BYTES = 64  # of a signature
+_LABEL = re.compile(rb"^-----BEGIN ([A-Z0-9 ]{1,40})-----", re.MULTILINE)
+
+
+def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
+    """Writes the signature of a bundle beside its manifest, after a look at every hash.
+
+    Args:
+        bundle: The bundle's folder.
+        key: A PEM file with a private ed25519 key (PKCS8, not encrypted).
+
+    Returns:
+        The signature's file.
+
+    Raises:
+        MissingFileError: There is no such bundle or file.
+        IntegrityError: The bundle is not whole, or the key's file is damaged.
+        InputError: The file holds another kind of key.
+        MissingExtraError: cryptography is not installed.
+    """
+    private = _private_key(as_path(key, "key", "the path of a PEM file"))
+    folder = open_bundle(bundle, verify=True).path
+    write_whole(folder / SIGNATURE, private.sign(read_bytes(folder / MANIFEST, MOST_JSON)))
+    return folder / SIGNATURE
+
+
+def require_signature(bundle: str | Path, key: str | Path) -> None:
+    """Raises IntegrityError unless the manifest of a bundle was signed by the private half of `key`.
+
+    No other file of the bundle is opened: what the manifest says of them is for `open_bundle` to check afterwards.
+
+    Args:
+        bundle: The bundle's folder.
+        key: A PEM file with a public ed25519 key.
+
+    Raises:
+        MissingFileError: There is no such bundle or file, or no signature.
+        IntegrityError: The signature is not one of this manifest by this key, or the key's file is damaged.
+        InputError: The file holds another kind of key.
+        MissingExtraError: cryptography is not installed.
+    """
+    public = _public_key(as_path(key, "key", "the path of a PEM file"))
+    folder = as_path(bundle, "bundle", "the path of a bundle folder")
+    require_manifest(folder, "bundle")
+    try:
+        signature = read_bytes(folder / SIGNATURE, _MOST_KEY)
+    except MissingFileError:
+        raise MissingFileError(
+            f"{folder} is not signed: it has no {SIGNATURE}; ask whoever made it for a signed one, or open it without "
+            "a key if you know where it comes from"
+        ) from None
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        public.verify(signature, read_bytes(folder / MANIFEST, MOST_JSON))
+    except InvalidSignature:
+        size = "" if len(signature) == _BYTES else f", which has {len(signature)} bytes and not {_BYTES},"
+        raise IntegrityError(
+            f"{folder / SIGNATURE}{size} is no signature of {MANIFEST} by the key in {key}: the manifest was altered, "
+            "or another key signed it; do not open this bundle"
+        ) from None
+
+
+def new_key(path: str | Path) -> Path:
+    """Writes a new private key to `path`, which its owner alone may read, and its public half beside it.
+
+    Returns:
+        The public key's file: key.pub.pem beside key.pem.
+
+    Raises:
+        InputError: One of the two exists, or the path ends with no name.
+        MissingExtraError: cryptography is not installed.
+    """
+    private = as_path(path)
+    if not private.name:
+        raise InputError(f"{str(path)!r} is not the name of a file: name the private key, as in key.pem")
+    public = private.with_suffix(".pub.pem")
+    taken = next((file for file in (private, public) if os.path.lexists(file)), None)
+    if taken is not None:
+        raise InputError(f"{taken} already exists, and a key that is overwritten is lost: choose another name")
+    with _cryptography():
+        from cryptography.hazmat.primitives import serialization as form
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    key = Ed25519PrivateKey.generate()
+    secret = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+    told = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+    write_whole(public, told)
+    try:
+        write_whole(private, secret, mode=0o600)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            public.unlink()
+        raise
+    return public
+
+
+def _private_key(path: Path) -> Ed25519PrivateKey:
+    content = _pem(path, "PRIVATE KEY", "private")
+    with _cryptography():
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    with reading(path, "a private key"):
+        key = load_pem_private_key(content, password=None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise _another_algorithm(key, path)
+    return key
+
+
+def _public_key(path: Path) -> Ed25519PublicKey:
+    content = _pem(path, "PUBLIC KEY", "public")
+    with _cryptography():
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    with reading(path, "a public key"):
+        key = load_pem_public_key(content)
+    if not isinstance(key, Ed25519PublicKey):
+        raise _another_algorithm(key, path)
+    return key
+
+
+def _pem(path: Path, expected: str, kind: str) -> bytes:
+    """The content of a PEM file, by its first label. Raises InputError for another one than is expected."""
+    content = read_bytes(path, _MOST_KEY)
+    label = _LABEL.search(content)
+    found = label[1].decode("ascii") if label else None
+    if found == "ENCRYPTED PRIVATE KEY":
+        raise InputError(
+            f"{path} is encrypted, and no password is asked for: decrypt it with  openssl pkey -in {path} -out FILE  "
+            "and name that file"
+        )
+    if found != expected:
+        raise InputError(
+            f"{path} holds {f'a PEM block {found!r}' if found else 'no PEM block'}; a {kind} ed25519 key, "
+            f"{expected!r}, was expected: pastkey sign --new-key FILE writes a pair"
+        )
+    return content
+
+
+def _another_algorithm(key: object, path: Path) -> InputError:
+    return InputError(
+        f"{path} holds a key of another algorithm ({type(key).__name__.strip('_')}); one of ed25519 was expected: "
+        "pastkey sign --new-key FILE writes a pair"
+    )
+
+
+@contextlib.contextmanager
+def _cryptography() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from None

@@ -1,0 +1,69 @@
+"""The limits of an untrusted bundle's process: those that are asked for, and those that are in force."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pastkey.errors import InputError
+from pastkey.files.memory import shown_bytes
+from pastkey.typed import Between
+from pastkey.values import is_int, is_number, shown
+
+SECONDS = 120.0
+MEMORY, MEMORY_PER_BYTE = 2_000_000_000, 3  # bytes beside the libraries, and for each byte of the bundle
+LEAST_MEMORY = 16_000_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an untrusted bundle may take.
+
+    Attributes:
+        memory: Bytes beside those of Python and its libraries; weights that are mapped from their file do not count.
+            None is 2 GB and three times the size of the bundle's files, and no more than is available.
+        seconds: Time to load, and for each answer: the next token, of which the first takes the whole prompt; the
+            score of a text; a rendering of a conversation.
+    """
+
+    memory: int | None = None
+    seconds: float = SECONDS
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and not is_int(self.memory, LEAST_MEMORY, 2**62):
+            raise InputError(f"memory is {shown(self.memory)}; bytes from {LEAST_MEMORY} were expected, or None")
+        if not is_number(self.seconds) or not 0 < self.seconds <= 1e6:
+            raise InputError(f"seconds is {shown(self.seconds)}; a number above 0 and at most 1000000 was expected")
+
+
+@dataclass(frozen=True)
+class LimitsInForce:
+    """The limits that a process has. `str` says them in words.
+
+    Attributes:
+        seconds: Time to load, and for each answer.
+        memory: Bytes beside those of Python and its libraries, or None where the system sets none.
+        landlock: The ABI of landlock, by which no file can be opened but the bundle's and the libraries', no file
+            written and no program started; from 4 on no TCP either. 0 where there is none, and files are open to it.
+        missing: What this system lacks, in words.
+    """
+
+    seconds: float
+    memory: Annotated[int, Between(0, 2**63 - 1)] | None
+    landlock: Annotated[int, Between(0, 1000)]
+    missing: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.seconds:g} s for an answer"]
+        if self.memory is not None:
+            parts.append(f"{shown_bytes(self.memory)} of memory")
+        if self.landlock:
+            parts.append(f"no files but its own and the libraries (landlock ABI {self.landlock})")
+        lacking = f"; not in force on this system: {', '.join(self.missing)}" if self.missing else ""
+        return f"limits in force: {', '.join(parts)}{lacking}"
+
+
+def default_memory(files: int, available: int | None) -> int:
+    """Bytes for a bundle whose files have so many bytes, where so many are available."""
+    wanted = MEMORY + MEMORY_PER_BYTE * files
+    return wanted if available is None else max(LEAST_MEMORY, min(wanted, available))

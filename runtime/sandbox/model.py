@@ -1,0 +1,323 @@
+"""A model whose bundle is open in another process, with limits, and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, cast, overload
+
+from pastkey.contract.bundle import parse_manifest
+from pastkey.errors import InputError, LimitWarning, PastkeyError
+
+from ..decoding.asynchronous import AsyncStream
+from ..decoding.completion import Completion, completed
+from ..decoding.many import several, token_ids
+from ..model.chat import Chat
+from ..model.generation_config import NAMES
+from ..model.scoring import Score
+from ..model.unpack import given_as, remove, tell_as_given
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, require_known
+from ..text.chat_template import read_template
+from .chat_format import SandboxedChatFormat
+from .connection import Connection, name_of
+from .limits import Limits
+from .protocol import MOST_JSON, Loaded, Values
+from .stream import PER_TOKEN, SandboxedStream
+
+if TYPE_CHECKING:
+    from ..decoding.stream import Stream
+    from ..text.tools import Tool
+
+T = TypeVar("T")
+_HAS: Final = "generate, agenerate, stream, astream, chat, score, ascore, sampling_defaults, manifest, limits and close"
+
+
+class SandboxedModel:
+    """A bundle that another process has opened under limits: `pastkey.load(path, trust=False)`.
+
+    The process runs on the CPU, and every reply of it is checked. A call that it does not answer in time, and whatever
+    else ends it, raises UntrustedBundleError, as every later call does: load the bundle again. Any number of threads
+    and tasks may call at the same time; what they generate is decoded together.
+
+    Attributes:
+        path: The bundle's folder.
+        manifest: The bundle's manifest, as the process read it.
+        limits: The limits that the process has.
+        closed: Whether `close` was called.
+        connection: The way to the process.
+    """
+
+    def __init__(self, opened: Opened, settings: Mapping[str, Any]) -> None:
+        """See `open_sandboxed`."""
+        self.connection = connection = opened.connection
+        self.limits = connection.in_force
+        self.path, self._max_batch, self.closed = opened.path, settings["max_batch"], False
+        # Before the bundle is opened: whatever happens then, the process ends.
+        self._finalizer = weakref.finalize(self, opened.close)
+        try:
+            found = connection.call("to load", "load", Loaded, settings)
+            try:
+                self.manifest = parse_manifest(opened.path, found.manifest)
+            except PastkeyError as error:
+                connection.fail(f"answered with no manifest ({error}), and was ended")
+        except BaseException as error:
+            self._finalizer()
+            if opened.folder is not None:
+                tell_as_given(error, opened.path, opened.name)
+            raise
+
+    def __repr__(self) -> str:
+        closed = ", closed" if self.closed else ""
+        return f"<SandboxedModel {self.path} ({self.manifest.precision}{closed})>"
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"a sandboxed model has no {name!r}; it has {_HAS}: load a bundle that you trust with trust=True"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process. Generations that run end; later calls raise."""
+        self.closed = True
+        self._finalizer()
+
+    @property
+    def sampling_defaults(self) -> ChatOptions:
+        """See LanguageModel."""
+        connection = self._alive()
+        found = connection.call("for the sampling defaults", "defaults", Values, {}).values
+        try:
+            require_known("the process", found, NAMES)
+            SamplingConfig.of(found)
+        except PastkeyError as error:
+            connection.fail(f"answered with no sampling defaults ({error}), and was ended")
+        return cast(ChatOptions, dict(found))
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them, too
+        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Unpack[GenerateOptions]
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        **options: Unpack[GenerateOptions],
+    ) -> Completion | list[Completion]:
+        """Continues a prompt, or each of several, which are decoded together.
+
+        Args:
+            prompt: A text, or a sequence of token ids (T,); or a sequence of these.
+            **options: As in `LanguageModel.generate`, without `logits_processor`.
+
+        Returns:
+            The continuation; of several prompts a list of them, in the same order.
+
+        Raises:
+            UntrustedBundleError: The process broke a limit, crashed, or gave no answer.
+            InputError: As in `LanguageModel.generate`.
+            OptionError: There is no option of that name.
+        """
+        require_known("generate", options, GENERATE_OPTIONS)
+        if not several(prompt):
+            return completed(self._stream(prompt, options))  # type: ignore[arg-type]
+        streams = [self._stream(one, options) for one in prompt]  # type: ignore[arg-type]
+        threads = ThreadPoolExecutor(self._max_batch)
+        try:
+            return list(threads.map(completed, streams))
+        finally:
+            for stream in streams:
+                stream.close()
+            threads.shutdown(wait=False)
+
+    async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
+        """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
+        require_known("agenerate", options, GENERATE_OPTIONS)
+        return await self._astream(prompt, options).completed()
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> SandboxedStream:
+        """Continues one prompt token by token.
+
+        What is wrong with the prompt or the value of an option is raised at the first `next`.
+
+        Args:
+            prompt: A text, or a sequence of token ids (T,).
+            **options: As in `generate`.
+
+        Returns:
+            An iterator of a Chunk for each new token. The Completion is its `completion` at the end, and the value of
+            StopIteration.
+
+        Raises:
+            OptionError: There is no option of that name.
+        """
+        require_known("stream", options, GENERATE_OPTIONS)
+        return self._stream(prompt, options)
+
+    def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
+        require_known("astream", options, GENERATE_OPTIONS)
+        return self._astream(prompt, options)
+
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        template: str | Path | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        special_tokens_as_text: bool = False,
+        **template_variables: Any,
+    ) -> Chat:
+        """Begins a conversation. See `LanguageModel.chat`; the process renders and encodes it."""
+        return Chat(
+            self,
+            system,
+            template=template,
+            tools=tools,
+            documents=documents,
+            special_tokens_as_text=special_tokens_as_text,
+            template_variables=template_variables,
+        )
+
+    def chat_format(
+        self, template: str | Path | None = None, *, tools: bool = False, special_tokens_as_text: bool = False
+    ) -> SandboxedChatFormat:
+        """How a conversation becomes token ids. `LanguageModel.chat` has the arguments and the errors."""
+        source = None if template is None else read_template(template)
+        return SandboxedChatFormat(self._alive(), source, tools=tools, special_tokens_as_text=special_tokens_as_text)
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """The log-probability of each token of a text, and their sum. See `LanguageModel.score`."""
+        sent = self._sent(text)
+        most = MOST_JSON + PER_TOKEN * len(sent)
+        return self._alive().call("for a score", "score", Score, {"text": sent}, most=most)
+
+    async def ascore(self, text: str | Sequence[int]) -> Score:
+        """As `score`, for `await`."""
+        return await asyncio.get_running_loop().run_in_executor(_Waiters(), self.score, text)
+
+    def _alive(self) -> Connection:
+        """The process. Raises InputError where the model is closed, UntrustedBundleError where it has ended."""
+        if self.closed:
+            raise InputError("this model is closed: load it again with pastkey.load()")
+        self.connection.require_alive()
+        return self.connection
+
+    def _sent(self, prompt: str | Sequence[int]) -> str | list[int]:
+        """A prompt as JSON has it. Raises InputError for what is neither a text nor token ids."""
+        if isinstance(prompt, str):
+            return prompt
+        return token_ids(prompt, "the prompt", "a text or a sequence of token ids", self.manifest.vocab_size)
+
+    def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> SandboxedStream:
+        return SandboxedStream(self._alive(), self, self._sent(prompt), options, self.manifest)
+
+    def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
+        stream = cast("Stream", self._stream(prompt, options))  # it has all that an AsyncStream calls
+        return AsyncStream(stream, _Waiters())
+
+
+class _Waiters(Executor):
+    """A thread for each call, for which the end of the program does not wait: the process may keep it waiting."""
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **given: Any) -> Future[T]:
+        """See Executor."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    found = function(*args, **given)
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(found)
+
+        threading.Thread(target=work, name="pastkey", daemon=True).start()
+        return future
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A process for a bundle, and the temporary folder that the bundle lies in, if any."""
+
+    path: Path
+    name: str  # what messages call it
+    connection: Connection
+    folder: Path | None
+    made_by: int
+
+    def close(self) -> None:
+        """Ends the process, and removes the folder."""
+        self.connection.close()
+        if self.folder is not None:
+            remove(self.folder, self.made_by)
+
+
+def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Opened:
+    """Starts a process for a bundle. No file of it is read here: a resource that is no file is copied.
+
+    Args:
+        given: As `load` takes it. The process unpacks a zip file to a temporary folder.
+        limits: What it may take.
+        readable: Further files that it may read.
+    """
+    found = given_as(given)
+    path, folder, unpack_to = found.path.absolute(), found.copied, None
+    try:
+        if found.content is not None or path.is_file():
+            folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
+            unpack_to = folder / "bundle"
+            unpack_to.mkdir()
+        if folder is not None and found.content is not None:
+            path = folder / "bundle.zip"
+            path.write_bytes(found.content)
+        connection = Connection(path, limits, name=found.name, unpack_to=unpack_to, readable=readable)
+        if found.content is not None:
+            path.unlink()
+    except BaseException:
+        if folder is not None:
+            remove(folder, os.getpid())
+        raise
+    return Opened(unpack_to or path, found.name, connection, folder, os.getpid())
+
+
+def open_sandboxed(
+    load: Callable[..., object], given: object, limits: Limits | None, settings: Mapping[str, Any]
+) -> SandboxedModel:
+    """Opens a bundle in a process of its own. A LimitWarning says which limits this system lacks.
+
+    Args:
+        load: `pastkey.load`, which the process calls by its name.
+        given: As `load` takes it.
+        limits: What it may take.
+        settings: Those of `load`, checked, without a provider.
+
+    Raises:
+        UntrustedBundleError: The process breaks a limit, crashes or gives no answer.
+        PastkeyError: As `load` does.
+    """
+    key = settings.get("key")
+    opened = connect(given, limits or Limits(), [] if key is None else [key])
+    model = SandboxedModel(opened, {**settings, "load": name_of(load)})
+    if model.limits.missing:
+        warnings.warn(f"{opened.path}: {model.limits}", LimitWarning, stacklevel=3)
+    return model

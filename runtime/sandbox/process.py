@@ -1,0 +1,105 @@
+"""Starting the process of an untrusted bundle: by the same Python, without its environment, its paths, its terminal."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pastkey
+from pastkey.errors import UntrustedBundleError
+
+if sys.platform != "win32":
+    import fcntl
+
+# -I and -S leave out the current folder, and what a user or a site adds: imports come from where `libraries` says.
+BOOT: Final = (
+    "import json, sys; sys.path += json.loads(sys.argv[1]); "
+    "from pastkey.runtime.sandbox.child import main; main(int(sys.argv[2]))"
+)
+# What the process imports, and where that lies is what it may read beside Python itself and the bundle.
+_PACKAGES: Final = ("numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance", "cryptography", "cffi")
+# Of the environment it gets these alone: no key, no address, no home.
+_KEPT: Final = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT", "PASTKEY_TRACEBACK")
+_KEPT_PREFIXES: Final = ("OMP_", "OPENBLAS_", "MKL_", "TOKENIZERS_", "RAYON_")
+
+
+def started(name: str) -> tuple[subprocess.Popen[bytes], int | None]:
+    """The process, and a descriptor whose other end it holds: it ends with this one's last breath.
+
+    Raises UntrustedBundleError, which calls the bundle `name`.
+    """
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise UntrustedBundleError(
+            f"the untrusted bundle {name} needs a process of its own, and this program has no Python to start one "
+            "with: load it from a program that Python runs"
+        )
+    own, lifeline = (None, None) if sys.platform == "win32" else _lifeline()
+    environment = {name: value for name, value in os.environ.items() if _is_kept(name)}
+    flags = ["-I", "-S", "-B", "-X", "utf8"]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *flags, "-c", BOOT, json.dumps(libraries()[0]), str(own or 0)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if "PASTKEY_TRACEBACK" in environment else subprocess.DEVNULL,
+            cwd=os.sep,
+            env={**environment, "ORT_DISABLE_TELEMETRY": "1"},
+            pass_fds=() if own is None else (own,),
+            start_new_session=True,  # no terminal, no Ctrl-C
+        )
+    except OSError as error:
+        if lifeline is not None:
+            os.close(lifeline)
+        short = error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+        what = (
+            "free memory, or end other processes" if short else f"{sys.executable} must be there, for this user to run"
+        )
+        raise UntrustedBundleError(
+            f"the process of the untrusted bundle {name} cannot be started ({error.strerror or error}): {what}"
+        ) from None
+    finally:
+        if own is not None:
+            os.close(own)
+    return process, lifeline
+
+
+def _lifeline() -> tuple[int, int]:
+    """A pipe whose first end the process inherits: not as its standard input or output, where this one has none."""
+    own, lifeline = os.pipe()
+    if own <= 2:
+        low, own = own, fcntl.fcntl(own, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(low)
+    return own, lifeline
+
+
+def _is_kept(name: str) -> bool:
+    return name in _KEPT or name.startswith(_KEPT_PREFIXES)
+
+
+def libraries() -> tuple[list[str], list[list[str]]]:
+    """Where to import from, and what of it may be read.
+
+    Returns:
+        Folders for `sys.path`, first that of this pastkey; and pairs of a path and "read" or "list".
+    """
+    packages = [Path(pastkey.__file__).resolve().parent, Path(__file__).resolve().parent.parent]
+    roots = [str(packages[0].parent)]
+    rights = [[str(package), "read"] for package in packages]
+    for name in _PACKAGES:
+        found = importlib.util.find_spec(name)
+        for place in (found.submodule_search_locations if found is not None else None) or ():
+            root = Path(place).parent
+            if str(root) not in roots:
+                roots.append(str(root))
+            # Beside a package lie its libraries (numpy.libs). A folder of one's own may hold anything else.
+            site = root.name in ("site-packages", "dist-packages")
+            rights += (
+                [[str(root), "read"]] if site else [[str(root), "list"], [place, "read"], [f"{place}.libs", "read"]]
+            )
+    return roots, rights

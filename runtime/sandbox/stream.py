@@ -1,0 +1,187 @@
+"""A stream whose tokens another process makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Generator, Mapping, Sequence, Set
+from types import TracebackType
+from typing import Any, Final, Self
+
+from pastkey.contract.bundle import Manifest
+from pastkey.errors import InputError, UntrustedBundleError
+from pastkey.values import is_collection, is_int, shown
+
+from ..decoding.completion import Chunk, Completion
+from ..decoding.stream import read_already
+from ..settings import MAX_NEW_TOKENS
+from ..text.environment import plain
+from .connection import Connection, numbers
+from .protocol import MOST_JSON, Step
+
+PER_TOKEN: Final = 64  # bytes of JSON for an id and its log-probability
+_TEXT_PER_TOKEN, _TEXT = 10_000, 1_000_000  # characters of a token, and beside them
+_PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at most: those of UTF-8's bytes
+
+
+class SandboxedStream(Generator[Chunk, None, Completion]):
+    """As Stream: it may be read, cancelled and closed from any thread.
+
+    The process is asked to begin at the first `next`, which also raises what is wrong with the prompt or an option.
+    Nothing but `next` waits for the process.
+
+    Attributes:
+        completion: What it returns at its end; also after `close`, with what was yielded until then. None before.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        holds: object,
+        text: str | Sequence[int],
+        options: Mapping[str, Any],
+        manifest: Manifest,
+    ) -> None:
+        """Asks for nothing yet.
+
+        Args:
+            connection: The process.
+            holds: What the process lives as long as.
+            text: The prompt.
+            options: Those of the call, whose names are known.
+            manifest: The bundle's.
+
+        Raises InputError for an option that JSON does not hold.
+        """
+        self.completion: Completion | None = None
+        self._connection, self._holds, self._number = connection, holds, next(numbers)
+        self._reading = threading.Lock()
+        self._chunks: list[Chunk] = []
+        self._prompt_tokens = self._tokens = self._length = 0
+        self._begun = self._over = self._cancelled = False
+        sent = sent_options(options)
+        self._given: dict[str, Any] = {"text": text, "options": sent}
+        # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
+        new, logprobs = sent.get("max_new_tokens", MAX_NEW_TOKENS), sent.get("logprobs")
+        self._vocab_size, self._most_new = manifest.vocab_size, new if is_int(new, 0) else 0
+        self._most_text = _TEXT + _TEXT_PER_TOKEN * self._most_new
+        each = PER_TOKEN * (2 + (logprobs if is_int(logprobs, 0, self._vocab_size) else 0))
+        self._most = MOST_JSON + (_PER_PART * len(text) * each if sent.get("prompt_logprobs") else 0)
+
+    def __next__(self) -> Chunk:
+        return self.send(None)
+
+    def send(self, value: None) -> Chunk:
+        """As `next`."""
+        del value
+        if not self._reading.acquire(blocking=False):
+            raise read_already()
+        try:
+            if self._cancelled and not self._begun:
+                self.close()
+            if self._over:
+                raise StopIteration(self.completion)
+            return self._taken(self._asked())
+        finally:
+            self._reading.release()
+
+    def _asked(self) -> Step:
+        what, given = ("next", {}) if self._begun else ("stream", self._given)
+        self._begun = True
+        try:
+            asked = {"stream": self._number, **given}
+            found = self._connection.call("for the next token", what, Step, asked, most=self._most)
+        except BaseException as error:  # an interrupt, too: the answer to this question is lost
+            self.close()
+            if isinstance(error, UntrustedBundleError) and self._connection.closed:
+                raise StopIteration(self.completion) from None  # as where a model is closed meanwhile
+            raise
+        if what == "stream" and (self._over or self._cancelled):  # meanwhile, when the process may not have begun
+            self._connection.tell("drop" if self._over else "cancel", stream=self._number)
+        return found
+
+    def _taken(self, found: Step) -> Chunk:
+        self._prompt_tokens = found.prompt_tokens
+        if self._over:  # closed meanwhile
+            raise StopIteration(self.completion)
+        if found.whole is not None:
+            self._over, self.completion = True, self._completion(found.whole)
+            raise StopIteration(self.completion)
+        if found.piece is None:
+            self._connection.fail("answered with nothing, and was ended")
+        chunk = found.piece
+        self._chunks.append(chunk)
+        self._tokens += len(chunk.ids)
+        self._length += len(chunk.text)
+        # There is a piece for each token, and one for what was held back.
+        if max(self._tokens, len(self._chunks) - 1) > self._most_new:
+            self._connection.fail(f"answered with more than {self._most_new:,} new tokens, and was ended")
+        for token in chunk.ids:
+            if not 0 <= token < self._vocab_size:
+                self._connection.fail(f"answered with a token of id {token}, and was ended")
+        if self._length > self._most_text:
+            self._connection.fail(f"answered with a text of more than {self._most_text:,} characters, and was ended")
+        return chunk
+
+    def _completion(self, whole: Completion) -> Completion:
+        """With what the chunks told."""
+        chunks = list(self._chunks)
+        ids = [token for chunk in chunks for token in chunk.ids]
+        logprobs = [found for chunk in chunks for found in chunk.logprobs]
+        text, prompt, new = "".join(chunk.text for chunk in chunks), self._prompt_tokens, len(ids)
+        return dataclasses.replace(whole, text=text, ids=ids, logprobs=logprobs, prompt_tokens=prompt, new_tokens=new)
+
+    def throw(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: BaseException | object = None,
+        traceback: TracebackType | None = None,
+    ) -> Chunk:
+        """Ends it, and raises the error."""
+        del traceback
+        self.close()
+        raise kind(*([] if value is None else [value])) if isinstance(kind, type) else kind
+
+    def cancel(self) -> None:
+        """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
+        self._cancelled = True
+        self._connection.tell("cancel", stream=self._number)
+
+    def close(self) -> None:
+        """Ends it within one step; no more can be read. Never waits."""
+        if self._over:
+            return
+        self._over = True
+        self.completion = self._completion(Completion("", [], "cancelled", 0, 0, 0.0, 0.0))
+        self._connection.tell("drop", stream=self._number)
+
+    def __del__(self) -> None:
+        if not vars(self).get("_over", True):
+            self._connection.tell("drop", stream=self._number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call as JSON takes them, a mapping of ids as pairs. Raises InputError where it takes none."""
+    found = {}
+    for name, value in options.items():
+        if name == "logits_processor":
+            if not is_collection(value) or len(value):
+                raise InputError(
+                    "logits_processor is a function, and the process of an untrusted bundle takes none: leave it out, "
+                    "or load the bundle with trust=True"
+                )
+            continue
+        pairs = name == "logit_bias" and isinstance(value, Mapping)
+        try:
+            found[name] = plain(list(value.items()) if pairs else list(value) if isinstance(value, Set) else value)
+        except (TypeError, RecursionError):
+            raise InputError(
+                f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
+            ) from None
+    return found

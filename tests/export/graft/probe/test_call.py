@@ -1,0 +1,246 @@
+"""How a module is called is found by trying, or given."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pastkey.errors import ContractError, InputError
+from pastkey.export.graft.probe.call import Call, Probed, find_call, is_plain
+from pastkey.export.graft.probe.causes import Kind, NoCacheError
+
+VOCAB, CONTEXT = 11, 12
+
+
+class Counted(nn.Module):
+    """Logits of the mean of all tokens so far: a decoder without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.token = nn.Embedding(VOCAB, 6)
+            self.head = nn.Linear(6, VOCAB)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V)."""
+        x = self.token(ids)
+        return self.head(torch.tanh(x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]))
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.logits(ids)
+
+
+@dataclass
+class Output:
+    loss: None
+    logits: Tensor
+
+
+class Tupled(Counted):
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Any:
+        return self.logits(ids) if targets is not None else self.logits(ids)[:, [-1]], None
+
+
+class InDictionary(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        return {"hidden": self.token(ids), "out": [self.logits(ids)]}
+
+
+class InDataclass(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        return Output(None, self.logits(ids))
+
+
+class TimeFirst(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        assert ids.dim() == 2
+        return self.logits(ids.T).transpose(0, 1)
+
+
+class OneRow(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        (length,) = ids.shape
+        return self.logits(ids.reshape(1, length))[0]
+
+
+class LastOnly(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        return self.logits(ids)[:, -1]
+
+
+class WithStart(Counted):
+    def forward(self, ids: Tensor, start_pos: int) -> Any:  # type: ignore[override]
+        return self.logits(ids) + (torch.arange(ids.shape[1]) + start_pos)[:, None] * 0.01
+
+
+class LastUnlessTargets(Counted):
+    """Has its targets behind positions, which are no place for ids."""
+
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None) -> Any:
+        logits = self.logits(ids) if position_ids is None else self.logits(ids) + position_ids[..., None] * 0
+        return logits if targets is not None else logits[:, -1]
+
+
+class OneRowWithPositions(OneRow):
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Any:
+        logits = super().forward(ids)
+        return logits if position_ids is None else logits + position_ids[..., None]
+
+
+class WithMask(Counted):
+    """Looks ahead unless a mask is given."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Any:
+        x = self.token(ids)
+        scores = torch.zeros(ids.shape[1], ids.shape[1]) + (0.0 if mask is None else mask)
+        return self.head(torch.tanh(scores.softmax(-1) @ x))
+
+
+FOUND: dict[type[Counted], tuple[str, str]] = {
+    Counted: ("model(ids)", "btv"),
+    Tupled: ("model(ids, ids)[0]", "btv"),
+    InDictionary: ("model(ids)['out'][0]", "btv"),
+    InDataclass: ("model(ids).logits", "btv"),
+    TimeFirst: ("model(ids.T)", "tbv"),
+    OneRow: ("model(ids[0])", "tv"),
+    LastOnly: ("model(ids)", "bv"),
+    LastUnlessTargets: ("model(ids, targets=ids)", "btv"),
+    OneRowWithPositions: ("model(ids[0])", "tv"),
+    WithStart: ("model(ids, 0)", "btv"),
+    WithMask: ("model(ids, mask=future_scores)", "btv"),
+}
+
+
+def probed(module: nn.Module, asked: str | None = None) -> Probed:
+    return find_call(module.eval(), CONTEXT, asked)
+
+
+@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
+def test_the_call_is_found_and_how_the_logits_lie(kind: type[Counted]) -> None:
+    module = kind()
+    found = probed(module)
+    expression, order = FOUND[kind]
+    assert (found.call.expression, found.call.order) == (expression, order)
+    assert (found.vocab_size, found.breaches) == (VOCAB, ())
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        logits = found.call(module, ids)
+    assert logits.shape == (1, 1 if order == "bv" else 6, VOCAB)
+    if kind not in (WithStart, WithMask):
+        with torch.no_grad():
+            assert torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
+
+
+def test_a_call_that_is_given_is_taken() -> None:
+    found = probed(Tupled(), "model(ids)[0]")
+    assert (found.call.expression, found.call.order) == ("model(ids)[0]", "b1v")
+
+
+class EitherWay(Counted):
+    def forward(self, ids: Tensor, scale: Any) -> Any:  # type: ignore[override]
+        return self.logits(ids) * (2 if scale is None else 1)
+
+
+def test_two_calls_that_give_other_logits_are_told() -> None:
+    with pytest.raises(InputError, match=r"runs as .* and as .*, and gives other logits: say which with  --call "):
+        probed(EitherWay())
+    assert probed(EitherWay(), "model(ids, 1)").call.expression == "model(ids, 1)"
+
+
+def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell() -> None:
+    class Quoted(Counted):
+        def forward(self, ids: Tensor, scale: Any) -> Any:  # type: ignore[override]
+            return {"it's $HOME": self.logits(ids) * (2 if scale is None else 1)}
+
+    with pytest.raises(InputError) as caught:
+        probed(Quoted())
+    words = shlex.split(str(caught.value).partition("say which with")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert calls == ['model(ids, ids)["it\'s $HOME"]', 'model(ids, None)["it\'s $HOME"]']
+    assert [probed(Quoted(), call).call.expression for call in calls] == calls
+
+
+class NoisyUnlessTold(Counted):
+    """Its argument is neither targets nor a mask."""
+
+    def forward(self, ids: Tensor, quiet: Tensor | None = None) -> Any:
+        return self.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0)
+
+
+def test_a_plain_call_that_is_random_is_mended_by_no_other() -> None:
+    found = probed(NoisyUnlessTold())
+    assert (found.call.expression, [cause.kind for cause in found.breaches]) == ("model(ids)", [Kind.CHANCE])
+
+
+def breach(change: Callable[[Tensor], Tensor]) -> list[Kind]:
+    class Broken(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            return change(self.logits(ids))
+
+    return [cause.kind for cause in probed(Broken()).breaches]
+
+
+def test_what_a_decoder_does_not_do_is_seen() -> None:
+    assert breach(lambda x: x.flip(1))[0] == Kind.LOOK_AHEAD
+    assert breach(lambda x: x - x.mean(0)) == [Kind.ROWS]
+    assert breach(lambda x: x + torch.rand_like(x)) == [Kind.CHANCE]
+    assert breach(lambda x: x * torch.nan) == [Kind.UNKNOWN]
+    assert breach(torch.zeros_like) == [Kind.UNKNOWN]
+
+
+def test_a_module_that_gives_no_logits_is_refused_with_what_to_type() -> None:
+    class Loss(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            return self.logits(ids).mean()
+
+    with pytest.raises(ContractError, match=r"it gives no logits .* --call"):
+        probed(Loss())
+
+
+def test_a_module_of_one_length_alone_is_refused_by_that() -> None:
+    class Whole(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            return self.logits(ids + torch.zeros(CONTEXT, dtype=torch.long))
+
+    with pytest.raises(NoCacheError) as caught:
+        probed(Whole())
+    assert [cause.kind for cause in caught.value.causes] == [Kind.FIXED]
+
+
+def test_an_expression_knows_positions_and_masks_and_no_more_of_python() -> None:
+    ids = torch.zeros((2, 3), dtype=torch.long)
+    assert Call("positions").raw(nn.Module(), ids).tolist() == [[0, 1, 2]] * 2
+    assert Call("future").raw(nn.Module(), ids).tolist() == (~Call("past").raw(nn.Module(), ids)).tolist()
+    assert Call("future_scores").raw(nn.Module(), ids)[0].tolist() == [0, -torch.inf, -torch.inf]
+    with pytest.raises(NameError):
+        Call("open('x')").raw(nn.Module(), ids)
+
+
+@pytest.mark.parametrize("expression", ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']"])
+def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
+    assert is_plain(expression)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "torch.load('weights')",
+        "torch.ops.load_library",
+        "model.save(ids)",
+        "model.__class__",
+        "().__class__.__base__",
+        "[model(ids) for _ in ids]",
+        "(lambda: model(ids))()",
+        "model(",
+    ],
+)
+def test_a_call_that_does_more_is_not_plain(expression: str) -> None:
+    assert not is_plain(expression)

@@ -1,0 +1,370 @@
+"""Whatever a module is becomes one of the contract, or is refused in one sentence; it is left as it was."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shlex
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pastkey.errors import ContractError, InputError, NumericsError, PastkeyError
+from pastkey.export.graft.probe.call import Call
+from pastkey.export.graft.probe.contract import Contracted, in_contract
+
+from ...decoders import NanoGpt, Plain
+from ..own.experts import Where
+from ..own.parts import CONTEXT, VOCAB, WIDTH, Gpt, Own
+from ..own.positions import Causal
+from ..own.registry import DECODERS, REFUSED
+
+SHORT = 12
+
+
+def taken(module: nn.Module, context: int = SHORT, call: str | None = None) -> tuple[Contracted, list[str]]:
+    said: list[str] = []
+    return in_contract(module, context, call, said.append), said
+
+
+def refusal(kind: type[PastkeyError], module: nn.Module, context: int = SHORT, call: str | None = None) -> str:
+    with pytest.raises(kind) as caught:
+        taken(module, context, call)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def apart(found: Contracted, reference: nn.Module) -> float:
+    """Of the module that was taken and the author's, as a part of the largest logit."""
+    ids = torch.arange(SHORT)[None] % VOCAB
+    with torch.no_grad():
+        one, other = found.module(ids, position_ids=torch.arange(SHORT)[None]), reference(ids)
+    return float((one - other).abs().max() / other.abs().max())
+
+
+# --- the two ways -------------------------------------------------------------------------------------------------
+def test_a_module_that_keeps_the_contract_is_not_followed() -> None:
+    found, said = taken(NanoGpt(context=SHORT))
+    assert (found.call, said) == ("", [])
+    assert isinstance(found.module, NanoGpt)
+
+
+class IgnoresPositions(Plain):
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.token(input_ids) + self.position(torch.arange(input_ids.shape[1]))
+
+
+class NotTraced(Plain):
+    """Returns a tuple, as no module of the contract does."""
+
+    def logits(self, hidden: Tensor) -> Any:
+        return self.head(hidden), None
+
+
+class AlmostLast(Plain):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden[:, -1:])
+
+
+class Routed(Plain):
+    """Keeps the contract, and no trace can go through its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Where(self.head.in_features)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden + self.experts(hidden))
+
+
+@pytest.mark.parametrize("build", [IgnoresPositions, NotTraced, AlmostLast, Routed])
+def test_a_module_that_keeps_the_contract_by_its_signature_alone_is_followed(build: type[Plain]) -> None:
+    found, _ = taken(build())
+    assert found.call.startswith("model(ids, position_ids=positions)")
+
+
+# --- the plain call -----------------------------------------------------------------------------------------------
+def counted(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1]).expand_as(ids)
+
+
+class Optional(Plain):
+    """Positions that may be given: the module's own are `default` of the ids."""
+
+    default = staticmethod(counted)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, self.default(input_ids) if position_ids is None else position_ids)
+
+
+class FromTwo(Optional):
+    default = staticmethod(lambda ids: counted(ids) + 2)
+
+
+class AllZero(Optional):
+    default = staticmethod(torch.zeros_like)
+
+
+class CappedAtNine(Optional):
+    default = staticmethod(lambda ids: counted(ids).clamp(max=9))
+
+
+class NoneUnlessGiven(Plain):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids)  # type: ignore[arg-type]
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        return self.token(input_ids) if position_ids is None else super().embed(input_ids, position_ids)
+
+
+class AmongOthers(Plain):
+    def forward(self, input_ids: Tensor, **others: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids, others.get("position_ids", counted(input_ids) + 1))
+
+
+class ByKeywordOnly(FromTwo):
+    def forward(self, input_ids: Tensor, *, use_cache: bool = False, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids)
+
+
+class InDictionary(FromTwo):
+    """Is followed, whichever way it is called."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {"logits": super().forward(input_ids, position_ids)}
+
+
+class LastUnlessTargets(FromTwo):
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        return logits if targets is not None else logits[:, -1:]
+
+
+OTHERWISE = (
+    FromTwo, AllZero, CappedAtNine, NoneUnlessGiven, AmongOthers, ByKeywordOnly, InDictionary, LastUnlessTargets,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("build", OTHERWISE)
+def test_positions_that_change_the_plain_logits_are_asked_about(build: type[Plain]) -> None:
+    """Each of the two calls that the sentence offers is then taken, and rows of different lengths may share a batch."""
+    module, ids = build().eval(), torch.arange(SHORT)[None]
+    sentence = refusal(InputError, module)
+    words = shlex.split(sentence.partition("say which with")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert [call.startswith("model(ids, position_ids=positions)") for call in calls] in ([True, False], [False, True])
+    for call in calls:
+        found, _ = taken(module, call=call)
+        with torch.no_grad():
+            expected = Call(call).raw(module, ids)
+            logits = found.module(ids, position_ids=counted(ids))
+        assert found.call == call
+        assert found.observation.padding
+        assert torch.allclose(logits[:, -expected.shape[1] :], expected, atol=1e-4)
+
+
+def test_a_plain_call_that_fails_for_one_token_alone_or_for_padding_alone_is_compared_too() -> None:
+    class OneToken(Optional):
+        default = staticmethod(lambda ids: counted(ids) + (3 if ids.shape[1] == 1 else 0))
+
+    class Padding(Optional):
+        default = staticmethod(lambda ids: ((ids != 0).cumsum(1) - 1).clamp(min=0))
+
+    for build in (OneToken, Padding):
+        assert "runs as model(ids) and as model(ids, position_ids=positions)" in refusal(InputError, build().eval())
+
+
+class EqualAmongOthers(Plain):
+    def forward(self, input_ids: Tensor, **others: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids, others.get("position_ids", counted(input_ids)))
+
+
+class NeededAfterAll(Plain):
+    """The plain call fails."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids, position_ids)  # type: ignore[arg-type]
+
+
+class AheadUnlessGiven(Optional):
+    """The plain call is not a decoder's."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        logits = super().forward(input_ids, position_ids)
+        return logits + logits.mean(1, keepdim=True) if position_ids is None else logits
+
+
+@pytest.mark.parametrize("build", [Optional, EqualAmongOthers, NeededAfterAll, AheadUnlessGiven])
+def test_the_contract_is_taken_where_no_plain_call_gives_other_logits(build: type[Plain]) -> None:
+    for call in (None, "model(ids, position_ids=positions)"):
+        found, _ = taken(build().eval(), call=call)
+        assert isinstance(found.module, build)
+        assert found.observation.padding
+        assert found.call == (call or "")
+
+
+class OtherwiseWhenLong(Gpt):
+    """As a module whose angles change beyond a length."""
+
+    def embed(self, idx: Tensor) -> Tensor:
+        return super().embed(idx) * (2 if idx.shape[1] > 700 else 1)
+
+
+def test_another_computation_for_long_texts_is_seen() -> None:
+    sentence = refusal(ContractError, OtherwiseWhenLong(Causal, context=720).eval(), 720)
+    assert "was followed, and is off by" in sentence
+    assert "on texts of up to 720 tokens: it computes otherwise for another length" in sentence
+
+
+class FullOfOne(Gpt):
+    """An expert that takes at most forty tokens, and none where there are more."""
+
+    def __init__(self) -> None:
+        super().__init__(Causal)
+        self.expert = nn.Linear(WIDTH, WIDTH)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        x = super().embed(idx)
+        rows = (idx.flatten() % 3 == 0).nonzero().flatten()
+        if rows.numel() > 40:
+            return x
+        flat = x.flatten(0, 1)
+        return flat.index_add(0, rows, self.expert(flat[rows])).view_as(x)
+
+
+def test_a_number_of_rows_that_changes_what_is_computed_is_seen() -> None:
+    assert "was followed, and is off by" in refusal(ContractError, FullOfOne().eval(), CONTEXT)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_precision_is_taken_in_float32_and_said(dtype: torch.dtype) -> None:
+    module = Gpt(Causal).eval().to(dtype)
+    found, said = taken(module)
+    assert said == [f"Gpt is {dtype} on cpu: it was copied to the processor in float32".replace("torch.", "")]
+    assert all(parameter.dtype == dtype for parameter in module.parameters())
+    assert apart(found, module.float()) < 1e-5
+
+
+def test_a_module_without_numbers_is_refused() -> None:
+    assert "Gpt is on the device meta, without numbers: load its weights first" in refusal(
+        ContractError, Gpt(Causal).to("meta")
+    )
+
+
+@pytest.mark.parametrize("build", [lambda: Gpt(Causal), lambda: NanoGpt(context=CONTEXT)])
+def test_a_context_larger_than_the_tables_is_refused_with_the_line(build: Callable[[], nn.Module]) -> None:
+    sentence = refusal(InputError, build().eval(), context=CONTEXT + 1)
+    assert f"fails on {CONTEXT + 1} tokens, the context that was asked for, at " in sentence
+    assert "with --context N" in sentence
+
+
+def test_a_module_that_cannot_be_copied_is_refused() -> None:
+    module = Gpt(Causal).eval()
+    module.lock = threading.Lock()  # type: ignore[assignment]
+    sentence = refusal(ContractError, module)
+    assert "Gpt cannot be copied (TypeError: cannot pickle '_thread.lock' object): leave out what cannot" in sentence
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    module = Gpt(Causal).eval()
+    with torch.no_grad():
+        module.blocks[0].attn.q.weight[3, 4] = float("nan")
+    assert "the weight blocks.0.attn.q.weight of Gpt holds NaN" in refusal(NumericsError, module)
+
+
+class EitherWay(Gpt):
+    """Gives other logits of other positions, of which one must be given."""
+
+    def forward(self, idx: Tensor, scale: Any) -> Tensor:  # type: ignore[override]
+        logits: Tensor = super().forward(idx)
+        return logits * (2 if scale is None else 1)
+
+
+def test_two_conventions_that_both_fit_are_told_with_what_to_type() -> None:
+    sentence = refusal(InputError, EitherWay(Causal).eval())
+    assert "EitherWay runs as model(ids, None) and as model(ids, ids), and gives other logits" in sentence
+    assert "--call 'model(ids, ids)'" in sentence
+    found, _ = taken(EitherWay(Causal).eval(), call="model(ids, None)")
+    assert found.call == "model(ids, None)"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("model(ids", "could not be run as model(ids: SyntaxError"),
+        ("model(tokens)", "could not be run as model(tokens): NameError: name 'tokens' is not defined"),
+        ("model(ids, 1, 2)", "could not be run as model(ids, 1, 2): TypeError"),
+        ("ids", "could not be run as ids: it gives no logits (B, T, V), (B, V) or without B"),
+        ("import os", "could not be run as import os: SyntaxError"),
+    ],
+)
+def test_a_call_that_fails_is_told_with_its_error(call: str, words: str) -> None:
+    sentence = refusal(InputError, Gpt(Causal).eval(), call=call)
+    assert words in sentence
+    assert '--call "model(ids, None)[0]"' in sentence
+
+
+# --- as it was ----------------------------------------------------------------------------------------------------
+def state_of(module: nn.Module) -> dict[str, Any]:
+    """All that an export might change."""
+    return {
+        "parameters": {n: (id(p), p.dtype, p.device, p.requires_grad, p.grad) for n, p in module.named_parameters()},
+        "numbers": {n: t.clone() for n, t in [*module.named_parameters(), *module.named_buffers()]},
+        "buffers": {n: id(b) for n, b in module.named_buffers()},
+        "modes": [part.training for part in module.modules()],
+        "attributes": [{n: id(v) for n, v in vars(part).items() if n != "training"} for part in module.modules()],
+        "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()],
+        "torch": (F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()),
+        "patched": (nn.Module.__setattr__, torch.fx.proxy.TracerBase._filter_traceback_frames),
+        "python": random.getstate(),
+        "numpy": repr(np.random.get_state()),
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+AS_IT_WAS: dict[str, Callable[[], nn.Module]] = {
+    **{name: DECODERS[name].make for name in ("tril_buffer", "half_precision", "rotary_kept", "last_without_targets")},
+    "of_the_contract": lambda: NanoGpt(context=SHORT),
+    **{
+        name: REFUSED[name].make
+        for name in ("noise", "active_dropout", "memory", "cache_in_place", "one_head_ahead", "until_certain")
+    },
+}
+
+
+@pytest.mark.parametrize("name", AS_IT_WAS)
+def test_a_module_is_as_it_was_whether_taken_or_refused(name: str) -> None:
+    module = AS_IT_WAS[name]().train()
+    first = next(iter(module.children()))
+    first.eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    before = state_of(module)
+    own = DECODERS.get(name) or REFUSED.get(name) or Own(lambda: module)
+    try:
+        taken(module, min(own.context, SHORT))
+        refused = False
+    except ContractError:
+        refused = True
+    assert refused == (name in REFUSED)
+    after = state_of(module)
+    assert [key for key in before if not same(before[key], after[key])] == []

@@ -1,0 +1,269 @@
+"""What is learned from running a module, and which modules do not keep the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pastkey.contract.bundle import KVGeometry
+from pastkey.errors import ContractError, NumericsError
+from pastkey.export.graft.probe.observe import (
+    UnkeptError,
+    observe,
+    random_ids,
+    require_finite,
+    run_cached,
+    run_uncached,
+)
+
+from ...decoders import BufferedMask, FiveTimes, MultiHead, NanoGpt, OneHead, Plain, Wrapper
+
+
+def reason(module: nn.Module, context: int = 20) -> str:
+    with pytest.raises(UnkeptError) as caught:
+        observe(module, context)
+    return str(caught.value)
+
+
+def test_the_geometry_is_what_the_calls_receive() -> None:
+    observation = observe(Plain(heads=6, kv_heads=2, size=10, value_size=12, layers=3), 20)
+    assert observation.geometry == (KVGeometry(kv_heads=2, key_head_size=10, value_head_size=12),) * 3
+    assert [layer.heads for layer in observation.layers] == [6, 6, 6]
+    assert observation.vocab_size == 37
+
+
+def test_a_block_applied_five_times_is_five_layers() -> None:
+    assert len(observe(FiveTimes(size=10, kv_heads=2), 20).layers) == 5
+
+
+def test_a_layer_names_its_submodule_and_line() -> None:
+    layers = observe(MultiHead(layers=2), 20).layers
+    assert [layer.module for layer in layers] == ["blocks.0.attention", "blocks.1.attention"]
+    assert all(layer.where.startswith("decoders.py:") for layer in layers)
+
+
+@pytest.mark.parametrize("context", [2, 3, 8, 20])
+def test_no_longer_text_is_tried_than_the_context(context: int) -> None:
+    assert observe(NanoGpt(context=context), context).vocab_size == 65  # NanoGpt asserts the length
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    module = NanoGpt().train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    observe(module, 20)
+    assert all(child.training for child in module.modules())
+    assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_module_in_training_mode_runs_as_if_it_were_not() -> None:
+    class Strict(Plain):
+        def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            return super().embed(input_ids, position_ids)
+
+    assert observe(Strict().train(), 20).vocab_size == 37
+
+
+def test_hooks_are_removed_where_the_contract_is_not_kept() -> None:
+    module = LastPosition()
+    reason(module)
+    assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+
+
+def test_running_with_a_cache_gives_what_running_without_gives() -> None:
+    module = Plain(kv_heads=2, layers=2)
+    ids = random_ids(2, 9, 37)
+    whole = run_uncached(module, ids)
+    part = run_cached(module, run_uncached(module, ids[:, :5]), ids[:, 5:])
+    torch.testing.assert_close(part, whole.logits[:, 5:], rtol=1e-5, atol=1e-6)
+    assert [tuple(keys.shape) for keys in whole.keys] == [(2, 2, 9, 8)] * 2
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+def test_attention_must_be_seen() -> None:
+    class Bigram(Plain):
+        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+            return hidden
+
+    assert "made no call of F.scaled_dot_product_attention" in reason(Bigram())
+
+
+class Attending(Plain):
+    """Passes `arguments(length)` to the call."""
+
+    def __init__(self, arguments: Callable[[int], dict[str, Any]]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **self.arguments(query.shape[2]))
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def alibi(length: int) -> Tensor:
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    slopes = 2.0 ** -torch.arange(1, 5)[:, None, None]
+    return (-slopes * distance).masked_fill(~causal(length), float("-inf"))
+
+
+def test_attention_must_be_causal() -> None:
+    sentence = reason(Attending(lambda length: {}))
+    assert "attention call 0 (test_observe.py:" in sentence
+    assert "is not causal" in sentence
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda length: causal(length).triu(-2),
+        lambda length: causal(length).triu(-9),  # beyond the shortest texts
+        lambda length: causal(length).triu(-18),  # one short of the context
+        lambda length: torch.ones(length, length, dtype=torch.bool),
+        lambda length: torch.zeros(length, length),
+        lambda length: causal(length) & (torch.arange(length) != 1),
+        alibi,
+        lambda length: causal(length).float(),
+        lambda length: causal(length)[:1],
+    ],
+    ids=["window_of_3", "window_of_10", "window_of_19", "all_ones", "zeros", "padding", "alibi", "floats", "one_row"],
+)
+def test_a_mask_must_be_the_causal_one(mask: Callable[[int], Tensor]) -> None:
+    assert "is not" in reason(Attending(lambda length: {"attn_mask": mask(length)}))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        causal,
+        lambda length: causal(length)[None, None],
+        lambda length: torch.zeros(length, length).masked_fill(~causal(length), float("-inf")),
+        lambda length: torch.zeros(length, length).masked_fill(~causal(length), torch.finfo(torch.float32).min),
+    ],
+    ids=["bool", "bool_of_four_axes", "minus_infinity", "lowest_number"],
+)
+def test_the_causal_mask_is_accepted_in_every_form(mask: Callable[[int], Tensor]) -> None:
+    assert len(observe(Attending(lambda length: {"attn_mask": mask(length)}), 20).layers) == 1
+
+
+class Merged(Plain):
+    """Heads merged into the batch."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = len(query)
+        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).unflatten(0, (rows, -1))
+
+
+class Deeper(Plain):
+    """As many layers as tokens."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = super().embed(input_ids, position_ids)
+        for _ in range(input_ids.shape[1]):
+            hidden = self.apply_block(self.blocks[0], hidden, position_ids)  # type: ignore[arg-type]
+        return hidden
+
+
+class Autocast(Plain):
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().apply_block(block, hidden, position_ids)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Attending(lambda length: {"is_causal": True, "dropout_p": 0.1}), "drops out attention weights"),
+        (Merged, "received query, key and value of shapes (8, 1, 7, 8)"),
+        (Deeper, "makes different attention calls for different lengths"),
+        (Autocast, "computes in torch.bfloat16"),
+    ],
+    ids=["dropout", "merged_heads", "a_layer_per_token", "autocast"],
+)
+def test_attention_calls_must_be_of_the_form_that_a_cache_has(build: Callable[[], nn.Module], words: str) -> None:
+    assert words in reason(build())
+
+
+# --- forward ------------------------------------------------------------------------------------------------------
+class LastPosition(Plain):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden[:, -1:])
+
+
+class Returning(Plain):
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def logits(self, hidden: Tensor) -> Any:
+        return self.change(self.head(hidden))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: (logits, None),
+        lambda logits: {"logits": logits},
+        lambda logits: None,
+        lambda logits: logits[:, -1],
+        lambda logits: logits[:, -1:],
+        lambda logits: logits.transpose(0, 1),
+        lambda logits: logits.half(),
+        lambda logits: logits / 0,
+    ],
+    ids=["tuple", "dict", "nothing", "two_axes", "last", "sequence_first", "half", "not_finite"],
+)
+def test_float32_logits_of_every_position_must_be_returned(change: Callable[[Tensor], Any]) -> None:
+    assert "returned" in reason(Returning(change))
+
+
+def test_a_forward_that_takes_anything_is_accepted() -> None:
+    assert observe(Wrapper(Plain()), 20).vocab_size == 37
+
+
+def test_a_forward_that_fails_is_not_of_the_contract() -> None:
+    class NeedsMask(Plain):
+        def forward(  # type: ignore[override]
+            self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor
+        ) -> Tensor:
+            return super().forward(input_ids, position_ids)
+
+    assert "missing 1 required positional argument: 'attention_mask'" in reason(NeedsMask())
+
+
+@pytest.mark.parametrize("build", [Plain, BufferedMask, OneHead])
+def test_the_position_table_must_be_as_long_as_the_context(build: Callable[..., nn.Module]) -> None:
+    assert "IndexError" in reason(build(context=16, heads=1), context=17)
+
+
+def test_a_head_wider_than_the_embedding_is_refused() -> None:
+    module = Plain()
+    module.head = nn.Linear(32, 40)
+    with pytest.raises(ContractError, match="returns logits of 40 tokens and embeds 37"):
+        observe(module, 20)
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(number: float) -> None:
+    module = Plain()
+    with torch.no_grad():
+        module.blocks[0]["q"].weight[3, 4] = number
+    with pytest.raises(NumericsError, match=r"the weight blocks\.0\.q\.weight of Plain holds NaN or infinity"):
+        require_finite(module)
+
+
+def test_a_buffer_may_hold_infinity() -> None:
+    module = Plain()
+    module.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+    assert observe(module, 20).vocab_size == 37

@@ -1,0 +1,86 @@
+"""A module of its author's becomes one of the contract, with what is known of its attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pastkey.export.graft.attention import intercept, torch_attention
+from pastkey.export.graft.probe.causes import Kind, NoCacheError
+from pastkey.export.graft.time_axis.step.decoder import Found, TimeAxisDecoder, find, whole_logits
+
+from ..small import VOCAB, WIDTH, Function, Of, causal
+
+CONTEXT = 16
+
+
+def call(module: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = module(ids)
+    return logits if logits.dim() == 3 else logits[:, None]
+
+
+def found(function: Function) -> Found:
+    return find(Of(function).eval(), call, CONTEXT, VOCAB)
+
+
+def alibi(x: Tensor) -> Tensor:
+    places = torch.arange(x.shape[1])
+    far = places[:, None] - places[None, :]
+    return (x @ x.mT - 0.5 * far).masked_fill(far < 0, -torch.inf).softmax(-1) @ x
+
+
+def window(x: Tensor) -> Tensor:
+    places = torch.arange(x.shape[1])
+    far = places[:, None] - places[None, :]
+    return (x @ x.mT).masked_fill((far < 0) | (far >= 3), -torch.inf).softmax(-1) @ x
+
+
+def last(x: Tensor) -> Tensor:
+    return causal(x)[:, -1]
+
+
+def test_a_plain_attention_is_planned_with_its_scale() -> None:
+    (planned,) = found(causal).plan.values()
+    assert planned.known
+    assert planned.scale == pytest.approx(0.5, rel=1e-6)
+    assert (planned.window, planned.bias, planned.softcap, planned.sinks) == (None, False, None, False)
+
+
+def test_a_bias_is_kept_and_a_window_is_told() -> None:
+    kept = found(alibi)
+    assert [planned.bias for planned in kept.plan.values()] == [True]
+    assert torch.allclose(kept.constants["bias_0"], -0.5 * torch.arange(CONTEXT)[None].float(), atol=1e-5)
+    assert [planned.window for planned in found(window).plan.values()] == [3]
+
+
+@pytest.mark.parametrize("function", [causal, alibi, window, last])
+def test_it_computes_what_its_author_does_for_every_row(function: Function) -> None:
+    module = Of(function).eval()
+    decoder = TimeAxisDecoder(module, call, find(module, call, CONTEXT, VOCAB), CONTEXT)
+    ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad(), intercept(torch_attention):
+        made = decoder(ids, torch.arange(9).expand(2, 9))
+        with decoder.native():
+            native = decoder(ids, torch.arange(9).expand(2, 9))
+    assert made.shape == (2, 9, WIDTH)
+    assert torch.allclose(made, native, atol=1e-5)
+    assert torch.equal(native[:1], whole_logits(module, call, ids[:1]))
+
+
+def test_a_mask_that_is_off_by_one_is_told_with_its_positions() -> None:
+    def ahead(x: Tensor) -> Tensor:
+        future = torch.ones(x.shape[1], x.shape[1]).triu(2).bool()
+        return (x @ x.mT).masked_fill(future, -torch.inf).softmax(-1) @ x
+
+    with pytest.raises(NoCacheError) as caught:
+        found(ahead)
+    (cause,) = caught.value.causes
+    assert cause.kind == Kind.LOOK_AHEAD
+    assert "see that at" in cause.what
+    assert cause.where.startswith("test_decoder.py:")
+
+
+def test_a_part_of_the_rows_that_comes_back_nowhere_is_refused() -> None:
+    with pytest.raises(NoCacheError, match="takes a part of the positions"):
+        found(lambda x: x[:, 1:])

@@ -1,0 +1,150 @@
+"""Static graphs: every size a number, masks as inputs, new rows as outputs, and the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+from torch import nn
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, StaticShape, open_bundle
+from pastkey.errors import ContractError
+from pastkey.export import Report, export
+from pastkey.export.graph.static.static import make_static
+from pastkey.runtime import load
+
+from ....shared import divided
+from ...cases import CASES, MORE_CASES
+from ...conftest import Export
+from ...small_graphs import model_of
+
+CHECKS = {"prefill", "decode", "chunks_of_7", "chunks_of_64", "greedy"}
+MASK = "int64[batch_size,total_sequence_length] attention_mask"
+
+
+def export_static(module: nn.Module, out: Path, context: int, target: str = "cpu") -> Report:
+    return export(module, out, precision="fp32", target=target, graph="static", chunk=7, context_length=context)
+
+
+def require_equal(report: Report) -> None:
+    """`verify` has run prefill, decode and chunks by these graphs, and compared them with the module."""
+    parity = report.manifest.parity["fp32"]
+    assert (parity["ok"], parity["reference"]) == (True, "source")
+    assert set(parity["checks"]) == CHECKS
+    assert report.manifest.graph == "static"
+
+
+QUICK, IN_CI = ("llama", "gpt2", "softcap_bias_and_scale", "transformer_encoder"), ("gpt_j", "experts", "multi_query")
+
+
+@pytest.mark.parametrize(
+    "name",
+    divided([*QUICK, *IN_CI, "nano_gpt", "tied_projections", "offset_positions", "low_rank"], quick=QUICK, ci=IN_CI),
+)
+def test_a_decoder_computes_the_same_by_static_graphs(name: str, tmp_path: Path) -> None:
+    case = (CASES | MORE_CASES)[name]
+    report = export_static(case.build(), tmp_path / "b", case.context)
+    require_equal(report)
+    assert report.manifest.static == StaticShape(7, -1e4, (0,))
+    bundle = open_bundle(tmp_path / "b")
+    for path, tokens in zip(bundle.static_graphs, (1, 7), strict=True):
+        require_fixed(path, bundle, tokens)
+
+
+def require_fixed(path: Path, bundle: Bundle, tokens: int) -> None:
+    """Sizes are numbers, ids int32, and weights where those of the common graph are."""
+    model = onnx.load(path, load_external_data=False)
+    onnx.checker.check_model(str(path))
+    context = bundle.manifest.context_length
+    for value in [*model.graph.input, *model.graph.output]:
+        assert all(size.HasField("dim_value") for size in value.type.tensor_type.shape.dim), value.name
+    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+    assert names.ATTENTION_MASK not in sizes
+    assert sizes[names.static_mask(0)] == [1, 1, tokens, context + tokens]
+    assert sizes[names.INPUT_IDS] == [1, tokens]
+    kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
+    assert kinds[names.INPUT_IDS] == kinds[names.POSITION_IDS] == onnx.TensorProto.INT32
+    assert not {"Shape", "Range", "Greater", "And"} & {node.op_type for node in model.graph.node}
+    files = {entry.value for w in model.graph.initializer for entry in w.external_data if entry.key == "location"}
+    assert files <= {names.weights_file(bundle.all_logits_graph.name)}
+
+
+def test_the_folder_has_the_common_graph_and_no_last_logits(exported: Export) -> None:
+    made = exported("llama", "fp32", "static")
+    found = {path.name for path in made.bundle.all_logits_graph.parent.iterdir()}
+    assert found == {"model.onnx", "model.onnx_data", "pastkey_decode.onnx", "pastkey_prefill.onnx"}
+    prompt = [5, 6, 7]
+    text = load(made.bundle.path, threads=1).generate(prompt, max_new_tokens=10).ids
+    ids = list(prompt)
+    for _ in range(10):
+        ids.append(int(made.torch_logits(ids)[-1].argmax()))
+    assert text == ids[3:]
+
+
+WINDOWS = [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))]
+
+
+@pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, quick=WINDOWS[1:2], ci=WINDOWS[2:]))
+def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from ...families import CONTEXT, build
+
+    report = export_static(build(family), tmp_path / "b", CONTEXT)
+    require_equal(report)
+    assert report.manifest.static is not None
+    assert report.manifest.static.windows == windows
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    [
+        ("bloom", "needs more than masks of the tokens that it sees"),
+        pytest.param(
+            "lfm2",
+            "cannot have the static graph, whose past has holes, since it keeps rows beside",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_masks_cannot_tell_is_refused(family: str, sentence: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from ...families import CONTEXT, build
+
+    with pytest.raises(ContractError, match=sentence):
+        export_static(build(family), tmp_path / "b", CONTEXT)
+    assert not [*tmp_path.iterdir()]
+
+
+def standard(body: str) -> ir.Model:
+    """A graph of an attention's scores and nothing else."""
+    model = model_of(
+        f"g (int64[batch_size,sequence_length] input_ids, {MASK}, "
+        "float[batch_size,1,sequence_length,total_sequence_length] scores) => "
+        "(float[batch_size,1,sequence_length,total_sequence_length] logits) "
+        f"{{ zero = Constant <value_int = 0> () low = Constant <value_float = -3e38> () {body} }}"
+    )
+    for value in model.graph.inputs:
+        value.type = value.type or ir.TensorType(ir.DataType.INT64)
+    return model
+
+
+SEEN = "some = Greater(attention_mask, zero) axes = Constant <value_ints = [1, 2]> () seen = Unsqueeze(some, axes) "
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        SEEN + "logits = Where(seen, scores, low)",  # later tokens of a run, too
+        SEEN + "no = Not(seen) logits = Where(no, scores, low)",
+        SEEN + "other = Constant <value_float = 1.0> () logits = Where(seen, scores, other)",
+        SEEN + "number = Cast <to = 1> (seen) logits = Mul(scores, number)",
+    ],
+    ids=["not_causal", "the_other_way_round", "no_lowest_score", "arithmetic"],
+)
+def test_a_condition_that_is_no_mask_of_earlier_tokens_is_refused(body: str) -> None:
+    with pytest.raises(ContractError, match="needs more than masks"):
+        make_static(standard(body), 2, 5)

@@ -1,0 +1,152 @@
+"""The last hidden states of a bundle are what its module's output head multiplies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from pastkey.contract import names
+from pastkey.errors import ContractError, IntegrityError
+from pastkey.export import export
+from pastkey.export.graph.write.last_hidden import yield_hidden_states
+from pastkey.export.graph.write.last_logits import keep_last_positions
+from pastkey.export.graph.write.output_head import hidden_size, output_head, take_head
+from pastkey.export.measure.metrics import cosine_distance
+from pastkey.export.quantize.rounding.rewrite import Form, quantize
+from pastkey.files.durable import write_json
+from pastkey.runtime import load
+
+from ....shared import divided
+from ...cases import CASES
+from ...decoders import llama
+from ...small_graphs import model_of, run_model
+
+RNG = np.random.default_rng(0)
+H, V = 40, 64
+FAMILIES = ("gemma2", "cohere2", "granite", "llama", "gpt2", "opt", "bloom", "lfm2")  # some scale or cap their logits
+
+
+@pytest.mark.parametrize("form", [None, *Form])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Neg(x) logits = MatMul(h, w)",
+        "h = Neg(x) p = MatMul(h, w) s = Add(p, b) logits = Tanh(s)",
+        "t = Transpose <perm = [1, 0]> (e) h = Neg(x) logits = MatMul(h, t)",
+    ],
+    ids=["plain", "bias_and_softcap", "tied"],
+)
+def test_they_are_the_heads_input_whatever_the_head_is_made_of(body: str, form: Form | None) -> None:
+    weights = {
+        "w": RNG.normal(size=(H, V)).astype(np.float32),
+        "e": RNG.normal(size=(V, H)).astype(np.float32),
+        "b": RNG.normal(size=V).astype(np.float32),
+    }
+    declared = f"g (float[batch_size,sequence_length,{H}] x, float[{H},{V}] w, float[{V},{H}] e, float[{V}] b)"
+    model = model_of(f"{declared} => (float[batch_size,sequence_length,{V}] logits) {{ {body} }}", **weights)
+    head = output_head(model)
+    assert head is not None
+    assert hidden_size(head) == H
+    if form is not None:
+        quantize(model, form=form)
+    nodes = take_head(model)
+    yield_hidden_states(model, nodes, H)
+    keep_last_positions(model, nodes)
+    x = RNG.normal(size=(2, 5, H)).astype(np.float32)
+    logits, states = run_model(model, x=x, logits_start=np.array([-1]))
+    np.testing.assert_array_equal(states, -x)
+    assert logits.shape == (2, 1, V)
+    assert [str(size) for size in model.graph.outputs[1].shape or ()] == [names.BATCH, names.SEQUENCE, str(H)]
+
+
+def transformers_states(model: Any, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), output_hidden_states=True)
+    states: np.ndarray = output.hidden_states[-1][0].numpy()
+    return states
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize(
+    ("family", "precision", "graph"),
+    divided(
+        [
+            *((family, "fp32", graph) for family in FAMILIES for graph in ("auto", "standard")),
+            *((family, precision, "auto") for family in FAMILIES for precision in ("int8", "int4", "fp16")),
+        ],
+        quick=[("gemma2", "fp32", "auto")],
+        ci=[("gemma2", "int8", "auto"), ("cohere2", "fp32", "standard"), ("granite", "fp16", "auto")],
+    ),
+)
+def test_they_are_those_of_transformers(family: str, precision: str, graph: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from ...families import build
+
+    model = build(family)
+    if family == "granite":
+        model.config.logits_scaling = 4.0
+    out = tmp_path / "bundle"
+    report = export(model, out, precision=precision, graph=graph, context_length=96, hidden_states=True)
+    assert report.manifest.hidden_size == 64
+    assert {"hidden_states"} <= report.manifest.parity[precision]["checks"].keys()
+    ids = np.random.default_rng(3).integers(0, 97, 40).tolist()
+    lm = load(out, threads=1)
+    for text in (ids, ids[:3]):
+        expected = transformers_states(model, text)
+        found = lm.embed(text, pooling="none", normalize=False)
+        if precision == "fp32":
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        assert cosine_distance(expected, found) < {"fp32": 1e-9, "fp16": 1e-4, "int8": 0.01, "int4": 0.2}[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_smoothing_leaves_their_channels_as_they_are(precision: str, tmp_path: Path) -> None:
+    """Scales that move from the last norm into the head would be another vector, with the same logits."""
+    module = llama(tie_word_embeddings=False)
+    with torch.no_grad():  # channels of very different sizes, which are worth being moved
+        module.model.norm.weight.copy_(torch.logspace(-1.5, 1.5, 48))
+    seen: list[torch.Tensor] = []
+    module.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    out = tmp_path / "bundle"
+    export(module, out, precision=precision, context_length=40, hidden_states=True)
+    ids = np.arange(20) * 3 % 61
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        module.eval()(torch.tensor(ids)[None], torch.arange(20)[None])
+    expected = seen[-1][0].numpy()
+    found = load(out, threads=1).embed(ids.tolist(), pooling="none", normalize=False)
+    assert cosine_distance(expected, found) < (1e-9 if precision == "fp32" else 1e-2)
+
+
+def test_a_bundle_is_as_before_without_them_and_its_manifest_must_agree(tmp_path: Path) -> None:
+    report = export(CASES["three_axes"].build(), tmp_path / "plain", precision="fp32", context_length=8)
+    assert report.manifest.hidden_size is None
+    assert "hidden_states" not in report.manifest.parity["fp32"]["checks"]
+    graph = ir.load(tmp_path / "plain" / names.LAST_LOGITS_GRAPH).graph
+    assert names.LAST_HIDDEN_STATE not in [value.name for value in graph.outputs]
+    write_json(tmp_path / "plain" / names.MANIFEST, report.manifest.to_json() | {"hidden_size": 6})
+    with pytest.raises(IntegrityError, match="no tensor 'last_hidden_state', which the manifest speaks of"):
+        load(tmp_path / "plain", verify=False)
+
+
+class TwoHeads(torch.nn.Module):
+    """Its logits are a sum of two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+        self.other = torch.nn.Linear(61, 61, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.inner(input_ids, position_ids)
+        return logits + torch.softmax(self.other(logits), -1)
+
+
+def test_a_decoder_without_one_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="TwoHeads cannot give its last hidden states, since no one multiplication"):
+        export(TwoHeads(), tmp_path / "bundle", precision="fp32", context_length=8, hidden_states=True)
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,84 @@
+"""Two graphs over one weights file, and nothing in them that only passes need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from pastkey.contract import names
+from pastkey.export.graph.write.save import count_operators, write_graphs
+from pastkey.export.graph.write.weights_file import INLINE_BYTES
+from pastkey.export.quantize.rounding.rewrite import quantize
+from pastkey.precisions import PRECISIONS
+
+from ...conftest import Export
+from ...small_graphs import Array, model_of
+
+TEXT = (
+    "g (float[1,T,64] x, float[64,64] w, float[64,64] v) => (float[1,T,64] logits)"
+    " { h = MatMul(x, w) logits = MatMul(h, v) }"
+)
+
+
+def written(folder: Path, w: Array, v: Array) -> tuple[int, onnx.ModelProto, onnx.ModelProto]:
+    """The bytes that are told, and the two graphs without their weights."""
+    told = write_graphs(model_of(TEXT, w=w, v=v), folder, "fp32")
+    all_logits, last_logits = (
+        onnx.load(folder / name, load_external_data=False)
+        for name in (PRECISIONS["fp32"].graph, names.LAST_LOGITS_GRAPH)
+    )
+    return told, all_logits, last_logits
+
+
+def places(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
+    return {w.name: {e.key: e.value for e in w.external_data} for w in model.graph.initializer if w.external_data}
+
+
+def test_both_graphs_read_one_file_which_has_the_weights_told(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    w, v = (rng.normal(size=(64, 64)).astype(np.float32) for _ in range(2))
+    told, all_logits, last_logits = written(tmp_path, w, v)
+    assert places(all_logits) == places(last_logits)
+    assert set(places(all_logits)) == {"w", "v"}
+    (file,) = tmp_path.rglob("*.onnx_data")
+    assert file.stat().st_size == told == w.nbytes + v.nbytes
+    stored = onnx.load(tmp_path / PRECISIONS["fp32"].graph)
+    for tensor in stored.graph.initializer:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), {"w": w, "v": v}[tensor.name])
+
+
+def test_equal_weights_are_written_once(tmp_path: Path) -> None:
+    w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    told, all_logits, _ = written(tmp_path, w, w.copy())
+    assert told == w.nbytes
+    assert places(all_logits)["w"] == places(all_logits)["v"]
+
+
+def test_a_model_of_small_weights_only_has_no_weights_file(tmp_path: Path) -> None:
+    w = np.ones((4, 4), np.float32)
+    assert w.nbytes < INLINE_BYTES
+    model = model_of("g (float[1,T,4] x, float[4,4] w) => (float[1,T,4] logits) { logits = MatMul(x, w) }", w=w)
+    assert write_graphs(model, tmp_path, "fp32") == w.nbytes
+    assert not list(tmp_path.rglob("*.onnx_data"))
+
+
+def test_the_mark_of_an_int8_head_is_in_no_file(tmp_path: Path) -> None:
+    w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    model = model_of(TEXT, w=w, v=w + 1)
+    quantize(model)
+    assert any(node.metadata_props for node in model.graph)
+    write_graphs(model, tmp_path, "int8")
+    graphs = list(tmp_path.rglob("*.onnx"))
+    assert len(graphs) == 2
+    for graph in graphs:
+        assert not any(node.metadata_props for node in ir.load(graph).graph)
+
+
+@pytest.mark.parametrize("name", ["llama", "softcap_bias_and_scale"])
+def test_the_manifest_counts_the_operators_of_the_all_logits_graph(name: str, exported: Export) -> None:
+    made = exported(name, "int8")
+    assert dict(made.bundle.manifest.operators) == count_operators(ir.load(made.bundle.all_logits_graph))

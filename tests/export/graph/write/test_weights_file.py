@@ -1,0 +1,53 @@
+"""A weights file of several graphs has equal content once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey.export.graph.write.weights_file import WeightsFile, remove_with_weights, save_with_weights
+
+from ...plain_loop import onnxruntime
+from ...small_graphs import model_of
+
+
+def test_equal_content_is_written_once_and_begins_on_a_cache_line(tmp_path: Path) -> None:
+    file = WeightsFile(tmp_path / "data")
+    assert [file.place(content) for content in (b"abc", b"de", b"abc")] == [("data", 0), ("data", 64), ("data", 0)]
+    assert (tmp_path / "data").read_bytes() == b"abc" + bytes(61) + b"de"
+
+
+def test_large_content_begins_on_a_page(tmp_path: Path) -> None:
+    file = WeightsFile.of(tmp_path / "model.onnx")
+    assert [file.place(content) for content in (b"abc", bytes(1 << 20))] == [
+        ("model.onnx_data", 0),
+        ("model.onnx_data", 4096),
+    ]
+    assert (tmp_path / "model.onnx_data").stat().st_size == file.size == 4096 + (1 << 20)
+
+
+def test_a_graph_that_is_saved_with_its_weights_stays_as_it_is_and_goes_with_them(tmp_path: Path) -> None:
+    weight = np.ones((20, 20), np.float32)
+    model = model_of("g (float[1,20] x, float[20,20] w) => (float[1,20] y) { y = MatMul(x, w) }", w=weight)
+    path = tmp_path / "probe.onnx"
+    save_with_weights(model, path)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["probe.onnx", "probe.onnx_data"]
+    assert not isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
+    remove_with_weights(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_graphs_share_their_weights(tmp_path: Path) -> None:
+    weight, small = np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32), np.ones(20, np.float32)
+    x = np.ones((1, 20), np.float32)
+    file = WeightsFile(tmp_path / "data")
+    for number in range(2):
+        text = "g (float[1,20] x, float[20,20] w, float[20] b) => (float[1,20] y) { z = MatMul(x, w) y = Add(z, b) }"
+        model = model_of(text, w=weight.copy(), b=small)
+        file.take_weights(model)
+        ir.save(model, tmp_path / f"{number}.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / f"{number}.onnx", providers=["CPUExecutionProvider"])
+        np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight + 1, rtol=1e-5)
+    assert (tmp_path / "data").stat().st_size == weight.nbytes

@@ -1,0 +1,90 @@
+"""What each matrix costs in int8: one graph with switches, against graphs that were quantized in the plain way."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import QualityError
+from pastkey.export.measure.metrics import kl_divergence, top1_agreement
+from pastkey.export.quantize.int4 import rounded
+from pastkey.export.quantize.ranking.sensitivity import sensitivity
+
+from ...conftest import Export
+from ...mixtures import DECODERS, logits_of
+
+
+def windows_of(bundle: Bundle) -> list[npt.NDArray[np.int64]]:
+    """Two of unlike length (T,)."""
+    rng = np.random.default_rng(0)
+    length = bundle.manifest.context_length
+    return [rng.integers(0, bundle.manifest.vocab_size, size) for size in (length, length - 3)]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_table_says_what_each_matrix_costs(name: str, exported: Export) -> None:
+    bundle = exported(name).bundle
+    windows = windows_of(bundle)
+    found = sensitivity(ir.load(bundle.all_logits_graph), bundle.all_logits_graph.parent, windows)
+    exact = np.concatenate([logits_of(bundle, ids) for ids in windows])
+    every = {row.weight for row in found.rows}
+    for row in (found.rows[0], found.rows[-1]):
+        alone = np.concatenate([logits_of(bundle, ids, {row.weight}) for ids in windows])
+        assert row.kl_divergence == pytest.approx(kl_divergence(exact, alone), rel=1e-2, abs=1e-10)
+        assert row.top1_agreement == pytest.approx(top1_agreement(exact, alone))
+    whole = np.concatenate([logits_of(bundle, ids, every) for ids in windows])
+    assert found.kl_divergence == pytest.approx(kl_divergence(exact, whole), rel=1e-3)
+    costs = [row.kl_divergence for row in found.rows]
+    assert costs == sorted(costs, reverse=True)
+    assert sum(row.share for row in found.rows) == pytest.approx(1)
+    stored = {weight: array.shape for weight, array in exported(name).weights().items()}
+    assert {row.weight: row.shape for row in found.rows} == {weight: stored[weight] for weight in every}
+    assert every == {weight for weight, shape in stored.items() if len(shape) == 2 and weight not in ("cos", "sin")}
+    assert not list(bundle.all_logits_graph.parent.glob("probe*"))
+
+
+def test_only_tables_that_are_gathered_and_nothing_else_are_no_products(exported: Export) -> None:
+    for name, gathered in (("llama", set()), ("nano_gpt", {"wpe.weight"})):
+        bundle = exported(name).bundle
+        found = sensitivity(ir.load(bundle.all_logits_graph), bundle.all_logits_graph.parent, windows_of(bundle))
+        assert {row.weight.rpartition("transformer.")[2] for row in found.rows if not row.matmul} == gathered
+
+
+def test_a_budget_keeps_the_fewest_of_the_worst_products(exported: Export) -> None:
+    bundle = exported("llama").bundle
+    windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
+    plain = sensitivity(ir.load(bundle.all_logits_graph), folder, windows)
+    budget = plain.kl_divergence / 3
+    kept = sensitivity(ir.load(bundle.all_logits_graph), folder, windows, budget).keep
+    assert kept == plain.worst(len(kept))
+    exact = np.concatenate([logits_of(bundle, ids) for ids in windows])
+
+    def left(count: int) -> float:
+        int8 = {row.weight for row in plain.rows} - set(plain.worst(count))
+        return kl_divergence(exact, np.concatenate([logits_of(bundle, ids, int8) for ids in windows]))
+
+    assert left(len(kept)) <= budget < left(len(kept) - 1)
+    assert sensitivity(ir.load(bundle.all_logits_graph), folder, windows, plain.kl_divergence * 1.01).keep == ()
+
+
+def test_a_budget_below_what_the_embeddings_cost_keeps_them_too(exported: Export) -> None:
+    bundle = exported("nano_gpt").bundle
+    windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
+    plain = sensitivity(ir.load(bundle.all_logits_graph), folder, windows)
+    gathered = {row.weight: row.kl_divergence for row in plain.rows if not row.matmul}
+    found = sensitivity(ir.load(bundle.all_logits_graph), folder, windows, min(gathered.values()) / 2)
+    assert set(gathered) <= set(found.keep)
+    assert len(found.keep) < len(found.ranking) == len(plain.rows)
+    with pytest.raises(QualityError, match=r"with 5 of 6 matrices in fp32, over --max-kl 1e-12 by \d"):
+        sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12)
+
+
+def test_int4_cannot_get_below_what_int8_embeddings_cost(exported: Export) -> None:
+    bundle = exported("nano_gpt").bundle
+    windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
+    int4 = rounded(ir.load(bundle.all_logits_graph), folder, windows)
+    with pytest.raises(QualityError, match=r"of \d+ matrices in int8, over --max-kl 1e-12 by \d"):
+        sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12, rounded=int4)

@@ -1,0 +1,68 @@
+"""What a manifest may say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.contract import names
+from pastkey.contract.bundle import CacheShift, KeyRotation, KVGeometry, Manifest, read_bundle
+from pastkey.errors import IntegrityError
+from pastkey.files.durable import write_json
+
+MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0").to_json()
+
+
+TURN = {"layers": [0], "first": 0, "interleaved": False, "angles": [1.0, 0.1, 0.01, 0.001]}
+
+
+def test_how_keys_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
+    content = MANIFEST | {"window": 5, "shift": {"refused": "", "rotations": [TURN]}}
+    write_json(tmp_path / names.MANIFEST, content)
+    manifest = read_bundle(tmp_path).manifest
+    assert manifest.shift == CacheShift(rotations=(KeyRotation((0,), 0, False, (1.0, 0.1, 0.01, 0.001)),))
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads(json.dumps(content))
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_json(tmp_path / names.MANIFEST, MANIFEST)
+    assert read_bundle(tmp_path).manifest.to_json() == MANIFEST
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", True),
+        ("context_length", 0),
+        ("opset", "20"),
+        ("layers", [{"kv_heads": "1", "key_head_size": 8, "value_head_size": 8}]),
+        ("layers", [{"kv_heads": 1, "key_head_size": -8, "value_head_size": 8}]),
+        ("layers", [{"kv_heads": 1}]),
+        ("layers", 3),
+        ("eos_token_ids", [1e400]),
+        ("eos_token_ids", 5),
+        ("bos_token_id", "1"),
+        ("min_onnxruntime", 1.23),
+        ("target", ["cpu"]),
+        ("operators", [1]),
+        ("parity", "good"),
+        ("precision", "fp8"),
+        ("precision", []),
+        ("graph", "other"),
+        ("padding", 1),
+        ("window", 0),
+        ("shift", {"rotations": [{**TURN, "layers": [1]}]}),
+        ("shift", {"rotations": [{**TURN, "first": 1}]}),
+        ("shift", {"rotations": [{**TURN, "first": -1}]}),
+        ("shift", {"rotations": [{**TURN, "angles": [4.0]}]}),
+        ("shift", {"rotations": [{"layers": [0]}]}),
+        ("shift", {"refused": 1}),
+    ],
+)
+def test_a_field_of_another_kind_is_told_in_a_sentence(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / names.MANIFEST).write_text(json.dumps(MANIFEST | {key: value}))
+    with pytest.raises(IntegrityError, match=r"pastkey\.json is not valid"):
+        read_bundle(tmp_path)

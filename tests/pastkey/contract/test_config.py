@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pastkey.contract.config import ModelConfig
+from pastkey.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({}, "llama"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qk_norm": True}, "qwen3"),
+        ({"position_encoding": "learned"}, "pastkey"),
+        ({"mlp": "none", "intermediate_size": 0}, "pastkey"),
+    ],
+)
+def test_what_is_written_is_read_again(fields: dict[str, Any], kind: str) -> None:
+    config = ModelConfig(vocab_size=300, **fields)
+    written = json.loads(json.dumps(config.to_json()))
+    assert written["model_type"] == config.model_type == kind
+    assert ModelConfig.from_json(written) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0; it must be a whole number from 1"),
+        ({"head_dim": True}, "head_dim is True; it must be a whole number from 1"),
+        ({"num_key_value_heads": 4}, "it must be a divisor of num_attention_heads"),
+        ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be rmsnorm, layernorm or none"),
+    ],
+)
+def test_a_field_out_of_range_is_named(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        ModelConfig(**({"vocab_size": 300} | fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**30},
+        {"num_hidden_layers": 1001},
+        {"vocab_size": 2**31},
+        {"rope_theta": "x"},
+        {"rope_theta": 1e400},
+        {"norm_eps": [1]},
+        {"tie_word_embeddings": 1},
+        {"norm": ["rmsnorm"]},
+        {"bos_token_id": 1.5},
+    ],
+)
+def test_a_field_of_another_type_or_beyond_any_model_is_named(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(InputError, match=name):
+        ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | fields)
+
+
+def test_a_key_that_is_missing_or_unknown_is_named() -> None:
+    written = ModelConfig(vocab_size=300).to_json()
+    with pytest.raises(InputError, match=r"config\.json has no 'vocab_size'"):
+        ModelConfig.from_json({key: value for key, value in written.items() if key != "vocab_size"})
+    with pytest.raises(InputError, match=r"config\.json has the key 'experts'"):
+        ModelConfig.from_json(written | {"experts": 8})

@@ -1,0 +1,98 @@
+"""The options of providers that a manifest may set: no path, no library, no address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle, read_bundle
+from pastkey.contract.provider_options import OPTIONS, in_manifest, not_kept
+from pastkey.errors import IntegrityError
+from pastkey.files.folder import write_json
+from pastkey.runtime.providers import placement
+
+from .test_bundle import MANIFEST
+
+STATIC = {"graph": "static", "static": {"chunk": 4, "masked": -100.0, "windows": [0]}}
+HOSTILE = [
+    ("qnn", "backend_path", "b/onnx/evil.so"),
+    ("qnn", "backend_type", ""),
+    ("qnn", "backend_type", "saver"),
+    ("qnn", "op_packages", "a:b/onnx/evil.so:c"),
+    ("qnn", "profiling_file_path", "/tmp/x"),
+    ("qnn", "qnn_saver_path", "/tmp/x"),
+    ("qnn", "json_qnn_graph_dir", "/tmp"),
+    ("qnn", "htp_arch", "75 "),
+    ("qnn", "soc_model", "\u0661"),  # a digit, and none of ASCII's
+    ("openvino", "cache_dir", "/tmp/x"),
+    ("openvino", "load_config", "/tmp/x.json"),
+    ("openvino", "device_type", "CPU\n"),
+    ("openvino", "device_type", "/tmp/plugin.so"),
+    ("openvino", "num_of_threads", "9" * 18),
+    ("cuda", "gpu_external_alloc", "140000000000000"),
+    ("cuda", "user_compute_stream", "140000000000000"),
+    ("cuda", "tunable_op_enable", "1"),
+    ("webgpu", "webgpuInstance", "140000000000000"),
+    ("webgpu", "dawnProcTable", "140000000000000"),
+    ("coreml", "ModelCacheDirectory", "/tmp/x"),
+    ("tensorrt", "trt_extra_plugin_lib_paths", "/tmp/evil.so"),
+    ("tensorrt", "device_id", "0"),
+    ("cpu", "use_arena", "1"),
+    ("portable", "a", "b"),
+    ("QNN", "htp_arch", "75"),
+    ("nobody", "a", "b"),
+]
+
+
+@pytest.mark.parametrize(("provider", "name", "value"), HOSTILE)
+@pytest.mark.parametrize("place", ["target", "compiled"])
+def test_an_option_that_a_manifest_may_not_set_is_refused(
+    tmp_path: Path, provider: str, name: str, value: str, place: str
+) -> None:
+    content = MANIFEST | {"target": provider, "provider_options": {name: value}}
+    if place == "compiled":
+        compiled = {"provider": provider, "options": {name: value}, "onnxruntime": "1.32.0"}
+        content = MANIFEST | STATIC | {"compiled": compiled}
+    write_json(tmp_path / names.MANIFEST, content)
+    for read in (read_bundle, open_bundle):
+        with pytest.raises(IntegrityError, match="export the model again") as refused:
+            read(tmp_path)
+        assert repr(name) in str(refused.value)
+
+
+def test_options_of_the_table_are_kept(tmp_path: Path) -> None:
+    given = {
+        "qnn": {"htp_arch": "73", "soc_model": "43", "htp_performance_mode": "burst", "vtcm_mb": "8"},
+        "openvino": {"device_type": "HETERO:GPU.1,CPU", "precision": "FP16", "num_of_threads": "4"},
+        "cuda": {"device_id": "1", "gpu_mem_limit": str(8 << 30), "enable_cuda_graph": "1"},
+        "webgpu": {"enableGraphCapture": "1", "storageBufferCacheMode": "bucket"},
+        "coreml": {"ModelFormat": "MLProgram", "MLComputeUnits": "CPUAndNeuralEngine"},
+    }
+    assert given.keys() == OPTIONS.keys()
+    for target, options in given.items():
+        write_json(tmp_path / names.MANIFEST, MANIFEST | {"target": target, "provider_options": options})
+        assert read_bundle(tmp_path).manifest.provider_options == options
+        assert in_manifest(target, options) == options
+        assert not_kept(target, options) == ""
+
+
+def test_every_provider_that_a_bundle_is_made_for_has_its_own_defaults_in_the_table() -> None:
+    for target in names.TARGETS:
+        provider = placement.provider_of(target)
+        defaults = placement.KNOWN[provider].options
+        assert in_manifest(provider, defaults) == defaults
+
+
+def test_options_that_are_not_kept_are_named() -> None:
+    given = {"htp_arch": "75", "backend_path": "libQnnHtp.so", "soc_model": "-1"}
+    assert in_manifest("qnn", given) == {"htp_arch": "75"}
+    assert "does not keep the provider options backend_path, soc_model" in not_kept("qnn", given)
+
+
+def test_the_page_on_the_format_has_every_option() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    for provider, options in OPTIONS.items():
+        listed = ", ".join(f"`{name}`" for name in options)
+        assert f"| `{provider}` | {listed} |" in page

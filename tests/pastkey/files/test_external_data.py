@@ -1,0 +1,367 @@
+"""Every place of an ONNX graph that may name a file is found, and only listed files beside the graph are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry, Manifest, open_bundle
+from pastkey.errors import IntegrityError
+from pastkey.files.durable import write_json
+from pastkey.files.external_data import CHILDREN, ExternalData, check_contexts, external_data
+from pastkey.files.folder import file_records, parse_records, read_json
+from pastkey.precisions import PRECISIONS
+
+DATA = "model.onnx_data"
+
+
+def tensor(location: str = DATA, offset: int | str = 16, length: int | str = 48) -> onnx.TensorProto:
+    made = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[12])
+    made.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        made.external_data.add(key=key, value=value)
+    return made
+
+
+def model_of(*nodes: onnx.NodeProto, **parts: Any) -> onnx.ModelProto:
+    return helper.make_model(helper.make_graph(list(nodes), "g", [], [], **parts))
+
+
+def constant(**attribute: Any) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], ["c"], **attribute)
+
+
+def sparse(values: onnx.TensorProto | None = None, indices: onnx.TensorProto | None = None) -> onnx.SparseTensorProto:
+    return onnx.SparseTensorProto(values=values, indices=indices, dims=[12])
+
+
+def graph_in_graph(depth: int, found: onnx.TensorProto) -> onnx.GraphProto:
+    graph = helper.make_graph([constant(value=found)], "inmost", [], [])
+    for _ in range(depth):
+        graph = helper.make_graph([helper.make_node("If", ["c"], ["d"], then_branch=graph)], "g", [], [])
+    return graph
+
+
+def in_function(found: onnx.TensorProto) -> onnx.ModelProto:
+    model = model_of()
+    model.functions.append(helper.make_function("own", "f", [], ["c"], [constant(value=found)], []))
+    return model
+
+
+def in_default_of_function(found: onnx.TensorProto) -> onnx.ModelProto:
+    model = model_of()
+    function = helper.make_function("own", "f", [], [], [], [])
+    function.attribute_proto.append(helper.make_attribute("a", found))
+    model.functions.append(function)
+    return model
+
+
+def in_training(found: onnx.TensorProto) -> onnx.ModelProto:
+    model = model_of()
+    model.training_info.add().algorithm.initializer.append(found)
+    return model
+
+
+HIDING_PLACES: dict[str, Callable[[onnx.TensorProto], onnx.ModelProto]] = {
+    "initializer": lambda t: model_of(initializer=[t]),
+    "values of a sparse initializer": lambda t: model_of(sparse_initializer=[sparse(values=t)]),
+    "indices of a sparse initializer": lambda t: model_of(sparse_initializer=[sparse(indices=t)]),
+    "attribute": lambda t: model_of(constant(value=t)),
+    "list of tensors": lambda t: model_of(constant(values=[t])),
+    "sparse attribute": lambda t: model_of(constant(sparse_value=sparse(values=t))),
+    "list of sparse tensors": lambda t: model_of(constant(several=[sparse(indices=t)])),
+    "subgraph": lambda t: model_of(helper.make_node("If", ["c"], ["d"], then_branch=graph_in_graph(0, t))),
+    "list of subgraphs": lambda t: model_of(helper.make_node("Own", [], [], branches=[graph_in_graph(0, t)])),
+    "deep subgraph": lambda t: helper.make_model(graph_in_graph(25, t)),
+    "function": in_function,
+    "default of a function's attribute": in_default_of_function,
+    "training": in_training,
+}
+
+
+def write(folder: Path, model: onnx.ModelProto | bytes) -> Path:
+    """A bundle whose graphs are this one, with hashes that are right."""
+    content = model if isinstance(model, bytes) else model.SerializeToString()
+    (folder / "onnx").mkdir(parents=True)
+    for graph in (PRECISIONS["fp32"].graph, names.LAST_LOGITS_GRAPH):
+        (folder / graph).write_bytes(content)
+    (folder / "onnx" / DATA).write_bytes(bytes(64))
+    listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    manifest = Manifest(
+        "0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0",
+        files=file_records(folder, listed),  # type: ignore[arg-type]  # as it stands in the file
+    )  # fmt: skip
+    write_json(folder / names.MANIFEST, manifest.to_json())
+    return folder
+
+
+@pytest.mark.parametrize("place", HIDING_PLACES)
+def test_external_data_is_found_wherever_a_tensor_may_stand(place: str, tmp_path: Path) -> None:
+    good = write(tmp_path / "good", HIDING_PLACES[place](tensor()))
+    assert list(external_data(good / names.LAST_LOGITS_GRAPH)) == [ExternalData(DATA, 16, 48)]
+    open_bundle(good)
+    (tmp_path / "secret").write_bytes(bytes(64))
+    for verify in (True, False):
+        folder = write(tmp_path / f"bad {verify}", HIDING_PLACES[place](tensor("../../secret")))
+        with pytest.raises(
+            IntegrityError, match=r"model\.onnx takes weights from '\.\./\.\./secret', which is no file"
+        ):
+            open_bundle(folder, verify=verify)
+
+
+def test_the_walk_knows_every_message_of_the_installed_schema_that_may_hold_a_tensor() -> None:
+    reach = {"TensorProto"}
+    messages = {
+        name: {field.number: field.message_type.name for field in message.fields if field.message_type is not None}
+        for name, message in onnx.ModelProto.DESCRIPTOR.file.message_types_by_name.items()
+    }
+    while grown := {name for name, fields in messages.items() if reach & set(fields.values())} - reach:
+        reach |= grown
+    assert reach - {"TensorProto"} == set(CHILDREN)
+    for name in CHILDREN:
+        assert CHILDREN[name] == {number: kind for number, kind in messages[name].items() if kind in reach}
+
+
+ELSEWHERE = ("/etc/passwd", "../model.onnx_data", "a/../../x", "a\\b", "C:x", "*/_ORT_MEM_ADDR_/*", ".", "unlisted")
+
+
+@pytest.mark.parametrize("location", [*ELSEWHERE, "x\0", "\ud800"])
+def test_a_location_that_is_no_listed_file_beside_the_graph_is_refused(location: str, tmp_path: Path) -> None:
+    content = model_of(initializer=[tensor("???")]).SerializeToString()
+    if location == "\ud800":  # which protobuf's own strings cannot hold
+        model = content.replace(b"???", location.encode("utf-8", "surrogatepass"))
+    else:
+        model = model_of(initializer=[tensor(location)]).SerializeToString()
+    folder = write(tmp_path / "b", model)
+    with pytest.raises(IntegrityError, match=r"takes weights from|no text"):
+        open_bundle(folder)
+
+
+def test_a_location_may_be_written_in_more_than_one_way(tmp_path: Path) -> None:
+    open_bundle(write(tmp_path / "b", model_of(initializer=[tensor(f"./{DATA}")])))
+
+
+def test_an_address_in_memory_is_no_file_name_even_where_the_manifest_lists_it(tmp_path: Path) -> None:
+    folder = write(tmp_path / "b", model_of(initializer=[tensor("*/_ORT_MEM_ADDR_/*")]))
+    fake = folder / "onnx" / "*" / "_ORT_MEM_ADDR_" / "*"
+    fake.parent.mkdir(parents=True)
+    fake.write_bytes(bytes(64))
+    manifest = read_json(folder / names.MANIFEST)
+    manifest["files"] |= file_records(folder, ["onnx/*/_ORT_MEM_ADDR_/*"])
+    write_json(folder / names.MANIFEST, manifest)
+    with pytest.raises(IntegrityError, match="not a path inside the folder"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "words"),
+    [
+        (0, 65, "bytes 0 to 65 of 'model.onnx_data', which has 64"),
+        (64, 1, "bytes 64 to 65"),
+        (10**17, 4, "which has 64"),
+        (-4, 8, "not an ONNX graph"),
+        ("0x10", 4, "not an ONNX graph"),
+        ("٣", 4, "not an ONNX graph"),
+        ("1" * 30, 4, "not an ONNX graph"),
+        (0, "", "not an ONNX graph"),
+    ],
+)
+def test_bytes_beyond_the_file_are_refused(offset: int | str, length: int | str, words: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "b", model_of(initializer=[tensor(offset=offset, length=length)]))
+    with pytest.raises(IntegrityError, match=words):
+        open_bundle(folder)
+
+
+def said_twice() -> onnx.TensorProto:
+    made = tensor()
+    made.external_data.add(key="location", value="../../secret")
+    return made
+
+
+def merged_of_two() -> bytes:
+    """An attribute's tensor in two parts, which protobuf merges: the place in one, other bytes in the other."""
+    rest = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
+    rest.external_data.add(key="length", value="4000")
+    parts = onnx.AttributeProto(t=tensor()).SerializeToString() + onnx.AttributeProto(t=rest).SerializeToString()
+    assert len(onnx.AttributeProto.FromString(parts).t.external_data) == 4
+    return within(b"\x3a", within(b"\x0a", within(b"\x2a", parts)))  # attribute of a node of a graph of a model
+
+
+def within(tag: bytes, content: bytes) -> bytes:
+    return tag + varint(len(content)) + content
+
+
+def varint(value: int) -> bytes:
+    digits = bytearray()
+    while value > 0x7F:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def without_place() -> onnx.TensorProto:
+    made = tensor()
+    made.ClearField("external_data")
+    return made
+
+
+def undeclared() -> onnx.TensorProto:
+    made = tensor("../../secret")
+    made.ClearField("data_location")
+    return made
+
+
+def with_key(key: str) -> onnx.TensorProto:
+    made = tensor()
+    made.external_data.add(key=key, value="x|0;99;y")
+    return made
+
+
+@pytest.mark.parametrize(
+    "made", [said_twice(), without_place(), undeclared(), with_key("prepacked_0"), tensor("./" * 2100 + DATA)]
+)
+def test_a_place_that_readers_may_read_otherwise_is_refused(made: onnx.TensorProto, tmp_path: Path) -> None:
+    folder = write(tmp_path / "b", model_of(initializer=[made]))
+    with pytest.raises(IntegrityError, match=r"not an ONNX graph|takes weights from"):
+        open_bundle(folder)
+
+
+def test_a_tensor_in_parts_that_protobuf_merges_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="a tensor takes '4000' bytes"):
+        open_bundle(write(tmp_path / "b", merged_of_two()))
+
+
+def test_a_field_number_that_some_readers_cut_to_32_bits_is_refused(tmp_path: Path) -> None:
+    graph = model_of(initializer=[tensor("../../secret")]).graph.SerializeToString()
+    folder = write(tmp_path / "b", within(b"\xba\x80\x80\x80\x10", graph))  # the 7 of graph, and 2**32
+    with pytest.raises(IntegrityError, match="impossible number"):
+        open_bundle(folder)
+
+
+def nested(depth: int) -> bytes:
+    """Subgraphs in one another, three messages each."""
+    content = b""
+    for _ in range(depth):
+        for tag in (b"\x32", b"\x2a", b"\x0a"):  # g of an attribute, attribute of a node, node of a graph
+            content = within(tag, content)
+    return within(b"\x3a", content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x3a",  # a graph without its length
+        b"\x3a\x05\x0a\x01",  # a graph that is longer than the file
+        b"\x3a\x02\x0a\x05\x12\x03abc",  # a node that reaches beyond its graph
+        b"\x3a" + b"\xff" * 12,  # a length without end
+        b"\x3b\x3c",  # a group
+        b"ORTM" * 4,
+        nested(34),
+        nested(20_000),
+    ],
+)
+def test_a_file_that_is_no_graph_is_told_in_a_sentence(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"model\.onnx is not an ONNX graph"):
+        open_bundle(write(tmp_path / "b", content))
+
+
+def test_inline_weights_are_skipped(tmp_path: Path) -> None:
+    inline = onnx.TensorProto(name="i", data_type=1, dims=[1 << 20], raw_data=b"j\x05../.." * (1 << 19))
+    file = tmp_path / "m.onnx"
+    file.write_bytes(model_of(initializer=[inline, tensor()]).SerializeToString())
+    assert list(external_data(file)) == [ExternalData(DATA, 16, 48)]
+
+
+# --- against protobuf itself --------------------------------------------------------------------------------------
+def locations(message: Any) -> Iterator[tuple[str, ...]]:
+    """Every value that protobuf reads under external_data, wherever it stands."""
+    for field, value in message.ListFields():
+        if field.name == "external_data":
+            yield tuple(entry.value for entry in value if entry.key == "location")
+        elif field.message_type is not None:
+            for inner in value if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value]:
+                yield from locations(inner)
+
+
+def everything() -> bytes:
+    model = model_of(constant(value=tensor()), initializer=[tensor(), helper.make_tensor("i", 1, [2], [1.0, 2.0])])
+    for place in HIDING_PLACES.values():
+        if place is not HIDING_PLACES["deep subgraph"]:
+            model.MergeFrom(place(tensor()))
+    return model.SerializeToString()
+
+
+EVERYTHING = everything()
+mutations = st.lists(
+    st.tuples(
+        st.integers(0, len(EVERYTHING) - 1),
+        st.sampled_from(["set", "cut", "insert", "copy"]),
+        st.binary(min_size=1, max_size=4),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def mutated(changes: list[tuple[int, str, bytes]]) -> bytes:
+    content = bytearray(EVERYTHING)
+    for at, how, new in changes:
+        at %= max(1, len(content))
+        if how == "set":
+            content[at : at + len(new)] = new
+        elif how == "insert":
+            content[at:at] = new
+        elif how == "cut":
+            del content[at : at + new[0]]
+        else:
+            content[at:at] = content[new[0] : new[0] + 40]
+    return bytes(content)
+
+
+@settings(max_examples=1500, derandomize=True, deadline=None)
+@given(mutations)
+def test_a_damaged_graph_is_refused_or_read_as_protobuf_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, str, bytes]]
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "damaged.onnx"
+    file.write_bytes(mutated(changes))
+    try:
+        found = {data.location for data in external_data(file)}
+    except IntegrityError:
+        return
+    try:
+        model = onnx.ModelProto.FromString(file.read_bytes())
+    except Exception:  # protobuf refuses more, what is no text for one
+        return
+    assert {location for said in locations(model) for location in said} <= found
+
+
+def context(value: str | bytes) -> onnx.NodeProto:
+    return helper.make_node("EPContext", [], ["c"], domain="com.microsoft", embed_mode=0, ep_cache_context=value)
+
+
+@pytest.mark.parametrize("place", ["graph", "subgraph"])
+@pytest.mark.parametrize("value", ["/etc/hostname", "../other.bin", "unlisted.bin", "a/../own.bin", "", b"\xff"])
+def test_a_context_binary_is_a_listed_file_beside_the_graph(tmp_path: Path, value: str | bytes, place: str) -> None:
+    def listed(node: onnx.NodeProto) -> Any:
+        if place == "subgraph":
+            node = helper.make_node("If", ["c"], ["d"], then_branch=helper.make_graph([node], "inner", [], []))
+        onnx.save(model_of(node), tmp_path / "model.onnx")
+        return parse_records(tmp_path, file_records(tmp_path, ["model.onnx", "own.bin"]))
+
+    (tmp_path / "own.bin").write_bytes(b"compiled")
+    check_contexts(tmp_path, listed(context("own.bin")), compiled=True)
+    check_contexts(tmp_path, listed(context(b"x" * 5000)), compiled=True)  # the binary itself
+    with pytest.raises(IntegrityError, match="takes what was compiled from"):
+        check_contexts(tmp_path, listed(context(value)), compiled=True)
+    with pytest.raises(IntegrityError, match="the manifest says that nothing was compiled"):
+        check_contexts(tmp_path, listed(context("own.bin")), compiled=False)

@@ -1,0 +1,99 @@
+"""Files of strangers: what is no regular file, what is too large, and what a library says of damaged bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.files.folder import read_json, read_text
+from pastkey.files.reading import (
+    is_panic,
+    last_read,
+    panics_as_errors,
+    parse_json,
+    read_bytes,
+    reading,
+    require_regular,
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path, words in (
+        (tmp_path / "pipe", "is a pipe, which can be read once"),
+        (Path(os.devnull), "is a device, which need not end"),
+        (tmp_path, "is a folder; a file was expected"),
+        (tmp_path / "a\0b", "is not the name of a file"),
+        (tmp_path / "loop", "is a link that leads back to itself"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_text(path)
+    with pytest.raises(MissingFileError, match="no such file"):
+        require_regular(tmp_path / "none" / "x")
+
+
+def test_a_file_without_content_is_not_read_for_its_size(tmp_path: Path) -> None:
+    file = tmp_path / "large.json"
+    with file.open("wb") as opened:
+        opened.truncate(1 << 40)
+    with pytest.raises(InputError, match="100,000,000 are the most"):
+        read_json(file)
+    with pytest.raises(OSError, match="of memory and"):
+        read_text(file)
+    assert last_read() == file
+    file.write_bytes(b"12345")
+    assert read_bytes(file, 5) == b"12345"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("1" * 5000, "4300 digits"),
+        ('{"a":' * 101 + "1" + "}" * 101, "nested more than 100 deep"),
+        ("[" * 100_000, "nested more than 100 deep"),
+        (r'{"a": ["x", "\ud800"]}', "half a surrogate pair"),
+        (r'{"\uDfff": 1}', "half a surrogate pair"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_json_that_later_code_could_not_take_is_refused(content: str, reason: str) -> None:
+    with pytest.raises(IntegrityError, match=reason):
+        parse_json(content.encode(), "x.json")
+    with pytest.raises(IntegrityError, match="not valid JSON"):
+        parse_json(b'{"a": "\xff"}', "x.json")
+
+
+def test_json_of_the_deepest_kind_and_whole_surrogate_pairs_are_read() -> None:
+    assert parse_json(r'"\ud83d\ude42"', "x") == "🙂"
+    assert str(parse_json("[" * 99 + "]" * 99, "x")).count("[") == 99
+
+
+def test_what_a_parser_raises_is_a_sentence_with_the_file() -> None:
+    with pytest.raises(IntegrityError, match=r"a\.bin cannot be read as numbers \(list index out of range\)"):  # noqa: SIM117
+        with reading("a.bin", "numbers"):
+            [][0]
+    for passed in (InputError("said"), FileNotFoundError("x"), MemoryError(), KeyboardInterrupt()):
+        with pytest.raises(type(passed)), reading("a.bin", "numbers"):
+            raise passed
+    with pytest.raises(LookupError), reading("a.bin", "numbers", but=(LookupError,)):
+        raise LookupError
+
+
+def test_a_panic_is_caught_where_an_exception_is() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    hostile = "a" * 40 + "b"
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 (the class is made in Rust)
+        tokenizer.encode(hostile)
+    assert is_panic(caught.value)
+    assert not isinstance(caught.value, Exception)
+    with pytest.raises(Exception, match=r"."), panics_as_errors():
+        tokenizer.encode(hostile)
+    with pytest.raises(IntegrityError, match="cannot be read as a text"), reading("t.json", "a text"):
+        tokenizer.encode(hostile)

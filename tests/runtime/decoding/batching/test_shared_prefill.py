@@ -1,0 +1,96 @@
+"""Several continuations of one prompt: each the text of its own seed, and one prefill."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pastkey.runtime import LanguageModel, load
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.sampling.random_stream import continuation_seed
+
+from ...rotary import RotaryTiny
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pastkey.contract.bundle import Bundle
+
+DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
+PROMPT = "abcabcab" * 3
+
+
+def alone(model: LanguageModel, number: int, prompt: str = PROMPT) -> list[int]:
+    return model.generate(prompt, **{**DRAWN, "seed": continuation_seed(5, number)}).ids
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 20])
+def test_each_is_the_text_of_its_seed(model: LanguageModel, n: int) -> None:
+    found = model.generate(PROMPT, n=n, **DRAWN)
+    assert [completion.ids for completion in found] == [alone(model, number) for number in range(n)]
+    assert found[0].ids == model.generate(PROMPT, **DRAWN).ids
+    once: Any = iter([5, 6, 7])
+    twice = [completion.ids for completion in model.generate(once, n=2, max_new_tokens=3)]
+    assert twice == [model.generate([5, 6, 7], max_new_tokens=3).ids] * 2
+    if n > 1:
+        assert len({tuple(completion.ids) for completion in found}) > 1
+    assert model.scheduler.live == 0
+
+
+def test_the_prompt_is_computed_once(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    run = Engine.run
+
+    def counted(engine: Engine, ids: Any, *rest: Any, **named: Any) -> Any:
+        runs.append(ids.shape[1])
+        return run(engine, ids, *rest, **named)
+
+    monkeypatch.setattr(Engine, "run", counted)
+    found = lm.generate(PROMPT, n=6, prompt_lookup=False, **DRAWN)
+    assert sorted(tokens for tokens in runs if tokens > 1) == [2] * 5 + [24]
+    assert [completion.cached_tokens for completion in found] == [0] + [22] * 5
+
+
+def test_a_window_that_has_left_the_prompt_behind(make_bundle: Callable[..., Bundle]) -> None:
+    """The second continuation begins when the first has ended."""
+    tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
+    lm = load(make_bundle(tiny, "fused", shift=tiny.shift, window=24).path, threads=1, max_batch=1)
+    prompt, options = [number % 37 for number in range(300)], {**DRAWN, "prompt_lookup": False}
+    for new, shared in ((20, 298), (400, 0)):
+        found = lm.generate(prompt, n=2, **{**options, "max_new_tokens": new})
+        seeds = [continuation_seed(5, number) for number in range(2)]
+        alone = [lm.generate(prompt, **{**options, "max_new_tokens": new, "seed": seed}).ids for seed in seeds]
+        assert [completion.ids for completion in found] == alone
+        assert found[1].cached_tokens == shared
+
+
+def test_several_prompts_and_streams(lm: LanguageModel) -> None:
+    told: list[tuple[int, int]] = []
+    found = lm.generate([PROMPT, "ab"], lambda *done: told.append(done), n=3, **DRAWN)
+    expected = [alone(lm, number, prompt) for prompt in (PROMPT, "ab") for number in range(3)]
+    assert [completion.ids for completion in found] == expected
+    assert told == [(done, 6) for done in range(1, 7)]
+    ids: list[list[int]] = [[] for _ in range(6)]
+    for place, chunk in lm.stream_many([PROMPT, "ab"], n=3, **DRAWN):
+        ids[place] += chunk.ids
+    assert ids == expected
+
+
+def test_where_the_first_has_ended_the_others_compute_their_own(lm: LanguageModel) -> None:
+    streams = lm.stream_many([PROMPT], n=3, **DRAWN)
+    first, second, third = streams._streams
+    next(first)
+    first.close()
+    lm.generate("cccc", **DRAWN)  # the engine of the first is used again
+    assert [chunk.ids[0] for chunk in second if chunk.ids] == alone(lm, 1)
+    assert [chunk.ids[0] for chunk in third if chunk.ids] == alone(lm, 2)
+
+
+def test_without_a_seed_each_call_draws_afresh_and_greedy_ones_are_equal(lm: LanguageModel) -> None:
+    settings = {**DRAWN, "seed": None}
+    one, other = (lm.generate(PROMPT, n=4, **settings) for _ in range(2))
+    assert [completion.ids for completion in one] != [completion.ids for completion in other]
+    assert len({tuple(completion.ids) for completion in one}) > 1
+    greedy = lm.generate(PROMPT, n=3, max_new_tokens=9)
+    assert len({tuple(completion.ids) for completion in greedy}) == 1

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime.decoding.generation import Generation
+from pastkey.runtime.decoding.request import Request
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.sampling.penalties import apply_repetition_penalty
+from pastkey.runtime.settings import SamplingConfig
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+PROMPT = [5, 6, 7]
+
+
+def greedy(tiny: Tiny, prompt: list[int], count: int) -> list[int]:
+    """The slow obvious way: the whole text again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(np.argmax(tiny(ids)[-1])))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture
+def session(bundle: Bundle) -> Engine:
+    return Engine(bundle, threads=1)
+
+
+def test_greedy_generation_equals_the_uncached_loop(session: Engine, tiny: Tiny) -> None:
+    generation = Generation(session, Request(PROMPT, max_new_tokens=20))
+    assert list(generation) == greedy(tiny, PROMPT, 20)
+    assert generation.finish_reason == "length"
+    assert (generation.prompt_tokens, generation.new_tokens) == (3, 20)
+    assert generation.prefill_seconds > 0
+    assert generation.decode_seconds > 0
+
+
+def test_an_end_token_ends_it_and_is_not_yielded(session: Engine, tiny: Tiny) -> None:
+    expected = greedy(tiny, PROMPT, 20)
+    end = next(token for i, token in enumerate(expected) if i >= 2 and token not in expected[:i])
+    generation = Generation(session, Request(PROMPT, max_new_tokens=20, end_ids=[36 if end != 36 else 35, end]))
+    tokens = list(generation)
+    assert tokens == expected[: expected.index(end)]
+    assert generation.finish_reason == "stop"
+    assert generation.new_tokens == len(tokens)
+
+
+def test_an_end_token_at_once_leaves_nothing(session: Engine, tiny: Tiny) -> None:
+    generation = Generation(session, Request(PROMPT, max_new_tokens=20, end_ids=greedy(tiny, PROMPT, 1)))
+    assert list(generation) == []
+    assert generation.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
+def test_the_last_token_may_stand_behind_the_context(session: Engine, prompt: int, expected: int) -> None:
+    session.graph.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
+    generation = Generation(session, Request(list(range(prompt)), max_new_tokens=100))
+    assert len(list(generation)) == expected
+    assert generation.finish_reason == "length"
+
+
+def test_none_new(session: Engine) -> None:
+    generation = Generation(session, Request(PROMPT, max_new_tokens=0))
+    assert list(generation) == []
+    assert generation.finish_reason == "length"
+
+
+def test_tokens_come_one_at_a_time(session: Engine) -> None:
+    generation = Generation(session, Request(PROMPT, max_new_tokens=10))
+    next(generation)
+    next(generation)
+    assert session.length == len(PROMPT) + 1
+    assert generation.finish_reason is None
+
+
+def test_sampling_repeats_under_a_seed(session: Engine) -> None:
+    def tokens(**settings: Any) -> list[int]:
+        return list(Generation(session, Request(PROMPT, max_new_tokens=25, sampling=SamplingConfig(**settings))))
+
+    assert tokens(temperature=2.0, seed=1) == tokens(temperature=2.0, seed=1)
+    assert tokens(temperature=2.0, seed=1) != tokens(temperature=2.0, seed=2)
+
+
+def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session: Engine, tiny: Tiny) -> None:
+    ids = list(PROMPT)
+    for _ in range(12):
+        ids.append(int(np.argmax(apply_repetition_penalty(tiny(ids)[-1], ids, 3.0))))
+    assert ids[3:] != greedy(tiny, PROMPT, 12)
+    penalty = SamplingConfig(repetition_penalty=3.0)
+    assert list(Generation(session, Request(PROMPT, max_new_tokens=12, sampling=penalty))) == ids[3:]
+
+
+def test_a_generation_that_another_took_over_says_so(session: Engine) -> None:
+    first = Generation(session, Request(PROMPT, max_new_tokens=10))
+    next(first)
+    second = Generation(session, Request([1, 2], max_new_tokens=3))
+    assert len(list(second)) == 3
+    with pytest.raises(InputError, match="another generation began"):
+        next(first)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "word"),
+    [
+        ([], 5, "the prompt is empty"),
+        ([37], 5, "out of range"),
+        ([1] * 601, 5, "the context is 600"),
+        ([1], -1, "max_new"),
+        ([1], 1.5, "max_new"),
+        ([1], None, "max_new"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_at_once(session: Engine, prompt: list[int], new: Any, word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        Generation(session, Request(prompt, max_new_tokens=new))

@@ -1,0 +1,335 @@
+"""A text that is longer than the context: an error, or the oldest tokens go, wherever the text is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from pastkey.__main__ import main
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime import Engine, Generation, LanguageModel, Request, load
+from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
+from pastkey.runtime.decoding.kept_tokens import KeptTokens
+from pastkey.runtime.engine import engine as engines
+from pastkey.runtime.engine.caches.slab import Slab
+
+from ..conftest import Tiny
+from ..rotary import RotaryTiny
+
+MakeBundle = Callable[..., Bundle]
+CONTEXT, SINKS = 64, 4
+BLOCK = (CONTEXT - SINKS) // 2
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 37, count).tolist()
+
+
+def continued(tiny: RotaryTiny, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens by the reference, which drops half of what is no sink where the context is full."""
+    reference, rows, ids = tiny.reference(), len(prompt), list[int]()
+    logits = reference.feed(prompt)[-1]
+    while True:
+        ids.append(int(logits.argmax()))
+        if len(ids) == count:
+            return ids
+        if rows == CONTEXT:
+            reference.drop(SINKS, BLOCK)
+            rows -= BLOCK
+        logits = reference.feed(ids[-1:])[-1]
+        rows += 1
+
+
+@pytest.fixture(scope="module", params=["fused", "standard"])
+def bundle(request: pytest.FixtureRequest, make_bundle: MakeBundle, tiny_rotary: RotaryTiny) -> Bundle:
+    return make_bundle(tiny_rotary, request.param, shift=tiny_rotary.shift)
+
+
+@pytest.fixture(scope="module")
+def tiny_rotary() -> RotaryTiny:
+    return RotaryTiny.of(16, CONTEXT, pairs=4)
+
+
+@pytest.fixture
+def lm(bundle: Bundle) -> LanguageModel:
+    return load(bundle.path, threads=1)
+
+
+# --- by itself ----------------------------------------------------------------------------------------------------
+def test_without_a_shift_all_tokens_are_there(bundle: Bundle) -> None:
+    engine = Engine(bundle, threads=1)
+    kept = KeptTokens(engine)
+    assert kept.checked(ids_of(CONTEXT)) == ids_of(CONTEXT)
+    assert (kept.most(100, 60), kept.excess(CONTEXT, 5)) == (5, 0)
+    assert (kept.of([1, 2]), kept.missing([1, 2], 1)) == ([1, 2], [2])
+    with pytest.raises(InputError, match="the prompt has 65 tokens; the context is 64"):
+        kept.checked(ids_of(CONTEXT + 1))
+
+
+def test_half_of_what_is_no_sink_goes_as_often_as_there_must_be_room(bundle: Bundle) -> None:
+    kept = KeptTokens(Engine(bundle, threads=1), "shift", SINKS)
+    found = {tokens: kept.excess(CONTEXT, tokens) for tokens in (0, 1, BLOCK, BLOCK + 1, 2 * BLOCK)}
+    assert found == {0: 0, 1: BLOCK, BLOCK: BLOCK, BLOCK + 1: 2 * BLOCK, 2 * BLOCK: 2 * BLOCK}
+    assert kept.most(1000, 60) == 1000
+
+
+@pytest.mark.parametrize("length", [CONTEXT + 1, CONTEXT + BLOCK, CONTEXT + BLOCK + 1, 1000])
+def test_a_longer_prompt_keeps_its_first_tokens_and_its_newest(bundle: Bundle, length: int) -> None:
+    kept = KeptTokens(Engine(bundle, threads=1), "shift", SINKS)
+    ids = kept.checked(ids_of(length))
+    assert ids == ids_of(length)
+    assert kept.of(ids) == [*ids[:SINKS], *ids[SINKS + kept.dropped :]]
+    assert kept.dropped % BLOCK == 0
+    assert CONTEXT - BLOCK < len(kept.of(ids)) <= CONTEXT
+    for have in (0, 2, SINKS, 20):
+        assert kept.missing(ids, have) == kept.of(ids)[have:]
+
+
+def test_settings_out_of_range(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match='context_overflow is \'drop\'; it must be "error" or "shift"'):
+        lm.generate([1], context_overflow="drop")  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="num_sink_tokens is 33; it must be a whole number from 0 to 32, half"):
+        lm.generate([1], context_overflow="shift", num_sink_tokens=33)
+    with pytest.raises(InputError, match="token id 37 is out of range"):
+        lm.generate([*ids_of(100), 37], context_overflow="shift")
+    with pytest.raises(InputError, match="the prompt has 100 tokens; the context is 64"):
+        lm.generate(ids_of(100), context_overflow="shift", prompt_logprobs=True)
+
+
+def test_a_bundle_whose_cache_cannot_be_shifted(make_bundle: MakeBundle, tiny: Tiny) -> None:
+    with pytest.raises(InputError, match='context_overflow is "shift", and this bundle does not say'):
+        load(make_bundle(tiny).path).generate([1], context_overflow="shift")
+
+
+# --- generating ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prompt_tokens", [5, 60, CONTEXT])
+def test_the_text_goes_on_as_the_reference_does(lm: LanguageModel, tiny_rotary: RotaryTiny, prompt_tokens: int) -> None:
+    prompt = ids_of(prompt_tokens)
+    completion = lm.generate(prompt, max_new_tokens=150, context_overflow="shift")
+    assert completion.ids == continued(tiny_rotary, prompt, 150)
+    assert completion.finish_reason == "length"
+    assert completion.dropped_tokens == -(-(prompt_tokens + 149 - CONTEXT) // BLOCK) * BLOCK
+    assert completion.prompt_tokens == prompt_tokens
+
+
+def test_without_it_the_text_ends_with_the_context(lm: LanguageModel) -> None:
+    completion = lm.generate(ids_of(60), max_new_tokens=150)
+    assert (completion.new_tokens, completion.finish_reason, completion.dropped_tokens) == (5, "length", 0)
+
+
+def test_several_texts_at_the_same_time(lm: LanguageModel, tiny_rotary: RotaryTiny) -> None:
+    prompts = [ids_of(count, count) for count in (3, 30, 50, 61, 64)]
+    found = lm.generate(prompts, max_new_tokens=100, context_overflow="shift", prompt_lookup=False)
+    assert [completion.ids for completion in found] == [continued(tiny_rotary, prompt, 100) for prompt in prompts]
+    assert (lm.scheduler.batched > 100) is (lm.manifest.graph == "fused")
+
+
+def test_a_prompt_that_is_cut_is_the_text_of_what_was_kept(lm: LanguageModel, tiny_rotary: RotaryTiny) -> None:
+    ids = ids_of(500)
+    gone = -(-(500 - CONTEXT) // BLOCK) * BLOCK
+    kept = [*ids[:SINKS], *ids[SINKS + gone :]]
+    completion = lm.generate(ids, max_new_tokens=60, context_overflow="shift", logprobs=0)
+    assert completion.ids == continued(tiny_rotary, kept, 60)
+    assert (completion.prompt_tokens, len(completion.logprobs)) == (500, 60)
+    first = lm.generate(ids, max_new_tokens=5, context_overflow="shift", reuse_prefix=True)
+    again = lm.generate([*ids, *first.ids], max_new_tokens=5, context_overflow="shift", reuse_prefix=True)
+    assert again.cached_tokens == len(kept) + 3  # what is cut as the last prompt was is computed once
+
+
+def test_what_was_shifted_is_no_prefix(lm: LanguageModel) -> None:
+    prompt = ids_of(50)
+    options = {"max_new_tokens": 40, "context_overflow": "shift", "reuse_prefix": True}
+    found = lm.generate(prompt, **options)  # type: ignore[call-overload]
+    kept = [*prompt, *found.ids]
+    kept = [*kept[:SINKS], *kept[SINKS + found.dropped_tokens :]]
+    assert lm.generate(kept, **options).cached_tokens == 0  # type: ignore[call-overload]
+    store = PrefixStore(lm.require_open().graph)
+    engine = lm.new_engine()
+    engine.prefill(prompt)
+    engine.shift(SINKS, 10)
+    store.put(engine)
+    assert len(store) == 1  # for its memory
+    assert store.take([*prompt[:SINKS], *prompt[14:]])[1] == 0
+
+
+def test_a_step_that_is_interrupted_within_a_shift(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"max_new_tokens": 30, "context_overflow": "shift", "prompt_lookup": False}
+    stream = lm.stream(ids_of(50), **options)  # type: ignore[arg-type]
+    found = [next(stream).ids[0] for _ in range(15)]
+
+    def interrupted(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "moved_by", interrupted)
+        with pytest.raises(MemoryError):
+            next(stream)
+    stream.close()
+    assert len(found) == 15
+    assert lm.generate(ids_of(50), **options).ids[:15] == found  # type: ignore[call-overload]
+
+
+def test_rows_that_fail_together_within_a_shift(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ends with the error, and no run of no rows is tried."""
+    rows: list[int] = []
+    decode = Slab.decode
+
+    def counted(slab: Slab, engines: Any, tokens: Any) -> Any:
+        rows.append(len(engines))
+        return decode(slab, engines, tokens)
+
+    def interrupted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Slab, "decode", counted)
+    options = {"max_new_tokens": 30, "context_overflow": "shift", "prompt_lookup": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "moved_by", interrupted)
+        with pytest.raises(MemoryError):
+            lm.generate([ids_of(50)] * 2, **options)  # type: ignore[call-overload]
+    assert set(rows) == ({2} if lm.manifest.graph == "fused" else set())
+    assert lm.generate(ids_of(50), **options).new_tokens == 30  # type: ignore[call-overload]
+
+
+class Fives:
+    """A constraint that leaves no choice about the next hundred tokens."""
+
+    complete = False
+
+    def __init__(self) -> None:
+        self._left = [5] * 100
+
+    def masked(self, logits: Any) -> Any:
+        return logits
+
+    def require(self, token: int) -> None:
+        pass
+
+    def follow(self, tokens: Any, start: int) -> None:
+        pass
+
+    def restart(self) -> None:
+        pass
+
+    def forced(self, most: int) -> list[int]:
+        found, self._left = self._left[:most], []
+        return found
+
+    def allowed_draft(self, draft: Any) -> list[int]:
+        return list(draft)
+
+
+def test_tokens_that_must_follow_and_do_not_fit_at_once(bundle: Bundle) -> None:
+    engine = Engine(bundle, threads=1)
+    generation = Generation(
+        engine, Request(ids_of(50), max_new_tokens=110, context_overflow="shift", constraint=Fives())
+    )
+    found = list(generation)
+    assert (len(found), found[:100], generation.forced_tokens) == (110, [5] * 100, 100)
+    assert engine.length + generation.kept.dropped == 159
+
+
+# --- sessions -----------------------------------------------------------------------------------------------------
+def test_a_session_holds_what_is_in_the_context(lm: LanguageModel, tiny_rotary: RotaryTiny, tmp_path: Path) -> None:
+    session, prompt = lm.session(), ids_of(50)
+    found = session.generate(prompt, max_new_tokens=60, context_overflow="shift")
+    text = [*prompt, *found.ids]
+    kept = [*text[:SINKS], *text[SINKS + found.dropped_tokens :]]
+    assert session.ids == kept
+    fork = session.fork()
+    session.save(tmp_path / "saved")
+    loaded = lm.load_session(tmp_path / "saved")
+    assert loaded.ids == kept
+    expected = continued(tiny_rotary, kept, 5)
+    for one in (session, fork, loaded):
+        more = one.generate(max_new_tokens=5, context_overflow="shift")
+        assert (more.ids, more.cached_tokens) == (expected, 0)
+    session.trim(20)
+    assert session.generate(max_new_tokens=3).ids == continued(tiny_rotary, kept[:20], 3)
+
+
+def test_a_session_takes_more_than_the_context_holds(lm: LanguageModel) -> None:
+    session = lm.session()
+    with pytest.raises(InputError, match="the prompt has 200 tokens"):
+        session.append(ids_of(200))
+    session.append(ids_of(200), context_overflow="shift")
+    gone = -(-(200 - CONTEXT) // BLOCK) * BLOCK
+    assert session.ids == [*ids_of(200)[:SINKS], *ids_of(200)[SINKS + gone :]]
+    assert session.generate(max_new_tokens=2).cached_tokens == 200 - gone - 2
+
+
+def test_a_saved_session_of_what_is_local(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
+    lm = load(make_bundle(tiny, "fused", shift=tiny.shift, window=24).path, threads=1)
+    session, ids = lm.session(), ids_of(600)
+    session.append(ids)
+    session.save(tmp_path / "saved")
+    loaded = lm.load_session(tmp_path / "saved")
+    fork = session.fork()
+    expected = session.generate(max_new_tokens=20)
+    assert (tmp_path / "saved").stat().st_size < 200_000  # 600 tokens are 307,200 bytes of keys and values
+    for other in (loaded, fork):
+        found = other.generate(max_new_tokens=20)
+        assert (found.ids, found.cached_tokens) == (expected.ids, 598)
+    session.trim(100)
+    assert session.generate(max_new_tokens=5).cached_tokens == 0
+
+
+def test_local_texts_at_the_same_time(make_bundle: MakeBundle) -> None:
+    tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
+    local = load(make_bundle(tiny, "fused", shift=tiny.shift, window=24).path, threads=1)
+    whole = load(make_bundle(tiny, "fused").path, threads=1)
+    prompts = [ids_of(count, count) for count in (10, 300, 500)]
+    options = {"max_new_tokens": 300, "prompt_lookup": False}
+    found = local.generate(prompts, **options)  # type: ignore[call-overload]
+    assert [one.ids for one in found] == [whole.generate(prompt, **options).ids for prompt in prompts]  # type: ignore[call-overload]
+    assert local.scheduler.batched > 300
+
+
+# --- conversations and commands -----------------------------------------------------------------------------------
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
+
+
+def test_a_conversation_keeps_what_comes_before_its_first_question(
+    tiny_rotary: RotaryTiny, letters: Tokenizer, make_bundle: MakeBundle
+) -> None:
+    config = {"chat_template": TEMPLATE}
+    fields = {"tokenizer": letters, "tokenizer_config": config, "shift": tiny_rotary.shift}
+    lm = load(make_bundle(tiny_rotary, "fused", **fields).path, threads=1)
+    chat, options = lm.chat("be kind"), {"max_new_tokens": 10, "context_overflow": "shift"}
+    for question in ("abcdefghi", "hello", "once upon a time", "and then"):
+        answer = chat.ask(question, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="with this message the conversation has"):
+        chat.ask("more")
+    text = "".join(f"<{said['role']}>{said['content']}." for said in chat.messages[:-1])
+    assert len(text) > 2 * CONTEXT
+    head = len("<system>be kind.<user>")
+    expected = lm.generate(text, num_sink_tokens=head, **options)  # type: ignore[call-overload]
+    assert (answer.text, answer.dropped_tokens) == (expected.text, expected.dropped_tokens)
+    assert answer.dropped_tokens > CONTEXT
+
+
+def test_the_command(lm: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = ",".join(map(str, ids_of(100)))
+    arguments = ["run", str(lm.bundle.path), "--prompt-ids", ids, "--max-new-tokens", "5", "--json"]
+    assert main(arguments) == 2
+    assert "or let its oldest tokens go (--context-overflow shift)" in capsys.readouterr().err
+    assert main([*arguments, "--context-overflow", "shift", "--num-sink-tokens", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = lm.generate(ids_of(100), max_new_tokens=5, context_overflow="shift", num_sink_tokens=2)
+    assert (found["ids"], found["dropped_tokens"]) == (expected.ids, expected.dropped_tokens)
+
+
+def test_what_cannot_shift_is_not_told_to(lm: LanguageModel, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
+        lm.score(ids_of(CONTEXT + 1))
+    older = load(make_bundle(tiny, "fused").path, threads=1)
+    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
+        older.generate([1] * (tiny.context_length + 1))

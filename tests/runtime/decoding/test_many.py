@@ -1,0 +1,107 @@
+"""Several prompts in one call: each as if alone, the results in order."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError, OptionError
+from pastkey.runtime import Completion, LanguageModel, load
+
+if TYPE_CHECKING:
+    pass
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
+PROMPTS = ["abc" * (number + 1) for number in range(21)]
+
+
+def same(found: Completion, expected: Completion) -> bool:
+    return (found.ids, found.text, found.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
+
+
+def test_each_is_as_if_alone_and_in_order(model: LanguageModel) -> None:
+    told: list[tuple[int, int]] = []
+    found = model.generate(PROMPTS, progress=lambda done, count: told.append((done, count)), **SETTINGS)
+    expected = [model.generate(prompt, **SETTINGS) for prompt in PROMPTS]
+    assert len(found) == 21
+    assert all(map(same, found, expected))
+    assert told == [(done, 21) for done in range(1, 22)]
+    assert model.scheduler.live == 0
+
+
+def test_they_share_runs(speaking_bundle: Bundle) -> None:
+    model = load(speaking_bundle.path, threads=1, max_batch=8)
+    model.generate(PROMPTS, **SETTINGS)
+    assert model.scheduler.batched > 20 * 9
+    alone = load(speaking_bundle.path, threads=1, max_batch=1)
+    found = alone.generate(PROMPTS, **SETTINGS)
+    assert alone.scheduler.batched == 0
+    assert all(map(same, found, model.generate(PROMPTS, **SETTINGS)))
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2], [3]], ([1, 2], (3,)), np.array([[1, 2], [3, 4]]), [np.array([1, 2])]])
+def test_ids_of_any_kind(model: LanguageModel, prompts: Any) -> None:
+    found = model.generate(prompts, **SETTINGS)
+    assert [completion.ids for completion in found] == [
+        model.generate([int(token) for token in prompt], **SETTINGS).ids for prompt in prompts
+    ]
+
+
+def test_a_stream_of_several_tells_whose_each_piece_is(model: LanguageModel) -> None:
+    streams = model.stream_many(PROMPTS[:3], **SETTINGS)
+    texts = ["", "", ""]
+    places = []
+    for place, chunk in streams:
+        texts[place] += chunk.text
+        places.append(place)
+    assert texts == [model.generate(prompt, **SETTINGS).text for prompt in PROMPTS[:3]]
+    assert places[:6] == [0, 1, 2, 0, 1, 2]
+    assert [completion and completion.text for completion in streams.completions] == texts
+
+
+def test_what_is_wrong_is_told_before_anything_runs(model: LanguageModel) -> None:
+    steps = model.scheduler.steps
+    for prompts, words in (
+        ([], "several prompts were expected and none was given"),
+        ("abc", "several prompts were expected and a text was given"),
+        (5, "several prompts were expected and 5 was given"),
+        ({"abc": 1}, "several prompts were expected and {'abc': 1} was given"),
+        (iter(["abc"]), "several prompts were expected and <list_iterator object"),
+        (["abc", ""], "the prompt is empty"),
+        (["abc", "a" * 700], "the context is 600"),
+        ([[1], [99]], "token id 99 is out of range"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model.stream_many(prompts)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"progress is 5; it must be a function of \(done, all\), or None"):
+        model.generate(["abc", "b"], 5)  # type: ignore[call-overload]
+    with pytest.raises(OptionError, match=r"stream_many\(\) has no option 'temprature'"):
+        model.stream_many(["abc"], temprature=1)  # type: ignore[call-arg]
+    assert model.scheduler.steps == steps
+
+
+def test_an_error_of_the_callback_ends_all(model: LanguageModel) -> None:
+    def stop(done: int, _: int) -> None:
+        raise RuntimeError(f"{done} are enough")
+
+    with pytest.raises(RuntimeError, match="1 are enough"):
+        model.generate(PROMPTS, progress=stop, **SETTINGS)
+    assert model.scheduler.live == 0
+    assert model.generate("abc", **SETTINGS).new_tokens == 12
+
+
+def test_closing_and_cancelling_keep_what_there_is(model: LanguageModel) -> None:
+    expected = [model.generate(prompt, **SETTINGS).ids for prompt in PROMPTS[:3]]
+    for end in ("close", "cancel"):
+        streams = model.stream_many(PROMPTS[:3], **SETTINGS)
+        taken = len(list(itertools.islice(streams, 6)))
+        getattr(streams, end)()
+        assert list(streams) == []
+        assert taken == 6
+        found = [completion.ids for completion in streams.completions if completion is not None]
+        assert found == [ids[:2] for ids in expected]
+        assert model.scheduler.live == 0

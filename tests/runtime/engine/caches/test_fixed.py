@@ -1,0 +1,137 @@
+"""A cache of fixed shapes with holes computes what the cache that grows by concatenation computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.contract.bundle import Bundle, KVGeometry, StateGeometry
+from pastkey.errors import InputError
+from pastkey.runtime.engine.caches.fixed import FixedKVCache, FixedRows
+from pastkey.runtime.engine.caches.int8_kv import CachePair
+from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.providers import placement as providers
+
+if TYPE_CHECKING:
+    from ...conftest import Tiny
+
+IDS = np.random.default_rng(0).integers(0, 37, 200)
+
+
+@pytest.fixture
+def fixed(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The processor in the place of a provider that prefers fixed shapes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(providers, "prefers_fixed_shapes", lambda active: True)
+        engine = Engine(standard_bundle, threads=1, graph="all_logits")
+    assert isinstance(engine.cache.float32, FixedKVCache)
+    return engine
+
+
+@pytest.fixture
+def plain(standard_bundle: Bundle) -> Engine:
+    engine = Engine(standard_bundle, threads=1, graph="all_logits")
+    assert isinstance(engine.cache.float32, KVCache)
+    return engine
+
+
+def test_only_openvino_prefers_fixed_shapes() -> None:
+    preferring = [name for name, known in providers.KNOWN.items() if providers.prefers_fixed_shapes([known.name])]
+    assert preferring == ["openvino"]
+
+
+def test_prefill_and_decode_beyond_a_growth_equal_those_of_the_concatenating_cache(
+    fixed: Engine, plain: Engine
+) -> None:
+    for engine in (fixed, plain):
+        engine.prefill(IDS[:100], chunk_size=40)
+    shapes = set()
+    for token in IDS[100:]:
+        np.testing.assert_allclose(fixed.decode(int(token)), plain.decode(int(token)), atol=1e-5)
+        shapes.add(fixed.cache.float32.capacity)
+    assert shapes == {GROWTH_STEP, 2 * GROWTH_STEP}
+    for found, expected in zip(fixed.cache.layer(1), plain.cache.layer(1), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_shape_of_past_stays_between_growths(fixed: Engine) -> None:
+    fixed.prefill(IDS[:5])
+    pointers = set()
+    for token in IDS[5:50]:
+        fixed.decode(int(token))
+        pointers.add(fixed.cache.float32.arrays[0].ctypes.data)
+    assert len(pointers) == 1
+
+
+def test_after_a_trim_stale_rows_are_holes(fixed: Engine, tiny: Tiny) -> None:
+    fixed.prefill(IDS[:30])
+    fixed.trim(10)
+    found = fixed.prefill(IDS[50:55])
+    np.testing.assert_allclose(found, tiny([*IDS[:10], *IDS[50:55]])[-1], atol=1e-4)
+
+
+def test_after_a_reset_another_number_of_rows_fits(fixed: Engine, tiny: Tiny) -> None:
+    fixed.prefill(IDS[:30])
+    fixed.reset()
+    found = fixed.forward(IDS[:6].reshape(2, 3))
+    np.testing.assert_allclose(found[1, -1], tiny(IDS[3:6])[-1], atol=1e-4)
+    with pytest.raises(InputError, match="the cache holds 2 rows and 1 were given"):
+        fixed.decode(1)
+
+
+def test_rows_with_padding_equal_each_row_alone(fixed: Engine, tiny: Tiny) -> None:
+    mask = np.array([[1, 1, 1, 1], [0, 1, 1, 0]])
+    fixed.forward(np.where(mask, IDS[:8].reshape(2, 4), 0), mask)
+    found = fixed.forward([[1], [2]])
+    np.testing.assert_allclose(found[0, -1], tiny([*IDS[:4], 1])[-1], atol=1e-4)
+    np.testing.assert_allclose(found[1, -1], tiny([*IDS[5:7], 2])[-1], atol=1e-4)
+
+
+def test_an_exception_within_a_run_drops_the_cache(fixed: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed.prefill(IDS[:10])
+    with monkeypatch.context() as patch:
+        patch.setattr(fixed.graph, "check_finite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fixed.decode(1)
+    assert (fixed.length, fixed.nbytes) == (0, 0)
+    np.testing.assert_allclose(fixed.prefill(IDS[:10]), tiny(IDS[:10])[-1], atol=1e-4)
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_last_rows_of_the_context_are_used(
+    make_bundle: Callable[..., Bundle], tiny_odd: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "prefers_fixed_shapes", lambda active: True)
+    engine = Engine(make_bundle(tiny_odd, "standard"), threads=1)
+    ids = IDS[: tiny_odd.context_length]
+    engine.prefill(ids[:-1])
+    np.testing.assert_allclose(engine.decode(int(ids[-1])), tiny_odd(ids)[-1], atol=1e-4)
+    assert engine.cache.float32.capacity == tiny_odd.context_length
+
+
+@pytest.mark.parametrize("fields", [{"padding": False}, {"states": (StateGeometry(3, 4),)}, {"graph": "fused"}])
+def test_where_a_hole_is_no_padding_the_cache_concatenates(
+    fields: dict[str, Any], standard_bundle: Bundle, fixed: Engine
+) -> None:
+    manifest = dataclasses.replace(standard_bundle.manifest, **fields)
+    assert isinstance(CachePair(fixed.onnx, manifest, fixed_shapes=True).float32, KVCache)
+
+
+def test_fixed_rows_say_what_they_cannot() -> None:
+    rows = FixedRows([KVGeometry(2, 4, 6)], context_length=300)
+    with pytest.raises(InputError, match="the cache is empty"):
+        rows.layer(0)
+    with pytest.raises(InputError, match="holds 0 tokens and cannot be trimmed to 1"):
+        rows.trim(1)
+    rows.grow(1, 5)
+    assert (rows.capacity, rows.nbytes) == (GROWTH_STEP, 4 * GROWTH_STEP * 2 * (4 + 6))
+    rows.grow(1, 299)
+    assert rows.capacity == 300

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime.engine.caches.kv import GROWTH_STEP
+from pastkey.runtime.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from ...conftest import Tiny
+
+ROW_BYTES = 4 * 2 * (8 + 8 + 16 + 16)  # float32, two kv heads, keys and values of two attention calls
+
+
+def expected_keys_and_values(tiny: Tiny, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the first attention call, (K, T, D): nothing stands before it but the embedding."""
+    x = tiny.weights["embedding"][ids] + tiny.weights["position"][: len(ids)]
+    keys, values = ((x @ tiny.weights[name]).reshape(len(ids), 2, 8).transpose(1, 0, 2) for name in ("wk0", "wv0"))
+    return keys, values
+
+
+@pytest.fixture
+def session(bundle: Bundle) -> Engine:
+    return Engine(bundle, threads=1)
+
+
+def test_layer_gives_the_keys_and_values_of_the_tokens(session: Engine, tiny: Tiny) -> None:
+    session.prefill([3, 1, 4])
+    session.decode(1)
+    keys, values = session.cache.layer(0)
+    assert keys.shape == values.shape == (1, 2, 4, 8)
+    for found, expected in zip((keys, values), expected_keys_and_values(tiny, [3, 1, 4, 1]), strict=True):
+        np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    assert session.cache.layer(1)[0].shape == (1, 2, 4, 16)
+
+
+def test_what_layer_gives_is_a_copy(session: Engine) -> None:
+    session.prefill([3, 1, 4])
+    before = session.cache.layer(0)[0]
+    kept = before.copy()
+    session.trim(1)
+    session.prefill([5, 6])
+    np.testing.assert_array_equal(before, kept)
+
+
+def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle: Bundle) -> None:
+    session = Engine(fused_bundle, threads=1)
+    assert session.cache.float32.capacity == session.cache.float32.nbytes == 0
+    capacities = []
+    for _ in range(600):
+        session.decode(1)
+        capacities.append(session.cache.float32.capacity)
+    assert capacities[0] == GROWTH_STEP
+    assert sorted(set(capacities)) == [128, 256, 384, 512, 600]
+    assert capacities[127:129] == [128, 256]
+    assert session.cache.float32.nbytes == 600 * ROW_BYTES
+
+
+def test_a_large_shared_buffer_grows_by_a_quarter(make_bundle: Callable[..., Bundle], tiny: Tiny) -> None:
+    session = Engine(make_bundle(type(tiny).random([(8, 8)], 4000), "fused"), threads=1)
+    session.prefill(np.ones(2048, np.int64))
+    session.decode(1)
+    assert session.cache.float32.capacity == 2560
+
+
+def test_a_shared_buffer_stays_where_it_is_between_runs(fused_bundle: Bundle) -> None:
+    session = Engine(fused_bundle, threads=1)
+    session.prefill([1, 2, 3])
+    pointers = [value.data_ptr() for value in session.cache.float32._values]
+    session.decode(4)
+    session.reset()
+    session.prefill([5, 6])
+    assert [value.data_ptr() for value in session.cache.float32._values] == pointers
+
+
+def test_a_long_prompt_takes_one_growth(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Engine(fused_bundle, threads=1)
+    growths: list[int] = []
+    grow = session.cache.float32._grow
+
+    def recorded(batch: int, rows: int) -> None:
+        growths.append(rows)
+        grow(batch, rows)
+
+    monkeypatch.setattr(session.cache.float32, "_grow", recorded)
+    session.prefill(np.ones(520, np.int64), chunk_size=64)
+    assert growths == [520]
+    assert session.cache.float32.capacity == 600
+
+
+def test_the_concatenating_form_holds_what_there_is(standard_bundle: Bundle) -> None:
+    session = Engine(standard_bundle, threads=1)
+    session.prefill([1, 2, 3])
+    assert session.cache.float32.nbytes == 3 * ROW_BYTES
+    session.trim(2)
+    assert session.cache.float32.nbytes == 2 * ROW_BYTES
+    session.forward([[4]])
+    assert session.cache.float32.nbytes == 3 * ROW_BYTES
+    session.reset()
+    assert session.cache.float32.nbytes == 0
+
+
+def test_rows_count(session: Engine) -> None:
+    session.forward([[1], [2], [3]])
+    assert session.cache.float32.batch == 3
+    assert session.cache.float32.nbytes == 3 * session.cache.float32.capacity * ROW_BYTES
+
+
+@pytest.mark.parametrize("length", [-1, 4, 1.5])
+def test_trim_to_what_is_not_there_is_refused(session: Engine, length: Any) -> None:
+    session.prefill([1, 2, 3])
+    with pytest.raises(InputError, match=r"holds 3 tokens|length is 1\.5; it must be a whole number"):
+        session.trim(length)
+    session.trim(3)
+    assert session.length == 3
+
+
+def test_the_cache_is_dropped_before_its_session(bundle: Bundle) -> None:
+    """On WebGPU, the other order is a segmentation fault."""
+    engine = Engine(bundle, threads=1)
+    engine.prefill([1, 2, 3])
+    engine.decode(4)
+    cache, dropped = engine.cache.float32, list[str]()
+    for value in cache._values:
+        weakref.finalize(value, dropped.append, "value")
+    weakref.finalize(cache.binding, dropped.append, "binding")
+    weakref.finalize(engine.onnx, dropped.append, "session")
+    del value, cache, engine
+    gc.collect()
+    assert sorted(dropped[:-1]) == ["binding", *["value"] * 4]
+    assert dropped[-1] == "session"
+
+
+def test_trim_to_nothing_allows_another_batch(session: Engine, tiny: Tiny) -> None:
+    session.prefill([1, 2, 3])
+    session.trim(0)
+    logits = session.forward([[5], [6]])
+    np.testing.assert_allclose(logits[1, 0], tiny([6])[0], atol=1e-5)
+
+
+def test_an_empty_cache_has_no_layers_to_show(session: Engine) -> None:
+    with pytest.raises(InputError, match="empty"):
+        session.cache.layer(0)

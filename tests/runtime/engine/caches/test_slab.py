@@ -1,0 +1,115 @@
+"""Rows of several engines in one memory: each gives the logits that it gives alone."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.runtime import Engine
+from pastkey.runtime.engine.caches.slab import Slab
+
+if TYPE_CHECKING:
+    from ...conftest import Tiny
+
+
+@pytest.fixture
+def engine(fused_bundle: Bundle) -> Engine:
+    return Engine(fused_bundle, threads=1)
+
+
+def begun(engine: Engine, ids: list[int]) -> Engine:
+    made = Engine.over(engine.graph)
+    made.prefill(ids)
+    return made
+
+
+def test_rows_of_any_length_give_the_logits_of_each_alone(engine: Engine, tiny: Tiny) -> None:
+    slab, texts = Slab(engine.graph, 16), [[3, 4], [5] * 130, list(range(30))]
+    engines = [begun(engine, ids) for ids in texts]
+    for token in range(140):
+        logits = slab.decode(engines, [token % 37, (token + 5) % 37, (token + 9) % 37])
+        for ids, new in zip(texts, (token, token + 5, token + 9), strict=True):
+            ids.append(new % 37)
+    for ids, row in zip(texts, logits, strict=True):
+        np.testing.assert_allclose(row, tiny(ids)[-1], atol=2e-4)
+    assert [made.length for made in engines] == [len(ids) for ids in texts]
+    assert [made.cached_ids for made in engines] == texts
+    assert [made.exact_length for made in engines] == [2, 130, 30]
+
+
+def test_whoever_comes_goes_or_runs_alone_the_rows_are_right(engine: Engine, tiny: Tiny) -> None:
+    rng, slab = random.Random(0), Slab(engine.graph, 6)
+    rows: dict[Engine, list[int]] = {}
+    for _ in range(400):
+        action = rng.random()
+        if action < 0.15 and len(rows) < 9:
+            ids = [rng.randrange(37) for _ in range(rng.choice([2, 20, 120]))]
+            rows[begun(engine, ids)] = ids
+        elif action < 0.2 and rows:
+            gone = rng.choice(list(rows))
+            slab.remove(gone, keep=rng.random() < 0.5)
+            del rows[gone]
+        elif action < 0.3 and rows:
+            alone = rng.choice(list(rows))
+            tokens = [rng.randrange(37) for _ in range(rng.choice([1, 3, 90]))]
+            if alone.length + len(tokens) < 500:
+                found = alone.extend(tokens)[-1]
+                rows[alone] += tokens
+                np.testing.assert_allclose(found, tiny(rows[alone])[-1], atol=2e-4)
+        elif action < 0.35 and rows:
+            short = rng.choice(list(rows))
+            short.trim(max(1, short.length - 5))
+            del rows[short][short.length :]
+        else:
+            wanted = [row for row in rows if slab.holds(row) and rng.random() < 0.7 and row.length < 590]
+            wanted += [row for row in rows if not slab.holds(row) and slab.has_room(row)][:1]
+            if wanted:
+                tokens = [rng.randrange(37) for _ in wanted]
+                logits = slab.decode(wanted, tokens)
+                for row, token, found in zip(wanted, tokens, logits, strict=True):
+                    rows[row].append(token)
+                    np.testing.assert_allclose(found, tiny(rows[row])[-1], atol=2e-4)
+    for row in list(slab.members):
+        slab.remove(row)
+    assert slab.nbytes == 0
+    for row, ids in rows.items():
+        if row.length < 600:
+            np.testing.assert_allclose(row.decode(1), tiny([*ids, 1])[-1], atol=2e-4)
+
+
+@pytest.mark.parametrize("step", ["run", "place", "_make_room", "_bind"])
+def test_an_exception_drops_the_caches_of_all(
+    engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    slab, engines = Slab(engine.graph, 4), [begun(engine, [1, 2, 3]), begun(engine, [4, 5])]
+    slab.decode(engines, [6, 7])
+    engines.append(begun(engine, [8, 9]))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        owner = {"run": engine.graph, "place": engines[2].cache.float32}.get(step, slab)
+        patch.setattr(owner, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            slab.decode(engines, [8, 9, 10])
+    assert (slab.members, slab.nbytes) == ([], 0)
+    assert [(made.length, made.nbytes) for made in engines] == [(0, 0)] * 3
+    for made, ids in zip(engines, ([1, 2, 3, 6], [4, 5, 7]), strict=False):
+        made.prefill(ids)
+    first, second = slab.decode(engines[:2], [8, 9])
+    np.testing.assert_allclose(first, tiny([1, 2, 3, 6, 8])[-1], atol=1e-4)
+    np.testing.assert_allclose(second, tiny([4, 5, 7, 9])[-1], atol=1e-4)
+
+
+def test_there_is_room_for_so_many(engine: Engine) -> None:
+    slab, engines = Slab(engine.graph, 2), [begun(engine, [1, 2]) for _ in range(3)]
+    slab.decode(engines[:2], [3, 4])
+    assert slab.has_room(engines[0])
+    assert not slab.has_room(engines[2])
+    slab.remove(engines[0])
+    assert slab.has_room(engines[2])

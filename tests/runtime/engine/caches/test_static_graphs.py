@@ -1,0 +1,168 @@
+"""A static bundle: graphs of one token and of a chunk over arrays of past with holes, by the engine as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, StaticShape, open_bundle
+from pastkey.errors import InputError, IntegrityError
+from pastkey.files.durable import write_json
+from pastkey.runtime.commands.bench import bench
+from pastkey.runtime.commands.inspection import inspect
+from pastkey.runtime.engine.caches.static_graphs import StaticGraphs, visible_columns
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.model.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ...conftest import Tiny
+
+IDS = np.random.default_rng(0).integers(0, 37, 60)
+CHUNK = 4
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
+    return make_bundle(tiny, "static", chunk=CHUNK, tokenizer=letters)
+
+
+@pytest.fixture
+def engine(bundle: Bundle) -> Engine:
+    return Engine(bundle, threads=1)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 11])
+def test_prefill_and_decode_equal_the_uncached_run(engine: Engine, tiny: Tiny, length: int) -> None:
+    np.testing.assert_allclose(engine.prefill(IDS[:length]), tiny(IDS[:length])[-1], atol=1e-4)
+    for end in range(length + 1, length + 6):
+        np.testing.assert_allclose(engine.decode(int(IDS[end - 1])), tiny(IDS[:end])[-1], atol=1e-4)
+    assert engine.length == length + 5
+
+
+def test_all_logits_are_those_of_every_token(bundle: Bundle, tiny: Tiny) -> None:
+    engine = Engine(bundle, threads=1, graph="all_logits")
+    engine.forward(IDS[None, :5])
+    np.testing.assert_allclose(engine.forward(IDS[None, 5:15])[0], tiny(IDS[:15])[5:], atol=1e-4)
+
+
+def test_rows_behind_a_trim_are_holes(engine: Engine, tiny: Tiny) -> None:
+    engine.prefill(IDS[:30])
+    assert engine.keep_prefix([*IDS[:10].tolist(), 36, 36]) == 10
+    np.testing.assert_allclose(engine.prefill(IDS[40:43]), tiny([*IDS[:10], *IDS[40:43]])[-1], atol=1e-4)
+    engine.reset()
+    np.testing.assert_allclose(engine.prefill(IDS[:2]), tiny(IDS[:2])[-1], atol=1e-4)
+
+
+def test_the_context_can_be_filled_and_no_further(make_bundle: Callable[..., Bundle], tiny_odd: Tiny) -> None:
+    engine = Engine(make_bundle(tiny_odd, "static", chunk=7), threads=1)
+    ids = IDS[: tiny_odd.context_length]
+    engine.prefill(ids[:-1])  # its last run is filled up beyond the context
+    np.testing.assert_allclose(engine.decode(int(ids[-1])), tiny_odd(ids)[-1], atol=1e-4)
+    with pytest.raises(InputError, match="24 tokens are in the cache and 1 more were given; the context is 24"):
+        engine.decode(1)
+
+
+def test_a_chunk_of_one_token_is_one_graph(make_bundle: Callable[..., Bundle], tiny_odd: Tiny) -> None:
+    engine = Engine(make_bundle(tiny_odd, "static", chunk=1), threads=1)
+    np.testing.assert_allclose(engine.prefill(IDS[:9]), tiny_odd(IDS[:9])[-1], atol=1e-4)
+
+
+def test_it_takes_one_row_without_padding(engine: Engine) -> None:
+    with pytest.raises(InputError, match="one row at a time and 2 were given: give each row alone"):
+        engine.forward(IDS[:6].reshape(2, 3))
+    with pytest.raises(InputError, match="takes no padding: give each row alone"):
+        engine.forward(IDS[None, :3], [[0, 1, 1]])
+    assert engine.length == 0
+
+
+def test_an_exception_within_a_prefill_drops_the_cache(
+    engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.prefill(IDS[:10])
+    assert isinstance(engine.cache, StaticGraphs)
+    run, runs = engine.cache._prefill.run, []
+
+    def interrupted(*arguments: Any) -> Any:
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.cache._prefill, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.prefill(IDS[10:30])
+    assert (engine.length, engine.nbytes) == (0, 0)
+    np.testing.assert_allclose(engine.prefill(IDS[:11]), tiny(IDS[:11])[-1], atol=1e-4)
+
+
+def test_generate_stream_logits_bench_and_inspect_work(bundle: Bundle, tiny: Tiny) -> None:
+    lm = LanguageModel(bundle, threads=1)
+    prompt = IDS[:6].tolist()
+    ids = list(prompt)
+    for _ in range(8):
+        ids.append(int(tiny(ids)[-1].argmax()))
+    assert lm.generate(prompt, max_new_tokens=8).ids == ids[6:]
+    assert [i for chunk in lm.stream(prompt, max_new_tokens=8) for i in chunk.ids] == ids[6:]
+    np.testing.assert_allclose(lm.logits(prompt), tiny(prompt), atol=1e-4)
+    assert lm.generate("abc", max_new_tokens=3).new_tokens == 3
+    report = bench(bundle.path, prompt_tokens=20, new_tokens=5, threads=1)
+    assert (report.settings["prompt_tokens"], report.settings["graph"]) == (20, "static")
+    for share in inspect(bundle.path, threads=1).shares:
+        assert (share.provider, share.operators["Softmax"]) == ("cpu", 2)
+
+
+def test_what_layer_gives_and_nbytes(engine: Engine, tiny: Tiny) -> None:
+    assert engine.cache.nbytes == 0
+    engine.prefill(IDS[:5])
+    x = tiny.weights["embedding"][IDS[:5]] + tiny.weights["position"][:5]
+    keys, _ = engine.cache.layer(0)
+    np.testing.assert_allclose(keys[0], (x @ tiny.weights["wk0"]).reshape(5, 2, 8).transpose(1, 0, 2), atol=1e-5)
+    assert engine.cache.nbytes == 4 * 2 * (8 + 8 + 16 + 16) * tiny.context_length
+
+
+@pytest.mark.parametrize(
+    ("static", "sentence"),
+    [
+        (StaticShape(5, -1e4, (0,)), r"'(input_ids|mask)' is \(1, .*4.*\) in .*pastkey_prefill.*5.* in the manifest"),
+        (StaticShape(CHUNK, -1e4, (3,)), "has the tensor 'mask', which the manifest does not speak of"),
+    ],
+)
+def test_another_shape_than_the_manifests_names_the_tensor(bundle: Bundle, static: StaticShape, sentence: str) -> None:
+    with pytest.raises(IntegrityError, match=sentence):
+        Engine(replace(bundle, manifest=replace(bundle.manifest, static=static)))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"static": None}, "static is None; it must be there where the graph is static"),
+        ({"graph": "standard"}, "static is StaticShape.*; it must be there where the graph is static"),
+        ({"static": {"chunk": 0, "masked": -1.0, "windows": [0]}}, "chunk is 0"),
+        ({"static": {"chunk": 4, "masked": 0.0, "windows": [0]}}, "masked is 0.0"),
+        ({"static": {"chunk": 4, "masked": -1.0, "windows": [-1]}}, r"windows\[0\] is -1"),
+        ({"static": {"chunk": 4}}, "static has no 'masked'"),
+        ({"static": {"chunk": 4, "masked": -1.0, "windows": [0], "more": 1}}, "more"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(
+    bundle: Bundle, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    write_json(tmp_path / names.MANIFEST, bundle.manifest.to_json() | change)
+    with pytest.raises(IntegrityError, match=sentence):
+        open_bundle(tmp_path)
+
+
+def test_visible_columns_are_real_and_no_later_ones() -> None:
+    found = visible_columns(2, 2, 4)
+    np.testing.assert_array_equal(found, [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]])
+    np.testing.assert_array_equal(visible_columns(2, 2, 4, 2), [[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]])
+    assert not visible_columns(0, 1, 3)[0, :3].any()

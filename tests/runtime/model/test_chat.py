@@ -1,0 +1,247 @@
+"""Conversations: every answer is the one that a fresh generation from the whole rendered conversation gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, processors
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime import Chat, LanguageModel, load
+from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
+from pastkey.runtime.text.chat_template import ChatTemplate
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+# In the tiny decoder's letters. A begins, and ends nothing.
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
+# Of an answer it keeps the last letters, as some templates drop what a model thought first.
+FORGETFUL = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content[-3:] if m.role == 'assistant' else m.content }}.{% endfor %}<assistant>"
+)
+# Greedy, the tiny decoder repeats itself: this way its answers hang on every logit before them.
+VARIED: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 3, "max_new_tokens": 20}
+MakeModel = Callable[..., LanguageModel]
+
+
+@pytest.fixture(scope="session")
+def beginning_letters(letters: Tokenizer) -> Tokenizer:
+    """The tiny decoder's letters, with A put before every prompt."""
+    tokenizer = Tokenizer.from_str(letters.to_str())
+    tokenizer.add_special_tokens([AddedToken("A", special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing("A $0", special_tokens=[("A", tokenizer.token_to_id("A"))])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny: Tiny, beginning_letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> MakeModel:
+    def make(template: str | None = TEMPLATE, graph: str = "fused", **fields: Any) -> LanguageModel:
+        config = {"bos_token": "A"} | ({} if template is None else {"chat_template": template})
+        bundle = make_bundle(tiny, graph, tokenizer=beginning_letters, tokenizer_config=config, **fields)
+        return load(bundle.path, threads=1)
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["fused", "standard"])
+def model(request: pytest.FixtureRequest, make_model: MakeModel) -> LanguageModel:
+    return make_model(graph=request.param)
+
+
+@pytest.fixture(scope="session")
+def fresh(make_model: MakeModel) -> LanguageModel:
+    """Another model of the same weights, for what an answer should be."""
+    return make_model()
+
+
+def rendered_ids(model: LanguageModel, messages: list[dict[str, str]], template: str = TEMPLATE) -> list[int]:
+    assert model.tokenizer is not None
+    text = ChatTemplate(template, {"bos_token": "A"}).render(messages)
+    return model.tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled(
+    model: LanguageModel, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = model.chat("be brief")
+    model.scheduler.store.clear()
+    graph, prefilled = model.require_open().graph, list[int]()
+    run = graph.run
+
+    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
+        prefilled.extend([ids.shape[1]] if ids.shape[1] > MAX_DRAFT_TOKENS + 1 else [])
+        return run(cache, ids, *arguments)
+
+    monkeypatch.setattr(graph, "run", counted)
+    first = chat.ask("hello", **VARIED)
+    second = chat.ask("and now", **VARIED)
+    prompt = rendered_ids(fresh, chat.messages[:-1])
+    assert second.ids == fresh.generate(prompt, **VARIED).ids
+    assert len(set(second.ids)) > 5
+    assert second.prompt_tokens == len(prompt) == 87
+    # Not in the cache: the last token of the first answer, which was not fed, and what the template wrote after it.
+    assert len(".<user>and now.<assistant>") + 1 == 27
+    assert prefilled == [first.prompt_tokens, 27]
+    assert (first.cached_tokens, second.cached_tokens) == (0, 87 - 27)
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in chat.messages[2::2]] == [first.text, second.text]
+
+
+def test_the_template_alone_writes_the_begin_token(model: LanguageModel, beginning_letters: Tokenizer) -> None:
+    begin = beginning_letters.token_to_id("A")
+    assert beginning_letters.encode("Ab").ids == [begin, begin, 1]
+    answer = model.chat().ask("b", max_new_tokens=1)
+    assert answer.prompt_tokens == len("A<user>b.<assistant>")
+    assert rendered_ids(model, [{"role": "user", "content": "b"}])[:2] == [begin, beginning_letters.token_to_id("<")]
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["ask", "leave", "reset", "generate"]), st.text("abc é日", min_size=1, max_size=9)),
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["plain", "forgetful"])
+def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(
+    make_model: MakeModel, fresh: LanguageModel, template: str
+) -> None:
+    model = make_model(template)
+
+    varied = VARIED | {"max_new_tokens": 9}
+
+    @settings(max_examples=40)
+    @given(STEPS)
+    def check(steps: list[tuple[str, str]]) -> None:
+        chat = model.chat()
+        for step, text in [*steps, ("ask", "a")]:
+            if step == "reset":
+                chat.reset()
+            elif step == "generate":
+                model.generate(text, **varied)
+            elif step == "leave":
+                stream = chat.stream(text, **varied)
+                next(stream)
+                next(stream)
+                stream.close()
+            else:
+                prompt = rendered_ids(fresh, [*chat.messages, {"role": "user", "content": text}], template)
+                answer = chat.ask(text, **varied)
+                assert answer.ids == fresh.generate(prompt, **varied).ids
+                assert answer.prompt_tokens == len(prompt)
+
+    check()
+
+
+def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left(model: LanguageModel) -> None:
+    expected = model.chat().ask("hello", max_new_tokens=12)
+    chat = model.chat()
+    chunks = list(chat.stream("hello", max_new_tokens=12))
+    assert "".join(chunk.text for chunk in chunks) == expected.text == chat.messages[-1]["content"]
+    left = model.chat()
+    stream = left.stream("hello", max_new_tokens=12)
+    assert left.messages == []  # nothing has happened yet
+    said = next(stream).text + next(stream).text
+    stream.close()
+    assert left.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
+
+
+def test_an_end_token_ends_an_answer(make_model: MakeModel, fresh: LanguageModel) -> None:
+    free = fresh.chat().ask("hello", **VARIED)
+    end = next(token for i, token in enumerate(free.ids) if i > 3 and token not in free.ids[:i])
+    answer = make_model(eos_token_ids=(end,)).chat().ask("hello", **VARIED)
+    assert (answer.finish_reason, answer.ids) == ("stop", free.ids[: free.ids.index(end)])
+
+
+def test_settings_are_those_of_generate(model: LanguageModel, fresh: LanguageModel) -> None:
+    sampling: dict[str, Any] = {"temperature": 2.0, "top_k": 20, "seed": 3, "max_new_tokens": 15}
+    expected = fresh.generate(rendered_ids(fresh, [{"role": "user", "content": "hello"}]), **sampling)
+    assert model.chat().ask("hello", **sampling).ids == expected.ids
+    stop = expected.text[5:7]
+    chat = model.chat()
+    assert chat.ask("hello", stop=stop, **sampling).finish_reason == "stop_string"
+    assert chat.messages[-1]["content"] == expected.text[: expected.text.index(stop)]
+    assert len(model.chat().ask("hello").ids) == CHAT_NEW_TOKENS
+
+
+def test_a_new_conversation_keeps_the_system_text(model: LanguageModel) -> None:
+    chat = model.chat("be brief")
+    first = chat.ask("hello", max_new_tokens=5)
+    chat.reset()
+    assert chat.messages == [{"role": "system", "content": "be brief"}]
+    again = chat.ask("hello", max_new_tokens=5)
+    assert again.ids == first.ids
+    assert again.cached_tokens == again.prompt_tokens - 2  # two are fed, for the path of every prefill
+
+
+def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model: LanguageModel) -> None:
+    chat = model.chat()
+    chat.ask("a" * 500, max_new_tokens=40)
+    before = chat.messages
+    with pytest.raises(
+        InputError, match=r"the conversation has 678 tokens; the context is 600: .*anew with /reset .*nothing was lost"
+    ):
+        chat.ask("b" * 100)
+    assert chat.messages is before
+    answer = chat.ask("b", max_new_tokens=100)  # what has room is still answered, as far as there is room
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tokens + answer.new_tokens == 601
+    chat.reset()
+    chat.ask("b" * 100, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "words"),
+    [
+        ("what?", {}, r"no token covers .*what\?"),
+        ("a", {"temperature": -1}, "temperature is -1"),
+        ("a", {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ("a\udcff", {}, "not valid UTF-8"),
+    ],
+)
+def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
+    model: LanguageModel, text: str, setting: dict[str, Any], words: str
+) -> None:
+    chat = model.chat()
+    chat.ask("hello", max_new_tokens=3)
+    before = chat.messages
+    with pytest.raises(InputError, match=words):
+        chat.stream(text, **setting)
+    assert chat.messages is before
+
+
+@pytest.mark.parametrize("text", [b"hello", None, ["hello"]])
+def test_what_is_no_text_is_refused(model: LanguageModel, text: Any) -> None:
+    with pytest.raises(InputError, match=r"the message is .*; a text was expected"):
+        model.chat().ask(text)
+    if text is not None:
+        with pytest.raises(InputError, match=r"system is .*; a text was expected"):
+            model.chat(text)
+
+
+def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    lm = load(speaking_bundle.path, threads=1)
+    answer = lm.chat(template=file).ask("abc", max_new_tokens=5)
+    assert answer.ids == lm.generate("abc.", max_new_tokens=5).ids
+
+
+def test_a_bundle_that_cannot_chat_says_so(
+    make_model: MakeModel, speaking_bundle: Bundle, bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"has no chat template .* pastkey run \S+ --prompt TEXT"):
+        Chat(load(speaking_bundle.path, threads=1))
+    with pytest.raises(InputError, match=r"has no tokenizer.* pastkey run \S+ --prompt-ids"):
+        Chat(load(bundle.path, threads=1))
+    with pytest.raises(InputError, match="is not valid Jinja"):
+        make_model("{% for %}").chat()
+    with pytest.raises(InputError, match="does not take this conversation: no system"):
+        make_model("{{ raise_exception('no system') }}").chat("be brief").ask("a")

@@ -1,0 +1,219 @@
+"""A model with a draft model: every way to generate gives the text of the model alone."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError, MissingFileError, OptionError
+from pastkey.runtime import LanguageModel, load
+from pastkey.runtime.speculation.worth import Worth
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+DRAWN: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
+
+
+@pytest.fixture(scope="module")
+def near(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Path:
+    """A bundle of the same vocabulary that mostly says the same."""
+    rng = np.random.default_rng(1)
+    weights = {name: weight + rng.normal(0, 0.02, weight.shape) for name, weight in tiny.weights.items()}
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    return make_bundle(dataclasses.replace(tiny, weights=weights), "fused", tokenizer=letters).path
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens are drafted in each step, whatever that costs."""
+    monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
+
+
+@pytest.fixture
+def drafted(speaking_bundle: Bundle, near: Path, always: None) -> Iterator[LanguageModel]:
+    with load(speaking_bundle.path, threads=1, draft=near) as model:
+        yield model
+
+
+def test_every_call_gives_the_text_of_the_model_alone(drafted: LanguageModel, lm: LanguageModel) -> None:
+    expected = lm.generate("abc", **DRAWN)
+    found = drafted.generate("abc", **DRAWN)
+    assert (found.text, found.ids) == (expected.text, expected.ids)
+    assert 20 < found.accepted_tokens < found.draft_tokens
+    assert "".join(chunk.text for chunk in drafted.stream("abc", **DRAWN)) == expected.text
+    assert asyncio.run(drafted.agenerate("abc", **DRAWN)).text == expected.text
+    assert drafted.generate("abc", draft=False, **DRAWN).draft_tokens == 0
+    prompts = ["abc", "de", "f"]
+    assert [done.ids for done in drafted.generate(prompts, **DRAWN)] == [
+        lm.generate(prompt, **DRAWN).ids for prompt in prompts
+    ]
+    assert [done.ids for done in drafted.generate("abc", n=3, **DRAWN)] == [
+        done.ids for done in lm.generate("abc", n=3, **DRAWN)
+    ]
+
+
+def test_log_probabilities_are_the_models(drafted: LanguageModel, lm: LanguageModel) -> None:
+    found, expected = (model.generate("abc", logprobs=2, **DRAWN) for model in (drafted, lm))
+    assert found.accepted_tokens > 20
+    assert [place.id for place in found.logprobs] == expected.ids
+    np.testing.assert_allclose(
+        [place.logprob for place in found.logprobs], [place.logprob for place in expected.logprobs], atol=1e-4
+    )
+
+
+def test_a_session_goes_on_in_both_caches(
+    drafted: LanguageModel, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft model reads no more of the text than what is new to it."""
+    assert drafted.draft is not None
+    engine = drafted.draft.model.parts.require_open()
+    read: list[int] = []
+    run = engine.graph.run
+
+    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
+        read.append(ids.size)
+        return run(cache, ids, *arguments)
+
+    monkeypatch.setattr(engine.graph, "run", counted)
+    session, other = drafted.session(), lm.session()
+    for text in ("abcdefgh" * 10, "ij", "kl"):
+        assert session.generate(text, **DRAWN).text == other.generate(text, **DRAWN).text
+    assert max(read) >= 80
+    assert sum(size > 8 for size in read) == 1
+    session.close()
+
+
+def test_calls_at_the_same_time_have_caches_of_their_own(drafted: LanguageModel, lm: LanguageModel) -> None:
+    streams = [drafted.stream(prompt, **DRAWN) for prompt in ("abc", "def")]
+    texts = ["", ""]
+    for chunks in zip(*streams, strict=True):
+        texts = [text + chunk.text for text, chunk in zip(texts, chunks, strict=True)]
+    assert texts == [lm.generate(prompt, **DRAWN).text for prompt in ("abc", "def")]
+
+
+def test_its_caches_count_as_memory(speaking_bundle: Bundle, near: Path, always: None, lm: LanguageModel) -> None:
+    """Where there is no room for it, a text does without."""
+    needed = lm.memory.estimate(3 + 40 + 1)
+    expected = lm.generate("abc", **DRAWN).ids
+    for memory, drafts in ((int(1.5 * needed), False), (int(2.5 * needed), True)):
+        with load(speaking_bundle.path, threads=1, draft=near, max_memory=memory) as model:
+            for _ in range(3):
+                found = model.generate("abc", **DRAWN)
+                assert found.ids == expected
+                assert (found.draft_tokens > 0) == drafts
+
+
+def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle: Bundle, near: Path, always: None) -> None:
+    with load(speaking_bundle.path, threads=1, draft=near) as model:
+        assert model.draft is not None
+    assert model.draft.model.closed
+    own = load(near, threads=1)
+    with load(speaking_bundle.path, threads=1, draft=own) as model:
+        assert model.generate("abc", **DRAWN).draft_tokens > 0
+        own.close()
+        assert model.generate("abc", **DRAWN).draft_tokens == 0
+    with load(near, threads=1) as own:
+        load(speaking_bundle.path, threads=1, draft=own).close()
+        assert not own.closed
+
+
+def test_a_pickled_model_has_its_draft_model(drafted: LanguageModel) -> None:
+    with pickle.loads(pickle.dumps(drafted)) as again:
+        assert again.draft.opened
+        assert again.generate("abc", **DRAWN).ids == drafted.generate("abc", **DRAWN).ids
+    assert again.draft.model.closed
+    assert not drafted.draft.model.closed
+
+
+def test_what_it_takes_is_timed_when_it_is_loaded(speaking_bundle: Bundle, near: Path) -> None:
+    """So that the first text knows what a draft costs."""
+    with load(speaking_bundle.path, threads=1, draft=near) as model:
+        assert model.draft is not None
+        assert 0 < model.draft.worth._draft_reads < model.draft.worth._draft
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+def other_letters(order: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(order)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("order", "difference"),
+    [
+        ("bacdefghijklmnopqrstuvwxyzé日 .<>ABCDE", "the model's token (0|1), '(a|b)', is its (0|1)"),
+        ("abcdefghijklmnopqrstuvwxyzé日 .<>ABCDX", "the model's token 36, 'E', it does not have"),
+        ("abcdefghijklmnopqrstuvwxyzé日 .<>ABCDEXY", "it has 2 tokens that the model does not have"),
+    ],
+)
+def test_another_vocabulary_is_refused(
+    tiny: Tiny, speaking_bundle: Bundle, make_bundle: Callable[..., Bundle], order: str, difference: str
+) -> None:
+    other = make_bundle(tiny, "fused", tokenizer=other_letters(order))
+    with pytest.raises(InputError, match=difference):
+        load(speaking_bundle.path, threads=1, draft=other.path)
+
+
+def test_the_same_ids_in_another_file_are_no_other_vocabulary(
+    tiny: Tiny, speaking_bundle: Bundle, make_bundle: Callable[..., Bundle]
+) -> None:
+    tokenizer = other_letters("abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE")
+    tokenizer.decoder = decoders.ByteFallback()
+    other = make_bundle(tiny, "fused", tokenizer=tokenizer)
+    load(speaking_bundle.path, threads=1, draft=other.path).close()
+
+
+def test_without_tokenizers_the_number_of_ids_counts(
+    tiny: Tiny, fused_bundle: Bundle, make_bundle: Callable[..., Bundle]
+) -> None:
+    load(fused_bundle.path, threads=1, draft=fused_bundle.path).close()
+    model, other = load(fused_bundle.path, threads=1), load(fused_bundle.path, threads=1)
+    manifest = dataclasses.replace(other.manifest, vocab_size=40)
+    other.parts = dataclasses.replace(other.parts, bundle=dataclasses.replace(other.bundle, manifest=manifest))
+    with pytest.raises(InputError, match="it has 40 token ids, and the model has 37"):
+        load(model.bundle.path, threads=1, draft=other)
+
+
+def test_a_graph_that_decodes_token_by_token_is_refused(standard_bundle: Bundle, fused_bundle: Bundle) -> None:
+    with pytest.raises(InputError, match=r"a draft model is of no use to .*which decodes token by token"):
+        load(standard_bundle.path, threads=1, draft=fused_bundle.path)
+
+
+@pytest.mark.parametrize("kind", ["standard", "static"])
+def test_any_graph_may_draft(
+    tiny: Tiny, letters: Tokenizer, speaking_bundle: Bundle, lm: LanguageModel, always: None,
+    make_bundle: Callable[..., Bundle], kind: str,
+) -> None:  # fmt: skip
+    fields = {"chunk": 8} if kind == "static" else {}
+    other = make_bundle(tiny, kind, tokenizer=letters, **fields)
+    with load(speaking_bundle.path, threads=1, draft=other.path) as model:
+        found = model.generate("abc", **DRAWN)
+        assert found.ids == lm.generate("abc", **DRAWN).ids
+        assert found.accepted_tokens == found.draft_tokens > 20
+
+
+def test_options_are_named(lm: LanguageModel, drafted: LanguageModel, speaking_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="draft is True, and this model has no draft model"):
+        lm.generate("abc", draft=True)
+    with pytest.raises(InputError, match="draft is 'small'; True or False was expected"):
+        drafted.generate("abc", draft="small")  # type: ignore[call-overload]
+    with pytest.raises(InputError, match="draft is 0; True or False was expected"):  # which is not the same as False
+        drafted.generate("abc", draft=0)  # type: ignore[call-overload]
+    with pytest.raises(OptionError, match="did you mean 'draft'"):
+        drafted.generate("abc", drafts=True)  # type: ignore[call-overload]
+    assert lm.generate("abc", draft=False, max_new_tokens=1).new_tokens == 1
+    with pytest.raises(MissingFileError):
+        load(speaking_bundle.path, draft=tmp_path / "none")
+    with pytest.raises(InputError, match="path is 3; the path of a bundle folder was expected"):
+        load(speaking_bundle.path, draft=3)  # type: ignore[call-overload]

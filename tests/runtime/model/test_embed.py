@@ -1,0 +1,187 @@
+"""Embeddings against the decoder in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tokenizers import Tokenizer
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError, NumericsError, ResourceError
+from pastkey.runtime import Engine, LanguageModel, load
+from pastkey.runtime.engine import decoder_graph
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+E = 24
+POOLINGS = {"mean": lambda states: states.mean(0), "last": lambda states: states[-1], "none": lambda states: states}
+
+
+@pytest.fixture(scope="module", params=["fused", "standard", "no_padding"])
+def embedding_bundle(
+    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+) -> Bundle:
+    graph = "fused" if request.param == "fused" else "standard"
+    fields = {"padding": False} if request.param == "no_padding" else {}
+    return make_bundle(tiny, graph, tokenizer=letters, hidden_size=E, **fields)
+
+
+@pytest.fixture(scope="module")
+def embedder(embedding_bundle: Bundle) -> LanguageModel:
+    return load(embedding_bundle.path, threads=1)
+
+
+def texts_of(tiny: Tiny, *lengths: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, len(tiny.weights["embedding"]), length).tolist() for length in lengths]
+
+
+def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    normalized: npt.NDArray[Any] = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return normalized
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("length", [1, 2, 9, 40])
+def test_one_text_has_what_the_head_multiplies_pooled(
+    embedder: LanguageModel, tiny: Tiny, pooling: Any, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 16)  # so that the longest takes three runs
+    (ids,) = texts_of(tiny, length)
+    expected = POOLINGS[pooling](tiny.hidden_states(ids))
+    plain = embedder.embed(ids, pooling=pooling, normalize=False)
+    assert plain.dtype == np.float32
+    assert plain.shape == expected.shape
+    np.testing.assert_allclose(plain, expected, atol=1e-5)
+    np.testing.assert_allclose(embedder.embed(ids, pooling=pooling), unit(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_several_texts_have_the_vectors_of_each_alone_in_their_order(
+    embedder: LanguageModel, tiny: Tiny, pooling: Any
+) -> None:
+    texts = texts_of(tiny, 7, 300, 1, 7, 30, 2, 129, 30, 1, 5, 5, 5, 6, 90)
+    expected = np.stack([unit(POOLINGS[pooling](tiny.hidden_states(ids))) for ids in texts])
+    found = embedder.embed(texts, pooling=pooling)
+    assert found.shape == (len(texts), E)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_texts_of_like_length_share_runs_of_bounded_size(
+    embedder: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    plain = Engine.hidden_states
+
+    def watched(engine: Engine, ids: Any, mask: Any = None) -> Any:
+        shapes.append(ids.shape)
+        return plain(engine, ids, mask)
+
+    monkeypatch.setattr(Engine, "hidden_states", watched)
+    embedder.embed(texts_of(tiny, 5, 40, 5, 5, 39, 300, 5, 5, 5, 5, 5, 5))
+    alone = [(1, 39), (1, 40)] if not embedder.manifest.padding else [(3, 40)]
+    shared = [(8, 5), (1, 5)] if not embedder.manifest.padding else [(8, 5)]
+    assert shapes == [*shared, *alone, (1, 150), (1, 150)]
+
+
+def test_a_text_is_encoded_as_a_prompt(embedder: LanguageModel) -> None:
+    ids = embedder.prompt_ids("abc")
+    np.testing.assert_array_equal(embedder.embed("abc"), embedder.embed(ids))
+    np.testing.assert_array_equal(embedder.embed(np.array(ids)), embedder.embed(ids))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(embedder.embed(["abc", "b"])[0], embedder.embed("abc"))
+    assert embedder.embed(["abc"]).shape == (1, E)
+
+
+def test_threads_and_generations_beside_it_change_nothing(embedder: LanguageModel, tiny: Tiny) -> None:
+    texts = texts_of(tiny, 6, 17, 260, 3)
+    expected, continuation = embedder.embed(texts), embedder.generate("abc", max_new_tokens=20).ids
+
+    def work(number: int) -> bool:
+        if number % 2:
+            return bool(np.array_equal(embedder.embed(texts), expected))
+        return embedder.generate("abc", max_new_tokens=20).ids == continuation
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_what_cannot_be_embedded(embedder: LanguageModel) -> None:
+    context = embedder.manifest.context_length
+    for wrong, words in (
+        ([], "the text is empty"),
+        ([5] * (context + 1), "the context is"),
+        ([[5], [5] * (context + 1)], "text 1 of the list: the prompt has"),
+        ([[5], []], "text 1 of the list: the text is empty"),
+        ([999], "token id 999"),
+        (None, "the prompt is None"),
+    ):
+        with pytest.raises(InputError, match=words):
+            embedder.embed(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pooling is 'cls'; it must be one of mean, last, none"):
+        embedder.embed("a", pooling="cls")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="normalize is 'l2'; it must be True or False"):
+        embedder.embed("a", normalize="l2")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="one text at a time"):
+        embedder.embed(["a", "b"], pooling="none")
+
+
+def test_a_bundle_without_hidden_states_says_how_it_gets_them(lm: LanguageModel, model: LanguageModel) -> None:
+    with pytest.raises(InputError, match=r"pastkey export SOURCE --out BUNDLE --hidden-states"):
+        lm.embed("abc")
+    with pytest.raises(InputError, match="no hidden states"):
+        model.embed("abc")
+
+
+def test_a_closed_model(embedding_bundle: Bundle) -> None:
+    with load(embedding_bundle.path, threads=1) as closed:
+        pass
+    with pytest.raises(InputError, match="this model is closed"):
+        closed.embed("abc")
+
+
+def test_hidden_states_that_are_not_finite(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+    weights = dict(tiny.weights)
+    weights["position"] = weights["position"].copy()
+    weights["position"][4] = np.nan
+    damaged = type(tiny)(tiny.layers, tiny.context_length, weights)
+    found = load(make_bundle(damaged, "fused", hidden_size=E).path, threads=1, verify=False)
+    assert np.isfinite(found.embed([[1, 2, 3], [1, 2, 3, 4]])).all()
+    with pytest.raises(NumericsError, match=r"the hidden states at position . of row 0 are not finite"):
+        found.embed([1, 2, 3, 4, 5])
+
+
+def test_what_a_limit_has_no_room_for_together_is_run_one_by_one(embedding_bundle: Bundle, tiny: Tiny) -> None:
+    texts = texts_of(tiny, 5, 6, 7)
+    with load(embedding_bundle.path, threads=1) as free:
+        expected, room = free.embed(texts), free.memory.estimate(128)
+    with load(embedding_bundle.path, threads=1, max_memory=room) as limited:
+        np.testing.assert_allclose(limited.embed(texts), expected, atol=1e-6)
+        np.testing.assert_allclose(limited.embed(texts), expected, atol=1e-6)  # nothing stays promised
+    with load(embedding_bundle.path, threads=1, max_memory=room - 1) as limited, pytest.raises(ResourceError):
+        limited.embed(texts)
+
+
+def test_an_engine_gives_logits_and_hidden_states_in_any_order(embedding_bundle: Bundle, tiny: Tiny) -> None:
+    (ids,) = texts_of(tiny, 12)
+    logits, states = tiny(ids), tiny.hidden_states(ids)
+    engine = Engine(embedding_bundle, threads=1)
+    np.testing.assert_allclose(engine.hidden_states([ids[:4]])[0], states[:4], atol=1e-5)
+    np.testing.assert_allclose(engine.decode(ids[4]), logits[4], atol=1e-4)
+    np.testing.assert_allclose(engine.hidden_states([ids[5:6]])[0], states[5:6], atol=1e-5)
+    np.testing.assert_allclose(engine.all_logits(ids[6:9]), logits[6:9], atol=1e-4)
+    kept = engine.hidden_states([ids[9:]])
+    before = kept.copy()
+    engine.decode(ids[0])
+    np.testing.assert_array_equal(kept, before)
+    np.testing.assert_allclose(kept[0], states[9:], atol=1e-5)
+
+
+def test_the_all_logits_graph_says_that_the_other_has_them(embedding_bundle: Bundle) -> None:
+    with pytest.raises(InputError, match='open graph="last_logits"'):
+        Engine(embedding_bundle, graph="all_logits").hidden_states([[1]])

@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import pastkey
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError, OptionError, ProviderError
+from pastkey.runtime import Chunk, Completion, LanguageModel, load
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+
+def greedy(tiny: Tiny, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(np.argmax(tiny(ids)[-1])))
+    return ids[len(prompt) :]
+
+
+def test_generate_continues_a_text(lm: LanguageModel, tiny: Tiny, letters: Tokenizer) -> None:
+    expected = greedy(tiny, letters.encode("once upon").ids, 12)
+    completion = lm.generate("once upon", max_new_tokens=12)
+    assert completion.ids == expected
+    assert completion.text == letters.decode(expected)
+    assert completion.finish_reason == "length"
+    assert (completion.prompt_tokens, completion.new_tokens) == (9, 12)
+    assert completion.prefill_seconds > 0
+    assert completion.decode_seconds > 0
+
+
+def test_a_prompt_of_ids_is_the_same_as_its_text(lm: LanguageModel, letters: Tokenizer) -> None:
+    ids = letters.encode("abc").ids
+    expected = lm.generate("abc", max_new_tokens=8)
+    for prompt in (ids, tuple(ids), np.array(ids)):
+        completion = lm.generate(prompt, max_new_tokens=8)  # type: ignore[arg-type]
+        assert (completion.ids, completion.text) == (expected.ids, expected.text)
+    assert all(type(token) is int for token in expected.ids)
+
+
+def test_stream_is_generate_in_pieces(lm: LanguageModel) -> None:
+    settings: dict[str, Any] = {
+        "max_new_tokens": 15,
+        "temperature": 1.5,
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "seed": 3,
+    }
+    expected = lm.generate("abc", **settings)
+    chunks = list(lm.stream("abc", **settings))
+    assert all(isinstance(chunk, Chunk) for chunk in chunks)
+    assert "".join(chunk.text for chunk in chunks) == expected.text
+    assert list(itertools.chain.from_iterable(chunk.ids for chunk in chunks)) == expected.ids
+
+
+def test_a_stream_refuses_before_the_first_chunk(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="temperature"):
+        lm.stream("abc", temperature=-1)
+
+
+def test_a_stop_string_ends_the_text_before_it(lm: LanguageModel) -> None:
+    text = lm.generate("abc", max_new_tokens=30).text
+    stop = text[5:8]
+    completion = lm.generate("abc", max_new_tokens=30, stop=["~", stop])
+    assert completion.text == text[: text.index(stop)]
+    assert completion.finish_reason == "stop_string"
+    assert completion.new_tokens == len(completion.ids) < 30
+    assert lm.generate("abc", max_new_tokens=30, stop=stop).text == completion.text
+
+
+def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) -> None:
+    text = lm.generate("abc", max_new_tokens=10).text
+    completion = lm.generate("abc", max_new_tokens=10, stop=text[-2:] + "~")
+    assert (completion.text, completion.finish_reason) == (text, "length")
+    assert "".join(chunk.text for chunk in lm.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3, None])
+def test_a_stop_string_that_is_none_is_refused(lm: LanguageModel, stop: Any) -> None:
+    with pytest.raises(InputError, match="stop is"):
+        lm.generate("abc", stop=stop)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, np.array(3), b"Hi", bytearray(b"Hi"), memoryview(b"Hi")])
+def test_a_prompt_that_is_none_is_refused(lm: LanguageModel, prompt: Any) -> None:
+    with pytest.raises(InputError, match="a text or a sequence of token ids was expected"):
+        lm.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt", [["a", "b"], ["a"], ("a", "b"), [[1, 2], [3]], [[1, 2]], np.array([[1, 2]]), [np.array([1, 2])]]
+)
+def test_several_prompts_are_refused_by_a_stream(lm: LanguageModel, prompt: Any) -> None:
+    with pytest.raises(InputError, match="several prompts were given; one was expected, a text or a sequence of"):
+        lm.stream(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"), [([1, 2.5], "2.5"), ([True], "True"), ([1, None], "None"), (np.array([0.5]), "0.5")]
+)
+def test_ids_that_are_no_whole_numbers_are_refused(lm: LanguageModel, prompt: Any, shown: str) -> None:
+    with pytest.raises(InputError, match=f"the prompt holds {shown}; token ids are whole numbers from 0 to 36"):
+        lm.generate(prompt)
+
+
+@pytest.mark.parametrize("ids", [np.array([1, 2], np.uint8), np.array([1, 2], np.int32), range(1, 3), iter([1, 2])])
+def test_ids_of_any_kind_are_taken(lm: LanguageModel, ids: Any) -> None:
+    assert lm.generate(ids, max_new_tokens=3).ids == lm.generate([1, 2], max_new_tokens=3).ids
+
+
+def test_logits_of_a_text_are_refused(lm: LanguageModel) -> None:
+    for text in ("ab", b"ab"):
+        with pytest.raises(InputError, match="a sequence of token ids was expected"):
+            lm.logits(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "chat.ask", "chat.stream"])
+def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, call: str) -> None:
+    chat = byte_model.chat()
+    calls = {
+        "generate": byte_model.generate,
+        "stream": byte_model.stream,
+        "chat.ask": chat.ask,
+        "chat.stream": chat.stream,
+    }
+    with pytest.raises(OptionError, match=rf"^{call}\(\) has no option 'temprature'; did you mean 'temperature'\?$"):
+        calls[call]("?", temprature=1)
+    with pytest.raises(
+        TypeError, match=rf"{call}\(\) has no option 'x'; its options are .*keep_special_tokens, .*, xtc_threshold$"
+    ):
+        calls[call]("?", x=1)
+
+
+def test_an_answer_always_reuses_what_was_said(byte_model: LanguageModel) -> None:
+    with pytest.raises(OptionError, match=r"chat\.ask\(\) has no option 'reuse_prefix'"):
+        byte_model.chat().ask("?", reuse_prefix=False)  # type: ignore[call-arg]
+
+
+def test_logits_of_nothing_are_refused(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match=r"shape \(T,\), at least one; found .* of shape \(0,\)"):
+        lm.logits([])
+
+
+# --- characters of several tokens ---------------------------------------------------------------------------------
+MANY_BYTES = "a日é🙂."
+
+
+@pytest.fixture(scope="module", params=["byte_level", "byte_fallback"])
+def byte_model(request: pytest.FixtureRequest, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> LanguageModel:
+    """Says MANY_BYTES after a prompt of one token, a token for each byte, and ends; it has a chat template, too."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = "".join(part for part, _ in byte_level.pre_tokenize_str(MANY_BYTES + "?"))  # one for each byte
+    data = MANY_BYTES.encode()
+    names_of = {byte: f"<0x{byte:02X}>" for byte in data + b"?"}
+    if request.param == "byte_level":
+        names_of = dict(zip(data + b"?", letters, strict=True))
+    pieces = [*names_of.values(), "<end>"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    if request.param == "byte_level":
+        tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    script = [tokenizer.token_to_id(piece) or 0 for piece in (*(names_of[byte] for byte in data), "<end>")]
+    config = {"chat_template": "{% for m in messages %}{{ '?' if m.role == 'user' }}{% endfor %}"}
+    fields = {"tokenizer": tokenizer, "tokenizer_config": config, "eos_token_ids": (script[-1],)}
+    return load(make_bundle(tiny.saying(script), "fused", **fields).path, threads=1)
+
+
+@pytest.mark.parametrize("count", range(len(MANY_BYTES.encode()) + 2))
+def test_a_text_that_ends_by_length_inside_a_character_ends_before_it(byte_model: LanguageModel, count: int) -> None:
+    data = MANY_BYTES.encode()
+    expected = data[:count].decode("utf-8", "ignore")
+    completion = byte_model.generate([0], max_new_tokens=count)
+    assert completion.text == expected
+    assert len(completion.ids) == completion.new_tokens == min(count, len(data))  # which tell the rest
+    assert completion.finish_reason == ("length" if count <= len(data) else "stop")
+    assert "".join(chunk.text for chunk in byte_model.stream([0], max_new_tokens=count)) == expected
+    chat = byte_model.chat()
+    assert chat.ask("?", max_new_tokens=count).text == expected
+    assert chat.messages[-1] == {"role": "assistant", "content": expected}
+
+
+def test_a_text_that_ends_at_a_stop_string_inside_a_character_ends_before_it(byte_model: LanguageModel) -> None:
+    completion = byte_model.generate([0], stop="日")
+    assert (completion.text, completion.finish_reason) == ("a", "stop_string")
+
+
+def test_an_end_token_ends_the_text(
+    lm: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+) -> None:
+    free = lm.generate("abc", max_new_tokens=30)
+    end = next(token for i, token in enumerate(free.ids) if i > 3 and token not in free.ids[:i])
+    ending = load(make_bundle(tiny, "fused", tokenizer=letters, eos_token_ids=(end,)).path, threads=1)
+    completion = ending.generate("abc", max_new_tokens=30)
+    assert completion.finish_reason == "stop"
+    assert completion.ids == free.ids[: free.ids.index(end)]
+    assert completion.text == letters.decode(completion.ids)
+
+
+def test_generations_do_not_leak_into_one_another(lm: LanguageModel) -> None:
+    first = lm.generate("hello", max_new_tokens=10)
+    stream = lm.stream("world", max_new_tokens=10)
+    next(stream)
+    stream.close()
+    assert lm.generate("hello", max_new_tokens=10).ids == first.ids
+
+
+def test_logits_of_every_position(lm: LanguageModel, tiny: Tiny) -> None:
+    ids = [3, 1, 4, 1, 5]
+    for given in (ids, np.array(ids)):
+        logits = lm.logits(given)
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, tiny(ids), atol=1e-4)
+
+
+def test_a_bundle_without_tokenizer_takes_ids(bundle: Bundle, tiny: Tiny) -> None:
+    model = load(bundle.path, threads=1)
+    completion = model.generate([1, 2, 3], max_new_tokens=6)
+    assert completion.ids == greedy(tiny, [1, 2, 3], 6)
+    assert completion.text == ""
+    assert [chunk.ids for chunk in model.stream([1, 2, 3], max_new_tokens=2)] == [[t] for t in completion.ids[:2]]
+    with pytest.raises(InputError, match=r"has no tokenizer.*--prompt-ids"):
+        model.generate("text")
+    with pytest.raises(InputError, match="no tokenizer"):
+        model.generate([1], stop=["a"])
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_refused(lm: LanguageModel, prompt: str | list[int]) -> None:
+    with pytest.raises(InputError, match="the prompt is empty"):
+        lm.generate(prompt)
+
+
+def test_a_prompt_beyond_the_context_is_refused(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="the prompt has 700 tokens; the context is 600"):
+        lm.generate("a" * 700)
+    completion = lm.generate("a" * 600)
+    assert (completion.new_tokens, completion.finish_reason) == (1, "length")
+
+
+def test_nan_is_an_error_not_a_text(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+    weights = dict(tiny.weights) | {"wo1": np.full_like(tiny.weights["wo1"], np.inf)}
+    broken = make_bundle(type(tiny)(tiny.layers, tiny.context_length, weights), "fused")
+    with pytest.raises(NumericsError, match="not finite"):
+        load(broken.path, threads=1).generate([1, 2])
+
+
+def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    shutil.copytree(speaking_bundle.path, folder)
+    graph = folder / names.LAST_LOGITS_GRAPH
+    content = bytearray(graph.read_bytes())
+    content[-1] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"pastkey\.onnx was altered"):
+        load(folder, verify=True)
+    with pytest.raises(MissingFileError, match="no such bundle"):
+        load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"path": 3}, "path is 3; the path of a bundle folder was expected"),
+        ({"max_memory": 0}, "max_memory is 0; a whole number from 1 was expected"),
+        ({"prefix_bytes": None}, "prefix_bytes is None; a whole number from 0 was expected"),
+        ({"max_batch": 1.5}, "max_batch is 1.5; a whole number from 1 was expected"),
+        ({"path": None}, "path is None; the path"),
+        ({"threads": "2"}, "threads is '2'; a whole number was expected"),
+        ({"threads": 1.5}, "threads is 1.5; a whole number was expected"),
+        ({"threads": True}, "threads is True; a whole number was expected"),
+        ({"providers": 3}, 'providers is 3; a name such as "cuda"'),
+        ({"providers": ["cpu", None]}, "a pair of a name and its options, or a list of these was expected"),
+        ({"providers": ("cpu", 3)}, "a pair of a name and its options, or a list of these was expected"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(speaking_bundle: Bundle, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        load(**{"path": speaking_bundle.path} | arguments)
+
+
+@pytest.mark.parametrize("providers", ["cpu", ["cpu"], ("cpu",), ("cpu", {}), [("cpu", {})], [], None])
+def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> None:
+    one: Any = np.int64(1)
+    assert load(speaking_bundle.path, providers=providers, threads=one).require_open().providers[-1].startswith("CPU")
+
+
+def test_a_model_is_shown_by_its_folder(lm: LanguageModel, speaking_bundle: Bundle) -> None:
+    assert repr(lm) == f"<LanguageModel {speaking_bundle.path} (fp32)>"
+
+
+def test_an_absent_provider_is_refused(speaking_bundle: Bundle) -> None:
+    with pytest.raises(ProviderError, match="'coreml'"):
+        load(speaking_bundle.path, providers="coreml")
+
+
+def test_the_package_itself_offers_it() -> None:
+    assert (pastkey.load, pastkey.LanguageModel, pastkey.Completion) == (load, LanguageModel, Completion)
+
+
+@pytest.mark.parametrize("prompt", [{1: 2}, {1, 2}, frozenset({1})])
+def test_what_has_no_order_of_ids_is_refused(lm: LanguageModel, prompt: Any) -> None:
+    with pytest.raises(InputError, match=r"the prompt is .*; a text or a sequence of token ids was expected"):
+        lm.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "odd"), [([1, "a"], "'a'"), ([1, [2]], r"\[2\]"), ([1, 2.5], "2.5"), ([1, None], "None")]
+)
+def test_the_one_id_that_is_none_is_named(lm: LanguageModel, prompt: Any, odd: str) -> None:
+    with pytest.raises(InputError, match=f"the prompt holds {odd}; token ids are whole numbers from 0 to"):
+        lm.generate(prompt)
+
+
+def test_an_id_beyond_any_number_is_refused(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="token id"):
+        lm.generate([10**30])

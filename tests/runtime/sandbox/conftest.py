@@ -1,0 +1,160 @@
+"""Bundles as a hostile author makes them: whole, with every hash right."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import LimitWarning
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records
+from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.runtime.sandbox.limits import Limits
+from pastkey.runtime.sandbox.model import SandboxedModel
+
+from ...onnx_text import encode_model, field, nodes, values
+from ..conftest import Tiny, tiny_graph
+
+SMALL = Limits(memory=400_000_000, seconds=3.0)  # in which the tiny decoder loads on a busy machine
+EASY = Limits(memory=400_000_000, seconds=60.0)
+
+Hostile = Callable[[str], Path]
+
+_START = "start = Identity(logits_start)\n"
+
+
+def _loop() -> tuple[str, bytes, bytes]:
+    """2**62 iterations, on whose outcome the logits depend."""
+    inner = "int64 i, int64[1] before"
+    body = b"".join(field(1, node) for node in nodes("going = Identity(go)\n after = Sub(before, before)\n"))
+    body += field(2, "body") + field(11, next(values("int64 i")))
+    condition = field(1, "go") + field(2, field(1, field(1, 9) + field(2, b"")))  # BOOL
+    body += field(11, condition) + field(11, list(values(inner))[1])
+    body += field(12, field(1, "going") + field(2, field(1, field(1, 9) + field(2, b"")))) + field(
+        12, next(values("int64[1] after"))
+    )
+    attribute = field(1, "body") + field(6, body) + field(20, 5)  # GRAPH
+    loop = b"".join(field(1, name) for name in ("turns", "yes", "logits_start")) + field(2, "turned")
+    loop += field(4, "Loop") + field(5, attribute)
+    constants = "one1 = Constant <value_int = 1> ()\n yes = Cast <to = 9> (one1)\n"
+    constants += f"turns = Constant <value_int = {2**62}> ()\n"
+    first = b"".join(field(1, node) for node in nodes(constants)) + field(1, loop)
+    return "start = Mul(turned, turned)\n", first, b""
+
+
+def _large_constant() -> tuple[str, bytes, bytes]:
+    """3 GB and as much again, folded when the graph is loaded."""
+    text = "sizes = Constant <value_ints = [3, 268435456]> ()\n zero = Constant <value_float = 0.0> ()\n"
+    text += "large = Expand(zero, sizes)\n less = Neg(large)\n"
+    text += "least = ReduceMax <keepdims = 0> (less)\n nought = Cast <to = 7> (least)\n"
+    return text + "start = Add(logits_start, nought)\n", b"", b""
+
+
+def _doubling() -> tuple[str, bytes, bytes]:
+    """Functions that call one another twice, 2**34 nodes where they are written out."""
+    functions = b""
+    for level in range(35):
+        inner = f"f{level - 1}" if level else "Identity"
+        domain = "own" if level else ""
+        calls = b""
+        for given, made in (("x", "y"), ("y", "z")):
+            node = field(1, given) + field(2, made) + field(4, inner) + field(7, domain)
+            calls += field(7, node)
+        opsets = field(9, field(1, "") + field(2, 17)) + field(9, field(1, "own") + field(2, 1))
+        function = field(1, f"f{level}") + field(4, "x") + field(5, "z") + calls + opsets + field(10, "own")
+        functions += field(25, function)
+    return "start = own.f34(logits_start)\n", b"", functions + field(8, field(1, "own") + field(2, 1))
+
+
+GRAPHS = {"a loop": _loop, "a large constant": _large_constant, "doubling functions": _doubling}
+
+
+def mend(folder: Path) -> None:
+    """Writes the hashes of the files as they are into the manifest."""
+    manifest = json.loads((folder / names.MANIFEST).read_text())
+    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    manifest["files"] = file_records(folder, [file for file in files if file != names.MANIFEST])
+    write_json(folder / names.MANIFEST, manifest)
+
+
+@pytest.fixture(scope="session")
+def talking_bundle(tiny: Tiny, letters: Any, make_bundle: Callable[..., Bundle]) -> Bundle:
+    """The tiny decoder with a tokenizer and a chat template."""
+    template = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] | lower }}{% endfor %}<a>"
+    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": template})
+
+
+@pytest.fixture
+def hostile(talking_bundle: Bundle, tiny: Tiny, tmp_path: Path) -> Hostile:
+    """hostile(GRAPH): a bundle with this graph; hostile("") one to be changed and mended."""
+
+    def make(kind: str) -> Path:
+        folder = tmp_path / "hostile"
+        shutil.copytree(talking_bundle.path, folder)
+        if kind:
+            start, first, functions = GRAPHS[kind]()
+            text = tiny_graph(tiny, "fused", last_only=True)
+            assert _START in text
+            model, _ = encode_model(text.replace(_START, start), tiny.weights, first=first, functions=functions)
+            (folder / names.LAST_LOGITS_GRAPH).write_bytes(model)
+            mend(folder)
+        return folder
+
+    return make
+
+
+def opened(path: Path | bytes, limits: Limits = EASY, **settings: Any) -> SandboxedModel:
+    """`load` with trust=False, wherever this is: a system may lack limits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LimitWarning)
+        model = load(path, threads=1, trust=False, limits=limits, **settings)
+    assert isinstance(model, SandboxedModel)
+    return model
+
+
+@pytest.fixture(scope="session")
+def untrusted(talking_bundle: Bundle) -> Iterator[SandboxedModel]:
+    """The tiny decoder in a process of its own."""
+    with opened(talking_bundle.path) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def trusted(talking_bundle: Bundle) -> LanguageModel:
+    """The same, here."""
+    return load(talking_bundle.path, threads=1)
+
+
+def told(completion: Completion, *but: str) -> dict[str, Any]:
+    """All of a completion that does not depend on the clock, but these fields."""
+    fields = dataclasses.asdict(completion)
+    return {name: value for name, value in fields.items() if not name.endswith("_seconds") and name not in but}
+
+
+def beside(completion: Completion) -> dict[str, Any]:
+    """What does not depend on those that are decoded at the same time."""
+    return told(completion, "draft_tokens", "accepted_tokens", "cached_tokens")
+
+
+def descriptors() -> int:
+    """How many this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def children() -> list[str]:
+    """The processes that this one has started and that were not waited for."""
+    found: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ends
+            found += (task / "children").read_text().split()
+    return sorted(found)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pastkey
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import UntrustedBundleError
+from pastkey.runtime.sandbox import process
+
+
+def test_what_it_starts_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No environment but what libraries need, no path but theirs, no terminal, not the folder where we are."""
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PASTKEY_TRACEBACK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("print('mine')")
+    shown = "import json, os, sys; alone = os.getsid(0) == os.getpid()\n"
+    shown += "print(json.dumps([sorted(os.environ), sys.path, os.getcwd(), alone]))"
+    monkeypatch.setattr(process, "BOOT", shown)
+    started, lifeline = process.started("b")
+    out, _ = started.communicate()
+    if lifeline is not None:
+        os.close(lifeline)
+    environment, paths, folder, alone = json.loads(out)
+    assert set(environment) <= {"OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY", "LANG", "LC_ALL", "TZ", "LC_CTYPE"} | {
+        name
+        for name in environment
+        if name.startswith(("OPENBLAS_", "MKL_", "RAYON_", "TOKENIZERS_")) or name == "LD_LIBRARY_PATH"
+    }
+    assert str(tmp_path) not in paths
+    assert "" not in paths
+    assert (folder, alone) == (os.sep, True)
+
+
+def test_libraries_are_found_and_no_more_is_read_than_they() -> None:
+    roots, rights = process.libraries()
+    assert Path(roots[0]) == Path(pastkey.__file__).resolve().parent.parent
+    import numpy
+
+    places = {Path(place) for place, _ in rights}
+    assert any(place in Path(numpy.__file__).parents for place in places)
+    assert {kind for _, kind in rights} <= {"read", "list"}
+    assert not any(Path.home() == Path(place) and kind == "read" for place, kind in rights)
+
+
+def test_a_package_beside_other_things_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jinja2").mkdir()
+    (tmp_path / "jinja2" / "__init__.py").touch()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "jinja2")
+    monkeypatch.syspath_prepend(tmp_path)
+    roots, rights = process.libraries()
+    assert str(tmp_path) in roots
+    assert [str(tmp_path), "list"] in rights
+    assert [str(tmp_path / "jinja2"), "read"] in rights
+    assert [str(tmp_path), "read"] not in rights
+
+
+def test_without_a_python_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.sys, "executable", "")
+    with pytest.raises(UntrustedBundleError, match="the untrusted bundle b needs a process of its own"):
+        process.started("b")
+    monkeypatch.setattr(process.sys, "executable", "/nowhere/python")
+    with pytest.raises(
+        UntrustedBundleError, match=r"of the untrusted bundle b cannot be started \(No such file.*python must be"
+    ):
+        process.started("b")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX closes the streams")
+def test_a_program_without_standard_streams(talking_bundle: Bundle, tmp_path: Path) -> None:
+    told = (
+        f"import pastkey; from pathlib import Path; lm = pastkey.load({str(talking_bundle.path)!r}, trust=False); "
+        f"Path({str(tmp_path / 'out')!r}).write_text(str(lm.generate('a', max_new_tokens=2).new_tokens))"
+    )
+    subprocess.run(["sh", "-c", 'exec "$0" -c "$1" 0<&- 1>&- 2>&-', sys.executable, told], check=True)
+    assert (tmp_path / "out").read_text() == "2"

@@ -1,0 +1,215 @@
+"""Guessing what comes next from the text itself: never another text, and fewer steps where it repeats itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import NumericsError
+from pastkey.runtime.decoding.generation import Generation
+from pastkey.runtime.decoding.request import Request
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.settings import MAX_DRAFT_TOKENS, SamplingConfig
+from pastkey.runtime.speculation.prompt_lookup import PromptLookup
+
+if TYPE_CHECKING:
+    from ..conftest import Tiny
+
+PROMPT = [5, 6, 7, 9, 11, 5, 6, 7]
+
+
+def repeating() -> PromptLookup:
+    """One whose drafts were all accepted so far."""
+    prompt_lookup = PromptLookup()
+    for drafted in (1, 3):
+        prompt_lookup.record(drafted, drafted)
+    return prompt_lookup
+
+
+# --- drafts ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5, 6, 7]),
+        ([0, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5, 6]),  # one less than agree
+        ([0, 0, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5]),
+        ([7] * 5, [7, 7, 7]),  # beyond the end it is what the draft itself says
+        ([1, 2, 1, 2, 1, 2], [1, 2, 1]),
+        ([1, 2, 8, 9, 1, 2, 7, 6, 1, 2], [7]),  # the latest place
+        ([3, 1, 2, 8, 9, 5, 4, 1, 2, 7, 6, 3, 1, 2], [8, 9]),  # unless more agrees at another
+        ([1, 2, 3, 4, 5], []),
+        ([1, 2, 3, 4, 2], []),  # one token alone says nothing
+        ([1], []),
+        ([], []),
+    ],
+)
+def test_what_followed_the_last_time_is_drafted(ids: list[int], expected: list[int]) -> None:
+    assert repeating().draft(ids, 3) == expected
+
+
+def test_no_more_is_drafted_than_there_is_room_for() -> None:
+    ids = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    assert [repeating().draft(ids, most) for most in (-1, 0, 1, 2, 3)] == [[], [], [4], [4, 5], [4, 5]]
+
+
+def test_a_growing_text_is_drafted_as_a_whole_one() -> None:
+    ids = np.random.default_rng(0).integers(0, 4, 200).tolist()
+    growing = repeating()
+    for end in range(len(ids)):
+        assert growing.draft(ids[:end], 7) == repeating().draft(ids[:end], 7), end
+
+
+def test_drafts_grow_while_they_are_accepted_whole() -> None:
+    ids = [*range(20), *range(12)]
+    prompt_lookup, drafts = PromptLookup(), []
+    for accepted in (1, 3, 7, 6, 0, 1, 3):
+        drafts.append(prompt_lookup.draft(ids, MAX_DRAFT_TOKENS))
+        prompt_lookup.record(len(drafts[-1]), accepted)
+    assert [len(draft) for draft in drafts] == [1, 3, 7, 7, 1, 1, 3]
+    assert drafts[2] == [12, 13, 14, 15, 16, 17, 18]
+
+
+def test_a_draft_that_was_cut_short_says_nothing_of_longer_ones() -> None:
+    prompt_lookup = repeating()
+    prompt_lookup.record(7, 6)
+    prompt_lookup.record(1, 1)
+    prompt_lookup.record(2, 2)  # of three: a constraint, or the end of the text
+    assert len(prompt_lookup.draft([*range(20), *range(12)], 7)) == 3
+
+
+def test_after_rejected_drafts_more_must_agree_until_one_is_accepted() -> None:
+    ids = [1, 2, 3, 4, 9, 1, 2, 3]
+    prompt_lookup = PromptLookup()
+    assert prompt_lookup.draft(ids, 1) == [4]  # three tokens agree
+    prompt_lookup.record(1, 0)
+    assert prompt_lookup.draft(ids, 1) == [4]
+    prompt_lookup.record(1, 0)
+    assert prompt_lookup.draft(ids, 1) == []
+    prompt_lookup.record(1, 1)
+    assert prompt_lookup.draft(ids, 1) == [4]
+
+
+def test_a_long_agreement_is_drafted_from_however_many_drafts_were_rejected() -> None:
+    ids = [*range(20), *range(10)]
+    prompt_lookup = PromptLookup()
+    for _ in range(100):
+        prompt_lookup.record(1, 0)
+    assert prompt_lookup.draft(ids[:22], 1) == []
+    assert prompt_lookup.draft(ids, 1) == [10]
+
+
+# --- generating ---------------------------------------------------------------------------------------------------
+@pytest.fixture
+def session(fused_bundle: Bundle) -> Engine:
+    return Engine(fused_bundle, threads=1)
+
+
+def steps_of(session: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens of all runs from now on."""
+    runs: list[int] = []
+    run = session.run
+
+    def counted(ids: Any, *arguments: Any, **named: Any) -> Any:
+        runs.append(ids.shape[1])
+        return run(ids, *arguments, **named)
+
+    monkeypatch.setattr(session, "run", counted)
+    return runs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.3, "seed": 3}, {"temperature": 0.2, "top_k": 3, "seed": 1}, {"repetition_penalty": 1.1}],
+    ids=["greedy", "sampled", "top_k", "penalty"],
+)
+def test_the_text_is_the_same_in_fewer_steps(
+    session: Engine, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    sampling = SamplingConfig(**settings)
+    plain = list(Generation(session, Request(PROMPT, max_new_tokens=200, sampling=sampling, prompt_lookup=False)))
+    runs = steps_of(session, monkeypatch)
+    generation = Generation(session, Request(PROMPT, max_new_tokens=200, sampling=sampling))
+    assert list(generation) == plain
+    assert generation.new_tokens == 200
+    assert max(runs[1:]) == MAX_DRAFT_TOKENS + 1
+    assert len(runs) < (100 if settings.get("repetition_penalty", 1) == 1 else 200)
+    assert session.length == len(PROMPT) + 199  # the last token is not fed, and no rejected token stays
+
+
+def test_rejected_drafts_leave_nothing_behind(session: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, ids, most: [36, 35, 34][: max(0, most)])
+    plain = list(Generation(session, Request(PROMPT, max_new_tokens=30, prompt_lookup=False)))
+    assert not {34, 35, 36} & set(plain)
+    runs = steps_of(session, monkeypatch)
+    assert list(Generation(session, Request(PROMPT, max_new_tokens=30))) == plain
+    assert runs[1] == 4
+    assert session.length == len(PROMPT) + 29
+    np.testing.assert_allclose(session.decode(plain[-1]), tiny([*PROMPT, *plain])[-1], atol=1e-4)
+
+
+def test_an_end_token_in_an_accepted_draft_ends_it(session: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = list(Generation(session, Request(PROMPT, max_new_tokens=30, prompt_lookup=False)))
+    end = next(token for i, token in enumerate(plain) if i >= 2 and token not in plain[:i])
+    known = [*PROMPT, *plain]
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, ids, most: known[len(ids) : len(ids) + most])
+    generation = Generation(session, Request(PROMPT, max_new_tokens=30, end_ids=[end]))
+    assert list(generation) == plain[: plain.index(end)]
+    assert generation.finish_reason == "stop"
+    assert generation.new_tokens == plain.index(end)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 4, 5, 30])
+def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle: Bundle, new: int) -> None:
+    session = Engine(fused_bundle, threads=1)
+    session.graph.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
+    prompt = [3, 4, 5] * 5
+    plain = list(Generation(session, Request(prompt, max_new_tokens=new, prompt_lookup=False)))
+    assert list(Generation(session, Request(prompt, max_new_tokens=new))) == plain
+    assert len(plain) == min(new, 10)
+    assert session.length <= 24
+
+
+def test_a_conversation_goes_on_from_what_was_accepted(session: Engine, tiny: Tiny) -> None:
+    first = Generation(session, Request(PROMPT, max_new_tokens=200))
+    taken = [next(first) for _ in range(101)]  # given up in the middle of a step, perhaps
+    following = [*PROMPT, *taken, 8, 9]
+    second = Generation(session, Request(following, max_new_tokens=1, reuse_prefix=True))
+    assert list(second) == [int(np.argmax(tiny(following)[-1]))]
+    assert second.cached_tokens >= len(PROMPT) + 100
+
+
+def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(
+    tiny: Tiny, make_bundle: Callable[..., Bundle]
+) -> None:
+    """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
+    prompt, end = [3, 4, 5] * 5, 9
+    broken = tiny.saying([*prompt[1:], 3, 4, end])
+    broken.weights["position"][17:] = np.nan
+    session = Engine(make_bundle(broken, "fused"), threads=1)
+    generation = Generation(session, Request(prompt, max_new_tokens=30, end_ids=[end]))
+    assert list(generation) == [3, 4]
+    assert generation.finish_reason == "stop"
+    assert session.length == 17
+    with pytest.raises(NumericsError, match="position 17"):
+        list(Generation(session, Request(prompt, max_new_tokens=30)))
+
+
+def test_the_standard_graph_generates_one_by_one(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache would be copied to be trimmed."""
+    session = Engine(standard_bundle, threads=1)
+    assert not session.graph.supports_drafts
+    runs = steps_of(session, monkeypatch)
+    assert len(list(Generation(session, Request(PROMPT, max_new_tokens=40)))) == 40
+    assert set(runs[1:]) == {1}
+
+
+def test_several_tokens_give_the_logits_of_each(session: Engine, tiny: Tiny) -> None:
+    session.prefill(PROMPT)
+    ids = [1, 2, 3]
+    np.testing.assert_allclose(session.extend(ids), tiny([*PROMPT, *ids])[-3:], atol=1e-4)
+    session.trim(len(PROMPT) + 1)
+    np.testing.assert_allclose(session.extend([9]), tiny([*PROMPT, 1, 9])[-1:], atol=1e-4)

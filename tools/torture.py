@@ -1,0 +1,245 @@
+"""Ends commands in the middle: by SIGKILL at random moments, and by a disk that fails at each call that changes it.
+
+A nursery is a process that has imported everything. Each command runs in a child that it forks, so that a thousand of
+them take minutes. `Nursery.run` takes the arguments of the pastkey command, or a function by its name, and what ends
+it; the caller looks at what is on the disk then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).parent.parent
+KILL = 0
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at the call of this number among those that change the disk below a folder."""
+
+    below: str
+    call: int  # from 1; 0: nothing happens, and the calls are counted
+    error: int = KILL
+    once: bool = True  # or at every call from then on
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int  # negative: the signal's number
+    said: str  # on standard error
+    calls: int  # that changed the disk, where a Fault counted them and the process came to its end
+    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        return self.status == -signal.SIGKILL
+
+
+class Nursery:
+    """Runs one command at a time, each in a process of its own."""
+
+    def __init__(self, folder: Path, imports: Sequence[str], *, library: Path | None = None) -> None:
+        self._folder = folder
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+        if library is not None:
+            environment["LD_PRELOAD"] = str(library)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tools.torture", *imports],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def run(
+        self, *command: object, function: str | None = None, kill_after: float | None = None, fault: Fault | None = None
+    ) -> Outcome:
+        """Runs `pastkey COMMAND`, or `module:function` with these texts; `kill_after` so many seconds it is killed."""
+        request = {
+            "command": [str(part) for part in command],
+            "function": function,
+            "kill_after": kill_after,
+            "fault": None if fault is None else asdict(fault),
+        }
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Outcome(**self._answer())
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the nursery died"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+def build_faults(folder: Path) -> Path | None:
+    """The library that injects faults, or None where it cannot be built."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if sys.platform != "linux" or compiler is None:
+        return None
+    library = folder / "faults.so"
+    command: list[str | Path] = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-o",
+        library,
+        ROOT / "tools" / "faults.c",
+        "-ldl",
+    ]
+    done = subprocess.run(command, capture_output=True, check=False)
+    return library if done.returncode == 0 else None
+
+
+# --- in the nursery -----------------------------------------------------------------------------------------------
+def serve(imports: Sequence[str]) -> None:
+    for module in imports:
+        importlib.import_module(module)
+    print("{}", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_one(json.loads(line))), flush=True)
+
+
+def _one(request: dict[str, Any]) -> dict[str, Any]:
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as counted:
+        child = os.fork()
+        if child == 0:
+            _be_the_command(request, said.fileno(), counted.fileno())
+        status = _ended(child, request["kill_after"])
+        said.seek(0)
+        counted.seek(0)
+        return {
+            "status": status,
+            "said": said.read(),
+            "calls": int(counted.read() or 0),
+            "seconds": time.monotonic() - started,
+        }
+
+
+def _ended(child: int, kill_after: float | None) -> int:
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)  # it is not waited for yet, so that the number is nobody else's
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _be_the_command(request: dict[str, Any], said: int, counted: int) -> None:
+    status = 1
+    try:
+        os.dup2(said, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        library = None
+        if request["fault"]:
+            library = ctypes.CDLL(None)
+            fault = Fault(**request["fault"])
+            library.faults_arm(os.fsencode(fault.below), ctypes.c_long(fault.call), fault.error, int(fault.once))
+        status = _run(request["function"], request["command"])
+        if library is not None:
+            os.write(counted, str(library.faults_calls()).encode())
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(function: str | None, command: list[str]) -> int:
+    if function is None:
+        from pastkey.__main__ import main
+
+        try:
+            return main(command)
+        except SystemExit as end:
+            return int(end.code or 0)
+    module, _, name = function.partition(":")
+    try:
+        getattr(importlib.import_module(module), name)(*command)
+    except OSError as error:  # which main tells in a sentence
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- functions that are ended in the middle -------------------------------------------------------------------------
+def write_bundle(source: str, out: str) -> None:
+    """What the end of an export does to the disk, and nothing that it computes."""
+    from pastkey.contract import names
+    from pastkey.files.durable import whole_folder, write_json
+    from pastkey.files.folder import file_records, read_json
+
+    with whole_folder(Path(out), force=True) as work:
+        for file in sorted(Path(source).rglob("*")):
+            if file.is_file() and file.name != names.MANIFEST:
+                made = work / file.relative_to(source)
+                made.parent.mkdir(parents=True, exist_ok=True)
+                made.write_bytes(file.read_bytes())
+        manifest = read_json(Path(source) / names.MANIFEST)
+        files = file_records(work, manifest["files"])
+        write_json(work / names.MANIFEST, manifest | {"files": files})
+
+
+def check_a_folder(folder: str) -> None:
+    """A reader that checks all hashes of a bundle and remembers them."""
+    from pastkey.contract.bundle import open_bundle
+
+    open_bundle(Path(folder))
+
+
+def save_a_conversation(file: str) -> None:
+    from pastkey.runtime.text.messages import save_messages
+
+    save_messages(file, [{"role": "user", "content": "new"}] * 2000)
+
+
+def save_a_session(bundle: str, file: str, tokens: str) -> None:
+    from pastkey.runtime import load
+
+    with load(bundle, threads=1) as model, model.session() as session:
+        session.append([token % 20 for token in range(int(tokens))])
+        session.save(file)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])

@@ -1,0 +1,306 @@
+"""What is ended in the middle by test_torture.py: how each thing is written, and what must hold at every moment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models
+
+from pastkey.contract.bundle import open_bundle
+from pastkey.files.folder import read_json
+from pastkey.runtime import load
+from pastkey.runtime.text.messages import read_messages, save_messages
+from pastkey.train.checkpoint import load_checkpoint, load_optimizer
+from tests.export.commands import FACTORY
+from tests.runtime import conftest as decoder
+from tests.runtime.bulk.rows import plain_rows, write_rows
+from tests.train.helpers import TINY, write_corpus
+
+from .torture import Nursery, Outcome, save_a_session
+
+FLAGS = [
+    item
+    for name, value in (TINY | {"steps": 6, "save_every": 2}).items()
+    for item in (f"--{name.replace('_', '-')}", str(value))
+]
+
+Files = dict[str, bytes]
+
+
+def files(folder: Path) -> Files:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def trained(folder: Path) -> Files:
+    """What a finished run leaves, but for its speed."""
+    found = files(folder)
+    manifest = json.loads(found.pop("pastkey.json"))
+    del manifest["training"]["figures"]["tokens_per_second"]
+    found.pop("loss.png", None)  # a kill after the last save
+    return found | {"pastkey.json": json.dumps(manifest).encode()}
+
+
+def speaking(bundle: Path) -> Path:
+    """A small bundle with a tokenizer, made where it is not there yet."""
+    if not bundle.exists():
+        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
+        tiny = decoder.Tiny.random([(8, 8)], context_length=100)
+        decoder.write_bundle(bundle, tiny, "fused", tokenizer=tokenizer)
+    return bundle
+
+
+class Scene:
+    """One thing that is written: how, and what must hold whenever that ended in the middle."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.given, self.work = folder, work
+        self.below = work
+
+    def prepare(self, nursery: Nursery) -> None:
+        """Makes what each try begins with."""
+
+    def reset(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+
+    def command(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """What holds at every moment."""
+        raise NotImplementedError
+
+    def ended(self) -> None:
+        """What holds when the command was not ended in the middle: nothing is left of those before that were."""
+        self.check()
+        assert not [path for path in self.below.rglob("*") if path.name.endswith((".new", ".partial", ".old"))]
+
+    def run(self, nursery: Nursery, **how: Any) -> Outcome:
+        asked = self.command()
+        return nursery.run(*asked.get("arguments", ()), function=asked.get("function"), **how)
+
+
+class Train(Scene):
+    """A new run, which is resumed after each kill and must come to the end of the uninterrupted one."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        write_corpus(self.given / "text.txt")
+        for seed in (0, 1):
+            if not (self.given / f"seed{seed}").exists():
+                assert self.train(nursery, self.given / f"seed{seed}", seed).status == 0
+
+    def train(self, nursery: Nursery, out: Path, seed: int) -> Outcome:
+        return nursery.run("train", "--out", out, "--data", self.given / "text.txt", *FLAGS, "--seed", seed)
+
+    def reset(self) -> None:
+        super().reset()
+        self.out, self.step = self.work / "c", -1
+
+    def command(self) -> dict[str, Any]:
+        if self.out.exists():
+            return {"arguments": ("train", "--out", self.out, "--resume")}
+        return {"arguments": ("train", "--out", self.out, "--data", self.given / "text.txt", *FLAGS, "--seed", 1)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            before = files(self.work)
+            checkpoint = load_checkpoint(self.out)
+            load_optimizer(self.out, checkpoint.training)
+            assert checkpoint.training["step"] >= self.step
+            self.step = checkpoint.training["step"]
+            assert files(self.work) == before
+
+    def ended(self) -> None:
+        super().ended()
+        assert trained(self.out) == trained(self.given / "seed1")
+
+
+class TrainForce(Train):
+    """One with --force over a finished run: that, or the new one from its first save on, stands at the name."""
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.given / "seed0", self.out)
+
+    def replaced(self) -> bool:
+        return bool(load_checkpoint(self.out).training["settings"]["seed"] == 1)
+
+    def command(self) -> dict[str, Any]:
+        if self.replaced():
+            return {"arguments": ("train", "--out", self.out, "--resume")}
+        data = ("--data", self.given / "text.txt", *FLAGS)
+        return {"arguments": ("train", "--out", self.out, *data, "--seed", 1, "--force")}
+
+    def check(self) -> None:
+        if self.replaced():
+            super().check()
+        else:
+            assert files(self.out) == files(self.given / "seed0")
+
+
+class Export(Scene):
+    """A whole export of a small module to a new place."""
+
+    context = 12
+
+    def prepare(self, nursery: Nursery) -> None:
+        (self.given / "mine.py").write_text(FACTORY)
+        if not (self.given / "old").exists():
+            assert nursery.run(*self.export(self.given / "old", 11)).status == 0
+
+    def export(self, out: Path, context: int) -> tuple[object, ...]:
+        source = f"{self.given}/mine.py:Small"
+        return ("export", source, "--context", context, "--precision", "fp32", "--out", out, "--force")
+
+    def reset(self) -> None:
+        super().reset()
+        self.out = self.work / "b"
+
+    def command(self) -> dict[str, Any]:
+        return {"arguments": self.export(self.out, 12)}
+
+    def check(self) -> None:
+        if self.out.exists():
+            open_bundle(self.out, verify=True)
+
+    def ended(self) -> None:
+        super().ended()
+        assert open_bundle(self.out, verify=True).manifest.context_length == 12
+
+
+class ExportForce(Export):
+    """An export in the place of another."""
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.given / "old", self.out)
+
+    def check(self) -> None:
+        assert open_bundle(self.out, verify=True).manifest.context_length in (11, 12)
+
+
+class Write(ExportForce):
+    """Its end alone, where it writes: a bundle's files, and the exchange."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        super().prepare(nursery)
+        if not (self.given / "new").exists():
+            assert nursery.run(*self.export(self.given / "new", 12)).status == 0
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tools.torture:write_bundle", "arguments": (self.given / "new", self.out)}
+
+
+class HashCache(Export):
+    """A reader that remembers hashes: it never fails, and what it remembers is a JSON object or not there."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        super().__init__(folder, work)
+        self.below = folder / "cache"
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.rmtree(self.below, ignore_errors=True)
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tools.torture:check_a_folder", "arguments": (self.given / "old",)}
+
+    def check(self) -> None:
+        for file in self.below.rglob("*.json"):
+            assert read_json(file)
+
+    def ended(self) -> None:
+        self.check()
+
+
+class Conversation(Scene):
+    """A conversation that is saved over an earlier one."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.file = self.work / "talk.json"
+        save_messages(self.file, [{"role": "user", "content": "old"}])
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tools.torture:save_a_conversation", "arguments": (self.file,)}
+
+    def check(self) -> None:
+        assert len(read_messages(self.file)) in (1, 2000)
+
+
+class SavedSession(Scene):
+    """A session that is saved over an earlier one."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        self.bundle = speaking(self.given / "tiny")
+        self.model = load(self.bundle, threads=1)
+
+    def reset(self) -> None:
+        super().reset()
+        self.file = self.work / "one.session"
+        save_a_session(str(self.bundle), str(self.file), "2")
+
+    def command(self) -> dict[str, Any]:
+        return {"function": "tools.torture:save_a_session", "arguments": (self.bundle, self.file, 90)}
+
+    def check(self) -> None:
+        with self.model.load_session(self.file) as session:
+            assert len(session) in (2, 90)
+
+
+class Batch(Scene):
+    """A job over rows that goes on after each kill: what was written stays, each row once, and the end is the same."""
+
+    def prepare(self, nursery: Nursery) -> None:
+        self.bundle, self.rows = speaking(self.given / "tiny"), self.given / "rows.jsonl"
+        if not self.rows.exists():
+            write_rows(self.rows, [*plain_rows(150), "no row", *({"id": n, "prompt": "a"} for n in range(150, 300))])
+            outcome = nursery.run(*self.batch(self.given / "whole.jsonl"))
+            assert outcome.status == 0, outcome.said
+
+    def batch(self, out: Path) -> tuple[object, ...]:
+        flags = ("--temperature", 1, "--max-new-tokens", 4, "--threads", 1)
+        return ("batch", self.bundle, self.rows, "--out", out, *flags)
+
+    def reset(self) -> None:
+        super().reset()
+        self.out, self.written = self.work / "out.jsonl", b""
+
+    def command(self) -> dict[str, Any]:
+        return {"arguments": self.batch(self.out)}
+
+    def answers(self, out: Path) -> set[bytes]:
+        """The lines that are whole, each of another row."""
+        lines = out.read_bytes().split(b"\n")[:-1]
+        assert len({json.loads(line)["id"] for line in lines}) == len(lines)
+        return set(lines)
+
+    def check(self) -> None:
+        if self.out.exists():
+            assert self.answers(self.out) <= self.answers(self.given / "whole.jsonl")
+            content = self.out.read_bytes()
+            assert content.startswith(self.written)
+            self.written = content[: content.rfind(b"\n") + 1]
+
+    def ended(self) -> None:
+        super().ended()
+        assert self.answers(self.out) == self.answers(self.given / "whole.jsonl")
+        assert sorted(path.name for path in self.work.iterdir()) == ["out.jsonl", "out.jsonl.job"]
+
+
+SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
+    # what is written, its share of the kills, and how many there are in the short form
+    "conversation": (Conversation, 0.05, 5),
+    "session": (SavedSession, 0.1, 5),
+    "hash cache": (HashCache, 0.05, 5),
+    "bundle": (Write, 0.2, 10),
+    "batch": (Batch, 0.1, 10),
+    "train --force": (TrainForce, 0.23, 8),
+    "train": (Train, 0.19, 5),
+    "export --force": (ExportForce, 0.06, 2),
+    "export": (Export, 0.02, 1),
+}
