@@ -197,6 +197,7 @@ class SessionOptions(ChatOptions, total=False):
 CHAT_OPTIONS: frozenset[str] = ChatOptions.__optional_keys__
 GENERATE_OPTIONS: frozenset[str] = GenerateOptions.__optional_keys__
 SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
+_RENAMED = {"lookahead": ["prompt_lookup"]}  # old names of options
 
 
 def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
     """Raises OptionError for the first of `options` that `call` does not know."""
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = _RENAMED.get(name) or difflib.get_close_matches(name, known, 1)
             raise OptionError(
                 f"{call}() has no option {shown(name)}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(sorted(known))}")
