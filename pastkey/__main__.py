@@ -27,6 +27,7 @@ from pastkey.errors import (
     first_line,
     missing_extra,
 )
+from pastkey.files.folder import source_extra
 from pastkey.files.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: show where an unforeseen error came from
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PastkeyError as error:
         return _fail(str(error), prog)
     except ModuleNotFoundError as error:
-        mended = missing_extra(error, name if name in NEEDED else stage)
+        sources = dict.fromkeys(filter(None, map(source_extra, rest)) if name == "export" else ())
+        mended = missing_extra(error, name if name in NEEDED else stage, *sources)
         return _fail(_last_resort(error) if mended is error else str(mended), prog)
     except BrokenPipeError:
         # The reader went away (| head): say nothing, and keep the interpreter's own flush quiet too.

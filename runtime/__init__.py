@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .decoding.stream import Stream as Stream
     from .engine.engine import Engine as Engine
     from .loading import load as load
+    from .model.answer_stream import AnswerStream as AnswerStream
     from .model.chat import Chat as Chat
     from .model.language_model import LanguageModel as LanguageModel
     from .model.scoring import Score as Score
@@ -64,6 +65,7 @@ else:
             ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
             ".loading": ["load"],
+            ".model.answer_stream": ["AnswerStream"],
             ".model.chat": ["Chat"],
             ".model.language_model": ["LanguageModel"],
             ".model.scoring": ["Score"],

@@ -37,6 +37,8 @@ ELSEWHERE = {
     "runtime/commands/rerun.py": ("runtime/sandbox/test_rerun.py", "needs the hostile bundles there"),
     "runtime/commands/untrusted_rows.py": ("runtime/sandbox/test_batch.py", "needs the bundles there"),
     "runtime/text/chat_format.py": ("runtime/model/test_chat.py", "is what a conversation asks of its model"),
+    "runtime/model/answer_stream.py": ("runtime/model/test_chat.py", "is what Chat.stream returns"),
+    "runtime/model/chat_model.py": ("runtime/model/test_chat.py", "is what a conversation asks of its model"),
     "runtime/model/unpack.py": ("runtime/test_loading.py", "is how load takes zip files and resources"),
     "runtime/model/parts.py": ("runtime/model/test_language_model.py", "is what a model is made of"),
     "runtime/decoding/request.py": ("runtime/decoding/test_generation.py", "is what a Generation takes"),

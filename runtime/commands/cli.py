@@ -370,6 +370,9 @@ def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models
         add(flag, metavar=letter, type=kind, default=known, help=f"{meaning} ({shown})")
     add("--bad-word", metavar="TEXT", dest="bad_words", action="append", default=[], help="it never comes, as encoded")
     add("--logprobs", metavar="N", type=natural_int, help="with --json, log-probabilities, and those of N likeliest")
+    ids = "1,2,3"
+    add("--eos-token-id", metavar=ids, type=id_list, help="the EOS tokens, in place of the bundle's")
+    add("--stop-token-ids", metavar=ids, type=id_list, help="token ids that end the text, beside the EOS tokens")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
     add(
         "--prompt-lookup",

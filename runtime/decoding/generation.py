@@ -375,10 +375,12 @@ class Generation:
         # Log-probabilities are those of single choices.
         if self._constraint is not None and self._ending is None and self._top is None:
             forced = self._constraint.forced(self.most_tokens - len(self.ids))
-            count = len(forced)
-            self.ids += forced
+            count = next((place for place, token in enumerate(forced) if token in self._end_ids), len(forced))
+            self.ids += forced[:count]
             self.forced_tokens += count
             self._see_whether_it_ends()
+            if count < len(forced):
+                self._ending = self._ending or "stop"
         self._jumped = True
 
     def _see_whether_it_ends(self) -> None:

@@ -11,14 +11,14 @@ from pastkey.errors import InputError
 from pastkey.values import is_int, require, shown
 
 from ..sampling.random_stream import continuation_seed, fresh_seed
-from ..settings import GenerateOptions, SamplingConfig
+from ..settings import SamplingConfig
 from .batching.shared_prefill import SharedPrefill
 from .completion import Chunk, Completion
 from .stream import Stream, next_of
 
 MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 Key = TypeVar("Key")
-Open = Callable[[Any, GenerateOptions, SharedPrefill | None], Stream]
+Open = Callable[[Any, Mapping[str, Any], SharedPrefill | None], Stream]
 
 
 def several(prompt: object) -> bool:
@@ -51,16 +51,11 @@ def token_ids(given: object, name: str, expected: str, vocab_size: int) -> list[
     return [int(token) for token in tokens]
 
 
-def continuations(options: GenerateOptions, n: int) -> list[GenerateOptions]:
+def continuations(options: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     """The options of each of `n` continuations of one prompt: each has a seed of its own, made of the one given."""
     seed = SamplingConfig.of(options).seed
     seed = fresh_seed() if seed is None else seed
-    each: list[GenerateOptions] = []
-    for number in range(n):
-        one = options.copy()
-        one["seed"] = continuation_seed(seed, number)
-        each.append(one)
-    return each
+    return [{**options, "seed": continuation_seed(seed, number)} for number in range(n)]
 
 
 def interleaved(
@@ -113,7 +108,7 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         self,
         begin: Open,
         prompts: Sequence[Any],
-        options: GenerateOptions,
+        options: Mapping[str, Any],
         most: int,
         n: int | None = None,
         progress: Callable[[int, int], object] | None = None,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
-from pastkey.values import as_path
+from pastkey.values import as_path, or_default
 
 from ..constraints.lazy import LazyVocabulary
 from ..decoding.batching.cache_budget import CacheMemory
@@ -25,7 +25,7 @@ from ..decoding.many import StreamMany, several, token_ids
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
-from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, require_known
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, options_of
 from ..text.codec import TextCodec
 from .draft_model import DraftModel
 from .embed import embed
@@ -221,11 +221,11 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
         """
-        require_known("generate", options, GENERATE_OPTIONS)
+        given = options_of("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
             prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
-            return completed(StreamMany(self._stream, prompts, options, self.max_batch, n, progress))
-        return completed(self._stream(prompt, options))  # type: ignore[arg-type]
+            return completed(StreamMany(self._stream, prompts, given, self.max_batch, n, progress))
+        return completed(self._stream(prompt, given))  # type: ignore[arg-type]
 
     def stream_many(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
@@ -245,18 +245,16 @@ class LanguageModel:
             InputError: There is no prompt, or as in `generate`.
             OptionError: There is no option of that name.
         """
-        require_known("stream_many", options, GENERATE_OPTIONS)
-        return StreamMany(self._stream, prompts, options, self.max_batch, n)
+        given = options_of("stream_many", options, GENERATE_OPTIONS)
+        return StreamMany(self._stream, prompts, given, self.max_batch, n)
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
-        require_known("astream", options, GENERATE_OPTIONS)
-        return self._astream(prompt, options)
+        return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
-        require_known("agenerate", options, GENERATE_OPTIONS)
-        return await self._astream(prompt, options).completed()
+        return await self._astream(prompt, options_of("agenerate", options, GENERATE_OPTIONS)).completed()
 
     @property
     def executor(self) -> Executor:
@@ -286,17 +284,17 @@ class LanguageModel:
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
-        require_known("stream", options, GENERATE_OPTIONS)
-        return self._stream(prompt, options)
+        return self._stream(prompt, options_of("stream", options, GENERATE_OPTIONS))
 
     def chat(
         self,
         system: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         template: str | Path | None = None,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        special_tokens_as_text: bool = False,
+        special_tokens_as_text: bool | None = False,
         **template_variables: Any,
     ) -> Chat:
         """Begins a conversation.
@@ -305,6 +303,8 @@ class LanguageModel:
 
         Args:
             system: What the model is told before all else.
+            messages: What was said so far, in OpenAI's form; a system text stands first. `ask()` without a text answers
+                a question that stands last.
             template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
             tools: What the model may call: JSON schemas {"type": "function", "function": {"name", "description",
                 "parameters"}}, or Python functions with type hints and a docstring in Google's style.
@@ -325,6 +325,7 @@ class LanguageModel:
         return Chat(
             self,
             system,
+            messages=messages,
             template=template,
             tools=tools,
             documents=documents,
@@ -374,8 +375,8 @@ class LanguageModel:
         self,
         text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         *,
-        pooling: Pooling = "mean",
-        normalize: bool = True,
+        pooling: Pooling | None = "mean",
+        normalize: bool | None = True,
     ) -> npt.NDArray[np.float32]:
         """The embedding of a text, or of each of several: its last hidden states, which the output head reads, pooled.
 
@@ -392,7 +393,7 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
         """
-        return embed(self.parts, text, pooling, normalize=normalize)
+        return embed(self.parts, text, or_default(pooling, "mean"), normalize=or_default(normalize, True))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The ids that a prompt is fed as.
@@ -406,12 +407,12 @@ class LanguageModel:
         return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
 
     def _stream(
-        self, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefill | None = None
     ) -> Stream:
         """Checks everything, and gives the stream."""
         return open_prompt(self.parts, prompt, options, shared)
 
-    def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
+    def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
         from ..decoding.asynchronous import AsyncStream
 
         return AsyncStream(self._stream(prompt, options), self.executor)

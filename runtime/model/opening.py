@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
-from pastkey.values import is_collection, require, shown
+from pastkey.values import is_collection, is_int, require, shown
 
 from ..decoding.batching.shared_prefill import SharedPrefill
 from ..decoding.generation import Generation, Lifecycle
@@ -14,7 +15,7 @@ from ..decoding.request import Request
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
 from ..sampling.dry import Breakers, sequence_breakers
-from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
+from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, SamplingConfig
 from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
@@ -34,7 +35,7 @@ class Scheduled:
 class Prompted(Scheduled):
     """The lifecycle of a call of its own: a cache from the store of prefixes, or from another continuation."""
 
-    def __init__(self, parts: ModelParts, options: GenerateOptions, shared: SharedPrefill | None) -> None:
+    def __init__(self, parts: ModelParts, options: Mapping[str, Any], shared: SharedPrefill | None) -> None:
         super().__init__(parts)
         self._reuse, self._exact = options.get("reuse_prefix", False), options.get("exact", False)
         self._anew = options.get("prompt_logprobs") is True  # what is in the cache already has no logits
@@ -70,7 +71,7 @@ class Prompted(Scheduled):
 
 
 def open_prompt(
-    parts: ModelParts, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+    parts: ModelParts, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefill | None = None
 ) -> Stream:
     """A stream of one prompt. `shared`: with the prefill of other continuations of it. Raises as `open_stream`."""
     parts.require_open()
@@ -86,14 +87,14 @@ class ModelLifecycle(Lifecycle, Protocol):
 
 
 def open_stream(
-    lifecycle: ModelLifecycle, ids: Sequence[int], options: GenerateOptions | SessionOptions, *, after_text: bool
+    lifecycle: ModelLifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
 ) -> Stream:
     """A stream behind `ids`.
 
     Args:
         lifecycle: What surrounds its steps.
         ids: The whole text so far, (T,).
-        options: Checked names, and values to check.
+        options: Those of `options_of`: checked names, and values to check.
         after_text: Whether the new text goes on from a text.
 
     Raises:
@@ -107,11 +108,12 @@ def open_stream(
     if stops and codec is None:
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
-    constraint = parts.vocabulary.matcher(options)
+    end_ids = _end_ids(options, parts.manifest)
+    constraint = parts.vocabulary.matcher(options, end_ids)
     request = Request(
         ids,
         max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
-        end_ids=parts.manifest.eos_token_ids,
+        end_ids=end_ids,
         sampling=sampling,
         prompt_lookup=options.get("prompt_lookup", True),
         timeout=options.get("timeout"),
@@ -130,7 +132,17 @@ def open_stream(
     return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
 
 
-def _drafter(parts: ModelParts, options: GenerateOptions | SessionOptions) -> Drafter | None:
+def _end_ids(options: Mapping[str, Any], manifest: Manifest) -> list[int]:
+    """The ids that end the text: EOS tokens, the bundle's or the call's own, and those beside them."""
+    eos = options.get("eos_token_id", manifest.eos_token_ids)
+    ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
+    for name, given in ids.items():
+        valid = is_collection(given) and all(is_int(token, 0, manifest.vocab_size - 1) for token in given)
+        require(valid, name, given, f"a list of token ids from 0 to {manifest.vocab_size - 1}")
+    return [int(token) for given in ids.values() for token in given]
+
+
+def _drafter(parts: ModelParts, options: Mapping[str, Any]) -> Drafter | None:
     asked = options.get("draft")
     if asked is not None and not isinstance(asked, bool):
         raise InputError(
