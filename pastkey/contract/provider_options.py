@@ -24,7 +24,7 @@ _DEVICE_ID: Final = range(256)
 _BYTES: Final = range(1, 2**63)
 _BUFFER_CACHE: Final = ("disabled", "lazyRelease", "simple", "bucket")
 _DEVICE: Final = "(CPU|GPU|NPU)([.][0-9]{1,2})?"  # of OpenVINO
-HTP_ARCHS: Final = ("68", "69", "73", "75", "79", "81")  # QNN takes another one for none, without a message
+HTP_ARCHS: Final = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN takes an unknown one for 68
 
 # By the provider's short name. A provider without a row may be given no option by a manifest.
 OPTIONS: Final[Mapping[str, Mapping[str, Values]]] = {
