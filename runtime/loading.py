@@ -107,7 +107,8 @@ def load(
             provider a FallbackWarning names them.
         session_options: Settings of onnxruntime.SessionOptions: attributes by their names,
             {"enable_cpu_mem_arena": False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names
-            with a dot, {"session.use_env_allocators": "1"}. Settings that pastkey makes itself, such as threads, are an error.
+            with a dot, {"session.use_env_allocators": "1"}. Settings that pastkey makes itself, such as threads, are
+            an error.
         max_memory: Limit of the bytes of all caches of the model. A call that might need more raises ResourceError
             before it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
         prefix_bytes: Limit of the bytes of cached prefixes, for `reuse_prefix` and conversations. The least recently

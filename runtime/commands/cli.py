@@ -205,11 +205,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="prompt tokens to prefill (%(default)s)",
     )
     parser.add_argument(
-        "--new-tokens",
-        metavar="N",
-        type=natural_int,
-        default=BENCH_NEW_TOKENS,
-        help="new tokens to decode (%(default)s)",
+        "--new-tokens", metavar="N", type=natural_int, default=BENCH_NEW_TOKENS, help="decode so many (%(default)s)"
     )
     add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -302,11 +298,7 @@ def _add_sign(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser, nargs="?", any_author=False)
     keys = parser.add_mutually_exclusive_group(required=True)
     keys.add_argument("--key", metavar="PRIVATE.pem", help="the private ed25519 key to sign with")
-    keys.add_argument(
-        "--new-key",
-        metavar="PRIVATE.pem",
-        help="make a key: write the private key to this file, and the public key beside it",
-    )
+    keys.add_argument("--new-key", metavar="PRIVATE.pem", help="make a key: private in this file, public beside it")
 
 
 def _sign(arguments: argparse.Namespace) -> int:
@@ -380,14 +372,9 @@ def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models
         dest="bad_words",
         action="append",
         default=[],
-        help="ban this text, as the tokenizer encodes it; may be repeated",
+        help="ban this text, as encoded; may be repeated",
     )
-    add(
-        "--logprobs",
-        metavar="N",
-        type=natural_int,
-        help="with --json, log-probabilities of each new token and of the N likeliest ones",
-    )
+    add("--logprobs", metavar="N", type=natural_int, help="with --json, log-probabilities, also of the N likeliest")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     add(
         "--prompt-lookup",
