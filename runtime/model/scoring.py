@@ -1,4 +1,4 @@
-"""How likely a text is to the model."""
+"""The log-probability of a text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .parts import ModelParts
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a text is to the model, whatever the settings of a sampler.
+    """The log-probability of a text by the model, independent of sampling options.
 
     Attributes:
         ids: Its tokens.
-        logprobs: The log-probability of each after those before it, natural; None for the first, which has none.
+        logprobs: The natural log-probability of each token after those before it; None for the first.
         total: Their sum.
     """
 

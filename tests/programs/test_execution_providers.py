@@ -90,13 +90,10 @@ def test_openvino_leaves_the_attention_of_the_fused_graph(bundles: Callable[[str
     bundle = bundles("llama-fp32")
     refused = run(OPENVINO, bundle, "--provider", "openvino")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert (
-        "leaves 2 operators (GroupQueryAttention 2) in 2 parts of this bundle's graph to the processor"
-        in refused.stderr
-    )
+    assert "leaves 2 operators (GroupQueryAttention 2) in 2 parts of this bundle's graph to the CPU" in refused.stderr
     allowed = run(OPENVINO, bundle, "--provider", "openvino", "--allow-fallback")
     assert answered(allowed) == expected(bundle)
-    assert "'openvino' leaves 2 operators (GroupQueryAttention 2) in 2 parts to the processor" in allowed.stderr
+    assert "'openvino' leaves 2 operators (GroupQueryAttention 2) in 2 parts to the CPU" in allowed.stderr
 
 
 def test_parts_are_those_of_onnxruntimes_own_profile(bundles: Callable[[str], Path]) -> None:
@@ -113,7 +110,7 @@ def test_parts_are_those_of_onnxruntimes_own_profile(bundles: Callable[[str], Pa
 def test_devices_names_wheels_and_devices() -> None:
     for wheel, name, package, device in (
         (OPENVINO, "openvino", "onnxruntime-openvino ", "CPU"),
-        (QNN, "qnn", "onnxruntime-qnn ", "CPU of "),  # without an NPU it emulates one on the processor
+        (QNN, "qnn", "onnxruntime-qnn ", "CPU of "),  # without an NPU it emulates one on the CPU
     ):
         rows = {row["short_name"]: row for row in json.loads(pastkey_in(wheel, "devices", "--json").stdout)["devices"]}
         assert rows[name]["package"].startswith(package)

@@ -240,7 +240,7 @@ def test_inspect(command: Run, bundle: Bundle) -> None:
 def test_devices(command: Run) -> None:
     status, out, _ = command("devices")
     assert status == 0
-    assert f"cpu            available  any processor; {wheels()[0]} {onnxruntime.__version__}" in out
+    assert f"cpu            available  any CPU; {wheels()[0]} {onnxruntime.__version__}" in out
     assert "Apple GPUs and neural engines; comes with pip install onnxruntime on macOS" in out
     status, out, _ = command("devices", "--json")
     rows = {row["short_name"]: row for row in json.loads(out)["devices"]}

@@ -252,7 +252,7 @@ def test_a_number_of_rows_that_changes_what_is_computed_is_seen() -> None:
 def test_another_precision_is_taken_in_float32_and_said(dtype: torch.dtype) -> None:
     module = Gpt(Causal).eval().to(dtype)
     found, said = taken(module)
-    assert said == [f"Gpt is {dtype} on cpu: it was copied to the processor in float32".replace("torch.", "")]
+    assert said == [f"Gpt is {dtype} on cpu: it was copied to the CPU in float32".replace("torch.", "")]
     assert all(parameter.dtype == dtype for parameter in module.parameters())
     assert apart(found, module.float()) < 1e-5
 
