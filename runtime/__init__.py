@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .decoding.request import Request as Request
     from .decoding.stream import Stream as Stream
     from .engine.engine import Engine as Engine
+    from .loading import aload as aload
     from .loading import load as load
     from .model.answer_stream import AnswerStream as AnswerStream
     from .model.chat import Chat as Chat
@@ -64,7 +65,7 @@ else:
             ".decoding.request": ["Request"],
             ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
-            ".loading": ["load"],
+            ".loading": ["aload", "load"],
             ".model.answer_stream": ["AnswerStream"],
             ".model.chat": ["Chat"],
             ".model.language_model": ["LanguageModel"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import shutil
@@ -39,6 +40,14 @@ class _Further(TypedDict, total=False):
     prefix_bytes: int | None
     max_batch: int | None
     draft: str | Path | bytes | Traversable | LanguageModel | None
+
+
+class _Settings(_Further, total=False):
+    """What `load` takes but `path`, `trust` and `limits`."""
+
+    providers: Choice | Sequence[Choice] | None
+    threads: int | None
+    verify: bool | None
 
 
 @overload
@@ -213,6 +222,35 @@ def load(
     if temporary is not None:
         model.holds = temporary
     return model
+
+
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable, *, trust: Literal[True] = True, **settings: Unpack[_Settings]
+) -> LanguageModel: ...
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable,
+    *,
+    trust: Literal[False],
+    limits: Limits | None = None,
+    **settings: Unpack[_Settings],
+) -> SandboxedModel: ...
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable,
+    *,
+    trust: bool,
+    limits: Limits | None = None,
+    **settings: Unpack[_Settings],
+) -> LanguageModel | SandboxedModel: ...
+async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> LanguageModel | SandboxedModel:
+    """As `load`, for `await`: a thread loads, and the event loop goes on.
+
+    The tokenizers library holds the interpreter while it reads tokenizer.json; docs/embedding.md says how long. A task
+    that is cancelled does not stop the load, whose model is let go.
+    """
+    return await asyncio.to_thread(lambda: load(path, **settings))
 
 
 def require_settings(

@@ -20,6 +20,7 @@ from pastkey.values import as_path, or_default, require, shown
 
 from ..decoding.batching.prefix_cache import TAIL
 from ..decoding.batching.scheduler import MAX_ROWS
+from ..decoding.batching.shared_prefill import SHARED_TOKENS
 from ..decoding.completion import Completion
 from ..decoding.stream import Stream
 from ..loading import load, require_settings
@@ -40,7 +41,6 @@ from .continuous import finished
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
 
 WINDOW = 1024  # rows that are sorted at once
-SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once
 _HELD = ("json_schema", "regex", "choices", "grammar")  # of which a text follows one
 _CHATS = 16  # sets of tools whose conversations are kept ready
 

@@ -12,13 +12,13 @@ from pastkey.values import is_int, require, shown
 
 from ..sampling.random_stream import continuation_seed, fresh_seed
 from ..settings import SamplingConfig
-from .batching.shared_prefill import SharedPrefill
+from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
 from .stream import Stream, next_of
 
 MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 Key = TypeVar("Key")
-Open = Callable[[Any, Mapping[str, Any], SharedPrefill | None], Stream]
+Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], Stream]
 
 
 def several(prompt: object) -> bool:
@@ -115,8 +115,8 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
     ) -> None:
         """`begin` makes a stream of one prompt, which takes nothing yet; up to `most` are read at the same time.
 
-        With `n` there are so many of each prompt, which share its prefill and draw by seeds of their own. `progress` is
-        told (done, all) when one ends.
+        Prompts that begin alike share that prefill. With `n` there are so many of each prompt, which draw by seeds of
+        their own. `progress` is told (done, all) when one ends.
         """
         ordered = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 0  # an array, or a column of a table
         if isinstance(prompts, str) or not ordered or not len(prompts):
@@ -124,12 +124,8 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
             raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
         require(n is None or is_int(n, 1, MAX_CONTINUATIONS), "n", n, f"a whole number from 1 to {MAX_CONTINUATIONS:,}")
         require(progress is None or callable(progress), "progress", progress, "a function of (done, all), or None")
-        if n is None:
-            self._streams = [begin(prompt, options, None) for prompt in prompts]
-        else:
-            each = continuations(options, n)
-            shared = [SharedPrefill(n) for _ in prompts]
-            self._streams = [begin(prompt, one, of) for prompt, of in zip(prompts, shared, strict=True) for one in each]
+        each, shared = [options] if n is None else continuations(options, n), SharedPrefills()
+        self._streams = [begin(prompt, one, shared) for prompt in prompts for one in each]
         self._rest = self._run(most, progress)
 
     @property

@@ -19,7 +19,7 @@ from ..constraints.lazy import LazyVocabulary
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
-from ..decoding.batching.shared_prefill import SharedPrefill
+from ..decoding.batching.shared_prefill import SharedPrefills
 from ..decoding.completion import Completion, completed
 from ..decoding.many import StreamMany, several, token_ids
 from ..decoding.stream import Stream
@@ -205,7 +205,8 @@ class LanguageModel:
         """Continues a prompt, or each of several.
 
         Args:
-            prompt: A text, or a sequence of token ids (T,); or a batch of these, which is decoded together.
+            prompt: A text, or a sequence of token ids (T,); or a batch of these, which is decoded together. Prompts
+                that share their first 32 tokens share the prefill of their common beginning.
             progress: For a batch, called with the number of finished completions and their total, after each.
             n: The number of continuations of each prompt, up to 10,000. They share its prefill. Each draws by its own
                 seed, the first one by `seed`. The result is a list, also for one prompt.
@@ -407,7 +408,7 @@ class LanguageModel:
         return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
 
     def _stream(
-        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefill | None = None
+        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
     ) -> Stream:
         """Checks everything, and gives the stream."""
         return open_prompt(self.parts, prompt, options, shared)

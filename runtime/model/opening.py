@@ -9,7 +9,7 @@ from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
 from pastkey.values import is_collection, is_int, require, shown
 
-from ..decoding.batching.shared_prefill import SharedPrefill
+from ..decoding.batching.shared_prefill import SharedPrefill, SharedPrefills
 from ..decoding.generation import Generation, Lifecycle
 from ..decoding.request import Request
 from ..decoding.stream import Stream
@@ -47,13 +47,13 @@ class Prompted(Scheduled):
         self.parts.require_open()
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """From the other continuation, where its cache can be copied, or from the store."""
-        scheduler, found = self.parts.scheduler, None
+        """From a prompt that begins alike, where its cache can be copied, or from the store, which may have more."""
+        scheduler, found, ids = self.parts.scheduler, None, generation.kept_ids
+        reuse = self._reuse and not self._anew
         if self._shared is not None and not self._anew:
             found = self._shared.take(generation, scheduler.move_out)
-        if found is None:
-            reuse = self._reuse and not self._anew
-            found = scheduler.store.take(generation.kept_ids, reuse=reuse, exact=self._exact)
+        if found is None or (reuse and scheduler.store.nearest(ids, exact=self._exact)[1] > found[1]):
+            found = scheduler.store.take(ids, reuse=reuse, exact=self._exact)
         self.parts.memory.promise(found[0], generation.most_tokens)
         return found
 
@@ -71,13 +71,14 @@ class Prompted(Scheduled):
 
 
 def open_prompt(
-    parts: ModelParts, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefill | None = None
+    parts: ModelParts, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
 ) -> Stream:
-    """A stream of one prompt. `shared`: with the prefill of other continuations of it. Raises as `open_stream`."""
+    """A stream of one prompt. `shared`: the other prompts of the call. Raises as `open_stream`."""
     parts.require_open()
-    lifecycle = Prompted(parts, options, shared)
+    ids = parts.prompt_ids(prompt)
+    lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))
     after_text = isinstance(prompt, str) and bool(prompt.strip())
-    return open_stream(lifecycle, parts.prompt_ids(prompt), options, after_text=after_text)
+    return open_stream(lifecycle, ids, options, after_text=after_text)
 
 
 class ModelLifecycle(Lifecycle, Protocol):
