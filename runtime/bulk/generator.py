@@ -24,7 +24,7 @@ from ..decoding.batching.shared_prefill import SHARED_TOKENS
 from ..decoding.completion import Completion
 from ..decoding.stream import Stream
 from ..loading import load, require_settings
-from ..model.chat import Chat
+from ..model.chat.chat import Chat
 from ..model.language_model import LanguageModel
 from ..settings import (
     CHAT_NEW_TOKENS,

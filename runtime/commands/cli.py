@@ -41,7 +41,7 @@ from ..settings import (
 
 if TYPE_CHECKING:
     from ..decoding.completion import Completion
-    from ..model.chat import Chat
+    from ..model.chat.chat import Chat
     from .bench import BenchReport
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..decoding.asynchronous import AsyncStream
     from ..text.chat_format import ChatFormat
     from ..text.tools import Tool
-    from .chat import Chat
+    from .chat.chat import Chat
 
 
 _log = logging.getLogger("pastkey")
@@ -321,7 +321,7 @@ class LanguageModel:
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
-        from .chat import Chat  # which stands on much that a text alone does not need
+        from .chat.chat import Chat  # which stands on much that a text alone does not need
 
         return Chat(
             self,

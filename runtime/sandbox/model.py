@@ -20,7 +20,7 @@ from pastkey.errors import InputError, LimitWarning, PastkeyError
 from ..decoding.asynchronous import AsyncStream
 from ..decoding.completion import Completion, completed
 from ..decoding.many import several, token_ids
-from ..model.chat import Chat
+from ..model.chat.chat import Chat
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
 from ..model.unpack import given_as, remove, tell_as_given

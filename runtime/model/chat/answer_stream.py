@@ -7,8 +7,8 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Protocol
 
-from ..decoding.completion import Chunk, Completion
-from ..text.messages import message
+from ...decoding.completion import Chunk, Completion
+from ...text.messages import message
 
 
 class Conversation(Protocol):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from pastkey.errors import InputError, OptionError, TemplateWarning
 from pastkey.values import is_one_of, or_default, require, shown
 
-from ..decoding.asynchronous import AsyncStream
-from ..decoding.completion import Completion, ToolCall, completed
-from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of
-from ..text.environment import plain
-from ..text.messages import (
+from ...decoding.asynchronous import AsyncStream
+from ...decoding.completion import Completion, ToolCall, completed
+from ...settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of
+from ...text.environment import plain
+from ...text.messages import (
     Content,
     check_messages,
     checked_content,
@@ -26,12 +26,12 @@ from ..text.messages import (
     save_messages,
     text_of,
 )
-from ..text.tool_calls import parse_tool_calls, tool_call_form
+from ...text.tool_calls import parse_tool_calls, tool_call_form
 from .answer_stream import AnswerStream
 from .chat_model import ChatModel
 
 if TYPE_CHECKING:
-    from ..text.tools import Tool
+    from ...text.tools import Tool
 
 _OURS = ("add_generation_prompt", "continue_final_message")  # what a template is given in any case
 
@@ -389,7 +389,7 @@ class Chat:
 
 
 def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    from ..text.tools import tool_schemas  # inspect and more, for whom it concerns
+    from ...text.tools import tool_schemas  # inspect and more, for whom it concerns
 
     return tool_schemas(tools)
 
