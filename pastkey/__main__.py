@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import importlib
 import io
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"no command {name!r}; the commands are {', '.join(COMMANDS)}", "pastkey")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        return _fail(f"no command {name!r}; {meant}", "pastkey")
     prog = f"pastkey {name}"
     stage, summary = COMMANDS[name]
     try:

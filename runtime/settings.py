@@ -118,7 +118,9 @@ class GenerateOptions(ChatOptions, total=False):
     - `logits_processor` (function or list of functions, none): A function of (ids (T,), logits (V,)), numpy
       arrays, that returns new logits (V,). It runs within the step, which waits for it.
     - `seed` (int or None, None): The same seed draws the same tokens; None takes a new seed.
-    - `logprobs` (int or None, None): Returns the log-probabilities of each new token and of so many likeliest ones.
+    - `logprobs` (int or None, None): Returns the log-probabilities of each new token and of so many likeliest ones. In
+      int8 and int4 those of a text that is read at once (`prompt_logprobs`, `lm.score`) differ by some hundredths of
+      a nat.
     - `prompt_logprobs` (bool, False): Also returns those of the prompt's tokens. Then no prefix is reused.
     - `stop` (str or a sequence of str, none): The continuation ends before the first of these texts.
     - `eos_token_id` (id or list of ids, the bundle's): The EOS tokens; an empty list for none.
@@ -199,6 +201,20 @@ SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
 _RENAMED = {"lookahead": ["prompt_lookup"]}  # old names of options
 
 
+# Options of other programs, and what does it here.
+_ELSEWHERE = {
+    "do_sample": "a temperature above 0 draws, and 0 takes the likeliest token",
+    "guided_json": "json_schema is the option",
+    "ignore_eos": "eos_token_id=[] lets no EOS token end the text",
+    "lookahead": "prompt_lookup is the option",
+    "max_length": "max_new_tokens is the most new tokens, without the prompt's",
+    "num_beams": "there is no beam search, and generate(n=...) gives several continuations",
+    "num_return_sequences": "generate(n=...) gives several continuations",
+    "response_format": "json_schema is the option",
+    "stop_strings": "stop is the option",
+}
+
+
 def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """The options of a call that are set: None is not. Raises as `require_known`."""
     require_known(call, options, known)
@@ -210,10 +226,8 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
     for name in options:
         if name not in known:
             near = _RENAMED.get(name) or difflib.get_close_matches(name, known, 1)
-            raise OptionError(
-                f"{call}() has no option {shown(name)}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(sorted(known))}")
-            )
+            usual = f"did you mean {near[0]!r}?" if near else "docs/sampling.md and GenerateOptions list the options"
+            raise OptionError(f"{call}() has no option {shown(name)}; {_ELSEWHERE.get(name, usual)}")
 
 
 @dataclass(frozen=True)

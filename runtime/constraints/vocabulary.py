@@ -97,8 +97,8 @@ class Vocabulary:
             wrong = str(error)
         if wrong:
             raise InputError(
-                f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; leave that out, and check it in the "
-                "text that comes (docs/constrained.md tells what is supported)"
+                f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; correct that, or leave it out and "
+                "check the text (docs/constrained.md says what is supported)"
             )
         if not Matcher(compiled, self.size, self.eos_ids).can_begin:
             raise InputError(

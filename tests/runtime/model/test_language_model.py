@@ -139,9 +139,14 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
     with pytest.raises(OptionError, match=rf"^{call}\(\) has no option 'temprature'; did you mean 'temperature'\?$"):
         calls[call]("?", temprature=1)
     with pytest.raises(
-        TypeError, match=rf"{call}\(\) has no option 'x'; its options are .*keep_special_tokens, .*, xtc_threshold$"
+        TypeError, match=rf"{call}\(\) has no option 'x'; docs/sampling\.md and GenerateOptions list the options$"
     ):
         calls[call]("?", x=1)
+    with pytest.raises(OptionError, match=rf"{call}\(\) has no option 'ignore_eos'; eos_token_id=\[\] lets no EOS"):
+        calls[call]("?", ignore_eos=True)
+    for near, meant in (("stop_token_id", "stop_token_ids"), ("eos_token_ids", "eos_token_id")):
+        with pytest.raises(OptionError, match=rf"'{near}'; did you mean '{meant}'\?"):
+            calls[call]("?", **{near: 1})
 
 
 def test_none_is_not_set_in_every_option(byte_model: LanguageModel, speaking_bundle: Bundle) -> None:
