@@ -94,9 +94,9 @@ def export(
     progress: Progress = SILENT,
     **options: Unpack[ExportOptions],
 ) -> Report:
-    """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
+    """Exports a decoder to a bundle folder, and proves that its results equal the source's.
 
-    Nothing is left behind on failure.
+    A failed export leaves no files.
 
     Args:
         module_or_path: A torch.nn.Module that is a decoder, as its author calls it; a transformers model for causal
@@ -109,7 +109,7 @@ def export(
 
     Raises:
         InputError: An argument that cannot be used.
-        MissingFileError, ExistingFolderError, IntegrityError: A source or target that is not as it should be.
+        MissingFileError, ExistingFolderError, IntegrityError: A missing or damaged source, or an existing target.
         ProviderError: The target's execution provider leaves a part of the graph, or computes something else.
         ResourceError: Too little memory or disk.
         ContractError: A module that the cache cannot be grafted onto.

@@ -345,7 +345,7 @@ class LanguageModel:
         )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """The logits of every position of a text, from an empty cache of its own.
+        """The logits of every position of a text, computed with an empty cache.
 
         Args:
             ids: Token ids (T,), at least one.
@@ -379,7 +379,7 @@ class LanguageModel:
         pooling: Pooling | None = "mean",
         normalize: bool | None = True,
     ) -> npt.NDArray[np.float32]:
-        """The embedding of a text, or of each of several: its last hidden states, which the output head reads, pooled.
+        """The embeddings of one text or several: the pooled last hidden states, which the output head reads.
 
         Args:
             text: As `prompt` in `generate`.
@@ -387,7 +387,7 @@ class LanguageModel:
             normalize: Makes the length of each vector 1.
 
         Returns:
-            (H,); of several texts (N, H), in their order; with "none" (T, H).
+            (H,); for several texts (N, H), in their order; with "none" (T, H).
 
         Raises:
             InputError: The bundle was exported without `--hidden-states`; or as in `score`.
@@ -397,13 +397,13 @@ class LanguageModel:
         return embed(self.parts, text, or_default(pooling, "mean"), normalize=or_default(normalize, True))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids that a prompt is fed as.
+        """The token ids of a prompt.
 
         Args:
-            prompt: A text, which the tokenizer encodes with its own BOS token, or token ids, which stay as they are.
+            prompt: A text, which the tokenizer encodes with its BOS token, or token ids, which stay unchanged.
 
         Raises:
-            InputError: It is neither, several of them, a text without tokens, or a text for a bundle without tokenizer.
+            InputError: It is neither, or a batch, a text without tokens, or a text for a bundle without tokenizer.
         """
         return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
 

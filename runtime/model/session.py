@@ -128,7 +128,7 @@ class Session:
         return self._stream(text, options_of("session.stream", options, SESSION_OPTIONS))
 
     def keep(self, prompt: str | Sequence[int]) -> int:
-        """Forgets all that is not the beginning of a prompt.
+        """Trims the session to its common prefix with a prompt.
 
         Args:
             prompt: A whole text as in `LanguageModel.generate`, or token ids.
@@ -146,7 +146,7 @@ class Session:
         return kept
 
     def trim(self, length: int) -> None:
-        """Forgets all but the first `length` tokens. Raises InputError where there are fewer."""
+        """Keeps only the first `length` tokens. Raises InputError if there are fewer."""
         engine = self._idle()
         if not is_int(length) or not 0 <= length <= len(self._ids):
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {shown(length)}")
@@ -168,7 +168,7 @@ class Session:
 
         Raises:
             InputError: The session is closed or generates, or there is no such folder.
-            OSError: The disk is full, or nothing can be written there; what stood there before stays.
+            OSError: The disk is full, or the file cannot be written; the old file stays.
         """
         from .session_file import write_session
 
@@ -176,7 +176,7 @@ class Session:
         self._parts.scheduler.exclusively(lambda: write_session(file, self._parts.bundle, self._ids, engine))
 
     def cancel(self) -> None:
-        """Ends what the session does now within one step, from any thread. What was generated stays."""
+        """Ends the running call within one step, from any thread. The generated tokens stay."""
         self._cancelled = True
         generation = self._generation
         if generation is not None:
@@ -184,7 +184,7 @@ class Session:
             self._parts.scheduler.wake()
 
     def close(self) -> None:
-        """Lets go of the cache. A stream of it ends within one step."""
+        """Releases the cache. A running stream ends within one step."""
         generation, engine = self._generation, self._engine
         if generation is not None:
             generation.cancel()
@@ -200,7 +200,7 @@ class Session:
         self.close()
 
     def __reduce__(self) -> NoReturn:
-        """Raises InputError: a copy would write into the same cache, and another process does not have it."""
+        """Raises InputError: a copy would write into the same cache, and another process lacks it."""
         raise InputError(
             "a session can be neither copied nor pickled: take session.fork(), or session.save() and load_session() "
             "in the other process"
