@@ -116,8 +116,8 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; of a "
-        "script only definitions run then",
+        help="state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; a "
+        "script then runs only its definitions",
     )
 
 
@@ -242,7 +242,9 @@ def _say_parity(verification: Mapping[str, Any], title: str) -> None:
 def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="the bundle folder")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object: for each program, whether it loads and why not"
+        "--json",
+        action="store_true",
+        help="print one JSON object: for each program, whether it loads the bundle, and the reasons",
     )
 
 
@@ -287,9 +289,8 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "KL(reference || bundle) in nats, mean over all positions. top1_agreement: share of positions whose most "
         f"likely token is the same. greedy_agreement: the first {GREEDY_PROMPT_TOKENS} tokens, or half, of each of the "
         f"first {GREEDY_PROMPTS} windows are a prompt, which both continue greedily by {GREEDY_TOKENS} tokens, or by "
-        "fewer where a window has no room for them; the tokens before the first difference, as a share of all. "
-        "Windows are plain cuts of the whole text's tokens: a BOS token that the tokenizer adds stands in the first "
-        "one only."
+        "as many as fit into the window; the tokens before the first difference, as a share of all. "
+        "Windows are plain cuts of the whole text's tokens: only the first one has the tokenizer's BOS token."
     )
 
 

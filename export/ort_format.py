@@ -69,7 +69,7 @@ def _convert(source: Path, folder: Path) -> None:
         _TOOL,
         source,
     ]  # -P: nothing of the folder where it is typed
-    # Fixed: optimised now. The platform leaves out what only processors of servers run.
+    # Fixed: optimised now. The platform leaves out what only CPUs of servers run.
     settings: list[str | Path] = ["--output_dir", folder, "--optimization_style", "Fixed", "--target_platform", "arm"]
     done = subprocess.run([*program, *settings], capture_output=True, text=True, check=False)
     if done.returncode:

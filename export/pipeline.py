@@ -94,9 +94,9 @@ def export(
     progress: Progress = SILENT,
     **options: Unpack[ExportOptions],
 ) -> Report:
-    """Exports a decoder to a bundle folder and proves that the bundle computes what the source computes.
+    """Exports a decoder to a bundle folder, and proves that its results equal the source's.
 
-    Nothing is left behind on failure.
+    A failed export leaves no files.
 
     Args:
         module_or_path: A torch.nn.Module that is a decoder, as its author calls it; a transformers model for causal
@@ -109,7 +109,7 @@ def export(
 
     Raises:
         InputError: An argument that cannot be used.
-        MissingFileError, ExistingFolderError, IntegrityError: A source or target that is not as it should be.
+        MissingFileError, ExistingFolderError, IntegrityError: A missing or damaged source, or an existing target.
         ProviderError: The target's execution provider leaves a part of the graph, or computes something else.
         ResourceError: Too little memory or disk.
         ContractError: A module that the cache cannot be grafted onto.
@@ -324,7 +324,7 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
     known = {**providers.KNOWN["qnn"].options, **dict(config.provider_options or ())}
     chip = f", for {', '.join(f'{k} {v}' for k, v in known.items())}" if config.target == "qnn" else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
-    shape = write_static_graphs(fp32, chunk, with_tables=config.target == "coreml")
+    shape = write_static_graphs(fp32, chunk, by_host=config.target == "coreml")
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
     manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
     bundle = dataclasses.replace(fp32, manifest=manifest)

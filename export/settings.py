@@ -133,12 +133,12 @@ class ExportConfig:
             raise InputError("the fused graph is made of one provider's operators: with --target portable use standard")
         if self.format == "ort" and self.target not in _ORT_TARGETS:
             raise InputError(
-                f"the ORT format is optimised for a processor, and the bundle is for {self.target}: with --format ort "
+                f"the ORT format is optimised for a CPU, and the bundle is for {self.target}: with --format ort "
                 f"take --target {' or '.join(_ORT_TARGETS)}"
             )
         if self.target in ("cpu", "portable") and (self.provider_options or self.allow_fallback):
             raise InputError(
-                f"--provider-option and --allow-fallback are of another target than {self.target}, which the processor "
+                f"--provider-option and --allow-fallback are of another target than {self.target}, which the CPU "
                 "proves: leave them out, or name the target, as --target openvino"
             )
         if not all(is_int(token, 0) for token in self.eos_ids):

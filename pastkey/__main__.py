@@ -37,15 +37,15 @@ COMMANDS = {
     "train": ("train", "train a decoder on text: text -> checkpoint/"),
     "export": ("export", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
     "verify": ("export", "compare a bundle with its source, or with its own uncached run"),
-    "check": ("export", "say which other programs load a bundle, and why not"),
-    "eval": ("export", "measure perplexity on a text, and how far a bundle is from a reference"),
+    "check": ("export", "list the other programs that load a bundle, and the reasons against the rest"),
+    "eval": ("export", "measure perplexity on a text, and the KL divergence from a reference"),
     "run": ("runtime.commands", "generate text: bundle/ -> text"),
-    "chat": ("runtime.commands", "hold a conversation by the bundle's chat template"),
-    "batch": ("runtime.commands", "answer a file of rows, with resume: rows -> rows with texts"),
+    "chat": ("runtime.commands", "hold a conversation, with the bundle's chat template"),
+    "batch": ("runtime.commands", "answer a file of prompts, and resume after a stop: rows -> rows with texts"),
     "bench": ("runtime.commands", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime.commands", "show a bundle's sizes, operators and execution providers"),
-    "compile": ("runtime.commands", "compile a bundle of static graphs for one device, so that it loads at once"),
-    "sign": ("runtime.commands", "sign a bundle, so that it can be known to be one's own"),
+    "compile": ("runtime.commands", "compile a bundle of static graphs for one device, for a fast load"),
+    "sign": ("runtime.commands", "sign a bundle with your key"),
     "devices": ("runtime.commands", "list the execution providers of this machine"),
 }
 
@@ -174,7 +174,7 @@ def _os_sentence(error: OSError) -> str:
 
 
 def _last_resort(error: BaseException) -> str:
-    """What nobody foresaw. A damaged file is the likely cause, and 1 would mean that a difference was found."""
+    """The sentence for an unexpected exception. A damaged file is the likely cause; 1 would mean a difference."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]

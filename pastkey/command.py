@@ -98,33 +98,33 @@ def key_value(text: str) -> tuple[str, str]:
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """The flags of where a bundle runs."""
     add = parser.add_argument
-    add("--threads", metavar="N", type=positive_int, help="threads within an operator (physical cores)")
-    add("--provider", metavar="X", help="execution provider, as pastkey devices lists them")
+    add("--threads", metavar="N", type=positive_int, help="threads within an operator (default: physical cores)")
+    add("--provider", metavar="X", help="execution provider: pastkey devices lists them")
     add_provider_settings(parser)
 
 
 def add_untrusted(parser: argparse.ArgumentParser) -> None:
-    """The flags of a bundle that is not trusted: `untrusted`, and `limits` as pairs, or None."""
+    """The flags of an untrusted bundle: `untrusted`, and `limits` as pairs, or None."""
     add = parser.add_argument
-    add("--untrusted", action="store_true", help="open the bundle in a process of its own, with limits")
-    meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; may be given twice"
+    add("--untrusted", action="store_true", help="open the bundle in a child process with limits")
+    meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; repeat for both"
     add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
 
 
 def add_provider_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of how a provider runs a bundle: `provider_options` and `session_options` are pairs, or None."""
     add = parser.add_argument
-    add("--allow-fallback", action="store_true", help="let the processor run what the provider leaves")
+    add("--allow-fallback", action="store_true", help="let the CPU run what the provider leaves")
     for flag, name, what in (
         ("--provider-option", "provider_options", "an option of the provider"),
         ("--session-option", "session_options", "an option of the session"),
     ):
-        meaning = f"{what}, by onnxruntime's name of it; may be given several times"
+        meaning = f"{what}, by onnxruntime's name; may be repeated"
         add(flag, dest=name, metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
 
 
 def placement_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What those flags were set to, as `load` takes it. Raises InputError for options of no provider."""
+    """The values of those flags, as arguments of `load`. Raises InputError for options without a provider."""
     if arguments.provider_options and arguments.provider is None:
         raise InputError("--provider-option is for an execution provider: name it with --provider X")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

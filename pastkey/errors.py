@@ -1,4 +1,4 @@
-"""What can go wrong by a user's hand. Each is one sentence: what was found, what was expected, what to do.
+"""The errors of users. Each is one sentence: what was found, what was expected, what to do.
 
 Every class is also the builtin a caller would catch. The command line prints the sentence and exits with status 2.
 """
@@ -9,7 +9,7 @@ import importlib.util
 
 
 class PastkeyError(Exception):
-    """A mistake that the user can mend."""
+    """A mistake that the user can correct."""
 
     def __str__(self) -> str:
         # FileNotFoundError and KeyError would format their arguments in their own way.
@@ -17,11 +17,11 @@ class PastkeyError(Exception):
 
 
 class InputError(PastkeyError, ValueError):
-    """A value, a text or a file content that cannot be used."""
+    """An invalid value, text or file content."""
 
 
 class OptionError(PastkeyError, TypeError):
-    """A keyword that a call does not know."""
+    """An unknown keyword of a call."""
 
 
 class ContextLengthError(InputError):
@@ -33,11 +33,11 @@ class ContextLengthError(InputError):
 
 
 class MissingFileError(PastkeyError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A missing file or folder."""
 
 
 class ExistingFolderError(PastkeyError, FileExistsError):
-    """An output that is already there."""
+    """An output that already exists."""
 
 
 class InUseError(PastkeyError, BlockingIOError):
@@ -53,11 +53,11 @@ class ContractError(PastkeyError, ValueError):
 
 
 class ParityError(PastkeyError, ValueError):
-    """A bundle that does not compute what its source computes."""
+    """A bundle whose results differ from its source's."""
 
 
 class QualityError(PastkeyError, ValueError):
-    """An int8 or int4 bundle that is further from float32 than the user allows."""
+    """An int8 or int4 bundle whose KL divergence from float32 is above the user's bound."""
 
 
 class NumericsError(PastkeyError, ArithmeticError):
@@ -69,11 +69,11 @@ class ResourceError(PastkeyError, OSError):
 
 
 class ProviderError(PastkeyError, ValueError):
-    """An execution provider that does not exist here, or that did not take the model."""
+    """An execution provider that is not available, or that refused the model."""
 
 
 class StartError(ProviderError):
-    """An execution provider that is installed, and whose driver or library is missing."""
+    """An installed execution provider whose driver or library is missing."""
 
 
 class MissingExtraError(PastkeyError, ImportError):
@@ -81,19 +81,19 @@ class MissingExtraError(PastkeyError, ImportError):
 
 
 class UntrustedBundleError(PastkeyError, RuntimeError):
-    """The process of a bundle that is not trusted broke a limit, crashed, or gave no answer."""
+    """The child process of an untrusted bundle broke a limit, crashed, or sent no valid reply."""
 
 
 class FallbackWarning(RuntimeWarning):
-    """The processor runs a part of what another execution provider was asked to run."""
+    """The CPU runs operators that the chosen execution provider leaves."""
 
 
 class TemplateWarning(UserWarning):
-    """A chat template leaves out something that it is given."""
+    """A chat template leaves out one of its inputs."""
 
 
 class LimitWarning(RuntimeWarning):
-    """The process of a bundle that is not trusted lacks a limit, since this system has none such."""
+    """The child process of an untrusted bundle lacks a limit that this system does not have."""
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from .engine.engine import Engine as Engine
     from .loading import aload as aload
     from .loading import load as load
-    from .model.answer_stream import AnswerStream as AnswerStream
-    from .model.chat import Chat as Chat
+    from .model.chat.answer_stream import AnswerStream as AnswerStream
+    from .model.chat.chat import Chat as Chat
     from .model.language_model import LanguageModel as LanguageModel
     from .model.scoring import Score as Score
     from .model.session import Session as Session
@@ -66,8 +66,8 @@ else:
             ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
             ".loading": ["aload", "load"],
-            ".model.answer_stream": ["AnswerStream"],
-            ".model.chat": ["Chat"],
+            ".model.chat.answer_stream": ["AnswerStream"],
+            ".model.chat.chat": ["Chat"],
             ".model.language_model": ["LanguageModel"],
             ".model.scoring": ["Score"],
             ".model.session": ["Session"],

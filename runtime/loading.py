@@ -105,30 +105,30 @@ def load(
             `importlib.resources`. A zip file is unpacked to a temporary folder until the model is closed or collected,
             for the weights to be mapped.
         providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone or
-            as a pair with its options. None takes the one that the bundle was made for. One that is not on this
-            machine is an error.
-        threads: Number of threads within an operator. None takes the physical cores.
-        verify: True hashes every file again, False no file, None those that changed since they were hashed last.
-        key: A PEM file with the public ed25519 key whose signature the bundle must have, as `pastkey sign` makes it. It
-            is looked at before anything else of the bundle is read, and hashes are then not left alone.
-        allow_fallback: Whether the processor may run what a provider that was asked for leaves. Without it a provider
-            that was seen to run a whole graph runs all of this one, or is an error that names the operators; of any
-            other one a FallbackWarning names them.
-        session_options: What onnxruntime's session options are set to: attributes of onnxruntime.SessionOptions,
+            as a pair with its options. None takes the one that the bundle was made for. A provider that is not on
+            this machine is an error.
+        threads: Number of threads within an operator. None means the physical cores.
+        verify: True hashes every file again, False none, None the files that changed since the last hash.
+        key: A PEM file with a public ed25519 key. The bundle must have its signature, as `pastkey sign` makes it. The
+            signature is checked before anything else of the bundle is read, and then the hashes.
+        allow_fallback: Whether the CPU may run operators that the provider leaves. Without it, a provider that was seen
+            to run a whole graph must run all of this one; otherwise an error names the operators. For any other
+            provider a FallbackWarning names them.
+        session_options: Settings of onnxruntime.SessionOptions: attributes by their names,
             {"enable_cpu_mem_arena": False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names
-            with a dot, {"session.use_env_allocators": "1"}. What pastkey sets itself, as the threads, is an error.
-        max_memory: Bytes that all caches of the model may take together. A call that might need more raises
-            ResourceError before it begins. `lm.memory.estimate(tokens)` tells what a cache takes. None for no limit.
-        prefix_bytes: Bytes that the caches of earlier texts may take, which `reuse_prefix` and conversations go on
-            from; the least recently used goes first.
-        max_batch: How many generations are decoded in one run, at most; 1 lets them take turns.
-        draft: A smaller bundle of the same vocabulary, as `path`, or a model that is loaded. It drafts tokens that
-            this one accepts or rejects several at a time, where that is faster; docs/speculation.md has how. A path is
-            loaded with the same providers, threads, session options and key, and closed with this model.
+            with a dot, {"session.use_env_allocators": "1"}. Settings that pastkey makes itself, such as threads, are
+            an error.
+        max_memory: Limit of the bytes of all caches of the model. A call that might need more raises ResourceError
+            before it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
+        prefix_bytes: Limit of the bytes of cached prefixes, for `reuse_prefix` and conversations. The least recently
+            used one is evicted first.
+        max_batch: The largest number of requests that are decoded in one step. With 1 they take turns.
+        draft: A smaller bundle of the same vocabulary, as `path`, or a loaded model. It drafts tokens that this model
+            accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same providers,
+            threads, session options and key, and closed with this model.
         trust: False opens an untrusted bundle in a child process with limits of memory, time and file access, on the
-            CPU, and returns a SandboxedModel: generate, stream, chat and score. docs/security.md says what this
-            protects from.
-        limits: With `trust=False`, the memory and the time that it may take.
+            CPU, and returns a SandboxedModel: generate, stream, chat and score. docs/security.md has the details.
+        limits: With `trust=False`, the limits of memory and time.
 
     Raises:
         MissingFileError: There is no bundle at `path`.
@@ -137,10 +137,10 @@ def load(
         ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
         MissingExtraError: onnxruntime is not installed, or older than the bundle needs; or a signature was asked for,
             and cryptography is not installed.
-        UntrustedBundleError: With `trust=False`, the bundle breaks a limit, crashes its process, or has it give no
-            answer. Every call may raise it.
-        InputError: An argument has another type, or is out of range; or a session option is pastkey's own; or `draft`
-            has another vocabulary, or is of no use to this bundle.
+        UntrustedBundleError: With `trust=False`, the bundle breaks a limit, crashes its process, or makes it send no
+            valid reply. Every call may raise it.
+        InputError: An argument has a wrong type, or is out of range; or a session option is pastkey's own; or `draft`
+            has another vocabulary, or does not fit this bundle.
     """
     require_settings(
         providers,

@@ -1,4 +1,4 @@
-"""What a user can set, with the defaults: standard library only, so that `--help` can show them at once."""
+"""The options of a user, with their defaults. Standard library only, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Choice = str | tuple[str, dict[str, Any]]
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 CHAT_NEW_TOKENS = 512  # of an answer
 _LEAST, _MOST = 2.0**-149, 2.0**127  # settings count as float32, in which others are 0 or infinity
-NUM_SINK_TOKENS = 4  # of a text that stay in the context however long it becomes, the BOS token among them
-MAX_DRAFT_TOKENS = 7  # of a step, beside the token that is certain
+NUM_SINK_TOKENS = 4  # first tokens of a text that always stay in the context, the BOS token among them
+MAX_DRAFT_TOKENS = 7  # of a step, beside the certain token
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
 
@@ -27,7 +27,7 @@ BENCH_NEW_TOKENS = 128
 SessionSettings = Mapping[str, Any]  # of onnxruntime's session options, by their names
 Pooling = Literal["mean", "last", "none"]  # of an embedding; llama.cpp's words
 
-ContextOverflow = Literal["error", "shift"]  # what a text does that is longer than the context
+ContextOverflow = Literal["error", "shift"]  # for a text longer than the context
 LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
 
 
@@ -86,63 +86,63 @@ class ChatOptions(SamplingOptions, total=False):
 class GenerateOptions(ChatOptions, total=False):
     """The options of `LanguageModel.generate` and `LanguageModel.stream`.
 
-    docs/sampling.md has the settings of the sampler in their order. None is "not set": the default.
+    docs/sampling.md has the stages of the sampler in order. None is "not set": the default.
 
-    - `max_new_tokens` (int, 64): At most so many new tokens. The end of the context may come first.
+    - `max_new_tokens` (int, 64): The largest number of new tokens. The end of the context may come first.
     - `temperature` (float, 0): 0 takes the likeliest token. Above 0 tokens are drawn: 1 from the model's
       own distribution, less from a sharper one.
     - `top_k` (int, 0): Draws from the k likeliest tokens; 0 from all.
-    - `top_p` (float, 1): Draws from the fewest likeliest tokens that have this probability together.
-    - `min_p` (float, 0): Drops tokens of less than this share of the likeliest one's probability.
-    - `typical_p` (float, 1): Draws from the tokens nearest to the entropy that have this probability.
+    - `top_p` (float, 1): Draws from the fewest likeliest tokens that together have this probability.
+    - `min_p` (float, 0): Drops tokens below this share of the likeliest one's probability.
+    - `typical_p` (float, 1): Draws from the tokens nearest to the entropy that together have this probability.
     - `top_n_sigma` (float, -1): Draws from logits within so many standard deviations of the largest.
-    - `xtc_probability` (float, 0): How often all but the least likely of the top choices are dropped.
-    - `xtc_threshold` (float, 0.1): The probability from which on a token is a top choice.
-    - `repetition_penalty` (float, 1): Above 1, tokens of the text, the prompt's too, become less likely.
-    - `presence_penalty` (float, 0): Off the logits of tokens that the text has, the prompt's too.
-    - `frequency_penalty` (float, 0): Off them for each time.
+    - `xtc_probability` (float, 0): The probability of dropping all but the least likely of the top choices.
+    - `xtc_threshold` (float, 0.1): The smallest probability of a top choice.
+    - `repetition_penalty` (float, 1): Above 1, tokens of the text, prompt included, become less likely.
+    - `presence_penalty` (float, 0): Subtracted from the logits of tokens that the text has, prompt included.
+    - `frequency_penalty` (float, 0): Subtracted from these logits once per occurrence.
     - `penalty_last_n` (int, -1): How many tokens these three look back; -1 for all.
     - `no_repeat_ngram_size` (int, 0): No sequence of so many tokens comes twice.
     - `dry_multiplier` (float, 0): DRY, a penalty on prolonging a repetition; 0 for none.
-    - `dry_base` (float, 1.75): By which it grows with each token of the repetition.
-    - `dry_allowed_length` (int, 2): The length from which on a repetition has it.
-    - `dry_penalty_last_n` (int, -1): How many tokens it looks back; -1 for all.
-    - `dry_sequence_breakers` (list of texts, or of lists of ids): What no repetition reaches across.
-    - `min_new_tokens` (int, 0): No EOS token before so many new tokens.
+    - `dry_base` (float, 1.75): The factor of the DRY penalty for each token of the repetition.
+    - `dry_allowed_length` (int, 2): The shortest repetition with the DRY penalty.
+    - `dry_penalty_last_n` (int, -1): How many tokens DRY looks back; -1 for all.
+    - `dry_sequence_breakers` (list of texts, or of lists of ids): Repetitions end at these.
+    - `min_new_tokens` (int, 0): Bans EOS tokens before this many new tokens.
     - `logit_bias` (mapping of ids to numbers, None): Added to their logits.
-    - `suppress_tokens` (list of ids, none): They never come.
-    - `bad_words` (list of texts, none): They never come, as the tokenizer writes them.
-    - `bad_words_ids` (list of lists of ids, none): They never come.
-    - `forced_decoder_ids` (list of pairs, none): At that place among the new tokens comes that id.
-    - `forced_eos_token_id` (int or None, None): Comes where `max_new_tokens` would end the text.
-    - `logits_processor` (function or list of functions, none): Of (ids (T,), logits (V,)), arrays of numpy,
-      to new logits (V,). It runs within the step, which waits for it.
-    - `seed` (int or None, None): The same seed draws the same tokens; None draws afresh.
-    - `logprobs` (int or None, None): The log-probabilities of each new token and of so many likeliest ones. In int8
-      and int4 those of a text that is read at once (`prompt_logprobs`, `lm.score`) differ by some hundredths of a nat.
-    - `prompt_logprobs` (bool, False): Those of the prompt's tokens, too; then no prefix is reused.
-    - `stop` (str or a sequence of str, none): Texts that end the continuation, which ends before them.
+    - `suppress_tokens` (list of ids, none): Banned tokens.
+    - `bad_words` (list of texts, none): Banned texts, as the tokenizer encodes them.
+    - `bad_words_ids` (list of lists of ids, none): Banned sequences of tokens.
+    - `forced_decoder_ids` (list of pairs, none): Pairs of a place among the new tokens, and the id there.
+    - `forced_eos_token_id` (int or None, None): The id of the last token, where `max_new_tokens` ends the text.
+    - `logits_processor` (function or list of functions, none): A function of (ids (T,), logits (V,)), numpy
+      arrays, that returns new logits (V,). It runs within the step, which waits for it.
+    - `seed` (int or None, None): The same seed draws the same tokens; None takes a new seed.
+    - `logprobs` (int or None, None): Returns the log-probabilities of each new token and of so many likeliest ones. In
+      int8 and int4 those of a text that is read at once (`prompt_logprobs`, `lm.score`) differ by some hundredths of
+      a nat.
+    - `prompt_logprobs` (bool, False): Also returns those of the prompt's tokens. Then no prefix is reused.
+    - `stop` (str or a sequence of str, none): The continuation ends before the first of these texts.
     - `eos_token_id` (id or list of ids, the bundle's): The EOS tokens; an empty list for none.
     - `stop_token_ids` (list of ids, none): Ids that end the continuation like an EOS token, beside those.
-    - `reuse_prefix` (bool, False): What the prompt shares with the beginning of an earlier one and its
-      continuation is not computed again; this text is kept for later calls. In int8 the text may be another
-      one, as likely, where the shared part was generated.
-    - `exact` (bool, False): With `reuse_prefix`, computes anew what a prefill did not compute: what was
-      generated. Then an int8 text does not depend on what the cache held.
-    - `timeout` (float or None, None): Seconds from the first step on. Then it ends within one step, with
-      the finish_reason "deadline" and what was generated.
-    - `context_overflow` ("error" or "shift", "error"): With "shift" the oldest tokens leave a context
-      that is full, half of them at a time, and the text goes on; a longer prompt is cut in the same way.
+    - `reuse_prefix` (bool, False): Reuses the KV cache of an earlier text for the common prefix, and keeps this
+      text for later calls. In int8 the text may differ at a near tie, where the shared part was generated.
+    - `exact` (bool, False): With `reuse_prefix`, computes generated tokens of the prefix again. Then an int8 text
+      does not depend on the cache.
+    - `timeout` (float or None, None): Seconds from the first step on. Then the generation ends within one step,
+      with the finish_reason "deadline" and the text so far.
+    - `context_overflow` ("error" or "shift", "error"): With "shift" the oldest tokens leave a full context, half
+      of them at a time, and the text goes on. A longer prompt is cut in the same way.
     - `num_sink_tokens` (int, 4): How many of the first tokens stay; of a conversation all before the first
       question.
-    - `prompt_lookup` (bool, True): Where the text repeats itself, several draft tokens are run in one step,
-      and those that the sampler chooses are accepted. In int8 a near tie may fall otherwise.
-    - `draft` (bool, as loaded): Elsewhere the model's draft model drafts, where that pays.
-    - `keep_special_tokens` (bool, False): The text shows special tokens, too, up to the EOS token.
-    - `json_schema` (JSON schema, None): The text is JSON that it validates. At most one of these four.
-    - `regex` (str, None): The text matches it.
-    - `choices` (list of texts, None): The text is one of them.
-    - `grammar` (str, None): The text follows it, in Lark's notation.
+    - `prompt_lookup` (bool, True): Where the text repeats itself, drafts tokens and checks them in one step. In
+      int8 a near tie may fall otherwise.
+    - `draft` (bool, as loaded): Uses the model's draft model, where that is faster.
+    - `keep_special_tokens` (bool, False): The text shows special tokens up to the EOS token.
+    - `json_schema` (JSON schema, None): The text is JSON that validates. At most one of these four.
+    - `regex` (str, None): The text matches this expression.
+    - `choices` (list of texts, None): The text is one of these.
+    - `grammar` (str, None): The text follows this grammar, in Lark's notation.
     """
 
     reuse_prefix: bool | None
@@ -198,6 +198,7 @@ class SessionOptions(ChatOptions, total=False):
 CHAT_OPTIONS: frozenset[str] = ChatOptions.__optional_keys__
 GENERATE_OPTIONS: frozenset[str] = GenerateOptions.__optional_keys__
 SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
+_RENAMED = {"lookahead": ["prompt_lookup"]}  # old names of options
 
 
 # Options of other programs, and what does it here.
@@ -224,7 +225,7 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
     """Raises OptionError for the first of `options` that `call` does not know."""
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = _RENAMED.get(name) or difflib.get_close_matches(name, known, 1)
             usual = f"did you mean {near[0]!r}?" if near else "docs/sampling.md and GenerateOptions list the options"
             raise OptionError(f"{call}() has no option {shown(name)}; {_ELSEWHERE.get(name, usual)}")
 

@@ -59,9 +59,9 @@ _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resum
 def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: bool = False) -> dict[str, Any]:
     """Trains from the beginning into the new folder `out` and returns the final figures.
 
-    `data` names text files and folders; without any, the preset's built-in corpus is learnt. Raises InputError,
-    MissingFileError, ExistingFolderError or NumericsError. The folder is there from the first save on, and what it
-    replaces is there until then.
+    `data` names text files and folders; the default is the preset's built-in corpus. Raises InputError,
+    MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or
+    replaces the old one.
     """
     with new_folder(out, force=force) as place:
         info, tokenizer = _prepare(config, place.path, data)

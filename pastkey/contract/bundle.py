@@ -48,7 +48,7 @@ class KVGeometry:
 class StateGeometry:
     """The cache of a short causal convolution or a shift: the last rows of what it reads."""
 
-    rows: Size  # at most
+    rows: Size  # the largest number
     size: Size  # F
 
 
@@ -58,16 +58,16 @@ class KeyRotation:
 
     layers: tuple[TokenCount, ...]  # the attention calls, from 0
     first: TokenCount  # the first channel of the head that turns
-    interleaved: bool  # pairs of neighbouring channels, not of the two halves of those that turn
+    interleaved: bool  # True: pairs of neighbouring channels; False: pairs across the two halves
     angles: tuple[Annotated[float, Between(-math.pi, math.pi)], ...]  # radians per token, of each pair
 
 
 @dataclass(frozen=True)
 class CacheShift:
-    """What lets the oldest tokens be dropped from a cache, as running the module showed at export."""
+    """How the oldest tokens can be dropped from a cache, measured by running the module at export."""
 
-    refused: str = ""  # why they cannot be
-    rotations: tuple[KeyRotation, ...] = ()  # of the keys that turn; others stay as they are
+    refused: str = ""  # why they cannot be dropped
+    rotations: tuple[KeyRotation, ...] = ()  # of the keys that turn; the others stay
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ class StaticShape:
     """The sizes of the static graphs, beside the context, which is their past."""
 
     chunk: Size  # tokens of a run of prefill
-    masked: Annotated[float, Between(-1e38, -1.0)]  # what is added to the score of a token that is not seen
+    masked: Annotated[float, Between(-1e38, -1.0)]  # added to the score of an unseen token
     windows: tuple[TokenCount, ...]  # of the masks, in tokens; 0 for all earlier ones
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the static graphs were compiled for."""
+    """The device that the static graphs were compiled for."""
 
     provider: str  # the execution provider's short name
-    options: Mapping[str, str]  # its own, as `provider_options` allows: the chip, say
+    options: Mapping[str, str]  # its options, as `provider_options` allows: the chip, for example
     onnxruntime: str  # the release that compiled them
 
     def __str__(self) -> str:
@@ -94,31 +94,31 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself. `parity` and `quality` hold the figures measured at export."""
+    """The manifest of a bundle. `parity` and `quality` hold the figures measured at export."""
 
     pastkey_version: str
-    source: str  # what was exported: a checkpoint's name, or a module's class
-    precision: str  # PRECISIONS
-    target: str  # names.TARGETS
-    graph: str  # names.GRAPHS
-    graph_reason: str  # why this graph
+    source: str  # the source's name: a checkpoint's, or a module's class
+    precision: str  # of the weights: a key of PRECISIONS
+    target: str  # where it runs: one of names.TARGETS
+    graph: str  # its form: one of names.GRAPHS
+    graph_reason: str  # the reason for this graph
     vocab_size: Size
     context_length: Size  # tokens
     layers: tuple[KVGeometry, ...]  # one per attention call, in order
     opset: Size
     ir_version: Size
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
-    states: tuple[StateGeometry, ...] = ()  # beside those of attention, in order
-    window: Size | None = None  # where every attention call has one: tokens that the widest sees, with the new one
-    shift: CacheShift | None = None  # None where the export did not look
-    static: StaticShape | None = None  # of the static graphs
-    compiled: Compiled | None = None  # where they are no graphs but context binaries
-    provider_options: Mapping[str, str] = field(default_factory=dict)  # of the target's provider: `provider_options`
-    call: str = ""  # how the author calls the module, where that is not forward(input_ids, position_ids)
+    states: tuple[StateGeometry, ...] = ()  # caches beside those of attention, in order
+    window: Size | None = None  # if every attention call has one: tokens that the widest sees, with the new one
+    shift: CacheShift | None = None  # None if the export did not measure it
+    static: StaticShape | None = None  # sizes of the static graphs
+    compiled: Compiled | None = None  # if context binaries replace the static graphs
+    provider_options: Mapping[str, str] = field(default_factory=dict)  # options of the target's provider
+    call: str = ""  # the author's call, unless it is forward(input_ids, position_ids)
     bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these
     padding: bool = True  # whether rows of different lengths may share a batch
-    hidden_size: Size | None = None  # H, where pastkey's own graph gives the last hidden states, too
+    hidden_size: Size | None = None  # H, if pastkey's own graph outputs the last hidden states
     operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Reading what strangers wrote: regular files only, of bounded size, and one sentence for what a library says of it.
+"""Reading untrusted files: regular files only, of bounded size, and one sentence for what a library says of it.
 
 Parsers of other people raise errors of every kind for damaged bytes, and those in Rust panic, which is a BaseException.
 `reading(file)` is the one place that makes a sentence of them all. `last_read()` names the file where an error slips

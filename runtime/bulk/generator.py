@@ -24,7 +24,7 @@ from ..decoding.batching.shared_prefill import SHARED_TOKENS
 from ..decoding.completion import Completion
 from ..decoding.stream import Stream
 from ..loading import load, require_settings
-from ..model.chat import Chat
+from ..model.chat.chat import Chat
 from ..model.language_model import LanguageModel
 from ..settings import (
     CHAT_NEW_TOKENS,
@@ -59,7 +59,7 @@ class _Task:
 
 
 class Generator:
-    """Answers batches of rows. It can be pickled, and loads its model once in each process, when the first batch comes.
+    """Answers batches of rows. It can be pickled, and loads its model once in each process, at the first batch.
 
         generator = pastkey.Generator("bundle/", max_new_tokens=32)
         generator({"prompt": ["Once upon", "The sky"]})["text"]
@@ -68,7 +68,7 @@ class Generator:
             pastkey.Generator, fn_constructor_kwargs={"bundle": "bundle/"}, batch_size=64, concurrency=2
         )
 
-    The rows of a batch are decoded together, sorted by their beginnings, so that what prompts share is computed once.
+    The rows of a batch are decoded together, sorted by their beginnings, so that shared prefixes are computed once.
     """
 
     def __init__(
@@ -84,21 +84,21 @@ class Generator:
         session_options: SessionSettings | None = None,
         **options: Unpack[ChatOptions],
     ) -> None:
-        """Loads nothing yet.
+        """Checks the options. The first batch loads the model.
 
         Args:
-            bundle: The folder that `pastkey export` wrote, or a zip file of it, as the process sees it that loads it.
-            exact: Decodes one row at a time. Then an int8 text depends on its row alone, as a float32 text always does;
-                else a near tie may fall otherwise by who is decoded beside it.
-            template: The path of a chat template to take in place of the bundle's own.
-            max_batch: How many rows are decoded in one run, at most.
+            bundle: The folder that `pastkey export` wrote, or a zip file of it, as a path of the process that loads it.
+            exact: Decodes one row at a time. An int8 text then depends on its row alone, as a float32 text always does.
+                Otherwise a near tie may fall differently by the other rows of the step.
+            template: The path of a chat template in place of the bundle's.
+            max_batch: The largest number of rows that are decoded in one step.
             providers: As in `load`.
             threads: As in `load`.
             allow_fallback: As in `load`.
             session_options: As in `load`.
-            **options: As in `LanguageModel.generate`, for all rows; a column or field of an option's name wins.
-                `max_new_tokens` is 64, of an answer to messages 512. Each row draws by a seed made of `seed` (0) and
-                its id.
+            **options: As in `LanguageModel.generate`, for all rows. A column or field with an option's name overrides
+                it. `max_new_tokens` is 64, and 512 for an answer to messages. Each row draws by a seed made of `seed`
+                (0) and its id.
 
         Raises:
             InputError: An option is out of range.

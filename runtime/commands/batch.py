@@ -28,11 +28,11 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     """The arguments of a job, beside a bundle, settings and a place to run."""
     add = parser.add_argument
     add("input", metavar="IN", help="rows: JSON lines with a prompt or messages")
-    add("--out", required=True, metavar="OUT", help="the file of JSON lines to append answers to")
-    add("--exact", action="store_true", help="one row at a time: an int8 text does not depend on the rows beside it")
-    add("--template", metavar="FILE", help="a chat template (Jinja) to take in place of the bundle's own")
-    add("--shard", metavar="I/N", default="", help="answer each N-th row, from the I-th on (all)")
-    add("--force", action="store_true", help="begin the job anew: OUT is emptied first")
+    add("--out", required=True, metavar="OUT", help="file of JSON lines to append the answers to")
+    add("--exact", action="store_true", help="decode one row at a time, so that an int8 text depends on its row alone")
+    add("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
+    add("--shard", metavar="I/N", default="", help="answer every N-th row, from the I-th on (default: all)")
+    add("--force", action="store_true", help="start again: empty OUT first")
     add("--json", action="store_true", help="print the report as one JSON object")
     parser.epilog = (
         "The same command goes on with a job that was stopped. A field of a row that bears the name of a setting "

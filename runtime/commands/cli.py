@@ -41,31 +41,31 @@ from ..settings import (
 
 if TYPE_CHECKING:
     from ..decoding.completion import Completion
-    from ..model.chat import Chat
+    from ..model.chat.chat import Chat
     from .bench import BenchReport
 
 
 # The flags of SamplingConfig's fields: type, meaning.
 _SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
-    "temperature": (finite_float, "0 takes the likeliest token, above it tokens are drawn"),
+    "temperature": (finite_float, "0 takes the likeliest token; above 0, tokens are drawn"),
     "top_k": (natural_int, "draw from the K likeliest tokens; 0 for all"),
-    "top_p": (finite_float, "draw from the likeliest tokens that have probability P together"),
-    "min_p": (finite_float, "drop tokens of less than P times the likeliest one's probability"),
-    "typical_p": (finite_float, "draw from the tokens nearest to the entropy that have probability P together"),
+    "top_p": (finite_float, "draw from the likeliest tokens that together have probability P"),
+    "min_p": (finite_float, "drop tokens below P times the likeliest one's probability"),
+    "typical_p": (finite_float, "draw from the tokens nearest to the entropy that together have probability P"),
     "top_n_sigma": (finite_float, "draw from logits within S standard deviations of the largest; 0 or less for all"),
-    "xtc_probability": (finite_float, "how often all but the least likely of the top choices are dropped"),
-    "xtc_threshold": (finite_float, "the probability from which on a token is a top choice"),
-    "repetition_penalty": (finite_float, "above 1, repeat less"),
-    "presence_penalty": (finite_float, "above 0, repeat less: off the logits of tokens that the text has"),
-    "frequency_penalty": (finite_float, "above 0, repeat less: off them for each time"),
-    "penalty_last_n": (int, "how many tokens these three look back; -1 for all"),
-    "no_repeat_ngram_size": (natural_int, "no sequence of S tokens comes twice; 0 for any"),
-    "dry_multiplier": (finite_float, "above 0, DRY: a penalty on prolonging a repetition"),
-    "dry_base": (finite_float, "by which it grows with each token of the repetition"),
-    "dry_allowed_length": (natural_int, "the length from which on a repetition has it"),
-    "dry_penalty_last_n": (int, "how many tokens it looks back; -1 for all"),
-    "min_new_tokens": (natural_int, "no end of the text before so many new tokens"),
-    "suppress_tokens": (id_list, "token ids that never come"),
+    "xtc_probability": (finite_float, "probability of dropping all but the least likely of the top choices"),
+    "xtc_threshold": (finite_float, "smallest probability of a top choice"),
+    "repetition_penalty": (finite_float, "above 1, tokens of the text become less likely"),
+    "presence_penalty": (finite_float, "subtracted from the logits of tokens that the text has"),
+    "frequency_penalty": (finite_float, "subtracted from these logits once per occurrence"),
+    "penalty_last_n": (int, "tokens that these three look back; -1 for all"),
+    "no_repeat_ngram_size": (natural_int, "no sequence of S tokens comes twice; 0 allows all"),
+    "dry_multiplier": (finite_float, "DRY: a penalty on prolonging a repetition; 0 for none"),
+    "dry_base": (finite_float, "factor of the DRY penalty for each token of the repetition"),
+    "dry_allowed_length": (natural_int, "shortest repetition with the DRY penalty"),
+    "dry_penalty_last_n": (int, "tokens that DRY looks back; -1 for all"),
+    "min_new_tokens": (natural_int, "no EOS token before this many new tokens"),
+    "suppress_tokens": (id_list, "ban these token ids"),
     "seed": (natural_int, "the same seed draws the same text"),
 }
 
@@ -79,7 +79,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_generation(parser, MAX_NEW_TOKENS)
     _add_draft(parser)
     add_placement(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, in place of the text")
     parser.epilog = (
         "The continuation goes to standard output as it comes, without the prompt: text, or ids without a tokenizer."
     )
@@ -112,15 +112,15 @@ def _run(arguments: argparse.Namespace) -> int:
 # --- chat ---------------------------------------------------------------------------------------------------------
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
+    parser.add_argument("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
     parser.add_argument(
-        "--template", metavar="FILE", help="a chat template (Jinja) to take in place of the bundle's own"
+        "--prompt", metavar="TEXT", help="ask one question, print the answer and end; - reads it from standard input"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="one question: print its answer and end; - reads it all")
     _add_generation(parser, CHAT_NEW_TOKENS, models_own=True)
     _add_draft(parser)
     add_placement(parser)
-    parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object instead of the text")
+    parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object in place of the text")
     parser.epilog = (
         "Without --prompt, each line of standard input is a question, or a command: /help lists them. Tokens are drawn "
         "as the model's authors set it in generation_config.json, where they did; a flag wins."
@@ -202,7 +202,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive_int,
         default=BENCH_PROMPT_TOKENS,
-        help="prefill so many (%(default)s)",
+        help="prompt tokens to prefill (%(default)s)",
     )
     parser.add_argument(
         "--new-tokens", metavar="N", type=natural_int, default=BENCH_NEW_TOKENS, help="decode so many (%(default)s)"
@@ -298,9 +298,7 @@ def _add_sign(parser: argparse.ArgumentParser) -> None:
     _add_bundle(parser, nargs="?", any_author=False)
     keys = parser.add_mutually_exclusive_group(required=True)
     keys.add_argument("--key", metavar="PRIVATE.pem", help="the private ed25519 key to sign with")
-    keys.add_argument(
-        "--new-key", metavar="PRIVATE.pem", help="make a key: write it to this file, and its public half beside it"
-    )
+    keys.add_argument("--new-key", metavar="PRIVATE.pem", help="make a key: private in this file, public beside it")
 
 
 def _sign(arguments: argparse.Namespace) -> int:
@@ -310,7 +308,7 @@ def _sign(arguments: argparse.Namespace) -> int:
         raise InputError("--key signs a bundle: name its folder")
     if arguments.new_key is not None:
         public = new_key(arguments.new_key)
-        say(f"{arguments.new_key}: keep it to yourself; {public} is for whoever verifies what it signs")
+        say(f"{arguments.new_key}: keep it private; {public} is for those who verify your bundles")
     if arguments.bundle is not None:
         say(f"{sign_bundle(arguments.bundle, arguments.new_key if arguments.key is None else arguments.key)}: signed")
     return 0
@@ -343,7 +341,7 @@ def _devices(arguments: argparse.Namespace) -> int:
         told = [f"devices {', '.join(row.devices)}"] if row.devices else []
         told = [row.package, *told] if row.available else [row.note if row.package else f"comes with {row.note}"]
         print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
-    print(f"int8 MatMuls on this processor: {kernels.note}")
+    print(f"int8 MatMuls on this CPU: {kernels.note}")
     if sentence := overlapping():
         say(f"note: {sentence}")
     return 0
@@ -351,7 +349,7 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 # --- shared -------------------------------------------------------------------------------------------------------
 def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None, *, any_author: bool = True) -> None:
-    """The bundle, and with `any_author` the flags of one that is a stranger's."""
+    """The bundle, and with `any_author` the flags of an untrusted one."""
     parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help="a folder that pastkey export wrote")
     if any_author:
         add_untrusted(parser)
@@ -361,45 +359,52 @@ def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models
     """The flags of a generation. With `models_own` what is not given is the model's own."""
     add = parser.add_argument
     shown = f"{MAX_NEW_TOKENS}; of an answer {CHAT_NEW_TOKENS}" if most is None else str(most)
-    add("--max-new-tokens", metavar="N", type=natural_int, default=most, help=f"at most so many ({shown})")
+    add("--max-new-tokens", metavar="N", type=natural_int, default=most, help=f"largest number of new tokens ({shown})")
     for name, (kind, meaning) in _SAMPLING.items():
         default = getattr(SamplingConfig, name)
         shown = {None: "drawn afresh", (): "none"}.get(default, default)
         flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
         known = None if models_own else default
         add(flag, metavar=letter, type=kind, default=known, help=f"{meaning} ({shown})")
-    add("--bad-word", metavar="TEXT", dest="bad_words", action="append", default=[], help="it never comes, as encoded")
-    add("--logprobs", metavar="N", type=natural_int, help="with --json, log-probabilities, and those of N likeliest")
+    add(
+        "--bad-word",
+        metavar="TEXT",
+        dest="bad_words",
+        action="append",
+        default=[],
+        help="ban this text, as encoded; may be repeated",
+    )
+    add("--logprobs", metavar="N", type=natural_int, help="with --json, log-probabilities, also of the N likeliest")
     ids = "1,2,3"
     add("--eos-token-id", metavar=ids, type=id_list, help="the EOS tokens, in place of the bundle's")
     add("--stop-token-ids", metavar=ids, type=id_list, help="token ids that end the text, beside the EOS tokens")
-    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     add(
         "--prompt-lookup",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run draft tokens from the text itself, where it repeats itself (on)",
+        help="draft tokens from earlier text where it repeats itself (on)",
     )
     add(
         "--context-overflow",
         choices=("error", "shift"),
         default="error",
-        help="what a text longer than the context is: an error, or old tokens go (%(default)s)",
+        help="when the text exceeds the context: an error, or drop the oldest tokens (%(default)s)",
     )
-    add("--num-sink-tokens", metavar="N", type=natural_int, help="then so many of the first tokens stay (4)")
-    add("--timeout", metavar="SECONDS", type=finite_float, help="end after so long, with what is there (never)")
-    add("--keep-special-tokens", action="store_true", help="show special tokens, too, up to the EOS token")
+    add("--num-sink-tokens", metavar="N", type=natural_int, help="with shift, keep this many of the first tokens (4)")
+    add("--timeout", metavar="SECONDS", type=finite_float, help="end after this time, with the text so far (never)")
+    add("--keep-special-tokens", action="store_true", help="show special tokens up to the EOS token")
     held = parser.add_mutually_exclusive_group()  # these need the package llguidance
     held.add_argument("--json-schema", metavar="FILE", help="JSON that validates against the schema in this file")
-    held.add_argument("--regex", metavar="PATTERN", help="a text that this regular expression matches")
+    held.add_argument("--regex", metavar="PATTERN", help="a text that matches this regular expression")
     held.add_argument(
-        "--choice", metavar="TEXT", action="append", dest="choices", help="one of these texts; given several times"
+        "--choice", metavar="TEXT", action="append", dest="choices", help="one of these texts; repeat for each"
     )
-    held.add_argument("--grammar", metavar="FILE", help="a text of the Lark grammar in this file")
+    held.add_argument("--grammar", metavar="FILE", help="a text that follows the Lark grammar in this file")
 
 
 def _add_draft(parser: argparse.ArgumentParser) -> None:
-    what = "a smaller bundle of the same vocabulary, which drafts tokens for this one (none)"
+    what = "smaller bundle of the same vocabulary that drafts tokens (none)"
     parser.add_argument("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
 
 

@@ -49,7 +49,7 @@ def compile_bundle(
         provider_options: Of the provider: the chip, say.
         session_options: Further options of onnxruntime's session, as {"ep.context_embed_mode": "1"}.
         threads: Threads within an operator; 0 leaves their number to onnxruntime.
-        allow_fallback: Whether the processor may run what the provider leaves.
+        allow_fallback: Whether the CPU may run what the provider leaves.
         force: Replaces an existing bundle.
 
     Returns:
@@ -128,7 +128,7 @@ def _require_static(bundle: Bundle, provider: str) -> None:
             "and compile that"
         )
     if provider == "cpu":
-        raise InputError("the processor compiles nothing: name an execution provider with --provider, such as qnn")
+        raise InputError("the CPU compiles nothing: name an execution provider with --provider, such as qnn")
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A stream in an event loop: the waiting is done by a thread, and a task that is cancelled ends it within one step."""
+"""A stream in an event loop: a thread waits for tokens, and cancelling the task ends it within one step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
 
     @property
     def completion(self) -> Completion | None:
-        """The completion, once it has ended; also after `aclose`, with what was yielded until then."""
+        """The completion after the end; after `aclose`, with the yielded tokens."""
         return self._stream.completion
 
     async def __anext__(self) -> Chunk:
@@ -76,7 +76,7 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
         self._stream.close()
 
     def cancel(self) -> None:
-        """Ends it within one step: whoever reads it gets the end, with what was generated so far."""
+        """Ends it within one step. The reader gets the end, with the tokens generated so far."""
         self._stream.cancel()
 
     async def completed(self) -> Completion:

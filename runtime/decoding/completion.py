@@ -1,4 +1,4 @@
-"""What a generation gives: a chunk of a stream, and the whole at its end."""
+"""The results of a generation: the chunks of a stream, and the completion at its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class ToolCall(TypedDict):
-    """A function that the model wants called.
+    """A function call that the model asks for.
 
     Attributes:
         name: The function's name.
@@ -26,12 +26,12 @@ class ToolCall(TypedDict):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a stream: one token, or the text that was held back at the end.
+    """A piece of a stream: one token, or the rest of the text at the end.
 
     Attributes:
         text: Whole characters only. "" while a character or a stop string is incomplete, and without a tokenizer.
-        ids: The token, or none for the text that was held back.
-        logprobs: That of the token, where `logprobs` was asked for.
+        ids: The token, or none for the rest of the text.
+        logprobs: That of the token, if `logprobs` was given.
     """
 
     text: str
@@ -44,25 +44,25 @@ class Completion:
     """One continuation.
 
     Attributes:
-        text: The text of `ids`, special tokens left out unless they were to be kept. It ends before the stop string,
-            and before a character that the last token leaves incomplete. "" without a tokenizer.
+        text: The text of `ids`, without special tokens by default. It ends before the stop string, and before an
+            incomplete character. "" without a tokenizer.
         ids: The new tokens, without the EOS token, with those of a stop string.
-        finish_reason: "stop" for an EOS token, or where a constraint is met and nothing may follow, "stop_string" for
-            one of `stop`, "length" for `max_new_tokens` or the end of the context, "deadline" for `timeout`,
-            "cancelled" where it was ended from outside.
+        finish_reason: "stop" for an EOS token, or a complete constrained text, "stop_string" for one of `stop`,
+            "length" for `max_new_tokens` or the end of the context, "deadline" for `timeout`, "cancelled" if it was
+            ended from outside.
         prompt_tokens: Number of tokens of the prompt.
         new_tokens: Number of `ids`.
         prefill_seconds: Time to the first token.
-        decode_seconds: Time for the others. Beside other generations both are what this one waited for.
-        cached_tokens: Number of the prompt's tokens whose keys and values were in the cache already.
-        stop_string: The one of `stop` that ended the text, or None. Of two that begin alike, the shorter one.
-        tool_calls: Of a Chat's answer, the functions that it calls, in order.
+        decode_seconds: Time for the others. With other requests at the same time, both include waiting.
+        cached_tokens: Number of the prompt's tokens that were in the KV cache already.
+        stop_string: The one of `stop` that ended the text, or None. Of two with the same beginning, the shorter one.
+        tool_calls: The function calls of a Chat's answer, in order.
         draft_tokens: Number of tokens that prompt lookup or the draft model drafted.
-        accepted_tokens: Number of these that the sampler chose.
-        logprobs: Of each of `ids`, where `logprobs` was asked for; else none.
-        prompt_logprobs: Of each of the prompt's tokens, None for the first, where `prompt_logprobs` was asked for.
-        forced_tokens: Number of tokens that a constraint left no choice about; they were run together.
-        dropped_tokens: Number of tokens that left the context for later ones, with `context_overflow="shift"`.
+        accepted_tokens: Number of draft tokens that the sampler chose.
+        logprobs: Those of each of `ids`, if `logprobs` was given.
+        prompt_logprobs: Those of each of the prompt's tokens, None for the first, if `prompt_logprobs` was given.
+        forced_tokens: Number of tokens that a constraint forced; they were run together.
+        dropped_tokens: Number of tokens that left the context, with `context_overflow="shift"`.
     """
 
     text: str
@@ -89,7 +89,7 @@ class Completion:
 
     @property
     def seconds_per_token(self) -> float:
-        """Mean time of a token after the first; 0 where there is none."""
+        """Mean time of a token after the first; 0 without one."""
         return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
 

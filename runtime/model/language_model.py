@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..decoding.asynchronous import AsyncStream
     from ..text.chat_format import ChatFormat
     from ..text.tools import Tool
-    from .chat import Chat
+    from .chat.chat import Chat
 
 
 _log = logging.getLogger("pastkey")
@@ -50,19 +50,19 @@ _log = logging.getLogger("pastkey")
 class LanguageModel:
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
-    Each call has a cache of its own. Calls that run at the same time are decoded together where the graph allows that,
-    and take turns step by step where it does not; no text depends on who else is there. (In int8 the last bits of the
-    logits do, so that a near tie may fall otherwise.) A stream that nobody reads holds nobody up.
+    Each call has its own KV cache. Calls at the same time are decoded together where the graph allows it, and take
+    turns step by step elsewhere. A text does not depend on the other calls. (In int8 the last bits of the logits do, so
+    a near tie may fall otherwise.) An unread stream delays no other call.
 
     Attributes:
         bundle: The bundle, with its absolute path.
-        manifest: What the bundle says of itself.
-        tokenizer: Its tokenizer, or None for a bundle that has none.
-        max_batch: How many generations are decoded in one run, at most.
-        scheduler: Who runs the steps.
-        memory: What the caches may take.
-        parts: These, for what works with the model.
-        vocabulary: What constraints see of the tokenizer.
+        manifest: The bundle's manifest.
+        tokenizer: Its tokenizer, or None for a bundle without one.
+        max_batch: The largest number of requests that are decoded in one step.
+        scheduler: Runs the steps.
+        memory: The memory of the caches, and its limit.
+        parts: All of these, for sessions, chat and scores.
+        vocabulary: The tokenizer's vocabulary, as constraints read it.
         draft: Its draft model, or None.
     """
 
@@ -108,10 +108,10 @@ class LanguageModel:
 
     @property
     def sampling_defaults(self) -> ChatOptions:
-        """How its authors would have it sampled, by the generation_config.json of what was exported.
+        """The sampling options of the model's authors, from the source's generation_config.json.
 
-        Options to pass on: `lm.generate(prompt, **lm.sampling_defaults)`. Nothing but `pastkey chat` uses them unasked.
-        Empty where the authors named none. Raises IntegrityError where one is out of range.
+        Pass them on: `lm.generate(prompt, **lm.sampling_defaults)`. Only `pastkey chat` uses them by default. Empty if
+        the authors named none. Raises IntegrityError if one is out of range.
         """
         return sampling_defaults(self.bundle)
 
@@ -127,7 +127,7 @@ class LanguageModel:
         return self.parts.scheduler.closed
 
     def close(self) -> None:
-        """Lets go of the weights and of all caches. Generations that run end within one step; later calls raise."""
+        """Releases the weights and all caches. Running generations end within one step; later calls raise."""
         try:
             self.scheduler.close()
         finally:
@@ -153,18 +153,18 @@ class LanguageModel:
         return Engine.over(self.require_open().graph)
 
     def session(self) -> Session:
-        """Begins a text that stays: what is appended and generated is computed once.
+        """Begins a session, a text with its own KV cache. Each appended or generated token is computed once.
 
-        Raises InputError where the model is closed.
+        Raises InputError if the model is closed.
         """
         return Session(self.parts)
 
     def load_session(self, path: str | Path) -> Session:
-        """A session that `Session.save` wrote.
+        """Reads a session that `Session.save` wrote.
 
         Raises:
             MissingFileError: There is no such file.
-            IntegrityError: It was cut or altered, or saved by another bundle.
+            IntegrityError: It was truncated or altered, or saved by another bundle.
             InputError: The model is closed.
         """
         from .session_file import read_session
@@ -205,16 +205,16 @@ class LanguageModel:
         """Continues a prompt, or each of several.
 
         Args:
-            prompt: A text, or a sequence of token ids (T,); or a sequence of these, which are decoded together. Those
-                that share their first 32 tokens share the prefill of what they begin with.
-            progress: Of several continuations, is told how many are done, and how many there are, after each.
-            n: So many continuations of each prompt, up to 10,000, which share its prefill; each draws by a seed of its
-                own, the first one by `seed`. They are a list, also of one prompt.
-            **options: How the continuation is made; `GenerateOptions` has each of them.
+            prompt: A text, or a sequence of token ids (T,); or a batch of these, which is decoded together. Prompts
+                that share their first 32 tokens share the prefill of their common beginning.
+            progress: For a batch, called with the number of finished completions and their total, after each.
+            n: The number of continuations of each prompt, up to 10,000. They share its prefill. Each draws by its own
+                seed, the first one by `seed`. The result is a list, also for one prompt.
+            **options: See `GenerateOptions`.
 
         Returns:
-            The continuation, with its ids and figures; of several prompts a list of them in the same order, each as
-            that of a call of its own; with `n`, those of a prompt one after another.
+            The completion; for a batch, a list of completions in the same order, each equal to that of a separate call;
+            with `n`, those of a prompt one after another.
 
         Raises:
             InputError: The prompt is empty, too long, or has no tokens; an option is out of range; the model is closed.
@@ -231,16 +231,16 @@ class LanguageModel:
     def stream_many(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
     ) -> StreamMany:
-        """Continues several prompts at the same time, token by token.
+        """Continues a batch of prompts, token by token.
 
         Args:
             prompts: Texts, or sequences of token ids (T,).
-            n: So many continuations of each, as in `generate`: the places of a prompt's follow one another.
+            n: The number of continuations of each, as in `generate`. Those of a prompt have consecutive places.
             **options: As in `generate`, for each.
 
         Returns:
             An iterator of pairs: the place of a prompt, and the next Chunk of its continuation. `completions` is the
-            list of those that have ended, by place, and the value of StopIteration.
+            list of finished completions, by place, and the value of StopIteration.
 
         Raises:
             InputError: There is no prompt, or as in `generate`.
@@ -250,16 +250,16 @@ class LanguageModel:
         return StreamMany(self._stream, prompts, given, self.max_batch, n)
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
-        """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
+        """As `stream`, for `async for`. Cancelling the task ends it within one step."""
         return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
+        """As `generate` of one prompt, for `await`. Cancelling the task ends it within one step."""
         return await self._astream(prompt, options_of("agenerate", options, GENERATE_OPTIONS)).completed()
 
     @property
     def executor(self) -> Executor:
-        """The threads that wait for the tokens of an event loop. They begin with the first such call."""
+        """The threads that wait for tokens on behalf of an event loop. They start at the first such call."""
         self.require_open()
         from concurrent.futures import ThreadPoolExecutor
 
@@ -270,15 +270,15 @@ class LanguageModel:
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Stream:
         """Continues one prompt token by token.
 
-        What is wrong with the prompt or an option is raised by this call. Nothing is computed before the first `next`.
+        This call raises errors of the prompt and the options. The first `next` starts the computation.
 
         Args:
             prompt: As in `generate`.
             **options: As in `generate`.
 
         Returns:
-            An iterator of a Chunk for each new token, whose texts together are the completion's. The Completion is its
-            `completion` at the end, and the value of StopIteration, or of `yield from`.
+            An iterator with a Chunk for each new token. Their texts joined are the completion's. `completion` has the
+            Completion at the end; it is also the value of StopIteration, or of `yield from`.
 
         Raises:
             InputError: As in `generate`.
@@ -300,28 +300,28 @@ class LanguageModel:
     ) -> Chat:
         """Begins a conversation.
 
-        A TemplateWarning says what the template leaves out of what is given here.
+        A TemplateWarning names the arguments that the template leaves out.
 
         Args:
-            system: What the model is told before all else.
+            system: The system text.
             messages: What was said so far, in OpenAI's form; a system text stands first. `ask()` without a text answers
                 a question that stands last.
-            template: The path of a chat template (Jinja, UTF-8) to take in place of the bundle's own.
-            tools: What the model may call: JSON schemas {"type": "function", "function": {"name", "description",
-                "parameters"}}, or Python functions with type hints and a docstring in Google's style.
-            documents: What it may answer from, as the template reads them: mostly {"title", "text"}.
-            special_tokens_as_text: What a content, a tool or a document writes is encoded as ordinary characters, so
-                that a user who writes <|im_end|> ends no message.
-            **template_variables: What else the template reads: `enable_thinking=False`, say.
+            template: The path of a chat template (Jinja, UTF-8) in place of the bundle's.
+            tools: The functions that the model may call: JSON schemas {"type": "function", "function": {"name",
+                "description", "parameters"}}, or Python functions with type hints and a docstring in Google's style.
+            documents: Documents for the answers, in the template's form: mostly {"title", "text"}.
+            special_tokens_as_text: Encodes contents, tools and documents as ordinary characters, so that a user's
+                <|im_end|> does not end a message.
+            **template_variables: Further variables of the template, such as `enable_thinking=False`.
 
         Raises:
             InputError: The bundle has no tokenizer or no chat template, or the template cannot be used, or takes no
                 system text; or a tool cannot be described.
-            OptionError: A variable that the conversation gives to the template itself.
+            OptionError: The conversation itself sets this variable.
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
-        from .chat import Chat  # which stands on much that a text alone does not need
+        from .chat.chat import Chat  # which stands on much that a text alone does not need
 
         return Chat(
             self,
@@ -345,7 +345,7 @@ class LanguageModel:
         )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """The logits of every position of a text, from an empty cache of its own.
+        """The logits of every position of a text, computed with an empty cache.
 
         Args:
             ids: Token ids (T,), at least one.
@@ -379,7 +379,7 @@ class LanguageModel:
         pooling: Pooling | None = "mean",
         normalize: bool | None = True,
     ) -> npt.NDArray[np.float32]:
-        """The embedding of a text, or of each of several: its last hidden states, which the output head reads, pooled.
+        """The embeddings of one text or several: the pooled last hidden states, which the output head reads.
 
         Args:
             text: As `prompt` in `generate`.
@@ -387,7 +387,7 @@ class LanguageModel:
             normalize: Makes the length of each vector 1.
 
         Returns:
-            (H,); of several texts (N, H), in their order; with "none" (T, H).
+            (H,); for several texts (N, H), in their order; with "none" (T, H).
 
         Raises:
             InputError: The bundle was exported without `--hidden-states`; or as in `score`.
@@ -397,13 +397,13 @@ class LanguageModel:
         return embed(self.parts, text, or_default(pooling, "mean"), normalize=or_default(normalize, True))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The ids that a prompt is fed as.
+        """The token ids of a prompt.
 
         Args:
-            prompt: A text, which the tokenizer encodes with its own BOS token, or token ids, which stay as they are.
+            prompt: A text, which the tokenizer encodes with its BOS token, or token ids, which stay unchanged.
 
         Raises:
-            InputError: It is neither, several of them, a text without tokens, or a text for a bundle without tokenizer.
+            InputError: It is neither, or a batch, a text without tokens, or a text for a bundle without tokenizer.
         """
         return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
 

@@ -1,4 +1,4 @@
-"""How likely a text is to the model."""
+"""The log-probability of a text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .parts import ModelParts
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a text is to the model, whatever the settings of a sampler.
+    """The log-probability of a text by the model, independent of sampling options.
 
     Attributes:
         ids: Its tokens.
-        logprobs: The log-probability of each after those before it, natural; None for the first, which has none. They
-            are numbers; those of `generate(logprobs=)` are TokenLogprobs, with the likeliest tokens beside.
+        logprobs: The natural log-probability of each token after those before it; None for the first.
+            They are numbers; those of `generate(logprobs=)` are TokenLogprobs, with the likeliest tokens beside.
         total: Their sum.
 
     All tokens are run together, as a prompt is. In int8 and int4 the log-probabilities of `generate(logprobs=)`, whose

@@ -1,4 +1,4 @@
-"""A session: a text of its own over a model that others use as well, with a cache that goes on where it stands."""
+"""A session: a text with its own KV cache, over a shared model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .parts import ModelParts
 
 
 class Session:
-    """One text that grows: what is appended, what is generated from there. It begins empty.
+    """One text that grows by appending and generating. It begins empty.
 
-    Sessions of one model may be used at the same time, each by one thread at a time; `cancel` may come from any. The
-    keys and values of the text stay, so that only what is new is computed.
+    Sessions of one model may be used at the same time, each by one thread at a time. Any thread may call `cancel`. The
+    KV cache of the text stays, so only new tokens are computed.
     """
 
     def __init__(self, parts: ModelParts, ids: Sequence[int] = (), engine: Engine | None = None) -> None:
@@ -42,7 +42,7 @@ class Session:
 
     @property
     def ids(self) -> list[int]:
-        """The tokens of the text so far, the generated ones included, but those that a context shift has dropped."""
+        """The tokens of the text so far, with the generated ones, without those that a context shift dropped."""
         generation = self._generation
         if generation is None:
             return list(self._ids)
@@ -66,11 +66,11 @@ class Session:
         context_overflow: ContextOverflow | None = "error",
         num_sink_tokens: int | None = NUM_SINK_TOKENS,
     ) -> None:
-        """Appends a text, and computes its keys and values, all but those of the last two tokens.
+        """Appends a text, and computes its keys and values, except those of the last two tokens.
 
         Args:
-            text: A text, which the tokenizer encodes, with its BOS token where it is the first; or token ids.
-            context_overflow: As in `LanguageModel.generate`: with "shift" old tokens go where there are too many.
+            text: A text, which the tokenizer encodes, with its BOS token if it is the first; or token ids.
+            context_overflow: As in `LanguageModel.generate`: "shift" drops old tokens when the context is full.
             num_sink_tokens: How many of the first tokens stay then.
 
         Raises:
@@ -78,7 +78,7 @@ class Session:
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
 
-        After an error the session is as it was.
+        After an error the session is unchanged.
         """
         engine, before = self._idle(), self._ids
         kept = KeptTokens(engine, or_default(context_overflow, "error"), or_default(num_sink_tokens, NUM_SINK_TOKENS))
@@ -106,11 +106,11 @@ class Session:
         """Continues the text.
 
         Args:
-            text: What is appended first, as by `append`.
-            **options: Those of `LanguageModel.generate`, but `reuse_prefix`, which a session does always.
+            text: A text to append first, as with `append`.
+            **options: Those of `LanguageModel.generate`, except `reuse_prefix`, which a session always does.
 
         Returns:
-            The continuation. It stands in the session, too.
+            The completion. The session contains it.
 
         Raises:
             InputError: The text is empty or too long, an option is out of range, or the session is closed or generates.
@@ -121,14 +121,14 @@ class Session:
         return completed(self._stream(text, options_of("session.generate", options, SESSION_OPTIONS)))
 
     def stream(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Stream:
-        """Continues the text token by token; what was yielded stands in the session. See `generate`.
+        """Continues the text token by token. The session contains the yielded tokens. See `generate`.
 
         The session generates from the first `next` on until the stream ends or is closed.
         """
         return self._stream(text, options_of("session.stream", options, SESSION_OPTIONS))
 
     def keep(self, prompt: str | Sequence[int]) -> int:
-        """Forgets all that is not the beginning of a prompt.
+        """Trims the session to its common prefix with a prompt.
 
         Args:
             prompt: A whole text as in `LanguageModel.generate`, or token ids.
@@ -146,7 +146,7 @@ class Session:
         return kept
 
     def trim(self, length: int) -> None:
-        """Forgets all but the first `length` tokens. Raises InputError where there are fewer."""
+        """Keeps only the first `length` tokens. Raises InputError if there are fewer."""
         engine = self._idle()
         if not is_int(length) or not 0 <= length <= len(self._ids):
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {shown(length)}")
@@ -157,7 +157,7 @@ class Session:
         """Another session with the same text and a copy of its cache."""
         engine = self._idle()
         if not engine.graph.copies and not engine.manifest.states:
-            return Session(self._parts, self._ids)  # elsewhere than on the processor it is computed again
+            return Session(self._parts, self._ids)  # on other devices than the CPU it is computed again
         copied: list[Engine] = []
         self._parts.scheduler.exclusively(lambda: copied.append(engine.copy()))
         self._parts.memory.promise(copied[0], engine.length)
@@ -168,7 +168,7 @@ class Session:
 
         Raises:
             InputError: The session is closed or generates, or there is no such folder.
-            OSError: The disk is full, or nothing can be written there; what stood there before stays.
+            OSError: The disk is full, or the file cannot be written; the old file stays.
         """
         from .session_file import write_session
 
@@ -176,7 +176,7 @@ class Session:
         self._parts.scheduler.exclusively(lambda: write_session(file, self._parts.bundle, self._ids, engine))
 
     def cancel(self) -> None:
-        """Ends what the session does now within one step, from any thread. What was generated stays."""
+        """Ends the running call within one step, from any thread. The generated tokens stay."""
         self._cancelled = True
         generation = self._generation
         if generation is not None:
@@ -184,7 +184,7 @@ class Session:
             self._parts.scheduler.wake()
 
     def close(self) -> None:
-        """Lets go of the cache. A stream of it ends within one step."""
+        """Releases the cache. A running stream ends within one step."""
         generation, engine = self._generation, self._engine
         if generation is not None:
             generation.cancel()
@@ -200,7 +200,7 @@ class Session:
         self.close()
 
     def __reduce__(self) -> NoReturn:
-        """Raises InputError: a copy would write into the same cache, and another process does not have it."""
+        """Raises InputError: a copy would write into the same cache, and another process lacks it."""
         raise InputError(
             "a session can be neither copied nor pickled: take session.fork(), or session.save() and load_session() "
             "in the other process"

@@ -1,6 +1,6 @@
-"""Which of onnxruntime's int8 kernels this processor gets, and what it costs where they are not the fast ones.
+"""Which of onnxruntime's int8 kernels this CPU gets, and what it costs where they are not the fast ones.
 
-onnxruntime does not tell. What it asks of the processor is written in its source: MLAS_PLATFORM in
+onnxruntime does not report them. Its source has what it asks of the CPU: MLAS_PLATFORM in
 onnxruntime/core/mlas/lib/platform.cpp chooses a table of kernels, and MlasIsQNBitGemmAvailable in qnbitgemm.cpp whether
 the table has one for 8-bit weights. Without one, MatMulNBits unpacks all of its weights to float32 at every run.
 """
@@ -25,7 +25,7 @@ _APPLE = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm"}
 
 @dataclass(frozen=True)
 class Int8Kernels:
-    """What runs the MatMuls of an int8 bundle on a processor."""
+    """What runs the MatMuls of an int8 bundle on a CPU."""
 
     name: str  # "avx512_vnni", "avx_vnni", "avx512", "avx2", "neon_i8mm", "neon_dot", "none" or "unknown"
     fast: bool | None  # whether they have instructions for int8 dot products; None where that is unknown
@@ -58,13 +58,13 @@ _KNOWN = {
             "no kernel, for want of AVX2 or of NEON's dot products: all weights are unpacked at every run, and decode "
             "takes more than ten times as long as in float32",
         ),
-        Int8Kernels("unknown", None, "unknown kernels: this system does not say what its processor has"),
+        Int8Kernels("unknown", None, "unknown kernels: this system does not say what its CPU has"),
     )
 }
 
 
 def int8_kernels() -> Int8Kernels:
-    """Those of this processor."""
+    """Those of this CPU."""
     return choose_int8_kernels(platform.machine(), processor_flags())
 
 
@@ -100,7 +100,7 @@ def _choose(machine: str, flags: frozenset[str]) -> str:
 
 
 def processor_flags() -> frozenset[str] | None:
-    """What this processor has, as Linux names it; None where that cannot be known."""
+    """What this CPU has, as Linux names it; None where that cannot be known."""
     try:
         if _CPUINFO.is_file():
             return read_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
@@ -113,7 +113,7 @@ def processor_flags() -> frozenset[str] | None:
 
 
 def read_cpuinfo(text: str) -> frozenset[str] | None:
-    """The flags of the first processor in /proc/cpuinfo, or None where it has no such line."""
+    """The flags of the first CPU in /proc/cpuinfo, or None where it has no such line."""
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() in _FLAG_LINES:

@@ -98,7 +98,7 @@ def open_session(
     except RunError as error:
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
             raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
-        partly = _with_processor(path, options({RECORD: "1"}), wanted) if wanted.whole else None
+        partly = _with_cpu(path, options({RECORD: "1"}), wanted) if wanted.whole else None
         placed = {} if partly is None else assigned(partly, path)
         if left := placed.get(ep.CPU):
             if len(placed) == 1 and wanted.providers[0][1]:
@@ -107,16 +107,17 @@ def open_session(
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
-            again = ep.remedy(name, manifest.target)
+            remedy = ep.remedy(name, manifest.target)
+            again = f"{f'{remedy}, or ' if remedy else ''}take the provider 'cpu'"
             if manifest.compiled is not None:
-                again = f"; it was compiled for {manifest.compiled}: compile it again"
-            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}{again}") from error
+                again = f"it was compiled for {manifest.compiled}: compile it again"
+            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}; {again}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
     if wanted.tells and (left := assigned(session, path).get(ep.CPU)):
         name = ep.short_name(wanted.providers[0][0])
         counted = ep.counted(left.operators, left.parts)
-        sentence = f"the execution provider {name!r} leaves {counted} to the processor"
+        sentence = f"the execution provider {name!r} leaves {counted} to the CPU"
         warnings.warn(sentence, FallbackWarning, stacklevel=2)
     with reading(path, "an ONNX graph"):
         _cross_check(session, manifest, path)
@@ -149,8 +150,8 @@ def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
         return Session(str(path), options, providers=[*wanted.providers], enable_fallback=0)
 
 
-def _with_processor(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
-    """A session in which the processor runs what a provider leaves; None where that fails, too."""
+def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
+    """A session in which the CPU runs what a provider leaves; None where that fails as well."""
     providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
     try:
         session = _create(path, options, dataclasses.replace(wanted, providers=providers))

@@ -30,9 +30,9 @@ _NOT_HARDWARE = {"AzureExecutionProvider"}
 class Seen(enum.Enum):
     """How a graph was seen to run on a provider."""
 
-    WHOLE = enum.auto()  # nothing is left to the processor
+    WHOLE = enum.auto()  # nothing is left to the CPU
     RUNS = enum.auto()  # what is left, if anything, is little
-    PARTLY = enum.auto()  # its attention is left to the processor
+    PARTLY = enum.auto()  # its attention is left to the CPU
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ _RUNS = {"fused": Seen.RUNS}
 _SOURCE_BUILD = "onnxruntime built from source with"
 
 KNOWN = {
-    "cpu": Known(CPU, "any processor", "pip install onnxruntime", _RUNS),
+    "cpu": Known(CPU, "any CPU", "pip install onnxruntime", _RUNS),
     "cuda": Known("CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", _RUNS),
     "tensorrt": Known("TensorrtExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with TensorRT", _RUNS),
     "openvino": Known(
@@ -88,7 +88,7 @@ KNOWN = {
         {"static": Seen.WHOLE},
         remedy="export the model again with --target qnn",
         plugin="onnxruntime_qnn",
-        # The graph compiler needs a chip by name; without one it runs out of memory.
+        # Without a name the compiler takes 68, which lacks float16: every decoder then fails (1002).
         options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
         values={"htp_arch": HTP_ARCHS},
     ),
@@ -102,15 +102,15 @@ KNOWN = {
     "dml": Known("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
     "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx, with ROCm"),
     "rocm": Known("ROCMExecutionProvider", "AMD GPUs, of older releases", f"{_SOURCE_BUILD} --use_rocm"),
-    "xnnpack": Known("XnnpackExecutionProvider", "ARM processors", f"{_SOURCE_BUILD} --use_xnnpack"),
+    "xnnpack": Known("XnnpackExecutionProvider", "ARM CPUs", f"{_SOURCE_BUILD} --use_xnnpack"),
     "nnapi": Known("NnapiExecutionProvider", "Android accelerators", "onnxruntime for Android"),
     "cann": Known("CANNExecutionProvider", "Huawei Ascend NPUs", "pip install onnxruntime-cann"),
 }
 
-# The targets that are a provider, where a bundle runs when nothing else is asked for. Others run on the processor.
+# The targets that are a provider, where a bundle runs when nothing else is asked for. Others run on the CPU.
 _TARGETS = ("cuda", "openvino", "webgpu", "qnn", "coreml")
 
-# Providers whose memory the cache lives in. With any other, tensors are handed over in the processor's memory.
+# Providers whose memory the cache lives in. With any other, tensors are handed over in CPU memory.
 _DEVICE_OF = {
     "CUDAExecutionProvider": "cuda",
     "TensorrtExecutionProvider": "cuda",
@@ -123,11 +123,11 @@ class Placement:
     """Where a session is to run."""
 
     providers: tuple[tuple[str, dict[str, Any]], ...]  # onnxruntime's names and their options, in order of preference
-    whole: bool = False  # nothing may be left to the processor
+    whole: bool = False  # nothing may be left to the CPU
 
     @property
     def tells(self) -> bool:
-        """Whether what is left to the processor is to be told."""
+        """Whether to report what is left to the CPU."""
         return self.providers[0][0] != CPU and not self.whole
 
 
@@ -146,7 +146,7 @@ def resolve(
             None: the bundle's target decides. A sequence with "cpu" in it allows what stays behind to run there.
         target: The bundle's target.
         graph: The bundle's graph.
-        allow_fallback: Whether the processor may run what a provider leaves.
+        allow_fallback: Whether the CPU may run what a provider leaves.
         options_of_target: The bundle's, for the provider of its target.
 
     Raises:
@@ -290,17 +290,17 @@ def not_started(name: str, active: Sequence[str]) -> StartError:
 
 
 def remedy(name: str, target: str) -> str:
-    """What is added to a sentence about a bundle for another target; "" where nothing helps."""
-    found = "" if provider_of(target) == name else _facts(name).remedy
-    return f"; {found}" if found else ""
+    """What to do where a provider, by its short name, does not run a bundle made for `target`; "" for nothing."""
+    again = "export the model again if an older pastkey wrote this bundle"
+    return again if provider_of(target) == name else _facts(name).remedy
 
 
 def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
-    """What is said of a provider that was asked for by name, and leaves operators to the processor."""
-    instead = remedy(short_name(name), target).removeprefix("; ")
+    """What is said of a provider that was asked for by name, and leaves operators to the CPU."""
+    instead = remedy(short_name(name), target)
     return ProviderError(
         f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
-        f"processor: {f'{instead}, or ' if instead else ''}let it, with allow_fallback=True, or "
+        f"CPU: {f'{instead}, or ' if instead else ''}let it, with allow_fallback=True, or "
         "--allow-fallback"
     )
 

@@ -22,7 +22,7 @@ WHOLE = "session.disable_cpu_ep_fallback"
 RECORD = "session.record_ep_graph_assignment_info"  # from onnxruntime 1.24 on, which ignores what it does not know
 # What pastkey sets, and what to do instead.
 _OURS = {
-    WHOLE: "let the processor run what a provider leaves with allow_fallback=True, or --allow-fallback",
+    WHOLE: "let the CPU run what a provider leaves with allow_fallback=True, or --allow-fallback",
     RECORD: "what a provider leaves is told by it",
     "intra_op_num_threads": "give threads=N, or --threads N",
     "session.model_external_initializers_file_folder_path": "weights stand beside their graph",

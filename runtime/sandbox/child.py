@@ -27,7 +27,7 @@ from .limits import Limits, LimitsInForce, default_memory
 
 _SCRATCH: Final = 200_000_000  # bytes of a file that may be written
 _BESIDE: Final = 1_000_000_000  # bytes that imports may take
-# What libraries read: themselves, the processor's kind, the memory that is left, the time zone.
+# What libraries read: themselves, the kind of CPU, the memory that is left, the time zone.
 _SYSTEM: Final = (
     "/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime", "/proc/self", "/proc/cpuinfo",
     "/proc/meminfo", "/sys/devices/system", "/sys/fs/cgroup", "/dev/urandom", "/dev/random", "/dev/null",

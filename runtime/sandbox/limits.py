@@ -1,4 +1,4 @@
-"""The limits of an untrusted bundle's process: those that are asked for, and those that are in force."""
+"""The limits of an untrusted bundle's process: the requested ones, and those in force."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LEAST_MEMORY = 16_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """What an untrusted bundle may take.
+    """The limits of an untrusted bundle.
 
     Attributes:
-        memory: Bytes beside those of Python and its libraries; weights that are mapped from their file do not count.
-            None is 2 GB and three times the size of the bundle's files, and no more than is available.
+        memory: Bytes beside those of Python and its libraries, without weights that are mapped from their file. None
+            means 2 GB and three times the size of the bundle's files, within the available memory.
         seconds: Time to load, and for each answer: the next token, of which the first takes the whole prompt; the
             score of a text; a rendering of a conversation.
     """
@@ -38,14 +38,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class LimitsInForce:
-    """The limits that a process has. `str` says them in words.
+    """The limits in force in a child process. `str` says them in words.
 
     Attributes:
         seconds: Time to load, and for each answer.
-        memory: Bytes beside those of Python and its libraries, or None where the system sets none.
-        landlock: The ABI of landlock, by which no file can be opened but the bundle's and the libraries', no file
-            written and no program started; from 4 on no TCP either. 0 where there is none, and files are open to it.
-        missing: What this system lacks, in words.
+        memory: Bytes beside those of Python and its libraries, or None if the system cannot limit it.
+        landlock: The ABI of landlock, which allows reading only the bundle and the libraries, and denies writing files
+            and starting programs; from 4 on also TCP. 0 without landlock: then files are accessible.
+        missing: The limits that this system lacks, in words.
     """
 
     seconds: float

@@ -1,4 +1,4 @@
-"""A model whose bundle is open in another process, with limits, and nowhere else."""
+"""A model whose bundle is open only in a child process with limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pastkey.errors import InputError, LimitWarning, PastkeyError
 from ..decoding.asynchronous import AsyncStream
 from ..decoding.completion import Completion, completed
 from ..decoding.many import several, token_ids
-from ..model.chat import Chat
+from ..model.chat.chat import Chat
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
 from ..model.unpack import given_as, remove, tell_as_given
@@ -40,18 +40,18 @@ _HAS: Final = "generate, agenerate, stream, astream, chat, score, ascore, sampli
 
 
 class SandboxedModel:
-    """A bundle that another process has opened under limits: `pastkey.load(path, trust=False)`.
+    """A bundle that a child process opens with limits: `pastkey.load(path, trust=False)`.
 
-    The process runs on the CPU, and every reply of it is checked. A call that it does not answer in time, and whatever
-    else ends it, raises UntrustedBundleError, as every later call does: load the bundle again. Any number of threads
-    and tasks may call at the same time; what they generate is decoded together.
+    The child runs on the CPU, and the parent validates every reply. A late reply, or any end of the child, raises
+    UntrustedBundleError, and so does every later call: load the bundle again. Any number of threads and tasks may call
+    at the same time; they are decoded together.
 
     Attributes:
         path: The bundle's folder.
-        manifest: The bundle's manifest, as the process read it.
-        limits: The limits that the process has.
+        manifest: The bundle's manifest, as the child read it.
+        limits: The child's limits.
         closed: Whether `close` was called.
-        connection: The way to the process.
+        connection: The connection to the child.
     """
 
     def __init__(self, opened: Opened, settings: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ class SandboxedModel:
         self.close()
 
     def close(self) -> None:
-        """Ends the process. Generations that run end; later calls raise."""
+        """Ends the child. Running generations end; later calls raise."""
         self.closed = True
         self._finalizer()
 
@@ -130,7 +130,7 @@ class SandboxedModel:
             The continuation; of several prompts a list of them, in the same order.
 
         Raises:
-            UntrustedBundleError: The process broke a limit, crashed, or gave no answer.
+            UntrustedBundleError: The child broke a limit, crashed, or sent no valid reply.
             InputError: As in `LanguageModel.generate`.
             OptionError: There is no option of that name.
         """
@@ -147,21 +147,21 @@ class SandboxedModel:
             threads.shutdown(wait=False)
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
-        """As `generate` of one prompt, for `await`. A task that is cancelled ends it within one step."""
+        """As `generate` of one prompt, for `await`. Cancelling the task ends it within one step."""
         return await self._astream(prompt, options_of("agenerate", options, GENERATE_OPTIONS)).completed()
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> SandboxedStream:
         """Continues one prompt token by token.
 
-        What is wrong with the prompt or the value of an option is raised at the first `next`.
+        The first `next` raises errors of the prompt and of the values of options.
 
         Args:
             prompt: A text, or a sequence of token ids (T,).
             **options: As in `generate`.
 
         Returns:
-            An iterator of a Chunk for each new token. The Completion is its `completion` at the end, and the value of
-            StopIteration.
+            An iterator with a Chunk for each new token. `completion` has the Completion at the end; it is also the
+            value of StopIteration.
 
         Raises:
             OptionError: There is no option of that name.
@@ -169,7 +169,7 @@ class SandboxedModel:
         return self._stream(prompt, options_of("stream", options, GENERATE_OPTIONS))
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
-        """As `stream`, for `async for`. A task that is cancelled ends it within one step."""
+        """As `stream`, for `async for`. Cancelling the task ends it within one step."""
         return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
 
     def chat(
@@ -183,7 +183,7 @@ class SandboxedModel:
         special_tokens_as_text: bool | None = False,
         **template_variables: Any,
     ) -> Chat:
-        """Begins a conversation. See `LanguageModel.chat`; the process renders and encodes it."""
+        """Begins a conversation. See `LanguageModel.chat`; the child renders and encodes it."""
         return Chat(
             self,
             system,

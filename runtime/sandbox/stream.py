@@ -1,4 +1,4 @@
-"""A stream whose tokens another process makes."""
+"""A stream whose tokens the child process makes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at
 class SandboxedStream(Generator[Chunk, None, Completion]):
     """As Stream: it may be read, cancelled and closed from any thread.
 
-    The process is asked to begin at the first `next`, which also raises what is wrong with the prompt or an option.
-    Nothing but `next` waits for the process.
+    The first `next` starts the generation, and raises errors of the prompt and the options. Only `next` waits for the
+    child.
 
     Attributes:
-        completion: What it returns at its end; also after `close`, with what was yielded until then. None before.
+        completion: The Completion after the end; after `close`, with the yielded tokens. None before.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ _PLAIN = (
 
 
 def is_plain(expression: str) -> bool:
-    """Whether an expression does nothing but call the module: what a stranger's manifest may ask for."""
+    """Whether an expression does nothing but call the module: what an untrusted manifest may ask for."""
     try:
         nodes = list(ast.walk(ast.parse(expression, mode="eval")))
     except (SyntaxError, ValueError, RecursionError):

@@ -150,7 +150,7 @@ def _as_it_was() -> Iterator[None]:
 
 
 def _prepared(module: nn.Module, say: Say) -> nn.Module:
-    """A copy that may be run without a trace on the module: it shares parameters in float32 on the processor."""
+    """A copy that may be run without a trace on the module: it shares parameters in float32 on the CPU."""
     memo: dict[int, object] = {}
     moved: set[str] = set()
     for parameter in module.parameters():
@@ -179,7 +179,7 @@ def _prepared(module: nn.Module, say: Say) -> nn.Module:
                 moved.add(f"{buffer.dtype} on {buffer.device}".removeprefix("torch."))
                 part._buffers[name] = buffer.to("cpu")
     if moved:
-        say(f"{name_of(module)} is {' and '.join(sorted(moved))}: it was copied to the processor in float32")
+        say(f"{name_of(module)} is {' and '.join(sorted(moved))}: it was copied to the CPU in float32")
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Static graphs with QuantizeLinear and DequantizeLinear, as QNN's NPUs take int8: 8-bit weights, 16-bit activations.
 
-Only MatMuls are quantized: with norms, softmax and rotations rounded as well, an NPU writes other texts, though a
-processor that simulates the same graph does not. The ranges of activations are those seen on the calibration text.
+Only MatMuls are quantized: with norms, softmax and rotations rounded as well, an NPU writes other texts, though a CPU
+that simulates the same graph does not. The ranges of activations are those seen on the calibration text.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..edit import NodeBuilder
 def keep_last_positions(model: ir.Model, head: Sequence[ir.Node]) -> None:
     """Makes `logits` those of the last of the new tokens, (B, N, V). A new input, `logits_start`, is -N.
 
-    It is what Slice reads, so that nothing has to be computed of it on the processor.
+    It is what Slice reads, so that nothing has to be computed of it on the CPU.
 
     Args:
         model: An all-logits graph, changed in place.

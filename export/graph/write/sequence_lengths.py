@@ -1,6 +1,6 @@
 """pastkey's own fused graph is told its lengths: the runtime knows them, and no mask is counted.
 
-Counting takes operators that a GPU's provider leaves to the processor, which then waits for both at every token.
+Counting takes operators that a GPU's provider leaves to the CPU, which then waits for both at every token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of strangers: what is no regular file, what is too large, and what a library says of damaged bytes."""
+"""Untrusted files: what is no regular file, what is too large, and what a library says of damaged bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer.json of a stranger, within its bounds."""
+"""An untrusted tokenizer.json, within its bounds."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_what_cannot_be_compiled_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="has a fused graph, whose sizes change: export the model with --target qnn"):
         compile_bundle(fused_bundle.path, tmp_path / "out", "qnn")
-    with pytest.raises(InputError, match="the processor compiles nothing"):
+    with pytest.raises(InputError, match="the CPU compiles nothing"):
         compile_bundle(static.path, tmp_path / "out")
     with pytest.raises(InputError, match="is what is to be compiled, and would be replaced: choose another --out"):
         compile_bundle(static.path, static.path, "qnn", force=True)

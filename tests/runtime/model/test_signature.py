@@ -232,7 +232,7 @@ def test_the_command_makes_a_key_and_signs(speaking_bundle: Bundle, tmp_path: Pa
     shutil.copytree(speaking_bundle.path, folder)
     status, out, err = command("sign", folder, "--new-key", key)
     assert (status, out) == (0, "")
-    assert f"{key}: keep it to yourself; {tmp_path / 'me.pub.pem'} is for whoever verifies" in err
+    assert f"{key}: keep it private; {tmp_path / 'me.pub.pem'} is for those who verify" in err
     assert f"{folder / SIGNATURE}: signed" in err
     require_signature(folder, tmp_path / "me.pub.pem")
     assert command("sign", folder, "--key", key)[0] == 0

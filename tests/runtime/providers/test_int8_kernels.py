@@ -1,4 +1,4 @@
-"""Which int8 kernels a processor gets, by the flags of real ones, and where it is said."""
+"""Which int8 kernels a CPU gets, by the flags of real ones, and where it is said."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_float32_bundle_says_nothing_of_them(fused_bundle: Bundle, capsys: pyt
 @pytest.mark.usefixtures("without_vnni")
 def test_devices_says_it_of_the_processor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices"]) == 0
-    assert "int8 MatMuls on this processor: AVX2 kernels, for want of VNNI" in capsys.readouterr().out
+    assert "int8 MatMuls on this CPU: AVX2 kernels, for want of VNNI" in capsys.readouterr().out
     assert main(["devices", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["int8_kernels"]["name"] == "avx2"
 

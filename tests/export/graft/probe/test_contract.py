@@ -109,7 +109,7 @@ class FromTwo(Optional):
 
 
 class AllZero(Optional):
-    default = staticmethod(torch.zeros_like)
+    default = staticmethod(lambda ids: torch.zeros_like(ids))
 
 
 class CappedAtNine(Optional):
@@ -130,7 +130,9 @@ class AmongOthers(Plain):
 
 
 class ByKeywordOnly(FromTwo):
-    def forward(self, input_ids: Tensor, *, use_cache: bool = False, position_ids: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, *, use_cache: bool = False, position_ids: Tensor | None = None
+    ) -> Tensor:
         return super().forward(input_ids, position_ids)
 
 
@@ -144,9 +146,7 @@ class InDictionary(FromTwo):
 
 
 class LastUnlessTargets(FromTwo):
-    def forward(  # type: ignore[override]
-        self, input_ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         logits = super().forward(input_ids, position_ids)
         return logits if targets is not None else logits[:, -1:]
 
@@ -252,7 +252,7 @@ def test_a_number_of_rows_that_changes_what_is_computed_is_seen() -> None:
 def test_another_precision_is_taken_in_float32_and_said(dtype: torch.dtype) -> None:
     module = Gpt(Causal).eval().to(dtype)
     found, said = taken(module)
-    assert said == [f"Gpt is {dtype} on cpu: it was copied to the processor in float32".replace("torch.", "")]
+    assert said == [f"Gpt is {dtype} on cpu: it was copied to the CPU in float32".replace("torch.", "")]
     assert all(parameter.dtype == dtype for parameter in module.parameters())
     assert apart(found, module.float()) < 1e-5
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol, Unpack
 
 from pastkey.contract.bundle import Manifest
 
-from ..decoding.completion import Chunk, Completion
-from ..settings import GenerateOptions
+from ...decoding.completion import Chunk, Completion
+from ...settings import GenerateOptions
 
 
 class Format(Protocol):

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from ..decoding.completion import Chunk, Completion
-from ..text.messages import message
+from ...decoding.completion import Chunk, Completion
+from ...text.messages import message
 
-if TYPE_CHECKING:
-    from .chat import Chat
+
+class Conversation(Protocol):
+    """The Chat, as far as its answer needs it."""
+
+    messages: list[dict[str, Any]]
+    format: Any
+
+    def taken_in(self, messages: list[dict[str, Any]], text: str, completion: Completion) -> Completion:
+        """Puts the whole answer into the conversation."""
 
 
 class AnswerStream(Generator[Chunk, None, Completion]):
@@ -24,7 +31,7 @@ class AnswerStream(Generator[Chunk, None, Completion]):
         completion: The value of StopIteration. None before the end; after an early `close` what was yielded until then.
     """
 
-    def __init__(self, chat: Chat, messages: list[dict[str, Any]], stream: Any, cut: str | None) -> None:
+    def __init__(self, chat: Conversation, messages: list[dict[str, Any]], stream: Any, cut: str | None) -> None:
         """Reads nothing yet.
 
         Args:

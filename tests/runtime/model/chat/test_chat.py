@@ -19,7 +19,7 @@ from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
-    from ..conftest import Tiny
+    from ...conftest import Tiny
 
 # In the tiny decoder's letters. A begins, and ends nothing.
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from pastkey.errors import InputError, OptionError, TemplateWarning
 from pastkey.values import is_one_of, or_default, require, shown
 
-from ..decoding.asynchronous import AsyncStream
-from ..decoding.completion import Completion, ToolCall, completed
-from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of
-from ..text.environment import plain
-from ..text.messages import (
+from ...decoding.asynchronous import AsyncStream
+from ...decoding.completion import Completion, ToolCall, completed
+from ...settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of
+from ...text.environment import plain
+from ...text.messages import (
     Content,
     check_messages,
     checked_content,
@@ -26,12 +26,12 @@ from ..text.messages import (
     save_messages,
     text_of,
 )
-from ..text.tool_calls import parse_tool_calls, tool_call_form
+from ...text.tool_calls import parse_tool_calls, tool_call_form
 from .answer_stream import AnswerStream
 from .chat_model import ChatModel
 
 if TYPE_CHECKING:
-    from ..text.tools import Tool
+    from ...text.tools import Tool
 
 _OURS = ("add_generation_prompt", "continue_final_message")  # what a template is given in any case
 
@@ -39,15 +39,15 @@ _OURS = ("add_generation_prompt", "continue_final_message")  # what a template i
 class Chat:
     """A conversation with a language model, in the form of a chat template.
 
-    Each question is answered from the whole conversation, rendered anew; its beginning is mostly what the cache holds
-    from the turn before, so that little more than the question itself is prefilled. Conversations on one model answer
-    in turns, as LanguageModel says; one conversation belongs to one thread at a time.
+    The template renders the whole conversation for each question. The KV cache holds most of it from the turn before,
+    so prefill computes little more than the question. Conversations on one model run at the same time, as LanguageModel
+    says. One conversation belongs to one thread at a time.
 
     Attributes:
-        messages: The conversation, {"role", "content"} each, and "tool_calls" where the model called tools.
+        messages: The conversation, {"role", "content"} each, and "tool_calls" if the model called tools.
         model: The model that answers.
         format: How the conversation becomes token ids.
-        system: What it is told before all else, or None.
+        system: The system text, or None.
         tools: The JSON schemas of the tools, or None.
         documents: The documents, or None.
     """
@@ -97,29 +97,28 @@ class Chat:
         """Answers a message.
 
         Args:
-            text: What the user says: a text, or its parts {"type": "text", "text": ...}. None lets the assistant go on
-                from what stands: from the results of tools, or in an answer that was cut.
-            **options: Those of `LanguageModel.generate`, which says what they mean, but `reuse_prefix`, which an answer
-                does always. `max_new_tokens` is 512. With tools, `keep_special_tokens` is True.
+            text: The user's message: a text, or its parts {"type": "text", "text": ...}. None continues the
+                conversation: from the results of tools, or in an answer that was cut.
+            **options: Those of `GenerateOptions`, except `reuse_prefix`, which an answer always does. `max_new_tokens`
+                is 512. With tools, `keep_special_tokens` is True.
 
         Returns:
-            The answer, which stands in `messages`, too. Its `tool_calls` are those of its text, where the template's
-            form is known (Hermes and Qwen, Llama 3, Mistral) and the whole text keeps to it.
+            The answer, which `messages` contains. It has `tool_calls` if the template's form is known (Hermes and Qwen,
+            Llama 3, Mistral) and the whole text keeps to it.
 
         Raises:
-            InputError: The conversation is longer than the context, or one that the template does not take; an option
-                is out of range; or this thread holds a stream that is not at its end. The conversation is as it was.
+            InputError: The conversation is longer than the context, or the template refuses it; an option is out of
+                range; or this thread holds an unfinished stream. The conversation is unchanged.
             OptionError: There is no option of that name.
-            NumericsError: The model yields NaN or infinity. The conversation is as it was.
+            NumericsError: The model yields NaN or infinity. The conversation is unchanged.
         """
         return completed(self._answer(text, options_of("chat.ask", options, CHAT_OPTIONS)))
 
     def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> AnswerStream:
         """Answers a message token by token.
 
-        What is wrong with the message or an option is raised by this call. The model is taken at the first `next`.
-        A stream that is left before its end leaves the answer as far as it came in the conversation. One that ends
-        with an error leaves the conversation as it was.
+        This call raises errors of the message and the options. The first `next` starts the model. After a stream that
+        is closed early, the conversation has the answer so far. After an error, the conversation is unchanged.
 
         Args:
             text: As in `ask`.
@@ -147,15 +146,15 @@ class Chat:
         return AsyncStream(answer, self.model.executor)
 
     def prompt_ids(self) -> list[int]:
-        """The token ids that `ask()` without a text goes on from.
+        """The token ids that `ask()` without a text continues.
 
-        Raises InputError where there is nothing to go on from, or the template does not take the conversation.
+        Raises InputError if there is nothing to continue, or the template refuses the conversation.
         """
         messages, cut = self._standing()
         return self._ids(messages, cut is not None)
 
     def take_answer(self, answer: Completion) -> Completion:
-        """Puts an answer into `messages` that `lm.generate` gave for `prompt_ids()`.
+        """Puts an answer of `lm.generate` to `prompt_ids()` into `messages`.
 
         Returns it with its `tool_calls`, as `ask` does.
         """
@@ -166,11 +165,11 @@ class Chat:
         return self.taken_in(messages if cut is None else messages[:-1], (cut or "") + answer.text, answer)
 
     def add_tool_result(self, content: Any, *, name: str | None = None, call_id: str | None = None) -> None:
-        """Tells the model what a tool gave; `ask()` without a text then goes on from it.
+        """Adds the result of a tool. `ask()` without a text then continues from it.
 
         Args:
             content: A text, or another value of JSON's types, which is written as JSON.
-            name: The tool: its first call in the last answer that has no result yet is meant. None is any tool.
+            name: The tool. The result is for its first open call in the last answer. None means any tool.
             call_id: The "id" of the call in `messages`, in place of the order of calls.
 
         Raises:
@@ -193,17 +192,16 @@ class Chat:
         self.messages = [*self.messages, message("tool", content, name=name, **ids)]
 
     def undo(self) -> None:
-        """Takes back the last question with all that followed. Raises InputError where there is none."""
+        """Removes the last question and everything after it. Raises InputError if there is none."""
         places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
         if not places:
             raise InputError("there is no question to take back")
         self.messages = self.messages[: places[-1]]
 
     def drop(self) -> None:
-        """Lets the oldest question go with its answer, and keeps the system text.
+        """Removes the oldest question with its answer, and keeps the system text.
 
-        The rest moves to another place in the text, so that it is prefilled anew. Raises InputError where there is no
-        question.
+        The rest moves to another place, so it is prefilled again. Raises InputError if there is no question.
         """
         places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
         if not places:
@@ -211,9 +209,9 @@ class Chat:
         self.messages = self.messages[: places[0]] + self.messages[(places[1:] or [len(self.messages)])[0] :]
 
     def set_system(self, system: str | None) -> None:
-        """Changes what the model is told before all else, in this conversation and after `reset`.
+        """Changes the system text, in this conversation and after `reset`.
 
-        Raises InputError where the template takes no system text; the old one stays then.
+        Raises InputError if the template refuses a system text; the old one stays then.
         """
         said = self._said()
         before, self.system = self.system, None if system is None else _checked_text("system", system)
@@ -228,15 +226,15 @@ class Chat:
     def save(self, path: str | Path) -> None:
         """Writes the conversation to a file, {"messages": [...]} as JSON: whole, or not at all.
 
-        Raises InputError where the file is there and holds something else, OSError where it cannot be written.
+        Raises InputError if the file exists and holds something else, OSError if it cannot be written.
         """
         save_messages(path, self.messages)
 
     def load(self, path: str | Path) -> None:
-        """Takes up a conversation that `save` wrote, in place of this one.
+        """Replaces this conversation by one that `save` wrote.
 
-        Raises MissingFileError, IntegrityError or InputError where it is no conversation, or one that the template
-        does not take; this one stays then.
+        Raises MissingFileError, IntegrityError or InputError if it is not a conversation, or the template refuses it;
+        this one stays then.
         """
         found = read_messages(path)
         self._take_up(found)
@@ -391,7 +389,7 @@ class Chat:
 
 
 def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    from ..text.tools import tool_schemas  # inspect and more, for whom it concerns
+    from ...text.tools import tool_schemas  # inspect and more, for whom it concerns
 
     return tool_schemas(tools)
 
