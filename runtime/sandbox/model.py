@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar, Unpack, c
 
 from pastkey.contract.bundle import parse_manifest
 from pastkey.errors import InputError, LimitWarning, PastkeyError
+from pastkey.files.folder import require_manifest
 
 from ..decoding.asynchronous import AsyncStream
 from ..decoding.completion import Completion, completed
@@ -283,6 +284,8 @@ def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Open
         readable: Further files that it may read.
     """
     found = given_as(given)
+    if found.path.suffix == ".gguf":  # told by the name: no file is read here
+        require_manifest(found.path, "bundle")
     path, folder, unpack_to = found.path.absolute(), found.copied, None
     try:
         if found.content is not None or path.is_file():

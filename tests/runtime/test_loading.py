@@ -214,6 +214,13 @@ def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(
         load(tmp_path)
 
 
+def test_another_form_comes_with_its_export_though_it_is_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    for trust in (True, False):
+        with pytest.raises(InputError, match=r"m\.gguf is a file; .* pastkey export .*m\.gguf --out bundle"):
+            load(tmp_path / "m.gguf", trust=trust)
+
+
 def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of no use to a bundle that is not trusted: leave draft"):
         load(tmp_path, trust=False, draft=tmp_path)
