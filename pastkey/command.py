@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from .errors import InputError
 from .files.folder import decode_text
+from .values import shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +35,9 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(flag, known, 1)
                 message = f"no flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
                 break
+        plain = len(self._get_positional_actions())
+        if len(self._given) > plain and not any(word.startswith("-") for word in self._given):
+            message = f"{shown(self._given[plain])} stands without a flag; {message}"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

@@ -363,6 +363,8 @@ class LanguageModel:
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of each token of a text, and their sum.
 
+        The text is run as a prompt. In int8 and int4 `generate(logprobs=)` differs by hundredths of a nat: see `Score`.
+
         Args:
             text: A text, which the tokenizer encodes with its own BOS token, or token ids (T,), at least one.
 

@@ -59,6 +59,7 @@ def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys: pytest.Capt
         (["--prompt", "hi", "--zzz"], "no flag --zzz"),
         (["--top", "1"], "the following arguments are required: --prompt"),  # a beginning is enough
         (["--prompt"], "argument --prompt: expected one argument"),
+        (["hi"], "'hi' stands without a flag; the following arguments are required: --prompt"),
     ],
 )
 def test_a_flag_that_is_none_is_named_with_the_nearest(
