@@ -140,7 +140,7 @@ class Generator:
 
         Args:
             batch: Columns of one length, lists or arrays: `prompt` (texts, or token ids) or `messages`, and any other.
-                A row's seed comes from its `id`, or without one from its prompt, so that equal prompts draw equal texts.
+                A row draws by its `id`, or without one by its prompt, so that equal prompts draw equal texts.
 
         Returns:
             These columns, and lists `text`, `finish_reason`, `prompt_tokens`, `new_tokens` and `error`, of one type in
