@@ -23,6 +23,7 @@ from pastkey.command import (
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
+from pastkey.files.folder import read_json
 from pastkey.precisions import PRECISIONS
 
 from .progress import SILENT, Progress
@@ -155,8 +156,12 @@ def _export(arguments: argparse.Namespace) -> int:
         )
         _say_sensitivity(report)
     has_tokenizer = names.TOKENIZER in report.manifest.files
-    hint = "--prompt ..." if has_tokenizer else "--prompt-ids ...   (ids only: no --tokenizer was given)"
-    say(f"next:  pastkey run {shlex.quote(str(report.path))} {hint}")
+    command, hint = "run", "--prompt ..."
+    if not has_tokenizer:
+        hint = "--prompt-ids ...   (ids only: no --tokenizer was given)"
+    elif read_json(report.path / names.TOKENIZER_CONFIG).get("chat_template"):
+        command, hint = "chat", ""
+    say(f"next:  pastkey {command} {shlex.quote(str(report.path))} {hint}".rstrip())
     return 0
 
 

@@ -324,7 +324,7 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
     known = {**providers.KNOWN["qnn"].options, **dict(config.provider_options or ())}
     chip = f", for {', '.join(f'{k} {v}' for k, v in known.items())}" if config.target == "qnn" else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
-    shape = write_static_graphs(fp32, chunk, with_tables=config.target == "coreml")
+    shape = write_static_graphs(fp32, chunk, by_host=config.target == "coreml")
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
     manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
     bundle = dataclasses.replace(fp32, manifest=manifest)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pastkey.runtime import Completion as Completion
     from pastkey.runtime import Generator as Generator
     from pastkey.runtime import LanguageModel as LanguageModel
+    from pastkey.runtime import aload as aload
     from pastkey.runtime import load as load
 
     from . import errors as errors
@@ -27,7 +28,7 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "pastkey.runtime": ["Completion", "Generator", "LanguageModel", "load"],
+            "pastkey.runtime": ["Completion", "Generator", "LanguageModel", "aload", "load"],
             ".errors": ["errors"],
             ".export": ["export"],
             ".runtime": ["runtime"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import importlib
 import io
@@ -27,6 +28,7 @@ from pastkey.errors import (
     first_line,
     missing_extra,
 )
+from pastkey.files.folder import source_extra
 from pastkey.files.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: show where an unforeseen error came from
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"no command {name!r}; the commands are {', '.join(COMMANDS)}", "pastkey")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        return _fail(f"no command {name!r}; {meant}", "pastkey")
     prog = f"pastkey {name}"
     stage, summary = COMMANDS[name]
     try:
@@ -79,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PastkeyError as error:
         return _fail(str(error), prog)
     except ModuleNotFoundError as error:
-        mended = missing_extra(error, name if name in NEEDED else stage)
+        sources = dict.fromkeys(filter(None, map(source_extra, rest)) if name == "export" else ())
+        mended = missing_extra(error, name if name in NEEDED else stage, *sources)
         return _fail(_last_resort(error) if mended is error else str(mended), prog)
     except BrokenPipeError:
         # The reader went away (| head): say nothing, and keep the interpreter's own flush quiet too.

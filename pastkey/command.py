@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,7 +19,21 @@ from .files.folder import decode_text
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence in place of usage and message."""
 
+    _given: Sequence[str] = ()
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """See ArgumentParser."""
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_args(args)
+
     def error(self, message: str) -> NoReturn:
+        flags = [word.partition("=")[0] for word in self._given if word.startswith("--")]
+        known = list(self._option_string_actions)
+        for flag in flags:  # named before what may be missing for its sake
+            if not any(name.startswith(flag) for name in known):
+                near = difflib.get_close_matches(flag, known, 1)
+                message = f"no flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+                break
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -111,6 +127,9 @@ def placement_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of those flags, as arguments of `load`. Raises InputError for options without a provider."""
     if arguments.provider_options and arguments.provider is None:
         raise InputError("--provider-option is for an execution provider: name it with --provider X")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if arguments.threads and cores and arguments.threads > cores:
+        say(f"warning: --threads {arguments.threads} is more than the {cores} cores here and slower: leave it out")
     return {
         "providers": (arguments.provider, dict(arguments.provider_options))
         if arguments.provider_options

@@ -115,19 +115,20 @@ _TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptogr
 )
 
 
-def missing_extra(error: ModuleNotFoundError, needed_by: str | None = None) -> ModuleNotFoundError | MissingExtraError:
+def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFoundError | MissingExtraError:
     """The sentence for a missing optional package, or `error` itself when the package is none of ours.
 
-    `needed_by` is a key of NEEDED: what else it lacks is named in the same sentence. The packages themselves are
-    named and not pastkey's extras, which is right however pastkey was installed.
+    `needed_by` are keys of NEEDED: what else they lack is named in the same sentence. The packages themselves are
+    named, which is right however pastkey was installed, and then pastkey's extras of the same names.
     """
     package = (error.name or "").partition(".")[0]
     if package not in _TOLD:
         return error
-    wanted = NEEDED.get(needed_by or "", ())
+    wanted = dict.fromkeys(module for key in needed_by for module in NEEDED.get(key, ()))
     missing = [module for module in wanted if module == package or importlib.util.find_spec(module) is None]
     install = " ".join(module.replace("_", "-") for module in (missing if package in missing else [package]))
+    extras = f" (pastkey's extras {','.join(needed_by)})" if len(needed_by) > 1 and package in missing else ""
     return MissingExtraError(
         f"the package {package!r} is not installed, which this part of pastkey needs: "
-        f"type  pip install {install}  and try again"
+        f"type  pip install {install}  and try again{extras}"
     )

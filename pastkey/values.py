@@ -9,9 +9,11 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sized
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from .errors import InputError
+
+T = TypeVar("T")
 
 
 def is_int(value: object, least: int | None = None, most: int | None = None) -> TypeGuard[int]:
@@ -32,6 +34,11 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raises InputError for a setting unless the condition holds."""
     if not condition:
         raise InputError(f"{name} is {shown(value)}; it must be {expected}")
+
+
+def or_default(value: T | None, default: T) -> T:
+    """The value, or the default for None, which is "not set"."""
+    return default if value is None else value
 
 
 def is_unicode(text: str) -> bool:

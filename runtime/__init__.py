@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from .decoding.request import Request as Request
     from .decoding.stream import Stream as Stream
     from .engine.engine import Engine as Engine
+    from .loading import aload as aload
     from .loading import load as load
-    from .model.chat import Chat as Chat
+    from .model.chat.answer_stream import AnswerStream as AnswerStream
+    from .model.chat.chat import Chat as Chat
     from .model.language_model import LanguageModel as LanguageModel
     from .model.scoring import Score as Score
     from .model.session import Session as Session
@@ -63,8 +65,9 @@ else:
             ".decoding.request": ["Request"],
             ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
-            ".loading": ["load"],
-            ".model.chat": ["Chat"],
+            ".loading": ["aload", "load"],
+            ".model.chat.answer_stream": ["AnswerStream"],
+            ".model.chat.chat": ["Chat"],
             ".model.language_model": ["LanguageModel"],
             ".model.scoring": ["Score"],
             ".model.session": ["Session"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
-from pastkey.values import as_path, is_int, require, shown
+from pastkey.values import as_path, is_int, or_default, require, shown
 
 from .decoding.batching.prefix_cache import PREFIX_BYTES
 from .decoding.batching.scheduler import MAX_ROWS
@@ -33,12 +34,20 @@ class _Further(TypedDict, total=False):
     """What `load` takes beside: its own parameters say what each is."""
 
     key: str | Path | None
-    allow_fallback: bool
+    allow_fallback: bool | None
     session_options: SessionSettings | None
     max_memory: int | None
-    prefix_bytes: int
-    max_batch: int
+    prefix_bytes: int | None
+    max_batch: int | None
     draft: str | Path | bytes | Traversable | LanguageModel | None
+
+
+class _Settings(_Further, total=False):
+    """What `load` takes but `path`, `trust` and `limits`."""
+
+    providers: Choice | Sequence[Choice] | None
+    threads: int | None
+    verify: bool | None
 
 
 @overload
@@ -80,16 +89,16 @@ def load(
     verify: bool | None = None,
     *,
     key: str | Path | None = None,
-    allow_fallback: bool = False,
+    allow_fallback: bool | None = False,
     session_options: SessionSettings | None = None,
     max_memory: int | None = None,
-    prefix_bytes: int = PREFIX_BYTES,
-    max_batch: int = MAX_ROWS,
+    prefix_bytes: int | None = PREFIX_BYTES,
+    max_batch: int | None = MAX_ROWS,
     draft: str | Path | bytes | Traversable | LanguageModel | None = None,
     trust: bool = True,
     limits: Limits | None = None,
 ) -> LanguageModel | SandboxedModel:
-    """Opens a bundle.
+    """Opens a bundle. None is "not set" for every argument but `path` and `trust`.
 
     Args:
         path: The folder that `pastkey export` wrote, a zip file of it, the bytes of one, or a folder or zip file of
@@ -146,6 +155,8 @@ def load(
         trust,
         limits,
     )
+    allow_fallback = allow_fallback or False
+    prefix_bytes, max_batch = or_default(prefix_bytes, PREFIX_BYTES), or_default(max_batch, MAX_ROWS)
     if key is not None:
         as_path(key, "key", "the path of a PEM file with a public key")
     if key is not None and verify is False:
@@ -161,7 +172,7 @@ def load(
                 "threads": None if threads is None else int(threads),  # numpy's numbers are no JSON
                 "verify": verify,
                 "key": None if key is None else str(Path(key).absolute()),
-                "allow_fallback": bool(allow_fallback),
+                "allow_fallback": allow_fallback,
                 "session_options": None if session_options is None else dict(session_options),
                 "max_memory": None if max_memory is None else int(max_memory),
                 "prefix_bytes": int(prefix_bytes),
@@ -213,6 +224,35 @@ def load(
     return model
 
 
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable, *, trust: Literal[True] = True, **settings: Unpack[_Settings]
+) -> LanguageModel: ...
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable,
+    *,
+    trust: Literal[False],
+    limits: Limits | None = None,
+    **settings: Unpack[_Settings],
+) -> SandboxedModel: ...
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable,
+    *,
+    trust: bool,
+    limits: Limits | None = None,
+    **settings: Unpack[_Settings],
+) -> LanguageModel | SandboxedModel: ...
+async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> LanguageModel | SandboxedModel:
+    """As `load`, for `await`: a thread loads, and the event loop goes on.
+
+    The tokenizers library holds the interpreter while it reads tokenizer.json; docs/embedding.md says how long. A task
+    that is cancelled does not stop the load, whose model is let go.
+    """
+    return await asyncio.to_thread(lambda: load(path, **settings))
+
+
 def require_settings(
     providers: Any = None,
     threads: object = None,
@@ -234,7 +274,7 @@ def require_settings(
         ("prefix_bytes", prefix_bytes, 0),
         ("max_batch", max_batch, 1),
     ):
-        if not is_int(value, least) and not (value is None and name == "max_memory"):
+        if value is not None and not is_int(value, least):
             raise InputError(f"{name} is {shown(value)}; a whole number from {least} was expected")
     if trust is not True or limits is not None:
         _require_untrusted(trust, limits, providers, draft)

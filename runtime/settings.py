@@ -34,47 +34,49 @@ LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,)
 class SamplingOptions(TypedDict, total=False):
     """How tokens are chosen. The fields of SamplingConfig, which has the defaults."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     seed: int | None
-    typical_p: float
-    top_n_sigma: float
-    xtc_probability: float
-    xtc_threshold: float
-    presence_penalty: float
-    frequency_penalty: float
-    penalty_last_n: int
-    no_repeat_ngram_size: int
-    dry_multiplier: float
-    dry_base: float
-    dry_allowed_length: int
-    dry_penalty_last_n: int
-    dry_sequence_breakers: Sequence[str | Sequence[int]]
-    min_new_tokens: int
+    typical_p: float | None
+    top_n_sigma: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    penalty_last_n: int | None
+    no_repeat_ngram_size: int | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: Sequence[str | Sequence[int]] | None
+    min_new_tokens: int | None
     logit_bias: Mapping[int, float] | None
-    suppress_tokens: Sequence[int]
-    bad_words_ids: Sequence[Sequence[int]]
-    forced_decoder_ids: Sequence[Sequence[int]]
+    suppress_tokens: Sequence[int] | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    forced_decoder_ids: Sequence[Sequence[int]] | None
     forced_eos_token_id: int | None
-    logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
 
 
 class ChatOptions(SamplingOptions, total=False):
     """The options of `Chat.ask` and `Chat.stream`; the defaults are SamplingConfig's and those named above."""
 
-    max_new_tokens: int
-    stop: str | Sequence[str]
-    bad_words: Sequence[str]
+    max_new_tokens: int | None
+    stop: str | Sequence[str] | None
+    bad_words: Sequence[str] | None
+    eos_token_id: int | Sequence[int] | None
+    stop_token_ids: Sequence[int] | None
     logprobs: int | None
-    prompt_lookup: bool
-    draft: bool
+    prompt_lookup: bool | None
+    draft: bool | None
     timeout: float | None
-    context_overflow: ContextOverflow
-    num_sink_tokens: int
-    keep_special_tokens: bool
+    context_overflow: ContextOverflow | None
+    num_sink_tokens: int | None
+    keep_special_tokens: bool | None
     json_schema: str | bool | Mapping[str, Any] | None
     regex: str | None
     choices: Sequence[str] | None
@@ -84,7 +86,7 @@ class ChatOptions(SamplingOptions, total=False):
 class GenerateOptions(ChatOptions, total=False):
     """The options of `LanguageModel.generate` and `LanguageModel.stream`.
 
-    docs/sampling.md has the stages of the sampler in order.
+    docs/sampling.md has the stages of the sampler in order. None is "not set": the default.
 
     - `max_new_tokens` (int, 64): The largest number of new tokens. The end of the context may come first.
     - `temperature` (float, 0): 0 takes the likeliest token. Above 0 tokens are drawn: 1 from the model's
@@ -116,9 +118,13 @@ class GenerateOptions(ChatOptions, total=False):
     - `logits_processor` (function or list of functions, none): A function of (ids (T,), logits (V,)), numpy
       arrays, that returns new logits (V,). It runs within the step, which waits for it.
     - `seed` (int or None, None): The same seed draws the same tokens; None takes a new seed.
-    - `logprobs` (int or None, None): Returns the log-probabilities of each new token and of so many likeliest ones.
+    - `logprobs` (int or None, None): Returns the log-probabilities of each new token and of so many likeliest ones. In
+      int8 and int4 those of a text that is read at once (`prompt_logprobs`, `lm.score`) differ by some hundredths of
+      a nat.
     - `prompt_logprobs` (bool, False): Also returns those of the prompt's tokens. Then no prefix is reused.
     - `stop` (str or a sequence of str, none): The continuation ends before the first of these texts.
+    - `eos_token_id` (id or list of ids, the bundle's): The EOS tokens; an empty list for none.
+    - `stop_token_ids` (list of ids, none): Ids that end the continuation like an EOS token, beside those.
     - `reuse_prefix` (bool, False): Reuses the KV cache of an earlier text for the common prefix, and keeps this
       text for later calls. In int8 the text may differ at a near tie, where the shared part was generated.
     - `exact` (bool, False): With `reuse_prefix`, computes generated tokens of the prefix again. Then an int8 text
@@ -139,9 +145,9 @@ class GenerateOptions(ChatOptions, total=False):
     - `grammar` (str, None): The text follows this grammar, in Lark's notation.
     """
 
-    reuse_prefix: bool
-    exact: bool
-    prompt_logprobs: bool
+    reuse_prefix: bool | None
+    exact: bool | None
+    prompt_logprobs: bool | None
 
 
 class PlacementOptions(TypedDict, total=False):
@@ -173,7 +179,7 @@ def require_placement(
             f"session_options is {shown(session_options)}; a mapping of names to values such as "
             '{"enable_cpu_mem_arena": False} was expected'
         )
-    require(isinstance(allow_fallback, bool), "allow_fallback", allow_fallback, "True or False")
+    require(isinstance(allow_fallback, bool | None), "allow_fallback", allow_fallback, "True or False")
 
 
 def _is_choice(value: object) -> bool:
@@ -186,7 +192,7 @@ def _is_choice(value: object) -> bool:
 class SessionOptions(ChatOptions, total=False):
     """The options of `Session.generate` and `Session.stream`."""
 
-    exact: bool
+    exact: bool | None
 
 
 CHAT_OPTIONS: frozenset[str] = ChatOptions.__optional_keys__
@@ -195,15 +201,33 @@ SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
 _RENAMED = {"lookahead": ["prompt_lookup"]}  # old names of options
 
 
+# Options of other programs, and what does it here.
+_ELSEWHERE = {
+    "do_sample": "a temperature above 0 draws, and 0 takes the likeliest token",
+    "guided_json": "json_schema is the option",
+    "ignore_eos": "eos_token_id=[] lets no EOS token end the text",
+    "lookahead": "prompt_lookup is the option",
+    "max_length": "max_new_tokens is the most new tokens, without the prompt's",
+    "num_beams": "there is no beam search, and generate(n=...) gives several continuations",
+    "num_return_sequences": "generate(n=...) gives several continuations",
+    "response_format": "json_schema is the option",
+    "stop_strings": "stop is the option",
+}
+
+
+def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The options of a call that are set: None is not. Raises as `require_known`."""
+    require_known(call, options, known)
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def require_known(call: str, options: Collection[str], known: Collection[str]) -> None:
     """Raises OptionError for the first of `options` that `call` does not know."""
     for name in options:
         if name not in known:
             near = _RENAMED.get(name) or difflib.get_close_matches(name, known, 1)
-            raise OptionError(
-                f"{call}() has no option {shown(name)}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; its options are {', '.join(sorted(known))}")
-            )
+            usual = f"did you mean {near[0]!r}?" if near else "docs/sampling.md and GenerateOptions list the options"
+            raise OptionError(f"{call}() has no option {shown(name)}; {_ELSEWHERE.get(name, usual)}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,14 @@ lm.generate("a", n=2).text.upper()  # type: ignore[attr-defined]
 lm.generate("a", dry_multipler=0.8)  # type: ignore[call-overload]
 lm.generate("a", logits_processor=lambda ids, logits: logits, logprobs=2).logprobs[0].top[0][1].is_integer()
 lm.score("a").total.is_integer()
+
+
+async def loaded() -> None:
+    (await pastkey.aload("bundle", threads=1)).embed("a")
+    (await pastkey.aload("bundle", trust=False)).embed("a")  # type: ignore[attr-defined]
+    await pastkey.aload("bundle", thread=1)  # type: ignore[call-overload]
+
+
 session = lm.session()
 session.generate(" b", exact=True, timeout=2.0).cached_tokens.bit_length()
 session.generate(reuse_prefix=True)  # type: ignore[call-arg]

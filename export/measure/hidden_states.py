@@ -73,7 +73,7 @@ def by_every_path(
     chunks = np.array_split(ids, -(-ids.size // _CHUNK))
     yield expected, np.concatenate([engine.hidden_states(chunk[None])[0] for chunk in chunks])
     texts = [np.roll(ids, -row)[:length] for row, length in enumerate(lengths)]
-    if not engine.takes_padding:
+    if not engine.graph.takes_padding:
         texts = [text[: min(lengths)] for text in texts]
     rows = np.zeros((len(texts), max(map(len, texts))), np.int64)
     mask = np.zeros_like(rows)

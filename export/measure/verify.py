@@ -298,7 +298,9 @@ def _batch(c: _Compared) -> Check:
     context = c.manifest.context_length
     steps = min(BATCH_STEPS, context - 1)
     longest = min(BATCH_LENGTH, context - steps)
-    lengths = sorted({longest, -(-longest // 2), 1}, reverse=True) if c.all_logits.takes_padding else [longest] * 3
+    lengths = (
+        sorted({longest, -(-longest // 2), 1}, reverse=True) if c.all_logits.graph.takes_padding else [longest] * 3
+    )
     texts = [np.roll(c.ids, -row)[: length + steps] for row, length in enumerate(lengths)]
     ids = np.zeros((len(lengths), longest), np.int64)
     mask = np.zeros_like(ids)

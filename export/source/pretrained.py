@@ -232,7 +232,7 @@ def _check_gguf(file: Path) -> int:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "gguf") from None
+        raise missing_extra(error, "export", "gguf") from None
     header, size = read_gguf(file), file.stat().st_size
     sizes: Mapping[int, tuple[int, int]] = {int(kind): found for kind, found in gguf.GGML_QUANT_SIZES.items()}
     for tensor in header.tensors:
@@ -252,7 +252,7 @@ def _transformers(source: Path) -> Iterator[Any]:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "huggingface") from None
+        raise missing_extra(error, "export", "huggingface") from None
     try:
         with quiet():
             yield transformers

@@ -22,8 +22,9 @@ _SWITCH: Final = ("0", "1")
 _TRUTH: Final = ("true", "false", "True", "False")
 _DEVICE_ID: Final = range(256)
 _BYTES: Final = range(1, 2**63)
+_BUFFER_CACHE: Final = ("disabled", "lazyRelease", "simple", "bucket")
 _DEVICE: Final = "(CPU|GPU|NPU)([.][0-9]{1,2})?"  # of OpenVINO
-HTP_ARCHS: Final = ("68", "69", "73", "75", "79", "81")  # QNN takes another one for none, without a message
+HTP_ARCHS: Final = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN takes an unknown one for 68
 
 # By the provider's short name. A provider without a row may be given no option by a manifest.
 OPTIONS: Final[Mapping[str, Mapping[str, Values]]] = {
@@ -57,11 +58,11 @@ OPTIONS: Final[Mapping[str, Mapping[str, Values]]] = {
         "enableGraphCapture": _SWITCH,
         "enableInt64": _SWITCH,
         "validationMode": ("disabled", "wgpuOnly", "basic", "full"),
-    }
-    | dict.fromkeys(
-        ("storageBufferCacheMode", "uniformBufferCacheMode", "queryResolveBufferCacheMode", "defaultBufferCacheMode"),
-        ("disabled", "lazyRelease", "simple", "bucket"),
-    ),
+        "storageBufferCacheMode": _BUFFER_CACHE,
+        "uniformBufferCacheMode": _BUFFER_CACHE,
+        "queryResolveBufferCacheMode": _BUFFER_CACHE,
+        "defaultBufferCacheMode": _BUFFER_CACHE,
+    },
     "qnn": {
         "backend_type": ("htp", "gpu", "cpu"),
         "htp_arch": HTP_ARCHS,

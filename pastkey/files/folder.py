@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,8 @@ from .reading import MOST_JSON, note_reading, parse_json, read_bytes, require_re
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGE_TEXT = 10_000_000  # bytes
 _LONGEST_NAME = 1024  # characters of a path in a folder
+_CONFIG = "config.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a model on Hugging Face: ORG/NAME
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
 
@@ -82,11 +85,40 @@ def decode_text(content: bytes, source: object) -> str:
 def require_manifest(folder: Path, kind: str) -> None:
     """Raises MissingFileError or InputError where this is no folder with a manifest; `kind` is what it should be."""
     if not folder.exists():
-        raise MissingFileError(f"no such {kind}: {folder} does not exist")
+        raise MissingFileError(f"no such {kind}: {folder} does not exist{_to_export(folder, kind)}")
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file; a {kind} is a folder")
+        raise InputError(f"{folder} is a file; a {kind} is a folder{_to_export(folder, kind)}")
     if not (folder / MANIFEST).is_file():
-        raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}")
+        raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}{_to_export(folder, kind)}")
+
+
+def source_extra(source: str) -> str | None:
+    """pastkey's extra that exports a model of another form: a GGUF file or a Hugging Face folder. None for others."""
+    folder = Path(source)
+    if folder.suffix == ".gguf":
+        return "gguf"
+    with contextlib.suppress(OSError, ValueError):  # of what names no file
+        if (folder / _CONFIG).is_file() and not (folder / MANIFEST).is_file():
+            return "huggingface"
+    return None
+
+
+def _to_export(path: Path, kind: str) -> str:
+    """The end of a sentence about what is no bundle: the command that makes one of a model of another form."""
+    if kind != "bundle":
+        return ""
+    download = ""
+    if not path.exists():
+        if not _HUB_NAME.fullmatch(str(path)):
+            return ""
+        download = f"hf download {path} --local-dir {path.name}  and  "
+    source = Path(path.name) if download else path.parent if path.suffix == ".safetensors" else path
+    extra = "huggingface" if download else source_extra(str(source))
+    if extra is None:
+        return ""
+    command = f"{download}pastkey export {shlex.quote(str(source))} --out bundle"
+    given = "for a model on Hugging Face, type" if download else "export it first: type"
+    return f"; {given}  {command}  (it needs pastkey's extras export,{extra})"
 
 
 def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any]:

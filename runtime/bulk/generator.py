@@ -16,14 +16,15 @@ from typing import Any, Unpack, cast
 import numpy as np
 
 from pastkey.errors import InputError, PastkeyError
-from pastkey.values import as_path, require, shown
+from pastkey.values import as_path, or_default, require, shown
 
 from ..decoding.batching.prefix_cache import TAIL
 from ..decoding.batching.scheduler import MAX_ROWS
+from ..decoding.batching.shared_prefill import SHARED_TOKENS
 from ..decoding.completion import Completion
 from ..decoding.stream import Stream
 from ..loading import load, require_settings
-from ..model.chat import Chat
+from ..model.chat.chat import Chat
 from ..model.language_model import LanguageModel
 from ..settings import (
     CHAT_NEW_TOKENS,
@@ -34,13 +35,12 @@ from ..settings import (
     GenerateOptions,
     SamplingConfig,
     SessionSettings,
-    require_known,
+    options_of,
 )
 from .continuous import finished
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
 
 WINDOW = 1024  # rows that are sorted at once
-SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once
 _HELD = ("json_schema", "regex", "choices", "grammar")  # of which a text follows one
 _CHATS = 16  # sets of tools whose conversations are kept ready
 
@@ -75,12 +75,12 @@ class Generator:
         self,
         bundle: str | Path,
         *,
-        exact: bool = False,
+        exact: bool | None = False,
         template: str | Path | None = None,
-        max_batch: int = MAX_ROWS,
+        max_batch: int | None = MAX_ROWS,
         providers: Choice | Sequence[Choice] | None = None,
         threads: int | None = None,
-        allow_fallback: bool = False,
+        allow_fallback: bool | None = False,
         session_options: SessionSettings | None = None,
         **options: Unpack[ChatOptions],
     ) -> None:
@@ -104,12 +104,12 @@ class Generator:
             InputError: An option is out of range.
             OptionError: There is no option of that name.
         """
-        require_known("Generator", options, CHAT_OPTIONS)
-        SamplingConfig.of(options)
+        self.options = options_of("Generator", options, CHAT_OPTIONS)
+        SamplingConfig.of(self.options)
+        exact = or_default(exact, False)
         require(isinstance(exact, bool), "exact", exact, "True or False")
         as_path(bundle, "bundle", "the path of a bundle")
         self.bundle, self.exact, self.template = bundle, exact, template
-        self.options = options
         self._load: dict[str, Any] = {
             "providers": providers,
             "threads": threads,

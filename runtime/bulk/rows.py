@@ -22,7 +22,7 @@ from pastkey.values import is_int, shown
 from ..decoding.completion import Completion
 from ..sampling.random_stream import MAX_SEED
 from ..settings import CHAT_OPTIONS, ChatOptions
-from ..text.messages import check_messages
+from ..text.messages import check_messages, read_message
 
 RowId = str | int
 Answer = dict[str, Any]  # of JSON's types
@@ -159,7 +159,7 @@ def parse_request(row: Mapping[str, Any]) -> Request:
     check_messages(messages)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise InputError(f"tools is {shown(tools)}; a list of JSON schemas was expected")
-    return Request(messages=list(map(_plain, messages)), tools=tools or None, options=cast(ChatOptions, options))
+    return Request(messages=list(map(read_message, messages)), tools=tools or None, options=cast(ChatOptions, options))
 
 
 @functools.lru_cache(1024)
@@ -175,27 +175,6 @@ def _logit_bias(value: Any) -> dict[int, Any]:
         return {int(token): bias for token, bias in value.items()}
     except (AttributeError, TypeError, ValueError):
         raise InputError(f"logit_bias is {shown(value)}; an object of token ids and numbers was expected") from None
-
-
-def _plain(said: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates take it.
-
-    Without the nulls of a table, which has every key in each message. The arguments of tool calls are objects:
-    OpenAI's are JSON texts.
-    """
-    said = {name: part for name, part in said.items() if part is not None or name == "content"}
-    if not said.get("tool_calls"):
-        return said
-    calls = []
-    for call in said["tool_calls"]:
-        arguments = call["function"].get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                raise InputError(f"the tool call {call['id']:.60} has arguments that are no JSON") from None
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**said, "tool_calls": calls}
 
 
 # --- its answer ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from ..settings import (
 
 if TYPE_CHECKING:
     from ..decoding.completion import Completion
-    from ..model.chat import Chat
+    from ..model.chat.chat import Chat
     from .bench import BenchReport
 
 
@@ -375,6 +375,9 @@ def _add_generation(parser: argparse.ArgumentParser, most: int | None, *, models
         help="ban this text, as encoded; may be repeated",
     )
     add("--logprobs", metavar="N", type=natural_int, help="with --json, log-probabilities, also of the N likeliest")
+    ids = "1,2,3"
+    add("--eos-token-id", metavar=ids, type=id_list, help="the EOS tokens, in place of the bundle's")
+    add("--stop-token-ids", metavar=ids, type=id_list, help="token ids that end the text, beside the EOS tokens")
     add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     add(
         "--prompt-lookup",

@@ -121,7 +121,7 @@ def _prove(engine: Engine, bundle: Bundle) -> tuple[str, str | None]:
         require_golden(engine, bundle)
     except ProviderError as error:
         return "wrong", str(error)
-    return "prefill wrong" if engine.one_by_one else "right", None
+    return "prefill wrong" if engine.graph.one_by_one else "right", None
 
 
 def _overflow(graph: DecoderGraph) -> str:

@@ -16,7 +16,7 @@ from pastkey.command import decode_input, print_text, say
 from pastkey.errors import InputError, PastkeyError
 
 from ..decoding.completion import Completion
-from ..model.chat import Chat
+from ..model.chat.chat import Chat
 from ..settings import ChatOptions
 
 HELP = '''/help          shows this

@@ -119,7 +119,7 @@ def _choices_text(value: object) -> str:
 
 def _bounded(kind: Kind, value: object) -> str:
     if not isinstance(value, str) or not value:
-        what = "a regular expression" if kind == "regex" else "the text of a Lark grammar"
+        what = "a regular expression" if kind == "regex" else "a grammar in Lark's notation"
         raise InputError(f"{kind} is {shown(value)}; {what} was expected, as a text")
     if len(value) > MAX_CHARACTERS:
         raise InputError(_too_long(kind, len(value), MAX_CHARACTERS))

@@ -21,15 +21,15 @@ _all: weakref.WeakSet[LazyVocabulary] = weakref.WeakSet()
 class LazyVocabulary:
     """Gives each new text what follows it."""
 
-    def __init__(self, codec: TextCodec | None, size: int, end_ids: Collection[int]) -> None:
+    def __init__(self, codec: TextCodec | None, size: int, eos_ids: Collection[int]) -> None:
         """See `Vocabulary.of`."""
-        self._given = codec, size, end_ids
+        self._given = codec, size, eos_ids
         self._read: Vocabulary | None = None
         self._reading = threading.Lock()
         _all.add(self)
 
-    def matcher(self, options: Mapping[str, Any]) -> Matcher | None:
-        """That of a call's options, or None where they hold a text to nothing.
+    def matcher(self, options: Mapping[str, Any], end_ids: Collection[int] | None = None) -> Matcher | None:
+        """That of a call's options, or None where they hold a text to nothing. `end_ids`: see `Vocabulary.matcher`.
 
         Raises:
             InputError: The constraint is wrong or cannot be met, or the bundle's tokenizer is none for constraints.
@@ -38,13 +38,13 @@ class LazyVocabulary:
         constraint = Constraint.of(options)
         if constraint is None:
             return None
-        codec, size, end_ids = self._given
+        codec, size, eos_ids = self._given
         if codec is None:
             raise InputError(f"this bundle has no tokenizer, so that no text can be held to {constraint.kind}")
         with self._reading:  # once, whoever asks for it meanwhile
             if self._read is None:
-                self._read = Vocabulary.of(codec, size, end_ids)
-        return self._read.matcher(constraint)
+                self._read = Vocabulary.of(codec, size, eos_ids)
+        return self._read.matcher(constraint, end_ids)
 
     @staticmethod
     def after_fork() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ Scores = npt.NDArray[np.floating]
 class Matcher:
     """Follows one text, token by token."""
 
-    def __init__(self, compiled: LLMatcher, size: int, end_ids: Sequence[int]) -> None:
+    def __init__(self, compiled: LLMatcher, size: int, end_ids: Collection[int]) -> None:
         """See Vocabulary. `compiled` is not changed. `size`: V, the id that stands for the end."""
         self._compiled, self._size, self._end_ids = compiled, size, list(end_ids)
         self.restart()
@@ -81,16 +81,17 @@ class Matcher:
         return list(draft[:allowed])
 
     def _goes_on(self) -> bool:
-        """Whether a token may follow that is no end. The ends' own bits are never set by the grammar."""
-        allowed = self._mask()[: self._size].copy()
-        allowed[self._end_ids] = False
-        return bool(allowed.any())
+        """Whether a token may follow as text."""
+        return bool(self._mask()[: self._size].any())
 
     def _follows(self) -> npt.NDArray[np.bool_]:
         """Which tokens may follow, (V,)."""
         allowed = self._mask()
-        allowed[self._end_ids] = allowed[self._size]
-        return allowed[: self._size]
+        if not allowed[self._size]:
+            return allowed[: self._size]
+        follows = allowed[: self._size].copy()
+        follows[self._end_ids] = True
+        return follows
 
     def _mask(self) -> npt.NDArray[np.bool_]:
         if self._allowed is None:

@@ -33,14 +33,14 @@ class Vocabulary:
     """
 
     def __init__(
-        self, tokens: Sequence[bytes], special: Collection[int], end_ids: Collection[int], encode: ExactEncoder
+        self, tokens: Sequence[bytes], special: Collection[int], eos_ids: Collection[int], encode: ExactEncoder
     ) -> None:
         """The first takes about 10 µs a token.
 
         Args:
             tokens: What each id adds to a text, (V,), by the width of the logits; of a special token its name.
             special: Ids that no text is made of. Only a grammar that names them allows them.
-            end_ids: EOS tokens.
+            eos_ids: EOS tokens.
             encode: Splits the texts that must come into tokens.
 
         Raises:
@@ -50,16 +50,16 @@ class Vocabulary:
             from llguidance import LLTokenizer
         except ModuleNotFoundError as error:
             raise missing_extra(error) from None
-        self.size, self.end_ids, self._encode = len(tokens), sorted(end_ids), encode
+        self.size, self.eos_ids, self._encode = len(tokens), sorted(eos_ids), encode
         self._tokenizer = LLTokenizer(
-            _Wrapper([*tokens, b"<end>"], {*special, *end_ids}, encode),  # type: ignore[arg-type]
+            _Wrapper([*tokens, b"<end>"], {*special, *eos_ids}, encode),  # type: ignore[arg-type]
             n_vocab=self.size + 1,
             eos_token=self.size,
         )
         self._compiled: dict[Constraint, LLMatcher] = {}
 
     @classmethod
-    def of(cls, codec: TextCodec, size: int, end_ids: Collection[int]) -> Self:
+    def of(cls, codec: TextCodec, size: int, eos_ids: Collection[int]) -> Self:
         """That of a bundle's tokenizer, with logits (V,) of `size`.
 
         Raises:
@@ -70,10 +70,10 @@ class Vocabulary:
         encode = ExactEncoder(codec, tokens)
         special = {token: name for name, (token, special) in codec.added_tokens.items() if special and token < size}
         named = [special[token].encode() if token in special else text for token, text in enumerate(tokens)]
-        return cls(named, special, end_ids, encode)
+        return cls(named, special, eos_ids, encode)
 
-    def matcher(self, constraint: Constraint) -> Matcher:
-        """What follows a new text under a constraint.
+    def matcher(self, constraint: Constraint, end_ids: Collection[int] | None = None) -> Matcher:
+        """What follows a new text under a constraint. `end_ids` end it, None for the EOS tokens.
 
         Raises InputError where it is no valid one, where llguidance does not support it or finds it too complex, and
         where no text of this vocabulary can meet it.
@@ -82,7 +82,7 @@ class Vocabulary:
         self._compiled[constraint] = compiled
         for oldest in list(self._compiled)[:-_KEPT]:
             self._compiled.pop(oldest, None)
-        return Matcher(compiled, self.size, self.end_ids)
+        return Matcher(compiled, self.size, self.eos_ids if end_ids is None else end_ids)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -97,10 +97,10 @@ class Vocabulary:
             wrong = str(error)
         if wrong:
             raise InputError(
-                f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; leave that out, and check it in the "
-                "text that comes (docs/constrained.md tells what is supported)"
+                f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; correct that, or leave it out and "
+                "check the text (docs/constrained.md says what is supported)"
             )
-        if not Matcher(compiled, self.size, self.end_ids).can_begin:
+        if not Matcher(compiled, self.size, self.eos_ids).can_begin:
             raise InputError(
                 f"no text can meet {constraint.kind}, or none that this model's vocabulary can write: mend it"
             )

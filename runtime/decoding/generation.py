@@ -146,8 +146,8 @@ class Generation:
         constraint, drafter = request.constraint, request.drafter
         self._constraint = constraint
         self._speculator = Speculator(
-            prompt_lookup=request.prompt_lookup and engine.supports_drafts,
-            drafter=drafter if engine.supports_drafts else None,
+            prompt_lookup=request.prompt_lookup and engine.graph.supports_drafts,
+            drafter=drafter if engine.graph.supports_drafts else None,
             constraint=constraint,
         )
         if drafter is not None:
@@ -305,15 +305,15 @@ class Generation:
         self.kept.make_room(engine, sizes[0])
         if len(sizes) > 1:
             engine.reserve(min(len(missing), engine.manifest.context_length - engine.length))
-        read = self._read_with_logprobs if self.prompt_logprobs else engine.append
-        logits = read(missing[: sizes[0]])
+        chunk = missing[: sizes[0]]
+        logits = self._read_with_logprobs(chunk) if self.prompt_logprobs else engine.run(np.array([chunk]))[0, -1]
         self._speculator.read()
         if len(sizes) == 1:
             self.take(logits[None], [])
             self.jump()
 
     def _read_with_logprobs(self, ids: Sequence[int]) -> Logits:
-        """As `Engine.append`, and takes note of the prompt's tokens."""
+        """Runs tokens of the prompt, and notes their log-probabilities. The last one's logits (V,)."""
         start = self.engine.length
         logits = self.engine.all_logits(ids)
         for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
@@ -375,10 +375,12 @@ class Generation:
         # Log-probabilities are those of single choices.
         if self._constraint is not None and self._ending is None and self._top is None:
             forced = self._constraint.forced(self.most_tokens - len(self.ids))
-            count = len(forced)
-            self.ids += forced
+            count = next((place for place, token in enumerate(forced) if token in self._end_ids), len(forced))
+            self.ids += forced[:count]
             self.forced_tokens += count
             self._see_whether_it_ends()
+            if count < len(forced):
+                self._ending = self._ending or "stop"
         self._jumped = True
 
     def _see_whether_it_ends(self) -> None:

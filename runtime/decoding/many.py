@@ -11,14 +11,14 @@ from pastkey.errors import InputError
 from pastkey.values import is_int, require, shown
 
 from ..sampling.random_stream import continuation_seed, fresh_seed
-from ..settings import GenerateOptions, SamplingConfig
-from .batching.shared_prefill import SharedPrefill
+from ..settings import SamplingConfig
+from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
 from .stream import Stream, next_of
 
 MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 Key = TypeVar("Key")
-Open = Callable[[Any, GenerateOptions, SharedPrefill | None], Stream]
+Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], Stream]
 
 
 def several(prompt: object) -> bool:
@@ -51,16 +51,11 @@ def token_ids(given: object, name: str, expected: str, vocab_size: int) -> list[
     return [int(token) for token in tokens]
 
 
-def continuations(options: GenerateOptions, n: int) -> list[GenerateOptions]:
+def continuations(options: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     """The options of each of `n` continuations of one prompt: each has a seed of its own, made of the one given."""
     seed = SamplingConfig.of(options).seed
     seed = fresh_seed() if seed is None else seed
-    each: list[GenerateOptions] = []
-    for number in range(n):
-        one = options.copy()
-        one["seed"] = continuation_seed(seed, number)
-        each.append(one)
-    return each
+    return [{**options, "seed": continuation_seed(seed, number)} for number in range(n)]
 
 
 def interleaved(
@@ -113,15 +108,15 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         self,
         begin: Open,
         prompts: Sequence[Any],
-        options: GenerateOptions,
+        options: Mapping[str, Any],
         most: int,
         n: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """`begin` makes a stream of one prompt, which takes nothing yet; up to `most` are read at the same time.
 
-        With `n` there are so many of each prompt, which share its prefill and draw by seeds of their own. `progress` is
-        told (done, all) when one ends.
+        Prompts that begin alike share that prefill. With `n` there are so many of each prompt, which draw by seeds of
+        their own. `progress` is told (done, all) when one ends.
         """
         ordered = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 0  # an array, or a column of a table
         if isinstance(prompts, str) or not ordered or not len(prompts):
@@ -129,12 +124,8 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
             raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
         require(n is None or is_int(n, 1, MAX_CONTINUATIONS), "n", n, f"a whole number from 1 to {MAX_CONTINUATIONS:,}")
         require(progress is None or callable(progress), "progress", progress, "a function of (done, all), or None")
-        if n is None:
-            self._streams = [begin(prompt, options, None) for prompt in prompts]
-        else:
-            each = continuations(options, n)
-            shared = [SharedPrefill(n) for _ in prompts]
-            self._streams = [begin(prompt, one, of) for prompt, of in zip(prompts, shared, strict=True) for one in each]
+        each, shared = [options] if n is None else continuations(options, n), SharedPrefills()
+        self._streams = [begin(prompt, one, shared) for prompt in prompts for one in each]
         self._rest = self._run(most, progress)
 
     @property

@@ -56,12 +56,12 @@ class Stream(Generator[Chunk, None, Completion]):
         self._texts: list[str] = []  # what was told so far
         self._flushed = self._over = False
         self._reading = threading.Lock()  # held by whoever reads
-        self._completion: Completion | None = None
+        self._result: Completion | None = None
 
     @property
     def completion(self) -> Completion | None:
         """What it returns at its end; also after `close`, with what was yielded until then. None before."""
-        return self._completion
+        return self._result
 
     @property
     def prompt_tokens(self) -> int:
@@ -104,10 +104,10 @@ class Stream(Generator[Chunk, None, Completion]):
         self._over = True
         generation = self._generation
         generation.close()
-        if self._completion is None:
+        if self._result is None:
             reason = generation.finish_reason if self._stops.found is None else "stop_string"
             new, found = generation.new_tokens, generation.logprobs
-            self._completion = Completion(
+            self._result = Completion(
                 "".join(self._texts),
                 generation.ids[generation.prompt_tokens : generation.prompt_tokens + new],
                 reason or "cancelled",
@@ -124,7 +124,7 @@ class Stream(Generator[Chunk, None, Completion]):
                 forced_tokens=generation.forced_tokens,
                 dropped_tokens=generation.kept.dropped,
             )
-        return self._completion
+        return self._result
 
     def send(self, value: None) -> Chunk:
         """As `next`."""

@@ -125,10 +125,9 @@ class Engine:
         """The one rule of what an exception leaves: a cache that it may have caught half changed is dropped."""
         try:
             yield
-        except PastkeyError:  # a refusal, before anything was changed
-            raise
-        except BaseException:
-            self.drop_cache()
+        except BaseException as error:
+            if not isinstance(error, PastkeyError):  # which refuses, before anything is changed
+                self.drop_cache()
             raise
 
     @one_at_a_time
@@ -305,16 +304,6 @@ class Engine:
         """Appends one token to one row; returns its logits (V,)."""
         return _last(self.run(self.checked([token], 1)[None]))
 
-    @property
-    def takes_padding(self) -> bool:
-        """Whether rows of different lengths may be run together."""
-        return self.graph.takes_padding
-
-    @property
-    def supports_drafts(self) -> bool:
-        """Whether `extend` can append several tokens, and `trim` forget some of them without moving the others."""
-        return self.graph.supports_drafts
-
     @one_at_a_time
     def append(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one row in one run; returns the last one's logits (V,)."""
@@ -335,7 +324,7 @@ class Engine:
         Needs `supports_drafts` for more than one.
         """
         ids = self.checked(ids, 1)
-        assert ids.size == 1 or self.supports_drafts, "the standard graph's cache would be copied to be trimmed"
+        assert ids.size == 1 or self.graph.supports_drafts, "the standard graph's cache would be copied to be trimmed"
         logits: Logits = self.run(ids[None], keep=ids.size)[0].copy()
         return logits
 
@@ -377,16 +366,10 @@ class Engine:
 
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False) -> HiddenStates | Logits:
-        """Appends checked ids (B, T). The one way to onnxruntime: every method above comes here.
+        """Appends checked ids (B, T) with their mask; every method above comes here.
 
-        Args:
-            ids: (B, T).
-            mask: (B, T), or None for no padding.
-            keep: How many last positions have logits.
-            hidden: Whether hidden states are returned in their place.
-
-        Returns:
-            As DecoderGraph.run: an array that the next run may write into.
+        `keep`: how many last positions have logits. `hidden`: whether hidden states are returned in their place. The
+        next run may write into the array that is returned.
         """
         batch, tokens = ids.shape
         graph = self.graph
@@ -407,7 +390,8 @@ class Engine:
             self.leave_window(tokens)
         try:  # as `_changing`, which would cost a hundredth of a fast step
             cache, total = self.cache.for_run(batch, tokens, padded=padded), self.cache.length + tokens
-            full_mask, positions, real = None, cache.length, total
+            positions: Ids | int = cache.length
+            full_mask, real = None, total
             if tokens > 1 or padded or graph.takes_mask:
                 full_mask, positions = self._padding.of_run(cache.length, batch, tokens, mask)
                 real = full_mask.sum(1) if padded else total
@@ -416,10 +400,9 @@ class Engine:
             cache.advance(tokens)
             self._padding.mask = full_mask if padded else None
             self._take_in(start, ids, known=batch == 1 and not padded)
-        except PastkeyError:
-            raise
-        except BaseException:
-            self.drop_cache()
+        except BaseException as error:
+            if not isinstance(error, PastkeyError):
+                self.drop_cache()
             raise
         return found
 

@@ -113,7 +113,7 @@ def timed_worth(graph: DecoderGraph, clock: Callable[[], float] = time.perf_coun
 
 
 def _require_forgetting(target: ModelParts, draft: ModelParts) -> None:
-    if not target.require_open().supports_drafts:
+    if not target.require_open().graph.supports_drafts:
         raise InputError(
             f"a draft model is of no use to {target.bundle.path}, which decodes token by token, since its cache cannot "
             "forget rejected tokens without moving the others: load it without a draft, or export it with --graph fused"

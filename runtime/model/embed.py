@@ -76,7 +76,7 @@ def _groups(lengths: Sequence[int], engine: Engine) -> Iterator[list[int]]:
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
         length, count = lengths[place], len(group) + 1
         fit = count * length <= PREFILL_CHUNK and count * _room(length, engine) <= _ROOM
-        if group and not (fit and (engine.takes_padding or lengths[group[0]] == length)):
+        if group and not (fit and (engine.graph.takes_padding or lengths[group[0]] == length)):
             yield group
             group = []
         group.append(place)

@@ -13,19 +13,19 @@ import numpy.typing as npt
 
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
-from pastkey.values import as_path
+from pastkey.values import as_path, or_default
 
 from ..constraints.lazy import LazyVocabulary
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
-from ..decoding.batching.shared_prefill import SharedPrefill
+from ..decoding.batching.shared_prefill import SharedPrefills
 from ..decoding.completion import Completion, completed
 from ..decoding.many import StreamMany, several, token_ids
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
-from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, require_known
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, options_of
 from ..text.codec import TextCodec
 from .draft_model import DraftModel
 from .embed import embed
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..decoding.asynchronous import AsyncStream
     from ..text.chat_format import ChatFormat
     from ..text.tools import Tool
-    from .chat import Chat
+    from .chat.chat import Chat
 
 
 _log = logging.getLogger("pastkey")
@@ -205,7 +205,8 @@ class LanguageModel:
         """Continues a prompt, or each of several.
 
         Args:
-            prompt: A text, or a sequence of token ids (T,); or a batch of these, which is decoded together.
+            prompt: A text, or a sequence of token ids (T,); or a batch of these, which is decoded together. Prompts
+                that share their first 32 tokens share the prefill of their common beginning.
             progress: For a batch, called with the number of finished completions and their total, after each.
             n: The number of continuations of each prompt, up to 10,000. They share its prefill. Each draws by its own
                 seed, the first one by `seed`. The result is a list, also for one prompt.
@@ -221,11 +222,11 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
         """
-        require_known("generate", options, GENERATE_OPTIONS)
+        given = options_of("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
             prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
-            return completed(StreamMany(self._stream, prompts, options, self.max_batch, n, progress))
-        return completed(self._stream(prompt, options))  # type: ignore[arg-type]
+            return completed(StreamMany(self._stream, prompts, given, self.max_batch, n, progress))
+        return completed(self._stream(prompt, given))  # type: ignore[arg-type]
 
     def stream_many(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
@@ -245,18 +246,16 @@ class LanguageModel:
             InputError: There is no prompt, or as in `generate`.
             OptionError: There is no option of that name.
         """
-        require_known("stream_many", options, GENERATE_OPTIONS)
-        return StreamMany(self._stream, prompts, options, self.max_batch, n)
+        given = options_of("stream_many", options, GENERATE_OPTIONS)
+        return StreamMany(self._stream, prompts, given, self.max_batch, n)
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""
-        require_known("astream", options, GENERATE_OPTIONS)
-        return self._astream(prompt, options)
+        return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """As `generate` of one prompt, for `await`. Cancelling the task ends it within one step."""
-        require_known("agenerate", options, GENERATE_OPTIONS)
-        return await self._astream(prompt, options).completed()
+        return await self._astream(prompt, options_of("agenerate", options, GENERATE_OPTIONS)).completed()
 
     @property
     def executor(self) -> Executor:
@@ -286,17 +285,17 @@ class LanguageModel:
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
-        require_known("stream", options, GENERATE_OPTIONS)
-        return self._stream(prompt, options)
+        return self._stream(prompt, options_of("stream", options, GENERATE_OPTIONS))
 
     def chat(
         self,
         system: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         template: str | Path | None = None,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        special_tokens_as_text: bool = False,
+        special_tokens_as_text: bool | None = False,
         **template_variables: Any,
     ) -> Chat:
         """Begins a conversation.
@@ -305,6 +304,8 @@ class LanguageModel:
 
         Args:
             system: The system text.
+            messages: What was said so far, in OpenAI's form; a system text stands first. `ask()` without a text answers
+                a question that stands last.
             template: The path of a chat template (Jinja, UTF-8) in place of the bundle's.
             tools: The functions that the model may call: JSON schemas {"type": "function", "function": {"name",
                 "description", "parameters"}}, or Python functions with type hints and a docstring in Google's style.
@@ -320,11 +321,12 @@ class LanguageModel:
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
-        from .chat import Chat  # which stands on much that a text alone does not need
+        from .chat.chat import Chat  # which stands on much that a text alone does not need
 
         return Chat(
             self,
             system,
+            messages=messages,
             template=template,
             tools=tools,
             documents=documents,
@@ -374,8 +376,8 @@ class LanguageModel:
         self,
         text: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         *,
-        pooling: Pooling = "mean",
-        normalize: bool = True,
+        pooling: Pooling | None = "mean",
+        normalize: bool | None = True,
     ) -> npt.NDArray[np.float32]:
         """The embeddings of one text or several: the pooled last hidden states, which the output head reads.
 
@@ -392,7 +394,7 @@ class LanguageModel:
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
         """
-        return embed(self.parts, text, pooling, normalize=normalize)
+        return embed(self.parts, text, or_default(pooling, "mean"), normalize=or_default(normalize, True))
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The token ids of a prompt.
@@ -406,12 +408,12 @@ class LanguageModel:
         return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
 
     def _stream(
-        self, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
     ) -> Stream:
         """Checks everything, and gives the stream."""
         return open_prompt(self.parts, prompt, options, shared)
 
-    def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
+    def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
         from ..decoding.asynchronous import AsyncStream
 
         return AsyncStream(self._stream(prompt, options), self.executor)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
-from pastkey.values import is_collection, require, shown
+from pastkey.values import is_collection, is_int, require, shown
 
-from ..decoding.batching.shared_prefill import SharedPrefill
+from ..decoding.batching.shared_prefill import SharedPrefill, SharedPrefills
 from ..decoding.generation import Generation, Lifecycle
 from ..decoding.request import Request
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
 from ..sampling.dry import Breakers, sequence_breakers
-from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, GenerateOptions, SamplingConfig, SessionOptions
+from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, SamplingConfig
 from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
@@ -34,7 +35,7 @@ class Scheduled:
 class Prompted(Scheduled):
     """The lifecycle of a call of its own: a cache from the store of prefixes, or from another continuation."""
 
-    def __init__(self, parts: ModelParts, options: GenerateOptions, shared: SharedPrefill | None) -> None:
+    def __init__(self, parts: ModelParts, options: Mapping[str, Any], shared: SharedPrefill | None) -> None:
         super().__init__(parts)
         self._reuse, self._exact = options.get("reuse_prefix", False), options.get("exact", False)
         self._anew = options.get("prompt_logprobs") is True  # what is in the cache already has no logits
@@ -46,13 +47,13 @@ class Prompted(Scheduled):
         self.parts.require_open()
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """From the other continuation, where its cache can be copied, or from the store."""
-        scheduler, found = self.parts.scheduler, None
+        """From a prompt that begins alike, where its cache can be copied, or from the store, which may have more."""
+        scheduler, found, ids = self.parts.scheduler, None, generation.kept_ids
+        reuse = self._reuse and not self._anew
         if self._shared is not None and not self._anew:
             found = self._shared.take(generation, scheduler.move_out)
-        if found is None:
-            reuse = self._reuse and not self._anew
-            found = scheduler.store.take(generation.kept_ids, reuse=reuse, exact=self._exact)
+        if found is None or (reuse and scheduler.store.nearest(ids, exact=self._exact)[1] > found[1]):
+            found = scheduler.store.take(ids, reuse=reuse, exact=self._exact)
         self.parts.memory.promise(found[0], generation.most_tokens)
         return found
 
@@ -70,13 +71,14 @@ class Prompted(Scheduled):
 
 
 def open_prompt(
-    parts: ModelParts, prompt: str | Sequence[int], options: GenerateOptions, shared: SharedPrefill | None = None
+    parts: ModelParts, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
 ) -> Stream:
-    """A stream of one prompt. `shared`: with the prefill of other continuations of it. Raises as `open_stream`."""
+    """A stream of one prompt. `shared`: the other prompts of the call. Raises as `open_stream`."""
     parts.require_open()
-    lifecycle = Prompted(parts, options, shared)
+    ids = parts.prompt_ids(prompt)
+    lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))
     after_text = isinstance(prompt, str) and bool(prompt.strip())
-    return open_stream(lifecycle, parts.prompt_ids(prompt), options, after_text=after_text)
+    return open_stream(lifecycle, ids, options, after_text=after_text)
 
 
 class ModelLifecycle(Lifecycle, Protocol):
@@ -86,14 +88,14 @@ class ModelLifecycle(Lifecycle, Protocol):
 
 
 def open_stream(
-    lifecycle: ModelLifecycle, ids: Sequence[int], options: GenerateOptions | SessionOptions, *, after_text: bool
+    lifecycle: ModelLifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
 ) -> Stream:
     """A stream behind `ids`.
 
     Args:
         lifecycle: What surrounds its steps.
         ids: The whole text so far, (T,).
-        options: Checked names, and values to check.
+        options: Those of `options_of`: checked names, and values to check.
         after_text: Whether the new text goes on from a text.
 
     Raises:
@@ -107,11 +109,12 @@ def open_stream(
     if stops and codec is None:
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
-    constraint = parts.vocabulary.matcher(options)
+    end_ids = _end_ids(options, parts.manifest)
+    constraint = parts.vocabulary.matcher(options, end_ids)
     request = Request(
         ids,
         max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
-        end_ids=parts.manifest.eos_token_ids,
+        end_ids=end_ids,
         sampling=sampling,
         prompt_lookup=options.get("prompt_lookup", True),
         timeout=options.get("timeout"),
@@ -130,7 +133,17 @@ def open_stream(
     return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
 
 
-def _drafter(parts: ModelParts, options: GenerateOptions | SessionOptions) -> Drafter | None:
+def _end_ids(options: Mapping[str, Any], manifest: Manifest) -> list[int]:
+    """The ids that end the text: EOS tokens, the bundle's or the call's own, and those beside them."""
+    eos = options.get("eos_token_id", manifest.eos_token_ids)
+    ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
+    for name, given in ids.items():
+        valid = is_collection(given) and all(is_int(token, 0, manifest.vocab_size - 1) for token in given)
+        require(valid, name, given, f"a list of token ids from 0 to {manifest.vocab_size - 1}")
+    return [int(token) for given in ids.values() for token in given]
+
+
+def _drafter(parts: ModelParts, options: Mapping[str, Any]) -> Drafter | None:
     asked = options.get("draft")
     if asked is not None and not isinstance(asked, bool):
         raise InputError(

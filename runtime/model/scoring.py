@@ -19,12 +19,21 @@ class Score:
     Attributes:
         ids: Its tokens.
         logprobs: The natural log-probability of each token after those before it; None for the first.
+            They are numbers; those of `generate(logprobs=)` are TokenLogprobs, with the likeliest tokens beside.
         total: Their sum.
+
+    All tokens are run together, as a prompt is. In int8 and int4 the log-probabilities of `generate(logprobs=)`, whose
+    tokens are run one by one, differ by the rounding of activations: by 0.014 nats a token in SmolLM2-135M in int8.
     """
 
     ids: list[int]
     logprobs: list[float | None]
     total: float
+
+    @property
+    def mean(self) -> float:
+        """`total` for each token but the first; 0 where there is none."""
+        return self.total / (len(self.ids) - 1) if len(self.ids) > 1 else 0.0
 
 
 def score(parts: ModelParts, ids: list[int]) -> Score:

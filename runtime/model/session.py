@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
 from pastkey.errors import InputError
-from pastkey.values import as_path, is_int, shown
+from pastkey.values import as_path, is_int, or_default, shown
 
 from ..decoding.completion import Completion, completed
 from ..decoding.generation import Generation
 from ..decoding.kept_tokens import KeptTokens
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
-from ..settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, require_known
+from ..settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, options_of
 from .opening import Scheduled, open_stream
 from .parts import ModelParts
 
@@ -63,8 +63,8 @@ class Session:
         self,
         text: str | Sequence[int],
         *,
-        context_overflow: ContextOverflow = "error",
-        num_sink_tokens: int = NUM_SINK_TOKENS,
+        context_overflow: ContextOverflow | None = "error",
+        num_sink_tokens: int | None = NUM_SINK_TOKENS,
     ) -> None:
         """Appends a text, and computes its keys and values, except those of the last two tokens.
 
@@ -81,7 +81,7 @@ class Session:
         After an error the session is unchanged.
         """
         engine, before = self._idle(), self._ids
-        kept = KeptTokens(engine, context_overflow, num_sink_tokens)
+        kept = KeptTokens(engine, or_default(context_overflow, "error"), or_default(num_sink_tokens, NUM_SINK_TOKENS))
         ids = kept.of(kept.checked([*self._ids, *self._encode(text)]))
         self._parts.memory.promise(engine, len(ids))
         scheduler = self._parts.scheduler
@@ -118,16 +118,14 @@ class Session:
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
         """
-        require_known("session.generate", options, SESSION_OPTIONS)
-        return completed(self._stream(text, options))
+        return completed(self._stream(text, options_of("session.generate", options, SESSION_OPTIONS)))
 
     def stream(self, text: str | Sequence[int] = (), **options: Unpack[SessionOptions]) -> Stream:
         """Continues the text token by token. The session contains the yielded tokens. See `generate`.
 
         The session generates from the first `next` on until the stream ends or is closed.
         """
-        require_known("session.stream", options, SESSION_OPTIONS)
-        return self._stream(text, options)
+        return self._stream(text, options_of("session.stream", options, SESSION_OPTIONS))
 
     def keep(self, prompt: str | Sequence[int]) -> int:
         """Trims the session to its common prefix with a prompt.
@@ -213,7 +211,7 @@ class Session:
             return self._parts.tokenizer.encode(text, add_special_tokens=False) if text else []
         return self._parts.prompt_ids(text)
 
-    def _stream(self, text: str | Sequence[int], options: SessionOptions) -> Stream:
+    def _stream(self, text: str | Sequence[int], options: Mapping[str, Any]) -> Stream:
         engine = self._idle()
         ids = [*self._ids, *self._encode(text)]
         if not ids:

@@ -107,10 +107,11 @@ def open_session(
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
-            again = ep.remedy(name, manifest.target)
+            remedy = ep.remedy(name, manifest.target)
+            again = f"{f'{remedy}, or ' if remedy else ''}take the provider 'cpu'"
             if manifest.compiled is not None:
-                again = f"; it was compiled for {manifest.compiled}: compile it again"
-            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}{again}") from error
+                again = f"it was compiled for {manifest.compiled}: compile it again"
+            raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}; {again}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
     if wanted.tells and (left := assigned(session, path).get(ep.CPU)):

@@ -88,7 +88,7 @@ KNOWN = {
         {"static": Seen.WHOLE},
         remedy="export the model again with --target qnn",
         plugin="onnxruntime_qnn",
-        # The graph compiler needs a chip by name; without one it runs out of memory.
+        # Without a name the compiler takes 68, which lacks float16: every decoder then fails (1002).
         options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
         values={"htp_arch": HTP_ARCHS},
     ),
@@ -290,14 +290,14 @@ def not_started(name: str, active: Sequence[str]) -> StartError:
 
 
 def remedy(name: str, target: str) -> str:
-    """What is added to a sentence about a bundle for another target; "" where nothing helps."""
-    found = "" if provider_of(target) == name else _facts(name).remedy
-    return f"; {found}" if found else ""
+    """What to do where a provider, by its short name, does not run a bundle made for `target`; "" for nothing."""
+    again = "export the model again if an older pastkey wrote this bundle"
+    return again if provider_of(target) == name else _facts(name).remedy
 
 
 def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
     """What is said of a provider that was asked for by name, and leaves operators to the CPU."""
-    instead = remedy(short_name(name), target).removeprefix("; ")
+    instead = remedy(short_name(name), target)
     return ProviderError(
         f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
         f"CPU: {f'{instead}, or ' if instead else ''}let it, with allow_fallback=True, or "

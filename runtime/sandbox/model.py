@@ -20,11 +20,11 @@ from pastkey.errors import InputError, LimitWarning, PastkeyError
 from ..decoding.asynchronous import AsyncStream
 from ..decoding.completion import Completion, completed
 from ..decoding.many import several, token_ids
-from ..model.chat import Chat
+from ..model.chat.chat import Chat
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
 from ..model.unpack import given_as, remove, tell_as_given
-from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, require_known
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, options_of, require_known
 from ..text.chat_template import read_template
 from .chat_format import SandboxedChatFormat
 from .connection import Connection, name_of
@@ -33,7 +33,6 @@ from .protocol import MOST_JSON, Loaded, Values
 from .stream import PER_TOKEN, SandboxedStream
 
 if TYPE_CHECKING:
-    from ..decoding.stream import Stream
     from ..text.tools import Tool
 
 T = TypeVar("T")
@@ -135,10 +134,10 @@ class SandboxedModel:
             InputError: As in `LanguageModel.generate`.
             OptionError: There is no option of that name.
         """
-        require_known("generate", options, GENERATE_OPTIONS)
+        given = options_of("generate", options, GENERATE_OPTIONS)
         if not several(prompt):
-            return completed(self._stream(prompt, options))  # type: ignore[arg-type]
-        streams = [self._stream(one, options) for one in prompt]  # type: ignore[arg-type]
+            return completed(self._stream(prompt, given))  # type: ignore[arg-type]
+        streams = [self._stream(one, given) for one in prompt]  # type: ignore[arg-type]
         threads = ThreadPoolExecutor(self._max_batch)
         try:
             return list(threads.map(completed, streams))
@@ -149,8 +148,7 @@ class SandboxedModel:
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """As `generate` of one prompt, for `await`. Cancelling the task ends it within one step."""
-        require_known("agenerate", options, GENERATE_OPTIONS)
-        return await self._astream(prompt, options).completed()
+        return await self._astream(prompt, options_of("agenerate", options, GENERATE_OPTIONS)).completed()
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> SandboxedStream:
         """Continues one prompt token by token.
@@ -168,28 +166,28 @@ class SandboxedModel:
         Raises:
             OptionError: There is no option of that name.
         """
-        require_known("stream", options, GENERATE_OPTIONS)
-        return self._stream(prompt, options)
+        return self._stream(prompt, options_of("stream", options, GENERATE_OPTIONS))
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""
-        require_known("astream", options, GENERATE_OPTIONS)
-        return self._astream(prompt, options)
+        return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
 
     def chat(
         self,
         system: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         template: str | Path | None = None,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        special_tokens_as_text: bool = False,
+        special_tokens_as_text: bool | None = False,
         **template_variables: Any,
     ) -> Chat:
         """Begins a conversation. See `LanguageModel.chat`; the child renders and encodes it."""
         return Chat(
             self,
             system,
+            messages=messages,
             template=template,
             tools=tools,
             documents=documents,
@@ -212,7 +210,12 @@ class SandboxedModel:
 
     async def ascore(self, text: str | Sequence[int]) -> Score:
         """As `score`, for `await`."""
-        return await asyncio.get_running_loop().run_in_executor(_Waiters(), self.score, text)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self.score, text)
+
+    @property
+    def executor(self) -> Executor:
+        """The threads that wait for the tokens of an event loop."""
+        return _Waiters()
 
     def _alive(self) -> Connection:
         """The process. Raises InputError where the model is closed, UntrustedBundleError where it has ended."""
@@ -227,12 +230,11 @@ class SandboxedModel:
             return prompt
         return token_ids(prompt, "the prompt", "a text or a sequence of token ids", self.manifest.vocab_size)
 
-    def _stream(self, prompt: str | Sequence[int], options: GenerateOptions) -> SandboxedStream:
+    def _stream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> SandboxedStream:
         return SandboxedStream(self._alive(), self, self._sent(prompt), options, self.manifest)
 
-    def _astream(self, prompt: str | Sequence[int], options: GenerateOptions) -> AsyncStream:
-        stream = cast("Stream", self._stream(prompt, options))  # it has all that an AsyncStream calls
-        return AsyncStream(stream, _Waiters())
+    def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
+        return AsyncStream(self._stream(prompt, options), self.executor)
 
 
 class _Waiters(Executor):

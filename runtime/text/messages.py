@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,8 @@ def check_messages(found: Sequence[Any], where: str = "") -> None:
         calls = entry.get("tool_calls") or []
         if not isinstance(calls, list) or not all(map(_is_tool_call, calls)):
             raise InputError(
-                f"{name} has the tool calls {shown(calls)}; a list of objects was expected, each with an "
-                '"id" and a "function" with a "name"'
+                f'{name} has the tool calls {shown(calls)}; a list of objects was expected, each with a "function" '
+                'with a "name", and a text for its "id"'
             )
         if entry.get("content") is not None or not (calls and entry["role"] == "assistant"):
             checked_content(name, entry.get("content"))
@@ -101,4 +102,27 @@ def check_messages(found: Sequence[Any], where: str = "") -> None:
 
 def _is_tool_call(call: Any) -> bool:
     function = call.get("function") if isinstance(call, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(call.get("id"), str)
+    named = isinstance(function, dict) and isinstance(function.get("name"), str)
+    return named and isinstance(call.get("id"), str | None)
+
+
+def read_message(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of another program as templates take it. Raises InputError for arguments that are no JSON.
+
+    Without the nulls of a table, which has every key in each message. The arguments of tool calls are objects:
+    OpenAI's are JSON texts.
+    """
+    found = {name: part for name, part in said.items() if part is not None or name == "content"}
+    if not found.get("tool_calls"):
+        return found
+    calls = []
+    for call in found["tool_calls"]:
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                name = call.get("id") or call["function"]["name"]
+                raise InputError(f"the tool call {name:.60} has arguments that are no JSON") from None
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**found, "tool_calls": calls}

@@ -27,13 +27,15 @@ _ARGUMENT = re.compile(r"(\w+)\s*(?:\([^)]*\))?:\s*(.*)")
 
 
 def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Each as {"type": "function", "function": {"name", "description", "parameters"}}, schemas as they are.
+    """Each as {"type": "function", "function": {"name", "description", "parameters"}}.
+
+    Schemas stay as they are; one without parameters takes none.
 
     Raises InputError for what is neither a schema with a name nor a function with hints of JSON's types.
     """
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise InputError(f"tools is {shown(tools)}; a list of JSON schemas or functions was expected")
-    return [dict(tool) if isinstance(tool, Mapping) and tool_name(tool) else _schema(tool) for tool in tools]
+    return [_whole(tool) if isinstance(tool, Mapping) and tool_name(tool) else _schema(tool) for tool in tools]
 
 
 def tool_name(schema: Mapping[str, Any]) -> str | None:
@@ -41,6 +43,12 @@ def tool_name(schema: Mapping[str, Any]) -> str | None:
     inner = schema.get("function", schema)
     name = inner.get("name") if isinstance(inner, Mapping) else None
     return name if isinstance(name, str) else None
+
+
+def _whole(schema: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(schema.get("function", schema))
+    function.setdefault("parameters", {"type": "object", "properties": {}})
+    return {**schema, "function": function} if "function" in schema else function
 
 
 def _schema(tool: Any) -> dict[str, Any]:

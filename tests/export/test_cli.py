@@ -303,9 +303,11 @@ def test_another_chat_template_takes_the_place_of_the_sources(
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0].content }}")
     arguments = ("export", checkpoint, "--out", tmp_path / "bundle", "--precision", "fp32")
-    assert command(*arguments, "--chat-template", template)[0] == 0
+    status, _, told = command(*arguments, "--chat-template", template)
+    assert status == 0
     config = json.loads((tmp_path / "bundle" / names.TOKENIZER_CONFIG).read_text())
     assert config["chat_template"] == "{{ messages[0].content }}"
+    assert told.endswith(f"next:  pastkey chat {tmp_path / 'bundle'}\n")
     status, _, told = command(*arguments, "--force", "--chat-template", tmp_path / "none.jinja")
     assert status == 2
     assert "none.jinja" in told

@@ -55,6 +55,10 @@ def test_the_end_that_a_command_asks_for_is_kept(
     assert command("inspect", tmp_path)[0] == 143
 
 
+def test_a_misspelt_command_is_named_with_the_nearest(command: Command) -> None:
+    assert command("chta") == (2, "", "pastkey: no command 'chta'; did you mean chat?\n")
+
+
 def test_a_path_that_is_no_text_is_shown(command: Command) -> None:
     status, _, err = command("inspect", "a\udcffb")
     assert status == 2

@@ -51,6 +51,38 @@ def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys: pytest.Capt
     assert told == "pastkey run: argument --top-k: -1 is not a whole number from 0 (see pastkey run --help)\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--promt", "hi"], "no flag --promt; did you mean --prompt?"),
+        (["--promt=hi"], "no flag --promt; did you mean --prompt?"),
+        (["--prompt", "hi", "--zzz"], "no flag --zzz"),
+        (["--top", "1"], "the following arguments are required: --prompt"),  # a beginning is enough
+        (["--prompt"], "argument --prompt: expected one argument"),
+    ],
+)
+def test_a_flag_that_is_none_is_named_with_the_nearest(
+    capsys: pytest.CaptureFixture[str], given: list[str], sentence: str
+) -> None:
+    parser = command.Parser(prog="pastkey run")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--top-k", type=command.natural_int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(given)
+    assert capsys.readouterr().err == f"pastkey run: {sentence} (see pastkey run --help)\n"
+
+
+@pytest.mark.parametrize(("threads", "told"), [(None, ""), (1, ""), (250, "warning: --threads 250 is more than the ")])
+def test_more_threads_than_cores_are_told(capsys: pytest.CaptureFixture[str], threads: int | None, told: str) -> None:
+    parser = command.Parser(prog="pastkey run")
+    command.add_placement(parser)
+    given = [] if threads is None else ["--threads", str(threads)]
+    assert command.placement_of(parser.parse_args(given))["threads"] == threads
+    err = capsys.readouterr().err
+    assert err.startswith(told)
+    assert err.count("\n") == bool(told)
+
+
 def test_input_is_utf_8() -> None:
     assert command.decode_input("Zoë 日".encode()) == "Zoë 日"
     with pytest.raises(InputError, match="standard input is not UTF-8 text: byte 2 is 0xeb"):

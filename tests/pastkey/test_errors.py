@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -52,8 +53,8 @@ def test_of_a_librarys_error_the_first_line_is_told(error: Exception, line: str)
     assert first_line(error) == line
 
 
-def sentence(module: str, needed_by: str | None = None) -> str:
-    found = missing_extra(ModuleNotFoundError(name=module), needed_by)
+def sentence(module: str, *needed_by: str) -> str:
+    found = missing_extra(ModuleNotFoundError(name=module), *needed_by)
     assert isinstance(found, MissingExtraError)
     return str(found)
 
@@ -81,6 +82,21 @@ def test_what_is_named_is_what_the_extras_bring() -> None:
     for key, modules in NEEDED.items():
         brought = {re.split(r"[<>=!\[]", requirement)[0] for requirement in extras[key]}
         assert {module.replace("_", "-") for module in modules} <= brought
+
+
+@pytest.mark.parametrize(("source", "extra"), [("m.gguf", "gguf"), ("hf", "huggingface")])
+def test_an_export_names_at_once_what_its_source_needs(tmp_path: Path, source: str, extra: str) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    modules = [*NEEDED["export"], *NEEDED[extra]]
+    program = (
+        f"import sys\nsys.modules |= dict.fromkeys({modules})\nfrom pastkey.__main__ import main\n"
+        f"sys.exit(main(['export', {str(tmp_path / source)!r}, '--out', 'b']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    packages = " ".join(dict.fromkeys(modules)).replace("onnx_ir", "onnx-ir")
+    assert done.stderr.endswith(f"pip install {packages} and try again (pastkey's extras export,{extra})\n")
 
 
 def test_check_without_onnx_asks_for_onnx_alone() -> None:

@@ -18,6 +18,7 @@ from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
 from ..conftest import MadeOnce
+from ..export.families import build
 from ..export.graft.own.biases import DECODERS as BIASES
 from ..export.graft.own.blocks import DECODERS as OWN
 from ..shared import shared
@@ -76,6 +77,12 @@ def soft_cap(out: Path, _: Checkpoint, **settings: Any) -> None:
     export(own.make(), out, context_length=own.context, **settings)
 
 
+def family(name: str, out: Path, _: Checkpoint) -> None:
+    """A decoder of transformers, of random weights."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    export(build(name), out, precision="fp32", target="qnn", context_length=64)
+
+
 def gpt2(out: Path, trained: Checkpoint, **settings: Any) -> None:
     export(trained("gpt2", kv_heads=4), out, **settings)
 
@@ -105,6 +112,8 @@ MORE: dict[str, Write] = {
     "llama-qnn-int8": partial(llama, target="qnn"),
     "gpt2-qnn": partial(gpt2, precision="fp32", target="qnn"),
     "own-qnn": own_module,
+    "qwen2-qnn": partial(family, "qwen2"),  # norms that multiply by their weight from the left
+    "gemma2-qnn": partial(family, "gemma2"),  # soft caps of scores with five axes
 }
 
 

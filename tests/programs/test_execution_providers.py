@@ -213,17 +213,19 @@ def test_qnn_is_found_and_takes_no_sizes_that_change(bundles: Callable[[str], Pa
     assert (done.returncode, done.stdout) == (2, "")
     assert "the execution provider 'qnn' cannot load" in done.stderr
     assert "Dynamic shape is not supported" in done.stderr
+    assert "export the model again with --target qnn, or take the provider 'cpu'" in done.stderr
 
 
-# Of the first two a trained decoder knows how they go on; a module without a tokenizer takes ids as well.
-PROMPTS = {"--prompt": (PROMPT, "Tom had 2 red", "Anna"), "--prompt-ids": ("1,2,3", "40,7,99,3,22,9,50,5", "77")}
+# Of the first two a trained decoder knows how they go on; a module without a tokenizer takes ids.
+PROMPTS = {"--prompt": (PROMPT, "Tom had 2 red", "Anna"), "--prompt-ids": ("1,2,3", "40,7,91,3,22,9,50,5", "77")}
+ON_HTP = ["own-qnn", "qwen2-qnn", "gemma2-qnn"]
 
 
-@pytest.mark.parametrize("name", divided(["llama-qnn", "gpt2-qnn", "own-qnn"], ci=["llama-qnn", "own-qnn"]))
+@pytest.mark.parametrize("name", divided([*ON_HTP, "llama-qnn", "gpt2-qnn"], ci=ON_HTP))
 def test_static_graphs_run_whole_on_the_emulated_htp(bundles: Callable[[str], Path], name: str) -> None:
     """The target and nothing else says where: an operator that stays behind would be refused."""
     bundle = bundles(name)
-    flag = "--prompt-ids" if name == "own-qnn" else "--prompt"
+    flag = "--prompt" if name in ("llama-qnn", "gpt2-qnn") else "--prompt-ids"
     float32 = pastkey.load(bundle, "cpu")
     for prompt in PROMPTS[flag]:
         done = pastkey_in(QNN, "run", bundle, flag, prompt, "--max-new-tokens", str(NEW_TOKENS), "--json")
@@ -278,7 +280,7 @@ def test_a_chip_that_does_not_exist_is_one_sentence(bundles: Callable[[str], Pat
     bundle = bundles("llama-qnn")
     done = run(QNN, bundle, "--provider", "qnn", "--provider-option", "htp_arch=99")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "'qnn' has no htp_arch 99; it must be one of 68, 69, 73" in done.stderr
+    assert "'qnn' has no htp_arch 99; it must be one of 69, 73, 75" in done.stderr
     done = run(QNN, bundle, "--provider", "qnn", "--provider-option", "soc_model=9999")
     assert (done.returncode, done.stdout) == (2, "")
     assert "takes nothing of this bundle's graph with backend_type=htp, htp_arch=75, soc_model=9999" in done.stderr

@@ -121,6 +121,46 @@ def test_a_tool_is_called_answered_and_gone_on_from(make_model: MakeModel, says:
     assert [said["role"] for said in chat.messages[-2:]] == ["user", "assistant"]
 
 
+def test_messages_of_openais_form_go_on(make_model: MakeModel, says: Callable[..., Any]) -> None:
+    model = make_model(TOOLS)
+    call = {"function": {"name": "weather", "arguments": '{"city": "b"}'}}
+    said: list[dict[str, Any]] = [
+        {"role": "system", "content": "be"},
+        {"role": "user", "content": "hello", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    calls = says("warm")
+    chat = model.chat(messages=said, tools=[weather])
+    assert chat.system == "be"
+    chat.add_tool_result("cold")
+    with pytest.raises(InputError, match="no tool call that waits"):
+        chat.add_tool_result("more")
+    assert chat.ask().text == "warm"
+    assert (
+        text_of(model, calls[0]["prompt"]) == "weather.<system>be.<user>hello.<assistant>weather.<tool>cold.<assistant>"
+    )
+    assert chat.messages[2]["tool_calls"][0]["function"]["arguments"] == {"city": "b"}
+    assert said[2]["tool_calls"] == [call]  # the caller's stay as they are
+    chat.reset()
+    assert chat.messages == said[:1]
+
+
+def test_messages_that_cannot_be_taken_are_told(make_model: MakeModel) -> None:
+    model = make_model(TOOLS)
+    with pytest.raises(InputError, match="system is given, and messages begin with another"):
+        model.chat("be", messages=[{"role": "system", "content": "x"}])
+    with pytest.raises(InputError, match="message 1 is 3; an object"):
+        model.chat(messages=[3])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="the tool call weather has arguments that are no JSON"):
+        model.chat(
+            messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}]
+        )
+    assert model.chat("be", messages=[{"role": "user", "content": "a"}]).messages == [
+        {"role": "system", "content": "be"},
+        {"role": "user", "content": "a"},
+    ]
+
+
 def test_a_result_goes_to_the_call_of_its_name(make_model: MakeModel, says: Callable[..., Any]) -> None:
     says('<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "b"}</tool_call>')
     chat = make_model(TOOLS).chat(tools=[{"function": {"name": name}} for name in "ab"])
@@ -230,7 +270,7 @@ def test_a_template_without_place_for_a_system_text_says_so_at_once(make_model: 
     assert (chat.system, len(chat.messages)) == (None, 2)
 
 
-@pytest.mark.parametrize("name", ["messages", "add_generation_prompt"])
+@pytest.mark.parametrize("name", ["continue_final_message", "add_generation_prompt"])
 def test_what_a_conversation_gives_itself_is_no_variable(model: LanguageModel, name: str) -> None:
     variables: dict[str, Any] = {name: 1}
     with pytest.raises(OptionError, match=rf"chat\(\) has no option '{name}'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.resources
 import io
 import multiprocessing
@@ -17,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
+import pastkey
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import LanguageModel, load, loading
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
@@ -242,3 +244,28 @@ def test_a_fork_leaves_the_unpacked_files_where_they_are(
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=100)
     assert done.stdout == "True\nTrue\nTrue\nFalse\n", done.stderr
+
+
+def test_an_event_loop_goes_on_while_a_model_is_loaded(
+    speaking_bundle: Bundle, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **settings: Any) -> Bundle:
+        began.set()
+        assert go_on.wait(60)
+        return open_bundle(*arguments, **settings)
+
+    monkeypatch.setattr(loading, "open_bundle", slow)
+
+    async def load_beside_others() -> list[int]:
+        task = asyncio.create_task(pastkey.aload(speaking_bundle.path, threads=1))
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        go_on.set()  # which a loop that stands still would not come to
+        with await task as model:
+            return (await model.agenerate("abc", **SETTINGS)).ids
+
+    assert asyncio.run(load_beside_others()) == expected
+    with pytest.raises(InputError, match="threads is 'a'"):
+        asyncio.run(pastkey.aload(speaking_bundle.path, threads="a"))  # type: ignore[call-overload]

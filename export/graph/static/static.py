@@ -2,10 +2,13 @@
 
 It is made of the standard graph, for one row, T new tokens and P rows of past:
 
-    1. fix_sizes      (B, T, P) are numbers; what is computed of them folds away
-    2. take_masks     Where(visible, scores, lowest) becomes scores + mask: a float input, 0 or a large negative number
-    3. narrow_ids     ids and positions are int32
-    4. yield_new      present holds the T new rows alone, which the runtime writes into its arrays
+    1. fix_sizes           (B, T, P) are numbers; what is computed of them folds away
+    2. take_masks          Where(visible, scores, lowest) becomes scores + mask: a float input, 0 or a large negative
+                           number
+    3. tabulate_positions  what positions alone make is gathered from tables (tables.py)
+    4. narrow_ids          ids and positions are int32
+    5. suit_htp            some operators get another form (htp.py)
+    6. yield_new           present holds the T new rows alone, which the runtime writes into its arrays
 
 A mask is (1, 1, T, P + T). Which one attention call needs, that of all earlier tokens or of a window, is seen by
 running what makes it: so it is known to be that one. What cannot be told by a mask alone is refused.
@@ -29,7 +32,8 @@ from ..edit import NodeBuilder, replace_value, weight
 from ..part import Part, depends_only_on
 from ..simplify import simplify
 from ..write.weights_file import WeightsFile
-from .tables import take_tables
+from .htp import suit_htp
+from .tables import tabulate_positions, take_tables
 
 MASKED = -1e4  # added to the score of a token that is not seen: e to it is 0, and half precision has it
 _LOWEST = -1e30  # a score at or below it is of a token that is not seen
@@ -43,34 +47,37 @@ class StaticGraph:
     windows: tuple[int, ...]
 
 
-def make_static(model: ir.Model, tokens: int, past: int, tables: WeightsFile | None = None) -> StaticGraph:
+def make_static(model: ir.Model, tokens: int, past: int, file: WeightsFile, *, by_host: bool = False) -> StaticGraph:
     """Changes a standard graph, all logits, into the static one of T = `tokens` and P = `past`.
 
-    With `tables`, the host reads embeddings and what positions alone make, and the graph has no such operators.
+    Tables of positions go to `file`. With `by_host`, the host reads rows of these and of embeddings.
 
     Raises ContractError where its attention needs more than masks.
     """
     fix_sizes(model, tokens, past)
     windows = take_masks(model, tokens, past)
-    if tables is not None:
-        take_tables(model, tokens, past, tables)
+    tabulate_positions(model, tokens, past, file)
+    if by_host:
+        take_tables(model, tokens, file)
     narrow_ids(model)
     simplify(model)
+    suit_htp(model)
     yield_new(model, tokens)  # last: an Identity that makes an output of its own is no part to be simplified
     _strip(model)
     return StaticGraph(model, windows)
 
 
-def write_static_graphs(bundle: Bundle, chunk: int, *, with_tables: bool = False) -> StaticShape:
+def write_static_graphs(bundle: Bundle, chunk: int, *, by_host: bool = False) -> StaticShape:
     """Writes the graphs of one new token and of a chunk over the weights file of a float32 bundle's standard graph.
 
-    They take the place of the last-logits graph. `with_tables`: see `make_static`. Raises ContractError where
-    attention needs more than masks.
+    They take the place of the last-logits graph. `by_host`: see `make_static`. Raises ContractError where attention
+    needs more than masks.
     """
     windows: set[int] = set()
-    tables = WeightsFile(bundle.path / names.STATIC_DATA) if with_tables else None
+    file = WeightsFile(bundle.path / names.STATIC_DATA)
     for path, tokens in zip(bundle.static_graphs, (1, chunk), strict=True):
-        made = make_static(ir.load(bundle.all_logits_graph), tokens, bundle.manifest.context_length, tables)
+        model = ir.load(bundle.all_logits_graph)
+        made = make_static(model, tokens, bundle.manifest.context_length, file, by_host=by_host)
         ir.save(made.model, path)
         windows |= {*made.windows}
     bundle.last_logits_graph.unlink()

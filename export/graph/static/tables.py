@@ -1,9 +1,12 @@
-"""Tables that the host reads in place of the graph, for Core ML, which neither gathers rows nor takes angles.
+"""Tables of what positions alone make, such as cosines and sines, and rows that the host reads for Core ML.
 
-    1. take_positions     what depends on positions alone, as cosines and sines, becomes an input: a row of a table
-                          that is computed here, for every position of the context
-    2. take_embeddings    the row of a token's id becomes an input; the table is the weight itself
-    3. replace_operators  Reciprocal(x) becomes 1 / x, since Core ML's own adds an epsilon, which a norm notices;
+`tabulate_positions` computes a table for every position of the context, and the graph gathers its rows. An NPU computes
+in float16, where the angle of position 64 is off by up to 0.03, and that of 1,024 by 0.5. In float32 nothing changes.
+
+`take_tables` is for Core ML, which neither gathers rows nor takes angles:
+
+    1. take_rows          the row of a token's id or of a position becomes an input; the table is the weight itself
+    2. replace_operators  Reciprocal(x) becomes 1 / x, since Core ML's own adds an epsilon, which a norm notices;
                           Neg and the Gather of one index, which it does not take at all, a product and a Slice
 
 The graph's metadata says under `names.TABLES` for each such input which file its rows stand in, at which offset in
@@ -27,38 +30,24 @@ from ..part import Part, depends_only_on
 from ..write.weights_file import WeightsFile
 
 
-def take_tables(model: ir.Model, tokens: int, context_length: int, file: WeightsFile) -> None:
-    """Runs the passes above on a static graph of T = `tokens`."""
-    places: dict[str, dict[str, Any]] = {}
-    for place in (*_take_positions(model, tokens, context_length, file), *_take_embeddings(model, tokens, file)):
-        places[place.pop("input")] = place
+def take_tables(model: ir.Model, tokens: int, file: WeightsFile) -> None:
+    """Runs the passes above on a static graph of T = `tokens`, in which `tabulate_positions` has run."""
+    model.metadata_props[names.TABLES] = json.dumps(dict(_take_rows(model, tokens, file)))
     replace_operators(model)
     common.RemoveUnusedNodesPass()(model)
     for value in tuple(model.graph.inputs):
         if value.name in (names.INPUT_IDS, names.POSITION_IDS) and not value.uses():
             model.graph.inputs.remove(value)
     drop_unused_weights(model)
-    model.metadata_props[names.TABLES] = json.dumps(places)
 
 
 def _input(model: ir.Model, name: str) -> ir.Value | None:
     return next((value for value in model.graph.inputs if value.name == name), None)
 
 
-def _feed(model: ir.Model, value: ir.Value, name: str, shape: tuple[int, ...]) -> None:
-    """Makes an input of a value."""
-    new = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-    replace_uses(value, new)
-    model.graph.inputs.append(new)
-
-
-def _placed(file: WeightsFile, table: np.ndarray) -> dict[str, Any]:
-    name, offset = file.place(np.ascontiguousarray(table, "<f4").tobytes())
-    return {"file": name, "offset": offset, "shape": list(table.shape)}
-
-
 # --- positions ----------------------------------------------------------------------------------------------------
-def _take_positions(model: ir.Model, tokens: int, context_length: int, file: WeightsFile) -> Iterator[dict[str, Any]]:
+def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: WeightsFile) -> None:
+    """Makes rows of a table of each float32 value that depends on positions alone, in a graph of T = `tokens`."""
     source = _input(model, names.POSITION_IDS)
     if source is None:
         return
@@ -70,9 +59,7 @@ def _take_positions(model: ir.Model, tokens: int, context_length: int, file: Wei
         if id(value) in inside and any(id(reader.outputs[0]) not in inside for reader, _ in value.uses())
     ]
     for number, value in enumerate(ends):
-        stored = _stored_rows(value, source)
-        if stored is not None:
-            yield _fed_by(model, value, f"position_rows_{number}", stored, tokens, file)
+        if _stored_rows(value, source) is not None:
             continue
         part = Part(model, value, source)
         first = part.run(np.arange(tokens)[None])
@@ -82,9 +69,18 @@ def _take_positions(model: ir.Model, tokens: int, context_length: int, file: Wei
         starts = range(0, context_length, tokens)
         parts = [part.run(np.minimum(np.arange(i, i + tokens), context_length - 1)[None]) for i in starts]
         table = np.concatenate([np.moveaxis(rows, axis, 0) for rows in parts])[:context_length]
-        name = f"position_rows_{number}"
-        _feed(model, value, name, first.shape)
-        yield {"input": name, "of": names.POSITION_IDS, "axis": axis, **_placed(file, table)}
+        builder = NodeBuilder(model, f"position_table_{number}")
+        stored = builder.constant("rows", table.reshape(context_length, -1))  # QNN fails at rows of several axes
+        file.take_weight(stored)
+        made = builder.add("Gather", stored, source)  # (1, T, ...)
+        made = builder.add("Reshape", made, builder.constant("shape", np.array([tokens, *table.shape[1:]])))
+        order = [*range(1, axis + 1), 0, *range(axis + 1, table.ndim)]
+        made = builder.add("Transpose", made, perm=order)
+        end = value.producer()
+        assert end is not None
+        model.graph.insert_before(end, builder.nodes)
+        replace_value(model, value, made)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
@@ -94,12 +90,26 @@ def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
     return next(axis for axis in axes if np.array_equal(np.flip(found, axis), turned))
 
 
-# --- embeddings ---------------------------------------------------------------------------------------------------
-def _take_embeddings(model: ir.Model, tokens: int, file: WeightsFile) -> Iterator[dict[str, Any]]:
-    source = _input(model, names.INPUT_IDS)
-    for number, (node, index) in enumerate(() if source is None else tuple(source.uses())):
-        if node.op_type == "Gather" and index == 1 and (stored := _stored_rows(node.outputs[0], node.inputs[1])):
-            yield _fed_by(model, node.outputs[0], f"token_rows_{number}", stored, tokens, file)
+# --- rows that the host reads -------------------------------------------------------------------------------------
+def _take_rows(model: ir.Model, tokens: int, file: WeightsFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Makes inputs (1, T, ...) of rows that ids or positions gather. Yields their names and where the rows stand."""
+    for kind, source in (("token", _input(model, names.INPUT_IDS)), ("position", _input(model, names.POSITION_IDS))):
+        for number, (node, _) in enumerate(() if source is None else tuple(source.uses())):
+            stored = _stored_rows(node.outputs[0], source)
+            if source is None or stored is None or stored.const_value is None:
+                continue
+            tensor = stored.const_value
+            rows, *row = tensor.shape.numpy()
+            name = f"{kind}_rows_{number}"
+            fed = ir.Value(name=name, shape=ir.Shape((1, tokens, *row)), type=ir.TensorType(ir.DataType.FLOAT))
+            replace_uses(node.outputs[0], fed)
+            model.graph.inputs.append(fed)
+            if isinstance(tensor, ir.ExternalTensor):
+                place = {"file": tensor.location, "offset": tensor.offset}
+            else:
+                stored_in, offset = file.place(np.ascontiguousarray(tensor.numpy(), "<f4").tobytes())
+                place = {"file": stored_in, "offset": offset}
+            yield name, {"of": source.name, "axis": 1, **place, "shape": [rows, 1, *row]}
 
 
 def _stored_rows(value: ir.Value, source: ir.Value | None) -> ir.Value | None:
@@ -110,24 +120,6 @@ def _stored_rows(value: ir.Value, source: ir.Value | None) -> ir.Value | None:
     table = node.inputs[0]
     array = weight(table)
     return table if array is not None and array.dtype == np.float32 and not node.attributes.get_int("axis", 0) else None
-
-
-def _fed_by(
-    model: ir.Model, value: ir.Value, name: str, stored: ir.Value, tokens: int, file: WeightsFile
-) -> dict[str, Any]:
-    """Makes `value`, the rows of a weight, an input (1, T, ...)."""
-    node, tensor = value.producer(), stored.const_value
-    assert node is not None
-    assert tensor is not None
-    source = node.inputs[1]
-    assert source is not None
-    shape = tuple(tensor.shape.numpy())
-    _feed(model, value, name, (1, tokens, *shape[1:]))
-    if isinstance(tensor, ir.ExternalTensor):
-        place = {"file": tensor.location, "offset": tensor.offset}
-    else:
-        place = _placed(file, tensor.numpy())
-    return {"input": name, "of": source.name, "axis": 1, **place, "shape": [shape[0], 1, *shape[1:]]}
 
 
 # --- operators ----------------------------------------------------------------------------------------------------

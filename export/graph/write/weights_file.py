@@ -51,24 +51,25 @@ class WeightsFile:
 
         Returns the bytes of the weights that stay in the graph.
         """
-        inline = 0
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            assert tensor is not None
-            if tensor.nbytes < INLINE_BYTES:
-                inline += int(tensor.nbytes) if tensor.dtype in _WEIGHTS else 0
-                continue
-            name, offset = self.place(_content(tensor))
-            value.const_value = ir.ExternalTensor(
-                name,
-                offset,
-                int(tensor.nbytes),
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=str(value.name),
-                base_dir=self.path.parent,
-            )
-        return inline
+        return sum(self.take_weight(value) for value in model.graph.initializers.values())
+
+    def take_weight(self, value: ir.Value) -> int:
+        """Moves an initializer here, unless it is small. Returns the bytes of a weight that stays in the graph."""
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes < INLINE_BYTES:
+            return int(tensor.nbytes) if tensor.dtype in _WEIGHTS else 0
+        name, offset = self.place(_content(tensor))
+        value.const_value = ir.ExternalTensor(
+            name,
+            offset,
+            int(tensor.nbytes),
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=str(value.name),
+            base_dir=self.path.parent,
+        )
+        return 0
 
 
 def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:

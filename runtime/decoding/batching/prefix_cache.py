@@ -40,14 +40,7 @@ class PrefixStore:
             reuse: Whether any may be; without it the engine is empty.
             exact: Whether only those that a prefill computed.
         """
-        nearest, shared = None, 0
-        for engine in self._all() if reuse else ():
-            found = engine.shared_with(ids)
-            found = min(found, engine.exact_length) if exact else found
-            if not engine.can_trim(found):
-                found = 0
-            if found > shared:
-                nearest, shared = engine, found
+        nearest, shared = self.nearest(ids, exact=exact) if reuse else (None, 0)
         if nearest is None:
             spare, self._spare = self._spare, None
             if spare is None:
@@ -62,6 +55,18 @@ class PrefixStore:
             self._entries.append(nearest)
         engine = nearest.copy(shared, room=len(ids) - shared)
         return engine, shared
+
+    def nearest(self, ids: Sequence[int], *, exact: bool = False) -> tuple[Engine | None, int]:
+        """The engine that shares most with `ids` (T,), and how many tokens; None and 0 where none shares any."""
+        nearest, shared = None, 0
+        for engine in self._all():
+            found = engine.shared_with(ids)
+            found = min(found, engine.exact_length) if exact else found
+            if not engine.can_trim(found):
+                found = 0
+            if found > shared:
+                nearest, shared = engine, found
+        return nearest, shared
 
     def put(self, engine: Engine, *, reuse: bool = True) -> None:
         """Keeps an engine that nobody uses any more, in the place of all that hold no more than its beginning."""

@@ -92,7 +92,7 @@ def test_options_that_are_not_kept_are_named() -> None:
 
 
 def test_the_page_on_the_format_has_every_option() -> None:
-    page = (Path(__file__).parent.parent.parent / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     for provider, options in OPTIONS.items():
         listed = ", ".join(f"`{name}`" for name in options)
         assert f"| `{provider}` | {listed} |" in page

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from pastkey.errors import IntegrityError
-from pastkey.files.folder import check_hashes, check_sizes, file_record, hub_store, leads_out, parse_records, read_json
+from pastkey.errors import IntegrityError, PastkeyError
+from pastkey.files.folder import (
+    check_hashes,
+    check_sizes,
+    file_record,
+    hub_store,
+    leads_out,
+    parse_records,
+    read_json,
+    require_manifest,
+)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "C:\\x", ""])
@@ -210,3 +220,39 @@ def test_the_store_of_a_hubs_cache(tmp_path: Path) -> None:
     assert hub_store(repository / "snapshots" / "0123" / "onnx") == repository.resolve() / "blobs"
     assert hub_store(tmp_path / "snapshots" / "0123") is None
     assert hub_store(repository) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "m.gguf",
+            "m.gguf is a file; a bundle is a folder; export it first: type  pastkey export m.gguf --out bundle  (it "
+            "needs pastkey's extras export,gguf)",
+        ),
+        (
+            "a b",
+            "a b is not a bundle: it has no pastkey.json; export it first: type  pastkey export 'a b' --out bundle  "
+            "(it needs pastkey's extras export,huggingface)",
+        ),
+        ("a b/model.safetensors", "type  pastkey export 'a b' --out bundle  (it"),
+        (
+            "org/name-1.5B",
+            "org/name-1.5B does not exist; for a model on Hugging Face, type  hf download org/name-1.5B "
+            "--local-dir name-1.5B  and  pastkey export name-1.5B --out bundle  "
+            "(it needs pastkey's extras export,huggingface)",
+        ),
+    ],
+)
+def test_a_model_of_another_form_comes_with_the_command_that_exports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.gguf").write_bytes(b"GGUF")
+    Path("a b").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("a b", name).write_text("{}")
+    with pytest.raises(PastkeyError, match=re.escape(words)):
+        require_manifest(Path(given), "bundle")
+    with pytest.raises(PastkeyError, match=r"(a folder|exist|pastkey\.json)$"):
+        require_manifest(Path(given), "checkpoint")

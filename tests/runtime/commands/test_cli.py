@@ -82,13 +82,13 @@ def test_run_decodes_with_draft_tokens_or_without(
     command: Run, speaking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, flag: str, most: int
 ) -> None:
     steps: list[int] = []
-    extend = Engine.extend
+    run = Engine.run
 
-    def recorded(engine: Engine, ids: list[int]) -> Any:
-        steps.append(len(ids))
-        return extend(engine, ids)
+    def recorded(engine: Engine, ids: Any, mask: Any = None, *, keep: int = 1) -> Any:
+        steps.append(keep)
+        return run(engine, ids, mask, keep=keep)
 
-    monkeypatch.setattr(Engine, "extend", recorded)
+    monkeypatch.setattr(Engine, "run", recorded)
     arguments = ["run", speaking_bundle.path, "--prompt", "abcabc", "--max-new-tokens", 100]
     assert command(*arguments)[1] == command(*arguments, flag)[1]
     steps.clear()

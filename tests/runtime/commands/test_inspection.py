@@ -113,9 +113,9 @@ class OnDevice(Engine):
         super().__init__(bundle, **placement)
         self.graph.providers = ["DeviceExecutionProvider"]
 
-    def _run(self, ids: Any, mask: Any = None, *, keep: int = 1, hidden: bool = False) -> Any:
-        logits = super()._run(ids, mask, keep=keep, hidden=hidden)
-        if ids.shape[1] >= self.least and not (self.one_by_one and ids.shape[1] > 1):  # which runs single tokens
+    def run(self, ids: Any, mask: Any = None, *, keep: int = 1, hidden: bool = False) -> Any:
+        logits = super().run(ids, mask, keep=keep, hidden=hidden)
+        if ids.shape[1] >= self.least and not (self.graph.one_by_one and ids.shape[1] > 1):  # which runs single tokens
             logits[..., 3] += 0.1 * np.abs(logits).max()
         return logits
 

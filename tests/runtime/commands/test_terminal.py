@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import PastkeyError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import Chunk, LanguageModel, Stream, load
 from pastkey.runtime.commands import terminal
 from pastkey.runtime.commands.terminal import interruptions, print_answer
 
@@ -243,17 +244,16 @@ def test_an_interrupt_ends_an_answer_and_keeps_it(
     model: LanguageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = model.chat().ask("abc", **SETTINGS).text
-    stream = LanguageModel.stream
+    step, steps = Stream.__next__, itertools.count()
 
-    def interrupted_after_three(*arguments: Any, **settings: Any) -> Generator[Any, None, None]:
-        for count, chunk in enumerate(stream(*arguments, **settings)):
-            if count == 2:
-                signal.raise_signal(signal.SIGINT)
-            yield chunk
+    def interrupted_after_three(stream: Stream) -> Chunk:
+        if next(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(stream)
 
     conversation = model.chat()
     with monkeypatch.context() as patch, interruptions() as interrupted:
-        patch.setattr(LanguageModel, "stream", interrupted_after_three)
+        patch.setattr(Stream, "__next__", interrupted_after_three)
         print_answer(conversation, "abc", interrupted, **SETTINGS)
     assert capsys.readouterr().out == whole[:3] + "\n"
     assert conversation.messages[-1] == {"role": "assistant", "content": whole[:3]}

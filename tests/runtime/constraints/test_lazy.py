@@ -77,6 +77,21 @@ def test_a_constraint_that_takes_no_text_is_met_at_once(lm: LanguageModel, speak
     assert (done.text, done.finish_reason) == ("", "stop")
 
 
+def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm: LanguageModel) -> None:
+    assert lm.tokenizer is not None
+    true, dot = (lm.tokenizer.encode(letter)[0] for letter in "t.")
+    for regex in ("a\\.t", "[0-9][.]t"):  # where it is forced and where it is chosen
+        whole = lm.generate("ta", regex=regex)
+        assert (len(whole.ids), whole.finish_reason) == (3, "stop")
+        cut = lm.generate("ta", regex=regex, stop_token_ids=[dot])
+        assert (cut.ids, cut.finish_reason) == (whole.ids[:1], "stop")
+    # An end of the text's own may follow where the constraint is met, and the bundle's no more.
+    held = lm.generate("ta", regex="a+", eos_token_id=true, max_new_tokens=20, logit_bias={true: 999.0})
+    assert (held.text, held.finish_reason) == ("a", "stop")
+    held = lm.generate("ta", regex="a+", eos_token_id=[], max_new_tokens=20, logit_bias={0: 999.0})
+    assert (held.text, held.finish_reason) == ("a" * 20, "length")
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["[0-9]{1,4}", "(tr|te)[as]*", "a{30}y|a{30}é", '"[^"]{3}"']))
 def test_whatever_is_drawn_matches(lm: LanguageModel, seed: int, expression: str) -> None:

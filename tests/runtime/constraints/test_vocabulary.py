@@ -28,14 +28,17 @@ def matcher(vocabulary: Vocabulary, **options: Any) -> Matcher:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"regex": "("}, "regex cannot be followed: unclosed group; leave that out"),
+    ({"regex": "("}, "regex cannot be followed: unclosed group; correct that, or leave it out"),
     ({"regex": "a(?=b)"}, "regex cannot be followed: look-around"),
     ({"regex": "[^\\s\\S]"}, "no text can meet regex"),
     ({"grammar": "start: x"}, 'grammar cannot be followed: .*unknown name: "x"'),
     ({"grammar": "hello"}, "grammar cannot be followed"),
     ({"grammar": "start: <|nobody|>"}, "grammar cannot be followed: .*unknown special token"),
     ({"grammar": 'start: a\na: a "b"'}, "no text can meet grammar"),
-    ({"json_schema": {"type": "objec"}}, "json_schema cannot be followed: Invalid type: objec; leave that out"),
+    (
+        {"json_schema": {"type": "objec"}},
+        "json_schema cannot be followed: Invalid type: objec; correct that",
+    ),
     ({"json_schema": {"type": "array", "uniqueItems": True}}, 'cannot be followed: Unimplemented keys: ."uniqueItems"'),
     ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "cannot be followed: Unsatisfiable schema"),
     ({"json_schema": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "cannot be followed: Unsatisfiable schema"),

@@ -123,7 +123,7 @@ def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundl
         (told,) = proved(engine, fused_bundle)
         assert "prefill wrong on this device, or too far off to be told from that, and single tokens right" in told
         assert engine.graph.one_by_one
-        assert not engine.supports_drafts
+        assert not engine.graph.supports_drafts
         engine.runs.clear()
         np.testing.assert_allclose(engine.prefill([5, 6, 7, 8]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         assert engine.runs == [1, 1, 1, 1]
@@ -152,7 +152,7 @@ def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
         engine = on(make_bundle(tiny, "fused"))
         assert bool(proved(engine, bundle)) is one_by_one
         assert engine.graph.one_by_one is one_by_one
-        assert not engine.takes_padding
+        assert not engine.graph.takes_padding
         everything = Engine(make_bundle(tiny, "fused"), graph="all_logits", threads=1)
         everything.graph.providers = ["DeviceExecutionProvider"]
         with pytest.raises(InputError, match="rows of different lengths cannot be run together"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import shutil
@@ -16,6 +17,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError, OptionError, ProviderError
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
+from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SESSION_OPTIONS
 
 if TYPE_CHECKING:
     from ..conftest import Tiny
@@ -86,7 +88,7 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) ->
     assert "".join(chunk.text for chunk in lm.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
 
 
-@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3, None])
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3])
 def test_a_stop_string_that_is_none_is_refused(lm: LanguageModel, stop: Any) -> None:
     with pytest.raises(InputError, match="stop is"):
         lm.generate("abc", stop=stop)
@@ -137,9 +139,31 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
     with pytest.raises(OptionError, match=rf"^{call}\(\) has no option 'temprature'; did you mean 'temperature'\?$"):
         calls[call]("?", temprature=1)
     with pytest.raises(
-        TypeError, match=rf"{call}\(\) has no option 'x'; its options are .*keep_special_tokens, .*, xtc_threshold$"
+        TypeError, match=rf"{call}\(\) has no option 'x'; docs/sampling\.md and GenerateOptions list the options$"
     ):
         calls[call]("?", x=1)
+    with pytest.raises(OptionError, match=rf"{call}\(\) has no option 'ignore_eos'; eos_token_id=\[\] lets no EOS"):
+        calls[call]("?", ignore_eos=True)
+    for near, meant in (("stop_token_id", "stop_token_ids"), ("eos_token_ids", "eos_token_id")):
+        with pytest.raises(OptionError, match=rf"'{near}'; did you mean '{meant}'\?"):
+            calls[call]("?", **{near: 1})
+
+
+def test_none_is_not_set_in_every_option(byte_model: LanguageModel, speaking_bundle: Bundle) -> None:
+    every: dict[str, Any] = dict.fromkeys(GENERATE_OPTIONS)
+    chats: dict[str, Any] = dict.fromkeys(CHAT_OPTIONS)
+    going: dict[str, Any] = dict.fromkeys(SESSION_OPTIONS)
+    arguments: dict[str, Any] = dict.fromkeys(set(inspect.signature(load).parameters) - {"path", "trust"})
+    expected = byte_model.generate("a").ids
+    assert byte_model.generate("a", **every).ids == expected
+    chat = byte_model.chat(None, messages=None, template=None, tools=None, documents=None, special_tokens_as_text=None)
+    assert chat.ask("?", **chats).ids == byte_model.chat().ask("?").ids
+    session = byte_model.session()
+    session.append("a", context_overflow=None, num_sink_tokens=None)
+    assert session.generate(**going).ids == expected
+    with load(speaking_bundle.path, **arguments) as model:
+        assert model.max_batch > 1
+        assert not pastkey.Generator(model.bundle.path, exact=None, max_batch=None, seed=None).exact
 
 
 def test_an_answer_always_reuses_what_was_said(byte_model: LanguageModel) -> None:
@@ -208,6 +232,33 @@ def test_an_end_token_ends_the_text(
     assert completion.text == letters.decode(completion.ids)
 
 
+def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(
+    lm: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
+) -> None:
+    drawn: dict[str, Any] = {"max_new_tokens": 30, "temperature": 2.0, "seed": 1}
+    free = lm.generate("abc", **drawn)
+    first, second = [token for i, token in enumerate(free.ids) if i > 0 and token not in free.ids[:i]][:2]
+    ending = load(make_bundle(tiny, "fused", tokenizer=letters, eos_token_ids=(second,)).path, threads=1)
+
+    def told(**options: Any) -> tuple[list[int], str]:
+        completion = ending.generate("abc", **drawn, **options)
+        return completion.ids, completion.finish_reason
+
+    to_first, to_second = (free.ids[: free.ids.index(end)] for end in (first, second))
+    assert told() == told(stop_token_ids=[]) == (to_second, "stop")
+    assert told(stop_token_ids=np.array([first])) == told(stop_token_ids=(first,)) == (to_first, "stop")
+    assert told(eos_token_id=first) == told(eos_token_id=[second, first]) == (to_first, "stop")
+    assert told(eos_token_id=[]) == (free.ids, "length")
+    assert told(eos_token_id=[], stop_token_ids=[second]) == (to_second, "stop")
+    assert first not in told(eos_token_id=first, min_new_tokens=30)[0]
+
+
+@pytest.mark.parametrize("given", [{"eos_token_id": -1}, {"stop_token_ids": 3}, {"stop_token_ids": [37]}])
+def test_an_end_id_that_is_none_is_refused(lm: LanguageModel, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(given))} is .*must be a list of token ids from 0 to 36"):
+        lm.generate("abc", **given)
+
+
 def test_generations_do_not_leak_into_one_another(lm: LanguageModel) -> None:
     first = lm.generate("hello", max_new_tokens=10)
     stream = lm.stream("world", max_new_tokens=10)
@@ -274,7 +325,7 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle
     [
         ({"path": 3}, "path is 3; the path of a bundle folder was expected"),
         ({"max_memory": 0}, "max_memory is 0; a whole number from 1 was expected"),
-        ({"prefix_bytes": None}, "prefix_bytes is None; a whole number from 0 was expected"),
+        ({"prefix_bytes": -1}, "prefix_bytes is -1; a whole number from 0 was expected"),
         ({"max_batch": 1.5}, "max_batch is 1.5; a whole number from 1 was expected"),
         ({"path": None}, "path is None; the path"),
         ({"threads": "2"}, "threads is '2'; a whole number was expected"),

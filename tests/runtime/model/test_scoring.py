@@ -33,7 +33,8 @@ def test_it_is_the_log_softmax_of_each_token_after_those_before_it(
 
 def test_a_text_and_one_token(model: LanguageModel) -> None:
     assert model.score("abc") == model.score(model.prompt_ids("abc"))
-    assert (model.score([5]).logprobs, model.score([5]).total) == ([None], 0.0)
+    assert (model.score([5]).logprobs, model.score([5]).total, model.score([5]).mean) == ([None], 0.0, 0.0)
+    assert model.score("abc").mean == model.score("abc").total / 2
     prompt = model.generate("abcab", max_new_tokens=1, prompt_logprobs=True).prompt_logprobs
     scored = np.array(model.score("abcab").logprobs[1:], float)
     np.testing.assert_allclose(scored, [entry.logprob for entry in prompt[1:] if entry], atol=1e-5)

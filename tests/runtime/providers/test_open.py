@@ -87,6 +87,26 @@ def test_an_absent_provider_is_refused(bundle: Bundle) -> None:
         Engine(bundle, providers="qnn")
 
 
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [
+        ("webgpu", "export the model again if an older pastkey wrote this bundle, or take the provider 'cpu'"),
+        ("cpu", "export the model again with --target webgpu, or take the provider 'cpu'"),
+    ],
+)
+def test_a_graph_that_a_provider_cannot_compile_is_one_sentence_with_a_way_on(
+    standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, target: str, remedy: str
+) -> None:
+    def fails(*given: Any, **more: Any) -> Any:
+        raise ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7")
+
+    monkeypatch.setattr(ep, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(opening, "Session", fails)
+    with pytest.raises(ProviderError) as caught:
+        Engine(with_manifest(standard_bundle, target=target), providers="webgpu")
+    assert str(caught.value).endswith(f"Failed to finalize the graph. Code: 1002; {remedy}")
+
+
 def test_a_provider_that_finds_no_device_is_one_sentence(
     bundle: Bundle, standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,8 +41,9 @@ def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch: 
         assert providers.resolve(choice, target, "static").providers == (("QNNExecutionProvider", default),)
     given = providers.resolve(("qnn", {"htp_arch": "73", "more": "1"})).providers[0][1]
     assert given == default | {"htp_arch": "73", "more": "1"}
-    with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of 68, 69"):
-        providers.resolve(("qnn", {"htp_arch": "99"}))
+    for missing in ("68", "99"):  # no float16, no such chip
+        with pytest.raises(ProviderError, match=f"'qnn' has no htp_arch {missing}; it must be one of 69, 73"):
+            providers.resolve(("qnn", {"htp_arch": missing}))
 
 
 def test_one_that_takes_nothing_is_told_with_its_options() -> None:
@@ -78,7 +79,8 @@ def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
     sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"GroupQueryAttention": 4}, "cpu", 4))
     assert "'openvino' leaves 4 operators (GroupQueryAttention 4) in 4 parts of this bundle's graph" in sentence
     assert "--target openvino, or let it, with allow_fallback=True, or --allow-fallback" in sentence
-    assert "--target" not in str(providers.left_behind("OpenVINOExecutionProvider", {"Cos": 1}, "openvino"))
+    sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"Cos": 1}, "openvino"))
+    assert "processor: export the model again if an older pastkey wrote this bundle, or let it, with" in sentence
 
 
 def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

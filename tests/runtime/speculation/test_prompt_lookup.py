@@ -201,7 +201,7 @@ def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(
 def test_the_standard_graph_generates_one_by_one(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cache would be copied to be trimmed."""
     session = Engine(standard_bundle, threads=1)
-    assert not session.supports_drafts
+    assert not session.graph.supports_drafts
     runs = steps_of(session, monkeypatch)
     assert len(list(Generation(session, Request(PROMPT, max_new_tokens=40)))) == 40
     assert set(runs[1:]) == {1}

@@ -86,9 +86,23 @@ def test_the_schema_is_that_of_transformers(function: Callable[..., Any]) -> Non
 
 
 def test_schemas_stay_as_they_are() -> None:
-    schemas: list[dict[str, Any]] = [{"type": "function", "function": {"name": "a"}}, {"name": "b", "x": 1}]
+    takes = {"type": "object", "properties": {"x": {}}}
+    schemas: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": "a", "parameters": takes}},
+        {"name": "b", "x": 1, "parameters": takes},
+    ]
     assert tool_schemas(schemas) == schemas
     assert [tool_name(schema) for schema in schemas] == ["a", "b"]
+
+
+def test_a_schema_without_parameters_takes_none() -> None:
+    schemas: list[dict[str, Any]] = [{"type": "function", "function": {"name": "a"}}, {"name": "b"}]
+    none = {"type": "object", "properties": {}}
+    assert tool_schemas(schemas) == [
+        {"type": "function", "function": {"name": "a", "parameters": none}},
+        {"name": "b", "parameters": none},
+    ]
+    assert schemas[1] == {"name": "b"}
 
 
 def no_hint(x) -> None:  # type: ignore[no-untyped-def]

@@ -109,7 +109,7 @@ class FromTwo(Optional):
 
 
 class AllZero(Optional):
-    default = staticmethod(torch.zeros_like)
+    default = staticmethod(lambda ids: torch.zeros_like(ids))
 
 
 class CappedAtNine(Optional):
@@ -130,7 +130,9 @@ class AmongOthers(Plain):
 
 
 class ByKeywordOnly(FromTwo):
-    def forward(self, input_ids: Tensor, *, use_cache: bool = False, position_ids: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, *, use_cache: bool = False, position_ids: Tensor | None = None
+    ) -> Tensor:
         return super().forward(input_ids, position_ids)
 
 
@@ -144,9 +146,7 @@ class InDictionary(FromTwo):
 
 
 class LastUnlessTargets(FromTwo):
-    def forward(  # type: ignore[override]
-        self, input_ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
         logits = super().forward(input_ids, position_ids)
         return logits if targets is not None else logits[:, -1:]
 

@@ -14,6 +14,7 @@ from pastkey.contract.bundle import Bundle, StaticShape, open_bundle
 from pastkey.errors import ContractError
 from pastkey.export import Report, export
 from pastkey.export.graph.static.static import make_static
+from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import load
 
 from ....shared import divided
@@ -67,15 +68,19 @@ def require_fixed(path: Path, bundle: Bundle, tokens: int) -> None:
     assert sizes[names.INPUT_IDS] == [1, tokens]
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
     assert kinds[names.INPUT_IDS] == kinds[names.POSITION_IDS] == onnx.TensorProto.INT32
-    assert not {"Shape", "Range", "Greater", "And"} & {node.op_type for node in model.graph.node}
+    assert not {"Shape", "Range", "Greater", "And", "Cos", "Sin"} & {node.op_type for node in model.graph.node}
     files = {entry.value for w in model.graph.initializer for entry in w.external_data if entry.key == "location"}
-    assert files <= {names.weights_file(bundle.all_logits_graph.name)}
+    assert files <= {names.weights_file(bundle.all_logits_graph.name), Path(names.STATIC_DATA).name}
 
 
 def test_the_folder_has_the_common_graph_and_no_last_logits(exported: Export) -> None:
     made = exported("llama", "fp32", "static")
-    found = {path.name for path in made.bundle.all_logits_graph.parent.iterdir()}
-    assert found == {"model.onnx", "model.onnx_data", "pastkey_decode.onnx", "pastkey_prefill.onnx"}
+    found = {path.name: path for path in made.bundle.all_logits_graph.parent.iterdir()}
+    graphs = {"model.onnx", "model.onnx_data", "pastkey_decode.onnx", "pastkey_prefill.onnx"}
+    assert set(found) == graphs | {"pastkey_static.onnx_data"}
+    # Cosines and sines of half a head's numbers for each position, once for both graphs.
+    (size,) = {layer.key_head_size for layer in made.bundle.manifest.layers}
+    assert found["pastkey_static.onnx_data"].stat().st_size == made.bundle.manifest.context_length * size * 4
     prompt = [5, 6, 7]
     text = load(made.bundle.path, threads=1).generate(prompt, max_new_tokens=10).ids
     ids = list(prompt)
@@ -90,7 +95,7 @@ WINDOWS = [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))]
 @pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, quick=WINDOWS[1:2], ci=WINDOWS[2:]))
 def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from ...families import CONTEXT, build
+    from ..families import CONTEXT, build
 
     report = export_static(build(family), tmp_path / "b", CONTEXT)
     require_equal(report)
@@ -112,7 +117,7 @@ def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], t
 )
 def test_what_masks_cannot_tell_is_refused(family: str, sentence: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from ...families import CONTEXT, build
+    from ..families import CONTEXT, build
 
     with pytest.raises(ContractError, match=sentence):
         export_static(build(family), tmp_path / "b", CONTEXT)
@@ -145,6 +150,6 @@ SEEN = "some = Greater(attention_mask, zero) axes = Constant <value_ints = [1, 2
     ],
     ids=["not_causal", "the_other_way_round", "no_lowest_score", "arithmetic"],
 )
-def test_a_condition_that_is_no_mask_of_earlier_tokens_is_refused(body: str) -> None:
+def test_a_condition_that_is_no_mask_of_earlier_tokens_is_refused(body: str, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="needs more than masks"):
-        make_static(standard(body), 2, 5)
+        make_static(standard(body), 2, 5, WeightsFile(tmp_path / "data"))

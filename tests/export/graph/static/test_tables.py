@@ -16,7 +16,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import IntegrityError
 from pastkey.export import export
-from pastkey.export.graph.static.tables import replace_operators, take_tables
+from pastkey.export.graph.static.tables import replace_operators, tabulate_positions, take_tables
 from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import load
 from pastkey.runtime.engine.engine import Engine
@@ -90,13 +90,19 @@ def test_what_positions_make_is_a_table_of_the_context(tokens: int, tmp_path: Pa
     model = model_of(text, angles=angles[:, None])
     x = RNG.normal(size=(4, tokens)).astype(np.float32)
     file = WeightsFile(tmp_path / "tables")
-    take_tables(model, tokens, 7, file)
+    positions = np.arange(2, 2 + tokens)[None]
+    (expected,) = run_model(model, x=x, position_ids=positions)
+    tabulate_positions(model, tokens, 7, file)
+    assert [node.op_type for node in model.graph] == ["Gather", "Reshape", "Transpose", "Mul"]
+    np.testing.assert_allclose(run_model(model, x=x, position_ids=positions)[0], expected, atol=1e-6)
+    take_tables(model, tokens, file)
+    assert [node.op_type for node in model.graph] == ["Reshape", "Transpose", "Mul"]
     ((name, place),) = json.loads(model.metadata_props[names.TABLES]).items()
-    assert (place["of"], place["axis"], place["shape"]) == (names.POSITION_IDS, 1, [7, 4])
+    assert (place["of"], place["axis"], place["shape"]) == (names.POSITION_IDS, 1, [7, 1, 4])
     table = np.fromfile(tmp_path / "tables", "<f4").reshape(7, 4)
     np.testing.assert_allclose(table, np.cos(np.arange(7)[:, None] * angles), atol=1e-6)
-    (found,) = run_model(model, x=x, **{name: table[2 : 2 + tokens].T.copy()})
-    np.testing.assert_allclose(found, np.cos(angles[:, None] * np.arange(2, 2 + tokens)) * x, atol=1e-6)
+    (found,) = run_model(model, x=x, **{name: table[None, 2 : 2 + tokens]})
+    np.testing.assert_allclose(found, np.cos(angles[:, None] * positions) * x, atol=1e-6)
 
 
 @pytest.mark.parametrize("index", [0, 2, -1])

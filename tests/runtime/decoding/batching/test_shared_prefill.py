@@ -52,6 +52,22 @@ def test_the_prompt_is_computed_once(lm: LanguageModel, monkeypatch: pytest.Monk
     assert [completion.cached_tokens for completion in found] == [0] + [22] * 5
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_prompts_that_begin_alike_share_it(model: LanguageModel, reuse: bool) -> None:
+    beginning = "abcdefgh" * 10
+    prompts = [beginning + end for end in ("", "xyz", "x.y", " ")] + ["zyx" * 20, "zyx" * 21, "ab", "ab"]
+    alone = [model.generate(prompt, **DRAWN) for prompt in prompts]
+    model.scheduler.store.clear()
+    found = model.generate(prompts, reuse_prefix=reuse, **DRAWN)
+    assert [completion.ids for completion in found] == [completion.ids for completion in alone]
+    assert [completion.cached_tokens for completion in found] == [0, 78, 78, 78, 0, 58, 0, 0]
+    if reuse:  # what is stored by now is longer
+        again = model.generate(prompts, reuse_prefix=True, **DRAWN)
+        assert [completion.ids for completion in again] == [completion.ids for completion in alone]
+        assert [completion.cached_tokens for completion in again[:6]] == [len(prompt) - 2 for prompt in prompts[:6]]
+    assert model.scheduler.live == 0
+
+
 def test_a_window_that_has_left_the_prompt_behind(make_bundle: Callable[..., Bundle]) -> None:
     """The second continuation begins when the first has ended."""
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)

@@ -5,54 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError, OptionError, TemplateWarning
-from pastkey.values import is_one_of, require, shown
+from pastkey.values import is_one_of, or_default, require, shown
 
-from ..decoding.completion import Chunk, Completion, ToolCall, completed
-from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions, require_known
-from ..text.environment import plain
-from ..text.messages import Content, check_messages, checked_content, message, read_messages, save_messages, text_of
-from ..text.tool_calls import parse_tool_calls, tool_call_form
+from ...decoding.asynchronous import AsyncStream
+from ...decoding.completion import Completion, ToolCall, completed
+from ...settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of
+from ...text.environment import plain
+from ...text.messages import (
+    Content,
+    check_messages,
+    checked_content,
+    message,
+    read_message,
+    read_messages,
+    save_messages,
+    text_of,
+)
+from ...text.tool_calls import parse_tool_calls, tool_call_form
+from .answer_stream import AnswerStream
+from .chat_model import ChatModel
 
 if TYPE_CHECKING:
-    from ..text.tools import Tool
+    from ...text.tools import Tool
 
-_OURS = ("messages", "add_generation_prompt", "continue_final_message")  # what a template is given in any case
-
-
-class Format(Protocol):
-    """How a conversation becomes token ids: see ChatFormat, which has what is here."""
-
-    source: str
-    variables: frozenset[str]
-
-    def render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
-        """The conversation as a text."""
-
-    def ids(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> list[int]:
-        """The conversation as token ids."""
-
-    def loses_space(self, token: int) -> bool:
-        """Whether a text that begins with this token lacks the space that the token carries."""
-
-
-class ChatModel(Protocol):
-    """What a conversation asks of its model: LanguageModel has it, and the model in a sandbox."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest, for the length of the context."""
-
-    def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
-        """How a conversation becomes token ids."""
-
-    def stream(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> Generator[Chunk, None, Completion]:
-        """Continues token ids."""
+_OURS = ("add_generation_prompt", "continue_final_message")  # what a template is given in any case
 
 
 class Chat:
@@ -65,6 +46,7 @@ class Chat:
     Attributes:
         messages: The conversation, {"role", "content"} each, and "tool_calls" if the model called tools.
         model: The model that answers.
+        format: How the conversation becomes token ids.
         system: The system text, or None.
         tools: The JSON schemas of the tools, or None.
         documents: The documents, or None.
@@ -75,29 +57,37 @@ class Chat:
         model: ChatModel,
         system: str | None = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         template: str | Path | None = None,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
-        special_tokens_as_text: bool = False,
+        special_tokens_as_text: bool | None = False,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         """See `LanguageModel.chat`, whose further keywords are `template_variables`."""
         self.model = model
+        check_messages(messages or [])
+        said = list(map(read_message, messages or []))
+        if said and said[0]["role"] == "system":
+            if system is not None:
+                raise InputError("system is given, and messages begin with another system text: leave one of them out")
+            system = text_of(said.pop(0)["content"])
         self.system = system if system is None else _checked_text("system", system)
         self.tools = None if tools is None else _schemas(tools)
         self.documents = _checked_documents(documents)
-        require(
-            isinstance(special_tokens_as_text, bool), "special_tokens_as_text", special_tokens_as_text, "True or False"
-        )
+        as_text = or_default(special_tokens_as_text, False)
+        require(isinstance(as_text, bool), "special_tokens_as_text", as_text, "True or False")
         self._variables = dict(template_variables or {})
         for name in _OURS:
             if name in self._variables:
                 raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
-        self._format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=special_tokens_as_text)
-        self._form = tool_call_form(self._format.source)
+        self.format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=as_text)
+        self._form = tool_call_form(self.format.source)
         self._takes_text, self._takes_parts = self._contents_taken()
         self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
         self.reset()
+        if said:
+            self._take_up([*self.messages, *said])
 
     def reset(self) -> None:
         """Begins a new conversation under the same system text."""
@@ -122,10 +112,9 @@ class Chat:
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity. The conversation is unchanged.
         """
-        require_known("chat.ask", options, CHAT_OPTIONS)
-        return completed(self._answer(text, options))
+        return completed(self._answer(text, options_of("chat.ask", options, CHAT_OPTIONS)))
 
-    def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> Generator[Chunk, None, Completion]:
+    def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> AnswerStream:
         """Answers a message token by token.
 
         This call raises errors of the message and the options. The first `next` starts the model. After a stream that
@@ -135,19 +124,26 @@ class Chat:
             text: As in `ask`.
             **options: As in `ask`.
 
-        Yields:
-            A Chunk for each new token. Their texts joined are the completion's.
-
         Returns:
-            The Completion, as the value of StopIteration, or of `yield from`.
+            An iterator of a Chunk for each new token, whose texts together are the completion's. The Completion is its
+            `completion` at the end, and the value of StopIteration, or of `yield from`.
 
         Raises:
             InputError: As in `ask`, or the stream has lost its turn.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
-        require_known("chat.stream", options, CHAT_OPTIONS)
-        return self._answer(text, options)
+        return self._answer(text, options_of("chat.stream", options, CHAT_OPTIONS))
+
+    async def aask(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> Completion:
+        """As `ask`, for `await`. A task that is cancelled ends the answer within one step, as far as it came."""
+        answer = self._answer(text, options_of("chat.aask", options, CHAT_OPTIONS))
+        return await AsyncStream(answer, self.model.executor).completed()
+
+    def astream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncStream:
+        """As `stream`, for `async for`. A task that is cancelled ends the answer within one step, as far as it came."""
+        answer = self._answer(text, options_of("chat.astream", options, CHAT_OPTIONS))
+        return AsyncStream(answer, self.model.executor)
 
     def prompt_ids(self) -> list[int]:
         """The token ids that `ask()` without a text continues.
@@ -164,9 +160,9 @@ class Chat:
         """
         require(isinstance(answer, Completion), "answer", answer, "the Completion that lm.generate() gave")
         messages, cut = self._standing()
-        lost = cut and answer.ids and self._format.loses_space(answer.ids[0])
+        lost = cut and answer.ids and self.format.loses_space(answer.ids[0])
         answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
-        return self._taken_in(messages if cut is None else messages[:-1], (cut or "") + answer.text, answer)
+        return self.taken_in(messages if cut is None else messages[:-1], (cut or "") + answer.text, answer)
 
     def add_tool_result(self, content: Any, *, name: str | None = None, call_id: str | None = None) -> None:
         """Adds the result of a tool. `ask()` without a text then continues from it.
@@ -181,7 +177,7 @@ class Chat:
         """
         name = name if name is None else _checked_text("name", name)
         call_id = call_id if call_id is None else _checked_text("call_id", call_id)
-        open_calls = [call for call in self._open_calls() if call_id in (None, call["id"])]
+        open_calls = [call for call in self._open_calls() if call_id in (None, call.get("id"))]
         call = next((call for call in open_calls if name in (None, call["function"]["name"])), None)
         if call is None and (name is None or call_id is not None):
             which = "that waits for a result" if call_id is None else shown(call_id)
@@ -191,7 +187,7 @@ class Chat:
                 content = json.dumps(plain(content), ensure_ascii=False, allow_nan=False)
             except (TypeError, ValueError, RecursionError) as error:
                 raise InputError(f"the result of a tool cannot be written as JSON: {error}") from None
-        ids = {} if call is None else {"tool_call_id": call["id"]}
+        ids = {"tool_call_id": call["id"]} if call is not None and call.get("id") else {}
         name = cast(dict[str, Any], call)["function"]["name"] if name is None else name
         self.messages = [*self.messages, message("tool", content, name=name, **ids)]
 
@@ -241,15 +237,19 @@ class Chat:
         this one stays then.
         """
         found = read_messages(path)
-        asked = not found or found[-1]["role"] in ("assistant", "system")
-        self._rendered([*found, message("user", "Hi")] if asked else found)
-        self.messages = found
+        self._take_up(found)
         first = found[0] if found else {}
         self.system = text_of(first["content"]) if first.get("role") == "system" else None
 
+    def _take_up(self, found: list[dict[str, Any]]) -> None:
+        """Goes on from these messages. Raises InputError where the template does not take them."""
+        asked = not found or found[-1]["role"] in ("assistant", "system")
+        self._rendered([*found, message("user", "Hi")] if asked else found)
+        self.messages = found
+
     # --- the answer -----------------------------------------------------------------------------------------------
-    def _answer(self, text: Content | None, options: ChatOptions) -> Generator[Chunk, None, Completion]:
-        """Checks everything, and gives the generator."""
+    def _answer(self, text: Content | None, options: Mapping[str, Any]) -> AnswerStream:
+        """Checks everything, and gives the stream."""
         if text is None:
             messages, cut = self._standing()
         else:
@@ -263,15 +263,15 @@ class Chat:
                 "question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
                 "chat.drop(), undo(), reset()); nothing was lost"
             )
-        settings: ChatOptions = {
+        settings: dict[str, Any] = {
             "max_new_tokens": CHAT_NEW_TOKENS,
             "keep_special_tokens": self.tools is not None,
             **options,
         }
         if shifts and "num_sink_tokens" not in options:
             settings["num_sink_tokens"] = min(self._head_tokens(), context // 2)
-        answer = self.model.stream(ids, **settings, reuse_prefix=True)
-        return self._chunks(messages[:-1] if cut is not None else messages, answer, cut)
+        stream = self.model.stream(ids, **settings, reuse_prefix=True)
+        return AnswerStream(self, messages[:-1] if cut is not None else messages, stream, cut)
 
     def _head_tokens(self) -> int:
         """How many tokens come before the first question: what the model is told before all else."""
@@ -294,29 +294,7 @@ class Chat:
             raise InputError("the message is None; a text was expected, since there is nothing to go on from")
         return messages, None
 
-    def _chunks(
-        self, messages: list[dict[str, Any]], answer: Generator[Chunk, None, Completion], cut: str | None
-    ) -> Generator[Chunk, None, Completion]:
-        before, said, space = self.messages, cut or "", ""
-        try:
-            while True:
-                chunk = next(answer)
-                if cut and said == cut and chunk.ids and self._format.loses_space(chunk.ids[0]):
-                    space = " "  # a decoder drops it where a text begins, and this one goes on
-                    chunk = dataclasses.replace(chunk, text=space + chunk.text)
-                said += chunk.text
-                self.messages = [*messages, message("assistant", said)]
-                yield chunk
-        except StopIteration as end:
-            completion: Completion = dataclasses.replace(end.value, text=space + end.value.text)
-            return self._taken_in(messages, (cut or "") + completion.text, completion)
-        except Exception:
-            self.messages = before
-            raise
-        finally:
-            answer.close()
-
-    def _taken_in(self, messages: list[dict[str, Any]], text: str, completion: Completion) -> Completion:
+    def taken_in(self, messages: list[dict[str, Any]], text: str, completion: Completion) -> Completion:
         """Puts the whole answer into the conversation, its tool calls by themselves."""
         calls: list[dict[str, Any]] = []
         if self.tools is not None:
@@ -339,17 +317,18 @@ class Chat:
         if not places:
             return []
         results = self.messages[places[-1] + 1 :]
-        answered = {said.get("tool_call_id") for said in results}
+        answered = {said.get("tool_call_id") or said.get("name") for said in results}
         if any(said["role"] == "user" for said in results):
             return []
-        return [call for call in self.messages[places[-1]].get("tool_calls") or () if call.get("id") not in answered]
+        calls = self.messages[places[-1]].get("tool_calls") or ()
+        return [call for call in calls if (call.get("id") or call["function"]["name"]) not in answered]
 
     # --- the template ---------------------------------------------------------------------------------------------
     def _ids(self, messages: Sequence[Mapping[str, Any]], continued: bool) -> list[int]:
-        return self._format.ids(list(map(self._shaped, messages)), **self._given(continue_final_message=continued))
+        return self.format.ids(list(map(self._shaped, messages)), **self._given(continue_final_message=continued))
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], **changes: Any) -> str:
-        return self._format.render(list(map(self._shaped, messages)), **self._given(**changes))
+        return self.format.render(list(map(self._shaped, messages)), **self._given(**changes))
 
     def _given(self, **changes: Any) -> dict[str, Any]:
         """What the template reads beside the messages."""
@@ -358,6 +337,8 @@ class Chat:
     def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
         """A message with its content as the template takes it: in parts, or as a text."""
         content = said.get("content")
+        if content is None:  # beside tool calls: templates join texts
+            said, content = {**said, "content": ""}, ""
         if isinstance(content, str) and not self._takes_text:
             return {**said, "content": [{"type": "text", "text": content}]}
         if isinstance(content, list | tuple) and not self._takes_parts:
@@ -369,7 +350,7 @@ class Chat:
 
         def writes(content: Content) -> bool:
             try:
-                text = self._format.render([message("user", content)], **self._variables)
+                text = self.format.render([message("user", content)], **self._variables)
             except InputError:
                 return False
             return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
@@ -403,12 +384,12 @@ class Chat:
             if given and whole == rendered(self.system, **{name: None}):
                 _warn(f"the chat template leaves the {name} out, so that the model is not told of them", stacklevel)
         for name in self._variables:
-            if name not in self._format.variables:
+            if name not in self.format.variables:
                 _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
 
 
 def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    from ..text.tools import tool_schemas  # inspect and more, for whom it concerns
+    from ...text.tools import tool_schemas  # inspect and more, for whom it concerns
 
     return tool_schemas(tools)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, processors
 
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import InputError
+from pastkey.errors import InputError, OptionError
 from pastkey.runtime import Chat, LanguageModel, load
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
-    from ..conftest import Tiny
+    from ...conftest import Tiny
 
 # In the tiny decoder's letters. A begins, and ends nothing.
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
@@ -151,6 +152,40 @@ def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left
     said = next(stream).text + next(stream).text
     stream.close()
     assert left.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
+
+
+def test_an_event_loop_gets_the_answers_of_calls(model: LanguageModel) -> None:
+    expected = model.chat("be")
+    answers = [expected.ask("hello", **VARIED), expected.ask("and", **VARIED)]
+
+    async def talk() -> Chat:
+        chat = model.chat("be")
+        assert (await chat.aask("hello", **VARIED)).ids == answers[0].ids
+        stream = chat.astream("and", **VARIED)
+        text = "".join([chunk.text async for chunk in stream])
+        assert stream.completion is not None
+        assert (text, stream.completion.ids) == (answers[1].text, answers[1].ids)
+        with pytest.raises(OptionError, match=r"chat\.aask\(\) has no option 'x'"):
+            await chat.aask("a", x=1)  # type: ignore[call-arg]
+        return chat
+
+    assert asyncio.run(talk()).messages == expected.messages
+
+
+def test_a_cancelled_task_leaves_the_answer_as_far_as_it_came(model: LanguageModel) -> None:
+    chat = model.chat()
+
+    async def leave() -> None:
+        async with chat.astream("hello", **{**VARIED, "max_new_tokens": 200}) as stream:
+            async for _ in stream:
+                if len(chat.messages) == 2 and len(chat.messages[1]["content"]) > 3:
+                    break
+        assert stream.completion is not None
+        assert (stream.completion.finish_reason, stream.completion.text) == ("cancelled", chat.messages[1]["content"])
+
+    asyncio.run(leave())
+    assert [said["role"] for said in chat.messages] == ["user", "assistant"]
+    assert model.scheduler.live == 0
 
 
 def test_an_end_token_ends_an_answer(make_model: MakeModel, fresh: LanguageModel) -> None:

@@ -1,0 +1,1 @@
+"""A conversation: its messages as a prompt, its answers as messages."""
