@@ -198,7 +198,6 @@ class SessionOptions(ChatOptions, total=False):
 CHAT_OPTIONS: frozenset[str] = ChatOptions.__optional_keys__
 GENERATE_OPTIONS: frozenset[str] = GenerateOptions.__optional_keys__
 SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
-_RENAMED = {"lookahead": ["prompt_lookup"]}  # old names of options
 
 
 # Options of other programs, and what does it here.
@@ -225,7 +224,7 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
     """Raises OptionError for the first of `options` that `call` does not know."""
     for name in options:
         if name not in known:
-            near = _RENAMED.get(name) or difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name, known, 1)
             usual = f"did you mean {near[0]!r}?" if near else "docs/sampling.md and GenerateOptions list the options"
             raise OptionError(f"{call}() has no option {shown(name)}; {_ELSEWHERE.get(name, usual)}")
 

@@ -140,15 +140,15 @@ class Generator:
 
         Args:
             batch: Columns of one length, lists or arrays: `prompt` (texts, or token ids) or `messages`, and any other.
-                `id` is what a row's seed is made of; without it the prompt is, so that equal prompts draw equal texts.
+                A row draws by its `id`, or without one by its prompt, so that equal prompts draw equal texts.
 
         Returns:
-            These columns, and `text`, `finish_reason`, `prompt_tokens`, `new_tokens` and `error`: lists, of one type in
-            each batch. A row that cannot be answered has a sentence for its error, and "" and 0 for the others; one
-            that was has "" for its error. With `logprobs`, or a column of tools, there is another column of JSON texts.
+            These columns, and lists `text`, `finish_reason`, `prompt_tokens`, `new_tokens` and `error`, of one type in
+            each batch. A row that cannot be answered has a sentence in `error`, and "" and 0 in the others. An answered
+            row has "" in `error`. `logprobs`, or a column of tools, adds a column of JSON texts.
 
         Raises:
-            InputError: A column bears the name of one of these.
+            InputError: A column has the name of one of these.
             PastkeyError: The model cannot be loaded.
         """
         if not (hasattr(batch, "keys") and hasattr(batch, "__getitem__")) or isinstance(batch, type):

@@ -239,7 +239,7 @@ class LanguageModel:
             **options: As in `generate`, for each.
 
         Returns:
-            An iterator of pairs: the place of a prompt, and the next Chunk of its continuation. `completions` is the
+            An iterator of pairs of the place of a prompt and the next Chunk of its continuation. `completions` is the
             list of finished completions, by place, and the value of StopIteration.
 
         Raises:

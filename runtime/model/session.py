@@ -134,7 +134,7 @@ class Session:
             prompt: A whole text as in `LanguageModel.generate`, or token ids.
 
         Returns:
-            How many tokens stay. Append the prompt's others, or generate with them: `prompt_ids(prompt)[kept:]`.
+            How many tokens stay. Append or generate the rest of the prompt, `prompt_ids(prompt)[kept:]`.
         """
         self._idle()
         ids, kept = self._parts.prompt_ids(prompt), 0
