@@ -95,7 +95,7 @@ WINDOWS = [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))]
 @pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, quick=WINDOWS[1:2], ci=WINDOWS[2:]))
 def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from ..families import CONTEXT, build
+    from ...families import CONTEXT, build
 
     report = export_static(build(family), tmp_path / "b", CONTEXT)
     require_equal(report)
@@ -117,7 +117,7 @@ def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], t
 )
 def test_what_masks_cannot_tell_is_refused(family: str, sentence: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from ..families import CONTEXT, build
+    from ...families import CONTEXT, build
 
     with pytest.raises(ContractError, match=sentence):
         export_static(build(family), tmp_path / "b", CONTEXT)
