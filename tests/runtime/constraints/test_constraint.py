@@ -79,7 +79,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regex": ""}, "regex is ''; a regular expression was expected"),
     ({"regex": 3}, "regex is 3; a regular expression was expected"),
     ({"regex": "a" * 60_000}, "regex has 60000 characters; at most 50000"),
-    ({"grammar": []}, r"grammar is \[\]; the text of a Lark grammar was expected"),
+    ({"grammar": []}, r"grammar is \[\]; a grammar in Lark's notation was expected"),
     ({"choices": "ab"}, "choices is 'ab'; a list of texts"),
     ({"choices": []}, "a list of texts of at least one character was expected"),
     ({"choices": ["a", ""]}, "a list of texts of at least one character was expected"),

@@ -80,7 +80,7 @@ def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
     assert "'openvino' leaves 4 operators (GroupQueryAttention 4) in 4 parts of this bundle's graph" in sentence
     assert "--target openvino, or let it, with allow_fallback=True, or --allow-fallback" in sentence
     sentence = str(providers.left_behind("OpenVINOExecutionProvider", {"Cos": 1}, "openvino"))
-    assert "processor: export the model again if an older pastkey wrote this bundle, or let it, with" in sentence
+    assert "CPU: export the model again if an older pastkey wrote this bundle, or let it, with" in sentence
 
 
 def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
