@@ -46,10 +46,10 @@ def fuse_norms(model: ir.Model) -> None:
     for node in tuple(model.graph):
         if node.op_type != "Mul" or len(node.inputs) != 2:
             continue
-        scale, normed = _weight_and_rest(node)
+        scale, normed = weight_and_rest(node)
         if scale is None or normed is None:
             continue
-        found = _normalised(normed)
+        found = rms_normalised(normed)
         if found is None:
             continue
         x, epsilon = found
@@ -62,7 +62,7 @@ def fuse_norms(model: ir.Model) -> None:
         replace_node(model, node, new)
 
 
-def _weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+def weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     """The operand that is a vector of weights, and the other one."""
     for scale, rest in (tuple(node.inputs), tuple(reversed(node.inputs))):
         array = weight(scale)
@@ -71,7 +71,7 @@ def _weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     return None, None
 
 
-def _normalised(value: ir.Value) -> tuple[ir.Value, float] | None:
+def rms_normalised(value: ir.Value) -> tuple[ir.Value, float] | None:
     """(x, epsilon) of x * (1 / sqrt(mean(x ** 2, -1) + epsilon))."""
     product = producer(value, "Mul")
     if product is None:

@@ -23,15 +23,42 @@ def changed_exactly(model: ir.Model, x: np.ndarray) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def test_a_norm_is_multiplied_by_its_weight_and_not_the_other_way_round() -> None:
+NORM = ["Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal", "Mul", "Mul"]
+
+
+@pytest.mark.parametrize("products", ["n = Mul(x, r) y = Mul(w, n)", "n = Mul(r, x) y = Mul(n, w)", "y = Mul(x, r)"])
+@pytest.mark.parametrize("sizes", [(3, 8), (1, 3, 8), (1, 3, 2, 8)])
+def test_a_norm_has_at_most_three_axes_and_its_weight_second(sizes: tuple[int, ...], products: str) -> None:
+    axes = ",".join(map(str, sizes))
     model = model_of(
-        "g (float[1,3,8] x, float[8] w) => (float[1,3,8] y) { n = Neg(x) s = Mul(w, n) t = Mul(s, w) y = Mul(t, x) }",
+        f"g (float[{axes}] x, float[8] w, float two, float e, int64[1] last) => (float[{axes}] y) "
+        "{ p = Pow(x, two) m = ReduceMean <keepdims = 1> (p, last) t = Add(m, e) s = Sqrt(t) r = Reciprocal(s) "
+        f"{products} }}",
         w=RNG.standard_normal(8).astype(np.float32),
+        two=np.array(2, np.float32),
+        e=np.array(1e-6, np.float32),
+        last=np.array([-1]),
     )
-    x = RNG.standard_normal((1, 3, 8)).astype(np.float32)
-    assert changed_exactly(model, x) == ["Neg", "Mul", "Mul", "Mul"]
-    factors = [tuple(str(value.name) for value in node.inputs if value) for node in model.graph if len(node.inputs) > 1]
-    assert factors == [("n", "w"), ("s", "w"), ("t", "x")]
+    operators = changed_exactly(model, 30 * RNG.standard_normal(sizes).astype(np.float32))
+    assert operators == (["Reshape", *NORM, "Reshape"] if len(sizes) > 3 else NORM)
+    product, scaled = [node for node in model.graph if node.op_type == "Mul"]
+    assert [weight(value) is None for value in product.inputs] == [True, True]
+    assert [weight(value) is None for value in scaled.inputs] == [True, False]
+
+
+def test_rows_are_gathered_by_one_number_each() -> None:
+    model = model_of(
+        "g (float[4] x, float[4,3,5] w, int64[2,6,1] i, int64[6,2] j) => (float[2,6,3,5] y, float[6,5] z) "
+        "{ y = GatherND(w, i) z = GatherND(w, j) }",
+        w=RNG.standard_normal((4, 3, 5)).astype(np.float32),
+        i=RNG.integers(-4, 4, (2, 6, 1)),
+        j=RNG.integers(0, 3, (6, 2)),
+    )
+    before = run_model(model, x=np.zeros(4, np.float32))
+    suit_htp(model)
+    assert [node.op_type for node in model.graph] == ["Squeeze", "Gather", "GatherND"]
+    for old, new in zip(before, run_model(model, x=np.zeros(4, np.float32)), strict=True):
+        assert np.array_equal(old, new)
 
 
 @pytest.mark.parametrize("operator", ["Tanh", "Neg", "Elu <alpha = 0.3>"])
