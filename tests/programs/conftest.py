@@ -114,6 +114,7 @@ MORE: dict[str, Write] = {
     "own-qnn": own_module,
     "qwen2-qnn": partial(family, "qwen2"),  # norms that multiply by their weight from the left
     "gemma2-qnn": partial(family, "gemma2"),  # soft caps of scores with five axes
+    "qwen3-qnn": partial(family, "qwen3"),  # norms over four axes
 }
 
 

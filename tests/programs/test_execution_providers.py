@@ -221,7 +221,7 @@ PROMPTS = {"--prompt": (PROMPT, "Tom had 2 red", "Anna"), "--prompt-ids": ("1,2,
 ON_HTP = ["own-qnn", "qwen2-qnn", "gemma2-qnn"]
 
 
-@pytest.mark.parametrize("name", divided([*ON_HTP, "llama-qnn", "gpt2-qnn"], ci=ON_HTP))
+@pytest.mark.parametrize("name", divided([*ON_HTP, "llama-qnn", "gpt2-qnn", "qwen3-qnn"], ci=ON_HTP))
 def test_static_graphs_run_whole_on_the_emulated_htp(bundles: Callable[[str], Path], name: str) -> None:
     """The target and nothing else says where: an operator that stays behind would be refused."""
     bundle = bundles(name)

@@ -70,7 +70,7 @@ def write_norms(model: ir.Model) -> None:
 def gather_rows(model: ir.Model) -> None:
     """Makes a Gather of each GatherND whose indices are one number each."""
     for node in tuple(model.graph):
-        if node.op_type != "GatherND" or node.attributes.get_int("batch_dims", 0):
+        if node.op_type != "GatherND" or node.attributes.get_int("batch_dims", 0) != 0:
             continue
         rows, indices = node.inputs
         if indices is None or indices.shape is None or indices.shape[-1] != 1:
