@@ -87,4 +87,4 @@ def test_int4_cannot_get_below_what_int8_embeddings_cost(exported: Export) -> No
     windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
     int4 = rounded(ir.load(bundle.all_logits_graph), folder, windows)
     with pytest.raises(QualityError, match=r"of \d+ matrices in int8, over --max-kl 1e-12 by \d"):
-        sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12, rounded=int4)
+        sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12, precision="int4", rounded=int4)
