@@ -21,13 +21,13 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         checkout = tmp_path / f"checkout{number}"
         for stage in ("pastkey", "train", "export", "runtime"):
             shutil.copytree(ROOT / stage, checkout / stage, ignore=shutil.ignore_patterns("__pycache__"))
-        (checkout / "tests").mkdir()
+        (checkout / "tools").mkdir()
         for name in ("pyproject.toml", "README.md", "LICENSE", "tools/wheel.py"):
             shutil.copy(ROOT / name, checkout / name)
         for path in checkout.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             os.utime(path, (when, when))
-        command = [sys.executable, str(checkout / "tests" / "wheel.py"), str(tmp_path / f"out{number}")]
+        command = [sys.executable, str(checkout / "tools" / "wheel.py"), str(tmp_path / f"out{number}")]
         environment = os.environ | {"SOURCE_DATE_EPOCH": "1600000000", "PYTHONHASHSEED": str(number)}
         subprocess.run(command, env=environment, umask=umask, check=True)
         built += (tmp_path / f"out{number}").glob("*.whl")
