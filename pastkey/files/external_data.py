@@ -123,12 +123,13 @@ def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: b
 
 
 def _context(content: mmap.mmap, start: int, end: int) -> str | None:
-    """The path in an attribute of an EPContext node; None for another attribute, or where the binary stands in it."""
+    """What the attribute of an EPContext node names; None for another attribute.
+
+    A binary inside the graph is refused as well: behind a NUL it may begin with a path that a provider opens.
+    """
     parts = {number: (a, b) for number, wire, a, b in fields(content, start, end) if wire == BYTES}
     (a, b), (first, last) = parts.get(_ATTRIBUTE_NAME, (0, 0)), parts.get(_ATTRIBUTE_TEXT, (0, 0))
-    if content[a:b] != _CONTEXT or last - first > _LONGEST:  # no system opens a longer path
-        return None
-    return content[first:last].decode("utf-8", "replace")
+    return content[first : min(last, first + _LONGEST)].decode("utf-8", "replace") if content[a:b] == _CONTEXT else None
 
 
 def _messages(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:

@@ -47,7 +47,7 @@ def compile_bundle(
         out: The folder to write.
         provider: A short name; None for the provider that the bundle was made for.
         provider_options: Of the provider: the chip, say.
-        session_options: Further options of onnxruntime's session, as {"ep.context_embed_mode": "1"}.
+        session_options: Further options of onnxruntime's session, as {"ep.share_ep_contexts": "1"}.
         threads: Threads within an operator; 0 leaves their number to onnxruntime.
         allow_fallback: Whether the CPU may run what the provider leaves.
         force: Replaces an existing bundle.
@@ -64,6 +64,8 @@ def compile_bundle(
     bundle, out = open_bundle(path), Path(out)
     provider = provider or ep.provider_of(bundle.manifest.target)
     _require_static(bundle, provider)
+    if "ep.context_embed_mode" in (session_options or {}):
+        raise InputError("a bundle keeps its context binaries beside the graphs: leave out ep.context_embed_mode")
     if out.resolve() == bundle.path.resolve():
         raise InputError(f"{out} is what is to be compiled, and would be replaced: choose another --out")
     placement = ep.resolve(
