@@ -163,10 +163,10 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
     if engine.manifest.precision == "fp16" and not np.isfinite(off):
         raise ProviderError(
             f"the logits of this bundle are not finite on the execution provider {name!r}: its numbers overflow in "
-            "float16, which the processor computes in float32; export the model with --precision fp32, or int8"
+            "float16, which the CPU computes in float32; export the model with --precision fp32, or int8"
         )
     raise ProviderError(
-        f"the execution provider {name!r} computes other logits on this device than the processor: off by {off:.1e} of "
+        f"the execution provider {name!r} computes other logits on this device than the CPU: off by {off:.1e} of "
         f"the largest (limit {limit:.0e}): take the provider 'cpu', or {ep.other_graph(name, engine.manifest)}"
     )
 

@@ -172,7 +172,7 @@ def test_inspect_says_what_run_says_of_a_graph_that_webgpu_computes_wrong(
     assert (inspected.returncode, ran.returncode, ran.stdout) == (2, 2, "")
     shown = json.loads(inspected.stdout)
     assert shown["golden_logits"] == "wrong"
-    assert "computes other logits on this device than the processor" in shown["refusal"]
+    assert "computes other logits on this device than the CPU" in shown["refusal"]
     assert shown["refusal"] in inspected.stderr
     assert shown["refusal"] in ran.stderr
 

@@ -102,7 +102,7 @@ def test_what_cannot_be_compiled_is_refused(
         compile_bundle(static.path, tmp_path / "out")
     with pytest.raises(InputError, match="is what is to be compiled, and would be replaced: choose another --out"):
         compile_bundle(static.path, static.path, "qnn", force=True)
-    with pytest.raises(InputError, match="leave out ep.context_embed_mode"):
+    with pytest.raises(InputError, match="keeps its context binaries beside the graphs"):
         compile_bundle(static.path, tmp_path / "out", "qnn", None, {"ep.context_embed_mode": "1"})
     compile_bundle(static.path, tmp_path / "out", "qnn")
     with pytest.raises(InputError, match=r"is compiled already, for qnn \(.*htp_arch=75.*\)"):

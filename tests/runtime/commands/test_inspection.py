@@ -135,7 +135,7 @@ def test_what_a_device_computes_is_shown_as_run_says_it(
     for flags in ([], ["--json"]):
         status, out, err = command("inspect", fused_bundle.path, *flags)
         assert status == (2 if shown == "wrong" else 0)
-        assert ("'device' computes other logits on this device than the processor: off by" in err) == (status == 2)
+        assert ("'device' computes other logits on this device than the CPU: off by" in err) == (status == 2)
         assert ("single tokens right: the prompt is read token by token" in err) == (shown == "prefill wrong")
     answer = json.loads(out)
     assert answer["golden_logits"] == shown
