@@ -183,9 +183,7 @@ def test_overflow_of_float16_is_said(fused_bundle: Bundle, monkeypatch: pytest.M
 @pytest.mark.parametrize("off", [0.1, np.nan])
 def test_a_device_that_computes_something_else_is_refused(fused_bundle: Bundle, off: float) -> None:
     engine = on(fused_bundle, off=off, least=1)
-    with pytest.raises(
-        ProviderError, match=r"'device' computes other logits on this device than the CPU: off by"
-    ):
+    with pytest.raises(ProviderError, match=r"'device' computes other logits on this device than the CPU: off by"):
         proved(engine, fused_bundle)
     assert not engine.graph.one_by_one
 
