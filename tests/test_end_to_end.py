@@ -135,7 +135,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
     assert all(name.startswith("pastkey/") for name in files), files
-    expected = {f"pastkey/{file.name}" for file in (ROOT / "pastkey").iterdir() if file.is_file()}
+    expected = {"pastkey/py.typed"} | {file.relative_to(ROOT).as_posix() for file in (ROOT / "pastkey").rglob("*.py")}
     for stage in ("train", "export", "runtime"):
         expected |= {f"pastkey/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / stage).rglob("*.py")}
     assert set(files) == expected
