@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from pastkey.runtime.commands import cli
+from pastkey.runtime.commands.flags import SAMPLING
 from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, GenerateOptions, SamplingConfig, SamplingOptions
 
 # What a command line has no flag for, and why.
@@ -24,7 +24,7 @@ FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)}
 def test_every_field_of_a_sampler_is_an_option_and_a_flag() -> None:
     assert FIELDS
     assert FIELDS <= CHAT_OPTIONS
-    assert cli._SAMPLING.keys() == FIELDS - UNTYPED.keys()
+    assert SAMPLING.keys() == FIELDS - UNTYPED.keys()
     assert UNTYPED.keys() <= FIELDS
     assert SamplingOptions.__optional_keys__ == FIELDS
 

@@ -1,4 +1,4 @@
-"""The commands as a user types them, good input and bad."""
+"""`pastkey run` as a user types it, good input and bad."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 
 from pastkey.contract.bundle import Bundle
 from pastkey.runtime import Engine, load
-from pastkey.runtime.providers.ort import onnxruntime, wheels
 from pastkey.runtime.speculation.worth import Worth
 
 Run = Callable[..., tuple[int, str, str]]
@@ -30,7 +29,6 @@ def fails(result: tuple[int, str, str], *words: str) -> None:
         assert word in err
 
 
-# --- run ----------------------------------------------------------------------------------------------------------
 def test_run_prints_the_continuation_and_nothing_else(command: Run, speaking_bundle: Bundle) -> None:
     expected = load(speaking_bundle.path, threads=1).generate("abc", max_new_tokens=9).text
     arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 9]
@@ -202,79 +200,3 @@ def test_run_holds_a_text_to_what_a_flag_says(command: Run, speaking_bundle: Bun
     fails(command(*run, "--json-schema", grammar), "json_schema is no JSON")
     fails(command(*run, "--json-schema", tmp_path / "none.json"), "no such file")
     fails(command(*run, "--regex", "("), "regex cannot be followed")
-
-
-# --- bench, inspect, devices --------------------------------------------------------------------------------------
-def test_bench(command: Run, bundle: Bundle) -> None:
-    arguments = ["bench", bundle.path, "--prompt-tokens", 9, "--new-tokens", 4, "--threads", 1]
-    status, out, err = command(*arguments, "--json")
-    assert (status, err) == (0, "")
-    assert json.loads(out)["decode_tokens_per_second"] > 0
-    status, out, err = command(*arguments)
-    assert (status, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()[:4]] == ["prefill", "decode", "load", "memory"]
-
-
-def test_bench_says_what_it_clamped(command: Run, bundle: Bundle) -> None:
-    status, _, err = command("bench", bundle.path, "--prompt-tokens", 9999, "--new-tokens", 2)
-    assert status == 0
-    assert "the context is 600: 598 + 2 tokens were measured" in err
-
-
-def test_inspect(command: Run, bundle: Bundle) -> None:
-    status, out, err = command("inspect", bundle.path)
-    assert (status, err) == (0, "")
-    for word in (
-        "onnx/pastkey.onnx",
-        f"{bundle.manifest.graph} graph (asked for)",
-        "384  of keys and values",
-        "MatMul",
-    ):
-        assert word in out
-    status, out, err = command("inspect", bundle.path, "--json")
-    assert (status, err) == (0, "")
-    assert json.loads(out)["shares"][0]["provider"] == "cpu"
-    assert "parts" in json.loads(out)["shares"][0]
-
-
-def test_devices(command: Run) -> None:
-    status, out, _ = command("devices")
-    assert status == 0
-    assert f"cpu            available  any CPU; {wheels()[0]} {onnxruntime.__version__}" in out
-    assert "Apple GPUs and neural engines; comes with pip install onnxruntime on macOS" in out
-    status, out, _ = command("devices", "--json")
-    rows = {row["short_name"]: row for row in json.loads(out)["devices"]}
-    assert rows["cpu"]["available"]
-
-
-def test_an_unknown_provider_is_told_those_that_exist(command: Run, bundle: Bundle) -> None:
-    fails(command("inspect", bundle.path, "--provider", "gpu9"), "'gpu9' is unknown; here: ")
-    fails(
-        command("inspect", bundle.path, "--provider", "gpu9"), "known are cpu, cuda, tensorrt, openvino, webgpu, qnn, "
-    )
-
-
-def test_devices_takes_no_arguments(command: Run) -> None:
-    fails(command("devices", "all"), "unrecognized arguments: all")
-
-
-# --- starting -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["run", "chat", "bench", "inspect", "devices"])
-def test_help_needs_no_heavy_import(name: str) -> None:
-    program = (
-        "import sys\nfrom pastkey.__main__ import main\n"
-        f"try:\n    main(['{name}', '--help'])\nexcept SystemExit:\n    pass\n"
-        "print(sorted({'numpy', 'onnxruntime', 'tokenizers', 'torch'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_help_comes_at_once() -> None:
-    def seconds() -> float:
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "pastkey", "run", "--help"], capture_output=True, check=True)
-        after = os.times()  # the processor's time: a busy machine does not count
-        return after.children_user + after.children_system - before.children_user - before.children_system
-
-    assert min(seconds() for _ in range(4)) < 0.3

@@ -14,8 +14,7 @@ from pastkey.contract.bundle import Bundle, Compiled, open_bundle
 from pastkey.errors import InputError, IntegrityError, ProviderError
 from pastkey.files.durable import write_json
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime.commands import context_binary
-from pastkey.runtime.commands.context_binary import compile_bundle
+from pastkey.runtime.commands.compile import compile_bundle
 from pastkey.runtime.providers import placement as providers
 
 MakeBundle = Callable[..., Bundle]
@@ -39,9 +38,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         target.write_bytes(path.read_bytes() + UNKNOWN_FIELD)
         target.with_name(f"{target.stem}_qnn.bin").write_bytes(b"binary")
 
-    monkeypatch.setattr(context_binary, "open_session", open_session)
-    monkeypatch.setattr(context_binary, "Engine", lambda bundle, **placement: bundle)
-    monkeypatch.setattr(context_binary, "require_golden", lambda engine, bundle: None)
+    monkeypatch.setattr("pastkey.runtime.providers.open.open_session", open_session)
+    monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", lambda bundle, **placement: bundle)
+    monkeypatch.setattr("pastkey.runtime.engine.golden.require_golden", lambda engine, bundle: None)
     monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
     return calls
 
@@ -87,7 +86,7 @@ def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(
 def test_nothing_is_left_of_what_fails(
     static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context_binary, "open_session", lambda path, manifest, **given: None)
+    monkeypatch.setattr("pastkey.runtime.providers.open.open_session", lambda path, manifest, **given: None)
     with pytest.raises(ProviderError, match="'qnn' writes no context binary"):
         compile_bundle(static.path, tmp_path / "out", "qnn")
     assert not list(tmp_path.iterdir())

@@ -7,12 +7,13 @@ https://onnxruntime.ai/docs/execution-providers/EP-Context-Design.html
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pastkey.command import say
+from pastkey.command import Command, add_placement, say
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, Compiled, open_bundle, read_bundle
 from pastkey.contract.provider_options import in_manifest, not_kept
@@ -20,11 +21,7 @@ from pastkey.errors import InputError, ProviderError
 from pastkey.files.durable import whole_folder, write_json
 from pastkey.files.folder import file_records, parse_records
 
-from ..engine.engine import Engine
-from ..engine.golden import require_golden
-from ..providers import placement as ep
-from ..providers.open import open_session
-from ..providers.ort import onnxruntime
+from .flags import BUNDLE
 
 
 def compile_bundle(
@@ -61,6 +58,12 @@ def compile_bundle(
         ProviderError: The provider is not here, takes not all of a graph, writes no context binary, or computes
             something else by it.
     """
+    from ..engine.engine import Engine
+    from ..engine.golden import require_golden
+    from ..providers import placement as ep
+    from ..providers.open import open_session
+    from ..providers.ort import onnxruntime
+
     bundle, out = open_bundle(path), Path(out)
     provider = provider or ep.provider_of(bundle.manifest.target)
     _require_static(bundle, provider)
@@ -140,3 +143,29 @@ def _copy(bundle: Bundle, folder: Path) -> None:
         if name not in compiled:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", help=BUNDLE)
+    parser.add_argument("--out", required=True, metavar="BUNDLE2", help="the folder to write")
+    add_placement(parser)
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    made = compile_bundle(
+        arguments.bundle,
+        arguments.out,
+        arguments.provider,
+        dict(arguments.provider_options or ()),
+        dict(arguments.session_options or ()),
+        threads=arguments.threads or 0,
+        allow_fallback=arguments.allow_fallback,
+        force=arguments.force,
+    )
+    say(f"{made.path}: compiled for {made.manifest.compiled}")
+    return 0
+
+
+compile_command = Command(_add_arguments, _run)
