@@ -14,7 +14,7 @@ from ..sampling.random_stream import continuation_seed, fresh_seed
 from ..settings import SamplingConfig
 from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
-from .stream import Stream, next_of
+from .stream import Readable, Stream
 
 MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 Key = TypeVar("Key")
@@ -97,7 +97,7 @@ def interleaved(
             stream.close()
 
 
-class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
+class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
     """Yields (place of the prompt, Chunk), in turn for those that are decoded now; returns the completions in order.
 
     Attributes:
@@ -122,6 +122,7 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         if isinstance(prompts, str) or not ordered or not len(prompts):
             found = "a text" if isinstance(prompts, str) else "none" if ordered else shown(prompts)
             raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
+        super().__init__()
         require(n is None or is_int(n, 1, MAX_CONTINUATIONS), "n", n, f"a whole number from 1 to {MAX_CONTINUATIONS:,}")
         require(progress is None or callable(progress), "progress", progress, "a function of (done, all), or None")
         each, shared = [options] if n is None else continuations(options, n), SharedPrefills()
@@ -133,18 +134,8 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         """Those that have ended, by the place of their prompt."""
         return [stream.completion for stream in self._streams]
 
-    def __next__(self) -> tuple[int, Chunk]:
-        return next_of(self._rest)
-
-    def send(self, value: None) -> tuple[int, Chunk]:
-        """As `next`."""
-        del value
-        return next(self)
-
-    def throw(self, *error: Any) -> tuple[int, Chunk]:
-        """Ends all, and raises the error."""
-        self.close()
-        return self._rest.throw(*error)
+    def _next(self) -> tuple[int, Chunk]:
+        return next(self._rest)
 
     def close(self) -> None:
         """Ends all within one step."""

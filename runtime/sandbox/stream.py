@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Generator, Mapping, Sequence, Set
-from types import TracebackType
-from typing import Any, Final, Self
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Final
 
 from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError, UntrustedBundleError
 from pastkey.values import is_collection, is_int, shown
 
 from ..decoding.completion import Chunk, Completion
-from ..decoding.stream import read_already
+from ..decoding.stream import ChunkStream
 from ..settings import MAX_NEW_TOKENS
 from ..text.environment import plain
 from .connection import Connection, numbers
@@ -24,14 +22,11 @@ _TEXT_PER_TOKEN, _TEXT = 10_000, 1_000_000  # characters of a token, and beside 
 _PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at most: those of UTF-8's bytes
 
 
-class SandboxedStream(Generator[Chunk, None, Completion]):
+class SandboxedStream(ChunkStream):
     """As Stream: it may be read, cancelled and closed from any thread.
 
     The first `next` starts the generation, and raises errors of the prompt and the options. Only `next` waits for the
     child.
-
-    Attributes:
-        completion: The Completion after the end; after `close`, with the yielded tokens. None before.
     """
 
     def __init__(
@@ -53,9 +48,8 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
 
         Raises InputError for an option that JSON does not hold.
         """
-        self.completion: Completion | None = None
+        super().__init__()
         self._connection, self._holds, self._number = connection, holds, next(numbers)
-        self._reading = threading.Lock()
         self._chunks: list[Chunk] = []
         self._prompt_tokens = self._tokens = self._length = 0
         self._begun = self._over = self._cancelled = False
@@ -68,22 +62,12 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
         each = PER_TOKEN * (2 + (logprobs if is_int(logprobs, 0, self._vocab_size) else 0))
         self._most = MOST_JSON + (_PER_PART * len(text) * each if sent.get("prompt_logprobs") else 0)
 
-    def __next__(self) -> Chunk:
-        return self.send(None)
-
-    def send(self, value: None) -> Chunk:
-        """As `next`."""
-        del value
-        if not self._reading.acquire(blocking=False):
-            raise read_already()
-        try:
-            if self._cancelled and not self._begun:
-                self.close()
-            if self._over:
-                raise StopIteration(self.completion)
-            return self._taken(self._asked())
-        finally:
-            self._reading.release()
+    def _next(self) -> Chunk:
+        if self._cancelled and not self._begun:
+            self.close()
+        if self._over:
+            raise StopIteration(self.completion)
+        return self._taken(self._asked())
 
     def _asked(self) -> Step:
         what, given = ("next", {}) if self._begun else ("stream", self._given)
@@ -131,17 +115,6 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
         text, prompt, new = "".join(chunk.text for chunk in chunks), self._prompt_tokens, len(ids)
         return dataclasses.replace(whole, text=text, ids=ids, logprobs=logprobs, prompt_tokens=prompt, new_tokens=new)
 
-    def throw(
-        self,
-        kind: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        traceback: TracebackType | None = None,
-    ) -> Chunk:
-        """Ends it, and raises the error."""
-        del traceback
-        self.close()
-        raise kind(*([] if value is None else [value])) if isinstance(kind, type) else kind
-
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
         self._cancelled = True
@@ -158,12 +131,6 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
     def __del__(self) -> None:
         if not vars(self).get("_over", True):
             self._connection.tell("drop", stream=self._number)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pastkey.runtime.commands.inspection import inspect as inspect_bundle
 from pastkey.runtime.decoding.batching.cache_budget import CacheMemory
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
 from pastkey.runtime.decoding.many import StreamMany
+from pastkey.runtime.decoding.stream import Readable
 from pastkey.runtime.model.signature import new_key, require_signature, sign_bundle
 
 from .conftest import V
@@ -191,7 +192,6 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Chat.stream": lambda w: (w.lm.chat().stream, {"text": "abc", **FEW}),
     "Chat.aask": lambda w: (w.lm.chat().aask, {"text": "abc", **FEW}),
     "Chat.astream": lambda w: (w.lm.chat().astream, {"text": "abc", **FEW}),
-    "AnswerStream.send": lambda w: (w.lm.chat().stream("abc", **FEW).send, {"value": None}),
     "Chat.prompt_ids": lambda w: (asked(w).prompt_ids, {}),
     "Chat.take_answer": lambda w: (asked(w).take_answer, {"answer": w.lm.generate("abc", **FEW)}),
     "Chat.add_tool_result": lambda w: (w.lm.chat().add_tool_result, {"content": "abc", "name": "f"}),
@@ -200,8 +200,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Chat.set_system": lambda w: (asked(w).set_system, {"system": "abc"}),
     "Chat.save": lambda w: (w.chat.save, {"path": w.folder / "chat.json"}),
     "Chat.load": lambda w: (w.lm.chat().load, {"path": w.folder / "chat.json"}),
-    "Stream.send": lambda w: (w.lm.stream("abc", **FEW).send, {"value": None}),
-    "StreamMany.send": lambda w: (w.lm.stream_many(["abc"], **FEW).send, {"value": None}),
+    "Readable.send": lambda w: (w.lm.stream("abc", **FEW).send, {"value": None}),
     "AsyncStream.asend": lambda w: (w.lm.astream("abc", **FEW).asend, {"value": None}),
     "AsyncStream.completed": lambda w: (w.lm.astream("abc", **FEW).completed, {}),
     "Generator": lambda w: (pastkey.Generator, {"bundle": w.bundle, "threads": 1, **FEW}),
@@ -228,7 +227,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Engine.copy": lambda w: (w.engine().copy, {}),
 }
 SURFACE = [value for name in dir(pastkey.runtime) if inspect.isclass(value := getattr(pastkey.runtime, name))]
-SURFACE += [StreamMany, CacheMemory, PrefixStore]
+SURFACE += [Readable, StreamMany, CacheMemory, PrefixStore]
 LEFT_OUT = {
     "is what other classes of the runtime call, with what they have checked": (
         "SamplingConfig.of Engine.over Engine.empty Engine.can_trim Engine.restore Engine.shift Engine.leave_window "
@@ -239,19 +238,16 @@ LEFT_OUT = {
         "Generation.take Generation.take_together Generator.answers PrefixStore.take PrefixStore.put "
         "Chat.taken_in PrefixStore.nearest PrefixStore.shrink CacheMemory.promise CacheMemory.release"
     ),
-    "is Python's own protocol of generators, which takes an error to be raised": (
-        "Stream.throw StreamMany.throw AsyncStream.athrow AnswerStream.throw"
-    ),
+    "is Python's own protocol of generators, which takes an error to be raised": ("Readable.throw AsyncStream.athrow"),
     "takes nothing, and ends what every row has used": (
         "LanguageModel.close AnswerStream.cancel AnswerStream.close "
-        "Stream.cancel Stream.close StreamMany.cancel StreamMany.close AsyncStream.cancel "
+        "Readable.cancel Stream.cancel Stream.close StreamMany.cancel StreamMany.close AsyncStream.cancel "
         "AsyncStream.aclose"
     ),
     "sends what it is given to a process, which calls those above": (
         "SandboxedModel.generate SandboxedModel.agenerate SandboxedModel.stream SandboxedModel.astream "
         "SandboxedModel.score SandboxedModel.ascore SandboxedModel.chat SandboxedModel.chat_format "
-        "SandboxedModel.close SandboxedStream.send SandboxedStream.throw "
-        "SandboxedStream.cancel SandboxedStream.close"
+        "SandboxedModel.close SandboxedStream.cancel SandboxedStream.close"
     ),
     "has the row of Chat, which calls it": "LanguageModel.chat_format",
 }
