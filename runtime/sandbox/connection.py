@@ -26,7 +26,7 @@ from pastkey.typed import parse
 from .frames import MalformedError, message, read_frame, write_frame
 from .limits import Limits, LimitsInForce
 from .process import libraries, started
-from .protocol import MOST_JSON, Done, Failure, Reply
+from .protocol import MOST_JSON, Failure, Reply
 
 T = TypeVar("T")
 _START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
@@ -141,7 +141,7 @@ class Connection:
         Args:
             doing: What it is asked for, for a sentence: "for the next token".
             what: Which of the calls of server.py.
-            kind: The class of the answer.
+            kind: The type of the answer, as `parse` takes it.
             given: What the call takes.
             most: Bytes of JSON that the answer may have.
             seconds: How long to wait; None as long as the limit says.
@@ -171,7 +171,7 @@ class Connection:
     def run(
         self,
         doing: str,
-        function: Callable[..., Mapping[str, Any]],
+        function: Callable[..., Any],
         kind: type[T],
         given: Mapping[str, Any],
         **bounds: Any,
@@ -185,16 +185,16 @@ class Connection:
     def results(
         self,
         doing: str,
-        function: Callable[..., Iterator[Mapping[str, Any]]],
+        function: Callable[..., Iterator[Any]],
         kind: type[T],
         given: Mapping[str, Any],
         **bounds: Any,
     ) -> Iterator[T]:
         """As `run`, of a function that yields: each result has the bounds."""
         job = next(numbers)
-        self.call(doing, "begin", Done, {"job": job, "function": name_of(function), "arguments": given})
+        self.call(doing, "begin", Any, {"number": job, "function": name_of(function), "arguments": given})
         more: Any = kind | None
-        while (found := self.call(doing, "more", more, {"job": job}, **bounds)) is not None:
+        while (found := self.call(doing, "more", more, {"number": job}, **bounds)) is not None:
             yield found
 
     def tell(self, what: str, **given: Any) -> None:
@@ -352,7 +352,7 @@ class Connection:
         call.replies.put(reply)
 
 
-numbers = itertools.count(1)  # of streams, chat formats and jobs; one for all processes does no harm
+numbers = itertools.count(1)  # of streams, chat formats and jobs, for all processes
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -73,7 +73,7 @@ class SandboxedStream(ChunkStream):
         what, given = ("next", {}) if self._begun else ("stream", self._given)
         self._begun = True
         try:
-            asked = {"stream": self._number, **given}
+            asked = {"number": self._number, **given}
             found = self._connection.call("for the next token", what, Step, asked, most=self._most)
         except BaseException as error:  # an interrupt, too: the answer to this question is lost
             self.close()
@@ -81,7 +81,7 @@ class SandboxedStream(ChunkStream):
                 raise StopIteration(self.completion) from None  # as where a model is closed meanwhile
             raise
         if what == "stream" and (self._over or self._cancelled):  # meanwhile, when the process may not have begun
-            self._connection.tell("drop" if self._over else "cancel", stream=self._number)
+            self._connection.tell("drop" if self._over else "cancel", number=self._number)
         return found
 
     def _taken(self, found: Step) -> Chunk:
@@ -118,7 +118,7 @@ class SandboxedStream(ChunkStream):
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
         self._cancelled = True
-        self._connection.tell("cancel", stream=self._number)
+        self._connection.tell("cancel", number=self._number)
 
     def close(self) -> None:
         """Ends it within one step; no more can be read. Never waits."""
@@ -126,11 +126,11 @@ class SandboxedStream(ChunkStream):
             return
         self._over = True
         self.completion = self._completion(Completion("", [], "cancelled", 0, 0, 0.0, 0.0))
-        self._connection.tell("drop", stream=self._number)
+        self._connection.tell("drop", number=self._number)
 
     def __del__(self) -> None:
         if not vars(self).get("_over", True):
-            self._connection.tell("drop", stream=self._number)
+            self._connection.tell("drop", number=self._number)
 
 
 def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
