@@ -93,7 +93,14 @@ class Connection:
             threading.Thread(target=work, name="pastkey-untrusted", daemon=True) for work in (self._read, self._write)
         ]
         try:
-            self._start_threads()
+            try:
+                for thread in self._threads:
+                    thread.start()
+            except RuntimeError as error:  # no room for one
+                raise UntrustedBundleError(
+                    f"the process of the untrusted bundle {self._name} cannot be started ({error}): free memory, or "
+                    "end other processes"
+                ) from None
             asked = {
                 "memory": None if limits.memory is None else int(limits.memory),
                 "seconds": float(limits.seconds),
@@ -107,23 +114,6 @@ class Connection:
         except BaseException:
             self.close()
             raise
-
-    def _start_threads(self) -> None:
-        try:
-            for thread in self._threads:
-                thread.start()
-        except RuntimeError as error:  # no room for one
-            self._end("was ended, since it could not be spoken to")
-            reads, writes = (thread.ident is not None for thread in self._threads)
-            if not reads:
-                self._clear_away(None)
-            for begun, stream in ((reads, self._process.stdout), (writes, self._process.stdin)):
-                if not begun and stream is not None:
-                    stream.close()
-            raise UntrustedBundleError(
-                f"the process of the untrusted bundle {self._name} cannot be started ({error}): free memory, or end "
-                "other processes"
-            ) from None
 
     # --- calls --------------------------------------------------------------------------------------------------------
     def call(
@@ -260,8 +250,10 @@ class Connection:
             return
         self.closed = True
         self._end("was ended by close()")
-        for thread in self._threads:
-            if thread.ident is not None and thread is not threading.current_thread():
+        for thread, work in zip(self._threads, (self._read, self._write), strict=True):
+            if thread.ident is None:  # no room for it: its work, which ends with the process, is done here
+                work()
+            elif thread is not threading.current_thread():
                 thread.join(_ENDING)
 
     def _error(self, doing: str | None = None) -> UntrustedBundleError:
