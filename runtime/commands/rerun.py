@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -42,17 +41,13 @@ def rerun(name: str, run: Callable[[argparse.Namespace], int], arguments: argpar
     """
     given = {key: value for key, value in vars(arguments).items() if key not in ("untrusted", "limits", "bundle")}
     given |= {"untrusted": False, "limits": None, "provider": "cpu"}
-    scratch = Path(tempfile.mkdtemp(prefix="pastkey-"))
-    try:
-        connection = Connection(Path(arguments.bundle).absolute(), limits, scratch=scratch)
-        try:
-            asked = {"run": name_of(run), "given": given}
-            ran = connection.run(f"to {name}", run_here, _Ran, asked, most=_MOST_PRINTED)
-            tell_missing(connection.in_force.missing)
-        finally:
-            connection.close()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    asked = {"run": name_of(run), "given": given}
+    with (
+        tempfile.TemporaryDirectory(prefix="pastkey-", ignore_cleanup_errors=True) as scratch,
+        contextlib.closing(Connection(Path(arguments.bundle).absolute(), limits, scratch=Path(scratch))) as connection,
+    ):
+        ran = connection.run(f"to {name}", run_here, _Ran, asked, most=_MOST_PRINTED)
+        tell_missing(connection.in_force.missing)
     sys.stdout.write(_printable(ran.out))
     sys.stdout.flush()
     sys.stderr.write(_printable(ran.error))
