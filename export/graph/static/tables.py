@@ -92,7 +92,7 @@ def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
 
 # --- rows that the host reads -------------------------------------------------------------------------------------
 def _take_rows(model: ir.Model, tokens: int, file: WeightsFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Replaces rows that ids or positions gather by inputs (1, T, ...). Yields their names and where rows are stored."""
+    """Replaces rows that ids or positions gather by inputs (1, T, ...). Yields their names and places of storage."""
     for kind, source in (("token", _input(model, names.INPUT_IDS)), ("position", _input(model, names.POSITION_IDS))):
         for number, (node, _) in enumerate(() if source is None else tuple(source.uses())):
             stored = _stored_rows(node.outputs[0], source)
