@@ -19,12 +19,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each byte: the length of the character that it begins (0: none), and the smallest and largest second byte."""
     length, least, most = np.zeros(256, np.int64), np.full(256, 0x80), np.full(256, 0xBF)
     length[:0x80], length[0xC2:0xE0], length[0xE0:0xF0], length[0xF0:0xF5] = 1, 2, 3, 4
-    least[0xE0], most[0xED], least[0xF0], most[0xF4] = (
-        0xA0,
-        0x9F,
-        0x90,
-        0x8F,
-    )  # overlong forms, surrogates, the end
+    least[0xE0], most[0xED], least[0xF0], most[0xF4] = 0xA0, 0x9F, 0x90, 0x8F  # overlong forms, surrogates, the end
     return length, least, most
 
 

@@ -26,9 +26,7 @@ from .smoothing_groups import ChannelWeight, Group
 _STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 # Scales are between 1 / this and this: a channel that is silent on the calibration text may be loud on another.
 _MAX_SCALE = 100.0
-_FLOOR = (
-    1e-5  # relative to the largest channel: smaller ones count as this, so that a channel of zeros also has a scale
-)
+_FLOOR = 1e-5  # relative to the largest channel: the minimum, so that a channel of zeros also has a scale
 
 
 def smooth(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -105,9 +103,7 @@ def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[flo
     SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
     Returns a, 0 if nothing was migrated, and the divided rows.
     """
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # huge weights may overflow: scales that are not finite are skipped
+    with np.errstate(over="ignore", invalid="ignore"):  # of huge weights: scales must be finite to be chosen
         strength, scales = _choose_scales(group, rows)
     if strength != 0:
         for found in group.readers:
