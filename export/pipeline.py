@@ -66,7 +66,7 @@ class Report:
     weight_bytes: int  # of this bundle
     fp32_weight_bytes: int  # of the same graph in float32
     seconds: float
-    sensitivity: Sensitivity | None = None  # of each matrix, where it was measured
+    sensitivity: Sensitivity | None = None  # of each matrix, if it was measured
     warnings: tuple[str, ...] = ()  # a sentence each
 
     def to_json(self) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
 
 
 def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
-    """Raises NumericsError where a value would overflow in float16. The CPU computes in float32 and cannot show it.
+    """Raises NumericsError if a value would overflow in float16. The CPU computes in float32 and cannot show it.
 
     `halved` are the names of the values, which are measured in the float32 graph.
     """

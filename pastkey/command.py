@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """One command: how it adds its arguments, and what it runs. `run` returns the exit status."""
+    """One command: adds its arguments, and runs. `run` returns the exit status."""
 
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]

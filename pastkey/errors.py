@@ -1,4 +1,4 @@
-"""The errors of users. Each is one sentence: what was found, what was expected, what to do.
+"""The errors of users. Each is one sentence: found, expected, what to do.
 
 Every class is also the builtin a caller would catch. The command line prints the sentence and exits with status 2.
 """

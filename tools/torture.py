@@ -202,7 +202,7 @@ def _run(function: str | None, command: list[str]) -> int:
     return 0
 
 
-# --- functions that are ended in the middle -------------------------------------------------------------------------
+# --- functions that are interrupted ---------------------------------------------------------------------------------
 def write_bundle(source: str, out: str) -> None:
     """Writes to the disk as the end of an export does, without computing anything."""
     from pastkey.contract import names

@@ -55,7 +55,7 @@ _SAMPLE_TOKENS: Final = 200
 _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resumed run may change
 
 
-# --- the two ways to begin ----------------------------------------------------------------------------------------
+# --- start and resume ---------------------------------------------------------------------------------------------
 def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: bool = False) -> dict[str, Any]:
     """Trains from the beginning into the new folder `out`. Returns the final figures.
 
@@ -264,7 +264,7 @@ class Run:
         )
 
 
-# --- its parts ----------------------------------------------------------------------------------------------------
+# --- parts of a run -----------------------------------------------------------------------------------------------
 def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
     """Returns the mean cross-entropy, in nats, of the next token at every position."""
     inputs, targets = batch
@@ -283,7 +283,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def make_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
     """Returns AdamW with decay on the weights of projections only, not on norms, biases and embeddings.
 
-    An embedding's row gets gradients only when its token occurs; decay at every step would shrink rare tokens away.
+    An embedding's row grows only when its token occurs; decay at every step would shrink the rare ones away.
     """
     decayed, free = _parameter_groups(model)
     return torch.optim.AdamW(

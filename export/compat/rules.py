@@ -39,7 +39,7 @@ def warn(text: str) -> Finding:
     return Finding(text, stops=False)
 
 
-# --- the graph, for all -------------------------------------------------------------------------------------------
+# --- the graph, for all programs ----------------------------------------------------------------------------------
 def graph_is_whole(view: BundleView) -> Iterator[Finding]:
     graph = view.bundle.all_logits_graph
     if view.graph is None:

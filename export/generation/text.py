@@ -74,7 +74,7 @@ class TextOperators:
     def encode(self, n: Nodes, text: ir.Value) -> ir.Value:
         """Encodes a text (1,) to ids (1, T) int64.
 
-        HfJsonTokenizer loses the end of a text that is the beginning of a special token: of "a<b" where there is "<s>".
+        HfJsonTokenizer loses the end of a text that is the beginning of a special token: of "a<b" if there is "<s>".
         Appending a whole special token prevents this.
         """
         if self.tail is None:

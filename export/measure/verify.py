@@ -149,7 +149,7 @@ def verify(
         module: The module that it was exported from. float32 is compared with it; int8 and int4 are measured against
           it.
             Without a module, the bundle is compared with its own uncached run.
-        layers: The attention calls as messages name them; the text is longer than their windows.
+        layers: The attention calls as messages name them. The text is longer than windows up to MAX_WINDOW.
         progress: Receives the progress of the verification.
         **placement: Where it runs, as for `load`.
 

@@ -105,7 +105,7 @@ def definitions(file: Path) -> list[str]:
     return [statement.node.name for statement in _statements(file) if isinstance(statement.node, kinds)]
 
 
-# --- what is needed -------------------------------------------------------------------------------------------------
+# --- needed statements ----------------------------------------------------------------------------------------------
 _DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 

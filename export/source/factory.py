@@ -135,7 +135,7 @@ def _refuse_missing_arguments(file: Path, name: str, factory: Callable[..., Any]
         )
 
 
-# --- how the user's code is run -------------------------------------------------------------------------------------
+# --- running the user's code ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _at_home(file: Path) -> Iterator[None]:
     """Runs as if the file were the main program: it can import its neighbours, and sys.argv holds only its path."""

@@ -131,7 +131,7 @@ def _check_sizes(path: Path, sizes: dict[str, int]) -> None:
 
 
 def _read_weights(header: _Header, config: ModelConfig) -> dict[str, Tensor]:
-    """Returns the state of a Decoder. Raises InputError unless the file's size is what its header requires."""
+    """Returns the state of a Decoder. Raises InputError unless the file's size fits its header."""
     shapes = _shapes(config)
     order = [name for name in _ORDER[header.version] if name != _HEAD or not config.tie_word_embeddings]
     expected = header.size + 4 * sum(prod(shapes[name]) for name in order)

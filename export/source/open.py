@@ -77,7 +77,7 @@ def open_source(
 
 
 def _finished(source: Source, eos: Sequence[int], template: str | None) -> Source:
-    """Replaces what the source says by what the user said."""
+    """Replaces the source's values by the user's."""
     if eos:
         source = dataclasses.replace(source, eos_token_ids=tuple(eos))
     return source if template is None else with_template(source, template)

@@ -306,7 +306,7 @@ def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-# --- what a bundle says of it -------------------------------------------------------------------------------------
+# --- the source ---------------------------------------------------------------------------------------------------
 def _source(
     name: str, model: Any, tokenizer: Any | None, given: str | Path | None, context_length: int | None
 ) -> Source:

@@ -210,7 +210,7 @@ def _moved(name: str, cut: str, put: str) -> str | None:
     return put + name[len(cut) :] if name.startswith(cut) else None
 
 
-# --- does it fit? ---------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 def _refuse_unlike(module: nn.Module, file: Path, fit: _Fit) -> None:
     """Raises InputError for a weight of another shape, or one that the file or the module lacks."""
     places = _places(module)

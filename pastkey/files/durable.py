@@ -147,7 +147,7 @@ def refuse_special(path: Path) -> None:
         raise InputError(f"{path} is a pipe or a device, which a file would replace: choose another name")
 
 
-# --- what both are made of ----------------------------------------------------------------------------------------
+# --- shared -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """Yields what `make` made beside `target`, locked. Removes at the end what is left of it."""

@@ -2,7 +2,7 @@
 
 It is made from the standard graph, for one row, T new tokens and P rows of past:
 
-    1. fix_sizes           (B, T, P) are numbers; what is computed of them folds away
+    1. fix_sizes           (B, T, P) are numbers; values computed from them are folded
     2. take_masks          Where(visible, scores, lowest) becomes scores + mask: a float input, 0 or a large negative
                            number
     3. tabulate_positions  values that depend only on positions are gathered from tables (tables.py)

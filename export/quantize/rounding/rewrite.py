@@ -118,7 +118,7 @@ def quantize(
         model.graph.opset_imports[CONTRIB_DOMAIN] = 1
 
 
-# --- what the graph multiplies by ---------------------------------------------------------------------------------
+# --- matrices of the float32 graph --------------------------------------------------------------------------------
 class MatMulWeight(NamedTuple):
     """The weight of a MatMul or Gemm: an initializer of shape (N, K), or (K, N) if `transposed`."""
 

@@ -33,7 +33,7 @@ class Conversion:
     encode: Callable[[str], list[int]] | None = None  # the original's; None if it is not available
     decode: Callable[[list[int]], str] | None = None  # the original's, if it has one
     texts: Sequence[str] | None = None  # texts that the original accepts; None: any
-    not_decoded: frozenset[int] = frozenset()  # ids whose text depends on the display
+    not_decoded: frozenset[int] = frozenset()  # ids whose text is only for display
     bos: int | None = None
     eos: int | None = None
     warnings: tuple[str, ...] = field(default=())
