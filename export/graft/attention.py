@@ -263,7 +263,7 @@ class _AttentionMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Stands in for F.scaled_dot_product_attention."""
+        """Replaces F.scaled_dot_product_attention."""
         if self._busy:
             return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         shape = query.shape

@@ -285,7 +285,7 @@ class _StandardAttention:
         if call.weights is not None:
             weights = call.weights(raw_scores(call, key), total)
             return weights @ repeated(value, weights.shape[1]), key, value
-        # The query heads that share a key/value head become rows of one MatMul, which avoids repeating keys.
+        # The query heads that share a key/value head become rows of one MatMul, so nothing is repeated.
         rows = (batch, kv_heads, call.groups * new, size)
         scores = (call.query * call.scale).reshape(rows) @ key.transpose(2, 3)  # (B, K, G*T, S)
         scores = scores.view(batch, kv_heads, call.groups, new, total)

@@ -103,7 +103,7 @@ def is_plain(expression: str) -> bool:
 
 @dataclass(frozen=True)
 class Probed:
-    """A call that gives logits, and what its runs showed."""
+    """A call that returns logits, and what its runs showed."""
 
     call: Call
     vocab_size: int
@@ -111,9 +111,9 @@ class Probed:
 
 
 def find_call(module: nn.Module, context_length: int, asked: str | None) -> Probed:
-    """Finds the call that fits by trying; if none fits, returns the first call that gives logits, with its breaches.
+    """Finds the call that fits by trying; if none fits, returns the first call that returns logits, with its breaches.
 
-    Raises ContractError if no call gives logits, InputError if two that fit differ in their logits or `asked` fails.
+    Raises ContractError if no call returns logits, InputError if two that fit differ in their logits or `asked` fails.
     """
     expressions, targets = ([asked], []) if asked is not None else (_expressions(module), _with_targets(module))
     fitting: list[tuple[Probed, Tensor]] = []

@@ -200,7 +200,7 @@ def _run_whole(model: nn.Module, call: Call, context_length: int, vocab_size: in
 
 
 def _require_plain(model: nn.Module, taken: Call, context_length: int, vocab_size: int) -> None:
-    """Raises InputError if the plain call fits and gives other logits than the call that was found by trying.
+    """Raises InputError if the plain call fits and returns other logits than the call that was found by trying.
 
     Compares them on sequences of one, two and many tokens. The longest begins with ids that often stand for padding.
     """

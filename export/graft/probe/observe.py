@@ -1,7 +1,7 @@
 """Runs a module to learn what its cache must hold, and whether it keeps the contract.
 
 The KV geometry comes from the tensors that the attention calls receive, not from names in a configuration. A module
-that breaks the contract is followed along its time axis instead; a user sees the reason only if that fails as well.
+that breaks the contract is followed along its time axis instead. Users see only an UnkeptError of the followed module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Turns the author's call into a module of the contract: forward(input_ids, position_ids) -> logits (B, T, V).
 
-The author's call computes a whole sequence; the decoder computes new tokens at given positions. It hands over each
-attention, as a module's call of scaled_dot_product_attention is. The export then treats it like any other module.
+The author's call computes a whole sequence; the decoder computes new tokens at given positions. It passes each
+attention to `attend`, like a module that calls scaled_dot_product_attention. The export treats both alike.
 """
 
 from __future__ import annotations

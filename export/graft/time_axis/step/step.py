@@ -163,7 +163,7 @@ class Step(Interpreter):
         return Value(tensor.movedim(1, 1 + axis) if axis else tensor, axes, complex=pairs)
 
     def _by_rows(self, op: Op) -> bool:
-        """Whether real rows can be computed from rows: each input with the length has it along one axis only."""
+        """Whether its rows, of real numbers, follow from input rows: no input has two axes of the length."""
         timed = [i for i in op.inputs if i.timed]
         return (
             bool(timed)
