@@ -1,9 +1,9 @@
 """Finds how positions enter a module: whether a cache can drop old tokens, and by which angles the others rotate.
 
 A context shift moves cached tokens to smaller positions. It is exact if positions enter as a rotation of queries and
-keys (RoPE, https://arxiv.org/abs/2104.09864), as a bias by distance (ALiBi) or not at all. A test runs the same tokens
-at several positions: logits and values must be equal, and each pair of key channels must rotate by one angle per
-token. The test reads neither configuration names nor the graph, so it finds scaled, partial and interleaved rotations.
+keys (RoPE, https://arxiv.org/abs/2104.09864), as a bias by distance (ALiBi) or not at all. `find_shift` runs the same
+tokens at several positions: logits and values must be equal, and each pair of key channels must rotate by one angle
+per token. It reads neither configuration names nor the graph, so it finds scaled, partial and interleaved rotations.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def forms(nodes: Sequence[Traced]) -> list[tuple[Any, str]]:
 
 
 def folded(nodes: Sequence[Traced]) -> list[Traced]:
-    """Folds nodes that depend on neither tokens nor parameters, e.g. a mask made in a loop over positions."""
+    """Folds what depends on neither tokens nor parameters into constants, e.g. a mask from a loop over positions."""
     known: dict[fx.Node, Any] = {}
     read: set[fx.Node] = set()
     for traced in nodes:

@@ -1,8 +1,8 @@
 """Caches the last few rows for operators that shift rows: a mix with the previous token, a short causal convolution.
 
-Operators that shift, pad, join or convolve rows form a group, until the rows are back at their tokens' positions. A
-test runs the group on random numbers: a row may change at most `keep` later rows, and no earlier row. A later token
-then needs only the last `keep` rows of the inputs, and the group runs on these and the new rows as a whole sequence.
+Operators that shift, pad, join or convolve rows form a group, until the rows are back at their tokens' positions.
+`find_state` runs the group on random numbers: a row may change at most `keep` later rows, and no earlier row. A later
+token then needs only the last `keep` rows of the inputs; the group runs on these and the new rows as a whole sequence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..program.program import Op, Program
 from ..values import LOCAL, NEW, Lengths, Value
 
 MOST_ROWS = 16  # most rows that a state keeps
-_LENGTH = 40  # tokens of the sequence that tests a state
+_LENGTH = 40  # tokens of the sequence on which a state is tried
 _ROUNDING = 1e-6  # relative to the largest number
 
 
