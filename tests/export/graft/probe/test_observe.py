@@ -21,7 +21,7 @@ from pastkey.export.graft.probe.observe import (
     run_uncached,
 )
 
-from ...decoders import BufferedMask, Twice, MultiHead, NanoGpt, OneHead, Plain, Wrapper
+from ...decoders import BufferedMask, MultiHead, NanoGpt, OneHead, Plain, Twice, Wrapper
 
 
 def reason(module: nn.Module, context: int = 20) -> str:
