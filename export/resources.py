@@ -16,7 +16,7 @@ from pastkey.precisions import PRECISIONS
 # module is loaded, the precision's own factor applies.
 _COPIES_IN_MEMORY = 5
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
-_BYTES_BY_MATRIX = 15  # if matrices are measured one by one: adds a calibrated float32 and a mixed graph
+_BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
 
 
 def parameters(module: nn.Module) -> int:

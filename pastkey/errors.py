@@ -119,8 +119,7 @@ def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFound
     """Returns the error for a missing optional package, or `error` itself if the package is none of ours.
 
     `needed_by` are keys of NEEDED: the sentence also names what else they lack. It names the packages themselves, which
-    is
-    right however pastkey was installed, and then pastkey's extras of the same names.
+    is right however pastkey was installed, and then pastkey's extras of the same names.
     """
     package = (error.name or "").partition(".")[0]
     if package not in _TOLD:

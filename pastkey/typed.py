@@ -11,8 +11,7 @@
 
 Supported are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
 list[X], Mapping[str, X] and dataclasses; a field of another type is refused. A bool is not a number, numbers are
-finite,
-and texts are valid Unicode.
+finite, and texts are valid Unicode.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """mypy --strict over the package, the tests and the benchmarks: `make check`.
 
 mypy does not follow the mapped folders of an editable install. So it checks a folder of links in which pastkey/
-contains
-the stages, as in an installed package.
+contains the stages, as in an installed package.
 """
 
 from __future__ import annotations

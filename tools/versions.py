@@ -176,8 +176,7 @@ def compared(name: str, answers: Answers, newest: Answers) -> tuple[str, bool]:
     """Compares a release's result for a bundle with the newest's. Returns it in a few words, and whether it passes.
 
     Greedy ids of float32 must be equal. Those of a quantized bundle may differ if the newest release's logits of the
-    two
-    tokens are nearer to each other than the limit.
+    two tokens are nearer to each other than the limit.
     """
     import numpy as np
 

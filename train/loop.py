@@ -60,8 +60,7 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
     """Trains from the beginning into the new folder `out`. Returns the final figures.
 
     `data` names text files and folders; the default is the preset's built-in corpus. Raises InputError,
-    MissingFileError,
-    ExistingFolderError or NumericsError. The first save creates the folder, or replaces the old one.
+    MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or replaces the old one.
     """
     with new_folder(out, force=force) as place:
         info, tokenizer = _prepare(config, place.path, data)
@@ -75,8 +74,7 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
     """Continues the run in `out` as if it had never stopped. Returns the final figures.
 
     `given` holds settings by their TrainConfig names. Raises InputError for one that differs from the run's, except
-    those in
-    _MAY_CHANGE, and MissingFileError if there is nothing to resume.
+    those in _MAY_CHANGE, and MissingFileError if there is nothing to resume.
     """
     if not (out / names.MANIFEST).exists():
         raise MissingFileError(

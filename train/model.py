@@ -45,8 +45,7 @@ class Decoder(nn.Module):
         """Initializes projections to preserve variance; those that add to the residual stream start at zero.
 
         So every layer is the identity at first, and the embedding, initialized large, reaches each layer unchanged. A
-        decoder
-        then learns to copy a name from earlier in the text much sooner than from small random weights.
+        decoder then learns to copy a name from earlier in the text much sooner than from small random weights.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):

@@ -4,9 +4,8 @@
     python -m pastkey.train.stories --check FILE         the share of a file's stories that the grammar accepts
 
 One grammar (`story_plots.STORY`) serves both, as in a definite clause grammar (Pereira and Warren 1980). Every slot has
-a set
-of possible entries. Telling picks one when a slot is first named. Checking removes, word by word, the entries that the
-text contradicts, and backtracks when a branch has none left. Standard library only.
+a set of possible entries. Telling picks one when a slot is first named. Checking removes, word by word, the entries
+that the text contradicts, and backtracks when a branch has none left. Standard library only.
 """
 
 from __future__ import annotations

@@ -47,8 +47,7 @@ def check(path: str | Path) -> tuple[Verdict, ...]:
     """Returns one verdict per program.
 
     Raises MissingFileError, InputError or IntegrityError if there is no bundle, or its manifest or graph cannot be
-    read. A
-    missing or altered file raises no error: the verdicts name it.
+    read. A missing or altered file raises no error: the verdicts name it.
     """
     view = read_bundle_view(read_bundle(path))
     return tuple(_judge(program, view) for program in _PROGRAMS)

@@ -2,8 +2,7 @@
 
 HfJsonTokenizer reads a tokenizer.json, but selects its algorithm by the class in tokenizer_config.json, not by the
 file's content. So classes are tried: the first that encodes and decodes all sample texts as `tokenizers` does is used.
-A
-tokenizer that no class reads exactly is refused.
+A tokenizer that no class reads exactly is refused.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ def with_text(model: ir.Model, operators: TextOperators) -> None:
     """Adds text input and output to a generation graph (`loop.generate_whole`), in place.
 
     `text` (1,) string replaces `input_ids`. The new output `completion` (1,) string, beside `ids`, is the text of the
-    new
-    ids without the end token and without an unfinished last character.
+    new ids without the end token and without an unfinished last character.
     """
     graph = model.graph
     front, behind = Nodes(model, "encode"), Nodes(model, "decode")

@@ -58,12 +58,9 @@ def evaluate(
     """Measures a bundle on a text.
 
     greedy_agreement: the first GREEDY_PROMPT_TOKENS, or half, of each of the first GREEDY_PROMPTS windows are a prompt.
-    Both
-    models continue it greedily by GREEDY_TOKENS, or fewer if the longest window has no room for them (the last token is
-    not
-    fed, so it may be one beyond that window). The figure is the share of tokens before the first difference among all
-    tokens
-    of the continuations.
+    Both models continue it greedily by GREEDY_TOKENS, or fewer if the longest window has no room for them (the last
+    token is not fed, so it may be one beyond that window). The figure is the share of tokens before the first
+    difference among all tokens of the continuations.
 
     Args:
         bundle: The bundle to measure.

@@ -23,8 +23,7 @@ def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
     """Returns the input (T, H) of the output head of a module of the contract on a text (T,), without a cache.
 
     The head is the last matrix multiplication that has a row for each token and a column for each token of the
-    vocabulary.
-    Raises ContractError if there is none.
+    vocabulary. Raises ContractError if there is none.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -37,8 +37,7 @@ def kl_by_position(reference: Logits, p: Probabilities, logits: Logits) -> npt.N
     """Returns KL(reference || other) in nats of each position, from (..., V) and the reference's softmax `p`.
 
     With d the differences of the logits minus their mean under p, KL = log sum p e^d = log(1 + sum p (e^d - 1 - d)).
-    All
-    terms of this sum are positive, so nothing cancels, however small the KL is.
+    All terms of this sum are positive, so nothing cancels, however small the KL is.
     """
     d = logits - reference
     d -= np.einsum("...v,...v->...", p, d)[..., None]

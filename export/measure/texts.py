@@ -48,8 +48,7 @@ def cut_windows(ids: Sequence[int], length: int, most: int) -> list[Ids]:
     """Returns the first `most` windows of `length` tokens each, one after another from the beginning.
 
     The last one may be shorter, but has at least 2 tokens. Windows are plain cuts of the whole text's tokens: only the
-    first
-    has the BOS token that a tokenizer adds.
+    first has the BOS token that a tokenizer adds.
     """
     cuts = (np.array(ids[start : start + length], np.int64) for start in range(0, len(ids), length))
     return [cut for cut in itertools.islice(cuts, most) if cut.size >= 2]

@@ -108,10 +108,8 @@ class Limits:
     """The limits on a bundle's distance from its reference, fixed before the checks.
 
     Two further allowances depend on the checks' results: a deep module's own rounding, which costs a copy in float64
-    and is
-    measured only if a check fails (`_Compared.rounding`), and the distance of decode from prefill, within which the
-    greedy
-    continuation may differ at a tie (`_greedy`).
+    and is measured only if a check fails (`_Compared.rounding`), and the distance of decode from prefill, within which
+    the greedy continuation may differ at a tie (`_greedy`).
     """
 
     relative: float
@@ -147,8 +145,7 @@ def verify(
     Args:
         bundle: The bundle to verify.
         module: The module that it was exported from. float32 is compared with it; int8 and int4 are measured against
-          it.
-            Without a module, the bundle is compared with its own uncached run.
+            it. Without a module, the bundle is compared with its own uncached run.
         layers: The attention calls as messages name them. The text is longer than windows up to MAX_WINDOW.
         progress: Receives the progress of the verification.
         **placement: Where it runs, as for `load`.

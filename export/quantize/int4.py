@@ -7,8 +7,7 @@
 Scales are not migrated as for int8: that makes activations easier to round and weights harder, which hurts 4 bits most.
 
 Embeddings and the output head are int8, as in an int8 bundle: in a small model they are a quarter of all weights, and
-in
-4 bits they add as much error as all others together.
+in 4 bits they add as much error as all others together.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ def make_int4(fp32: Bundle, text: CalibrationText, write: Write, config: ExportC
     """Rounds, measures each matrix, writes and measures; with `max_kl`, until the budget is met.
 
     The most sensitive matrices become int8. Raises InputError on NaN or infinity, and QualityError if the budget is
-    missed
-    with every projection in int8.
+    missed with every projection in int8.
     """
     return search(_Int4Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl)
 

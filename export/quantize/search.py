@@ -63,10 +63,8 @@ def search(mixtures: Mixtures, fp32: Bundle, text: CalibrationText, write: Write
     """Writes and measures one mixture after another until the KL divergence from float32 is at most `max_kl` nats.
 
     The divergence is measured on held-out windows. One round usually suffices. If it misses the budget, the table says
-    how
-    many matrices must get more bits. Raises QualityError if the budget is missed with all of them, and InputError on
-    NaN or
-    infinity.
+    how many matrices must get more bits. Raises QualityError if the budget is missed with all of them, and InputError
+    on NaN or infinity.
     """
     raised, step = mixtures.start, 1
     while True:

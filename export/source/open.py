@@ -42,14 +42,10 @@ def open_source(
     """Opens the source of an export.
 
     Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
-    its
-    own, and may shorten that of others. `chat_template` is a file whose template replaces the tokenizer's own.
-    `weights` is
-    a file with a module's state dict, and `eos` replaces the source's own ids. `trust_remote_code` runs the Python code
-    in a
-    Hugging Face folder; `say` is called first. `before_loading` receives the number of weights of a file, and may
-    refuse to
-    load so many.
+    its own, and may shorten that of others. `chat_template` is a file whose template replaces the tokenizer's own.
+    `weights` is a file with a module's state dict, and `eos` replaces the source's own ids. `trust_remote_code` runs
+    the Python code in a Hugging Face folder; `say` is called first. `before_loading` receives the number of weights of
+    a file, and may refuse to load so many.
     """
     template = None if chat_template is None else read_template(chat_template)  # first: loading takes long
     if template is not None and importlib.util.find_spec("jinja2") is not None:

@@ -387,8 +387,7 @@ def _without_tokens_from(end: int, tokenizer: bytes) -> bytes:
     """Returns tokenizer.json without added tokens whose ids are `end` or larger.
 
     transformers adds tokens that it expects of every tokenizer of a kind, such as <|endoftext|>, even if a GGUF file
-    has
-    none.
+    has none.
     """
     content = json.loads(tokenizer)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < end]

@@ -252,8 +252,7 @@ def _is_made(tensor: Tensor) -> bool:
     """Whether it is a table that code computes: it is not trained, and a module without it computes it in another way.
 
     Such a table holds whole, truth or complex numbers; is a mask of at most two numbers, or the number that it fills
-    with;
-    frequencies in a geometric sequence; or angles, a row for each position.
+    with; frequencies in a geometric sequence; or angles, a row for each position.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return True

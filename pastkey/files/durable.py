@@ -63,8 +63,7 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[NewFolder]:
     """Creates a locked folder, which `NewFolder.put` moves to `target`. Without `put`, the folder is removed.
 
     Raises ExistingFolderError if the target exists, unless `force` is given and the target is a folder that pastkey
-    wrote
-    (or an empty one): nothing else is ever replaced.
+    wrote (or an empty one): nothing else is ever replaced.
     """
     remove_leftovers(target)
     refuse_existing(target, force=force)
@@ -269,8 +268,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds the lock of a file or folder, which may be renamed meanwhile. With `wait`, waits for it.
 
     Raises InUseError if another process holds it. Windows and some network file systems have no such lock: there, and
-    for a
-    path that cannot be opened, nothing is locked.
+    for a path that cannot be opened, nothing is locked.
     """
     try:
         descriptor = None if sys.platform == "win32" else os.open(path, os.O_RDONLY)

@@ -2,8 +2,7 @@
 
 The graph's author chooses their paths, and onnxruntime below 1.24.2 reads them wherever they lead. So a graph is walked
 here before onnxruntime opens it: over protobuf's wire format, since the runtime does not depend on onnx. Everything
-that
-cannot hold a tensor is skipped, including the bytes of inline weights.
+that cannot hold a tensor is skipped, including the bytes of inline weights.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: b
     """Raises IntegrityError if a graph reads a context binary from anywhere but a listed file beside it.
 
     An EPContext node names an execution provider's compiled binary, and OpenVINO reads it wherever its path leads. Only
-    a
-    compiled bundle has such nodes.
+    a compiled bundle has such nodes.
     """
     for name in files:
         path = folder / name

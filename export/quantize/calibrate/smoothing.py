@@ -99,8 +99,7 @@ def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[flo
     """Divides the activation's channels by s, and multiplies the weights that read them.
 
     s = rms(x)^a / max|W|^(1 - a), with the exponent a that minimises the error of the quantized MatMuls of `rows` (N,
-    K).
-    SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
+    K). SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
     Returns a, 0 if nothing was migrated, and the divided rows.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # of huge weights: scales must be finite to be chosen

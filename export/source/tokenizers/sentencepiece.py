@@ -94,8 +94,7 @@ def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Returns every pair of pieces that makes a piece, the highest score first.
 
     SentencePiece's BPE always makes the piece of the highest score. The tokenizers library takes a list of merges in
-    order
-    of preference.
+    order of preference.
     """
     return [
         (text[:cut], text[cut:])
