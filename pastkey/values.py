@@ -61,22 +61,18 @@ def is_collection(value: object) -> TypeGuard[Collection[Any]]:
     return isinstance(value, Sized) and isinstance(value, Iterable) and not named and getattr(value, "ndim", 1) > 0
 
 
-def as_path(value: object, name: str = "path", expected: str = "the path of a file") -> Path:
+def as_path(value: str | os.PathLike[str], name: str = "path", expected: str = "the path of a file") -> Path:
     """Returns the path, which need not exist. Raises InputError if it is not a valid path on this system."""
-    found = value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else None
-    if not isinstance(found, str):
-        what = type(value).__name__ if isinstance(value, bytes) else shown(value)  # never print a key's bytes
-        raise InputError(f"{name} is {what}; it must be {expected}, as a str or a Path")
+    found, why = Path(value), None
     try:
         os.lstat(found)
-    except ValueError:  # a NUL, or a character that is invalid in names here
-        raise InputError(f"{name} is {shown(found)}, which is not the name of a file; it must be {expected}") from None
+    except ValueError:  # a NUL, or a character that no name has here
+        why = "is not the name of a file"
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise InputError(
-                f"{name} is {shown(found)}, which is longer than a name can be here; it must be {expected}"
-            ) from None
-    return Path(found)
+        why = "is longer than a name can be here" if error.errno == errno.ENAMETOOLONG else None
+    if why is not None:
+        raise InputError(f"{name} is {shown(str(found))}, which {why}; it must be {expected}")
+    return found
 
 
 def shown(value: object, longest: int = 80) -> str:
