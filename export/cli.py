@@ -130,7 +130,7 @@ def _token_ids(text: str) -> list[int]:
 
 def _export(arguments: argparse.Namespace) -> int:
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ExportConfig)}
-    ExportConfig(**options)  # refuses nonsense before torch loads
+    ExportConfig(**options)  # validate before torch loads
 
     from .pipeline import export
     from .terminal import Stages
@@ -351,7 +351,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
 
 @contextlib.contextmanager
 def _shown(stage: str) -> Iterator[Progress]:
-    """How far the stage is, on a terminal; nothing otherwise."""
+    """Shows the stage's progress if standard error is a terminal."""
     if not sys.stderr.isatty():
         yield SILENT
         return
@@ -363,7 +363,7 @@ def _shown(stage: str) -> Iterator[Progress]:
 
 
 def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
-    """Sends what the user's file prints to standard error: standard output is for the one JSON object."""
+    """Redirects prints of the user's module to standard error: standard output is reserved for the JSON object."""
     return contextlib.redirect_stdout(sys.stderr)
 
 

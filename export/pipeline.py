@@ -1,4 +1,4 @@
-"""checkpoint/ -> bundle/, from end to end: the main function of the stage.
+"""The export pipeline, checkpoint/ -> bundle/.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
     [-> float16 -> verify, or calibrate -> quantize -> write -> verify -> int8-KV graph]
@@ -66,7 +66,7 @@ class Report:
     weight_bytes: int  # of this bundle
     fp32_weight_bytes: int  # of the same graph in float32
     seconds: float
-    sensitivity: Sensitivity | None = None  # of each matrix, where it was measured
+    sensitivity: Sensitivity | None = None  # of each matrix, if it was measured
     warnings: tuple[str, ...] = ()  # a sentence each
 
     def to_json(self) -> dict[str, Any]:
@@ -94,12 +94,12 @@ def export(
     progress: Progress = SILENT,
     **options: Unpack[ExportOptions],
 ) -> Report:
-    """Exports a decoder to a bundle folder, and proves that its results equal the source's.
+    """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
     A failed export leaves no files.
 
     Args:
-        module_or_path: A torch.nn.Module that is a decoder, as its author calls it; a transformers model for causal
+        module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
             language modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
             .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
@@ -108,12 +108,12 @@ def export(
         **options: See ExportOptions.
 
     Raises:
-        InputError: An argument that cannot be used.
+        InputError: An invalid argument.
         MissingFileError, ExistingFolderError, IntegrityError: A missing or damaged source, or an existing target.
-        ProviderError: The target's execution provider leaves a part of the graph, or computes something else.
+        ProviderError: The target's execution provider does not run all of the graph, or returns different results.
         ResourceError: Too little memory or disk.
         ContractError: A module that the cache cannot be grafted onto.
-        NumericsError: A weight that is NaN or infinity, or a value that float16 has no room for.
+        NumericsError: A weight that is NaN or infinity, or a value that overflows float16.
         ParityError: The bundle differs from the source.
         QualityError: `max_kl` cannot be met.
     """
@@ -167,7 +167,7 @@ class Artifact:
 
 
 def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] | None) -> list[Artifact]:
-    """float32, what is made of it, and the static graphs of both. The last one is the bundle in `folder`."""
+    """Makes the float32 artifact, those derived from it, and static graphs. The last is the bundle in `folder`."""
     config, progress = writer.config, writer.progress
     precision = PRECISIONS[config.precision]
     beside = folder if precision.name == "fp32" else folder / ".fp32"
@@ -194,7 +194,7 @@ def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
 
 # --- opening ------------------------------------------------------------------------------------------------------
 def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig) -> None:
-    """Raises the errors that need no work to find."""
+    """Raises the errors that can be found before any work."""
     if config.graph == "fused" and not providers.takes_fused(config.target):
         target = config.target
         raise InputError(
@@ -262,7 +262,7 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
 
 
 def _require_head(decoder: Decoder, config: ExportConfig) -> None:
-    """Raises ContractError where the graph has no output head to take the last hidden states from."""
+    """Raises ContractError if the last hidden states are requested and the graph has no output head."""
     if config.hidden_states and decoder.hidden_size is None:
         raise ContractError(
             f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "
@@ -271,8 +271,8 @@ def _require_head(decoder: Decoder, config: ExportConfig) -> None:
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------
-_RANGE_TOKENS = 64  # of the text on which values are looked at
-_MASKED = 1e30  # what is beyond it is a mask
+_RANGE_TOKENS = 64  # random tokens that the range of values is measured on
+_MASKED = 1e30  # larger magnitudes are masks
 
 
 def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
@@ -285,15 +285,15 @@ def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
 
 
 def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
-    """Raises NumericsError where a value would overflow in float16. The CPU computes in float32 and cannot show it.
+    """Raises NumericsError if a value would overflow in float16. The CPU computes in float32 and cannot show it.
 
-    `halved` are the names of the values, which are looked at in the float32 graph.
+    `halved` are the names of the values, which are measured in the float32 graph.
     """
     count = min(_RANGE_TOKENS, fp32.manifest.context_length)
     ids = np.random.default_rng(0).integers(0, fp32.manifest.vocab_size, count)
     with probing(ir.load(fp32.all_logits_graph), fp32.all_logits_graph.parent, halved) as probe:
         for name, rows in probe(ids).items():
-            # Masks hold the least number of float32, which becomes the least of float16.
+            # Masks hold the lowest float32, which becomes the lowest float16.
             largest = float(np.abs(rows[np.abs(rows) < _MASKED]).max(initial=0))
             if largest > LARGEST:
                 raise NumericsError(
@@ -304,7 +304,7 @@ def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
 
 # --- static graphs ------------------------------------------------------------------------------------------------
 def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
-    """Raises ContractError where a mask cannot tell static graphs which columns of the past are holes."""
+    """Raises ContractError if a mask cannot tell static graphs which columns of the past are holes."""
     if config.static and not decoder.padding:
         what = "its positions count every column of the cache"
         if decoder.observation.states:
@@ -334,7 +334,7 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
 def _make_static_int8(
     fp32: Bundle, folder: Path, made: Artifact, writer: BundleWriter, text: CalibrationText, progress: Progress
 ) -> Artifact:
-    """From static graphs in float32 to those in int8, beside the int8 graph for other programs that `made` has."""
+    """Quantizes the static float32 graphs to int8, beside the int8 graph for other programs in `made`."""
     progress.stage("quantize the static graphs to int8")
     quantize_static(fp32, folder, text.calibration_set)
     made.bundle.last_logits_graph.unlink()

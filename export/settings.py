@@ -23,7 +23,7 @@ Options = Mapping[str, str] | Sequence[tuple[str, str]]
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
 _ORT_TARGETS = ("cpu", "portable")
 _LOOP_TARGETS = ("cpu", "cuda", "portable")
-STATIC_CHUNK = 64  # tokens of a run of prefill, where nothing else is asked for
+STATIC_CHUNK = 64  # default tokens of a prefill run
 
 SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
 TOKENIZERS = (
@@ -31,11 +31,11 @@ TOKENIZERS = (
     "path/to/file.py:factory"
 )
 
-EVAL_LENGTH = 512  # tokens of a window, where the context has room for them
+EVAL_LENGTH = 512  # tokens of a window, if the context is that long
 EVAL_WINDOWS = 24  # at most, from the beginning of the text
-GREEDY_PROMPTS = 16  # windows whose beginning is continued, at most
-GREEDY_PROMPT_TOKENS = 32  # of a window's beginning, and no more than half of it
-GREEDY_TOKENS = 32  # of a continuation, where prompt and continuation fit into a window's length
+GREEDY_PROMPTS = 16  # maximum number of windows that provide a prompt
+GREEDY_PROMPT_TOKENS = 32  # from a window's beginning, at most half of it
+GREEDY_TOKENS = 32  # of a continuation, if prompt and continuation fit into a window's length
 
 
 class ExportOptions(TypedDict, total=False):
@@ -57,16 +57,16 @@ class ExportOptions(TypedDict, total=False):
     - `calibration` (text that the model writes): A text file to quantize with and to measure on.
     - `max_kl` (None): Bounds the KL divergence from float32, in nats: the most sensitive matrices get a finer
       precision until the bound is met.
-    - `sensitivity` (None): A .json file to write what each matrix costs to.
-    - `trust_remote_code` (False): Runs the Python code that a Hugging Face folder brings.
+    - `sensitivity` (None): A .json file to write each matrix's sensitivity to.
+    - `trust_remote_code` (False): Runs the Python code in a Hugging Face folder.
     - `weights` (None): A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads
-      with weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand stays as it is.
+      with weights_only=True. Only definitions of a "file.py:factory" are run then. The given module is not changed.
     - `eos` (the source's): The token id, or ids, that end a text.
-    - `provider_options` (None): Of the target's execution provider, where the bundle is proved at the end; names and
+    - `provider_options` (None): For the target's execution provider, which verifies the bundle at the end; names and
       values are onnxruntime's.
-    - `session_options` (None): Options of onnxruntime's session there, as of `pastkey.load`.
-    - `allow_fallback` (False): Whether the CPU may run there what the provider leaves.
-    - `chunk` (64): Tokens of a run of prefill of the static graph.
+    - `session_options` (None): Options of onnxruntime's session there, as for `pastkey.load`.
+    - `allow_fallback` (False): Whether the CPU may run operators there that the provider does not support.
+    - `chunk` (64): Tokens of a prefill run of the static graph.
     """
 
     target: str
@@ -93,9 +93,9 @@ class ExportOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How to export: the precision of the weights, and the fields of ExportOptions, which says what each is.
+    """The precision of the weights and the options of an export, documented in ExportOptions.
 
-    Raises InputError for a choice that does not exist, or that another one rules out.
+    Raises InputError for an unknown choice, or one that another choice rules out.
     """
 
     precision: str = "int8"
@@ -201,31 +201,31 @@ class ExportConfig:
 
     @property
     def static(self) -> bool:
-        """Whether static graphs are made."""
+        """Whether the export makes static graphs."""
         return self.graph == "static" or (self.graph == "auto" and self.target in names.STATIC_TARGETS)
 
     @property
     def common(self) -> ExportConfig:
-        """How the graph for other programs is exported, of which static ones are made."""
+        """The settings of the graph for other programs, from which static graphs are made."""
         return dataclasses.replace(self, graph="standard", target="cpu", chunk=None) if self.static else self
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """What `eos` says, none where it says nothing."""
+        """The ids in `eos`, () if it is None."""
         if self.eos is None:
             return ()
         return tuple(self.eos) if isinstance(self.eos, Sequence) else (self.eos,)
 
     @property
     def measures_each_matrix(self) -> bool:
-        """Whether the export may ask what each matrix alone costs."""
+        """Whether the export may measure the sensitivity of each matrix."""
         return self.max_kl is not None or self.sensitivity is not None
 
 
 def split_factory(text: str) -> tuple[Path, str] | None:
-    """The parts of path/to/file.py:factory or notebook.ipynb:expression, the second empty where it was forgotten.
+    """Splits path/to/file.py:factory or notebook.ipynb:expression. A missing second part is "".
 
-    None for any other text.
+    Returns None for any other text.
     """
     found = re.fullmatch(r"(.+?\.(?:py|ipynb))(?::(.*))?", text, re.DOTALL)
     return None if found is None else (Path(found[1]), found[2] or "")

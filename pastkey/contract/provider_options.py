@@ -1,9 +1,9 @@
 """The options of execution providers that a bundle's manifest may set, and their values.
 
 An option reaches the provider's own code, and some of them load a library, write files, or use an address of this
-process (`backend_path` and `op_packages` of QNN, `cache_dir` of OpenVINO, `gpu_external_alloc` of CUDA). The manifest
-of a bundle may come from anybody, so it sets only what stands here: numbers and fixed words. What the user gives to
-`load` or with --provider-option is not restricted.
+process (`backend_path` and `op_packages` of QNN, `cache_dir` of OpenVINO, `gpu_external_alloc` of CUDA). A manifest may
+be untrusted, so it may set only the options below: numbers and fixed words. Options that the user gives to `load` or
+with --provider-option are not restricted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 from ..errors import IntegrityError
 from ..values import shown
 
-# Fixed words, a range of whole numbers, or what a value must match.
+# Fixed words, a range of whole numbers, or a pattern.
 Values = tuple[str, ...] | range | re.Pattern[str]
 
 _SWITCH: Final = ("0", "1")
@@ -24,9 +24,9 @@ _DEVICE_ID: Final = range(256)
 _BYTES: Final = range(1, 2**63)
 _BUFFER_CACHE: Final = ("disabled", "lazyRelease", "simple", "bucket")
 _DEVICE: Final = "(CPU|GPU|NPU)([.][0-9]{1,2})?"  # of OpenVINO
-HTP_ARCHS: Final = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN takes an unknown one for 68
+HTP_ARCHS: Final = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN treats an unknown one as 68
 
-# By the provider's short name. A provider without a row may be given no option by a manifest.
+# By the provider's short name. A manifest may set no option of a provider without a row.
 OPTIONS: Final[Mapping[str, Mapping[str, Values]]] = {
     "cuda": {
         "device_id": _DEVICE_ID,
@@ -93,12 +93,12 @@ OPTIONS: Final[Mapping[str, Mapping[str, Values]]] = {
 
 
 def in_manifest(provider: str, options: Mapping[str, str]) -> dict[str, str]:
-    """Those of `options` that a manifest may set for a provider, by its short name."""
+    """Returns the `options` that a manifest may set for a provider, given by its short name."""
     return {name: value for name, value in options.items() if _may_set(provider, name, value)}
 
 
 def not_kept(provider: str, options: Mapping[str, str]) -> str:
-    """A sentence that names those of `options` that a manifest may not set; "" where it may set all."""
+    """Returns a sentence that names the `options` that a manifest may not set; "" if there are none."""
     kept = in_manifest(provider, options)
     left = ", ".join(name for name in options if name not in kept)
     return left and (

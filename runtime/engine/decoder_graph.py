@@ -16,12 +16,12 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
 from pastkey.precisions import PRECISIONS
-from pastkey.values import is_int, parse_version, require
+from pastkey.values import parse_version
 
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..settings import Choice, PlacementOptions, SessionSettings, require_placement
+from ..settings import Choice, PlacementOptions, SessionSettings, require_valid
 from .binding import Binding
 from .caches.int8_kv import INT8_KV_FROM, CachePair
 from .caches.static_graphs import StaticGraphs
@@ -113,7 +113,6 @@ class DecoderGraph:
             MissingExtraError: The bundle needs a newer onnxruntime.
             InputError: An impossible number of threads.
         """
-        require_placement(providers, threads, allow_fallback, session_options)
         self.threads = checked_threads(threads)
         self.manifest = manifest = bundle.manifest
         self.every = graph == "all_logits"
@@ -254,8 +253,7 @@ class DecoderGraph:
 
         Raises InputError for a `chunk_size` below 1.
         """
-        expected = "a whole number from 1, or None"
-        require(chunk_size is None or is_int(chunk_size, 1), "chunk_size", chunk_size, expected)
+        require_valid({"chunk_size": chunk_size})
         if chunk_size is None and self.manifest.static is not None:
             return [tokens]
         if chunk_size is not None or not self._stores_scores:

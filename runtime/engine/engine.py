@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import InputError, PastkeyError
-from pastkey.values import is_collection, is_int, require
 
+from ..settings import require_valid
 from .caches.int8_kv import CachePair
 from .caches.static_graphs import StaticGraphs
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
@@ -43,6 +43,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
         """Opens the graph, as DecoderGraph does, for one empty cache."""
+        require_valid(options)
         self._begin(DecoderGraph(bundle, **options))
 
     @classmethod
@@ -163,7 +164,7 @@ class Engine:
 
     def shared_with(self, ids: Sequence[int]) -> int:
         """How many of the first of `ids` (T,) are the first in the cache, of all but the last two (of states, one)."""
-        require(is_collection(ids) and hasattr(ids, "__getitem__"), "ids", ids, "a list of token ids")
+        require_valid({"ids": ids})
         shared = 0
         for mine, theirs in zip(self.cached_ids, ids[: len(ids) - (1 if self.manifest.states else 2)], strict=False):
             if mine != theirs:
@@ -220,7 +221,7 @@ class Engine:
                 del self._ids[length:]
 
     def _require_window(self, length: int) -> None:
-        require(is_int(length), "length", length, "a whole number")
+        require_valid({"length": length})
         if self.gone and not self.can_trim(length):
             raise InputError(
                 f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"
@@ -343,8 +344,7 @@ class Engine:
             Logits (B, T, V), or (B, 1, V) of the graph "last_logits". Those at padding mean nothing.
         """
         ids = self.checked(ids, 2)
-        every = self.graph.every
-        checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=every)
+        checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=self.graph.every)
         return self.run(ids, checked).copy()
 
     @one_at_a_time

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry, StateGeometry
 from pastkey.errors import InputError
-from pastkey.values import is_int, shown
+from pastkey.values import shown
 
 from ...providers.ort import onnxruntime
 from ..binding import Binding
@@ -216,7 +216,7 @@ class KVCache:
         self._grow(1, max(1, self.length))
 
     def _require_trimmable(self, length: int) -> None:
-        if not is_int(length) or not 0 <= length <= self.length:
+        if not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {shown(length)}")
         if not self._trims and 0 < length < self.length:
             raise InputError(
