@@ -9,6 +9,7 @@ Python functions (nn.MultiheadAttention, nn.TransformerEncoderLayer) the mode is
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import traceback
@@ -299,6 +300,7 @@ def _four_axes(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
 
+@functools.cache  # asked for each frame of each operator that a trace records
 def is_users(file: Path) -> bool:
     """Whether a frame's file is neither torch's nor ours."""
     return not any(folder in file.parents for folder in _NOT_THE_USERS) and not file.name.startswith("<")
