@@ -277,8 +277,8 @@ class DecoderGraph:
         return sizes
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def run(self, cache: Bound, ids: Ids, positions: Ids | int, real: npt.NDArray[Any] | int, total: int, keep: int,
-            mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
+    def run(self, cache: Bound | StaticGraphs, ids: Ids, positions: Ids | int, real: npt.NDArray[Any] | int, total: int,
+            keep: int, mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
         """Runs the new tokens `ids` (B, T) at `positions` (B, T) through a cache. The one place where it is run.
 
         Args:
@@ -294,6 +294,8 @@ class DecoderGraph:
         Returns:
             Logits (B, keep, V), or last hidden states (B, T, H), in an array that the next run may write into.
         """
+        if isinstance(cache, StaticGraphs):
+            return cache.run(ids[0], keep)
         binding = cache.binding
         binding.feed(names.INPUT_IDS, ids, ids.shape)
         binding.feed(names.POSITION_IDS, positions, ids.shape)

@@ -233,7 +233,7 @@ LEFT_OUT = {
     "is what other classes of the runtime call, with what they have checked": (
         "SamplingConfig.of Engine.over Engine.empty Engine.can_trim Engine.restore Engine.shift Engine.leave_window "
         "Engine.reserve "
-        "Engine.advance_batched Generation.fail Generation.begin Generation.step Generation.retire "
+        "Engine.note_batched Generation.fail Generation.begin Generation.step Generation.retire "
         "Engine.drop_cache Engine.run Generation.jump Generation.make_ready Generation.require_ownership "
         "Generation.restart "
         "Generation.take Generation.take_together Generator.answers PrefixStore.take PrefixStore.put "

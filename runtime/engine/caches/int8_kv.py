@@ -160,6 +160,7 @@ class CachePair:
         """Bytes that the tensors take now."""
         return sum(cache.nbytes for cache in self._caches)
 
+    @property
     def decodes_in_int8(self) -> bool:
         """Whether the next token of one row would be decoded with the int8 cache."""
         return self.length >= self._int8_from
