@@ -38,7 +38,7 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
     assert isinstance(made, nn.Module)
     if steps:
         return made, (
-            f"{file} trained while it was imported ({steps} steps of an optimizer): to export the weights of an earlier "
+            f"{file} trained while it was imported ({steps} steps of an optimizer): to export weights of an earlier "
             "training, save its state_dict and give it with --weights FILE, which runs no training",
         )
     if notebook and not weights_follow:
