@@ -17,6 +17,7 @@ from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS, Form
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
@@ -30,7 +31,6 @@ from .graph.edit import IR_VERSION
 from .graph.write.save import count_operators, write_graphs
 from .measure.verify import Verification, verify
 from .progress import Progress
-from .quantize.rounding.rewrite import Form
 from .settings import ExportConfig
 from .source.source import Source
 
@@ -137,17 +137,17 @@ class BundleWriter:
     def prove_on_target(self, bundle: Bundle) -> None:
         """Verifies a finished bundle on its target if this machine has it; otherwise the first load does."""
         target = bundle.manifest.target
-        provider = ep.provider_of(target)
-        if provider == "cpu":
+        row = TARGETS[target]
+        if row.short == "cpu":
             return
         config = self.config
         options = dict(config.provider_options or ())
-        if sentence := not_kept(provider, options):
+        if sentence := not_kept(row.short, options):
             self.progress.warn(sentence)
-        if not ep.is_here(provider):
+        if row.name not in ep.available():
             self.progress.warn(f"{target} is not on this machine: the bundle is proved there when it is loaded first")
             return
-        self.progress.stage(f"prove the bundle on {provider}")
+        self.progress.stage(f"prove the bundle on {target}")
         manifest = dataclasses.replace(
             bundle.manifest, provider_options=options
         )  # including options that the manifest does not store
@@ -158,7 +158,7 @@ class BundleWriter:
                 allow_fallback=config.allow_fallback,
             )
         except StartError as error:
-            self.progress.warn(f"{error}; the bundle is proved on {provider} when it is loaded first")
+            self.progress.warn(f"{error}; the bundle is proved on {target} when it is loaded first")
             return
         require_golden(engine, bundle)
 
@@ -169,8 +169,8 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     weights = sum(path.stat().st_size for path in files if names.is_weights_file(path.name))
     rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
     # On a GPU only the weights are quantized: activations are float32 there and on the CPU.
-    exact = PRECISIONS[manifest.precision].quantized and Form.of(manifest.target) is Form.GPU
+    exact = PRECISIONS[manifest.precision].quantized and TARGETS[manifest.target].form is Form.GPU
     like = "fp32" if exact else manifest.precision
-    if like == "fp32" and manifest.target in names.STATIC_TARGETS:  # they compute in float16
+    if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
     return Golden.computed(Engine(bundle, providers="cpu"), rows, PRECISIONS[like].golden_limit)

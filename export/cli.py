@@ -25,6 +25,7 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.files.folder import read_json
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS
 
 from .progress import SILENT, Progress
 from .settings import (
@@ -56,7 +57,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", help=SOURCES)
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
     add("--precision", choices=PRECISIONS, help="of the weights (default: %(default)s)")
-    add("--target", choices=names.TARGETS, help="where the bundle will run (default: %(default)s)")
+    add("--target", choices=TARGETS, help="where the bundle will run (default: %(default)s)")
     add("--graph", choices=GRAPH_CHOICES, help="form of the graph (default: %(default)s)")
     add("--format", choices=names.FORMATS, help="ort: also write the graph in the ORT format (default: %(default)s)")
     add(

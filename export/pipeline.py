@@ -25,6 +25,7 @@ from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
@@ -195,15 +196,10 @@ def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
 # --- opening ------------------------------------------------------------------------------------------------------
 def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig) -> None:
     """Raises the errors that can be found before any work."""
-    if config.graph == "fused" and not providers.takes_fused(config.target):
-        target = config.target
-        raise InputError(
-            f"the fused graph is not known to run on {target}: with --target {target} use standard, or auto"
-        )
     if config.sensitivity is not None:
         read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
         check_report_file(config.sensitivity, out, read)
-    providers.require_values(providers.provider_of(config.target), dict(config.provider_options or ()))
+    providers.require_values(TARGETS[config.target], dict(config.provider_options or ()))
     refuse_existing(out, force=config.force)
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
@@ -321,10 +317,11 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
     context = fp32.manifest.context_length
     chunk = min(config.chunk or STATIC_CHUNK, context)
     sizes = f"1 and {chunk} new tokens over a past of {context}"
-    known = {**providers.KNOWN["qnn"].options, **dict(config.provider_options or ())}
-    chip = f", for {', '.join(f'{k} {v}' for k, v in known.items())}" if config.target == "qnn" else ""
+    row = TARGETS[config.target]
+    options = {**row.options, **dict(config.provider_options or ())}
+    chip = f", for {', '.join(f'{k} {v}' for k, v in options.items())}" if options else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
-    shape = write_static_graphs(fp32, chunk, by_host=config.target == "coreml")
+    shape = write_static_graphs(fp32, chunk, by_host=not row.reads_tables)
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
     manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
     bundle = dataclasses.replace(fp32, manifest=manifest)

@@ -16,13 +16,12 @@ from typing import TypedDict
 from pastkey.contract import names
 from pastkey.errors import InputError
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS
 from pastkey.values import is_int
 
 Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
-_ORT_TARGETS = ("cpu", "portable")
-_LOOP_TARGETS = ("cpu", "cuda", "portable")
 STATIC_CHUNK = 64  # default tokens of a prefill run
 
 SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
@@ -123,20 +122,19 @@ class ExportConfig:
     def __post_init__(self) -> None:
         for name, found, known in (
             ("precision", self.precision, PRECISIONS),
-            ("target", self.target, names.TARGETS),
+            ("target", self.target, TARGETS),
             ("graph", self.graph, GRAPH_CHOICES),
             ("format", self.format, names.FORMATS),
         ):
             if found not in known:
                 raise InputError(f"{name} is {found!r}; it must be one of {', '.join(known)}")
-        if self.target == "portable" and self.graph == "fused":
-            raise InputError("the fused graph is made of one provider's operators: with --target portable use standard")
-        if self.format == "ort" and self.target not in _ORT_TARGETS:
+        row = TARGETS[self.target]
+        if self.format == "ort" and not row.ort_format:
             raise InputError(
                 f"the ORT format is optimised for a CPU, and the bundle is for {self.target}: with --format ort "
-                f"take --target {' or '.join(_ORT_TARGETS)}"
+                f"take --target {' or '.join(name for name, row in TARGETS.items() if row.ort_format)}"
             )
-        if self.target in ("cpu", "portable") and (self.provider_options or self.allow_fallback):
+        if row.short == "cpu" and (self.provider_options or self.allow_fallback):
             raise InputError(
                 f"--provider-option and --allow-fallback are of another target than {self.target}, which the CPU "
                 "proves: leave them out, or name the target, as --target openvino"
@@ -160,10 +158,10 @@ class ExportConfig:
                 raise InputError(f"{sentence}, or export with --precision int8")
 
     def _check_generate(self) -> None:
-        if self.generate and self.target not in _LOOP_TARGETS:
+        if self.generate and not TARGETS[self.target].loop:
             raise InputError(
                 f"--generate writes a Loop, and {self.target} is not known to run one: leave it out, or export for "
-                f"one of {', '.join(_LOOP_TARGETS)}"
+                f"one of {', '.join(name for name, row in TARGETS.items() if row.loop)}"
             )
         if self.generate and self.static:
             raise InputError(
@@ -172,11 +170,14 @@ class ExportConfig:
             )
 
     def _check_static(self) -> None:
-        if self.target in names.STATIC_TARGETS and not self.static:
+        row = TARGETS[self.target]
+        if row.npu and not self.static:
             raise InputError(
                 f"--target {self.target} takes graphs of fixed sizes only, and --graph {self.graph} has others: leave "
                 "--graph out, or give static"
             )
+        if self.graph == "fused" and not row.takes_fused:
+            raise InputError(f"with --target {self.target} use --graph standard, or auto: {row.why_standard}")
         if self.static and self.format == "ort":
             raise InputError("--format ort is of graphs whose sizes change, and this one is static: leave it out")
         if self.static and self.hidden_states:
@@ -188,7 +189,7 @@ class ExportConfig:
             raise InputError("--chunk is of the static graph: leave it out, or export with --graph static")
         if self.chunk is not None and not is_int(self.chunk, 1):
             raise InputError(f"chunk is {self.chunk!r}; it must be a whole number of tokens from 1")
-        if self.static and self.precision != "fp32" and (self.precision, self.target) != ("int8", "qnn"):
+        if self.static and self.precision != "fp32" and not (self.precision == "int8" and row.static_int8):
             raise InputError(
                 f"the static graph is made in float32, which an NPU computes in its own precision, or with --target "
                 f"qnn in int8, and not in {self.precision}: export with --precision fp32"
@@ -202,7 +203,7 @@ class ExportConfig:
     @property
     def static(self) -> bool:
         """Whether the export makes static graphs."""
-        return self.graph == "static" or (self.graph == "auto" and self.target in names.STATIC_TARGETS)
+        return self.graph == "static" or (self.graph == "auto" and TARGETS[self.target].npu)
 
     @property
     def common(self) -> ExportConfig:

@@ -23,6 +23,7 @@ import onnx_ir as ir
 import torch
 
 from pastkey.contract.bundle import Bundle
+from pastkey.providers import TARGETS
 
 from ..graph.write.output_head import output_head
 from ..measure.metrics import Ids
@@ -33,7 +34,7 @@ from .calibrate.calibration import CalibrationText
 from .ranking.sensitivity import Sensitivity, sensitivity
 from .rounding.blocks import Blocks, choose_block_size
 from .rounding.int4_blocks import round_by_hessian
-from .rounding.rewrite import Form, embedding_weight, matmul_weight, not_finite, quantize
+from .rounding.rewrite import embedding_weight, matmul_weight, not_finite, quantize
 from .search import Quantized, Write, search
 
 _PROBED = 1  # windows that sensitivity is measured on
@@ -56,7 +57,7 @@ class _Int4Mixtures:
 
     def __init__(self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress) -> None:
         self._graph = fp32.all_logits_graph
-        self._form = Form.of(config.target)
+        self._form = TARGETS[config.target].form
         progress.stage("round to 4 bits by GPTQ")
         self._rounded = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
         progress.stage("measure what each matrix costs in int4")

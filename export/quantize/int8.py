@@ -7,13 +7,14 @@ from typing import Any
 import onnx_ir as ir
 
 from pastkey.contract.bundle import Bundle
+from pastkey.providers import TARGETS
 
 from ..graph.write.weights_file import save_with_weights
 from ..progress import Progress
 from ..settings import ExportConfig
 from .calibrate.calibration import CalibrationText, calibrated
 from .ranking.sensitivity import Sensitivity, sensitivity
-from .rounding.rewrite import Form, quantize
+from .rounding.rewrite import quantize
 from .search import Quantized, Write, search
 
 
@@ -35,7 +36,7 @@ class _Int8Mixtures:
         self._folder = fp32.all_logits_graph.parent
         self._graph = self._folder / "calibrated.onnx"
         self._text, self._max_kl, self._progress = text, config.max_kl, progress
-        self._form = Form.of(config.target)
+        self._form = TARGETS[config.target].form
         self._model: ir.Model | None = calibrated(fp32, text.calibration_set, progress)
         self.sensitivity: Sensitivity | None = None
         self.start = 0

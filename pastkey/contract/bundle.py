@@ -99,7 +99,7 @@ class Manifest:
     pastkey_version: str
     source: str  # the source's name: a checkpoint's, or a module's class
     precision: str  # of the weights: a key of PRECISIONS
-    target: str  # where it runs: one of names.TARGETS
+    target: str  # where it runs: one of `providers.TARGETS`
     graph: str  # its form: one of names.GRAPHS
     graph_reason: str  # the reason for this graph
     vocab_size: Size

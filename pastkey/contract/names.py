@@ -141,7 +141,5 @@ def is_weights_file(name: str, graph: str | None = None) -> bool:
     return re.fullmatch(f"{'.+' if graph is None else re.escape(graph)}_data(_[0-9]+)?", name) is not None
 
 
-TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "qnn", "coreml", "portable")
-STATIC_TARGETS: Final = ("qnn", "coreml")  # they accept only graphs of fixed sizes
 FORMATS: Final = ("onnx", "ort")
 GRAPHS: Final = ("fused", "standard", "static")

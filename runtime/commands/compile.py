@@ -121,13 +121,15 @@ def compile_bundle(
 
 
 def _require_static(bundle: Bundle, provider: str) -> None:
+    from ..providers.placement import row_of
+
     manifest = bundle.manifest
     if manifest.compiled is not None:
         raise InputError(
             f"{bundle.path} is compiled already, for {manifest.compiled}: compile the bundle that it came of"
         )
     if manifest.static is None:
-        target = provider if provider in names.STATIC_TARGETS else "qnn"
+        target = provider if row_of(provider).npu else "qnn"
         raise InputError(
             f"{bundle.path} has a {manifest.graph} graph, whose sizes change: export the model with --target {target}, "
             "and compile that"

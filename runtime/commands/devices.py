@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pastkey.command import Command, print_json, say
 from pastkey.errors import ProviderError
+from pastkey.providers import PROVIDERS, Provider
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def devices() -> list[Device]:
     from ..providers import ort
     from ..providers import placement as ep
 
-    def here(short: str, known: ep.Known) -> Device:
+    def here(short: str, known: Provider) -> Device:
         package, version = ort.wheels()[0], ort.onnxruntime.__version__
         if ep.is_plugin(known.name):
             package = known.plugin.replace("_", "-")
@@ -49,10 +50,10 @@ def devices() -> list[Device]:
         here(short, known)
         if known.name in names
         else Device(short, known.name, known.hardware, False, ep.what_brings(known))
-        for short, known in ep.KNOWN.items()
+        for short, known in PROVIDERS.items()
     ]
-    further = [name for name in names if name not in {known.name for known in ep.KNOWN.values()}]
-    rows += [here(ep.short_name(name), ep.Known(name, "", "")) for name in further]
+    further = [name for name in names if name not in {known.name for known in PROVIDERS.values()}]
+    rows += [here(ep.short_name(name), Provider(name)) for name in further]
     return sorted(rows, key=lambda device: not device.available)
 
 
@@ -67,7 +68,7 @@ def _devices(name: str) -> tuple[str, ...]:
     else:
         list_them = getattr(ort.onnxruntime, "get_ep_devices", list)
         found = [device for device in list_them() if device.ep_name == name]
-    if not found and name == ep.KNOWN["openvino"].name:
+    if not found and name == PROVIDERS["openvino"].name:
         return ort.openvino_devices()
     shown = (f"{device.device.type.name} of {device.device.vendor or 'an unnamed vendor'}" for device in found)
     return tuple(dict.fromkeys(shown))

@@ -14,8 +14,6 @@ from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import InputError, PastkeyError
 
 from ..settings import require_valid
-from .caches.int8_kv import CachePair
-from .caches.static_graphs import StaticGraphs
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .one_at_a_time import one_at_a_time
 from .padding import Padding
@@ -56,7 +54,7 @@ class Engine:
     def _begin(self, graph: DecoderGraph) -> None:
         self.graph = graph
         self.lock = threading.RLock()
-        self.cache: CachePair | StaticGraphs = graph.new_cache()
+        self.cache = graph.new_cache()
         self._ids: list[int] | None = []  # of the tokens in the cache; None where they are unknown
         self._padding = Padding()
         self.resets = 0
@@ -97,7 +95,7 @@ class Engine:
     @property
     def decodes_in_int8(self) -> bool:
         """Whether the next token would be decoded with an int8 cache."""
-        return isinstance(self.cache, CachePair) and self.cache.decodes_in_int8()
+        return self.cache.decodes_in_int8
 
     @one_at_a_time
     def reset(self) -> None:
@@ -383,8 +381,6 @@ class Engine:
                 f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
-        if isinstance(self.cache, StaticGraphs):
-            return self._run_static(self.cache, ids, mask, keep=keep)
         padded = self._padding.mask is not None or mask is not None
         if self._window is not None and batch == 1 and mask is None:
             self.leave_window(tokens)
@@ -415,25 +411,10 @@ class Engine:
         elif self._ids is not None:
             self._ids += ids[0].tolist()
 
-    def advance_batched(self, token: int) -> None:
-        """Takes in a token that was run among rows of other engines, in this one's memory."""
-        assert isinstance(self.cache, CachePair)
-        self.cache.float32.advance(1)
+    def note_batched(self, token: int) -> None:
+        """Notes a token that was run among rows of other engines, in this one's memory."""
         if self._ids is not None:
             self._ids.append(token)
-
-    def _run_static(self, static: StaticGraphs, ids: Ids, mask: Ids | None, *, keep: int) -> Logits:
-        """As `run`, by the static graphs."""
-        batch, tokens = ids.shape
-        if mask is not None:
-            raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
-        with self._changing():
-            static.reserve(batch, tokens)
-            logits = static.run(ids[0], keep)
-            self.graph.check_finite(logits, self.length, tokens)
-            static.advance(tokens)
-            self._take_in(self.length - tokens, ids)
-        return logits
 
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, *, start: int | None = None) -> Ids:

@@ -23,7 +23,6 @@ themselves.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,6 +32,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey.errors import InputError
+from pastkey.providers import Form
 
 from ...graph.edit import (
     CONTRIB_DOMAIN,
@@ -53,19 +53,6 @@ ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-
 GPU_ACCURACY_LEVEL = 0  # activations are not quantized
 _COMPUTED_TOGETHER = 30  # matrices; their sizes must be in the graph itself, below INLINE_BYTES
 NONE_ROUNDED: Mapping[str, Blocks] = MappingProxyType({})
-
-
-class Form(enum.Enum):
-    """Which operators read quantized weights."""
-
-    MATMUL_NBITS = enum.auto()  # rules 1 to 5
-    GPU = enum.auto()  # MatMulNBits and GatherBlockQuantized, which WebGPU supports fully; rule 5 is not needed
-    DEQUANTIZE_LINEAR = enum.auto()  # ONNX's own, `block_dequantize`
-
-    @classmethod
-    def of(cls, target: str) -> Form:
-        """Returns the form for an export target."""
-        return {"portable": cls.DEQUANTIZE_LINEAR, "webgpu": cls.GPU}.get(target, cls.MATMUL_NBITS)
 
 
 def quantize(

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry, StateGeometry
 from pastkey.errors import InputError
+from pastkey.providers import PROVIDERS, Provider
 from pastkey.values import shown
 
 from ...providers.ort import onnxruntime
@@ -19,8 +20,6 @@ from ..binding import Binding
 from ..shift import Moved
 
 GROWTH_STEP = 128  # rows by which a shared buffer grows at least
-# Devices on which onnxruntime's Python allocates nothing: what is there, a run has put there.
-_UNALLOCATED = {"webgpu"}
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class KVCache:
         *,
         shared: bool,
         context_length: int,
-        device: str = "cpu",
+        provider: Provider = PROVIDERS["cpu"],
         device_id: int = 0,
         dtype: type[np.generic] = np.float32,
         states: Sequence[StateGeometry] = (),
     ) -> None:
-        """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda", "webgpu")."""
+        """`onnx` is the onnxruntime.InferenceSession; `provider`, the row of what runs it, says where tensors live."""
         self.onnx = onnx
         self.binding = Binding(onnx)
         # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
@@ -67,8 +66,8 @@ class KVCache:
         self._other_binding = self.binding if shared else Binding(onnx)
         self._shared = shared
         self._context_length = context_length
-        self._device, self._device_id = device, device_id
-        self._from_runs = device in _UNALLOCATED
+        self._device, self._device_id = provider.device, device_id
+        self._from_runs = not provider.allocates
         self._moving = False  # whether the next run moves a shared buffer from the processor's memory to the device
         self._dtype = np.dtype(dtype)
         self._tensors: list[_Tensor] = []
