@@ -1,4 +1,4 @@
-"""The engines that are compared, and a client for their workers."""
+"""The engines that are compared, a row each, and a client for their workers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from benchmarks.measure import BenchmarkError
+
 WORKERS = Path(__file__).parent / "workers"
-
-
-class EngineError(Exception):
-    """An engine, a conversion or an installation that failed: a sentence that names its log."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +22,19 @@ class Engine:
 
     name: str  # on the command line
     title: str  # in tables and charts
-    runtime: str  # a key of environments.ENVIRONMENTS; workers/{runtime}_worker.py speaks for it
+    runtime: str  # a key of convert.ENVIRONMENTS; workers/{runtime}_worker.py speaks for it
     precision: str  # as its own converter calls it
-    how: str  # its conversion, for a reader
+    how: str  # its conversion, or how it serves streams, for a reader
     full: bool = False  # measured with --full only
     rival: bool = False  # an int8 peer that answers as the model does: every engine is compared with the fastest
+    way: str = "tokens"  # of its worker: a key of what the worker serves
     files_of: str | None = None  # the engine whose converted files this one reads
-    worker: str | None = None  # instead of the runtime's
 
 
+GENAI_INT8 = "its model builder, -p int8 -e cpu"
+LLAMA_Q8 = "llama_model_quantize to Q8_0"
+OPTIMUM_INT8 = "ORTQuantizer, dynamic, per channel, avx512_vnni or else avx2"
+EAGER = "torch, attn_implementation='eager'"
 # What quality is compared with.
 REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey", "fp32", "pastkey export --precision fp32")
 ENGINES = (
@@ -43,31 +45,68 @@ ENGINES = (
         "pastkey",
         "int8",
         "the same files, generate(prompt_lookup=False)",
+        way="steps",
         files_of="pastkey-int8",
-        worker="pastkey_steps",
     ),
     REFERENCE,
-    Engine("genai-int8", "onnxruntime-genai int8", "genai", "int8", "its model builder, -p int8 -e cpu", rival=True),
-    Engine("llama-q8_0", "llama.cpp Q8_0", "llama", "Q8_0", "llama_model_quantize to Q8_0", rival=True),
+    Engine("genai-int8", "onnxruntime-genai int8", "genai", "int8", GENAI_INT8, rival=True),
+    Engine("llama-q8_0", "llama.cpp Q8_0", "llama", "Q8_0", LLAMA_Q8, rival=True),
     Engine("pastkey-int4", "pastkey int4", "pastkey", "int4", "pastkey export --precision int4", full=True),
     Engine("genai-int4", "onnxruntime-genai int4", "genai", "int4", "its model builder, -p int4 -e cpu", full=True),
     Engine("llama-q4_0", "llama.cpp Q4_0", "llama", "Q4_0", "llama_model_quantize to Q4_0", full=True),
     Engine("optimum-fp32", "optimum-onnx fp32", "optimum", "fp32", "ORTModelForCausalLM with export=True", full=True),
+    # No rival: it is another model by then.
+    Engine("optimum-int8", "optimum-onnx int8 dynamic", "optimum", "int8", OPTIMUM_INT8, full=True),
+    Engine("transformers-fp32", "transformers eager fp32", "transformers", "fp32", EAGER, full=True),
+)
+# Each as an application embeds it; pastkey first, which the others are compared with.
+STREAM_ENGINES = (
     Engine(
-        "optimum-int8",
-        "optimum-onnx int8 dynamic",
-        "optimum",
+        "pastkey-streams",
+        "pastkey int8",
+        "pastkey",
         "int8",
-        "ORTQuantizer, dynamic, per channel, avx512_vnni or else avx2",
-        full=True,  # and no rival: it is another model by then
+        "a thread for each stream over one model",
+        way="streams",
+        files_of="pastkey-int8",
     ),
     Engine(
-        "transformers-fp32",
-        "transformers eager fp32",
-        "transformers",
-        "fp32",
-        "torch, attn_implementation='eager'",
-        full=True,
+        "pastkey-step-streams",
+        "pastkey int8, without prompt lookup",
+        "pastkey",
+        "int8",
+        "the same with prompt_lookup=False",
+        way="step-streams",
+        files_of="pastkey-int8",
+    ),
+    Engine(
+        "genai-streams",
+        "onnxruntime-genai int8, a Generator each",
+        "genai",
+        "int8",
+        "a Generator for each stream over one Model, in a thread each; a step holds Python's lock, so that they take "
+        "turns",
+        way="streams",
+        files_of="genai-int8",
+    ),
+    Engine(
+        "genai-batch",
+        "onnxruntime-genai int8, one batch",
+        "genai",
+        "int8",
+        "one Generator for all: they begin and end together, and nobody joins",
+        way="batch",
+        files_of="genai-int8",
+    ),
+    Engine(
+        "llama-streams",
+        "llama-cpp-python Q8_0",
+        "llama",
+        "Q8_0",
+        "one Llama and a lock: it holds one text, so that streams wait for one another. (llama.cpp itself decodes "
+        "several sequences in one batch; of llama-cpp-python's classes none does)",
+        way="streams",
+        files_of="llama-q8_0",
     ),
 )
 
@@ -81,7 +120,7 @@ class Prepared:
     model: Path  # what it loads: a file or a folder
     size: int  # bytes of all files in it
     versions: dict[str, str]  # package -> version
-    identity: str  # a digest of model, versions and settings: part of the key of whatever is measured on it
+    identity: str  # a digest of model, versions and settings: part of the key of what is measured on it
 
 
 class Worker:
@@ -93,8 +132,9 @@ class Worker:
         self._log = logs / f"run-{prepared.engine.name}.log"
         self._command = [
             str(prepared.python),
-            str(WORKERS / f"{prepared.engine.worker or prepared.engine.runtime}_worker.py"),
+            str(WORKERS / f"{prepared.engine.runtime}_worker.py"),
             str(prepared.model),
+            f"--way={prepared.engine.way}",
             f"--threads={threads}",
             f"--context={context}",
         ]
@@ -132,7 +172,7 @@ class Worker:
             self.load_seconds = self._reply()["load_seconds"]
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """What the worker replies to one request of workers/protocol.py. Raises EngineError when it dies of it."""
+        """What the worker replies to one request of workers/protocol.py. Raises BenchmarkError when it dies of it."""
         self.start()
         assert self._process is not None
         stdin: IO[str] | None = self._process.stdin
@@ -152,9 +192,9 @@ class Worker:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _failure(self) -> EngineError:
+    def _failure(self) -> BenchmarkError:
         assert self._process is not None
         status = self._process.wait()
-        return EngineError(
+        return BenchmarkError(
             f"{self.engine.title} ended with exit status {status}: see {self._log.name} in the work folder"
         )

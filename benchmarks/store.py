@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,18 @@ class Store:
         for part in (self.steps, self.models, self.logs):
             if fresh:
                 shutil.rmtree(part, ignore_errors=True)
-            make_folder(part, "--work")
+            try:
+                part.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{part} cannot be made a folder ({error.strerror}): give another --work") from None
         (folder / _MARK).touch()
 
-    def once(self, name: str, key: Mapping[str, Any], make: Callable[[], Any], *, product: Path | None = None) -> Any:
-        """The result of a step: as it was stored under this key, or else made now and stored.
+    def once(self, name: str, make: Callable[[], Any], *, key: Any, product: Path | None = None) -> Any:
+        """The result of a step: as it was stored under this key, or else made now and stored, both by way of JSON.
 
         A step whose `product`, a file or folder that it writes, is gone is done again.
         """
-        file = self.steps / f"{name}.json"
+        file = self.steps / f"{name.replace(' ', '-')}.json"
         wanted = json.loads(json.dumps(key))
         if file.is_file() and (product is None or product.exists()):
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -47,14 +50,6 @@ class Store:
         value = json.loads(json.dumps(make()))  # as it will be read
         write_json(file, {"key": wanted, "value": value})
         return value
-
-
-def make_folder(folder: Path, option: str) -> None:
-    """Raises InputError, which names the option, where no folder can be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made a folder ({error.strerror}): give another {option}") from None
 
 
 def digest(content: Any) -> str:
