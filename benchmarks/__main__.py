@@ -24,56 +24,50 @@ from pastkey.command import Parser, finite_float, positive_int, say
 from pastkey.errors import InputError, PastkeyError
 from pastkey.files.durable import write_json
 
-from .measure import WORK, Answer, BenchmarkError, Table, machine
+from .measure import ROOT, WORK, Answer, BenchmarkError, Table, machine
 
 
 class Question(NamedTuple):
-    """One row of the table. The function's docstring names the arms and the metric, its parameters are the flags."""
+    """One row of the table.
 
-    name: str
+    The function's docstring names the arms and the metric, its parameters are the flags. A page that quotes the answer
+    names the command: `quoted` finds it.
+    """
+
+    name: str  # of the function, with dashes
+    module: str  # imported when the question is asked
     asks: str
-    quoted: str  # the pages that have the figures
-    answer: str  # module:function, imported when it is asked
 
 
-SPEED, USE = "docs/performance.md", "docs/embedding.md, docs/what-was-tried.md"
 QUESTIONS = (
-    Question(
-        "peers",
-        "Speed, error, size and memory beside other engines?",
-        "benchmarks/results.md",
-        "peers.side_by_side:side_by_side",
-    ),
-    Question(
-        "streams", "Speed of 1 to 16 requests at the same time, beside other engines", SPEED, "peers.streams:streams"
-    ),
-    Question("scaling", "Time of a step by context, rows, threads and model size", SPEED, "peers.scaling:scaling"),
-    Question("step-cost", "Cost of a step outside onnxruntime", SPEED, "alone:step_cost"),
-    Question("prefixes", "Time to the first token behind a cached prefix", SPEED, "alone:prefixes"),
-    Question("memory", "Memory of a prompt by its length", SPEED, "alone:memory"),
-    Question("demo", "Size, error and speed of the decoder of make demo", SPEED, "alone:demo"),
-    Question("stories", "Share of the demo's stories that the grammar accepts", SPEED, "alone:stories"),
-    Question("sampling", "Cost of the choice of a token, by settings", "docs/sampling.md", "alone:sampling"),
-    Question("constrained", "Speed of JSON by a schema, beside free text", "docs/constrained.md", "alone:constrained"),
-    Question("batch", "Speed of a job of many rows, beside separate calls", "docs/batch.md", "alone:batch"),
-    Question("text-embeddings", "Cost and error of embeddings", "docs/text-embeddings.md", "alone:text_embeddings"),
-    Question(
-        "speculation", "Gain of prompt lookup and a draft model", "docs/speculation.md", "speculation:speculation"
-    ),
-    Question(
-        "application", "What do an event loop, other work and a second model feel", USE, "application:application"
-    ),
-    Question("one-graph", "Cost of a generation in one graph", "docs/any-language.md", "alone:one_graph"),
-    Question("calibration", "Gain of calibration in int8 on a text", "docs/design.md", "alone:calibration"),
-    Question("pictures", "Draw the pictures of README and docs from their tables", "", "pictures.render:pictures"),
-    Question(
-        "sensitivity-chart",
-        "Draw the cost of each matrix",
-        "docs/tutorial.md",
-        "pictures.sensitivity:sensitivity_chart",
-    ),
+    Question("peers", "peers.side_by_side", "How fast, accurate and small is pastkey beside other engines?"),
+    Question("streams", "peers.streams", "How fast are 1 to 16 requests at the same time, beside other engines?"),
+    Question("scaling", "peers.scaling", "How does a step's time grow with context, rows, threads and model size?"),
+    Question("step-cost", "alone", "What does a step cost outside onnxruntime?"),
+    Question("prefixes", "alone", "How much sooner is the first token behind a cached prefix?"),
+    Question("memory", "alone", "How much memory does a prompt take, by its length?"),
+    Question("demo", "alone", "How large, accurate and fast is the decoder of make demo?"),
+    Question("stories", "alone", "How many of the demo's stories does the grammar accept?"),
+    Question("sampling", "alone", "What does the choice of a token cost, by settings?"),
+    Question("constrained", "alone", "How fast is JSON by a schema, beside free text?"),
+    Question("batch", "alone", "How much faster is a job of many rows than separate calls?"),
+    Question("text-embeddings", "alone", "What do embeddings cost, and how near are int8's to float32's?"),
+    Question("speculation", "speculation", "What do prompt lookup and a draft model bring?"),
+    Question("application", "application", "What do an event loop, other work and a second model feel?"),
+    Question("one-graph", "alone", "What does a generation in one graph cost?"),
+    Question("calibration", "alone", "What does calibration bring to int8 on a text?"),
+    Question("pictures", "pictures.render", "Draws the pictures of README and docs from their tables."),
+    Question("sensitivity-chart", "pictures.sensitivity", "Draws the cost of each matrix in int8 or int4."),
 )
 DRAWN = ("pictures", "sensitivity-chart")
+
+
+def quoted(question: Question) -> list[str]:
+    """The pages that name the question's command."""
+    pages = [ROOT / "Makefile", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    command = f"python -m benchmarks {question.name}"
+    found = [page for page in pages if command in " ".join(page.read_text(encoding="utf-8").split())]
+    return [page.relative_to(ROOT).as_posix() for page in found]
 
 
 def existing_file(text: str) -> Path:
@@ -98,7 +92,6 @@ MEANINGS = {
     "charts": "folder for the charts",
     "count": "texts to generate",
     "draft": "bundle of the draft model",
-    "fresh": "measure everything anew",
     "full": "more engines, and 24 windows of the text",
     "length": "tokens of a window",
     "lengths": "tokens of each prompt",
@@ -133,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {one.name: one for one in QUESTIONS}
     parser.add_argument("name", metavar="NAME", choices=names, help="one of these questions")
     question = names[parser.parse_args(words[:1]).name]
-    module, _, function = question.answer.partition(":")
-    ask: Callable[..., Answer] = getattr(importlib.import_module(f".{module}", __package__), function)
+    module = importlib.import_module(f".{question.module}", __package__)
+    ask: Callable[..., Answer] = getattr(module, question.name.replace("-", "_"))
     arguments = vars(_parser(question, ask).parse_args(words[1:]))
     try:
         _answer(question, ask, words, **arguments)
@@ -149,17 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(question: Question, ask: Callable[..., Answer]) -> Parser:
     """The flags of a question: the parameters of its function."""
-    parts = (question.asks, inspect.getdoc(ask) or "", question.quoted and f"Quoted in {question.quoted}.")
     parser = Parser(
         prog=f"python -m benchmarks {question.name}",
-        description="\n\n".join(filter(None, parts)),
+        description=f"{question.asks}\n\n{inspect.getdoc(ask)}\n\nQuoted in {', '.join(quoted(question))}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, parameter in inspect.signature(ask).parameters.items():
         kind, default = KINDS[parameter.annotation.removesuffix(" | None")], parameter.default
         meaning = MEANINGS.get(name, "")
         if parameter.kind is not parameter.KEYWORD_ONLY:
-            optional = {} if default is parameter.empty else {"nargs": "", "default": default}
+            optional = {} if default is parameter.empty else {"nargs": "?", "default": default}
             parser.add_argument(name, **kind | {"metavar": name.upper()} | optional)
             continue
         if default not in (None, False, WORK):

@@ -73,8 +73,8 @@ def exported(folder: Path) -> Path:
 
 
 QUICK = {
-    "streams": "tiny --rounds 1 --threads 1 --streams 1 3 --prompt-tokens 12 --new-tokens 4 --work work --text text.txt "
-    "--only pastkey-step-streams",
+    "streams": "tiny --rounds 1 --threads 1 --streams 1 3 --prompt-tokens 12 --new-tokens 4 --work work "
+    "--text text.txt --only pastkey-step-streams",
     "peers": "--rounds 2 --threads 1 --only pastkey-int8 pastkey-int8-steps --work work --text text.txt",
     "step-cost": "tiny --threads 1 --rounds 1 --new-tokens 4",
     "prefixes": "tiny --threads 1 --rounds 2 --prompt-tokens 40",

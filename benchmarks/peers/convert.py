@@ -5,7 +5,6 @@ What converters print goes to logs.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
-from .engines import ENGINES, WORKERS, Engine, Prepared
+from .engines import FILES, WORKERS, Engine, Files, Prepared
 
 
 class Environment(NamedTuple):
@@ -109,26 +108,24 @@ def open_source(model: Path | None) -> Source:
 
 def prepare(engine: Engine, source: Source, store: Store) -> Prepared:
     """Installs the engine and converts the weights for it, each unless done. Raises BenchmarkError with the reason."""
-    if engine.files_of is not None:
-        made = prepare(next(other for other in ENGINES if other.name == engine.files_of), source, store)
-        return dataclasses.replace(made, engine=engine, identity=digest([engine.name, made.identity]))
-    if engine.runtime == "pastkey" and engine.precision not in PRECISIONS:
-        raise BenchmarkError(f"this pastkey does not export {engine.precision}")
-    if engine.runtime == "llama" and source.path.is_dir():
+    files = FILES[engine.files]
+    if files.runtime == "pastkey" and files.precision not in PRECISIONS:
+        raise BenchmarkError(f"this pastkey does not export {files.precision}")
+    if files.runtime == "llama" and source.path.is_dir():
         raise BenchmarkError("llama-cpp-python brings no converter from a Hugging Face folder: give the model as GGUF")
-    python = python_of(engine.runtime)
-    versions = versions_of(engine.runtime, python)
-    out = store.models / (engine.name + (".gguf" if engine.runtime == "llama" else ""))
-    key = {"source": source.content, "how": engine.how, "versions": versions}
+    python = python_of(files.runtime)
+    versions = versions_of(files.runtime, python)
+    out = store.models / (engine.files + (".gguf" if files.runtime == "llama" else ""))
 
-    def make() -> dict[str, int]:
-        say(f"convert the weights for {engine.title}")
+    def make() -> int:
+        say(f"convert the weights to {engine.files}")
         remove(out)
-        _convert(engine, source, python, out, store)
-        return {"bytes": _size(out)}
+        _convert(files, source, python, out, store)
+        return _size(out)
 
-    size = store.once(f"convert-{engine.name}", make, key=key, product=out)["bytes"]
-    return Prepared(engine, python, out, size, versions, digest([engine.name, source.content, versions]))
+    key = {"source": source.content, "how": files.how, "versions": versions}
+    size = store.once(f"convert-{engine.files}", make, key=key, product=out)
+    return Prepared(engine, python, out, size, versions, digest([engine, source.content, versions]))
 
 
 def of_bundle(engine: Engine, path: Path) -> Prepared:
@@ -166,19 +163,19 @@ def described(prepared: Sequence[Prepared]) -> list[str]:
     """How each engine was made, and the versions of each program."""
     versions = {one.engine.runtime: one.versions for one in prepared}.values()
     return [
-        *(f"{one.engine.title}: {one.engine.how}" for one in prepared),
+        *(f"{e.title}: {FILES[e.files].how}{'; ' * bool(e.how)}{e.how}" for e in (one.engine for one in prepared)),
         *(", ".join(f"{name} {version}" for name, version in of_one.items()) for of_one in versions),
     ]
 
 
-def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Store) -> None:
+def _convert(files: Files, source: Source, python: Path, out: Path, store: Store) -> None:
     """One engine's own way from the source to its format."""
-    log = store.logs / f"convert-{engine.name}.log"
-    match engine.runtime:
+    log = store.logs / f"convert-{out.name}.log"
+    match files.runtime:
         case "pastkey":
-            run([python, "-m", "pastkey", "export", source.path, "--out", out, "--precision", engine.precision], log)
+            run([python, "-m", "pastkey", "export", source.path, "--out", out, "--precision", files.precision], log)
         case "llama":
-            run([python, WORKERS / "llama_convert.py", source.path, out, engine.precision], log)
+            run([python, WORKERS / "llama_convert.py", source.path, out, files.precision], log)
         case "genai":
             folder, cache = _huggingface(source, store), store.models / "genai-cache"
             builder: list[str | Path] = [
@@ -192,11 +189,11 @@ def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Sto
                 "-c",
                 cache,
             ]
-            run([*builder, "-p", engine.precision, "-e", "cpu"], log)
+            run([*builder, "-p", files.precision, "-e", "cpu"], log)
             shutil.rmtree(cache, ignore_errors=True)
         case "optimum":
             folder, kernels = _huggingface(source, store), int8_kernels().name
-            run([python, WORKERS / "optimum_convert.py", folder, out, engine.precision, kernels], log)
+            run([python, WORKERS / "optimum_convert.py", folder, out, files.precision, kernels], log)
         case "transformers":
             shutil.copytree(_huggingface(source, store), out)
 

@@ -40,10 +40,9 @@ def scaling(
     sizes: int = 7,
     charts: Path | None = None,
     work: Path = WORK,
-    fresh: bool = False,
 ) -> Answer:
     """Arms: the points of each curve, which is drawn into --charts. Metric: milliseconds."""
-    store = Store(work, fresh=fresh)
+    store = Store(work)
     int8 = prepare(ENGINES[0], open_source(None), store) if bundle is None else of_bundle(ENGINES[0], bundle)
     opened, new = open_bundle(int8.model), new_tokens
     room, cores = opened.manifest.context_length - new, os.cpu_count() or 1

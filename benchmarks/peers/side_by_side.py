@@ -44,7 +44,7 @@ EXACT = 1e-6  # nats: below it, differences are those of float32 itself
 PHASES = ("prefill", "decode")
 
 
-def side_by_side(
+def peers(
     *,
     full: bool = False,
     rounds: int = 11,
@@ -53,11 +53,10 @@ def side_by_side(
     text: TextFile | None = None,
     only: Sequence[str] | None = None,
     work: Path = WORK,
-    fresh: bool = False,
 ) -> Answer:
     """Arms: a process per engine. Metric: speed over the fastest int8 peer, KL divergence, load, peak memory."""
     engines, windows = chosen(ENGINES, only, full, REFERENCE), 24 if full else 6
-    source, store = open_source(model), Store(work, fresh=fresh)
+    source, store = open_source(model), Store(work)
     prepared, skipped = prepare_all(engines, lambda engine: prepare(engine, source, store))
     bundle = open_bundle(prepared[0].model)
     passages = open_text(

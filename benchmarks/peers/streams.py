@@ -32,13 +32,12 @@ def streams(
     text: TextFile | None = None,
     only: Sequence[str] | None = None,
     work: Path = WORK,
-    fresh: bool = False,
 ) -> Answer:
     """Arms: a process per engine. Metric: tokens per second of all, waits for a first token, peak memory.
 
     Without a bundle it is the int8 export of SmolLM2-135M-Instruct, whose weights the others get in any case.
     """
-    counts, store = sorted(set(streams)), Store(work, fresh=fresh)
+    counts, store = sorted(set(streams)), Store(work)
 
     def make(engine: Engine) -> Prepared:
         if bundle is not None and engine.runtime == "pastkey":
