@@ -136,7 +136,8 @@ def prefixes(bundle: Path, *, threads: int = 2, rounds: int = 5, prompt_tokens: 
         def first_token(reuse: bool, number: int) -> float:
             done = [lm.generate([*ids, *questions[number]], max_new_tokens=1, reuse_prefix=reuse) for ids in prefixes]
             assert not reuse or min(one.cached_tokens for one in done) >= prompt_tokens - 2
-            return statistics.median(one.prefill_seconds for one in done)
+            found: float = statistics.median(one.prefill_seconds for one in done)
+            return found
 
         for ids in prefixes:
             lm.generate(ids, max_new_tokens=1, reuse_prefix=True)
@@ -180,7 +181,8 @@ def constrained(bundle: Path, *, threads: int = 2, rounds: int = 9) -> Answer:
 
         def per_token(kind: dict[str, Any], _: int) -> float:
             done = lm.generate(ORDER, max_new_tokens=whole.new_tokens, **kind)
-            return (done.prefill_seconds + done.decode_seconds) / done.new_tokens
+            found: float = (done.prefill_seconds + done.decode_seconds) / done.new_tokens
+            return found
 
         measured = interleaved({name: partial(per_token, kind) for name, kind in kinds.items()}, rounds, "constrained")
         free, plain, schema, mask = kinds

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from benchmarks.__main__ import DRAWN, QUESTIONS, main, write_page
+from benchmarks.__main__ import DRAWN, QUESTIONS, main, quoted, write_page
 from benchmarks.measure import ROOT, BenchmarkError, Spread, Table, interleaved, paired, rows_of
 from benchmarks.peers import scaling, side_by_side
 from benchmarks.peers.convert import Source, chosen, of_bundle
@@ -26,7 +25,6 @@ from pastkey.errors import InputError
 from pastkey.export import export
 from pastkey.runtime import Engine as Session
 from pastkey.runtime import load
-from pastkey.train.model import Decoder
 
 from .export.decoders import llama
 from .runtime import conftest as decoder
@@ -75,7 +73,6 @@ def exported(folder: Path) -> Path:
 QUICK = {
     "streams": "tiny --rounds 1 --threads 1 --streams 1 3 --prompt-tokens 12 --new-tokens 4 --work work "
     "--text text.txt --only pastkey-step-streams",
-    "peers": "--rounds 2 --threads 1 --only pastkey-int8 pastkey-int8-steps --work work --text text.txt",
     "step-cost": "tiny --threads 1 --rounds 1 --new-tokens 4",
     "prefixes": "tiny --threads 1 --rounds 2 --prompt-tokens 40",
     "memory": "tiny --lengths 8 20 --new-tokens 3",
@@ -87,7 +84,8 @@ QUICK = {
     "speculation": "tiny --draft tiny --prompt-tokens 8 --new-tokens 6 --places 1 --rounds 1",
     "application": "tiny --threads 1 --ticks 5 --rounds 1 --new-tokens 4",
 }
-EXPORTED = {
+SLOW = {
+    "peers": "--rounds 2 --threads 1 --only pastkey-int8 pastkey-int8-steps --work work --text text.txt",
     "scaling": "demo/int8 --threads 1 --rounds 1 --new-tokens 2 --sizes 1 --work work --charts demo",
     "demo": "demo --rounds 1 --count 1",
     "one-graph": "demo/fp32 --lengths 8 --rounds 1 --new-tokens 4",
@@ -95,57 +93,37 @@ EXPORTED = {
 }
 
 
-def ask(name: str, words: str, folder: Path, patch: pytest.MonkeyPatch) -> list[Any]:
-    """The answer of a question that is asked in the folder."""
-    patch.chdir(folder)
-    assert main([name, *words.split(), "--json", "answer.json", "--page", "answer.md"]) == 0
-    found = json.loads(Path("answer.json").read_text(encoding="utf-8"))
-    assert found["facts"][0].startswith(f"`python -m benchmarks {name} ")
-    assert any("onnxruntime" in fact for fact in found["facts"])
-    answer: list[Any] = found["answer"]
-    for part in answer:
-        if not isinstance(part, str):
-            assert part["rows"]
-            assert all(len(row) == len(part["columns"]) for row in part["rows"])
-    assert "# " + BY_NAME[name].asks in Path("answer.md").read_text(encoding="utf-8")
-    return answer
-
-
-def test_every_question_is_asked_by_the_tests() -> None:
-    assert {*QUICK, *EXPORTED, *DRAWN} == {*BY_NAME}
+def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page() -> None:
+    assert {*QUICK, *SLOW, *DRAWN} == {*BY_NAME}
+    assert all(quoted(question) for question in QUESTIONS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "peers")) for name in QUICK])
-def test_a_question_is_answered(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "constrained":
         pytest.importorskip("llguidance")
-
-    def prepare(engine: Engine, *_: object) -> Prepared:
-        return of_bundle(engine, folder / "tiny")
-
-    monkeypatch.setattr(side_by_side, "prepare", prepare)
+    folder: Path = request.getfixturevalue("exported" if name in SLOW and name != "peers" else "folder")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(side_by_side, "prepare", lambda engine, *_: of_bundle(engine, folder / "tiny"))
     monkeypatch.setattr(side_by_side, "open_source", lambda _: Source(folder, "", "tiny"))
     monkeypatch.setattr(side_by_side, "SHAPES", (side_by_side.Shape(40, 4), side_by_side.Shape(60, 2)))
     monkeypatch.setattr(side_by_side, "LOADS", 1)
-    answer = ask(name, QUICK[name], folder, monkeypatch)
-    if name == "peers":
-        assert [row[:3] for row in answer[0]["rows"]] == [
-            [title, answer[0]["rows"][0][1], "0"]
-            for title in ("pastkey int8", "pastkey int8, without prompt lookup", "pastkey fp32")
-        ]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("name", EXPORTED)
-def test_a_question_about_exports_is_answered(name: str, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "SIZES", ((64, 1),))
-    ask(name, EXPORTED[name], exported, monkeypatch)
+    words = (QUICK | SLOW)[name].split()
+    assert main([name, *words, "--json", "answer.json", "--page", "answer.md"]) == 0
+    found = json.loads(Path("answer.json").read_text(encoding="utf-8"))
+    assert found["facts"][0].startswith(f"`python -m benchmarks {name} ")
+    for part in found["answer"]:
+        assert isinstance(part, str) or (part["rows"] and {len(row) for row in part["rows"]} == {len(part["columns"])})
+    assert f"# {BY_NAME[name].asks}" in Path("answer.md").read_text(encoding="utf-8")
+    if name == "peers":
+        steps = "pastkey int8, without prompt lookup"
+        rows = [(row[0], row[2]) for row in found["answer"][0]["rows"]]
+        assert rows == [("pastkey int8", "0"), (steps, "0"), ("pastkey fp32", "0")]
     if name == "scaling":
-        assert {file.name for file in (exported / "demo").glob("performance-*.png")} == {
-            f"performance-{curve}.png" for curve in ("context", "batch", "threads", "sizes")
-        }
+        charts = {file.name for file in (folder / "demo").glob("*.png")}
+        assert charts == {f"performance-{curve}.png" for curve in ("context", "batch", "threads", "sizes")}
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -160,7 +138,7 @@ def test_a_question_about_exports_is_answered(name: str, exported: Path, monkeyp
         (["peers", "--only", "vllm"], "no engine 'vllm'; the engines are pastkey-int8, pastkey-int8-steps"),
         (["peers", "--model", "none.gguf"], "no such model: none.gguf does not exist"),
         (["peers", "--model", "folder"], "folder is neither a .gguf file nor a folder with a config.json"),
-        (["peers", "--model", "empty.gguf", "--work", "."], "holds other things: give an empty or a new folder"),
+        (["peers", "--model", "empty.gguf", "--work", "empty.gguf"], "cannot be made a folder (Not a directory)"),
         (["memory", "none"], "none does not exist"),
         (["speculation", "{tiny}", "--useless"], "--useless is for a draft model"),
     ],
@@ -263,12 +241,6 @@ def test_an_engine_that_is_asked_for_twice_is_measured_once() -> None:
     assert [engine.name for engine in found] == ["pastkey-fp32", "genai-int8"]
 
 
-def test_parameters_are_counted_as_torch_counts_them() -> None:
-    width, layers = scaling.SIZES[1]
-    matrices = {id(p): p.numel() for p in Decoder(scaling.configuration(width, layers)).parameters() if p.ndim == 2}
-    assert sum(matrices.values()) == scaling.parameters(width, layers)
-
-
 # --- texts, the store and the workers -----------------------------------------------------------------------------
 def test_a_prompt_goes_round_where_the_text_is_short() -> None:
     text = Text("", ((1, 2), (3, 4)))
@@ -290,7 +262,7 @@ def test_a_text_is_cut_into_windows_and_one_that_is_too_short_is_refused(folder:
         open_text(file, bundle, 1, once, own=1, most=3)
 
 
-def test_a_step_is_done_again_for_another_key_a_lost_product_and_afresh(tmp_path: Path) -> None:
+def test_a_step_is_done_again_for_another_key_and_for_a_lost_product(tmp_path: Path) -> None:
     made, product = iter(range(9)), tmp_path / "product"
     step: Callable[[], int] = lambda: next(made)  # noqa: E731
     store = Store(tmp_path / "work")
@@ -298,7 +270,6 @@ def test_a_step_is_done_again_for_another_key_a_lost_product_and_afresh(tmp_path
     assert [store.once("b", step, key=1, product=product) for _ in range(2)] == [2, 3]
     product.touch()
     assert store.once("b", step, key=1, product=product) == 3
-    assert Store(tmp_path / "work", fresh=True).once("a", step, key=2) == 4
     assert digest_of_files(product) != digest_of_files(tmp_path / "work")
 
 
