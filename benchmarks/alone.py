@@ -39,7 +39,6 @@ from .measure import (
     named,
     paired,
     seconds,
-    steps,
 )
 from .peers.workers.protocol import peak_rss_bytes
 from .texts import STORY, story_ids
@@ -508,6 +507,5 @@ def _import_seconds(module: str, beforehand: str) -> float:
     )
     command = [sys.executable, "-c", code]
     return statistics.median(
-        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        for _ in steps(range(11), module)
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(11)
     )

@@ -16,7 +16,7 @@ from benchmarks.__main__ import DRAWN, QUESTIONS, main, quoted, write_page
 from benchmarks.measure import ROOT, BenchmarkError, Spread, Table, interleaved, paired, rows_of
 from benchmarks.peers import scaling, side_by_side
 from benchmarks.peers.convert import Source, chosen, of_bundle
-from benchmarks.peers.engines import ENGINES, REFERENCE, STREAM_ENGINES, Engine, Prepared, Worker
+from benchmarks.peers.engines import ENGINES, REFERENCE, STREAM_ENGINES, WORKERS, Engine, Prepared, Worker
 from benchmarks.peers.streams import served, tables
 from benchmarks.store import Store, digest_of_files
 from benchmarks.texts import Text, open_text
@@ -234,6 +234,12 @@ def test_streams_are_counted_from_the_first_to_the_last() -> None:
     assert told[1] == [["b", "2.00 (1.00 to 2.00)"]]
     assert told[0] == [["a", "2.5 (2)"], ["b", "1.25 (1.5)"]]
     assert told[3] == [["a", "1"], ["b", "2"]]
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, *STREAM_ENGINES], ids=lambda engine: engine.name)
+def test_the_worker_of_an_engine_serves_its_way(engine: Engine) -> None:
+    program = (WORKERS / f"{engine.runtime}_worker.py").read_text(encoding="utf-8")
+    assert f"{engine.way.replace('-', '_')}=" in program.split("serve(")[-1]
 
 
 def test_an_engine_that_is_asked_for_twice_is_measured_once() -> None:

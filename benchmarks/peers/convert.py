@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.environments import ROOT, environment, smollm2
-from benchmarks.measure import BenchmarkError, own_version
+from benchmarks.measure import BenchmarkError, facts_of, own_version
 from benchmarks.store import Store, digest, digest_of_files
 from pastkey.command import say
 from pastkey.contract import names
@@ -159,13 +159,16 @@ def prepare_all(engines: Sequence[Engine], one: Callable[[Engine], Prepared]) ->
     return prepared, skipped
 
 
-def described(prepared: Sequence[Prepared]) -> list[str]:
-    """How each engine was made, and the versions of each program."""
+def described(prepared: Sequence[Prepared], threads: int) -> str:
+    """How each engine was made, the versions of each program, and the settings of pastkey's own."""
     versions = {one.engine.runtime: one.versions for one in prepared}.values()
-    return [
-        *(f"{e.title}: {FILES[e.files].how}{'; ' * bool(e.how)}{e.how}" for e in (one.engine for one in prepared)),
+    engines = [one.engine for one in prepared]
+    lines = [
+        *(f"{one.title}: {FILES[one.files].how}{'; ' * bool(one.how)}{one.how}" for one in engines),
         *(", ".join(f"{name} {version}" for name, version in of_one.items()) for of_one in versions),
+        facts_of(open_bundle(next(one.model for one in prepared if one.engine.runtime == "pastkey")), threads),
     ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _convert(files: Files, source: Source, python: Path, out: Path, store: Store) -> None:

@@ -109,7 +109,7 @@ def peers(
     columns = ["engine", "MB", "KL divergence (nats)", "top-1", "perplexity", "answers equal (tokens)"]
     columns += [f"{phase} {shape.prompt} (tok/s)" for phase in PHASES for shape in shapes]
     yield Table(
-        f"{source.name}, the same weights for every engine, {threads} threads, {rounds} interleaved rounds:",
+        f"{source.name}, the same weights for every engine; --threads {threads}, {rounds} interleaved rounds:",
         [*columns, "peak (MiB)", "first token (s)"],
         rows,
     )
@@ -143,7 +143,7 @@ def peers(
             ratios,
         )
     yield from skipped
-    yield from described(ordered)
+    yield described(ordered, threads)
 
 
 # --- quality ------------------------------------------------------------------------------------------------------

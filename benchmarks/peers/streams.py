@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import MIB, WORK, Answer, Spread, Table, TextFile, facts_of, interleaved, steps
+from benchmarks.measure import MIB, WORK, Answer, Spread, Table, TextFile, interleaved, steps
 from benchmarks.store import Store, digest
 from benchmarks.texts import codec_of, open_text
 from pastkey.contract.bundle import open_bundle
@@ -89,12 +89,11 @@ def streams(
     }
     yield (
         f"Each stream has a prompt of {prompt_tokens} tokens of {passages.name} and {new_tokens} greedy tokens; all "
-        f"begin at the same moment. Medians of {rounds} interleaved rounds; {threads} threads for every engine."
+        f"begin at the same moment. Medians of {rounds} interleaved rounds; every engine with --threads {threads}."
     )
     yield from tables(measured, memory, ours.title)
     yield from skipped
-    yield from described(prepared)
-    yield facts_of(opened, threads)
+    yield described(prepared, threads)
 
 
 def served(reply: Mapping[str, Any]) -> Served:
