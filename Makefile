@@ -64,7 +64,8 @@ oldest: $(ENVIRONMENTS)/oldest/installed  ## Export to chat with the oldest rele
 
 $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable '.[all,huggingface,gguf]' --constraint $(OLDEST) \
+	PYTHONWARNINGS="ignore:Editable installation" \
+		$(@D)/bin/python -m pip install --quiet --editable '.[all,huggingface,gguf]' --constraint $(OLDEST) \
 		pytest pytest-xdist hypothesis
 	touch $@
 
@@ -106,7 +107,8 @@ $(DOCS)/installed: pyproject.toml
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
+	PYTHONWARNINGS="ignore:Editable installation" \
+		$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
 	touch $@
 
 clean:  ## Removes what demo, the wheel and the site made

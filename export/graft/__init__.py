@@ -1,1 +1,1 @@
-"""A module -> ONNX with a cache."""
+"""Exports a module to ONNX with a KV cache."""

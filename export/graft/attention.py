@@ -1,14 +1,15 @@
-"""Seeing every attention call of a module: `intercept` hands each one to a handler instead of torch.
+"""Intercepts every attention call of a module: `intercept` passes each call to a handler instead of torch.
 
-Two places are watched, because neither is enough alone. A TorchFunctionMode sees the function itself, also where
-a file says `from torch.nn.functional import scaled_dot_product_attention`; but while torch runs one of its own
-Python functions (nn.MultiheadAttention, nn.TransformerEncoderLayer) the mode is suspended, and only a replaced
-`F.scaled_dot_product_attention` is reached. A library with a public hook for attention calls `attend` from it.
+Two mechanisms are needed. A TorchFunctionMode sees the function itself, also if a file says `from
+torch.nn.functional import scaled_dot_product_attention`. torch suspends the mode while it runs its own Python
+functions (nn.MultiheadAttention, nn.TransformerEncoderLayer); these reach a replaced
+`F.scaled_dot_product_attention`. For a library with a public attention hook, the hook calls `attend`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import traceback
@@ -33,18 +34,18 @@ _NOT_THE_USERS = (Path(__file__).parents[1], Path(torch.__file__).parent)
 
 @dataclass(frozen=True)
 class Unrotated:
-    """Queries and keys before rotary positions turned them, and cos and sin of every position."""
+    """Queries and keys before the rotation by RoPE, and cos and sin of every position."""
 
     query: Tensor  # (B, H, T, D)
     key: Tensor  # (B, K, T, D)
     cos: Tensor  # (context, D / 2)
     sin: Tensor  # (context, D / 2)
-    interleaved: bool  # pairs of neighbouring channels, not of the two halves
+    interleaved: bool  # pairs of neighbouring channels instead of channels of the two halves
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of one scaled_dot_product_attention, queries and cache in their (B, heads, T, D) form."""
+    """The arguments of one scaled_dot_product_attention call, with tensors as (B, heads, T, D)."""
 
     query: Tensor  # (B, H, T, D)
     key: Tensor  # (B, K, T, D)
@@ -54,16 +55,16 @@ class AttentionCall:
     is_causal: bool
     scale: float  # factor on the scores
     where: str  # file:line of the call, for error messages
-    # What scaled_dot_product_attention has no argument for; `attend` takes it.
-    window: int | None = None  # a token sees so many, itself and those before it
+    # Features that scaled_dot_product_attention has no argument for.
+    window: int | None = None  # number of tokens that a token attends to, itself included
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
-    sinks: Tensor | None = None  # (H,) a further score per head, which takes its share of the softmax
-    bias: Tensor | None = None  # (H or 1, context) added to the scores by the distance of the key before the query
-    # What else makes weights (B, H', T, S) of plain q kᵀ (B, H, T, S), and S, for queries that are the last T of S
-    # tokens. Queries and keys may be several side by side, as wide as `parts` says, each with scores of its own.
+    sinks: Tensor | None = None  # (H,) one more score per head in the softmax, without a value
+    bias: Tensor | None = None  # (H or 1, context) added to the scores by distance: query - key position
+    # Custom weights (B, H', T, S) from plain q kᵀ (B, H, T, S) and S; the queries are the last T of S tokens. Queries
+    # and keys may be concatenations of parts, with the widths in `parts`, and each part has its own scores.
     weights: Callable[[list[Tensor], Any], Tensor] | None = None
     parts: tuple[int, ...] = ()
-    unrotated: Unrotated | None = None  # where GroupQueryAttention may rotate instead
+    unrotated: Unrotated | None = None  # if GroupQueryAttention may do the rotation
 
     @property
     def groups(self) -> int:
@@ -72,7 +73,7 @@ class AttentionCall:
 
     @property
     def fused_attributes(self) -> dict[str, Any]:
-        """The attributes of GroupQueryAttention for this call, without those of a rotation."""
+        """The attributes of GroupQueryAttention for this call, except the rotary ones."""
         attributes: dict[str, Any] = {"num_heads": self.query.shape[1], "kv_num_heads": self.key.shape[1]}
         attributes["scale"] = self.scale
         if self.window is not None:
@@ -83,7 +84,7 @@ class AttentionCall:
 
     @property
     def special(self) -> str | None:
-        """What GroupQueryAttention does not compute."""
+        """The feature of this call that GroupQueryAttention cannot compute, if any."""
         if self.weights is not None:
             return "attention weights that are no softmax of scores and a mask"
         return None if self.bias is None else "a bias on its scores (ALiBi or relative positions, say)"
@@ -91,10 +92,10 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class RowsCall:
-    """Rows that are mixed with the few before them."""
+    """Rows that an operator mixes with a few rows of earlier tokens."""
 
     rows: Tensor  # (B, T, F) of the new tokens
-    keep: int  # how many of the last ones a later token needs
+    keep: int  # how many of the last rows a later token needs
     where: str  # file:line, for error messages
 
 
@@ -105,7 +106,7 @@ Watch = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, instead: Any) -> Iterator[None]:
-    """While open, an attribute of torch's is another one, where it has such a one. One thread does so at a time."""
+    """While open, replaces an attribute of `owner`, if it exists. One thread at a time can do so."""
     with _REPLACING:
         if name not in vars(owner):
             yield
@@ -120,17 +121,17 @@ def replaced(owner: Any, name: str, instead: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def intercept(handler: Handler, watch: Watch | None = None, rows: RowsHandler | None = None) -> Iterator[None]:
-    """While open, each attention call goes to `handler` once, and its result (B, H, T, Dv) to the caller.
+    """While open, passes each attention call to `handler` once; the caller gets its result (B, H, T, Dv).
 
-    `watch(func, args, kwargs)` is shown every other torch function that the module calls itself, and may return what
-    the module is given instead of its result. `rows` is given each RowsCall, and returns the kept rows with the new
-    ones behind them, (B, up to `keep` more, F). What torch.compile wrapped runs as plain Python meanwhile: compiled
-    code calls nothing that could be intercepted.
+    `watch(func, args, kwargs)` gets every other torch function that the module calls directly, and may return a
+    result that replaces the call. `rows` gets each RowsCall and returns the cached rows followed by the new ones,
+    (B, T + up to `keep`, F). Functions wrapped by torch.compile run as plain Python meanwhile, because compiled code
+    cannot be intercepted.
     """
     mode = _AttentionMode(handler, watch, rows)
     with replaced(F, "scaled_dot_product_attention", mode.attend), replaced(_AttentionMode, "active", mode):
         fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one closed C++ kernel
+        torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one C++ kernel
         try:
             with mode, torch.compiler.set_stance("force_eager"):
                 yield
@@ -139,19 +140,19 @@ def intercept(handler: Handler, watch: Watch | None = None, rows: RowsHandler | 
 
 
 def attend(call: AttentionCall) -> Tensor:
-    """The attention of a library's hook: to the handler of the open `intercept`, or computed: (B, H, T, Dv)."""
+    """Attention (B, H, T, Dv) for a library's hook: by the handler of the open `intercept`, else by torch."""
     mode = _AttentionMode.active
     return torch_attention(call) if mode is None else mode.hand_over(call)
 
 
 def extend(call: RowsCall) -> Tensor:
-    """The rows with those kept of earlier tokens in front: of the open `intercept`, or none."""
+    """The rows, preceded by the cached rows of earlier tokens if an `intercept` with `rows` is open."""
     mode = _AttentionMode.active
     return call.rows if mode is None or mode.rows is None else mode.rows(call)
 
 
 def torch_attention(call: AttentionCall) -> Tensor:
-    """What torch computes for the call as the module made it, the reference: (B, H, T, Dv)."""
+    """The reference: the result (B, H, T, Dv) of the call in torch, as the module made it."""
     if call.window is None and call.softcap is None and call.sinks is None and call.special is None:
         return _ATTENTION(
             call.query,
@@ -166,7 +167,7 @@ def torch_attention(call: AttentionCall) -> Tensor:
 
 
 def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
-    """The call's queries, the last T of S tokens, over keys (B, K, S, D) and values (B, K, S, Dv), written out."""
+    """Written-out attention of the queries, the last T of S tokens, over keys (B, K, S, D), values (B, K, S, Dv)."""
     new, total = call.query.shape[2], key.shape[2]
     if call.weights is not None:
         weights = call.weights(raw_scores(call, key), total)
@@ -185,26 +186,26 @@ def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
 
 
 def raw_scores(call: AttentionCall, key: Tensor) -> list[Tensor]:
-    """q kᵀ (B, H, T, S) of each part of the queries and keys (B, K, S, D)."""
+    """Unscaled scores q kᵀ (B, H, T, S) for each part of the queries and of the keys (B, K, S, D)."""
     key = repeated(key, call.query.shape[1])
     pairs = zip(call.query.split(call.parts, 3), key.split(call.parts, 3), strict=True)
     return [query @ part.transpose(2, 3) for query, part in pairs]
 
 
 def repeated(heads: Tensor, count: int) -> Tensor:
-    """(B, K, S, D) for `count` query heads, each of the K for as many that follow one another."""
+    """Repeats each of the K heads of (B, K, S, D) for consecutive query heads: (B, count, S, D)."""
     return heads if heads.shape[1] == count else heads.repeat_interleave(count // heads.shape[1], 1)
 
 
 def visible(new: int, total: int, window: int | None = None) -> Tensor:
-    """(T, S), whether the token of that row, the last T of S, sees the one of that column."""
+    """(T, S), whether a row's token (the last T of S) attends to a column's token: causal, within the window."""
     distance = torch.arange(total - new, total)[:, None] - torch.arange(total)[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What a mask would be: causal and within the window, or something that no attention call may use."""
+    """Describes a mask: causal, within a window if one is given, or unsupported for the given reason."""
 
     window: int | None = None
     unsupported: str | None = None
@@ -214,9 +215,9 @@ class MaskSpec:
 
 
 def described_mask(spec: MaskSpec) -> Tensor:
-    """A mask that is not built but described. Only attention that is intercepted knows it.
+    """A placeholder that describes a mask instead of holding it. Only intercepted attention can read it.
 
-    The description is an attribute, which a traced tensor keeps as well.
+    The description is an attribute, which the tensor keeps while torch traces.
     """
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     setattr(mask, _MASK_SPEC, spec)
@@ -224,7 +225,7 @@ def described_mask(spec: MaskSpec) -> Tensor:
 
 
 def mask_spec(mask: Tensor | None) -> MaskSpec | None:
-    """Of a described mask, None for any other. Raises ContractError where the mask is unsupported."""
+    """The description of a described mask, None for any other mask. Raises ContractError if it is unsupported."""
     found: MaskSpec | None = getattr(mask, _MASK_SPEC, None)
     if found is not None and found.unsupported is not None:
         raise ContractError(f"the mask of the attention call at {calling_line()} {found.unsupported}")
@@ -239,7 +240,7 @@ class _AttentionMode(TorchFunctionMode):
         self.rows = rows
         self._handler = handler
         self._watch = watch
-        self._busy = False  # inside the handler: its own torch calls are not the module's
+        self._busy = False  # the handler runs: its torch calls are not the module's
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -262,7 +263,7 @@ class _AttentionMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Stands in for F.scaled_dot_product_attention."""
+        """Replaces F.scaled_dot_product_attention."""
         if self._busy:
             return _ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         shape = query.shape
@@ -286,7 +287,7 @@ class _AttentionMode(TorchFunctionMode):
         return output if query.dim() == 4 else output.reshape(*shape[:-1], output.shape[-1])
 
     def hand_over(self, call: AttentionCall) -> Tensor:
-        """Gives the call to the handler, whose own torch calls are not the module's."""
+        """Passes the call to the handler, whose own torch calls are not intercepted."""
         self._busy = True
         try:
             return self._handler(call)
@@ -295,27 +296,28 @@ class _AttentionMode(TorchFunctionMode):
 
 
 def _four_axes(tensor: Tensor) -> Tensor:
-    """(B, T, D), which is one head, as (B, 1, T, D)."""
+    """Adds an axis for one head: (B, T, D) -> (B, 1, T, D)."""
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor
 
 
+@functools.cache  # called for each frame of each traced operator
 def is_users(file: Path) -> bool:
-    """Whether a frame's file is neither torch's nor ours."""
+    """Whether a frame's file is user code: outside torch and this export package, and a real file."""
     return not any(folder in file.parents for folder in _NOT_THE_USERS) and not file.name.startswith("<")
 
 
 def calling_line() -> str:
-    """file:line of the innermost running frame that is neither torch's nor ours."""
+    """file:line of the innermost running frame of user code."""
     return _user_line(traceback.walk_stack(sys._getframe(1))) or "torch"
 
 
 def failing_line(error: BaseException) -> str | None:
-    """file:line where the user's code led to an error, or None when it never passed through it."""
+    """file:line where user code led to the error, None if the traceback has no frame of user code."""
     return _user_line(reversed(list(traceback.walk_tb(error.__traceback__))))
 
 
 def is_raised(error: BaseException) -> bool:
-    """Whether the user's code says so itself, by `raise` or `assert`, and no operation failed."""
+    """Whether user code raised the error itself, by `raise` or `assert`."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and is_users(Path(frames[-1].filename)) and (frames[-1].line or "").startswith(_SAID)
 
@@ -324,7 +326,7 @@ _SAID = ("raise", "assert")
 
 
 def _user_line(frames: Iterable[tuple[FrameType, int]]) -> str | None:
-    """Of frames with the innermost first."""
+    """file:line of the first frame of user code; the innermost frame comes first."""
     for frame, line in frames:
         file = Path(frame.f_code.co_filename)
         if is_users(file):

@@ -1,8 +1,8 @@
-"""A Hugging Face decoder as a module of the contract, through transformers' two public hooks.
+"""Adapts a Hugging Face decoder to the contract through transformers' two public hooks.
 
-`AttentionInterface` hands us each attention call with what the configuration says of it (scaling, softcap, sinks);
-`AttentionMaskInterface` asks for each mask, which we state instead of building: causal, and within which window. What
-we cannot carry over is refused by name. No architecture is known here.
+`AttentionInterface` passes each attention call with its settings (scaling, softcap, sinks). `AttentionMaskInterface`
+requests each mask; the hook describes it instead of building it: causal, with which window. Unsupported settings are
+refused by name. The code knows no architecture.
 
 https://huggingface.co/docs/transformers/attention_interface
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes  # a mask is asked while torch traces, too
+from torch.utils._python_dispatch import _disable_current_modes  # masks are also requested in a trace
 
 from pastkey.errors import ContractError, InputError
 
@@ -25,9 +25,9 @@ from .attention import AttentionCall, MaskSpec, attend, calling_line, described_
 from .probe.observe import StandIn
 
 GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
-NATIVE = "eager"  # its own attention that every architecture has, written out: the reference
+NATIVE = "eager"  # transformers' plain attention, which every architecture has: the reference
 _FAR = 1 << 17  # a position beyond any window
-# What attention calls are given that changes nothing about attention: caches are off, positions are in q and k.
+# Arguments that do not change attention: caches are off, and positions are already in q and k.
 _HARMLESS = {
     "attention_mask", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
     "output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids",
@@ -38,7 +38,7 @@ _HARMLESS = {
 class HuggingFaceDecoder(StandIn):
     """forward(input_ids, position_ids) -> logits (B, T, V) of a transformers model for causal language modelling.
 
-    Without position_ids the model makes its own, by which those of the contract are checked.
+    Without position_ids the model computes its own, against which those of the contract are checked.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,7 +48,7 @@ class HuggingFaceDecoder(StandIn):
         if hasattr(model, "set_experts_implementation"):  # transformers 5
             self._experts = contextlib.nullcontext
             with contextlib.suppress(ValueError):  # no experts
-                model.set_experts_implementation("batched_mm")  # the one that a trace can follow
+                model.set_experts_implementation("batched_mm")  # torch can trace it
         try:
             self._set_attention(GRAFT)
         except ValueError as error:
@@ -56,7 +56,7 @@ class HuggingFaceDecoder(StandIn):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         with self._experts():
-            # A mask of ones, since without one transformers looks for several texts packed into a row.
+            # Without a mask transformers looks for several sequences packed into a row.
             logits: Tensor = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -75,14 +75,14 @@ class HuggingFaceDecoder(StandIn):
             self._set_attention(GRAFT)
 
     def _set_attention(self, implementation: str) -> None:
-        with quiet():  # transformers has advice about it
+        with quiet():  # hides transformers' advice
             self.model.set_attn_implementation(implementation)
 
 
 class _EveryExpert(TorchFunctionMode):
-    """transformers 4 goes through the experts that have tokens, which no trace can: let it go through all.
+    """Makes transformers 4 loop over all experts: torch cannot trace its loop over the experts that have tokens.
 
-    It takes them from `(tokens per expert > 0).nonzero()`; one without tokens adds nothing.
+    The loop runs over `(tokens per expert > 0).nonzero()`. An expert without tokens adds nothing.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,9 +92,9 @@ class _EveryExpert(TorchFunctionMode):
 
 
 def freeze_rotary(model: Any, context_length: int) -> None:
-    """Keeps rotary frequencies that change with the length of a text as they are up to `context_length` tokens.
+    """Freezes rotary frequencies that depend on the sequence length at those for up to `context_length` tokens.
 
-    Raises InputError where they would change within it: cached keys would then have been rotated by other angles.
+    Raises InputError if they change within the context: cached keys would have been rotated by other angles.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -112,7 +112,7 @@ def freeze_rotary(model: Any, context_length: int) -> None:
 
 
 def _constant_until(rotary: Any) -> int:
-    """The longest text, in tokens, within which a rotary embedding of transformers keeps its first frequencies."""
+    """The longest sequence, in tokens, for which a transformers rotary embedding keeps its initial frequencies."""
     config = rotary.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     name = "original_max_position_embeddings"
@@ -159,7 +159,7 @@ def _attention(
         is_causal=spec is not None or attention_mask is None,
         scale=float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5,
         where=calling_line(),
-        # The mask is what transformers' own attention goes by; the argument is for kernels that build none.
+        # transformers' own attention uses only the mask; `sliding_window` is for kernels that build no mask.
         window=sliding_window if spec is None else spec.window,
         softcap=softcap,
         sinks=s_aux,
@@ -168,9 +168,9 @@ def _attention(
 
 
 def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Tensor:
-    """transformers' mask function: what `mask_function(batch, head, query, key)` allows, described.
+    """transformers' mask function: describes what `mask_function(batch, head, query, key)` allows.
 
-    Some masks are made and never used, so an unsupported one is refused only by the attention call that takes it.
+    Some masks are built but never used, so an unsupported mask is refused only by an attention call that uses it.
     """
     with _disable_current_modes():
         spec = _describe(mask_function)
@@ -194,7 +194,7 @@ def _describe(allowed: Callable[..., Any]) -> MaskSpec:
 
 
 def _row(allowed: Callable[..., Any], query: int) -> Tensor:
-    """Which keys the token at `query` sees."""
+    """Which keys the token at `query` attends to."""
     zero = torch.zeros((), dtype=torch.long)
     row = allowed(zero, zero, torch.tensor(query), torch.arange(_FAR + 2))
     return torch.as_tensor(row).expand(_FAR + 2)

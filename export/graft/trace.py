@@ -1,7 +1,7 @@
-"""The one idea: the cache is grafted onto the attention calls while torch traces the module.
+"""Grafts a KV cache onto the attention calls while torch traces the module.
 
 Call number i takes past_key_values.i.key/.value, emits the attention node, and yields present.i.key/.value. The
-module's own code never mentions a cache, and attention is never pattern-matched in a graph.
+module's own code needs no cache, and no graph is searched for attention patterns.
 
 Two graphs, one mechanism:
 
@@ -33,23 +33,23 @@ from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_sco
 from .probe.observe import Layer, Observation, evaluating, name_of
 from .time_axis.program.traced import whole_objects
 
-# Sizes that the example inputs have. Each dynamic dimension needs at least 2, or torch takes it for a constant.
+# Sizes of the example inputs. Each dynamic dimension needs at least 2, or torch treats it as a constant.
 _BATCH, _PAST, _NEW = 2, 5, 3
 
-_LOWEST = -1e30  # of a bias, whose -inf would make NaN of a row that sees nothing
-_FLOAT, _INT32 = 1, 6  # ONNX's numbers of the element types
+_LOWEST = -1e30  # lower bound of a bias: -inf would turn a fully masked row into NaN
+_FLOAT, _INT32 = 1, 6  # ONNX element types
 
 
 @dataclass(frozen=True)
 class GraphChoice:
-    """Which graph, and why, in words that stand in the manifest."""
+    """The chosen graph, and the reason that the manifest states."""
 
     graph: str
     reason: str
 
 
 def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoice:
-    """`asked` is "auto" or a graph's name. Raises ContractError where the asked one cannot take the geometry."""
+    """`asked` is "auto" or a graph's name. Raises ContractError if the asked graph does not support the module."""
     if observation.states and asked != "fused":
         return GraphChoice("standard", "rows are kept beside the keys and values of attention")
     unsupported = (
@@ -84,14 +84,14 @@ def _unsupported_by_fused(layer: Layer, target: str) -> str | None:
 
 # --- tracing ------------------------------------------------------------------------------------------------------
 def trace(module: nn.Module, observation: Observation, graph: str, context_length: int) -> ir.Model:
-    """The module as an ONNX graph with explicit past key values, float32, names as in `pastkey.contract.names`.
+    """Exports the module as a float32 ONNX graph with explicit past key values, named as in `contract.names`.
 
     Raises ContractError when torch cannot trace the module.
     """
     calls: list[int] = []
     grafted = _Grafted(module, graph, calls, observation.geometry)
     layers, states = observation.geometry, observation.states
-    new = min(_NEW, context_length)  # a longer one would overrun a table of positions
+    new = min(_NEW, context_length)  # a longer input would overrun a position table
     arguments = (
         torch.zeros(_BATCH, new, dtype=torch.long),
         torch.ones(_BATCH, _PAST + new, dtype=torch.long),
@@ -133,7 +133,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
                 output_names=outputs,
                 opset_version=OPSET,
                 dynamo=True,
-                optimize=False,  # `simplify` does it, exactly
+                optimize=False,  # `simplify` does it without changing numbers
                 verbose=False,
             )
         except ContractError:
@@ -161,14 +161,14 @@ def _require_float32(module: nn.Module, model: ir.Model) -> None:
 
 
 class _Grafted(nn.Module):
-    """The module with its cache: what torch traces."""
+    """The module with its cache, as torch traces it."""
 
     def __init__(self, module: nn.Module, graph: str, calls: list[int], layers: Sequence[KVGeometry]) -> None:
         super().__init__()
-        self.decoder = module  # under the name clean.DECODER, which the weights' names begin with
+        self.decoder = module  # named clean.DECODER: the prefix of the weights' names
         self._layers = layers
         self._attention = _FusedAttention if graph == "fused" else _StandardAttention
-        self._calls = calls  # appended to: torch undoes what tracing assigns to attributes
+        self._calls = calls  # a list to append to: torch reverts attributes assigned in a trace
 
     def forward(
         self,
@@ -193,7 +193,7 @@ class _Grafted(nn.Module):
         def extend(call: RowsCall) -> Tensor:
             rows = torch.cat([past_rows[len(present_rows)], call.rows], 1)
             bounds = (torch.tensor([n]) for n in (-call.keep, torch.iinfo(torch.int64).max, 1))
-            last = ops.symbolic("Slice", (rows, *bounds), dtype=torch.float32, shape=rows.shape)  # or as many as it has
+            last = ops.symbolic("Slice", (rows, *bounds), dtype=torch.float32, shape=rows.shape)  # fewer at the start
             present_rows.append(last)
             return rows
 
@@ -204,7 +204,7 @@ class _Grafted(nn.Module):
 
 
 def _require_observed(module: nn.Module, call: AttentionCall, observed: KVGeometry) -> None:
-    """transformers repeats keys and values for the query heads while torch traces, and not when it runs."""
+    """Compares geometries: transformers repeats keys and values for the query heads only while torch traces."""
     traced = KVGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3])
     if traced != observed:
         raise ContractError(
@@ -221,7 +221,7 @@ class _FusedAttention:
     """GroupQueryAttention, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md."""
 
     def __init__(self, attention_mask: Tensor, _new: int, _past: int) -> None:
-        # seqlens_k (B,) int32: real tokens per row, minus one, as the operator has it
+        # seqlens_k (B,) int32: real tokens per row, minus one, as the operator expects
         self._last = (attention_mask.sum(1) - 1).to(torch.int32)
         # total_sequence_length, int32 scalar: read from the mask, since the past axis is a buffer's capacity here
         shape = ops.symbolic("Shape", (attention_mask,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,))
@@ -260,14 +260,14 @@ class _FusedAttention:
 
 
 class _StandardAttention:
-    """softmax(q kᵀ · scale) v over past and new tokens, in operators that every execution provider has."""
+    """softmax(q kᵀ · scale) v over past and new tokens, in operators that every execution provider supports."""
 
     def __init__(self, attention_mask: Tensor, new: int, past: int) -> None:
         real = attention_mask > 0
-        # Order in the cache, not position_ids: a row's padding hole keeps its columns.
+        # By order in the cache instead of position_ids: padding in a row keeps its columns.
         causal = visible(new, past + new)  # (T, S)
         self._causal = (causal[None] & real[:, None, :])[:, None, None]  # (B, 1, 1, T, S)
-        self._number = real.to(torch.int64).cumsum(1)  # (B, S), of each real token in its row
+        self._number = real.to(torch.int64).cumsum(1)  # (B, S), number of each real token in its row
         self._new = new
         self._allowed: dict[int | None, Tensor] = {None: self._causal}  # by window
 
@@ -285,7 +285,7 @@ class _StandardAttention:
         if call.weights is not None:
             weights = call.weights(raw_scores(call, key), total)
             return weights @ repeated(value, weights.shape[1]), key, value
-        # The query heads that share a key/value head become rows of one MatMul, so that nothing is repeated.
+        # The query heads that share a key/value head become rows of one MatMul, so nothing is repeated.
         rows = (batch, kv_heads, call.groups * new, size)
         scores = (call.query * call.scale).reshape(rows) @ key.transpose(2, 3)  # (B, K, G*T, S)
         scores = scores.view(batch, kv_heads, call.groups, new, total)
@@ -296,7 +296,7 @@ class _StandardAttention:
             bias = call.bias.clamp_min(_LOWEST)[:, distance.clamp(0, call.bias.shape[1] - 1)]  # (H or 1, B, T, S)
             bias = bias.transpose(0, 1)
             scores = scores + (bias[:, None] if len(call.bias) == 1 else bias.unflatten(1, (kv_heads, call.groups)))
-        # The lowest finite number and not -inf: a padding row that may see nothing must not become NaN.
+        # The lowest finite number instead of -inf, which would turn a fully masked padding row into NaN.
         scores = torch.where(self._visible(call.window), scores, torch.finfo(scores.dtype).min)
         if call.sinks is not None:
             sinks = call.sinks.view(1, kv_heads, call.groups, 1, 1).expand(batch, -1, -1, new, 1)
@@ -306,11 +306,11 @@ class _StandardAttention:
         return output, key, value
 
 
-# --- torch's own words --------------------------------------------------------------------------------------------
+# --- torch's mask check and errors --------------------------------------------------------------------------------
 def _without_mask_detection() -> contextlib.AbstractContextManager[None]:
-    """nn.TransformerEncoder compares its mask with the causal one by value, which no trace can follow.
+    """Replaces nn.TransformerEncoder's comparison of mask values, which torch cannot trace.
 
-    Where it gets here, `observe` has already seen that the mask is the causal one.
+    `observe` has already checked that the mask is causal.
     """
 
     def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -38,8 +38,8 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
     assert isinstance(made, nn.Module)
     if steps:
         return made, (
-            f"{file} trained before it was exported ({steps} steps of an optimizer): for the weights of an earlier "
-            "training save its state_dict, and give it with --weights FILE, which runs no training",
+            f"{file} trained while it was imported ({steps} steps of an optimizer): to export weights of an earlier "
+            "training, save its state_dict and give it with --weights FILE, which runs no training",
         )
     if notebook and not weights_follow:
         return made, (
@@ -52,7 +52,10 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
 def make(
     file: Path, text: str, *, definitions_only: bool, is_wanted: Callable[[object], bool], expected: str
 ) -> tuple[Any, int]:
-    """What `text` gives, called where it is to be called, and how many steps optimizers made meanwhile."""
+    """What `text` gives, called where it is to be called, and how many steps optimizers made while the file was run.
+
+    A factory that trains when it is called does what it was asked to do.
+    """
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}; expected path/to/file.py:factory")
     if not text.strip():
@@ -61,8 +64,9 @@ def make(
             f"{_defined(file)}"
         )
     request = parse_request(text, file)
-    with _at_home(file), _counted_steps() as steps:
-        module = _read(file, request, definitions_only)
+    with _at_home(file):
+        with _counted_steps() as steps:
+            module = _read(file, request, definitions_only)
         value, shown, is_or = _evaluate(file, request, module), request.text, "is"
         if not is_wanted(value) and callable(value):
             _refuse_missing_arguments(file, shown, value)

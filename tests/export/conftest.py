@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from pastkey.export import Report, export
 from pastkey.files.durable import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
+from ..conftest import MadeOnce
 from .cases import CASES, MORE_CASES
 from .commands import FACTORY
 from .decoders import llama
@@ -87,19 +90,23 @@ Export = Callable[..., Exported]
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """exported(NAME, precision, graph): a case of the table, exported once for all tests."""
-    made: dict[tuple[str, str, str], Exported] = {}
+def exported(made_once: MadeOnce) -> Export:
+    """exported(NAME, precision, graph): a case of the table, exported once for all processes that run the tests."""
 
+    @functools.cache
     def make(name: str, precision: str = "fp32", graph: str = "auto") -> Exported:
-        key = (name, precision, graph)
-        if key not in made:
-            case = (CASES | MORE_CASES)[name]
-            module = case.build()
-            out: Path = tmp_path_factory.mktemp(name) / "bundle"
-            report = export(module, out, precision=precision, graph=graph, context_length=case.context)
-            made[key] = Exported(module, report, open_bundle(out, verify=False))
-        return made[key]
+        case = (CASES | MORE_CASES)[name]
+        module = case.build()
+
+        def fill(folder: Path) -> None:
+            report = export(
+                case.build(), folder / "bundle", precision=precision, graph=graph, context_length=case.context
+            )
+            (folder.parent / f"{folder.name}.report").write_bytes(pickle.dumps(report))
+
+        folder = made_once(f"{name}-{precision}-{graph}", fill)
+        report = pickle.loads((folder.parent / f"{folder.name}.report").read_bytes())
+        return Exported(module, report, open_bundle(folder / "bundle", verify=False))
 
     return make
 

@@ -123,12 +123,12 @@ class RepeatedKv(TableRope):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
-class FiveTimes(TableRope):
-    """One block applied five times over one set of weights, head tied by F.linear."""
+class Twice(TableRope):
+    """One block applied twice over one set of weights, head tied by F.linear."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden = self.embed(input_ids, position_ids)
-        for _ in range(5):
+        for _ in range(2):
             hidden = self.apply_block(self.blocks[0], hidden, position_ids)  # type: ignore[arg-type]
         return F.linear(hidden, self.token.weight)
 

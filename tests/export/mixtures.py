@@ -12,8 +12,8 @@ from pastkey.export.quantize.calibrate.activations import probing
 from pastkey.export.quantize.rounding.rewrite import quantize
 
 Logits = npt.NDArray[np.float32]
-# A tied embedding; MatMuls with a bias and a softcap; a matrix that is used five times; plain norms.
-DECODERS = ["llama", "softcap_bias_and_scale", "one_block_five_times", "nano_gpt"]
+# A tied embedding; MatMuls with a bias and a softcap; a matrix that is used twice; plain norms.
+DECODERS = ["llama", "softcap_bias_and_scale", "one_block_twice", "nano_gpt"]
 
 
 def logits_of(bundle: Bundle, ids: npt.NDArray[np.int64], int8: set[str] | None = None) -> Logits:

@@ -1,1 +1,1 @@
-"""What running a module shows: its call, its attention, its cache."""
+"""Probes a module by running it: its call, its attention, its cache."""

@@ -1,6 +1,6 @@
-"""A dry run in torch, before anything is traced: does decoding with a grafted cache give the uncached result?
+"""Checks in torch, before any trace, whether decoding with a grafted cache gives the uncached result.
 
-A module that keeps the contract by its form may still keep state beside attention's, or take positions from elsewhere.
+A module with the contract's signature may still keep state outside attention, or take positions from elsewhere.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .observe import Observation, random_ids, run_cached, run_uncached
 
-# Relative to the largest logit. Loose: torch's own kernels differ by shape; a module with state is far beyond.
+# Relative to the largest logit. Loose: torch's kernels differ by shape. A module with state exceeds it by far.
 _TOLERANCE = 1e-3
 
 
 def cache_works(module: nn.Module, observation: Observation, context_length: int) -> bool:
-    """Runs the end of a text alone with the cached keys and values of its beginning."""
+    """Runs the end of a sequence with the cached keys and values of its beginning, and compares the logits."""
     length = min(12, context_length)
     past = length // 2
     ids = random_ids(2, length, observation.vocab_size, seed=1)
@@ -22,7 +22,7 @@ def cache_works(module: nn.Module, observation: Observation, context_length: int
         expected = run_uncached(module, ids).logits
         beginning = run_uncached(module, ids[:, :past])
         found = run_cached(module, beginning, ids[:, past:])
-    except Exception:  # whatever a user's module raises for so many tokens, or for some that begin later
+    except Exception:  # a user's module may raise anything at this length or these positions
         return False
     return _close(expected[:, past:], found) and _close(expected[:, :past], beginning.logits)
 

@@ -1,7 +1,7 @@
-"""How a module's author calls it: found by trying, or given as an expression such as  model(ids, None)[0].
+"""Finds how to call a module: tries expressions such as  model(ids, None)[0], or checks the one that the user gives.
 
-An expression is taken where the logits that it gives are those of a decoder: the last token changes its own and no
-earlier ones, one row does not change another, and twice the same comes out.
+An expression fits if its logits are those of a decoder: the last token changes only its own logits, one row does not
+change another row, and two runs give the same logits.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .causes import Cause, Kind, NoCacheError
 from .observe import name_of, natively
 from .watched import draws, kept
 
-CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: where it fits, PLAIN must give the same logits
+CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: if it fits, PLAIN must give the same logits
 PLAIN = "model(ids)"
-# What an argument besides the ids may be, most likely first.
+# Candidates for arguments besides the ids, most likely first.
 _ARGUMENTS = ("None", "ids", "positions", "0", "future", "past", "future_scores")
 _BATCH, _LENGTHS = 2, (7, 5)
-_SEEDS = 64  # tried of a module that draws random numbers
-_TOLERANCE = 1e-4  # of the largest logit: torch's own kernels differ by shape
+_SEEDS = 64  # tried on a module that draws random numbers
+_TOLERANCE = 1e-4  # relative to the largest logit; torch's kernels differ by shape
 
 
 def _future(ids: Tensor) -> Tensor:
-    """(T, T), whether a token (row) would see a later one (column)."""
+    """(T, T), True where the column's token is later than the row's token."""
     return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
 
 
@@ -54,17 +54,17 @@ _NAMED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """An expression over `model` and `ids` (B, T), and how the logits lie in what it gives.
+    """An expression over `model` and `ids` (B, T), and the layout of the logits in its result.
 
-    Besides, it may name positions (B, T), which count from 0; past and future (T, T), True where a token sees another
-    and where it does not; future_scores (T, T), -inf there; and torch.
+    The expression may also use positions (B, T), counted from 0; past (T, T), True for visible tokens; future (T, T),
+    its complement; future_scores (T, T), -inf in the future and 0 elsewhere; and torch.
     """
 
     expression: str
-    order: str = "btv"  # the axes of the logits: "btv", "tbv", "tv", or without t where only the last position is given
+    order: str = "btv"  # the axes of the logits: "btv", "tbv", "tv", ...; no t if only the last position is returned
 
     def raw(self, module: nn.Module, ids: Tensor) -> Any:
-        """What the expression gives."""
+        """The result of the expression."""
         known = {"model": module, "ids": ids.contiguous(), "torch": torch}
         known |= {name: make(ids) for name, make in _NAMED.items() if name in self.expression}
         with natively(module):
@@ -87,7 +87,7 @@ _PLAIN = (
 
 
 def is_plain(expression: str) -> bool:
-    """Whether an expression does nothing but call the module: what an untrusted manifest may ask for."""
+    """Whether an expression only calls the module; an untrusted manifest may ask for nothing else."""
     try:
         nodes = list(ast.walk(ast.parse(expression, mode="eval")))
     except (SyntaxError, ValueError, RecursionError):
@@ -103,17 +103,17 @@ def is_plain(expression: str) -> bool:
 
 @dataclass(frozen=True)
 class Probed:
-    """A call that fits, and what was seen of it."""
+    """A call that returns logits, and what its runs showed."""
 
     call: Call
     vocab_size: int
-    breaches: tuple[Cause, ...] = ()  # why it is not a decoder's
+    breaches: tuple[Cause, ...] = ()  # why its logits are not a decoder's
 
 
 def find_call(module: nn.Module, context_length: int, asked: str | None) -> Probed:
-    """Tries how the module may be called.
+    """Finds the call that fits by trying; if none fits, returns the first call that returns logits, with its breaches.
 
-    Raises ContractError where none fits, and InputError where two do that give different logits, or the asked fails.
+    Raises ContractError if no call returns logits, InputError if two that fit differ in their logits or `asked` fails.
     """
     expressions, targets = ([asked], []) if asked is not None else (_expressions(module), _with_targets(module))
     fitting: list[tuple[Probed, Tensor]] = []
@@ -121,10 +121,10 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     breached: list[Probed] = []
     for expression in expressions:
         if expression in targets and any(probed.call.expression.startswith(PLAIN) for probed in breached):
-            continue  # targets show the logits of every position, and mend no call
+            continue  # targets add the logits of every position, but repair no breach
         try:
             found = _probe(module, expression, context_length)
-        except Exception as error:  # whatever a user's module raises
+        except Exception as error:  # a user's module may raise anything
             failed.append((expression, error))
             continue
         if found is None:
@@ -138,9 +138,9 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
             if fitting[0][0].call.order.count("t") and (expression == CONTRACT or not _asks(module)):
                 break
     looks_ahead = any(cause.kind is Kind.LOOK_AHEAD for probed in breached[:1] for cause in probed.breaches)
-    if not fitting and looks_ahead and asked is None:  # a mask that the caller may pass
+    if not fitting and looks_ahead and asked is None:  # the caller may have to pass a mask
         for expression in _masked(module):
-            with contextlib.suppress(Exception):  # whatever a user's module raises
+            with contextlib.suppress(Exception):  # a user's module may raise anything
                 found = _probe(module, expression, context_length)
                 if found is not None and not found[0].breaches:
                     fitting.append(found)
@@ -162,7 +162,7 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
 
 
 def _runs(module: nn.Module, expression: str, length: int) -> bool:
-    with contextlib.suppress(Exception):  # whatever a user's module raises
+    with contextlib.suppress(Exception):  # a user's module may raise anything
         _run(Call(expression), module, torch.zeros(_BATCH, length, dtype=torch.long))
         return True
     return False
@@ -178,8 +178,8 @@ def _chosen(module: nn.Module, fitting: Sequence[tuple[Probed, Tensor]]) -> Prob
 
 
 def refuse_ambiguous(module: nn.Module, one: Call, other: Call) -> NoReturn:
-    """Raises InputError for two calls that fit and give different logits: the user says which one is meant."""
-    cause = ContractError(f"{one.expression} and {other.expression} give different logits")  # what verify tells
+    """Raises InputError for two calls that fit and give different logits: the user must choose one."""
+    cause = ContractError(f"{one.expression} and {other.expression} give different logits")  # verify shows this
     raise InputError(
         f"{name_of(module)} runs as {one.expression} and as {other.expression}, and gives other logits: say which "
         f"with  --call {shlex.quote(other.expression)}  or  --call {shlex.quote(one.expression)}"
@@ -187,8 +187,8 @@ def refuse_ambiguous(module: nn.Module, one: Call, other: Call) -> NoReturn:
 
 
 def plain_call(module: nn.Module, context_length: int) -> Call | None:
-    """The call without any optional argument; None where it fails or is not a decoder's."""
-    with contextlib.suppress(Exception):  # whatever a user's module raises
+    """The call without optional arguments; None if it fails or its logits are not a decoder's."""
+    with contextlib.suppress(Exception):  # a user's module may raise anything
         found = _probe(module, PLAIN, context_length)
         if found is not None and not found[0].breaches:
             return found[0].call
@@ -196,11 +196,11 @@ def plain_call(module: nn.Module, context_length: int) -> Call | None:
 
 
 def _asks(module: nn.Module) -> bool:
-    """Whether forward has an argument besides the ids that must be given."""
+    """Whether forward has required arguments besides the ids."""
     return bool(_parameters(module)[1])
 
 
-# What a required argument is, by what people call it; any of _ARGUMENTS where the name says nothing.
+# Candidates for a required argument by a part of its name; all other names get _ARGUMENTS.
 _BY_NAME = {
     "start": ("0",),
     "pos": ("positions", "positions[0]", "0"),
@@ -215,7 +215,7 @@ def _candidates(name: str) -> tuple[str, ...]:
 
 
 def _parameters(module: nn.Module) -> tuple[list[inspect.Parameter], int]:
-    """The parameters of forward after the first, and how many of them must be given."""
+    """The positional parameters of forward after the first, and how many of them are required."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
@@ -242,7 +242,7 @@ def _expressions(module: nn.Module) -> list[str]:
 
 
 def _with_targets(module: nn.Module) -> list[str]:
-    """The call with optional targets, for which many modules give the logits of every position."""
+    """The call with optional targets: many modules return the logits of every position only with targets."""
     others, required = _parameters(module)
     if required or not others:
         return []
@@ -260,7 +260,7 @@ def _masked(module: nn.Module) -> list[str]:
 
 # --- one expression -----------------------------------------------------------------------------------------------
 def _probe(module: nn.Module, expression: str, context_length: int) -> tuple[Probed, Tensor] | None:
-    """What a call gives, and the logits of the last position (V,); None where there are no logits in it."""
+    """The probed call and its logits (V,) at the last position; None if its result holds no logits."""
     lengths = tuple(max(1, min(n, context_length - i)) for i, n in enumerate(_LENGTHS))
     vocab = _embedded(module, expression, lengths[1])
     ids = torch.randint(0, vocab, (_BATCH, lengths[0]), generator=torch.Generator().manual_seed(0))
@@ -280,7 +280,7 @@ def _probe(module: nn.Module, expression: str, context_length: int) -> tuple[Pro
 
 
 def _run(call: Call, module: nn.Module, ids: Tensor, seed: int = 0) -> Any:
-    _seed(seed)  # what is random is so in one comparison alone
+    _seed(seed)  # only the comparison of seeds may show randomness
     with torch.no_grad(), quiet(), intercept(torch_attention):
         return call.raw(module, ids)
 
@@ -292,7 +292,7 @@ def _seed(seed: int) -> None:
 
 
 def _draws(run: Callable[[], object]) -> bool:
-    """Whether a run takes random numbers of torch, Python or numpy."""
+    """Whether a run draws random numbers from torch, Python or numpy."""
 
     def states() -> tuple[object, ...]:
         _, numbers, place, *_ = np.random.get_state()
@@ -305,7 +305,7 @@ def _draws(run: Callable[[], object]) -> bool:
 
 
 def _embedded(module: nn.Module, expression: str, length: int) -> int:
-    """How many tokens the module embeds: the rows of the table that is asked for the ids."""
+    """How many tokens the module embeds: the rows of the table that the ids index; 2 if there is none."""
     ids = torch.zeros(_BATCH, length, dtype=torch.long)
     rows: list[int] = []
 
@@ -326,7 +326,7 @@ def _embedded(module: nn.Module, expression: str, length: int) -> int:
 def _logits_in(
     outputs: Sequence[list[tuple[str, Tensor]]], lengths: Sequence[int], vocab: int
 ) -> tuple[str | None, list[tuple[int, ...]]]:
-    """Where the logits are: an expression's end, and their shapes."""
+    """The path to the logits in the result, as a suffix of the expression, and their shapes at both lengths."""
     found = []
     for (path, first), (_, second) in zip(*outputs, strict=False):
         shapes = [tuple(first.shape), tuple(second.shape)]
@@ -361,7 +361,7 @@ def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: bool) -> str | None:
-    """The axes of (..., V), from shapes at two lengths."""
+    """The axes of (..., V), from the shapes at two lengths; None if they do not match."""
     heads = [shape[:-1] for shape in shapes]
     known: dict[str, Callable[[int], tuple[int, ...]]] = {
         "btv": lambda n: (_BATCH, n),
@@ -378,7 +378,7 @@ def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: b
 
 
 def _standing(logits: Tensor, order: str) -> Tensor:
-    """(B, T, V) or (B, 1, V); B is 1 of a call that takes one row."""
+    """The logits as (B, T, V) or (B, 1, V); B is 1 for a call that takes one row."""
     logits = logits.float()
     if order == "tbv":
         return logits.transpose(0, 1)
@@ -388,7 +388,7 @@ def _standing(logits: Tensor, order: str) -> Tensor:
 
 
 def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order: str, vocab: int) -> tuple[Cause, ...]:
-    """What a decoder does not do; nothing of a decoder."""
+    """How the logits differ from a decoder's; empty for a decoder."""
 
     def run(given: Tensor, seed: int = 0) -> Tensor:
         return _standing(_run(call, module, given, seed), order)
@@ -399,7 +399,7 @@ def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order:
     if not torch.equal(run(ids), run(ids)):
         return tuple(kept(module, lambda: run(ids)))
     logits = run(ids)
-    seeds = range(1, _SEEDS if _draws(lambda: run(ids)) else 2)  # a layer is left out once in a hundred times, say
+    seeds = range(1, _SEEDS if _draws(lambda: run(ids)) else 2)  # e.g. a layer that is skipped once in a hundred runs
     if any(not torch.equal(logits, run(ids, seed)) for seed in seeds):
         found += draws(lambda: run(ids))
     changed = ids.clone()

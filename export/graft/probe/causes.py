@@ -1,4 +1,4 @@
-"""Why a module cannot be given a cache: all that stands in the way, the true cause first, in one sentence."""
+"""Why a module cannot have a KV cache: all causes in one message, the root cause first."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pastkey.errors import ContractError
 
 
 class Kind(enum.IntEnum):
-    """The kinds of causes. A former one explains what is seen of a latter one."""
+    """Kinds of causes. An earlier kind explains the symptoms of a later one."""
 
     CHANCE = enum.auto()
     STATE = enum.auto()
     WRITES = enum.auto()  # a cache written in place
-    ROWS = enum.auto()  # texts of a batch see one another
+    ROWS = enum.auto()  # sequences of a batch affect one another
     LOOK_AHEAD = enum.auto()
-    FIXED = enum.auto()  # one length alone
+    FIXED = enum.auto()  # only one length works
     RECURRENCE = enum.auto()
-    LENGTH = enum.auto()  # numbers made from T
+    LENGTH = enum.auto()  # numbers computed from T
     DATA = enum.auto()  # branches on values
     UNKNOWN = enum.auto()
 
 
-# What to write instead, where something keeps the model; said once for all places of a kind.
+# What to write instead. A message gives the advice once per kind.
 _ADVICE = {
     Kind.CHANCE: "what is random belongs to training alone (F.dropout takes training=self.training, and "
     "scaled_dot_product_attention dropout_p=self.dropout if self.training else 0.0; noise goes under if self.training)",
@@ -47,16 +47,16 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Cause:
-    """One thing that stands in the way."""
+    """One reason against a cache."""
 
     kind: Kind
-    what: str  # a verb and what follows
+    what: str  # a predicate: starts with a verb
     where: str = ""  # file:line
     owner: str = field(default="", compare=False)  # class of the submodule
 
 
 class ObstacleError(Exception):
-    """One cause, where it is met."""
+    """Raised where a cause is found."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause.what)
@@ -64,7 +64,7 @@ class ObstacleError(Exception):
 
 
 class NoCacheError(ContractError):
-    """No cache can be given to the module that is called `name`."""
+    """The module `name` cannot have a cache."""
 
     def __init__(self, name: str, causes: Iterable[Cause]) -> None:
         self.name = name
@@ -81,7 +81,7 @@ class NoCacheError(ContractError):
             super().__init__(f"{name} cannot be given a cache, for {len(parts)} reasons:  {listed}")
 
     def with_(self, seen: Iterable[Cause]) -> NoCacheError:
-        """With what was seen from outside and is not among the causes yet."""
+        """Adds the causes that were seen from outside and are not listed yet."""
         places = {(cause.kind, cause.where) for cause in self.causes}
         kinds = {kind for kind, _ in places}
         return NoCacheError(
@@ -91,7 +91,7 @@ class NoCacheError(ContractError):
 
 
 def _true(causes: Iterable[Cause]) -> list[Cause]:
-    """Without what is unknown of a submodule in which something is known to stand in the way."""
+    """Drops the unknown causes of submodules that have a known cause."""
     causes = list(causes)
     known = {cause.owner for cause in causes if cause.kind != Kind.UNKNOWN and cause.owner}
     return [cause for cause in causes if cause.kind != Kind.UNKNOWN or cause.owner not in known]

@@ -1,6 +1,7 @@
-"""Whatever a module is -> one of the contract, forward(input_ids, position_ids) -> logits (B, T, V).
+"""Turns any module into one of the contract, forward(input_ids, position_ids) -> logits (B, T, V).
 
-A module that keeps it already is taken as it is. Any other one is followed along its time axis as its author calls it.
+A module that already keeps the contract is used as it is. Any other module is followed along its time axis, through
+its author's call.
 """
 
 from __future__ import annotations
@@ -40,33 +41,33 @@ from .observe import (
 
 Say = Callable[[str], None]
 
-_TOLERANCE = 1e-4  # of the largest logit, of a text and its parts in float32
-_CHOOSING = 11  # tokens of the texts on which it is seen whether rows are chosen
-_MOST_LOGITS = 1 << 28  # of the longest text on which a followed module is compared with its author's call
-_SHORT = 512  # tokens of a text that is run several times
-_PLAIN = 128  # tokens of the longest text on which the plain call is compared
+_TOLERANCE = 1e-4  # relative to the largest logit, between a sequence and its parts in float32
+_CHOOSING = 11  # tokens of the sequences that show whether a module selects rows
+_MOST_LOGITS = 1 << 28  # logits of the longest sequence on which a followed module is compared with its author's call
+_SHORT = 512  # tokens of a sequence that is run several times
+_PLAIN = 128  # tokens of the longest sequence on which the plain call is compared
 
 
 @dataclass(frozen=True)
 class Contracted:
-    """A module of the contract, and what running it showed."""
+    """A module of the contract, and what its runs showed."""
 
     module: nn.Module
     observation: Observation
-    call: str = ""  # how the author calls what was given; empty where that is the contract, found by trying
+    call: str = ""  # the author's call; empty if trying showed that the module keeps the contract
 
 
 def in_contract(module: nn.Module, context_length: int, asked: str | None, say: Say) -> Contracted:
-    """Raises ContractError for a module that no cache can be given, and InputError for a call that does not fit."""
+    """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit."""
     with _as_it_was():
-        model = module if isinstance(module, StandIn) else _prepared(module, say)  # transformers' is ours already
+        model = module if isinstance(module, StandIn) else _prepared(module, say)  # already a wrapper of ours
         require_finite(model)
         kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
         if kept is None:
             return _followed(model, context_length, asked)
         if asked is None:
             _require_plain(model, Call(CONTRACT), context_length, kept.observation.vocab_size)
-        # Followed, each head is cached once, and experts that compute their own tokens alone are traced.
+        # Following caches each key/value head once, and traces experts that compute only their own tokens.
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
                 return _followed(model, context_length, CONTRACT)
@@ -74,7 +75,7 @@ def in_contract(module: nn.Module, context_length: int, asked: str | None, say: 
 
 
 def _kept(model: nn.Module, context_length: int) -> Contracted | None:
-    """What keeps the contract as it is; None for what does not."""
+    """The module as it is if it keeps the contract, else None."""
     try:
         parameters = inspect.signature(model.forward).parameters
         if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -86,7 +87,7 @@ def _kept(model: nn.Module, context_length: int) -> Contracted | None:
 
 
 def _repeats_heads(kept: Contracted, context_length: int) -> bool:
-    """Whether attention is given keys and values that were repeated for the query heads."""
+    """Whether attention receives keys and values that are repeated for the query heads."""
     run = run_uncached(kept.module, random_ids(1, min(4, context_length), kept.observation.vocab_size))
     return any(
         keys.shape[1] > 1 and torch.equal(keys[:, 0], keys[:, 1]) and torch.equal(values[:, 0], values[:, 1])
@@ -95,12 +96,12 @@ def _repeats_heads(kept: Contracted, context_length: int) -> bool:
 
 
 def _chooses_rows(kept: Contracted, context_length: int) -> bool:
-    """Whether the module takes rows by what the tokens are, which no trace can."""
+    """Whether the module selects rows by token values, which torch cannot trace."""
 
     def run(ids: Tensor) -> Tensor:
         return run_uncached(kept.module, ids).logits
 
-    with contextlib.suppress(Exception):  # whatever a module raises that is run otherwise: it is taken as it is
+    with contextlib.suppress(Exception):  # if this run fails, the module is used as it is
         told = heard(run, min(_CHOOSING, context_length), kept.observation.vocab_size)
         return any(decision.rows is not None for decision in told.decisions)
     return False
@@ -118,7 +119,7 @@ def _followed(model: nn.Module, context_length: int, asked: str | None) -> Contr
             raise error.with_(probed.breaches) from error
         except PastkeyError:
             raise
-        except Exception as error:  # whatever torch raises for what no rule foresees
+        except Exception as error:  # torch may raise anything in cases that the rules miss
             told = f"cannot be followed ({type(error).__name__}: {first_line(error)[:200]})"
             causes = [Cause(Kind.UNKNOWN, told), *probed.breaches]
             raise NoCacheError(name_of(model), causes) from error
@@ -139,7 +140,7 @@ def _followed(model: nn.Module, context_length: int, asked: str | None) -> Contr
 # --- the module as it was -----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Puts the random states back."""
+    """Restores the random states on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -150,7 +151,7 @@ def _as_it_was() -> Iterator[None]:
 
 
 def _prepared(module: nn.Module, say: Say) -> nn.Module:
-    """A copy that may be run without a trace on the module: it shares parameters in float32 on the CPU."""
+    """A copy on the CPU, whose runs leave the module unchanged. It shares parameters that are float32 on the CPU."""
     memo: dict[int, object] = {}
     moved: set[str] = set()
     for parameter in module.parameters():
@@ -164,7 +165,7 @@ def _prepared(module: nn.Module, say: Say) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(copied, requires_grad=False)
     for part in module.modules():
         for value in vars(part).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:  # kept from a run: it cannot be copied
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # left by a run: deepcopy cannot copy it
                 memo[id(value)] = value.detach()
     try:
         model = copy.deepcopy(module, memo)
@@ -184,7 +185,7 @@ def _prepared(module: nn.Module, say: Say) -> nn.Module:
 
 
 def _run_whole(model: nn.Module, call: Call, context_length: int, vocab_size: int) -> None:
-    """Runs the longest text once: tables that are made on first use are made, and one that is too short shows."""
+    """Runs the longest sequence once, which creates lazy tables. Raises InputError if it fails (a table too short)."""
     ids = random_ids(1, context_length, vocab_size)
     try:
         with torch.no_grad():
@@ -199,9 +200,9 @@ def _run_whole(model: nn.Module, call: Call, context_length: int, vocab_size: in
 
 
 def _require_plain(model: nn.Module, taken: Call, context_length: int, vocab_size: int) -> None:
-    """Raises InputError where the plain call fits and gives other logits than the call that was found by trying.
+    """Raises InputError if the plain call fits and returns other logits than the call that was found by trying.
 
-    It is compared on texts of one token, of two and of many. The longest begins with ids that often stand for padding.
+    Compares them on sequences of one, two and many tokens. The longest begins with ids that often stand for padding.
     """
     with evaluating(model):
         plain = plain_call(model, context_length)
@@ -215,18 +216,18 @@ def _agree(model: nn.Module, plain: Call, taken: Call, context_length: int, voca
     for text in (ids[:, :1], ids[:, :2], padded):
         try:
             expected, found = plain(model, text).float(), taken(model, text).float()
-        except Exception:  # whatever a user's module raises for a text of this length
+        except Exception:  # a user's module may raise anything at this length
             continue
-        count = min(expected.shape[1], found.shape[1])  # one of the two may give the last position alone
+        count = min(expected.shape[1], found.shape[1])  # either may return only the last position
         if expected.shape[2] != found.shape[2] or not _relative(found[:, -count:], expected[:, -count:]) <= _TOLERANCE:
             return False
     return True
 
 
 def _require_equal(decoder: TimeAxisDecoder, call: Call, context_length: int, vocab_size: int) -> None:
-    """Compares what was followed with the author's call, and a text's end with a cache of its beginning.
+    """Compares the followed module with the author's call, and a cached run of it with an uncached one.
 
-    The texts are of many lengths up to the context, and of one token again and again.
+    The sequences have many lengths up to the context; some repeat one token. Raises ContractError if they differ.
     """
     longest = max(min(context_length, _MOST_LOGITS // vocab_size), min(context_length, _SHORT))
     ids = random_ids(1, longest, vocab_size, seed=2)
@@ -239,7 +240,7 @@ def _require_equal(decoder: TimeAxisDecoder, call: Call, context_length: int, vo
         whole = run_uncached(decoder, text).logits
         cached = run_cached(decoder, run_uncached(decoder, text[:, :half]), text[:, half:])
         off = max(off, _relative(cached, whole[:, half:]))
-    if not off <= _TOLERANCE:  # NaN, too
+    if not off <= _TOLERANCE:  # also true for NaN
         raise ContractError(
             f"{name_of(decoder)} was followed, and is off by {off:.1e} of its largest logit on texts of up to "
             f"{longest} tokens: it computes otherwise for another length or another text, or keeps what it computed in "
@@ -256,17 +257,17 @@ def _lengths(longest: int) -> list[int]:
 
 
 def _apart(decoder: TimeAxisDecoder, call: Call, ids: Tensor) -> float:
-    """How far it is from the author's call on a text, of every position or of the last."""
+    """The relative difference from the author's call, at every position or at the last one."""
     try:
         with torch.no_grad():
             expected = call(decoder.model, ids).float()
-    except Exception:  # whatever a user's module raises
+    except Exception:  # a user's module may raise anything
         if ids.shape[1] > 1:
             raise
-        return 0.0  # it takes no text of one token
+        return 0.0  # the call does not accept a single token
     return _relative(run_uncached(decoder, ids).logits[:, -expected.shape[1] :], expected)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of the largest logit."""
+    """The largest difference relative to the largest expected logit."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -1,7 +1,7 @@
-"""Running a module once to learn what its cache must hold, and whether it keeps the contract.
+"""Runs a module to learn what its cache must hold, and whether it keeps the contract.
 
-Nothing is read from names in a configuration: the KV geometry is what the attention calls are seen to receive. A module
-that does not keep the contract is followed along its time axis instead, so that nobody but a test reads why.
+The KV geometry comes from the tensors that the attention calls receive, not from names in a configuration. A module
+that breaks the contract is followed along its time axis instead. Users see only an UnkeptError of the followed module.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ..attention import (
 )
 
 _SEED = 0
-_MASKED = -1e4  # a score at or below it gets no weight: e to it is 0 in float32
+_MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32
 
 
 class UnkeptError(Exception):
-    """The module does not keep the contract, forward(input_ids, position_ids) -> logits (B, T, V)."""
+    """The module breaks the contract, forward(input_ids, position_ids) -> logits (B, T, V)."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Layer:
     heads: int  # H
     module: str  # path of the submodule that made the call
     where: str  # file:line of the call
-    window: int | None = None  # a token sees so many, where attention is local
-    special: str | None = None  # what GroupQueryAttention does not compute
+    window: int | None = None  # number of tokens that a token attends to, if attention is local
+    special: str | None = None  # the feature that GroupQueryAttention cannot compute
     padding: bool = True  # whether rows of different lengths may share a batch
-    attributes: tuple[str, ...] = ()  # of GroupQueryAttention for it
+    attributes: tuple[str, ...] = ()  # names of the GroupQueryAttention attributes for it
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What running the module showed."""
+    """What the runs of the module showed."""
 
     layers: tuple[Layer, ...]
     vocab_size: int  # V, the width of the logits
-    states: tuple[StateGeometry, ...] = ()  # beside the keys and values of attention
+    states: tuple[StateGeometry, ...] = ()  # cached in addition to keys and values
 
     @property
     def padding(self) -> bool:
@@ -66,7 +66,7 @@ class Observation:
 
     @property
     def window(self) -> int | None:
-        """Tokens that the widest attention call sees, where each has a window."""
+        """The widest window in tokens, if every attention call has one and there are no states."""
         windows = [layer.window for layer in self.layers if layer.window is not None]
         return max(windows) if len(windows) == len(self.layers) and not self.states else None
 
@@ -77,7 +77,7 @@ class Observation:
 
 @dataclass
 class Uncached:
-    """The slow obvious run that everything is compared with: logits (B, T, V), and each layer's keys and values."""
+    """The slow, simple reference run: logits (B, T, V), each layer's keys and values, each state's rows."""
 
     logits: Tensor
     keys: list[Tensor] = field(default_factory=list)  # per layer (B, K, T, D)
@@ -88,7 +88,7 @@ class Uncached:
 # --- running ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every submodule's own mode is put back afterwards."""
+    """Evaluation mode without gradients; restores every submodule's mode on exit."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -100,7 +100,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Uncached:
-    """Runs the module as it is on (B, T) ids, keeping what its attention calls received."""
+    """Runs the module as it is on ids (B, T), and records what its attention calls receive."""
     result = Uncached(torch.empty(0))
 
     def keep(call: AttentionCall) -> Tensor:
@@ -117,7 +117,7 @@ def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | No
 
 
 def run_cached(module: nn.Module, past: Uncached, input_ids: Tensor) -> Tensor:
-    """The module on new ids (B, T) alone, its attention calls given the keys and values of `past` as well."""
+    """Logits for new ids (B, T) only; the attention calls also get the keys, values and rows of `past`."""
     start = past.logits.shape[1]
     length = start + input_ids.shape[1]
     layer, state = iter(zip(past.keys, past.values, strict=True)), iter(past.rows)
@@ -146,21 +146,21 @@ def _call(
 
 # --- observing ----------------------------------------------------------------------------------------------------
 def observe(module: nn.Module, context_length: int) -> Observation:
-    """Runs the module at two shapes and checks that it keeps the contract.
+    """Runs the module at two shapes, three if it passes masks, and checks that it keeps the contract.
 
-    Raises UnkeptError where it does not.
+    Raises UnkeptError if it does not.
     """
     longest = min(7, context_length)
     vocab_size = _probe_vocabulary(module, longest)
     _check_last_position(module, longest, context_length)
     runs = [_Observer(module, batch, length, vocab_size) for batch, length in ((2, longest), (3, max(2, longest - 2)))]
-    if runs[0].masked:  # a window shows where the text is longer than it
+    if runs[0].masked:  # a window shows only if the sequence is longer
         runs.append(_Observer(module, 1, context_length, vocab_size))
     return Observation(_attention_layers(module, runs), vocab_size, tuple(runs[0].states))
 
 
 def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, ...]:
-    """The attention calls, seen to be the same in runs of different lengths."""
+    """The attention calls. Raises UnkeptError if there are none, or if they differ between lengths."""
     first = runs[0].layers
     if not first:
         raise UnkeptError(f"{name_of(module)} made no call of F.scaled_dot_product_attention")
@@ -171,7 +171,7 @@ def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, 
 
 
 def _place(module: nn.Module, stack: list[str]) -> str:
-    """The submodule that runs, as messages call it."""
+    """The running submodule, as messages name it."""
     return f"{stack[-1] if stack else ''} of {name_of(module)}".removeprefix(" of ")
 
 
@@ -182,13 +182,13 @@ def random_ids(count: int, length: int, vocab_size: int, seed: int = _SEED) -> T
 
 
 class _Observer:
-    """One run of the module at one shape, and what was seen of it."""
+    """Records one run of the module at one shape."""
 
     def __init__(self, module: nn.Module, batch: int, length: int, vocab_size: int) -> None:
         self.length = length
         self.layers: list[Layer] = []
         self.states: list[StateGeometry] = []
-        self.masked = False  # whether a call passed a mask of its own
+        self.masked = False  # whether a call passed an attn_mask
         self._module = module
         self._batch = batch
         self._stack: list[str] = []  # the submodules being run
@@ -246,7 +246,7 @@ class _Observer:
 
 @contextlib.contextmanager
 def _tracking(module: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keeps `stack` at the path of the submodules being run, the innermost last."""
+    """Keeps the paths of the running submodules in `stack`, the innermost last."""
     handles = []
     for path, child in module.named_modules():
         if not path:
@@ -285,7 +285,7 @@ def _check_last_position(module: nn.Module, length: int, context_length: int) ->
 
 
 def _probe_vocabulary(module: nn.Module, length: int) -> int:
-    """V, the width of the logits. Raises ContractError where input_ids index an embedding of fewer rows."""
+    """V, the width of the logits. Raises ContractError if input_ids index an embedding with fewer rows."""
     ids = torch.zeros(2, length, dtype=torch.long)
     rows: list[int] = []
 
@@ -327,7 +327,7 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
 
 
 class StandIn(nn.Module):
-    """A module of the contract in the place of somebody else's `model`."""
+    """A module of the contract that wraps a user's `model`."""
 
     model: Any
 
@@ -346,10 +346,10 @@ def natively(module: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def name_of(module: nn.Module) -> str:
-    """What messages call a module: its class, or that of what it stands for."""
+    """The name of a module in messages: its class, or the class of the wrapped model."""
     return name_of(module.model) if isinstance(module, StandIn) else type(module).__name__
 
 
 def path_in(module: nn.Module, path: str) -> str:
-    """A submodule's or weight's path as its author knows it: within what the module stands for."""
+    """The path of a submodule or weight as its author knows it: inside the wrapped model."""
     return path_in(module.model, path.removeprefix("model.")) if isinstance(module, StandIn) else path

@@ -1,10 +1,9 @@
-"""How positions enter a module: whether old tokens can be dropped from a cache, and by which angles the rest turns.
+"""Finds how positions enter a module: whether a cache can drop old tokens, and by which angles the others rotate.
 
-A context shift moves cached tokens to smaller positions. That is exact for positions which enter as a rotation of
-queries and keys (RoPE, https://arxiv.org/abs/2104.09864), as a bias by distance (ALiBi) or not at all. The same tokens
-at several positions show which it is: logits and values must be equal, and each pair of key channels turned by one
-angle per token. Neither a configuration's names nor the graph are read, so that a scaled, partial or interleaved
-rotation is found as it is.
+A context shift moves cached tokens to smaller positions. It is exact if positions enter as a rotation of queries and
+keys (RoPE, https://arxiv.org/abs/2104.09864), as a bias by distance (ALiBi) or not at all. `find_shift` runs the same
+tokens at several positions: logits and values must be equal, and each pair of key channels must rotate by one angle
+per token. It reads neither configuration names nor the graph, so it finds scaled, partial and interleaved rotations.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from pastkey.contract.bundle import CacheShift, KeyRotation
 from .observe import Observation, Uncached, random_ids, run_uncached
 
 _TOKENS = 16
-_STEP = 4  # from one distance to the next: an angle is known to much less than half a turn of the next
-# Relative to the largest number. A module computes angles in float32, which is off by so much for each token of the
-# distance; a table of learned positions gives other values altogether.
+_STEP = 4  # ratio of successive distances: the error of an angle stays far below half a turn at the next one
+# Relative to the largest number. Angles in float32 are off by _PER_TOKEN for each token of distance. Learned positions
+# give completely different values.
 _TOLERANCE, _PER_TOKEN = 1e-4, 4e-7
 
 Keys = npt.NDArray[np.float64]  # (K, T, D)
 
 
 def find_shift(module: nn.Module, observation: Observation, context_length: int) -> CacheShift:
-    """Runs a few tokens at several positions."""
+    """Runs a few tokens at several positions. The result holds the rotations, or why a shift is not exact."""
     if observation.states:
         return CacheShift("it keeps rows beside the keys and values of attention, which no rotation moves")
     if not observation.padding:
@@ -55,7 +54,7 @@ def find_shift(module: nn.Module, observation: Observation, context_length: int)
 
 
 def _distances(context_length: int, tokens: int) -> Iterator[int]:
-    """0, 1, 4, 16 and so on, and the last that the context has room for."""
+    """0, 1, 4, 16 and so on, and the largest distance that fits into the context."""
     yield 0
     by = 1
     while by < context_length - tokens:
@@ -65,7 +64,7 @@ def _distances(context_length: int, tokens: int) -> Iterator[int]:
 
 
 def _rotations(runs: dict[int, Uncached], layers: int) -> CacheShift:
-    """Those of all layers, each once."""
+    """The distinct rotations of all layers."""
     found: list[KeyRotation] = []
     for layer in range(layers):
         keys = {by: _array(run.keys[layer])[0] for by, run in runs.items()}
@@ -83,7 +82,7 @@ def _rotations(runs: dict[int, Uncached], layers: int) -> CacheShift:
 
 
 def _rotation(keys: dict[int, Keys]) -> KeyRotation | None:
-    """What turns `keys`, by distance, into one another; None where no pairing of the channels does."""
+    """The rotation between the keys at different distances; None if no pairing of channels gives one."""
     before = keys[0]
     for first, pairs, interleaved in _pairings(before.shape[-1]):
         channels = slice(first, first + 2 * pairs)
@@ -95,9 +94,9 @@ def _rotation(keys: dict[int, Keys]) -> KeyRotation | None:
 
 
 def _pairings(size: int) -> Iterator[tuple[int, int, bool]]:
-    """First channel, number of pairs, interleaved: of the whole head, and of a part at either end."""
+    """(first channel, number of pairs, interleaved) of the whole head, then of a part at either end."""
     yield 0, size // 2, False
-    yield 0, size // 2, True  # which has any part in it, whose other pairs turn by nothing
+    yield 0, size // 2, True  # covers any part as well: the other pairs rotate by 0
     for pairs in range(size // 2 - 1, 0, -1):
         yield 0, pairs, False
         yield size - 2 * pairs, pairs, False
@@ -112,7 +111,7 @@ def as_pairs(keys: Keys, interleaved: bool) -> npt.NDArray[np.complex128]:
 
 
 def _angles(keys: dict[int, npt.NDArray[np.complex128]]) -> npt.NDArray[np.float64]:
-    """Radians per token of each pair: from the first distance, and more precisely from each further one."""
+    """Radians per token of each pair, more precise with each further distance."""
     angles = np.zeros(keys[0].shape[-1])
     for by, moved in keys.items():
         if by:

@@ -1,4 +1,4 @@
-"""Where a module's own run draws random numbers, or keeps something on itself: it is watched, and nothing is traced."""
+"""Watches a module's real runs, without a trace: where it draws random numbers or keeps state on itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .causes import Cause, Kind
 
 
 def draws(run: Callable[[], object]) -> list[Cause]:
-    """Each line that draws random numbers by torch."""
+    """Each line that draws random numbers through torch."""
     found: dict[str, str] = {}
 
     class Watch(TorchDispatchMode):
@@ -55,7 +55,7 @@ def kept(module: nn.Module, run: Callable[[], object]) -> list[Cause]:
 
 @contextlib.contextmanager
 def _setting() -> Iterator[list[tuple[nn.Module, str, object, str]]]:
-    """While open, lists what modules are set to, and where."""
+    """While open, lists each attribute that is set on a module: module, name, value, file:line."""
     settings: list[tuple[nn.Module, str, object, str]] = []
     original = nn.Module.__setattr__
 

@@ -1,1 +1,1 @@
-"""A decoder as its author wrote it -> one of the contract, by following the time axis of its uncached trace."""
+"""Turns a user's decoder into a module of the contract by following the time axis of its uncached trace."""

@@ -1,7 +1,7 @@
-"""The three runs of a program: whole, to find the attention; a step, of new tokens alone; the weights of one attention.
+"""Runs a program in three ways: a whole sequence to find attention, one step, the weights of one attention.
 
-All three apply the same rules. They differ in what a table is (all of it, the rows of given positions, the last rows
-and all columns) and in what a product of queries and keys becomes (numbers, operands that are kept, given scores).
+All three apply the same rules. They differ in what a table is (all of it, the rows at given positions, the last rows
+and all columns) and in what a product of queries and keys becomes (numbers, stored operands, given scores).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Interpreter(Rules):
         self.known: dict[Op, Any] = {}
 
     def value_of(self, op: Op) -> Any:
-        """What the rules are given for an operator: a value, or an Op that stays a table."""
+        """The operand that the rules get for an operator: a value, or the Op itself if it is a table."""
         if op in self.known:
             return self.known[op]
         if op.timed:
@@ -48,10 +48,10 @@ class Interpreter(Rules):
         return found
 
     def _plainly(self, op: Op) -> Any:
-        """Of what depends on weights alone: computed as the author wrote it."""
+        """Computes an operator that depends on weights only, as the author wrote it."""
         if op in self._plain:
             return self._plain[op]
-        if isinstance(op.target, str):  # of an input
+        if isinstance(op.target, str):  # an input
             result: Any = in_float32(self._weight(op))
         elif any(i.timed for i in op.inputs) or _has_size((op.args, op.kwargs)):
             result = self.fixed(op)
@@ -62,12 +62,12 @@ class Interpreter(Rules):
         return result
 
     def fixed(self, op: Op) -> Any:
-        """What is made of a table and has no time axis itself."""
+        """A result without a time axis that depends on a table or on the length."""
         raise NotImplementedError
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """A table or weight of a shorter type, whose numbers float32 has, too."""
+    """Converts float16 and bfloat16 to float32, which is exact."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -81,21 +81,21 @@ def _has_size(args: Any) -> bool:
     return any(size.moves for size in found)
 
 
-# What moves rows; others leave each where it is.
+# Operators that move rows.
 SHIFTING = {"slice", "cat", "concat", "concatenate", "pad", "constant_pad_nd", "conv1d", "convolution", "slice_scatter"}
 
 
 def closes(op: Op, value: Any) -> bool:
-    """Whether rows that were shifted stand at the tokens' places again."""
+    """Whether an operator returns shifted rows to the positions of their tokens."""
     if not isinstance(value, Value) or not value.local or op.name not in SHIFTING:
         return False
     return len(value.time_axes(NEW)) == 1 and value.axes[value.time_axes(NEW)[0]].shift == 0
 
 
-# --- what is found ------------------------------------------------------------------------------------------------
+# --- finding attention --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Layout:
-    """Where an attention's axes stand among those of a value: heads in order, then queries, then keys."""
+    """The axes of an attention's scores as its author orders them: heads, queries and keys."""
 
     axes: tuple[Axis, ...]
     batch_axis: int | None
@@ -109,7 +109,7 @@ class Layout:
         return math.prod(self.axes[i].size for i in self.heads)
 
     def spread(self, scores: Tensor) -> Value:
-        """(B, H, T, S) as a value with these axes."""
+        """Scores (B, H, T, S) as a value with these axes."""
         sizes = [self.axes[i].size for i in self.heads]
         tensor = scores.reshape(scores.shape[0], *sizes, *scores.shape[2:]) if len(sizes) != 1 else scores
         order = [*self.heads, *(i for time in (NEW, KEY) for i, axis in enumerate(self.axes) if axis.time == time)]
@@ -136,18 +136,18 @@ def gathered(value: Value) -> Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: products of queries and keys, what makes weights of them, and their sum with values."""
+    """One attention: its products q kᵀ, the operators that make weights of them, and the sum of weighted values."""
 
-    op: Op  # of the sum
+    op: Op  # the sum
     products: tuple[Op, ...]
-    region: tuple[Op, ...]  # operators between, without the products
+    region: tuple[Op, ...]  # the operators from the products to the weights, without the products
     letters: Contraction  # of the sum
     weights: Op  # what the sum reads
     layouts: tuple[Layout, ...] = ()  # of the products
 
 
 class Whole(Interpreter):
-    """A whole text without a cache. Finds each attention, and what stands in the way of the rest."""
+    """Runs a whole sequence without a cache. Finds each attention, and each obstacle to a cache."""
 
     def __init__(
         self, program: Program, ids: Tensor, weight: Weight, swapped: set[Op], both: frozenset[Op] = frozenset()
@@ -155,7 +155,7 @@ class Whole(Interpreter):
         length = int(ids.shape[1])
         super().__init__(program, Lengths(length, length), weight)
         self.swapped = swapped
-        self._both = both  # products of which rows and columns are taken for the keys
+        self._both = both  # products that failed with their rows and with their columns as the keys
         self.tables = Tables(length)
         self._other = Tables(program.lengths[1] if length == program.lengths[0] else program.lengths[0])
         self.found: list[Attention] = []
@@ -167,10 +167,10 @@ class Whole(Interpreter):
         self._ids = ids
         self.shifts = True
         self.local: set[Op] = set()  # operators whose rows are being shifted
-        self.shifted_back: list[Op] = []  # operators behind which they stand at their places again
+        self.shifted_back: list[Op] = []  # operators that return shifted rows to their positions
 
     def run(self) -> None:
-        """Raises Swapped. Behind what is refused it goes on as if that gave rows of the new tokens."""
+        """Raises Swapped. After a refused operator it goes on as if the result were rows of the new tokens."""
         for op in self.program.ops:
             if op.target == "ids":
                 self.known[op] = Value(self._ids, (Axis(1), Axis(1, NEW)), batch_axis=0)
@@ -179,7 +179,7 @@ class Whole(Interpreter):
 
     def _one(self, op: Op) -> Any:
         if any(self.known.get(i, 0) is None for i in op.inputs if i.depends):
-            return None  # of what was refused
+            return None  # depends on a refused operator
         if any(i in self._doubtful for i in op.inputs):
             return self._assumed(op)
         try:
@@ -206,15 +206,15 @@ class Whole(Interpreter):
             refused = alone(rule, self.tables)
         except ObstacleError as obstacle:
             refused = obstacle
-        except Exception as error:  # whatever torch raises for what no rule foresees
-            if self.refused or self.program.mutated:  # numbers that were assumed
+        except Exception as error:  # torch may raise anything in cases that the rules miss
+            if self.refused or self.program.mutated:  # assumed numbers may be the reason
                 return self._assumed(op)
             refused = Refused(op, f"computes {op.name} in a way that cannot be followed ({first_line(error)[:100]})")
         self.refused.append(refused)
         return self._assumed(op)
 
     def _assumed(self, op: Op) -> Any:
-        """What an operator that was refused would give: numbers of the right form, by the shapes of the trace."""
+        """A stand-in for the result of a refused operator: zeros of the shapes in the trace."""
         found = [self.known.get(i) for i in op.inputs]
         sources = [v for part in found for v in (part if isinstance(part, list) else [part]) if isinstance(v, Value)]
         if op.name in DROPOUT:
@@ -226,7 +226,7 @@ class Whole(Interpreter):
         return values if any(user.name == "getitem" for user in op.users) else values[0]
 
     def _rows(self, op: Op, shape: Sequence[Size | LengthNumber], sources: Sequence[Value]) -> Value | None:
-        """Zeros with rows of the new tokens along the first axis of the length, and columns of all along a second."""
+        """Zeros: a first axis of the length holds the new tokens, a second one all tokens."""
         moving = [i for i, size in enumerate(shape) if size.moves]
         if any(shape[i] != Size(1, 0) for i in moving) or len(moving) > 2 or any(v.lifted for v in sources):
             return None
@@ -241,9 +241,9 @@ class Whole(Interpreter):
         return Value(zeros, tuple(axes), batch_axis=batch, products=frozenset().union(*scores))
 
     def _changing(self, op: Op) -> Op | None:
-        """The first operator of a table beside rows of tokens whose own rows differ at another length."""
+        """The first operator that makes the rows of a table operand differ at another length; None if none does."""
         values = [self.known[i] for i in op.inputs if i in self.known]
-        if any(isinstance(v, Value) and v.scores for v in values):  # a softmax may take the difference off
+        if any(isinstance(v, Value) and v.scores for v in values):  # a softmax may cancel the difference
             return None
         for table in (i for i in op.inputs if not i.depends and i.timed):
             if self._same_rows(table):
@@ -300,7 +300,7 @@ class Whole(Interpreter):
         return self.multiplied(op, weights.with_(products=frozenset()), values, letters)
 
     def _weighted_by_table(self, op: Op, table: Op, values: Value, letters: Contraction) -> Value:
-        """Weights without queries and keys, the average of all earlier tokens, say: attention of which both are 0."""
+        """Weights from a table, e.g. the average of all earlier tokens: attention with queries and keys of 0."""
         key = letters[1][values.time_axes(NEW)[0]]
         times = [(KEY if x == key else NEW) if s.moves else None for x, s in zip(letters[0], table.shape, strict=True)]
         if times.count(NEW) != 1 or times.count(KEY) != 1:
@@ -312,7 +312,7 @@ class Whole(Interpreter):
 
 
 def _undropped(op: Op, value: Value) -> Any:
-    """What a dropout gives outside training, beside which it may give a mask."""
+    """The result of dropout outside training, with None for its mask if it returns one."""
     return value if len(op.shapes) == 1 else [value, *[None] * (len(op.shapes) - 1)]
 
 
@@ -335,7 +335,7 @@ def _between(weights: Op, products: Sequence[Op], known: Mapping[Op, Any]) -> tu
 
 # --- the weights of one attention ---------------------------------------------------------------------------------
 class Weights(Interpreter):
-    """From scores (B, H, T, S) of each product to weights (B, H', T, S), for the last T of S tokens."""
+    """Turns scores (B, H, T, S) of each product into weights (B, H', T, S), for the last T of S tokens."""
 
     def __init__(
         self, program: Program, attention: Attention, lengths: Lengths, weight: Weight, full: Callable[[Op], Tensor]
@@ -345,7 +345,7 @@ class Weights(Interpreter):
         self._full = full  # a table for the whole context
 
     def run(self, scores: Sequence[Tensor], others: Mapping[Op, Any]) -> Tensor:
-        """`others` are values of the new tokens that the operators read besides."""
+        """Returns the weights. `others` are values of the new tokens that the operators also read."""
         for op, given, layout in zip(self._attention.products, scores, self._attention.layouts, strict=False):
             self.known[op] = layout.spread(given)
         for op in self._attention.region:
@@ -363,18 +363,18 @@ class Weights(Interpreter):
         return gathered(self.table(weights, times))
 
     def apply(self, op: Op, known: Callable[[Op], Any]) -> Any:
-        """Without dropout, which is refused elsewhere: what the weights see shows nevertheless."""
+        """Skips dropout, which `Whole` refuses, so that the weights still show which tokens they see."""
         return _undropped(op, known(op.args[0])) if op.name in DROPOUT else super().apply(op, known)
 
     def _times_of(self, letter: str) -> str:
-        """Of a table of weights: what is summed are the keys."""
+        """The kind of a time axis of a weight table: the axis that is summed holds the keys."""
         return NEW if letter in self._attention.letters[2] else KEY
 
     def table(self, op: Op, times: Sequence[str | None]) -> Value:
         tensor = self._full(op)
         new, total = self.lengths.new, self.lengths.total
         for i, time in enumerate(times):
-            if time is not None:  # by an index: a slice would tell torch that the length has a bound
+            if time is not None:  # by index: a slice would make torch assume a bound on the length
                 tensor = tensor.index_select(i, torch.arange(total - new if time == NEW else 0, total))
         return laid(in_float32(tensor), op.shape, times)
 

@@ -1,7 +1,7 @@
-"""A tensor of one row of a text, and where its axes are: what the rules of the operators read and write.
+"""Tensors with labelled axes: the values that the operator rules read and write.
 
-The module is traced on one row. A batch is an axis in front that the module does not see: where the author's batch
-axis of size 1 stands in a shape is only remembered, so that merged axes (B·T, B·H) need no care.
+The module is traced on one row. The batch is a leading axis that the module does not see. A value only records where
+the author's batch axis of size 1 stands in a shape, so merged axes (B·T, B·H) need no special rule.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 from .program.program import Op, Size
 
-LOCAL = Op("local", (), {}, (), None, "")  # among the products of a value that is being shifted
-NEW, KEY = "new", "key"  # rows of the new tokens; columns of all tokens, the earlier ones too
+LOCAL = Op("local", (), {}, (), None, "")  # in the products of a value whose rows are being shifted
+NEW, KEY = "new", "key"  # rows of the new tokens; columns of all tokens, cached ones included
 
 
 @dataclass(frozen=True)
 class Axis:
     """One axis as the author sees it."""
 
-    size: int  # of a time axis the factor outer · inner
+    size: int  # of a time axis: outer · inner
     time: str | None = None  # NEW or KEY
     outer: int = 1  # a merged axis (outer, T, inner)
     inner: int = 1
-    repeat: int = 1  # so many neighbours share one element of the tensor: an expanded axis that is not copied
-    before: int = 0  # columns that were joined to those of all tokens, as an attention sink is
-    after: int = 0
-    shift: int = 0  # rows more or less than tokens, within what shifts them
+    repeat: int = 1  # this many neighbours share one element of the tensor: an expanded axis, not yet copied
+    before: int = 0  # extra columns in front of those of all tokens, such as an attention sink
+    after: int = 0  # extra columns behind them
+    shift: int = 0  # rows minus tokens, while operators shift the rows
 
     @property
     def plain_time(self) -> bool:
@@ -46,7 +46,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many new tokens there are, and how many with all earlier ones. Numbers, or torch's symbolic ones."""
+    """The numbers of new tokens and of all tokens, as integers or as torch's symbolic ones."""
 
     new: Any
     total: Any
@@ -62,24 +62,24 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor (batch)(time, if lifted) and then the axes without the batch's, (and 2 numbers, if complex)."""
+    """A tensor with the axes: batch if batched, time if lifted, `axes` without the batch axis, 2 if complex."""
 
     tensor: Tensor
     axes: tuple[Axis, ...]
-    batched: bool = True  # False: of weights alone, the same for every row
-    batch_axis: int | None = None  # which axis is the author's batch of one row
-    lifted: bool = False  # the author cut it to the last position; it is computed for each
+    batched: bool = True  # False: depends on weights only, the same for every row of the batch
+    batch_axis: int | None = None  # the index of the author's batch axis, of size 1
+    lifted: bool = False  # the author selects the last position; every position is computed
     complex: bool = False
-    products: frozenset[Op] = frozenset()  # the q kᵀ that it comes from, while it has not met the values
+    products: frozenset[Op] = frozenset()  # the q kᵀ that it depends on, until it meets the values
 
     @property
     def local(self) -> bool:
-        """Whether it is within what shifts rows."""
+        """Whether its rows are being shifted."""
         return LOCAL in self.products
 
     @property
     def scores(self) -> frozenset[Op]:
-        """The products that it comes from."""
+        """The products q kᵀ that it depends on."""
         return self.products - {LOCAL}
 
     @property
@@ -87,7 +87,7 @@ class Value:
         return int(self.batched) + int(self.lifted)
 
     def dim(self, axis: int) -> int:
-        """Which axis of the tensor the author's one is."""
+        """The tensor's axis for an axis of the author."""
         assert axis != self.batch_axis
         return self.lead + axis - int(self.batch_axis is not None and self.batch_axis < axis)
 
@@ -98,13 +98,13 @@ class Value:
         return dataclasses.replace(self, **changes)
 
     def explicit(self) -> Value:
-        """The batch's axis of size 1 as one of the tensor."""
+        """Makes the author's batch axis of size 1 an axis of the tensor."""
         if self.batch_axis is None:
             return self
         return self.with_(tensor=self.tensor.unsqueeze(self.lead + self.batch_axis), batch_axis=None)
 
     def real(self, which: Collection[int] | None = None) -> Value:
-        """With expanded axes copied: all, or these."""
+        """Copies expanded axes: all of them, or those in `which`."""
         value = self
         for i, axis in enumerate(self.axes):
             if which is not None and i not in which:
@@ -123,7 +123,7 @@ class Value:
         return value
 
     def aligned(self, rank: int, batch_axis: int | None, lifted: bool) -> Tensor:
-        """The tensor for a pointwise operator whose result has `rank` axes and the batch's at `batch_axis`."""
+        """The tensor for a pointwise operator whose result has `rank` axes and its batch axis at `batch_axis`."""
         missing = rank - len(self.axes)
         own = None if batch_axis is None else batch_axis - missing
         value, tensor = self, self.tensor
@@ -145,7 +145,7 @@ class Value:
 
 
 def laid(tensor: Tensor, shape: Sequence[Size], times: Sequence[str | None]) -> Value:
-    """A table as a value; complex numbers as pairs."""
+    """A table as a value, with complex numbers as pairs."""
     axes = tuple(Axis(1, time) if time else Axis(size.at(0)) for size, time in zip(shape, times, strict=True))
     pairs = tensor.is_complex()
     return Value(torch.view_as_real(tensor) if pairs else tensor, axes, batched=False, complex=pairs)

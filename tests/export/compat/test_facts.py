@@ -111,7 +111,7 @@ def test_a_cache_without_a_counterpart_is_declared_as_nobodys(layers: tuple[KVGe
     assert declare_cache(own, SIZES, layers) == own
 
 
-@pytest.mark.parametrize("name", ["gpt2", "multi_query", "one_block_five_times", "three_axes"])
+@pytest.mark.parametrize("name", ["gpt2", "multi_query", "one_block_twice", "three_axes"])
 def test_modules_of_any_heads_and_sizes_are_declared(name: str, exported: Export) -> None:
     bundle = exported(name).bundle
     config = json.loads((bundle.path / names.CONFIG).read_text(encoding="utf-8"))

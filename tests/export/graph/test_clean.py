@@ -18,7 +18,7 @@ from ..small_graphs import model_of
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(params=["head_size_8_one_head_context_8", "one_block_five_times", "llama", "gpt2"])
+@pytest.fixture(params=["head_size_8_one_head_context_8", "one_block_twice", "llama", "gpt2"])
 def made(request: pytest.FixtureRequest, exported: Export) -> Exported:
     return exported(request.param)
 
@@ -92,7 +92,7 @@ def test_the_recorded_opset_and_ir_version_are_the_files(made: Exported) -> None
 
 
 def test_the_standard_graph_is_valid_onnx_of_the_standard_domain_only(exported: Export) -> None:
-    for name in ("head_size_10_context_11", "one_block_five_times"):
+    for name in ("head_size_10_context_11", "one_block_twice"):
         made = exported(name)
         onnx.checker.check_model(str(made.bundle.all_logits_graph), full_check=True)
         assert {node.domain for node in made.graph().graph.node} == {""}

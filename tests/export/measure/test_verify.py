@@ -250,7 +250,7 @@ def broken_cache(made: Exported, folder: Path) -> Bundle:
 def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported: Export, tmp_path: Path) -> None:
     made = exported("head_size_10_context_11")
     assert verify(made.bundle).ok
-    two = exported("one_block_five_times")
+    two = exported("one_block_twice")
     verification = verify(broken_cache(two, tmp_path))
     found = findings(verification)
     assert "prefill" not in found  # there is no past in it

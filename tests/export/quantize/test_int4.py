@@ -37,7 +37,7 @@ def bits_of(model: ir.Model) -> Counter[int]:
 
 
 @pytest.mark.parametrize(
-    "name", divided(["llama", "gpt2", "nano_gpt", "one_block_five_times"], quick=["llama"], ci=["gpt2"])
+    "name", divided(["llama", "gpt2", "nano_gpt", "one_block_twice"], quick=["llama"], ci=["gpt2"])
 )
 def test_products_are_4_bit_and_what_is_gathered_or_makes_the_logits_is_8_bit(name: str, exported: Export) -> None:
     made = exported(name, "int4")

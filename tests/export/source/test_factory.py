@@ -189,9 +189,23 @@ def test_a_script_that_trains_is_run_and_told_of(training: Path, capsys: pytest.
     source = opened(f"{training}:model")
     assert values(source) != [0, 0, 0]
     (sentence,) = source.warnings
-    assert sentence.startswith(f"{training} trained before it was exported (4 steps of an optimizer)")
+    assert sentence.startswith(f"{training} trained while it was imported (4 steps of an optimizer)")
     assert "--weights FILE" in sentence
     assert capsys.readouterr().out == f"trained ['{training}']\n"
+
+
+def test_a_factory_that_trains_when_called_gives_no_warning(tmp_path: Path) -> None:
+    file = tmp_path / "lesson.py"
+    file.write_text(
+        "import torch\n\n"
+        "def trained():\n"
+        "    model = torch.nn.Embedding(2, 3)\n"
+        "    optimizer = torch.optim.SGD(model.parameters())\n"
+        "    model(torch.tensor([0])).sum().backward()\n"
+        "    optimizer.step()\n"
+        "    return model\n"
+    )
+    assert not opened(f"{file}:trained").warnings
 
 
 def test_with_weights_no_training_is_run(training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""What each operator does to the time axis: rows of the new tokens in, rows of the new tokens out."""
+"""The rule of each operator for the time axis: rows of the new tokens in, rows of the new tokens out."""

@@ -1,4 +1,4 @@
-"""An operator that no rule lets pass, run by itself: do later tokens reach earlier ones, or earlier ones later?"""
+"""Runs a refused operator by itself: do later positions affect earlier ones, or earlier ones later ones?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Refused, Unknown
 
 
 def alone(refused: Refused, tables: Tables) -> Refused:
-    """The refusal by what is seen of the operator, where its operands can be made up."""
+    """Finds the kind of an unknown refusal by running the operator on random operands, if it accepts them."""
     op = refused.op
     if refused.cause.kind != Kind.UNKNOWN:
         return refused
@@ -26,7 +26,7 @@ def alone(refused: Refused, tables: Tables) -> Refused:
 
 
 def _changed(op: Op, tables: Tables, place: int) -> Tensor | None:
-    """(T,) which positions of the result change with the numbers at `place` of the operands."""
+    """(T,) which positions of the result change with the operands at position `place`; None if unknown."""
     generator = torch.Generator().manual_seed(0)
     results = []
     drawn: dict[Op, Tensor] = {}
@@ -48,7 +48,7 @@ def _changed(op: Op, tables: Tables, place: int) -> Tensor | None:
             args, kwargs = map_args((op.args, op.kwargs), operand, lambda size: size.at(tables.length))
             with torch.no_grad():
                 result = op.target(*args, **kwargs)
-        except Exception:  # operands of ours that it does not take
+        except Exception:  # it does not accept the random operands
             return None
         results.append(result[0] if isinstance(result, list | tuple) else result)
     shape = op.shapes[0]

@@ -25,7 +25,7 @@ _OVER_KEYS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softm
 
 
 class Along(Parts):
-    """Softmax, sums, norms and what else goes along an axis."""
+    """Softmax, sums, norms and other operators along an axis."""
 
     def _along(self, op: Op, x: Value, dims: Any = None, *args: Any, **kwargs: Any) -> Any:
         x = x.real()
@@ -131,7 +131,7 @@ class Along(Parts):
 
 
 def _padded(x: Tensor, dim: int, before: int, after: int, value: float) -> Tensor:
-    """Rows of one number put in front and behind, or as many taken away where there are fewer than none."""
+    """Adds rows of `value` before and after; a negative count removes rows."""
     shape = list(x.shape)
     shape[dim] = 1
     row = torch.full(shape, value, dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""What the rules of all operators share: tables beside values, pointwise operators, and how to refuse."""
+"""Shared parts of all operator rules: tables beside values, pointwise operators, refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class Refused(ObstacleError):
-    """An operator that no rule lets pass, by cause."""
+    """Refuses an operator, with the cause."""
 
     def __init__(self, op: Op, what: str, kind: Kind = Kind.UNKNOWN) -> None:
         super().__init__(Cause(kind, what, op.where, op.owner))
@@ -36,20 +36,20 @@ class Swapped(Exception):
         self.products = products
 
 
-Contraction = tuple[str, str, str]  # einsum's letters, an axis each, of both operands and the result
+Contraction = tuple[str, str, str]  # einsum letters, one per axis, of both operands and the result
 
 
 class Operators:
-    """Runs operators on values. Subclasses say what tables are and what a product and its sum become."""
+    """Runs operators on values. Subclasses define tables, products and sums of weighted values."""
 
     def __init__(self, lengths: Lengths) -> None:
         self.lengths = lengths
         self.swapped: set[Op] = set()
-        self.shifts = False  # whether rows may be shifted: over a text that is whole, or its last rows
+        self.shifts = False  # whether rows may be shifted: on a whole sequence, or on its last rows
 
     # --- what differs between the runs
     def table(self, op: Op, times: Sequence[str | None]) -> Value:
-        """A table with each time axis NEW, its rows, or KEY, its columns."""
+        """A table as a value; each time axis is NEW (rows) or KEY (columns)."""
         raise NotImplementedError
 
     def product(self, op: Op, a: Value, b: Value, letters: Contraction) -> Value:
@@ -59,7 +59,7 @@ class Operators:
         raise NotImplementedError
 
     def shifted(self, op: Op, x: Value, dim: int, tensor: Tensor) -> Value:
-        """A value whose rows are those of x, moved: `dim` is the axis."""
+        """A value with the rows of x moved along the axis `dim`."""
         size = op.shape[dim]
         if isinstance(size, LengthNumber) or size.a not in (0, 1):
             raise Refused(op, "takes a part of the positions")
@@ -68,7 +68,7 @@ class Operators:
         return x.with_(tensor=tensor, axes=tuple(axes), products=x.products | {LOCAL})
 
     def lay(self, op: Op, table: Op, out: Sequence[str | None]) -> Value:
-        """A table beside a value whose axes have the times `out`, aligned from the right."""
+        """Lays a table beside a value whose axes have the times `out`, aligned from the right."""
         times: list[str | None] = []
         shift = len(out) - len(table.shape)
         for i, size in enumerate(table.shape):
@@ -114,7 +114,7 @@ class Operators:
             given = [tensor(a) for a in args]
             if op.name in ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "dropout", "feature_dropout"):
                 result = given[0]
-            elif op.name == "copy":  # of what may have a batch where what it replaces has none
+            elif op.name == "copy":  # the source may have a batch axis that the target lacks
                 result = torch.broadcast_tensors(*given[:2])[1].to(op.dtype)
             else:
                 result = op.target(*given, **{k: tensor(v) for k, v in kwargs.items() if k != "memory_format"})
@@ -139,9 +139,9 @@ class Operators:
         return times
 
     def _alike(self, values: Sequence[Value], rank: int, but: int | None = None) -> list[Value]:
-        """With `but` copied, and each axis that is repeated in one of them and not so in another.
+        """Copies expanded axes: `but`, and each axis whose repeat differs between the values.
 
-        One that is an element for all broadcasts, and is copied only where they are joined along `but`.
+        An axis that repeats one element broadcasts; it is copied only if the values are joined along `but`.
         """
         copied = {but}
         for at in range(rank):
@@ -187,7 +187,7 @@ class Operators:
         return self.table(table, times)
 
     def _value(self, op: Op, x: Any) -> Value:
-        """A table that an operator of one operand reads: its time axes are rows, but the last of two are columns."""
+        """A table as a single operand: a time axis holds rows, the last of two time axes holds columns."""
         if isinstance(x, Value):
             return x
         assert isinstance(x, Op)
@@ -210,7 +210,7 @@ _RUNNING = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
 
 
 def over_time(op: Op, name: str) -> Refused:
-    """Of what goes along the positions."""
+    """The refusal of an operator that works along the positions."""
     if name in _RUNNING:
         return Refused(op, f"computes {name} over earlier positions (a running sum or the like)", Kind.RECURRENCE)
     known = {
@@ -225,7 +225,7 @@ def over_time(op: Op, name: str) -> Refused:
 
 
 def expanded(tensor: Tensor, like: Tensor, but: int) -> Tensor:
-    """With the sizes of another tensor along every axis but one."""
+    """Expands a tensor to the sizes of `like` along every axis except `but`."""
     while tensor.dim() < like.dim():
         tensor = tensor.unsqueeze(0)
     sizes = [tensor.shape[i] if i == but else like.shape[i] for i in range(like.dim())]

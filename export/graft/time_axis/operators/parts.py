@@ -1,4 +1,4 @@
-"""Operators that take parts of a tensor, or join or write them."""
+"""Operators that select, join or write parts of a tensor."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Parts(Shapes):
         )
 
     def _lift(self, op: Op, x: Value, dim: int) -> Value:
-        """The last position only: computed for every one instead, each as if it were the last."""
+        """Handles a selection of the last position: computes every position as if it were the last."""
         if x.scores or x.lifted:
             raise Refused(op, "takes one position out of all")
         batch = None if x.batch_axis is None else x.batch_axis - int(dim < x.batch_axis)
@@ -190,7 +190,7 @@ class Parts(Shapes):
             axis = x.axes[at[0]]
             if not index.batched and axis.time is None and at[0] != x.batch_axis and len(index.axes) == 1:
                 x = x.real()
-                tensor = x.tensor.index_select(x.dim(at[0]), index.tensor % axis.size)  # from the end where below 0
+                tensor = x.tensor.index_select(x.dim(at[0]), index.tensor % axis.size)  # an index may be negative
                 return self._with_axis(x, at[0], Axis(index.axes[0].size), tensor)
             if axis.time == NEW and not index.batched and _is_last(op, index, at[0]):
                 if not index.axes:
@@ -237,7 +237,7 @@ class Parts(Shapes):
         )
 
     def _index_put(self, op: Op, x: Value, indices: Sequence[Any], value: Any, accumulate: bool = False) -> Value:
-        """A number at places that tables name: a mask."""
+        """Writes one number at indices that are tables: a masked fill."""
         places = [i for i in op.args[1] if i is not None]
         if any(i.depends for i in places) or accumulate or not isinstance(value, Value) or value.axes:
             raise Refused(op, "writes positions by an index")
@@ -314,7 +314,7 @@ def _last(index: Any) -> bool:
 
 
 def _is_empty(part: Value | Op, dim: int) -> bool:
-    """Whether it has no rows: what is kept of earlier tokens, where there are none."""
+    """Whether it has no rows, such as a cache without earlier tokens."""
     if isinstance(part, Op):
         return dim >= len(part.shape) or part.shape[dim] == Size(0, 0)
     return dim >= len(part.axes) or (part.axes[dim].time is None and part.axes[dim].size == 0)

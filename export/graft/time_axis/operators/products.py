@@ -1,4 +1,4 @@
-"""Products: rows with weights, q kᵀ, and the sum of weighted values."""
+"""Products: rows times weights, q kᵀ, and the sum of weighted values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Contraction, Refused, Swapped, over_time
 
 
 class Products(Along):
-    """Every product as an einsum of two operands."""
+    """Treats every product as an einsum of two operands."""
 
     def _linear(self, op: Op, x: Value | Op, weight: Value | Op, bias: Value | None = None) -> Value:
         if isinstance(x, Value) and isinstance(weight, Value) and not weight.batched:
@@ -37,14 +37,14 @@ class Products(Along):
         return value
 
     def _convolution(self, op: Op, x: Value, weight: Value, bias: Value | None = None, *args: Any) -> Value:
-        """One of a single position is a product of channels and weights."""
+        """A convolution with a kernel of size 1 is a product of channels and weights."""
         shape = op.args[1].shape
         settings = [a for a in (*args[:1], *args[2:3]) if a not in (1, [1], [1, 1], (1,), (1, 1))]
         padded = len(args) > 1 and args[1] not in (0, [0], [0, 0], (0,), (0, 0), "valid")
         groups = args[3] if len(args) > 3 else 1
         if self.shifts and x.time_axes(NEW) == [len(x.axes) - 1] and len(shape) == 3 and x.batch_axis in (None, 0):
             rows = x.real().tensor
-            flat = rows.flatten(0, -3)  # heads that the author has merged with the batch
+            flat = rows.flatten(0, -3)  # heads that the author merged with the batch
             made = op.target(flat, weight.tensor, None if bias is None else bias.tensor, *args)
             return self.shifted(op, x, len(x.axes) - 1, made.reshape(*rows.shape[:-2], *made.shape[-2:]))
         if (
@@ -103,7 +103,7 @@ class Products(Along):
         return x
 
     def contract(self, op: Op, a: Value | Op, b: Value | Op, letters: Contraction) -> Value:
-        """An einsum of two operands, at least one of them made of the tokens."""
+        """An einsum of two operands, of which at least one depends on the tokens."""
         la, lb, lo = letters
         if isinstance(a, Op) and isinstance(b, Op):
             raise Refused(op, "multiplies two tables")
@@ -147,7 +147,7 @@ class Products(Along):
         return self.multiplied(op, *pair, letters)
 
     def multiplied(self, op: Op, a: Value, b: Value, letters: Contraction) -> Value:
-        """An einsum that leaves each position by itself."""
+        """An einsum that keeps positions separate."""
         la, lb, lo = letters
         a, b = a.real(), b.real()
         if not b.batched and lb[-2:] and len(lb) == 2 and la[-1] == lb[0] and lo == la[:-1] + lb[1] and not a.complex:
@@ -184,7 +184,7 @@ class Products(Along):
 
 
 def _broadcast(tensor: Tensor, names: str, out: str) -> Tensor:
-    """With an axis of 1 for each letter that it lacks."""
+    """Adds an axis of size 1 for each letter of `out` that the tensor lacks."""
     order = [names.index(x) for x in out if x in names]
     if order != sorted(order):
         tensor = tensor.permute(order)
@@ -204,7 +204,7 @@ def _matmul_letters(a: Sequence[Size], b: Sequence[Size], out: Sequence[Size]) -
     rank = len(out)
     batch = names[: rank - 2]
     la, lb = batch[rank - len(a) :] + "yz", batch[rank - len(b) :] + "zx"
-    # An axis of 1 that is repeated for the other's is no axis of the product.
+    # An axis of size 1 that broadcasts gets a letter of its own, which the product drops.
     unique = iter("ABCDEFGHIJKLMNOPQR")
 
     def named(letters: str, shape: Sequence[Size]) -> str:
@@ -235,7 +235,7 @@ def _einsum_letters(equation: str, ranks: Sequence[int]) -> list[str]:
 
 
 def _batch_letter(a: Value, b: Value, la: str, lb: str) -> str | None:
-    """The letter of the author's batch axis, where both operands have it there or not at all."""
+    """The letter of the author's batch axis, if the other operand has its batch, size 1 or no axis there."""
     for value, ls, other, lo in ((a, la, b, lb), (b, lb, a, la)):
         if value.batch_axis is None:
             continue
@@ -249,7 +249,7 @@ def _batch_letter(a: Value, b: Value, la: str, lb: str) -> str | None:
 
 
 def _lettered(value: Value, letters: str, batch: str | None) -> tuple[Tensor, str]:
-    """The tensor without axes that the operands do not share, and the letters of those that are left."""
+    """The tensor without its batch axis and its broadcast axes of size 1, and the letters of the other axes."""
     own = None if value.batch_axis is None else letters[value.batch_axis]
     if own is not None and own != batch:
         value = value.explicit()

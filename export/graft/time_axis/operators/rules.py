@@ -1,9 +1,9 @@
-"""What each operator does to the time axis: rows of the new tokens in, rows of the new tokens out.
+"""The rule of each operator for the time axis: rows of the new tokens in, rows of the new tokens out.
 
-An operator passes where a row of its result needs that row of its operands alone. Two of them do not, and are the
-attention: a product of rows with rows, q kᵀ, whose columns are all tokens; and the sum over those columns, of weights
-times values. What a product and its sum have between them is found here and handed over; anything else that mixes
-positions is refused by name and line.
+An operator passes if a row of its result needs only that row of its operands. Two operators differ, and form
+attention: the product q kᵀ of rows with rows, whose columns are all tokens, and the sum of weights times values over
+those columns. The rules find both and hand over the operators between them. Any other operator that mixes positions
+is refused with its name and line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .along import REDUCED, SAME_SHAPE
 from .base import Refused, Unknown
 from .products import Products
 
-# Operators that are pointwise though torch does not tag them so, or that change nothing.
+# Pointwise operators without torch's tag, and operators that change nothing.
 _POINTWISE = {
     "_to_copy", "clone", "alias", "detach", "lift_fresh_copy", "contiguous", "to", "type_as", "masked_fill", "where",
     "zeros_like", "ones_like", "full_like", "empty_like", "fill", "copy", "dropout", "feature_dropout", "softplus",
@@ -33,16 +33,16 @@ _POINTWISE = {
 NOISE = {"rand_like", "randn_like", "rand", "randn", "bernoulli", "normal", "randint_like", "multinomial",
          "normal_functional", "uniform", "exponential", "randint", "randperm"}  # fmt: skip
 DROPOUT = {"dropout", "feature_dropout", "alpha_dropout", "native_dropout"}
-# What may read a table beside a value; other operators read one thing, of which a table gives its rows.
+# Operators that may read a table beside a value. For other operators, a table as first operand becomes a value.
 _TAKES_TABLES = {"cat", "concat", "concatenate", "stack", "embedding", "index", "linear", "matmul", "bmm", "mm", "mv",
                  "dot", "outer", "einsum"}  # fmt: skip
 
 
 class Rules(Products):
-    """The rule of each operator, by torch's name of it: `_softmax` is that of softmax."""
+    """The rule of each operator, as a method with torch's name of it: `_softmax` for softmax."""
 
     def apply(self, op: Op, known: Callable[[Op], Any]) -> Any:
-        """The result of an operator; a table with a time axis stays an Op until something needs it."""
+        """Applies the rule of an operator. A table with a time axis stays an Op until a rule needs its numbers."""
         args, kwargs = map_args((op.args, op.kwargs), known)
         name = op.name
         if name == "getitem":

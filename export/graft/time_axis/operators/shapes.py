@@ -1,4 +1,4 @@
-"""Operators that give the axes another order or form: views, permutations, expansions."""
+"""Operators that reorder or reshape axes: views, permutations, expansions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Shapes(Operators):
     def _view(self, op: Op, x: Value, *_: Any, **__: Any) -> Value:
         axes = tuple(_factors(op, x, op.shape))
         batch = self._batch_after(x, op.shape)
-        if math.prod(a.repeat for a in x.axes) != math.prod(a.repeat for a in axes):  # it cannot stay uncopied
+        if math.prod(a.repeat for a in x.axes) != math.prod(a.repeat for a in axes):  # the view needs a copy
             x = x.real()
             axes = tuple(_factors(op, x, op.shape))
         body = [axis for i, axis in enumerate(axes) if i != batch]
@@ -33,7 +33,7 @@ class Shapes(Operators):
     _reshape = _unsafe_view = _flatten = _unflatten = _view_copy = _view
 
     def _batch_after(self, x: Value, shape: Sequence[Size]) -> int | None:
-        """Which axis of size 1 the batch's is from now on: any of them may stand for it."""
+        """The axis of size 1 that becomes the batch axis; any of them may stand for it."""
         if not x.batched:
             return None
         ones = [i for i, size in enumerate(shape) if size == Size(0, 1)]
@@ -84,7 +84,7 @@ class Shapes(Operators):
     def _unsqueeze(self, op: Op, x: Value, dim: int) -> Value:
         dim %= len(x.axes) + 1
         axes = (*x.axes[:dim], Axis(1), *x.axes[dim:])
-        if x.batched and x.batch_axis is None and dim == 0:  # the batch's, as likely as not
+        if x.batched and x.batch_axis is None and dim == 0:  # probably the batch axis
             return x.with_(axes=axes, batch_axis=0)
         batch = None if x.batch_axis is None else x.batch_axis + int(dim <= x.batch_axis)
         at = x.lead + dim - int(x.batch_axis is not None and x.batch_axis < dim)
@@ -115,7 +115,7 @@ class Shapes(Operators):
                 continue
             if size.moves:
                 if not x.lifted:
-                    continue  # the same for every token: as well as 1
+                    continue  # the same for every token: size 1 broadcasts
                 continue
             axes[i] = Axis(size.at(0), repeat=size.at(0))
         return x.with_(axes=tuple(axes))
@@ -163,7 +163,7 @@ class Shapes(Operators):
 
 
 def _factors(op: Op, x: Value, shape: Sequence[Size]) -> list[Axis]:
-    """The axes after a view, by equal products of sizes. A time axis may be merged with its neighbours and split."""
+    """The axes after a view, by equal products of sizes. A time axis may merge with its neighbours and split again."""
     ins = [(axis, i) for i, axis in enumerate(x.axes)]
     outs: list[Axis] = []
     i = j = 0
@@ -222,7 +222,7 @@ def _regrouped(op: Op, group: Sequence[Axis], targets: Sequence[Size]) -> list[A
     if len(moving) != 1:
         raise Refused(op, "views the positions in a way that cannot be followed")
     k = moving[0]
-    if times[0].shift:  # it stands alone
+    if times[0].shift:  # a shifted axis cannot merge
         return [times[0] if m == k else Axis(size.b) for m, size in enumerate(targets)]
     before, after = math.prod(s.b for s in targets[:k]), math.prod(s.b for s in targets[k + 1 :])
     if outer % before or inner % after:
@@ -232,13 +232,13 @@ def _regrouped(op: Op, group: Sequence[Axis], targets: Sequence[Size]) -> list[A
 
 
 def _repeated(group: Sequence[Axis], targets: Sequence[Size]) -> list[Axis]:
-    """Axes without time; an expanded one that is merged as the inner one stays uncopied."""
+    """Axes without time. An expanded axis that merges as the innermost one needs no copy."""
     repeat = math.prod(axis.repeat for axis in group)
     if repeat == 1 or any(size.moves for size in targets):
         return [Axis(size.at(0)) for size in targets]
     real = [axis for axis in group if axis.size > 1]
     wide = [Axis(size.at(0)) for size in targets]
-    if len([s for s in targets if s.at(0) > 1]) == len(real):  # only axes of 1 come or go
+    if len([s for s in targets if s.at(0) > 1]) == len(real):  # only axes of size 1 are added or removed
         it = iter(real)
         return [next(it) if size.at(0) > 1 else Axis(1) for size in targets]
     inner = real[len(real) - 1]

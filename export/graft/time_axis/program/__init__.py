@@ -1,1 +1,1 @@
-"""A module as a program along its time axis."""
+"""Traces a module as a program along its time axis."""

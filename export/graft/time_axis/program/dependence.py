@@ -1,4 +1,4 @@
-"""Which tensors of a run are made of the tokens: what each operator reads is followed to what it gives."""
+"""Tracks which tensors of a run depend on the tokens, from the operands of each operator to its result."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_OF_THE_SHAPE = ("_like", "new_zeros", "new_ones", "new_full", "new_empty")  # whatever the numbers are
+_OF_THE_SHAPE = ("_like", "new_zeros", "new_ones", "new_full", "new_empty")  # depend on the shape only
 
 
 class Dependence(TorchDispatchMode):
-    """While open, keeps what is made of `ids`. Views share what they are made of, as they share their memory."""
+    """While open, tracks what depends on `ids`. A view depends on them if its memory does."""
 
     def __init__(self, ids: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._made = {_memory(ids): ids}  # kept, so that no other tensor takes its place
+        self._made = {_memory(ids): ids}  # keeps the tensors alive, so that their memory is not reused
 
     def __contains__(self, tensors: object) -> bool:
         return any(isinstance(t, Tensor) and _memory(t) in self._made for t in tree_leaves(tensors))
@@ -35,7 +35,7 @@ class Dependence(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    while is_batchedtensor(tensor):  # of torch.vmap, which has no memory of its own
+    while is_batchedtensor(tensor):  # a tensor of torch.vmap has no memory of its own
         tensor = get_unwrapped(tensor)
     with torch._C._DisableTorchDispatch():
         return tensor.untyped_storage().data_ptr()

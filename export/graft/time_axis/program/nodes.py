@@ -1,4 +1,4 @@
-"""The nodes of a trace as one list: those of the graphs within it in their place, each with what it was made of."""
+"""Flattens a trace into one list of nodes, with nested graphs inlined, and with the arguments of each node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...attention import is_users
 
 @dataclass(frozen=True)
 class Traced:
-    """A node of one trace, of whichever graph it stands in."""
+    """A node of one trace, from its main graph or a nested one."""
 
     node: fx.Node
     kind: str  # "call", "ids", "weight" or "constant"
@@ -33,7 +33,7 @@ class Traced:
 
     @property
     def where(self) -> str:
-        """file:line of the innermost frame of the user's that made it."""
+        """file:line of the innermost frame of user code that made it."""
         for line in reversed((self.node.meta.get("stack_trace") or "").splitlines()):
             if line.strip().startswith('File "'):
                 file, number = line.strip()[6:].split('", line ')
@@ -49,7 +49,7 @@ class Traced:
 
 
 def flat(program: torch.export.ExportedProgram) -> Iterator[Traced]:
-    """All nodes, those of the graphs within (autocast, no_grad) in their place."""
+    """All nodes, with nested graphs (autocast, no_grad) inlined."""
     signature = program.graph_signature
     places = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph_module.graph.find_nodes(op="placeholder"):
@@ -66,7 +66,7 @@ def flat(program: torch.export.ExportedProgram) -> Iterator[Traced]:
 
 
 def _calls(module: fx.GraphModule, known: dict[fx.Node, Any]) -> Iterator[Traced]:
-    """The calls of a graph; `known` maps the placeholders of one within to what it is given."""
+    """The calls of a graph; `known` maps the placeholders of a nested graph to its arguments."""
 
     def resolved(args: Any, scope: dict[fx.Node, Any] = known) -> Any:
         return fx.node.map_arg(args, lambda node: scope.get(node, node))
@@ -91,12 +91,12 @@ def _calls(module: fx.GraphModule, known: dict[fx.Node, Any]) -> Iterator[Traced
 
 
 def forms(nodes: Sequence[Traced]) -> list[tuple[Any, str]]:
-    """What two traces of the same code have in common."""
+    """The targets and kinds, which are equal in two traces of the same code."""
     return [(traced.target, traced.kind) for traced in nodes]
 
 
 def folded(nodes: Sequence[Traced]) -> list[Traced]:
-    """With what is made of neither tokens nor parameters as constants: a mask made in a loop over positions, say."""
+    """Folds what depends on neither tokens nor parameters into constants, e.g. a mask from a loop over positions."""
     known: dict[fx.Node, Any] = {}
     read: set[fx.Node] = set()
     for traced in nodes:

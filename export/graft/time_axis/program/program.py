@@ -1,8 +1,8 @@
-"""A module's uncached computation as a list of operators, traced at two lengths of one row.
+"""Traces a module's uncached computation of one row, at two lengths, into a list of operators.
 
-torch traces at fixed lengths, so that `len(x)`, indices made from T and Python loops over heads need nothing special.
-A number that differs between the two traces is one of the length: a·T + b. Traces of two forms mean that the module's
-Python code goes over positions one by one.
+torch traces at fixed lengths, so `len(x)`, indices computed from T and Python loops over heads need no special rule.
+A number that differs between the two traces depends on the length: a·T + b. If the operators differ, the module's
+Python code loops over positions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Size:
-    """a·T + b, of a text of T tokens."""
+    """a·T + b, for a sequence of T tokens."""
 
     a: int
     b: int
@@ -47,7 +47,7 @@ class Size:
 
 @dataclass(frozen=True)
 class LengthNumber:
-    """A number that depends on the length and is no integer a·T + b."""
+    """A number that depends on the length in another way than as an integer a·T + b."""
 
     first: Any
     second: Any
@@ -59,27 +59,27 @@ class LengthNumber:
 
 @dataclass
 class Op:
-    """One operator. Arguments are Op for what another one yields, Size where they depend on the length."""
+    """One operator. An argument is an Op for the result of another operator, a Size if it depends on the length."""
 
     target: Any  # an OpOverload, operator.getitem, or the kind of an input: "ids", "weight", "constant"
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     shapes: tuple[tuple[Size, ...] | None, ...]  # of each output
     dtype: torch.dtype | None
-    where: str  # file:line of the user's
+    where: str  # file:line in user code
     constant: Tensor | None = None
-    at_length: Callable[[int], Tensor] | None = None  # a constant that is another one for each length
+    at_length: Callable[[int], Tensor] | None = None  # computes a constant that differs by length
     depends: bool = False  # on the ids
     number: int = 0
     users: list[Op] = field(default_factory=list, repr=False)
     owner: str = ""  # class of the submodule
-    helper: Op | None = None  # a table that a rule makes of it
+    helper: Op | None = None  # a table that a rule derives from it
 
     __hash__ = object.__hash__
 
     @property
     def name(self) -> str:
-        """The operator as torch calls it."""
+        """torch's name of the operator."""
         target = self.target
         return (
             target.overloadpacket.__name__
@@ -112,7 +112,7 @@ def map_args(args: Any, of_op: Callable[[Op], Any], of_size: Callable[[Size], An
     if isinstance(args, Size):
         return of_size(args)
     if isinstance(args, list | tuple):
-        kind = list if isinstance(args, list) else tuple  # no torch.Size of our Sizes
+        kind = list if isinstance(args, list) else tuple  # a torch.Size cannot hold a Size
         return kind(map_args(a, of_op, of_size) for a in args)
     if isinstance(args, dict):
         return {k: map_args(v, of_op, of_size) for k, v in args.items()}
@@ -129,14 +129,14 @@ def _has_length_number(args: Any) -> bool:
 
 @dataclass(frozen=True)
 class Program:
-    """Operators in the order of execution, those alone that the logits need."""
+    """The operators that the logits need, in order of execution."""
 
     ops: tuple[Op, ...]
     ids: Op
     logits: Op
     lengths: tuple[int, int]  # of the two traces
     mutated: tuple[str, ...] = ()  # buffers that the module writes
-    writes: tuple[Op, ...] = ()  # what each becomes
+    writes: tuple[Op, ...] = ()  # the new value of each
 
 
 class Tables:
@@ -176,7 +176,7 @@ class Tables:
 
 # --- tracing ------------------------------------------------------------------------------------------------------
 def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], vocab_size: int) -> Program:
-    """Traces `call(module, ids)` at both lengths. Raises NoCacheError where torch cannot, or the traces differ."""
+    """Traces `call(module, ids)` at both lengths. Raises NoCacheError if torch cannot, or if the traces differ."""
     traced = [_export(module, call, length, vocab_size) for length in lengths]
     first, second = ([*flat(program)] for program in traced)
     loops = forms(first) != forms(second)
@@ -238,7 +238,7 @@ def _live(logits: Op, ops: Any) -> tuple[Op, ...]:
 
 
 class _Called(nn.Module):
-    """The author's call as a module of the ids alone. `model` as in TimeAxisDecoder, for the names of the weights."""
+    """The author's call as a module of the ids only. `model` is named as in TimeAxisDecoder, for the weights' names."""
 
     def __init__(self, model: nn.Module, call: LogitsOf, told: Heard) -> None:
         super().__init__()
@@ -298,11 +298,11 @@ def _pair(
     )
     args = tuple(merge(one.args, other.args))
     name = getattr(getattr(one.target, "overloadpacket", None), "__name__", "")
-    if name in _OF_A_SHAPE and isinstance(args[0], Op):  # of the shape alone, whatever the numbers are
+    if name in _OF_A_SHAPE and isinstance(args[0], Op):  # depends on the shape only
         source = args[0]
         empty = Op(torch.zeros, (list(source.shape),), {"dtype": source.dtype}, source.shapes[:1], source.dtype, "")
         args = (empty, *args[1:])
-    if name in _LIKE and len(args) > 1 and isinstance(args[1], Op):  # of the other's shape or type alone
+    if name in _LIKE and len(args) > 1 and isinstance(args[1], Op):  # depends on the other's shape or type only
         other_op = args[1]
         target, given = _LIKE[name], other_op.dtype if name == "type_as" else list(other_op.shape)
         args = (args[0], given)
@@ -311,14 +311,14 @@ def _pair(
     constant = one.constant
     at_length = None
     if constant is not None and other.constant is not None and not _same(constant, other.constant):
-        constant = None  # made by Python, or kept by the module, for this length
+        constant = None  # made by Python, or stored by the module, for this length
         at_length = functools.partial(again, shapes[0])
     first = values[0][0]
     return Op(
         target=target,
         args=args,
         kwargs=merge(one.kwargs, other.kwargs),
-        shapes=shapes,  # type: ignore[arg-type]  # a LengthNumber is met where it is read
+        shapes=shapes,  # type: ignore[arg-type]  # a LengthNumber raises when it is read
         dtype=first.dtype if isinstance(first, Tensor) else None,
         where=one.where,
         owner=one.owner,
@@ -332,6 +332,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def size_of(first: int, second: int, lengths: tuple[int, int]) -> Size | LengthNumber:
-    """The a·T + b that is `first` and `second` at the two lengths."""
+    """The a·T + b that gives `first` and `second` at the two lengths; else a LengthNumber."""
     slope, rest = divmod(second - first, lengths[1] - lengths[0])
     return LengthNumber(first, second) if rest else Size(slope, first - slope * lengths[0])

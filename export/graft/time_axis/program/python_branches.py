@@ -1,8 +1,8 @@
-"""What a module's Python code asks tensors, `if mask.any()` say, in real runs: torch cannot tell while it traces.
+"""Records what a module's Python code asks of tensors, e.g. `if mask.any()`: torch cannot answer while it traces.
 
-A branch on a table or on positions is the same for every text, and its answer is given to the trace. One on what is
-made of the tokens is not, unless the other answer only raises an error, as an assertion does, or only leaves out rows
-of which there are none (`chosen`).
+A branch on a table or on positions has the same answer for every sequence. Real runs record it, and the trace reuses
+it. A branch on values computed from the tokens is refused, unless the other answer only raises an error, as an
+assertion does, or only skips experts without rows (`routing`).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from .routing import Chosen, Decision
 
 Run = Callable[[Tensor], Tensor]  # the author's call
 
-_TEXTS = 4  # random ones, on which the answers are heard
-_SHORT = (1, 2, 3)  # tokens of the texts of which most experts have none
-_SHORT_TEXTS = 8  # of each of these lengths
+_TEXTS = 4  # random sequences, on which the answers are recorded
+_SHORT = (1, 2, 3)  # tokens of the sequences on which most experts have none
+_SHORT_TEXTS = 8  # sequences of each of these lengths
 _ASKS = (
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__, Tensor.item,
     Tensor.tolist, torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero,
 )  # fmt: skip
 _COUNTS = {torch.bincount, Tensor.bincount, torch.nn.functional.one_hot}
-_TOLERANCE = 1e-4  # of the largest logit
-_STATEMENT = 8  # lines of one that raises an error
+_TOLERANCE = 1e-4  # relative to the largest logit
+_STATEMENT = 8  # most lines of a statement that raises an error
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What is the same for every text of one length, in the order in which it is asked."""
+    """What is the same for every sequence of one length, in the order of the questions."""
 
     answers: Sequence[Any]
     decisions: Sequence[Decision]
 
 
 class Given(Chosen):
-    """While open, gives the answers, and chooses rows as was decided."""
+    """While open, replays the answers and the decisions on rows."""
 
     def __init__(self, heard: Heard) -> None:
         super().__init__()
@@ -57,16 +57,16 @@ class Given(Chosen):
     def plainly(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _ASKS:
             return next(self._answers)
-        if func in (torch.bincount, Tensor.bincount):  # which no trace has, and only asks read
+        if func in (torch.bincount, Tensor.bincount):  # torch cannot trace it; only questions read it
             return torch.zeros(kwargs.get("minlength", 0), dtype=torch.long)
         return func(*args, **kwargs)
 
 
 class _Listener(Chosen):
-    """While open, keeps the answers, and which of them depend on the tokens. One may be turned into its contrary.
+    """While open, records the answers, and which of them depend on the tokens. Answer number `turned` is negated.
 
-    At the places of `supposed`, file:line, it answers as if every mask of the tokens' making were true. `known`
-    decisions are those of a longer text.
+    At the places `supposed` (file:line) it answers as if every mask computed from the tokens were true. `known`
+    holds the decisions of a longer sequence.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class _Listener(Chosen):
         self.depending: list[int] = []
         self.places: list[str] = []  # file:line of each answer
         self.supposable: set[str] = set()
-        self.overruled: set[str] = set()  # where the true answer was another than the supposed one
-        self.since: set[str] = set()  # where it computed after the answer that was turned
+        self.overruled: set[str] = set()  # where the true answer differed from the supposed one
+        self.since: set[str] = set()  # where it computed after the negated answer
         self.made, self._length, self._turned = made, length, turned
         self._at, self._known = supposed, known
         self._supposed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -137,14 +137,14 @@ class _Listener(Chosen):
         return result
 
     def _suppose(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Keeps what the result would be if all masks were true."""
+        """Records what the result would be if all masks were true."""
         name = getattr(func, "__name__", "")
         if name.endswith("_") and (not name.endswith("__") or name.startswith("__i")):  # in place
             return
         supposed = result
         if any(id(t) in self._supposed for t in tree_leaves((args, kwargs))):
             other = tree_map(lambda t: self._supposed[id(t)][1] if id(t) in self._supposed else t, (args, kwargs))
-            with contextlib.suppress(Exception):  # of numbers that the module never meets
+            with contextlib.suppress(Exception):  # the module never meets these numbers
                 supposed = func(*other[0], **other[1])
         elif isinstance(result, Tensor) and (result.dtype == torch.bool or func in _COUNTS) and result in self.made:
             supposed = torch.ones_like(result)
@@ -155,7 +155,7 @@ class _Listener(Chosen):
 
 
 def heard(run: Run, length: int, vocab_size: int) -> Heard:
-    """What every text of a length is told. Raises ObstacleError for a branch on what is made of the tokens."""
+    """Records the answers for one length. Raises ObstacleError for a branch on values computed from the tokens."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, vocab_size, (1, length), generator=generator) for _ in range(_TEXTS)]
     texts += [torch.full((1, length), token) for token in (0, vocab_size - 1)]
@@ -166,7 +166,7 @@ def heard(run: Run, length: int, vocab_size: int) -> Heard:
         except Exception as error:
             if not supposed:
                 raise
-            raise _branching(min(supposed)) from error  # what it then computes, it cannot for every text
+            raise _branching(min(supposed)) from error  # the supposed branch fails for some sequences
         place = _branch(run, texts[0], found, supposed)
         if place is None:
             break
@@ -180,7 +180,7 @@ def heard(run: Run, length: int, vocab_size: int) -> Heard:
 
 
 def _branch(run: Run, text: Tensor, found: Sequence[_Listener], supposed: set[str]) -> str | None:
-    """Where the code branches on what is made of the tokens, but for assertions."""
+    """Where the code first branches on values computed from the tokens, except in assertions."""
     answers = found[0].answers
     for number in sorted({number for listener in found for number in listener.depending}):
         same = all(len(other.answers) > number and other.answers[number] == answers[number] for other in found)
@@ -196,7 +196,7 @@ def _branching(place: str) -> ObstacleError:
 def _require_same(
     run: Run, decisions: Sequence[Decision], supposed: set[str], vocab_size: int, generator: torch.Generator
 ) -> None:
-    """Raises ObstacleError unless texts give the same where all rows are taken, and every branch was tried."""
+    """Raises ObstacleError unless short sequences give the same logits with all rows, and test every branch."""
     overruled: set[str] = set()
     for length in _SHORT:
         for _ in range(_SHORT_TEXTS):
@@ -204,7 +204,7 @@ def _require_same(
             try:
                 with torch.no_grad(), quiet():
                     plain = run(ids)
-            except Exception:  # a call that takes no text so short
+            except Exception:  # the call does not accept so few tokens
                 continue
             listener, taken = _listen(run, ids, supposed, known=decisions)
             overruled |= listener.overruled
@@ -226,7 +226,7 @@ def _listen(
 
 
 def _asserts(run: Run, ids: Tensor, supposed: set[str], turned: int) -> bool:
-    """Whether the contrary of an answer only raises an error: nothing is computed before, but for its words."""
+    """Whether the negated answer only raises an error: before it, only the error's message is computed."""
     listener = _Listener(Dependence(ids), ids.shape[1], supposed, turned)
     try:
         with torch.no_grad(), quiet(), listener.made, listener:

@@ -1,9 +1,9 @@
-"""Rows that a module chooses by what the tokens are, as each of its experts does: all rows are taken instead.
+"""Replaces row selection by token values, such as the tokens of an expert, by computation of all rows.
 
-`x[mask]` and `out[mask] = f(x[mask])` give the same as f of all rows, written where the mask is true, as long as f
-computes each row by itself; whether it does is seen later, as of any operator. A branch that leaves out an expert
-without rows, `if mask.any()`, is answered as if there were some: then nothing is written. That this changes no logits
-is tried on short texts, of which most experts have no rows.
+`x[mask]` and `out[mask] = f(x[mask])` give the same as f of all rows, written where the mask is true, if f computes
+each row by itself. The operator rules check that later. A branch that skips an expert without rows, `if mask.any()`,
+is answered as if there were some; then nothing is written. Short sequences, where most experts have no rows, test that
+this changes no logits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ...attention import calling_line
 from ...probe.causes import Cause, Kind, ObstacleError
 
 _NONZERO = {torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere}
-_ALSO = ("return_inverse", "return_counts", "dim")  # what unique may give besides
-# Which argument of those that give places along an axis is the axis.
+_ALSO = ("return_inverse", "return_counts", "dim")  # options that change the result of unique
+# Functions that return indices along an axis, and which argument is the axis.
 _PLACES = {
     torch.topk: 2, Tensor.topk: 2, torch.sort: 1, Tensor.sort: 1, torch.max: 1, Tensor.max: 1,
     torch.argmax: 1, Tensor.argmax: 1, torch.argsort: 1, Tensor.argsort: 1,
 }  # fmt: skip
-# What leaves an index an index.
+# Functions that return an index for an index.
 _MOVED = {
     "squeeze", "view", "reshape", "flatten", "to", "long", "int", "contiguous", "clone", "detach", "cpu", "type_as",
 }  # fmt: skip
@@ -36,50 +36,50 @@ _MOVED = {
 
 @dataclass(frozen=True)
 class Decision:
-    """What a choice by a mask is taken for. Neither: what torch makes of it."""
+    """How to treat a selection by a mask. Without rows and table, torch selects as usual."""
 
-    rows: int | None = None  # which axis of the mask has the rows
-    table: Any = None  # what nonzero gives for every text
+    rows: int | None = None  # which axis of the mask holds the rows
+    table: Any = None  # the result of nonzero for every sequence
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A mask's rows, all of them."""
+    """All rows of a mask."""
 
-    chosen: Tensor  # (rows,), whether the mask has one
+    chosen: Tensor  # (rows,), whether the mask selects the row
     axis: int  # of the rows
-    slots: tuple[Tensor | None, ...]  # for each axis of the mask, where in it; None for that of the rows
+    slots: tuple[Tensor | None, ...]  # for each axis of the mask, the index of each row in it; None for the row axis
 
 
 @dataclass(frozen=True)
 class _Index:
-    """What an index tensor stands for: an axis of a mask, or all of them side by side."""
+    """What an index tensor stands for: one axis of a mask, or all axes as columns."""
 
     rows: _Rows
     axis: int | None
 
 
 class _Taken(NamedTuple):
-    """All rows of a tensor that some are chosen of."""
+    """All rows of a tensor, in place of the selected ones."""
 
     view: Tensor
     rows: _Rows
-    at: int  # which axis of the view they are along
-    writable: bool  # whether it is a view, and no copy
-    in_order: bool  # whether its axes are those of the tensor, but for some of size 1
+    at: int  # which axis of the view holds the rows
+    writable: bool  # False for a copy
+    in_order: bool  # whether its axes are those of the tensor, except for some of size 1
 
 
 class Chosen(TorchFunctionMode):
-    """While open, takes all rows where some are chosen. Subclasses decide what a mask is."""
+    """While open, replaces a selection of rows by all rows. Subclasses decide how to treat a mask."""
 
     def __init__(self) -> None:
         super().__init__()
         self._indices: dict[int, tuple[Tensor, _Index]] = {}
         self._masks: dict[int, tuple[Tensor, _Rows]] = {}
-        self._picked: dict[int, tuple[Tensor, int]] = {}  # indices below a number
+        self._picked: dict[int, tuple[Tensor, int]] = {}  # indices, and the size of their axis
 
     def decide(self, mask: Tensor, listed: bool) -> Decision:
-        """What a mask is, of which the places are to be `listed` or not."""
+        """How to treat a mask; `listed` if the module asks for its indices (nonzero)."""
         raise NotImplementedError
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +96,7 @@ class Chosen(TorchFunctionMode):
 
     # --- choices
     def _taken(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What a function gives that chooses rows; NotImplemented of any other."""
+        """The result of a function that selects rows; NotImplemented for any other function."""
         name = getattr(func, "__name__", "")
         if func in _NONZERO or (func is torch.where and len(args) == 1):
             return self._nonzero(args[0], func is torch.where or kwargs.get("as_tuple", False))
@@ -136,7 +136,7 @@ class Chosen(TorchFunctionMode):
         return self._indices[id(tensor)][1] if id(tensor) in self._indices else None
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Keeps what the result of a function stands for."""
+        """Records what the result of a function stands for."""
         name = getattr(func, "__name__", "")
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         first: Any = args[0] if args else None
@@ -161,9 +161,9 @@ class Chosen(TorchFunctionMode):
 
     # --- reading and writing
     def _parts(self, x: Tensor, key: Any) -> list[tuple[Any, _Rows | None, int]] | None:
-        """The parts of a key: (what stands there, the rows that it chooses, which axis of theirs it is for).
+        """The parts of a key: (the part, the rows that it selects, the axis of their mask that it indexes).
 
-        None of a key that chooses none. A mask stands for as many parts as it has axes.
+        None for a key that selects no rows. A mask gives one part per axis.
         """
         parts: list[tuple[Any, _Rows | None, int]] = []
         for part in key if isinstance(key, tuple) else (key,):
@@ -198,7 +198,7 @@ class Chosen(TorchFunctionMode):
         return self._masks[id(mask)][1]
 
     def _taken_rows(self, x: Tensor, key: Any) -> _Taken | None:
-        """All rows of x; None of a key that chooses none."""
+        """All rows of x; None for a key that selects no rows."""
         parts = self._parts(x, key)
         if parts is None:
             return None
@@ -232,7 +232,7 @@ class Chosen(TorchFunctionMode):
     def _get(self, x: Tensor, key: Any) -> Any:
         index = self._index(x)
         if index is not None and x.dim() == 2 and isinstance(key, tuple) and key[0] == slice(None):
-            column = x[key]  # of what nonzero gives, one axis
+            column = x[key]  # one axis of nonzero's result
             self._indices[id(column)] = column, _Index(index.rows, key[1] % x.shape[1])
             return column
         found = self._taken_rows(x, key)
@@ -249,7 +249,7 @@ class Chosen(TorchFunctionMode):
             raise _obstacle("writes places of rows that were chosen by what the tokens are")
         view = found.view
         new = torch.where(_standing(found.rows.chosen, view, found.at), value, view)
-        if found.in_order and view.numel() == x.numel():  # all of it, but for an axis of the batch
+        if found.in_order and view.numel() == x.numel():  # all of x, except for a batch axis
             x.copy_(new.reshape(x.shape))
         else:
             view.copy_(new)
@@ -298,7 +298,7 @@ def _rows(mask: Tensor, axis: int) -> _Rows:
 
 
 def _standing(chosen: Tensor, like: Tensor, axis: int) -> Tensor:
-    """(rows,) as an operand along one axis of another."""
+    """Reshapes (rows,) to broadcast along one axis of `like`."""
     return chosen.reshape([-1 if i == axis else 1 for i in range(like.dim())])
 
 

@@ -1,4 +1,4 @@
-"""Tracing by torch: what is done otherwise meanwhile, and what stands in the way already there."""
+"""Patches that are active while torch traces, and the causes of a failed trace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LogitsOf = Callable[[nn.Module, Tensor], Tensor]  # the author's call on (1, T) 
 
 
 def written_out(call: AttentionCall) -> Tensor:
-    """scaled_dot_product_attention as its documentation has it, so that it is followed as attention by hand is."""
+    """scaled_dot_product_attention as documented, so that it is followed like attention written by hand."""
     key, value = repeated(call.key, call.query.shape[1]), repeated(call.value, call.query.shape[1])
     scores = call.query @ key.transpose(-2, -1) * call.scale
     if call.is_causal:
@@ -35,33 +35,33 @@ def written_out(call: AttentionCall) -> Tensor:
         scores = scores + call.mask
     weights = scores.softmax(-1)
     output = (torch.dropout(weights, call.dropout, True) if call.dropout else weights) @ value
-    # As torch's own result lies in memory: a view of the author's may rely on it.
+    # The memory layout of torch's own result: a view in the author's code may rely on it.
     return output.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """What torch does otherwise while it traces.
+    """While open, torch is patched for a trace.
 
-    nn.TransformerEncoder compares its mask with the causal one by value, which no trace can follow. And of the frames
-    that made an operator a trace keeps those called `forward`: here it is the user's innermost one.
+    nn.TransformerEncoder compares its mask with the causal one by value, which torch cannot trace. Of the frames that
+    made an operator, a trace keeps those named `forward`; the patch keeps the innermost frame of user code instead.
     """
     with (
         replaced(torch.nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: False),
         replaced(fx.proxy.TracerBase, "_filter_traceback_frames", _innermost),
-        replaced(FakeTensor, "tolist", Tensor.tolist),  # one question, not one for each number
+        replaced(FakeTensor, "tolist", Tensor.tolist),  # one question instead of one for each number
         whole_objects(),
     ):
         yield
 
 
 def whole_objects() -> contextlib.AbstractContextManager[None]:
-    """What a module keeps on self is copied by taking it apart, which not every object outlives: copy none."""
+    """Stops torch from copying objects on a module's self by taking them apart, which breaks some of them."""
     return replaced(frontend_utils, "_pytree_subclasses_that_lose_info", _ButContainers())
 
 
 class _ButContainers:
-    """All types but Python's own containers."""
+    """Contains all types except dict, list and tuple."""
 
     def __contains__(self, kind: object) -> bool:
         return kind not in (dict, list, tuple)
@@ -73,7 +73,7 @@ def _innermost(_tracer: Any, frames: traceback.StackSummary) -> traceback.StackS
 
 
 def different(lengths: tuple[int, int], first: Sequence[Traced], second: Sequence[Traced]) -> list[Cause]:
-    """The lines that are run more often for more tokens; those of a class together."""
+    """Causes for the lines that run a different number of times at the two lengths, grouped by file and class."""
     counts = [Counter((n.where, n.owner) for n in nodes if n.kind == "call") for nodes in (first, second)]
     places: dict[tuple[str, str], list[int]] = {}
     for where, owner in counts[0] | counts[1]:

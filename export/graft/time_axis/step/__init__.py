@@ -1,1 +1,1 @@
-"""From that program to one cached step."""
+"""Turns a program into one cached step."""

@@ -1,8 +1,8 @@
-"""What a module's attention is: the weights of each are run with scores of ours, which shows what they do with them.
+"""Identifies each attention's form by probing it with known scores.
 
-Nothing is read from the operators' names. Zeros show what is added to the scores, a mask or a bias; other numbers show
-by how much they are multiplied, and whether they are capped. What is then softmax(cap(scale · q kᵀ) + bias) is stated
-as such, so that the fused graph and other programs can compute it; anything else stays what its author wrote.
+The operators' names do not matter. Zero scores show what is added to them, a mask or a bias; other scores show their
+scale, and whether they are capped. Weights of the form softmax(cap(scale · q kᵀ) + bias) are described by these
+numbers, so that the fused graph and other programs can compute them. Any other form keeps its author's operators.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from torch import Tensor
 
 GivenWeights = Callable[[list[Tensor], int], Tensor]  # scores (B, H, T, S) of each product, S -> weights (B, H, T, S)
 
-_NOTHING = 1e-38  # a weight below it, of a row's largest, is none in float32
-_TOLD = 1e-30  # a weight that float32 still tells from its neighbours
-_ROUNDING = 1e-5  # float32 inside a module's own softmax
+_NOTHING = 1e-38  # a weight below this fraction of a row's largest counts as 0 in float32
+_TOLD = 1e-30  # the smallest weight that float32 measures precisely
+_ROUNDING = 1e-5  # of float32 in a module's own softmax
 _CHUNK = 1 << 22  # scores at once
 _SHORT = 12
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """weights = softmax(cap(scale · scores) + bias), with the sinks' share left out."""
+    """weights = softmax(cap(scale · scores) + bias), without the sinks' share."""
 
     scale: Tensor  # (products, H)
-    bias: Tensor  # (H or 1, context) by the distance of the key before the query; -inf where it is not seen
+    bias: Tensor  # (H or 1, context) by distance: query - key position; -inf if masked
     softcap: float | None = None
     sinks: Tensor | None = None  # (H,)
 
     @property
     def window(self) -> int | None:
-        """How many tokens are seen, where that is all that the bias says; None for all."""
+        """The number of visible tokens if the bias is a window; None if all are visible."""
         seen = int((self.bias[0] > -math.inf).sum())
         return None if seen == self.bias.shape[1] else seen
 
     @property
     def plain(self) -> bool:
-        """Whether the bias is a causal mask or a window and nothing else."""
+        """Whether the bias is only a causal mask or a window."""
         seen = self.bias[0] > -math.inf
         return bool(
             (self.bias == self.bias[:1]).all() and (self.bias[0][seen] == 0).all() and seen[: int(seen.sum())].all()
@@ -48,7 +48,7 @@ class Softmax:
 
 
 class LooksAhead(Exception):
-    """Weights of later tokens."""
+    """A token has a weight for a later token."""
 
     def __init__(self, head: int, row: int, column: int) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ class LooksAhead(Exception):
 
 
 def recognised(weights: GivenWeights, products: int, heads: tuple[int, ...], context: int) -> Softmax | None:
-    """What the weights of an attention are, or None for something else. Raises LooksAhead.
+    """The form of an attention's weights, or None if they have another form. Raises LooksAhead.
 
     Args:
-        weights: Computes them for the last T of S tokens.
-        products: How many products of queries and keys they read.
+        weights: Computes the weights for the last T of S tokens.
+        products: Number of products q kᵀ that they read.
         heads: H of each product.
         context: In tokens.
     """
@@ -95,7 +95,7 @@ def recognised(weights: GivenWeights, products: int, heads: tuple[int, ...], con
 
 
 class _Probe:
-    """Gives scores, and tells what became of them: logarithms of weights against the token's own, less the bias."""
+    """Turns scores into measured scores: the log of each weight minus the log of the token's own, minus the bias."""
 
     def __init__(self, weights: GivenWeights, table: Tensor, heads: tuple[int, ...], length: int) -> None:
         self._weights, self._heads, self.length = weights, heads, length
@@ -105,12 +105,12 @@ class _Probe:
         self._generator = torch.Generator().manual_seed(0)
 
     def numbers(self, size: float, only: int | None = None) -> list[Tensor]:
-        """Scores (1, H, T, T) of each product, or of one and zeros of the others."""
+        """Random scores (1, H, T, T) for each product, or for `only` one and zeros for the others."""
         given = _numbers(self._heads, self.length, self._generator)
         return [g * (size if only in (None, i) else 0) for i, g in enumerate(given)]
 
     def found(self, given: list[Tensor]) -> Tensor:
-        """NaN where a weight is too small for float32 to tell it."""
+        """The measured scores; NaN where a weight is too small for float32 to measure."""
         weights = self._weights(given, self.length)[0].double()
         logs = torch.where(weights > _TOLD, weights.log(), torch.nan)
         logs = logs - logs.diagonal(dim1=1, dim2=2)[..., None]
@@ -123,12 +123,12 @@ class _Probe:
         return self._against_own(mixed if cap is None else cap * torch.tanh(mixed / cap))
 
     def slope(self, given: list[Tensor], product: int, cap: float | None) -> Tensor:
-        """(H,) least squares of what became of the scores over the scores."""
+        """(H,) the scale: least squares of the measured scores over the given scores."""
         if cap is None:
             x, y = self._against_own(given[product][0].expand(self._count, -1, -1)), self.found(given)
             x, y = torch.where(y.isnan(), 0.0, x), y.nan_to_num(0.0)
             return (x * y).sum((1, 2)) / (x * x).sum((1, 2)).clamp_min(1e-300)
-        # One score at a time: the others, its own among them, are 0.
+        # One score at a time: all others, including the token's own, are 0.
         values = []
         for column in range(self.length - 1):
             one = [torch.zeros_like(g) for g in given]
@@ -152,7 +152,7 @@ def _close(expected: Tensor, found: Tensor, size: float, allowed: float) -> bool
 
 
 def _softcap(weights: GivenWeights, heads: tuple[int, ...], short: int) -> float | None:
-    """c of c · tanh(s / c), from what becomes of one very large score."""
+    """c of c · tanh(s / c), from the effect of one very large score; None if there is no single cap."""
     given = [torch.zeros(1, h, short, short, dtype=torch.float64) for h in heads]
     reached = []
     for size in (1e4, 1e6):
@@ -171,7 +171,7 @@ def _softcap(weights: GivenWeights, heads: tuple[int, ...], short: int) -> float
 
 
 def _bias(weights: GivenWeights, heads: tuple[int, ...], context: int) -> tuple[Tensor, Tensor | None] | None:
-    """By distance, in float64, and the sinks. None where rows differ in more than their distance."""
+    """The bias by distance, in float64, and the sinks; None if rows differ in more than distance."""
     table: Tensor | None = None
     sinks: Tensor | None = None
     for start, stop in _chunks(heads, context):
@@ -221,7 +221,7 @@ def _require_no_future(weights: Tensor, start: int) -> None:
 
 
 def _chunks(heads: tuple[int, ...], context: int) -> list[tuple[int, int]]:
-    """Rows to look at at once, the last ones first."""
+    """The ranges of rows to check at once, the last rows first."""
     size = max(1, _CHUNK // (max(heads) * context))
     return [(max(0, stop - size), stop) for stop in range(context, 0, -size)]
 

@@ -1,7 +1,7 @@
-"""A module as its author calls it -> a module of the contract: forward(input_ids, position_ids) -> logits (B, T, V).
+"""Turns the author's call into a module of the contract: forward(input_ids, position_ids) -> logits (B, T, V).
 
-What the author's call computes for a whole text is computed here for new tokens at given positions, and each attention
-is handed over, as scaled_dot_product_attention is where a module calls it. From there on it is any other module.
+The author's call computes a whole sequence; the decoder computes new tokens at given positions. It passes each
+attention to `attend`, like a module that calls scaled_dot_product_attention. The export treats both alike.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .rope import find_rotation
 from .state import State, find_state
 from .step import Planned, Step
 
-_EQUAL = 1e-7  # scales that differ by less are one number, measured
-_LENGTHS = (31, 29)  # of the two traces; no size of a head or a window, as a rule
+_EQUAL = 1e-7  # relative: measured scales that differ by less are equal
+_LENGTHS = (31, 29)  # tokens of the two traces; unlikely as the size of a head or a window
 
 
 class TimeAxisDecoder(StandIn):
-    """forward(input_ids, position_ids) -> logits (B, T, V) of a module that knows neither positions nor a cache."""
+    """forward(input_ids, position_ids) -> logits (B, T, V), for a module without a cache."""
 
     def __init__(self, model: nn.Module, call: LogitsOf, found: Found, context_length: int) -> None:
         super().__init__(model)
@@ -117,7 +117,7 @@ class _FullTables:
 
 
 def whole_logits(model: nn.Module, call: LogitsOf, ids: Tensor) -> Tensor:
-    """(1, T, V) as the author's call computes them; one of the last position alone is asked for each."""
+    """Logits (1, T, V) of the author's call; one that returns only the last position runs for each position."""
     logits = call(model, ids)
     if logits.shape[1] == ids.shape[1]:
         return logits.float()
@@ -128,7 +128,7 @@ def whole_logits(model: nn.Module, call: LogitsOf, ids: Tensor) -> Tensor:
 # --- finding ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Found:
-    """A program with its attention."""
+    """A program with its attention and its states."""
 
     program: Program
     plan: dict[Op, Planned]
@@ -139,7 +139,7 @@ class Found:
 
 
 def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int) -> Found:
-    """Traces the author's call and finds its attention. Raises NoCacheError with all that stands in the way."""
+    """Traces the author's call and finds its attention and states. Raises NoCacheError with all causes."""
     lengths = tuple(max(2 - i, min(n, context_length - 1 - i)) for i, n in enumerate(_LENGTHS))
     program = trace_program(model, call, (lengths[0], lengths[1]), vocab_size)
     whole = _whole(program, vocab_size)
@@ -162,7 +162,7 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int)
         except LooksAhead as found:
             causes.append(_looks_ahead(attention, found))
         except Exception:
-            if not causes:  # else of what was refused before
+            if not causes:  # otherwise it follows from a refusal
                 raise
     if causes:
         raise NoCacheError(name_of(model), causes)
@@ -182,7 +182,7 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int)
 
 
 def _weight(op: Op) -> Tensor:
-    """A parameter, buffer or constant, while it has no decoder around it."""
+    """A parameter, buffer or constant, before the decoder exists."""
     assert op.constant is not None
     return op.constant
 
@@ -206,10 +206,10 @@ def _whole(program: Program, vocab_size: int) -> Whole:
 
 
 def _planned(attention: Attention, softmax: Softmax | None, number: int, constants: dict[str, Tensor]) -> Planned:
-    """What is known of the weights, with the tensors of it put among the constants."""
+    """The known form of an attention's weights; adds its tensors to `constants`."""
     if softmax is None:
         return Planned(attention, number)
-    scale = float(softmax.scale.mean()) if attention.products else 1.0  # of queries and keys that are 0
+    scale = float(softmax.scale.mean()) if attention.products else 1.0  # queries and keys are 0
     same = not attention.products or bool(((softmax.scale - scale).abs() <= _EQUAL * abs(scale)).all())
     if not same:
         constants[f"scale_{number}"] = softmax.scale.float()
@@ -236,13 +236,13 @@ def _softmax(
     context_length: int,
     seen: dict[Any, Softmax | None],
 ) -> Softmax | None:
-    """What the weights of an attention are, seen by running them. Raises LooksAhead.
+    """The form of an attention's weights, found by running them; None if it is unknown. Raises LooksAhead.
 
-    `seen` holds those of the same form: most layers have the same mask and scale.
+    `seen` caches the results: most layers have the same mask and scale.
     """
     reads = {i for op in attention.region for i in op.inputs if i.depends}
     if reads - set(attention.region) - set(attention.products):
-        return None  # numbers of the tokens, too
+        return None  # the weights also depend on other values of the tokens
     tables = Tables(context_length)
     form = _form(attention, tables)
     if form in seen:
@@ -253,7 +253,7 @@ def _softmax(
         with torch.no_grad():
             try:
                 return Weights(program, attention, lengths, _weight, tables).run(scores, {})
-            except RuntimeError:  # a matrix of float32 takes no float64
+            except RuntimeError:  # a float32 matrix cannot multiply float64
                 return Weights(program, attention, lengths, _weight, tables).run([s.float() for s in scores], {})
 
     heads = tuple(layout.head_count for layout in attention.layouts) or (1,)
@@ -262,7 +262,7 @@ def _softmax(
 
 
 def _form(attention: Attention, tables: Tables) -> Any:
-    """What two attentions have in common that compute their weights alike."""
+    """A key that is equal for attentions that compute their weights in the same way."""
     own = {op: i for i, op in enumerate((*attention.products, *attention.region))}
 
     def told(args: Any) -> Any:
@@ -285,7 +285,7 @@ def _digest(table: object) -> object:
 
 
 def _written(program: Program) -> list[Cause]:
-    """The buffers that each call writes."""
+    """Causes for the buffers that each call writes."""
     places: dict[str, list[str]] = {}
     for name, op in zip(program.mutated, program.writes, strict=True):
         places.setdefault(op.where, []).append(name.removeprefix("model."))

@@ -1,8 +1,8 @@
-"""Rotary positions, found by what they do: queries and keys that are others turned by angles of their positions.
+"""Finds rotary positions by their effect: a rotation of queries and keys by angles that depend on the position.
 
-RoFormer, https://arxiv.org/abs/2104.09864. What stands between a projection and q kᵀ is run on numbers of ours. Where
-it turns pairs of channels, halves of a head or neighbours, cos and sin of every position are read off, and
-GroupQueryAttention can do it instead. How the author writes it, with complex numbers or without, does not matter.
+RoFormer, https://arxiv.org/abs/2104.09864. The operators between a projection and q kᵀ run on known inputs. If they
+rotate pairs of channels (neighbours, or from the two halves of a head), the result shows cos and sin of every position,
+and GroupQueryAttention can do the rotation instead. The author may write it with complex numbers or without.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..operators.base import Refused
 from ..program.program import Op, Program, Tables
 from ..values import NEW, Lengths, Value, laid
 
-_FURTHEST = 60  # operators before the product
+_FURTHEST = 60  # most operators before the product
 _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Queries and keys before they are turned, and cos and sin (context, D / 2) of every position."""
+    """Queries and keys before the rotation, and cos and sin (context, D / 2) of every position."""
 
     query: Op
     key: Op
     cos: Tensor
     sin: Tensor
-    interleaved: bool  # pairs of neighbours, not of the two halves
+    interleaved: bool  # pairs of neighbouring channels instead of channels of the two halves
 
 
 def find_rotation(
@@ -42,9 +42,9 @@ def find_rotation(
     *,
     swapped: bool,
 ) -> Rotation | None:
-    """What turns both operands of an attention's product by the same angles, or None."""
+    """The rotation of both operands of an attention's product by the same angles, or None."""
     if len(attention.products) != 1 or len([i for i in attention.layouts[0].heads if _long(attention, i)]) > 1:
-        return None  # several axes of heads may stand in another order in the product
+        return None  # several head axes may have another order in the product
     product = attention.products[0]
     operands = product.args[1] if product.name == "einsum" else product.args[:2]
     if swapped:
@@ -74,7 +74,7 @@ class _Turned:
 
 
 def _turned(program: Program, operand: Op, known: dict[Op, Value], weight: Weight, tables: Tables) -> _Turned | None:
-    """The operand as another value turned by its positions: of the values that it is made of, the furthest one."""
+    """The operand as the rotation of an earlier value by its positions; of several such values, the furthest."""
     best = None
     for source, between in _dominators(operand, known):
         if not any(i.timed and not i.depends for op in between for i in op.inputs):
@@ -87,7 +87,7 @@ def _turned(program: Program, operand: Op, known: dict[Op, Value], weight: Weigh
 
 
 def _dominators(operand: Op, known: dict[Op, Value]) -> list[tuple[Op, list[Op]]]:
-    """The values that the operand is made of alone, the nearest first, each with the operators in between."""
+    """The values that alone determine the operand, the nearest first, each with the operators in between."""
     found: list[tuple[Op, list[Op]]] = []
     between: list[Op] = []
     waiting = {operand}
@@ -152,14 +152,14 @@ def _as_rotation(
         first, second = (made[0, :, 0::2], made[0, :, 1::2]) if interleaved else made[0].chunk(2, -1)
         turned = rotate(x, first, second, interleaved=interleaved)
         if float((turned - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max()):
-            if float(second.abs().max()) < _TOLERANCE:  # nothing is turned
+            if float(second.abs().max()) < _TOLERANCE:  # no rotation
                 return None
             return _Turned(source, first.clone(), second.clone(), interleaved)
     return None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """(..., T, D) turned by cos and sin (T, D / 2)."""
+    """Rotates (..., T, D) by cos and sin (T, D / 2)."""
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
         return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
@@ -168,7 +168,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 
 
 class _Segment(Interpreter):
-    """Some operators of a whole text."""
+    """Runs some operators on a whole sequence."""
 
     def __init__(self, program: Program, lengths: Lengths, weight: Weight, tables: Tables) -> None:
         super().__init__(program, lengths, weight)
@@ -183,7 +183,7 @@ class _Segment(Interpreter):
 
 
 def _places(value: Value) -> list[int]:
-    """The author's axes in the order heads, tokens, numbers of a head."""
+    """The author's axes in the order heads, tokens, channels of a head."""
     last = len(value.axes) - 1
     time = value.time_axes(NEW)[0]
     return [*(i for i in range(last) if i not in (time, value.batch_axis)), time, last]
@@ -197,9 +197,9 @@ def _head_count(value: Value) -> int:
 
 
 def headed(value: Value) -> Tensor | None:
-    """(B, K, T, D), expanded heads once."""
+    """The value as (B, K, T, D), with each expanded head once; None if the batch axis is in the way."""
     last = len(value.axes) - 1
-    if value.time_axes(NEW) == [last]:  # keys that are transposed already
+    if value.time_axes(NEW) == [last]:  # keys that are already transposed
         order = list(range(last + 1))
         order[last], order[last - 1] = last - 1, last
         if last - 1 == value.batch_axis:
@@ -215,7 +215,7 @@ def headed(value: Value) -> Tensor | None:
 
 
 def unheaded(x: Tensor, like: Value) -> Value:
-    """(B, K, T, D) as a value with the axes of another."""
+    """(B, K, T, D) as a value with the axes of `like`."""
     places = _places(like)
     sizes = [like.axes[i].size // like.axes[i].repeat for i in places[:-2]]
     tensor = x.reshape(x.shape[0], *sizes, *x.shape[2:])

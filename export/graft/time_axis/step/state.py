@@ -1,8 +1,8 @@
-"""Rows that are shifted: a mix with the token before, a short causal convolution. The last few rows are their cache.
+"""Caches the last few rows for operators that shift rows: a mix with the previous token, a short causal convolution.
 
-What shifts, pads, joins or convolves rows is kept together until its rows stand at the tokens' places again. It is run
-on numbers of ours: a row may change rows behind it, `keep` of them at most, and no row before it. Then the last `keep`
-rows of its inputs are all that a later token needs, and it runs on these and the new rows as if they were the text.
+Operators that shift, pad, join or convolve rows form a group, until the rows are back at their tokens' positions.
+`find_state` runs the group on random numbers: a row may change at most `keep` later rows, and no earlier row. A later
+token then needs only the last `keep` rows of the inputs; the group runs on these and the new rows as a whole sequence.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ..operators.base import Refused
 from ..program.program import Op, Program
 from ..values import LOCAL, NEW, Lengths, Value
 
-MOST_ROWS = 16  # that a state keeps
-_LENGTH = 40  # of the text that it is tried on
-_ROUNDING = 1e-6  # of the largest number
+MOST_ROWS = 16  # most rows that a state keeps
+_LENGTH = 40  # tokens of the sequence on which a state is tried
+_ROUNDING = 1e-6  # relative to the largest number
 
 
 @dataclass(frozen=True)
 class State:
-    """Operators that shift rows, and how many of the last ones they need of each input."""
+    """Operators that shift rows, and how many of the last rows they need of each input."""
 
-    op: Op  # the last of them
+    op: Op  # the last operator
     between: tuple[Op, ...]  # in order, the last one included
     inputs: tuple[Op, ...]
     keep: int
 
 
 class Shifted(Interpreter):
-    """Runs the operators of a state on rows that are taken for a whole text."""
+    """Runs the operators of a state on rows as if they were a whole sequence."""
 
     def __init__(self, program: Program, length: Any, weight: Weight) -> None:
         super().__init__(program, Lengths(length, length), weight)
@@ -59,7 +59,7 @@ class Shifted(Interpreter):
 
 
 def find_state(program: Program, op: Op, known: Mapping[Op, Any], local: set[Op], weight: Weight) -> State:
-    """What makes the rows of `op`, and how many rows it keeps. Raises Refused where they are no state of a few rows."""
+    """The state that computes the rows of `op`. Raises Refused if its last few input rows do not suffice."""
     between, inputs, stack = {op}, set(), [op]
     while stack:
         for source in stack.pop().inputs:
@@ -99,7 +99,7 @@ def _kept(
         return found.tensor.movedim(found.dim(found.time_axes(NEW)[0]), 1)[..., None].flatten(2)
 
     given = rows(_LENGTH + 1, _LENGTH)
-    for value in given.values():  # text number i has another row i; the last one is as it was
+    for value in given.values():  # sequence i differs in row i; the last sequence is unchanged
         at = value.dim(value.time_axes(NEW)[0])
         tensor = value.tensor.movedim(at, 1)
         for i in range(_LENGTH):

@@ -1,4 +1,4 @@
-"""One step of a decoder: the new tokens alone, attention handed to whoever holds the cache."""
+"""One step of a decoder: runs the new tokens only, and hands each attention to the owner of the KV cache."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Full(Protocol):
         """Whether it is 0, 1, 2, ...: the positions themselves."""
 
     def uniform(self, op: Op) -> bool:
-        """Whether it is one number throughout."""
+        """Whether all its numbers are equal."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """An attention, and what its weights are known to be: numbers here, tensors as `Constant` of the decoder."""
+    """An attention and the known form of its weights: numbers here, tensors as `Constant` of the decoder."""
 
     attention: Attention
     number: int
@@ -50,7 +50,7 @@ class Planned:
 # "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2), by number.
 Constant = Callable[[str, int], Tensor]
 
-_NOTHING = 8  # size of the heads of queries and keys that an attention does not have
+_NOTHING = 8  # head size of the zero queries and keys of an attention without any
 
 
 class Step(Interpreter):
@@ -99,7 +99,7 @@ class Step(Interpreter):
         return tensor if tensor.dim() == 3 else tensor.reshape(tensor.shape[0], tensor.shape[1], -1)
 
     def _shifted_back(self, state: State) -> Value:
-        """The new rows of what shifts rows, from these and the last ones before."""
+        """The new rows of a state, from the new rows and the cached rows of its inputs."""
         inputs = {}
         total = None
         for source in state.inputs:
@@ -130,7 +130,7 @@ class Step(Interpreter):
         return self._rows[key]
 
     def _gathered(self, op: Op, axis: int) -> Value:
-        """The rows of a table at the positions of the new tokens, computed where its author computes them."""
+        """The rows of a table at the new tokens' positions: by the author's operators if possible, else gathered."""
         axes = tuple(Axis(1, NEW) if i == axis else Axis(s.at(0)) for i, s in enumerate(op.shape))
         if self._full.counts(op):
             tensor = self._positions.to(op.dtype) if op.dtype is not None else self._positions
@@ -150,7 +150,7 @@ class Step(Interpreter):
             except Refused:
                 pass
         table = self._full(op)
-        if self._full.uniform(op):  # zeros that something is written into, say
+        if self._full.uniform(op):  # e.g. zeros that are written into
             sizes = [self.lengths.new if a.time else a.size for a in axes]
             return Value(table.flatten()[:1].expand(sizes), axes, batched=False)
         pairs = table.is_complex()
@@ -163,7 +163,7 @@ class Step(Interpreter):
         return Value(tensor.movedim(1, 1 + axis) if axis else tensor, axes, complex=pairs)
 
     def _by_rows(self, op: Op) -> bool:
-        """Whether the rows come of rows by an operator that the rules know, and of nothing that is made elsewhere."""
+        """Whether its rows, of real numbers, follow from input rows: no input has two axes of the length."""
         timed = [i for i in op.inputs if i.timed]
         return (
             bool(timed)
@@ -248,7 +248,7 @@ class Step(Interpreter):
         query, key = (torch.cat(parts, -1) if len(parts) > 1 else parts[0] for parts in (queries, keys))
         unrotated, width = self._unrotated(planned), value.shape[-1]
         if query.shape[-1] != width and not planned.bias:
-            # GroupQueryAttention wants keys and values of one size.
+            # GroupQueryAttention requires keys and values of one size.
             wide = max(query.shape[-1], width)
             query, key, value = (F.pad(t, (0, wide - t.shape[-1])) for t in (query, key, value))
             unrotated = None
@@ -279,7 +279,7 @@ class Step(Interpreter):
         return Unrotated(query, key, tables[0], tables[1], rotation.interleaved)
 
     def _headed(self, x: Value, letters: str, heads: str, last: str) -> tuple[Tensor, list[int]]:
-        """(B, heads..., T, D), an axis of 1 for each head axis that it lacks; and how long each head axis is."""
+        """The tensor as (B, heads..., T, D), with size 1 for a missing head axis, and the size of each head axis."""
         kept = [1] * len(heads)
         for i, letter in enumerate(letters):
             if letter in heads:
@@ -290,7 +290,7 @@ class Step(Interpreter):
         time = next(i for i, axis in enumerate(x.axes) if axis.time == NEW)
         tail = [i for letter in last for i in [letters.index(letter)] if i != x.batch_axis]
         rest = [i for i in range(len(x.axes)) if i not in (*own, time, *tail) and i != x.batch_axis]
-        for i in rest:  # axes of 1 that meet nothing
+        for i in rest:  # axes of size 1 without a counterpart
             assert x.axes[i].size == 1, (letters, x.axes)
         own.sort(key=lambda i: heads.index(letters[i]))
         tensor = x.tensor
@@ -319,7 +319,7 @@ class Step(Interpreter):
         sizes: Sequence[int],
         free: str,
     ) -> Value:
-        """The sum as the author has it."""
+        """The output of attention with the axes of the author's sum."""
         widths = [values.axes[letters[1].index(x)].size for x in free]
         tensor = output
         if len(sizes) != 1 or len(widths) != 1:
@@ -348,12 +348,12 @@ class Step(Interpreter):
 
 
 def layout_sizes(layout: Layout) -> list[int]:
-    """How long each axis of heads is."""
+    """The size of each head axis."""
     return [layout.axes[i].size for i in layout.heads]
 
 
 def _flat(tensor: Tensor, sizes: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, int]:
-    """(B, heads..., T, D) -> (B, K, T, D): K heads, each for as many query heads that follow one another."""
+    """(B, heads..., T, D) -> (B, K, T, D) and K; each of the K heads serves consecutive query heads."""
     grouped = True
     short = False
     for size, own in zip(sizes, kept, strict=True):
@@ -370,12 +370,12 @@ def _flat(tensor: Tensor, sizes: Sequence[int], kept: Sequence[int]) -> tuple[Te
 
 
 def _repeated(tensor: Tensor, heads: int) -> Tensor:
-    """(B, K, T, D) for more heads."""
+    """Repeats (B, K, T, D) to (B, heads, T, D)."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 def _from_first(op: Op) -> bool:
-    """Whether a slice along the first axis begins at 0 and leaves nothing out."""
+    """Whether a slice takes the first rows along axis 0, or everything along another axis."""
     defaults: tuple[Any, ...] = (0, None, None, 1)
     dim, start, _, step = (*op.args[1:], *defaults[len(op.args) - 1 :])
     return (

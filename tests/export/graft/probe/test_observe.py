@@ -21,7 +21,7 @@ from pastkey.export.graft.probe.observe import (
     run_uncached,
 )
 
-from ...decoders import BufferedMask, FiveTimes, MultiHead, NanoGpt, OneHead, Plain, Wrapper
+from ...decoders import BufferedMask, MultiHead, NanoGpt, OneHead, Plain, Twice, Wrapper
 
 
 def reason(module: nn.Module, context: int = 20) -> str:
@@ -37,8 +37,8 @@ def test_the_geometry_is_what_the_calls_receive() -> None:
     assert observation.vocab_size == 37
 
 
-def test_a_block_applied_five_times_is_five_layers() -> None:
-    assert len(observe(FiveTimes(size=10, kv_heads=2), 20).layers) == 5
+def test_a_block_applied_twice_is_two_layers() -> None:
+    assert len(observe(Twice(size=10, kv_heads=2), 20).layers) == 2
 
 
 def test_a_layer_names_its_submodule_and_line() -> None:

@@ -59,7 +59,7 @@ def test_smoothing_changes_no_logits(name: str, groups: int, exported: Export, t
 
 
 def test_weights_that_have_several_places_are_in_no_group(exported: Export) -> None:
-    assert find_groups(ir.load(exported("one_block_five_times").bundle.all_logits_graph)) == []
+    assert find_groups(ir.load(exported("one_block_twice").bundle.all_logits_graph)) == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
