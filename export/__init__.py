@@ -1,19 +1,19 @@
-"""checkpoint/ -> bundle/: ONNX with explicit past key values, int8 or int4, and the proof of what is equal.
+"""Exports a decoder to a bundle: ONNX with explicit past key values, in float32, float16, int8 or int4, verified.
 
     from pastkey.export import export
     export(module_or_path, out="bundle/", precision="int8", context_length=256)
 
-`pipeline` is the whole of it, to be read aloud. It reads as the rooms do, each of which may import those before it:
+`pipeline` runs the whole export. Each folder may import those listed before it:
 
-    graph/      ONNX -> better ONNX, exactly
-    graft/      a module -> ONNX with a cache: the attention calls are seen, and torch traces them with a cache
+    graph/      passes over ONNX graphs
+    graft/      a module -> ONNX with a cache: intercepts the attention calls and traces them with a cache
     source/     what the user has -> Source
-    measure/    is it right, and how far is it off
+    measure/    verification, and the error of a bundle
     quantize/   float32 bundle -> int8 or int4 bundle
     compat/     other programs: the configurations that they read, and whether they load a bundle
 
-`settings` has every choice with its default, `bundle_writer` writes and proves the bundles of an export. Everything
-loads on first use: torch and onnx wait until they are needed.
+`settings` holds every option with its default. `bundle_writer` writes and verifies the bundles of an export. All names
+load on first use, so that torch and onnx are imported only when needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing the bundles of one export, and proving them: float32, and what is quantized from it."""
+"""Writes and verifies the bundles of one export: float32, and the precisions derived from it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS, Form
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
@@ -30,33 +31,32 @@ from .graph.edit import IR_VERSION
 from .graph.write.save import count_operators, write_graphs
 from .measure.verify import Verification, verify
 from .progress import Progress
-from .quantize.rounding.rewrite import Form
 from .settings import ExportConfig
 from .source.source import Source
 
-_GOLDEN_SHARE = 0.01  # of the weights, that golden logits may take
-# The oldest onnxruntime that what is exported was run on; 8-bit MatMulNBits itself came with 1.22.
+_GOLDEN_SHARE = 0.01  # maximum size of golden logits, relative to the weights
+# The oldest onnxruntime that exports were tested on. 8-bit MatMulNBits came with 1.22.
 MIN_ONNXRUNTIME = "1.23.0"
-# GroupQueryAttention of 1.23 sees another window: 1.23.2 gave other logits, 1.24.4 the right ones.
+# GroupQueryAttention of 1.23 applies a different window: 1.23.2 returned wrong logits, 1.24.4 the right ones.
 MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A clean float32 graph of the source."""
+    """The cleaned float32 graph of a source."""
 
     source: Source
     model: ir.Model
     observation: Observation
     choice: GraphChoice
     padding: bool = True  # whether rows of different lengths may share a batch
-    hidden_size: int | None = None  # H, where the graph has an output head
-    shift: CacheShift | None = None  # whether old tokens can be dropped from a cache
+    hidden_size: int | None = None  # H, if the graph has an output head
+    shift: CacheShift | None = None  # whether and how old tokens can be dropped from a cache
 
 
 @dataclass(frozen=True)
 class BundleWriter:
-    """Writes and verifies the bundles of one export: float32, and what is quantized from it."""
+    """Writes and verifies the bundles of one export: float32, and the precisions derived from it."""
 
     decoder: Decoder
     config: ExportConfig
@@ -71,7 +71,7 @@ class BundleWriter:
             pastkey_version=pastkey.__version__,
             source=source.name,
             precision=precision,
-            target="cpu",  # where an export runs it; `configure` sets its own
+            target="cpu",  # the export runs it there; `configure` sets the bundle's target
             graph=choice.graph,
             graph_reason=choice.reason,
             vocab_size=observation.vocab_size,
@@ -94,7 +94,7 @@ class BundleWriter:
         return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:
-        """Raises ParityError when the bundle does not compute what its source computes."""
+        """Raises ParityError if the bundle's results differ from its source's."""
         precision, source = bundle.manifest.precision, self.decoder.source
         self.progress.stage(f"verify {precision}: prefill, decode, chunks, batch, greedy")
         try:
@@ -126,7 +126,7 @@ class BundleWriter:
         return dataclasses.replace(bundle, manifest=manifest)
 
     def finish(self, bundle: Bundle) -> Bundle:
-        """Writes, last of all, the manifest with every file's hash."""
+        """Writes the manifest with every file's hash, as the last file."""
         folder = bundle.path
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         records = parse_records(folder, file_records(folder, files))
@@ -135,22 +135,22 @@ class BundleWriter:
         return dataclasses.replace(bundle, manifest=manifest)
 
     def prove_on_target(self, bundle: Bundle) -> None:
-        """Proves a finished bundle on its target, where this machine has it; otherwise the first load does."""
+        """Verifies a finished bundle on its target if this machine has it; otherwise the first load does."""
         target = bundle.manifest.target
-        provider = ep.provider_of(target)
-        if provider == "cpu":
+        row = TARGETS[target]
+        if row.short == "cpu":
             return
         config = self.config
         options = dict(config.provider_options or ())
-        if sentence := not_kept(provider, options):
+        if sentence := not_kept(row.short, options):
             self.progress.warn(sentence)
-        if not ep.is_here(provider):
+        if row.name not in ep.available():
             self.progress.warn(f"{target} is not on this machine: the bundle is proved there when it is loaded first")
             return
-        self.progress.stage(f"prove the bundle on {provider}")
+        self.progress.stage(f"prove the bundle on {target}")
         manifest = dataclasses.replace(
             bundle.manifest, provider_options=options
-        )  # with those that the file may not have
+        )  # including options that the manifest does not store
         try:
             engine = Engine(
                 dataclasses.replace(bundle, manifest=manifest),
@@ -158,19 +158,19 @@ class BundleWriter:
                 allow_fallback=config.allow_fallback,
             )
         except StartError as error:
-            self.progress.warn(f"{error}; the bundle is proved on {provider} when it is loaded first")
+            self.progress.warn(f"{error}; the bundle is proved on {target} when it is loaded first")
             return
         require_golden(engine, bundle)
 
 
 def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
-    """The logits that a device must compute, of as many positions as fit into 1 % of the weights' bytes."""
+    """Computes the golden logits, for as many positions as fit into 1 % of the weights' bytes."""
     files = bundle.all_logits_graph.parent.iterdir()
     weights = sum(path.stat().st_size for path in files if names.is_weights_file(path.name))
     rows = int(_GOLDEN_SHARE * weights) // (4 * manifest.vocab_size)
-    # On a GPU the weights alone are quantized: activations are float32 there and on the CPU.
-    exact = PRECISIONS[manifest.precision].quantized and Form.of(manifest.target) is Form.GPU
+    # On a GPU only the weights are quantized: activations are float32 there and on the CPU.
+    exact = PRECISIONS[manifest.precision].quantized and TARGETS[manifest.target].form is Form.GPU
     like = "fp32" if exact else manifest.precision
-    if like == "fp32" and manifest.target in names.STATIC_TARGETS:  # which compute in float16
+    if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
     return Golden.computed(Engine(bundle, providers="cpu"), rows, PRECISIONS[like].golden_limit)

@@ -25,6 +25,7 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.files.folder import read_json
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS
 
 from .progress import SILENT, Progress
 from .settings import (
@@ -56,7 +57,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", help=SOURCES)
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
     add("--precision", choices=PRECISIONS, help="of the weights (default: %(default)s)")
-    add("--target", choices=names.TARGETS, help="where the bundle will run (default: %(default)s)")
+    add("--target", choices=TARGETS, help="where the bundle will run (default: %(default)s)")
     add("--graph", choices=GRAPH_CHOICES, help="form of the graph (default: %(default)s)")
     add("--format", choices=names.FORMATS, help="ort: also write the graph in the ORT format (default: %(default)s)")
     add(
@@ -130,7 +131,7 @@ def _token_ids(text: str) -> list[int]:
 
 def _export(arguments: argparse.Namespace) -> int:
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ExportConfig)}
-    ExportConfig(**options)  # refuses nonsense before torch loads
+    ExportConfig(**options)  # validate before torch loads
 
     from .pipeline import export
     from .terminal import Stages
@@ -351,7 +352,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
 
 @contextlib.contextmanager
 def _shown(stage: str) -> Iterator[Progress]:
-    """How far the stage is, on a terminal; nothing otherwise."""
+    """Shows the stage's progress if standard error is a terminal."""
     if not sys.stderr.isatty():
         yield SILENT
         return
@@ -363,7 +364,7 @@ def _shown(stage: str) -> Iterator[Progress]:
 
 
 def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
-    """Sends what the user's file prints to standard error: standard output is for the one JSON object."""
+    """Redirects prints of the user's module to standard error: standard output is reserved for the JSON object."""
     return contextlib.redirect_stdout(sys.stderr)
 
 

@@ -1,7 +1,7 @@
-"""pastkey's own graph once more, in onnxruntime's ORT format: one file with its weights, for phones and small builds.
+"""Writes pastkey's own graph in onnxruntime's ORT format: one file with its weights, for phones and small builds.
 
-A file of this format holds its own weights, whatever onnxruntime is told of files beside it. So it is one graph: with
-`logits_start` at minus the number of new tokens it gives what the all-logits graph gives.
+A file of this format always embeds its weights, even if onnxruntime is told to write external data. So one graph has to
+serve all uses: with `logits_start` = -(number of new tokens) it returns what the all-logits graph returns.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .measure.metrics import relative_difference
 from .progress import Progress
 
 _TOOL = "onnxruntime.tools.convert_onnx_models_to_ort"
-_TOKENS = 9  # of the text that both files are run on
-_LIMIT = 1e-5  # of the largest logit
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of the cache
+_TOKENS = 9  # tokens of the text that both files are run on
+_LIMIT = 1e-5  # relative to the largest logit
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # dtypes of the cache
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]
 def write_ort_format(bundle: Bundle, progress: Progress) -> None:
     """Writes names.ORT_GRAPH and names.ORT_OPERATORS into a bundle's folder.
 
-    Raises ParityError where onnxruntime cannot write the file, or it computes something else than the bundle's graph.
+    Raises ParityError if onnxruntime cannot write the file, or its results differ from the bundle's graph.
     """
     progress.stage("write the ORT format")
     graph, operators = bundle.path / names.ORT_GRAPH, bundle.path / names.ORT_OPERATORS
@@ -50,7 +50,7 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
         source.unlink()
         (Path(made) / f"{source.stem}.ort").rename(graph)
         listed = (Path(made) / f"{source.stem}.required_operators.config").read_text(encoding="utf-8").splitlines()
-    lines = [line for line in listed if not line.startswith("#")]  # which name the folder of the exporting machine
+    lines = [line for line in listed if not line.startswith("#")]  # comments name a folder of the exporting machine
     operators.write_text(
         "\n".join(
             [f"# The operators of {graph.name}, by onnxruntime {onnxruntime.__version__}", *filter(None, lines), ""]
@@ -61,15 +61,15 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """By onnxruntime's own program, in a process of its own: as a module it sets up everyone's logging."""
+    """Runs onnxruntime's converter in a child process: when imported, it reconfigures global logging."""
     program: list[str | Path] = [
         sys.executable,
         "-P",
         "-m",
         _TOOL,
         source,
-    ]  # -P: nothing of the folder where it is typed
-    # Fixed: optimised now. The platform leaves out what only CPUs of servers run.
+    ]  # -P: do not import from the current directory
+    # Fixed: optimize at conversion. `arm` leaves out optimizations that only server CPUs run.
     settings: list[str | Path] = ["--output_dir", folder, "--optimization_style", "Fixed", "--target_platform", "arm"]
     done = subprocess.run([*program, *settings], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -92,7 +92,7 @@ def _require_equal(bundle: Bundle, graph: Path) -> None:
 
 
 def _logits(graph: Path, ids: Array) -> Array:
-    """Those of every position, (T, V), by the graph with a cache and one token at a time."""
+    """Returns the logits of every position, (T, V), by running the graph with a cache, one token at a time."""
     session = onnxruntime.InferenceSession(str(graph), _quiet(), providers=["CPUExecutionProvider"])
     inputs, outputs = session.get_inputs(), [value.name for value in session.get_outputs()]
     past = {
@@ -121,5 +121,5 @@ def _logits(graph: Path, ids: Array) -> Array:
 
 def _quiet() -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors: shapes of the cache are none
+    options.log_severity_level = 3  # errors only: warnings about cache shapes are harmless
     return options

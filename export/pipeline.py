@@ -1,4 +1,4 @@
-"""checkpoint/ -> bundle/, from end to end: the main function of the stage.
+"""The export pipeline, checkpoint/ -> bundle/.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
     [-> float16 -> verify, or calibrate -> quantize -> write -> verify -> int8-KV graph]
@@ -25,6 +25,7 @@ from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
@@ -66,7 +67,7 @@ class Report:
     weight_bytes: int  # of this bundle
     fp32_weight_bytes: int  # of the same graph in float32
     seconds: float
-    sensitivity: Sensitivity | None = None  # of each matrix, where it was measured
+    sensitivity: Sensitivity | None = None  # of each matrix, if it was measured
     warnings: tuple[str, ...] = ()  # a sentence each
 
     def to_json(self) -> dict[str, Any]:
@@ -94,12 +95,12 @@ def export(
     progress: Progress = SILENT,
     **options: Unpack[ExportOptions],
 ) -> Report:
-    """Exports a decoder to a bundle folder, and proves that its results equal the source's.
+    """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
     A failed export leaves no files.
 
     Args:
-        module_or_path: A torch.nn.Module that is a decoder, as its author calls it; a transformers model for causal
+        module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
             language modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
             .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
@@ -108,12 +109,12 @@ def export(
         **options: See ExportOptions.
 
     Raises:
-        InputError: An argument that cannot be used.
+        InputError: An invalid argument.
         MissingFileError, ExistingFolderError, IntegrityError: A missing or damaged source, or an existing target.
-        ProviderError: The target's execution provider leaves a part of the graph, or computes something else.
+        ProviderError: The target's execution provider does not run all of the graph, or returns different results.
         ResourceError: Too little memory or disk.
         ContractError: A module that the cache cannot be grafted onto.
-        NumericsError: A weight that is NaN or infinity, or a value that float16 has no room for.
+        NumericsError: A weight that is NaN or infinity, or a value that overflows float16.
         ParityError: The bundle differs from the source.
         QualityError: `max_kl` cannot be met.
     """
@@ -167,7 +168,7 @@ class Artifact:
 
 
 def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] | None) -> list[Artifact]:
-    """float32, what is made of it, and the static graphs of both. The last one is the bundle in `folder`."""
+    """Makes the float32 artifact, those derived from it, and static graphs. The last is the bundle in `folder`."""
     config, progress = writer.config, writer.progress
     precision = PRECISIONS[config.precision]
     beside = folder if precision.name == "fp32" else folder / ".fp32"
@@ -194,16 +195,11 @@ def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
 
 # --- opening ------------------------------------------------------------------------------------------------------
 def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig) -> None:
-    """Raises the errors that need no work to find."""
-    if config.graph == "fused" and not providers.takes_fused(config.target):
-        target = config.target
-        raise InputError(
-            f"the fused graph is not known to run on {target}: with --target {target} use standard, or auto"
-        )
+    """Raises the errors that can be found before any work."""
     if config.sensitivity is not None:
         read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
         check_report_file(config.sensitivity, out, read)
-    providers.require_values(providers.provider_of(config.target), dict(config.provider_options or ()))
+    providers.require_values(TARGETS[config.target], dict(config.provider_options or ()))
     refuse_existing(out, force=config.force)
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
@@ -262,7 +258,7 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
 
 
 def _require_head(decoder: Decoder, config: ExportConfig) -> None:
-    """Raises ContractError where the graph has no output head to take the last hidden states from."""
+    """Raises ContractError if the last hidden states are requested and the graph has no output head."""
     if config.hidden_states and decoder.hidden_size is None:
         raise ContractError(
             f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "
@@ -271,8 +267,8 @@ def _require_head(decoder: Decoder, config: ExportConfig) -> None:
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------
-_RANGE_TOKENS = 64  # of the text on which values are looked at
-_MASKED = 1e30  # what is beyond it is a mask
+_RANGE_TOKENS = 64  # random tokens that the range of values is measured on
+_MASKED = 1e30  # larger magnitudes are masks
 
 
 def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
@@ -285,15 +281,15 @@ def _make_fp16(fp32: Bundle, folder: Path, writer: BundleWriter) -> Artifact:
 
 
 def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
-    """Raises NumericsError where a value would overflow in float16. The CPU computes in float32 and cannot show it.
+    """Raises NumericsError if a value would overflow in float16. The CPU computes in float32 and cannot show it.
 
-    `halved` are the names of the values, which are looked at in the float32 graph.
+    `halved` are the names of the values, which are measured in the float32 graph.
     """
     count = min(_RANGE_TOKENS, fp32.manifest.context_length)
     ids = np.random.default_rng(0).integers(0, fp32.manifest.vocab_size, count)
     with probing(ir.load(fp32.all_logits_graph), fp32.all_logits_graph.parent, halved) as probe:
         for name, rows in probe(ids).items():
-            # Masks hold the least number of float32, which becomes the least of float16.
+            # Masks hold the lowest float32, which becomes the lowest float16.
             largest = float(np.abs(rows[np.abs(rows) < _MASKED]).max(initial=0))
             if largest > LARGEST:
                 raise NumericsError(
@@ -304,7 +300,7 @@ def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
 
 # --- static graphs ------------------------------------------------------------------------------------------------
 def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
-    """Raises ContractError where a mask cannot tell static graphs which columns of the past are holes."""
+    """Raises ContractError if a mask cannot tell static graphs which columns of the past are holes."""
     if config.static and not decoder.padding:
         what = "its positions count every column of the cache"
         if decoder.observation.states:
@@ -321,10 +317,11 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
     context = fp32.manifest.context_length
     chunk = min(config.chunk or STATIC_CHUNK, context)
     sizes = f"1 and {chunk} new tokens over a past of {context}"
-    known = {**providers.KNOWN["qnn"].options, **dict(config.provider_options or ())}
-    chip = f", for {', '.join(f'{k} {v}' for k, v in known.items())}" if config.target == "qnn" else ""
+    row = TARGETS[config.target]
+    options = {**row.options, **dict(config.provider_options or ())}
+    chip = f", for {', '.join(f'{k} {v}' for k, v in options.items())}" if options else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
-    shape = write_static_graphs(fp32, chunk, by_host=config.target == "coreml")
+    shape = write_static_graphs(fp32, chunk, by_host=not row.reads_tables)
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
     manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
     bundle = dataclasses.replace(fp32, manifest=manifest)
@@ -334,7 +331,7 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
 def _make_static_int8(
     fp32: Bundle, folder: Path, made: Artifact, writer: BundleWriter, text: CalibrationText, progress: Progress
 ) -> Artifact:
-    """From static graphs in float32 to those in int8, beside the int8 graph for other programs that `made` has."""
+    """Quantizes the static float32 graphs to int8, beside the int8 graph for other programs in `made`."""
     progress.stage("quantize the static graphs to int8")
     quantize_static(fp32, folder, text.calibration_set)
     made.bundle.last_logits_graph.unlink()

@@ -1,26 +1,26 @@
-"""How a long export tells what it does: stages, how far a stage is, and warnings. This one tells nobody."""
+"""How a long export reports stages, progress and warnings. This class reports nothing."""
 
 from __future__ import annotations
 
 
 class Progress:
-    """A listener: override what shall be shown."""
+    """A listener. Override the methods to show something."""
 
     def stage(self, name: str) -> None:
         """The next stage begins."""
 
     def advance(self, done: int, total: int) -> None:
-        """So many of the current stage's parts are done."""
+        """`done` of `total` parts of the current stage are complete."""
 
     def warn(self, sentence: str) -> None:
-        """Something that the user should know, and that does not stop the export."""
+        """Warns the user. The export continues."""
 
 
 SILENT = Progress()
 
 
 class Recorder(Progress):
-    """Passes everything on to another listener and keeps the warnings."""
+    """Forwards everything to another listener and records the warnings."""
 
     def __init__(self, listener: Progress) -> None:
         self._listener = listener

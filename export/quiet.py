@@ -1,4 +1,4 @@
-"""Silence for libraries that say on every screen what none of their users can act on."""
+"""Silences libraries whose messages a user cannot act on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back warnings, logs up to errors, and what is printed, progress bars included."""
+    """Suppresses warnings, logs up to errors, and printed output such as progress bars."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

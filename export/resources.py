@@ -12,20 +12,20 @@ from pastkey.files.memory import available_memory
 from pastkey.files.memory import shown_bytes as _shown
 from pastkey.precisions import PRECISIONS
 
-# Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace, the arrays that are written. Of a
-# module that was loaded the precision decides.
+# Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace and the written arrays. Once a
+# module is loaded, the precision's own factor applies.
 _COPIES_IN_MEMORY = 5
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
-_BYTES_BY_MATRIX = 15  # where each matrix is measured: calibrated float32, and one graph of that and int8, as well
+_BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
 
 
 def parameters(module: nn.Module) -> int:
-    """How many weights the module has, each counted once."""
+    """Returns the number of weights in the module, each counted once."""
     return sum({id(p): p.numel() for p in [*module.parameters(), *module.buffers()]}.values())
 
 
 def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = False) -> None:
-    """Raises ResourceError when the disk of `out` has too little room for a bundle of so many weights."""
+    """Raises ResourceError if the disk of `out` has too little space for a bundle of so many weights."""
     needed = weights * (_BYTES_BY_MATRIX if by_matrix else PRECISIONS[precision].disk_bytes)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
@@ -37,9 +37,9 @@ def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = F
 
 
 def require_memory(weights: int, *, loaded_for: str | None = None) -> None:
-    """Raises ResourceError when the machine has too little memory to export so many weights.
+    """Raises ResourceError if the machine has too little memory to export so many weights.
 
-    `loaded_for`: the precision of the export once the weights are loaded, or None before.
+    `loaded_for`: the precision of the export once the weights are loaded, None before.
     """
     copies = _COPIES_IN_MEMORY if loaded_for is None else PRECISIONS[loaded_for].memory_copies
     needed = copies * 4 * weights + _BASE_BYTES

@@ -16,14 +16,13 @@ from typing import TypedDict
 from pastkey.contract import names
 from pastkey.errors import InputError
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import TARGETS
 from pastkey.values import is_int
 
 Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
-_ORT_TARGETS = ("cpu", "portable")
-_LOOP_TARGETS = ("cpu", "cuda", "portable")
-STATIC_CHUNK = 64  # tokens of a run of prefill, where nothing else is asked for
+STATIC_CHUNK = 64  # default tokens of a prefill run
 
 SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
 TOKENIZERS = (
@@ -31,11 +30,11 @@ TOKENIZERS = (
     "path/to/file.py:factory"
 )
 
-EVAL_LENGTH = 512  # tokens of a window, where the context has room for them
+EVAL_LENGTH = 512  # tokens of a window, if the context is that long
 EVAL_WINDOWS = 24  # at most, from the beginning of the text
-GREEDY_PROMPTS = 16  # windows whose beginning is continued, at most
-GREEDY_PROMPT_TOKENS = 32  # of a window's beginning, and no more than half of it
-GREEDY_TOKENS = 32  # of a continuation, where prompt and continuation fit into a window's length
+GREEDY_PROMPTS = 16  # maximum number of windows that provide a prompt
+GREEDY_PROMPT_TOKENS = 32  # from a window's beginning, at most half of it
+GREEDY_TOKENS = 32  # of a continuation, if prompt and continuation fit into a window's length
 
 
 class ExportOptions(TypedDict, total=False):
@@ -57,16 +56,16 @@ class ExportOptions(TypedDict, total=False):
     - `calibration` (text that the model writes): A text file to quantize with and to measure on.
     - `max_kl` (None): Bounds the KL divergence from float32, in nats: the most sensitive matrices get a finer
       precision until the bound is met.
-    - `sensitivity` (None): A .json file to write what each matrix costs to.
-    - `trust_remote_code` (False): Runs the Python code that a Hugging Face folder brings.
+    - `sensitivity` (None): A .json file to write each matrix's sensitivity to.
+    - `trust_remote_code` (False): Runs the Python code in a Hugging Face folder.
     - `weights` (None): A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads
-      with weights_only=True. Of a "file.py:factory" only definitions are run then. A module in hand stays as it is.
+      with weights_only=True. Only definitions of a "file.py:factory" are run then. The given module is not changed.
     - `eos` (the source's): The token id, or ids, that end a text.
-    - `provider_options` (None): Of the target's execution provider, where the bundle is proved at the end; names and
+    - `provider_options` (None): For the target's execution provider, which verifies the bundle at the end; names and
       values are onnxruntime's.
-    - `session_options` (None): Options of onnxruntime's session there, as of `pastkey.load`.
-    - `allow_fallback` (False): Whether the CPU may run there what the provider leaves.
-    - `chunk` (64): Tokens of a run of prefill of the static graph.
+    - `session_options` (None): Options of onnxruntime's session there, as for `pastkey.load`.
+    - `allow_fallback` (False): Whether the CPU may run operators there that the provider does not support.
+    - `chunk` (64): Tokens of a prefill run of the static graph.
     """
 
     target: str
@@ -93,9 +92,9 @@ class ExportOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How to export: the precision of the weights, and the fields of ExportOptions, which says what each is.
+    """The precision of the weights and the options of an export, documented in ExportOptions.
 
-    Raises InputError for a choice that does not exist, or that another one rules out.
+    Raises InputError for an unknown choice, or one that another choice rules out.
     """
 
     precision: str = "int8"
@@ -123,20 +122,19 @@ class ExportConfig:
     def __post_init__(self) -> None:
         for name, found, known in (
             ("precision", self.precision, PRECISIONS),
-            ("target", self.target, names.TARGETS),
+            ("target", self.target, TARGETS),
             ("graph", self.graph, GRAPH_CHOICES),
             ("format", self.format, names.FORMATS),
         ):
             if found not in known:
                 raise InputError(f"{name} is {found!r}; it must be one of {', '.join(known)}")
-        if self.target == "portable" and self.graph == "fused":
-            raise InputError("the fused graph is made of one provider's operators: with --target portable use standard")
-        if self.format == "ort" and self.target not in _ORT_TARGETS:
+        row = TARGETS[self.target]
+        if self.format == "ort" and not row.ort_format:
             raise InputError(
                 f"the ORT format is optimised for a CPU, and the bundle is for {self.target}: with --format ort "
-                f"take --target {' or '.join(_ORT_TARGETS)}"
+                f"take --target {' or '.join(name for name, row in TARGETS.items() if row.ort_format)}"
             )
-        if self.target in ("cpu", "portable") and (self.provider_options or self.allow_fallback):
+        if row.short == "cpu" and (self.provider_options or self.allow_fallback):
             raise InputError(
                 f"--provider-option and --allow-fallback are of another target than {self.target}, which the CPU "
                 "proves: leave them out, or name the target, as --target openvino"
@@ -160,10 +158,10 @@ class ExportConfig:
                 raise InputError(f"{sentence}, or export with --precision int8")
 
     def _check_generate(self) -> None:
-        if self.generate and self.target not in _LOOP_TARGETS:
+        if self.generate and not TARGETS[self.target].loop:
             raise InputError(
                 f"--generate writes a Loop, and {self.target} is not known to run one: leave it out, or export for "
-                f"one of {', '.join(_LOOP_TARGETS)}"
+                f"one of {', '.join(name for name, row in TARGETS.items() if row.loop)}"
             )
         if self.generate and self.static:
             raise InputError(
@@ -172,11 +170,14 @@ class ExportConfig:
             )
 
     def _check_static(self) -> None:
-        if self.target in names.STATIC_TARGETS and not self.static:
+        row = TARGETS[self.target]
+        if row.npu and not self.static:
             raise InputError(
                 f"--target {self.target} takes graphs of fixed sizes only, and --graph {self.graph} has others: leave "
                 "--graph out, or give static"
             )
+        if self.graph == "fused" and not row.takes_fused:
+            raise InputError(f"with --target {self.target} use --graph standard, or auto: {row.why_standard}")
         if self.static and self.format == "ort":
             raise InputError("--format ort is of graphs whose sizes change, and this one is static: leave it out")
         if self.static and self.hidden_states:
@@ -188,7 +189,7 @@ class ExportConfig:
             raise InputError("--chunk is of the static graph: leave it out, or export with --graph static")
         if self.chunk is not None and not is_int(self.chunk, 1):
             raise InputError(f"chunk is {self.chunk!r}; it must be a whole number of tokens from 1")
-        if self.static and self.precision != "fp32" and (self.precision, self.target) != ("int8", "qnn"):
+        if self.static and self.precision != "fp32" and not (self.precision == "int8" and row.static_int8):
             raise InputError(
                 f"the static graph is made in float32, which an NPU computes in its own precision, or with --target "
                 f"qnn in int8, and not in {self.precision}: export with --precision fp32"
@@ -201,31 +202,31 @@ class ExportConfig:
 
     @property
     def static(self) -> bool:
-        """Whether static graphs are made."""
-        return self.graph == "static" or (self.graph == "auto" and self.target in names.STATIC_TARGETS)
+        """Whether the export makes static graphs."""
+        return self.graph == "static" or (self.graph == "auto" and TARGETS[self.target].npu)
 
     @property
     def common(self) -> ExportConfig:
-        """How the graph for other programs is exported, of which static ones are made."""
+        """The settings of the graph for other programs, from which static graphs are made."""
         return dataclasses.replace(self, graph="standard", target="cpu", chunk=None) if self.static else self
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """What `eos` says, none where it says nothing."""
+        """The ids in `eos`, () if it is None."""
         if self.eos is None:
             return ()
         return tuple(self.eos) if isinstance(self.eos, Sequence) else (self.eos,)
 
     @property
     def measures_each_matrix(self) -> bool:
-        """Whether the export may ask what each matrix alone costs."""
+        """Whether the export may measure the sensitivity of each matrix."""
         return self.max_kl is not None or self.sensitivity is not None
 
 
 def split_factory(text: str) -> tuple[Path, str] | None:
-    """The parts of path/to/file.py:factory or notebook.ipynb:expression, the second empty where it was forgotten.
+    """Splits path/to/file.py:factory or notebook.ipynb:expression. A missing second part is "".
 
-    None for any other text.
+    Returns None for any other text.
     """
     found = re.fullmatch(r"(.+?\.(?:py|ipynb))(?::(.*))?", text, re.DOTALL)
     return None if found is None else (Path(found[1]), found[2] or "")

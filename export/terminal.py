@@ -1,4 +1,4 @@
-"""The stages of an export on standard error: a line each with its seconds, and a moving part in the current one."""
+"""Shows the stages of an export on standard error: a line each with its seconds, and a spinner in the current one."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from types import TracebackType
 
 from .progress import Progress
 
-_REDRAWN = 0.2  # seconds between two looks of the current line on a terminal
-_HEARTBEAT = 30.0  # seconds between two lines about one stage where there is no terminal
+_REDRAWN = 0.2  # seconds between two updates of the current line on a terminal
+_HEARTBEAT = 30.0  # seconds between two lines about one stage without a terminal
 _SPINNER = "|/-\\"
 
 
 class Stages(Progress):
-    """On a terminal the current line is redrawn, with a spinner; elsewhere a stage is a line when it ends.
+    """Redraws the current line with a spinner on a terminal. Elsewhere prints one line when a stage ends.
 
-    A thread draws, since a stage may be one long call of torch that tells nothing.
+    A thread draws, since a stage may be one long call of torch that reports nothing.
     """
 
     def __init__(self) -> None:
-        self._out = sys.stderr  # as it is now: libraries are silenced by replacing it
+        self._out = sys.stderr  # captured now: `quiet` replaces sys.stderr
         self._live = self._out.isatty()
         self._lock = threading.Lock()
         self._stage = ""
         self._began = self._told = time.monotonic()
-        self._share: float | None = None  # of the stage that is done
+        self._share: float | None = None  # completed share of the stage
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="pastkey-stages", daemon=True)
 
@@ -74,7 +74,7 @@ class Stages(Progress):
     def _redraw(self, mark: str = _SPINNER[0]) -> None:
         if self._live and self._stage:
             tail = f"{self._shown_share()}  {self._seconds():.0f} s"
-            room = shutil.get_terminal_size().columns - len(tail) - 3  # a line that wraps could not be cleared
+            room = shutil.get_terminal_size().columns - len(tail) - 3  # a wrapped line could not be cleared
             self._print(f"{self._start()}{mark} {self._stage[: max(room, 0)]}{tail}")
 
     def _end(self) -> None:

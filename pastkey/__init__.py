@@ -1,8 +1,8 @@
-"""pastkey: train a decoder, export it to ONNX with past key values, shrink it to int8, prove it, run it anywhere.
+"""pastkey: train a decoder, export it to ONNX with past key values, quantize it, verify it, run it anywhere.
 
     text --train--> checkpoint/ --export--> bundle/ --run--> text
 
-This package holds what the stages agree on and imports the standard library only; the stages load on first use.
+This package holds what the stages share and imports only the standard library. The stages load on first use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ else:
         },
     )
 
-# An uninstalled checkout keeps the stages beside this folder; an installed package has them inside it.
+# In a checkout that is not installed, the stages are beside this folder; in an installed package, inside it.
 _here = Path(__file__).resolve().parent
 if not (_here / "runtime").is_dir() and (_here.parent / "runtime" / "__init__.py").is_file():
     __path__.append(str(_here.parent))

@@ -1,4 +1,4 @@
-"""The `pastkey` command. Imports the stage of the chosen command and nothing else."""
+"""The `pastkey` command. Imports only the stage of the chosen command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pastkey.errors import (
 from pastkey.files.folder import source_extra
 from pastkey.files.reading import is_panic, last_read
 
-TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: show where an unforeseen error came from
+TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: print the traceback of an unexpected error
 # command -> (stage, one line of help). The stage's cli.py has a Command of the same name.
 COMMANDS = {
     "train": ("train", "train a decoder on text: text -> checkpoint/"),
@@ -51,11 +51,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0 well, 1 a difference was found, 2 the user's mistake."""
+    """Runs one command and returns its exit status: 0 success, 1 a difference was found, 2 the user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path need not be text
+        if isinstance(stream, io.TextIOWrapper):  # a path may not be valid text
             stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mended = missing_extra(error, name if name in NEEDED else stage, *sources)
         return _fail(_last_resort(error) if mended is error else str(mended), prog)
     except BrokenPipeError:
-        # The reader went away (| head): say nothing, and keep the interpreter's own flush quiet too.
+        # The reader closed the pipe (| head): print nothing, and silence the interpreter's own flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_what_is_closed() -> None:
-    """Gives a standard stream that a shell closed (1>&-) the null device: the next file would take its number."""
+    """Opens the null device for a standard stream that a shell closed (1>&-): the next file would take its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             file = os.open(os.devnull, os.O_RDWR)
@@ -117,7 +117,7 @@ def _open_what_is_closed() -> None:
 def _cleaning_up_when_terminated() -> Iterator[None]:
     """Ends the command by an exception on SIGTERM, and on SIGHUP when its terminal is closed, as Ctrl-C does.
 
-    So what is half-written is removed. A SIGHUP that is ignored, as under nohup, stays so.
+    So partial files are removed. An ignored SIGHUP, as under nohup, stays ignored.
     """
     numbers = [signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -125,10 +125,10 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
 
     def end(number: int, _: FrameType | None) -> None:
         for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # another one would cut the removal short
+            signal.signal(each, signal.SIG_IGN)  # another signal would interrupt the removal
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in that one only
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only in that thread
         yield
         return
     before = {number: signal.signal(number, end) for number in numbers}
@@ -141,9 +141,9 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings_as_sentences(prog: str) -> Iterator[None]:
-    """Shows what a provider or a template leaves out as a line, and every other warning as Python does."""
+    """Shows the warnings of pastkey as one line each, and every other warning as Python does."""
     with warnings.catch_warnings():
-        warnings.simplefilter("once", FallbackWarning)  # of each graph that a command opens
+        warnings.simplefilter("once", FallbackWarning)  # a command may open several graphs
         warnings.simplefilter("always", LimitWarning)
         warnings.simplefilter("always", TemplateWarning)
         shown = warnings.showwarning
@@ -174,7 +174,7 @@ def _os_sentence(error: OSError) -> str:
 
 
 def _last_resort(error: BaseException) -> str:
-    """The sentence for an unexpected exception. A damaged file is the likely cause; 1 would mean a difference."""
+    """Returns the sentence for an unexpected exception. A damaged file is likely; status 1 would mean a difference."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,4 +1,4 @@
-"""What the commands of all stages share: their shape, argument types, and how they report."""
+"""Shared code of all commands: their shape, argument types, and output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .values import shown
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one sentence in place of usage and message."""
+    """An ArgumentParser that prints one sentence instead of usage and message."""
 
     _given: Sequence[str] = ()
 
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         flags = [word.partition("=")[0] for word in self._given if word.startswith("--")]
         known = list(self._option_string_actions)
-        for flag in flags:  # named before what may be missing for its sake
+        for flag in flags:  # report an unknown flag before arguments that it leaves missing
             if not any(name.startswith(flag) for name in known):
                 near = difflib.get_close_matches(flag, known, 1)
                 message = f"no flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """One command: how it adds its arguments, and what it runs. `run` returns the exit status."""
+    """One command: adds its arguments, and runs. `run` returns the exit status."""
 
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
@@ -100,7 +100,7 @@ def key_value(text: str) -> tuple[str, str]:
 
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
-    """The flags of where a bundle runs."""
+    """Adds the flags that choose where a bundle runs."""
     add = parser.add_argument
     add("--threads", metavar="N", type=positive_int, help="threads within an operator (default: physical cores)")
     add("--provider", metavar="X", help="execution provider: pastkey devices lists them")
@@ -108,7 +108,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 
 
 def add_untrusted(parser: argparse.ArgumentParser) -> None:
-    """The flags of an untrusted bundle: `untrusted`, and `limits` as pairs, or None."""
+    """Adds the flags of an untrusted bundle: `untrusted`, and `limits` as pairs, or None."""
     add = parser.add_argument
     add("--untrusted", action="store_true", help="open the bundle in a child process with limits")
     meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; repeat for both"
@@ -116,7 +116,7 @@ def add_untrusted(parser: argparse.ArgumentParser) -> None:
 
 
 def add_provider_settings(parser: argparse.ArgumentParser) -> None:
-    """The flags of how a provider runs a bundle: `provider_options` and `session_options` are pairs, or None."""
+    """Adds the flags of a provider: `provider_options` and `session_options` are pairs, or None."""
     add = parser.add_argument
     add("--allow-fallback", action="store_true", help="let the CPU run what the provider leaves")
     for flag, name, what in (
@@ -128,7 +128,7 @@ def add_provider_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def placement_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The values of those flags, as arguments of `load`. Raises InputError for options without a provider."""
+    """Returns the values of these flags as arguments of `load`. Raises InputError for options without a provider."""
     if arguments.provider_options and arguments.provider is None:
         raise InputError("--provider-option is for an execution provider: name it with --provider X")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -145,27 +145,27 @@ def placement_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode_input(content: bytes) -> str:
-    """The text of what came in on standard input. Raises InputError unless it is UTF-8."""
+    """Decodes standard input. Raises InputError unless it is UTF-8."""
     return decode_text(content, "standard input")
 
 
-# What moves a terminal's cursor or sets it, but line breaks and tabs.
+# Characters that move a terminal's cursor or change its state, except line breaks and tabs.
 _CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "\N{REPLACEMENT CHARACTER}")
 
 
 def say(text: str) -> None:
-    """A line of progress or result for a person, on standard error: standard output is for the result itself.
+    """Prints a line of progress or result for a person on standard error: standard output is for the result itself.
 
-    Without control characters, which a name in a file may have.
+    Replaces control characters, which a name in a file may have.
     """
     print(text.translate(_CONTROL), file=sys.stderr, flush=True)
 
 
 def print_text(text: str) -> None:
-    """A piece of a model's text as it comes. A terminal gets no control characters, which would be its commands."""
+    """Prints a piece of a model's text. On a terminal, replaces control characters, which would be commands to it."""
     print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """The one JSON object of --json."""
+    """Prints the JSON object of --json."""
     print(json.dumps(content, ensure_ascii=False, allow_nan=False), flush=True)

@@ -1,4 +1,4 @@
-"""The errors of users. Each is one sentence: what was found, what was expected, what to do.
+"""The errors of users. Each is one sentence: found, expected, what to do.
 
 Every class is also the builtin a caller would catch. The command line prints the sentence and exits with status 2.
 """
@@ -85,7 +85,7 @@ class UntrustedBundleError(PastkeyError, RuntimeError):
 
 
 class FallbackWarning(RuntimeWarning):
-    """The CPU runs operators that the chosen execution provider leaves."""
+    """The CPU runs operators that the chosen execution provider does not support."""
 
 
 class TemplateWarning(UserWarning):
@@ -93,16 +93,16 @@ class TemplateWarning(UserWarning):
 
 
 class LimitWarning(RuntimeWarning):
-    """The child process of an untrusted bundle lacks a limit that this system does not have."""
+    """The child process of an untrusted bundle runs without a limit that this system does not support."""
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:
-    """What a library's error says in its first line, or its class where it says nothing."""
+    """Returns the first line of a library's error, or its class if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:longest]
 
 
-# The optional modules that a stage or a command needs. Where one is missing, the others may be missing, too.
+# The optional modules that a stage or a command needs. If one is missing, others may be missing as well.
 NEEDED = {
     "train": ("torch", "safetensors", "matplotlib", "tqdm"),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
@@ -116,10 +116,10 @@ _TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptogr
 
 
 def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFoundError | MissingExtraError:
-    """The sentence for a missing optional package, or `error` itself when the package is none of ours.
+    """Returns the error for a missing optional package, or `error` itself if the package is none of ours.
 
-    `needed_by` are keys of NEEDED: what else they lack is named in the same sentence. The packages themselves are
-    named, which is right however pastkey was installed, and then pastkey's extras of the same names.
+    `needed_by` are keys of NEEDED: the sentence also names what else they lack. It names the packages themselves, which
+    is right however pastkey was installed, and then pastkey's extras of the same names.
     """
     package = (error.name or "").partition(".")[0]
     if package not in _TOLD:

@@ -1,4 +1,4 @@
-"""Packages whose names load on first use: importing one, or a command's --help, waits for nothing heavy."""
+"""Packages whose names load on first use, so that importing one, or a command's --help, is fast."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 def lazy_names(
     package: str, homes: Mapping[str, Sequence[str]]
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """`__all__`, `__getattr__` and `__dir__` of a package.
+    """Returns `__all__`, `__getattr__` and `__dir__` of a package.
 
     Type checkers read the same names under TYPE_CHECKING; tests/pastkey/test_lazy.py compares the two.
 
     Args:
         package: Its `__name__`.
-        homes: Module -> its names. A name like its module's is the module, which any import of it puts there.
+        homes: Module -> its names. A name equal to its module's is the module, which any import of it sets.
 
     Returns:
-        The three. `__getattr__` raises MissingExtraError where a package is missing that an extra brings.
+        The three. `__getattr__` raises MissingExtraError if a package of an extra is missing.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

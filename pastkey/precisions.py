@@ -1,6 +1,6 @@
-"""The precisions of a bundle's weights, a row each: what the stages must know of one.
+"""The precisions of a bundle's weights, one row each, with the facts that the stages share.
 
-A further one is a row here, a maker in `export/quantize/`, and the maker's line in `export/pipeline.py`.
+A new precision is a row here, a maker in `export/quantize/`, and the maker's line in `export/pipeline.py`.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from typing import Final
 class Precision:
     """One precision. Distances are relative to the largest logit, KL divergences in nats."""
 
-    name: str  # as the command line and the manifest have it
+    name: str  # in the command line and the manifest
     bits: int  # of a weight of most projections
-    graph: str  # the all-logits graph, by the name under which every loader finds it
-    transformers_js: str  # what transformers.js calls it, as a dtype
-    golden_limit: float  # how far logits on another device may be from the CPU's
-    memory_copies: int  # of the float32 weights, that an export of a loaded module needs at its peak
-    disk_bytes: int  # per weight, that an export needs at its peak
+    graph: str  # the all-logits graph, by the name that loaders expect
+    transformers_js: str  # its dtype in transformers.js
+    golden_limit: float  # maximum distance of another device's logits from the CPU's
+    memory_copies: int  # peak of an export of a loaded module, in copies of the float32 weights
+    disk_bytes: int  # peak of an export, per weight
     cache_bytes: int = 4  # per number of the KV cache
-    max_difference: float = 1e-5  # of logits from the source's; of a quantized bundle from those of its own other runs
-    # Of a quantized one:
-    finer: str = "fp32"  # the precision of matrices that cost too much, and the one to export in instead
+    max_difference: float = 1e-5  # of logits from the source's; for a quantized bundle, between its own runs
+    # For a quantized one:
+    finer: str = "fp32"  # the precision of the most sensitive matrices, and the one to export in instead
     calibration_windows: int = 0  # of calibration text
-    max_kl: float = 0.0  # from float32: an export beyond it has lost the model
-    decode_kl: float = 0.0  # decoded token by token, from prefill, as a share of the KL divergence from float32
+    max_kl: float = 0.0  # from float32: an export beyond it is not the same model any more
+    decode_kl: float = 0.0  # maximum KL of decoding from prefill, as a share of the KL divergence from float32
 
     @property
     def quantized(self) -> bool:
-        """Whether weights are integers: MatMuls take int8 kernels, and parity is with the bundle itself."""
+        """Whether weights are integers: MatMuls use int8 kernels, and the bundle is compared with itself."""
         return self.bits <= 8
 
 
-# Golden limits: in float32 devices were 5e-7 from the CPU, in float16 2e-3; a prefill that leaves out keys is 2e-2 off,
-# and more. A device that leaves activations as they are is further off where they are int8 on the CPU: 1.5e-2 in
+# Golden limits: devices were 5e-7 from the CPU in float32 and 2e-3 in float16. A prefill that leaves out keys is at
+# least 2e-2 off. A device that does not quantize activations is further off if the CPU runs them in int8: 1.5e-2 in
 # SmolLM2-135M.
 #
 # Differences: torch and onnxruntime in float32 differ by 9e-5 at logits of 44; float16's noise is 2e-3.
 #
-# Decoding token by token takes another path through attention than prefill; the last bits, amplified by int8
-# activations, may cost no more than twice what int8 itself costs: two roundings of one size are that far from each
-# other. Most of what int4 costs is its weights', which are the same on every path: a tenth of int8's share.
+# Decoding token by token takes a different path through attention than prefill. int8 activations amplify the last bits.
+# The limit is twice int8's own error: two roundings of one size are that far apart. Most of int4's error comes from its
+# weights, which are the same on every path, so its limit is a tenth of that.
 #
-# Calibration: int4's Hessian is more numbers than the scales that int8 is calibrated by.
+# Calibration: int4's Hessian has more numbers than the scales that int8 is calibrated by.
 #
 # Memory and disk are measured peaks. int8 is made from float32 files, which are written once more with migrated scales.
 # int4 holds X^T X of every activation, and measures each matrix in one graph of float32 and int4.

@@ -1,4 +1,4 @@
-"""A JSON object as a dataclass: every field's type and range is what its annotation says.
+"""Parses a JSON object into a dataclass, by the types and ranges in its annotations.
 
     Count = Annotated[int, Between(1, 2**31 - 1)]
 
@@ -9,9 +9,9 @@
 
     parse(Layer, {"heads": 4}) == Layer(4)
 
-Understood are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
-list[X], Mapping[str, X] and dataclasses; a field of another type is refused. A truth value is no number, a number is
-finite, and a text is Unicode.
+Supported are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
+list[X], Mapping[str, X] and dataclasses; a field of another type is refused. A bool is not a number, numbers are
+finite, and texts are valid Unicode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .errors import InputError
 from .values import is_int, is_number, is_unicode, shown
 
 T = TypeVar("T")
-_LARGEST: Final = 2**31 - 1  # of a size or an id: onnxruntime and torch count further, no model does
+_LARGEST: Final = 2**31 - 1  # of a size or an id: onnxruntime and torch allow more, no model needs it
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ Natural = Annotated[int, Between(0, 2**63 - 1)]
 
 
 def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool = False) -> T:
-    """`value`, parsed JSON, as `kind`. Raises InputError naming the field that is of another type or out of range.
+    """Parses `value`, JSON, as `kind`. Raises InputError naming the field of another type or out of range.
 
-    A key without a field is refused too, or with `further` passed over.
+    A key without a field is also refused, or skipped with `further`.
     """
     found: T = _parse(kind, value, name, further)
     return found
@@ -93,7 +93,7 @@ def _plain(kind: Any, value: Any, name: str) -> Any:
 
 
 def _float(value: float) -> float:
-    """A whole number stays one, so that what was written comes back."""
+    """Keeps a whole number an int, so that it is written as it was read."""
     return int(value) if is_int(value) else float(value)
 
 

@@ -1,4 +1,4 @@
-"""What every stage asks of a value."""
+"""Checks of values that all stages share."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ T = TypeVar("T")
 
 
 def is_int(value: object, least: int | None = None, most: int | None = None) -> TypeGuard[int]:
-    """Whether it is a whole number, of numpy too, not below `least` and not above `most`."""
+    """Whether it is a whole number, also numpy's, from `least` to `most`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         return False
     return (least is None or int(value) >= least) and (most is None or int(value) <= most)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite real number, of numpy too."""
+    """Whether it is a finite real number, also numpy's."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
-    return bool(value < math.inf) and not bool(value <= -math.inf)  # of a whole number that no float holds, too
+    return bool(value < math.inf) and not bool(value <= -math.inf)  # also for ints beyond float
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
-    """Raises InputError for a setting unless the condition holds."""
+    """Raises InputError for a value unless the condition holds."""
     if not condition:
         raise InputError(f"{name} is {shown(value)}; it must be {expected}")
 
 
 def or_default(value: T | None, default: T) -> T:
-    """The value, or the default for None, which is "not set"."""
+    """Returns the value, or the default if it is None, which means "not set"."""
     return default if value is None else value
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it has no half of a surrogate pair."""
+    """Whether a text can be encoded as UTF-8: it has no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -51,49 +51,45 @@ def is_unicode(text: str) -> bool:
 
 
 def is_one_of(value: object, known: Collection[str]) -> TypeGuard[str]:
-    """Whether it is a text among those."""
+    """Whether it is one of these texts."""
     return isinstance(value, str) and value in known
 
 
 def is_collection(value: object) -> TypeGuard[Collection[Any]]:
-    """Whether it has parts that can be gone through more than once: no text, no mapping, no array of no dimension."""
+    """Whether it can be iterated more than once and is not a text, a mapping, or an array without dimensions."""
     named = isinstance(value, str | bytes | bytearray | memoryview | Mapping)
     return isinstance(value, Sized) and isinstance(value, Iterable) and not named and getattr(value, "ndim", 1) > 0
 
 
-def as_path(value: object, name: str = "path", expected: str = "the path of a file") -> Path:
-    """The path of something that need not be there. Raises InputError for what is none that this system takes."""
-    found = value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else None
-    if not isinstance(found, str):
-        what = type(value).__name__ if isinstance(value, bytes) else shown(value)  # a key's bytes are shown to nobody
-        raise InputError(f"{name} is {what}; it must be {expected}, as a str or a Path")
+def as_path(value: str | os.PathLike[str], name: str = "path", expected: str = "the path of a file") -> Path:
+    """Returns the path, which need not exist. Raises InputError if it is not a valid path on this system."""
+    found, why = Path(value), None
     try:
         os.lstat(found)
     except ValueError:  # a NUL, or a character that no name has here
-        raise InputError(f"{name} is {shown(found)}, which is not the name of a file; it must be {expected}") from None
+        why = "is not the name of a file"
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise InputError(
-                f"{name} is {shown(found)}, which is longer than a name can be here; it must be {expected}"
-            ) from None
-    return Path(found)
+        why = "is longer than a name can be here" if error.errno == errno.ENAMETOOLONG else None
+    if why is not None:
+        raise InputError(f"{name} is {shown(str(found))}, which {why}; it must be {expected}")
+    return found
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """A value as a sentence shows it, in one line, however large it is, and whatever it says of itself."""
+    """Formats a value for a sentence, in one line, however large it is and whatever its repr does."""
     if isinstance(value, int) and abs(value) >= 10**longest:  # Python refuses to write more than 4,300 digits
         return f"a number of more than {longest} digits"
     if isinstance(value, list | tuple | dict) and len(value) > 20:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
     try:
         text = re.sub(r"\s*\n\s*", " ", repr(value))
-    except Exception:  # nested too deeply, a number of too many digits within, or the caller's own class
+    except Exception:  # nested too deeply, contains a huge number, or is of the caller's own class
         text = f"an object of the class {type(value).__name__}"
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def parse_version(text: str) -> tuple[int, int, int]:
-    """The three numbers that a version starts with: "1.32.0.dev3" -> (1, 32, 0)."""
+    """Returns the first three numbers of a version: "1.32.0.dev3" -> (1, 32, 0)."""
     numbers = [int(number) for number in re.findall(r"[0-9]{1,9}", text)[:3]]
     major, minor, patch = (*numbers, 0, 0, 0)[:3]
     return major, minor, patch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
-from pastkey.values import as_path, is_int, or_default, require, shown
+from pastkey.values import as_path, or_default, require, shown
 
 from .decoding.batching.prefix_cache import PREFIX_BYTES
 from .decoding.batching.scheduler import MAX_ROWS
@@ -23,7 +23,7 @@ from .model.draft_model import DraftModel
 from .model.language_model import LanguageModel
 from .model.signature import require_signature
 from .model.unpack import Given, given_as, remove, tell_as_given, unpacked
-from .settings import Choice, SessionSettings, require_placement
+from .settings import Choice, PlacementOptions, SessionSettings, require_valid
 
 if TYPE_CHECKING:
     from .sandbox.limits import Limits
@@ -139,23 +139,20 @@ def load(
             and cryptography is not installed.
         UntrustedBundleError: With `trust=False`, the bundle breaks a limit, crashes its process, or makes it send no
             valid reply. Every call may raise it.
-        InputError: An argument has a wrong type, or is out of range; or a session option is pastkey's own; or `draft`
+        InputError: An argument is out of range or no such setting; or a session option is pastkey's own; or `draft`
             has another vocabulary, or does not fit this bundle.
     """
-    require_settings(
-        providers,
-        threads,
-        verify,
-        allow_fallback,
-        session_options,
-        max_memory,
-        prefix_bytes,
-        max_batch,
-        draft,
-        trust,
-        limits,
-    )
-    allow_fallback = allow_fallback or False
+    placement: PlacementOptions = {
+        "providers": providers,
+        "threads": threads,
+        "allow_fallback": or_default(allow_fallback, False),
+        "session_options": session_options,
+    }
+    require(trust is not None, "trust", trust, "True or False")
+    require_valid({**placement, "verify": verify, "trust": trust})
+    require_valid({"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch})
+    if trust is not True or limits is not None:
+        _require_untrusted(trust, providers, draft)
     prefix_bytes, max_batch = or_default(prefix_bytes, PREFIX_BYTES), or_default(max_batch, MAX_ROWS)
     if key is not None:
         as_path(key, "key", "the path of a PEM file with a public key")
@@ -172,7 +169,7 @@ def load(
                 "threads": None if threads is None else int(threads),  # numpy's numbers are no JSON
                 "verify": verify,
                 "key": None if key is None else str(Path(key).absolute()),
-                "allow_fallback": allow_fallback,
+                "allow_fallback": placement["allow_fallback"],
                 "session_options": None if session_options is None else dict(session_options),
                 "max_memory": None if max_memory is None else int(max_memory),
                 "prefix_bytes": int(prefix_bytes),
@@ -190,27 +187,15 @@ def load(
             draft.require_open()
             drafts = DraftModel(draft, opened=False)
         elif draft is not None:
-            opened = load(
-                draft,
-                providers,
-                threads,
-                verify,
-                key=key,
-                allow_fallback=allow_fallback,
-                session_options=session_options,
-            )
-            drafts = DraftModel(opened, opened=True)
+            drafts = DraftModel(load(draft, verify=verify, key=key, **placement), opened=True)
         model = LanguageModel(
             bundle,
-            providers=providers,
-            threads=threads,
-            allow_fallback=allow_fallback,
-            session_options=session_options,
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,
             draft=drafts,
             temporary=None if temporary is None else weakref.finalize(temporary, remove, folder, os.getpid()),
+            **placement,
         )
     except BaseException as error:
         if drafts is not None:
@@ -253,33 +238,6 @@ async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> Lang
     return await asyncio.to_thread(lambda: load(path, **settings))
 
 
-def require_settings(
-    providers: Any = None,
-    threads: object = None,
-    verify: object = None,
-    allow_fallback: object = False,
-    session_options: object = None,
-    max_memory: object = None,
-    prefix_bytes: object = PREFIX_BYTES,
-    max_batch: object = MAX_ROWS,
-    draft: object = None,
-    trust: object = True,
-    limits: object = None,
-) -> None:
-    """Raises InputError for an argument of `load` that is of another type or out of range."""
-    require_placement(providers, threads, allow_fallback, session_options)
-    require(verify is None or isinstance(verify, bool), "verify", verify, "True, False or None")
-    for name, value, least in (
-        ("max_memory", max_memory, 1),
-        ("prefix_bytes", prefix_bytes, 0),
-        ("max_batch", max_batch, 1),
-    ):
-        if value is not None and not is_int(value, least):
-            raise InputError(f"{name} is {shown(value)}; a whole number from {least} was expected")
-    if trust is not True or limits is not None:
-        _require_untrusted(trust, limits, providers, draft)
-
-
 class _Temporary:
     """What a temporary folder lives as long as."""
 
@@ -294,20 +252,11 @@ def _folder_of(given: Given) -> tuple[Path, _Temporary | None]:
     return given.path, None if given.copied is None else _Temporary()
 
 
-def _require_untrusted(
-    trust: object, limits: object, providers: Choice | Sequence[Choice] | None, draft: object
-) -> None:
+def _require_untrusted(trust: bool, providers: Choice | Sequence[Choice] | None, draft: object) -> None:
     """Raises InputError for what does not go with an untrusted bundle."""
-    from .sandbox.limits import Limits
-
-    if not isinstance(trust, bool):
-        raise InputError(f"trust is {shown(trust)}; True or False was expected")
     if trust:
         raise InputError("limits are for a bundle that is not trusted, and trust is True: load it with trust=False")
-    if not isinstance(limits, Limits | None):
-        raise InputError(f"limits is {shown(limits)}; Limits(memory=..., seconds=...) was expected, or None")
-    asked = [providers] if isinstance(providers, str) else ["cpu"] if providers is None else [*providers]
-    if asked != ["cpu"]:
+    if providers not in (None, "cpu", ["cpu"], ("cpu",)):
         raise InputError(f"providers is {shown(providers)}; an untrusted bundle runs on the CPU alone: leave it out")
     if draft is not None:
         raise InputError("a draft model is of no use to a bundle that is not trusted: leave draft (--draft) out")

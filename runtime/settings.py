@@ -7,10 +7,10 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
-from pastkey.errors import InputError, OptionError
-from pastkey.values import is_collection, is_int, is_number, require, shown
+from pastkey.errors import OptionError
+from pastkey.values import is_collection, is_int, is_number, is_one_of, require, shown
 
 # An execution provider by a short name ("cuda") or onnxruntime's, alone or with its options.
 Choice = str | tuple[str, dict[str, Any]]
@@ -22,6 +22,7 @@ NUM_SINK_TOKENS = 4  # first tokens of a text that always stay in the context, t
 MAX_DRAFT_TOKENS = 7  # of a step, beside the certain token
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
+MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 
 
 SessionSettings = Mapping[str, Any]  # of onnxruntime's session options, by their names
@@ -159,36 +160,6 @@ class PlacementOptions(TypedDict, total=False):
     session_options: SessionSettings | None
 
 
-def require_placement(
-    providers: object = None, threads: object = None, allow_fallback: object = False, session_options: object = None
-) -> None:
-    """Raises InputError for one of PlacementOptions that is of another type."""
-    if threads is not None and not is_int(threads):
-        raise InputError(f"threads is {shown(threads)}; a whole number was expected, or None for the physical cores")
-    if not (providers is None or _is_choice(providers)) and not (
-        is_collection(providers) and all(map(_is_choice, providers))
-    ):
-        raise InputError(
-            f'providers is {shown(providers)}; a name such as "cuda", a pair of a name and its options, or a list of '
-            "these was expected"
-        )
-    if session_options is not None and not (
-        isinstance(session_options, Mapping) and all(isinstance(name, str) for name in session_options)
-    ):
-        raise InputError(
-            f"session_options is {shown(session_options)}; a mapping of names to values such as "
-            '{"enable_cpu_mem_arena": False} was expected'
-        )
-    require(isinstance(allow_fallback, bool | None), "allow_fallback", allow_fallback, "True or False")
-
-
-def _is_choice(value: object) -> bool:
-    """Whether it names one execution provider, with options or without."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return isinstance(value[0], str) and isinstance(value[1], dict)
-    return isinstance(value, str)
-
-
 class SessionOptions(ChatOptions, total=False):
     """The options of `Session.generate` and `Session.stream`."""
 
@@ -215,8 +186,9 @@ _ELSEWHERE = {
 
 
 def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The options of a call that are set: None is not. Raises as `require_known`."""
+    """The options of a call that are set: None is not. Raises as `require_known` and `require_valid`."""
     require_known(call, options, known)
+    require_valid(options)
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -266,36 +238,108 @@ class SamplingConfig:
         return cls(**{field.name: options[field.name] for field in dataclasses.fields(cls) if field.name in options})
 
     def __post_init__(self) -> None:
-        for name, (valid, expected) in _RANGES.items():
-            value = getattr(self, name)
+        require_valid(vars(self))
+
+
+def require_valid(given: Mapping[str, Any]) -> None:
+    """Raises InputError for the first option that is of a wrong type or out of range. None is "not set"."""
+    for name, value in given.items():
+        if name in _VALID and value is not None:
+            valid, expected = _VALID[name]
             require(valid(value), name, value, expected)
 
 
-def _between(least: float, most: float) -> Callable[[Any], bool]:
+Check = Callable[[Any], bool]
+
+
+def _is(*kinds: type) -> Check:
+    return lambda value: isinstance(value, kinds)
+
+
+def _between(least: float, most: float) -> Check:
     return lambda value: is_number(value) and least <= value <= most
 
 
-def _at_least(least: int) -> Callable[[Any], bool]:
-    return lambda value: is_int(value, least)
+def _whole(least: int, most: int | None = None) -> Check:
+    return lambda value: is_int(value, least, most)
 
 
-def _each(valid: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
+def _each(valid: Check, least: int = 0) -> Check:
     """Of a list, or another collection with an order."""
     return lambda value: is_collection(value) and len(value) >= least and all(map(valid, value))
 
 
-_IS_ID = _at_least(0)
-_PENALTY = (_between(-_MOST, _MOST), "a number; 0 changes nothing, and below 0 tokens become likelier")
-_BACK = (_at_least(-1), "a whole number from 0, or -1 for the whole text")
+def _one_or_each(valid: Check) -> Check:
+    return lambda value: valid(value) or _each(valid)(value)
 
-# What a field may be, and how an error says so.
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+_IS_ID = _whole(0)
+_SWITCH = (_is(bool), "True or False")
+_COUNT = (_whole(0), "a whole number from 0")
+_SIZE = (_whole(1), "a whole number from 1")
+_NAME = (_is(str), "a text")
+_TEXTS = (_one_or_each(_is_text), "a text, or a list of texts, each of at least one character")
+_PENALTY = (_between(-_MOST, _MOST), "a number; 0 changes nothing, and below 0 tokens become likelier")
+_BACK = (_whole(-1), "a whole number from 0, or -1 for the whole text")
+
+# What each option may be, and how an error says so. The one check of types: others are left to Python's TypeError.
+_VALID: dict[str, tuple[Check, str]] = {
+    # of `load` and of Engine
+    "providers": (lambda value: isinstance(value, str) or is_collection(value), 'a name such as "cuda", or a list'),
+    "threads": (is_int, "a whole number, or None for the physical cores"),
+    "allow_fallback": _SWITCH,
+    "session_options": (
+        lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+        'a mapping of names to values such as {"enable_cpu_mem_arena": False}',
+    ),
+    "verify": (_is(bool), "True, False or None"),
+    "trust": _SWITCH,
+    "max_memory": _SIZE,
+    "prefix_bytes": _COUNT,
+    "max_batch": _SIZE,
+    "chunk_size": _SIZE,
+    "length": (is_int, "a whole number"),
+    "ids": (is_collection, "a list of token ids"),
+    # of a call
+    "n": (_whole(1, MAX_CONTINUATIONS), f"a whole number from 1 to {MAX_CONTINUATIONS:,}"),
+    "max_new_tokens": _COUNT,
+    "stop": _TEXTS,
+    "bad_words": _TEXTS,
+    "eos_token_id": (_one_or_each(_IS_ID), "a token id, or a list of token ids"),
+    "stop_token_ids": (_each(_IS_ID), "a list of token ids"),
+    "logprobs": _COUNT,
+    "prompt_logprobs": _SWITCH,
+    "prompt_lookup": _SWITCH,
+    "draft": (_is(bool), "True or False: the draft model itself is an option of load"),
+    "timeout": (lambda value: is_number(value) and value > 0, "a number of seconds above 0"),
+    "reuse_prefix": _SWITCH,
+    "exact": _SWITCH,
+    "context_overflow": (lambda value: is_one_of(value, ("error", "shift")), '"error" or "shift"'),
+    "num_sink_tokens": _COUNT,
+    "keep_special_tokens": _SWITCH,
+    "regex": (_is_text, "a regular expression, as a text"),
+    "grammar": (_is_text, "a grammar in Lark's notation, as a text"),
+    "choices": (_each(_is_text, 1), "a list of texts of at least one character"),
+    # of an embedding
+    "pooling": (lambda value: is_one_of(value, get_args(Pooling)), "one of " + ", ".join(get_args(Pooling))),
+    "normalize": _SWITCH,
+    # of a conversation
+    "system": _NAME,
+    "documents": (_each(_is(Mapping)), 'a list of {"title": ..., "text": ...}, as the template reads them'),
+    "special_tokens_as_text": _SWITCH,
+    "name": _NAME,
+    "call_id": _NAME,
+    # of a SamplingConfig
     "temperature": (_between(0, _MOST), "a number from 0 to 2**127"),
-    "top_k": (_at_least(0), "a whole number from 0, which keeps all"),
+    "top_k": (_whole(0), "a whole number from 0, which keeps all"),
     "top_p": (_between(_LEAST, 1), "above 0 and at most 1, which keeps all"),
     "min_p": (_between(0, 1), "between 0, which keeps all, and 1"),
     "repetition_penalty": (_between(_LEAST, _MOST), "above 0 and at most 2**127; 1 changes nothing"),
-    "seed": (lambda value: value is None or is_int(value, 0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
+    "seed": (_whole(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
     "typical_p": (_between(_LEAST, 1), "above 0 and at most 1, which keeps all"),
     "top_n_sigma": (_between(-_MOST, _MOST), "a number above 0, or at most 0, which keeps all"),
     "xtc_probability": (_between(0, 1), "between 0, which keeps all, and 1"),
@@ -303,24 +347,21 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
     "penalty_last_n": _BACK,
-    "no_repeat_ngram_size": (_at_least(0), "a whole number from 0, which bans nothing"),
+    "no_repeat_ngram_size": (_whole(0), "a whole number from 0, which bans nothing"),
     "dry_multiplier": (_between(0, _MOST), "a number from 0, which changes nothing"),
     "dry_base": (_between(1, _MOST), "a number from 1"),
-    "dry_allowed_length": (_at_least(0), "a whole number from 0"),
+    "dry_allowed_length": _COUNT,
     "dry_penalty_last_n": _BACK,
     "dry_sequence_breakers": (
-        _each(lambda breaker: (isinstance(breaker, str) and breaker != "") or _each(_IS_ID, 1)(breaker)),
+        _each(lambda breaker: _is_text(breaker) or _each(_IS_ID, 1)(breaker)),
         "a list of texts, or of lists of token ids, each of at least one",
     ),
-    "min_new_tokens": (_at_least(0), "a whole number from 0"),
+    "min_new_tokens": _COUNT,
     "logit_bias": (
         lambda value: (
-            value is None
-            or (
-                isinstance(value, Mapping)
-                and all(map(_IS_ID, value))
-                and all(_between(-_MOST, _MOST)(bias) or bias == -math.inf for bias in value.values())
-            )
+            isinstance(value, Mapping)
+            and all(map(_IS_ID, value))
+            and all(_between(-_MOST, _MOST)(bias) or bias == -math.inf for bias in value.values())
         ),
         "a mapping of token ids to numbers, or to -inf, which bans",
     ),
@@ -330,9 +371,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _each(lambda pair: _each(_IS_ID, 2)(pair) and len(pair) == 2),
         "a list of pairs: a place among the new tokens, from 0, and the token id there",
     ),
-    "forced_eos_token_id": (lambda value: value is None or _IS_ID(value), "a token id, or None"),
+    "forced_eos_token_id": (_IS_ID, "a token id, or None"),
     "logits_processor": (
-        lambda value: callable(value) or _each(callable)(value),
+        _one_or_each(callable),
         "a function of (ids, logits) that returns logits, or a list of such functions",
     ),
 }

@@ -151,7 +151,15 @@ RUNTIME_FLOORS = (
     "bulk",
     "commands",
 )
-PASTKEY_FLOORS = ("version errors", "lazy values precisions", "typed", "files", "contract", "command", "__main__")
+PASTKEY_FLOORS = (
+    "version errors",
+    "lazy values precisions providers",
+    "typed",
+    "files",
+    "contract",
+    "command",
+    "__main__",
+)
 MOST_TYPING_IMPORTS = 13  # of our own modules in runtime/, beside its lazy names
 
 

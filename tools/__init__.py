@@ -1,1 +1,1 @@
-"""What is run by hand: `python -m tools.NAME`."""
+"""Tools to run by hand: `python -m tools.NAME`."""

@@ -1,7 +1,7 @@
-"""The bundles of tools/versions.py by the runtime on another architecture, emulated by qemu.
+"""Runs the bundles of tools/versions.py on another architecture, emulated by qemu.
 
-Debian's Python for arm64 and its libraries are fetched by apt into a folder of their own and unpacked there; the system
-stays as it is. The wheels for arm64 come from the package index. By hand, on Debian: it takes a few minutes.
+apt fetches Debian's Python for arm64 and its libraries into a separate folder, where they are unpacked; the system does
+not change. The wheels for arm64 come from the package index. Run it by hand, on Debian: it takes a few minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_
 
 
 def fetch_system() -> None:
-    """Python for arm64 with all that it needs, and qemu, unpacked below PLACE."""
+    """Unpacks Python for arm64 with its dependencies, and qemu, below PLACE."""
     if (PLACE / "fetched").exists():
         return
     shutil.rmtree(PLACE, ignore_errors=True)
@@ -50,7 +50,7 @@ def fetch_system() -> None:
 
 
 def answers(release: str) -> Answers:
-    """What this release makes of the bundles on arm64."""
+    """Returns this release's results for the bundles on arm64."""
     shutil.rmtree(PACKAGES, ignore_errors=True)
     binary = ["--only-binary=:all:", "--python-version", PYTHON]
     binary += [part for platform in PLATFORMS for part in ("--platform", platform)]
@@ -58,14 +58,14 @@ def answers(release: str) -> Answers:
     pip(*alone, *binary, f"onnxruntime=={release}", "numpy", "tokenizers", build_wheel(PLACE / "wheel"))
     emulated = [PLACE / "usr" / "bin" / "qemu-aarch64", "-L", SYSTEM, SYSTEM / "usr" / "bin" / f"python{PYTHON}"]
     command = [*emulated, "-S", "-P", ROOT / "tools" / "versions.py", "--answer", BUNDLES, PLACE / "answers.npz"]
-    command.append(PROMPTS[0])  # the long one takes too long where all is emulated
+    command.append(PROMPTS[0])  # the long one takes too long under emulation
     environment = os.environ | {"PYTHONPATH": str(PACKAGES), "XDG_CACHE_HOME": str(PLACE / "home")}
     subprocess.run(list(map(str, command)), cwd=PLACE, env=environment, check=True)
     return Answers.of(PLACE / "answers.npz")
 
 
 def main() -> int:
-    """0 where both architectures agree, else 1."""
+    """Returns 0 if both architectures agree, else 1."""
     fetch_system()
     make_bundles()
     release = releases()[0]

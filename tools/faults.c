@@ -1,4 +1,4 @@
-/* Preloaded by tests/torture.py: the Nth call that changes the disk below a folder fails, or ends the process.
+/* Preloaded by tools/torture.py: the Nth call that changes the disk below a folder fails, or kills the process.
 
    gcc -shared -fPIC -O1 -o faults.so faults.c -ldl */
 #define _GNU_SOURCE
@@ -91,7 +91,7 @@ int openat64(int folder, const char *path, int flags, ...) {
     return WRITES(flags) && fails(folder, path) ? -1 : REAL(openat64)(folder, path, flags, mode);
 }
 
-/* A process that is killed in a write, or a disk that is full, has taken a part of it. */
+/* A kill during a write, or a full disk, leaves a part of the data written. */
 ssize_t write(int file, const void *content, size_t size) {
     if (counts(file, NULL) && its_turn()) {
         if (!error_number || error_number == ENOSPC) REAL(write)(file, content, size / 2);

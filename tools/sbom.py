@@ -1,7 +1,7 @@
-"""For each extra of pyproject.toml, all that pip would install with it here, as a CycloneDX document.
+"""Writes for each extra of pyproject.toml a CycloneDX document of all packages that pip would install with it here.
 
-pip resolves an extra without installing it, and reports names, releases and sha256 of the files that it would take.
-cyclonedx-py, in an environment of its own, makes the document of that.
+pip resolves an extra without installing it, and reports the files' names, releases and sha256. cyclonedx-py, in an
+environment of its own, writes the document.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CYCLONEDX = ("sbom", ["cyclonedx-bom>=7.5"])
 
 
 def extras() -> list[str]:
-    """Those that are declared."""
+    """Returns the declared extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return list(project["optional-dependencies"])
 
 
 def resolved(extra: str) -> list[dict[str, Any]]:
-    """What pip would install with an extra, pastkey left out: its report's entries."""
+    """Returns the entries of pip's report on what it would install with an extra, without pastkey."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
     done = subprocess.run([*command, f"{ROOT}[{extra}]"], stdout=subprocess.PIPE, text=True, check=True)
     entries: list[dict[str, Any]] = json.loads(done.stdout)["install"]
@@ -37,11 +37,11 @@ def resolved(extra: str) -> list[dict[str, Any]]:
 
 
 def requirements(entries: Sequence[dict[str, Any]]) -> str:
-    """A line for each package, with its release and the hash of its file."""
+    """Returns a line for each package, with its release and the hash of its file."""
     lines = []
     for entry in entries:
         hashes = entry["download_info"]["archive_info"]["hashes"]
-        name = re.sub("[-_.]+", "-", entry["metadata"]["name"]).lower()  # as a purl has it
+        name = re.sub("[-_.]+", "-", entry["metadata"]["name"]).lower()  # normalized, as in a purl
         lines.append(f"{name}=={entry['metadata']['version']} --hash=sha256:{hashes['sha256']}\n")
     return "".join(sorted(lines))
 
@@ -53,7 +53,7 @@ def write_sbom(extra: str, out: Path) -> Path:
     pinned.write_text(requirements(resolved(extra)), encoding="utf-8")
     program = environment(*CYCLONEDX).parent / "cyclonedx-py"
     options = ("--pyproject", str(ROOT / "pyproject.toml"), "--output-reproducible", "--output-file", str(made))
-    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # which package asks for which is not in a list
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # a list does not say which package requires which
     subprocess.run([str(program), "requirements", str(pinned), *options], env=quiet, check=True)
     return made
 

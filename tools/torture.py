@@ -1,8 +1,8 @@
-"""Ends commands in the middle: by SIGKILL at random moments, and by a disk that fails at each call that changes it.
+"""Interrupts commands: by SIGKILL at random moments, and by a disk that fails at each call that changes it.
 
-A nursery is a process that has imported everything. Each command runs in a child that it forks, so that a thousand of
-them take minutes. `Nursery.run` takes the arguments of the pastkey command, or a function by its name, and what ends
-it; the caller looks at what is on the disk then.
+A nursery is a process that has imported everything. It forks a child for each command, so that a thousand commands take
+minutes. `Nursery.run` takes the arguments of the pastkey command, or a function by its name, and the fault. The caller
+then checks the disk.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS}
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the call of this number among those that change the disk below a folder."""
+    """A fault at the call of this number among those that change the disk below a folder."""
 
     below: str
-    call: int  # from 1; 0: nothing happens, and the calls are counted
+    call: int  # from 1; 0: no fault, and the calls are counted
     error: int = KILL
     once: bool = True  # or at every call from then on
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """The end of a command."""
 
     status: int  # negative: the signal's number
     said: str  # on standard error
-    calls: int  # that changed the disk, where a Fault counted them and the process came to its end
+    calls: int  # that changed the disk, if a Fault counted them and the process was not killed
     seconds: float
 
     @property
@@ -55,7 +55,7 @@ class Outcome:
 
 
 class Nursery:
-    """Runs one command at a time, each in a process of its own."""
+    """Runs one command at a time, each in its own process."""
 
     def __init__(self, folder: Path, imports: Sequence[str], *, library: Path | None = None) -> None:
         self._folder = folder
@@ -79,7 +79,7 @@ class Nursery:
     def run(
         self, *command: object, function: str | None = None, kill_after: float | None = None, fault: Fault | None = None
     ) -> Outcome:
-        """Runs `pastkey COMMAND`, or `module:function` with these texts; `kill_after` so many seconds it is killed."""
+        """Runs `pastkey COMMAND`, or `module:function` with these texts; kills it after `kill_after` seconds."""
         request = {
             "command": [str(part) for part in command],
             "function": function,
@@ -112,7 +112,7 @@ class Nursery:
 
 
 def build_faults(folder: Path) -> Path | None:
-    """The library that injects faults, or None where it cannot be built."""
+    """Returns the library that injects faults, or None if it cannot be built."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if sys.platform != "linux" or compiler is None:
         return None
@@ -160,7 +160,7 @@ def _one(request: dict[str, Any]) -> dict[str, Any]:
 def _ended(child: int, kill_after: float | None) -> int:
     if kill_after is not None:
         time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)  # it is not waited for yet, so that the number is nobody else's
+        os.kill(child, signal.SIGKILL)  # it is not reaped yet, so that no other process has its id
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -196,15 +196,15 @@ def _run(function: str | None, command: list[str]) -> int:
     module, _, name = function.partition(":")
     try:
         getattr(importlib.import_module(module), name)(*command)
-    except OSError as error:  # which main tells in a sentence
+    except OSError as error:  # main prints these as a sentence
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-# --- functions that are ended in the middle -------------------------------------------------------------------------
+# --- functions that are interrupted ---------------------------------------------------------------------------------
 def write_bundle(source: str, out: str) -> None:
-    """What the end of an export does to the disk, and nothing that it computes."""
+    """Writes to the disk as the end of an export does, without computing anything."""
     from pastkey.contract import names
     from pastkey.files.durable import whole_folder, write_json
     from pastkey.files.folder import file_records, read_json
@@ -221,7 +221,7 @@ def write_bundle(source: str, out: str) -> None:
 
 
 def check_a_folder(folder: str) -> None:
-    """A reader that checks all hashes of a bundle and remembers them."""
+    """Checks all hashes of a bundle and remembers them."""
     from pastkey.contract.bundle import open_bundle
 
     open_bundle(Path(folder))

@@ -1,4 +1,4 @@
-"""What is ended in the middle by test_torture.py: how each thing is written, and what must hold at every moment."""
+"""The scenes of test_torture.py: how each thing is written, and what must hold at every moment."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def files(folder: Path) -> Files:
 
 
 def trained(folder: Path) -> Files:
-    """What a finished run leaves, but for its speed."""
+    """Returns the files of a finished run, without its speed."""
     found = files(folder)
     manifest = json.loads(found.pop("pastkey.json"))
     del manifest["training"]["figures"]["tokens_per_second"]
-    found.pop("loss.png", None)  # a kill after the last save
+    found.pop("loss.png", None)  # missing after a kill between the last save and the curve
     return found | {"pastkey.json": json.dumps(manifest).encode()}
 
 
 def speaking(bundle: Path) -> Path:
-    """A small bundle with a tokenizer, made where it is not there yet."""
+    """Returns a small bundle with a tokenizer; creates it if it is missing."""
     if not bundle.exists():
         tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
         tiny = decoder.Tiny.random([(8, 8)], context_length=100)
@@ -54,7 +54,7 @@ def speaking(bundle: Path) -> Path:
 
 
 class Scene:
-    """One thing that is written: how, and what must hold whenever that ended in the middle."""
+    """Something that is written: how, and what must hold after any interruption."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         self.given, self.work = folder, work
@@ -71,11 +71,11 @@ class Scene:
         raise NotImplementedError
 
     def check(self) -> None:
-        """What holds at every moment."""
+        """Checks what must hold at every moment."""
         raise NotImplementedError
 
     def ended(self) -> None:
-        """What holds when the command was not ended in the middle: nothing is left of those before that were."""
+        """Checks what must hold after an uninterrupted command: nothing is left of earlier interrupted ones."""
         self.check()
         assert not [path for path in self.below.rglob("*") if path.name.endswith((".new", ".partial", ".old"))]
 
@@ -85,7 +85,7 @@ class Scene:
 
 
 class Train(Scene):
-    """A new run, which is resumed after each kill and must come to the end of the uninterrupted one."""
+    """A new run, which is resumed after each kill and must end like an uninterrupted one."""
 
     def prepare(self, nursery: Nursery) -> None:
         write_corpus(self.given / "text.txt")
@@ -120,7 +120,7 @@ class Train(Scene):
 
 
 class TrainForce(Train):
-    """One with --force over a finished run: that, or the new one from its first save on, stands at the name."""
+    """A run with --force over a finished one: the folder holds the old run, or the new one from its first save on."""
 
     def reset(self) -> None:
         super().reset()
@@ -173,7 +173,7 @@ class Export(Scene):
 
 
 class ExportForce(Export):
-    """An export in the place of another."""
+    """An export that replaces another."""
 
     def reset(self) -> None:
         super().reset()
@@ -184,7 +184,7 @@ class ExportForce(Export):
 
 
 class Write(ExportForce):
-    """Its end alone, where it writes: a bundle's files, and the exchange."""
+    """Only the end of an export, which writes: a bundle's files, and the exchange."""
 
     def prepare(self, nursery: Nursery) -> None:
         super().prepare(nursery)
@@ -196,7 +196,7 @@ class Write(ExportForce):
 
 
 class HashCache(Export):
-    """A reader that remembers hashes: it never fails, and what it remembers is a JSON object or not there."""
+    """A reader that remembers hashes: it never fails, and its cache is a JSON object or missing."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         super().__init__(folder, work)
@@ -218,7 +218,7 @@ class HashCache(Export):
 
 
 class Conversation(Scene):
-    """A conversation that is saved over an earlier one."""
+    """A conversation saved over an earlier one."""
 
     def reset(self) -> None:
         super().reset()
@@ -233,7 +233,7 @@ class Conversation(Scene):
 
 
 class SavedSession(Scene):
-    """A session that is saved over an earlier one."""
+    """A session saved over an earlier one."""
 
     def prepare(self, nursery: Nursery) -> None:
         self.bundle = speaking(self.given / "tiny")
@@ -253,7 +253,7 @@ class SavedSession(Scene):
 
 
 class Batch(Scene):
-    """A job over rows that goes on after each kill: what was written stays, each row once, and the end is the same."""
+    """A job over rows that continues after each kill: written rows stay, each row once, and the end is the same."""
 
     def prepare(self, nursery: Nursery) -> None:
         self.bundle, self.rows = speaking(self.given / "tiny"), self.given / "rows.jsonl"
@@ -274,7 +274,7 @@ class Batch(Scene):
         return {"arguments": self.batch(self.out)}
 
     def answers(self, out: Path) -> set[bytes]:
-        """The lines that are whole, each of another row."""
+        """Returns the complete lines, each of another row."""
         lines = out.read_bytes().split(b"\n")[:-1]
         assert len({json.loads(line)["id"] for line in lines}) == len(lines)
         return set(lines)
@@ -293,7 +293,7 @@ class Batch(Scene):
 
 
 SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
-    # what is written, its share of the kills, and how many there are in the short form
+    # what is written, its share of the kills, and the number of kills in the short form
     "conversation": (Conversation, 0.05, 5),
     "session": (SavedSession, 0.1, 5),
     "hash cache": (HashCache, 0.05, 5),

@@ -1,7 +1,7 @@
 """mypy --strict over the package, the tests and the benchmarks: `make check`.
 
-mypy does not follow the mapped folders of an editable install, so it is shown a folder of links in which pastkey/ holds
-the stages, as it does where it is installed.
+mypy does not follow the mapped folders of an editable install. So it checks a folder of links in which pastkey/
+contains the stages, as in an installed package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TREE = ROOT / ".mypy_cache" / "tree"
 
 
 def main() -> int:
-    """mypy's exit status."""
+    """Returns mypy's exit status."""
     shutil.rmtree(TREE, ignore_errors=True)
     package = TREE / "pastkey"
     package.mkdir(parents=True)

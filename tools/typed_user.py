@@ -1,6 +1,6 @@
 """A user's program as an editor and mypy see it.
 
-`make check` reads it and nobody runs it: its mistakes are planted, and an ignore that is not needed is an error, too.
+Only `make check` reads it; it is never run. Its mistakes are planted, and an unneeded ignore is an error as well.
 """
 
 from __future__ import annotations

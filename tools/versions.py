@@ -1,8 +1,8 @@
-"""Bundles that the newest onnxruntime here made, loaded and run by every release from the oldest on.
+"""Loads and runs bundles of the newest onnxruntime here with every release from the oldest supported on.
 
 Each release is installed alone, beside numpy, tokenizers and the wheel of this checkout. It continues two prompts
 greedily from each bundle, and its logits are compared with the newest release's. tools/aarch64.py does the same on
-another architecture. Both by hand: they fetch releases from the package index.
+another architecture. Run both by hand: they fetch releases from the package index.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / ".environments" / "versions"
 BUNDLES = PLACE / "bundles"
 VOCABULARY, CONTEXT, NEW_TOKENS = 96, 1280, 24
-PROMPTS = (48, 1100)  # tokens; after the second an int8 bundle decodes with its int8 cache, where there is one
-# name -> how it is exported. What older releases lack must be a sentence: `needs` is fp32 that asks for the newest.
+PROMPTS = (48, 1100)  # tokens; after the second, an int8 bundle decodes with its int8 cache, if it has one
+# name -> flags of its export. Older releases must refuse what they lack with a sentence: `needs` is fp32 that requires
+# the newest.
 EXPORTS = {
     "fp32": ("--precision", "fp32"),
     "standard": ("--precision", "fp32", "--graph", "standard"),
@@ -36,12 +37,12 @@ EXPORTS = {
 }
 NEEDS = "needs"
 REFUSED = re.compile(r"this bundle needs onnxruntime \S+ and \S+ is installed: ")
-# Of the largest logit, as golden logits have it for a device: another release may sum in another order.
+# Relative to the largest logit, as golden logits have it for a device: another release may sum in another order.
 LIMITS = {"fp32": 1e-5, "standard": 1e-5, "fp16": 1e-2, "int8": 5e-2, "int4": 5e-2}
 
 
 def decoder() -> nn.Module:
-    """What is exported: a decoder of two blocks with random weights, by the contract."""
+    """The exported model: a decoder of two blocks with random weights, by the contract."""
     import torch
     import torch.nn.functional as functional
     from torch import nn
@@ -72,9 +73,9 @@ def decoder() -> nn.Module:
 
 # --- in the environment of a release --------------------------------------------------------------------------------
 def answer(bundles: Path, out: Path, prompts: Sequence[int]) -> None:
-    """Runs every bundle after prompts of so many tokens and writes what it computed, or the sentence that refused it.
+    """Runs every bundle after prompts of so many tokens. Writes the results, or the sentence that refused the bundle.
 
-    Needs the runtime alone.
+    Needs only the runtime.
     """
     import numpy as np
 
@@ -100,9 +101,9 @@ def answer(bundles: Path, out: Path, prompts: Sequence[int]) -> None:
 # --- the driver -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Answers:
-    """What one release made of each bundle."""
+    """One release's results for each bundle."""
 
-    ids: dict[str, list[list[int]] | str]  # of each prompt, or the sentence that refused the bundle
+    ids: dict[str, list[list[int]] | str]  # for each prompt, or the sentence that refused the bundle
     logits: dict[str, Any]  # BUNDLE/PROMPT -> (NEW_TOKENS, V), before each new token
 
     @classmethod
@@ -115,7 +116,7 @@ class Answers:
 
 
 def make_bundles() -> None:
-    """Exports what is not there yet."""
+    """Exports the missing bundles."""
     BUNDLES.mkdir(parents=True, exist_ok=True)
     for name, flags in EXPORTS.items():
         source = ("export", f"{__file__}:decoder", "--context", str(CONTEXT), "--out", str(BUNDLES / name))
@@ -131,13 +132,13 @@ def make_bundles() -> None:
 
 
 def pip(*arguments: str | Path) -> str:
-    """What pip prints."""
+    """Runs pip and returns its output."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def releases() -> list[str]:
-    """Those of onnxruntime that the runtime takes and the index has, the newest first."""
+    """Returns the releases of onnxruntime that the runtime supports and the index has, newest first."""
     from pastkey.runtime.providers.ort import OLDEST
     from pastkey.values import parse_version
 
@@ -147,7 +148,7 @@ def releases() -> list[str]:
 
 
 def install_base() -> Path:
-    """numpy, tokenizers and the wheel of this checkout, in a folder."""
+    """Installs numpy, tokenizers and the wheel of this checkout in a folder."""
     from .wheel import build_wheel
 
     base = PLACE / "base"
@@ -157,7 +158,7 @@ def install_base() -> Path:
 
 
 def run_release(release: str, base: Path) -> Answers:
-    """Installs a release where it is not yet, and lets it answer."""
+    """Installs a release if it is missing, and runs it."""
     folder, out = PLACE / f"onnxruntime-{release}", PLACE / f"{release}.npz"
     if not (folder / "onnxruntime").exists():
         pip("install", "--quiet", "--no-deps", "--target", folder, f"onnxruntime=={release}")
@@ -172,10 +173,10 @@ def run_release(release: str, base: Path) -> Answers:
 
 
 def compared(name: str, answers: Answers, newest: Answers) -> tuple[str, bool]:
-    """What a release made of a bundle, in a few words, and whether that is as it should be.
+    """Compares a release's result for a bundle with the newest's. Returns it in a few words, and whether it passes.
 
-    Greedy ids of float32 are equal. Those of a quantized bundle may part where the newest release's logits of the two
-    tokens are nearer to one another than releases may be.
+    Greedy ids of float32 must be equal. Those of a quantized bundle may differ if the newest release's logits of the
+    two tokens are nearer to each other than the limit.
     """
     import numpy as np
 
@@ -198,7 +199,7 @@ def compared(name: str, answers: Answers, newest: Answers) -> tuple[str, bool]:
 
 
 def table(rows: Sequence[tuple[str, Answers]], newest: Answers) -> Iterator[tuple[str, bool]]:
-    """A line of Markdown for each release, and whether all of it is well."""
+    """Yields a line of Markdown for each release, and whether it passes."""
     names = [*EXPORTS, NEEDS]
     yield f"| onnxruntime | {' | '.join(names)} |", True
     yield f"|{'---|' * (len(names) + 1)}", True
@@ -208,7 +209,7 @@ def table(rows: Sequence[tuple[str, Answers]], newest: Answers) -> Iterator[tupl
 
 
 def main() -> int:
-    """0 where every release is as it should be, else 1."""
+    """Returns 0 if every release passes, else 1."""
     make_bundles()
     base = install_base()
     rows = []

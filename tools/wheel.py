@@ -1,8 +1,8 @@
-"""The wheel of this checkout, the same bytes from the same files, whoever builds it and when.
+"""Builds a reproducible wheel of this checkout: the same files give the same bytes.
 
-It is built from a copy, since setuptools leaves build/ behind, from which a deleted module would ship again. What
-differs between two builds goes: times are those of SOURCE_DATE_EPOCH, modes no longer those of a umask. What is left
-is the release of setuptools, which the wheel names.
+It is built from a copy, since setuptools leaves build/ behind, from which a deleted module would ship again. Times are
+those of SOURCE_DATE_EPOCH, and modes do not depend on the umask. The only remaining difference is the release of
+setuptools, which the wheel names.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST_OF_1980 = 315532800  # the earliest time that a zip file can name
+FIRST_OF_1980 = 315532800  # the earliest time in a zip file
 
 
 def copy_source(target: Path) -> None:
-    """All that the wheel is made of, with the same modes everywhere."""
+    """Copies all files of the wheel, with the same modes everywhere."""
     for stage in ("pastkey", "train", "export", "runtime"):
         shutil.copytree(ROOT / stage, target / stage, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

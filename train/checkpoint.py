@@ -1,14 +1,14 @@
-"""A checkpoint folder: how it is written so that a kill at any moment leaves a whole one, and how it is read.
+"""Reads and writes a checkpoint folder so that a kill at any moment leaves a complete one.
 
-    checkpoint/  pastkey.json           the manifest: size and sha256 of every file, how far training came
+    checkpoint/  pastkey.json           the manifest: size and sha256 of every file, the progress of training
                  config.json  model.safetensors  tokenizer.json  tokenizer_config.json
                  training/state.safetensors          the optimizer's moments
                  training/tokens-train.bin, tokens-val.bin
 
-A save writes each file that changes as NAME.new, then replaces pastkey.json, which is the one moment that counts, then
-renames every NAME.new to NAME. Whoever opens the folder in between reads the listed content where it is, in NAME.new; a
-NAME.new that the manifest does not list is the rest of a save that never happened, or the beginning of the next. Only
-the process that trains, which holds the folder's lock, renames or removes anything. No pickle anywhere.
+A save writes each changed file as NAME.new, then replaces pastkey.json, which commits the save, then renames every
+NAME.new to NAME. A process that opens the folder in between reads the listed content from NAME.new. A NAME.new that the
+manifest does not list belongs to a save that was not committed, or to the next one. Only the training process, which
+holds the folder's lock, renames or removes files. There are no pickles.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ _PENDING = ".new"
 T = TypeVar("T")
 Loaded = tuple[Mapping[str, Any], ModelConfig, dict[str, Tensor]]  # manifest, configuration, weights
 
-_PATIENCE_SECONDS = 30.0  # that a reader tries, of a checkpoint that is saved all the time
+_PATIENCE_SECONDS = 30.0  # that a reader retries while a checkpoint is saved all the time
 _DTYPES = ("F32", "F64", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds, verified."""
+    """The verified content of a checkpoint folder."""
 
     path: Path
     config: ModelConfig
@@ -81,25 +81,25 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What training needs, beside the weights, to go on as if it had never stopped."""
+    """What training needs besides the weights to continue as if it had never stopped."""
 
     step: int  # optimizer steps done
     optimizer: Mapping[str, Tensor]  # the moments, by parameter name
-    settings: Mapping[str, Any]  # TrainConfig
+    settings: Mapping[str, Any]  # of TrainConfig
     data: Mapping[str, Any]  # fingerprint and counts of the corpus
     figures: Mapping[str, Any]  # losses at this step
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
 def save_checkpoint(folder: Path, model: Decoder, state: TrainingState) -> None:
-    """Makes `folder` hold this model and state, in one step. The tokenizer and token files must be there already.
+    """Saves the model and state to `folder` atomically. The tokenizer and token files must be there already.
 
-    An error, a full disk for one, leaves the folder's earlier checkpoint as it was.
+    An error, such as a full disk, leaves the folder's earlier checkpoint unchanged.
     """
     changed = {
         names.CONFIG: (json.dumps(model.config.to_json(), indent=2) + "\n").encode(),
         names.WEIGHTS: _weights(model),
-        # An empty safetensors file is not valid, and at step 0 there are no moments yet.
+        # An empty safetensors file is invalid, and at step 0 there are no moments yet.
         STATE: safetensors.torch.save(dict(state.optimizer) or {"none": next(model.parameters()).new_zeros(1)}),
     }
     unchanged = (names.TOKENIZER, names.TOKENIZER_CONFIG, TOKENS_TRAIN, TOKENS_VAL)
@@ -126,7 +126,7 @@ def save_checkpoint(folder: Path, model: Decoder, state: TrainingState) -> None:
             sync_folder(place)
         write_json(folder / names.MANIFEST, manifest)
     except BaseException:
-        # The manifest may be there although its writing was interrupted: then these files are the checkpoint.
+        # The manifest may exist although its writing was interrupted. Then these files are the checkpoint.
         if _known_records(folder) != records:
             for name in changed:
                 _pending(folder / name).unlink(missing_ok=True)
@@ -137,9 +137,9 @@ def save_checkpoint(folder: Path, model: Decoder, state: TrainingState) -> None:
 
 
 def finish_or_discard(folder: Path) -> None:
-    """Finishes the save that a killed run had committed, and removes what is left of one that it had not.
+    """Finishes a killed run's committed save, and removes what is left of an uncommitted one.
 
-    Only for the process that holds the folder's lock: it would take another's work for a dead one's.
+    Only the process that holds the folder's lock may call it: it would take another's work for a dead one's.
     """
     records = _all_records(folder, read_manifest(folder, "checkpoint", FORMAT_VERSION))
     for name, actual in _where(folder, records).items():
@@ -154,12 +154,12 @@ def _weights(model: Decoder) -> bytes:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the same tensor as the embedding, stored once
-    # transformers refuses a file that does not say which framework's layout its tensors have.
+    # transformers refuses a file that does not name the framework of its tensors' layout.
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
 def _known_records(folder: Path) -> dict[str, FileRecord]:
-    """The records of the checkpoint before this one, so that token files are hashed once and not at every save."""
+    """Returns the records of the previous checkpoint, so that token files are hashed once and not at every save."""
     if not (folder / names.MANIFEST).exists():
         return {}
     return _all_records(folder, read_json(folder / names.MANIFEST))
@@ -178,10 +178,10 @@ def _pending(path: Path) -> Path:
 
 # --- reading ------------------------------------------------------------------------------------------------------
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint after checking version, paths, sizes and hashes. The model comes in eval mode.
+    """Reads a checkpoint after checking version, paths, sizes and hashes. The model is in eval mode.
 
-    It changes nothing in the folder, and may read while another process trains there: the model is the one of one save.
-    Raises MissingFileError, InputError or IntegrityError, each naming the file.
+    Does not change the folder, and may run while another process trains there: the model is from one save. Raises
+    MissingFileError, InputError or IntegrityError, each naming the file.
     """
     folder = Path(path)
     manifest, config, tensors = _of_one_save(folder, lambda manifest: _model_of(folder, manifest))
@@ -200,7 +200,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _model_of(folder: Path, manifest: Mapping[str, Any]) -> tuple[Loaded, list[str]]:
-    _all_records(folder, manifest)  # no path of the others leads out, either
+    _all_records(folder, manifest)  # checks that no path of the other files leads out either
     actual = _check(folder, parse_records(folder, manifest.get("files")), _MODEL_FILES)
     config, weights = actual[names.CONFIG], actual[names.WEIGHTS]
     parsed = ModelConfig.from_json(read_json(folder / config))
@@ -208,7 +208,7 @@ def _model_of(folder: Path, manifest: Mapping[str, Any]) -> tuple[Loaded, list[s
 
 
 def _of_one_save(folder: Path, read: Callable[[Mapping[str, Any]], tuple[T, list[str]]]) -> T:
-    """What `read` makes of a manifest, and of the files that it names, once more where a save came in between."""
+    """Returns what `read` makes of a manifest and the files that it names. Retries if a save came in between."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         before = _seen(folder)
@@ -227,7 +227,7 @@ def _of_one_save(folder: Path, read: Callable[[Mapping[str, Any]], tuple[T, list
 
 
 def _seen(folder: Path) -> dict[str, Any]:
-    """What tells each file that a save writes, and its NAME.new, from another of the same name."""
+    """Returns the identity of each file that a save writes, and of its NAME.new."""
     seen: dict[str, Any] = {}
     for name in (names.MANIFEST, names.CONFIG, names.WEIGHTS, STATE):
         for file in (name, name + _PENDING):
@@ -240,9 +240,9 @@ def _seen(folder: Path) -> dict[str, Any]:
 
 
 def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The optimizer's moments by parameter name, after checking every file that only training reads.
+    """Returns the optimizer's moments by parameter name, after checking every file that only training reads.
 
-    `training` is what `load_checkpoint` found. Raises IntegrityError where a later save took its place.
+    `training` is from `load_checkpoint`. Raises IntegrityError if a later save has replaced it.
     """
 
     def read(manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
@@ -255,7 +255,7 @@ def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]
 
 
 def _load_tensors(file: Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file of real numbers, as many as `config` is of."""
+    """Returns the tensors of a safetensors file of real numbers, whose number of weights is that of `config`."""
     try:
         header = read_header(file)
     except HeaderError as error:
@@ -263,7 +263,7 @@ def _load_tensors(file: Path, config: ModelConfig | None = None) -> dict[str, Te
     if other := next((tensor.dtype for tensor in header.values() if tensor.dtype not in _DTYPES), None):
         raise IntegrityError(f"{file} holds numbers of the type {other!r:.20}, and a checkpoint {', '.join(_DTYPES)}")
     stored = sum(tensor.elements for tensor in header.values())
-    if config is not None and stored != config.weights:  # before a layer is made of sizes that may be nonsense
+    if config is not None and stored != config.weights:  # before layers of possibly invalid sizes are made
         raise IntegrityError(
             f"{file} does not fit {file.parent / names.CONFIG}: it holds {stored:,} weights, and the configuration is "
             f"of {shown(config.weights)}; copy both again"
@@ -275,7 +275,7 @@ def _load_tensors(file: Path, config: ModelConfig | None = None) -> dict[str, Te
 
 
 def _check(folder: Path, records: Mapping[str, FileRecord], needed: Iterable[str]) -> dict[str, str]:
-    """Where the content of each listed file is, after checking it: NAME, or NAME.new."""
+    """Checks each listed file, and returns where its content is: NAME, or NAME.new."""
     for name in needed:
         if name not in records:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {name}: it was altered or cut short")
@@ -293,12 +293,12 @@ def _all_records(folder: Path, manifest: Mapping[str, Any]) -> dict[str, FileRec
 
 
 def _where(folder: Path, records: Mapping[str, FileRecord]) -> dict[str, str]:
-    """For each listed file its own name, or NAME.new where that holds what the manifest lists."""
+    """Returns for each listed file its own name, or NAME.new if that has the listed content."""
     actual = {}
     for name, record in records.items():
         pending = _pending(folder / name)
         actual[name] = name
-        with contextlib.suppress(FileNotFoundError):  # none, or the training process just renamed it
+        with contextlib.suppress(FileNotFoundError):  # it does not exist, or the training process just renamed it
             if pending.stat().st_size == record.size and file_sha256(pending) == record.sha256:
                 actual[name] = name + _PENDING
     return actual

@@ -1,4 +1,4 @@
-"""`pastkey train`: parse and run. Defaults and their meaning are those of TrainConfig."""
+"""`pastkey train`: parses and runs. TrainConfig documents the settings and their defaults."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(group: Any, name: str, kind: Any, text: str, metavar: str = "N") -> None:
-    """An option for a TrainConfig field. It stays out of the namespace unless given, so that presets show through."""
+    """Adds an option for a TrainConfig field. It stays unset unless it is given, so that the preset's value applies."""
     default = f" (default {_DEFAULTS[name]})" if _DEFAULTS[name] is not None else ""
     option = "--" + name.replace("_", "-")
     group.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text + default)
@@ -63,7 +63,7 @@ def _add(group: Any, name: str, kind: Any, text: str, metavar: str = "N") -> Non
 
 def _run(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in _DEFAULTS}
-    config = TrainConfig.from_given(given)  # refuses nonsense before torch loads
+    config = TrainConfig.from_given(given)  # validate before torch loads
 
     from . import loop
 

@@ -1,6 +1,6 @@
-"""From text to batches: documents are read, tokenized once into memory-mapped files, and drawn as windows.
+"""From text to batches: reads documents, tokenizes them once into memory-mapped files, and draws windows.
 
-Documents stand one after another in the token files with the EOS token between them.
+The token files hold documents one after another, with the EOS token between them.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ LESSON: Final = (
 )
 LESSON_PROMPTS: Final = ("what is statquest", "statquest is what")
 
-_SUFFIXES = (".txt", ".md")  # what is read of a folder
-_HELD_OUT_EVERY = 20  # one document in so many is held out
-_HELD_OUT_TOKENS = 30_000  # and no more once this many are: they measure the loss well enough, and quickly
-_SHORTEST_LINE_BYTES = 10_000  # a corpus of a single line has at least this many
+_SUFFIXES = (".txt", ".md")  # files that are read in a folder
+_HELD_OUT_EVERY = 20  # one document in this many is held out
+_HELD_OUT_TOKENS = 30_000  # maximum held-out tokens: they measure the loss well enough, and quickly
+_SHORTEST_LINE_BYTES = 10_000  # minimum size of a corpus of a single line
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that can be read again and again."""
+    """Documents that can be read repeatedly."""
 
     name: str
     documents: Callable[[], Iterator[str]]
@@ -49,7 +49,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What is known of the token files."""
+    """Facts about the token files."""
 
     corpus: str
     fingerprint: str  # sha256 of the documents
@@ -58,9 +58,9 @@ class DataInfo:
     train_tokens: Natural
     val_tokens: Natural
     val_bytes: Natural  # UTF-8 bytes of the held-out text, for bits per byte
-    begin: TokenId | None  # that begins a document
+    begin: TokenId | None  # begins a document
     end: TokenId
-    row_length: Size | None = None  # the files hold rows of so many tokens, each a whole example; None: running text
+    row_length: Size | None = None  # tokens per row, if each row is a whole example; None: running text
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,15 +68,15 @@ class DataInfo:
 
 # --- reading ------------------------------------------------------------------------------------------------------
 def story_corpus(seed: int, count: int = STORY_COUNT) -> Corpus:
-    """The built-in stories."""
+    """Returns the built-in stories."""
     told = list(itertools.islice(stories(seed), count))
     return Corpus("built-in stories", lambda: iter(told))
 
 
 def text_corpus(paths: Sequence[Path]) -> Corpus:
-    """UTF-8 text files, and every .txt and .md below folders. `<|endoftext|>` in a text separates documents.
+    """A corpus of UTF-8 text files, and every .txt and .md below folders. `<|endoftext|>` separates documents.
 
-    Raises MissingFileError for a path that is not there and InputError for a folder without text.
+    Raises MissingFileError for a path that does not exist and InputError for a folder without text.
     """
     files: list[Path] = []
     for path in paths:
@@ -102,7 +102,7 @@ def text_corpus(paths: Sequence[Path]) -> Corpus:
 
 @dataclass(frozen=True)
 class Survey:
-    """A first look at the whole corpus, which refuses one that nothing can be learnt from."""
+    """The number of documents in a corpus, and its fingerprint."""
 
     documents: int
     fingerprint: str
@@ -127,9 +127,9 @@ def survey(corpus: Corpus) -> Survey:
 
 # --- writing token files ------------------------------------------------------------------------------------------
 def write_tokens(folder: Path, corpus: Corpus, found: Survey, tokenizer: TextTokenizer, context: int) -> DataInfo:
-    """Tokenizes the corpus into the two files of `folder`, a held-out part apart.
+    """Tokenizes the corpus into the two files of `folder`, for training and held-out text.
 
-    Raises InputError when the training part does not fill one window of `context` tokens.
+    Raises InputError if the training part does not fill one window of `context` tokens.
     """
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     counts = {TOKENS_TRAIN: 0, TOKENS_VAL: 0}
@@ -167,7 +167,7 @@ def write_tokens(folder: Path, corpus: Corpus, found: Survey, tokenizer: TextTok
 
 
 def write_lesson(folder: Path, tokenizer: TextTokenizer) -> DataInfo:
-    """The classic lesson as rows of tokens. Of two sentences none can be held out: they are what is validated."""
+    """Writes the classic lesson as rows of tokens. Both of its sentences are also the validation set."""
     rows = np.array([tokenizer.encode(sentence) for sentence in LESSON], "<u2")
     (folder / TOKENS_TRAIN).parent.mkdir(exist_ok=True)
     for name in (TOKENS_TRAIN, TOKENS_VAL):
@@ -188,12 +188,12 @@ def write_lesson(folder: Path, tokenizer: TextTokenizer) -> DataInfo:
 
 
 def _split(text: str, number: int, documents: int, *, full: bool) -> list[tuple[str, str]]:
-    """Which part of a document is trained on and which held out: whole documents where there are enough of them."""
+    """Splits text into training and held-out parts: by whole documents if there are enough of them."""
     if documents >= _HELD_OUT_EVERY:
         held_out = number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and not full
         return [(TOKENS_VAL if held_out else TOKENS_TRAIN, text)]
     tail = len(text) * 9 // 10
-    cut = max(tail, text.find(" ", tail, tail + 100))  # before a word, in a language that has spaces
+    cut = max(tail, text.find(" ", tail, tail + 100))  # before a word, in languages with spaces
     return [(TOKENS_TRAIN, text[:cut]), (TOKENS_VAL, text[cut:])]
 
 
@@ -210,9 +210,9 @@ class Tokens:
         self._context = context
 
     def draw(self, size: int, seed: int, step: int) -> Batch:
-        """The batch of a step: `size` windows at random, or all rows of a lesson.
+        """Returns the batch of a step: `size` windows at random, or all rows of a lesson.
 
-        Its randomness comes from (seed, step) alone, so a resumed run draws what an uninterrupted one does.
+        Only (seed, step) determine it, so a resumed run draws the same batches as an uninterrupted one.
         """
         if self._info.row_length is not None:
             return _as_batch(self._tokens.reshape(-1, self._info.row_length))
@@ -221,7 +221,7 @@ class Tokens:
         return _as_batch(np.stack([self._window(self._document_start(int(start))) for start in starts]))
 
     def windows(self, size: int) -> Iterator[Batch]:
-        """Every token once, as batches of up to `size` windows one after another; the last window may be shorter."""
+        """Yields every token once, as batches of up to `size` consecutive windows; the last window may be shorter."""
         if self._info.row_length is not None:
             yield _as_batch(self._tokens.reshape(-1, self._info.row_length))
             return
@@ -237,9 +237,9 @@ class Tokens:
         return self._tokens[start : start + self._context + 1]
 
     def _document_start(self, start: int) -> int:
-        """The start of the document that `start` is in, where one window from there still reaches it.
+        """Returns the start of the document at `start`, if one window from there still reaches `start`.
 
-        A story is then read from its beginning, as it will be told, and a long text from anywhere.
+        So a story is read from its beginning, as it will be generated, and a long text from anywhere.
         """
         earliest = max(0, start - self._context + 1)
         before = self._tokens[earliest : start + 1]

@@ -1,7 +1,7 @@
-"""Training: draw a batch, predict every next token, take a step, and from time to time save, validate and show.
+"""Training: draws a batch, predicts every next token, takes a step, and periodically saves, validates and samples.
 
-The same settings give the same losses, bit by bit, whether the run was interrupted or not: every step's batch comes
-from (seed, step), and a checkpoint holds all that a step leaves behind.
+The same settings give the same losses, bit by bit, whether or not the run was interrupted: every step's batch depends
+only on (seed, step), and a checkpoint holds all state.
 """
 
 from __future__ import annotations
@@ -49,19 +49,18 @@ from .resumed import read_training
 from .settings import TrainConfig
 from .tokenizer import TextTokenizer, lesson_tokenizer, make_tokenizer, read_tokenizer
 
-_BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second memory than the default suits short runs
-_FINAL_RATE: Final = 0.05  # where the cosine ends, as a share of the peak learning rate
+_BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second moment than the default suits short runs
+_FINAL_RATE: Final = 0.05  # the cosine's final learning rate, as a share of the peak
 _SAMPLE_TOKENS: Final = 200
 _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resumed run may change
 
 
-# --- the two ways to begin ----------------------------------------------------------------------------------------
+# --- start and resume ---------------------------------------------------------------------------------------------
 def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: bool = False) -> dict[str, Any]:
-    """Trains from the beginning into the new folder `out` and returns the final figures.
+    """Trains from the beginning into the new folder `out`. Returns the final figures.
 
     `data` names text files and folders; the default is the preset's built-in corpus. Raises InputError,
-    MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or
-    replaces the old one.
+    MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or replaces the old one.
     """
     with new_folder(out, force=force) as place:
         info, tokenizer = _prepare(config, place.path, data)
@@ -72,10 +71,10 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
 
 
 def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
-    """Goes on with the run in `out` as if it had never stopped, and returns the final figures.
+    """Continues the run in `out` as if it had never stopped. Returns the final figures.
 
-    `given` holds settings by their TrainConfig names; one that differs from the run's raises InputError, except for
-    those of _MAY_CHANGE. Raises MissingFileError where there is nothing to resume.
+    `given` holds settings by their TrainConfig names. Raises InputError for one that differs from the run's, except
+    those in _MAY_CHANGE, and MissingFileError if there is nothing to resume.
     """
     if not (out / names.MANIFEST).exists():
         raise MissingFileError(
@@ -134,7 +133,7 @@ def _check_lesson(config: TrainConfig) -> None:
 
 # --- the run ------------------------------------------------------------------------------------------------------
 class Run:
-    """One training run between its beginning, or its resumption, and its last step."""
+    """One training run, new or resumed, until its last step."""
 
     def __init__(
         self,
@@ -160,7 +159,7 @@ class Run:
         return Tokens(folder / TOKENS_TRAIN, self.info, context), Tokens(folder / TOKENS_VAL, self.info, context)
 
     def go(self) -> dict[str, Any]:
-        """Takes the steps that are left. Returns the final figures."""
+        """Takes the remaining steps. Returns the final figures."""
         with (
             _deterministic(self.config.threads),
             Metrics(self.place.path, self.step) as metrics,
@@ -186,7 +185,7 @@ class Run:
         } | self.figures
 
     def _one_step(self) -> dict[str, Any]:
-        """One optimizer step: gradients of `accumulate` batches, clipped, then AdamW at the step's learning rate."""
+        """Takes an optimizer step: clipped gradients of `accumulate` batches, AdamW at the step's learning rate."""
         config = self.config
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
@@ -214,7 +213,7 @@ class Run:
 
     @torch.no_grad()
     def _validate(self, train_loss: float, tokens_per_second: int) -> None:
-        """Loss over the whole held-out text, in nats per token and in bits per byte, which no tokenizer flatters."""
+        """Measures the loss over the whole held-out text, in nats per token and tokenizer-independent bits per byte."""
         self.model.eval()
         nats, count = 0.0, 0
         for inputs, targets in self.val_tokens.windows(self.config.batch_size):
@@ -233,7 +232,7 @@ class Run:
         moments = _moments(self.optimizer, self.model)
         save_checkpoint(self.place.path, self.model, _state(self.step, moments, self.config, self.info, self.figures))
         if self.place.path != self.place.target:
-            # Windows renames no folder with an open file.
+            # Windows cannot rename a folder with an open file.
             metrics.close()
             del self.train_tokens, self.val_tokens
             self.place.put()
@@ -249,7 +248,7 @@ class Run:
         return "\n".join([figures, *self.samples()]).replace("\n", "\n    ")
 
     def samples(self) -> list[str]:
-        """What the model says now: to the lesson's prompts, or from an empty prompt."""
+        """Returns samples of the model: for the lesson's prompts, or for an empty prompt."""
         self.model.eval()
         if self.info.row_length is not None:
             return [f"{prompt} -> {self._continue(prompt)}" for prompt in LESSON_PROMPTS]
@@ -263,16 +262,16 @@ class Run:
         )
 
 
-# --- its parts ----------------------------------------------------------------------------------------------------
+# --- parts of a run -----------------------------------------------------------------------------------------------
 def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
-    """Mean cross-entropy, in nats, of the next token at every position."""
+    """Returns the mean cross-entropy, in nats, of the next token at every position."""
     inputs, targets = batch
     logits = model(inputs, positions_like(inputs))  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """A linear warm-up to the peak, then half a cosine down, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983."""
+    """Linear warm-up, then half a cosine down, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -280,9 +279,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays the weights of projections, and neither norms nor biases nor embeddings.
+    """Returns AdamW with decay on the weights of projections only, not on norms, biases and embeddings.
 
-    An embedding's row is pulled up only when its token occurs; decay at every step would shrink the rare ones away.
+    An embedding's row grows only when its token occurs; decay at every step would shrink the rare ones away.
     """
     decayed, free = _parameter_groups(model)
     return torch.optim.AdamW(
@@ -304,7 +303,7 @@ def _parameter_groups(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def _parameter_names(model: Decoder) -> list[str]:
-    """In the order in which the optimizer numbers its parameters."""
+    """Returns the names in the order in which the optimizer numbers its parameters."""
     return [name for group in _parameter_groups(model) for name in group]
 
 
@@ -336,7 +335,7 @@ def _state(
 
 @contextmanager
 def _deterministic(threads: int | None) -> Iterator[None]:
-    """Only algorithms that give the same sums every time, and the threads that were asked for; both put back after."""
+    """Sets deterministic algorithms and the requested threads; restores both afterwards."""
     before, threads_before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     if threads is not None:

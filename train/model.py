@@ -1,10 +1,10 @@
 """The whole decoder: token embedding, positions, masked self-attention, residual connections, next-token logits.
 
-No cache anywhere: the model reads all tokens and answers at every position, which is what training needs. `export`
-grafts the cache onto its attention calls.
+It has no cache: the model reads all tokens and returns logits at every position, as training needs. `export` grafts the
+cache onto its attention calls.
 
 Shape letters: B batch, T tokens, E hidden size, H query heads, K key/value heads, D head size, V vocabulary.
-Parameters carry the names of Hugging Face's Llama, so that transformers loads what was trained here.
+Parameters have the names of Hugging Face's Llama, so that transformers can load the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pastkey.contract.config import ModelConfig
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (B, 1, T, D/2)
 
-EMBEDDING_NORM = 3.0  # length of a token's embedding before training; tied logits begin with this deviation
+EMBEDDING_NORM = 3.0  # norm of a token's embedding before training; tied logits begin with this deviation
 
 
 class Decoder(nn.Module):
@@ -33,19 +33,19 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits of the next token at every position.
+        """Returns the logits of the next token at every position, (B, T, V) float32.
 
-        `input_ids` (B, T) int64 and `position_ids` (B, T) int64, counted from 0, give (B, T, V) float32.
+        `input_ids` and `position_ids`, counted from 0, are (B, T) int64.
         """
         hidden = self.model(input_ids, position_ids)  # (B, T, E)
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
         return logits
 
     def _initialize(self) -> None:
-        """Projections keep the variance of what they read; those that add to the residual stream start at zero.
+        """Initializes projections to preserve variance; those that add to the residual stream start at zero.
 
-        Every layer is then the identity at first, and the embedding, drawn large, reaches each of them undisturbed:
-        so a decoder learns much sooner to copy a name from earlier in the text than from small random weights.
+        So every layer is the identity at first, and the embedding, initialized large, reaches each layer unchanged. A
+        decoder then learns to copy a name from earlier in the text much sooner than from small random weights.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything but the output head: token ids to hidden states."""
+    """Everything except the output head: token ids to hidden states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then an MLP, each normalised on its way in and added to the residual stream."""
+    """Attention, then an MLP, each with a norm before it and a residual connection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", 1.0 / theta**exponents, persistent=False)  # (D/2,)
 
     def forward(self, position_ids: Tensor) -> Rotation:
-        # From the positions themselves rather than from a table, which would grow the exported graph with the context.
+        # Computed from the positions instead of a table, which would grow the exported graph with the context.
         angles = position_ids[:, None, :, None].float() * self.inv_freq  # (B, 1, T, D/2)
         return angles.cos(), angles.sin()
 
@@ -192,7 +192,7 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
 
 class Sinusoids(nn.Module):
-    """Sines and cosines of the position, interleaved, Vaswani et al. 2017, section 3.5."""
+    """Interleaved sines and cosines of the position, Vaswani et al. 2017, section 3.5."""
 
     inv_freq: Tensor
 
@@ -209,7 +209,7 @@ class Sinusoids(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """The configured normalisation over the hidden size."""
+    """Returns the configured normalisation over the hidden size."""
     if config.norm == "none":
         return nn.Identity()
     kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
@@ -217,7 +217,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def positions_like(input_ids: Tensor) -> Tensor:
-    """Positions 0, 1, ... T - 1 for every row: (B, T) int64."""
+    """Returns the positions 0, 1, ... T - 1 for every row: (B, T) int64."""
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
@@ -225,10 +225,10 @@ def positions_like(input_ids: Tensor) -> Tensor:
 def generate(
     model: Decoder, prompt: Tensor, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
 ) -> list[list[int]]:
-    """The naive reference: every step reads the whole text again. The fast path is `pastkey.runtime`.
+    """The naive reference, which reads the whole text at every step. The fast path is `pastkey.runtime`.
 
-    `prompt` (B, P) int64 gives for each row its new ids, ended by (and without) the EOS token, by `max_new_tokens` or
-    by the context length. `temperature` 0 takes the likeliest token; above, `seed` decides.
+    Returns the new ids of each row of `prompt` (B, P) int64, until (and without) the EOS token, `max_new_tokens` or the
+    context length. `temperature` 0 takes the most likely token; above 0, it samples with `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = prompt  # (B, P), then one more column per step

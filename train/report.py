@@ -1,4 +1,4 @@
-"""What training shows: a progress bar or lines, metrics.jsonl, and the loss curve."""
+"""The output of training: a progress bar or lines, metrics.jsonl, and the loss curve."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Metrics:
         self.open(folder, step)
 
     def open(self, folder: Path, step: int) -> None:
-        """Goes on in the file of this folder."""
-        # In binary, since the position to cut at counts bytes; cutting in place needs no room on a full disk.
+        """Opens the file in this folder to append to it."""
+        # In binary, since the position to cut at counts bytes. Cutting in place needs no space on a full disk.
         self._file = (folder / METRICS).open("ab+")
         self._file.seek(0)
         kept = 0
@@ -55,20 +55,20 @@ class Metrics:
         self.close()
 
     def close(self) -> None:
-        """Writes what is left, and lets go of the file."""
+        """Writes the remaining lines, and closes the file."""
         self._file.close()
 
     def add(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
-        """Puts the lines on the disk, before the checkpoint that counts on them."""
+        """Flushes the lines to disk, before the checkpoint that relies on them."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    """Returns the rows of metrics.jsonl, without a last line that a kill cut short."""
     if not (folder / METRICS).exists():
         return []
     with (folder / METRICS).open("rb") as file:
@@ -76,7 +76,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The row of a line, or None for one that a kill or a full disk cut short."""
+    """Returns the row of a line, or None if a kill or a full disk cut it short."""
     try:
         row: dict[str, Any] = json.loads(line)
     except ValueError:
@@ -114,7 +114,7 @@ def draw_loss_curve(folder: Path) -> None:
 
 
 class Progress:
-    """A bar with tokens per second and time left on a terminal; elsewhere a plain line every few seconds."""
+    """On a terminal, a bar with tokens per second and time left; elsewhere a plain line every few seconds."""
 
     _LINE_SECONDS = 10.0
 
@@ -150,7 +150,7 @@ class Progress:
         say(f"step {step} of {self._steps}: loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, {left:.0f} s left")
 
     def say(self, text: str) -> None:
-        """A line beside the bar."""
+        """Prints a line beside the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its training, checked before a step is taken: it comes from a file like any other."""
+"""Checks the training state of a checkpoint before a step is taken: the file may be damaged or altered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = ("<u2", "<u4")
 
 @dataclass(frozen=True)
 class Resumed:
-    """A training that can go on."""
+    """A training that can continue."""
 
     config: TrainConfig
     info: DataInfo
@@ -32,7 +32,7 @@ class Resumed:
 
 
 def read_training(checkpoint: Checkpoint) -> Resumed:
-    """Raises InputError where there is no training state, IntegrityError for one that cannot be true."""
+    """Reads the training state. Raises InputError if there is none, IntegrityError if it is inconsistent."""
     folder, training = checkpoint.path, checkpoint.training
     if not {"step", "settings", "data", "files"} <= set(training):
         raise InputError(f"{folder} has no training state to resume from: it holds the model alone")
@@ -66,7 +66,7 @@ def _check_moments(checkpoint: Checkpoint, moments: Mapping[str, Tensor]) -> Non
 
 
 def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoint) -> None:
-    """Raises IntegrityError for a token file of another length than the manifest says, or with ids of no token."""
+    """Raises IntegrityError if a token file's length differs from the manifest's, or its ids exceed the vocabulary."""
     if info.dtype not in _DTYPES:
         raise IntegrityError(f"the type of the tokens in {file} is {info.dtype!r:.20}, expected {' or '.join(_DTYPES)}")
     size, rows = file.stat().st_size, info.row_length or 1

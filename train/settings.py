@@ -1,6 +1,6 @@
-"""Every setting of training, once: the defaults, the presets, and how settings become a model's configuration.
+"""Every setting of training, defined once: defaults, presets, and the model's configuration derived from them.
 
-No torch here, so that the command line can show all of it at once.
+Does not import torch, so that the command line can show all settings at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pastkey.values import is_int, is_number, require, shown
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Sizes that are None are the preset's."""
+    """The settings of training. Sizes that are None are the preset's."""
 
     preset: str = "llama"
     steps: int = 2000  # optimizer steps
@@ -26,12 +26,12 @@ class TrainConfig:
     learning_rate: float = 5e-3  # at the peak, after the warm-up
     warmup_steps: int = 40
     weight_decay: float = 0.1  # on weight matrices only
-    gradient_clip: float = 1.0  # the largest norm of all gradients together
+    gradient_clip: float = 1.0  # maximum norm of all gradients together
     save_every: int = 250  # steps between checkpoints, each with validation, sample and curve
     seed: int = 0
     threads: int | None = None  # None: as many as torch chooses
     tokenizer: str = "bpe"  # bpe, char, word, or the path of a tokenizer.json
-    vocab_size: int = 1024  # tokens at most, for a tokenizer that is trained
+    vocab_size: int = 1024  # maximum, for a trained tokenizer
     context: int | None = None  # tokens
     hidden_size: int | None = None
     layers: int | None = None
@@ -58,12 +58,12 @@ class TrainConfig:
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> TrainConfig:
-        """The preset's settings, with those given in their place."""
+        """Returns the preset's settings, replaced by those given."""
         preset = PRESETS.get(given.get("preset", cls.preset), PRESETS[cls.preset])
         return cls(**(dict(preset.training) | dict(given)))
 
     def model_config(self, vocab_size: int, bos_token_id: int | None, eos_token_id: int) -> ModelConfig:
-        """The decoder's shape: the preset's, with the sizes that were given, and the others following them."""
+        """Returns the decoder's configuration: the preset's, with the given sizes, and the others derived from them."""
         preset = PRESETS[self.preset].model
         hidden_size = self.hidden_size or preset["hidden_size"]
         heads = self.heads or preset["num_attention_heads"]
@@ -73,7 +73,7 @@ class TrainConfig:
         shape["hidden_size"] = hidden_size
         shape["intermediate_size"] = preset["intermediate_size"] * hidden_size // preset["hidden_size"]
         shape["num_attention_heads"] = heads
-        # Without a word about K/V heads, keep the preset's number where it still divides the heads.
+        # If K/V heads are not given, keep the preset's number if it divides the heads.
         fitting = heads % preset["num_key_value_heads"] == 0
         multi_head = preset["num_key_value_heads"] == preset["num_attention_heads"]
         shape["num_key_value_heads"] = self.kv_heads or (
@@ -86,7 +86,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A kind of decoder, and the settings of training that it departs from."""
+    """A kind of decoder, and the training settings that differ for it."""
 
     summary: str
     model: Mapping[str, Any]  # fields of ModelConfig

@@ -1,8 +1,8 @@
-"""The grammar that `stories` tells and checks by: words with their features, and plots over them.
+"""The grammar of `stories`: words with their features, and plots over them.
 
 A string is text; `{hero}` stands for the slot's name, `{hero.they}` for another of its features, `{Hero.they}` for the
-same with a capital. A tuple is told in order; a list is a choice. Agreement is nothing but a slot that keeps its entry:
-whoever is called Mia is a girl or a fox throughout, and what was lost is what is found.
+same with a capital. A tuple is a sequence; a list is a choice. A slot keeps its entry, which makes words agree: a
+character called Mia is a girl or a fox throughout, and the thing that was lost is the thing that is found.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Final
 
-Entry = Mapping[str, str]  # feature -> text; "name" is the one that tells entries apart
+Entry = Mapping[str, str]  # feature -> text; "name" identifies the entry
 Node = str | tuple["Node", ...] | list["Node"]
 
 
 def _table(features: str, *rows: str) -> tuple[Entry, ...]:
-    """Entries from rows of texts separated by `|`, in the order of `features`."""
+    """Returns entries from rows of texts separated by `|`, in the order of `features`."""
     keys = features.split()
     entries = []
     for row in rows:
@@ -31,7 +31,7 @@ def _names(words: str) -> tuple[Entry, ...]:
 
 
 def _crossed(*tables: Iterable[Entry]) -> tuple[Entry, ...]:
-    """Every combination of the tables' entries; the last table's name is the name."""
+    """Returns every combination of the tables' entries; the last table's name is the name."""
     return tuple({key: text for entry in row for key, text in entry.items()} for row in product(*tables))
 
 
@@ -56,7 +56,7 @@ TRAITS: Final = _table(
     "friendly | friendliest",
 )
 
-# A friend is described in other words than the hero, so that two characters are never told apart by one trait.
+# Words for a friend differ from the hero's, so that two characters never share a trait.
 MANNERS: Final = _names("merry shy patient honest sleepy busy polite playful")
 
 HOMES: Final = _table(
@@ -81,7 +81,7 @@ FAMILY: Final = _table("name", "mother", "father", "grandmother", "grandfather",
 COLORS: Final = _names("red blue green yellow purple brown white silver")
 TREASURES: Final = _names("ball kite scarf button key drum ring whistle lantern feather")
 
-# A hiding place belongs to a place; `name` is the hiding place, since a place is named once and searched later.
+# A hiding place belongs to a place. `name` is the hiding place, since a place is named once and searched later.
 SPOTS: Final = _table(
     "place play empty name",
     *(
@@ -215,7 +215,7 @@ _FRIEND_COMES: Node = [
     "At that moment {hero.they} saw {friend}, a {manner} {friend.kind}.",
 ]
 
-# No ending is the beginning of another, so that a story cut short is never a story.
+# No ending is the beginning of another, so that a truncated story is never a story.
 _ENDING: Node = [
     "That night {hero} went back to {home.house} and slept well.",
     "{Hero} and {friend} stayed good friends ever after.",

@@ -1,6 +1,6 @@
 """Tokenizers: byte-level BPE, words, characters, and the classic lesson's five words.
 
-Whatever a tokenizer puts around a prompt, it puts there itself, by the post-processor in tokenizer.json, so that
+Tokens around a prompt come only from the post-processor in tokenizer.json, so that
 `Tokenizer.from_file(path).encode(text).ids` is the whole prompt.
 """
 
@@ -21,27 +21,27 @@ from pastkey.errors import InputError, MissingFileError
 from pastkey.files.reading import panics_as_errors, read_bytes, reading
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
-END_OF_TEXT: Final = "<|endoftext|>"  # begins every document and thereby ends the one before it, as in GPT-2's corpus
+END_OF_TEXT: Final = "<|endoftext|>"  # begins every document and so ends the one before it, as in GPT-2's corpus
 UNKNOWN: Final = "<unk>"
 LESSON_END: Final = "<EOS>"
 LESSON_WORDS: Final = ("what", "is", "statquest", "awesome", LESSON_END)
 
 KINDS: Final = ("bpe", "char", "word")
 _BYTES = 256
-_LONGEST_RUN = 256  # letters, and others without a space between, that merges are learnt within
+_LONGEST_RUN = 256  # maximum run of characters without a space, or of spaces, in which merges are learnt
 _SAID_EVERY = 5.0  # seconds
 _MANY_CHARACTERS = 20_000_000
-# What EOS tokens are called in tokenizers that others made.
+# Names of EOS tokens in other tokenizers.
 _END_NAMES: Final = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "[SEP]", LESSON_END)
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer, and which of its tokens begin and end a document."""
+    """A tokenizer, and the tokens that begin and end a document."""
 
     tokenizer: Tokenizer
     end: int  # generation ends at this id
-    begin: int | None  # put in front of every prompt by the post-processor, or None
+    begin: int | None  # the post-processor puts it in front of every prompt; None if there is none
 
     @property
     def vocab_size(self) -> int:
@@ -49,7 +49,7 @@ class TextTokenizer:
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text alone. Raises InputError for a character or word that is not in the vocabulary."""
+        """Returns the ids of a text alone. Raises InputError for a character or word that is not in the vocabulary."""
         try:
             with panics_as_errors():
                 ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -58,17 +58,17 @@ class TextTokenizer:
         return ids
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of a prompt, with what the tokenizer adds to it."""
+        """Returns the ids of a prompt, with the tokens that the tokenizer adds."""
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, without special tokens."""
+        """Returns the text of ids, without special tokens."""
         text: str = self.tokenizer.decode(ids)
         return text
 
     def document(self, text: str) -> list[int]:
-        """A document as training reads it: BOS token, text, and an EOS token where the next begin is not one."""
+        """Returns a document as training reads it: BOS, text, and EOS unless the next BOS is the same token."""
         begin = [] if self.begin is None else [self.begin]
         ids = [token for piece in _pieces(text) for token in self.encode(piece)]
         return begin + ids + ([] if self.begin == self.end else [self.end])
@@ -76,16 +76,16 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         (folder / names.TOKENIZER).write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-        added = self.tokenizer.encode("").ids  # around every text, by the post-processor
+        added = self.tokenizer.encode("").ids  # the post-processor adds them around every text
         config = {
             "tokenizer_class": names.TOKENIZER_CLASS,
-            # transformers.js runs the post-processor only where one of these says that it adds something.
+            # transformers.js runs the post-processor only if one of these is true.
             "add_bos_token": self.begin is not None,
             "add_eos_token": self.end in added[self.begin is not None :],
             "bos_token": None if self.begin is None else self.tokenizer.id_to_token(self.begin),
             "eos_token": self.tokenizer.id_to_token(self.end),
             "clean_up_tokenization_spaces": False,
-            # transformers adds token_type_ids unless told what the model takes, and then generate() refuses them.
+            # Otherwise transformers adds token_type_ids, which generate() refuses.
             "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],
         }
         content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -93,7 +93,7 @@ class TextTokenizer:
 
 
 def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """The tokenizer of a kind in KINDS, trained on the documents, or else the one of the file named `kind`."""
+    """Returns a tokenizer of a kind in KINDS, trained on the documents, or else the one in the file named `kind`."""
     if kind == "bpe":
         return train_bpe(documents, vocab_size)
     if kind == "char":
@@ -104,14 +104,15 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Text
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Byte-level BPE: any UTF-8 text comes back unchanged. The same documents give the same tokenizer."""
+    """Trains byte-level BPE: any UTF-8 text decodes unchanged. The same documents give the same tokenizer."""
     if vocab_size <= _BYTES:
         raise InputError(
             f"--vocab-size is {vocab_size}; byte-level BPE needs at least {_BYTES + 1}, or take --tokenizer char"
         )
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # Training takes quadratic time in the longest run: 80,000 letters without a space took 47 s, and a second so.
+    # Training takes quadratic time in the longest run: 80,000 letters without a space took 47 s, and with this split 1
+    # s.
     runs = pre_tokenizers.Split(Regex(rf"\S{{{_LONGEST_RUN}}}|\s{{{_LONGEST_RUN}}}"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([runs, words])
     tokenizer.decoder = decoders.ByteLevel()
@@ -122,12 +123,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
         show_progress=False,
     )
     _train(tokenizer, trainer, (piece for text in documents for piece in _pieces(text)))
-    tokenizer.pre_tokenizer = words  # encoding takes linear time, and every program knows this one
+    tokenizer.pre_tokenizer = words  # encoding takes linear time, and every program supports this one
     return _beginning_with_end(tokenizer)
 
 
 def _train(tokenizer: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
-    """Says from time to time how far it is, where it takes long."""
+    """Trains the tokenizer, and prints its progress if that takes long."""
     started = said = time.monotonic()
 
     def counted() -> Iterator[str]:
@@ -147,7 +148,7 @@ def _train(tokenizer: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
 
 
 def train_char(documents: Iterable[str]) -> TextTokenizer:
-    """One token per character that occurs. A text with any other character is refused, rather than changed."""
+    """One token per character that occurs. A text with any other character is refused."""
     characters = sorted({character for text in documents for character in text})
     vocabulary = {token: number for number, token in enumerate([END_OF_TEXT, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -157,7 +158,7 @@ def train_char(documents: Iterable[str]) -> TextTokenizer:
 
 
 def train_word(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """The most frequent words and punctuation marks, and one token for all others. Spacing is not kept."""
+    """The most frequent words and punctuation marks, and one token for all others. Spacing is lost."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     specials = [AddedToken(token, special=True, normalized=False) for token in (END_OF_TEXT, UNKNOWN)]
@@ -169,7 +170,7 @@ def train_word(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def lesson_tokenizer() -> TextTokenizer:
-    """The classic lesson's: five words, and <EOS> after every prompt. Any other word is refused by `encode`."""
+    """The classic lesson's: five words, and <EOS> after every prompt. `encode` refuses any other word."""
     tokenizer = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(LESSON_WORDS)}, unk_token=UNKNOWN)
     )
@@ -183,7 +184,7 @@ def lesson_tokenizer() -> TextTokenizer:
 
 
 def read_tokenizer(path: Path) -> TextTokenizer:
-    """An existing tokenizer.json; its EOS token is found by the names in use."""
+    """Reads a tokenizer.json. Common names identify its EOS token."""
     if not path.exists():
         raise MissingFileError(
             f"no tokenizer {str(path)!r}: it must be {', '.join(KINDS)} or the path of a tokenizer.json"
@@ -195,13 +196,13 @@ def read_tokenizer(path: Path) -> TextTokenizer:
         raise InputError(f"{path} has no EOS token; one of {', '.join(_END_NAMES)} was expected among its tokens")
     with reading(path, "a tokenizer.json"):
         probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
-        # 1 for what the post-processor adds, 0 for the text's own
+        # 1 for a token that the post-processor adds, 0 for the text's own
         added_in_front = bool(probe.special_tokens_mask[0])
     return TextTokenizer(tokenizer, end=end, begin=probe.ids[0] if added_in_front else None)
 
 
 def _beginning_with_end(tokenizer: Tokenizer) -> TextTokenizer:
-    """Makes the EOS token the BOS token too, which lets an empty prompt begin a document."""
+    """Uses the EOS token as the BOS token as well, so that an empty prompt begins a document."""
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     end = tokenizer.token_to_id(END_OF_TEXT)
     assert end is not None
@@ -212,7 +213,7 @@ def _beginning_with_end(tokenizer: Tokenizer) -> TextTokenizer:
 
 
 def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """A long text in pieces of about `size` characters, cut before a space: encoding all at once takes gigabytes."""
+    """Cuts a long text into pieces of about `size` characters, before spaces: encoding all at once takes gigabytes."""
     start = 0
     while len(text) - start > 2 * size:
         cut = text.find(" ", start + size, start + 2 * size)

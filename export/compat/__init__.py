@@ -1,1 +1,1 @@
-"""Other programs that load a bundle: what they read, and whether they can."""
+"""Compatibility with other programs: the files that they read, and whether they can load a bundle."""

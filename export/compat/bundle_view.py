@@ -1,5 +1,5 @@
-"""What stands in a bundle's files, as far as other programs read them: the graph's names and sizes, the configurations,
-the tokenizer. No weights are read and no session is made.
+"""The content of a bundle's files that other programs read: the graph's names and sizes, the configurations, the
+tokenizer. Reads no weights and creates no session.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pastkey.files.tokenizer_file import open_tokenizer
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: its dtype as numpy spells it, and its axes, a number or a name each."""
+    """An input or output: its dtype in numpy's spelling, and its axes, each a number or a name."""
 
     dtype: str
     shape: tuple[int | str, ...]
@@ -31,19 +31,19 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """The all-logits graph's face: inputs, outputs, and the files that its weights lie in."""
+    """The interface of the all-logits graph: inputs, outputs, and the files with its weights."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    weights: Mapping[str, int]  # file beside the graph -> bytes that it must have
+    weights: Mapping[str, int]  # file beside the graph -> its minimum size in bytes
 
     @property
     def layers(self) -> int:
-        """How many attention calls have a cache."""
+        """The number of attention calls with a cache."""
         return sum(names.past_key(number) in self.inputs for number in range(len(self.inputs)))
 
     def geometry(self, layer: int) -> KVGeometry | None:
-        """A layer's cache where its sizes are numbers."""
+        """Returns a layer's cache geometry if its sizes are numbers."""
         key, value = self.inputs.get(names.past_key(layer)), self.inputs.get(names.past_value(layer))
         if key is None or value is None or len(key.shape) != 4 or len(value.shape) != 4:
             return None
@@ -55,7 +55,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Json:
-    """One configuration file; `problem` is the sentence that says why there is no content."""
+    """One configuration file; `problem` is a sentence that says why there is no content."""
 
     content: Mapping[str, Any]
     problem: str | None = None
@@ -64,7 +64,7 @@ class Json:
         return self.content.get(key, default)
 
     def section(self, *keys: str) -> Mapping[str, Any]:
-        """The object under these keys, {} where there is none."""
+        """Returns the object under these keys, {} if there is none."""
         found: Any = self.content
         for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None
@@ -73,7 +73,7 @@ class Json:
 
 @dataclass(frozen=True)
 class BundleView:
-    """Everything that is judged."""
+    """Everything that the rules read."""
 
     bundle: Bundle
     graph: Graph | None  # None: the file is missing
@@ -82,7 +82,7 @@ class BundleView:
     genai_config: Json
     tokenizer: Json
     tokenizer_config: Json
-    special_ids: tuple[int, ...]  # what the tokenizer adds to a text by itself
+    special_ids: tuple[int, ...]  # tokens that the tokenizer adds to a text by itself
 
     @property
     def has_tokenizer(self) -> bool:
@@ -96,9 +96,9 @@ class BundleView:
 
 
 def read_bundle_view(bundle: Bundle) -> BundleView:
-    """Reads the files that the manifest lists, and no other, since nothing vouches for their content.
+    """Reads only the files that the manifest lists, since other files are not verified.
 
-    A missing or unreadable configuration is noted; an unreadable graph is an IntegrityError.
+    A missing or unreadable configuration is recorded in its `problem`. An unreadable graph raises IntegrityError.
     """
     tokenizer = _json(bundle, names.TOKENIZER)
     return BundleView(
@@ -124,7 +124,7 @@ def _json(bundle: Bundle, name: str) -> Json:
 
 
 def special_ids(tokenizer: bytes) -> tuple[int, ...]:
-    """What the post-processor of a tokenizer.json adds to every text; () where it cannot be read."""
+    """Returns the tokens that a tokenizer.json's post-processor adds to every text, () if it cannot be read."""
     try:
         with panics_as_errors():
             return tuple(open_tokenizer(Tokenizer, tokenizer, names.TOKENIZER).encode("").ids)
@@ -135,7 +135,7 @@ def special_ids(tokenizer: bytes) -> tuple[int, ...]:
 def _graph(path: Path) -> Graph:
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # of the protobuf library, several kinds
+    except Exception as error:  # the protobuf library raises several kinds
         raise IntegrityError(f"{path} is not an ONNX graph ({error}): it was cut short, copy it again") from None
     weights: dict[str, int] = {}
     for data in external_data(path):

@@ -1,4 +1,4 @@
-"""Which other programs load a bundle, and why not, judged from its files alone: a program is a list of rules."""
+"""Judges from a bundle's files which other programs can load it. A program is a list of rules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .bundle_view import BundleView, read_bundle_view
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one program does with the bundle."""
+    """The result for one program."""
 
     program: str
-    how: str  # the line that loads it
-    reasons: tuple[str, ...]  # why it does not
+    how: str  # the code that loads the bundle
+    reasons: tuple[str, ...]  # why it cannot load the bundle
     warnings: tuple[str, ...]  # how its text would silently differ
 
     @property
@@ -44,10 +44,10 @@ class _Program:
 
 
 def check(path: str | Path) -> tuple[Verdict, ...]:
-    """One verdict per program.
+    """Returns one verdict per program.
 
-    Raises MissingFileError, InputError or IntegrityError where there is no bundle, or its manifest or graph cannot be
-    read. A missing or altered file is no error here: the verdicts name it.
+    Raises MissingFileError, InputError or IntegrityError if there is no bundle, or its manifest or graph cannot be
+    read. A missing or altered file raises no error: the verdicts name it.
     """
     view = read_bundle_view(read_bundle(path))
     return tuple(_judge(program, view) for program in _PROGRAMS)

@@ -1,4 +1,4 @@
-"""The configurations of a bundle that other programs read: config.json, genai_config.json, the tokenizer's."""
+"""Writes the configurations that other programs read: config.json, genai_config.json, the tokenizer's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .facts import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 
 
 def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
-    """config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
+    """Writes config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
     config = _config(source, manifest, heads) | _loading(folder, manifest)
     write_json(folder / names.CONFIG, config)
     eos = list(manifest.eos_token_ids)
@@ -35,20 +35,20 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
 
 
 def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:
-    """The source's own, with what other programs would guess wrong."""
+    """Returns the source's tokenizer configuration, plus the keys that other programs would guess wrong."""
     own = source.tokenizer_config
     config = {
-        "tokenizer_class": names.TOKENIZER_CLASS,  # else transformers goes by the model_type, and may add tokens
+        "tokenizer_class": names.TOKENIZER_CLASS,  # otherwise transformers uses the model_type and may add tokens
         **own,
-        "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],  # else transformers makes token_type_ids too
+        "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],  # otherwise transformers adds token_type_ids
     }
-    # transformers.js runs the post-processor only where this is said.
+    # transformers.js runs the post-processor only if this key says so.
     config.setdefault("add_bos_token", special_ids(tokenizer)[:1] == (source.bos_token_id,))
     return config
 
 
 def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
-    """What transformers, optimum and transformers.js read: the source's own where it declares the graph's cache."""
+    """config.json for transformers, optimum and transformers.js: the source's own if it declares the graph's cache."""
     first = manifest.layers[0]
     sizes = {
         "architectures": [manifest.source],
@@ -66,9 +66,9 @@ def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[st
 
 
 def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """What config.json says of the files beside it.
+    """Returns the part of config.json that describes the files beside it.
 
-    transformers.js takes its default precision from it: without, that is fp32 in Node and q8 in a browser.
+    transformers.js takes its default precision from it. Without it, the default is fp32 in Node and q8 in a browser.
     """
     precision = PRECISIONS[manifest.precision]
     javascript: dict[str, Any] = {"dtype": precision.transformers_js}
@@ -81,7 +81,7 @@ def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _genai_config(special: dict[str, Any], manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
-    """What onnxruntime-genai reads."""
+    """Returns onnxruntime-genai's configuration."""
     first = manifest.layers[0]
     decoder = {
         "filename": PRECISIONS[manifest.precision].graph,

@@ -1,8 +1,8 @@
-"""What the other programs that load a bundle know: their versions, model types, and the cache they expect.
+"""Facts about other programs that load a bundle: versions, model types, and the cache that they expect.
 
-Read in the sources of the versions named here, at the addresses beside the lists; `tests/programs/test_facts.py` holds
-the lists against what is installed. `check` judges a bundle by it, and `export` declares a `model_type`
-whose cache these programs build as the graph has it.
+Taken from the sources of the versions named here, at the addresses beside the lists; `tests/programs/test_facts.py`
+compares the lists with the installed packages. `check` judges a bundle by these facts. `export` declares a `model_type`
+for which these programs build the graph's cache.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ OPTIMUM = f"optimum-onnx 0.1, transformers {TRANSFORMERS_VERSION}"
 TRANSFORMERS_JS = "@huggingface/transformers 4.3"
 
 GENAI_SIZES_SINCE = (
-    "0.18"  # that onnxruntime-genai reads the cache's sizes off the graph; before, off its configuration
+    "0.18"  # first release that reads the cache's sizes from the graph; earlier ones read its configuration
 )
 
-# The onnxruntime that a program brings with it, or the oldest that it takes.
+# The onnxruntime version that a package includes, or the oldest that it accepts.
 ONNXRUNTIME_OF = {"onnxruntime-genai": "1.31.0", "onnxruntime-node": "1.30.0", "onnxruntime-web": "1.31.0"}
 
 
 # --- transformers.js ----------------------------------------------------------------------------------------------
-# The file that it opens for a dtype, and the dtype that it takes where none is named.
+# The file that it opens for each dtype, and its default dtype.
 JS_GRAPH = {row.transformers_js: row.graph for row in PRECISIONS.values()}
 JS_DEFAULT_DTYPE = {"Node": "fp32", "browser": "q8"}
 
-# Decoders that it has, by the key of config.json that says how many layers have a cache: getNormalizedConfig in
+# Its decoders, by the key of config.json that holds the number of layers with a cache: getNormalizedConfig in
 # https://github.com/huggingface/transformers.js/blob/4.3.1/packages/transformers/src/configs.js
 _JS_LAYERS_KEY = {
     "num_hidden_layers": _words(
@@ -57,7 +57,7 @@ _JS_LAYERS_KEY = {
     "num_transformer_layers": frozenset({"openelm"}),
 }
 
-# Parts of a tokenizer.json that it can run, by the part's place there: of @huggingface/tokenizers 0.2,
+# Components of a tokenizer.json that it supports, by section, from @huggingface/tokenizers 0.2:
 # https://github.com/huggingface/tokenizers.js/tree/main/src/core
 JS_TOKENIZER_PARTS = {
     "normalizer": _words(
@@ -74,7 +74,7 @@ JS_TOKENIZER_PARTS = {
 
 
 def js_layers_key(model_type: str) -> str | None:
-    """The key that transformers.js reads the number of layers from, or None for a type that it does not have."""
+    """Returns the key that transformers.js reads the number of layers from, or None for an unknown type."""
     return next((key for key, types in _JS_LAYERS_KEY.items() if model_type in types), None)
 
 
@@ -84,7 +84,7 @@ GENAI_TYPES = _words(
     """chatglm decoder ernie4_5 gemma gemma2 gemma3_text gpt2 gptoss granite internlm2 lfm2 llama mistral nemotron olmo
     phi phimoe phi3 phi3small qwen2 qwen3 smollm3"""
 )
-# What it calls the graph's tensors; these are its defaults too.
+# Its keys for the graph's tensors. The values are also its defaults.
 GENAI_INPUTS = {
     "input_ids": names.INPUT_IDS,
     "attention_mask": names.ATTENTION_MASK,
@@ -98,7 +98,7 @@ GENAI_OUTPUTS = {
     "present_value_names": names.present_value("%d"),
 }
 # https://github.com/microsoft/onnxruntime-extensions/blob/main/operators/tokenizer/tokenizer_jsconfig.hpp
-GENAI_TOKENIZER_MODELS = frozenset({"BPE"})  # of tokenizer.json, for these classes, with or without "Fast":
+GENAI_TOKENIZER_MODELS = frozenset({"BPE"})  # model types of tokenizer.json. Classes, with or without "Fast":
 GENAI_TOKENIZER_CLASSES = _words(
     """BaichuanTokenizer CodeGenTokenizer CodeLlamaTokenizer GPT2Tokenizer GPTNeoXTokenizer GemmaTokenizer
     InternLM2Tokenizer LlamaTokenizer MistralCommonBackend Phi3Tokenizer PreTrainedTokenizer PythonBackend
@@ -107,7 +107,7 @@ GENAI_TOKENIZER_CLASSES = _words(
 
 
 # --- transformers and optimum -------------------------------------------------------------------------------------
-# Decoders of transformers 4.57, whose configuration class parses config.json: CONFIG_MAPPING_NAMES in
+# Decoder types of transformers 4.57, whose configuration class parses config.json: CONFIG_MAPPING_NAMES in
 # https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/auto/configuration_auto.py
 TRANSFORMERS_TYPES = _words(
     """apertus arcee biogpt bitnet bloom blt code_llama codegen cohere cohere2 cpmant ctrl dbrx deepseek_v2 deepseek_v3
@@ -117,8 +117,8 @@ TRANSFORMERS_TYPES = _words(
     modernbert-decoder moshi mpt nemotron olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm"""
 )
-# Fast tokenizer classes of transformers 4.57 that make the BOS token themselves, whatever tokenizer.json says: those
-# with update_post_processor, as in
+# Fast tokenizer classes of transformers 4.57 that add the BOS token themselves and ignore tokenizer.json: those with
+# update_post_processor, as in
 # https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/llama/tokenization_llama_fast.py
 TRANSFORMERS_ADDS_BOS = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
 
@@ -130,8 +130,8 @@ _OPTIMUM_KV_HEADS = _words(
 )
 _OPTIMUM_HEAD_DIM = _words("gemma gemma3_text gpt_oss nemotron")
 
-# Names that a configuration class gives to what others call hidden_size and num_attention_heads: its attribute_map,
-# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/gpt2/configuration_gpt2.py for one
+# Other names for hidden_size and num_attention_heads in some configuration classes: their attribute_map, for example
+# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/gpt2/configuration_gpt2.py
 _OTHER_NAMES = {
     "hidden_size": {"n_embd": "codegen ctrl gpt2 gpt_bigcode gptj openai-gpt", "d_model": "dbrx mpt xglm"},
     "num_attention_heads": {
@@ -145,14 +145,14 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Expected:
-    """The cache that a program makes for every layer, and the keys of config.json that say so."""
+    """The cache that a program builds for every layer, and the keys of config.json that determine it."""
 
     geometry: KVGeometry
     because: str
 
 
 def optimum_cache(config: Config) -> Expected | str:
-    """The cache that ORTModelForCausalLM makes, or the key that config.json lacks."""
+    """Returns the cache that ORTModelForCausalLM builds, or the key that config.json lacks."""
     kind = str(config.get("model_type"))
     hidden, heads = _spelled("hidden_size", kind), _spelled("num_attention_heads", kind)
     for key in (hidden, heads):
@@ -193,18 +193,18 @@ def _spelled(key: str, kind: str) -> str:
 
 
 # --- declaring a cache --------------------------------------------------------------------------------------------
-UNKNOWN_TYPE = "pastkey"  # declared where no program's type has the graph's cache
+UNKNOWN_TYPE = "pastkey"  # declared if no known type has the graph's cache
 NOTE_KEY, REPLACED_KEY = "pastkey_note", "pastkey_replaced"
 _NOTE = "the graph is the model: these keys only declare its cache to programs that build one from a known model_type"
 
 
 def declare_cache(config: Config, sizes: Config, layers: Sequence[KVGeometry]) -> dict[str, Any]:
-    """config.json whose model_type makes the programs build the graph's cache, where one does.
+    """Returns a config.json whose model_type makes the programs build the graph's cache, if such a type exists.
 
-    `config` is the source's own (may be empty), `sizes` the observed ones under Hugging Face's names, with
-    `hidden_size` = heads * head size. The source's own is kept where it suits; where only its `hidden_size` misleads
-    (optimum divides it by the heads), that alone is replaced; otherwise the type becomes llama, whose cache is any
-    number of K/V heads of one size. What was replaced is kept under its own key.
+    `config` is the source's own and may be empty. `sizes` holds the observed sizes under Hugging Face's names, with
+    `hidden_size` = heads * head size. The first of these that suits is used: the source's own; the source's own with
+    `hidden_size` (which optimum divides by the heads), `head_dim` and `num_key_value_heads` replaced; a llama
+    configuration, whose cache has any number of K/V heads of one size. Replaced values are saved under their own key.
     """
     own = dict(config) if config.get("model_type") not in (None, UNKNOWN_TYPE) else {}
     if own and suits(own, layers):
@@ -219,7 +219,7 @@ def declare_cache(config: Config, sizes: Config, layers: Sequence[KVGeometry]) -
 
 
 def suits(config: Config, layers: Sequence[KVGeometry]) -> bool:
-    """Whether both readers of config.json, transformers.js and optimum, build this cache."""
+    """Whether transformers.js and optimum, which read config.json, both build this cache."""
     kind = str(config.get("model_type"))
     key = js_layers_key(kind)
     cache = optimum_cache(config)

@@ -1,4 +1,4 @@
-"""The rules of `check` for the programs that read Hugging Face's files: optimum, and transformers.js."""
+"""The rules of `check` for the programs that read Hugging Face's files: optimum and transformers.js."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def js_finds_the_files(where: str) -> Rule:
 def _js_finds_the_weights(where: str, view: BundleView, graph: Graph, declared: Any) -> Iterator[Finding]:
     file = Path(graph_name(view)).name
     count = declared.get(file, declared.get("model", 0)) if isinstance(declared, dict) else declared
-    chunks = min(int(count), 100) if isinstance(count, int) else 0  # true is 1; it takes 100 at most
+    chunks = min(int(count), 100) if isinstance(count, int) else 0  # true counts as 1; the maximum is 100
     fetched = {names.weights_file(file, i) for i in range(chunks)}
     folder = view.bundle.all_logits_graph.parent
     for name in sorted(fetched - set(graph.weights)):
@@ -181,7 +181,7 @@ def js_tokenizer(view: BundleView, graph: Graph) -> Iterator[Finding]:
 
 
 def _kinds(part: Any) -> Iterator[str]:
-    """The types of a tokenizer's part and of those in its sequences."""
+    """Yields the types of a tokenizer component and of its nested components."""
     if isinstance(part, dict):
         yield str(part.get("type"))
         for inner in ("normalizers", "pretokenizers", "processors", "decoders"):

@@ -1,7 +1,7 @@
-"""The rules of `check`: small functions that look at a bundle's files and yield findings, one place per fact.
+"""The rules of `check`: small functions that read a bundle's files and yield findings. Each fact has one place.
 
-A finding is a sentence: what was found, what was expected, what to do. One that `stops` is a reason why the program
-does not load the bundle, or fails at its first token; any other warns that it would give other text, or ids only.
+A finding is a sentence: found, expected, what to do. If it `stops`, the program does not load the bundle or fails at
+its first token. Otherwise it warns that the program would return different text, or takes ids only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .bundle_view import BundleView, Graph, Tensor
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule found in a bundle."""
+    """A finding of one rule."""
 
     text: str  # a sentence
     stops: bool  # whether the program fails; if not, it is a warning
@@ -39,7 +39,7 @@ def warn(text: str) -> Finding:
     return Finding(text, stops=False)
 
 
-# --- the graph, for all -------------------------------------------------------------------------------------------
+# --- the graph, for all programs ----------------------------------------------------------------------------------
 def graph_is_whole(view: BundleView) -> Iterator[Finding]:
     graph = view.bundle.all_logits_graph
     if view.graph is None:
@@ -58,7 +58,7 @@ def graph_name(view: BundleView) -> str:
 
 
 def feeds_every_input(view: BundleView, graph: Graph) -> Iterator[Finding]:
-    """What optimum and transformers.js feed, in their dtypes, and what they read."""
+    """Checks the inputs that optimum and transformers.js feed, their dtypes, and the outputs that they read."""
     yield from _feeds(graph, cache_inputs(graph.layers))
 
 
@@ -118,7 +118,7 @@ def pastkey_opens(view: BundleView, graph: Graph) -> Iterator[Finding]:
 
 
 def pastkey_feeds_every_input(view: BundleView, graph: Graph) -> Iterator[Finding]:
-    """As others do, and the rows of short convolutions that the manifest tells of."""
+    """As `feeds_every_input`, plus the states of short convolutions that the manifest lists."""
     states = view.bundle.manifest.states
     for i, state in enumerate(states):
         found, expected = graph.inputs.get(names.past_conv(i)), (names.BATCH, names.PAST_ROWS, state.size)
@@ -147,7 +147,7 @@ def plain_loop_must_know(view: BundleView, graph: Graph) -> Iterator[Finding]:
 
 
 def expected_tokens(view: BundleView) -> str:
-    """Why text differs without the special tokens, the BOS token for one."""
+    """The reason why text differs without special tokens such as BOS."""
     return f"since the model expects the tokens {list(view.special_ids)} that tokenizer.json adds to a prompt"
 
 
@@ -174,7 +174,7 @@ def genai_config_fits(view: BundleView, graph: Graph) -> Iterator[Finding]:
 
 
 def _genai_sizes_agree(decoder: Mapping[str, Any], graph: Graph) -> Iterator[Finding]:
-    """Of no account since GENAI_SIZES_SINCE; older releases believe the configuration."""
+    """Warns about releases before GENAI_SIZES_SINCE, which read the sizes from the configuration."""
     said = tuple(decoder.get(key) for key in ("num_hidden_layers", "num_key_value_heads", "head_size"))
     for layer in range(graph.layers):
         geometry = graph.geometry(layer)
@@ -256,7 +256,7 @@ def genai_tokenizer(view: BundleView, graph: Graph) -> Iterator[Finding]:
 
 # --- generation_config.json and the like --------------------------------------------------------------------------
 def _samples(settings: Any, where: str) -> Iterator[Finding]:
-    """Settings that change greedy text."""
+    """Warns about settings that change greedy text."""
     penalty = settings.get("repetition_penalty")
     if settings.get("do_sample"):
         yield warn(f"{where} says do_sample: it draws at random where pastkey takes the likeliest token")
@@ -271,7 +271,7 @@ def generation_config_fits(view: BundleView, graph: Graph) -> Iterator[Finding]:
 
 
 def genai_ends(view: BundleView, graph: Graph) -> Iterator[Finding]:
-    if view.genai_config.problem is None:  # else that is told, and nothing is known
+    if view.genai_config.problem is None:  # otherwise genai_config_fits reports it
         yield from _ends(view, view.genai_config.section("model").get("eos_token_id"), names.GENAI_CONFIG)
 
 

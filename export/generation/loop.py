@@ -1,8 +1,8 @@
-"""A last-logits graph becomes a whole generation: one run takes a prompt and settings and gives the new ids.
+"""Builds a generation graph from a last-logits graph: one run takes a prompt and settings and returns the new ids.
 
-The decoder's nodes become the body of one Loop, whose first iteration is given the prompt and each further one the
-token before. What depends on weights alone stays outside, and so do the weights: held once, and prepacked once, as a
-kernel takes weights from one scope above its own and from none further out.
+The decoder's nodes become the body of one Loop. Its first iteration processes the prompt, each further one the previous
+token. Nodes that depend only on weights stay outside the Loop, as do the weights, which are stored and prepacked once:
+a kernel accepts weights from the directly enclosing scope, but not from further out.
 
 Shapes: T tokens of the prompt, P tokens in the cache, V vocabulary, L attention calls.
 """
@@ -23,14 +23,14 @@ from .nodes import Nodes, typed
 from .random_stream import uniforms
 from .sampler import Settings, choose
 
-# Some kernels ask for a constant beside them, and onnxruntime makes MatMulNBits of a DequantizeLinear only where it and
-# its weights stand beside the MatMul.
+# Some kernels need a constant in their own graph, and onnxruntime fuses DequantizeLinear and MatMul into MatMulNBits
+# only if DequantizeLinear and its weights are in the MatMul's graph.
 _BESIDE = ("Constant", "DequantizeLinear")
 _INT64, _FLOAT, _BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
 
 
 def why_no_step(manifest: Manifest) -> str | None:
-    """Why one tensor cannot hold the cache of a decoder, or None where it can."""
+    """Returns why one tensor cannot hold the cache of a decoder, or None if it can."""
     if manifest.states:
         return "it keeps rows of short convolutions beside keys and values"
     shapes = {
@@ -43,12 +43,12 @@ def why_no_step(manifest: Manifest) -> str | None:
 
 
 def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -> None:
-    """Changes a last-logits graph in place.
+    """Turns a last-logits graph into a generation graph, in place.
 
     Args:
-        model: Of a bundle, with its embedding (`give_embedding_back`).
+        model: A bundle's graph, with its embedding (`give_embedding_back`).
         manifest: The bundle's.
-        step: Whether the cache comes in and goes out, so that a generation can go on in a further call.
+        step: Whether the cache is an input and an output, so that a further call can continue the generation.
     """
     decoder = _Decoder(model)
     n = Nodes(model, "generate")
@@ -65,13 +65,13 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
         ids = n.add("Concat", held_ids, ids, axis=0)
         fits = n.add("LessOrEqual", held, n.add("Shape", held_cache, start=3, end=4))
         conditions.append((fits, "history must have no more ids than cache has rows"))
-    first = n.add("Shape", ids)  # the first new token's place
-    # A call after the last token of all gives none.
+    first = n.add("Shape", ids)  # position of the first new token
+    # With `step`, a call may follow the last possible token. It returns no token.
     most = manifest.context_length + (1 if step else 0)
     conditions += _conditions(n, ids, first, given, manifest, most)
     ids = functools.reduce(lambda sum_, other: n.add("Add", sum_, other), [ids, *(n.require(*c) for c in conditions)])
     left = n.add("Sub", n.number([manifest.context_length + 1]), first)
-    # The last token of all need not be fed, so that it may stand one behind the context.
+    # The last token is never fed, so the text may be one token longer than the context.
     trips = n.add("Max", n.add("Min", given["max_new_tokens"], left), n.number([0]))
     seen = n.add(
         "ScatterElements",
@@ -103,7 +103,7 @@ def generate_whole(model: ir.Model, manifest: Manifest, *, step: bool = False) -
 
 
 def _draws(n: Nodes, given: dict[str, ir.Value], first: ir.Value, trips: ir.Value) -> ir.Value:
-    """(N,) float64: what draws each of the tokens; computed where any is drawn."""
+    """(N,) float64: the uniform number that draws each token; zeros if decoding is greedy."""
     none = n.filled(trips, 0.0, np.float64)
     none.type, none.shape = ir.TensorType(ir.DataType.DOUBLE), ir.Shape([None])
     greedy = n.add("Equal", n.scalar(given["temperature"]), n.number(0, np.float32))
@@ -112,7 +112,7 @@ def _draws(n: Nodes, given: dict[str, ir.Value], first: ir.Value, trips: ir.Valu
 
 
 def _past(n: Nodes, decoder: _Decoder, held_cache: ir.Value | None, held: ir.Value) -> list[ir.Value]:
-    """What the first iteration finds in the cache: nothing, or the rows that are held."""
+    """Returns the cache of the first iteration: empty, or the held rows."""
     count = len(decoder.past)
     if held_cache is None:
         return [n.constant(f"empty_{i}", decoder.empty(i)) for i in range(count)]
@@ -122,7 +122,7 @@ def _past(n: Nodes, decoder: _Decoder, held_cache: ir.Value | None, held: ir.Val
 
 
 class _Decoder:
-    """The parts of a last-logits graph, taken out of it: its inputs, its outputs, the nodes that depend on inputs."""
+    """The inputs, outputs and input-dependent nodes of a last-logits graph, removed from it."""
 
     def __init__(self, model: ir.Model) -> None:
         graph = model.graph
@@ -140,7 +140,7 @@ class _Decoder:
         graph.remove(self.nodes)
 
     def empty(self, index: int) -> np.ndarray:
-        """The past of no tokens."""
+        """An empty past."""
         shape = [1, *(size if isinstance(size, int) else 0 for size in _sizes(self.past[index])[1:])]
         return np.zeros(shape, self.dtype.numpy())
 
@@ -151,7 +151,7 @@ def _sizes(value: ir.Value) -> list[int | None]:
 
 
 def _dependent(graph: ir.Graph, inputs: Iterable[ir.Value]) -> Iterable[ir.Node]:
-    """The nodes that compute something of an input, in the graph's order, and what stays beside them."""
+    """Yields the nodes that depend on an input, in the graph's order, and those that must stay beside them."""
     known = set(inputs)
     for node in graph:
         if any(value in known for value in node.inputs) or node.op_type in _BESIDE:
@@ -160,7 +160,7 @@ def _dependent(graph: ir.Graph, inputs: Iterable[ir.Value]) -> Iterable[ir.Node]
 
 
 def _body(model: ir.Model, decoder: _Decoder, given: dict[str, ir.Value], u: ir.Value, manifest: Manifest) -> ir.Graph:
-    """One iteration: tokens in, the next token out."""
+    """Builds the body of the Loop: tokens in, the next token out."""
     n = Nodes(model, "step")
     iteration, going = typed("iteration", _INT64, []), typed("going", _BOOL, [])
     now, length = typed("tokens_now", _INT64, [1, None]), typed("length", _INT64, [1])
@@ -213,7 +213,7 @@ def _body(model: ir.Model, decoder: _Decoder, given: dict[str, ir.Value], u: ir.
 
 
 def _used(before: list[ir.Node]) -> list[ir.Node]:
-    """Those of the nodes before that anything reads: a decoder has a mask, or lengths."""
+    """Drops the nodes that nothing reads: a decoder reads either a mask or lengths."""
     kept: list[ir.Node] = []
     for node in reversed(before):
         if any(output.uses() for output in node.outputs):
@@ -242,7 +242,7 @@ def _held(decoder: _Decoder) -> tuple[ir.Value, ir.Value]:
 def _conditions(
     n: Nodes, ids: ir.Value, first: ir.Value, given: dict[str, ir.Value], manifest: Manifest, most_tokens: int
 ) -> list[tuple[ir.Value, str]]:
-    """What must hold of a call's inputs, each (1,) bool with a sentence."""
+    """The conditions on a call's inputs, each (1,) bool with an error sentence."""
     vocab, context = manifest.vocab_size, manifest.context_length
     outside = n.add("Or", n.add("Less", ids, n.number(0)), n.add("GreaterOrEqual", ids, n.number(vocab)))
     strangers = n.add("ReduceSum", n.cast(outside, _INT64), keepdims=1)

@@ -1,4 +1,4 @@
-"""What the graphs of this room are written with: nodes in the field's order, constants, branches, checks."""
+"""Builds the nodes of the generation graphs: constants, branches, checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Made = Callable[["Nodes"], ir.Value]
 
 
 class Nodes(NodeBuilder):
-    """Nodes of one graph or of one branch. Constants stand in the outermost graph, where every branch sees them."""
+    """Nodes of one graph or of one branch. Constants are in the outermost graph, where every branch can read them."""
 
     def __init__(self, model: ir.Model, name: str) -> None:
         super().__init__(model, name)
@@ -23,7 +23,7 @@ class Nodes(NodeBuilder):
         self._parts = 0
 
     def number(self, content: Any, dtype: type[np.generic] = np.int64) -> ir.Value:
-        """A constant: () of a number, (N,) of a list."""
+        """A constant: () for a number, (N,) for a list."""
         array = np.array(content, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -34,31 +34,31 @@ class Nodes(NodeBuilder):
         return self.add("Cast", value, to=int(dtype))
 
     def scalar(self, value: ir.Value) -> ir.Value:
-        """() of (1,)."""
+        """Squeezes (1,) to ()."""
         return self.add("Squeeze", value, self.number([0]))
 
     def filled(self, shape: ir.Value, content: Any, dtype: type[np.generic]) -> ir.Value:
-        """A tensor of one number; `shape` is (R,) int64."""
+        """A tensor filled with one number; `shape` is (R,) int64."""
         return self.add("ConstantOfShape", shape, value=ir.tensor(np.array([content], dtype)))
 
     def as_int(self, condition: ir.Value) -> ir.Value:
-        """1 where it holds, else 0."""
+        """int64: 1 where the condition holds, else 0."""
         return self.cast(condition, ir.DataType.INT64)
 
     def between(self, value: ir.Value, least: ir.Value, most: ir.Value) -> ir.Value:
         return self.add("And", self.add("GreaterOrEqual", value, least), self.add("LessOrEqual", value, most))
 
     def gathered(self, table: np.ndarray, places: ir.Value) -> ir.Value:
-        """The rows of a constant table."""
+        """Gathers rows of a constant table."""
         return self.add("Gather", self.number(table.tolist(), table.dtype.type), places, axis=0)
 
     def shifted(self, row: ir.Value, places: int, filling: int) -> ir.Value:
-        """(N,): each number `places` further on."""
+        """Shifts a row (N,) by `places` to the right and fills the start with `filling`."""
         longer = self.add("Concat", self.number([filling] * places), row, axis=0)
         return self.add("Slice", longer, self.number([0]), self.add("Shape", row))
 
     def branch(self, condition: ir.Value, then: Made, otherwise: Made, of: ir.Value) -> ir.Value:
-        """What `then` makes where the condition () holds, and else what `otherwise` makes: of the type of `of`."""
+        """If the condition () holds, returns the result of `then`, else of `otherwise`, typed as `of`."""
         graphs = [self._part(made, of) for made in (then, otherwise)]
         chosen = self.add("If", condition, then_branch=graphs[0], else_branch=graphs[1])
         chosen.type, chosen.shape = of.type, of.shape
@@ -67,14 +67,14 @@ class Nodes(NodeBuilder):
     def _part(self, made: Made, of: ir.Value) -> ir.Graph:
         self._parts += 1
         inner = Nodes(self._whole, f"{self._name}_{len(self.nodes)}_{self._parts}")
-        result = inner.add("Identity", made(inner))  # a branch may give what it is given
+        result = inner.add("Identity", made(inner))  # a branch may return its input
         result.type, result.shape = of.type, of.shape
         return ir.Graph([], [result], nodes=inner.nodes, name=inner._name)
 
     def require(self, condition: ir.Value, sentence: str) -> ir.Value:
-        """(1,) int64, 0, or an error of whoever runs the graph, which gives the node's name: the sentence.
+        """Returns (1,) int64 zero, or fails the run with an error that names the node: the sentence.
 
-        A Reshape to a size that cannot be is refused by every execution provider. The condition is (1,).
+        The condition is (1,). Every execution provider refuses a Reshape to an impossible size.
         """
         wrong = self.cast(self.add("Not", condition), ir.DataType.INT64)
         checked = self.add("Reshape", self.number([0]), self.add("Add", wrong, self.number([1])))

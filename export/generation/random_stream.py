@@ -1,6 +1,6 @@
-"""The random stream of `pastkey.runtime.sampling.random_stream`, as nodes: the same numbers to the last bit.
+"""The random stream of `pastkey.runtime.sampling.random_stream` as nodes: the same numbers to the last bit.
 
-Words of 32 bits are held in int64, since operators on them are what every execution provider has.
+32-bit words are held in int64, since every execution provider has int64 operators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .nodes import Nodes
 
 
 def uniforms(n: Nodes, seed: ir.Value, places: ir.Value) -> ir.Value:
-    """Numbers (N,) float64 in [0, 1), for `seed` (1,) int64 and the places (N,) int64 of tokens in the text."""
+    """Numbers (N,) float64 in [0, 1), for `seed` (1,) int64 and the positions (N,) int64 of tokens in the text."""
     word, two32 = n.number(WORD), n.number(2**32)
 
     def cut(value: ir.Value) -> ir.Value:

@@ -1,4 +1,4 @@
-"""The sampler of `pastkey.runtime.sampling.sampler`, as nodes, in the same order and with the same arithmetic."""
+"""The sampler of `pastkey.runtime.sampling.sampler` as nodes, in the same order and with the same arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DOUBLE = ir.DataType.DOUBLE
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a call, as inputs of the graph: each (1,), float32 but for `top_k`, int64."""
+    """The settings of a call as inputs of the graph: each (1,), float32 except `top_k`, int64."""
 
     temperature: ir.Value
     top_k: ir.Value
@@ -25,14 +25,14 @@ class Settings:
 
 
 def choose(n: Nodes, logits: ir.Value, seen: ir.Value, u: ir.Value, settings: Settings, vocab_size: int) -> ir.Value:
-    """The token (1,) int64.
+    """Chooses the next token, (1,) int64.
 
     Args:
-        n: Where the nodes go.
+        n: Receives the nodes.
         logits: (V,) float32.
-        seen: (V,) bool, of the tokens that the text has so far.
-        u: (1,) float64, what draws the token.
-        settings: Of the call.
+        seen: (V,) bool, whether a token is in the text so far.
+        u: (1,) float64, the uniform number that draws the token.
+        settings: The call's.
         vocab_size: V.
     """
     token = ir.Value(type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
@@ -55,7 +55,7 @@ def choose(n: Nodes, logits: ir.Value, seen: ir.Value, u: ir.Value, settings: Se
 
 
 def _holds(n: Nodes, operator: str, setting: ir.Value, number: float) -> ir.Value:
-    """() bool, of a setting (1,) float32 and a number."""
+    """Compares a setting (1,) float32 with a number. Returns () bool."""
     return n.add(operator, n.scalar(setting), n.number(number, np.float32))
 
 
@@ -96,11 +96,11 @@ def _keep_top_k(n: Nodes, x: ir.Value, k: ir.Value) -> ir.Value:
 
 def _keep_top_p(n: Nodes, x: ir.Value, settings: Settings, vocab_size: int) -> ir.Value:
     p, probabilities = n.cast(settings.top_p, _DOUBLE), n.add("Softmax", x, axis=0)
-    # Tokens of less than (1 - p) / V have less than 1 - p together: the others reach p, and are few to sort.
+    # Tokens of probability below (1 - p) / V have less than 1 - p together. The others reach p and are few to sort.
     rest = n.add("Sub", n.number(1, np.float64), p)
     likely = n.add("GreaterOrEqual", probabilities, n.add("Div", rest, n.number(vocab_size, np.float64)))
     candidates = n.add("Reshape", n.add("NonZero", likely), n.number([-1]))
-    # Ordered by x: the probabilities of equal ones may differ in the last bit, by where a kernel's vectors end.
+    # Sort by x: the probabilities of equal x may differ in the last bit, depending on where a kernel's vectors end.
     few = n.add("Gather", x, candidates, axis=0)
     _, order = n.add_several("TopK", 2, few, n.add("Shape", few), axis=0, largest=1, sorted=1)
     ordered = n.add("Gather", n.add("Gather", probabilities, candidates, axis=0), order, axis=0)

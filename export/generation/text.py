@@ -1,8 +1,8 @@
-"""Text in, text out: the tokenizer in front of a whole generation and behind it, by onnxruntime-extensions.
+"""Text in, text out: puts onnxruntime-extensions' tokenizer operators before and after a generation graph.
 
-HfJsonTokenizer reads a tokenizer.json, but chooses how by the class that tokenizer_config.json names, whatever stands
-in the file. So classes are tried, and the first that encodes and decodes all of the sample texts as `tokenizers` does
-is taken; a tokenizer that none reads exactly is refused.
+HfJsonTokenizer reads a tokenizer.json, but selects its algorithm by the class in tokenizer_config.json, not by the
+file's content. So classes are tried: the first that encodes and decodes all sample texts as `tokenizers` does is used.
+A tokenizer that no class reads exactly is refused.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .utf8 import DROPPED, whole_characters
 
 DOMAIN = "ai.onnx.contrib"
 _CLASSES = ("PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer")
-_KINDS = ("BPE", "Unigram")  # it may end the process where it is given another one
-_LETTERS = [chr(256 + byte) for byte in range(256)]  # which BpeDecoder reads as the bytes
+_KINDS = ("BPE", "Unigram")  # other kinds can crash the process
+_LETTERS = [chr(256 + byte) for byte in range(256)]  # BpeDecoder maps them to the bytes
 
 
 class ReadsOtherwiseError(ContractError):
@@ -41,7 +41,7 @@ class ReadsOtherwiseError(ContractError):
 
 
 def library() -> str:
-    """The path of onnxruntime-extensions' library. Raises MissingExtraError where it is not installed."""
+    """Returns the path of onnxruntime-extensions' library. Raises MissingExtraError if it is not installed."""
     try:
         import onnxruntime_extensions
     except ImportError:
@@ -54,7 +54,7 @@ def library() -> str:
 
 
 def opened(content: str | bytes) -> Any:
-    """A session in which the operators of onnxruntime-extensions are known."""
+    """Opens a session with the operators of onnxruntime-extensions."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
@@ -64,17 +64,17 @@ def opened(content: str | bytes) -> Any:
 
 @dataclass(frozen=True)
 class TextOperators:
-    """How a bundle's tokenizer is written as operators."""
+    """A bundle's tokenizer as operators."""
 
     encoder: Mapping[str, str]  # HfJsonTokenizer's attributes
-    pieces: Sequence[bytes]  # what each id stands for, b"" for special tokens
-    tail: str | None  # a special token to put behind a text, whose id is then cut off
+    pieces: Sequence[bytes]  # the bytes of each id, b"" for special tokens
+    tail: str | None  # a special token appended to a text, whose id is then cut off
 
     def encode(self, n: Nodes, text: ir.Value) -> ir.Value:
-        """(1, T) int64 of a text (1,).
+        """Encodes a text (1,) to ids (1, T) int64.
 
-        HfJsonTokenizer loses the end of a text that is the beginning of a special token, "a<b" where there is "<s>";
-        behind a whole one nothing is lost.
+        HfJsonTokenizer loses the end of a text that is the beginning of a special token: of "a<b" if there is "<s>".
+        Appending a whole special token prevents this.
         """
         if self.tail is None:
             return n.add("HfJsonTokenizer", text, domain=DOMAIN, **self.encoder)
@@ -84,7 +84,7 @@ class TextOperators:
 
 
 def text_operators(bundle: Bundle) -> TextOperators:
-    """Those of a bundle's tokenizer, compared with `tokenizers` on the sample texts.
+    """Returns the operators for a bundle's tokenizer, compared with `tokenizers` on the sample texts.
 
     Raises:
         MissingExtraError: onnxruntime-extensions is not installed.
@@ -111,10 +111,10 @@ def text_operators(bundle: Bundle) -> TextOperators:
 
 
 def with_text(model: ir.Model, operators: TextOperators) -> None:
-    """Changes a whole generation (`loop.generate_whole`) in place.
+    """Adds text input and output to a generation graph (`loop.generate_whole`), in place.
 
-    `text` (1,) string comes in place of `input_ids`, and `completion` (1,) string goes out beside `ids`: the text of
-    the new ids without the end token, and without a character that is not finished.
+    `text` (1,) string replaces `input_ids`. The new output `completion` (1,) string, beside `ids`, is the text of the
+    new ids without the end token and without an unfinished last character.
     """
     graph = model.graph
     front, behind = Nodes(model, "encode"), Nodes(model, "decode")
@@ -137,13 +137,13 @@ def with_text(model: ir.Model, operators: TextOperators) -> None:
 
 
 def _decoded(n: Nodes, ids: ir.Value, ends: ir.Value, pieces: Sequence[bytes]) -> ir.Value:
-    """(1,) string of ids (N,); those of `ends` (E,) say nothing."""
+    """Decodes ids (N,) to a string (1,). Ids in `ends` (E,) add no text."""
     sizes = np.array([len(piece) for piece in pieces])
     column = n.number([1])
     ended = n.add("Equal", n.add("Unsqueeze", ids, column), ends)
     open_ = n.add("Equal", n.add("ReduceSum", n.as_int(ended), column, keepdims=0), n.number(0))
     size = n.add("Mul", n.gathered(sizes, ids), n.as_int(open_))
-    # Rows of the longest piece's bytes, of which each id's own are taken.
+    # Rows as long as the longest piece, from which each id's own bytes are selected.
     within = n.number(list(range(max(1, int(sizes.max())))))
     start = n.gathered(np.cumsum(sizes) - sizes, ids)
     places = n.add("Add", n.add("Unsqueeze", start, column), within)
@@ -152,12 +152,12 @@ def _decoded(n: Nodes, ids: ir.Value, ends: ir.Value, pieces: Sequence[bytes]) -
     rows = n.gathered(everything, places)
     flat, kept = (n.add("Reshape", value, n.number([-1])) for value in (rows, taken))
     letters = whole_characters(n, n.cast(n.add("Compress", flat, kept, axis=0), ir.DataType.INT64))
-    # The operator divides by the number of ids, so that there is always one, which it leaves out.
+    # The operator divides by the number of ids. An additional id, which it drops, prevents division by zero.
     return n.add("BpeDecoder", n.add("Concat", letters, n.number([DROPPED]), axis=0), domain=DOMAIN, **_decoder())
 
 
 def _decoder() -> dict[str, Any]:
-    """BpeDecoder's attributes, of a vocabulary of the bytes and U+FFFD; ids beyond it are left out."""
+    """BpeDecoder's attributes for a vocabulary of the bytes and U+FFFD. It drops ids beyond these."""
     replacement = "".join(_LETTERS[byte] for byte in "\N{REPLACEMENT CHARACTER}".encode())
     return {
         "id_vocab": "\n".join([*_LETTERS, replacement]) + "\n",
@@ -167,7 +167,7 @@ def _decoder() -> dict[str, Any]:
 
 
 def _tail(file: Path) -> str | None:
-    """A special token that stands behind a text as itself, and that the tokenizer puts there by no rule of its own."""
+    """Returns a special token that can follow a text without changing its ids and that no tokenizer rule adds."""
     tokenizer = Tokenizer.from_file(str(file))
     for token, kind in tokenizer.get_added_tokens_decoder().items():
         if kind.special and not (kind.lstrip or kind.single_word):
@@ -178,14 +178,14 @@ def _tail(file: Path) -> str | None:
 
 
 def _beginnings(tokenizer: Tokenizer) -> list[str]:
-    """Texts that end in the beginning of an added token, where a matcher still waits for the rest."""
+    """Returns texts that end in the beginning of an added token, where a matcher still waits for the rest."""
     contents = {kind.content for kind in tokenizer.get_added_tokens_decoder().values()}
     cuts = {content[:length] for content in contents for length in (1, 2, len(content) - 1) if content[:length]}
     return [f"{before}{cut}" for cut in sorted(cuts - contents)[:40] for before in ("a", "x = 1 ")]
 
 
 def _difference(file: Path, operators: TextOperators) -> str | None:
-    """What the operators make otherwise than `tokenizers`, of the first sample text where they do."""
+    """Returns the first difference between the operators and `tokenizers` on the sample texts, or None."""
     tokenizer, codec = open_tokenizer(Tokenizer, file.read_bytes(), file), TextCodec.from_file(file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -195,7 +195,7 @@ def _difference(file: Path, operators: TextOperators) -> str | None:
         decode = _alone(int64, string, lambda n, ids: _decoded(n, ids, n.number([-1]), operators.pieces))
         for text in [*sample_texts(), *_beginnings(tokenizer)]:
             expected = _encoded(tokenizer, text)
-            if not expected:  # no prompt
+            if not expected:  # cannot be a prompt
                 continue
             ids = encode(np.array([text], object))[0].tolist()
             if ids != expected:
@@ -210,7 +210,7 @@ def _difference(file: Path, operators: TextOperators) -> str | None:
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """None where it has no token for a part of the text: the library raises nothing more specific."""
+    """Returns the ids, [] if the tokenizer lacks one for a part of the text: the library raises plain Exception."""
     try:
         return list(tokenizer.encode(text).ids)
     except Exception:
@@ -218,7 +218,7 @@ def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _alone(given: ir.DataType, made: ir.DataType, build: Callable[[Nodes, ir.Value], ir.Value]) -> Any:
-    """A function of one array (N,), by a graph of these nodes alone."""
+    """Returns a function of one array (N,) that runs a graph of these nodes alone."""
     value = typed("given", given, ["n"])
     graph = ir.Graph([value], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="alone")
     model = ir.Model(graph, ir_version=IR_VERSION)

@@ -1,7 +1,7 @@
-"""Bytes to whole characters, as nodes: what is no UTF-8 becomes U+FFFD, and an unfinished last character is left out.
+"""Bytes to whole characters, as nodes: invalid UTF-8 becomes U+FFFD, and an unfinished last character is dropped.
 
-It is the rule of `bytes.decode("utf-8", "replace")`: the longest beginning of a character that does not go on, and each
-byte that begins none, is one U+FFFD: The Unicode Standard 15.0, section 3.9, substitution of maximal subparts.
+The rule is that of `bytes.decode("utf-8", "replace")`: the longest beginning of an interrupted character, and each byte
+that cannot begin one, becomes one U+FFFD (The Unicode Standard 15.0, section 3.9, substitution of maximal subparts).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import onnx_ir as ir
 
 from .nodes import Nodes
 
-REPLACED, DROPPED = 256, 257  # in place of a byte: U+FFFD, and nothing
+REPLACED, DROPPED = 256, 257  # codes in place of a byte: U+FFFD, and nothing
 _LONGEST = 4
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each byte: how many bytes the character has that it begins, 0 for none; the least and the largest second."""
+    """For each byte: the length of the character that it begins (0: none), and the smallest and largest second byte."""
     length, least, most = np.zeros(256, np.int64), np.full(256, 0x80), np.full(256, 0xBF)
     length[:0x80], length[0xC2:0xE0], length[0xE0:0xF0], length[0xF0:0xF5] = 1, 2, 3, 4
     least[0xE0], most[0xED], least[0xF0], most[0xF4] = 0xA0, 0x9F, 0x90, 0x8F  # overlong forms, surrogates, the end
@@ -24,9 +24,9 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def whole_characters(n: Nodes, stream: ir.Value) -> ir.Value:
-    """(N,) int64 of bytes (N,) int64, 0 to 255: the byte, REPLACED or DROPPED."""
+    """Maps bytes (N,) int64, 0 to 255, to (N,) int64: the byte, REPLACED or DROPPED."""
     length, least, most = (n.gathered(table, stream) for table in _tables())
-    # The next bytes of each, -1 behind the end.
+    # The next bytes of each, -1 past the end.
     padded = n.add("Concat", stream, n.number([-1] * (_LONGEST - 1)), axis=0)
     count = n.add("Shape", stream)
     ahead = [n.add("Slice", padded, n.number([i]), n.add("Add", count, n.number([i]))) for i in range(1, _LONGEST)]
@@ -40,7 +40,7 @@ def whole_characters(n: Nodes, stream: ir.Value) -> ir.Value:
         follows = n.add("And", follows, n.add("Greater", length, n.number(place + 1)))
         span = n.add("Add", span, n.as_int(follows))
     whole = n.add("And", begins, n.add("Equal", span, length))
-    # How far the spans that began before reach: a byte within one belongs to it.
+    # How far earlier spans reach: a byte within one belongs to it.
     places = n.add("Range", zero, n.scalar(count), one)
     reach = n.add("Add", places, span)
     inside = n.number([False], np.bool_)

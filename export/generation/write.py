@@ -1,4 +1,4 @@
-"""Writes the graphs of a whole generation into a bundle, and proves that they say what the runtime says."""
+"""Writes the generation graphs into a bundle, and verifies that their output equals the runtime's."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ Array = npt.NDArray[Any]
 
 
 def write_generation(bundle: Bundle, progress: Progress) -> None:
-    """Writes names.GENERATE_GRAPH and, where they can be, names.GENERATE_STEP_GRAPH and names.TEXT_GRAPH.
+    """Writes names.GENERATE_GRAPH and, where possible, names.GENERATE_STEP_GRAPH and names.TEXT_GRAPH.
 
-    The bundle's tokenizer stands in its folder already. Raises ParityError where their ids are not the runtime's.
+    The tokenizer must be in the bundle's folder already. Raises ParityError if the ids differ from the runtime's.
     """
     progress.stage("write the whole generation as one graph")
     whole = bundle.path / names.GENERATE_GRAPH
@@ -65,7 +65,7 @@ def write_generation(bundle: Bundle, progress: Progress) -> None:
 
 
 def settings(sampling: SamplingConfig, max_new_tokens: int, end_ids: tuple[int, ...] = ()) -> dict[str, Array]:
-    """The settings of a call, as the graphs take them."""
+    """Returns the settings of a call as the graphs' inputs."""
     given: dict[str, Any] = {"max_new_tokens": [max_new_tokens], "end_ids": end_ids}
     given |= {"top_k": [sampling.top_k], "seed": [sampling.seed]}
     feeds = {name: np.array(given[name], np.int64) for name in names.GENERATE_INTEGERS}
@@ -80,7 +80,7 @@ def _write(bundle: Bundle, path: Path, *, step: bool) -> None:
 
 
 def _expected(bundle: Bundle) -> list[tuple[list[int], SamplingConfig, list[int]]]:
-    """Prompts, settings, and what the runtime says. Its session ends here: one holds the weights at a time."""
+    """Returns prompts, settings and the runtime's ids. Its session ends here: only one holds the weights at a time."""
     vocab, context = bundle.manifest.vocab_size, bundle.manifest.context_length
     engine, rng = Engine(bundle, providers="cpu", threads=1), np.random.default_rng(0)
     found = []
@@ -106,7 +106,7 @@ def _require_equal(bundle: Bundle, whole: Path, step: Path | None) -> None:
 
 
 def _expected_texts(bundle: Bundle, codec: TextCodec) -> list[tuple[str, SamplingConfig, str]]:
-    """As `_expected`, of the texts that the tokenizer has tokens for."""
+    """As `_expected`, for the texts that the tokenizer can encode."""
     engine, ends = Engine(bundle, providers="cpu", threads=1), bundle.manifest.eos_token_ids
     found = []
     for text in _TEXTS:
@@ -129,7 +129,7 @@ def _require_equal_text(bundle: Bundle) -> None:
     for text, case, said in expected:
         feeds = settings(case, _NEW_TOKENS, bundle.manifest.eos_token_ids) | {names.TEXT: np.array([text], object)}
         found = str(session.run([names.COMPLETION], feeds)[0][0])
-        # How many U+FFFD stand for bytes that are no text is a matter of each decoder.
+        # Decoders differ in how many U+FFFD replace invalid bytes.
         if found != said and REPLACEMENT not in said:
             raise ParityError(
                 f"{names.TEXT_GRAPH} goes on with {found!r:.80} where pastkey's runtime says {said!r:.80}: "
@@ -138,7 +138,7 @@ def _require_equal_text(bundle: Bundle) -> None:
 
 
 def _in_steps(session: Any, prompt: list[int], case: SamplingConfig, count: int) -> list[int]:
-    """Ids of several calls: each gives its cache and its ids to the next."""
+    """Returns the ids of several calls, each of which passes its cache and ids to the next."""
     cache = next(value for value in session.get_inputs() if value.name == names.HELD_CACHE)
     kind = np.float16 if cache.type == "tensor(float16)" else np.float32
     state: dict[str, Array] = {

@@ -23,7 +23,7 @@ from torch.onnx import ops
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
-from pastkey.runtime.providers.placement import ignored, takes_fused
+from pastkey.providers import TARGETS
 
 from ..graph.edit import OPSET
 from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
@@ -61,10 +61,9 @@ def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoi
         raise ContractError(f"the fused graph cannot take {unsupported}: use --graph standard, or auto")
     if asked != "auto":
         return GraphChoice(asked, "asked for")
-    if target == "portable":
-        return GraphChoice("standard", "target portable: standard operators only")
-    if not takes_fused(target):
-        return GraphChoice("standard", f"target {target}: the fused graph is not known to run there")
+    row = TARGETS[target]
+    if not row.takes_fused:
+        return GraphChoice("standard", f"target {target}: {row.why_standard}")
     if unsupported:
         return GraphChoice("standard", f"GroupQueryAttention cannot take {unsupported}")
     return GraphChoice("fused", f"target {target}: one shared cache buffer, written in place")
@@ -78,7 +77,7 @@ def _unsupported_by_fused(layer: Layer, target: str) -> str | None:
         return f"keys of size {geometry.key_head_size} and values of size {geometry.value_head_size}"
     if geometry.key_head_size % 8:
         return f"a head size of {geometry.key_head_size}, not a multiple of 8"
-    left_out = [name for name in ignored(target, "GroupQueryAttention") if name in layer.attributes]
+    left_out = [name for name in TARGETS[target].ignores.get("GroupQueryAttention", ()) if name in layer.attributes]
     return f"{left_out[0]}, which {target} ignores" if left_out else None
 
 

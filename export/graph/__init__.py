@@ -1,1 +1,1 @@
-"""ONNX -> better ONNX, exactly: every pass keeps what the graph computes."""
+"""Passes over ONNX graphs. Optimizations preserve the results exactly."""

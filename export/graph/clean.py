@@ -1,13 +1,13 @@
-"""Passes over the exported graph: each takes the model and changes it in place.
+"""Cleans the graph that torch exports. Each pass changes the model in place.
 
-What torch writes is not yet a bundle's graph. `clean` makes it one, in this order:
+`clean` runs them in this order:
 
     1. merge_equal_weights      one initializer per content: a block applied several times is stored once
-    2. share_transposed_weights a weight that is another one transposed becomes Transpose(it): tied heads, once
-    3. fold_transposed_weights  Transpose(weight) used by nothing else becomes a weight, as MatMul reads it
+    2. share_transposed_weights a weight that is the transpose of another becomes Transpose(other): tied heads
+    3. fold_transposed_weights  Transpose(weight) without other readers becomes a weight in MatMul's layout
     4. restore_weight_names     the module's own names in place of torch's val_131
-    5. name_axes                the axes of inputs and outputs by the names of `pastkey.contract.names`
-    6. strip_traces             no paths, source lines or doc strings of the exporting machine
+    5. name_axes                the axes of inputs and outputs get the names in `pastkey.contract.names`
+    6. strip_traces             removes paths, source lines and doc strings of the exporting machine
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pastkey.contract.bundle import KVGeometry, StateGeometry
 
 from .edit import IR_VERSION, add_weight, drop_unused_weights, replace_uses, weight
 
-HALVES = (torch.float16, torch.bfloat16)  # the graph holds their numbers in float32
+HALVES = (torch.float16, torch.bfloat16)  # the graph stores them in float32
 DECODER = "decoder"  # the module's name inside the grafted one, stripped from weight names here
 
 
@@ -35,7 +35,7 @@ def clean(
     vocab_size: int,
     states: tuple[StateGeometry, ...] = (),
 ) -> None:
-    """Runs all of the passes above, in their order."""
+    """Runs all passes above in order."""
     merge_equal_weights(model)
     share_transposed_weights(model)
     fold_transposed_weights(model)
@@ -46,7 +46,7 @@ def clean(
 
 # --- weights ------------------------------------------------------------------------------------------------------
 def merge_equal_weights(model: ir.Model) -> None:
-    """Makes initializers of equal type, shape and content one.
+    """Merges initializers of equal type, shape and content.
 
     onnx_ir's DeduplicateHashedInitializersPass hashes every weight, 0.7 s instead of 0.01 s for 135 million, and
     refuses an array that is not C-contiguous.
@@ -66,7 +66,7 @@ def merge_equal_weights(model: ir.Model) -> None:
 
 
 def share_transposed_weights(model: ir.Model) -> None:
-    """Replaces a matrix that equals another one transposed by Transpose(that one)."""
+    """Replaces a matrix that is the transpose of a gathered one, an embedding, by Transpose(embedding)."""
     matrices = list(_matrices(model))
     gathered = {id(node.inputs[0]): node.inputs[0] for node in model.graph if node.op_type == "Gather"}
     for value, array in matrices:
@@ -83,7 +83,7 @@ def share_transposed_weights(model: ir.Model) -> None:
 
 
 def fold_transposed_weights(model: ir.Model) -> None:
-    """Stores a matrix in the order in which MatMul reads it, where nothing else reads it."""
+    """Stores a transposed matrix in MatMul's layout if nothing else reads it."""
     for node in tuple(model.graph):
         if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
             continue
@@ -98,7 +98,7 @@ def fold_transposed_weights(model: ir.Model) -> None:
 
 
 def restore_weight_names(model: ir.Model, module: nn.Module) -> None:
-    """Gives each weight the name of the parameter or buffer that it holds, itself or transposed."""
+    """Gives each weight the name of the parameter or buffer that it holds, directly or transposed."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     known: dict[tuple[object, ...], list[tuple[str, np.ndarray]]] = {}
     for name, tensor in tensors.items():
@@ -127,7 +127,7 @@ def _matrices(model: ir.Model) -> Iterator[tuple[ir.Value, np.ndarray]]:
 
 
 def _sample(array: np.ndarray) -> bytes:
-    """A few elements, equal for equal arrays: what keeps whole comparisons rare."""
+    """Returns a few elements, equal for equal arrays: avoids most comparisons of whole arrays."""
     step = max(1, array.size // 61)
     return np.array([array.flat[i] for i in range(0, array.size, step)]).tobytes()
 
@@ -136,7 +136,7 @@ def _sample(array: np.ndarray) -> bytes:
 def name_axes(
     model: ir.Model, layers: tuple[KVGeometry, ...], vocab_size: int, states: tuple[StateGeometry, ...] = ()
 ) -> None:
-    """Sets shapes of inputs and outputs: symbols for what changes, numbers for heads, head size and vocabulary."""
+    """Sets the shapes of inputs and outputs: symbols for dynamic axes, numbers for heads, head size and vocabulary."""
     new = (names.BATCH, names.SEQUENCE)
     shapes: dict[str, tuple[str | int, ...]] = {
         names.INPUT_IDS: new,
@@ -159,7 +159,7 @@ def name_axes(
 
 
 def strip_traces(model: ir.Model) -> None:
-    """Removes metadata, doc strings and inferred shapes: they carry the exporting machine's paths and torch's names."""
+    """Removes metadata, doc strings and inferred shapes: they hold the exporting machine's paths and torch's names."""
     ends = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
     model.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
@@ -171,7 +171,7 @@ def strip_traces(model: ir.Model) -> None:
         value.metadata_props.clear()
         value.doc_string = None
         if value.const_value is not None:
-            if isinstance(value.const_value, ir.TensorProtoTensor):  # a constant of a file: it cannot be changed
+            if isinstance(value.const_value, ir.TensorProtoTensor):  # a constant loaded from a file is immutable
                 value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
             value.const_value.metadata_props.clear()
             value.const_value.doc_string = None

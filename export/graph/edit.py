@@ -1,4 +1,4 @@
-"""Small steps on an onnx_ir graph that every pass takes: weights, replacing, looking back."""
+"""Edits of an onnx_ir graph that the passes share: weights, replacements, and lookups of producers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers know it well
+OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers support it
 IR_VERSION = 10  # onnxruntime loads it since 1.18
-CONTRIB_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
+CONTRIB_DOMAIN = "com.microsoft"  # domain of onnxruntime's own operators
 
 
 def weight(value: ir.Value | None) -> np.ndarray | None:
@@ -20,7 +20,7 @@ def weight(value: ir.Value | None) -> np.ndarray | None:
 
 
 def add_weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer over this very array, not a copy."""
+    """Adds an initializer that holds this array without a copy."""
     tensor = ir.Tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
@@ -34,7 +34,7 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_value(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
-    """Makes `new` what `old` was: its name, type and shape, its readers, its place among the graph's outputs."""
+    """Makes `new` take over the name, type, shape, readers and output position of `old`."""
     name, old.name = old.name, None
     new.name, new.type, new.shape = name, old.type, old.shape
     replace_uses(old, new)
@@ -44,7 +44,7 @@ def replace_value(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_node(model: ir.Model, old: ir.Node, *nodes: ir.Node) -> None:
-    """Puts `nodes` in the place of `old`, whose outputs the last one's take over, one by one."""
+    """Replaces `old` by `nodes`. The last node's outputs take over those of `old`, one by one."""
     model.graph.insert_before(old, nodes)
     for number, node in enumerate(nodes[:-1]):
         for place, output in enumerate(node.outputs):
@@ -62,27 +62,27 @@ def drop_unused_weights(model: ir.Model) -> None:
 
 
 def producer(value: ir.Value | None, operator: str) -> ir.Node | None:
-    """The node that makes the value, where it is of that type."""
+    """Returns the node that produces the value if it is of that type."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == operator else None
 
 
 def input_of(value: ir.Value | None, operator: str) -> ir.Value | None:
-    """The first input of the node of that type that makes the value."""
+    """Returns the first input of the value's producer if that is of that type."""
     node = producer(value, operator)
     return None if node is None else node.inputs[0]
 
 
 def sole_consumer(value: ir.Value) -> ir.Node | None:
-    """The one node that reads the value, None where several do or none."""
+    """Returns the one node that reads the value, None if there are several or none."""
     readers = [node for node, _ in value.uses()]
     return readers[0] if len(readers) == 1 else None
 
 
 class NodeBuilder:
-    """New nodes in a row, named after `name`, and their constants. They stand in no graph yet.
+    """Builds a sequence of nodes, named after `name`, and their constants. The nodes are not yet in a graph.
 
-    onnx_ir's Tape names no nodes, and adds initializers to a graph only where it puts the nodes at that graph's end.
+    onnx_ir's Tape does not name nodes, and adds initializers to a graph only if it appends the nodes to that graph.
     """
 
     def __init__(self, model: ir.Model, name: str) -> None:
@@ -90,13 +90,13 @@ class NodeBuilder:
         self.nodes: list[ir.Node] = []
 
     def add(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """A node of ONNX's own, or of `domain`, with numbers or `ir.Attr` as attributes; returns its output."""
+        """Adds a node of ONNX's domain or `domain`, with numbers or `ir.Attr` as attributes. Returns its output."""
         return self.add_several(operator, 1, *inputs, **attributes)[0]
 
     def add_several(
         self, operator: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
     ) -> tuple[ir.Value, ...]:
-        """As `add`, of a node with several outputs."""
+        """As `add`, for a node with several outputs."""
         name = f"{self._name}_{operator}_{len(self.nodes)}"
         new = ir.node(operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         for place, output in enumerate(new.outputs):
@@ -105,5 +105,5 @@ class NodeBuilder:
         return tuple(new.outputs)
 
     def constant(self, what: str, content: np.ndarray) -> ir.Value:
-        """An initializer."""
+        """Adds an initializer."""
         return add_weight(self._model, f"{self._name}.{what}", content)

@@ -1,8 +1,8 @@
-"""A float32 graph in float16: weights, activations and cache. Logits stay in float32.
+"""Converts a float32 graph to float16: weights, activations and cache. Logits stay in float32.
 
-What would not fit into 11 bits, or overflow at 65,504, stays in float32: the angles of rotary positions, and the
-squares that a norm adds up where torch wrote it in small operators. Files hold no types of what lies between operators,
-which is what onnxruntime's own conversion goes by: so types are followed here, by what each operator gives.
+Values that need more than 11 bits, or overflow at 65,504, stay in float32: the angles of rotary positions, and the sums
+of squares in a norm that torch wrote in small operators. onnxruntime's own conversion needs the types of intermediate
+values, which files do not hold. So this pass infers the types operator by operator.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ LARGEST = float(np.finfo(np.float16).max)
 
 
 def to_float16(model: ir.Model) -> list[str]:
-    """Rewrites a graph in place. Its weights may lie in a file; they are read.
+    """Rewrites a graph in place. Reads weights from external data.
 
-    Returns the names of the values that operators give in float16 now.
+    Returns the names of the values that operators now output in float16.
     """
     return _Halved(model).rewrite()
 
 
 class _Halved:
-    """One graph while it is rewritten."""
+    """One graph during its conversion."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._kept = _kept_in_float32(model)
-        self._types: dict[int, ir.DataType | None] = {}  # of values as they are now, by their identity
+        self._types: dict[int, ir.DataType | None] = {}  # the current type of each value, by its identity
         self._weights: dict[tuple[int, ir.DataType], ir.Value] = {}
         self._casts: dict[tuple[int, ir.DataType], ir.Value] = {}
 
@@ -62,7 +62,7 @@ class _Halved:
                 halved.append(str(node.outputs[0].name))
             for output in node.outputs:
                 self._types[id(output)] = wanted if given in (_FLOAT, _HALF) else given
-                if not output.is_graph_output():  # a file has none of these; some of a norm stay in float32 always
+                if not output.is_graph_output():  # files hold no inner types; some outputs of a norm are always float32
                     output.type = output.shape = None
         for place, output in enumerate(tuple(graph.outputs)):
             self._put_out(place, output)
@@ -72,7 +72,7 @@ class _Halved:
         return halved
 
     def _given(self, node: ir.Node) -> ir.DataType | None:
-        """The type of what a node gives."""
+        """Returns the type of a node's output."""
         if node.op_type in _BOOL:
             return ir.DataType.BOOL
         if node.op_type in _INT64:
@@ -87,7 +87,7 @@ class _Halved:
         return None if value is None else self._types[id(value)]
 
     def _as(self, value: ir.Value, wanted: ir.DataType, reader: ir.Node) -> ir.Value:
-        """The same in a type, for a node that reads it."""
+        """Returns the value in the type `wanted`, for a node that reads it."""
         if value.const_value is not None and value.producer() is None:
             return self._weight(value, wanted)
         if self._types[id(value)] == wanted:
@@ -115,7 +115,7 @@ class _Halved:
         return node
 
     def _put_out(self, place: int, value: ir.Value) -> None:
-        """An output of the graph: the logits in float32, everything else in float16."""
+        """Sets the type of a graph output: float32 for logits, float16 for everything else."""
         wanted = _FLOAT if value.name == names.LOGITS else _HALF
         producer, name = value.producer(), value.name
         if self._types[id(value)] != wanted and producer is not None:
@@ -130,7 +130,7 @@ class _Halved:
 
 
 def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
-    """Angles with what they are computed of, and what lies between a square and the inverse of its root."""
+    """Returns the nodes that compute angles, and those between a square and the inverse of its root."""
     kept: set[ir.Node] = set()
     for node in model.graph:
         if node.op_type in _ANGLES:
@@ -146,13 +146,13 @@ def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
 
 
 def _is_inverse_root(node: ir.Node) -> bool:
-    """Whether it is x to the power of a constant below 1, as of -0.5 in a norm."""
+    """Whether the node raises x to a constant power below 1, such as -0.5 in a norm."""
     exponent = weight(node.inputs[1]) if node.op_type == "Pow" else None
     return exponent is not None and exponent.size == 1 and float(exponent.reshape(())) < 1
 
 
 def _keep(node: ir.Node, kept: set[ir.Node], *, to_squares: bool = False) -> None:
-    """Keeps a node and what it is made of, all of it or back to the squares."""
+    """Adds a node and its predecessors to `kept`: all of them, or back to the squares."""
     kept.add(node)
     for value in node.inputs:
         producer = None if value is None else value.producer()
@@ -170,5 +170,5 @@ def _halve_attributes(node: ir.Node) -> None:
 
 
 def _half(array: np.ndarray) -> np.ndarray:
-    """What is finite stays so: the least number of float32 in a mask becomes the least of float16."""
+    """Keeps finite values finite: the lowest float32 in a mask becomes the lowest float16."""
     return np.where(np.isfinite(array), array.clip(-LARGEST, LARGEST), array).astype(np.float16)

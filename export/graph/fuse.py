@@ -1,11 +1,11 @@
-"""Passes that put onnxruntime's fused operators in place of what torch wrote, for the fused graph. Each is exact.
+"""Passes that replace torch's operators by onnxruntime's fused operators, for the fused graph. Each is exact.
 
     1. fuse_norms       x / sqrt(mean(x²) + e) * w               -> SimplifiedLayerNormalization (RMSNorm)
-    2. fuse_skips       a + b, then that norm                    -> SkipSimplifiedLayerNormalization, the sum an output
+    2. fuse_skips       a + b, then that norm                    -> SkipSimplifiedLayerNormalization, outputs the sum
     3. fuse_rotary      q cos + rotate(q) sin before attention   -> GroupQueryAttention with do_rotary (rotary.py)
-    4. drop_reshapes    heads split and joined again             -> nothing
+    4. drop_reshapes    heads split and joined again             -> removed
 
-What does not match is left as it is: the graph is right without any of them, and verified with them.
+Operators that match no pattern stay unchanged. The graph is correct without any pass, and verified after all of them.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -19,9 +19,9 @@ from .rotary import fuse_rotary
 
 
 def fuse(model: ir.Model, context_length: int) -> None:
-    """Runs the passes in their order, on a graph that still has its shapes.
+    """Runs the passes in order, on a graph that still has its shapes.
 
-    `context_length` is how many positions the rotary tables hold.
+    `context_length` is the number of positions in the rotary tables.
     """
     fuse_norms(model)
     fuse_skips(model)
@@ -31,7 +31,7 @@ def fuse(model: ir.Model, context_length: int) -> None:
 
 
 def where_rotated(model: ir.Model) -> str:
-    """For people: how many attention calls of a fused graph rotate queries and keys themselves."""
+    """Describes how many attention calls of a fused graph rotate queries and keys themselves."""
     rotating = [
         node.attributes.get_int("do_rotary", 0) == 1 for node in model.graph if node.op_type == "GroupQueryAttention"
     ]
@@ -42,7 +42,7 @@ def where_rotated(model: ir.Model) -> str:
 
 # --- norms --------------------------------------------------------------------------------------------------------
 def fuse_norms(model: ir.Model) -> None:
-    """RMSNorm as torch writes it, with the weight at either side."""
+    """Fuses RMSNorm as torch writes it, with the weight on either side."""
     for node in tuple(model.graph):
         if node.op_type != "Mul" or len(node.inputs) != 2:
             continue
@@ -63,7 +63,7 @@ def fuse_norms(model: ir.Model) -> None:
 
 
 def weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
-    """The operand that is a vector of weights, and the other one."""
+    """Returns the operand that is a vector of weights, and the other one."""
     for scale, rest in (tuple(node.inputs), tuple(reversed(node.inputs))):
         array = weight(scale)
         if array is not None and array.ndim == 1 and array.size > 1 and weight(rest) is None:
@@ -72,7 +72,7 @@ def weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
 
 
 def rms_normalised(value: ir.Value) -> tuple[ir.Value, float] | None:
-    """(x, epsilon) of x * (1 / sqrt(mean(x ** 2, -1) + epsilon))."""
+    """Returns (x, epsilon) of x * (1 / sqrt(mean(x ** 2, -1) + epsilon))."""
     product = producer(value, "Mul")
     if product is None:
         return None
@@ -102,7 +102,7 @@ def rms_normalised(value: ir.Value) -> tuple[ir.Value, float] | None:
 
 
 def fuse_skips(model: ir.Model) -> None:
-    """The residual sum before a norm, which the rest of the graph reads too."""
+    """Fuses the residual sum and the norm after it. The rest of the graph reads the sum as well."""
     for node in tuple(model.graph):
         if node.op_type != "SimplifiedLayerNormalization":
             continue
@@ -113,7 +113,7 @@ def fuse_skips(model: ir.Model) -> None:
         assert one is not None
         assert other is not None
         if one.shape is None or one.shape != other.shape or len(one.shape) != 3 or total.outputs[0].is_graph_output():
-            continue  # the operator takes (B, T, E) and does not spread one over the other, as Add does
+            continue  # the operator takes (B, T, E) and, unlike Add, does not broadcast
         new = ir.node(
             "SkipSimplifiedLayerNormalization",
             [*total.inputs, node.inputs[1]],
@@ -124,14 +124,14 @@ def fuse_skips(model: ir.Model) -> None:
         )
         for number, unused in enumerate(new.outputs[1:3]):
             unused.name = f"{node.name}_unused_{number}"
-        model.graph.insert_before(total, new)  # others may read the sum before the norm does
+        model.graph.insert_before(total, new)  # other nodes may read the sum before the norm
         replace_value(model, node.outputs[0], new.outputs[0])
         replace_value(model, total.outputs[0], new.outputs[3])
 
 
 # --- heads --------------------------------------------------------------------------------------------------------
 def drop_reshapes(model: ir.Model) -> None:
-    """Reads a value from before a chain of Reshapes that ends in the very shape that it began with."""
+    """Removes chains of Reshapes that end in the shape that they began with."""
     for node in tuple(model.graph):
         if node.op_type != "Reshape" or node.outputs[0].is_graph_output():
             continue

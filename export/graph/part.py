@@ -1,4 +1,4 @@
-"""A part of a graph cut out and run: what does not depend on the text is known before there is one."""
+"""Cuts a part out of a graph and runs it: values that do not depend on the text are computed at export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .edit import weight
 
 
 def depends_only_on(model: ir.Model, sources: Iterable[ir.Value]) -> set[int]:
-    """The identities of the `sources` and of all values that are made of them, and of nothing but constants beside."""
+    """Returns the identities of the `sources` and of all values that depend only on them and on constants."""
     found = {id(source) for source in sources}
     for node in model.graph:
         inputs = [value for value in node.inputs if value is not None]
@@ -23,7 +23,7 @@ def depends_only_on(model: ir.Model, sources: Iterable[ir.Value]) -> set[int]:
 
 
 def constant(value: ir.Value) -> bool:
-    """An initializer, or computed of nothing else."""
+    """Whether the value is an initializer, or computed only from initializers."""
     if weight(value) is not None:
         return True
     producer = value.producer()
@@ -31,7 +31,7 @@ def constant(value: ir.Value) -> bool:
 
 
 class Part:
-    """What makes `value`, which depends on `source` alone. Shapes that were inferred play no role."""
+    """The part of a graph that computes `value` from `source` alone. Ignores inferred shapes."""
 
     def __init__(self, model: ir.Model, value: ir.Value, source: ir.Value) -> None:
         graph = ir.convenience.extract(model.graph, [source], [value]).clone()
@@ -40,7 +40,7 @@ class Part:
         for node in graph:
             for output in node.outputs:
                 output.shape = None
-        for held in graph.initializers.values():  # those of a file are brought along
+        for held in graph.initializers.values():  # external data is read into the part
             assert held.const_value is not None
             held.const_value = ir.Tensor(held.const_value.numpy(), name=held.name)
         content = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
@@ -48,6 +48,6 @@ class Part:
         self._session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(self, fed: np.ndarray) -> np.ndarray:
-        """The value where the source is `fed`, of the shape and type that the graph says."""
+        """Returns the value for the source `fed`, of the shape and type in the graph."""
         (found,) = self._session.run(None, {self._name: fed})
         return np.asarray(found)

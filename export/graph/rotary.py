@@ -1,8 +1,8 @@
-"""Lifts the rotation of queries and keys by their positions into GroupQueryAttention, where it is exact.
+"""Moves the rotation of queries and keys by their positions into GroupQueryAttention, where it is exact.
 
 Rotary positions: RoFormer, https://arxiv.org/abs/2104.09864. The operator takes cos and sin of every position as two
-tables. They are not stored: what the module computes from position_ids is kept in the graph, over all positions at
-once and over nothing else, so that onnxruntime folds it into constants when it loads the graph.
+tables. They are not stored. Instead, the nodes that compute them from position_ids stay in the graph and run over all
+positions at once, so onnxruntime folds them into constants when it loads the graph.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pastkey.runtime.providers.ort import onnxruntime
 
 from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, weight
 
-HEAD_MULTIPLE = 16  # GroupQueryAttention rotates heads of such sizes only
-# Tables grow with the context: at most so many bytes of them in memory, or such a share of the weights.
+HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a multiple of this
+# Tables grow with the context. Their limit is the larger of these bytes and this share of the weights.
 _TABLE_BYTES, _TABLE_SHARE = 4 << 20, 0.02
 
 
 def fuse_rotary(model: ir.Model, context_length: int) -> None:
-    """Lifts the rotation of queries and keys into attention, where both are rotated by the same angles."""
+    """Moves the rotation of queries and keys into attention if the same angles rotate both."""
     weights = sum(array.nbytes for v in model.graph.initializers.values() if (array := weight(v)) is not None)
     allowed = max(_TABLE_BYTES, _TABLE_SHARE * weights)
     tables: dict[tuple[int, int], list[ir.Value] | None] = {}
@@ -56,7 +56,7 @@ def fuse_rotary(model: ir.Model, context_length: int) -> None:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """Queries or keys x (B, T, H, D), rotated by cos and sin, D / 2 wide, or `doubled`: D, both halves equal."""
+    """Queries or keys x (B, T, H, D), rotated by cos and sin of width D / 2, or, if `doubled`, D with equal halves."""
 
     x: ir.Value
     cos: ir.Value
@@ -66,7 +66,7 @@ class _Rotation:
 
 
 def _rotation(value: ir.Value | None) -> _Rotation | None:
-    """What rotates a query or key (B, T, H * D), in either of the ways in which people write it."""
+    """Matches the rotation of a query or key (B, T, H * D) in either of its two usual forms."""
     rotated = input_of(input_of(value, "Reshape"), "Transpose")
     found = _by_halves(rotated) or _by_swapping(rotated)
     before = None if found is None else producer(found.x, "Transpose")
@@ -78,7 +78,7 @@ def _rotation(value: ir.Value | None) -> _Rotation | None:
 
 
 def _by_swapping(rotated: ir.Value | None) -> _Rotation | None:
-    """x cos + concat(-x₂, x₁) sin."""
+    """Matches x cos + concat(-x₂, x₁) sin."""
     direct, crossed = _operands(rotated, "Add", "Mul")
     if direct is None or crossed is None:
         return None
@@ -94,7 +94,7 @@ def _by_swapping(rotated: ir.Value | None) -> _Rotation | None:
 
 
 def _half(x: ir.Value, lower: ir.Node, upper: ir.Node) -> int | None:
-    """D / 2, where the slices are the two halves of x's last axis."""
+    """Returns D / 2 if the slices are the two halves of x's last axis."""
     if lower.inputs[0] is not x or upper.inputs[0] is not x:
         return None
     first, end, start = weight(lower.inputs[1]), weight(lower.inputs[2]), weight(upper.inputs[1])
@@ -113,7 +113,7 @@ def _on_last_axis(node: ir.Node) -> bool:
 
 
 def _by_halves(rotated: ir.Value | None) -> _Rotation | None:
-    """concat(x₁ cos - x₂ sin, x₂ cos + x₁ sin)."""
+    """Matches concat(x₁ cos - x₂ sin, x₂ cos + x₁ sin)."""
     whole = producer(rotated, "Concat")
     if whole is None or len(whole.inputs) != 2:
         return None
@@ -135,7 +135,7 @@ def _by_halves(rotated: ir.Value | None) -> _Rotation | None:
 
 
 def _operands(value: ir.Value | None, operator: str, operands: str) -> tuple[ir.Node | None, ir.Node | None]:
-    """The nodes, of one type, that make the two operands of the node that makes the value."""
+    """Returns the nodes, both of type `operands`, that compute the two inputs of the value's producer."""
     node = producer(value, operator)
     if node is None or len(node.inputs) != 2:
         return None, None
@@ -143,7 +143,7 @@ def _operands(value: ir.Value | None, operator: str, operands: str) -> tuple[ir.
 
 
 def _tables(model: ir.Model, rotation: _Rotation, context_length: int, allowed: float) -> list[ir.Value] | None:
-    """cos and sin of every position, (context, D / 2), or None where they are too large or not of positions alone."""
+    """Returns cos and sin of every position, (context, D / 2), or None if too large or not of positions alone."""
     if context_length * 2 * rotation.half * 4 > allowed or 2 * rotation.half % HEAD_MULTIPLE:
         return None
     width = rotation.half * (2 if rotation.doubled else 1)
@@ -162,7 +162,7 @@ def _tables(model: ir.Model, rotation: _Rotation, context_length: int, allowed: 
 
 
 def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None:
-    """The nodes that make the value of position_ids and constants alone, in order; None where it depends on more."""
+    """Returns the nodes that compute the value from position_ids and constants, in order; None if it needs more."""
     inside: set[int] = set()
     waiting = [value]
     while waiting:
@@ -170,7 +170,7 @@ def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None
         producer = current.producer()
         if weight(current) is not None or (producer is None and current.name == names.POSITION_IDS):
             continue
-        if producer is None or producer.domain:  # an operator of somebody else's
+        if producer is None or producer.domain:  # not an operator of ONNX
             return None
         if id(producer) not in inside:
             inside.add(id(producer))
@@ -179,7 +179,7 @@ def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None
 
 
 def _at_all_positions(model: ir.Model, value: ir.Value, nodes: list[ir.Node], context_length: int) -> np.ndarray:
-    """The value for position_ids 0, 1, ...: what makes it is cut out and run."""
+    """Computes the value for position_ids 0, 1, ...: cuts its nodes out and runs them."""
     constants = {str(v.name): weight(v) for node in nodes for v in node.inputs if v is not None}
     helper = onnx.helper
     graph = helper.make_graph(
@@ -197,7 +197,7 @@ def _at_all_positions(model: ir.Model, value: ir.Value, nodes: list[ir.Node], co
 
 
 def _write_tables(model: ir.Model, rotation: _Rotation, angles: list[ir.Node], context_length: int) -> list[ir.Value]:
-    """The same nodes again, over all positions instead of position_ids."""
+    """Copies the nodes, with all positions in place of position_ids."""
     number = sum(1 for node in model.graph if node.name and node.name.startswith("cos_cache"))
     builder = NodeBuilder(model, f"rotary_{number}")
 
@@ -207,7 +207,7 @@ def _write_tables(model: ir.Model, rotation: _Rotation, angles: list[ir.Node], c
     range_of = (("from", 0), ("context", context_length), ("step", 1))
     bounds = (builder.constant(what, np.array(n)) for what, n in range_of)
     positions = builder.add("Unsqueeze", builder.add("Range", *bounds), whole("row", 0))  # (1, context)
-    made: dict[int, ir.Value] = {}  # by the identity of what is made again
+    made: dict[int, ir.Value] = {}  # the identity of a value -> its copy
     for node in angles:
         if id(node.outputs[0]) in made:
             continue
@@ -234,7 +234,7 @@ def _write_tables(model: ir.Model, rotation: _Rotation, angles: list[ir.Node], c
 
 
 def _feed_unrotated(model: ir.Model, attention: ir.Node, index: int, heads: ir.Value) -> None:
-    """Gives attention `heads` (B, T, H, D) as (B, T, H * D)."""
+    """Feeds attention `heads` (B, T, H, D) as (B, T, H * D)."""
     fed = attention.inputs[index]
     assert fed is not None
     reshape = fed.producer()

@@ -1,8 +1,8 @@
-"""Folding and rewriting what torch wrote, exactly.
+"""Folds and rewrites torch's graph exactly.
 
-torch's own last step runs onnxscript's optimizer with all of its default rules, and one of them takes x + 1e-8 for
-x + 0: a norm with such an epsilon then divides by zero on a row of zeros. So `trace` leaves that step out, and these
-are the same passes with the rules that change no number.
+torch's own last step runs onnxscript's optimizer with all of its default rules. One of them treats x + 1e-8 as x + 0: a
+norm with such an epsilon then divides by zero on a row of zeros. So `trace` skips that step, and this module runs the
+same passes with only the rules that change no number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _RULES = [
     rules.cast_cast_rule,
     rules.no_op_cast_rule,
     rules.no_op_expand_rule,
-    rules.flatten_to_reshape_rule,  # before reshape_reshape_rule, which takes on what it leaves
+    rules.flatten_to_reshape_rule,  # before reshape_reshape_rule, which handles its output
     rules.reshape_reshape_rule,
     rules.slice_split_rule,
     rules.no_op_transpose_rule,
@@ -32,17 +32,17 @@ _RULES = [
     rules.dropout_inference_rule,
     rules.dropout_zero_rule,
 ]
-_ROUNDS = 2  # folding makes constants that rules need, and rules make nodes that fold
+_ROUNDS = 2  # folding makes constants that rules need; rules make nodes that fold
 
 
 def simplify(model: ir.Model) -> None:
-    """Changes the model in place; it computes the same numbers with fewer nodes."""
+    """Changes the model in place. It computes the same numbers with fewer nodes."""
     ir.passes.Sequential(common.InlinePass())(model)
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model)
         ir.passes.Sequential(
             RewritePass(_RULES),
-            common.IdentityEliminationPass(),  # of two transposes that undo each other, say: rules do not see past it
+            common.IdentityEliminationPass(),  # such as two transposes that cancel: rules do not look past an Identity
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # onnx_ir leaves it untyped
             common.RemoveUnusedOpsetsPass(),

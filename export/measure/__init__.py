@@ -1,1 +1,1 @@
-"""Is it right, and how far is it off."""
+"""Verification of a bundle against its source, and the measures of its error."""

@@ -1,6 +1,6 @@
-"""How well a bundle predicts a text, and how far its predictions are from a reference's.
+"""Measures how well a bundle predicts a text, and how far its predictions are from a reference's.
 
-A text is taken window by window; the logits of two are never held.
+A text is evaluated window by window, so that only one window's logits are in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Evaluation:
         greedy_agreement: Share of tokens of greedy continuations, 0 to 1, as `evaluate` defines it.
         reference_perplexity: The reference's, on the same tokens.
         tokens: In all windows.
-        windows: How many there are.
+        windows: Their number.
         length: Tokens of the longest window.
         bundle: As the user wrote it.
         reference: As the user wrote it.
@@ -57,16 +57,16 @@ def evaluate(
 ) -> Evaluation:
     """Measures a bundle on a text.
 
-    greedy_agreement: the first GREEDY_PROMPT_TOKENS, or half, of each of the first GREEDY_PROMPTS windows are a prompt,
-    which both models continue greedily by GREEDY_TOKENS, or by fewer where a window has no room for them (the last
-    token need not be fed, so it may stand one behind the longest window). Counted are the tokens before the first
-    difference; those after it count as different. The figure is their share of all tokens of the continuations.
+    greedy_agreement: the first GREEDY_PROMPT_TOKENS, or half, of each of the first GREEDY_PROMPTS windows are a prompt.
+    Both models continue it greedily by GREEDY_TOKENS, or fewer if the longest window has no room for them (the last
+    token is not fed, so it may be one beyond that window). The figure is the share of tokens before the first
+    difference among all tokens of the continuations.
 
     Args:
-        bundle: What is measured.
+        bundle: The bundle to measure.
         windows: At least one, each (T,) token ids, T >= 2 and within the context of both models.
-        reference: What it is compared with.
-        progress: Is told after each window, and after each continuation.
+        reference: The model that the bundle is compared with.
+        progress: Advances after each window, and after each continuation.
 
     Raises:
         NumericsError: Logits that are not finite.

@@ -1,4 +1,4 @@
-"""The last hidden states: what a module's output head multiplies, seen in torch, and what a bundle gives of it."""
+"""The last hidden states, the input of the output head: captured from a module in torch, and computed by a bundle."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CHUNK = 64  # tokens
 
 
 def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
-    """What the output head of a module of the contract multiplies on a text (T,): (T, H), without a cache.
+    """Returns the input (T, H) of the output head of a module of the contract on a text (T,), without a cache.
 
-    The head is the last matrix multiplication that has a row for each token and a column for each of the vocabulary.
-    Raises ContractError where there is none.
+    The head is the last matrix multiplication that has a row for each token and a column for each token of the
+    vocabulary. Raises ContractError if there is none.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,13 +59,13 @@ def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
 def by_every_path(
     engine: Engine, ids: Ids, lengths: list[int], alone: Callable[[Ids], HiddenStates]
 ) -> Iterator[tuple[HiddenStates, HiddenStates]]:
-    """Pairs (T, H) of what is expected and what the bundle gives: in one run, in chunks, and as rows of a batch.
+    """Yields pairs (T, H) of expected states and the bundle's: in one run, in chunks, and as rows of a batch.
 
     Args:
         engine: Over the last-logits graph.
         ids: The text, (T,).
-        lengths: Tokens of the rows of the batch, each a beginning of the text turned by some tokens.
-        alone: What is expected of one text.
+        lengths: Tokens of the rows of the batch, each a beginning of the text rotated by some tokens.
+        alone: Returns the expected states of one text.
     """
     expected = alone(ids)
     yield expected, one_run(engine, ids)
@@ -86,7 +86,7 @@ def by_every_path(
 
 
 def one_run(engine: Engine, ids: Ids) -> HiddenStates:
-    """(T, H) of a text (T,), from an empty cache."""
+    """Returns (T, H) of a text (T,), from an empty cache."""
     engine.reset()
     states: HiddenStates = engine.hidden_states(ids[None])[0]
     return states

@@ -1,4 +1,4 @@
-"""The field's figures: how well a model predicts a text, and how far two models' predictions are apart."""
+"""Standard metrics: how well a model predicts a text, and how far two models' predictions are apart."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from pastkey.runtime.engine.engine import HiddenStates, Ids, Logits
 Probabilities = npt.NDArray[np.float32]
 LogProbabilities = npt.NDArray[np.float64]
 
-_ROWS = 64  # positions whose probabilities are held in float64 at once: a vocabulary may be large
+_ROWS = 64  # positions whose probabilities are in float64 at once: a vocabulary may be large
 _FAR = 60.0  # nats: e to it weighs what float32 probabilities have lost by underflow, 1e-38, less than 1e-12
 
 
 # --- logits -------------------------------------------------------------------------------------------------------
 def log_softmax(logits: Logits) -> LogProbabilities:
-    """log p over the last axis, in float64: differences of 1e-9 nats are measured here."""
+    """Returns log p over the last axis, in float64, since differences of 1e-9 nats are measured."""
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
 
 
 def softmax(logits: Logits) -> Probabilities:
-    """p over the last axis, as `kl_by_position` takes it."""
+    """Returns p over the last axis, the input of `kl_by_position`."""
     return np.exp(log_softmax(logits)).astype(np.float32)
 
 
 def kl_by_position(reference: Logits, p: Probabilities, logits: Logits) -> npt.NDArray[np.float64]:
-    """KL(reference || other) in nats of each position, from (..., V) and the reference's softmax `p`.
+    """Returns KL(reference || other) in nats of each position, from (..., V) and the reference's softmax `p`.
 
-    With d the differences of the logits less their mean under p, KL = log sum p e^d, and that is
-    log(1 + sum p (e^d - 1 - d)): of terms that are all positive, so that nothing cancels however small it is.
+    With d the differences of the logits minus their mean under p, KL = log sum p e^d = log(1 + sum p (e^d - 1 - d)).
+    All terms of this sum are positive, so nothing cancels, however small the KL is.
     """
     d = logits - reference
     d -= np.einsum("...v,...v->...", p, d)[..., None]
@@ -51,23 +51,23 @@ def kl_by_position(reference: Logits, p: Probabilities, logits: Logits) -> npt.N
 
 
 def kl_divergence(reference: Logits, logits: Logits) -> float:
-    """KL(reference || other) in nats, mean over positions. Both (..., V)."""
+    """Returns KL(reference || other) in nats, mean over positions. Both (..., V)."""
     return float(kl_by_position(reference, softmax(reference), logits).mean())
 
 
 def top1_agreement(reference: Logits, logits: Logits) -> float:
-    """Share of positions whose most likely token is the same, 0 to 1. Both (..., V)."""
+    """Returns the share of positions whose most likely token is the same, 0 to 1. Both (..., V)."""
     return float((reference.argmax(-1) == logits.argmax(-1)).mean())
 
 
 def relative_difference(reference: Logits, logits: Logits) -> float:
-    """max |difference| / max |reference|: 1e-5 on logits of 44 is 4.4e-4."""
+    """Returns max |difference| / max |reference|: 1e-5 on logits of 44 is 4.4e-4."""
     largest = float(np.abs(reference).max())
     return float(np.abs(reference - logits).max()) / max(largest, float(np.finfo(np.float32).tiny))
 
 
 def cosine_distance(reference: HiddenStates, states: HiddenStates) -> float:
-    """1 - cosine, mean over positions. Both (..., H). Of a vector of zeros from another one it is 1."""
+    """Returns 1 - cosine, mean over positions. Both (..., H). A vector of zeros is at distance 1 from any other."""
     a, b = reference.astype(np.float64), states.astype(np.float64)
     sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosines = np.einsum("...h,...h->...", a, b) / np.maximum(sizes, np.finfo(np.float64).tiny)
@@ -76,10 +76,10 @@ def cosine_distance(reference: HiddenStates, states: HiddenStates) -> float:
 
 # --- texts --------------------------------------------------------------------------------------------------------
 def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats per token: among how many equally likely tokens the model might as well choose.
+    """Returns exp of a mean loss in nats per token: the number of equally likely tokens with the same loss.
 
     Raises:
-        NumericsError: No float can hold the exponential of the loss.
+        NumericsError: The exponential of the loss overflows a float.
     """
     try:
         return math.exp(loss)
@@ -90,23 +90,23 @@ def perplexity(loss: float) -> float:
 
 
 def agreeing_tokens(own: Iterable[int], tokens: Iterable[int]) -> int:
-    """How many tokens stand before the first that differs. Asks `own` for none after that one."""
+    """Returns how many tokens precede the first that differs. Takes no token of `own` after that one."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, tokens, strict=False)))
 
 
 @dataclass
 class Sums:
-    """Over the windows so far; losses and KL in nats."""
+    """Sums over the windows so far; losses and KL in nats."""
 
     loss: float = 0.0
     reference_loss: float = 0.0
     kl: float = 0.0
     same_top: int = 0
     tokens: int = 0
-    predicted: int = 0  # all but the first of each window
+    predicted: int = 0  # all tokens but the first of each window
 
     def add(self, ids: Ids, logits: Logits, expected: Logits | None = None) -> None:
-        """One window (T,) with its logits (T, V), and those of the reference."""
+        """Adds one window (T,) with its logits (T, V), and the reference's."""
         for start in range(0, ids.size, _ROWS):
             rows = slice(start, start + _ROWS)
             following = ids[start + 1 : start + _ROWS + 1]  # one fewer than rows at the window's end
@@ -122,5 +122,5 @@ class Sums:
 
 
 def _loss(log_probabilities: LogProbabilities, following: Ids) -> float:
-    """-log p in nats, summed, of the token that follows each position (T, V)."""
+    """Returns -log p in nats, summed, of the token that follows each position (T, V)."""
     return -float(log_probabilities[np.arange(following.size), following].sum())

@@ -1,4 +1,4 @@
-"""Models that predict a text: a bundle, run by the runtime that ships, or a module, run in torch without a cache."""
+"""Models that predict a text: a bundle in the runtime, or a module in torch without a cache."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ Cache = tuple[tuple[Logits, Logits], ...]  # per layer, keys and values (K, T, D
 
 
 class Predictor(Protocol):
-    """What bundles and modules have in common. A text is (T,) token ids without a past."""
+    """The interface of bundles and modules. A text is (T,) token ids without a past."""
 
     @property
     def name(self) -> str: ...  # as the user wrote it
 
     def logits(self, ids: Ids) -> Logits:
-        """(T,) -> (T, V)."""
+        """Returns the logits (T, V) of a text (T,)."""
 
     def cache(self, ids: Ids) -> Cache:
-        """The keys and values of every attention call on a text (T,)."""
+        """Returns the keys and values of every attention call on a text (T,)."""
 
     def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
-        """How many of `tokens` its own greedy continuation of `prompt` (T,) begins with."""
+        """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,)."""
 
 
 class BundlePredictor:
-    """What a bundle predicts: whole texts in one run, continuations token by token."""
+    """Predicts with a bundle: whole texts in one run, continuations token by token."""
 
     def __init__(self, bundle: Bundle, **placement: Unpack[PlacementOptions]) -> None:
-        """`placement`: where it runs, as for `load`. Raises what Engine raises."""
+        """`placement`: where it runs, as for `load`. Raises Engine's errors."""
         self.name = str(bundle.path)
         self._engine = Engine(bundle, graph="all_logits", **placement)
         require_golden(self._engine, bundle)
 
     def logits(self, ids: Ids) -> Logits:
-        """(T,) -> (T, V)."""
+        """Returns the logits (T, V) of a text (T,)."""
         self._engine.reset()
         logits: Logits = self._engine.forward(ids[None])[0]
         return logits
 
     def cache(self, ids: Ids) -> Cache:
-        """The keys and values of every attention call on a text (T,)."""
+        """Returns the keys and values of every attention call on a text (T,)."""
         self.logits(ids)
         return cached_layers(self._engine)
 
     def greedy(self, prompt: Ids, count: int) -> list[int]:
-        """The `count` tokens that it writes after `prompt` (T,), EOS like any other."""
+        """Returns the `count` tokens of its greedy continuation of `prompt` (T,). EOS does not end it."""
         return list(self._continue(prompt, count))
 
     def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
-        """How many of `tokens` its own greedy continuation of `prompt` (T,) begins with."""
+        """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,)."""
         return agreeing_tokens(self._continue(prompt, len(tokens)), tokens)
 
     def _continue(self, prompt: Ids, count: int) -> Generation:
@@ -74,23 +74,23 @@ class BundlePredictor:
 
 
 def cached_layers(engine: Engine) -> Cache:
-    """What the first row of the engine's cache holds."""
+    """Returns the content of the first row of the engine's cache."""
     layers = [engine.cache.layer(i) for i in range(len(engine.manifest.layers))]
     return tuple((keys[0], values[0]) for keys, values in layers)
 
 
 class ModulePredictor:
-    """What a module predicts as its author wrote it: a Hugging Face decoder with transformers' own attention."""
+    """Predicts with a module as its author wrote it: a Hugging Face decoder uses transformers' own attention."""
 
     def __init__(self, module: nn.Module, name: str | None = None) -> None:
-        """`name` is what messages call it, None for its class."""
+        """`name` is its name in messages, None for its class."""
         from ..graft.probe.observe import name_of
 
         self.name = name or name_of(module)
         self._module = module
 
     def logits(self, ids: Ids) -> Logits:
-        """(T,) -> (T, V). Raises InputError where the module fails on so many tokens, NumericsError for NaN."""
+        """Returns logits (T, V) of (T,). Raises InputError if the module fails on that length, NumericsError on NaN."""
         from ..graft.probe.observe import natively
 
         try:
@@ -98,7 +98,7 @@ class ModulePredictor:
                 logits: Logits = _uncached(self._module, ids).logits[0].numpy()
         except PastkeyError:
             raise
-        except Exception as error:  # whatever a user's module raises
+        except Exception as error:  # a user's module may raise anything
             from ..graft.attention import failing_line
 
             where = failing_line(error)
@@ -112,34 +112,34 @@ class ModulePredictor:
         return logits
 
     def cache(self, ids: Ids) -> Cache:
-        """The keys and values of every attention call on a text (T,)."""
+        """Returns the keys and values of every attention call on a text (T,)."""
         run = _uncached(self._module, ids)
         return tuple((k[0].numpy(), v[0].numpy()) for k, v in zip(run.keys, run.values, strict=True))
 
     def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
-        """How many of `tokens` its own greedy continuation of `prompt` (T,) begins with.
+        """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,).
 
-        One run over both tells: up to the first difference they are its own continuation.
+        One run over both suffices: up to the first difference, the tokens are its own continuation.
         """
         logits = self.logits(np.array([*prompt, *tokens[:-1]], np.int64))[prompt.size - 1 :]
         return agreeing_tokens(logits.argmax(-1).tolist(), tokens)
 
     def hidden_states(self, ids: Ids) -> HiddenStates:
-        """(T,) -> (T, H), what its output head multiplies. Raises ContractError where no head is seen."""
+        """Returns the input (T, H) of its output head for (T,). Raises ContractError if no head is found."""
         from ..graft.probe.observe import natively
 
         with natively(self._module):
             return head_input(self._module, ids)
 
     def rounding(self, ids: Ids, *, hidden: bool = False) -> float:
-        """max |difference| over the largest between the module in float64 and in float32; 0 where it has no float64.
+        """Returns max |difference| over the largest between the module in float64 and in float32; 0 if float64 fails.
 
-        Of its logits, or with `hidden` of its last hidden states.
+        Compares its logits, or with `hidden` its last hidden states.
         """
         try:
             wide = ModulePredictor(copy.deepcopy(self._module).double())
             found = wide.hidden_states(ids) if hidden else wide.logits(ids)
-        except Exception:  # whatever a user's module raises in a precision that it was not written for
+        except Exception:  # a user's module may raise anything in a precision that it was not written for
             return 0.0
         return relative_difference(found, self.hidden_states(ids) if hidden else self.logits(ids))
 

@@ -1,6 +1,6 @@
-"""Opening what a bundle is compared with: another bundle, or a source that is run in torch without a cache.
+"""Opens the reference of a bundle: another bundle, or a source that runs in torch without a cache.
 
-torch is imported where a source is opened: a bundle alone, or two, need none.
+Only opening a source imports torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NEEDED = ("torch", "safetensors")  # by nearly every source
 
 
 def _silently(line: str) -> None:
-    """Tells nobody."""
+    """Prints nothing."""
 
 
 # --- for eval -----------------------------------------------------------------------------------------------------
@@ -54,15 +54,15 @@ def open_reference(
     trust_remote_code: bool = False,
     say: Say = _silently,
 ) -> Predictor:
-    """Opens a bundle folder, or what `open_source` takes, to be given windows of `length` of the bundle's `ids`.
+    """Opens a bundle folder, or a source of `open_source`, that will run on windows of `length` of the bundle's `ids`.
 
     `threads` are the runtime's; torch keeps its own. `weights` are those of a module.
 
     Raises:
-        MissingFileError: There is no such reference.
+        MissingFileError: The reference does not exist.
         InputError: It is neither, it has another vocabulary, or its context is shorter than a window.
-        MissingExtraError: A source, where torch is not installed.
-        PastkeyError: Whatever else opening it raises.
+        MissingExtraError: It is a source, and torch is not installed.
+        PastkeyError: Any other error of opening it.
     """
     if _is_bundle(Path(path)):
         other = open_bundle(path)
@@ -92,12 +92,12 @@ def open_exported(
     trust_remote_code: bool = False,
     say: Say = _silently,
 ) -> tuple[nn.Module, tuple[Layer, ...]]:
-    """Opens what the bundle was exported from: its module, and its attention calls as messages name them.
+    """Opens the source that the bundle was exported from: its module, and its attention calls as messages name them.
 
     Raises:
         InputError: It has another vocabulary or another cache.
         MissingExtraError: torch is not installed.
-        PastkeyError: Whatever else opening it raises.
+        PastkeyError: Any other error of opening it.
     """
     length, call = bundle.manifest.context_length, bundle.manifest.call or None
     if call is not None:
@@ -108,7 +108,7 @@ def open_exported(
 
 
 def _require_plain(call: str, bundle: Bundle) -> None:
-    """A manifest may come from anybody, and its call is run as Python."""
+    """Refuses a call that does more than call the module: manifests may be untrusted, and their calls run as Python."""
     _require_packages()
     from ..graft.probe.call import is_plain
 
@@ -137,7 +137,7 @@ def _shown(layers: Sequence[KVGeometry]) -> str:
 def _open_module(
     path: str, context_length: int, call: str | None, weights: str | None, trust_remote_code: bool, say: Say
 ) -> tuple[Source, nn.Module, Observation]:
-    """The source, its module as it is run, and what running it showed."""
+    """Returns the source, its module as it is run, and the observation of a run."""
     _require_packages()
     from ..graft.probe.contract import in_contract
     from ..source.open import open_source
@@ -167,12 +167,12 @@ def _require_packages() -> None:
 
 
 def _is_bundle(path: Path) -> bool:
-    manifest = path / names.MANIFEST  # a checkpoint has one as well
+    manifest = path / names.MANIFEST  # a checkpoint also has one
     return manifest.is_file() and read_json(manifest).get("kind") == "bundle"
 
 
 def _require_known(path: str) -> None:
-    """Raises where neither a bundle nor a source can be meant; which source it is, `open_source` finds out."""
+    """Raises if the path can be neither a bundle nor a source; `open_source` determines the kind of source."""
     if split_factory(path) is not None:
         return
     expected = f"expected another bundle, {SOURCES}"
@@ -203,7 +203,7 @@ def _require_same_size(bundle: Bundle, path: str, vocab_size: int) -> None:
 
 
 def _require_same_tokens(bundle: Bundle, path: str, tokenizer: bytes | None, ids: Sequence[int]) -> None:
-    """Raises InputError where one of the text's ids stands for something else in the reference's own tokenizer."""
+    """Raises InputError if one of the text's ids is another token in the reference's own tokenizer."""
     if tokenizer is None or bundle.tokenizer is None:
         return
     ours = open_tokenizer(Tokenizer, bundle.tokenizer.read_bytes(), bundle.tokenizer)

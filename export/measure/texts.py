@@ -1,4 +1,4 @@
-"""Texts to measure and to calibrate on: a file's tokens, cut into windows, and what a bundle itself writes."""
+"""Texts to measure and to calibrate on: a file's tokens, cut into windows, and text that a bundle generates."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .metrics import Ids
 
 # --- of a file ----------------------------------------------------------------------------------------------------
 def read_tokens(file: str | Path, bundle: Bundle) -> list[int]:
-    """The token ids of a UTF-8 text file, at least two, as the bundle's tokenizer reads it as a whole.
+    """Returns the token ids of a UTF-8 text file, at least two, encoded as a whole by the bundle's tokenizer.
 
     Raises:
-        MissingFileError: There is no such file.
+        MissingFileError: The file does not exist.
         InputError: The file has no such text, or the bundle has no tokenizer.
     """
     if bundle.tokenizer is None:
@@ -37,7 +37,7 @@ def read_tokens(file: str | Path, bundle: Bundle) -> list[int]:
 
 
 def encode_file(file: str | Path, codec: TextCodec, least: int = 2) -> list[int]:
-    """The token ids of a text file that is not empty; `least` is how many of them its refusal says are expected."""
+    """Returns the token ids of a text file. Raises InputError for an empty one, saying that `least` are expected."""
     text = read_text(Path(file))
     if not text.strip():
         raise InputError(f"{file} is empty: a text of at least {least} tokens was expected")
@@ -45,10 +45,10 @@ def encode_file(file: str | Path, codec: TextCodec, least: int = 2) -> list[int]
 
 
 def cut_windows(ids: Sequence[int], length: int, most: int) -> list[Ids]:
-    """The first `most` windows of `length` tokens each, one after another from the beginning.
+    """Returns the first `most` windows of `length` tokens each, one after another from the beginning.
 
-    The last one may be shorter, but has at least 2 tokens. They are plain cuts of the whole text's tokens: a BOS token
-    that the tokenizer adds stands in the first one only.
+    The last one may be shorter, but has at least 2 tokens. Windows are plain cuts of the whole text's tokens: only the
+    first has the BOS token that a tokenizer adds.
     """
     cuts = (np.array(ids[start : start + length], np.int64) for start in range(0, len(ids), length))
     return [cut for cut in itertools.islice(cuts, most) if cut.size >= 2]
@@ -56,7 +56,7 @@ def cut_windows(ids: Sequence[int], length: int, most: int) -> list[Ids]:
 
 # --- of the model itself ------------------------------------------------------------------------------------------
 def start_token(manifest: Manifest) -> int:
-    """What a text of the model's begins with: BOS, or else EOS, or else the first token of all."""
+    """Returns the token that begins a generated text: BOS, or else EOS, or else token 0."""
     known = [token for token in (manifest.bos_token_id, *manifest.eos_token_ids) if token is not None]
     return min(known[0] if known else 0, manifest.vocab_size - 1)
 
@@ -71,10 +71,10 @@ def self_generated_texts(
     batch: int = 32,
     seed: int = 0,
 ) -> list[Ids]:
-    """`count` windows (length,): the ids of `beginning`, and what the model writes after them at temperature 1.
+    """Returns `count` windows (length,): the ids of `beginning` and the model's continuation at temperature 1.
 
-    Its own text is of its kind, where random ids would be of none, and nobody has to be asked for some. `batch` windows
-    are written side by side.
+    Generated text matches the model's domain, unlike random ids, and needs no input from the user. `batch` windows are
+    generated side by side.
     """
     first_ids = np.atleast_1d(np.asarray(beginning, np.int64))
     rng, texts = np.random.default_rng(seed), np.empty((count, length), np.int64)
@@ -85,7 +85,7 @@ def self_generated_texts(
         fed = 0
         for place in range(first_ids.size, length):
             logits = engine.forward(rows[:, fed:place])[:, -1]  # (rows, V)
-            # The Gumbel-max trick: the largest of logits and such noise is drawn with the softmax's probabilities.
+            # The Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of the softmax.
             rows[:, place] = (logits + rng.gumbel(size=logits.shape)).argmax(-1)
             fed = place
             progress.advance(first * length + (place + 1) * len(rows), count * length)

@@ -1,7 +1,7 @@
-"""Parity: what the runtime computes from a bundle, step by step, against an uncached run.
+"""Parity: compares the runtime's results from a bundle, step by step, with an uncached run.
 
-The reference is the module that was exported, run without a cache in torch; or, for a bundle alone, int8 and int4, the
-bundle's own uncached run. What verifies is what ships: every figure comes out of `pastkey.runtime`.
+The reference is the exported module, run without a cache in torch. For int8 and int4, or without a module, it is the
+bundle's own uncached run. The checks run the code that ships: every figure comes from `pastkey.runtime`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,25 @@ if TYPE_CHECKING:
     from ..graft.probe.observe import Layer
 
 # --- tolerances and sizes, in this one place ----------------------------------------------------------------------
-# Those that depend on the precision of the weights are in `pastkey/precisions.py`, relative to the largest logit.
-# A deep module can be further than that from itself: torch in float32 from torch in float64. Then the limit is so many
-# times the distance measured on the same text.
+# Tolerances that depend on the precision of the weights are in `pastkey/precisions.py`, relative to the largest logit.
+# A deep module's float32 results may be further than that from its float64 results in torch. Then the limit is this
+# many times the distance measured on the same text.
 ROUNDING_ALLOWANCE = 3
-# A layer is named as the first one that differs where its keys or values are so many limits away.
+# The first layer whose keys or values exceed this many limits is reported.
 LAYER_ALLOWANCE = 10
-# int8 and int4 may choose another token than the uncached run within so many times the distance of their own paths.
+# int8 and int4 may choose a different token than the uncached run within this many times the distance of their own
+# paths.
 TIE_ALLOWANCE = 2
-KL_FLOOR = 1e-6  # nats, that rounding can explain
-# A quantized bundle may later be no further from its source in float32 than so many times what was measured at export.
+KL_FLOOR = 1e-6  # nats, explained by rounding
+# A quantized bundle's divergence from its source in float32 may later be this many times that measured at export.
 RECORDED_KL_ALLOWANCE = 2
-# How far the last hidden states of int8 and int4 may be from float32's, and those of chunks from those of one run:
-# 1 - cosine. One that is no copy of the other, but of other channels or another layer, is 0.1 and more away.
+# Maximum 1 - cosine between the last hidden states of int8 or int4 and those of float32, and between those of chunks
+# and of one run. States of other channels or another layer are 0.1 and more apart.
 MAX_COSINE_DISTANCE = 0.05
-TOKENS = 150  # length of the text that is compared, where the context has room for it
-MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or so many tokens beyond a window, where it is no larger than this
-RANDOM_TOKENS = 16  # at its beginning; the model itself writes the rest
-CHUNK_SIZES = (7, 64)  # the check "decode" is chunks of one
+TOKENS = 150  # length of the compared text, if the context has room for it
+MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or this many tokens beyond a window, if the window is at most MAX_WINDOW
+RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest
+CHUNK_SIZES = (7, 64)  # the check "decode" uses chunks of one token
 GREEDY_TOKENS = 64
 BATCH_LENGTH = 40  # the longest row of the batch
 BATCH_STEPS = 4  # tokens decoded after it
@@ -57,7 +58,7 @@ BATCH_STEPS = 4  # tokens decoded after it
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: its figure, and the limit that it had to keep."""
+    """One comparison: its figure, and its limit."""
 
     name: str
     ok: bool
@@ -71,12 +72,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of one bundle, and int8's or int4's distance from float32 where the source was at hand.
+    """All checks of one bundle, and int8's or int4's distance from float32 if the source was available.
 
     Attributes:
         reference: "source" or "own uncached run".
         tokens: Of the text that was compared.
-        checks: In the order in which they were made.
+        checks: In the order in which they ran.
         quality: kl_divergence (nats) and top1_agreement (share, 0 to 1) against the source in float32; else empty.
     """
 
@@ -87,16 +88,16 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether every check kept its limit."""
+        """Whether every check passed."""
         return all(check.ok for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """One entry per check, as `pastkey verify --json` prints them and the manifest keeps them."""
+        """One entry per check, as `pastkey verify --json` prints them and the manifest stores them."""
         checks = {check.name: {k: v for k, v in asdict(check).items() if k != "name"} for check in self.checks}
         return {"ok": self.ok, "reference": self.reference, "tokens": self.tokens, "checks": checks} | self.quality
 
     def require_ok(self, what: str) -> None:
-        """Raises ParityError naming the first check that failed."""
+        """Raises ParityError with the first check that failed."""
         failed = next((check for check in self.checks if not check.ok), None)
         if failed is not None:
             raise ParityError(f"{what} does not compute what its source computes: {failed.detail}")
@@ -104,11 +105,11 @@ class Verification:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a bundle may be from its reference, decided before the checks.
+    """The limits on a bundle's distance from its reference, fixed before the checks.
 
-    Two allowances come of what the checks find, and are no part of it: a deep module's own rounding, which costs a copy
-    in float64 and is asked for where a check fails (`_Compared.rounding`), and the distance of decode from prefill,
-    within which the greedy continuation may differ at a tie (`_greedy`).
+    Two further allowances depend on the checks' results: a deep module's own rounding, which costs a copy in float64
+    and is measured only if a check fails (`_Compared.rounding`), and the distance of decode from prefill, within which
+    the greedy continuation may differ at a tie (`_greedy`).
     """
 
     relative: float
@@ -117,11 +118,11 @@ class Limits:
 
     @classmethod
     def of(cls, manifest: Manifest, measured_kl: float | None) -> Limits:
-        """Of a bundle; `measured_kl` from float32 in nats, where the source is at hand."""
+        """Returns a bundle's limits; `measured_kl` from float32 in nats, if the source is available."""
         precision = PRECISIONS[manifest.precision]
         if not precision.quantized:
             return cls(precision.max_difference)
-        # Measured on this very text when it was exported; manifest.quality is on another.
+        # Measured on this text at export; manifest.quality is on another.
         recorded: float | None = manifest.parity.get(precision.name, {}).get("kl_divergence")
         cost = recorded if recorded is not None else measured_kl or 0.0
         fp32_kl = precision.max_kl
@@ -142,20 +143,20 @@ def verify(
     """Runs every check of a bundle.
 
     Args:
-        bundle: What is verified.
-        module: What it was exported from. float32 is compared with it, int8 and int4 are measured against it. Without
-            one, the bundle is compared with its own uncached run.
-        layers: The attention calls as messages name them; a window makes the text longer than it.
-        progress: Is told how far the verification is.
+        bundle: The bundle to verify.
+        module: The module that it was exported from. float32 is compared with it; int8 and int4 are measured against
+            it. Without a module, the bundle is compared with its own uncached run.
+        layers: The attention calls as messages name them. The text is longer than windows up to MAX_WINDOW.
+        progress: Receives the progress of the verification.
         **placement: Where it runs, as for `load`.
 
     Returns:
-        All checks, those that failed too: `require_ok` raises for them.
+        All checks, including those that failed: `require_ok` raises for them.
 
     Raises:
         InputError: The module fails on the text.
         NumericsError: Logits are not finite.
-        ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
+        ProviderError: A provider is unavailable, did not start, is not given this graph, or does not run all of it.
         RunError: onnxruntime cannot run a graph.
     """
     manifest = bundle.manifest
@@ -168,7 +169,7 @@ def verify(
     ids = _text(last_logits, min(max(TOKENS, *windows, 0), manifest.context_length), parts)
     parts.next()
 
-    # int8 is compared with itself, int4 too: its distance from float32 is quality, not parity.
+    # int8 and int4 are compared with themselves: their distance from float32 is quality, not parity.
     source = None if module is None else ModulePredictor(module)
     reference = own if source is None or quantized else source
     expected = reference.logits(ids)
@@ -195,7 +196,7 @@ _PARTS = 2 + 4 + len(CHUNK_SIZES)  # the text, the reference, and the checks
 
 
 class _Parts(Progress):
-    """Parts of a verification, each of which moves on its own."""
+    """The parts of a verification, each with its own progress."""
 
     def __init__(self, progress: Progress, count: int) -> None:
         self._progress, self._count, self._done = progress, count, 0
@@ -204,15 +205,15 @@ class _Parts(Progress):
         self._progress.advance(100 * self._done + 100 * done // total, 100 * self._count)
 
     def next(self) -> None:
-        """The next part begins."""
+        """Begins the next part."""
         self._done += 1
         self.advance(0, 1)
 
 
 def _text(engine: Engine, length: int, progress: Progress = SILENT) -> Ids:
-    """A text (T,): some random ids, and what the bundle itself writes after them.
+    """Returns a text (T,): some random ids, and the bundle's continuation.
 
-    A model may repeat one token for ever, and attention over equal tokens gives the same whatever its weights.
+    A model may repeat one token for ever. Attention over equal tokens has the same result whatever its weights.
     """
     beginning = min(RANDOM_TOKENS, -(-length // 2))
     ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
@@ -229,7 +230,7 @@ def _quality(fp32: Logits, quantized: Logits) -> dict[str, float]:
 # --- checks -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Compared:
-    """What the checks compare: the bundle's graphs with the reference, on one text."""
+    """The graphs of a bundle and its reference, on one text."""
 
     manifest: Manifest
     all_logits: Engine
@@ -243,7 +244,7 @@ class _Compared:
 
     @functools.cached_property
     def rounding(self) -> float:
-        """The limit that a module's own rounding allows, 0 of int8 and int4. Costs a copy in float64."""
+        """The limit that a module's own rounding allows, 0 for int8 and int4. Costs a copy in float64."""
         reference = self.reference
         return ROUNDING_ALLOWANCE * reference.rounding(self.ids) if isinstance(reference, ModulePredictor) else 0.0
 
@@ -255,7 +256,7 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
     yield _compare(c, "decode", c.expected, decoded, last, single=True)
     for size in CHUNK_SIZES:
         yield _chunked(c, size)
-    if c.manifest.graph != "static":  # which has one row
+    if c.manifest.graph != "static":  # it has one row
         yield _batch(c)
     yield _greedy(c, noise)
     if c.manifest.hidden_size is not None:
@@ -263,7 +264,7 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
 
 
 def _prefill(c: _Compared) -> Check:
-    """All tokens in one run, through both graphs."""
+    """Runs all tokens at once, through both graphs."""
     c.all_logits.reset()
     logits = c.all_logits.forward(c.ids[None])[0]
     c.last_logits.reset()
@@ -272,7 +273,7 @@ def _prefill(c: _Compared) -> Check:
 
 
 def _decoded(c: _Compared, progress: Progress) -> tuple[Logits, Logits]:
-    """One token at a time from the first on: logits (T, V), and (V,) of the last by the graph of last logits."""
+    """Decodes token by token from the first: logits (T, V), and (V,) of the last by the last-logits graph."""
     c.all_logits.reset()
     c.last_logits.reset()
     logits = []
@@ -284,7 +285,7 @@ def _decoded(c: _Compared, progress: Progress) -> tuple[Logits, Logits]:
 
 
 def _chunked(c: _Compared, size: int) -> Check:
-    """The prompt in chunks, through the graph of all logits and as `generate` prefills."""
+    """Runs the prompt in chunks, through the all-logits graph and with `Engine.prefill`."""
     c.all_logits.reset()
     chunks = np.array_split(c.ids, -(-len(c.ids) // size))
     logits = np.concatenate([c.all_logits.forward(chunk[None])[0] for chunk in chunks])
@@ -294,7 +295,7 @@ def _chunked(c: _Compared, size: int) -> Check:
 
 
 def _batch(c: _Compared) -> Check:
-    """Rows of different lengths prefilled and decoded together against each alone."""
+    """Compares rows of different lengths, prefilled and decoded together, with each row alone."""
     context = c.manifest.context_length
     steps = min(BATCH_STEPS, context - 1)
     longest = min(BATCH_LENGTH, context - steps)
@@ -320,7 +321,7 @@ def _batch(c: _Compared) -> Check:
 
 
 def _alone(c: _Compared, text: Ids, length: int) -> Logits:
-    """One row by itself: the reference's uncached run, or of int8 and int4 the bundle's own prefill and decode."""
+    """Returns one row's logits: of the reference's uncached run, or for int8 and int4 of prefill and decode."""
     if c.limits.decode_kl is None:
         return c.reference.logits(text)
     c.all_logits.reset()
@@ -330,13 +331,14 @@ def _alone(c: _Compared, text: Ids, length: int) -> Logits:
 
 
 def _greedy(c: _Compared, noise: float) -> Check:
-    """The continuation that `generate` writes against the reference's uncached one.
+    """Compares the runtime's greedy continuation with the reference's uncached one.
 
-    `noise` is max |difference| of logits, decode against prefill: int8 and int4 may differ at a tie within a multiple.
+    `noise` is max |difference| of logits, decode against prefill: int8 and int4 may differ at a tie within a multiple
+    of it.
     """
     prompt = c.ids[: max(1, min(16, c.manifest.context_length // 2))].tolist()
     found = list(Generation(c.last_logits, Request(prompt, max_new_tokens=GREEDY_TOKENS)))
-    # One uncached run over the whole continuation: up to the first difference it is the reference's own, too.
+    # One uncached run over the whole continuation suffices: up to the first difference, it is the reference's own.
     logits = c.reference.logits(np.array([*prompt, *found[:-1]], np.int64))[len(prompt) - 1 :]
     for step, token in enumerate(found):
         best = int(logits[step].argmax())
@@ -350,7 +352,7 @@ def _greedy(c: _Compared, noise: float) -> Check:
 
 
 def _hidden_states(c: _Compared) -> Iterator[Check]:
-    """Those of one run, of chunks and of a batch against the source's; of int8 and int4 against those of one run."""
+    """Compares one run, chunks and a batch with the source; for int8 and int4, with one run."""
     quantized = c.limits.decode_kl is not None
 
     def alone(ids: Ids) -> HiddenStates:
@@ -376,7 +378,7 @@ def _hidden_check(name: str, value: float, limit: float, measure: str = "mean_co
 
 
 def _against_float32(precision: str, kl: float, limits: Limits) -> Check:
-    """int8 or int4 against the source in float32: that it is the same model at all."""
+    """Checks int8 or int4 against the source in float32: whether it is the same model."""
     assert limits.fp32_kl is not None
     detail = (
         f"its predictions are {kl:.2g} nats from the source's in float32 (limit {limits.fp32_kl:.2g}): it is another "
@@ -397,12 +399,12 @@ def _compare(
     single: bool = False,
     locate: bool = True,
 ) -> Check:
-    """`last` (V,) is what the graph of last logits gave for the last position; `single`: tokens came one by one."""
+    """`last` (V,): logits of the last position by the last-logits graph; `single`: tokens were decoded one by one."""
     value = relative_difference(expected, found)
     if last is not None:
         value = max(value, relative_difference(expected[-1:], last[None]))
     measure, limit = "max_relative_difference", c.limits.relative
-    # int8 activations amplify last bits, which come out differently by the number of tokens in a run.
+    # int8 activations amplify last bits, which depend on the number of tokens in a run.
     if c.limits.decode_kl is not None and (single or value > limit):
         measure, limit = "mean_kl", c.limits.decode_kl
         value = kl_divergence(expected, found)
@@ -425,7 +427,7 @@ def _explained(c: _Compared, name: str, value: float, measure: str, limit: float
 
 
 def _first_layer(c: _Compared) -> str:
-    """The first attention call whose keys or values, cached by the check, differ from the uncached run's."""
+    """Returns the first attention call whose keys or values, cached by the check, differ from the uncached run's."""
     cached = cached_layers(c.all_logits)
     for index, (expected, found) in enumerate(zip(c.reference.cache(c.ids), cached, strict=True)):
         if any(

@@ -1,1 +1,1 @@
-"""float32 bundle -> quantized bundle."""
+"""Quantization: float32 bundle -> quantized bundle."""

@@ -1,13 +1,13 @@
-"""int4 from a verified float32 bundle: 4 bits for most projections, 8 where a bit buys most.
+"""int4 from a verified float32 bundle: 4 bits for most projections, 8 bits for the most sensitive ones.
 
-1. Every matrix but embeddings and the output head is rounded to 4 bits by GPTQ (`int4_blocks`), on calibration text.
-2. What each costs is measured, with all others in float32 (`sensitivity`).
-3. One weight in 32, those of the matrices that cost most per weight, are int8 instead; for `--max-kl` more (`search`).
+1. GPTQ rounds every matrix except embeddings and the output head to 4 bits, on calibration text (`int4_blocks`).
+2. The sensitivity of each matrix is measured, with all others in float32 (`sensitivity`).
+3. The matrices with the highest sensitivity per weight are int8: one weight in 32, or more for `--max-kl` (`search`).
 
-Scales are not migrated as for int8: that makes activations easier to round and weights harder, which 4 bits need most.
+Scales are not migrated as for int8: that makes activations easier to round and weights harder, which hurts 4 bits most.
 
-Embeddings and the output head are int8 as they are there: in a small model they are a quarter of all weights, and cost
-as much in 4 bits as all others together.
+Embeddings and the output head are int8, as in an int8 bundle: in a small model they are a quarter of all weights, and
+in 4 bits they add as much error as all others together.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import onnx_ir as ir
 import torch
 
 from pastkey.contract.bundle import Bundle
+from pastkey.providers import TARGETS
 
 from ..graph.write.output_head import output_head
 from ..measure.metrics import Ids
@@ -33,30 +34,30 @@ from .calibrate.calibration import CalibrationText
 from .ranking.sensitivity import Sensitivity, sensitivity
 from .rounding.blocks import Blocks, choose_block_size
 from .rounding.int4_blocks import round_by_hessian
-from .rounding.rewrite import Form, embedding_weight, matmul_weight, not_finite, quantize
+from .rounding.rewrite import embedding_weight, matmul_weight, not_finite, quantize
 from .search import Quantized, Write, search
 
-_PROBED = 1  # window that shows what each matrix costs
+_PROBED = 1  # windows that sensitivity is measured on
 _INT8_SHARE = 1 / 32  # of the weights that may be 4-bit
 
 
 def make_int4(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
     """Rounds, measures each matrix, writes and measures; with `max_kl`, until the budget is met.
 
-    What costs too much goes to int8. Raises InputError on NaN or infinity, and QualityError where the budget is missed
-    with every projection in int8.
+    The most sensitive matrices become int8. Raises InputError on NaN or infinity, and QualityError if the budget is
+    missed with every projection in int8.
     """
     return search(_Int4Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl)
 
 
 class _Int4Mixtures:
-    """Every projection in 4 bits, but those that cost most per weight in int8, as embeddings and the head are."""
+    """Every projection in 4 bits, except the most sensitive per weight, which are int8 like embeddings and the head."""
 
     precision = "int4"
 
     def __init__(self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress) -> None:
         self._graph = fp32.all_logits_graph
-        self._form = Form.of(config.target)
+        self._form = TARGETS[config.target].form
         progress.stage("round to 4 bits by GPTQ")
         self._rounded = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
         progress.stage("measure what each matrix costs in int4")
@@ -89,14 +90,14 @@ class _Int4Mixtures:
 
 
 def in_int8(table: Sensitivity) -> int:
-    """How many of the first in the table's ranking are always int8: as many as fit their share of the weights."""
+    """Returns how many of the first in the ranking are always int8: as many as fit into their share of the weights."""
     sizes = {row.weight: float(np.prod(row.shape)) for row in table.rows}
     filled = np.cumsum([sizes[name] for name in table.ranking])
     return int((filled <= _INT8_SHARE * filled[-1]).sum()) if len(filled) else 0
 
 
 def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT) -> dict[str, Blocks]:
-    """The 4-bit matrices of a float32 graph, by the names of their initializers, from windows (T,) of token ids.
+    """Returns the 4-bit matrices of a float32 graph by initializer name, calibrated on windows (T,) of token ids.
 
     `folder` holds the weights file that the graph names.
     """
@@ -121,7 +122,7 @@ def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Pro
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """A pool for torch's work on matrices: where threads share each of many small steps, they wait for one another."""
+    """A pool for torch's matrix work, one thread each: threads that share many small steps wait for one another."""
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -131,7 +132,7 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
 
 
 def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Blocks:
-    """The weight of MatMuls that share it, by the sum of the Hessians of what they read."""
+    """Rounds a weight that MatMuls share, by the sum of the Hessians of their inputs."""
     found = matmul_weight(nodes[0])
     assert found is not None
     matrix = found.matrix
@@ -143,13 +144,13 @@ def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Blocks:
 
 
 def _activation(matmul: ir.Node) -> str:
-    """The name of what it reads."""
+    """Returns the name of the MatMul's input."""
     assert matmul.inputs[0] is not None
     return str(matmul.inputs[0].name)
 
 
 def _matmuls(model: ir.Model) -> dict[str, list[ir.Node]]:
-    """The MatMuls that may be 4-bit, by the weight that they read: all but the head and whatever is gathered."""
+    """Returns the MatMuls that may be 4-bit, by their weight: all except the head and gathered matrices."""
     head = output_head(model)
     excluded = {embedding.name for node in model.graph if (embedding := embedding_weight(node)) is not None}
     found: dict[str, list[ir.Node]] = {}

@@ -1,4 +1,4 @@
-"""int8 from a verified float32 bundle. With a budget, the matrices that cost most stay in float32."""
+"""int8 from a verified float32 bundle. With a KL budget, the most sensitive matrices stay in float32."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import Any
 import onnx_ir as ir
 
 from pastkey.contract.bundle import Bundle
+from pastkey.providers import TARGETS
 
 from ..graph.write.weights_file import save_with_weights
 from ..progress import Progress
 from ..settings import ExportConfig
 from .calibrate.calibration import CalibrationText, calibrated
 from .ranking.sensitivity import Sensitivity, sensitivity
-from .rounding.rewrite import Form, quantize
+from .rounding.rewrite import quantize
 from .search import Quantized, Write, search
 
 
 def make_int8(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
     """Calibrates, quantizes, writes and measures; with `max_kl`, until the budget is met.
 
-    Beside the graph of `fp32` lie files meanwhile. Raises InputError on NaN or infinity, and QualityError where the
+    Writes temporary files beside the graph of `fp32`. Raises InputError on NaN or infinity, and QualityError if the
     budget is missed with all matrices but one in float32.
     """
     return search(_Int8Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl)
 
 
 class _Int8Mixtures:
-    """Every matrix in int8, but the worst ones in float32."""
+    """Every matrix in int8, except the most sensitive ones in float32."""
 
     precision = "int8"
 
@@ -35,11 +36,11 @@ class _Int8Mixtures:
         self._folder = fp32.all_logits_graph.parent
         self._graph = self._folder / "calibrated.onnx"
         self._text, self._max_kl, self._progress = text, config.max_kl, progress
-        self._form = Form.of(config.target)
+        self._form = TARGETS[config.target].form
         self._model: ir.Model | None = calibrated(fp32, text.calibration_set, progress)
         self.sensitivity: Sensitivity | None = None
         self.start = 0
-        if config.measures_each_matrix:  # the calibrated graph is read again for the table, and for each mixture
+        if config.measures_each_matrix:  # the table and each mixture read the calibrated graph again
             save_with_weights(self._model, self._graph)
             self._model = None
         if config.sensitivity is not None:

@@ -1,7 +1,7 @@
-"""The int8-KV graph, for decoding after a long text: keys and values are cached as int8.
+"""The int8-KV graph, which decodes after a long text with keys and values cached as int8.
 
-Attention over a long cache reads more bytes than the weights are. GroupQueryAttention takes a cache of int8 with one
-scale per channel of each head, max |x| / 127 over the calibration text with a margin; what lies beyond is cut off.
+Attention over a long cache reads more bytes than the weights are. GroupQueryAttention accepts an int8 cache with one
+scale per channel of each head: max |x| / 127 over the calibration text, with a margin. Larger values are clipped.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -29,24 +29,24 @@ from ..measure.verify import KL_FLOOR
 from ..progress import SILENT, Progress
 from .calibrate.calibration import CalibrationText
 
-_MARGIN = 1.5  # over the largest number of the calibration text: cutting off costs more than coarser steps do
-_ALLOWED = 2  # times the divergence of int8 decoded with a float32 cache
-_PROMPT = 16  # tokens that are prefilled before the others are decoded, to measure
-_K_SCALE = 12  # inputs of GroupQueryAttention: this one, and v_scale behind it
+_MARGIN = 1.5  # over the largest number of the calibration text: clipping costs more than coarser steps
+_ALLOWED = 2  # times the KL divergence of the quantized bundle with a float32 cache
+_PROMPT = 16  # tokens that are prefilled before the others are decoded and measured
+_K_SCALE = 12  # input index in GroupQueryAttention; v_scale follows
 
 
 def add_int8_kv(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: Progress = SILENT) -> dict[str, float]:
-    """Writes the int8-KV graph where the bundle can take one, and keeps it where decoding is not much worse with it.
+    """Writes the int8-KV graph if the bundle supports one, and keeps it if decoding is not much worse with it.
 
     Args:
         fp32: The float32 bundle.
-        bundle: Its int8 or int4, to which the graph is added.
-        text: Scales are chosen on its calibration set, and decoding is measured on its held-out set.
-        progress: Is warned where the graph is not kept.
+        bundle: Its int8 or int4 bundle, which receives the graph.
+        text: Its calibration set determines the scales; its held-out set measures decoding.
+        progress: Receives a warning if the graph is not kept.
 
     Returns:
         For the manifest's quality, {"int8_cache_kl": KL(float32 || quantized, decoded with an int8 cache)} in nats,
-        mean over the tokens that are decoded; nothing where there is no such graph.
+        mean over the decoded tokens; {} if there is no such graph.
     """
     manifest = bundle.manifest
     new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
@@ -58,7 +58,7 @@ def add_int8_kv(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: P
     plain = kl_divergence(expected, _decoded(bundle, text, None))
     try:
         cost = kl_divergence(expected, _decoded(bundle, text, 1))
-    except RunError as error:  # a form of attention that the operator has no int8 cache for
+    except RunError as error:  # a form of attention for which the operator has no int8 cache
         progress.warn(f"without an int8 cache for long texts, which onnxruntime refuses here: {first_line(error)}")
         cost = np.inf
     if np.isfinite(cost) and cost > _ALLOWED * max(plain, KL_FLOOR):
@@ -72,7 +72,7 @@ def add_int8_kv(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: P
 
 
 def _decoded(bundle: Bundle, text: CalibrationText, int8_kv_from: int | None) -> np.ndarray:
-    """The logits of all windows, token by token after the prompts."""
+    """Returns the logits of all windows, decoded token by token after the prompts."""
     engine, logits = Engine(bundle, int8_kv_from=int8_kv_from), list[np.ndarray]()
     for ids in text.held_out_set:
         engine.reset()
@@ -84,7 +84,7 @@ def _decoded(bundle: Bundle, text: CalibrationText, int8_kv_from: int | None) ->
 def _write_int8_kv_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
     """Writes the graph beside the others of `bundle`, over the same weights; `windows` (T,) are calibration text.
 
-    The scales stand in the graph's metadata too, for the runtime to move what another graph has cached.
+    The graph's metadata also holds the scales, with which the runtime converts another graph's cache.
     """
     scales = _scales(bundle, windows)
     model = ir.load(bundle.last_logits_graph)
@@ -117,7 +117,7 @@ def _write_int8_kv_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
 
 
 def _scales(bundle: Bundle, windows: Sequence[Ids]) -> list[np.ndarray]:
-    """Of keys and values of each attention call in turn, (K * D,) float32."""
+    """Returns the scales of keys and values of each attention call in turn, (K * D,) float32."""
     engine = Engine(bundle)
     largest: list[np.ndarray] = []
     for ids in windows:

@@ -13,16 +13,15 @@ from .ranking.sensitivity import Sensitivity
 
 
 def check_report_file(file: str | Path, out: str | Path, read: Sequence[object]) -> None:
-    """Checks the path of the report, before the work.
+    """Checks the path of the report before the export starts.
 
     Args:
-        file: What --sensitivity names.
+        file: The path given to --sensitivity.
         out: The bundle's folder, which is replaced as a whole.
-        read: The source and the files that belong to it, as the user gave them: those that are paths are not written
-            to.
+        read: The source and its files, as the user gave them: those that are paths must not be overwritten.
 
     Raises:
-        InputError: It cannot be written, or is no name for it.
+        InputError: The file cannot be written, or its name is invalid.
         MissingFileError: Its folder does not exist.
     """
     path, target = Path(file), Path(file).resolve()
@@ -47,7 +46,7 @@ def check_report_file(file: str | Path, out: str | Path, read: Sequence[object])
 
 
 def write_report(path: Path, table: Sensitivity) -> None:
-    """Writes the table. A file that was there is replaced, as a whole."""
+    """Writes the table. Replaces an existing file atomically."""
     with tempfile.TemporaryDirectory(prefix=".pastkey-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         write_json(made, table.to_json())

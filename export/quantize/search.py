@@ -23,19 +23,19 @@ Write = Callable[[ir.Model], tuple[Bundle, int]]
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized bundle that was written and measured."""
+    """A quantized bundle, written and measured."""
 
     bundle: Bundle
     weight_bytes: int
-    quality: dict[str, Any]  # of the manifest
-    sensitivity: Sensitivity | None  # where the user or the budget asked for it
+    quality: dict[str, Any]  # for the manifest
+    sensitivity: Sensitivity | None  # if the user or the budget required it
 
 
 class Mixtures(Protocol):
-    """The graphs of one model in one precision, by how many of its matrices get more bits."""
+    """The graphs of one model in one precision, by the number of matrices that get more bits."""
 
     precision: str
-    start: int  # how many are in any case
+    start: int  # how many always get more bits
 
     @property
     def sensitivity(self) -> Sensitivity | None:
@@ -43,28 +43,28 @@ class Mixtures(Protocol):
         ...
 
     def model(self, raised: int) -> ir.Model:
-        """The graph in which the first `raised` of the ranking have more bits."""
+        """Returns the graph in which the first `raised` of the ranking have more bits."""
         ...
 
     def quality(self, raised: int) -> dict[str, Any]:
-        """The entry of the manifest for these matrices."""
+        """Returns the manifest's entry for these matrices."""
         ...
 
     def asked_for(self) -> int:
-        """How many the sensitivity table asks for to meet the budget. Measures the table first if needed."""
+        """Returns how many the sensitivity table requires to meet the budget. Measures the table first if needed."""
         ...
 
     def most(self) -> int:
-        """The largest number that may get more bits."""
+        """Returns the largest number that may get more bits."""
         ...
 
 
 def search(mixtures: Mixtures, fp32: Bundle, text: CalibrationText, write: Write, max_kl: float | None) -> Quantized:
     """Writes and measures one mixture after another until the KL divergence from float32 is at most `max_kl` nats.
 
-    It is measured on held-out windows. One round is the rule, and two where the first misses the budget: the table
-    says how many matrices must get more bits. Raises QualityError where the budget is missed with all of them, and
-    InputError on NaN or infinity.
+    The divergence is measured on held-out windows. One round usually suffices. If it misses the budget, the table says
+    how many matrices must get more bits. Raises QualityError if the budget is missed with all of them, and InputError
+    on NaN or infinity.
     """
     raised, step = mixtures.start, 1
     while True:
@@ -78,7 +78,7 @@ def search(mixtures: Mixtures, fp32: Bundle, text: CalibrationText, write: Write
             raise missed(quality["kl_divergence"], max_kl, mixtures.precision, raised, ranked)
         if asked > raised:
             raised = asked
-        else:  # kernels of other shapes round in other ways, so that it costs a little more than the table says
+        else:  # kernels of other shapes round differently, so the divergence may exceed the table's
             raised, step = raised + step, 2 * step
         raised = min(raised, mixtures.most())
         shutil.rmtree(bundle.all_logits_graph.parent)

@@ -1,1 +1,1 @@
-"""What the user has -> Source: a module with its context, tokenizer and configuration."""
+"""Opens what the user has as a Source: a module with its context, tokenizer and configuration."""

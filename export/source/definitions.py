@@ -1,11 +1,11 @@
-"""Classes and functions of a script or notebook without running it: what an expression needs, and nothing else.
+"""Runs only the definitions of a script or notebook that an expression needs.
 
-1. A file is one cell; a notebook has several, whose magics are left out.
-2. Of each top-level statement the symbol table says which names it makes and which it reads, those of the functions
-   and classes in it included.
-3. Needed are the names of the expression, and those that a statement which makes a needed name reads.
-4. The statements that make needed names are run in their order: imports, definitions and assignments, also within
-   `if`, `try` and `with`. What else is there (loops, calls: a training) is not run.
+1. A file is one cell; a notebook has several, without their magics.
+2. For each top-level statement, the symbol table lists the names that it makes and those that it reads, including those
+   of its functions and classes.
+3. Needed are the names of the expression, and those that a statement reads which makes a needed name.
+4. The statements that make needed names are run in order: imports, definitions and assignments, also within `if`, `try`
+   and `with`. Everything else (loops, calls: a training) is skipped.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ _SIMPLE = (
     ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
     ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Pass, ast.Expr,
 )  # fmt: skip
-_BLOCKS = (ast.If, ast.Try, ast.With)  # run where they hold simple statements alone
-# What IPython takes as a line and Python does not: %magic, !command, ?help and help?, also assigned.
+_BLOCKS = (ast.If, ast.Try, ast.With)  # run if they hold only simple statements
+# IPython syntax that is not Python: %magic, !command, ?help and help?, also assigned.
 _MAGIC = re.compile(r"^(\s*)(?:[%!?].*|[\w ,.]+=\s*[%!].*|[\w.]+\?{1,2}\s*)$")
 
 
 @dataclass(frozen=True)
 class Statement:
-    """One at the top level."""
+    """A statement at the top level."""
 
     node: ast.stmt
-    place: str  # the file, for a notebook with the number of the cell
+    place: str  # the file; for a notebook with the number of the cell
     makes: frozenset[str]
     reads: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a file: `a = 1; Model(a)`, say, where the last part gives it."""
+    """The expression to evaluate in a file, such as `a = 1; Model(a)`: the last part is the result."""
 
     text: str
-    given: tuple[ast.stmt, ...]  # assignments, in the place of the file's own to these names
+    given: tuple[ast.stmt, ...]  # assignments that replace the file's own to these names
     expression: ast.Expression
 
     @property
@@ -62,10 +62,10 @@ class Request:
 
 
 def parse_request(text: str, file: Path) -> Request:
-    """Raises InputError for what is no expression."""
+    """Parses a request. Raises InputError if it is not an expression."""
     try:
         *given, last = ast.parse(text.strip()).body
-    except (SyntaxError, ValueError) as error:  # ValueError for null characters
+    except (SyntaxError, ValueError) as error:  # ValueError: null characters
         raise InputError(
             f"{text!r}, what is wanted of {file}, is not valid Python ({first_line(error)}): write a name or an "
             "expression, such as Model(n_layer=2)"
@@ -79,9 +79,9 @@ def parse_request(text: str, file: Path) -> Request:
 
 
 def run_definitions(file: Path, request: Request, module: ModuleType) -> None:
-    """Runs in `module` what the request needs of the file. Raises InputError where that cannot be run."""
+    """Runs in `module` what the request needs of the file. Raises InputError if that fails."""
     statements = list(_statements(file))
-    early = [node for node in request.given if not _names(node)[1]]  # literals, which the file's own lines may read
+    early = [node for node in request.given if not _names(node)[1]]  # literals, which the file's statements may read
     for node in early:
         run([node], f"<{request.text}>", module)
     needed = _needed(statements, request)
@@ -94,24 +94,24 @@ def run_definitions(file: Path, request: Request, module: ModuleType) -> None:
 
 
 def run(body: list[ast.stmt], place: str, module: ModuleType, future: bool = False) -> None:
-    """Runs statements of a file, which its tracebacks call `place`, in the module; `future`: annotations are texts."""
+    """Runs statements in the module; tracebacks name the file `place`; `future`: annotations are strings."""
     flags = __future__.annotations.compiler_flag if future else 0
     exec(compile(ast.Module(body, []), place, "exec", flags, dont_inherit=True), vars(module))
 
 
 def definitions(file: Path) -> list[str]:
-    """The classes and functions at the top level, by name."""
+    """Returns the names of the top-level classes and functions."""
     kinds = (ast.ClassDef, ast.FunctionDef)
     return [statement.node.name for statement in _statements(file) if isinstance(statement.node, kinds)]
 
 
-# --- what is needed -------------------------------------------------------------------------------------------------
+# --- needed statements ----------------------------------------------------------------------------------------------
 _DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @dataclass(frozen=True)
 class _Needed:
-    """Statements to run, in order, and for each needed name that whose value would make it unnecessary."""
+    """The statements to run, in order, and for each needed name the name whose value would make it unnecessary."""
 
     statements: tuple[Statement, ...]
     instead: dict[str, str]
@@ -119,7 +119,7 @@ class _Needed:
 
 def _needed(statements: list[Statement], request: Request) -> _Needed:
     given = request.given_names
-    instead = {name: name for name in request.reads}  # name -> name
+    instead = {name: name for name in request.reads}  # needed name -> name to give instead
     chosen: list[Statement] = []
     found = True
     while found:
@@ -129,7 +129,7 @@ def _needed(statements: list[Statement], request: Request) -> _Needed:
             if statement not in chosen and (made or "*" in statement.makes):
                 chosen.append(statement)
                 found = True
-                direct = isinstance(statement.node, _DEFINITIONS)  # which cannot be given, so that each name is its own
+                direct = isinstance(statement.node, _DEFINITIONS)  # definitions cannot be given: keep their names
                 for name in statement.reads:
                     instead.setdefault(name, name if direct else instead[min(made)])
     return _Needed(tuple(statement for statement in statements if statement in chosen), instead)
@@ -155,7 +155,7 @@ def _run(statement: Statement, request: Request, needed: _Needed, module: Module
 
 
 class _WithoutCalls(ast.NodeTransformer):
-    """A block without its lines that are mere calls, such as print()."""
+    """Removes a block's lines that are only calls, such as print()."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.stmt:
         return ast.copy_location(ast.Pass(), node)
@@ -176,7 +176,7 @@ def _is_simple(node: ast.stmt) -> bool:
 
 
 def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
-    """The names that a statement makes at the top level, and those that it reads there and in its functions."""
+    """Returns the names that a statement makes at the top level, and those that it reads there and in its functions."""
     table = symtable.symtable(ast.unparse(node), "", "exec")
     symbols = table.get_symbols()
     makes = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
@@ -185,7 +185,7 @@ def _names(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
     inner = list(table.get_children())
     while inner:
         child = inner.pop()
-        of_class = child.get_type() == "class"  # whose `width: int = width` reads the name outside
+        of_class = child.get_type() == "class"  # its `width: int = width` reads the outer name
         reads |= {
             name.get_name() for name in child.get_symbols() if name.is_global() or (of_class and name.is_referenced())
         }
@@ -223,7 +223,7 @@ def _cells(file: Path) -> Iterable[tuple[str, str]]:
 
 
 def _without_magics(source: str) -> str:
-    """The same lines, but with `pass` in place of what only IPython reads. %%magic may stand above Python, or not."""
+    """Replaces lines that only IPython reads by `pass`. %%magic may stand above Python or other code."""
     if _is_python(source):
         return source
     return "\n".join(_MAGIC.sub(r"\1pass", line) for line in source.splitlines())

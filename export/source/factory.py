@@ -1,4 +1,4 @@
-"""path/to/file.py:factory -> what the user's function, class or expression gives."""
+"""path/to/file.py:factory -> the result of the user's function, class or expression."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .definitions import Request, definitions, parse_request, run, run_definitio
 
 
 def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
-    """The module that `text` gives in the file, and sentences about it.
+    """Returns the module that `text` evaluates to in the file, and sentences about it.
 
-    A script is imported, but where its weights follow from elsewhere, and of a notebook, only what `text` needs is run.
-    Raises MissingFileError, or InputError with the line.
+    A script is imported. If its weights come from elsewhere, or for a notebook, only what `text` needs is run. Raises
+    MissingFileError, or InputError with the line.
     """
     notebook = file.suffix == ".ipynb"
     made, steps = make(
@@ -52,9 +52,9 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
 def make(
     file: Path, text: str, *, definitions_only: bool, is_wanted: Callable[[object], bool], expected: str
 ) -> tuple[Any, int]:
-    """What `text` gives, called where it is to be called, and how many steps optimizers made while the file was run.
+    """Returns the value of `text`, called if it is a factory, and the number of optimizer steps while the file was run.
 
-    A factory that trains when it is called does what it was asked to do.
+    Steps in the factory's own call do not count: it may train on purpose.
     """
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}; expected path/to/file.py:factory")
@@ -81,7 +81,7 @@ def make(
 
 
 def _read(file: Path, request: Request, definitions_only: bool) -> ModuleType:
-    """The file as a module that was run, or the part of it that the request needs."""
+    """Runs the file, or the part of it that the request needs, as a module."""
     name = f"pastkey_source_{file.stem}"
     if not definitions_only:
         module = _import_file(file, name)
@@ -89,7 +89,7 @@ def _read(file: Path, request: Request, definitions_only: bool) -> ModuleType:
         return module
     module = ModuleType(name)
     module.__file__ = str(file)
-    sys.modules[name] = module  # dataclasses look themselves up there
+    sys.modules[name] = module  # dataclasses look up their module there
     _run_user_code(file, request.text, lambda: run_definitions(file, request, module))
     return module
 
@@ -100,7 +100,7 @@ def _import_file(file: Path, name: str) -> ModuleType:
     loader = spec.loader
     assert loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
+    sys.modules[name] = module  # dataclasses look up their module there
     _run_user_code(file, "importing", lambda: loader.exec_module(module))
     return module
 
@@ -120,7 +120,7 @@ def _defined(file: Path) -> str:
 def _refuse_missing_arguments(file: Path, name: str, factory: Callable[..., Any]) -> None:
     try:
         parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # some built-in functions have none to look at
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return
     needed = [
         parameter.name
@@ -135,10 +135,10 @@ def _refuse_missing_arguments(file: Path, name: str, factory: Callable[..., Any]
         )
 
 
-# --- how the user's code is run -------------------------------------------------------------------------------------
+# --- running the user's code ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _at_home(file: Path) -> Iterator[None]:
-    """As if the file were run by itself: it may import its neighbours, and finds no arguments of ours."""
+    """Runs as if the file were the main program: it can import its neighbours, and sys.argv holds only its path."""
     folder, arguments = str(file.resolve().parent), sys.argv
     sys.path.insert(0, folder)
     sys.argv = [str(file)]
@@ -152,7 +152,7 @@ def _at_home(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _counted_steps() -> Iterator[list[None]]:
-    """An entry for each step that any optimizer makes."""
+    """Yields a list with one entry for each step of any optimizer."""
     steps: list[None] = []
     handle = register_optimizer_step_post_hook(lambda *_: steps.append(None))
     try:
@@ -162,12 +162,12 @@ def _counted_steps() -> Iterator[list[None]]:
 
 
 def _run_user_code(file: Path, what: str, call: Callable[[], Any]) -> Any:
-    """Calls the user's code; what it raises becomes a sentence with the line in their file."""
+    """Calls the user's code; its exceptions become a sentence with the line in their file."""
     try:
         return call()
     except PastkeyError:
         raise
-    except (Exception, SystemExit) as error:  # a script without its `if __name__ == "__main__"` may exit
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may exit
         frames = traceback.extract_tb(error.__traceback__)
         places = [
             f"{f.filename}:{f.lineno}" for f in frames if f.filename == str(file) or f.filename.startswith(f"{file}[")

@@ -1,4 +1,4 @@
-"""A GGUF file's header, walked before its library sees it: every count is at most the bytes that are left.
+"""Checks a GGUF file's header before the gguf library reads it: every count must fit into the remaining bytes.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Little-endian, versions 2 and 3:
 
@@ -32,7 +32,7 @@ _LAYERS = "block_count"
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor."""
+    """One tensor's entry."""
 
     name: str
     elements: int
@@ -42,14 +42,14 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What stands before the data."""
+    """The content of the header."""
 
-    values: Mapping[str, Any]  # numbers and texts; of an array its length
+    values: Mapping[str, Any]  # numbers and texts; for an array its length
     tensors: tuple[GgufTensor, ...]
 
 
 class _Walk:
-    """Reads one thing after another. Raises ValueError where the file cannot hold what a count says."""
+    """Reads values in sequence. Raises ValueError if the file is too short for a count."""
 
     def __init__(self, content: mmap.mmap | bytes) -> None:
         self.content, self.position = content, 0
@@ -64,7 +64,7 @@ class _Walk:
         return value
 
     def count(self, least: int, what: str) -> int:
-        """A number of things that take at least so many bytes each."""
+        """Reads a number of items that take at least `least` bytes each."""
         found: int = self.number("Q")
         if found * least > self.left:
             raise ValueError(f"it speaks of {found:,} {what}, and {self.left:,} bytes are left")
@@ -96,7 +96,7 @@ class _Walk:
 
 
 def read_gguf(file: Path) -> GgufHeader:
-    """Raises InputError for what is no GGUF file or is cut short, MissingFileError where there is none."""
+    """Reads a header. Raises InputError if it is not GGUF or is cut short, MissingFileError if it does not exist."""
     require_regular(file)
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":

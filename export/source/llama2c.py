@@ -32,20 +32,20 @@ from .source import Source, context_of
 from .tokenizers.sentencepiece import SPACE, merges_by_score
 from .tokenizers.tokenizer import read_tokenizer
 
-BOS, EOS = 1, 2  # by the format; a decoder trained there ends a text with the first, which begins the next one
+BOS, EOS = 1, 2  # by the format; a decoder trained there ends a text with BOS, which begins the next one
 
 _MAGIC = b"24ka"
 _HEADER_BYTES = 256  # from version 1 on
 _SIZES = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
-_LARGEST = 1 << 24  # of any size in a header: beyond, the file is something else
+_LARGEST = 1 << 24  # maximum of any size in a header: beyond, the file is something else
 _MOST_LAYERS = 1000
-_LONGEST_PIECE = 1000  # characters: a piece is cut in all places
+_LONGEST_PIECE = 1000  # characters: the conversion cuts a piece in all places
 
 _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _NORM1, _NORM2 = "input_layernorm.weight", "post_attention_layernorm.weight"
 _Q, _K, _V, _O = (f"self_attn.{name}_proj.weight" for name in "qkvo")
 _GATE, _DOWN, _UP = (f"mlp.{name}_proj.weight" for name in ("gate", "down", "up"))
-_ROTARY = "cosines and sines"  # of version 0: a table, not weights, and read by nobody
+_ROTARY = "cosines and sines"  # version 0 only: a table that is skipped
 
 _ORDER = {
     0: (_EMBEDDING, _NORM1, _Q, _K, _V, _O, _NORM2, _GATE, _DOWN, _UP, _NORM, _ROTARY, _HEAD),
@@ -57,12 +57,12 @@ _RESERVED = (*_SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)))  # ids 0 t
 
 
 def open_llama2c(path: Path, tokenizer: str | Path | None, context_length: int | None) -> Source:
-    """The decoder in `path`, with the text of a llama2.c tokenizer .bin or a tokenizer.json, or ids only.
+    """Opens the decoder in `path`, with the text of a llama2.c tokenizer .bin or a tokenizer.json, or ids only.
 
     Raises MissingFileError or InputError.
     """
     header, config = _read_header(path)
-    state = _read_weights(header, config)  # before a decoder is made of sizes that may be nonsense
+    state = _read_weights(header, config)  # before a decoder of possibly invalid sizes is made
     model = Decoder(config)
     model.load_state_dict(state)
     context = context_of(path, config.max_position_embeddings, context_length)
@@ -119,7 +119,7 @@ def _read_header(path: Path) -> tuple[_Header, ModelConfig]:
 
 
 def _check_sizes(path: Path, sizes: dict[str, int]) -> None:
-    """Raises InputError where no llama2.c checkpoint can have these sizes."""
+    """Raises InputError if no llama2.c checkpoint can have these sizes."""
     told = ", ".join(f"{name} {size}" for name, size in sizes.items())
     sensible = all(1 <= size <= _LARGEST for size in sizes.values()) and sizes["vocab_size"] > EOS
     sensible = sensible and sizes["n_layers"] <= _MOST_LAYERS
@@ -131,7 +131,7 @@ def _check_sizes(path: Path, sizes: dict[str, int]) -> None:
 
 
 def _read_weights(header: _Header, config: ModelConfig) -> dict[str, Tensor]:
-    """The state of a Decoder. Raises InputError unless the file has exactly the bytes that its header asks for."""
+    """Returns the state of a Decoder. Raises InputError unless the file's size fits its header."""
     shapes = _shapes(config)
     order = [name for name in _ORDER[header.version] if name != _HEAD or not config.tie_word_embeddings]
     expected = header.size + 4 * sum(prod(shapes[name]) for name in order)
@@ -155,7 +155,7 @@ def _read_weights(header: _Header, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each block in the file, matrices as (out, in)."""
+    """Returns the shape of each block in the file, matrices as (out, in)."""
     layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return {
@@ -176,14 +176,14 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _split_pairs(weight: Tensor, config: ModelConfig) -> Tensor:
-    """(heads * D, E) that make rotary pairs (2i, 2i + 1), reordered to make our pairs (i, i + D/2)."""
+    """Reorders the rows of (heads * D, E) from rotary pairs (2i, 2i + 1) to our pairs (i, i + D/2)."""
     halves: Tensor = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
     return halves
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
 def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
-    """The fields of a Source that llama2.c's tokenizer gives. Raises MissingFileError or InputError."""
+    """Returns a Source's fields from a llama2.c tokenizer. Raises MissingFileError or InputError."""
     if not path.is_file():
         raise MissingFileError(f"no such tokenizer: {path} does not exist; expected a llama2.c tokenizer .bin")
     pieces = _read_pieces(path)
@@ -192,7 +192,7 @@ def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
             f"{path} has {len(pieces)} pieces and the model {config.vocab_size} embeddings: give the tokenizer that "
             "the model was trained with"
         )
-    # llama2.c writes line breaks around <s> and </s>, and a space as it is.
+    # llama2.c writes line breaks around <s> and </s>, and plain spaces.
     texts = [text.strip() if i < len(_RESERVED) else text.replace(" ", SPACE) for i, (text, _) in enumerate(pieces)]
     if tuple(texts[: len(_RESERVED)]) != _RESERVED or len(set(texts)) != len(texts):
         raise InputError(
@@ -210,7 +210,7 @@ def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_pieces(path: Path) -> list[tuple[str, float]]:
-    """Each piece with its score."""
+    """Returns each piece with its score."""
     content = read_bytes(path, MOST_BYTES)
     pieces: list[tuple[str, float]] = []
     position = 4
@@ -231,7 +231,7 @@ def _read_pieces(path: Path) -> list[tuple[str, float]]:
 
 
 def _sentencepiece(scores: dict[str, float]) -> Tokenizer:
-    """SentencePiece's BPE with a space in front. `scores` holds every piece in the order of the ids."""
+    """SentencePiece's BPE with a leading space. `scores` holds every piece in the order of the ids."""
     vocabulary = {text: number for number, text in enumerate(scores)}
     ordinary = dict(list(scores.items())[len(_RESERVED) :])
     merges = merges_by_score(ordinary)

@@ -1,4 +1,4 @@
-"""The dispatch: a module, file.py:factory, a checkpoint, a Hugging Face folder, GGUF, or llama2.c."""
+"""Opens any source: a module, file.py:factory, a checkpoint, a Hugging Face folder, GGUF, or llama2.c."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def open_source(
     say: Callable[[str], None] = lambda stage: None,
     before_loading: Callable[[int], None] = lambda weights: None,
 ) -> Source:
-    """Opens what `export` was given.
+    """Opens the source of an export.
 
     Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
-    its own, and may shorten that of others. `chat_template` is a file whose template takes the place of the tokenizer's
-    own. `weights` is a file of a module's state dict, and `eos` stands in place of the source's own ids.
-    `trust_remote_code` runs the Python that a Hugging Face folder brings, as `say` is told first. `before_loading` is
-    given the number of weights of a file, and may refuse to load so many.
+    its own, and may shorten that of others. `chat_template` is a file whose template replaces the tokenizer's own.
+    `weights` is a file with a module's state dict, and `eos` replaces the source's own ids. `trust_remote_code` runs
+    the Python code in a Hugging Face folder; `say` is called first. `before_loading` receives the number of weights of
+    a file, and may refuse to load so many.
     """
-    template = None if chat_template is None else read_template(chat_template)  # before what takes long
+    template = None if chat_template is None else read_template(chat_template)  # first: loading takes long
     if template is not None and importlib.util.find_spec("jinja2") is not None:
-        ChatTemplate(template)  # refuses what is no template; without Jinja, `chat` does
+        ChatTemplate(template)  # refuses an invalid template; without Jinja, `chat` does
     told: tuple[str, ...] = ()
     if isinstance(source, nn.Module):
-        module = getattr(source, "_orig_mod", source)  # what torch.compile wraps
-        module = module if weights is None else copy.deepcopy(module)  # the caller's own is left as it is
+        module = getattr(source, "_orig_mod", source)  # unwrap torch.compile
+        module = module if weights is None else copy.deepcopy(module)  # the caller's own must not change
     elif (factory := split_factory(str(source))) is not None:
         module, told = call_factory(*factory, weights_follow=weights is not None)
         module = getattr(module, "_orig_mod", module)
@@ -73,7 +73,7 @@ def open_source(
 
 
 def _finished(source: Source, eos: Sequence[int], template: str | None) -> Source:
-    """With what the user said in place of what the source says."""
+    """Replaces the source's values by the user's."""
     if eos:
         source = dataclasses.replace(source, eos_token_ids=tuple(eos))
     return source if template is None else with_template(source, template)
@@ -112,7 +112,7 @@ def _open(
 
 
 def _is_of_transformers(module: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")  # whoever made the module has imported it
+    transformers = sys.modules.get("transformers")  # imported already if the module is one of its models
     # A class of the user's own is called as its author calls it, whatever it inherits from.
     package = type(module).__module__.partition(".")[0]
     of_library = package in ("transformers", "transformers_modules")
@@ -146,7 +146,7 @@ def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: i
 
 
 def _unfinished(path: Path, training: Mapping[str, Any]) -> tuple[str, ...]:
-    """The sentence about a training that stopped before its last step."""
+    """Returns the warning about a training that stopped before its last step."""
     settings = training.get("settings")
     step, steps = training.get("step"), settings.get("steps") if isinstance(settings, dict) else None
     if not (is_int(step) and is_int(steps) and step < steps):

@@ -1,7 +1,7 @@
-"""Opening what transformers can read: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
+"""Opens what transformers can read: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
 
-Everything about an architecture is transformers' business: the configuration, the weights' names, the tokenizer. Here
-stands only what must hold before its model may be exported, and what a bundle says of it.
+transformers knows the architecture: the configuration, the weights' names, the tokenizer. This module only checks what
+must hold before its model may be exported, and collects what a bundle stores of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .tokenizers.tokenizer import read_tokenizer
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
 _SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
-# What architectures call their sizes; each is at most what the files hold, times some slack for what is stored smaller.
+# Architectures' names for their sizes. Each is limited to what the files hold, times some slack for smaller dtypes.
 _SIZES = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "width": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -47,8 +47,8 @@ _SIZES = {
 }
 _SLACK = 16
 _MOST_POSITIONS = 1 << 27
-_READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what transformers reads of a folder
-_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and what beside a GGUF
+_READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # transformers reads them in a folder
+_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and beside a GGUF file
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -61,7 +61,7 @@ def open_folder(
     say: Callable[[str], None],
     before_loading: Callable[[int], None],
 ) -> Source:
-    """A folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError."""
+    """Opens a folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError."""
     refuse_links(folder, _read_of(folder))
     content = read_json(folder / names.CONFIG)
     code = _custom_code(folder, content)
@@ -77,7 +77,7 @@ def open_folder(
     require_memory(weights)
     _check_sizes(folder, content)
     before_loading(weights)
-    if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers writes it, too
+    if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
     if code:
@@ -100,7 +100,7 @@ def open_gguf(
     context_length: int | None,
     before_loading: Callable[[int], None],
 ) -> Source:
-    """A GGUF file, whose weights, configuration, tokenizer and chat template are all in it."""
+    """Opens a GGUF file, which contains weights, configuration, tokenizer and chat template."""
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
@@ -119,7 +119,7 @@ def open_gguf(
 
 
 def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
-    """A model in hand, which is left as it is: exported is a copy."""
+    """Opens a copy of a model in memory; the model does not change."""
     return _source(
         type(model).__name__, torch.nn.Module.float(copy.deepcopy(model)).eval(), None, tokenizer, context_length
     )
@@ -156,7 +156,7 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_safetensors(folder: Path) -> None:
-    """Raises MissingFileError or InputError where a file is missing or shorter than its own header says."""
+    """Raises MissingFileError or InputError if a file is missing or shorter than its own header says."""
     for index in folder.glob("*.safetensors.index.json"):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict):
@@ -182,7 +182,7 @@ def _check_safetensors(folder: Path) -> None:
 
 
 def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises InputError where the configuration asks for layers and matrices far beyond what the files hold."""
+    """Raises InputError if the configuration asks for layers and matrices far beyond what the files hold."""
     headers = [read_header(file) for file in folder.glob(f"*{_SAFETENSORS}")]
     tensors, elements = sum(map(len, headers)), sum(t.elements for header in headers for t in header.values())
     for own in (config, *(part for part in config.values() if isinstance(part, dict))):
@@ -202,12 +202,12 @@ def _largest_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:
 
 
 def _is_plain(name: object, *endings: str) -> bool:
-    """Whether this is the name of a file of such a kind, and no path."""
+    """Whether this is a plain file name with one of these endings, not a path."""
     return isinstance(name, str) and name.endswith(endings) and not set(name) & set("/\\:\0")
 
 
 def _read_of(folder: Path) -> Iterator[Path]:
-    """The files that transformers may read."""
+    """Yields the files that transformers may read."""
     yield from (file for file in sorted(folder.iterdir()) if file.suffix in _READ)
     yield from folder.glob("additional_chat_templates/*")
 
@@ -217,7 +217,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
-    """The Python files that the folder's auto_map entries name."""
+    """Returns the Python files that the folder's auto_map entries name."""
     beside = folder / names.TOKENIZER_CONFIG
     references: list[Any] = []
     for content in (config, read_json(beside) if beside.is_file() else {}):
@@ -228,7 +228,7 @@ def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _check_gguf(file: Path) -> int:
-    """How many weights the file holds. Raises InputError for one that is not GGUF, or is cut short."""
+    """Returns the number of weights in the file. Raises InputError if it is not GGUF, or is cut short."""
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -248,7 +248,7 @@ def _check_gguf(file: Path) -> int:
 # --- loading ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _transformers(source: Path) -> Iterator[Any]:
-    """The library, silent; what it raises about the source becomes a sentence."""
+    """Yields the library, silenced; its exceptions about the source become InputErrors."""
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -258,7 +258,7 @@ def _transformers(source: Path) -> Iterator[Any]:
             yield transformers
     except (InputError, MissingFileError):
         raise
-    except BaseException as error:  # of every kind: each reader of a format has its own
+    except BaseException as error:  # each format's reader has its own kinds
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = first_line(error).rstrip(".")
@@ -266,18 +266,18 @@ def _transformers(source: Path) -> Iterator[Any]:
 
 
 def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> Any:
-    """The model in float32, all of whose weights came out of its files."""
+    """Loads the model in float32. All of its weights must come from its files."""
     model, info = library.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
-        ignore_mismatched_sizes=True,  # told below, with the sizes
+        ignore_mismatched_sizes=True,  # reported below, with the sizes
         output_loading_info=True,
         **options,
     )
     source = named or folder
     for mismatch in sorted(info["mismatched_keys"]):
-        # transformers 4 gives the name alone, 5 both shapes as well.
+        # transformers 4 returns only the name, 5 also both shapes.
         name, found = (
             (mismatch, "another shape") if isinstance(mismatch, str) else (mismatch[0], f"shape {tuple(mismatch[1])}")
         )
@@ -298,7 +298,7 @@ def _load(library: Any, folder: Path, *, named: Path | None = None, **options: A
             f"{source} has the weight {beyond[0]!r}, for which {type(model).__name__} of its config.json has no layer: "
             "one of the two is another model's"
         )
-    # transformers refuses its own float() on weights that were dequantized, although they are float32 or float16 now.
+    # transformers refuses its own float() on dequantized weights, although they are float32 or float16 now.
     return torch.nn.Module.float(model).eval()
 
 
@@ -306,7 +306,7 @@ def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-# --- what a bundle says of it -------------------------------------------------------------------------------------
+# --- the source ---------------------------------------------------------------------------------------------------
 def _source(
     name: str, model: Any, tokenizer: Any | None, given: str | Path | None, context_length: int | None
 ) -> Source:
@@ -330,10 +330,10 @@ def _source(
 
 
 def _generation(config: Any) -> dict[str, Any]:
-    """What generation_config.json says of sampling, as far as pastkey has it, and it differs from transformers'."""
+    """The sampling settings of generation_config.json that pastkey has and that differ from transformers' defaults."""
     stated = {} if config is None else config.to_diff_dict()
     wanted = ["repetition_penalty"]
-    if stated.get("do_sample") is True:  # without, the others say nothing
+    if stated.get("do_sample") is True:  # otherwise the others have no effect
         wanted += ["do_sample", "temperature", "top_k", "top_p", "min_p"]
     return {name: stated[name] for name in wanted if stated.get(name) is not None}
 
@@ -345,7 +345,7 @@ def _config(config: Any, context: int) -> dict[str, Any]:
         content.pop(name, None)
     content |= {"max_position_embeddings": context, "dtype": "float32", "torch_dtype": "float32"}
     rope = content.get("rope_parameters")
-    if isinstance(rope, dict):  # transformers 5's; 4.57 reads rope_theta and silently ignores this
+    if isinstance(rope, dict):  # of transformers 5; 4.57 reads rope_theta and silently ignores this
         per_kind = [kind for kind in rope.values() if isinstance(kind, dict)]
         theta = next((kind["rope_theta"] for kind in (rope, *per_kind) if "rope_theta" in kind), None)
         if theta is not None:
@@ -354,7 +354,7 @@ def _config(config: Any, context: int) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
-    """The fields of a Source that a tokenizer of transformers gives."""
+    """Returns a Source's fields from a transformers tokenizer."""
     if tokenizer is None:
         return {}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -368,10 +368,10 @@ def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
         "clean_up_tokenization_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
         "model_max_length": context,
     }
-    # Every one that has a name, since a chat template may write any of them.
+    # Every named token, since a chat template may write any of them.
     config |= {key: str(token) for key, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):  # in a file, several with names are a list: transformers.js reads nothing else
+    if isinstance(template, dict):  # in a file, several named templates are a list: transformers.js reads only that
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
         config["chat_template"] = template
@@ -384,9 +384,9 @@ def _tokenizer(tokenizer: Any | None, context: int) -> dict[str, Any]:
 
 
 def _without_tokens_from(end: int, tokenizer: bytes) -> bytes:
-    """tokenizer.json without added tokens of ids from `end` on.
+    """Returns tokenizer.json without added tokens whose ids are `end` or larger.
 
-    transformers adds tokens that it expects of every tokenizer of a kind, such as <|endoftext|>, where a GGUF file
+    transformers adds tokens that it expects of every tokenizer of a kind, such as <|endoftext|>, even if a GGUF file
     has none.
     """
     content = json.loads(tokenizer)

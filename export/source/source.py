@@ -1,4 +1,4 @@
-"""What an opened source is: a module, its context, its tokenizer and its configuration."""
+"""An opened source: a module, its context, its tokenizer and its configuration."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from pastkey.values import is_int
 
 @dataclass(frozen=True)
 class Source:
-    """A module with what a bundle says of it."""
+    """A module and what a bundle stores about it."""
 
     module: nn.Module
-    name: str  # what the manifest calls it
+    name: str  # its name in the manifest
     context_length: int  # tokens
     tokenizer: bytes | None = None  # the content of tokenizer.json
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)  # config.json, where the source has one
-    generation: dict[str, Any] = field(default_factory=dict)  # how its authors sample it: generation_config.json
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, if the source has one
+    generation: dict[str, Any] = field(default_factory=dict)  # its authors' sampling settings: generation_config.json
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    call: str = ""  # how the author calls the module, where that is not the contract
-    warnings: tuple[str, ...] = ()  # sentences about it that the user should read
+    call: str = ""  # how the author calls the module, if that is not the contract
+    warnings: tuple[str, ...] = ()  # sentences for the user
 
 
 def context_of(name: object, longest: int, asked: int | None) -> int:
-    """The context length in tokens: what the model was trained for, or less where less was asked for."""
+    """Returns the context length in tokens: the trained length, or less if less was asked for."""
     if asked is not None and asked > longest:
         raise ContextLengthError(
             f"--context {asked} is more than the {longest} tokens that {name} was trained for", longest
@@ -44,7 +44,7 @@ def context_of(name: object, longest: int, asked: int | None) -> int:
 
 
 def checked_context(length: int) -> int:
-    """The context length in tokens. Raises InputError unless it is a whole number from 2."""
+    """Returns the context length in tokens. Raises InputError unless it is a whole number from 2."""
     if not is_int(length, 2):
         raise InputError(f"the context length is {length!r}; it must be a whole number of tokens from 2")
     return length
@@ -52,21 +52,21 @@ def checked_context(length: int) -> int:
 
 # --- tokenizer ----------------------------------------------------------------------------------------------------
 def read_template(file: str | Path) -> str:
-    """A chat template. Raises MissingFileError or InputError."""
+    """Reads a chat template. Raises MissingFileError or InputError."""
     return read_text(Path(file)).replace("\r\n", "\n")
 
 
 def with_template(source: Source, template: str) -> Source:
-    """`source` with this chat template, in the one place where transformers.js looks for it: tokenizer_config.json."""
+    """Puts this chat template into tokenizer_config.json, the only place where transformers.js reads it."""
     if source.tokenizer is None:
         raise InputError(f"{source.name} has no tokenizer, which a chat template needs: give one with --tokenizer FILE")
     return dataclasses.replace(source, tokenizer_config=source.tokenizer_config | {"chat_template": template})
 
 
 def refuse_links(folder: Path, files: Iterable[Path]) -> None:
-    """Raises InputError for a link out of the folder, but not for the hub cache's links to its own store.
+    """Raises InputError for a link out of the folder, except the hub cache's links to its own store.
 
-    A link to nothing is a MissingFileError. What a bundle embeds may be published, and a link can name any file of the
+    A broken link is a MissingFileError. A bundle's files may be published, and a link can point to any file of the
     user's.
     """
     for file in files:
@@ -77,7 +77,7 @@ def refuse_links(folder: Path, files: Iterable[Path]) -> None:
 
 
 def check_tokenizer(source: Source, vocab_size: int, eos: Sequence[int] = ()) -> None:
-    """Raises InputError for an id of the tokenizer, or of `eos` that the user gave, that the model does not embed."""
+    """Raises InputError if an id of the tokenizer, or of the user's `eos`, is not one that the model embeds."""
     if eos and max(eos) >= vocab_size:
         raise InputError(
             f"--eos {max(eos)} is no token of {source.name}, which has {vocab_size} embeddings (ids 0 to "

@@ -1,15 +1,15 @@
-"""--weights FILE -> a module that is there already: find the state dict, make its names fit, load it.
+"""--weights FILE -> an existing module: finds the state dict, matches its names, loads it.
 
 1. A .safetensors file is a state dict. Any other file is a pickle, read by torch.load(weights_only=True): tensors and
-   plain values. Other classes, such as the dataclass of a configuration, become empty stand-ins, so that no code of the
-   file's is run.
-2. The state dict is the one mapping in it, at whatever depth, whose names fit the module best.
-3. `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put into names, are left out wherever
-   they stand, and so is a prefix in front of all names, or one is added, where that makes more of them fit.
-4. Every parameter must be found, in its shape; a tied one may be missing where the other is there. A buffer may be
-   missing, and keeps what the module made.
-5. What the module has no place for must be a table that is made and not trained (a mask, frequencies or angles of
-   rotary positions, whole or complex numbers), or lie outside the prefix; then it is passed over.
+   plain values. Other classes, such as the dataclass of a configuration, become empty stand-ins, so that no code in the
+   file is run.
+2. The state dict is the mapping in the file, at any depth, whose names fit the module best.
+3. `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put into names, are removed everywhere.
+   A prefix of all names is removed or added if more names fit then.
+4. Every parameter must be found, in its shape; a tied one may be missing if the other is there. A buffer may be missing
+   and keeps the module's value.
+5. A tensor that the module has no place for must be outside the prefix, or a table that code computes (a mask,
+   frequencies or angles of rotary positions, whole or complex numbers). It is skipped.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from pastkey.files.safetensors_header import HeaderError, read_header
 State = Mapping[str, Tensor]
 
 _WRAPPERS = ("_orig_mod", "module")
-_DEEPEST = 4  # mappings within one another: {"checkpoint": {"model": {...}}}
+_DEEPEST = 4  # levels of nested mappings: {"checkpoint": {"model": {...}}}
 
 
 def load_weights(module: nn.Module, file: Path, say: Callable[[str], None]) -> tuple[str, ...]:
-    """Loads the file's weights into the module; the sentence about how they were made to fit.
+    """Loads the file's weights into the module. Returns the sentence about how their names were matched.
 
-    `say` is told before a pickle is read. Raises MissingFileError, or InputError with the first name that does not fit.
+    `say` is called before a pickle is read. Raises MissingFileError, or InputError with the first name that does not
+    fit.
     """
     fit = _best_fit(module, file, _read(file, say))
     _refuse_unlike(module, file, fit)
     try:
         module.load_state_dict(fit.state, strict=False)
-    except Exception as error:  # of a hook of the module's own: names and shapes fit
+    except Exception as error:  # from a hook of the module: names and shapes fit
         raise InputError(f"the module does not take the weights of {file}: {first_line(error)}") from error
     told = f"{_count(len(fit.state), 'weight')} of {file} were loaded{fit.told}"
     if fit.extra:
@@ -54,7 +55,7 @@ def load_weights(module: nn.Module, file: Path, say: Callable[[str], None]) -> t
     return (told,)
 
 
-# What torch.load raises for a file that is cut short, or none of its own.
+# Errors of torch.load for a file that is cut short, or not torch's.
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError, OSError,
 )  # fmt: skip
@@ -87,7 +88,7 @@ def _read(file: Path, say: Callable[[str], None]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What torch.load says, without its advice to read the file unsafely."""
+    """Returns torch.load's reason without its advice to read the file unsafely."""
     if isinstance(error, RuntimeError):
         return first_line(error)
     lines = [line.strip() for line in str(error).splitlines()]
@@ -95,29 +96,29 @@ def _reason(error: Exception) -> str:
 
 
 def _stand_ins(file: Path) -> list[Any]:
-    """For each class of the file that is neither a tensor's nor plain, one that does nothing, under its name."""
+    """Returns an empty stand-in, under its name, for each class in the file that is neither a tensor's nor plain."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # a file of the old format, or none of torch's: torch.load says it better
+    except Exception:  # a file of the old format, or not torch's: torch.load reports it better
         return []
     return [(type("StandIn", (_StandIn,), {}), name) for name in found]
 
 
 class _StandIn:
-    """In place of an object whose class is not torch's."""
+    """Replaces an object whose class is not torch's."""
 
     def __new__(cls, *_: object, **__: object) -> _StandIn:
         return super().__new__(cls)
 
     def __init__(self, *_: object, **__: object) -> None:
-        """Takes anything and keeps nothing."""
+        """Accepts any arguments and stores nothing."""
 
     def __setstate__(self, state: object) -> None:
-        """Takes anything and keeps nothing."""
+        """Accepts any state and stores nothing."""
 
 
 def _states(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], State]]:
-    """Every mapping that holds tensors by name, with the keys that lead to it, in the order of the file."""
+    """Yields every mapping that holds tensors by name, with the keys that lead to it, in the order of the file."""
     if not isinstance(content, Mapping) or len(path) > _DEEPEST:
         return
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
@@ -132,12 +133,12 @@ def _states(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 class _Fit:
     """A state dict under the module's names."""
 
-    state: State  # what the module has a place for
-    missing: tuple[str, ...]  # parameters
-    buffers: tuple[str, ...]  # that are missing, too
-    extra: State  # what the module has no place for, under the file's names without wrappers
-    prefix: str  # that was left out in front
-    told: str  # where it was found, and what was done to its names
+    state: State  # weights that the module has a place for
+    missing: tuple[str, ...]  # parameters that the file lacks
+    buffers: tuple[str, ...]  # buffers that the file lacks
+    extra: State  # tensors without a place in the module, under the file's names without wrappers
+    prefix: str  # prefix removed from the names
+    told: str  # where it was found, and how its names were changed
 
 
 def _best_fit(module: nn.Module, file: Path, content: Any) -> _Fit:
@@ -159,7 +160,7 @@ def _best_fit(module: nn.Module, file: Path, content: Any) -> _Fit:
 
 
 def _places(module: nn.Module) -> State:
-    """The module's own parameters and buffers by name, a tied one by each of its names."""
+    """Returns the module's own parameters and buffers by name, a tied one under each of its names."""
     found = module.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
@@ -177,7 +178,7 @@ def _fit(places: Mapping[str, Tensor], state: State, path: tuple[str, ...]) -> _
         if place is None or own is None:
             extra[name] = tensor
         elif isinstance(own, nn.Parameter) or own.shape == tensor.shape or not _is_made(tensor):
-            fitting[place] = tensor  # a mask for another context is the module's own matter
+            fitting[place] = tensor  # a mask for another context is the module's own
     there = {id(places[name]) for name in fitting}  # a tied parameter is one object under two names
     lacking = [name for name in places if name not in fitting and id(places[name]) not in there]
     told = f", under {'.'.join(path)!r}" if path else ""
@@ -189,7 +190,7 @@ def _fit(places: Mapping[str, Tensor], state: State, path: tuple[str, ...]) -> _
 
 
 def _unwrapped(name: str, places: Mapping[str, Tensor]) -> str:
-    """Without the wrappers' parts, but those that the module's own names have."""
+    """Removes the wrappers' parts from a name, except those that the module's own names have."""
     own = _parts(places)
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS or part in own)
 
@@ -199,19 +200,19 @@ def _parts(places: Mapping[str, Tensor]) -> set[str]:
 
 
 def _prefixes(names: Mapping[str, Tensor]) -> list[str]:
-    """Nothing, and what the names begin with, up to each of their first three dots."""
+    """Returns "" and the beginnings of the names, up to each of their first three dots."""
     parts = [name.split(".")[:-1][:3] for name in names]
     return ["", *(".".join(found[: i + 1]) + "." for found in parts for i in range(len(found)))]
 
 
 def _moved(name: str, cut: str, put: str) -> str | None:
-    """The name without one prefix and with another; None where it does not have the first."""
+    """Replaces a prefix of the name by another; None if the name lacks it."""
     return put + name[len(cut) :] if name.startswith(cut) else None
 
 
-# --- does it fit? ---------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 def _refuse_unlike(module: nn.Module, file: Path, fit: _Fit) -> None:
-    """Raises InputError for a weight that has another shape, that the file lacks, or that the module does."""
+    """Raises InputError for a weight of another shape, or one that the file or the module lacks."""
     places = _places(module)
     total = len(fit.state) + len(fit.extra)
     advice = "make the module as it was when these weights were saved"
@@ -248,10 +249,10 @@ def _refuse_unlike(module: nn.Module, file: Path, fit: _Fit) -> None:
 
 
 def _is_made(tensor: Tensor) -> bool:
-    """Whether it is a table that code makes: nobody trains it, and a module without it makes it some other way.
+    """Whether it is a table that code computes: it is not trained, and a module without it computes it in another way.
 
-    Whole, truth or complex numbers; a mask of at most two numbers, or the number that it fills with; frequencies, each
-    the one before times the same number; or angles, a row for each position.
+    Such a table holds whole, truth or complex numbers; is a mask of at most two numbers, or the number that it fills
+    with; frequencies in a geometric sequence; or angles, a row for each position.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
@@ -270,7 +271,7 @@ def _is_made(tensor: Tensor) -> bool:
 
 
 def _are_angles(rows: Tensor) -> bool:
-    """Cosines or sines in each column, of 0, of an angle, of twice the angle."""
+    """Whether each column holds cosines or sines of 0, of an angle, of twice the angle."""
     zero, once, twice = rows[:3]
     cosines = (zero == 1) & ((twice - (2 * once**2 - 1)).abs() < 1e-3)
     sines = (zero == 0) & ((twice**2 - 4 * once**2 * (1 - once**2)).abs() < 1e-3)

@@ -1,1 +1,1 @@
-"""What a folder of each stage is: names, a checkpoint's configuration, a bundle's manifest."""
+"""The content of each stage's folder: names, a checkpoint's configuration, a bundle's manifest."""

@@ -1,10 +1,10 @@
-"""The bundle's manifest: what `export` writes and `run` reads. The one place that knows its fields.
+"""The bundle's manifest, which `export` writes and `run` reads. Only this module knows its fields.
 
 bundle/  pastkey.json                       this manifest
          config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
          onnx/pastkey.onnx                                logits of the last positions, for `generate`
-         onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   in its place, where the graph is static
+         onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   instead, if the graph is static
          onnx/*.onnx_data                                 the weights, once
          onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
 """
@@ -28,9 +28,9 @@ from ..values import as_path, require
 from . import names
 from .provider_options import require_in_manifest
 
-_LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # what Macs and Windows leave in a folder that was looked at
+_LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows leave them in folders
 
-TokenCount = Annotated[int, Between(0)]  # or nodes
+TokenCount = Annotated[int, Between(0)]  # also a number of nodes
 _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
 FORMAT_VERSION = 2  # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits
 
@@ -46,18 +46,18 @@ class KVGeometry:
 
 @dataclass(frozen=True)
 class StateGeometry:
-    """The cache of a short causal convolution or a shift: the last rows of what it reads."""
+    """The cache of a short causal convolution or a shift: the last rows of its input."""
 
-    rows: Size  # the largest number
+    rows: Size  # maximum number
     size: Size  # F
 
 
 @dataclass(frozen=True)
 class KeyRotation:
-    """How cached keys turn with their position: RoPE."""
+    """How cached keys rotate with their position: RoPE."""
 
     layers: tuple[TokenCount, ...]  # the attention calls, from 0
-    first: TokenCount  # the first channel of the head that turns
+    first: TokenCount  # the first channel of the head that rotates
     interleaved: bool  # True: pairs of neighbouring channels; False: pairs across the two halves
     angles: tuple[Annotated[float, Between(-math.pi, math.pi)], ...]  # radians per token, of each pair
 
@@ -67,14 +67,14 @@ class CacheShift:
     """How the oldest tokens can be dropped from a cache, measured by running the module at export."""
 
     refused: str = ""  # why they cannot be dropped
-    rotations: tuple[KeyRotation, ...] = ()  # of the keys that turn; the others stay
+    rotations: tuple[KeyRotation, ...] = ()  # of the keys that rotate; other keys do not change
 
 
 @dataclass(frozen=True)
 class StaticShape:
     """The sizes of the static graphs, beside the context, which is their past."""
 
-    chunk: Size  # tokens of a run of prefill
+    chunk: Size  # tokens of a prefill run
     masked: Annotated[float, Between(-1e38, -1.0)]  # added to the score of an unseen token
     windows: tuple[TokenCount, ...]  # of the masks, in tokens; 0 for all earlier ones
 
@@ -99,7 +99,7 @@ class Manifest:
     pastkey_version: str
     source: str  # the source's name: a checkpoint's, or a module's class
     precision: str  # of the weights: a key of PRECISIONS
-    target: str  # where it runs: one of names.TARGETS
+    target: str  # where it runs: one of `providers.TARGETS`
     graph: str  # its form: one of names.GRAPHS
     graph_reason: str  # the reason for this graph
     vocab_size: Size
@@ -130,7 +130,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle folder and its manifest; `open_bundle` has checked the files' paths and sizes too."""
+    """A bundle folder and its manifest; `open_bundle` has also checked the files' paths and sizes."""
 
     path: Path
     manifest: Manifest
@@ -163,16 +163,16 @@ class Bundle:
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Reads the manifest alone and looks at no other file. Raises MissingFileError, InputError or IntegrityError."""
+    """Reads only the manifest. Raises MissingFileError, InputError or IntegrityError."""
     folder = as_path(path, expected="the path of a bundle folder")
     return Bundle(folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
 
 
 def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
-    """Reads and checks a bundle before onnxruntime sees a byte of it.
+    """Reads and checks a bundle before onnxruntime opens it.
 
-    Version, paths, sizes, and where the graphs' weights lie are checked always. Hashes: remembered from an earlier load
-    (None), hashed now (True), or left alone (False). Raises MissingFileError, InputError or IntegrityError.
+    Version, paths, sizes, and the locations of the graphs' weights are always checked. Hashes are remembered from an
+    earlier load (None), computed now (True), or skipped (False). Raises MissingFileError, InputError or IntegrityError.
     """
     bundle = read_bundle(path)
     folder, manifest = bundle.path, bundle.manifest
@@ -182,7 +182,7 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
     for file in bundle.all_logits_graph.parent.glob("*"):
         if file.name in _LEFT_BEHIND or file.name.startswith("._"):
-            continue  # no graph can name them: where its weights lie is checked below
+            continue  # no graph can name them: the locations of weights are checked below
         if file.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{file} is not listed in {names.MANIFEST}: it was added, or the list was altered")
     check_sizes(folder, manifest.files)
@@ -194,9 +194,9 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
 
 
 def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
-    """The manifest of a bundle in `folder`. Raises IntegrityError.
+    """Parses the manifest of a bundle in `folder`. Raises IntegrityError.
 
-    Every field is looked at by the type that its annotation says, then what two say together.
+    Checks every field's type by its annotation, then combinations of fields.
     """
     values = {key: value for key, value in content.items() if key not in ("kind", "format_version")}
     values["files"] = parse_records(folder, values.get("files"))

@@ -1,6 +1,6 @@
 """The decoder's configuration: one flat frozen dataclass, under Hugging Face's names, validated here.
 
-`to_json` writes a config.json that transformers reads too, where an architecture of its own computes the same:
+`to_json` writes a config.json that transformers can read if one of its architectures computes the same:
 Llama, Qwen2 (bias on q, k, v) and Qwen3 (normalised queries and keys).
 """
 
@@ -82,7 +82,7 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str:
-        """Hugging Face's name of the architecture that computes the same, or "pastkey" where there is none."""
+        """Hugging Face's name of the architecture that computes the same, or "pastkey" if there is none."""
         llama_like = (
             self.position_encoding == "rope" and self.norm == "rmsnorm" and self.mlp == "swiglu" and not self.bias
         )
@@ -94,7 +94,7 @@ class ModelConfig:
 
     @property
     def weights(self) -> int:
-        """How many weights a decoder of this configuration has, counted without making one."""
+        """The number of weights of a decoder of this configuration, without creating one."""
         width, query = self.hidden_size, self.num_attention_heads * self.head_dim
         kv = self.num_key_value_heads * self.head_dim
         norm = {"rmsnorm": width, "layernorm": 2 * width, "none": 0}[self.norm]
@@ -138,7 +138,7 @@ class ModelConfig:
 
 
 def _derived(config: ModelConfig) -> dict[str, Any]:
-    """What transformers reads beside the shared names, all of it determined by the configuration."""
+    """Returns further keys that transformers reads, derived from the configuration."""
     architectures = {
         "llama": "LlamaForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
@@ -156,7 +156,7 @@ def _derived(config: ModelConfig) -> dict[str, Any]:
             "rms_norm_eps": config.norm_eps,
             "attention_bias": False,  # transformers' qwen2 has its bias built in
             "mlp_bias": False,
-            # transformers 5 reads the first, 4.57 the field rope_theta and silently ignores this
+            # transformers 5 reads this; 4.57 silently ignores it and reads the field rope_theta
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         }
     return derived

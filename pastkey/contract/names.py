@@ -1,4 +1,4 @@
-"""Every name that a graph, a folder or another program relies on, once.
+"""Every name that a graph, a folder or another program relies on, defined once.
 
 Shape letters used throughout: B batch, T new tokens, P past tokens, S = P + T, H query heads, K key/value heads,
 D head size, V vocabulary.
@@ -14,19 +14,19 @@ INPUT_IDS: Final = "input_ids"  # (B, T) int64
 ATTENTION_MASK: Final = "attention_mask"  # (B, S) int64, 1 for a real token, 0 for padding
 POSITION_IDS: Final = "position_ids"  # (B, T) int64
 LOGITS: Final = "logits"  # (B, T, V) float32
-LOGITS_START: Final = "logits_start"  # (1,) int64, an input of pastkey's own graphs: -N, of the N last positions
-LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, N: in its place in bundles of format 1
+LOGITS_START: Final = "logits_start"  # (1,) int64, an input of pastkey's own graphs: -N, for the N last positions
+LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, N: bundles of format 1 have it instead
 
-# An output of pastkey's own graphs, where they have it: (B, T, H) float32, what the output head multiplies. It has the
-# name that transformers, optimum and transformers.js know.
+# An output of some of pastkey's own graphs: (B, T, H) float32, the input of the output head. transformers, optimum and
+# transformers.js use the same name.
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 
-# Inputs of pastkey's own fused graphs in place of the mask, as GroupQueryAttention has them.
+# Inputs of pastkey's own fused graphs that replace the mask, as in GroupQueryAttention.
 SEQLENS_K: Final = "seqlens_k"  # (B,) int32, real tokens per row, minus one
 TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"  # () int32, S
 
-# An input of pastkey's own graphs, where they have it: (B, T, blocks, block_size) uint8, the quantized embedding's rows
-# of INPUT_IDS. The graph's metadata says under this name where in the weights file they stand.
+# An input of some of pastkey's own graphs: (B, T, blocks, block_size) uint8, the quantized embedding's rows of
+# INPUT_IDS. The graph's metadata holds under this name their place in the weights file.
 EMBEDDING_ROWS: Final = "embedding_rows"
 
 # Metadata of a static graph: its inputs whose rows the runtime reads from a file, by token or position.
@@ -37,7 +37,7 @@ BATCH: Final = "batch_size"
 SEQUENCE: Final = "sequence_length"  # T
 PAST: Final = "past_sequence_length"  # P, or the capacity of a shared buffer
 TOTAL: Final = "total_sequence_length"  # S
-PAST_ROWS: Final = "past_rows"  # of a short convolution's cache: as many as it needs, or as there are
+PAST_ROWS: Final = "past_rows"  # rows of a short convolution's cache: as many as it needs, or fewer
 PRESENT_ROWS: Final = "present_rows"
 KEPT: Final = "logits_to_keep"  # N
 
@@ -67,29 +67,29 @@ def present_value(layer: int | str) -> str:
 
 
 def past_conv(state: int | str) -> str:
-    """Input (B, up to k, F): the last rows of what a short causal convolution or a shift reads."""
+    """Input (B, up to k, F): the last rows of the input of a short causal convolution or a shift."""
     return f"past_conv.{state}"
 
 
 def present_conv(state: int | str) -> str:
-    """Output (B, up to k, F): the same with the new tokens'."""
+    """Output (B, up to k, F): the same after the new tokens."""
     return f"present_conv.{state}"
 
 
-# Inputs and outputs of a whole generation, beside INPUT_IDS, (1, T) int64. Each setting is (1,).
+# Inputs and outputs of the generation graphs, beside INPUT_IDS, (1, T) int64. Each setting is (1,).
 GENERATED_IDS: Final = "ids"  # output (n,) int64
 GENERATE_INTEGERS: Final = ("max_new_tokens", "top_k", "seed", "end_ids")  # int64; end_ids is (E,)
 GENERATE_NUMBERS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")  # float32
-TEXT: Final = "text"  # input (1,) string, in place of INPUT_IDS where the tokenizer stands in the graph
-COMPLETION: Final = "completion"  # output (1,) string there
+TEXT: Final = "text"  # input (1,) string that replaces INPUT_IDS if the graph contains the tokenizer
+COMPLETION: Final = "completion"  # output (1,) string of that graph
 HELD_CACHE: Final = "cache"  # input (2L, 1, K, P, D): keys and values of the L attention calls in turn
-HELD_IDS: Final = "history"  # input (P,) int64: the ids that it holds
+HELD_IDS: Final = "history"  # input (P,) int64: the ids in the cache
 NEW_CACHE: Final = "cache_out"  # output, the next call's `cache`
 NEW_IDS: Final = "history_out"  # output, the next call's `history`
 
 
 def present_of(past: str) -> str:
-    """The output that is the next run's input `past`."""
+    """Returns the output that becomes the next run's input `past`."""
     if past.startswith(PAST_PREFIX):
         return PRESENT_PREFIX + past.removeprefix(PAST_PREFIX)
     return past.replace("past_", "present_", 1)
@@ -101,47 +101,45 @@ def static_mask(window: int) -> str:
 
 
 # --- files of a folder --------------------------------------------------------------------------------------------
-SIGNATURE: Final = "pastkey.json.sig"  # of the manifest, in a bundle that was signed
+SIGNATURE: Final = "pastkey.json.sig"  # of the manifest, in a signed bundle
 CONFIG: Final = "config.json"
 GENERATION_CONFIG: Final = "generation_config.json"
 GENAI_CONFIG: Final = "genai_config.json"
 TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
-TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"  # the one that transformers 4 and 5 both load; 5's own breaks 4
+TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"  # transformers 4 and 5 both load it; 5's own classes break 4
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 WEIGHTS: Final = "model.safetensors"
-GOLDEN: Final = "golden_logits.npz"  # what a device must compute before its text is shown
+GOLDEN: Final = "golden_logits.npz"  # logits that a device must reproduce before it generates text
 
-# pastkey's own graph, over the weights of the all-logits graph, which `precisions` names: logits of the last positions
+# pastkey's own graph, over the weights of the all-logits graph (named in `precisions`): logits of the last positions
 # only, from LOGITS_START on.
 LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
-# The same with an int8 cache, a quarter of the bytes that decoding after a long text reads. Some bundles have it.
+# The same with an int8 cache, of which decoding after a long text reads a quarter of the bytes. Optional.
 INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
-# pastkey's own graph with its weights in the ORT format, and the list of its operators. Some bundles have them.
+# pastkey's own graph with its weights in the ORT format, and the list of its operators. Optional.
 ORT_GRAPH: Final = "onnx/pastkey.ort"
 ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"
-# A whole generation in one graph, and some tokens of one, with the cache as input and output. Some bundles have them.
+# A whole generation in one graph, and some tokens of one, with the cache as input and output. Optional.
 GENERATE_GRAPH: Final = "onnx/generate.onnx"
 GENERATE_STEP_GRAPH: Final = "onnx/generate_step.onnx"
-# The first with the tokenizer in front and behind: text in, text out.
+# GENERATE_GRAPH with the tokenizer before and after it: text in, text out.
 TEXT_GRAPH: Final = "onnx/text.onnx"
-# The static graphs, of one new token and of a chunk, in place of LAST_LOGITS_GRAPH.
+# The static graphs, of one new token and of a chunk, which replace LAST_LOGITS_GRAPH.
 STATIC_DECODE_GRAPH: Final = "onnx/pastkey_decode.onnx"
 STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"
-STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # what they have beside the weights of the all-logits graph
+STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # their data beside the weights of the all-logits graph
 
 
 def weights_file(graph: str, shard: int = 0) -> str:
-    """The name of a graph's weights file, as transformers.js looks for it: model.onnx_data, then model.onnx_data_1."""
+    """Returns a graph's weights file by the name that transformers.js expects: model.onnx_data, model.onnx_data_1."""
     return f"{graph}_data_{shard}" if shard else f"{graph}_data"
 
 
 def is_weights_file(name: str, graph: str | None = None) -> bool:
-    """Whether a file of this name holds weights: of any graph, or of that one."""
+    """Whether a file of this name holds weights, of any graph or of the given one."""
     return re.fullmatch(f"{'.+' if graph is None else re.escape(graph)}_data(_[0-9]+)?", name) is not None
 
 
-TARGETS: Final = ("cpu", "cuda", "openvino", "webgpu", "qnn", "coreml", "portable")
-STATIC_TARGETS: Final = ("qnn", "coreml")  # which take graphs of fixed sizes only
 FORMATS: Final = ("onnx", "ort")
 GRAPHS: Final = ("fused", "standard", "static")

@@ -1,1 +1,1 @@
-"""Folders and files: read with limits, written whole, locked, hashed."""
+"""Files and folders: bounded reads, atomic writes, locks, hashes."""

@@ -1,9 +1,9 @@
-"""Files and folders that are whole or not there, whatever ends the process that writes them.
+"""Writes files and folders atomically, whatever ends the process that writes them.
 
-What is written stands as .NAME.xxxxxxxx.partial beside NAME, with a lock (flock) that the system forgets when its
-process dies. The next process that writes NAME removes what no living process holds. Linux and macOS exchange two names
-in one step, where the file system can. Elsewhere a folder is replaced by two renames: a kill in between leaves the old
-one as .NAME.xxxxxxxx.old, and the next process that writes NAME puts it back.
+An unfinished one is .NAME.xxxxxxxx.partial beside NAME, with a lock (flock) that the system releases when its process
+dies. The next process that writes NAME removes those that no living process holds. Linux and macOS exchange two names
+in one step, if the file system supports it. Elsewhere, two renames replace a folder: a kill in between leaves the old
+one as .NAME.xxxxxxxx.old, and the next process that writes NAME restores it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 
 from ..errors import ExistingFolderError, InputError, InUseError
 
-MANIFEST: Final = "pastkey.json"  # what pastkey wrote has one, last of all
+MANIFEST: Final = "pastkey.json"  # in every folder that pastkey wrote; written last
 
 if sys.platform != "win32":
     import fcntl
@@ -30,24 +30,24 @@ if sys.platform != "win32":
 _PARTIAL, _OLD = ".partial", ".old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # of Linux' renameat2, and RENAME_SWAP of macOS' renamex_np
-# What a system says that knows no exchange, a file system that has none, and a sandbox that lets none through.
+# Errors of a system or a file system without the exchange, and of a sandbox that forbids it.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
 # --- writing folders ----------------------------------------------------------------------------------------------
 class NewFolder:
-    """A folder that is filled beside its name, and then put there. Made by `new_folder`.
+    """A folder that is filled beside its target and then moved there. Created by `new_folder`.
 
     Attributes:
-        target: Its name.
-        path: Where it is.
+        target: Its final path.
+        path: Its current path.
     """
 
     def __init__(self, target: Path, path: Path, *, force: bool = False) -> None:
         self.target, self.path, self._force = target, path, force
 
     def put(self) -> None:
-        """Puts the folder at its name, and removes what stood there. Raises as `refuse_existing`, and OSError."""
+        """Moves the folder to its target, and removes what was there. Raises as `refuse_existing`, and OSError."""
         sync_tree(self.path)
         refuse_existing(self.target, force=self._force)
         old = self.path
@@ -60,10 +60,10 @@ class NewFolder:
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, force: bool = False) -> Iterator[NewFolder]:
-    """Makes a folder for `target`, which `NewFolder.put` puts at its name: else it is removed. It is locked meanwhile.
+    """Creates a locked folder, which `NewFolder.put` moves to `target`. Without `put`, the folder is removed.
 
-    Raises ExistingFolderError when the target exists, unless `force` is given and the target is a folder that
-    pastkey wrote (or an empty one): nothing else is ever replaced.
+    Raises ExistingFolderError if the target exists, unless `force` is given and the target is a folder that pastkey
+    wrote (or an empty one): nothing else is ever replaced.
     """
     remove_leftovers(target)
     refuse_existing(target, force=force)
@@ -74,16 +74,16 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[NewFolder]:
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yields a folder beside `target`; puts it there on success, removes it on any failure. Raises as `new_folder`."""
+    """Yields a folder beside `target`; moves it there on success, removes it on any failure. Raises as `new_folder`."""
     with new_folder(target, force=force) as folder:
         yield folder.path
         folder.put()
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Raises ExistingFolderError where `new_folder` would, InputError where no folder can be made.
+    """Raises ExistingFolderError if `new_folder` would, InputError if no folder can be created.
 
-    InUseError where a process trains in the folder that would be replaced. Call it before long work.
+    Raises InUseError if a process trains in the folder that would be replaced. Call it before long work.
     """
     refuse_below_a_file(target)
     if not os.path.lexists(target):
@@ -101,23 +101,23 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def refuse_below_a_file(target: Path) -> None:
-    """Raises InputError where nothing can be made, since a part of the path is a file."""
+    """Raises InputError if a part of the path is a file."""
     file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
     if file is not None:
         raise InputError(f"{target} lies under {file}, which is a file: choose another --out")
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether this is a folder with nothing in it."""
+    """Whether this is an empty folder."""
     return folder.is_dir() and not any(folder.iterdir())
 
 
 # --- writing files ------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def whole_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """Yields a file to write; puts it at `path` on success, removes it on any failure. The umask takes from `mode`.
+    """Yields a file to write; moves it to `path` on success, removes it on any failure. The umask applies to `mode`.
 
-    Raises InputError where a pipe or a device is there, OSError where nothing can be written.
+    Raises InputError if `path` is a pipe or a device, OSError if writing fails.
     """
     refuse_special(path)
     remove_leftovers(path)
@@ -130,32 +130,32 @@ def whole_file(path: Path, *, mode: int = 0o666) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Writes a file, whole or not at all. Raises as `whole_file`."""
+    """Writes a file atomically. Raises as `whole_file`."""
     with whole_file(path, mode=mode) as file:
         file.write(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes readable JSON, whole or not at all. Raises as `whole_file`."""
+    """Writes readable JSON atomically. Raises as `whole_file`."""
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def refuse_special(path: Path) -> None:
-    """Raises InputError where a pipe or a device is there: a file would be put in its place, /dev/null's too."""
+    """Raises InputError if `path` is a pipe or a device: a file would replace it, even /dev/null."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path} is a pipe or a device, which a file would replace: choose another name")
 
 
-# --- what both are made of ----------------------------------------------------------------------------------------
+# --- shared -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """Yields what `make` made beside `target`, locked. What is there of it at the end is removed."""
+    """Yields what `make` made beside `target`, locked. Removes at the end what is left of it."""
     while True:
         work = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
         try:
             make(work)
             with locked(work, wait=True):
-                if os.path.lexists(work):  # else another process took it, not yet locked, for a dead one's
+                if os.path.lexists(work):  # otherwise another process took it, not yet locked, for a dead one's
                     yield work
                     return
         finally:
@@ -163,14 +163,14 @@ def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Removes what dead processes left beside `target`; puts back what stood there where one died at its replacement.
+    """Removes what dead processes left beside `target`. Restores the old folder if one died while replacing it.
 
-    Where the system or the file system has no locks, nothing is removed.
+    Removes nothing if the system or the file system has no locks.
     """
     name = re.compile(re.escape(f".{target.name}.") + rf"[0-9a-f]{{8}}({_PARTIAL}|{_OLD})")
     folder = target.absolute().parent
     for path in [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []:
-        with contextlib.suppress(OSError):  # another process is quicker, or this system opens no folders
+        with contextlib.suppress(OSError):  # another process was faster, or this system cannot open folders
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 if not _take(descriptor):
@@ -184,7 +184,7 @@ def remove_leftovers(target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder, as far as the disk lets it: the next process removes the rest."""
+    """Removes a file, a link or a folder as far as possible: the next process removes the rest."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -193,7 +193,7 @@ def _remove(path: Path) -> None:
 
 
 def _put_in_place(work: Path, target: Path) -> None:
-    """Renames `work` to `target`; what stood there is called `work` then. Raises OSError, and nothing has changed."""
+    """Renames `work` to `target`; what was there is then called `work`. Raises OSError, and nothing has changed."""
     if not os.path.lexists(target):
         work.rename(target)
     elif not exchange(work, target):
@@ -202,14 +202,14 @@ def _put_in_place(work: Path, target: Path) -> None:
         try:
             work.rename(target)
         except BaseException:
-            with contextlib.suppress(OSError):  # then `remove_leftovers` does it
+            with contextlib.suppress(OSError):  # otherwise `remove_leftovers` does it
                 old.rename(target)
             raise
         old.rename(work)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step. Returns False where that cannot be done here. Raises OSError as renames do."""
+    """Exchanges two names in one step. Returns False if this is unsupported here. Raises OSError as renames do."""
     if sys.platform == "win32":
         return False
     import ctypes
@@ -221,7 +221,7 @@ def exchange(one: Path, other: Path) -> bool:
             failed = libc.renamex_np(*names, _RENAME_EXCHANGE)
         else:
             failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
-    except AttributeError:  # a C library without it
+    except AttributeError:  # the C library lacks it
         return False
     if not failed:
         return True
@@ -232,7 +232,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    """Puts a folder with all its files on the disk itself, so that a power cut after its renaming loses nothing."""
+    """Flushes a folder with all its files to the disk, so that a power cut after its renaming loses nothing."""
     for place, _, files in os.walk(folder):
         for name in files:
             _sync(Path(place, name))
@@ -240,7 +240,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts a folder's names on the disk itself. Not every system opens folders; a power cut may cost a rename there."""
+    """Flushes a folder's names to the disk. Some systems cannot open folders; there a power cut may lose a rename."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -265,10 +265,10 @@ def _sync(file: Path) -> None:
 # --- locks --------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock of a file or folder, which may be renamed meanwhile, or with `wait` waits for it.
+    """Holds the lock of a file or folder, which may be renamed meanwhile. With `wait`, waits for it.
 
-    Raises InUseError where another process holds it. Windows has no such lock, and neither have some network file
-    systems: nothing is held there, nor of what cannot be opened.
+    Raises InUseError if another process holds it. Windows and some network file systems have no such lock: there, and
+    for a path that cannot be opened, nothing is locked.
     """
     try:
         descriptor = None if sys.platform == "win32" else os.open(path, os.O_RDONLY)
@@ -285,13 +285,13 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def lock_file(descriptor: int, path: Path, *, wait: bool = False) -> None:
-    """Locks an open file or folder until it is closed. Raises InUseError where another process holds it."""
+    """Locks an open file or folder until it is closed. Raises InUseError if another process holds it."""
     if _take(descriptor, wait=wait) is False:
         raise InUseError(f"{path} is being written by another process: wait for its end, or stop it")
 
 
 def _take(descriptor: int, *, wait: bool = False) -> bool | None:
-    """Whether a lock was taken, now or with `wait` when it is free; None where there are none."""
+    """Returns whether a lock was taken, now or with `wait` when it is free; None if there are no locks."""
     if sys.platform == "win32":
         return None
     try:

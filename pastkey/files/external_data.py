@@ -1,8 +1,8 @@
-"""Where the tensors of an ONNX graph say that their data lies outside the graph's own file.
+"""Finds the tensors of an ONNX graph whose data is outside the graph's own file.
 
-Such a place is a path that the graph's author chooses, and onnxruntime below 1.24.2 reads it wherever it leads. So a
-graph is walked here before onnxruntime sees it: over protobuf's wire format, since the runtime is without onnx. What
-can hold no tensor is skipped, the bytes of inline weights too.
+The graph's author chooses their paths, and onnxruntime below 1.24.2 reads them wherever they lead. So a graph is walked
+here before onnxruntime opens it: over protobuf's wire format, since the runtime does not depend on onnx. Everything
+that cannot hold a tensor is skipped, including the bytes of inline weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..values import shown
 from .folder import FileRecord, is_inside
 from .protobuf import BYTES, VARINT, DamagedError, fields, varint
 
-# The messages of onnx.proto through which a TensorProto can be reached: field number -> message of that field.
+# The messages of onnx.proto that can contain a TensorProto: field number -> message of that field.
 CHILDREN: Final[Mapping[str, Mapping[int, str]]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
@@ -41,7 +41,7 @@ _KEYS = frozenset({"location", "offset", "length", "checksum"})  # of external d
 _KEY, _VALUE = 1, 2  # of a StringStringEntryProto
 _ATTRIBUTE_NAME, _ATTRIBUTE_TEXT = 1, 4  # of an AttributeProto
 _CONTEXT = b"ep_cache_context"  # the attribute of an EPContext node
-_DEEPEST = 100  # messages within one another, as many as protobuf itself reads
+_DEEPEST = 100  # nested messages; protobuf's own limit
 _LONGEST = 4096  # bytes of a key or value
 
 
@@ -55,9 +55,9 @@ class ExternalData:
 
 
 def check_external_data(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Raises IntegrityError where a graph of `files`, a manifest's list, takes data from anywhere but a listed file.
+    """Raises IntegrityError if a graph of `files`, a manifest's list, reads data from anywhere but a listed file.
 
-    A location must be a plain path below the graph's own folder, and its bytes must lie within that file.
+    A location must be a plain path below the graph's own folder, and its bytes must be within that file.
     """
     for name in files:
         if not name.endswith(".onnx"):
@@ -78,26 +78,26 @@ def check_external_data(folder: Path, files: Mapping[str, FileRecord]) -> None:
 
 
 def external_data(graph: Path) -> Iterator[ExternalData]:
-    """The external data of every tensor of an ONNX file, however deep it is nested.
+    """Yields the external data of every tensor of an ONNX file, at any depth.
 
-    Raises IntegrityError where the file is no ONNX graph. A tensor that says "external" must say where from, and each
-    key once: protobuf merges what is said twice, and readers disagree about it.
+    Raises IntegrityError if the file is not an ONNX graph. An external tensor must have a location, and each key once:
+    protobuf merges repeated keys, and readers disagree about them.
     """
     try:
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for kind, start, end in _messages(content):
                 if kind == "TensorProto" and (data := tensor_data(content, start, end)) is not None:
                     yield data
-    except (DamagedError, IndexError, ValueError) as error:  # the second past the end, the third of an empty file
+    except (DamagedError, IndexError, ValueError) as error:  # IndexError: past the end; ValueError: an empty file
         reason = str(error) if isinstance(error, DamagedError) else "it ends too early"
         raise IntegrityError(f"{graph} is not an ONNX graph ({reason}): it was cut short or altered") from None
 
 
 def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: bool) -> None:
-    """Raises IntegrityError where a graph takes a context binary from anywhere but a listed file beside it.
+    """Raises IntegrityError if a graph reads a context binary from anywhere but a listed file beside it.
 
-    An EPContext node names what an execution provider compiled, and OpenVINO reads it wherever its path leads. Only a
-    bundle that was compiled has such nodes.
+    An EPContext node names an execution provider's compiled binary, and OpenVINO reads it wherever its path leads. Only
+    a compiled bundle has such nodes.
     """
     for name in files:
         path = folder / name
@@ -123,7 +123,7 @@ def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: b
 
 
 def _context(content: mmap.mmap, start: int, end: int) -> str | None:
-    """What the attribute of an EPContext node names; None for another attribute.
+    """Returns the path in an EPContext node's attribute; None for another attribute.
 
     A binary inside the graph is refused as well: behind a NUL it may begin with a path that a provider opens.
     """
@@ -133,7 +133,7 @@ def _context(content: mmap.mmap, start: int, end: int) -> str | None:
 
 
 def _messages(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
-    """Each message, its kind and place, once and in depth first, so that few are held at a time."""
+    """Yields the kind and place of each message, once and depth first, so that few are open at a time."""
     open_messages = [(CHILDREN["ModelProto"], fields(content, 0, len(content)))]
     while open_messages:
         children, within = open_messages[-1]
@@ -152,7 +152,7 @@ def _messages(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
 
 
 def tensor_data(content: mmap.mmap, position: int, end: int) -> ExternalData | None:
-    """Of one TensorProto; None where its data stands in the graph. Raises DamagedError, or IndexError past the end."""
+    """Returns a TensorProto's external data; None if it is inline. Raises DamagedError, or IndexError past the end."""
     external, said = False, dict[str, str]()
     for number, wire, start, after in fields(content, position, end):
         if number == _DATA_LOCATION and wire == VARINT:

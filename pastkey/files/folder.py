@@ -1,6 +1,6 @@
-"""A folder with a manifest, as a checkpoint and a bundle are: read only after a check.
+"""A folder with a manifest, such as a checkpoint or a bundle. Its files are checked before they are read.
 
-The manifest is pastkey.json, with size and sha256 of each of the folder's files.
+The manifest is pastkey.json, with the size and sha256 of each file in the folder.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's fold
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of one file."""
+    """The manifest's entry for one file."""
 
     size: int  # bytes
     sha256: str  # hexadecimal
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and hash of one file."""
+    """Returns the size and hash of one file."""
     return FileRecord(size=path.stat().st_size, sha256=sha256(path))
 
 
@@ -61,9 +61,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A text file's content, line ends as they are.
+    """Returns a text file's content, with its own line ends.
 
-    Raises MissingFileError, or InputError for what is no regular file, or no text.
+    Raises MissingFileError, or InputError if it is not a regular file or not text.
     """
     size = require_regular(path).st_size
     if size > _LARGE_TEXT:
@@ -72,7 +72,7 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(content: bytes, source: object) -> str:
-    """The text that these bytes of `source` are. Raises InputError naming the first byte that is not UTF-8."""
+    """Decodes the bytes of `source`. Raises InputError naming the first byte that is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,7 +83,7 @@ def decode_text(content: bytes, source: object) -> str:
 
 
 def require_manifest(folder: Path, kind: str) -> None:
-    """Raises MissingFileError or InputError where this is no folder with a manifest; `kind` is what it should be."""
+    """Raises MissingFileError or InputError if this is not a folder with a manifest; `kind` is what it should be."""
     if not folder.exists():
         raise MissingFileError(f"no such {kind}: {folder} does not exist{_to_export(folder, kind)}")
     if not folder.is_dir():
@@ -93,18 +93,18 @@ def require_manifest(folder: Path, kind: str) -> None:
 
 
 def source_extra(source: str) -> str | None:
-    """pastkey's extra that exports a model of another form: a GGUF file or a Hugging Face folder. None for others."""
+    """Returns pastkey's extra that exports a GGUF file or a Hugging Face folder. None for any other path."""
     folder = Path(source)
     if folder.suffix == ".gguf":
         return "gguf"
-    with contextlib.suppress(OSError, ValueError):  # of what names no file
+    with contextlib.suppress(OSError, ValueError):  # not a valid path
         if (folder / _CONFIG).is_file() and not (folder / MANIFEST).is_file():
             return "huggingface"
     return None
 
 
 def _to_export(path: Path, kind: str) -> str:
-    """The end of a sentence about what is no bundle: the command that makes one of a model of another form."""
+    """Returns the end of an error about a path that is not a bundle: the command that exports a bundle from it."""
     if kind != "bundle":
         return ""
     download = ""
@@ -144,7 +144,7 @@ def read_manifest(folder: Path, kind: str, newest_version: int) -> dict[str, Any
 
 
 def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
-    """The manifest's `files`, each path checked to stay inside the folder."""
+    """Parses the manifest's `files`, and checks that each path stays inside the folder."""
     if not isinstance(content, dict):
         raise IntegrityError(f"{folder / MANIFEST} has no list of files")
     records = {}
@@ -159,9 +159,9 @@ def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether this is a plain relative path, which leads to below the folder that it is said of, on every system.
+    """Whether this is a plain relative path that stays below its folder, on every system.
 
-    No file's name has a *: with one, onnxruntime takes an address in memory for a path.
+    A * is refused: onnxruntime reads a path with one as a memory address.
     """
     path = PurePosixPath(name)
     within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
@@ -169,7 +169,7 @@ def is_inside(name: str) -> bool:
 
 
 def check_sizes(folder: Path, records: Mapping[str, FileRecord]) -> None:
-    """Raises IntegrityError naming the first file that is missing, of another size, or outside the folder."""
+    """Raises IntegrityError naming the first file that is missing, of a different size, or outside the folder."""
     for name, record in records.items():
         path = folder / name
         if not path.is_file():
@@ -184,10 +184,10 @@ def check_sizes(folder: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered: bool = True) -> None:
-    """Raises IntegrityError naming the first file whose content is not what was written.
+    """Raises IntegrityError naming the first file whose content was altered.
 
-    A hash that matched is remembered by size, modification time and inode in the user's cache folder, since
-    hashing 154 MB takes half of a model's load; `remembered=False` hashes again whatever is remembered.
+    A matching hash is remembered by size, modification time and inode in the user's cache folder, since hashing 154 MB
+    takes half of a model's load. `remembered=False` hashes all files again.
     """
     memory = _HashMemory(folder)
     for name, record in records.items():
@@ -204,17 +204,17 @@ def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content, in hexadecimal digits."""
+    """Returns the hash of a file's content, in hexadecimal digits."""
     note_reading(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Whether a file of `folder` is, or lies behind, a link to outside of it.
+    """Whether a file of `folder` is, or is behind, a link that leads out of it.
 
-    Not where it is one that Hugging Face's cache makes to its own store, each time in just this way:
-    models--X/snapshots/REV/FILE is a link to ../../blobs/HASH, with one more .. for each folder that FILE lies in.
+    Links of Hugging Face's cache to its own store are allowed, in exactly this form:
+    models--X/snapshots/REV/FILE links to ../../blobs/HASH, with one more .. for each folder that FILE is in.
     """
     root, parent, target = folder.resolve(), path.parent.resolve(), path.resolve()
     if parent != root and root not in parent.parents:
@@ -229,7 +229,7 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def hub_store(folder: Path) -> Path | None:
-    """Where the links of a folder in Hugging Face's cache lead to; None for any other folder."""
+    """Returns where the links of a folder in Hugging Face's cache lead; None for any other folder."""
     for place in folder.resolve().parents:
         if place.name == "snapshots" and place.parent.name.startswith(_HUB_PREFIXES):
             return place.parent / "blobs"
@@ -237,7 +237,7 @@ def hub_store(folder: Path) -> Path | None:
 
 
 def user_cache_file(name: str) -> Path | None:
-    """Where a file of the user's cache folder is, or would be; None where there can be none."""
+    """Returns the path of a file in the user's cache folder, existing or not; None if there can be no such folder."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     except (RuntimeError, OSError):  # no home, as in some containers
@@ -246,9 +246,9 @@ def user_cache_file(name: str) -> Path | None:
 
 
 class _HashMemory:
-    """Which files of one folder were seen with which hash, in a small file of the user's cache folder.
+    """Remembers the hashes of one folder's files, in a small file in the user's cache folder.
 
-    A cache that cannot be read or written costs time, and nothing else.
+    If this cache cannot be read or written, only time is lost.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -276,6 +276,6 @@ class _HashMemory:
     def save(self) -> None:
         if self._path is None or not self._changed:
             return
-        with contextlib.suppress(OSError, ValueError):  # ValueError: a path that is no text
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a path that is not text
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, self._seen)

@@ -1,4 +1,4 @@
-"""How much memory is left, asked before much of it is taken."""
+"""The available memory, checked before much of it is allocated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import ResourceError
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take, or None where the system does not say (Linux and its containers do)."""
+    """Returns the bytes that this process can still allocate, None if unknown. Linux and its containers report them."""
     found = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -28,7 +28,7 @@ def available_memory() -> int | None:
 
 
 def require_memory_for(what: object, needed: int) -> None:
-    """Raises ResourceError where `needed` bytes are not available: a file without content can claim any size."""
+    """Raises ResourceError if `needed` bytes are not available: a sparse file can claim any size."""
     free = available_memory()
     if free is not None and needed > free:
         raise ResourceError(
@@ -38,5 +38,5 @@ def require_memory_for(what: object, needed: int) -> None:
 
 
 def shown_bytes(size: int) -> str:
-    """A size as a sentence shows it."""
+    """Formats a size for a sentence."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""Protobuf's wire format: the fields of a message, without the package and without its schema.
+"""Parses protobuf's wire format: the fields of a message, without the package and without a schema.
 
 https://protobuf.dev/programming-guides/encoding/
 """
@@ -10,22 +10,22 @@ from collections.abc import Iterator
 
 Bytes = bytes | mmap.mmap
 
-# Wire types. The other two, 3 and 4, are those of groups, which nobody writes any more.
+# Wire types. The other two, 3 and 4, are those of the obsolete groups.
 VARINT, BYTES = 0, 2
-_SIZES = {1: 8, 5: 4}  # bytes of the fixed ones
+_SIZES = {1: 8, 5: 4}  # bytes of the fixed-size types
 
 
 class DamagedError(ValueError):
-    """Bytes that are no protobuf, or not what was expected. A message that is cut short may raise IndexError, too."""
+    """Bytes that are not protobuf, or not what was expected. A truncated message may also raise IndexError."""
 
 
 def fields(content: Bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Of each field of a message its number, its wire type, and where its value starts and ends."""
+    """Yields the number, wire type, start and end of each field of a message."""
     while position < end:
         tag, start = content[position], position + 1
-        if tag > 0x7F:  # most are of one byte
+        if tag > 0x7F:  # most tags have one byte
             tag, start = varint(content, position)
-        if tag > 0xFFFFFFFF:  # which some readers would cut to 32 bits
+        if tag > 0xFFFFFFFF:  # some readers would cut it to 32 bits
             raise DamagedError("a field of an impossible number")
         wire = tag & 7
         if wire == BYTES:
@@ -45,7 +45,7 @@ def fields(content: Bytes, position: int, end: int) -> Iterator[tuple[int, int, 
 
 
 def varint(content: Bytes, position: int) -> tuple[int, int]:
-    """A whole number of seven bits a byte, the lowest first, and the position after it."""
+    """Returns a varint (seven bits per byte, the lowest first) and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = content[position]

@@ -1,8 +1,7 @@
-"""Reading untrusted files: regular files only, of bounded size, and one sentence for what a library says of it.
+"""Reads untrusted files: only regular files, of bounded size, with one sentence for any error of a parser.
 
-Parsers of other people raise errors of every kind for damaged bytes, and those in Rust panic, which is a BaseException.
-`reading(file)` is the one place that makes a sentence of them all. `last_read()` names the file where an error slips
-through.
+Parsers raise errors of every kind for damaged bytes, and those in Rust panic, which is a BaseException. Only
+`reading(file)` turns them into sentences. `last_read()` names the file if an error slips through.
 """
 
 from __future__ import annotations
@@ -20,33 +19,33 @@ from ..errors import InputError, IntegrityError, MissingFileError, PastkeyError,
 from ..values import is_unicode
 
 MOST_JSON: Final = 100_000_000  # bytes of a JSON file that is read as a whole, and of a safetensors header
-_DEEPEST: Final = 100  # lists and objects within one another
+_DEEPEST: Final = 100  # nested lists and objects
 
 _last: list[Path] = []
 
 
 def last_read() -> Path | None:
-    """The file that was opened last by anything of pastkey."""
+    """Returns the file that pastkey opened last."""
     return _last[-1] if _last else None
 
 
 def note_reading(path: str | Path) -> None:
-    """Remembers which file is read from now on."""
+    """Remembers which file is being read."""
     _last[:] = [Path(path)]
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust panicked. That is a BaseException, so that `except Exception` misses it."""
+    """Whether a library in Rust panicked. A panic is a BaseException, so `except Exception` misses it."""
     return type(error).__module__ == "pyo3_runtime"
 
 
 class NativeError(Exception):
-    """A panic as an Exception, in the library's words."""
+    """A panic as an Exception, with the library's message."""
 
 
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raises NativeError in place of a panic."""
+    """Raises NativeError instead of a panic."""
     try:
         yield
     except BaseException as error:
@@ -57,9 +56,9 @@ def panics_as_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Raises IntegrityError with the file's name for whatever a parser says of its bytes, a panic included.
+    """Raises IntegrityError with the file's name for any error of a parser, including a panic.
 
-    `expected` is what the file should be. What is a sentence already goes through, what the system says, and `but`.
+    `expected` is what the file should be. pastkey's own errors, errors of the system, and `but` pass through.
     """
     note_reading(path)
     try:
@@ -75,7 +74,7 @@ def reading(path: str | Path, expected: str, but: tuple[type[Exception], ...] = 
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """What the system says of a file. Raises MissingFileError, or InputError for a folder, a device or a pipe."""
+    """Returns the stat of a file. Raises MissingFileError, or InputError for a folder, a device or a pipe."""
     note_reading(path)
     try:
         found = path.stat()
@@ -99,7 +98,7 @@ def require_regular(path: Path) -> os.stat_result:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A regular file's content. Raises InputError where it has more than `most` bytes, MissingFileError without one."""
+    """Returns a regular file's content. Raises InputError if it is larger than `most` bytes, or MissingFileError."""
     size = require_regular(path).st_size
     if size > most:
         raise InputError(f"{path} has {size:,} bytes, and {most:,} are the most that are read of such a file")
@@ -108,19 +107,19 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def parse_json(content: bytes | str, source: object) -> Any:
-    """The JSON value in `content`. Raises IntegrityError naming `source`.
+    """Parses the JSON value in `content`. Raises IntegrityError naming `source`.
 
-    Values are those that all later code can take: at most _DEEPEST lists and objects within one another, and no text
-    with half a surrogate pair, which nothing can print.
+    All later code can handle the values that pass: at most _DEEPEST nested lists and objects, and no text with half a
+    surrogate pair, which cannot be printed.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # of a number of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         reason = f"nested more than {_DEEPEST} deep" if isinstance(error, RecursionError) else error
         raise IntegrityError(f"{source} is not valid JSON ({reason}): it was cut short or altered") from None
     level, depth = [value], 0
-    surrogates = "\\ud" in text or "\\uD" in text  # any other would not have been decoded
+    surrogates = "\\ud" in text or "\\uD" in text  # other forms fail to decode
     while level:
         depth += 1
         if depth > _DEEPEST:

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: eight bytes of length, then JSON, then the tensors without a gap.
+"""The header of a safetensors file: eight bytes of length, then JSON, then the tensors without gaps.
 
-https://huggingface.co/docs/safetensors. It is read before the library sees the file, so that no count in it asks for
-more than the file has.
+https://huggingface.co/docs/safetensors. The header is checked before the library reads the file, so that no count in it
+exceeds the file's size.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _MOST_AXES = 32
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says of one tensor."""
+    """A header's entry for one tensor."""
 
-    dtype: str  # as safetensors calls it: "F32"
+    dtype: str  # safetensors' name: "F32"
     shape: tuple[int, ...]
     start: int  # bytes from the end of the header
     end: int
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -39,7 +39,7 @@ class HeaderError(ValueError):
 
 
 def read_header(file: Path) -> Mapping[str, StoredTensor]:
-    """The tensors by name. Raises HeaderError, or MissingFileError, or InputError for what is no regular file."""
+    """Returns the tensors by name. Raises HeaderError, MissingFileError, or InputError if it is not a regular file."""
     size = require_regular(file).st_size
     with file.open("rb") as opened:
         start = opened.read(8)

@@ -1,8 +1,8 @@
-"""Opening a tokenizer.json, which comes from wherever a model comes from: the one place, with its bounds.
+"""Opens a tokenizer.json, which may be untrusted, and checks its bounds.
 
-The library is handed over, since this package imports the standard library alone. What it has read is looked at before
-a text is: sizes and counts that no real tokenizer comes near. What can still run long is a pattern, and a vocabulary
-with a hostile order of merges; both are bounded by the text's own length only.
+The caller passes the library's class, since this package imports only the standard library. The content is checked
+before any text is encoded: against sizes and counts that no real tokenizer reaches. A pattern, and a vocabulary with a
+hostile order of merges, can still run long. Only the length of the text bounds them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ T = TypeVar("T")
 MOST_BYTES: Final = 100_000_000  # of a tokenizer.json; the largest that are published have 35 MB
 MOST_STEPS: Final = 100  # of normalizer, pre-tokenizer, post-processor and decoder, each
 MOST_PIECES: Final = 1_000  # of the template of a post-processor
-LONGEST_TEXT: Final = 10_000  # characters of a pattern, or of what stands in its place
-MOST_GROWTH: Final = 64  # how many times as long the replacements of one part can make a text
-_HOLES, _SOME_HOLES = 8, 10_000  # ids for each token, and further ones
+LONGEST_TEXT: Final = 10_000  # characters of a pattern or its replacement
+MOST_GROWTH: Final = 64  # factor by which the replacements of one part can lengthen a text
+_HOLES, _SOME_HOLES = 8, 10_000  # maximum ids per token, and additional ids
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _TABLE = "precompiled_charsmap"  # of SentencePiece: base64, hundreds of thousands of characters
 
 
 def open_tokenizer(kind: type[T], content: bytes, source: object) -> T:
-    """The `tokenizers.Tokenizer` in `content`, without cutting and padding. Raises IntegrityError naming `source`."""
+    """Opens a `tokenizers.Tokenizer` without truncation and padding. Raises IntegrityError naming `source`."""
     if len(content) > MOST_BYTES:
         raise IntegrityError(
             f"{source} is not a tokenizer.json that can be read: it has {len(content):,} bytes, and {MOST_BYTES:,} are "
@@ -37,7 +37,7 @@ def open_tokenizer(kind: type[T], content: bytes, source: object) -> T:
     try:
         with panics_as_errors():
             tokenizer: Any = kind.from_buffer(content)  # type: ignore[attr-defined]
-            # A saved tokenizer may cut or pad what it encodes: to 2**60 tokens, say.
+            # A saved tokenizer may truncate or pad its output, for example to 2**60 tokens.
             tokenizer.no_truncation()
             tokenizer.no_padding()
             for name in _PARTS:
@@ -52,7 +52,7 @@ def open_tokenizer(kind: type[T], content: bytes, source: object) -> T:
 def require_dense(vocabulary: Mapping[str, int], source: object) -> None:
     """Raises IntegrityError for an id far beyond the number of tokens.
 
-    Whoever writes a vocabulary, the library for one, counts from 0 to its largest id: with 2**31 it ends the process.
+    Code that writes a vocabulary, such as the library, counts from 0 to its largest id: 2**31 ids end the process.
     """
     largest, most = max(vocabulary.values(), default=0), _HOLES * len(vocabulary) + _SOME_HOLES
     if largest > most:
@@ -63,7 +63,7 @@ def require_dense(vocabulary: Mapping[str, int], source: object) -> None:
 
 
 def _check(name: str, part: object) -> None:
-    """Raises ValueError for a part beyond the bounds."""
+    """Raises ValueError if a part exceeds the bounds."""
     steps, pieces, growth = 0, 0, 1
     for key, value in _values(part):
         if isinstance(value, dict):
@@ -83,7 +83,7 @@ def _check(name: str, part: object) -> None:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """How many times as long a Replace can make a text. A regular expression may match one character."""
+    """Returns the factor by which a Replace can lengthen a text. A regular expression may match one character."""
     pattern, content = step.get("pattern"), step.get("content")
     text = pattern.get("String") if isinstance(pattern, dict) else None
     if text == "":
@@ -93,7 +93,7 @@ def _growth(step: dict[str, Any]) -> int:
 
 
 def _values(part: object) -> Iterator[tuple[str, object]]:
-    """Every value within JSON, with the key that it stands under."""
+    """Yields every value within JSON, with its key."""
     waiting: list[tuple[str, object]] = [("", part)]
     while waiting:
         key, value = waiting.pop()

@@ -16,14 +16,14 @@ from typing import Any, Unpack, cast
 import numpy as np
 
 from pastkey.errors import InputError, PastkeyError
-from pastkey.values import as_path, or_default, require, shown
+from pastkey.values import as_path, is_collection, or_default, require, shown
 
 from ..decoding.batching.prefix_cache import TAIL
 from ..decoding.batching.scheduler import MAX_ROWS
 from ..decoding.batching.shared_prefill import SHARED_TOKENS
 from ..decoding.completion import Completion
 from ..decoding.stream import Stream
-from ..loading import load, require_settings
+from ..loading import load
 from ..model.chat.chat import Chat
 from ..model.language_model import LanguageModel
 from ..settings import (
@@ -33,9 +33,9 @@ from ..settings import (
     ChatOptions,
     Choice,
     GenerateOptions,
-    SamplingConfig,
     SessionSettings,
     options_of,
+    require_valid,
 )
 from .continuous import finished
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
@@ -105,9 +105,7 @@ class Generator:
             OptionError: There is no option of that name.
         """
         self.options = options_of("Generator", options, CHAT_OPTIONS)
-        SamplingConfig.of(self.options)
         exact = or_default(exact, False)
-        require(isinstance(exact, bool), "exact", exact, "True or False")
         as_path(bundle, "bundle", "the path of a bundle")
         self.bundle, self.exact, self.template = bundle, exact, template
         self._load: dict[str, Any] = {
@@ -117,7 +115,7 @@ class Generator:
             "session_options": session_options,
             "max_batch": 1 if exact else max_batch,
         }
-        require_settings(**self._load)
+        require_valid({**self._load, "exact": exact})
         self._chats: dict[str, Chat] = {}
 
     def __repr__(self) -> str:
@@ -151,8 +149,6 @@ class Generator:
             InputError: A column has the name of one of these.
             PastkeyError: The model cannot be loaded.
         """
-        if not (hasattr(batch, "keys") and hasattr(batch, "__getitem__")) or isinstance(batch, type):
-            raise InputError(f"the batch is {shown(batch)}; a mapping of names to columns was expected")
         columns = {str(name): batch[name] for name in batch}
         for name in (*FIELDS, *FURTHER):
             if name in columns:
@@ -269,9 +265,7 @@ def _answer(task: _Task, completion: Completion) -> Answer:
 def _length(columns: Mapping[str, Any]) -> int:
     """The number of rows. Raises InputError for what is no column, and for columns of different lengths."""
     for name, column in columns.items():
-        sized = hasattr(column, "__len__") and hasattr(column, "__getitem__") and getattr(column, "ndim", 1) > 0
-        if not sized or isinstance(column, str | bytes | Mapping | type):
-            raise InputError(f"the column {shown(name)} is {shown(column)}; a list or an array was expected")
+        require(is_collection(column), f"the column {shown(name)}", column, "a list or an array")
     lengths = {name: len(column) for name, column in columns.items()}
     if len({*lengths.values()}) > 1:
         raise InputError(f"the columns of the batch have the lengths {shown(lengths)}; one length was expected")

@@ -124,7 +124,7 @@ def _require_static(bundle: Bundle, provider: str) -> None:
             f"{bundle.path} is compiled already, for {manifest.compiled}: compile the bundle that it came of"
         )
     if manifest.static is None:
-        target = provider if provider in names.STATIC_TARGETS else "qnn"
+        target = provider if ep.row_of(provider).npu else "qnn"
         raise InputError(
             f"{bundle.path} has a {manifest.graph} graph, whose sizes change: export the model with --target {target}, "
             "and compile that"

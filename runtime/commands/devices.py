@@ -6,9 +6,10 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from pastkey.errors import ProviderError
+from pastkey.providers import PROVIDERS, Provider
 
 from ..providers.ort import onnxruntime, openvino_devices, standard_output_to_error, wheels
-from ..providers.placement import KNOWN, Known, available, is_plugin, plugin_devices, short_name, what_brings
+from ..providers.placement import available, is_plugin, plugin_devices, short_name, what_brings
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ def devices() -> list[Device]:
         _here(short, known)
         if known.name in here
         else Device(short, known.name, known.hardware, False, what_brings(known))
-        for short, known in KNOWN.items()
+        for short, known in PROVIDERS.items()
     ]
-    known_names = {known.name for known in KNOWN.values()}
-    rows += [_here(short_name(name), Known(name, "", "")) for name in here if name not in known_names]
+    known_names = {known.name for known in PROVIDERS.values()}
+    rows += [_here(short_name(name), Provider(name)) for name in here if name not in known_names]
     return sorted(rows, key=lambda device: not device.available)
 
 
-def _here(short: str, known: Known) -> Device:
+def _here(short: str, known: Provider) -> Device:
     try:
         found, note = _devices(known.name), ""
     except ProviderError as error:  # a plugin whose library does not load, or finds no hardware
@@ -58,13 +59,13 @@ def _devices(name: str) -> tuple[str, ...]:
     else:
         list_them = getattr(onnxruntime, "get_ep_devices", list)
         found = [device for device in list_them() if device.ep_name == name]
-    if not found and name == KNOWN["openvino"].name:
+    if not found and name == PROVIDERS["openvino"].name:
         return openvino_devices()
     shown = (f"{device.device.type.name} of {device.device.vendor or 'an unnamed vendor'}" for device in found)
     return tuple(dict.fromkeys(shown))
 
 
-def _package(known: Known) -> str:
+def _package(known: Provider) -> str:
     if is_plugin(known.name):
         package = known.plugin.replace("_", "-")
         return f"{package} {importlib.metadata.version(package)}"

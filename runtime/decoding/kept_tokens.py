@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from pastkey.errors import InputError
-from pastkey.values import is_int, is_one_of, require
+from pastkey.values import require
 
 from ..engine.engine import Engine
 from ..engine.shift import require_shift
-from ..settings import NUM_SINK_TOKENS, ContextOverflow
+from ..settings import NUM_SINK_TOKENS, ContextOverflow, require_valid
 
 
 class KeptTokens:
@@ -30,11 +30,10 @@ class KeptTokens:
         self._engine = engine
         self._context = context = engine.manifest.context_length
         self.sinks, self.block, self.dropped = 0, 0, 0
-        require(is_one_of(overflow, ("error", "shift")), "context_overflow", overflow, '"error" or "shift"')
-        most = context // 2 if overflow == "shift" else None  # without it, a number for any context is none too many
-        expected = "a whole number from 0" + ("" if most is None else f" to {most}, half the context")
-        require(is_int(sinks, 0, most), "num_sink_tokens", sinks, expected)
+        require_valid({"context_overflow": overflow, "num_sink_tokens": sinks})
         if overflow == "shift":
+            most = context // 2
+            require(sinks <= most, "num_sink_tokens", sinks, f"a whole number from 0 to {most}, half the context")
             require_shift(engine.manifest)
             if engine.manifest.window is not None:  # which no token sees any more, once it is that far
                 sinks = 0

@@ -5,49 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
-import numpy as np
-
 from pastkey.errors import InputError
-from pastkey.values import is_int, require, shown
+from pastkey.values import is_collection, is_int, require, shown
 
 from ..sampling.random_stream import continuation_seed, fresh_seed
-from ..settings import SamplingConfig
+from ..settings import SamplingConfig, require_valid
 from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
 from .stream import Stream, next_of
 
-MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
 Key = TypeVar("Key")
 Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], Stream]
 
 
-def several(prompt: object) -> bool:
+def several(prompt: Any) -> bool:
     """Whether this is a sequence of prompts."""
-    if isinstance(prompt, str | bytes | bytearray | memoryview | dict | set | frozenset):
-        return False
-    if getattr(prompt, "ndim", None) is not None:
-        return bool(getattr(prompt, "ndim", 0) == 2)
-    if not isinstance(prompt, Sequence) or not prompt:
-        return False
-    return all(isinstance(one, str) or (hasattr(one, "__len__") and hasattr(one, "__iter__")) for one in prompt)
+    dimensions = getattr(prompt, "ndim", None)
+    if dimensions is not None:
+        return bool(dimensions == 2)
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    return listed and len(prompt) > 0 and all(hasattr(one, "__len__") for one in prompt)
 
 
-def token_ids(given: object, name: str, expected: str, vocab_size: int) -> list[int]:
-    """`given` as a list of whole numbers. Raises InputError, which calls it `name`, where it is something else."""
-    if isinstance(given, np.ndarray):
-        given = given.tolist()
-    no_list = isinstance(given, str | bytes | bytearray | memoryview | Mapping | Set)
-    if no_list or not isinstance(given, Iterable):
-        advice = ": decode it first" if isinstance(given, bytes | bytearray | memoryview) else ""
-        raise InputError(f"{name} is {shown(given)}; {expected} was expected{advice}")
-    tokens = list(given)
-    odd = [token for token in tokens if not is_int(token)]
-    if odd and all(isinstance(token, str | Sequence | np.ndarray) for token in tokens):
-        raise InputError(
-            f"several prompts were given; one was expected, {expected}: generate and stream_many take a list"
-        )
-    if odd:
-        raise InputError(f"{name} holds {shown(odd[0])}; token ids are whole numbers from 0 to {vocab_size - 1}")
+def token_ids(prompt: Iterable[Any], vocab_size: int) -> list[int]:
+    """A prompt as a list of whole numbers. Raises InputError for bytes, a mapping or a set, and for other items."""
+    unordered_or_bytes = isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set)
+    require(not unordered_or_bytes, "the prompt", prompt, "a text, or a list of token ids")
+    tokens = list(prompt)
+    for token in tokens:
+        if not is_int(token):
+            raise InputError(f"the prompt holds {shown(token)}; token ids are whole numbers from 0 to {vocab_size - 1}")
     return [int(token) for token in tokens]
 
 
@@ -118,12 +105,9 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         Prompts that begin alike share that prefill. With `n` there are so many of each prompt, which draw by seeds of
         their own. `progress` is told (done, all) when one ends.
         """
-        ordered = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 0  # an array, or a column of a table
-        if isinstance(prompts, str) or not ordered or not len(prompts):
-            found = "a text" if isinstance(prompts, str) else "none" if ordered else shown(prompts)
-            raise InputError(f"several prompts were expected and {found} was given: give a list of at least one")
-        require(n is None or is_int(n, 1, MAX_CONTINUATIONS), "n", n, f"a whole number from 1 to {MAX_CONTINUATIONS:,}")
-        require(progress is None or callable(progress), "progress", progress, "a function of (done, all), or None")
+        ordered = is_collection(prompts) and not isinstance(prompts, Set)
+        require(ordered and len(prompts) > 0, "prompts", prompts, "a list of at least one prompt")
+        require_valid({"n": n})
         each, shared = [options] if n is None else continuations(options, n), SharedPrefills()
         self._streams = [begin(prompt, one, shared) for prompt in prompts for one in each]
         self._rest = self._run(most, progress)

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from pastkey.errors import InputError
-from pastkey.values import is_collection, is_int, is_number, require, shown
+from pastkey.values import shown
 
 from ..sampling.dry import Breakers
-from ..settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig
+from ..settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig, require_valid
 from ..speculation.drafter import Drafter, Follows
 
 
@@ -54,15 +54,9 @@ class Request:
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
+        require_valid(vars(self))
         most, least = self.max_new_tokens, self.sampling.min_new_tokens
-        if not is_int(most) or most < 0:
-            raise InputError(f"max_new_tokens is {shown(most)}; it must be a whole number from 0")
         if least > most:
             raise InputError(f"min_new_tokens is {shown(least)}; it must be at most max_new_tokens, {shown(most)}")
-        if self.logprobs is not None and not is_int(self.logprobs, 0):
-            raise InputError(f"logprobs is {shown(self.logprobs)}; it must be a whole number from 0, or None")
-        if self.timeout is not None and not (is_number(self.timeout) and self.timeout > 0):
-            raise InputError(f"timeout is {shown(self.timeout)}; a number of seconds above 0 was expected, or None")
-        require(is_collection(self.prompt), "the prompt", self.prompt, "token ids")
         if len(self.prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")

@@ -16,12 +16,13 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
 from pastkey.precisions import PRECISIONS
-from pastkey.values import is_int, parse_version, require
+from pastkey.providers import Provider
+from pastkey.values import parse_version
 
 from ..providers import placement as ep
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..settings import Choice, PlacementOptions, SessionSettings, require_placement
+from ..settings import Choice, PlacementOptions, SessionSettings, require_valid
 from .binding import Binding
 from .caches.int8_kv import INT8_KV_FROM, CachePair
 from .caches.static_graphs import StaticGraphs
@@ -113,7 +114,6 @@ class DecoderGraph:
             MissingExtraError: The bundle needs a newer onnxruntime.
             InputError: An impossible number of threads.
         """
-        require_placement(providers, threads, allow_fallback, session_options)
         self.threads = checked_threads(threads)
         self.manifest = manifest = bundle.manifest
         self.every = graph == "all_logits"
@@ -166,9 +166,8 @@ class DecoderGraph:
         return CachePair(
             self.onnx,
             self.manifest,
-            device=ep.cache_device(self.providers),
+            provider=self.provider,
             device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
-            fixed_shapes=ep.prefers_fixed_shapes(self.providers),
             open_int8=None if self._open_int8 is None else self._int8_graph,
             int8_from=self.int8_kv_from,
         )
@@ -182,9 +181,14 @@ class DecoderGraph:
             return self._int8
 
     @property
+    def provider(self) -> Provider:
+        """The row of the first execution provider in use."""
+        return ep.row_of(self.providers[0])
+
+    @property
     def takes_padding(self) -> bool:
         """Whether rows of different lengths may be run together."""
-        fused_elsewhere = self.fused and (self.one_by_one or ep.misses_keys(self.providers))
+        fused_elsewhere = self.fused and (self.one_by_one or self.provider.misses_keys)
         return self.manifest.padding and self._static_decode is None and not fused_elsewhere
 
     @property
@@ -202,13 +206,13 @@ class DecoderGraph:
             and names.SEQLENS_K in self._inputs
             and not self.takes_mask
             and PRECISIONS[self.manifest.precision].cache_bytes == 4
-            and ep.cache_device(self.providers) == "cpu"
+            and self.provider.device == "cpu"
         )
 
     @property
     def copies(self) -> bool:
         """Whether a part of a cache can be copied: it is in the processor's memory, and tells its parts apart."""
-        return ep.cache_device(self.providers) == "cpu" and not self.manifest.states
+        return self.provider.device == "cpu" and not self.manifest.states
 
     @property
     def droppable_window(self) -> int | None:
@@ -254,8 +258,7 @@ class DecoderGraph:
 
         Raises InputError for a `chunk_size` below 1.
         """
-        expected = "a whole number from 1, or None"
-        require(chunk_size is None or is_int(chunk_size, 1), "chunk_size", chunk_size, expected)
+        require_valid({"chunk_size": chunk_size})
         if chunk_size is None and self.manifest.static is not None:
             return [tokens]
         if chunk_size is not None or not self._stores_scores:
@@ -272,8 +275,8 @@ class DecoderGraph:
         return sizes
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def run(self, cache: Bound, ids: Ids, positions: Ids | int, real: npt.NDArray[Any] | int, total: int, keep: int,
-            mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
+    def run(self, cache: Bound | StaticGraphs, ids: Ids, positions: Ids | int, real: npt.NDArray[Any] | int, total: int,
+            keep: int, mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
         """Runs the new tokens `ids` (B, T) at `positions` (B, T) through a cache. The one place where it is run.
 
         Args:
@@ -289,6 +292,8 @@ class DecoderGraph:
         Returns:
             Logits (B, keep, V), or last hidden states (B, T, H), in an array that the next run may write into.
         """
+        if isinstance(cache, StaticGraphs):
+            return cache.run(ids[0], keep)
         binding = cache.binding
         binding.feed(names.INPUT_IDS, ids, ids.shape)
         binding.feed(names.POSITION_IDS, positions, ids.shape)
@@ -366,7 +371,7 @@ class DecoderGraph:
             raise InputError(
                 'a row ends in padding, and this graph gives the last position only: open graph="all_logits"'
             )
-        if self.fused and (self.one_by_one or ep.misses_keys(self.providers)):
+        if self.fused and (self.one_by_one or self.provider.misses_keys):
             name = ep.short_name(self.providers[0])
             raise InputError(
                 f"on the execution provider {name!r} rows of different lengths cannot be run together, since it leaves "

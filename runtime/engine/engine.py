@@ -12,10 +12,8 @@ import numpy.typing as npt
 
 from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import InputError, PastkeyError
-from pastkey.values import is_collection, is_int, require
 
-from .caches.int8_kv import CachePair
-from .caches.static_graphs import StaticGraphs
+from ..settings import require_valid
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .one_at_a_time import one_at_a_time
 from .padding import Padding
@@ -43,6 +41,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
         """Opens the graph, as DecoderGraph does, for one empty cache."""
+        require_valid(options)
         self._begin(DecoderGraph(bundle, **options))
 
     @classmethod
@@ -55,7 +54,7 @@ class Engine:
     def _begin(self, graph: DecoderGraph) -> None:
         self.graph = graph
         self.lock = threading.RLock()
-        self.cache: CachePair | StaticGraphs = graph.new_cache()
+        self.cache = graph.new_cache()
         self._ids: list[int] | None = []  # of the tokens in the cache; None where they are unknown
         self._padding = Padding()
         self.resets = 0
@@ -96,7 +95,7 @@ class Engine:
     @property
     def decodes_in_int8(self) -> bool:
         """Whether the next token would be decoded with an int8 cache."""
-        return isinstance(self.cache, CachePair) and self.cache.decodes_in_int8()
+        return self.cache.decodes_in_int8
 
     @one_at_a_time
     def reset(self) -> None:
@@ -163,7 +162,7 @@ class Engine:
 
     def shared_with(self, ids: Sequence[int]) -> int:
         """How many of the first of `ids` (T,) are the first in the cache, of all but the last two (of states, one)."""
-        require(is_collection(ids) and hasattr(ids, "__getitem__"), "ids", ids, "a list of token ids")
+        require_valid({"ids": ids})
         shared = 0
         for mine, theirs in zip(self.cached_ids, ids[: len(ids) - (1 if self.manifest.states else 2)], strict=False):
             if mine != theirs:
@@ -220,7 +219,7 @@ class Engine:
                 del self._ids[length:]
 
     def _require_window(self, length: int) -> None:
-        require(is_int(length), "length", length, "a whole number")
+        require_valid({"length": length})
         if self.gone and not self.can_trim(length):
             raise InputError(
                 f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"
@@ -343,8 +342,7 @@ class Engine:
             Logits (B, T, V), or (B, 1, V) of the graph "last_logits". Those at padding mean nothing.
         """
         ids = self.checked(ids, 2)
-        every = self.graph.every
-        checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=every)
+        checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=self.graph.every)
         return self.run(ids, checked).copy()
 
     @one_at_a_time
@@ -383,8 +381,6 @@ class Engine:
                 f"{tokens} tokens were given to each of {batch} rows that hold {start} already: this bundle's graph "
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
-        if isinstance(self.cache, StaticGraphs):
-            return self._run_static(self.cache, ids, mask, keep=keep)
         padded = self._padding.mask is not None or mask is not None
         if self._window is not None and batch == 1 and mask is None:
             self.leave_window(tokens)
@@ -415,25 +411,10 @@ class Engine:
         elif self._ids is not None:
             self._ids += ids[0].tolist()
 
-    def advance_batched(self, token: int) -> None:
-        """Takes in a token that was run among rows of other engines, in this one's memory."""
-        assert isinstance(self.cache, CachePair)
-        self.cache.float32.advance(1)
+    def note_batched(self, token: int) -> None:
+        """Notes a token that was run among rows of other engines, in this one's memory."""
         if self._ids is not None:
             self._ids.append(token)
-
-    def _run_static(self, static: StaticGraphs, ids: Ids, mask: Ids | None, *, keep: int) -> Logits:
-        """As `run`, by the static graphs."""
-        batch, tokens = ids.shape
-        if mask is not None:
-            raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
-        with self._changing():
-            static.reserve(batch, tokens)
-            logits = static.run(ids[0], keep)
-            self.graph.check_finite(logits, self.length, tokens)
-            static.advance(tokens)
-            self._take_in(self.length - tokens, ids)
-        return logits
 
     # --- checks ---------------------------------------------------------------------------------------------------
     def checked(self, ids: npt.ArrayLike, ndim: int, *, start: int | None = None) -> Ids:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pastkey.errors import InputError, ResourceError
-from pastkey.values import is_one_of, require
 
 from ..decoding.many import several
 from ..engine.caches.kv import GROWTH_STEP
 from ..engine.decoder_graph import PREFILL_CHUNK, HiddenStates, Ids
 from ..engine.engine import Engine
-from ..settings import Pooling
+from ..settings import require_valid
 from .parts import ModelParts
 
 _ROOM = 8 * GROWTH_STEP  # tokens that the cache of several rows has room for, at most
@@ -23,9 +22,7 @@ _ROOM = 8 * GROWTH_STEP  # tokens that the cache of several rows has room for, a
 
 def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt.NDArray[np.float32]:
     """See `LanguageModel.embed`."""
-    known = get_args(Pooling)
-    require(is_one_of(pooling, known), "pooling", pooling, f"one of {', '.join(known)}")
-    require(isinstance(normalize, bool), "normalize", normalize, "True or False")
+    require_valid({"pooling": pooling, "normalize": normalize})
     many = several(text)
     if many and pooling == "none":
         raise InputError('with the pooling "none" each token has a vector of its own: give one text at a time')

@@ -21,7 +21,7 @@ from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
 from ..decoding.batching.shared_prefill import SharedPrefills
 from ..decoding.completion import Completion, completed
-from ..decoding.many import StreamMany, several, token_ids
+from ..decoding.many import StreamMany, several
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
@@ -357,8 +357,7 @@ class LanguageModel:
             InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        tokens = token_ids(ids, "ids", "a sequence of token ids", self.manifest.vocab_size)
-        return np.concatenate(list(logits_by_chunk(self.parts, tokens)))
+        return np.concatenate(list(logits_by_chunk(self.parts, ids)))
 
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of each token of a text, and their sum.

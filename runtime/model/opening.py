@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
-from pastkey.values import is_collection, is_int, require, shown
+from pastkey.values import is_int, require
 
 from ..decoding.batching.shared_prefill import SharedPrefill, SharedPrefills
 from ..decoding.generation import Generation, Lifecycle
@@ -20,8 +20,6 @@ from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
 from .parts import ModelParts
-
-_SWITCHES = ("exact", "keep_special_tokens", "prompt_logprobs", "prompt_lookup", "reuse_prefix")
 
 
 class Scheduled:
@@ -95,17 +93,15 @@ def open_stream(
     Args:
         lifecycle: What surrounds its steps.
         ids: The whole text so far, (T,).
-        options: Those of `options_of`: checked names, and values to check.
+        options: Those of `options_of`.
         after_text: Whether the new text goes on from a text.
 
     Raises:
         InputError: The model cannot take `ids`, or an option is out of range.
     """
-    for name in _SWITCHES:
-        require(isinstance(options.get(name, False), bool), name, options.get(name), "True or False")
     parts = lifecycle.parts
     codec = parts.tokenizer
-    stops = _texts("stop", options.get("stop", ()))
+    stops = _texts(options.get("stop", ()))
     if stops and codec is None:
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
@@ -138,39 +134,32 @@ def _end_ids(options: Mapping[str, Any], manifest: Manifest) -> list[int]:
     eos = options.get("eos_token_id", manifest.eos_token_ids)
     ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
     for name, given in ids.items():
-        valid = is_collection(given) and all(is_int(token, 0, manifest.vocab_size - 1) for token in given)
+        valid = all(token < manifest.vocab_size for token in given)
         require(valid, name, given, f"a list of token ids from 0 to {manifest.vocab_size - 1}")
     return [int(token) for given in ids.values() for token in given]
 
 
 def _drafter(parts: ModelParts, options: Mapping[str, Any]) -> Drafter | None:
     asked = options.get("draft")
-    if asked is not None and not isinstance(asked, bool):
-        raise InputError(
-            f"draft is {shown(asked)}; True or False was expected: the draft model itself is an option of load"
-        )
     if asked and parts.draft is None:
         raise InputError("draft is True, and this model has no draft model: give one to pastkey.load(draft=BUNDLE)")
     return None if parts.draft is None or asked is False else parts.draft.drafter(parts.memory)
 
 
-def _texts(name: str, given: Any) -> tuple[str, ...]:
-    texts = tuple(given) if is_collection(given) or isinstance(given, Iterator) else (given,)
-    if any(not isinstance(text, str) or not text for text in texts):
-        raise InputError(f"{name} is {shown(given)}; texts of at least one character were expected")
-    return texts
+def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _bad_words(codec: TextCodec | None, options: Mapping[str, Any]) -> Sequence[Sequence[int]]:
     """The ids of all bad words: those of a text as it stands, and after a space."""
     given = options.get("bad_words_ids", ())
-    texts = _texts("bad_words", options.get("bad_words", ()))
+    texts = _texts(options.get("bad_words", ()))
     if not texts:
-        return given  # type: ignore[no-any-return]  # which SamplingConfig checks
+        return given  # type: ignore[no-any-return]
     if codec is None:
         raise InputError("this bundle has no tokenizer, so that bad words have no ids: give bad_words_ids")
     encoded = [codec.encode(space + text, add_special_tokens=False) for text in texts for space in ("", " ")]
-    return [*SamplingConfig(bad_words_ids=given).bad_words_ids, *encoded]
+    return [*given, *encoded]
 
 
 def _breakers(codec: TextCodec | None, sampling: SamplingConfig) -> Breakers:

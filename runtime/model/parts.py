@@ -70,7 +70,7 @@ class ModelParts:
 def prompt_ids(prompt: str | Sequence[int], tokenizer: TextCodec | None, vocab_size: int) -> list[int]:
     """The ids that a prompt is fed as. Raises InputError; see `LanguageModel.prompt_ids`."""
     if not isinstance(prompt, str):
-        return token_ids(prompt, "the prompt", "a text or a sequence of token ids", vocab_size)
+        return token_ids(prompt, vocab_size)
     if tokenizer is None:
         raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
     return tokenizer.encode(prompt)

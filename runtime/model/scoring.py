@@ -45,7 +45,7 @@ def score(parts: ModelParts, ids: list[int]) -> Score:
     return Score(list(ids), logprobs, float(sum(number for number in logprobs if number is not None)))
 
 
-def logits_by_chunk(parts: ModelParts, ids: list[int]) -> Iterator[npt.NDArray[np.float32]]:
+def logits_by_chunk(parts: ModelParts, ids: npt.ArrayLike) -> Iterator[npt.NDArray[np.float32]]:
     """The logits of every position of `ids` (T,), from an empty cache: arrays (t, V), one for each chunk.
 
     Raises:

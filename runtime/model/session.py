@@ -148,7 +148,7 @@ class Session:
     def trim(self, length: int) -> None:
         """Keeps only the first `length` tokens. Raises InputError if there are fewer."""
         engine = self._idle()
-        if not is_int(length) or not 0 <= length <= len(self._ids):
+        if not is_int(length, 0, len(self._ids)):
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {shown(length)}")
         del self._ids[length:]
         self._parts.scheduler.exclusively(lambda: _cut(engine, length))

@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pastkey.contract.names import MANIFEST
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, first_line
@@ -34,17 +34,14 @@ class Given:
     copied: Path | None = None  # a temporary folder, which is the path
 
 
-def given_as(path: object) -> Given:
+def given_as(path: Any) -> Given:
     """What this is: a path, bytes, or a resource of a package, whose folder is copied. Nothing of it is read otherwise.
 
     Raises InputError, MissingFileError.
     """
     if isinstance(path, bytes | bytearray | memoryview):
         return Given(Path("the bytes"), "the bytes", memoryview(path).cast("B"))
-    if isinstance(path, str | os.PathLike):
-        found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
-        return Given(found, str(found))
-    if isinstance(path, Traversable):
+    if isinstance(path, Traversable) and not isinstance(path, os.PathLike):
         if path.is_file():
             return Given(Path(path.name), path.name, path.read_bytes())
         if not path.is_dir():
@@ -52,10 +49,8 @@ def given_as(path: object) -> Given:
         folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
         _copy(path, folder)
         return Given(folder, path.name, copied=folder)
-    raise InputError(
-        f"path is {shown(path)}; the path of a bundle folder was expected, as a str or a Path, or a zip file of one, "
-        "its bytes, or a resource of a package"
-    )
+    found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
+    return Given(found, str(found))
 
 
 def _copy(source: Traversable, target: Path) -> None:

@@ -2,120 +2,27 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import importlib
 import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pastkey.contract.bundle import Compiled, Manifest
-from pastkey.contract.provider_options import HTP_ARCHS
 from pastkey.errors import ProviderError, StartError, first_line
+from pastkey.providers import PROVIDERS, TARGETS, Provider
 from pastkey.values import shown
 
 from ..settings import Choice
 from .ort import onnxruntime, wheels
 
-CPU = "CPUExecutionProvider"
-
+CPU = PROVIDERS["cpu"].name
 
 # Reaches a remote service with graphs made for it; a decoder asked to run there would run on the CPU in silence.
 _NOT_HARDWARE = {"AzureExecutionProvider"}
-
-
-class Seen(enum.Enum):
-    """How a graph was seen to run on a provider."""
-
-    WHOLE = enum.auto()  # nothing is left to the CPU
-    RUNS = enum.auto()  # what is left, if anything, is little
-    PARTLY = enum.auto()  # its attention is left to the CPU
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of a provider, whether or not it is here."""
-
-    name: str  # onnxruntime's name
-    hardware: str
-    source: str  # what brings it
-    graphs: Mapping[str, Seen] = field(default_factory=dict)  # those that were seen to run there, and how
-    remedy: str = ""  # what to export for it, where that is not the fused graph
-    fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
-    plugin: str = ""  # the module of a provider that onnxruntime must be told of
-    ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operator -> attributes that change nothing
-    misses_keys: bool = False  # GroupQueryAttention was seen to leave out keys, of a prefill and of a padded batch
-    options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
-    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
-
-    @property
-    def whole(self) -> frozenset[str]:
-        """The graphs that run there whole."""
-        return frozenset(graph for graph, seen in self.graphs.items() if seen == Seen.WHOLE)
-
-
-_RUNS = {"fused": Seen.RUNS}
-_SOURCE_BUILD = "onnxruntime built from source with"
-
-KNOWN = {
-    "cpu": Known(CPU, "any CPU", "pip install onnxruntime", _RUNS),
-    "cuda": Known("CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", _RUNS),
-    "tensorrt": Known("TensorrtExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with TensorRT", _RUNS),
-    "openvino": Known(
-        "OpenVINOExecutionProvider",
-        "Intel CPUs, GPUs, NPUs",
-        "pip install onnxruntime-openvino",
-        {"standard": Seen.WHOLE, "static": Seen.WHOLE, "fused": Seen.PARTLY},
-        remedy="export the model again with --target openvino",
-        fixed_shapes=True,
-    ),
-    "webgpu": Known(
-        "WebGpuExecutionProvider",
-        "GPUs by Vulkan, Metal or D3D12",
-        "pip install onnxruntime-webgpu",
-        {"fused": Seen.RUNS, "static": Seen.WHOLE, "standard": Seen.RUNS},
-        remedy="export the model again with --target webgpu",
-        ignores={"GroupQueryAttention": ("softcap",)},
-        misses_keys=True,
-    ),
-    "qnn": Known(
-        "QNNExecutionProvider",
-        "Qualcomm NPUs",
-        "pip install onnxruntime onnxruntime-qnn",
-        {"static": Seen.WHOLE},
-        remedy="export the model again with --target qnn",
-        plugin="onnxruntime_qnn",
-        # Without a name the compiler takes 68, which lacks float16: every decoder then fails (1002).
-        options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
-        values={"htp_arch": HTP_ARCHS},
-    ),
-    "coreml": Known(
-        "CoreMLExecutionProvider",
-        "Apple GPUs and neural engines",
-        "pip install onnxruntime on macOS",
-        remedy="export the model again with --target coreml --precision fp32",
-        options={"ModelFormat": "MLProgram"},
-    ),
-    "dml": Known("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
-    "migraphx": Known("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx, with ROCm"),
-    "rocm": Known("ROCMExecutionProvider", "AMD GPUs, of older releases", f"{_SOURCE_BUILD} --use_rocm"),
-    "xnnpack": Known("XnnpackExecutionProvider", "ARM CPUs", f"{_SOURCE_BUILD} --use_xnnpack"),
-    "nnapi": Known("NnapiExecutionProvider", "Android accelerators", "onnxruntime for Android"),
-    "cann": Known("CANNExecutionProvider", "Huawei Ascend NPUs", "pip install onnxruntime-cann"),
-}
-
-# The targets that are a provider, where a bundle runs when nothing else is asked for. Others run on the CPU.
-_TARGETS = ("cuda", "openvino", "webgpu", "qnn", "coreml")
-
-# Providers whose memory the cache lives in. With any other, tensors are handed over in CPU memory.
-_DEVICE_OF = {
-    "CUDAExecutionProvider": "cuda",
-    "TensorrtExecutionProvider": "cuda",
-    "WebGpuExecutionProvider": "webgpu",
-}
 
 
 @dataclass(frozen=True)
@@ -165,24 +72,24 @@ def resolve(
         asked, options = (entry, {}) if isinstance(entry, str) else entry
         name = full_name(asked)
         if name not in here:
-            known = KNOWN.get(short_name(name)) if name else None
+            known = PROVIDERS.get(short_name(name)) if name else None
             what = f"the execution provider {shown(asked)} " + ("is not on this machine" if known else "is unknown")
-            remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(KNOWN)}"
+            remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(PROVIDERS)}"
             if known and len(wheels()) > 1 and set(_packages(known)) & set(wheels()):
                 remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
-        facts = _facts(name)
-        if graph == "fused" and graph not in facts.graphs:
-            remedy = f", or {facts.remedy}" if facts.remedy else ""
+        row = row_of(name)
+        if graph == "fused" and graph not in row.graphs:
+            remedy = f", or {row.remedy}" if row.remedy else ""
             raise ProviderError(
                 f"{reason}this bundle has the fused graph, which the execution provider {asked!r} was never seen "
                 f"to run: take the provider 'cpu'{remedy}"
             )
-        own = options_of_target or {} if short_name(name) == provider_of(target) else {}
-        chosen[name] = {**facts.options, **own, **options}
-        require_values(short_name(name), chosen[name])
+        own = options_of_target or {} if row.short == provider_of(target) else {}
+        chosen[name] = {**row.options, **own, **options}
+        require_values(row, chosen[name])
     first = next(iter(chosen), CPU)
-    graphs = _facts(first).whole
+    graphs = row_of(first).whole
     # A graph that was made for a provider may run in parts there.
     foreign = bool(graphs) and short_name(first) != provider_of(target)
     whole = first != CPU and CPU not in chosen and not allow_fallback and (graph in graphs or foreign)
@@ -191,13 +98,12 @@ def resolve(
     return Placement(tuple(chosen.items()), whole)
 
 
-def require_values(name: str, options: Mapping[str, Any]) -> None:
-    """Raises ProviderError for an option of a provider, by its short name, that has no such value."""
-    known = KNOWN.get(name)
-    for option, values in ({} if known is None else known.values).items():
+def require_values(row: Provider, options: Mapping[str, Any]) -> None:
+    """Raises ProviderError for an option of a provider that has no such value."""
+    for option, values in row.values.items():
         if str(found := options.get(option, values[0])) not in values:
             raise ProviderError(
-                f"the execution provider {name!r} has no {option} {found}; it must be one of {', '.join(values)}"
+                f"the execution provider {row.short!r} has no {option} {found}; it must be one of {', '.join(values)}"
             )
 
 
@@ -230,7 +136,7 @@ def overlapping() -> str:
     )
 
 
-def what_brings(known: Known) -> str:
+def what_brings(known: Provider) -> str:
     """The command that brings a provider, after that for the wheels that its wheel would lie over."""
     # A plugin is no onnxruntime of its own.
     wanted = {package for package in _packages(known) if package != known.plugin.replace("_", "-")}
@@ -240,36 +146,21 @@ def what_brings(known: Known) -> str:
     return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
 
 
-def _packages(known: Known) -> list[str]:
+def _packages(known: Provider) -> list[str]:
     """The wheels that the command for a provider names."""
     return re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
 
 
-def takes_fused(target: str) -> bool:
-    """Whether a bundle made for `target` may have the fused graph."""
-    return KNOWN[provider_of(target)].graphs.get("fused") in (Seen.WHOLE, Seen.RUNS)
-
-
-def ignored(target: str, operator: str) -> tuple[str, ...]:
-    """The attributes of an operator that change nothing where a bundle made for `target` runs."""
-    return KNOWN[provider_of(target)].ignores.get(operator, ())
-
-
-def is_here(name: str) -> bool:
-    """Whether a provider is on this machine, by its short name."""
-    return KNOWN[name].name in available()
-
-
 def provider_of(target: str) -> str:
     """The short name of the provider that a bundle made for `target` runs on when nothing else is asked for."""
-    return target if target in _TARGETS else "cpu"
+    return TARGETS.get(target, PROVIDERS["cpu"]).short
 
 
 def other_graph(name: str, manifest: Manifest) -> str:
     """What to export for a provider that computes a bundle's graph wrong: the same model, in the same precision."""
     if manifest.graph != "fused":
         return "report the device to https://github.com/microsoft/onnxruntime/issues"
-    other = "static" if "static" in _facts(name).whole and manifest.precision == "fp32" else "standard"
+    other = "static" if "static" in row_of(name).whole and manifest.precision == "fp32" else "standard"
     target = provider_of(name)
     return f"export the model again with --target {target} --graph {other} --precision {manifest.precision}"
 
@@ -292,7 +183,7 @@ def not_started(name: str, active: Sequence[str]) -> StartError:
 def remedy(name: str, target: str) -> str:
     """What to do where a provider, by its short name, does not run a bundle made for `target`; "" for nothing."""
     again = "export the model again if an older pastkey wrote this bundle"
-    return again if provider_of(target) == name else _facts(name).remedy
+    return again if provider_of(target) == name else row_of(name).remedy
 
 
 def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
@@ -324,32 +215,17 @@ def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
     return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)}){where}"
 
 
-def misses_keys(active: Sequence[str]) -> bool:
-    """Whether attention of several tokens at once was seen to be wrong on some device of a session's provider."""
-    return _facts(active[0]).misses_keys
-
-
-def cache_device(active: Sequence[str]) -> str:
-    """Where the cache of a session with these providers lives: onnxruntime's device name."""
-    return _DEVICE_OF.get(active[0], "cpu")
-
-
-def prefers_fixed_shapes(active: Sequence[str]) -> bool:
-    """Whether a session with these providers is slow where a shape changes."""
-    return _facts(active[0]).fixed_shapes
-
-
 def available() -> list[str]:
     """The providers of this onnxruntime, by its names, and those of plugins that are installed."""
     own = [name for name in onnxruntime.get_available_providers() if name not in _NOT_HARDWARE]
     # Once it was registered, onnxruntime names a plugin too.
-    plugins = [known.name for known in KNOWN.values() if known.name not in own and is_plugin(known.name)]
+    plugins = [known.name for known in PROVIDERS.values() if known.name not in own and is_plugin(known.name)]
     return [*plugins, *own]
 
 
 def is_plugin(name: str) -> bool:
     """Whether a provider comes from a package of its own, and that is installed."""
-    module = _facts(name).plugin
+    module = row_of(name).plugin
     return bool(module) and hasattr(onnxruntime, "get_ep_devices") and _installed(module)
 
 
@@ -371,7 +247,7 @@ def _register(name: str) -> None:
     """Tells onnxruntime of a plugin, once in a process."""
     if any(device.ep_name == name for device in onnxruntime.get_ep_devices()):  # an application did so already
         return
-    module = _facts(name).plugin
+    module = row_of(name).plugin
     try:
         library = importlib.import_module(module).get_library_path()
         onnxruntime.register_execution_provider_library(name, library)
@@ -382,17 +258,18 @@ def _register(name: str) -> None:
         ) from error
 
 
-def _facts(name: str) -> Known:
-    return KNOWN.get(short_name(name), Known(name, "", ""))
+def row_of(name: str) -> Provider:
+    """The row of a provider by either of its names; one without facts where the table has none."""
+    return PROVIDERS.get(short_name(name)) or Provider(name)
 
 
 def full_name(name: str) -> str:
     """onnxruntime's name of a provider, or "" for an unknown one. Upper and lower case do not matter."""
     wanted = name.lower().removesuffix("executionprovider")
     by_name = {short_name(full): full for full in available()}
-    return KNOWN[wanted].name if wanted in KNOWN else by_name.get(wanted, "")
+    return PROVIDERS[wanted].name if wanted in PROVIDERS else by_name.get(wanted, "")
 
 
 def short_name(name: str) -> str:
     """The name a user types: "CUDAExecutionProvider" -> "cuda"."""
-    return name.removesuffix("ExecutionProvider").lower()
+    return Provider(name).short

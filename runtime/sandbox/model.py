@@ -229,7 +229,7 @@ class SandboxedModel:
         """A prompt as JSON has it. Raises InputError for what is neither a text nor token ids."""
         if isinstance(prompt, str):
             return prompt
-        return token_ids(prompt, "the prompt", "a text or a sequence of token ids", self.manifest.vocab_size)
+        return token_ids(prompt, self.manifest.vocab_size)
 
     def _stream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> SandboxedStream:
         return SandboxedStream(self._alive(), self, self._sent(prompt), options, self.manifest)

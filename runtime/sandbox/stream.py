@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError, UntrustedBundleError
-from pastkey.values import is_collection, is_int, shown
+from pastkey.values import is_collection
 
 from ..decoding.completion import Chunk, Completion
 from ..decoding.stream import read_already
@@ -51,7 +51,7 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
             options: Those of the call, whose names are known.
             manifest: The bundle's.
 
-        Raises InputError for an option that JSON does not hold.
+        Raises InputError for a function, and TypeError for an option that JSON does not hold.
         """
         self.completion: Completion | None = None
         self._connection, self._holds, self._number = connection, holds, next(numbers)
@@ -61,11 +61,11 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
         self._begun = self._over = self._cancelled = False
         sent = sent_options(options)
         self._given: dict[str, Any] = {"text": text, "options": sent}
-        # An answer has no more than was asked for. What is out of range is refused where the bundle is open.
-        new, logprobs = sent.get("max_new_tokens", MAX_NEW_TOKENS), sent.get("logprobs")
-        self._vocab_size, self._most_new = manifest.vocab_size, new if is_int(new, 0) else 0
+        # An answer has no more than was asked for. What the vocabulary lacks is refused where the bundle is open.
+        new, logprobs = sent.get("max_new_tokens", MAX_NEW_TOKENS), sent.get("logprobs", 0)
+        self._vocab_size, self._most_new = manifest.vocab_size, new
         self._most_text = _TEXT + _TEXT_PER_TOKEN * self._most_new
-        each = PER_TOKEN * (2 + (logprobs if is_int(logprobs, 0, self._vocab_size) else 0))
+        each = PER_TOKEN * (2 + min(logprobs, self._vocab_size))
         self._most = MOST_JSON + (_PER_PART * len(text) * each if sent.get("prompt_logprobs") else 0)
 
     def __next__(self) -> Chunk:
@@ -167,7 +167,7 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
 
 
 def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call as JSON takes them, a mapping of ids as pairs. Raises InputError where it takes none."""
+    """The options of a call as JSON takes them, a mapping of ids as pairs. Raises InputError for a function."""
     found = {}
     for name, value in options.items():
         if name == "logits_processor":
@@ -178,10 +178,5 @@ def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 )
             continue
         pairs = name == "logit_bias" and isinstance(value, Mapping)
-        try:
-            found[name] = plain(list(value.items()) if pairs else list(value) if isinstance(value, Set) else value)
-        except (TypeError, RecursionError):
-            raise InputError(
-                f"{name} is {shown(value)}; text, numbers, lists and mappings go to the process of an untrusted bundle"
-            ) from None
+        found[name] = plain(list(value.items()) if pairs else list(value) if isinstance(value, Set) else value)
     return found

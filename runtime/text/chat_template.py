@@ -75,8 +75,10 @@ class ChatTemplate:
         if names.TOKENIZER_CONFIG in bundle.manifest.files:
             config = read_json(bundle.path / names.TOKENIZER_CONFIG)
         tokens = _special_tokens(config)
-        if file is not None or source is not None:
-            return cls(read_template(file) if source is None else source, tokens)
+        if source is None and file is not None:
+            source = read_template(file)
+        if source is not None:
+            return cls(source, tokens)
         if names.CHAT_TEMPLATE in bundle.manifest.files:  # it comes first, as in transformers
             return cls(read_template(bundle.path / names.CHAT_TEMPLATE), tokens)
         return cls(_chosen(bundle.path, config.get("chat_template"), tools), tokens)
@@ -159,7 +161,7 @@ def _up_to_mark(text: str, content: str) -> str:
     return text[:place] if text.startswith(_TAG, place) else text[:place].rstrip()
 
 
-def read_template(file: object) -> str:
+def read_template(file: str | Path) -> str:
     """The text of a template. Raises MissingFileError, or InputError for what is no path or no text."""
     return read_text(as_path(file, "template", "the path of a chat template"))
 

@@ -84,8 +84,6 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
 
 def check_messages(found: Sequence[Any], where: str = "") -> None:
     """Raises InputError for the first that is no message; `where` is behind its number in the sentence."""
-    if not isinstance(found, list | tuple):
-        raise InputError(f"messages is {shown(found)}; a list of messages was expected")
     for number, entry in enumerate(found, 1):
         name = f"message {number}{where}"
         if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:

@@ -33,8 +33,6 @@ def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
     Raises InputError for what is neither a schema with a name nor a function with hints of JSON's types.
     """
-    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-        raise InputError(f"tools is {shown(tools)}; a list of JSON schemas or functions was expected")
     return [_whole(tool) if isinstance(tool, Mapping) and tool_name(tool) else _schema(tool) for tool in tools]
 
 

@@ -331,11 +331,8 @@ def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path:
         ({"precision": "int5"}, "precision is 'int5'; it must be one of int8, int4, fp16, fp32"),
         ({"target": "tpu"}, "target is 'tpu'; it must be one of cpu, cuda, openvino, webgpu, qnn, coreml, portable"),
         ({"graph": "dynamic"}, "graph is 'dynamic'; it must be one of auto, fused, standard, static"),
-        ({"graph": "fused", "target": "portable"}, "with --target portable use standard"),
-        (
-            {"graph": "fused", "target": "openvino"},
-            "is not known to run on openvino: with --target openvino use standard",
-        ),
+        ({"graph": "fused", "target": "portable"}, "use --graph standard, or auto: standard operators only"),
+        ({"graph": "fused", "target": "openvino"}, "with --target openvino use --graph standard, or auto: the fused"),
         ({"context_length": None}, "Plain has no context length of its own: give it with context_length=N"),
         ({"context_length": 1}, "the context length is 1; it must be a whole number of tokens from 2"),
         ({"context_length": "8"}, "the context length is '8'; it must be a whole number of tokens from 2"),

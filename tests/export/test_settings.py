@@ -44,7 +44,7 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> No
         ({"target": "qnn", "max_kl": 0.1}, "--max-kl and --sensitivity are of pastkey's own int8"),
         ({"chunk": 64}, "--chunk is of the static graph"),
         ({"target": "qnn", "precision": "fp32", "chunk": 0}, "chunk is 0; it must be a whole number of tokens from 1"),
-        ({"target": "portable", "precision": "fp32", "graph": "fused"}, "with --target portable use standard"),
+        ({"target": "portable", "precision": "fp32", "graph": "fused"}, "with --target portable use --graph standard"),
         ({"format": "gguf"}, "format is 'gguf'; it must be one of onnx, ort"),
         ({"format": "ort", "target": "cuda"}, "for cuda: with --format ort take --target cpu or portable"),
         ({"max_kl": float("nan")}, "max_kl is nan; it must be a finite number of nats above 0"),

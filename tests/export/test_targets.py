@@ -15,6 +15,7 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ContractError, NumericsError, ProviderError
 from pastkey.export import bundle_writer, export
 from pastkey.precisions import PRECISIONS
+from pastkey.providers import PROVIDERS
 from pastkey.runtime import Engine, load
 from pastkey.runtime.providers import placement as providers
 
@@ -48,7 +49,7 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
             super().__init__(bundle, providers="cpu")
 
     monkeypatch.setattr(bundle_writer, "Engine", Recorded)
-    monkeypatch.setattr(providers, "available", lambda: [providers.KNOWN["openvino"].name, providers.CPU])
+    monkeypatch.setattr(providers, "available", lambda: [PROVIDERS["openvino"].name, providers.CPU])
     report = export(
         Plain(),
         tmp_path / "bundle",

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from pastkey.providers import PROVIDERS
 from pastkey.runtime.providers import placement as ep
 
 
 def main(provider: str, folder: Path) -> None:
-    full = ep.KNOWN[provider].name
+    full = PROVIDERS[provider].name
     for path in sorted(folder.glob("*.onnx")):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
@@ -25,7 +26,7 @@ def main(provider: str, folder: Path) -> None:
             feeds = dict(inputs)
         try:
             if ep.is_plugin(full):
-                options.add_provider_for_devices(ep.plugin_devices(full), dict(ep.KNOWN[provider].options))
+                options.add_provider_for_devices(ep.plugin_devices(full), dict(PROVIDERS[provider].options))
                 session = onnxruntime.InferenceSession(path, options, enable_fallback=0)
             else:
                 session = onnxruntime.InferenceSession(path, options, providers=[full], enable_fallback=0)

@@ -17,7 +17,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
-from pastkey.runtime.providers.placement import KNOWN
+from pastkey.providers import PROVIDERS
 
 from ..shared import divided
 
@@ -272,6 +272,6 @@ def test_attributes_change_what_they_change_on_the_cpu_unless_the_table_has_them
     print(
         f"{provider} {dtype}: {len(taken)} of {len({t.node.operator for t in tried.values()})} operators taken; {wrong}"
     )
-    table = {(operator, attribute) for operator, names in KNOWN[provider].ignores.items() for attribute in names}
+    table = {(operator, attribute) for operator, names in PROVIDERS[provider].ignores.items() for attribute in names}
     assert len(taken) > 10
     assert wrong.keys() == table, wrong

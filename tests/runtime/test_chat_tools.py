@@ -277,12 +277,6 @@ def test_what_a_conversation_gives_itself_is_no_variable(model: LanguageModel, n
         model.chat(**variables)
 
 
-@pytest.mark.parametrize("documents", ["a", [1], {"text": "a"}])
-def test_what_is_no_list_of_documents_is_told(model: LanguageModel, documents: Any) -> None:
-    with pytest.raises(InputError, match=r"documents is .*; a list of"):
-        model.chat(documents=documents)
-
-
 PARTS = [{"type": "text", "text": "abc"}, {"type": "text", "text": "de"}]
 
 

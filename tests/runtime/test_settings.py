@@ -1,12 +1,36 @@
-"""An option of a sampler stands in several places: where it is declared, typed, typed in a command, and explained."""
+"""Options: declared, explained and typed in a command alike; a wrong type of one is refused, or is a TypeError."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import pastkey
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError
+from pastkey.runtime import Engine, LanguageModel, Limits, Request, Session, load
 from pastkey.runtime.commands import cli
-from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, GenerateOptions, SamplingConfig, SamplingOptions
+from pastkey.runtime.model.signature import new_key, sign_bundle
+from pastkey.runtime.settings import (
+    _VALID,
+    CHAT_OPTIONS,
+    GENERATE_OPTIONS,
+    GenerateOptions,
+    PlacementOptions,
+    SamplingConfig,
+    SamplingOptions,
+    require_valid,
+)
+
+from .conftest import E, Tiny
 
 # What a command line has no flag for, and why.
 UNTYPED = {
@@ -32,3 +56,169 @@ def test_every_field_of_a_sampler_is_an_option_and_a_flag() -> None:
 def test_every_option_is_explained() -> None:
     explained = re.findall(r"^ *- `(\w+)` \(", GenerateOptions.__doc__ or "", re.MULTILINE)
     assert sorted(explained) == sorted(GENERATE_OPTIONS)
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+SWITCH: tuple[Any, ...] = ("no", 1, np.bool_(True), [])
+WHOLE: tuple[Any, ...] = (True, 1.5, "1", -2, np.array([1]))
+NUMBER: tuple[Any, ...] = (True, "1", float("nan"), 1j)
+TEXT: tuple[Any, ...] = (b"a", 1, ["a", 1], {"a": 1})
+TEXTS: tuple[Any, ...] = ("", [""], [1], b"a", {"a": 1})
+IDS: tuple[Any, ...] = ("ab", b"ab", {1: 2}, [True], [1.5], [-1], 1.5)
+
+# Options, and values that Python would take for it in silence, and values out of its range.
+WRONG: list[tuple[str, tuple[Any, ...]]] = [
+    ("allow_fallback verify trust prompt_logprobs prompt_lookup draft reuse_prefix exact", SWITCH),
+    ("keep_special_tokens normalize special_tokens_as_text", SWITCH),
+    ("max_memory prefix_bytes max_batch chunk_size n max_new_tokens logprobs num_sink_tokens top_k seed", WHOLE),
+    ("penalty_last_n no_repeat_ngram_size dry_allowed_length dry_penalty_last_n min_new_tokens", WHOLE),
+    ("forced_eos_token_id", WHOLE),
+    ("threads length", (True, 1.5, "1")),
+    ("ids", ("ab", b"ab", {1: 2}, 1)),
+    ("timeout temperature top_p min_p repetition_penalty typical_p top_n_sigma xtc_probability", NUMBER),
+    ("xtc_threshold presence_penalty frequency_penalty dry_multiplier dry_base", NUMBER),
+    ("regex grammar system name call_id context_overflow pooling", TEXT),
+    ("stop bad_words", TEXTS),
+    ("choices", (*TEXTS, "ab", [])),
+    ("eos_token_id", (*IDS, True)),
+    ("stop_token_ids suppress_tokens", (*IDS, 1)),
+    ("bad_words_ids", (*IDS, [[]], [[1.5]], [[1], "ab"])),
+    ("dry_sequence_breakers", (*IDS, [[]], [[1.5]], [""])),
+    ("forced_decoder_ids", (*IDS, [[1]], [[1, 2.5]])),
+    ("providers", ({"cpu": {}}, b"cpu")),
+    ("session_options", ("logid", [("logid", "a")], {1: "a"})),
+    ("documents", ({"title": "a"}, "a", ["a"])),
+    ("logit_bias", ([1], {True: 1}, {1: "a"}, {1.5: 1})),
+    ("logits_processor", (1, "a", [None])),
+]
+CASES = {name: values for names, values in WRONG for name in names.split()}
+
+
+def test_every_option_has_a_row_and_wrong_values() -> None:
+    assert CASES.keys() == _VALID.keys()
+    named = GENERATE_OPTIONS | PlacementOptions.__optional_keys__
+    assert named - _VALID.keys() == {"json_schema"}  # a schema is read and bounded by constraints/
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_python_would_take_in_silence_is_refused(name: str) -> None:
+    for value in CASES[name]:
+        with pytest.raises(InputError, match=f"^{name} is "):
+            require_valid({name: value})
+    require_valid({name: None, "another": object()})
+
+
+@dataclass
+class World:
+    """A model with a session and a conversation."""
+
+    lm: LanguageModel
+    session: Session
+    folder: Path
+
+    @property
+    def bundle(self) -> Path:
+        return self.lm.bundle.path
+
+    def engine(self) -> Engine:
+        engine = self.lm.new_engine()
+        engine.prefill([1, 2, 3])
+        return engine
+
+    def state(self) -> list[Any]:
+        with self.session.fork() as fork:
+            return [self.lm.generate("once upon", max_new_tokens=6).ids, fork.generate(max_new_tokens=6).ids]
+
+
+@pytest.fixture(scope="module")
+def world(letters: Tokenizer, make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> World:
+    template = "{% for m in messages %}{{ m.content }}.{% endfor %}"
+    fields = {"tokenizer": letters, "hidden_size": E, "tokenizer_config": {"chat_template": template}}
+    lm = load(make_bundle(Tiny.random([(8, 8), (16, 16)], context_length=48), "fused", **fields).path, threads=1)
+    session = lm.session()
+    session.append("once upon")
+    return World(lm, session, tmp_path_factory.mktemp("files"))
+
+
+Call = Callable[[World, Any], Any]
+
+# Where a parameter is checked: the call, the key word of the error, and values.
+REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
+    (lambda w, x: load(w.bundle, trust=x), "trust", SWITCH),
+    (lambda w, x: load(w.bundle, verify=x), "verify", SWITCH),
+    (lambda w, x: load(w.bundle, allow_fallback=x, trust=False), "allow_fallback", SWITCH),
+    (lambda w, x: load(w.bundle, max_batch=x), "max_batch", WHOLE),
+    (lambda w, x: load(w.bundle, providers=x), "providers", ({"cpu": {}},)),
+    (lambda w, x: load(w.bundle, session_options={"logid": x}), "logid", (1, None, b"a")),
+    (lambda w, x: load(x), "path", ("a\0b", "/" + "b" * 5000)),
+    (lambda w, x: Engine(w.lm.bundle, threads=x), "threads", (True, 1.5)),
+    (lambda w, x: Limits(memory=x), "memory", WHOLE),
+    (lambda w, x: SamplingConfig(top_k=x), "top_k", WHOLE),
+    (lambda w, x: Request([1], max_new_tokens=x), "max_new_tokens", WHOLE),
+    (lambda w, x: w.lm.generate(x), "prompt", (b"ab", bytearray(b"ab"), {1: 2}, {1}, [True], [1.5], [b"a"])),
+    (lambda w, x: w.lm.generate("a", n=x), "^n is", WHOLE),
+    (lambda w, x: w.lm.generate("a", stop=x), "stop", TEXTS),
+    (lambda w, x: w.lm.generate("a", exact=x), "exact", SWITCH),
+    (lambda w, x: w.lm.generate("a", max_new_tokens=x), "max_new_tokens", WHOLE),
+    (lambda w, x: w.lm.stream_many(x), "prompts", ("ab", b"ab", {"a": 1}, {"a"}, [], iter("a"))),
+    (lambda w, x: w.lm.stream_many([x]), "prompt", (b"ab", {1: 2})),
+    (lambda w, x: w.lm.agenerate("a", seed=x).send(None), "seed", WHOLE),
+    (lambda w, x: w.lm.logits(x), "token ids", ("ab", b"ab", {1: 2}, {1}, [True], [1.5], [[1]])),
+    (lambda w, x: w.lm.score(x), "prompt", (b"ab", {1: 2}, ["a", "b"])),
+    (lambda w, x: w.lm.embed("a", normalize=x), "normalize", SWITCH),
+    (lambda w, x: w.lm.memory.estimate(x), "tokens", WHOLE),
+    (lambda w, x: w.session.append("a", num_sink_tokens=x), "num_sink_tokens", WHOLE),
+    (lambda w, x: w.session.generate("a", prompt_lookup=x), "prompt_lookup", SWITCH),
+    (lambda w, x: w.session.trim(x), "trimmed", WHOLE),
+    (lambda w, x: w.lm.chat(x), "system", TEXT),
+    (lambda w, x: w.lm.chat(messages=x), "message", ("ab", [1], [{"role": 1}], [{"role": "user", "content": b"a"}])),
+    (lambda w, x: w.lm.chat(tools=x), "tool", ("ab", {"type": "function"}, [1])),
+    (lambda w, x: w.lm.chat().ask(x), "message", (b"ab", 1, ["a"], {"type": "text"})),
+    (lambda w, x: w.lm.chat().ask("a", keep_special_tokens=x), "keep_special_tokens", SWITCH),
+    (lambda w, x: w.lm.chat().set_system(x), "system", TEXT),
+    (lambda w, x: w.lm.chat().add_tool_result("a", name=x), "name", TEXT),
+    (lambda w, x: w.engine().prefill([1, 2], chunk_size=x), "chunk_size", WHOLE),
+    (lambda w, x: w.engine().keep_prefix(x), "ids", ("ab", b"ab", {1: 2}, 1)),
+    (lambda w, x: w.engine().trim(x), "length|trimmed", WHOLE),
+    (lambda w, x: pastkey.Generator(w.bundle, exact=x), "exact", SWITCH),
+    (lambda w, x: pastkey.Generator(w.bundle, threads=1)({"prompt": x}), "prompt", ("ab", b"ab", {"a": 1}, 1)),
+]
+# What Python refuses by itself.
+TYPE_ERRORS: list[tuple[Call, tuple[Any, ...]]] = [
+    (lambda w, x: load(x), (None, 1, ["a"])),
+    (lambda w, x: load(w.bundle, key=x), (1, b"secret")),
+    (lambda w, x: load(w.bundle, providers=[x]), (1, None)),
+    (lambda w, x: sign_bundle(w.bundle, x), (None, 1, b"a")),
+    (lambda w, x: new_key(x), (None, 1)),
+    (lambda w, x: w.lm.generate(x), (None, 1, 1.5)),
+    (lambda w, x: w.lm.generate(["a", "b"], x, max_new_tokens=1), (1, "a")),
+    (lambda w, x: w.lm.score(x), (None, 1)),
+    (lambda w, x: w.lm.chat(messages=x), (1, 1.5)),
+    (lambda w, x: w.lm.chat(tools=x), (1, 1.5)),
+    (lambda w, x: w.lm.chat().save(x), (None, 1, b"a")),
+    (lambda w, x: w.session.save(x), (None, 1, b"a")),
+    (lambda w, x: w.session.append(x), (None, 1)),
+    (lambda w, x: pastkey.Generator(x), (None, 1, b"a")),
+    (lambda w, x: pastkey.Generator(w.bundle, threads=1)(x), (None, 1, "ab")),
+]
+
+
+@pytest.mark.parametrize("place", range(len(REFUSED)))
+def test_a_call_refuses_a_wrong_type_and_the_model_answers_the_same(world: World, place: int) -> None:
+    call, word, values = REFUSED[place]
+    expected = world.state()
+    for value in values:
+        with pytest.raises(InputError, match=word):
+            call(world, value)
+    assert world.state() == expected
+
+
+@pytest.mark.parametrize("place", range(len(TYPE_ERRORS)))
+def test_a_wrong_type_that_python_refuses_is_a_type_error(world: World, place: int) -> None:
+    call, values = TYPE_ERRORS[place]
+    expected = world.state()
+    for value in values:
+        with pytest.raises(TypeError):
+            call(world, value)
+    assert world.state() == expected
+    assert world.lm.scheduler.live == 0

@@ -1,14 +1,14 @@
-"""Operators in forms that the compiler of Qualcomm's NPU, the HTP, takes and computes right. No number changes.
+"""Rewrites operators, exactly, into forms that the compiler of Qualcomm's NPU, the HTP, accepts and computes right.
 
     1. write_norms        x / sqrt(mean(x²) + e) * w in the one form that the compiler makes an operator of: x² by Pow,
                           the weight second, at most three axes. With the weight first it fails
                           (QNN_COMMON_ERROR_MEM_ALLOC, 1002); of four axes and rows below 64 its numbers are wrong; in
                           any other form x² ends at the largest float16, so an x above 255 is lost
-    2. gather_rows        GatherND of whole rows, as experts' weights are picked, becomes Gather: of more than some rows
-                          of several axes, the HTP's GatherND gives others
+    2. gather_rows        GatherND of whole rows, as experts' weights are picked, becomes Gather: the HTP's GatherND
+                          returns wrong rows when it picks more than some rows of several axes
     3. at_most_four_axes  operators that the HTP takes of up to four axes only, such as Tanh, get their input reshaped
 
-They were found with graphs of one to seven operators on the emulated HTP of onnxruntime-qnn 2.7.0.
+Found with graphs of one to seven operators on the emulated HTP of onnxruntime-qnn 2.7.0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..edit import NodeBuilder, replace_node, sole_consumer
 from ..fuse import rms_normalised, weight_and_rest
 
 _NORM_AXES, _AXES = 3, 4
-# They compute each number from one. Others, such as Exp, Softmax and Add, the HTP takes of five axes as well.
+# They are elementwise. The HTP accepts others, such as Exp, Softmax and Add, with five axes as well.
 _OF_FOUR_AXES = {
     "Atan", "Ceil", "Cos", "Elu", "Floor", "HardSigmoid", "HardSwish", "Log", "Mish", "Neg", "Round", "Selu", "Sign",
     "Sin", "Softplus", "Sqrt", "Tanh",
@@ -39,7 +39,7 @@ def suit_htp(model: ir.Model) -> None:
 
 
 def write_norms(model: ir.Model) -> None:
-    """Writes each RMS norm anew; one without a weight gets ones."""
+    """Rewrites each RMS norm; one without a weight gets ones."""
     for node in tuple(model.graph):
         found = rms_normalised(node.outputs[0])
         if found is None or found[0].shape is None or not found[0].shape.is_static():
@@ -68,7 +68,7 @@ def write_norms(model: ir.Model) -> None:
 
 
 def gather_rows(model: ir.Model) -> None:
-    """Makes a Gather of each GatherND whose indices are one number each."""
+    """Replaces each GatherND whose indices are one number each by Gather."""
     for node in tuple(model.graph):
         if node.op_type != "GatherND" or node.attributes.get_int("batch_dims", 0) != 0:
             continue
@@ -82,7 +82,7 @@ def gather_rows(model: ir.Model) -> None:
 
 
 def at_most_four_axes(model: ir.Model) -> None:
-    """Puts operators of more axes between two Reshapes: the first one makes one axis of all but the last three."""
+    """Puts operators of more axes between two Reshapes. The first merges all axes but the last three."""
     for node in tuple(model.graph):
         shape = node.outputs[0].shape
         if node.op_type not in _OF_FOUR_AXES or shape is None or not shape.is_static() or len(shape) <= _AXES:

@@ -1,7 +1,7 @@
-"""Static graphs with QuantizeLinear and DequantizeLinear, as QNN's NPUs take int8: 8-bit weights, 16-bit activations.
+"""Quantizes static graphs to QuantizeLinear and DequantizeLinear for QNN's NPUs: 8-bit weights, 16-bit activations.
 
-Only MatMuls are quantized: with norms, softmax and rotations rounded as well, an NPU writes other texts, though a CPU
-that simulates the same graph does not. The ranges of activations are those seen on the calibration text.
+Only MatMuls are quantized. With norms, softmax and rotations quantized as well, an NPU writes different texts, although
+a CPU that simulates the same graph does not. The calibration text determines the ranges of activations.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from ..clean import strip_traces
 from ..edit import add_weight, drop_unused_weights, weight
 from ..write.weights_file import WeightsFile
 
-# A score of a token that is not seen gets this: a small number, so that ranges that were seen are of use.
+# Added to the score of a masked token. It is small, so that the calibrated ranges stay useful.
 MASKED = -100.0
-_DECODED = 12  # tokens of a window that are run one by one, spread over it
+_DECODED = 12  # tokens of a window that are decoded one by one, spread evenly
 _OPERATORS = ["MatMul"]
 
 Feeds = dict[str, np.ndarray]
 
 
 def quantize_static(source: Bundle, target: Path, windows: Sequence[Ids]) -> None:
-    """Writes the static graphs of the float32 bundle `source` in int8 to the folder `target`, over a data file of both.
+    """Quantizes the static graphs of the float32 bundle `source` to int8 in the folder `target`, over one data file.
 
-    `windows` are token ids (T,) that the ranges of activations are seen on.
+    `windows` are token ids (T,) that calibrate the ranges of activations.
     """
     file = WeightsFile(target / names.STATIC_DATA)
     fed = [*zip(source.static_graphs, _feeds(source, windows), strict=True)]
@@ -56,14 +56,14 @@ def quantize_static(source: Bundle, target: Path, windows: Sequence[Ids]) -> Non
 
 
 def _feeds(source: Bundle, windows: Sequence[Ids]) -> tuple[list[Feeds], list[Feeds]]:
-    """What the graph of one token and that of a chunk are fed on the windows, from their beginnings to their ends."""
+    """Returns the feeds of the one-token graph and of the chunk graph over the windows."""
     engine = Engine(source, providers="cpu")
     static = engine.cache
     assert isinstance(static, StaticGraphs)
     fed: dict[int, list[Feeds]] = {}
 
     def keep(tokens: int, start: int, inputs: Mapping[str, np.ndarray]) -> None:
-        # The past of a long context is holes for the most part: they are put back when they are fed.
+        # Most of a long context's past is holes: `_whole` puts them back.
         fed.setdefault(tokens, []).append(
             {name: (array[:, :, :start] if _is_past(name) else array).copy() for name, array in inputs.items()}
         )
@@ -88,7 +88,7 @@ def _is_past(name: str) -> bool:
 
 
 def _whole(feeds: Feeds, context_length: int) -> Feeds:
-    """With the holes of the past, which are zeros."""
+    """Puts back the holes of the past, which are zeros."""
     return {
         name: np.pad(array, [(0, 0), (0, 0), (0, context_length - array.shape[2]), (0, 0)]) if _is_past(name) else array
         for name, array in feeds.items()
@@ -96,20 +96,20 @@ def _whole(feeds: Feeds, context_length: int) -> Feeds:
 
 
 def _ranges(path: Path, feeds: list[Feeds], context_length: int) -> dict[str, tuple[float, float]]:
-    """The smallest and largest number of each activation that a MatMul reads or makes, by its name."""
+    """Returns the minimum and maximum of each activation that a MatMul reads or writes, by its name."""
     quantization, _ = quantization_tools()
     with _prepared(path) as plain:
         augmented = plain.with_name("augmented.onnx")
         calibrator = quantization.create_calibrator(plain, _OPERATORS, str(augmented), use_external_data_format=True)
         calibrator.collect_data(_reader(quantization, feeds, context_length))
         found = calibrator.compute_data()
-        ends = {name: found[name].range_value for name in found.keys()}  # noqa: SIM118  # no mapping of Python's
+        ends = {name: found[name].range_value for name in found.keys()}  # noqa: SIM118  # not a Python mapping
         return {name: (float(low.item()), float(high.item())) for name, (low, high) in ends.items()}
 
 
 @contextlib.contextmanager
 def _prepared(path: Path) -> Iterator[Path]:
-    """A graph as onnxruntime's package takes it, in a folder of its own that goes with the block."""
+    """Yields a graph as onnxruntime's quantization tools take it, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="pastkey-") as temporary, _silent():
         plain = Path(temporary) / "plain.onnx"
         model = ir.load(path)
@@ -121,7 +121,7 @@ def _prepared(path: Path) -> Iterator[Path]:
 def _quantized(
     path: Path, feeds: list[Feeds], ranges: Mapping[str, tuple[float, float]], context_length: int
 ) -> ir.Model:
-    """A float32 graph of a file in int8, with these ranges of activations: in both graphs they are the same."""
+    """Quantizes a float32 graph file to int8 with these ranges of activations, which both graphs share."""
     quantization, qnn = quantization_tools()
     with _prepared(path) as plain:
         made = plain.with_name("made.onnx")
@@ -142,7 +142,7 @@ def _quantized(
         config.use_external_data_format = True
         quantization.quantize(plain, made, config)
         quantized = ir.load(made)
-        for value in quantized.graph.initializers.values():  # the file that they are in goes with its folder
+        for value in quantized.graph.initializers.values():  # their file is removed with its folder
             assert value.const_value is not None
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), dtype=value.const_value.dtype)
     strip_traces(quantized)
@@ -150,7 +150,7 @@ def _quantized(
 
 
 def _fold_transposed(model: ir.Model) -> None:
-    """Makes a weight of each transposed one: a head that is tied to the embedding is quantized, too."""
+    """Folds Transpose(weight) into a weight, so that a head tied to the embedding is quantized as well."""
     for node in tuple(model.graph):
         array = weight(node.inputs[0]) if node.op_type == "Transpose" else None
         if array is None or node.outputs[0].is_graph_output():
@@ -163,7 +163,7 @@ def _fold_transposed(model: ir.Model) -> None:
 
 
 def _reader(quantization: Any, feeds: list[Feeds], context_length: int) -> Any:
-    """The feeds as onnxruntime's calibration takes them."""
+    """Wraps the feeds as a data reader for onnxruntime's calibration."""
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]  # a class that is known at run time
         def __init__(self) -> None:
@@ -181,7 +181,7 @@ def _reader(quantization: Any, feeds: list[Feeds], context_length: int) -> Any:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without the advice that onnxruntime's package logs about graphs that were not prepared its way."""
+    """Silences the advice that onnxruntime's tools log about graphs not prepared their way."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -191,7 +191,7 @@ def _silent() -> Iterator[None]:
 
 
 def in_int8(bundle: Bundle) -> Bundle:
-    """The manifest of a static float32 bundle as that of its int8 graphs."""
+    """Returns the static float32 bundle with the manifest of its int8 graphs."""
     static = bundle.manifest.static
     assert static is not None
     return replace(bundle, manifest=replace(bundle.manifest, static=replace(static, masked=MASKED)))

@@ -1,17 +1,17 @@
-"""The static graph: every size a number, for NPUs, which compile a graph once.
+"""The static graph: all sizes are fixed, for NPUs, which compile a graph once.
 
-It is made of the standard graph, for one row, T new tokens and P rows of past:
+It is made from the standard graph, for one row, T new tokens and P rows of past:
 
-    1. fix_sizes           (B, T, P) are numbers; what is computed of them folds away
+    1. fix_sizes           (B, T, P) are numbers; values computed from them are folded
     2. take_masks          Where(visible, scores, lowest) becomes scores + mask: a float input, 0 or a large negative
                            number
-    3. tabulate_positions  what positions alone make is gathered from tables (tables.py)
+    3. tabulate_positions  values that depend only on positions are gathered from tables (tables.py)
     4. narrow_ids          ids and positions are int32
     5. suit_htp            some operators get another form (htp.py)
-    6. yield_new           present holds the T new rows alone, which the runtime writes into its arrays
+    6. yield_new           present holds only the T new rows, which the runtime writes into its arrays
 
-A mask is (1, 1, T, P + T). Which one attention call needs, that of all earlier tokens or of a window, is seen by
-running what makes it: so it is known to be that one. What cannot be told by a mask alone is refused.
+A mask is (1, 1, T, P + T). Running the nodes that compute it shows whether it covers all earlier tokens or a window.
+Attention that needs more than a mask is refused.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from ..write.weights_file import WeightsFile
 from .htp import suit_htp
 from .tables import tabulate_positions, take_tables
 
-MASKED = -1e4  # added to the score of a token that is not seen: e to it is 0, and half precision has it
-_LOWEST = -1e30  # a score at or below it is of a token that is not seen
+MASKED = -1e4  # added to the score of a masked token: e to it is 0, and float16 can hold it
+_LOWEST = -1e30  # a score at or below it is masked
 
 
 @dataclass(frozen=True)
 class StaticGraph:
-    """A static graph, and the windows of its masks in tokens, 0 for that of all earlier tokens."""
+    """A static graph, and the windows of its masks in tokens (0: all earlier tokens)."""
 
     model: ir.Model
     windows: tuple[int, ...]
 
 
 def make_static(model: ir.Model, tokens: int, past: int, file: WeightsFile, *, by_host: bool = False) -> StaticGraph:
-    """Changes a standard graph, all logits, into the static one of T = `tokens` and P = `past`.
+    """Changes a standard all-logits graph into the static one of T = `tokens` and P = `past`.
 
     Tables of positions go to `file`. With `by_host`, the host reads rows of these and of embeddings.
 
-    Raises ContractError where its attention needs more than masks.
+    Raises ContractError if its attention needs more than masks.
     """
     fix_sizes(model, tokens, past)
     windows = take_masks(model, tokens, past)
@@ -62,7 +62,7 @@ def make_static(model: ir.Model, tokens: int, past: int, file: WeightsFile, *, b
     narrow_ids(model)
     simplify(model)
     suit_htp(model)
-    yield_new(model, tokens)  # last: an Identity that makes an output of its own is no part to be simplified
+    yield_new(model, tokens)  # last: `simplify` would remove an Identity that creates an output
     _strip(model)
     return StaticGraph(model, windows)
 
@@ -70,8 +70,8 @@ def make_static(model: ir.Model, tokens: int, past: int, file: WeightsFile, *, b
 def write_static_graphs(bundle: Bundle, chunk: int, *, by_host: bool = False) -> StaticShape:
     """Writes the graphs of one new token and of a chunk over the weights file of a float32 bundle's standard graph.
 
-    They take the place of the last-logits graph. `by_host`: see `make_static`. Raises ContractError where attention
-    needs more than masks.
+    They replace the last-logits graph. `by_host`: see `make_static`. Raises ContractError if attention needs more than
+    masks.
     """
     windows: set[int] = set()
     file = WeightsFile(bundle.path / names.STATIC_DATA)
@@ -86,7 +86,7 @@ def write_static_graphs(bundle: Bundle, chunk: int, *, by_host: bool = False) ->
 
 # --- sizes --------------------------------------------------------------------------------------------------------
 def fix_sizes(model: ir.Model, tokens: int, past: int) -> None:
-    """Gives inputs and outputs their sizes, and folds what is computed of sizes."""
+    """Fixes the sizes of inputs and outputs, and folds values computed from sizes."""
     sizes = {names.BATCH: 1, names.SEQUENCE: tokens, names.PAST: past, names.TOTAL: past + tokens}
     for value in [*model.graph.inputs, *model.graph.outputs]:
         assert value.shape is not None
@@ -97,7 +97,7 @@ def fix_sizes(model: ir.Model, tokens: int, past: int) -> None:
 
 
 def _fold_shapes(model: ir.Model) -> bool:
-    """Makes constants of the shapes that onnxscript leaves, those up to a negative axis. Returns whether there were."""
+    """Folds the shapes that onnxscript leaves, those up to a negative axis. Returns whether there were any."""
     common.ShapeInferencePass()(model)
     folded = False
     for node in tuple(model.graph):
@@ -114,7 +114,7 @@ def _fold_shapes(model: ir.Model) -> bool:
 
 # --- masks --------------------------------------------------------------------------------------------------------
 def take_masks(model: ir.Model, tokens: int, past: int) -> tuple[int, ...]:
-    """Replaces what is made of attention_mask by inputs. Returns their windows, 0 for none."""
+    """Replaces values computed from attention_mask by inputs. Returns their windows, 0 for none."""
     (seen,) = (value for value in model.graph.inputs if value.name == names.ATTENTION_MASK)
     dependent = depends_only_on(model, [seen])
     masks: dict[int, ir.Value] = {}
@@ -161,14 +161,14 @@ def _is_lowest(value: ir.Value | None) -> bool:
 
 
 def _window_of(model: ir.Model, condition: ir.Value, source: ir.Value, tokens: int, past: int) -> int:
-    """How many tokens a token sees by this condition, 0 for all earlier ones.
+    """Returns how many tokens a token sees by this condition, 0 for all earlier ones.
 
-    The condition is run for several lengths of the past and must be that of a window each time. Raises ContractError.
+    Runs the condition for several lengths of the past. Raises ContractError unless each result is that of one window.
     """
     lengths = sorted({0, 1, past // 3, past // 2, max(past - 1, 0), past})
     part = Part(model, condition, source)
     seen = [_run_condition(part, length, tokens, past) for length in lengths]
-    # The last token sees its window's tokens; fewer only where there are not so many.
+    # The last token sees its full window, or fewer tokens if there are fewer.
     width = int(seen[-1][-1].sum())
     candidates = (0, width) if width == past + tokens else (width,)
     for window in candidates:
@@ -181,7 +181,7 @@ def _window_of(model: ir.Model, condition: ir.Value, source: ir.Value, tokens: i
 
 
 def _run_condition(part: Part, length: int, tokens: int, past: int) -> np.ndarray:
-    """The condition (T, P + T), where the first `length` rows of the past are real."""
+    """Runs the condition, (T, P + T), with the first `length` rows of the past real."""
     mask = np.ones((1, past + tokens), np.int64)
     mask[:, length:past] = 0
     found = part.run(mask)
@@ -190,13 +190,13 @@ def _run_condition(part: Part, length: int, tokens: int, past: int) -> np.ndarra
 
 # --- the cache ----------------------------------------------------------------------------------------------------
 def yield_new(model: ir.Model, tokens: int) -> None:
-    """Makes each `present` the new tokens' rows, (1, K, T, D), which stand last in the concatenation that it was."""
+    """Reduces each `present` to the new tokens' rows, (1, K, T, D), the last part of its concatenation."""
     taken: set[int] = set()
     for place, whole in enumerate(model.graph.outputs):
         if not str(whole.name).startswith(names.PRESENT_PREFIX):
             continue
         node = whole.producer()
-        while node is not None and node.op_type == "Identity":  # keys that are the values, too
+        while node is not None and node.op_type == "Identity":  # if keys and values are the same tensor
             source = node.inputs[0]
             node = None if source is None else source.producer()
         new = node.inputs[-1] if node is not None and node.op_type == "Concat" else None
@@ -221,7 +221,7 @@ _SHAPED = {"Unsqueeze", "Reshape", "Squeeze"}
 
 
 def narrow_ids(model: ir.Model) -> None:
-    """Makes ids and positions int32, and int64 again only before an operator that does arithmetic with them."""
+    """Makes ids and positions int32, cast to int64 only before operators that compute with them."""
     for value in model.graph.inputs:
         if value.name in (names.INPUT_IDS, names.POSITION_IDS):
             value.type = ir.TensorType(ir.DataType.INT32)
@@ -229,7 +229,7 @@ def narrow_ids(model: ir.Model) -> None:
 
 
 def _narrow(model: ir.Model, value: ir.Value) -> None:
-    """Goes on through what only gives the ids another shape."""
+    """Follows the operators that only reshape the ids."""
     wide: Sequence[tuple[ir.Node, int]] = [
         (node, index) for node, index in value.uses() if (node.op_type, index) not in _TAKE_INT32
     ]
@@ -246,7 +246,7 @@ def _narrow(model: ir.Model, value: ir.Value) -> None:
 
 
 def _strip(model: ir.Model) -> None:
-    """Shapes that were inferred on the way are no part of a file."""
+    """Removes inferred shapes and types, except those of inputs and outputs."""
     ends = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
     for node in model.graph:
         for value in node.outputs:

@@ -1,16 +1,16 @@
-"""Tables of what positions alone make, such as cosines and sines, and rows that the host reads for Core ML.
+"""Tables of values that depend only on positions, such as cosines and sines, and rows that the host reads for Core ML.
 
 `tabulate_positions` computes a table for every position of the context, and the graph gathers its rows. An NPU computes
 in float16, where the angle of position 64 is off by up to 0.03, and that of 1,024 by 0.5. In float32 nothing changes.
 
-`take_tables` is for Core ML, which neither gathers rows nor takes angles:
+`take_tables` is for Core ML, which supports neither row gathers nor angles:
 
     1. take_rows          the row of a token's id or of a position becomes an input; the table is the weight itself
-    2. replace_operators  Reciprocal(x) becomes 1 / x, since Core ML's own adds an epsilon, which a norm notices;
-                          Neg and the Gather of one index, which it does not take at all, a product and a Slice
+    2. replace_operators  Reciprocal(x) becomes 1 / x, since Core ML's own adds an epsilon, which changes norms;
+                          Neg becomes a product, the Gather of one index a Slice, since Core ML has neither
 
-The graph's metadata says under `names.TABLES` for each such input which file its rows stand in, at which offset in
-bytes, the table's shape, what chooses the row, and which axis of the input the tokens are.
+For each such input, the graph's metadata holds under `names.TABLES` the file of its rows, their offset in bytes, the
+table's shape, the input that selects the row, and the input's axis of tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _input(model: ir.Model, name: str) -> ir.Value | None:
 
 # --- positions ----------------------------------------------------------------------------------------------------
 def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: WeightsFile) -> None:
-    """Makes rows of a table of each float32 value that depends on positions alone, in a graph of T = `tokens`."""
+    """Replaces each float32 value that depends on positions alone by rows of a table, in a graph of T = `tokens`."""
     source = _input(model, names.POSITION_IDS)
     if source is None:
         return
@@ -63,7 +63,7 @@ def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: 
             continue
         part = Part(model, value, source)
         first = part.run(np.arange(tokens)[None])
-        if first.dtype != np.float32:  # arithmetic with whole numbers stays
+        if first.dtype != np.float32:  # integer arithmetic stays
             continue
         axis = _token_axis(part, first, tokens)
         starts = range(0, context_length, tokens)
@@ -84,7 +84,7 @@ def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: 
 
 
 def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
-    """The axis that turns round where the positions do; of one token any axis of size 1."""
+    """Returns the axis that reverses with the positions; for one token, any axis of size 1."""
     turned = part.run(np.arange(tokens)[::-1][None])
     axes = [axis for axis, size in enumerate(found.shape) if size == tokens]
     return next(axis for axis in axes if np.array_equal(np.flip(found, axis), turned))
@@ -92,7 +92,7 @@ def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
 
 # --- rows that the host reads -------------------------------------------------------------------------------------
 def _take_rows(model: ir.Model, tokens: int, file: WeightsFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Makes inputs (1, T, ...) of rows that ids or positions gather. Yields their names and where the rows stand."""
+    """Replaces rows that ids or positions gather by inputs (1, T, ...). Yields their names and places of storage."""
     for kind, source in (("token", _input(model, names.INPUT_IDS)), ("position", _input(model, names.POSITION_IDS))):
         for number, (node, _) in enumerate(() if source is None else tuple(source.uses())):
             stored = _stored_rows(node.outputs[0], source)
@@ -113,7 +113,7 @@ def _take_rows(model: ir.Model, tokens: int, file: WeightsFile) -> Iterator[tupl
 
 
 def _stored_rows(value: ir.Value, source: ir.Value | None) -> ir.Value | None:
-    """The weight whose rows `value` is, gathered by the ids or positions themselves."""
+    """Returns the weight of which `value` is rows gathered directly by the ids or positions, or None."""
     node = value.producer()
     if node is None or node.op_type != "Gather" or node.inputs[1] is not source:
         return None
@@ -124,7 +124,7 @@ def _stored_rows(value: ir.Value, source: ir.Value | None) -> ir.Value | None:
 
 # --- operators ----------------------------------------------------------------------------------------------------
 def replace_operators(model: ir.Model) -> None:
-    """Writes Reciprocal, Neg, and a Gather of one index in other operators."""
+    """Replaces Reciprocal, Neg, and a Gather of one index by other operators."""
     for node in tuple(model.graph):
         builder = NodeBuilder(model, str(node.name))
         if node.op_type == "Reciprocal":

@@ -1,1 +1,1 @@
-"""Graphs to files: the further graphs of a bundle, and the weights once."""
+"""Writes the graphs of a bundle and the one weights file that they share."""

@@ -1,7 +1,7 @@
-"""pastkey's own graph reads no embedding: the runtime hands it the rows of the tokens that it is given.
+"""Moves the embedding lookup of pastkey's own graph to the runtime, which feeds the rows of the tokens.
 
-onnxruntime maps the weights file, and the system brings neighbours of each row that is gathered into memory, until most
-of the table is there. A row read from the file is a row.
+onnxruntime maps the weights file, and the system loads neighbours of each gathered row, until most of the table is in
+memory. Reading a row from the file loads only that row.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pastkey.contract import names
 
 from ..edit import NodeBuilder, drop_unused_weights, replace_uses
 
-_LARGE = 1 << 20  # bytes: a table from which on it is worth it
+_LARGE = 1 << 20  # bytes: smaller tables stay in the graph
 _TABLE = "embedding_rows.table"
 
 
 def take_embedding_rows(model: ir.Model) -> None:
-    """Makes an input of the quantized rows that are gathered by `input_ids`, where the table is large."""
+    """Replaces the quantized rows gathered by `input_ids` with an input, if the table is large."""
     readers = [use for value in model.graph.inputs if value.name == names.INPUT_IDS for use in value.uses()]
     for node, index in readers:
         table = node.inputs[0]
@@ -44,12 +44,12 @@ def take_embedding_rows(model: ir.Model) -> None:
 
 
 def give_embedding_back(model: ir.Model, folder: Path) -> None:
-    """Undoes `take_embedding_rows`, for programs that read no rows themselves. The weights file lies in `folder`."""
+    """Undoes `take_embedding_rows` for programs that cannot feed rows. `folder` holds the weights file."""
     rows = next((value for value in model.graph.inputs if value.name == names.EMBEDDING_ROWS), None)
     if rows is None:
         return
     place = json.loads(model.metadata_props.pop(names.EMBEDDING_ROWS))
-    length = math.prod(place["shape"])  # a byte each
+    length = math.prod(place["shape"])  # one byte each
     stored = ir.ExternalTensor(
         place["file"],
         place["offset"],

@@ -1,6 +1,6 @@
-"""The last hidden states, what the output head multiplies, as one more output of the last-logits graph.
+"""Adds the last hidden states, the input of the output head, as an output of the last-logits graph.
 
-A graph of its own would need a session of its own, and with it the weights once more.
+A separate graph would need a session of its own, and so a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ..edit import NodeBuilder
 
 
 def yield_hidden_states(model: ir.Model, head: Sequence[ir.Node], hidden_size: int, *, half: bool = False) -> None:
-    """Gives a graph the output `last_hidden_state` (B, T, H) float32, of every position.
+    """Adds the output `last_hidden_state` (B, T, H) float32, of every position.
 
     Args:
         model: An all-logits graph, changed in place; `keep_last_positions` comes after this.
         head: The nodes of the output head in the graph's order (`output_head.take_head`), at least one.
         hidden_size: H.
-        half: Whether it is computed in float16.
+        half: Whether the graph computes it in float16.
     """
     hidden = head[0].inputs[0]
     assert hidden is not None

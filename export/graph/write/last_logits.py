@@ -1,6 +1,6 @@
-"""The last-logits graph: the logits of the last positions only, as many as the runtime asks for.
+"""The last-logits graph: returns the logits of as many last positions as the runtime asks for.
 
-Generation needs one, or those of a few tokens that are tried at once.
+Generation needs one position, or a few when several tokens are verified at once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..edit import NodeBuilder
 
 
 def keep_last_positions(model: ir.Model, head: Sequence[ir.Node]) -> None:
-    """Makes `logits` those of the last of the new tokens, (B, N, V). A new input, `logits_start`, is -N.
+    """Reduces `logits` to the last of the new tokens, (B, N, V). A new input, `logits_start`, is -N.
 
-    It is what Slice reads, so that nothing has to be computed of it on the CPU.
+    Slice reads it directly, so nothing is computed from it on the CPU.
 
     Args:
         model: An all-logits graph, changed in place.
-        head: The nodes of the output head in the graph's order (`output_head.take_head`). Positions are chosen before
-            them, so that the head's MatMul is of N rows instead of T; without any, they are chosen from the logits.
+        head: The nodes of the output head in the graph's order (`output_head.take_head`). Positions are selected before
+            them, so that the head's MatMul has N rows instead of T. Without a head, they are selected from the logits.
     """
     place, logits = next((i, value) for i, value in enumerate(model.graph.outputs) if value.name == names.LOGITS)
     start = ir.Value(name=names.LOGITS_START, shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.INT64))

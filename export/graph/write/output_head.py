@@ -1,7 +1,7 @@
-"""The output head: the MatMul that makes the logits of the last hidden state.
+"""The output head: the MatMul that computes the logits from the last hidden state.
 
-It is found once, in the float32 graph. Who puts other nodes in its place marks them, so that nobody recognises them
-again. Marks are for the passes that follow and stand in no file: `take_head` removes them.
+It is looked up once, in the float32 graph. A pass that replaces it marks the new nodes, so that later passes find them.
+`take_head` removes the marks before the graph is saved.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pastkey.contract import names
 
 from ..edit import weight
 
-_MARK = "pastkey.output_head"  # in a node's metadata
-# Operators that treat every position by itself, so that choosing one position may come before them.
+_MARK = "pastkey.output_head"  # key in a node's metadata
+# Operators that process each position by itself, so that one position can be selected before them.
 _POSITIONWISE = {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Neg", "Min", "Max", "Clip"}
 
 
 def output_head(model: ir.Model) -> ir.Node | None:
-    """The node (B, T, hidden) x (hidden, V) of a float32 graph that makes the logits, None where there is no such.
+    """Returns the MatMul (B, T, hidden) x (hidden, V) of a float32 graph that computes the logits, or None.
 
-    Between it and the logits are position-wise operators only, as a bias or a softcap.
+    Only position-wise operators, such as a bias or a softcap, are between it and the logits.
     """
     logits = next((value for value in model.graph.outputs if value.name == names.LOGITS), None)
     node = None if logits is None else logits.producer()
@@ -37,7 +37,7 @@ def output_head(model: ir.Model) -> ir.Node | None:
 
 
 def hidden_size(head: ir.Node) -> int | None:
-    """H, the width of what the output head of a float32 graph multiplies; None where its weight does not show it."""
+    """Returns H, the width of the output head's input in a float32 graph, or None if its weight does not show it."""
     value, axis = head.inputs[1], 0
     node = None if value is None else value.producer()
     while node is not None and node.op_type in ("Transpose", "Identity", "Cast"):
@@ -49,15 +49,15 @@ def hidden_size(head: ir.Node) -> int | None:
 
 
 def mark_head(nodes: Iterable[ir.Node]) -> None:
-    """Says that these nodes are the output head now. The graph's first of them reads the hidden state as input 0."""
+    """Marks these nodes as the output head. The first of them in the graph reads the hidden state as input 0."""
     for node in nodes:
         node.metadata_props[_MARK] = ""
 
 
 def take_head(model: ir.Model) -> list[ir.Node]:
-    """The nodes of the output head in the graph's order: those that were marked, or else the one that is found.
+    """Returns the nodes of the output head in the graph's order: the marked ones, or what `output_head` finds.
 
-    Removes the marks. Empty where the logits are made in another way.
+    Removes the marks. Empty if the logits are computed in another way.
     """
     marked = [node for node in model.graph if node.metadata_props.pop(_MARK, None) is not None]
     if marked:
@@ -67,7 +67,7 @@ def take_head(model: ir.Model) -> list[ir.Node]:
 
 
 def _constant(value: ir.Value | None) -> bool:
-    """An initializer, or computed from nothing else: a transposed one."""
+    """Whether the value is an initializer, or computed only from initializers, such as a transposed one."""
     producer = None if value is None else value.producer()
     if producer is None:
         return weight(value) is not None

@@ -1,4 +1,4 @@
-"""Writing the graphs of a bundle over one weights file."""
+"""Writes the graphs of a bundle over one weights file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .weights_file import WeightsFile
 def write_graphs(model: ir.Model, folder: Path, precision: str, hidden_size: int | None = None) -> int:
     """Writes the all-logits graph, its weights, and the last-logits graph over the same weights. Changes `model`.
 
-    With `hidden_size`, which needs an output head, the second also outputs the last hidden states.
+    With `hidden_size`, which needs an output head, the last-logits graph also outputs the last hidden states.
 
     Returns the bytes of the weights, in their own file and in the graph.
     """
-    head = take_head(model)  # first: its marks are no part of a file
+    head = take_head(model)  # first: the marks must not be saved
     all_logits = folder / PRECISIONS[precision].graph
     all_logits.parent.mkdir(parents=True, exist_ok=True)
     file = WeightsFile.of(all_logits)

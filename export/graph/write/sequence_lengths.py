@@ -1,6 +1,6 @@
-"""pastkey's own fused graph is told its lengths: the runtime knows them, and no mask is counted.
+"""Feeds sequence lengths instead of a mask to pastkey's own fused graph: the runtime knows them.
 
-Counting takes operators that a GPU's provider leaves to the CPU, which then waits for both at every token.
+Counting the mask takes operators that a GPU's provider leaves to the CPU, so both wait for each other at every token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SEQLENS_K, _TOTAL = 5, 6  # inputs of GroupQueryAttention
 
 
 def take_sequence_lengths(model: ir.Model) -> None:
-    """Makes inputs of what GroupQueryAttention reads, `seqlens_k` and `total_sequence_length`, in place of the mask."""
+    """Replaces the mask by the inputs of GroupQueryAttention, `seqlens_k` and `total_sequence_length`."""
     calls = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     if not calls:
         return

@@ -1,4 +1,4 @@
-"""The weights of graphs in a file beside them: who writes one, and where a graph finds it."""
+"""The external data file that holds the weights of the graphs in a folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 
-# Below this, a weight stands in the graph itself: shapes and axes must, for onnxruntime to infer shapes from them.
+# Smaller weights stay in the graph: onnxruntime needs shapes and axes there for shape inference.
 INLINE_BYTES = 1024
 _ALIGNMENT = 64  # bytes; a cache line
-_PAGE_ALIGNMENT, _PAGE_ALIGNED_FROM = 4096, 1 << 20  # large weights start on a page, to be mapped
+_PAGE_ALIGNMENT, _PAGE_ALIGNED_FROM = 4096, 1 << 20  # large weights start on a page, for memory mapping
 _WEIGHTS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT4)
-_PACKED = (ir.DataType.UINT4, ir.DataType.INT4)  # two in a byte
+_PACKED = (ir.DataType.UINT4, ir.DataType.INT4)  # two per byte
 
 
 class WeightsFile:
-    """The file at `path`, which the graphs of its folder share. Equal content is written once: a tied head, say.
+    """The file at `path`, which the graphs of its folder share. Equal content, such as a tied head, is written once.
 
-    The file is there when something is written: a model may be so small that all its weights stand in the graph.
+    The first write creates the file. The weights of a small model may all be in the graph.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,11 +31,11 @@ class WeightsFile:
 
     @classmethod
     def of(cls, graph: Path) -> WeightsFile:
-        """The one of the graph at this path."""
+        """Returns the weights file of the graph at this path."""
         return cls(graph.with_name(names.weights_file(graph.name)))
 
     def place(self, content: bytes | memoryview) -> tuple[str, int]:
-        """The name of the file, and the offset at which the content stands: it is written where it does not yet."""
+        """Writes the content unless the file has it. Returns the file's name and the content's offset."""
         key = (len(content), hashlib.sha256(content).digest())
         if key not in self._offsets:
             alignment = _PAGE_ALIGNMENT if len(content) >= _PAGE_ALIGNED_FROM else _ALIGNMENT
@@ -47,7 +47,7 @@ class WeightsFile:
         return self.path.name, self._offsets[key]
 
     def take_weights(self, model: ir.Model) -> int:
-        """Moves the larger initializers of a graph here that will stand in the same folder.
+        """Moves the larger initializers of a graph, which is saved in the same folder, into this file.
 
         Returns the bytes of the weights that stay in the graph.
         """
@@ -73,7 +73,7 @@ class WeightsFile:
 
 
 def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
-    """Little-endian, without a copy where it lies so."""
+    """Returns little-endian bytes, without a copy if the array is little-endian."""
     if tensor.dtype in _PACKED:
         return tensor.tobytes()
     array = np.ascontiguousarray(tensor.numpy())
@@ -81,11 +81,11 @@ def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
 
 
 def save_with_weights(model: ir.Model, path: Path) -> None:
-    """Saves a graph with a weights file of its own. The model stays as it is."""
+    """Saves a graph with a weights file of its own, without changing the model."""
     ir.save(model, path, external_data=names.weights_file(path.name), size_threshold_bytes=INLINE_BYTES)
 
 
 def remove_with_weights(path: Path) -> None:
-    """Removes what `save_with_weights` wrote, as far as it is there."""
+    """Removes the files that `save_with_weights` wrote, if they exist."""
     for file in (path, path.with_name(names.weights_file(path.name))):
         file.unlink(missing_ok=True)

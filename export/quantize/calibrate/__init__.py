@@ -1,1 +1,1 @@
-"""What the activations of a text say about each matrix."""
+"""Calibration: prepares weights for quantization by the activations on a text."""

@@ -1,4 +1,4 @@
-"""Values inside a graph, on a text: the graph is run with further outputs."""
+"""Captures values inside a graph on a text, by running the graph with additional outputs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _NO_INPUTS: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Probe(Protocol):
-    """Runs the graph on ids (T,), and on whatever further inputs it has. Returns rows (T, K) by the names of values."""
+    """Runs the graph on ids (T,) and on its further inputs. Returns rows (T, K) by the names of values."""
 
     def __call__(self, ids: Ids, further: Mapping[str, np.ndarray] = ..., /) -> dict[str, np.ndarray]: ...
 
 
 @contextlib.contextmanager
 def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Probe]:
-    """Opens the graph to look at values inside it, on ids without a past.
+    """Opens a graph to capture values inside it, on ids without a past.
 
     Args:
-        model: The graph; as it was, afterwards.
-        folder: Holds the weights file that the graph names. Where weights were changed since, all are written anew
-            there meanwhile.
+        model: The graph; restored afterwards.
+        folder: Holds the weights file that the graph names. If weights were changed since, all are written there again
+            for the time of the block.
         wanted: Names of float32 values.
     """
     made = {str(value.name): value for node in model.graph for value in node.outputs}

@@ -1,11 +1,11 @@
-"""Smoothing: activations are made easier to quantize, exactly, by changing the weights around them.
+"""Smoothing: makes activations easier to quantize, exactly, by changing the weights around them.
 
-Most of int8's error is that of the activations: in a block of 32, one channel that is far larger than the others takes
-all of the block's precision. Three transformations change no MatMul's result and cost nothing at run time:
+Most of int8's error comes from activations: in a block of 32, one channel that is far larger than the others takes all
+of the block's precision. Three transformations preserve every MatMul's result and cost nothing at run time:
 
-    1. rotation of value heads   spreads what a few channels have over all of a head (QuaRot)
+    1. rotation of value heads   spreads outlier channels over the whole head (QuaRot)
     2. scale migration           divides channels, and multiplies the weights that read them (SmoothQuant, AWQ)
-    3. channel permutation       puts channels of like size into one block
+    3. channel permutation       puts channels of similar size into one block
 
 `smoothing_groups` finds the weights.
 """
@@ -22,23 +22,23 @@ from ...graph.edit import add_weight
 from ..rounding.blocks import choose_block_size, dequantize_blocks, quantize_blocks
 from .smoothing_groups import ChannelWeight, Group
 
-# The exponents a that are tried. 0 changes nothing; SmoothQuant takes 0.5 for most models, and up to 0.9 for others.
+# Candidate exponents a. 0 changes nothing; SmoothQuant uses 0.5 for most models and up to 0.9 for others.
 _STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
-# Scales are within 1 / this and this: a channel that is silent on the calibration text may be loud on another.
+# Scales are between 1 / this and this: a channel that is silent on the calibration text may be loud on another.
 _MAX_SCALE = 100.0
-_FLOOR = 1e-5  # of the largest: what a smaller channel counts as, so that one of zeros has a scale too
+_FLOOR = 1e-5  # relative to the largest channel: the minimum, so that a channel of zeros also has a scale
 
 
 def smooth(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Makes the three transformations of every group, in their order and in place.
+    """Applies the three transformations to every group, in order and in place.
 
     Args:
         model: A float32 graph.
-        groups: Those of this very graph.
+        groups: The groups of this graph.
         samples: Rows (N, K) of each group's activation on text, by its name.
 
     Returns:
-        Each activation's exponent a of scale migration; 0 where nothing was migrated.
+        Each activation's exponent a of scale migration; 0 if nothing was migrated.
     """
     strengths: dict[str, float] = {}
     for group in groups:
@@ -52,17 +52,18 @@ def smooth(model: ir.Model, groups: Sequence[Group], samples: Mapping[str, np.nd
 
 
 def _of_one_size(rows: np.ndarray) -> np.ndarray:
-    """Rows (N, K) over their own root mean squares: a BOS token's may be a thousand times larger than any other."""
+    """Divides rows (N, K) by their root mean squares: a BOS token's may be a thousand times larger than any other."""
     sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(1, keepdims=True))
     return np.asarray(rows / np.maximum(sizes, np.finfo(np.float32).tiny), np.float32)
 
 
 # --- rotation -----------------------------------------------------------------------------------------------------
 def rotate_value_heads(model: ir.Model, group: Group, rows: np.ndarray) -> np.ndarray:
-    """Multiplies v_proj's columns and o_proj's rows by one rotation for all heads, which attention commutes with.
+    """Multiplies v_proj's columns and o_proj's rows by one rotation for all heads, which commutes with attention.
 
-    An int8 cache, whose scales are a channel's, then cuts off next to nothing. QuaRot,
-    https://arxiv.org/abs/2404.00456. Returns the activation's rows (N, K) as they are then.
+    An int8 cache, which has one scale per channel, then clips next to nothing. QuaRot,
+    https://arxiv.org/abs/2404.00456.
+    Returns the rotated rows (N, K) of the activation.
     """
     rotation = _rotation(rows.shape[1] // group.heads)
     for found in (*group.readers, *group.divided):
@@ -71,9 +72,9 @@ def rotate_value_heads(model: ir.Model, group: Group, rows: np.ndarray) -> np.nd
 
 
 def _rotation(size: int) -> np.ndarray:
-    """An orthogonal (D, D) whose columns have as much of every channel as can be.
+    """Returns an orthogonal matrix (D, D) whose columns mix all channels as evenly as possible.
 
-    It is Hadamard's where D is a power of two, and else the discrete cosine transform.
+    It is a Hadamard matrix if D is a power of two, otherwise the discrete cosine transform.
     """
     if size & (size - 1) == 0:
         signs = np.ones((1, 1))
@@ -87,7 +88,7 @@ def _rotation(size: int) -> np.ndarray:
 
 
 def _rotated(array: np.ndarray, axis: int, rotation: np.ndarray) -> np.ndarray:
-    """Every head along the axis, whose channels are heads times D, multiplied by the rotation (D, D)."""
+    """Multiplies every head along the axis, whose channels are heads times D, by the rotation (D, D)."""
     last = np.moveaxis(array, axis, -1)
     heads = last.reshape(*last.shape[:-1], -1, len(rotation)) @ rotation
     return np.asarray(np.moveaxis(heads.reshape(last.shape), -1, axis), np.float32)
@@ -97,11 +98,11 @@ def _rotated(array: np.ndarray, axis: int, rotation: np.ndarray) -> np.ndarray:
 def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
     """Divides the activation's channels by s, and multiplies the weights that read them.
 
-    s = rms(x)^a / max|W|^(1 - a), with the exponent a for which the quantized MatMuls of `rows` (N, K) err least.
-    SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
-    Returns a, 0 where nothing was migrated, and the rows as they are then.
+    s = rms(x)^a / max|W|^(1 - a), with the exponent a that minimises the error of the quantized MatMuls of `rows` (N,
+    K). SmoothQuant, https://arxiv.org/abs/2211.10438, and AWQ, https://arxiv.org/abs/2306.00978, describe both halves.
+    Returns a, 0 if nothing was migrated, and the divided rows.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # of huge weights: what is not finite is not chosen
+    with np.errstate(over="ignore", invalid="ignore"):  # of huge weights: scales must be finite to be chosen
         strength, scales = _choose_scales(group, rows)
     if strength != 0:
         for found in group.readers:
@@ -112,7 +113,7 @@ def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[flo
 
 
 def _choose_scales(group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
-    """The exponent and its scales (K,)."""
+    """Returns the exponent and its scales (K,)."""
     matrices = [_matrix(found) for found in group.readers]
     exact = [rows @ matrix.T for matrix in matrices]
     best = (np.inf, 0.0, np.ones(rows.shape[1], np.float32))
@@ -133,19 +134,19 @@ def _choose_scales(group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _matrix(reader: ChannelWeight) -> np.ndarray:
-    """(N, K), a row per output."""
+    """Returns (N, K), one row per output."""
     return reader.array.T if reader.axis == 0 else reader.array
 
 
 def _scales(group: Group, rows: np.ndarray, matrices: list[np.ndarray], strength: float) -> np.ndarray:
-    """s (K,), around 1."""
+    """Returns s (K,), around 1."""
     if strength == 0:
         return np.ones(rows.shape[1], np.float32)
     x = np.sqrt(np.square(rows).mean(0))
     w = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
     if group.shared_by > 1:
         x, w = (_largest_of_shared(array, group) for array in (x, w))
-    if min(x.max(), w.max()) < np.finfo(np.float32).tiny:  # a layer that was switched off has nothing to go by
+    if min(x.max(), w.max()) < np.finfo(np.float32).tiny:  # a layer that was switched off
         return np.ones(rows.shape[1], np.float32)
     x, w = np.maximum(x, _FLOOR * x.max()), np.maximum(w, _FLOOR * w.max())
     scales = x**strength / w ** (1 - strength)
@@ -154,13 +155,13 @@ def _scales(group: Group, rows: np.ndarray, matrices: list[np.ndarray], strength
 
 
 def _largest_of_shared(channels: np.ndarray, group: Group) -> np.ndarray:
-    """The largest over the query heads that share a value head, for each of them. (H * D,) in and out."""
+    """Takes the maximum over the query heads that share a value head, for each of them. (H * D,) in and out."""
     heads = channels.reshape(group.heads // group.shared_by, group.shared_by, -1)  # (K, G, D)
     return np.broadcast_to(heads.max(1, keepdims=True), heads.shape).reshape(-1)
 
 
 def _of_value_heads(scales: np.ndarray, group: Group, producer: ChannelWeight) -> np.ndarray:
-    """The scales at the weight that makes the activation: one for each value head instead of each query head."""
+    """Returns the scales for the weight that makes the activation: one per value head instead of per query head."""
     if group.shared_by == 1 or producer.array.shape[producer.axis] == len(scales):
         return scales
     return scales.reshape(group.heads // group.shared_by, group.shared_by, -1)[:, 0].reshape(-1)
@@ -172,20 +173,20 @@ def _rounded(matrix: np.ndarray, block_size: int) -> np.ndarray:
 
 # --- permutation --------------------------------------------------------------------------------------------------
 def permute_channels(model: ir.Model, group: Group, rows: np.ndarray) -> None:
-    """Puts channels in the order of their largest magnitude in `rows` (N, K), so that those of one block are alike."""
+    """Sorts channels by their largest magnitude in `rows` (N, K), so that those of one block are similar."""
     order = _by_magnitude(rows)
     for found in (*group.readers, *group.permuted):
         _change(model, found, lambda array, axis: np.take(array, order, axis))
 
 
 def _by_magnitude(rows: np.ndarray) -> np.ndarray:
-    """The order (K,) of channels, those with the smallest extremes first."""
+    """Returns the order (K,) of channels, smallest maximum first."""
     return np.argsort(np.abs(rows).max(0), kind="stable")
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
 def _scale(model: ir.Model, found: ChannelWeight, scales: np.ndarray) -> None:
-    """Multiplies the weight along its axis."""
+    """Multiplies the weight along its axis by the scales."""
 
     def scaled(array: np.ndarray, axis: int) -> np.ndarray:
         shape = [1] * array.ndim
@@ -197,7 +198,7 @@ def _scale(model: ir.Model, found: ChannelWeight, scales: np.ndarray) -> None:
 
 
 def _change(model: ir.Model, found: ChannelWeight, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
-    """Changes the weight along its axis, as a new one: another node may read the old one."""
+    """Replaces the weight by one changed along its axis: another node may read the old one."""
     value = found.node.inputs[found.index]
     assert value is not None
     name = str(value.name)

@@ -1,17 +1,17 @@
-"""Which activations can be smoothed: those that only projections read, by the weights that make their channels.
+"""Finds the activations that can be smoothed, which only projections read, and the weights that make their channels.
 
-A channel is divided by s where it is made, and the weights that read it are multiplied by s: no result changes. The
-division is folded into a weight, so that it costs nothing at run time:
+A channel is divided by s where it is made, and the weights that read it are multiplied by s, which preserves every
+result. The division is folded into a weight, so that it costs nothing at run time:
 
     1. Mul(x, weight), LayerNormalization(x, weight, bias)   the norm before q, k, v and before gate and up
     2. MatMul(x, W) [+ bias]                                 up_proj before down_proj: Mul(gate, up) is linear in up
     3. GroupQueryAttention(q, k, MatMul(x, W))               v_proj before o_proj, equal for heads that share a value
 
-Channels are put in another order where they have none of their own, as those of gate and up before down:
+Channels without a fixed order, such as those of gate and up before down, are permuted:
 
     4. element-wise operators over MatMul(x, W)              columns of each W, and the rows that read them
 
-Channels of attention and of the residual stream stay where they are.
+Channels of attention and of the residual stream keep their order.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import onnx_ir as ir
 from ...graph.edit import weight
 from ..rounding.rewrite import matmul_weight
 
-# Norms, and which of their inputs have a number for each channel.
+# Norms, and which of their inputs have one number per channel.
 _NORMS = {
     "LayerNormalization": (1, 2),
     "SimplifiedLayerNormalization": (1,),
     "SkipSimplifiedLayerNormalization": (2,),
 }
-# Operators that treat each channel alone, by itself or beside that of another value.
+# Operators that process each channel by itself, or together with the same channel of another value.
 _ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"),
     *("Sigmoid", "Gelu", "Erf", "Tanh", "Relu", "Sqrt", "Exp", "Neg", "Softplus", "Elu", "LeakyRelu", "HardSwish"),
@@ -58,16 +58,16 @@ class Group:
     """An activation (B, T, K), the projections that read it, and the weights that make its channels."""
 
     activation: str  # name of the value
-    readers: tuple[ChannelWeight, ...]  # of the projections, along K; nothing else reads the activation
-    divided: tuple[ChannelWeight, ...] = ()  # take the division of channels; empty where nothing can
-    permuted: tuple[ChannelWeight, ...] = ()  # move with the channels; empty where these have an order of their own
-    heads: int = 0  # query heads H, K = H * D, where attention makes the activation; else 0
+    readers: tuple[ChannelWeight, ...]  # weights of the projections, along K; nothing else reads the activation
+    divided: tuple[ChannelWeight, ...] = ()  # absorb the division of channels; empty if they cannot be divided
+    permuted: tuple[ChannelWeight, ...] = ()  # move with the channels; empty if their order is fixed
+    heads: int = 0  # query heads H, K = H * D, if attention makes the activation; else 0
     shared_by: int = 1  # neighbouring query heads that read one value head, whose scales must be equal
-    rotatable: bool = False  # value heads may be rotated: nothing behind v_proj treats channels one by one
+    rotatable: bool = False  # whether value heads may be rotated: no operator after v_proj processes single channels
 
 
 def find_groups(model: ir.Model) -> list[Group]:
-    """Every activation whose channels can be divided or permuted, in the graph's order."""
+    """Returns every activation whose channels can be divided or permuted, in the graph's order."""
     readers: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if matmul_weight(node) is not None and node.inputs[0] is not None:
@@ -76,7 +76,7 @@ def find_groups(model: ir.Model) -> list[Group]:
 
 
 def _group(projections: list[ir.Node]) -> Group | None:
-    """Of all projections that read one activation."""
+    """Returns the group of all projections that read one activation, or None."""
     activation = projections[0].inputs[0]
     assert activation is not None
     readers = tuple(_channels_of(node, reads=True) for node in projections)
@@ -100,20 +100,20 @@ def _group(projections: list[ir.Node]) -> Group | None:
 
 
 def _channels_of(projection: ir.Node, *, reads: bool) -> ChannelWeight:
-    """The weight of a projection, along the channels that it reads, or those that it makes."""
+    """Returns a projection's weight along the channels that it reads, or those that it makes."""
     found = matmul_weight(projection)
     assert found is not None
     return ChannelWeight(projection, 1, 0 if found.transposed == reads else 1)
 
 
 def _only_here(found: ChannelWeight) -> bool:
-    """Whether nothing else reads the weight: a shared one (a tied head, a block applied twice) stays as it is."""
+    """Whether nothing else reads the weight: a shared one (a tied head, a block applied twice) must not change."""
     value = found.node.inputs[found.index]
     return value is not None and weight(value) is not None and len(tuple(value.uses())) == 1
 
 
 def _fits(found: ChannelWeight, channels: int) -> bool:
-    """Whether it is a matrix with a column, or a vector with a number, for each channel."""
+    """Whether the weight is a matrix with a column, or a vector with a number, for each channel."""
     array = weight(found.node.inputs[found.index])
     if array is None or array.shape[found.axis] != channels:
         return False
@@ -127,16 +127,16 @@ def _alone(value: ir.Value) -> bool:
 # --- rules 1 to 3 -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Divided:
-    """What is divided for an activation's channels to be divided; heads as in `Group`."""
+    """The weights to divide so that an activation's channels are divided; heads as in `Group`."""
 
     weights: tuple[ChannelWeight, ...]
-    mixable: bool = True  # no operator on the way treats channels one by one
+    mixable: bool = True  # no operator on the way processes single channels
     heads: int = 0
     shared_by: int = 1
 
 
 def _divided(value: ir.Value, channels: int) -> _Divided | None:
-    """How the `channels` of a value are divided where they are made; None where they cannot be."""
+    """Returns how the `channels` of a value can be divided where they are made, or None."""
     node = value.producer()
     if node is None:
         return None
@@ -161,7 +161,7 @@ def _divided(value: ir.Value, channels: int) -> _Divided | None:
         columns = _channels_of(node, reads=False)
         return _Divided((columns,)) if _only_here(columns) and _fits(columns, channels) else None
     if node.op_type == "Reshape" and made and _alone(made[0]):
-        # Whatever is regrouped on the way: where both ends have so many channels, each keeps its place among them.
+        # Regrouping on the way does not matter: if both ends have so many channels, each keeps its place.
         return _divided(made[0], channels)
     if node.op_type == "GroupQueryAttention" and value is node.outputs[0]:
         heads, kv_heads = (int(node.attributes[name].as_int()) for name in ("num_heads", "kv_num_heads"))
@@ -173,9 +173,9 @@ def _divided(value: ir.Value, channels: int) -> _Divided | None:
 
 # --- rule 4 -------------------------------------------------------------------------------------------------------
 def _permuted(activation: ir.Value, channels: int) -> tuple[ChannelWeight, ...]:
-    """The weights that move with the channels: matrices by their projections, and vectors of the operators between.
+    """Returns the weights that move with the channels: the projections' matrices, and vectors of the operators between.
 
-    Empty where the channels are made otherwise, or something else reads a part of what makes them.
+    Empty if the channels are made in another way, or something else reads a value on the way.
     """
     matrices: list[ChannelWeight] = []
     vectors: list[ChannelWeight] = []

@@ -1,1 +1,1 @@
-"""What each matrix costs, and which are kept in a higher precision."""
+"""The sensitivity of each matrix, and which matrices keep a higher precision."""

@@ -1,7 +1,7 @@
-"""Sensitivity: what quantizing costs at each matrix, as the KL divergence from float32 with that one alone quantized.
+"""Sensitivity: the KL divergence from float32 with only one matrix quantized, for each matrix.
 
-All of it runs in one session, over a graph with `switches`. Which matrices must have more bits for a budget is found
-there too, by halving.
+Everything runs in one session, over a graph with `switches`. A binary search in that session finds which matrices need
+more bits to meet a budget.
 """
 
 from __future__ import annotations
@@ -28,39 +28,37 @@ from ..rounding.blocks import Blocks
 from ..rounding.rewrite import NONE_ROUNDED
 from .switches import SWITCHES, Matrix, add_switches, quantization_mask
 
-_PART = 64  # positions that are compared at once, each part by a core
+_PART = 64  # positions that one core compares at once
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized matrix among float32."""
+    """The figures of one quantized matrix, with all others in float32."""
 
     weight: str  # the initializer's name
     shape: tuple[int, ...]
     kl_divergence: float  # from float32 in nats, mean over positions
     top1_agreement: float  # share of positions, 0 to 1
     share: float  # of the bytes of all matrices, 0 to 1
-    matmul: bool  # multiplied by; an embedding that is not the output head is gathered only
+    matmul: bool  # whether a MatMul reads it; false for an embedding that is not the output head
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The table of all matrices, and what a budget asks for."""
+    """The table of all matrices, and the matrices that a budget requires in more bits."""
 
-    kl_divergence: float  # of everything quantized, in nats
-    rows: tuple[Row, ...]  # worst first
-    ranking: tuple[
-        str, ...
-    ] = ()  # in the order in which they are given more bits; those that have fewer than 8, if any
-    keep: tuple[str, ...] = ()  # the first of these, without which the budget is met
+    kl_divergence: float  # with everything quantized, in nats
+    rows: tuple[Row, ...]  # most sensitive first
+    ranking: tuple[str, ...] = ()  # in the order in which they get more bits; only those below 8 bits, if there are any
+    keep: tuple[str, ...] = ()  # the first of these, as many as the budget requires
 
     def worst(self, count: int) -> tuple[str, ...]:
-        """The first `count` of the ranking, or all."""
+        """Returns the first `count` of the ranking, or all."""
         return self.ranking[:count]
 
     @property
     def most_kept(self) -> int:
-        """How many may stay in float32 at most: all but one, since with all of them nothing would be int8."""
+        """The maximum number that may stay in float32: all but one, since otherwise nothing would be int8."""
         return len(self.ranking) - 1
 
     def to_json(self) -> dict[str, Any]:
@@ -77,21 +75,21 @@ def sensitivity(
     rounded: Mapping[str, Blocks] = NONE_ROUNDED,
     progress: Progress = SILENT,
 ) -> Sensitivity:
-    """Measures every matrix of a float32 graph.
+    """Measures the sensitivity of every matrix of a float32 graph.
 
     Args:
         model: The graph; changed.
         folder: Holds the weights file that the graph names.
         windows: Token ids (T,) to measure on.
-        max_kl: The budget in nats: `keep` is as many of the worst matrices as must have more bits.
+        max_kl: The budget in nats: `keep` lists as many of the most sensitive matrices as must have more bits.
         precision: Of the matrices.
-        rounded: Those of fewer than 8 bits, by the names of initializers; all others are int8. They alone are ranked,
-            by what they cost per weight: a bit buys most where a small matrix costs much.
-        progress: Is told how many matrices are measured.
+        rounded: Matrices of fewer than 8 bits, by initializer name; all others are int8. Only these are ranked, by
+            sensitivity per weight, so that the fewest weights get more bits.
+        progress: Receives the number of matrices measured.
 
     Raises:
-        QualityError: The budget is missed with all matrices but one in float32; or of `rounded` with all of them in
-            int8, as embeddings and the output head are.
+        QualityError: The budget is missed with all matrices but one in float32; or with all of `rounded` in int8, as
+            embeddings and the output head are.
         InputError: A weight holds NaN or infinity.
     """
     with _opened(model, folder, windows, rounded) as switched:
@@ -101,7 +99,7 @@ def sensitivity(
         for m in switched.matrices:
             rows.append(Row(m.weight, m.shape, *switched.measure([m.weight]), share=m.bytes / total, matmul=m.matmul))
             progress.advance(len(rows), len(switched.matrices))
-        rows.sort(key=lambda row: -row.kl_divergence)  # stable: equal ones in the graph's order
+        rows.sort(key=lambda row: -row.kl_divergence)  # stable: equal ones keep the graph's order
         found = Sensitivity(whole, tuple(rows), _ranking(rows, rounded))
         if max_kl is None or whole <= max_kl:
             return found
@@ -124,7 +122,7 @@ def _fewest(
     precision: str,
     most: int,
 ) -> tuple[str, ...]:
-    """The worst matrices without which the quantized rest keeps within the budget, by halving."""
+    """Returns the fewest of the most sensitive matrices that must stay out for the budget, by binary search."""
 
     def left(count: int) -> float:
         kept = frozenset(found.worst(count))
@@ -140,7 +138,7 @@ def _fewest(
 
 
 def missed(kl: float, max_kl: float, precision: str, raised: int, ranked: int) -> QualityError:
-    """The sentence for a budget that cannot be met, with `raised` of the ranked matrices in more bits."""
+    """Returns the error for a budget that cannot be met with `raised` of the ranked matrices in more bits."""
     finer = PRECISIONS[precision].finer
     return QualityError(
         f"{precision} is {kl:.3g} nats from float32 with {raised} of {ranked} matrices in {finer}, over --max-kl "
@@ -149,19 +147,19 @@ def missed(kl: float, max_kl: float, precision: str, raised: int, ranked: int) -
 
 
 class _Float32:
-    """Logits (T, V) that others are compared with many times: their softmax is taken once."""
+    """Reference logits (T, V) for many comparisons: their softmax is computed once."""
 
     def __init__(self, logits: Logits) -> None:
         self._logits, self._p = logits, softmax(logits)
 
     def figures(self, logits: Logits) -> tuple[float, float]:
-        """KL divergence in nats and top-1 agreement of (T, V)."""
+        """Returns the KL divergence in nats and the top-1 agreement of (T, V)."""
         kl = kl_by_position(self._logits, self._p, logits)
         return float(kl.mean()), top1_agreement(self._logits, logits)
 
 
 class _SwitchedGraph:
-    """A graph with switches, and its logits with all of them in float32."""
+    """A graph with switches, and its logits with all matrices in float32."""
 
     def __init__(
         self,
@@ -177,7 +175,7 @@ class _SwitchedGraph:
         ]
 
     def measure(self, quantized: Iterable[str]) -> tuple[float, float]:
-        """KL divergence in nats and top-1 agreement, means over positions, with these weights quantized."""
+        """Returns KL divergence in nats and top-1 agreement, means over positions, with these weights quantized."""
         mask = quantization_mask(self.matrices, quantized)
         pairs = [
             (fp32, logits[place * _PART : (place + 1) * _PART])

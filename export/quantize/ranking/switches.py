@@ -1,10 +1,10 @@
-"""A graph in which each matrix is float32 or quantized by an input, so that one session runs every mixture of the two.
+"""A graph with an input that selects float32 or int8 for each matrix, so that one session runs every mixture.
 
-MatMuls compute some of their rows in each precision, and the switch says how many are int8: none or all of them. So a
-mixture costs what its MatMuls cost, and is exactly what a graph of its own would give:
+MatMuls compute some of their rows in each precision. The switch is the number of int8 rows: none or all of them. So a
+mixture costs only what its MatMuls cost, and its results equal those of a separate graph:
 
     1. MatMul or Gemm(x, W)   -> Concat(int8 of x[..., :switch, :], float32 of x[..., switch:, :])
-    2. Gather(E, ids)         -> Where(switch, int8, float32): cheap enough to do both
+    2. Gather(E, ids)         -> Where(switch, int8, float32): cheap enough to compute both
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...graph.write.output_head import output_head
 from ..rounding.blocks import Blocks
 from ..rounding.rewrite import NONE_ROUNDED, embedding_weight, matmul_weight, quantize
 
-SWITCHES = "int8_switches"  # the input, a quantization mask (matrices,) int64: how many rows of each MatMul are int8
+SWITCHES = "int8_switches"  # the input, a quantization mask (matrices,) int64: the number of int8 rows of each MatMul
 _ALL = np.iinfo(np.int64).max
 _ROW_AXIS = -2
 
@@ -32,11 +32,11 @@ class Matrix:
     weight: str  # its name
     shape: tuple[int, ...]
     bytes: int  # in float32
-    matmul: bool = False  # multiplied by; a tied embedding is gathered too
+    matmul: bool = False  # whether a MatMul reads it; a tied embedding is also gathered
 
 
 def quantization_mask(matrices: Iterable[Matrix], int8: Iterable[str]) -> np.ndarray:
-    """(matrices,) int64: the input that makes int8 of the weights that are named, and float32 of the others."""
+    """(matrices,) int64: the input that selects int8 for the named weights and float32 for the others."""
     chosen = frozenset(int8)
     return np.array([_ALL if matrix.weight in chosen else 0 for matrix in matrices], np.int64)
 
@@ -44,8 +44,8 @@ def quantization_mask(matrices: Iterable[Matrix], int8: Iterable[str]) -> np.nda
 def add_switches(model: ir.Model, rounded: Mapping[str, Blocks] = NONE_ROUNDED) -> tuple[Matrix, ...]:
     """Adds the input SWITCHES to a float32 graph. Returns its matrices, in the order of their switches.
 
-    Matrices of `rounded`, by the names of initializers, stand in for int8. Nodes that share an initializer share its
-    switch. Raises InputError on NaN or infinity.
+    Matrices of `rounded`, by initializer name, replace int8. Nodes that share an initializer share its switch. Raises
+    InputError on NaN or infinity.
     """
     head = output_head(model)
     originals = frozenset(model.graph.initializers)
@@ -65,22 +65,22 @@ def add_switches(model: ir.Model, rounded: Mapping[str, Blocks] = NONE_ROUNDED) 
 
 
 def _copy(name: str) -> str:
-    """What an initializer's quantized twin is called."""
+    """Returns the name of an initializer's quantized copy."""
     return f"{name}.int8"
 
 
 class _Switched:
-    """The graph, with what its nodes share: the switches, and quantized twins of initializers."""
+    """The graph, and what its nodes share: the switches, and quantized copies of initializers."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self.input = ir.Value(name=SWITCHES, type=ir.TensorType(ir.DataType.INT64))
         self.matrices: dict[str, Matrix] = {}
-        self._copies: dict[str, ir.Value] = {}  # what `quantize` is to take instead: the same array by another name
+        self._copies: dict[str, ir.Value] = {}  # what `quantize` changes: the same arrays by other names
         self._constants: dict[int, ir.Value] = {}
 
     def matmul(self, node: ir.Node, value: ir.Value) -> ir.Node:
-        """Rule 1. Returns the MatMul or Gemm that is to be int8."""
+        """Applies rule 1. Returns the MatMul or Gemm that becomes int8."""
         number, copy = self._matrix(value, matmul=True)
         x, builder = node.inputs[0], NodeBuilder(self._model, f"{node.name}_switched")
         end = builder.add("Gather", self.input, self._constant(number))
@@ -99,7 +99,7 @@ class _Switched:
         return made
 
     def gather(self, node: ir.Node, embedding: ir.Value) -> None:
-        """Rule 2."""
+        """Applies rule 2."""
         number, copy = self._matrix(embedding)
         builder, indices = NodeBuilder(self._model, f"{node.name}_switched"), node.inputs[1]
         chosen = builder.add("Cast", builder.add("Gather", self.input, self._constant(number)), to=ir.DataType.BOOL)
@@ -107,7 +107,7 @@ class _Switched:
         replace_node(self._model, node, *builder.nodes)
 
     def _matrix(self, value: ir.Value, *, matmul: bool = False) -> tuple[int, ir.Value]:
-        """The switch's number, and the initializer that becomes int8."""
+        """Returns the switch's number, and the initializer that becomes int8."""
         name, array = str(value.name), weight(value)
         assert array is not None
         matrix = self.matrices.setdefault(name, Matrix(name, array.shape, array.nbytes))
@@ -119,7 +119,7 @@ class _Switched:
         return list(self.matrices).index(name), self._copies[name]
 
     def _constant(self, number: int) -> ir.Value:
-        """(1,) int64."""
+        """Returns a constant (1,) int64."""
         if number not in self._constants:
             self._constants[number] = add_weight(self._model, f"{SWITCHES}.constant_{number}", np.array([number]))
         return self._constants[number]

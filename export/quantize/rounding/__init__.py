@@ -1,1 +1,1 @@
-"""Weights to blocks of integers, and the graph that multiplies by them."""
+"""Rounds weights to blocks of integers, and rewrites the graph to multiply by them."""

@@ -1,6 +1,6 @@
-"""Matrices in blocks by ONNX's own operators: block-wise DequantizeLinear (opset 21), then MatMul.
+"""Matrices in blocks as ONNX's own operators: block-wise DequantizeLinear (opset 21), then MatMul.
 
-onnxruntime from 1.27 on makes MatMulNBits of the two when it loads a graph; any other runtime can run them.
+onnxruntime from 1.27 on fuses the two into MatMulNBits when it loads a graph. Any other runtime can run them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from ...graph.edit import add_weight
 from .blocks import ZERO, Blocks
 from .int4_blocks import unpacked
 
-OPSET = 21  # the first whose DequantizeLinear knows blocks
+OPSET = 21  # the first with block-wise DequantizeLinear
 _UINT4 = ir.DataType.UINT4.numpy()
 
 
 def dequantize_linear(model: ir.Model, name: str, matrix: Blocks) -> ir.Node:
-    """A node that gives the matrix (N, K) transposed, of int8 or uint4 with a scale for each block.
+    """Returns a node that outputs the matrix (N, K) transposed, from int8 or uint4 with a scale for each block.
 
-    (blocks * block_size, N) float32: not every runtime takes a last block that is cut off.
+    The output is (blocks * block_size, N) float32: not every runtime accepts a partial last block.
     """
     rows, blocks = matrix.scale_codes.shape
     if matrix.zeros is not None:

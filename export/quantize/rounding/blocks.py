@@ -1,12 +1,12 @@
-"""Matrices in blocks of small integers, as com.microsoft.MatMulNBits reads them: arrays only.
+"""Matrices in blocks of small integers, in the layout of com.microsoft.MatMulNBits: arrays only.
 
 Each row of a matrix is cut into blocks of `block_size` weights that share one scale. Scales are double quantized, as in
 QLoRA and k-quants: a scale code of a byte, from 1 to 255, times one float32 row scale. They are rounded up, so that no
-weight is cut off.
+weight is clipped.
 
     int8   round(w / scale) + 128 in a uint8; the scale is max |w| / 127
 
-Fewer bits have a zero point for each block, and are rounded elsewhere.
+`int4_blocks` rounds to 4 bits, with a zero point for each block.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-ZERO = 128  # what an int8 weight of 0 is stored as
+ZERO = 128  # the stored value of an int8 weight of 0
 _BLOCK_SIZES = (32, 16)
 _LARGEST_CODE = np.float32(255)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix (N, K) in blocks of integers, as com.microsoft.MatMulNBits reads them.
+    """A matrix (N, K) in blocks of integers, in the layout of com.microsoft.MatMulNBits.
 
-    Of 4 bits there are two in a byte, the lower first. The last block of a row is padded with its zero point.
+    4-bit values are packed two per byte, the lower first. The last block of a row is padded with its zero point.
     """
 
     data: np.ndarray  # (N, blocks, block_size * bits / 8) uint8
@@ -38,7 +38,7 @@ class Blocks:
 
     @property
     def block_size(self) -> int:
-        """Weights to a scale."""
+        """Weights per scale."""
         return int(self.data.shape[2]) * 8 // self.bits
 
     @property
@@ -64,18 +64,18 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> Blocks:
 
 
 def dequantize_blocks(quantized: Blocks) -> np.ndarray:
-    """(N, K) float32 of int8, what the kernels compute with."""
+    """Returns (N, K) float32 from int8, the values that the kernels compute with."""
     values: np.ndarray = (quantized.data.astype(np.float32) - ZERO) * quantized.scales[:, :, None]
     return values.reshape(len(values), -1)[:, : quantized.columns]
 
 
 def choose_block_size(columns: int) -> int:
-    """32 weights to a scale, or 16 where padding a row to a multiple of 32 costs more than the further scales."""
+    """Returns 32 weights per scale, or 16 if padding rows to a multiple of 32 costs more than the additional scales."""
     return min(_BLOCK_SIZES, key=lambda size: -(-columns // size) * (size + 1))
 
 
 def join(parts: Sequence[Blocks]) -> Blocks:
-    """Matrices of equal K, bits and block size below one another, as one."""
+    """Stacks matrices of equal K, bits and block size vertically."""
     first = parts[0]
     names = [field.name for field in fields(first) if isinstance(getattr(first, field.name), np.ndarray)]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
@@ -85,12 +85,12 @@ def join(parts: Sequence[Blocks]) -> Blocks:
 def encode_scales(
     scales: np.ndarray, rounded: Callable[[np.ndarray], np.ndarray] = np.ceil
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale codes (N, blocks) uint8 and row scales (N, 1) float32 whose product is no smaller than the scales.
+    """Returns scale codes (N, blocks) uint8 and row scales (N, 1) float32, whose product is at least the scales.
 
-    With `rounded` np.rint it is the nearest to them instead.
+    With np.rint as `rounded`, the product is the nearest to them instead.
     """
     row_scales = scales.max(1, keepdims=True) / _LARGEST_CODE
-    # A row of zeros, or of numbers too small to divide by, is stored as zeros.
+    # Rows of zeros, or of numbers too small to divide by, are stored as zeros.
     row_scales[row_scales < np.finfo(np.float32).tiny] = 1
     scale_codes = np.clip(rounded(scales / row_scales), 1, _LARGEST_CODE)
     return scale_codes.astype(np.uint8), row_scales.astype(np.float32)

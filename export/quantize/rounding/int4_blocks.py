@@ -1,11 +1,11 @@
-"""Matrices in 4-bit blocks, rounded by GPTQ so that a projection's output on text changes least: arrays only.
+"""Matrices in 4-bit blocks, rounded by GPTQ to minimise the change of a projection's output on text: arrays only.
 
-A weight is (q - zero) * scale, q from 0 to 15, with a scale and a whole zero point for each block of a row. Scales are
-double quantized as in `blocks`: scale codes of a byte, times one float32 row scale.
+A weight is (q - zero) * scale, q from 0 to 15, with a scale and an integer zero point for each block of a row. Scales
+are double quantized as in `blocks`: scale codes of a byte, times one float32 row scale.
 
-GPTQ, https://arxiv.org/abs/2210.17323: the columns of a matrix are rounded to nearest one after another, those that
-matter most first, and the columns that are left compensate the error of each. Scales and zero points are chosen before,
-by the error that cannot be compensated. The Hessian of the output's error is X^T X over the activations X on text.
+GPTQ, https://arxiv.org/abs/2210.17323: the columns of a matrix are rounded to nearest one after another, the most
+important first, and the remaining columns compensate the error of each. Scales and zero points are chosen before, by
+the error that cannot be compensated. The Hessian of the output's error is X^T X over the activations X on text.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .blocks import Blocks, encode_scales
 
 BITS = 4
 _TOP = 15
-_SHRINKS = np.linspace(1, 0.5, 16).tolist()  # of a block's range: what is cut off may cost less than coarser steps
-# Added to the Hessian's diagonal, of its mean. Much, since other texts than the calibration text are written, too.
+_SHRINKS = np.linspace(1, 0.5, 16).tolist()  # of a block's range: clipping may cost less than coarser steps
+# Added to the Hessian's diagonal, relative to its mean. It is large, since texts differ from the calibration text.
 _DAMPING = 0.2
-_ROWS_AT_ONCE = 128  # whose scales are looked for together: what a core's cache holds
-_LAZY_COLUMNS = 64  # whose compensation by all columns behind them is one MatMul (GPTQ's lazy batch updates)
+_ROWS_AT_ONCE = 128  # rows whose scales are searched together: they fit into a core's cache
+_LAZY_COLUMNS = 64  # columns whose compensation by all later columns is one MatMul (GPTQ's lazy batch updates)
 
 
 def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -> Blocks:
@@ -31,7 +31,7 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
     Args:
         matrix: (N, K) float32.
         hessian: (K, K) float32: X^T X over the activations X (T, K) that the matrix is multiplied with.
-        block_size: Weights to a scale.
+        block_size: Weights per scale.
 
     Raises:
         ValueError: The matrix holds NaN or infinity.
@@ -39,7 +39,7 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
     if not np.isfinite(matrix).all():
         raise ValueError("NaN or infinity")
     rows, columns = matrix.shape
-    if not np.isfinite(hessian).all():  # activations beyond 1e19, whose squares are no float32: all count alike
+    if not np.isfinite(hessian).all():  # squares of activations beyond 1e19 overflow float32: weight all alike
         hessian = np.eye(columns, dtype=np.float32)
     blocks = -(-columns // block_size)
     order = np.argsort(-hessian.diagonal(), kind="stable")
@@ -56,7 +56,7 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
     scales = scale_codes.astype(np.float32) * row_scales
     of_column = order // block_size
     numbers = np.repeat(zeros, block_size, 1)
-    # Transposed, so that a column lies together.
+    # Transposed, so that a column is contiguous.
     left, of_scales, of_zeros = (
         torch.from_numpy(np.ascontiguousarray(array.T))
         for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
@@ -66,7 +66,7 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
 
 
 def dequantize(matrix: Blocks) -> np.ndarray:
-    """(N, K) float32, what the kernels compute with."""
+    """Returns (N, K) float32, the values that the kernels compute with."""
     assert matrix.zeros is not None
     rows, blocks, half = matrix.data.shape
     numbers = unpacked(matrix.data.reshape(rows, -1)).reshape(rows, blocks, 2 * half)
@@ -76,19 +76,20 @@ def dequantize(matrix: Blocks) -> np.ndarray:
 
 
 def _compensation(hessian: np.ndarray) -> np.ndarray:
-    """The upper Cholesky factor of the damped Hessian's inverse: row k is how those behind compensate column k's error.
+    """Returns the upper Cholesky factor of the damped Hessian's inverse.
 
-    1 / its diagonal, squared, is what an error of each column costs once the columns behind have compensated it.
+    Row k is how later columns compensate column k's error. 1 / its diagonal, squared, is the cost of each column's
+    error after this compensation.
     """
     damped = hessian.astype(np.float64)
     mean = damped.diagonal().mean()
-    damped[np.diag_indices_from(damped)] += _DAMPING * mean if mean > 0 else 1  # nothing was ever read
+    damped[np.diag_indices_from(damped)] += _DAMPING * mean if mean > 0 else 1  # no activation was ever nonzero
     inverse = np.linalg.inv(damped)
     return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
 
 
 def _scales_and_zeros(padded: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and zero points (N, blocks) of blocks (N, blocks, size), by the error's square times its importance."""
+    """Returns scales and zero points (N, blocks) that minimise squared error times importance, (N, blocks, size)."""
     tiny = torch.finfo(torch.float32).tiny
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
     widest = ((high - low) / _TOP).clamp(min=tiny)
@@ -98,7 +99,7 @@ def _scales_and_zeros(padded: Tensor, importance: Tensor) -> tuple[Tensor, Tenso
         for shift in (0, -1, 1):
             zero, scale = (middle + shift).clamp(0, _TOP), widest * shrink
             numbers = _centred(padded, scale, zero)
-            # The best scale for these very numbers, and the numbers anew.
+            # Compute the best scale for these integers, then the integers again.
             weighted = numbers * importance
             above, below = (weighted * padded).sum(2), (weighted * numbers).sum(2)
             scale = torch.where(above > 0, above / below.clamp(min=tiny), scale).clamp(min=tiny)
@@ -112,15 +113,15 @@ def _scales_and_zeros(padded: Tensor, importance: Tensor) -> tuple[Tensor, Tenso
 
 
 def _centred(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """q - zero of blocks (N, blocks, size)."""
+    """Returns q - zero of blocks (N, blocks, size)."""
     zero = zero[..., None]
     return (values / scale[..., None]).round_().clamp_(-zero, _TOP - zero)
 
 
 def _round(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor) -> np.ndarray:
-    """q (K, N): each column of the matrix is rounded to nearest, and those behind it compensate the error.
+    """Returns q (K, N): rounds each column of the matrix to nearest, and later columns compensate the error.
 
-    All that is given is in the order in which columns are rounded.
+    All arguments are in the order in which columns are rounded.
     """
     numbers = torch.empty_like(left)
     for start in range(0, len(left), _LAZY_COLUMNS):
@@ -135,12 +136,12 @@ def _round(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor) -> np.nd
 
 
 def _packed(numbers: np.ndarray) -> np.ndarray:
-    """(N, n) numbers from 0 to 15 as (N, n / 2 rounded up) uint8."""
+    """Packs numbers from 0 to 15, (N, n), to (N, n / 2 rounded up) uint8."""
     even = np.pad(numbers.astype(np.uint8), ((0, 0), (0, numbers.shape[1] % 2)))
     packed: np.ndarray = even[:, 0::2] | even[:, 1::2] << 4
     return packed
 
 
 def unpacked(packed: np.ndarray) -> np.ndarray:
-    """(N, n) uint8, two numbers in each, as (N, 2 n) numbers from 0 to 15."""
+    """Unpacks (N, n) uint8, two numbers in each, to (N, 2 n) numbers from 0 to 15."""
     return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)

@@ -1,6 +1,6 @@
-"""Merged QKV and gate-up projections: fewer starts of the threads, and each activation quantized once.
+"""Merges q, k, v and gate, up projections: threads start less often, and each activation is quantized once.
 
-1. q, k and v of one GroupQueryAttention            -> one MatMul, which the operator takes as it is
+1. q, k and v of one GroupQueryAttention            -> one MatMul, which the operator accepts directly
 2. others that read one activation, as gate and up  -> one MatMul and a Split
 """
 
@@ -19,11 +19,11 @@ class Projections:
     """MatMuls that read one activation, in the order in which their outputs are concatenated."""
 
     matmuls: tuple[ir.Node, ...]
-    attention: ir.Node | None = None  # which takes the concatenated output
+    attention: ir.Node | None = None  # the operator that takes the concatenated output
 
 
 def find_mergeable(matmuls: list[ir.Node]) -> list[Projections]:
-    """`matmuls` are those by weights of a graph, in its order. Each is in one `Projections` at most."""
+    """Groups `matmuls`, a graph's MatMuls by weights in its order. Each is in at most one `Projections`."""
     readers: dict[int, list[ir.Node]] = {}
     for node in matmuls:
         if node.inputs[0] is not None:
@@ -40,7 +40,7 @@ def find_mergeable(matmuls: list[ir.Node]) -> list[Projections]:
 
 
 def _attention_of(matmuls: list[ir.Node]) -> Projections | None:
-    """Rule 1, where q, k and v all come from these MatMuls and go nowhere else, all with a bias or all without."""
+    """Matches rule 1: these MatMuls make q, k and v, nothing else reads them, and all or none have a bias."""
     for node in matmuls:
         reader = sole_consumer(node.outputs[0])
         if reader is not None and reader.op_type == "Add":
@@ -56,7 +56,7 @@ def _attention_of(matmuls: list[ir.Node]) -> Projections | None:
 
 
 def _with_bias(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]:
-    """The MatMul that makes a value read by one node only, and the bias that is added to it."""
+    """Returns the MatMul that makes a value with a single reader, and the bias added to it."""
     if value is None or sole_consumer(value) is None:
         return None, None
     total = producer(value, "Add")
@@ -70,7 +70,7 @@ def _with_bias(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]
 
 
 def insert_merged(model: ir.Model, projections: Projections, merged: ir.Node, widths: list[int]) -> None:
-    """Puts `merged`, a MatMul (..., sum of widths) without a name for its output, in the place of the projections."""
+    """Replaces the projections by `merged`, a MatMul (..., sum of widths) whose output has no name yet."""
     first = projections.matmuls[0]
     merged.outputs[0].name = f"{first.outputs[0].name}_joined"
     model.graph.insert_before(first, merged)
@@ -88,7 +88,7 @@ def insert_merged(model: ir.Model, projections: Projections, merged: ir.Node, wi
 
 
 def _feed_merged(model: ir.Model, projections: Projections, attention: ir.Node, merged: ir.Node) -> None:
-    """Rule 1: the operator takes queries, keys and values as its first input, and nothing as the next two."""
+    """Applies rule 1: the operator takes queries, keys and values as its first input and leaves the next two empty."""
     qkv = merged.outputs[0]
     biases = [bias for _, bias in map(_with_bias, attention.inputs[:3]) if bias is not None]
     if biases:

@@ -1,7 +1,7 @@
-"""Quantized weights in blocks: the graph. `blocks` has the arrays, `merge` joins projections.
+"""Rewrites a graph to read quantized weights in blocks. `blocks` makes the arrays, `merge` joins projections.
 
 MatMuls by a weight become com.microsoft.MatMulNBits (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md);
-at accuracy level 4 activations are quantized to int8 per block too, at run time. Embeddings gather blocks and scales,
+at accuracy level 4, activations are also quantized to int8 per block, at run time. Embeddings gather blocks and scales,
 and multiply: onnxruntime's operator for that, GatherBlockQuantized, is not in the WebAssembly that transformers.js
 loads in a browser. Scales are Cast(scale codes) * row scales, of many matrices at once, which onnxruntime folds into
 constants when it loads the graph.
@@ -12,10 +12,10 @@ Rules over the graph:
     2. Gemm(x, W[, bias])       -> MatMulNBits [+ Add]
     3. Gather(E, ids), axis 0   -> (Gather(blocks, ids) - 128) * Gather(scales, ids) [+ Slice back to the width
                                    before padding]
-    4. MatMul(x, Transpose(E))  -> MatMulNBits over the very bytes of rule 3: a tied head is stored once
-    5. the output head          -> residual (two-term) quantization of x, as int8 and as int8 of what that left of x:
-                                   the rounding of this one activation is a third of int8's error, and a second row
-                                   costs little beside one
+    4. MatMul(x, Transpose(E))  -> MatMulNBits over the same bytes as rule 3: a tied head is stored once
+    5. the output head          -> residual (two-term) quantization of x: int8 of x, and int8 of the remaining error.
+                                   The rounding of this one activation is a third of int8's error, and a second row
+                                   adds little cost
 
 MatMuls whose weight was rounded to fewer bits beforehand (`rounded`) read that instead, and are merged among
 themselves.
@@ -23,7 +23,6 @@ themselves.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -33,6 +32,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey.errors import InputError
+from pastkey.providers import Form
 
 from ...graph.edit import (
     CONTRIB_DOMAIN,
@@ -50,22 +50,9 @@ from .blocks import ZERO, Blocks, choose_block_size, join, quantize_blocks
 from .merge import Projections, find_mergeable, insert_merged
 
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
-GPU_ACCURACY_LEVEL = 0  # the activations as they are
-_COMPUTED_TOGETHER = 30  # matrices; their sizes must stand in the graph itself, where few bytes may
+GPU_ACCURACY_LEVEL = 0  # activations are not quantized
+_COMPUTED_TOGETHER = 30  # matrices; their sizes must be in the graph itself, below INLINE_BYTES
 NONE_ROUNDED: Mapping[str, Blocks] = MappingProxyType({})
-
-
-class Form(enum.Enum):
-    """Which operators read quantized weights."""
-
-    MATMUL_NBITS = enum.auto()  # rules 1 to 5
-    GPU = enum.auto()  # MatMulNBits and GatherBlockQuantized, which WebGPU has whole; rule 5 has nothing to mend
-    DEQUANTIZE_LINEAR = enum.auto()  # ONNX's own, `block_dequantize`
-
-    @classmethod
-    def of(cls, target: str) -> Form:
-        """For a target of an export."""
-        return {"portable": cls.DEQUANTIZE_LINEAR, "webgpu": cls.GPU}.get(target, cls.MATMUL_NBITS)
 
 
 def quantize(
@@ -80,8 +67,8 @@ def quantize(
     Args:
         model: The graph.
         keep: Names of initializers that stay in float32.
-        head: The output head, where the graph does not show it.
-        rounded: Matrices of fewer bits, of weights that only MatMuls read, by the names of their initializers.
+        head: The output head, if the graph does not show it.
+        rounded: Matrices of fewer bits, by initializer name. Only MatMuls read these weights.
         form: The operators.
 
     Raises:
@@ -118,23 +105,23 @@ def quantize(
         model.graph.opset_imports[CONTRIB_DOMAIN] = 1
 
 
-# --- what the graph multiplies by ---------------------------------------------------------------------------------
+# --- matrices of the float32 graph --------------------------------------------------------------------------------
 class MatMulWeight(NamedTuple):
-    """The weight of a MatMul or Gemm: an initializer that lies as (N, K), or as (K, N) when `transposed`."""
+    """The weight of a MatMul or Gemm: an initializer of shape (N, K), or (K, N) if `transposed`."""
 
     initializer: ir.Value
     transposed: bool
 
     @property
     def matrix(self) -> np.ndarray:
-        """(N, K) float32: a row per output."""
+        """(N, K) float32: one row per output."""
         array = weight(self.initializer)
         assert array is not None
         return array.T if self.transposed else array
 
 
 def matmul_weight(node: ir.Node) -> MatMulWeight | None:
-    """The weight (float32, of two axes) that a node multiplies by; None for any other node."""
+    """Returns the weight (float32, two axes) that a node multiplies by; None for any other node."""
     if node.op_type not in ("MatMul", "Gemm"):
         return None
     value, transposed = node.inputs[1], True
@@ -150,7 +137,7 @@ def matmul_weight(node: ir.Node) -> MatMulWeight | None:
 
 
 def embedding_weight(node: ir.Node) -> ir.Value | None:
-    """The initializer (V, K) float32 whose rows a node gathers; None for any other node."""
+    """Returns the initializer (V, K) float32 whose rows a node gathers; None for any other node."""
     if node.op_type != "Gather" or _number(node, "axis", 0) != 0:
         return None
     return node.inputs[0] if _is_matrix(node.inputs[0]) else None
@@ -171,15 +158,15 @@ def _number(node: ir.Node, name: str, default: float) -> float:
 class _Stored:
     """The initializers of one quantized matrix.
 
-    `blocks` and `table` are over the same bytes. MatMulNBits reads and rearranges all of its own at load and then lets
-    go of them, unless something else uses them too; of a table, only the rows that are gathered come into memory.
+    `blocks` and `table` share the same bytes. MatMulNBits prepacks its weights at load and then frees the initializer,
+    unless something else uses it. Only the gathered rows of a table are loaded into memory.
     """
 
     matrix: Blocks
     blocks: ir.Value  # (N, blocks, block_size * bits / 8) uint8, for MatMulNBits
     table: ir.Value  # the same, for Gather
-    scales: ir.Value  # (N, blocks) float32; `compute_scales` puts what is computed at load in its place
-    zeros: ir.Value | None = None  # zero points, where there are fewer than 8 bits
+    scales: ir.Value  # (N, blocks) float32; `compute_scales` replaces it by nodes that are folded at load
+    zeros: ir.Value | None = None  # zero points, if there are fewer than 8 bits
 
 
 class _Weights:
@@ -194,22 +181,22 @@ class _Weights:
         self._dequantized: dict[str, ir.Value] = {}  # by the names of blocks
 
     def of(self, node: ir.Node) -> MatMulWeight | None:
-        """As `matmul_weight`, of a weight that is to be quantized."""
+        """As `matmul_weight`, but None for a weight that stays in float32."""
         found = matmul_weight(node)
         return None if found is None or self.kept(found.initializer) else found
 
     def kept(self, value: ir.Value) -> bool:
-        """Whether it stays in float32."""
+        """Whether the value stays in float32."""
         return value.name in self._keep
 
     def bits(self, node: ir.Node) -> int:
-        """Of the weight that a MatMul reads."""
+        """Returns the bits of the weight that a MatMul reads."""
         found = self.of(node)
         before = None if found is None else self._rounded.get(str(found.initializer.name))
         return 8 if before is None else before.bits
 
     def store(self, *weights: MatMulWeight) -> _Stored:
-        """Quantizes weights that are read below one another, as one matrix."""
+        """Quantizes weights, stacked vertically as one matrix."""
         key = tuple(id(w.initializer) for w in weights)
         if key not in self._stored:
             matrix = join([self._rounded.get(str(w.initializer.name)) or _quantized(w) for w in weights])
@@ -224,7 +211,7 @@ class _Weights:
         return self._stored[key]
 
     def product(self, x: ir.Value | None, stored: _Stored, name: str) -> list[ir.Node]:
-        """The nodes that multiply by a quantized matrix, the last of which gives the product."""
+        """Returns the nodes that multiply by a quantized matrix; the last one outputs the product."""
         if self.form is not Form.DEQUANTIZE_LINEAR:
             level = ACCURACY_LEVEL if self.form is Form.MATMUL_NBITS else GPU_ACCURACY_LEVEL
             return [_matmul_nbits(x, stored, name, level)]
@@ -239,9 +226,9 @@ class _Weights:
         return [*builder.nodes, ir.node("MatMul", [x, self._dequantized[key]], name=name)]
 
     def compute_scales(self) -> None:
-        """Adds the nodes for the scales of all matrices. Those of as many blocks to a row are computed together.
+        """Adds the nodes for the scales of all matrices. Matrices with equally many blocks per row share nodes.
 
-        onnxruntime folds them at load, and takes longer for a node than for its numbers.
+        onnxruntime folds them at load, which takes longer for a node than for its numbers.
         """
         by_width: dict[int, list[_Stored]] = {}
         for stored in self._stored.values():
@@ -275,7 +262,7 @@ def _quantized(read: MatMulWeight) -> Blocks:
 
 
 def not_finite(initializer: ir.Value, error: ValueError) -> InputError:
-    """The sentence for a weight that cannot be quantized."""
+    """Returns the error for a weight that cannot be quantized."""
     return InputError(f"the weight {initializer.name} holds {error}, which cannot be quantized: training went wrong")
 
 
@@ -293,7 +280,7 @@ def _matmul_nbits(x: ir.Value | None, stored: _Stored, name: str, accuracy_level
 
 
 def _quantize_matmul(model: ir.Model, node: ir.Node, weights: _Weights) -> list[ir.Node]:
-    """Rules 1, 2 and 4. Returns the nodes that are in the place of `node`."""
+    """Applies rules 1, 2 and 4. Returns the nodes that replace `node`."""
     found = weights.of(node)
     if found is None:
         return []
@@ -305,7 +292,7 @@ def _quantize_matmul(model: ir.Model, node: ir.Node, weights: _Weights) -> list[
 
 
 def _quantize_merged(model: ir.Model, projections: Projections, weights: _Weights) -> None:
-    """Rule 1, of several that read one activation."""
+    """Applies rule 1 to several MatMuls that read one activation."""
     found = [read for node in projections.matmuls if (read := weights.of(node)) is not None]
     first = projections.matmuls[0]
     *before, merged = weights.product(first.inputs[0], weights.store(*found), str(first.name))
@@ -314,7 +301,7 @@ def _quantize_merged(model: ir.Model, projections: Projections, weights: _Weight
 
 
 def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
-    """Rule 5. The first term repeats what the kernel itself does, so that the second is what it leaves."""
+    """Applies rule 5. The first term repeats the kernel's own rounding, so that the second is the remaining error."""
     found = weights.of(node)
     if found is None:
         return
@@ -334,7 +321,7 @@ def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     first = _without_padding(builder, first, head.matrix)
     twice = builder.add("Concat", first, builder.add("Sub", x, first), axis=1)  # (B, 2 T, K)
     *before, matmul = weights.product(twice, head, str(node.name))
-    # Of two numbers each, which is slower as a reduction.
+    # Split and Add: a reduction over two numbers is slower.
     terms = ir.node("Split", matmul.outputs, {"axis": 1, "num_outputs": 2}, num_outputs=2, name=f"{node.name}_terms")
     both = ir.node("Add", terms.outputs, name=f"{node.name}_sum")
     nodes = (*builder.nodes, *before, matmul, terms, both)
@@ -343,7 +330,7 @@ def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
 
 
 def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
-    """Rule 3."""
+    """Applies rule 3."""
     embedding, indices = embedding_weight(node), node.inputs[1]
     if embedding is None or weights.kept(embedding):
         return
@@ -352,7 +339,7 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
     if weights.form is Form.GPU:
         replace_node(model, node, *_gather_block_quantized(model, indices, found, builder))
         return
-    # With ... for the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
+    # ... are the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
     integers = builder.add("Cast", builder.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
     centred = builder.add("Sub", integers, builder.constant("zero_point", np.array(ZERO, np.float32)))
     last = builder.constant("last", np.array([-1]))
@@ -365,7 +352,7 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
 def _gather_block_quantized(
     model: ir.Model, indices: ir.Value, stored: _Stored, builder: NodeBuilder
 ) -> tuple[ir.Node, ...]:
-    """Rule 3 by one operator, over the same bytes: its zero point is 128 where none is given."""
+    """Applies rule 3 with one operator, over the same bytes: its default zero point is 128."""
     rows = stored.matrix.data.reshape(len(stored.matrix.data), -1)
     table = add_weight(model, f"{stored.table.name}.rows", rows)
     attributes = {
@@ -383,7 +370,7 @@ def _gather_block_quantized(
 
 
 def _without_padding(builder: NodeBuilder, rows: ir.Value, matrix: Blocks) -> ir.Value:
-    """Rows (..., blocks * block_size) as (..., K)."""
+    """Cuts rows (..., blocks * block_size) to (..., K)."""
     if matrix.data[0].size == matrix.columns:
         return rows
     bounds = (("start", 0), ("width", matrix.columns), ("axis", -1))

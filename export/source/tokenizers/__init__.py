@@ -1,1 +1,1 @@
-"""Tokenizers of every format, as tokenizer.json."""
+"""Converts tokenizers of every format to tokenizer.json."""

@@ -1,8 +1,8 @@
 """Byte-level BPE -> tokenizer.json: GPT-2's encoder.json with vocab.bpe, and tiktoken's Encoding.
 
-Both merge neighbouring pieces of a word's bytes, always the pair that comes first in an order. GPT-2's order is its
-list of merges. tiktoken's is the rank of what a pair makes, which is a token: the pair that makes it is found by
-letting all earlier tokens work on its bytes.
+Both merge neighbouring pieces of a word's bytes, the pair that ranks first each time. GPT-2 ranks pairs by its list of
+merges, tiktoken by the rank of the token that a pair makes. Applying all lower-ranked tokens to a token's bytes finds
+the pair that makes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENDLESS = 1 << 62  # the rank of a pair that makes no token
 
 # --- GPT-2's two files ----------------------------------------------------------------------------------------------
 def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
-    """Of `file`, whose content is `vocabulary`, and the merges beside it. Raises MissingFileError or InputError."""
+    """Converts `file` with the content `vocabulary` and the merges beside it. Raises MissingFileError or InputError."""
     merges_file = merges_beside(file)
     if merges_file is None:
         raise MissingFileError(
@@ -48,7 +48,7 @@ def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
     end = vocabulary.get(END_OF_TEXT)
     if end is not None:
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}  # the first of two that are the same
+    ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}  # of equal pairs, the first counts
 
     def encode(text: str) -> list[int]:
         pieces = (
@@ -71,13 +71,13 @@ def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
 
 
 def merges_beside(file: Path) -> Path | None:
-    """GPT-2's list of merges beside its vocabulary."""
+    """Returns the file of GPT-2's merges beside its vocabulary."""
     return next((path for name in MERGES if (path := file.with_name(name)).is_file()), None)
 
 
 # --- tiktoken -------------------------------------------------------------------------------------------------------
 def from_tiktoken(encoding: Any) -> Conversion:
-    """Of an Encoding, whose ranks, pattern and special tokens are read, and which is asked itself afterwards."""
+    """Converts an Encoding by its ranks, pattern and special tokens. The conversion is compared with it afterwards."""
     ranks: dict[bytes, int] = encoding._mergeable_ranks
     specials: dict[str, int] = encoding._special_tokens
     characters = _characters()
@@ -89,14 +89,14 @@ def from_tiktoken(encoding: Any) -> Conversion:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             pair = merge([token[i : i + 1] for i in range(len(token))], lambda a, b: ranks.get(a + b, _ENDLESS), rank)
-            if len(pair) == 2 and all(part in ranks for part in pair):  # others are met as a whole word only
+            if len(pair) == 2 and all(part in ranks for part in pair):  # others match only as a whole word
                 merges.append((written(pair[0]), written(pair[1])))
     vocabulary = {written(token): rank for token, rank in ranks.items()}
-    # A word that is a token is not merged at all.
+    # A word that is a token is not merged.
     tokenizer = Tokenizer(models.BPE(vocabulary | specials, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            # What the pattern does not match, tiktoken drops.
+            # tiktoken drops text that the pattern does not match.
             pre_tokenizers.Split(Regex(_for_oniguruma(encoding._pat_str)), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -109,21 +109,21 @@ def from_tiktoken(encoding: Any) -> Conversion:
 
 
 def _for_oniguruma(pattern: str) -> str:
-    r"""A pattern as tokenizers' regular expressions read it.
+    r"""Translates a pattern for the regular expressions of tokenizers.
 
-    There `{1,3}+` is no possessive quantifier but two quantifiers, and ^ and $ match at every line. Where an
-    alternative ends, a possessive quantifier is a greedy one; elsewhere it is an atomic group.
+    There, `{1,3}+` is two quantifiers instead of a possessive one, and ^ and $ match at every line. At the end of an
+    alternative, a greedy quantifier replaces a possessive one; elsewhere an atomic group does.
     """
     atom = r"(?:\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]|[^\\()\[\]|])"
     pattern = re.sub(rf"({atom})(\{{\d+(?:,\d*)?\}})\+(?=\||\)|$)", r"\1\2", pattern)
     pattern = re.sub(rf"({atom})(\{{\d+(?:,\d*)?\}})\+", r"(?>\1\2)", pattern)
-    outside = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$^]", re.DOTALL)  # escapes and classes are left as they are
+    outside = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|[$^]", re.DOTALL)  # escapes and classes do not change
     return outside.sub(lambda found: {"$": r"\z", "^": r"\A"}.get(found[0], found[0]), pattern)
 
 
 # --- both -----------------------------------------------------------------------------------------------------------
 def merge(pieces: list[Any], rank_of: Callable[[Any, Any], int], below: int = _ENDLESS) -> list[Any]:
-    """The pieces after every merge whose rank is less than `below`, always that of the lowest rank, from the left."""
+    """Returns the pieces after every merge ranked less than `below`, the lowest rank first, from the left."""
     pieces = list(pieces)
     while len(pieces) > 1:
         rank, i = min((rank_of(pieces[i], pieces[i + 1]), i) for i in range(len(pieces) - 1))
@@ -134,7 +134,7 @@ def merge(pieces: list[Any], rank_of: Callable[[Any, Any], int], below: int = _E
 
 
 def _characters() -> list[str]:
-    """How byte-level BPE writes each byte: the printable ones of Latin-1 as themselves, the others from U+0100 on."""
+    """Returns byte-level BPE's character for each byte: printable Latin-1 as itself, the others from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256))
     return [chr(byte) if byte in printable else chr(256 + next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""A list of characters -> tokenizer.json: what lessons write as `stoi` and `itos`."""
+"""A list of characters -> tokenizer.json: the `stoi` and `itos` of tutorials."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pastkey.values import is_int
 from .conversion import Conversion, sample_texts
 
 _STOI, _ITOS = "stoi", "itos"
-_UNKNOWN = ("<unk>", "<UNK>", "[UNK]")  # what stands for any other character, where the list has one of them
+_UNKNOWN = ("<unk>", "<UNK>", "[UNK]")  # the token for any other character, if the list has one of them
 
 
 def from_characters(content: Any, file: Path) -> Conversion:
-    """Of {"stoi": {...}, "itos": {...}}, one of the two, a list of characters, or a string of them."""
+    """Converts {"stoi": {...}, "itos": {...}}, one of the two, a list of characters, or a string of them."""
     ids = _ids(content, file)
     one_by_one = {text: number for text, number in ids.items() if len(text) == 1}
     unknown = next((name for name in _UNKNOWN if name in ids), None)
-    # Without a token for it, an unknown character is refused and not changed: as a name that is in no vocabulary does.
+    # An unk_token outside the vocabulary makes an unknown character an error.
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown or _UNKNOWN[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    # Whatever has several characters, <pad> or the like, no text is made of.
+    # Entries of several characters, such as <pad>, are special tokens: no text is encoded to them.
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ids if len(text) > 1])
     characters = {number: text for text, number in one_by_one.items()}
     return Conversion(
@@ -39,7 +39,7 @@ def from_characters(content: Any, file: Path) -> Conversion:
 
 
 def _ids(content: Any, file: Path) -> dict[str, int]:
-    """The id of each character, in the order of the ids."""
+    """Returns the id of each character, in the order of the ids."""
     if isinstance(content, Mapping) and (_STOI in content or _ITOS in content):
         found = [_one(content[key], file) for key in (_STOI, _ITOS) if key in content]
         if found[0] != found[-1]:
@@ -52,7 +52,7 @@ def _one(content: Any, file: Path) -> dict[str, int]:
     pairs: list[tuple[Any, Any]]
     if isinstance(content, Mapping):
         pairs = list(content.items())
-        if all(isinstance(value, str) for value in content.values()):  # itos, whose keys JSON makes texts of
+        if all(isinstance(value, str) for value in content.values()):  # itos: JSON turns its keys into strings
             pairs = [(text, int(key) if key.isdecimal() else key) for key, text in pairs]
     else:
         pairs = [(text, number) for number, text in enumerate(content)]

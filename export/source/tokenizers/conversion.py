@@ -1,4 +1,4 @@
-"""A tokenizer of another form as a tokenizer.json, and the proof that both make the same ids of the same texts."""
+"""A tokenizer converted to tokenizer.json, and the check that both encode the same texts to the same ids."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from pastkey.errors import InputError
 
-CHECKED = 200  # texts that both must encode and decode alike
+CHECKED = 200  # texts that both must encode and decode equally
 
-# What a text is put together from: the kinds of characters that tokenizers treat differently. Names of special tokens
-# are not among them: a tokenizer.json finds these in a text, and most originals read them as any other text.
+# Parts of the sample texts: kinds of characters that tokenizers treat differently. Names of special tokens are not
+# among them: a tokenizer.json finds these in a text, and most originals read them as ordinary text.
 _PARTS = (
     "the", "Hello", "world", "don't", "I'LL", "snake_case", "camelCase", "HTTP", "x=1;", "(a+b)*c", "...", "?!", "--",
     "'s", "0", "7", "42", "1234567", "3.14", "1,000", "½", "²", "①",
@@ -27,19 +27,19 @@ _SPACES = ("", "", " ", " ", " ", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The tokenizer that was made, beside the one that it was made from."""
+    """A converted tokenizer and its original."""
 
     tokenizer: Tokenizer
-    encode: Callable[[str], list[int]] | None = None  # the original's; None where it is not at hand
-    decode: Callable[[list[int]], str] | None = None  # the original's, where it has one
-    texts: Sequence[str] | None = None  # that the original takes; None: any
-    not_decoded: frozenset[int] = frozenset()  # ids whose text is a matter of display
+    encode: Callable[[str], list[int]] | None = None  # the original's; None if it is not available
+    decode: Callable[[list[int]], str] | None = None  # the original's, if it has one
+    texts: Sequence[str] | None = None  # texts that the original accepts; None: any
+    not_decoded: frozenset[int] = frozenset()  # ids whose text is only for display
     bos: int | None = None
     eos: int | None = None
     warnings: tuple[str, ...] = field(default=())
 
     def fields(self, name: object) -> dict[str, Any]:
-        """The fields of a Source. Raises InputError with the first text that the two treat differently."""
+        """Returns a Source's fields. Raises InputError with the first text that the two treat differently."""
         self._check(name)
         config: dict[str, Any] = {"clean_up_tokenization_spaces": False, "add_bos_token": False}
         for key, token in (("bos_token", self.bos), ("eos_token", self.eos)):
@@ -74,7 +74,7 @@ class Conversion:
 
 
 def sample_texts(parts: Sequence[str] = _PARTS, spaces: Sequence[str] = _SPACES) -> list[str]:
-    """The same CHECKED texts each time: the empty one, each part alone, each space around a part, and mixtures."""
+    """Returns the same CHECKED texts each time: the empty one, each part alone, each space around a part, mixtures."""
     choose = random.Random(0)
     texts = ["", *parts, *(f"{space}{parts[0]}{space}" for space in spaces)][: CHECKED // 2]
     while len(texts) < CHECKED:

@@ -1,8 +1,8 @@
 """A SentencePiece .model -> tokenizer.json, for models of the types BPE, unigram and character.
 
-The file is one protobuf message, ModelProto: every piece with its score and kind, how the model was trained, and how a
-text is normalized. It is read here over the wire format, and the package `sentencepiece`, where it is installed, is
-asked for what it makes of the same texts.
+The file is one protobuf message, ModelProto: every piece with its score and kind, the training settings, and the
+normalization of a text. This module parses the wire format itself. If the package `sentencepiece` is installed, its
+results on sample texts are compared.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pastkey.files.tokenizer_file import MOST_BYTES
 
 from .conversion import Conversion
 
-_LONGEST_PIECE = 4000  # bytes: a piece is cut in all places
-SPACE = "▁"  # how SentencePiece writes a space inside a piece
+_LONGEST_PIECE = 4000  # bytes: the conversion cuts a piece in all places
+SPACE = "▁"  # SentencePiece's character for a space inside a piece
 
-# Kinds of pieces, and the types of models whose numbers they have.
+# Kinds of pieces, and types of models, by their numbers in the format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _UNIGRAM, _BPE, _WORD, _CHARACTER = range(1, 5)
-_STAND_IN = 0xF0000  # the first of the private characters that stand for user-defined pieces while a text is normalized
+_STAND_IN = 0xF0000  # the first of the private characters that replace user-defined pieces while a text is normalized
 
-Value = int | bytes  # of a field: a varint's or a fixed one's bits, or the bytes
+Value = int | bytes  # of a field: a varint's or fixed number's bits, or the bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Model:
-    """What a .model says."""
+    """The content of a .model."""
 
     pieces: tuple[Piece, ...]
     trainer: Mapping[int, Value]  # TrainerSpec, by field number
@@ -57,12 +57,12 @@ class Model:
         return self.trainer.get(3, _UNIGRAM)
 
     def special(self, field: int, default: int) -> int | None:
-        """The id that the trainer's field gives; -1 says that there is none."""
+        """Returns the id in the trainer's field, None if it is -1."""
         value = self.trainer.get(field, default)
         return value if isinstance(value, int) and 0 <= value < len(self.pieces) else None
 
     def normalizes(self, field: int) -> bool:
-        """A flag of the normalizer; each is on unless it says otherwise."""
+        """Returns a flag of the normalizer; each is on by default."""
         return bool(self.normalizer.get(field, 1))
 
     def of(self, kind: int) -> list[str]:
@@ -70,7 +70,7 @@ class Model:
 
 
 def from_sentencepiece(file: Path) -> Conversion:
-    """Raises InputError for what is no .model, and for one that tokenizer.json has no words for."""
+    """Converts a .model. Raises InputError if it is not one, or tokenizer.json cannot express it."""
     model = read_model(file)
     _refuse_unlike(model, file)
     tokenizer = _tokenizer(model)
@@ -91,9 +91,9 @@ def from_sentencepiece(file: Path) -> Conversion:
 
 
 def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, that of the highest score first.
+    """Returns every pair of pieces that makes a piece, the highest score first.
 
-    SentencePiece's BPE always makes the piece of the highest score. The tokenizers library takes the pairs to merge, in
+    SentencePiece's BPE always makes the piece of the highest score. The tokenizers library takes a list of merges in
     order of preference.
     """
     return [
@@ -157,12 +157,12 @@ def _normalizer(model: Model, user_defined: list[str]) -> normalizers.Normalizer
     charsmap = model.normalizer.get(2, b"")
     if isinstance(charsmap, bytes) and charsmap:
         mapped = normalizers.Precompiled(charsmap)
-        # It takes "\r\n" for one character and would drop the second.
+        # Precompiled treats "\r\n" as one character and would drop the second.
         steps += [normalizers.Replace("\r", mapped.normalize_str("\r")), mapped]
     if model.normalizes(4):  # remove_extra_whitespaces
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     alone = normalizers.Sequence(list(steps))
-    changed = [text for text in user_defined if alone.normalize_str(text) != text]  # a line break becomes a space, say
+    changed = [text for text in user_defined if alone.normalize_str(text) != text]  # a line break becomes a space
     stand_ins = [(text, chr(_STAND_IN + number)) for number, text in enumerate(changed)]
     steps = [normalizers.Replace(text, stand_in) for text, stand_in in stand_ins] + steps
     steps += [normalizers.Replace(stand_in, text) for text, stand_in in stand_ins]
@@ -173,13 +173,13 @@ def _normalizer(model: Model, user_defined: list[str]) -> normalizers.Normalizer
 
 
 def _escaped(text: str) -> str:
-    """A text as a regular expression of the tokenizers library."""
+    """Returns a text as a regular expression of the tokenizers library."""
     return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
 def read_model(file: Path) -> Model:
-    """Raises InputError unless the file is a ModelProto with one unknown piece and each piece once."""
+    """Reads a file. Raises InputError unless it is a ModelProto with one unknown piece and each piece once."""
     content = read_bytes(file, MOST_BYTES)
     pieces, trainer, normalizer = [], dict[int, Value](), dict[int, Value]()
     try:
@@ -190,7 +190,7 @@ def read_model(file: Path) -> Model:
                 trainer |= dict(_fields(value))
             elif number == 3 and isinstance(value, bytes):
                 normalizer |= dict(_fields(value))
-    except (ValueError, IndexError, struct.error):  # the second past the end
+    except (ValueError, IndexError, struct.error):  # IndexError: past the end
         raise InputError(f"{file} is not a SentencePiece model, or was cut short: copy it again") from None
     if [piece.kind for piece in pieces].count(_UNKNOWN) != 1 or len({piece.text for piece in pieces}) != len(pieces):
         raise InputError(
@@ -210,7 +210,7 @@ def _piece(content: bytes) -> Piece:
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, Value]]:
-    """Number and value of each field of a message, in order. A negative whole number is one below zero."""
+    """Yields number and value of each field of a message, in order. Negative varints become negative numbers."""
     for number, wire, start, end in fields(content, 0, len(content)):
         if wire == VARINT:
             value, _ = varint(content, start)

@@ -1,4 +1,4 @@
-"""What --tokenizer takes -> tokenizer.json: the dispatch over its forms."""
+"""Reads a --tokenizer argument of any form as tokenizer.json."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .characters import from_characters
 from .conversion import Conversion
 from .sentencepiece import from_sentencepiece
 
-_OF_A_FOLDER = (names.TOKENIZER, "encoder.json", "vocab.json", "tokenizer.model")  # the first that is there
+_OF_A_FOLDER = (names.TOKENIZER, "encoder.json", "vocab.json", "tokenizer.model")  # the first that exists
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth")
 
 
 def read_tokenizer(given: str | Path | None) -> dict[str, Any]:
-    """The fields of a Source that a tokenizer gives. Raises MissingFileError or InputError."""
+    """Returns a Source's fields from a tokenizer. Raises MissingFileError or InputError."""
     if given is None:
         return {}
     factory = split_factory(str(given))
@@ -66,7 +66,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _other_json(file: Path) -> Any:
-    """The content of a .json file that is no tokenizer.json, or None."""
+    """Returns the content of a .json file that is not a tokenizer.json, or None."""
     try:
         content = parse_json(read_bytes(file, MOST_BYTES), file)
     except IntegrityError:
@@ -85,7 +85,7 @@ def _is_of_tokenizers(content: Any) -> bool:
 
 
 def _from_tokenizer_json(file: Path) -> dict[str, Any]:
-    content = read_bytes(file, MOST_BYTES)  # kept as it is: the very tokenizer that the model was trained with
+    content = read_bytes(file, MOST_BYTES)  # stored unchanged: the tokenizer that the model was trained with
     tokenizer = open_tokenizer(Tokenizer, content, file)
     beside, template = file.with_name(names.TOKENIZER_CONFIG), file.with_name(names.CHAT_TEMPLATE)
     refuse_links(file.parent, [beside, template])
@@ -103,13 +103,13 @@ def _from_tokenizer_json(file: Path) -> dict[str, Any]:
 
 
 def _token_id(tokenizer: Any, token: Any) -> int | None:
-    """The id of a special token, which a configuration writes as a string or as an object with its content."""
+    """Returns the id of a special token, which a configuration writes as a string or as an object with its content."""
     text = token.get("content") if isinstance(token, dict) else token
     return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
 
 def _from_factory(file: Path, text: str) -> Conversion:
-    """Of a function of the user's, or an expression: a tokenizers.Tokenizer or a tiktoken Encoding."""
+    """Converts the result of the user's function or expression: a tokenizers.Tokenizer or a tiktoken Encoding."""
     made, _ = make(
         file,
         text,
@@ -121,7 +121,7 @@ def _from_factory(file: Path, text: str) -> Conversion:
         if _is_encoding(made):
             return from_tiktoken(made)
         copy = open_tokenizer(Tokenizer, made.to_str().encode(), f"what {text} of {file} gives")
-    except Exception as error:  # a part that is written in Python, or a pattern that tokenizers cannot read
+    except Exception as error:  # a part written in Python, or a pattern that tokenizers cannot read
         kind = type(made).__name__
         raise InputError(f"{text} of {file} gives a {kind} that tokenizer.json cannot hold: {error}") from None
     return Conversion(copy, encode=lambda text: made.encode(text).ids, decode=made.decode)

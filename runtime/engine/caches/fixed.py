@@ -15,7 +15,6 @@ import numpy.typing as npt
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import InputError
-from pastkey.values import is_int
 
 from ...providers.ort import onnxruntime
 from ..binding import Binding
@@ -78,7 +77,7 @@ class FixedRows:
 
     def trim(self, length: int) -> None:
         """Forgets all but the first `length` tokens of each row."""
-        if not is_int(length) or not 0 <= length <= self.length:
+        if not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
         self.length = length
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Manifest
+from pastkey.providers import PROVIDERS, Provider
 from pastkey.values import parse_version
 
 from ...providers.ort import onnxruntime
@@ -46,9 +47,8 @@ class CachePair:
         onnx: Any,
         manifest: Manifest,
         *,
-        device: str = "cpu",
+        provider: Provider = PROVIDERS["cpu"],
         device_id: int = 0,
-        fixed_shapes: bool = False,
         open_int8: Callable[[], Any] | None = None,
         int8_from: int | None = INT8_KV_FROM,
     ) -> None:
@@ -57,9 +57,8 @@ class CachePair:
         Args:
             onnx: The onnxruntime.InferenceSession of a graph with a float32 cache.
             manifest: The bundle's.
-            device: Where the tensors live ("cpu", "cuda").
+            provider: The row of the execution provider that runs it.
             device_id: Which of several such devices.
-            fixed_shapes: Whether a shape that changes is slow there.
             open_int8: Opens the session of the int8-KV graph, at the first token that is decoded there; None where
                 there is no such graph.
             int8_from: Tokens in the cache from which on a token is decoded with int8, where onnxruntime can; None for
@@ -71,7 +70,7 @@ class CachePair:
         kind = next(value.type for value in onnx.get_inputs() if value.name.startswith(names.PAST_PREFIX))
         dtype = np.float16 if kind == "tensor(float16)" else np.float32
         self.float32: KVCache | FixedKVCache
-        if fixed_shapes and not shared and manifest.padding and not states:  # a hole is padding
+        if provider.fixed_shapes and not shared and manifest.padding and not states:  # a hole is padding
             self.float32 = FixedKVCache(onnx, manifest.layers, context_length=context, dtype=dtype)
         else:
             self.float32 = KVCache(
@@ -79,7 +78,7 @@ class CachePair:
                 manifest.layers,
                 shared=shared,
                 context_length=context,
-                device=device,
+                provider=provider,
                 device_id=device_id,
                 dtype=dtype,
                 states=states,
@@ -88,7 +87,7 @@ class CachePair:
         self._manifest = manifest
         self._open_int8 = open_int8
         new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
-        able = open_int8 is not None and new and shared and device == "cpu"
+        able = open_int8 is not None and new and shared and provider.device == "cpu"
         self._int8_from = int8_from if able and int8_from is not None else math.inf
         self._scales: list[Rows] = []  # (1, K, 1, D) of keys and values of each layer in turn
 
@@ -161,6 +160,7 @@ class CachePair:
         """Bytes that the tensors take now."""
         return sum(cache.nbytes for cache in self._caches)
 
+    @property
     def decodes_in_int8(self) -> bool:
         """Whether the next token of one row would be decoded with the int8 cache."""
         return self.length >= self._int8_from

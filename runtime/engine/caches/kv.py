@@ -12,15 +12,14 @@ import numpy.typing as npt
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry, StateGeometry
 from pastkey.errors import InputError
-from pastkey.values import is_int, shown
+from pastkey.providers import PROVIDERS, Provider
+from pastkey.values import shown
 
 from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
 
 GROWTH_STEP = 128  # rows by which a shared buffer grows at least
-# Devices on which onnxruntime's Python allocates nothing: what is there, a run has put there.
-_UNALLOCATED = {"webgpu"}
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class KVCache:
         *,
         shared: bool,
         context_length: int,
-        device: str = "cpu",
+        provider: Provider = PROVIDERS["cpu"],
         device_id: int = 0,
         dtype: type[np.generic] = np.float32,
         states: Sequence[StateGeometry] = (),
     ) -> None:
-        """`onnx` is the onnxruntime.InferenceSession; `device` is where the tensors live ("cpu", "cuda", "webgpu")."""
+        """`onnx` is the onnxruntime.InferenceSession; `provider`, the row of what runs it, says where tensors live."""
         self.onnx = onnx
         self.binding = Binding(onnx)
         # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
@@ -67,8 +66,8 @@ class KVCache:
         self._other_binding = self.binding if shared else Binding(onnx)
         self._shared = shared
         self._context_length = context_length
-        self._device, self._device_id = device, device_id
-        self._from_runs = device in _UNALLOCATED
+        self._device, self._device_id = provider.device, device_id
+        self._from_runs = not provider.allocates
         self._moving = False  # whether the next run moves a shared buffer from the processor's memory to the device
         self._dtype = np.dtype(dtype)
         self._tensors: list[_Tensor] = []
@@ -216,7 +215,7 @@ class KVCache:
         self._grow(1, max(1, self.length))
 
     def _require_trimmable(self, length: int) -> None:
-        if not is_int(length) or not 0 <= length <= self.length:
+        if not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {shown(length)}")
         if not self._trims and 0 < length < self.length:
             raise InputError(

@@ -94,7 +94,8 @@ class Slab:
         lengths = np.array([_cache(member).length for member in self.members[:count]], np.int64)
         logits = self._graph.run(self, ids, lengths[:, None], lengths + 1, int(lengths.max()) + 1, 1)
         for engine, token in zip(engines, tokens, strict=True):
-            engine.advance_batched(token)
+            _cache(engine).advance(1)
+            engine.note_batched(token)
         return [logits[row, 0] for row in rows]
 
     def has_room(self, engine: Engine) -> bool:

@@ -31,12 +31,14 @@ Logits = npt.NDArray[np.float32]
 class StaticGraphs(FixedRows):
     """The cache of a static bundle, and the runs over it.
 
-    A run is `reserve`, `run`, `advance`; where the caller never comes to `advance`, the cache is as it was.
+    A run is `for_run`, `run`, `advance`; where the caller never comes to `advance`, the cache is as it was.
 
     Attributes:
         onnx: The onnxruntime.InferenceSession of the chunk's graph.
         watch: Is told each run's T, the tokens before it, and the arrays that it was fed, which change with the next.
     """
+
+    decodes_in_int8 = False
 
     def __init__(self, decode: Any, prefill: Any, manifest: Manifest, folder: Path) -> None:
         """`decode` and `prefill` are sessions, one and the same where a chunk is one token; `folder` is the graphs'."""
@@ -60,6 +62,13 @@ class StaticGraphs(FixedRows):
             )
         if not self.capacity:
             self.grow(1, self._context)
+
+    def for_run(self, batch: int, tokens: int, *, padded: bool) -> StaticGraphs:
+        """Itself, with its arrays. Raises InputError for padding, and for more than one row."""
+        if padded:
+            raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
+        self.reserve(batch, tokens)
+        return self
 
     def run(self, ids: Ids, keep: int) -> Logits:
         """Computes the tokens `ids` (T,) behind those of the cache. Returns the logits (1, keep, V) of the last."""

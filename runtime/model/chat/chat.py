@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from pastkey.errors import InputError, OptionError, TemplateWarning
-from pastkey.values import is_one_of, or_default, require, shown
+from pastkey.values import or_default, shown
 
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, ToolCall, completed
-from ...settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of
+from ...settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of, require_valid
 from ...text.environment import plain
 from ...text.messages import (
     Content,
@@ -66,17 +66,17 @@ class Chat:
     ) -> None:
         """See `LanguageModel.chat`, whose further keywords are `template_variables`."""
         self.model = model
+        as_text = or_default(special_tokens_as_text, False)
+        require_valid({"system": system, "documents": documents, "special_tokens_as_text": as_text})
         check_messages(given := or_default(messages, ()))
         said = list(map(read_message, given))
         if said and said[0]["role"] == "system":
             if system is not None:
                 raise InputError("system is given, and messages begin with another system text: leave one of them out")
             system = text_of(said.pop(0)["content"])
-        self.system = system if system is None else _checked_text("system", system)
+        self.system = system
         self.tools = None if tools is None else _schemas(tools)
-        self.documents = _checked_documents(documents)
-        as_text = or_default(special_tokens_as_text, False)
-        require(isinstance(as_text, bool), "special_tokens_as_text", as_text, "True or False")
+        self.documents = None if documents is None else [dict(document) for document in documents]
         self._variables = dict(template_variables or {})
         for name in _OURS:
             if name in self._variables:
@@ -158,7 +158,6 @@ class Chat:
 
         Returns it with its `tool_calls`, as `ask` does.
         """
-        require(isinstance(answer, Completion), "answer", answer, "the Completion that lm.generate() gave")
         messages, cut = self._standing()
         lost = cut and answer.ids and self.format.loses_space(answer.ids[0])
         answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
@@ -175,8 +174,7 @@ class Chat:
         Raises:
             InputError: No call waits for a result, and no name is given; or JSON cannot write the content.
         """
-        name = name if name is None else _checked_text("name", name)
-        call_id = call_id if call_id is None else _checked_text("call_id", call_id)
+        require_valid({"name": name, "call_id": call_id})
         open_calls = [call for call in self._open_calls() if call_id in (None, call.get("id"))]
         call = next((call for call in open_calls if name in (None, call["function"]["name"])), None)
         if call is None and (name is None or call_id is not None):
@@ -213,8 +211,9 @@ class Chat:
 
         Raises InputError if the template refuses a system text; the old one stays then.
         """
+        require_valid({"system": system})
         said = self._said()
-        before, self.system = self.system, None if system is None else _checked_text("system", system)
+        before, self.system = self.system, system
         try:
             self._notice_what_is_left_out(stacklevel=4)
         except InputError:
@@ -256,7 +255,7 @@ class Chat:
             messages, cut = [*self._said(), message("user", checked_content("the message", text))], None
         ids = self._ids(messages, cut is not None)
         context = self.model.manifest.context_length
-        shifts = is_one_of(options.get("context_overflow"), ("shift",))
+        shifts = options.get("context_overflow") == "shift"
         if len(ids) > context and not shifts:
             raise InputError(
                 f"with this message the conversation has {len(ids)} tokens; the context is {context}: let the oldest "
@@ -396,20 +395,3 @@ def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 def _warn(sentence: str, stacklevel: int) -> None:
     warnings.warn(sentence, TemplateWarning, stacklevel=stacklevel)
-
-
-def _checked_text(name: str, text: object) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"{name} is {shown(text)}; a text was expected")
-    return text
-
-
-def _checked_documents(documents: Any) -> list[dict[str, Any]] | None:
-    if documents is None:
-        return None
-    if not isinstance(documents, list | tuple) or not all(isinstance(document, Mapping) for document in documents):
-        raise InputError(
-            f'documents is {shown(documents)}; a list of {{"title": ..., "text": ...}} was expected, as the template '
-            "reads them"
-        )
-    return [dict(document) for document in documents]

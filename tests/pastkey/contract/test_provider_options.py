@@ -8,10 +8,10 @@ import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle, read_bundle
-from pastkey.contract.provider_options import OPTIONS, in_manifest, not_kept
+from pastkey.contract.provider_options import in_manifest, not_kept
 from pastkey.errors import IntegrityError
 from pastkey.files.folder import write_json
-from pastkey.runtime.providers import placement
+from pastkey.providers import PROVIDERS
 
 from .test_bundle import MANIFEST
 
@@ -70,7 +70,7 @@ def test_options_of_the_table_are_kept(tmp_path: Path) -> None:
         "webgpu": {"enableGraphCapture": "1", "storageBufferCacheMode": "bucket"},
         "coreml": {"ModelFormat": "MLProgram", "MLComputeUnits": "CPUAndNeuralEngine"},
     }
-    assert given.keys() == OPTIONS.keys()
+    assert given.keys() == {name for name, row in PROVIDERS.items() if row.manifest_options}
     for target, options in given.items():
         write_json(tmp_path / names.MANIFEST, MANIFEST | {"target": target, "provider_options": options})
         assert read_bundle(tmp_path).manifest.provider_options == options
@@ -78,11 +78,9 @@ def test_options_of_the_table_are_kept(tmp_path: Path) -> None:
         assert not_kept(target, options) == ""
 
 
-def test_every_provider_that_a_bundle_is_made_for_has_its_own_defaults_in_the_table() -> None:
-    for target in names.TARGETS:
-        provider = placement.provider_of(target)
-        defaults = placement.KNOWN[provider].options
-        assert in_manifest(provider, defaults) == defaults
+def test_a_manifest_may_set_the_defaults_of_every_provider() -> None:
+    for provider, row in PROVIDERS.items():
+        assert in_manifest(provider, row.options) == row.options
 
 
 def test_options_that_are_not_kept_are_named() -> None:
@@ -93,6 +91,6 @@ def test_options_that_are_not_kept_are_named() -> None:
 
 def test_the_page_on_the_format_has_every_option() -> None:
     page = (Path(__file__).parents[3] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
-    for provider, options in OPTIONS.items():
-        listed = ", ".join(f"`{name}`" for name in options)
-        assert f"| `{provider}` | {listed} |" in page
+    for provider, row in PROVIDERS.items():
+        listed = ", ".join(f"`{name}`" for name in row.manifest_options)
+        assert not listed or f"| `{provider}` | {listed} |" in page

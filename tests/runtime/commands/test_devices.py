@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pastkey.errors import ProviderError
+from pastkey.providers import PROVIDERS
 from pastkey.runtime.commands import devices
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.ort import onnxruntime
@@ -12,7 +13,7 @@ def test_every_known_provider_is_listed_once_with_available_ones_first() -> None
     rows = devices.devices()
     assert rows[0].short_name == "cpu"
     assert rows[0].available
-    assert sorted(row.short_name for row in rows if row.short_name in providers.KNOWN) == sorted(providers.KNOWN)
+    assert sorted(row.short_name for row in rows if row.short_name in PROVIDERS) == sorted(PROVIDERS)
     assert all(row.note for row in rows if not row.available)
 
 
@@ -24,7 +25,7 @@ def test_what_is_here_has_its_wheel_and_its_devices() -> None:
 
 
 def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    qnn = providers.KNOWN["qnn"]
+    qnn = PROVIDERS["qnn"]
 
     def fail(name: str) -> list[object]:
         raise ProviderError("no library")

@@ -17,6 +17,7 @@ import pytest
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
+from pastkey.providers import PROVIDERS, Provider
 from pastkey.runtime import load
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
@@ -143,9 +144,7 @@ def test_every_logit_is_there_one_token_at_a_time(fused_bundle: Bundle) -> None:
 def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
     make_bundle: MakeBundle, tiny: Any, stored: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "pastkey.runtime.providers.placement.misses_keys", lambda active: active[0] != "CPUExecutionProvider"
-    )
+    monkeypatch.setitem(PROVIDERS, "device", Provider("DeviceExecutionProvider", misses_keys=True))
     for limit, one_by_one in ((LIMIT, False), (0.05, True)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {limit}"))
         bundle = copied(make_bundle(tiny, "fused"), tmp_path / str(limit), dataclasses.replace(stored, limit=limit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 
 from pastkey.contract.bundle import Bundle, CacheShift, KeyRotation
 from pastkey.errors import InputError
+from pastkey.providers import PROVIDERS
 from pastkey.runtime.engine import engine as engines
 from pastkey.runtime.engine.caches import int8_kv
 from pastkey.runtime.engine.caches.int8_kv import CachePair
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.shift import turned
-from pastkey.runtime.providers import ort, placement
+from pastkey.runtime.providers import ort
 from pastkey.values import parse_version
 
 from ..conftest import Tiny
@@ -65,7 +67,7 @@ def test_the_logits_are_those_of_keys_turned_at_their_new_places(form: str, make
 
 
 def test_a_cache_of_fixed_shapes(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "prefers_fixed_shapes", lambda _: True)
+    monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
     tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=4)
     compare(tiny, Engine(make_bundle(tiny, "standard", shift=tiny.shift), threads=1))
 

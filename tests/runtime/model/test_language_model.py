@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,43 +87,9 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) ->
     assert "".join(chunk.text for chunk in lm.stream("abc", max_new_tokens=10, stop=text[-2:] + "~")) == text
 
 
-@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3], 3])
-def test_a_stop_string_that_is_none_is_refused(lm: LanguageModel, stop: Any) -> None:
-    with pytest.raises(InputError, match="stop is"):
-        lm.generate("abc", stop=stop)
-
-
-@pytest.mark.parametrize("prompt", [None, 3, np.array(3), b"Hi", bytearray(b"Hi"), memoryview(b"Hi")])
-def test_a_prompt_that_is_none_is_refused(lm: LanguageModel, prompt: Any) -> None:
-    with pytest.raises(InputError, match="a text or a sequence of token ids was expected"):
-        lm.generate(prompt)
-
-
-@pytest.mark.parametrize(
-    "prompt", [["a", "b"], ["a"], ("a", "b"), [[1, 2], [3]], [[1, 2]], np.array([[1, 2]]), [np.array([1, 2])]]
-)
-def test_several_prompts_are_refused_by_a_stream(lm: LanguageModel, prompt: Any) -> None:
-    with pytest.raises(InputError, match="several prompts were given; one was expected, a text or a sequence of"):
-        lm.stream(prompt)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "shown"), [([1, 2.5], "2.5"), ([True], "True"), ([1, None], "None"), (np.array([0.5]), "0.5")]
-)
-def test_ids_that_are_no_whole_numbers_are_refused(lm: LanguageModel, prompt: Any, shown: str) -> None:
-    with pytest.raises(InputError, match=f"the prompt holds {shown}; token ids are whole numbers from 0 to 36"):
-        lm.generate(prompt)
-
-
 @pytest.mark.parametrize("ids", [np.array([1, 2], np.uint8), np.array([1, 2], np.int32), range(1, 3), iter([1, 2])])
 def test_ids_of_any_kind_are_taken(lm: LanguageModel, ids: Any) -> None:
     assert lm.generate(ids, max_new_tokens=3).ids == lm.generate([1, 2], max_new_tokens=3).ids
-
-
-def test_logits_of_a_text_are_refused(lm: LanguageModel) -> None:
-    for text in ("ab", b"ab"):
-        with pytest.raises(InputError, match="a sequence of token ids was expected"):
-            lm.logits(text)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "chat.ask", "chat.stream"])
@@ -253,9 +218,9 @@ def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(
     assert first not in told(eos_token_id=first, min_new_tokens=30)[0]
 
 
-@pytest.mark.parametrize("given", [{"eos_token_id": -1}, {"stop_token_ids": 3}, {"stop_token_ids": [37]}])
+@pytest.mark.parametrize("given", [{"eos_token_id": -1}, {"eos_token_id": 37}, {"stop_token_ids": [37]}])
 def test_an_end_id_that_is_none_is_refused(lm: LanguageModel, given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"{next(iter(given))} is .*must be a list of token ids from 0 to 36"):
+    with pytest.raises(InputError, match=f"{next(iter(given))} is .*must be a .*token id"):
         lm.generate("abc", **given)
 
 
@@ -320,27 +285,6 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle
         load(tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"path": 3}, "path is 3; the path of a bundle folder was expected"),
-        ({"max_memory": 0}, "max_memory is 0; a whole number from 1 was expected"),
-        ({"prefix_bytes": -1}, "prefix_bytes is -1; a whole number from 0 was expected"),
-        ({"max_batch": 1.5}, "max_batch is 1.5; a whole number from 1 was expected"),
-        ({"path": None}, "path is None; the path"),
-        ({"threads": "2"}, "threads is '2'; a whole number was expected"),
-        ({"threads": 1.5}, "threads is 1.5; a whole number was expected"),
-        ({"threads": True}, "threads is True; a whole number was expected"),
-        ({"providers": 3}, 'providers is 3; a name such as "cuda"'),
-        ({"providers": ["cpu", None]}, "a pair of a name and its options, or a list of these was expected"),
-        ({"providers": ("cpu", 3)}, "a pair of a name and its options, or a list of these was expected"),
-    ],
-)
-def test_an_argument_of_another_type_is_named(speaking_bundle: Bundle, arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=re.escape(words)):
-        load(**{"path": speaking_bundle.path} | arguments)
-
-
 @pytest.mark.parametrize("providers", ["cpu", ["cpu"], ("cpu",), ("cpu", {}), [("cpu", {})], [], None])
 def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> None:
     one: Any = np.int64(1)
@@ -358,12 +302,6 @@ def test_an_absent_provider_is_refused(speaking_bundle: Bundle) -> None:
 
 def test_the_package_itself_offers_it() -> None:
     assert (pastkey.load, pastkey.LanguageModel, pastkey.Completion) == (load, LanguageModel, Completion)
-
-
-@pytest.mark.parametrize("prompt", [{1: 2}, {1, 2}, frozenset({1})])
-def test_what_has_no_order_of_ids_is_refused(lm: LanguageModel, prompt: Any) -> None:
-    with pytest.raises(InputError, match=r"the prompt is .*; a text or a sequence of token ids was expected"):
-        lm.generate(prompt)
 
 
 @pytest.mark.parametrize(

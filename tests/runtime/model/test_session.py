@@ -104,7 +104,7 @@ def test_what_a_session_cannot_do_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="the session is empty: append a text first"):
         session.generate()
     wrong: Any
-    for wrong in ("", [], [99], "a" * 601, 5, None, {1: 2}):
+    for wrong in ("", [], [99], "a" * 601, {1: 2}):
         for begin in (session.append, session.generate):
             with pytest.raises(InputError):
                 begin(wrong)

@@ -109,9 +109,6 @@ def test_where_there_is_none(model: LanguageModel, session: Session, tmp_path: P
         session.save(tmp_path / "none" / "s")
     with pytest.raises(InputError, match="is a folder; the path of a file was expected"):
         session.save(tmp_path)
-    for call in (session.save, model.load_session):
-        with pytest.raises(InputError, match="path is 5; it must be the path of a file"):
-            call(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("step", ["fsync", "full"])

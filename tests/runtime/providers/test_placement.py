@@ -6,11 +6,12 @@ import pytest
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ProviderError
+from pastkey.providers import PROVIDERS
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.settings import Choice
 
 CPU = providers.Placement((("CPUExecutionProvider", {}),))
-REFUSED = [known.name for known in providers.KNOWN.values() if "fused" not in known.graphs]
+REFUSED = [known.name for known in PROVIDERS.values() if "fused" not in known.graphs]
 
 
 def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -94,7 +95,7 @@ def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    known, gpu = providers.KNOWN, "pip install onnxruntime-gpu, with CUDA and cuDNN"
+    known, gpu = PROVIDERS, "pip install onnxruntime-gpu, with CUDA and cuDNN"
     monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
     assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
     assert providers.what_brings(known["qnn"]) == "pip install onnxruntime onnxruntime-qnn"
@@ -125,7 +126,7 @@ def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(mo
     other = providers.resolve("openvino", "qnn", "standard", options_of_target={"htp_arch": "73"})
     assert "htp_arch" not in other.providers[0][1]
     with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of"):
-        providers.require_values("qnn", {"htp_arch": "99"})
+        providers.require_values(PROVIDERS["qnn"], {"htp_arch": "99"})
 
 
 def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +156,7 @@ def test_a_bundle_made_for_absent_hardware_says_so() -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "tensorrt", "openvino", "webgpu"])
 def test_the_fused_graph_goes_on_where_it_was_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = providers.KNOWN[name].name
+    full = PROVIDERS[name].name
     monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
     assert providers.resolve(name, graph="fused").providers[0] == (full, {})
 

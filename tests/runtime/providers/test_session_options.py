@@ -77,12 +77,6 @@ def test_what_cannot_be_set(bundle: Bundle, name: str, value: object, words: str
         Engine(bundle, session_options={name: value})
 
 
-@pytest.mark.parametrize("given", [onnxruntime.SessionOptions(), [("a", "b")], {1: "1"}, "logid"])
-def test_something_else_than_a_mapping(bundle: Bundle, given: Any) -> None:
-    with pytest.raises(InputError, match=r"session_options is .*; a mapping of names to values such as"):
-        load(bundle.path, session_options=given)
-
-
 def test_a_path_is_a_text(tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     set_options(options, {"optimized_model_filepath": tmp_path / "optimized.onnx"})

@@ -122,8 +122,6 @@ def many(*x: int) -> None:
     [
         ([3], "a tool is 3; a JSON schema such as .* or a function was expected"),
         ([{"type": "function"}], "a tool is .*; a JSON schema"),
-        ("weather", "tools is 'weather'; a list of JSON schemas or functions was expected"),
-        ({"name": "a"}, "tools is .*; a list"),
         ([no_hint], "the tool no_hint cannot be described: its argument x has no type hint"),
         (
             [odd_hint],

@@ -17,8 +17,9 @@ from pastkey.export.graph.write.last_hidden import yield_hidden_states
 from pastkey.export.graph.write.last_logits import keep_last_positions
 from pastkey.export.graph.write.output_head import hidden_size, output_head, take_head
 from pastkey.export.measure.metrics import cosine_distance
-from pastkey.export.quantize.rounding.rewrite import Form, quantize
+from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.files.durable import write_json
+from pastkey.providers import Form
 from pastkey.runtime import load
 
 from ....shared import divided

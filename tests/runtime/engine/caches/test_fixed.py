@@ -11,15 +11,16 @@ import pytest
 
 from pastkey.contract.bundle import Bundle, KVGeometry, StateGeometry
 from pastkey.errors import InputError
+from pastkey.providers import PROVIDERS
 from pastkey.runtime.engine.caches.fixed import FixedKVCache, FixedRows
 from pastkey.runtime.engine.caches.int8_kv import CachePair
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
 from pastkey.runtime.engine.engine import Engine
-from pastkey.runtime.providers import placement as providers
 
 if TYPE_CHECKING:
     from ...conftest import Tiny
 
+FIXED = dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True)
 IDS = np.random.default_rng(0).integers(0, 37, 200)
 
 
@@ -27,7 +28,7 @@ IDS = np.random.default_rng(0).integers(0, 37, 200)
 def fixed(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The processor in the place of a provider that prefers fixed shapes."""
     with monkeypatch.context() as patch:
-        patch.setattr(providers, "prefers_fixed_shapes", lambda active: True)
+        patch.setitem(PROVIDERS, "cpu", FIXED)
         engine = Engine(standard_bundle, threads=1, graph="all_logits")
     assert isinstance(engine.cache.float32, FixedKVCache)
     return engine
@@ -38,11 +39,6 @@ def plain(standard_bundle: Bundle) -> Engine:
     engine = Engine(standard_bundle, threads=1, graph="all_logits")
     assert isinstance(engine.cache.float32, KVCache)
     return engine
-
-
-def test_only_openvino_prefers_fixed_shapes() -> None:
-    preferring = [name for name, known in providers.KNOWN.items() if providers.prefers_fixed_shapes([known.name])]
-    assert preferring == ["openvino"]
 
 
 def test_prefill_and_decode_beyond_a_growth_equal_those_of_the_concatenating_cache(
@@ -109,7 +105,7 @@ def interrupted(*_: Any, **__: Any) -> None:
 def test_the_last_rows_of_the_context_are_used(
     make_bundle: Callable[..., Bundle], tiny_odd: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(providers, "prefers_fixed_shapes", lambda active: True)
+    monkeypatch.setitem(PROVIDERS, "cpu", FIXED)
     engine = Engine(make_bundle(tiny_odd, "standard"), threads=1)
     ids = IDS[: tiny_odd.context_length]
     engine.prefill(ids[:-1])
@@ -122,7 +118,7 @@ def test_where_a_hole_is_no_padding_the_cache_concatenates(
     fields: dict[str, Any], standard_bundle: Bundle, fixed: Engine
 ) -> None:
     manifest = dataclasses.replace(standard_bundle.manifest, **fields)
-    assert isinstance(CachePair(fixed.onnx, manifest, fixed_shapes=True).float32, KVCache)
+    assert isinstance(CachePair(fixed.onnx, manifest, provider=FIXED).float32, KVCache)
 
 
 def test_fixed_rows_say_what_they_cannot() -> None:

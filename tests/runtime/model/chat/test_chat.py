@@ -252,15 +252,6 @@ def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
     assert chat.messages is before
 
 
-@pytest.mark.parametrize("text", [b"hello", None, ["hello"]])
-def test_what_is_no_text_is_refused(model: LanguageModel, text: Any) -> None:
-    with pytest.raises(InputError, match=r"the message is .*; a text was expected"):
-        model.chat().ask(text)
-    if text is not None:
-        with pytest.raises(InputError, match=r"system is .*; a text was expected"):
-            model.chat(text)
-
-
 def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle: Bundle, tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
@@ -280,3 +271,18 @@ def test_a_bundle_that_cannot_chat_says_so(
         make_model("{% for %}").chat()
     with pytest.raises(InputError, match="does not take this conversation: no system"):
         make_model("{{ raise_exception('no system') }}").chat("be brief").ask("a")
+
+
+@pytest.mark.parametrize(
+    "messages", ["ab", [None], [{}], [{"role": 1}], [{"role": "user", "content": 1}], [{"role": "user", "content": []}]]
+)
+def test_messages_that_are_none_are_refused_and_stay(model: LanguageModel, messages: Any) -> None:
+    chat = model.chat()
+    expected = chat.ask("abc", max_new_tokens=3).ids
+    chat.messages = messages
+    for call in (lambda: chat.ask("a"), chat.prompt_ids, chat.undo, chat.drop, lambda: chat.set_system("a")):
+        with pytest.raises(InputError, match="message 1"):
+            call()
+        assert chat.messages is messages
+    chat.reset()
+    assert chat.ask("abc", max_new_tokens=3).ids == expected

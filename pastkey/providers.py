@@ -1,0 +1,210 @@
+"""The execution providers of onnxruntime, a row each: what the stages must know of one.
+
+A further one is a row here. `export --target` offers those that are targets, and "portable".
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+# The values of an option: fixed words, a range of whole numbers, or what a value must match.
+Values = tuple[str, ...] | range | re.Pattern[str]
+
+
+class Seen(enum.Enum):
+    """How a graph was seen to run on a provider."""
+
+    WHOLE = enum.auto()  # nothing is left to the CPU
+    RUNS = enum.auto()  # what is left, if anything, is little
+    PARTLY = enum.auto()  # its attention is left to the CPU
+
+
+class Form(enum.Enum):
+    """Which operators read quantized weights (`export/quantize/rounding/rewrite.py`)."""
+
+    MATMUL_NBITS = enum.auto()  # rules 1 to 5
+    GPU = enum.auto()  # MatMulNBits and GatherBlockQuantized, which WebGPU has whole; rule 5 has nothing to mend
+    DEQUANTIZE_LINEAR = enum.auto()  # ONNX's own, `block_dequantize`
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One execution provider, whether or not it is on this machine."""
+
+    name: str  # onnxruntime's
+    hardware: str = ""
+    source: str = ""  # what brings it
+    graphs: Mapping[str, Seen] = field(default_factory=dict)  # those that were seen to run there, and how
+    remedy: str = ""  # what to export for it, where that is not the fused graph
+    plugin: str = ""  # the module of a provider that onnxruntime must be told of
+    options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
+    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
+    manifest_options: Mapping[str, Values] = field(
+        default_factory=dict
+    )  # those that a bundle may set: `contract/provider_options.py`
+    # Its cache:
+    device: str = "cpu"  # that its memory is on, by onnxruntime's name. Elsewhere tensors are handed over in CPU memory
+    allocates: bool = True  # whether onnxruntime's Python can allocate there; else a run must put it there
+    fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
+    # Its operators:
+    ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operator -> attributes that change nothing
+    misses_keys: bool = False  # GroupQueryAttention was seen to leave out keys, of a prefill and of a padded batch
+    # What an export makes for it:
+    target: bool = False  # whether bundles are made for it: it is where they run when nothing else is asked for
+    form: Form = Form.MATMUL_NBITS
+    why_standard: str = "the fused graph is not known to run there"  # where it has the standard graph
+    loop: bool = False  # whether it runs the Loop of `--generate`
+    ort_format: bool = False  # whether that format, optimised for a CPU, is for it
+    npu: bool = False  # takes graphs of fixed sizes only, and computes them in float16
+    static_int8: bool = False  # takes them quantized, by QuantizeLinear and DequantizeLinear
+    reads_tables: bool = True  # gathers rows of them by itself; else the host does, and feeds the rows
+
+    @property
+    def short(self) -> str:
+        """The name a user types: "CUDAExecutionProvider" -> "cuda"."""
+        return self.name.removesuffix("ExecutionProvider").lower()
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """The graphs that run there whole."""
+        return frozenset(graph for graph, seen in self.graphs.items() if seen == Seen.WHOLE)
+
+    @property
+    def takes_fused(self) -> bool:
+        """Whether a bundle made for it may have the fused graph."""
+        return self.graphs.get("fused") in (Seen.WHOLE, Seen.RUNS)
+
+
+_RUNS = {"fused": Seen.RUNS}
+_SOURCE_BUILD = "onnxruntime built from source with"
+_SWITCH = ("0", "1")
+_TRUTH = ("true", "false", "True", "False")
+_DEVICE_ID = range(256)
+_BYTES = range(1, 2**63)
+_BUFFER_CACHE = ("disabled", "lazyRelease", "simple", "bucket")
+_DEVICE = "(CPU|GPU|NPU)([.][0-9]{1,2})?"  # of OpenVINO
+_HTP_ARCHS = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN takes an unknown one for 68
+
+_ROWS = (
+    Provider(
+        "CPUExecutionProvider", "any CPU", "pip install onnxruntime", _RUNS, target=True, loop=True, ort_format=True,
+    ),
+    Provider(
+        "CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", _RUNS,
+        device="cuda", target=True, loop=True,
+        manifest_options={
+            "device_id": _DEVICE_ID,
+            "gpu_mem_limit": _BYTES,
+            "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
+            "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
+            "cudnn_conv_use_max_workspace": _SWITCH,
+            "do_copy_in_default_stream": _SWITCH,
+            "enable_cuda_graph": _SWITCH,
+            "enable_skip_layer_norm_strict_mode": _SWITCH,
+            "prefer_nhwc": _SWITCH,
+            "use_tf32": _SWITCH,
+        },
+    ),
+    Provider(
+        "TensorrtExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with TensorRT", _RUNS, device="cuda",
+    ),
+    Provider(
+        "OpenVINOExecutionProvider", "Intel CPUs, GPUs, NPUs", "pip install onnxruntime-openvino",
+        {"standard": Seen.WHOLE, "static": Seen.WHOLE, "fused": Seen.PARTLY},
+        remedy="export the model again with --target openvino",
+        fixed_shapes=True, target=True,
+        manifest_options={
+            "device_type": re.compile(f"{_DEVICE}|AUTO|(AUTO|HETERO|MULTI):{_DEVICE}(,{_DEVICE})*"),
+            "precision": ("FP32", "FP16", "ACCURACY"),
+            "num_of_threads": range(1, 1025),
+            "num_streams": range(1, 257),
+            "model_priority": ("LOW", "MEDIUM", "HIGH", "DEFAULT"),
+            "disable_dynamic_shapes": _TRUTH,
+            "enable_opencl_throttling": _TRUTH,
+            "enable_qdq_optimizer": _TRUTH,
+        },
+    ),
+    Provider(
+        "WebGpuExecutionProvider", "GPUs by Vulkan, Metal or D3D12", "pip install onnxruntime-webgpu",
+        {"fused": Seen.RUNS, "static": Seen.WHOLE, "standard": Seen.RUNS},
+        remedy="export the model again with --target webgpu",
+        device="webgpu", allocates=False, ignores={"GroupQueryAttention": ("softcap",)}, misses_keys=True,
+        target=True, form=Form.GPU,
+        manifest_options={
+            "deviceId": _DEVICE_ID,
+            "preferredLayout": ("NCHW", "NHWC"),
+            "powerPreference": ("high-performance", "low-power"),
+            "dawnBackendType": ("Vulkan", "D3D12"),
+            "enableGraphCapture": _SWITCH,
+            "enableInt64": _SWITCH,
+            "validationMode": ("disabled", "wgpuOnly", "basic", "full"),
+            "storageBufferCacheMode": _BUFFER_CACHE,
+            "uniformBufferCacheMode": _BUFFER_CACHE,
+            "queryResolveBufferCacheMode": _BUFFER_CACHE,
+            "defaultBufferCacheMode": _BUFFER_CACHE,
+        },
+    ),
+    Provider(
+        "QNNExecutionProvider", "Qualcomm NPUs", "pip install onnxruntime onnxruntime-qnn", {"static": Seen.WHOLE},
+        remedy="export the model again with --target qnn",
+        plugin="onnxruntime_qnn",
+        # Without a name the compiler takes 68, which lacks float16: every decoder then fails (1002).
+        options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
+        values={"htp_arch": _HTP_ARCHS},
+        target=True, npu=True, static_int8=True,
+        manifest_options={
+            "backend_type": ("htp", "gpu", "cpu"),
+            "htp_arch": _HTP_ARCHS,
+            "soc_model": range(10_000),
+            "device_id": _DEVICE_ID,
+            "vtcm_mb": range(1, 1025),
+            "rpc_control_latency": range(1_000_000),
+            "htp_performance_mode": (
+                "burst", "balanced", "default", "high_performance", "high_power_saver", "low_balanced",
+                "low_power_saver", "power_saver", "extreme_power_saver", "sustained_high_performance",
+            ),
+            "htp_graph_finalization_optimization_mode": ("0", "1", "2", "3"),
+            "qnn_context_priority": ("low", "normal", "normal_high", "high"),
+            "enable_htp_fp16_precision": _SWITCH,
+            "enable_htp_weight_sharing": _SWITCH,
+            "enable_htp_spill_fill_buffer": _SWITCH,
+            "offload_graph_io_quantization": _SWITCH,
+        },
+    ),
+    Provider(
+        "CoreMLExecutionProvider", "Apple GPUs and neural engines", "pip install onnxruntime on macOS",
+        remedy="export the model again with --target coreml --precision fp32",
+        options={"ModelFormat": "MLProgram"},
+        target=True, npu=True, reads_tables=False,
+        manifest_options={
+            "ModelFormat": ("MLProgram", "NeuralNetwork"),
+            "MLComputeUnits": ("ALL", "CPUOnly", "CPUAndGPU", "CPUAndNeuralEngine"),
+            "RequireStaticInputShapes": _SWITCH,
+            "EnableOnSubgraphs": _SWITCH,
+            "SpecializationStrategy": ("Default", "FastPrediction"),
+            "AllowLowPrecisionAccumulationOnGPU": _SWITCH,
+        },
+    ),
+    Provider("DmlExecutionProvider", "GPUs under Windows", "pip install onnxruntime-directml on Windows"),
+    Provider("MIGraphXExecutionProvider", "AMD GPUs", "pip install onnxruntime-migraphx, with ROCm"),
+    Provider("ROCMExecutionProvider", "AMD GPUs, of older releases", f"{_SOURCE_BUILD} --use_rocm"),
+    Provider("XnnpackExecutionProvider", "ARM CPUs", f"{_SOURCE_BUILD} --use_xnnpack"),
+    Provider("NnapiExecutionProvider", "Android accelerators", "onnxruntime for Android"),
+    Provider("CANNExecutionProvider", "Huawei Ascend NPUs", "pip install onnxruntime-cann"),
+)  # fmt: skip
+PROVIDERS: Final = {row.short: row for row in _ROWS}  # by short name
+
+# By the words of `--target`. A portable bundle has ONNX-standard operators only, for providers without a row of their
+# own, and runs on the CPU where nothing else is asked for.
+TARGETS: Final = {row.short: row for row in _ROWS if row.target} | {
+    "portable": replace(
+        PROVIDERS["cpu"],
+        graphs={"standard": Seen.RUNS},
+        form=Form.DEQUANTIZE_LINEAR,
+        why_standard="standard operators only",
+    )
+}

@@ -1,0 +1,53 @@
+"""The table of execution providers, against what reads it and the pages that list it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from pastkey.export.settings import ExportOptions
+from pastkey.providers import PROVIDERS, TARGETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_export_and_runtime_name_a_provider_in_no_branch() -> None:
+    """Commands aside, which name one in an advice; the CPU is what proves every bundle."""
+    named = {*PROVIDERS, *TARGETS, *(row.name for row in PROVIDERS.values())} - {"cpu", PROVIDERS["cpu"].name}
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno} has {node.value!r}"
+        for folder in ("export", "runtime")
+        for file in (ROOT / folder).rglob("*.py")
+        if file.parent.name != "commands"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in named
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_the_columns_of_a_row_agree(name: str) -> None:
+    row = PROVIDERS[name]
+    assert row.hardware
+    assert row.source
+    assert row.allocates or row.device != "cpu"
+    assert all(values == row.manifest_options[option] for option, values in row.values.items())
+    assert not row.npu or (row.target and not row.loop and set(row.graphs) <= {"static"})
+    assert row.npu or (row.reads_tables and not row.static_int8)
+    assert f"--target {name}" in row.remedy or not row.remedy
+
+
+def test_every_row_is_on_the_pages() -> None:
+    for name in PROVIDERS.keys() - {"cpu"}:
+        assert any(f"`{name}`" in line for line in page("gpu.md").splitlines() if line.startswith("| `")), name
+    for name in TARGETS.keys() - {"cpu"}:
+        assert f"`export --target {name}" in page("sources-and-targets.md")
+    *first, last = TARGETS
+    assert f"`target` is `{'`, `'.join(first)}` or `{last}`" in page("bundle-format.md")
+    assert f'''"{'", "'.join(first)}" or "{last}".''' in str(ExportOptions.__doc__)
