@@ -1,16 +1,9 @@
-"""The picture of docs/time-axis.md: the scores of a text of five tokens, and what a step computes of them.
-
-python -m benchmarks.scores_picture
-"""
+"""The picture of docs/time-axis.md: the scores of a text of five tokens, and what a step computes of them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from xml.sax.saxutils import escape
-
-PICTURE = Path(__file__).parent.parent / "docs" / "time-axis.svg"
 
 TOKENS, PAST = 5, 4  # of the text, and those of them that came in earlier steps
 CELL, TOP = 54, 112  # pixels, as all that follows
@@ -18,11 +11,6 @@ QUERIES, SCORES, VALUES, SUMS = 98, 172, 530, 630  # where the columns of cells 
 WIDTH, HEIGHT = 720, 474
 NEW, CACHED, MASKED, OLD = "#3f51b5", "#c5cae9", "#eeeeee", "#ffffff"
 INK, GREY = "#212121", "#757575"
-
-
-def main() -> int:
-    PICTURE.write_text(draw(), encoding="utf-8")
-    return 0
 
 
 def draw() -> str:
@@ -113,7 +101,3 @@ def _text(
 def _small(token: int) -> str:
     """A number as an index below the line."""
     return "₀₁₂₃₄₅₆₇₈₉"[token]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,18 +1,12 @@
 """The README's picture, drawn from the table of benchmarks/results.md: speed, error and size side by side.
 
-    python -m benchmarks.picture [results.md picture.svg]
-
 SVG by hand: bars and words need no library, and stay sharp at every size.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
-
-ROOT = Path(__file__).parent.parent
-RESULTS, PICTURE = ROOT / "benchmarks" / "results.md", ROOT / "docs" / "speed-and-error.svg"
 
 # Column of the table -> heading of its bars, and which way is better.
 PANELS = {
@@ -25,20 +19,7 @@ PANEL, BAR, ROW, TOP = 200, 132, 30, 62
 OURS, OTHERS = "#3f51b5", "#9e9e9e"
 
 
-def main(arguments: list[str]) -> int:
-    results, picture = map(Path, arguments) if arguments else (RESULTS, PICTURE)
-    picture.write_text(draw(table(results.read_text(encoding="utf-8"))), encoding="utf-8")
-    return 0
-
-
-def table(page: str) -> list[dict[str, str]]:
-    """The rows of the page's first table, each by its columns' headings."""
-    lines = page[page.index("| engine |") :].split("\n\n")[0].splitlines()
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [dict(zip(head, row, strict=True)) for row in rows]
-
-
-def draw(rows: list[dict[str, str]]) -> str:
+def draw(rows: Sequence[Mapping[str, str]]) -> str:
     """The SVG: a line for each row, a panel of bars for each of PANELS."""
     width, height = NAMES + PANEL * len(PANELS), TOP + ROW * len(rows) + 6
     parts = [
@@ -65,7 +46,3 @@ def draw(rows: list[dict[str, str]]) -> str:
 def middle(number: int) -> int:
     """The base line of a row's words."""
     return TOP + ROW * number + 14
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

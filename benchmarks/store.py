@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pastkey.errors import InputError
 from pastkey.files.durable import write_json
-
-_MARK = "made-by-pastkey-benchmarks"
 
 
 class Store:
@@ -21,24 +18,22 @@ class Store:
     A key says everything that the result depends on. A step whose key has changed is done again.
     """
 
-    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
-        """`fresh` forgets all steps. Raises InputError for a folder with other things in it."""
-        if folder.exists() and not (folder.is_dir() and ((folder / _MARK).exists() or not any(folder.iterdir()))):
-            raise InputError(f"{folder} holds other things: give an empty or a new folder as --work")
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError where no folder can be."""
         self.folder = folder = folder.resolve()  # other programs are given paths in it
         self.steps, self.models, self.logs = (folder / name for name in ("steps", "models", "logs"))
         for part in (self.steps, self.models, self.logs):
-            if fresh:
-                shutil.rmtree(part, ignore_errors=True)
-            make_folder(part, "--work")
-        (folder / _MARK).touch()
+            try:
+                part.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{part} cannot be made a folder ({error.strerror}): give another --work") from None
 
-    def once(self, name: str, key: Mapping[str, Any], make: Callable[[], Any], *, product: Path | None = None) -> Any:
-        """The result of a step: as it was stored under this key, or else made now and stored.
+    def once(self, name: str, make: Callable[[], Any], *, key: Any, product: Path | None = None) -> Any:
+        """The result of a step: as it was stored under this key, or else made now and stored, both by way of JSON.
 
         A step whose `product`, a file or folder that it writes, is gone is done again.
         """
-        file = self.steps / f"{name}.json"
+        file = self.steps / f"{name.replace(' ', '-')}.json"
         wanted = json.loads(json.dumps(key))
         if file.is_file() and (product is None or product.exists()):
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -47,14 +42,6 @@ class Store:
         value = json.loads(json.dumps(make()))  # as it will be read
         write_json(file, {"key": wanted, "value": value})
         return value
-
-
-def make_folder(folder: Path, option: str) -> None:
-    """Raises InputError, which names the option, where no folder can be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made a folder ({error.strerror}): give another {option}") from None
 
 
 def digest(content: Any) -> str:

@@ -1,15 +1,13 @@
 """What each matrix costs in int8 or int4: every layer's matrices as a heat map, the ten worst as bars.
 
-    python -m benchmarks.sensitivity_chart TABLE CHART
+    python -m benchmarks sensitivity-chart TABLE CHART
 
 TABLE is what `pastkey export --sensitivity TABLE` writes, and CHART the name of a .png.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from benchmarks.measure import Answer, TextFile
 from pastkey.files.folder import read_json
 
 _BARS = 10
@@ -33,15 +32,11 @@ class Row(NamedTuple):
     kl_divergence: float  # nats
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path)
-    parser.add_argument("chart", type=Path)
-    given = parser.parse_args(arguments)
-    table = read_json(given.table)
-    rows = [Row(row["weight"], row["kl_divergence"]) for row in table["matrices"]]
-    draw(given.chart, rows, table["kl_divergence"])
-    return 0
+def sensitivity_chart(table: TextFile, chart: Path) -> Answer:
+    """The table is what `pastkey export --sensitivity` writes, and the chart a .png."""
+    costs = read_json(table)
+    draw(chart, [Row(row["weight"], row["kl_divergence"]) for row in costs["matrices"]], costs["kl_divergence"])
+    yield f"Drawn: {chart}."
 
 
 def place(weight: str) -> tuple[int, str] | None:
@@ -112,7 +107,3 @@ def _bars(axes: Any, worst: Sequence[Row]) -> None:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
