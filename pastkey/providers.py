@@ -199,8 +199,8 @@ _ROWS = (
 )  # fmt: skip
 PROVIDERS: Final = {row.short: row for row in _ROWS}  # by short name
 
-# By the words of `--target`. A portable bundle has ONNX-standard operators only, for providers without a row. It runs on
-# the CPU by default.
+# By the words of `--target`. A portable bundle has ONNX-standard operators only, for providers without a row. Its
+# default provider is the CPU.
 TARGETS: Final = {row.short: row for row in _ROWS if row.target} | {
     "portable": replace(
         PROVIDERS["cpu"],
