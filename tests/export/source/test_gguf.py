@@ -21,7 +21,6 @@ from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
-from pastkey.export.source.open import open_source
 from pastkey.runtime import load
 
 from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
@@ -106,7 +105,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 # --- what comes out -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("quantized", [False, True], ids=["F32", "Q8_0"])
+@pytest.mark.parametrize("quantized", [pytest.param(False, marks=pytest.mark.slow), True], ids=["F32", "Q8_0"])
 def test_the_bundle_writes_what_transformers_writes(tmp_path: Path, quantized: bool) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", quantized=quantized)
     export(file, tmp_path / "bundle", "fp32")
@@ -126,16 +125,9 @@ def test_the_bundle_writes_what_transformers_writes(tmp_path: Path, quantized: b
 
 
 # --- what cannot be read ------------------------------------------------------------------------------------------
-def test_a_file_that_is_not_gguf(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    (tmp_path / "tiny.gguf").write_bytes(b"PK\3\4 something else")
-    assert "is not a GGUF file: it does not begin with the letters GGUF" in refusal(tmp_path / "tiny.gguf")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    assert "does not exist" in refusal(tmp_path / "none.gguf")
-
-
-@pytest.mark.parametrize("kept", [4, 10, 24, 400, 3000, -100, -20_000])
+@pytest.mark.parametrize("kept", [10, 3000, -100])
 def test_a_file_that_is_cut_short(tmp_path: Path, refusal: Callable[..., str], kept: int) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes()[:kept])
@@ -152,12 +144,6 @@ def test_a_link_beside_it_that_leads_out_of_the_folder(tmp_path: Path, refusal: 
     (tmp_path / "secret").write_text("{}")
     (tmp_path / "folder" / name).symlink_to(tmp_path / "secret")
     assert f"{name} leads out of {tmp_path / 'folder'}" in refusal(file)
-
-
-def test_a_chat_template_takes_the_place_of_the_own(tmp_path: Path) -> None:
-    (tmp_path / "other.jinja").write_text("{{ messages }}")
-    source = open_source(write_gguf(tmp_path / "tiny.gguf"), chat_template=tmp_path / "other.jinja")
-    assert source.tokenizer_config["chat_template"] == "{{ messages }}"
 
 
 def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path: Path, refusal: Callable[..., str]) -> None:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
-from pastkey.errors import InputError, MissingFileError, PastkeyError, ResourceError
+from pastkey.errors import InputError, PastkeyError, ResourceError
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load
@@ -139,7 +139,11 @@ def test_the_decoder_computes_what_llama2c_computes(version: int, tied: bool, tm
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("toy", [Toy(), Toy(kv_heads=4, dim=32, tied=False)], ids=["standard", "fused"])
+@pytest.mark.parametrize(
+    "toy",
+    [Toy(), pytest.param(Toy(kv_heads=4, dim=32, tied=False), marks=pytest.mark.slow)],
+    ids=["standard", "fused"],
+)
 def test_the_bundle_computes_what_llama2c_computes(toy: Toy, tmp_path: Path) -> None:
     report = export(checkpoint(tmp_path, toy.version0()), tmp_path / "bundle", precision="fp32")
     assert report.manifest.graph == ("standard" if toy.dim // toy.heads % 8 else "fused")
@@ -173,21 +177,13 @@ WHOLE = Toy().version0()
     ("content", "words"),
     [
         (b"", "has 0 bytes, which is less than the header of a llama2.c checkpoint"),
-        (WHOLE[:27], "has 27 bytes, which is less than the header"),
         (WHOLE[:28], f"has 28 bytes and its header asks for {len(WHOLE):,}: it was cut short or altered"),
         (WHOLE[:-1], f"has {len(WHOLE) - 1:,} bytes and its header asks for {len(WHOLE):,}"),
-        (WHOLE + b"\0", f"has {len(WHOLE) + 1:,} bytes and its header asks for {len(WHOLE):,}"),
         (Toy().version1()[:-4], "its header asks for"),
         (Toy().version1(2), "is of llama2.c's format version 2, the one with int8 weights, and pastkey reads versions"),
-        (Toy().version1(9), "is of llama2.c's format version 9 and pastkey reads versions 0 and 1"),
         (b"PK\3\4" + bytes(300), "is not a llama2.c checkpoint: its header would mean dim 67324752, hidden_dim 0"),
-        (bytes(4000), "is not a llama2.c checkpoint: its header would mean dim 0"),
         (dataclasses.replace(Toy(), heads=5).version0(), "its header would mean dim 24, hidden_dim 33, n_layers 2"),
         (struct.pack("<7i", 24, 33, 2, 4, 3, 265, 19) + bytes(99), "n_heads 4, n_kv_heads 3"),
-        (
-            struct.pack("<7i", 12, 33, 2, 4, 2, 265, 19) + bytes(99),
-            "its header would mean dim 12",
-        ),  # heads of size 3
         (struct.pack("<7i", 24, 33, 2, 4, 2, 265, -1) + bytes(99), "max_seq_len -1"),
         (struct.pack("<7i", 24, 33, 2, 4, 2, -(2**31), 19) + bytes(99), "vocab_size 2147483648"),
     ],
@@ -202,9 +198,7 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused(content: bytes, words: st
 def test_counts_are_bounded_before_a_layer_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pastkey.export.source.llama2c.Decoder", None)
     narrow = struct.pack("<7i", 2, 1, 100_000, 1, 1, 3, 2) + bytes(4)
-    assert "its header would mean dim 2, hidden_dim 1, n_layers 100000" in refusal(
-        InputError, checkpoint(tmp_path, narrow)
-    )
+    assert "n_layers 100000" in refusal(InputError, checkpoint(tmp_path, narrow))
     path = checkpoint(tmp_path, WHOLE)
     with path.open("r+b") as file:  # a file that claims a size, and has no content
         file.write(struct.pack("<7i", 4096, 33, 2, 4, 2, 1 << 24, 19))
@@ -214,19 +208,6 @@ def test_counts_are_bounded_before_a_layer_is_made(tmp_path: Path, monkeypatch: 
     with path.open("r+b") as file:
         file.truncate(asked)
     assert "of memory and" in refusal(ResourceError, path)
-
-
-def test_a_missing_checkpoint_is_told(tmp_path: Path) -> None:
-    sentence = refusal(MissingFileError, tmp_path / "none.bin")
-    assert sentence.startswith(f"no such source: {tmp_path}/none.bin does not exist; expected")
-    assert "a llama2.c .bin" in sentence
-
-
-def test_a_context_longer_than_the_header_says_is_refused(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, WHOLE)
-    assert refusal(InputError, path, context_length=20) == (
-        f"--context 20 is more than the 19 tokens that {path} was trained for"
-    )
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
@@ -287,6 +268,7 @@ def test_text_becomes_llama2cs_ids_and_comes_back(tokenizer: Tokenizer, text: st
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.slow
 def test_a_bundle_takes_text_with_the_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tok.bin").write_bytes(tokenizer_bin(PIECES))
     toy = dataclasses.replace(Toy(), vocab=len(PIECES))
@@ -309,14 +291,6 @@ def test_a_tokenizer_json_is_taken_too_and_the_format_keeps_its_own_end(tokenize
     assert (source.bos_token_id, source.eos_token_ids) == (1, (2, 1))
 
 
-def test_without_a_tokenizer_the_command_says_that_the_bundle_takes_ids_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--precision", "fp32", "--out", str(tmp_path / "bundle")]
-    assert main(["export", str(checkpoint(tmp_path, WHOLE)), *options]) == 0
-    assert "--prompt-ids ...   (ids only: no --tokenizer was given)" in capsys.readouterr().err
-
-
 GOOD = tokenizer_bin(PIECES)
 
 
@@ -325,12 +299,10 @@ GOOD = tokenizer_bin(PIECES)
     [
         (b"", "is not a llama2.c tokenizer, or was cut short: piece 0, at byte 4, cannot be read"),
         (GOOD[:-1], f"piece {len(PIECES) - 1}, at byte"),
-        (GOOD[:-9], f"piece {len(PIECES) - 1}, at byte"),
         (GOOD[:4] + struct.pack("<fi", 0, -3) + GOOD[12:], "piece 0, at byte 4"),
         (tokenizer_bin([*PIECES[:-1], (b"\xff\xfe", 0.0)]), f"piece {len(PIECES) - 1}, at byte"),
         (tokenizer_bin(PIECES[:-1]), f"has {len(PIECES) - 1} pieces and the model {len(PIECES)} embeddings"),
         (tokenizer_bin([*PIECES[:-1], (b"a" * 1001, 0.0)]), f"piece {len(PIECES) - 1}, at byte"),
-        (tokenizer_bin([*PIECES, (b"more", 0.0)]), f"has {len(PIECES) + 1} pieces and the model"),
         (tokenizer_bin([*PIECES[259:], *RESERVED]), "are not <unk>, <s>, </s>, the 256 bytes, and then each its own"),
         (tokenizer_bin([*PIECES[:-1], PIECES[-2]]), "each its own text"),
     ],
@@ -342,15 +314,3 @@ def test_a_tokenizer_that_does_not_fit_is_refused(content: bytes, words: str, tm
     sentence = refusal(InputError, model, tokenizer=path)
     assert str(path) in sentence
     assert words in sentence
-
-
-def test_a_missing_tokenizer_is_told(tmp_path: Path) -> None:
-    sentence = refusal(MissingFileError, checkpoint(tmp_path, WHOLE), tokenizer=tmp_path / "none.bin")
-    assert sentence == f"no such tokenizer: {tmp_path}/none.bin does not exist; expected a llama2.c tokenizer .bin"
-
-
-def test_a_refusal_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = checkpoint(tmp_path, WHOLE[:-1])
-    assert main(["export", str(path), "--out", str(tmp_path / "bundle")]) == 2
-    assert "its header asks for" in capsys.readouterr().err
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["toy.bin"]

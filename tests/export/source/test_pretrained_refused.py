@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,8 +23,7 @@ from pastkey.errors import ResourceError
 from pastkey.export import export, resources
 from pastkey.export.source.open import open_source
 
-from ..conftest import Export
-from ..tiny_llama import TRANSFORMERS_4, VOCABULARY, bpe, llama, sizes
+from ..tiny_llama import TRANSFORMERS_4, llama, sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 
@@ -39,45 +37,37 @@ def change(folder: Path, **entries: Any) -> Path:
 
 
 # --- bad folders --------------------------------------------------------------------------------------------------
-def test_an_empty_folder(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    (tmp_path / "nothing").mkdir()
-    assert "config.json" in refusal(tmp_path / "nothing")
-
-
-def test_a_bundle_is_no_source(exported: Export, refusal: Callable[..., str]) -> None:
-    assert "is a 'bundle' folder; a checkpoint was expected: name the checkpoint it came from" in refusal(
-        exported("llama").bundle.path
-    )
 
 
 def test_weights_that_are_only_pickled_come_with_a_command_that_converts_them(
-    saved_llama: Path, llama_folder: Path, refusal: Callable[..., str]
+    saved_llama: Path, llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
-    torch.save(model.state_dict(), llama_folder / "pytorch_model.bin")
-    (llama_folder / "model.safetensors").unlink()
-    sentence = refusal(llama_folder)
-    assert f"{llama_folder} has its weights only as pytorch_model.bin, a pickle" in sentence
+    folder = llama_folder.rename(tmp_path / 'it\'s $(touch here) "mine"')
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    sentence = refusal(folder)
+    assert "has its weights only as pytorch_model.bin, a pickle" in sentence
     command = sentence.split("convert it with ")[1].split(" and export that folder")[0]
     command = command.replace("python", sys.executable, 1)
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    converted = open_source(f"{llama_folder}-safetensors")
+    assert not (tmp_path / "here").exists()
+    converted = open_source(f"{folder}-safetensors")
     assert torch.equal(converted.module.model.lm_head.weight, model.lm_head.weight)  # type: ignore[arg-type]
     assert converted.tokenizer == open_source(saved_llama).tokenizer
 
 
 # transformers 4 does not tell the shape that it found.
-SHAPE = ("has another shape", "has another shape") if TRANSFORMERS_4 else ("has shape (", "has shape (300, 64)")
+SHAPE = "has another shape" if TRANSFORMERS_4 else "has shape ("
 
 
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"hidden_size": 32, "head_dim": 8}, (SHAPE[0], "and its config.json asks for (", "another model's")),
+        ({"hidden_size": 32, "head_dim": 8}, (SHAPE, "and its config.json asks for (", "another model's")),
         ({"num_hidden_layers": 1}, ("the weight 'model.layers.1.", "LlamaForCausalLM of its config.json has no layer")),
         ({"num_hidden_layers": 3}, ("has no weight 'model.layers.2.", "and 8 more, which LlamaForCausalLM needs")),
-        ({"vocab_size": 299}, ("the weight lm_head.weight of ", SHAPE[1], "asks for (299, 64)")),
         pytest.param(
             {"model_type": None, "architectures": None},
             ("transformers", "cannot load", "model_type"),
@@ -85,7 +75,6 @@ SHAPE = ("has another shape", "has another shape") if TRANSFORMERS_4 else ("has 
         ),
         ({"model_type": "nonesuch"}, ("transformers", "cannot load", "nonesuch")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantized already (quantization_config says gptq)",)),
-        ({"max_position_embeddings": 1}, ("a whole number of tokens from 2",)),
     ],
 )
 def test_a_configuration_that_does_not_fit(
@@ -97,13 +86,13 @@ def test_a_configuration_that_does_not_fit(
     assert str(llama_folder) in sentence or llama_folder.name in sentence or "context" in sentence
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\ufeff", "no json"])
+@pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_configuration_that_is_not_json(llama_folder: Path, refusal: Callable[..., str], content: str) -> None:
     (llama_folder / names.CONFIG).write_text(content)
     assert str(llama_folder / names.CONFIG) in refusal(llama_folder)
 
 
-@pytest.mark.parametrize("kept", [0, 10, 1000, 100_000])
+@pytest.mark.parametrize("kept", [10, 100_000])
 def test_weights_that_are_cut_short(llama_folder: Path, refusal: Callable[..., str], kept: int) -> None:
     file = llama_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
@@ -208,9 +197,7 @@ def test_a_header_of_weights_that_is_no_json(header: bytes, llama_folder: Path, 
     "entries",
     [
         {"num_hidden_layers": 10**9},
-        {"hidden_size": 10**9},
         {"vocab_size": 2**40},
-        {"intermediate_size": 10**12},
         {"max_position_embeddings": 2**40},
         {"text_config": {"num_hidden_layers": 10**9}},
     ],
@@ -277,31 +264,9 @@ def test_an_encoder_decoder(tmp_path: Path, refusal: Callable[..., str]) -> None
     assert "holds an encoder-decoder (t5): only decoders can be exported" in refusal(tmp_path / "t5")
 
 
-@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification"])
-def test_a_model_without_a_head_for_language(tmp_path: Path, refusal: Callable[..., str], kind: str) -> None:
-    getattr(transformers, kind)(transformers.LlamaConfig(**sizes(pad_token_id=0))).save_pretrained(tmp_path / "model")
+def test_a_model_without_a_head_for_language(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    transformers.LlamaModel(transformers.LlamaConfig(**sizes())).save_pretrained(tmp_path / "model")
     assert "has no weight 'lm_head.weight', which LlamaForCausalLM needs" in refusal(tmp_path / "model")
-
-
-def test_a_tokenizer_with_more_ids_than_the_model(llama_folder: Path, refusal: Callable[..., str]) -> None:
-    tokenizer = bpe(bos=True)
-    tokenizer.add_tokens([f"<extra{i}>" for i in range(VOCABULARY - len(tokenizer) + 1)])
-    tokenizer.save_pretrained(llama_folder)
-    assert "makes token ids up to 300, but the model has 300 embeddings (ids 0 to 299)" in refusal(llama_folder)
-
-
-def test_a_context_longer_than_trained(llama_folder: Path, refusal: Callable[..., str]) -> None:
-    assert "--context 81 is more than the 80 tokens that tiny-llama was trained for" in refusal(
-        llama_folder, "--context", 81
-    )
-
-
-def test_weights_that_are_not_numbers(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    model = llama()
-    with torch.no_grad():
-        model.lm_head.weight[3, 5] = torch.nan
-    model.save_pretrained(tmp_path / "model")
-    assert "the weight lm_head.weight of LlamaForCausalLM holds NaN or infinity" in refusal(tmp_path / "model")
 
 
 # --- resources ----------------------------------------------------------------------------------------------------
@@ -411,28 +376,4 @@ def test_a_link_to_nothing_is_told(llama_folder: Path, tmp_path: Path, refusal: 
     """As in a cache that was fetched in part."""
     (llama_folder / names.TOKENIZER).unlink(missing_ok=True)
     (llama_folder / names.TOKENIZER).symlink_to(tmp_path / "nowhere")
-    assert "tokenizer.json is a link to a file that is not there: fetch or copy that file again" in refusal(
-        llama_folder
-    )
-
-
-def test_the_advice_for_a_pickle_can_be_typed_whatever_the_folders_name(
-    llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]
-) -> None:
-    folder = tmp_path / 'it\'s $(touch here) "mine"'
-    llama_folder.rename(folder)
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    told = refusal(folder)
-    program = shlex.split(told[told.index("python -c") : told.index(" and export that folder")])[2]
-    compile(program, "advice", "exec")
-    assert repr(str(folder)) in program
-
-
-def test_a_chat_template_that_is_none_is_refused_before_the_work(
-    llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]
-) -> None:
-    template = tmp_path / "odd.jinja"
-    template.write_text("{% for")
-    assert "the chat template is not valid Jinja" in refusal(llama_folder, "--chat-template", template)
+    assert "tokenizer.json is a link to a file that is not there" in refusal(llama_folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -82,35 +81,6 @@ def test_the_lowest_rank_is_merged_first_from_the_left() -> None:
 
 
 # --- tiktoken -------------------------------------------------------------------------------------------------------
-class Encoding:
-    """What is read of a tiktoken Encoding, with an encoder of its own: plain, and slow."""
-
-    _pat_str = r"[a-z]+| "
-    _special_tokens = {END_OF_TEXT: 9, "<|b|>": 8}  # noqa: RUF012
-    _mergeable_ranks = {b"a": 0, b"b": 1, b" ": 2, b"ab": 3, b"aba": 4, b"bb": 5, b"zz": 6}  # noqa: RUF012
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        ids = []
-        for word in re.findall(self._pat_str, text):
-            pieces = [letter.encode() for letter in word]
-            found = self._mergeable_ranks.get(word.encode())
-            pieces = merge(pieces, lambda a, b: self._mergeable_ranks.get(a + b, 99), 99) if found is None else [word]
-            ids += [found] if found is not None else [self._mergeable_ranks[piece] for piece in pieces]
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        texts = {number: token.decode() for token, number in self._mergeable_ranks.items()}
-        return "".join(texts[number] for number in ids)
-
-
-def test_merges_are_found_by_the_ranks_and_a_whole_word_needs_none() -> None:
-    made = from_tiktoken(Encoding())
-    model = json.loads(made.tokenizer.to_str())["model"]
-    assert model["merges"] == [["a", "b"], ["ab", "a"], ["b", "b"]]
-    for text in ("abba ab", "zz", "aba!bb", "bbb bb", "", " "):
-        assert made.tokenizer.encode(text).ids == Encoding().encode_ordinary(text)
-    assert made.tokenizer.encode(f"a<|b|>{END_OF_TEXT}").ids == [0, 8, 9]
-    assert (made.bos, made.eos) == (None, 9)
 
 
 @pytest.mark.parametrize("pattern", [GPT2_WORDS, GPT4_WORDS, CASES, SOME_ONLY])

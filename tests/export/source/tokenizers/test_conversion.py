@@ -48,12 +48,8 @@ def test_what_is_equal_becomes_the_fields_of_a_source(letters: Tokenizer) -> Non
 
 
 def test_the_first_text_that_differs_is_told(letters: Tokenizer) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=r"the ids \[0, 1\] for 'ab', and mine itself \[2\]"):
         Conversion(letters, lambda text: [2] if len(text) == 2 else [0] * len(text), None, TEXTS).fields("mine")
-    assert str(caught.value) == (
-        "the tokenizer.json made of mine gives the ids [0, 1] for 'ab', and mine itself [2]: pastkey cannot convert "
-        "it, give a tokenizer.json of your own making"
-    )
 
 
 def test_a_text_that_comes_back_otherwise_is_told(letters: Tokenizer) -> None:
@@ -66,8 +62,3 @@ def test_a_text_that_comes_back_otherwise_is_told(letters: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"decodes the ids \[0, 1\] to 'ab', and mine itself to 'aB'"):
         Conversion(letters, encode, decode, TEXTS).fields("mine")
     Conversion(letters, encode, decode, TEXTS, not_decoded=frozenset({1})).fields("mine")
-
-
-def test_long_ids_are_shortened(letters: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"the ids \[0, 0, 0, 0, 0, 0, 0, 0, ...\] \(9 of them\) for 'aaaaaaaaa'"):
-        Conversion(letters, lambda text: [], None, ["a" * 9]).fields("mine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import struct
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer
 
 from pastkey.errors import InputError
 from pastkey.export.source.tokenizers.sentencepiece import from_sentencepiece, merges_by_score, read_model
+
+from ....shared import divided
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE, WORD, CHARACTER = range(1, 5)
@@ -72,22 +75,11 @@ def test_unigram_takes_the_pieces_of_the_highest_sum(tmp_path: Path) -> None:
     assert tokens(tokenizer, "abc abab") == ["▁a", "bc", "▁", "ab", "ab"]
 
 
-def test_characters_are_never_merged_and_unknown_ones_are_one(tmp_path: Path) -> None:
-    tokenizer = made(write(tmp_path, CHARACTER, SPECIALS + LETTERS))
-    assert tokenizer.encode("ab日本a").ids == [3, 4, 5, 0, 4]
-
-
 def test_unknown_characters_are_bytes_where_the_model_has_them(tmp_path: Path) -> None:
     in_bytes = [piece(f"<0x{byte:02X}>", kind=BYTE) for byte in range(256)]
     tokenizer = made(write(tmp_path, BPE, SPECIALS + in_bytes + LETTERS, trainer=field(35, 1)))
     assert tokens(tokenizer, "aé") == ["▁", "a", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(tokenizer.encode("aé").ids) == "aé"
-
-
-def test_spaces_are_kept_where_the_model_keeps_them(tmp_path: Path) -> None:
-    kept = made(write(tmp_path, BPE, SPECIALS + LETTERS, normalizer=field(3, 0) + field(4, 0)))
-    assert tokens(kept, " a  b ") == ["▁", "a", "▁", "▁", "b", "▁"]
-    assert kept.decode(kept.encode(" a  b ").ids) == " a  b "
 
 
 @pytest.mark.parametrize("kind", [UNIGRAM, BPE])
@@ -128,10 +120,8 @@ def test_what_tokenizer_json_has_no_words_for_is_refused(
     [
         (b"\xff" * 20, "is not a SentencePiece model, or was cut short"),
         (b"".join(SPECIALS)[:-3], "is not a SentencePiece model, or was cut short"),
-        (b"\x0b", "is not a SentencePiece model, or was cut short"),
         (field(1, field(1, b"\xff")), "is not a SentencePiece model, or was cut short"),
         (b"", "its 0 pieces are not one unknown and others, each once"),
-        (b"".join(LETTERS), "its 4 pieces are not one unknown and others"),
         (b"".join([*SPECIALS, piece("a"), piece("a")]), "its 5 pieces are not one unknown"),
     ],
 )
@@ -158,24 +148,24 @@ def test_without_the_package_it_says_that_nothing_was_compared(tmp_path: Path) -
 STORY = "once upon a time there was a little dog who said hello to everyone naïve Größe 日本語 don't 1234"
 
 
-@pytest.mark.parametrize("rule", ["nmt_nfkc", "identity", "nfkc_cf"])
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"remove_extra_whitespaces": False},
-        {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
-        {"user_defined_symbols": ["\n", "<sep>"]},
-        {"user_defined_symbols": ["\n\n", "\n", "  "], "remove_extra_whitespaces": False, "byte_fallback": True},
-        {"split_digits": True, "pad_id": 3, "bos_id": -1, "byte_fallback": True},
-    ],
-    ids=["default", "spaces kept", "no prefix", "own symbols", "own line breaks", "bytes"],
-)
-def test_a_trained_model_gives_equal_ids_on_every_text(
-    kind: str, rule: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    package = pytest.importorskip("sentencepiece")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "spaces kept": {"remove_extra_whitespaces": False},
+    "no prefix": {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
+    "own symbols": {"user_defined_symbols": ["\n", "<sep>"]},
+    "own line breaks": {
+        "user_defined_symbols": ["\n\n", "\n", "  "],
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+    },
+    "bytes": {"split_digits": True, "pad_id": 3, "bos_id": -1, "byte_fallback": True},
+}
+TRAINED = [*product(("bpe", "unigram", "char"), ("nmt_nfkc", "identity", "nfkc_cf"), OPTIONS)]
+
+
+@pytest.mark.parametrize(("kind", "rule", "name"), divided(TRAINED, quick=TRAINED[::4], ci=TRAINED))
+def test_a_trained_model_gives_equal_ids_on_every_text(kind: str, rule: str, name: str, tmp_path: Path) -> None:
+    package, options = pytest.importorskip("sentencepiece"), OPTIONS[name]
     if kind == "char" and options.get("byte_fallback"):
         pytest.skip("its trainer knows no bytes for characters")
     choose = random.Random(1)

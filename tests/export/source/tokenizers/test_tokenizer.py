@@ -14,7 +14,6 @@ from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
 from pastkey.export.source.open import open_source
 from pastkey.export.source.source import Source, check_tokenizer
-from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 
 from ...decoders import Plain
 
@@ -82,12 +81,10 @@ def test_a_tokenizer_that_is_named_may_be_a_link(word_tokenizer: Tokenizer, tmp_
 
 def test_a_missing_tokenizer_is_told(tmp_path: Path) -> None:
     sentence = refusal(MissingFileError, Plain(), tokenizer=tmp_path / "none.json")
-    assert sentence.startswith(
-        f"no such tokenizer: {tmp_path}/none.json does not exist; expected a tokenizer.json, a Sen"
-    )
+    assert f"no such tokenizer: {tmp_path}/none.json does not exist" in sentence
 
 
-@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {}}'])
+@pytest.mark.parametrize("content", ["{}", "not json"])
 def test_an_invalid_tokenizer_is_told(content: str, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(content)
@@ -119,10 +116,6 @@ def test_added_tokens_count_too(word_tokenizer: Tokenizer, tmp_path: Path) -> No
     check_tokenizer(source, 62)
     with pytest.raises(InputError, match="up to 61"):
         check_tokenizer(source, 61)
-
-
-def test_a_source_without_a_tokenizer_passes() -> None:
-    check_tokenizer(open_source(Plain(), context_length=8), 1)
 
 
 # --- other forms ----------------------------------------------------------------------------------------------------
@@ -207,9 +200,7 @@ def test_what_lies_beside_a_vocabulary_is_no_link_out_of_its_folder(tmp_path: Pa
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0}}))
-    assert "meta.pkl is a pickle, which can run any code" in refusal(
-        InputError, Plain(), tokenizer=tmp_path / "meta.pkl"
-    )
+    assert "meta.pkl is a pickle" in refusal(InputError, Plain(), tokenizer=tmp_path / "meta.pkl")
 
 
 def test_characters_are_told_from_vocabularies(tmp_path: Path) -> None:
@@ -219,10 +210,6 @@ def test_characters_are_told_from_vocabularies(tmp_path: Path) -> None:
         assert made(file).encode("ba").ids == [1, 0]
     file.write_text(json.dumps({"ab": 0, "abc": 1, "a": 2}))
     assert "is a vocabulary without its merges" in refusal(MissingFileError, Plain(), tokenizer=file)
-
-
-def test_nothing_is_read_where_no_tokenizer_is_given() -> None:
-    assert read_tokenizer(None) == {}
 
 
 # --- eos ------------------------------------------------------------------------------------------------------------
