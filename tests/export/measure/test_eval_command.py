@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -96,10 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, word_toke
     saved(path / "swapped", Tokenizer.from_str(json.dumps(content)))
     words = np.random.default_rng(1).integers(0, 60, COUNT)
     (path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
-    (path / "empty.txt").write_text("")
-    (path / "blank.txt").write_text(" \n\n")
     (path / "one.txt").write_text("w1")
-    (path / "latin.txt").write_bytes(b"w1 w2 \xe9")
     (path / "nothing").mkdir()
     return path
 
@@ -173,41 +168,22 @@ def test_a_short_text_asks_no_longer_context_of_the_reference(
     assert (status, json.loads(out)["length"]) == (0, 3)
 
 
-def test_help_defines_the_figures(evaluated: Evaluate) -> None:
-    status, out, _ = evaluated("--help")
-    told = " ".join(out.split())
-    assert status == 0
-    assert "greedy_agreement: the first 32 tokens, or half, of each of the first 16 windows" in told
-    assert "the tokens before the first difference, as a share of all" in told
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("fp32", "--text", "none.txt"), ("no such file: ", "none.txt")),
-        (("fp32", "--text", "nothing"), ("nothing is a folder", "a file was expected")),
-        (("fp32", "--text", "empty.txt"), ("empty.txt is empty",)),
-        (("fp32", "--text", "blank.txt"), ("blank.txt is empty",)),
-        (("fp32", "--text", "latin.txt"), ("latin.txt is not UTF-8", "byte 6")),
         (("fp32", "--text", "one.txt"), ("one.txt is too short, 1 token", "at least 2")),
         (("none", "--text", "text.txt"), ("no such bundle",)),
         (("ids_only", "--text", "text.txt"), ("ids_only has no tokenizer", "--tokenizer")),
         (("fp32", "--text", "text.txt", "--length", "41"), ("--length is 41", "2 to 40 tokens")),
-        (("fp32", "--text", "text.txt", "--length", "1"), ("--length is 1", "2 to 40 tokens")),
         (("fp32", "--text", "text.txt", "--length", "0"), ("--length", "0 is not a whole number from 1")),
-        (("fp32", "--text", "text.txt", "--windows", "0"), ("--windows", "0 is not a whole number from 1")),
-        (("fp32",), ("--text",)),
         (("fp32", "--text", "text.txt", "--reference", "none"), ("no such reference", "expected another bundle")),
         (("fp32", "--text", "text.txt", "--reference", "nothing"), ("cannot be a reference", "another bundle")),
-        (("fp32", "--text", "text.txt", "--reference", "one.txt"), ("one.txt cannot be a reference", "another bundle")),
         (("fp32", "--text", "text.txt", "--reference", "mine.py:none"), ("has no function 'none'",)),
         (("fp32", "--text", "text.txt", "--reference", "mine.py:Fails"), ("too many at once", "on 40 tokens")),
         (("fp32", "--text", "text.txt", "--reference", "larger"), ("larger has a vocabulary of 62", "one of 61")),
         (("fp32", "--text", "text.txt", "--reference", "swapped"), ("token 1 is 'w2' in the reference", "'w1' in")),
-        (
-            ("fp32", "--text", "text.txt", "--reference", "shorter"),
-            ("windows of 40 tokens are longer than the context of the reference", "--length 20 or less"),
-        ),
+        (("fp32", "--text", "text.txt", "--reference", "shorter"), ("--length 20 or less",)),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(
@@ -224,20 +200,15 @@ def test_a_mistake_is_one_sentence(
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "tqdm", "matplotlib")
 
 
-@pytest.mark.parametrize("missing", [False, True], ids=["installed", "missing"])
-@pytest.mark.parametrize("command", ["eval", "eval_against_a_bundle", "verify"])
-def test_a_bundle_alone_needs_the_runtimes_packages_only(command: str, missing: bool, folder: Path) -> None:
+@pytest.mark.parametrize("command", ["eval", "verify"])
+def test_a_bundle_alone_needs_the_runtimes_packages_only(command: str, folder: Path) -> None:
     arguments = {
-        "eval": ["eval", f"{folder}/int8", "--text", f"{folder}/text.txt", "--json"],
-        "eval_against_a_bundle": [
-            *("eval", f"{folder}/int8", "--text", f"{folder}/text.txt", "--reference", f"{folder}/fp32", "--json")
-        ],
+        "eval": ["eval", f"{folder}/int8", "--text", f"{folder}/text.txt", "--reference", f"{folder}/fp32", "--json"],
         "verify": ["verify", f"{folder}/int8", "--json"],
     }[command]
     code = (
         "import sys\n"
         f"heavy = {HEAVY}\n"
-        f"sys.modules.update(dict.fromkeys(heavy) if {missing} else {{}})\n"
         "from pastkey.__main__ import main\n"
         f"status = main({arguments})\n"
         "print(status, [name for name in heavy if sys.modules.get(name)], file=sys.stderr)\n"
@@ -245,31 +216,3 @@ def test_a_bundle_alone_needs_the_runtimes_packages_only(command: str, missing: 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "0 []"
     assert json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("command", ["eval", "verify"])
-def test_a_source_without_torch_is_one_sentence(
-    command: str, folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = {
-        "eval": ["eval", str(folder / "fp32"), "--text", str(folder / "text.txt"), "--reference", str(checkpoint)],
-        "verify": ["verify", str(folder / "fp32"), str(checkpoint)],
-    }[command]
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert main(arguments) == 2
-    sentence = capsys.readouterr().err
-    assert sentence.startswith(f"pastkey {command}: to compare with a source it is run in torch, and torch is not ")
-    assert "pip install torch" in sentence
-    assert sentence.count("\n") == 1
-
-
-@pytest.mark.parametrize("change", [{"context_length": 20}, {"vocab_size": 62}], ids=["context", "vocabulary"])
-def test_a_bundle_of_other_sizes_is_no_reference(
-    change: dict[str, Any], folder: Path, tmp_path: Path, evaluated: Evaluate
-) -> None:
-    other = Path(shutil.copytree(folder / "fp32", tmp_path / "other"))
-    manifest = json.loads((other / names.MANIFEST).read_text())
-    write_json(other / names.MANIFEST, manifest | change)
-    words = {"context_length": "--length 20 or less", "vocab_size": "vocabulary of 62 tokens"}
-    choices = ("--text", folder / "text.txt", "--reference", other)
-    fails(evaluated(folder / "fp32", *choices), *(words[key] for key in change))

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from pastkey.export.measure.evaluate import evaluate
-from pastkey.export.measure.metrics import agreeing_tokens, kl_divergence, top1_agreement
+from pastkey.export.measure.metrics import agreeing_tokens
 from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor
 from pastkey.export.measure.texts import cut_windows
-from pastkey.export.progress import Progress
 
 
 # --- evaluating ---------------------------------------------------------------------------------------------------
@@ -109,23 +108,6 @@ def test_the_logits_of_no_two_windows_are_held() -> None:
     assert len(held) == 6
 
 
-class Seen(Progress):
-    def __init__(self) -> None:
-        self.parts: list[tuple[int, int]] = []
-
-    def advance(self, done: int, total: int) -> None:
-        self.parts.append((done, total))
-
-
-def test_progress_is_told_after_every_window_and_continuation() -> None:
-    bundle, windows = Fake("a", undecided, range(32)), [np.zeros(4, np.int64)] * 20
-    alone, compared = Seen(), Seen()
-    measured(bundle, windows, progress=alone)
-    measured(bundle, windows, bundle, progress=compared)
-    assert alone.parts == [(number, 20) for number in range(1, 21)]
-    assert compared.parts == [(number, 36) for number in range(1, 37)]
-
-
 # --- bundles ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def windows() -> list[np.ndarray]:
@@ -150,25 +132,3 @@ def test_perplexity_is_the_exponential_of_torchs_cross_entropy(exported: Any, wi
     assert found.reference_perplexity == pytest.approx(expected, rel=1e-5)
     assert found.kl_divergence == pytest.approx(0, abs=1e-9)
     assert (found.top1_agreement, found.greedy_agreement) == (1, 1)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_bundle_is_its_own_perfect_reference(exported: Any, windows: list[np.ndarray], precision: str) -> None:
-    bundle = exported("llama", precision).bundle
-    found = evaluate(BundlePredictor(bundle), windows, BundlePredictor(bundle))
-    assert found.kl_divergence == 0
-    assert (found.top1_agreement, found.greedy_agreement) == (1, 1)
-    assert found.reference_perplexity == found.perplexity
-
-
-def test_int8_is_measurably_away_from_its_source(exported: Any, windows: list[np.ndarray]) -> None:
-    llama = exported("llama", "int8")
-    module = ModulePredictor(llama.module, "llama")
-    found = evaluate(BundlePredictor(llama.bundle), windows, module)
-    own = BundlePredictor(llama.bundle)
-    pairs = [(module.logits(ids), own.logits(ids)) for ids in windows]
-    expected, logits = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    assert found.kl_divergence == pytest.approx(kl_divergence(expected, logits), rel=1e-9)
-    assert found.top1_agreement == top1_agreement(expected, logits)
-    assert found.kl_divergence is not None
-    assert 1e-6 < found.kl_divergence < 0.05

@@ -29,12 +29,6 @@ def test_a_bundle_and_its_module_agree_in_logits_and_cache(exported: Export) -> 
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_a_text_has_no_past(exported: Export) -> None:
-    predictor, ids = BundlePredictor(exported("llama").bundle), np.arange(9)
-    first = predictor.logits(ids)
-    assert np.array_equal(predictor.logits(ids), first)
-
-
 def test_a_greedy_continuation_is_told_by_one_run_of_a_module(exported: Export) -> None:
     llama = exported("llama")
     prompt = np.array([3, 1, 4, 1, 5])
@@ -47,13 +41,6 @@ def test_a_greedy_continuation_is_told_by_one_run_of_a_module(exported: Export) 
     for predictor in (ModulePredictor(llama.module), bundle):
         assert predictor.agreeing(prompt, own) == 8
         assert predictor.agreeing(prompt, [*own[:3], (own[3] + 1) % 61, *own[4:]]) == 3
-
-
-def test_each_is_called_by_its_name(exported: Export) -> None:
-    made = exported("llama")
-    assert BundlePredictor(made.bundle).name == str(made.bundle.path)
-    assert ModulePredictor(made.module).name == "Decoder"
-    assert ModulePredictor(made.module, "mine.py:make").name == "mine.py:make"
 
 
 class Fails(Plain):

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pastkey.__main__ import main
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingExtraError
-from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor
+from pastkey.export.measure.predictors import ModulePredictor
 from pastkey.export.measure.reference import open_exported, open_reference
 
-from ...conftest import Run
+from ..commands import Command, fails
 from ..conftest import Export
 
 MINE = """
@@ -58,16 +59,6 @@ def factory(checkpoint: Path, tmp_path: Path) -> str:
     return f"{tmp_path}/mine.py:make"
 
 
-def test_a_bundle_and_a_source_are_opened_as_what_they_are(exported: Export, factory: str) -> None:
-    bundle, ids = exported("llama").bundle, list(range(20))
-    own = open_reference(str(bundle.path), bundle, ids, 20)
-    module = open_reference(factory, bundle, ids, 20)
-    assert isinstance(own, BundlePredictor)
-    assert isinstance(module, ModulePredictor)
-    assert (own.name, module.name) == (str(bundle.path), factory)
-    np.testing.assert_allclose(own.logits(np.array(ids)), module.logits(np.array(ids)), atol=1e-4)
-
-
 def test_what_a_bundle_was_exported_from_comes_with_its_attention_calls(exported: Export, factory: str) -> None:
     made = exported("llama")
     module, layers = open_exported(factory, made.bundle)
@@ -80,65 +71,43 @@ def test_a_source_of_another_shape_is_not_what_it_was_exported_from(exported: Ex
         open_exported(factory, exported("gpt2").bundle)
 
 
-@pytest.mark.parametrize(
-    ("missing", "words"),
-    [
-        (("torch", "safetensors"), "torch and safetensors are not installed: type  pip install torch safetensors  and"),
-        (("torch",), "torch is not installed: type  pip install torch  and"),
-    ],
-)
 def test_a_source_without_torch_names_the_packages(
-    missing: tuple[str, ...], words: str, exported: Export, factory: str, monkeypatch: pytest.MonkeyPatch
+    exported: Export, factory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = exported("llama").bundle
-    for package in missing:
+    for package in ("torch", "safetensors"):
         monkeypatch.setitem(sys.modules, package, None)
     for opening in (lambda: open_exported(factory, bundle), lambda: open_reference(factory, bundle, [1], 2)):
-        with pytest.raises(MissingExtraError, match=words):
+        with pytest.raises(MissingExtraError, match="pip install torch safetensors"):
             opening()
 
 
 # --- modules that do not keep the contract ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory, pastkey_command: Run) -> Path:
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with mine.py and the bundle that the command made of it."""
     folder = tmp_path_factory.mktemp("followed")
     (folder / "mine.py").write_text(MINE)
-    choices = ("--precision", "fp32", "--context", "48", "--out", "bundle")
-    done = pastkey_command("export", "mine.py:make", *choices, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    choices = ("--precision", "fp32", "--context", "48", "--out", f"{folder}/bundle")
+    assert main(["export", f"{folder}/mine.py:make", *choices]) == 0
     return folder
 
 
-def test_a_bundle_is_verified_against_the_call_of_its_author(followed: Path, pastkey_command: Run) -> None:
-    done = pastkey_command("verify", "bundle", "mine.py:make", "--json", cwd=followed)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["reference"] == "source"
+def test_a_bundle_is_verified_against_the_call_of_its_author(followed: Path, command: Command) -> None:
+    status, printed, _ = command("verify", followed / "bundle", f"{followed}/mine.py:make", "--json")
+    assert (status, json.loads(printed)["reference"]) == (0, "source")
+    assert command("verify", followed / "bundle", f"{followed}/mine.py:changed")[0] == 1
 
 
-def test_a_changed_source_is_told_from_the_one_that_was_exported(followed: Path, pastkey_command: Run) -> None:
-    done = pastkey_command("verify", "bundle", "mine.py:changed", cwd=followed)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+def test_a_source_that_is_not_what_the_bundle_was_exported_from_is_refused(followed: Path, command: Command) -> None:
+    name_it = "name the source that"
+    fails(command("verify", followed / "bundle", f"{followed}/mine.py:smaller"), name_it)
+    told = command("verify", followed / "bundle", f"{followed}/mine.py:of_one_argument")
+    fails(told, "does not run as model(ids)", name_it)
+    assert "--call" not in told[2]  # verify has none
 
 
-def test_a_source_of_another_vocabulary_is_not_what_it_was_exported_from_either(
-    followed: Path, pastkey_command: Run
-) -> None:
-    done = pastkey_command("verify", "bundle", "mine.py:smaller", cwd=followed)
-    assert done.returncode == 2
-    assert "name the source that it was exported from" in done.stderr
-
-
-def test_a_source_that_does_not_run_by_the_call_is_refused(followed: Path, pastkey_command: Run) -> None:
-    done = pastkey_command("verify", "bundle", "mine.py:of_one_argument", cwd=followed)
-    assert done.returncode == 2
-    assert "does not run as model(ids)" in done.stderr
-    assert "name the source that the bundle was exported from" in done.stderr
-    assert "--call" not in done.stderr  # verify has none
-
-
-def test_eval_takes_such_a_module_as_a_reference(followed: Path, pastkey_command: Run) -> None:
+def test_eval_takes_such_a_module_as_a_reference(followed: Path) -> None:
     bundle, ids = open_bundle(followed / "bundle"), list(range(40))
     module = open_reference(f"{followed}/mine.py:make", bundle, ids, 40)
     own = open_reference(str(bundle.path), bundle, ids, 40)
