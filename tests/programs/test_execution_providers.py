@@ -96,17 +96,6 @@ def test_openvino_leaves_the_attention_of_the_fused_graph(bundles: Callable[[str
     assert "'openvino' leaves 2 operators (GroupQueryAttention 2) in 2 parts to the CPU" in allowed.stderr
 
 
-def test_parts_are_those_of_onnxruntimes_own_profile(bundles: Callable[[str], Path]) -> None:
-    """Each compiled part is one event of a run, and each attention stands alone between two of them."""
-    placed = pastkey_in(
-        OPENVINO, "inspect", bundles("llama-fp32"), "--provider", "openvino", "--allow-fallback", "--json"
-    )
-    shares = {share["provider"]: share for share in json.loads(placed.stdout)["shares"]}
-    assert shares["cpu"]["operators"] == {"GroupQueryAttention": 2}
-    assert (shares["cpu"]["parts"], shares["openvino"]["parts"]) == (2, shares["openvino"]["nodes"])
-    assert shares["openvino"]["nodes"] == sum(shares["openvino"]["operators"].values()) >= 3
-
-
 def test_devices_names_wheels_and_devices() -> None:
     for wheel, name, package, device in (
         (OPENVINO, "openvino", "onnxruntime-openvino ", "CPU"),
@@ -116,12 +105,6 @@ def test_devices_names_wheels_and_devices() -> None:
         assert rows[name]["package"].startswith(package)
         assert any(found.startswith(device) for found in rows[name]["devices"])
         assert "onnxruntime-webgpu" in rows["webgpu"]["note"]
-
-
-def test_openvino_without_its_device_is_one_sentence(bundles: Callable[[str], Path]) -> None:
-    done = run(OPENVINO, bundles("llama-standard"), "--provider", "openvino", "--provider-option", "device_type=NPU")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "could not start the execution provider 'openvino'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -163,20 +146,6 @@ def test_webgpu_runs_what_was_made_for_it_and_names_what_stays_on_the_cpu(
         assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) in 2 parts to ", done.stderr)
 
 
-def test_inspect_says_what_run_says_of_a_graph_that_webgpu_computes_wrong(
-    bundles: Callable[[str], Path], tmp_path: Path
-) -> None:
-    flags = ("--provider", "webgpu", "--allow-fallback", "--json")
-    inspected = pastkey_in(WEBGPU, "inspect", bundles("soft-cap-fp32"), *flags, home=tmp_path)
-    ran = pastkey_in(WEBGPU, "run", bundles("soft-cap-fp32"), "--prompt-ids", "5,9,2", *flags, home=tmp_path)
-    assert (inspected.returncode, ran.returncode, ran.stdout) == (2, 2, "")
-    shown = json.loads(inspected.stdout)
-    assert shown["golden_logits"] == "wrong"
-    assert "computes other logits on this device than the CPU" in shown["refusal"]
-    assert shown["refusal"] in inspected.stderr
-    assert shown["refusal"] in ran.stderr
-
-
 def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = bundles("llama-webgpu")
     numbers = ("--prompt-tokens", "20", "--new-tokens", "8", "--json")
@@ -193,17 +162,6 @@ def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable
     asked = pastkey_in(WEBGPU, "run", bundle, "--prompt-ids", "1,9999", "--json", home=tmp_path)
     assert (asked.returncode, asked.stdout) == (2, "")
     assert "token id 9999 is out of range" in asked.stderr
-
-
-def test_webgpu_refuses_the_parts_of_a_bundle_that_was_not_made_for_it(bundles: Callable[[str], Path]) -> None:
-    bundle = bundles("llama-standard-fp32")
-    refused = run(WEBGPU, bundle, "--provider", "webgpu")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert "the execution provider 'webgpu' leaves " in refused.stderr
-    assert "export the model again with --target webgpu, or let it" in refused.stderr
-    done = run(WEBGPU, bundle, "--provider", "webgpu", "--allow-fallback")
-    assert answered(done) == expected(bundle)
-    assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) in \d+ parts to ", done.stderr)
 
 
 def test_qnn_is_found_and_takes_no_sizes_that_change(bundles: Callable[[str], Path]) -> None:
@@ -284,13 +242,6 @@ def test_a_chip_that_does_not_exist_is_one_sentence(bundles: Callable[[str], Pat
     done = run(QNN, bundle, "--provider", "qnn", "--provider-option", "soc_model=9999")
     assert (done.returncode, done.stdout) == (2, "")
     assert "takes nothing of this bundle's graph with backend_type=htp, htp_arch=75, soc_model=9999" in done.stderr
-
-
-def test_static_graphs_run_whole_on_openvino(bundles: Callable[[str], Path]) -> None:
-    bundle = bundles("llama-qnn")
-    expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS).ids
-    done = run(OPENVINO, bundle, "--provider", "openvino", "--provider-option", "device_type=CPU")
-    assert answered(done) == expected
 
 
 def with_options(bundle: Path, folder: Path, target: str, options: Mapping[str, str]) -> Path:

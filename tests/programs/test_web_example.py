@@ -82,12 +82,6 @@ def test_an_id_outside_the_vocabulary_is_refused(bundles: Callable[[str], Path])
     assert "the prompt is 5,99999: give one token id or more, each from 0 to 319" in done.stderr
 
 
-def test_a_prompt_longer_than_the_context_is_refused(bundles: Callable[[str], Path]) -> None:
-    done = in_node(bundles("llama"), [[5] * 65], 1)
-    assert done.returncode != 0
-    assert "the prompt has 65 tokens, and the model's context 64" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("name", "flags", "provider"),
     [("llama", (), "wasm"), ("llama-fp32", SWIFTSHADER, "wasm"), ("llama-standard-fp32", SWIFTSHADER, "webgpu")],
