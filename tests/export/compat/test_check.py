@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_a_standard_graph_takes_any_padding(exported: Export) -> None:
     assert all("ids only" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_no_program_but_pastkey_and_plain_onnxruntime_knows_keys_and_values_of_two_sizes(exported: Export) -> None:
     found = verdicts(exported("wider_values_context_2").bundle.path)
     assert [program for program, verdict in found.items() if verdict.loads] == ["pastkey", "onnxruntime"]
@@ -97,33 +99,26 @@ def test_no_program_but_pastkey_and_plain_onnxruntime_knows_keys_and_values_of_t
 
 
 # --- broken ones --------------------------------------------------------------------------------------------------
-def tokenizer_config(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder, names.TOKENIZER_CONFIG, lambda c: _set(c, changes))
+def edited(file: str, *place: str, **changes: Any) -> Callable[[Path], None]:
+    """Sets keys of what `file` has at `place`; ... removes a key."""
 
-
-def config(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder, names.CONFIG, lambda c: _set(c, changes))
-
-
-def generation(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder, names.GENERATION_CONFIG, lambda c: _set(c, changes))
-
-
-def genai(*place: str, **changes: Any) -> Callable[[Path], None]:
     def change(content: Any) -> None:
         for key in place:
             content = content[key]
-        _set(content, changes)
+        for key, value in changes.items():
+            content.pop(key, None)
+            if value is not ...:
+                content[key] = value
 
-    return lambda folder: edit(folder, names.GENAI_CONFIG, change)
+    return lambda folder: edit(folder, file, change)
 
 
-def javascript(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder, names.CONFIG, lambda c: _set(c["transformers.js_config"], changes))
-
-
-def tokenizer(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder, names.TOKENIZER, lambda c: _set(c, changes))
+tokenizer = partial(edited, names.TOKENIZER)
+tokenizer_config = partial(edited, names.TOKENIZER_CONFIG)
+config = partial(edited, names.CONFIG)
+javascript = partial(edited, names.CONFIG, "transformers.js_config")
+generation = partial(edited, names.GENERATION_CONFIG)
+genai = partial(edited, names.GENAI_CONFIG)
 
 
 def graph(change: Callable[[onnx.GraphProto], object]) -> Callable[[Path], None]:
@@ -146,14 +141,6 @@ def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
     return apply
 
 
-def _set(content: dict[str, Any], changes: dict[str, Any]) -> None:
-    """... removes a key."""
-    for key, value in changes.items():
-        content.pop(key, None)
-        if value is not ...:
-            content[key] = value
-
-
 def name_axis(axis: int, name: str) -> Callable[[onnx.GraphProto], None]:
     def change(graph: onnx.GraphProto) -> None:
         for value in graph.input:
@@ -169,10 +156,6 @@ def one_more_input(graph: onnx.GraphProto) -> None:
 
 def int32_ids(graph: onnx.GraphProto) -> None:
     graph_input(graph, names.INPUT_IDS).type.tensor_type.elem_type = onnx.TensorProto.INT32
-
-
-def int32_positions(graph: onnx.GraphProto) -> None:
-    graph_input(graph, names.POSITION_IDS).type.tensor_type.elem_type = onnx.TensorProto.INT32
 
 
 def no_positions(graph: onnx.GraphProto) -> None:
@@ -221,7 +204,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     ),
     # generation_config.json
     "sampling": (generation(do_sample=True), (), (OPTIMUM, *JS), "draws at random"),
-    "penalty": (generation(repetition_penalty=1.1), (), (OPTIMUM, *JS), "repetition_penalty 1.1"),
     "another end": (generation(eos_token_id=[2, 3]), (), (OPTIMUM, *JS), "does not stop at the EOS token 1"),
     "no generation_config.json": (without(names.GENERATION_CONFIG), (), (OPTIMUM, *JS), "is missing"),
     # genai_config.json
@@ -230,11 +212,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     "file": (genai("model", "decoder", filename="model.onnx"), (GENAI,), (), "names the graph 'model.onnx'"),
     "vocabulary": (genai("model", vocab_size=60), (GENAI,), (), "vocab_size 60; the graph has logits of 61"),
     "heads": (genai("model", "decoder", num_key_value_heads=4), (), (GENAI,), "2 layers of 4 heads of size 16"),
-    "layers": (genai("model", "decoder", num_hidden_layers=3), (), (GENAI,), "3 layers of 2 heads of size 16"),
     "past": (genai("model", "decoder", "inputs", past_key_names="past.%d"), (GENAI,), (), "'past_key_values.0.key'"),
     "long search": (genai("search", max_length=400), (), (GENAI,), "more than the context_length 40"),
     "no search length": (genai("search", max_length=...), (), (GENAI,), "search.max_length is not set"),
-    "drawn search": (genai("search", do_sample=True), (), (GENAI,), "draws at random"),
     "no end": (genai("model", eos_token_id=...), (), (GENAI,), "does not stop at the EOS token 1"),
     # config.json
     "no config.json": (without(names.CONFIG), (OPTIMUM, *JS), (), "config.json is missing"),
@@ -244,7 +224,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     "unknown type": (config(model_type="mine"), (OPTIMUM, *JS), (), "model_type 'mine'"),
     "type unknown in JavaScript": (config(model_type="glm4", num_attention_heads=2, hidden_size=32), JS, (), "glm4"),
     "too few layers": (config(num_hidden_layers=1), JS, (), "num_hidden_layers 1; the graph has the cache of 2"),
-    "layers under another key": (config(model_type="gpt2", n_head=2, n_embd=32), JS, (), "has n_layer None"),
     "width that is not heads times size": (config(hidden_size=48), (OPTIMUM,), (), "2 heads of size 12"),
     "type without grouped queries": (config(model_type="olmo2"), (OPTIMUM,), (), "heads from num_attention_heads"),
     "no heads": (config(num_attention_heads=...), (OPTIMUM,), (), "no num_attention_heads"),
@@ -259,12 +238,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
     "another name for the batch": (graph(name_axis(0, "rows")), JS, (), "any name but batch_size is 0"),
     "one more input": (graph(one_more_input), ("pastkey", GENAI, OPTIMUM, *JS), (), "the input 'num_beams'"),
     "int32 ids": (graph(int32_ids), ("pastkey", OPTIMUM, *JS), (), "input_ids is int32"),
-    "int32 positions": (graph(int32_positions), ("pastkey", GENAI, OPTIMUM, *JS), (), "int32"),
     "no positions": (graph(no_positions), (), (GENAI, OPTIMUM, *JS), "takes no position_ids"),
     "int8 cache": (graph(int8_cache), (OPTIMUM,), (), "the graph's cache is int8"),
     "no present": (graph(no_first_present), ("pastkey", OPTIMUM, *JS), (), "has no output 'present.0.key'"),
     "no graph": (without("onnx/model_quantized.onnx"), ALL, (), "onnx/model_quantized.onnx is missing"),
-    "no weights": (without("onnx/model_quantized.onnx_data"), ALL, (), "onnx/model_quantized.onnx_data is missing"),
     # the manifest
     "a newer onnxruntime": (
         lambda folder: edit(folder, names.MANIFEST, lambda c: c.update(min_onnxruntime="1.31.0")),
@@ -386,10 +363,8 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(name: str, bundle: P
         names.TOKENIZER_CONFIG: view.tokenizer_config,
         names.GENERATION_CONFIG: view.generation_config,
     }[name]
-    assert (found.content, found.problem) == (
-        {},
-        f"{name} is not listed in pastkey.json: it was added, or the list was altered",
-    )
+    assert found.content == {}
+    assert f"{name} is not listed in pastkey.json" in str(found.problem)
 
 
 def test_a_template_that_the_manifest_does_not_list_is_not_told_of(bundle: Path) -> None:

@@ -16,6 +16,8 @@ from pastkey.export import export
 from ..graft.own.registry import DECODERS
 from .editing import edit, edit_graph, graph_input, record, verdicts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def convolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
