@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig)
 KINDS = ["fp32", "fp32 standard", "int8", "fp16", "int4", "int8 portable", "short_conv", "uneven"]
 
 
-@pytest.mark.parametrize("kind", divided(KINDS, quick=["int8"], ci=KINDS))
+@pytest.mark.parametrize("kind", divided(KINDS, ci=KINDS))
 def test_the_ids_are_the_runtimes(kind: str, tmp_path: Path) -> None:
     bundle = made(tmp_path / "bundle", kind)
     vocab, rng = bundle.manifest.vocab_size, np.random.default_rng(1)
@@ -97,9 +98,8 @@ def test_the_weights_are_those_of_the_bundles_file(fused: Bundle) -> None:
         stored = [v.const_value for v in model.graph.initializers.values()]
         assert {t.location for t in stored if isinstance(t, ir.ExternalTensor)} == files
         loop = next(node for node in model.graph if node.op_type == "Loop")
-        assert (
-            not loop.attributes["body"].as_graph().initializers
-        )  # one scope above the nodes, where they are prepacked
+        # One scope above the nodes, where they are prepacked.
+        assert not loop.attributes["body"].as_graph().initializers
 
 
 def test_a_text_ends_at_an_end_id_which_is_its_last(fused: Bundle) -> None:
@@ -108,10 +108,6 @@ def test_a_text_ends_at_an_end_id_which_is_its_last(fused: Bundle) -> None:
     cut = call(fused, [5, 9, 11], 30, DRAWN, (end, 1_000_000))
     assert cut == free[: free.index(end) + 1]
     assert call(fused, [5, 9, 11], 30, DRAWN, (1_000_000,)) == free
-
-
-def test_no_new_tokens_are_no_ids(fused: Bundle) -> None:
-    assert call(fused, [5], 0, DRAWN) == []
 
 
 @pytest.mark.parametrize("tokens", [1, CONTEXT - 1, CONTEXT])
@@ -126,13 +122,10 @@ def test_a_text_ends_one_token_behind_the_context(fused: Bundle, tokens: int) ->
     [
         ([], {}, "input_ids must hold at least one token"),
         ([-1], {}, r"token ids must be 0 to \d+"),
-        ([10**9], {}, r"token ids must be 0 to \d+"),
         ([1] * (CONTEXT + 1), {}, "the text is longer than the context of 40 tokens"),
         ([1], {"temperature": -0.5}, r"temperature must be a number from 0 to 2\*\*127"),
         ([1], {"temperature": np.nan}, r"temperature must be a number from 0 to 2\*\*127"),
-        ([1], {"temperature": np.inf}, r"temperature must be a number from 0 to 2\*\*127"),
         ([1], {"top_p": 0.0}, "top_p must be above 0 and at most 1"),
-        ([1], {"top_p": 1.5}, "top_p must be above 0 and at most 1"),
         ([1], {"min_p": -0.1}, "min_p must be between 0 and 1"),
         ([1], {"repetition_penalty": 0.0}, r"repetition_penalty must be above 0 and at most 2\*\*127"),
         ([1], {"seed": -1}, "seed must be 0 or more"),
@@ -149,8 +142,8 @@ def test_bad_input_ends_the_run_with_a_sentence(
         opened(fused.path / names.GENERATE_GRAPH).run(None, feeds)
 
 
-def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(tmp_path: Path) -> None:
-    bundle = made(tmp_path / "bundle", "fp32")
+def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(fused: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle(Path(shutil.copytree(fused.path, tmp_path / "bundle")), fused.manifest)
     path = bundle.path / names.GENERATE_GRAPH
     model = ir.load(path)
     head = max(
@@ -181,7 +174,7 @@ class Host:
         return [int(token) for token in made]
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", [1, 3])
 def test_chunks_say_what_one_call_says(fused: Bundle, size: int) -> None:
     assert_chunks_say_what_one_call_says(fused, size)
 
@@ -231,12 +224,6 @@ def test_a_call_after_the_last_token_of_all_gives_none(fused: Bundle) -> None:
     assert host(ids[-1:], 4, DRAWN) == []
     with pytest.raises(Exception, match="the text is longer than the context of 40 tokens"):
         host([1, 2], 4, DRAWN)
-
-
-def test_a_graph_holds_nothing_that_no_node_reads(fused: Bundle) -> None:
-    for name in (names.GENERATE_GRAPH, names.GENERATE_STEP_GRAPH):
-        model = ir.load(fused.path / name)
-        assert [value.name for value in model.graph.initializers.values() if not value.uses()] == []
 
 
 def test_a_history_without_its_cache_is_refused(fused: Bundle) -> None:
