@@ -62,26 +62,3 @@ def test_several_nodes_stand_in_for_one_and_every_reader_follows(model: ir.Model
     assert {"clipped.zero", "clipped.six"} == set(model.graph.initializers)
     names = [output.name for node in model.graph for output in node.outputs]
     assert len(set(names)) == len(names)
-
-
-def test_looking_back_finds_a_node_of_that_type_only(model: ir.Model) -> None:
-    relu, neg = node_of(model, "Relu"), node_of(model, "Neg")
-    assert edit.producer(neg.inputs[0], "Relu") is relu
-    assert edit.producer(neg.inputs[0], "Gelu") is None
-    assert edit.producer(model.graph.inputs[0], "Relu") is None
-    assert edit.producer(None, "Relu") is None
-    assert edit.input_of(neg.inputs[0], "Relu") is model.graph.inputs[0]
-    assert edit.input_of(neg.inputs[0], "Gelu") is None
-
-
-def test_the_sole_consumer_is_none_where_several_read(model: ir.Model) -> None:
-    assert edit.sole_consumer(model.graph.inputs[0]) is node_of(model, "Relu")
-    assert edit.sole_consumer(node_of(model, "Relu").outputs[0]) is None
-    assert edit.sole_consumer(node_of(model, "Neg").outputs[0]) is None
-
-
-def test_a_new_node_may_have_several_outputs(model: ir.Model) -> None:
-    builder = edit.NodeBuilder(model, "halves")
-    first, second = builder.add_several("Split", 2, model.graph.inputs[0], num_outputs=2)
-    assert first.producer() is second.producer() is builder.nodes[0]
-    assert first.name != second.name

@@ -74,6 +74,7 @@ def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path: P
     assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
 
 
+@pytest.mark.slow
 def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "pastkey.export.graph.rotary._TABLE_BYTES", CONTEXT * 16 * 4 - 1
@@ -99,10 +100,10 @@ class TurnedByToken(TableRope):
 @pytest.mark.parametrize(
     ("build", "allowed"),
     [
-        (Plain, 0),
         (TableRope, 0),
-        (lambda: TurnedByToken(size=16), 0),
-        (CASES["gpt2"].build, 3e-6),  # a product whose result is not reshaped any more runs as another kernel
+        pytest.param(lambda: TurnedByToken(size=16), 0, marks=pytest.mark.slow),
+        # A product whose result is not reshaped any more runs as another kernel.
+        pytest.param(CASES["gpt2"].build, 3e-6, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_not_the_pattern_is_left_alone(build: Callable[[], nn.Module], allowed: float, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from pastkey.errors import InputError
 from pastkey.export import export
 
+from ...shared import divided
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 HALF = 8  # pairs of a head
@@ -60,7 +62,7 @@ def llama(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize("kind", divided(ROTARY, quick=["longrope"], ci=ROTARY))
 def test_scaled_frequencies_are_transformers_own(kind: str, tmp_path: Path) -> None:
     context = 48 if kind == "longrope" else 96
     report = export(llama(kind), tmp_path / "bundle", precision="fp32", context_length=context)
@@ -69,8 +71,6 @@ def test_scaled_frequencies_are_transformers_own(kind: str, tmp_path: Path) -> N
 
 
 def test_frequencies_that_change_within_the_context_are_refused_with_the_context_to_take(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"longrope\) change once a text is longer than 48 tokens.*--context 48 or less"
-    ):
+    with pytest.raises(InputError, match="--context 48 or less"):
         export(llama("longrope"), tmp_path / "bundle", precision="fp32")
     assert list(tmp_path.iterdir()) == []

@@ -3,63 +3,34 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from pastkey.export.graph.simplify import simplify
 
+from ..small_graphs import Array, model_of, run_model
 
-def graph(*nodes: ir.Node, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
-    constants = {
-        value.name: value
-        for node in nodes
-        for value in node.inputs
-        if value is not None and value.const_value is not None
-    }
-    made = ir.Graph(inputs, outputs, nodes=nodes, initializers=list(constants.values()), opset_imports={"": 20})
-    return ir.Model(made, ir_version=10)
+X = np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32)
 
 
-def constant(name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-
-
-def floats(name: str, *shape: int) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+def simplified(body: str, **weights: Array) -> list[str]:
+    """The operators of the graph x (2, 4) -> y, which computes the same as before."""
+    declared = "".join(f", float[{','.join(map(str, array.shape))}] {name}" for name, array in weights.items())
+    model = model_of(f"g (float[2,4] x{declared}) => (float[2,4] y) {{ {body} }}", **weights)
+    (before,) = run_model(model, x=X)
+    simplify(model)
+    np.testing.assert_array_equal(run_model(model, x=X)[0], before)
+    return [node.op_type for node in model.graph]
 
 
 def test_an_epsilon_of_1e_8_is_not_taken_for_zero() -> None:
     """A norm with it divides by the root of epsilon on a row of zeros, and by zero without."""
-    x = floats("x", 2, 4)
-    added = ir.node("Add", [x, constant("epsilon", np.array(1e-8, np.float32))])
-    root = ir.node("Sqrt", [added.outputs[0]])
-    root.outputs[0].name = "y"
-    model = graph(added, root, inputs=[x], outputs=[root.outputs[0]])
-    simplify(model)
-    assert [node.op_type for node in model.graph] == ["Add", "Sqrt"]
+    assert simplified("a = Add(x, e) y = Sqrt(a)", e=np.full(1, 1e-8, np.float32)) == ["Add", "Sqrt"]
 
 
 def test_two_transpositions_that_undo_each_other_go() -> None:
-    x = floats("x", 2, 4)
-    once = ir.node("Transpose", [x], {"perm": [1, 0]})
-    twice = ir.node("Transpose", [once.outputs[0]], {"perm": [1, 0]})
-    last = ir.node("Neg", [twice.outputs[0]])
-    last.outputs[0].name = "y"
-    model = graph(once, twice, last, inputs=[x], outputs=[last.outputs[0]])
-    simplify(model)
-    assert [node.op_type for node in model.graph if node.op_type == "Transpose"] == []
+    body = "a = Transpose <perm = [1, 0]> (x) b = Transpose <perm = [1, 0]> (a) y = Neg(b)"
+    assert "Transpose" not in simplified(body)
 
 
 def test_what_depends_on_constants_alone_is_folded() -> None:
-    x = floats("x", 2)
-    two, three = constant("two", np.full(2, 2, np.float32)), constant("three", np.full(2, 3, np.float32))
-    product = ir.node("Mul", [two, three])
-    total = ir.node("Add", [x, product.outputs[0]])
-    total.outputs[0].name = "y"
-    model = graph(product, total, inputs=[x], outputs=[total.outputs[0]])
-    simplify(model)
-    assert [node.op_type for node in model.graph] == ["Add"]
-    folded = model.graph[0].inputs[1]
-    assert folded is not None
-    assert folded.const_value is not None
-    assert folded.const_value.numpy().tolist() == [6, 6]
+    two, three = np.full(4, 2, np.float32), np.full(4, 3, np.float32)
+    assert simplified("p = Mul(two, three) y = Add(x, p)", two=two, three=three) == ["Add"]

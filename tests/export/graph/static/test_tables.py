@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +23,7 @@ from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import load
 from pastkey.runtime.engine.engine import Engine
 
+from ....conftest import MadeOnce
 from ....shared import divided
 from ...cases import CASES, MORE_CASES
 from ...small_graphs import model_of, run_model
@@ -28,17 +31,21 @@ from ...small_graphs import model_of, run_model
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    divided(["llama", "gpt2", "gpt_j", "encoder_layers", "nano_gpt"], quick=["llama", "gpt2"], ci=["gpt_j"]),
-)
-def test_core_ml_takes_every_node_in_one_part(name: str, tmp_path: Path) -> None:
+def for_core_ml(name: str, made_once: MadeOnce) -> Path:
     case = (CASES | MORE_CASES)[name]
-    out = tmp_path / "b"
-    report = export(case.build(), out, precision="fp32", target="coreml", chunk=7, context_length=case.context)
-    assert report.manifest.parity["fp32"]["ok"]
-    assert (report.manifest.target, report.manifest.graph) == ("coreml", "static")
-    for path in open_bundle(out).static_graphs:
+    how: dict[str, Any] = {"precision": "fp32", "target": "coreml", "chunk": 7, "context_length": case.context}
+    return made_once(f"{name}-coreml", lambda folder: export(case.build(), folder / "b", **how)) / "b"
+
+
+@pytest.mark.parametrize(
+    "name", divided(["llama", "gpt2", "gpt_j", "encoder_layers", "nano_gpt"], quick=["gpt2"], ci=["llama", "gpt_j"])
+)
+def test_core_ml_takes_every_node_in_one_part(name: str, made_once: MadeOnce) -> None:
+    out = for_core_ml(name, made_once)
+    bundle = open_bundle(out)
+    assert bundle.manifest.parity["fp32"]["ok"]
+    assert (bundle.manifest.target, bundle.manifest.graph) == ("coreml", "static")
+    for path in bundle.static_graphs:
         model = onnx.load(path, load_external_data=False)
         said = re.search(r"(\d+) partitions with a total of (\d+)/(\d+) nodes", usability(path))
         assert said is not None
@@ -64,11 +71,8 @@ def usability(path: Path) -> str:
     return (done.stdout + done.stderr).partition("Checking CoreML MLProgram")[2]
 
 
-def test_a_table_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    case = CASES["gpt2"]
-    out = tmp_path / "b"
-    export(case.build(), out, precision="fp32", target="coreml", chunk=7, context_length=case.context)
-    bundle = open_bundle(out)
+def test_a_table_that_is_too_small_is_refused(made_once: MadeOnce, tmp_path: Path) -> None:
+    bundle = open_bundle(Path(shutil.copytree(for_core_ml("gpt2", made_once), tmp_path / "b")))
     for path in bundle.static_graphs:
         model = onnx.load(path, load_external_data=False)
         (entry,) = model.metadata_props

@@ -19,7 +19,7 @@ from ...cases import CASES
 IDS = np.random.default_rng(0).integers(0, 33, 12)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_the_rows_are_read_from_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """llama's table is its head too; gpt2 gathers positions by another input, which stays in the graph."""
     case = CASES[name]
@@ -40,6 +40,7 @@ def test_the_rows_are_read_from_the_file(name: str, tmp_path: Path, monkeypatch:
     np.testing.assert_array_equal(found[0], found[1])
 
 
+@pytest.mark.slow
 def test_float32_and_small_tables_stay_in_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_rows, "_LARGE", 1)
     case = CASES["llama"]

@@ -11,7 +11,6 @@ from pastkey.export.graph.write.last_logits import keep_last_positions
 from pastkey.export.graph.write.output_head import take_head
 from pastkey.export.quantize.rounding.rewrite import quantize
 
-from ...conftest import Export
 from ...small_graphs import model_of, run_model
 
 RNG = np.random.default_rng(0)
@@ -59,12 +58,3 @@ def test_everything_of_an_int8_head_reads_the_chosen_positions() -> None:
     keep_last_positions(model, take_head(model))
     (hidden,) = (node.outputs[0] for node in model.graph if node.op_type == "Neg" and node.inputs[0].name == "x")
     assert [node.op_type for node, _ in hidden.uses()] == ["Slice"]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_last_position_is_chosen_before_the_output_head(precision: str, exported: Export) -> None:
-    matmul = "MatMulNBits" if precision == "int8" else "MatMul"
-    for name in ("llama", "gpt2", "softcap_bias_and_scale"):
-        nodes = list(exported(name, precision).graph(last=True).graph.node)
-        chosen = next(i for i, node in enumerate(nodes) if node.name.startswith("last_positions_Slice"))
-        assert any(node.op_type == matmul for node in nodes[chosen + 1 :]), name

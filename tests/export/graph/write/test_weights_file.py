@@ -21,10 +21,7 @@ def test_equal_content_is_written_once_and_begins_on_a_cache_line(tmp_path: Path
 
 def test_large_content_begins_on_a_page(tmp_path: Path) -> None:
     file = WeightsFile.of(tmp_path / "model.onnx")
-    assert [file.place(content) for content in (b"abc", bytes(1 << 20))] == [
-        ("model.onnx_data", 0),
-        ("model.onnx_data", 4096),
-    ]
+    assert [file.place(content)[1] for content in (b"abc", bytes(1 << 20))] == [0, 4096]
     assert (tmp_path / "model.onnx_data").stat().st_size == file.size == 4096 + (1 << 20)
 
 
