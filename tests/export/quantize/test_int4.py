@@ -12,8 +12,8 @@ import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
-from pastkey.errors import QualityError, ResourceError
-from pastkey.export import export, resources
+from pastkey.errors import QualityError
+from pastkey.export import export
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.export.measure.verify import KL_FLOOR, verify
 from pastkey.export.quantize import int4
@@ -126,6 +126,7 @@ def test_one_weight_in_32_is_in_8_bits_at_most() -> None:
     assert in_int8(Sensitivity(0.0, (), ())) == 0
 
 
+@pytest.mark.slow
 def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported: Export, tmp_path: Path) -> None:
     quality = exported("llama", "int4").bundle.manifest.quality
     table = tmp_path / "table.json"
@@ -139,16 +140,7 @@ def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported: Expo
     assert len(json.loads(table.read_text())["matrices"]) == 15
 
 
-def test_int4_asks_for_more_memory_than_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = llama()
-    enough = 5 * 4 * resources.parameters(module) + resources._BASE_BYTES  # for int8 once loaded, not for int4
-    monkeypatch.setattr(resources, "available_memory", lambda: enough)
-    resources.require_memory(resources.parameters(module), loaded_for="int8")
-    with pytest.raises(ResourceError, match=r"of memory and .* are available"):
-        export(module, tmp_path / "bundle", "int4", context_length=40)
-    assert not list(tmp_path.iterdir())
-
-
+@pytest.mark.slow
 def test_a_budget_that_int8_misses_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(QualityError, match=r"over --max-kl 1e-09 by .*: allow more, or export with --precision int8"):
         export(llama(), tmp_path / "bundle", "int4", context_length=40, max_kl=1e-9)
@@ -175,6 +167,7 @@ def test_other_programs_are_told_of_q4(exported: Export) -> None:
     assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
 
 
+@pytest.mark.slow
 def test_the_command_says_how_many_are_in_8_bits(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

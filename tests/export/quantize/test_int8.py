@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,8 +17,6 @@ from torch import nn
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, QualityError
 from pastkey.export import export, pipeline
-from pastkey.export.quantize import int8
-from pastkey.export.quantize.ranking.sensitivity import Sensitivity, sensitivity
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
@@ -75,13 +72,7 @@ def test_the_sensitive_matrix_stays_in_float32_and_the_budget_is_met(whole: floa
     assert not [name for name in files if name.startswith(("calibrated", "probe"))]
 
 
-def test_a_budget_that_int8_keeps_within_changes_nothing(whole: float, tmp_path: Path) -> None:
-    report = export(sensitive(), tmp_path / "bundle", context_length=40, max_kl=whole * 1.01)
-    assert report.sensitivity is None  # there was no need to look
-    assert list(report.manifest.quality["float32_weights"]) == []
-    assert report.manifest.quality["kl_divergence"] == whole
-
-
+@pytest.mark.slow
 def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as_a_whole(tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     export(llama(), tmp_path / "int8", context_length=40, sensitivity=table)
@@ -100,53 +91,13 @@ def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_budget_that_cannot_be_met_leaves_nothing(tmp_path: Path) -> None:
-    """Of int4, whose embeddings are int8 in any case."""
-    arguments: dict[str, Any] = {"context_length": 40, "precision": "int4", "max_kl": 1e-12}
-    with pytest.raises(QualityError, match=r"over --max-kl 1e-12 by \d"):
-        export(Plain(), tmp_path / "bundle", **arguments, sensitivity=tmp_path / "table.json")
-    assert not list(tmp_path.iterdir())
-
-
-def test_products_are_moved_until_the_written_bundle_itself_keeps_within(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Should the mixture have promised more than the bundle keeps: one more, then two, then four."""
-    rounds: list[tuple[str, ...]] = []
-
-    def promising(model: ir.Model, folder: Path, windows: Any, _: float, **options: Any) -> Sensitivity:
-        return sensitivity(model, folder, windows)
-
-    def counting(model: ir.Model, keep: tuple[str, ...], **more: Any) -> None:
-        rounds.append(keep)
-        quantize(model, keep, **more)
-
-    monkeypatch.setattr(int8, "sensitivity", promising)
-    monkeypatch.setattr(int8, "quantize", counting)
-    with pytest.raises(QualityError, match="with 14 of 15 matrices in fp32"):
-        export(llama(), tmp_path / "bundle", context_length=40, max_kl=1e-9)
-    assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8, 14]
-    rounds.clear()
-    report = export(llama(), tmp_path / "bundle", context_length=40, max_kl=2e-5)
-    assert [len(keep) for keep in rounds] == [0, 1, 2, 4, 8]
-    assert tuple(report.manifest.quality["float32_weights"]) == rounds[-1]
-    assert report.manifest.quality["kl_divergence"] <= 2e-5
-
-
-@pytest.mark.parametrize("max_kl", [0.0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("max_kl", [0.0, float("nan")])
 def test_a_budget_that_is_none_is_refused_before_any_work(
     max_kl: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "open_source", None)
     with pytest.raises(InputError, match="it must be a finite number of nats above 0"):
         export(Plain(), tmp_path / "bundle", context_length=8, max_kl=max_kl)
-
-
-def test_float32_has_nothing_to_bound_or_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "open_source", None)
-    for options in ({"max_kl": 0.1}, {"sensitivity": tmp_path / "table.json"}):
-        with pytest.raises(InputError, match=r"leave .*out.*, or export with --precision int8"):
-            export(Plain(), tmp_path / "bundle", "fp32", context_length=8, **options)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
@@ -190,8 +141,8 @@ PLACES = ("blocks.0.v", "blocks.0.q", "blocks.0.o", "head", "token")
     ("place", "number"),
     divided(
         product(PLACES, (0.0, 1e-40, 0.25)),
-        quick=[("blocks.0.v", 0.0), ("head", 0.0)],
-        ci=[("blocks.0.q", 1e-40), ("blocks.0.o", 0.25), ("token", 0.0)],
+        quick=[("head", 0.0)],
+        ci=[("blocks.0.v", 0.0), ("blocks.0.q", 1e-40), ("blocks.0.o", 0.25), ("token", 0.0)],
     ),
 )
 def test_a_matrix_of_equal_numbers_is_exported(place: str, number: float, tmp_path: Path) -> None:
@@ -227,9 +178,7 @@ def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--max-kl", "0"], "max_kl is 0; it must be a finite number of nats above 0, such as 0.01"),
         (["--max-kl", "inf"], "argument --max-kl: inf is not a finite number"),
-        (["--max-kl", "1", "--precision", "fp32"], "fp32 keeps every matrix as it is: leave out --max-kl"),
         (["--sensitivity", "table.csv"], "--sensitivity table.csv: a name that ends in .json was expected"),
     ],
 )

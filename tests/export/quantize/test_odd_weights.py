@@ -33,7 +33,7 @@ SIZES = [
 
 @pytest.mark.parametrize(
     ("kind", "width", "block"),  # less than a block, exactly one, and more
-    divided(SIZES, quick=[(Plain, 1, 16), (Tied, 33, 16)], ci=[(Tied, 16, 16), (Plain, 17, 32), (Tied, 128, 32)]),
+    divided(SIZES, quick=[(Tied, 33, 16)], ci=[(Plain, 1, 16), (Tied, 16, 16), (Plain, 17, 32), (Tied, 128, 32)]),
 )
 def test_widths_that_are_no_multiple_of_a_block_are_padded(
     kind: type[Plain], width: int, block: int, tmp_path: Path
@@ -58,8 +58,10 @@ def test_widths_that_are_no_multiple_of_a_block_are_padded(
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("place", ["blocks.0.v", "blocks.0.o"])
-@pytest.mark.parametrize("number", [1e-45, 1e4, 1e20])
+FAR = [("blocks.0.v", 1e-45), ("blocks.0.v", 1e4), ("blocks.0.o", 1e20)]
+
+
+@pytest.mark.parametrize(("place", "number"), divided(FAR, quick=FAR[2:], ci=FAR))
 def test_one_number_far_from_all_others_is_exported(
     place: str, number: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -72,8 +74,7 @@ def test_one_number_far_from_all_others_is_exported(
     assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
 
 
-@pytest.mark.parametrize("place", ["blocks.0.q", "blocks.0.o", "head", "token", "position"])
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("place", "number"), [("blocks.0.q", float("nan")), ("token", -float("inf"))])
 def test_a_number_that_is_none_names_the_weight_and_leaves_nothing(place: str, number: float, tmp_path: Path) -> None:
     module = Plain()
     with torch.no_grad():
@@ -86,7 +87,6 @@ def test_a_number_that_is_none_names_the_weight_and_leaves_nothing(place: str, n
 @pytest.mark.parametrize(
     ("place", "kind", "words"),
     [
-        ("blocks.0.v", ContractError, "it gives NaN or infinity in its logits: check its weights"),
         ("blocks.0.o", NumericsError, "are not finite"),
         ("head", ContractError, "it gives NaN or infinity in its logits: check its weights"),
     ],
@@ -102,6 +102,7 @@ def test_a_number_that_overflows_is_one_sentence_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_decoder_of_zeros_is_exported(tmp_path: Path) -> None:
     module = Plain()
     with torch.no_grad():

@@ -47,8 +47,6 @@ def test_the_table_as_json_replaces_an_older_one(name: str, tmp_path: Path) -> N
     ("file", "kind", "words"),
     [
         ("table.csv", InputError, r"a name that ends in \.json was expected"),
-        ("table.png", InputError, r"a name that ends in \.json was expected"),
-        ("table", InputError, r"a name that ends in \.json was expected"),
         ("folder.json", InputError, "is a folder"),
         ("nowhere/table.json", MissingFileError, "there is no folder"),
     ],

@@ -87,27 +87,24 @@ def test_channels_between_two_products_are_put_in_the_order_of_their_size(
 class PerHead(nn.Module):
     """Something between a MatMul and the next one that treats channels in groups of 16, or of its own shape."""
 
-    def __init__(self, inner: nn.Module | nn.Parameter, *, add: bool = False) -> None:
+    def __init__(self, inner: nn.Module | nn.Parameter) -> None:
         super().__init__()
-        self.inner, self.add = inner, add
+        self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
         groups = x.unflatten(-1, (-1, 16))
         if not isinstance(self.inner, nn.Module):
-            return (groups + self.inner if self.add else groups * self.inner).flatten(2)
+            return (groups * self.inner).flatten(2)
         return self.inner(groups).flatten(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "between"),
     [
-        pytest.param("self_attn.o_proj", lambda: PerHead(nn.RMSNorm(16)), marks=pytest.mark.matrix),
         ("self_attn.o_proj", lambda: PerHead(nn.Linear(16, 16, bias=False))),
-        pytest.param(
-            "self_attn.o_proj", lambda: PerHead(nn.Parameter(torch.rand(4, 16) + 0.5)), marks=pytest.mark.slow
-        ),
+        ("self_attn.o_proj", lambda: PerHead(nn.Parameter(torch.rand(4, 16) + 0.5))),
         ("mlp.down_proj", lambda: PerHead(nn.RMSNorm(16))),
-        pytest.param("mlp.down_proj", lambda: PerHead(nn.Linear(16, 16, bias=False)), marks=pytest.mark.matrix),
     ],
 )
 def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(
@@ -126,6 +123,7 @@ def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(
     assert report.manifest.quality["kl_divergence"] < 0.02
 
 
+@pytest.mark.slow
 def test_values_behind_a_norm_are_smoothed_without_a_rotation(tmp_path: Path) -> None:
     """The norm's weights are each a channel's, so that channels cannot be mixed behind it."""
     module = llama()
@@ -141,8 +139,8 @@ def test_values_behind_a_norm_are_smoothed_without_a_rotation(tmp_path: Path) ->
     assert relative_difference(run_chunks(graph, [ids]), run_chunks(tmp_path / "smoothed.onnx", [ids])) < 5e-6
 
 
-@pytest.mark.parametrize("number", [0.0, 1e-45, 1e-40, 3e38])
-@pytest.mark.parametrize("projection", ["q_proj", "o_proj", "down_proj", "v_proj", "up_proj"])
+@pytest.mark.parametrize("number", [0.0, 1e-45, 3e38])
+@pytest.mark.parametrize("projection", ["q_proj", "down_proj", "v_proj"])
 def test_weights_without_any_size_to_go_by_are_left_as_they_are(
     projection: str, number: float, exported: Export, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -8,20 +8,15 @@ import pytest
 
 from pastkey.contract import names
 from pastkey.export.quantize.calibrate.activations import probing
-from pastkey.export.quantize.ranking.switches import SWITCHES, Matrix, add_switches, quantization_mask
+from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
 from pastkey.export.quantize.rounding.blocks import dequantize_blocks, quantize_blocks
 
+from ....shared import divided
 from ...conftest import Export
 from ...mixtures import DECODERS, logits_of
 from ...small_graphs import model_of, run_model
 
 RNG = np.random.default_rng(0)
-
-
-def test_a_mask_gives_each_weight_all_of_its_rows_or_none() -> None:
-    matrices = [Matrix(name, (2, 2), 16) for name in "abc"]
-    mask = quantization_mask(matrices, ["c", "a"])
-    assert (mask.dtype.name, mask.tolist()) == ("int64", [np.iinfo(np.int64).max, 0, np.iinfo(np.int64).max])
 
 
 def test_nodes_that_share_a_weight_share_its_switch() -> None:
@@ -42,7 +37,7 @@ def test_nodes_that_share_a_weight_share_its_switch() -> None:
         np.testing.assert_allclose(found, read[ids] @ read.T, atol=0.2 if int8 else 1e-5)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", divided(DECODERS, quick=["llama"], ci=DECODERS))
 def test_every_mixture_is_the_graph_that_is_quantized_so(name: str, exported: Export) -> None:
     bundle = exported(name).bundle
     ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, bundle.manifest.context_length)

@@ -21,7 +21,7 @@ from pastkey.export.quantize.rounding.blocks import dequantize_blocks, quantize_
 from pastkey.export.quantize.rounding.int4_blocks import dequantize, round_by_hessian
 from pastkey.runtime.engine.engine import Engine
 
-from ...decoders import Plain, gpt2, llama
+from ...decoders import Plain, llama
 
 IDS = np.arange(12) % 7
 
@@ -63,15 +63,9 @@ def reference_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
-@pytest.mark.parametrize(
-    "build",
-    [
-        llama,
-        pytest.param(gpt2, marks=pytest.mark.matrix),
-        pytest.param(lambda: Plain(width=40), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("build", [llama, pytest.param(lambda: Plain(width=40), marks=pytest.mark.matrix)])
 def test_a_portable_bundle_computes_what_matmulnbits_does(
     build: Callable[[], nn.Module], precision: str, tmp_path: Path
 ) -> None:

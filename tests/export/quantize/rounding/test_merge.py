@@ -11,7 +11,6 @@ import pytest
 from pastkey.export.quantize.rounding.merge import find_mergeable
 from pastkey.export.quantize.rounding.rewrite import quantize
 
-from ...conftest import Export
 from ...small_graphs import Array, model_of, run_model
 
 RNG = np.random.default_rng(0)
@@ -90,12 +89,3 @@ def test_attention_over_merged_projections_is_the_same(body: str) -> None:
     (attention,) = (node for node in model.graph if node.op_type == "GroupQueryAttention")
     assert attention.inputs[1] is attention.inputs[2] is None
     np.testing.assert_allclose(run_model(model, **feeds)[0], expected, atol=0.1)
-
-
-@pytest.mark.parametrize("name", ["llama", "softcap_bias_and_scale", "nano_gpt"])
-def test_attention_takes_queries_keys_and_values_as_one_where_it_can(name: str, exported: Export) -> None:
-    before = [n for n in exported(name).graph().graph.node if n.op_type == "GroupQueryAttention"]
-    after = [n for n in exported(name, "int8").graph().graph.node if n.op_type == "GroupQueryAttention"]
-    assert len(after) == len(before) > 0
-    assert all(all(node.input[:3]) for node in before)
-    assert all(list(node.input[1:3]) == ["", ""] for node in after) == (name != "nano_gpt")
