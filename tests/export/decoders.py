@@ -6,7 +6,6 @@ that show how. All weights come from seed 0.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -268,34 +267,6 @@ class GptJ(Plain):
         return super().apply_block(block, hidden, position_ids) + mlp
 
 
-class Experts(Plain):
-    """A mixture of as many experts as there are tokens in the first run, densely routed."""
-
-    def more(self) -> None:
-        self.router = nn.Linear(self.width, 7)
-        self.into = nn.Parameter(torch.randn(7, self.width, 48) * 0.1)
-        self.out = nn.Parameter(torch.randn(7, 48, self.width) * 0.1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        weights = self.router(hidden).softmax(-1)  # (B, T, 7)
-        inner = F.silu(torch.einsum("btc,ecd->bted", hidden, self.into))
-        return self.head(hidden + torch.einsum("bted,edc,bte->btc", inner, self.out, weights))
-
-
-class Scaled(Plain):
-    """Embeddings and logits scaled, RMSNorm by hand."""
-
-    def more(self) -> None:
-        self.gain = nn.Parameter(torch.rand(self.width) + 0.5)
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return super().embed(input_ids, position_ids) * math.sqrt(self.width)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return self.head(normed * self.gain) / 8.0
-
-
 class BothPositions(TableRope):
     """A position table and rotary positions."""
 
@@ -340,16 +311,6 @@ class KeepsThings(Plain):
         self.runs += 1  # type: ignore[assignment]
         self.last = super().embed(input_ids, position_ids)
         return self.last
-
-
-class LowRank(Plain):
-    """A head whose weight is computed: W + B A."""
-
-    def more(self) -> None:
-        self.down, self.up = nn.Parameter(torch.randn(4, self.width)), nn.Parameter(torch.randn(self.vocab, 4))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head.weight + self.up @ self.down * 0.1)
 
 
 class CompiledAttention(Plain):

@@ -25,7 +25,6 @@ from ..decoders import (
     NanoGpt,
     OneHead,
     Plain,
-    RepeatedKv,
 )
 
 LENGTH = 6
@@ -79,18 +78,6 @@ def test_a_call_has_four_axes_and_its_own_scale() -> None:
     assert call.is_causal
 
 
-def test_the_scale_is_one_over_the_root_of_the_head_size_unless_given() -> None:
-    _, (call,) = run(Plain(size=10))
-    assert call.scale == pytest.approx(10**-0.5)
-
-
-def test_groups_are_query_heads_per_key_head() -> None:
-    _, (call,) = run(Plain(heads=4, kv_heads=2))
-    assert (call.key.shape[1], call.groups) == (2, 2)
-    _, (call,) = run(RepeatedKv(heads=4, kv_heads=2))
-    assert (call.key.shape[1], call.groups) == (4, 1)
-
-
 def test_a_call_names_the_line_that_made_it() -> None:
     _, (call,) = run(Plain())
     file, line = call.where.split(":")
@@ -98,24 +85,6 @@ def test_a_call_names_the_line_that_made_it() -> None:
     assert int(line) > 1
     _, (call,) = run(MultiHead())
     assert call.where.startswith("decoders.py:")  # the line that calls nn.MultiheadAttention, not torch's own
-
-
-def test_the_reference_computes_what_the_module_asked_for() -> None:
-    """Not what a decoder should have asked for: a window stays a window."""
-
-    class Window(OneHead):
-        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
-            length = hidden.shape[1]
-            allowed = torch.ones(length, length, dtype=torch.bool).tril().triu(-1)[None]
-            query, key, value = (block[name](hidden) for name in "qkv")
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed) @ block["o"].weight.T
-
-    module = Window(heads=1)
-    logits, (call,) = run(module)
-    assert not call.is_causal
-    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % 5
-    with torch.no_grad():
-        torch.testing.assert_close(logits, module(ids, torch.arange(LENGTH).expand_as(ids)))
 
 
 def test_watch_sees_other_functions_but_not_those_of_the_handler() -> None:
@@ -147,15 +116,6 @@ def test_torch_is_put_back_as_it_was(fails: bool) -> None:
     assert F.scaled_dot_product_attention is original
     assert torch.backends.mha.get_fastpath_enabled() is fastpath
     assert F.scaled_dot_product_attention(query, query, query).shape == query.shape
-
-
-def test_a_disabled_fast_path_stays_disabled() -> None:
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        run(HintedEncoder())
-        assert not torch.backends.mha.get_fastpath_enabled()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["after_a_run", "after_an_exception"])

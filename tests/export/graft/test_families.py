@@ -104,7 +104,7 @@ def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(
     assert report.manifest.graph == ("standard" if alibi else "fused")
 
 
-@pytest.mark.parametrize("family", divided(REFUSED, quick=["llama4_text"], ci=["doge", "deepseek_v2"]))
+@pytest.mark.parametrize("family", divided(REFUSED, ci=["doge", "deepseek_v2", "llama4_text"]))
 def test_what_cannot_be_grafted_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     skip_unless_known(family)
     with pytest.raises(ContractError) as caught:
@@ -113,6 +113,7 @@ def test_what_cannot_be_grafted_is_refused_with_the_reason(family: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_whose_own_positions_do_not_begin_at_0_is_asked_about(tmp_path: Path) -> None:
     """RoBERTa's begin behind its padding token. No family that is exported has such."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

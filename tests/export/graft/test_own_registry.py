@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .own.parts import Own, Refused
-from .own.registry import DECODERS, REFUSED
+from .own.parts import Own
+from .own.registry import DECODERS
 
 
 @pytest.fixture(params=DECODERS)
@@ -15,7 +15,7 @@ def own(request: pytest.FixtureRequest) -> Own:
     return DECODERS[request.param]
 
 
-def texts(own: Own | Refused, rows: int = 2) -> Tensor:
+def texts(own: Own, rows: int = 2) -> Tensor:
     length = min(own.context - 1, 23)
     return torch.randint(own.vocab, (rows, length), generator=torch.Generator().manual_seed(1))
 
@@ -27,7 +27,7 @@ def changed(ids: Tensor, place: int, vocab: int) -> Tensor:
     return ids
 
 
-def logits(own: Own | Refused, module: nn.Module, ids: Tensor) -> Tensor:
+def logits(own: Own, module: nn.Module, ids: Tensor) -> Tensor:
     """Those of every position (B, T, V), also where the module gives those of the last one only."""
     with torch.no_grad():
         found = own.call(module, ids)
@@ -59,88 +59,3 @@ def test_a_text_is_read_from_left_to_right_and_alone(own: Own) -> None:
 def test_logits_depend_on_earlier_tokens(own: Own) -> None:
     module, ids = own.make(), texts(own)
     assert apart(logits(own, module, ids)[0, -1], logits(own, module, changed(ids, -2, own.vocab))[0, -1]) > 1e-2
-
-
-def test_it_is_made_the_same_twice(own: Own) -> None:
-    one, other = own.make().state_dict(), own.make().state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_the_context_is_taken_in_full(own: Own) -> None:
-    ids = torch.zeros((1, own.context), dtype=torch.long)
-    with torch.no_grad():
-        assert own.call(own.make(), ids).shape[-1] == own.vocab
-
-
-def refused(*causes: str) -> list[str]:
-    return [name for name, entry in REFUSED.items() if entry.cause in causes]
-
-
-@pytest.mark.parametrize("name", refused("look-ahead"))
-def test_a_later_token_changes_earlier_logits(name: str) -> None:
-    entry = REFUSED[name]
-    module, ids = entry.make(), texts(entry)
-    one, other = logits(entry, module, ids), logits(entry, module, changed(ids, -1, entry.vocab))
-    assert apart(one[0, :-1], other[0, :-1]) > (1e-5 if name == "little_ahead" else 1e-3)
-    assert torch.equal(one[1], other[1])
-
-
-@pytest.mark.parametrize("name", refused("noise", "dropout"))
-def test_twice_the_same_text_gives_other_logits(name: str) -> None:
-    entry = REFUSED[name]
-    module, ids = entry.make(), texts(entry)
-    assert apart(logits(entry, module, ids), logits(entry, module, ids)) > (1e-5 if name == "little_noise" else 1e-3)
-
-
-@pytest.mark.parametrize("name", refused("batch mixing"))
-def test_another_row_changes_the_logits(name: str) -> None:
-    entry = REFUSED[name]
-    module, ids = entry.make(), texts(entry)
-    one, other = logits(entry, module, ids), logits(entry, module, changed(ids, -1, entry.vocab))
-    assert apart(one[1], other[1]) > 1e-3
-
-
-@pytest.mark.parametrize("name", refused("state"))
-def test_the_text_before_changes_the_logits(name: str) -> None:
-    entry = REFUSED[name]
-    module, ids = entry.make(), texts(entry)
-    assert apart(logits(entry, module, ids), logits(entry, module, ids)) > 1e-3
-
-
-@pytest.mark.parametrize("name", refused("cache written in place"))
-def test_a_call_writes_into_buffers(name: str) -> None:
-    entry = REFUSED[name]
-    module, ids = entry.make(), texts(entry)
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    logits(entry, module, ids)
-    assert all(not torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
-
-
-@pytest.mark.parametrize("name", refused("fixed length"))
-def test_another_length_fails(name: str) -> None:
-    entry = REFUSED[name]
-    module = entry.make()
-    assert logits(entry, module, torch.zeros((2, entry.context), dtype=torch.long)).shape[1] == entry.context
-    with pytest.raises(RuntimeError):
-        logits(entry, module, texts(entry))
-
-
-@pytest.mark.parametrize("name", refused("length-dependent number"))
-def test_the_length_alone_changes_earlier_logits(name: str) -> None:
-    entry = REFUSED[name]
-    module, ids = entry.make(), texts(entry)
-    found = logits(entry, module, ids)
-    assert apart(found[:, :-1], logits(entry, module, changed(ids, -1, entry.vocab))[:, :-1]) < 1e-6
-    assert apart(found[:, :9], logits(entry, module, ids[:, :9])) > 1e-3
-
-
-@pytest.mark.parametrize("name", refused("recurrence", "data-dependent loop", "cache written in place"))
-def test_only_its_manner_is_in_the_way(name: str) -> None:
-    """It reads from left to right, row by row, the same twice."""
-    entry = REFUSED[name]
-    module, ids = entry.make(), texts(entry)
-    found, other = logits(entry, module, ids), logits(entry, module, changed(ids, -1, entry.vocab))
-    assert torch.equal(found, logits(entry, module, ids))
-    assert apart(found[:, :-1], other[:, :-1]) < 1e-6
-    assert apart(found[1], other[1]) < 1e-6
-    assert apart(found[:, :9], logits(entry, module, ids[:, :9])) < 1e-4

@@ -33,14 +33,6 @@ class Convolution(Plain):
         return hidden + self.mix(F.pad(hidden.transpose(1, 2), (2, 0))).transpose(1, 2)
 
 
-class Recurrence(Plain):
-    def more(self) -> None:
-        self.memory = nn.GRU(32, 32, batch_first=True)
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.memory(super().embed(input_ids, position_ids))[0]
-
-
 class RunningMean(Plain):
     def logits(self, hidden: Tensor) -> Tensor:
         count = torch.arange(1, hidden.shape[1] + 1)[None, :, None]
@@ -56,11 +48,6 @@ class TokenShift(Plain):
 class IgnoresPositions(Plain):
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return self.token(input_ids) + self.position(torch.arange(input_ids.shape[1]))
-
-
-class HalfPositions(IgnoresPositions):
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
-        return heads * (1 + 0.1 * position_ids[:, None, :, None])
 
 
 class Ahead(Plain):
@@ -83,7 +70,7 @@ class TooShort(Plain):
 
 @pytest.mark.parametrize(
     "build",
-    [Convolution, Recurrence, RunningMean, TokenShift, IgnoresPositions, HalfPositions, Ahead, Random],
+    [Convolution, RunningMean, TokenShift, IgnoresPositions, Ahead, Random],
 )
 def test_what_a_cache_of_keys_and_values_is_not_enough_for_is_seen(build: type[Plain]) -> None:
     module = build()

@@ -144,17 +144,6 @@ def test_a_call_that_is_given_is_taken() -> None:
     assert (found.call.expression, found.call.order) == ("model(ids)[0]", "b1v")
 
 
-class EitherWay(Counted):
-    def forward(self, ids: Tensor, scale: Any) -> Any:  # type: ignore[override]
-        return self.logits(ids) * (2 if scale is None else 1)
-
-
-def test_two_calls_that_give_other_logits_are_told() -> None:
-    with pytest.raises(InputError, match=r"runs as .* and as .*, and gives other logits: say which with  --call "):
-        probed(EitherWay())
-    assert probed(EitherWay(), "model(ids, 1)").call.expression == "model(ids, 1)"
-
-
 def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell() -> None:
     class Quoted(Counted):
         def forward(self, ids: Tensor, scale: Any) -> Any:  # type: ignore[override]

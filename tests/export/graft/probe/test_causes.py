@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pastkey.export.graft.probe.causes import Cause, Kind, NoCacheError
 from pastkey.export.graft.probe.contract import in_contract
 
+from ....shared import divided
 from ..own import look_ahead, refused
 from ..own.biases import Scored
 from ..own.blocks import Mixing
@@ -73,9 +74,7 @@ def test_the_table_has_all_that_must_be_refused() -> None:
     assert CAUSES.keys() == REFUSED.keys()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if i % 4 else n for i, n in enumerate(REFUSED)]
-)
+@pytest.mark.parametrize("name", divided(REFUSED, quick=["no_mask", "mean_over_time", "noise", "gru"], ci=REFUSED))
 def test_a_module_is_refused_by_its_true_cause_and_line(name: str) -> None:
     owner, words, count = CAUSES[name]
     error = refusal(REFUSED[name].make(), CONTEXT if REFUSED[name].cause == "fixed length" else SHORT)
@@ -156,7 +155,7 @@ class LeftOutByNumpy(nn.Module):
         return x * 0 if np.random.rand() < 0.02 else torch.tanh(x)
 
 
-@pytest.mark.parametrize("build", [LeftOutByPython, LeftOutByNumpy])
+@pytest.mark.parametrize("build", [pytest.param(LeftOutByPython, marks=pytest.mark.slow), LeftOutByNumpy])
 def test_chance_is_found_whoever_draws(build: type[nn.Module]) -> None:
     assert refusal(Mixing(build()).eval()).causes[0].kind == Kind.CHANCE
 
@@ -184,6 +183,7 @@ class Asserting(Gpt):
         return logits if torch.ones(2, 2).tril().sum() > 0 else -logits
 
 
+@pytest.mark.slow
 def test_assertions_and_branches_on_tables_are_no_cause() -> None:
     assert in_contract(Asserting(Causal).eval(), SHORT, None, lambda _: None).call == "model(ids)"
 
@@ -193,6 +193,7 @@ class OfWhole(Scored):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
 
 
+@pytest.mark.slow
 def test_a_call_that_drops_out_and_is_not_causal_is_told_both() -> None:
     sentence = str(refusal(Gpt(OfWhole).eval()))
     assert "drops out numbers outside training" in sentence
@@ -200,19 +201,7 @@ def test_a_call_that_drops_out_and_is_not_causal_is_told_both() -> None:
     assert "dropout_p=self.dropout if self.training else 0.0" in sentence
 
 
-class NotANumber(Gpt):
-    def forward(self, idx: Tensor) -> Tensor:
-        return super().forward(idx) / 0 * 0
-
-
-def test_logits_that_are_no_numbers_are_told() -> None:
-    assert "gives NaN or infinity in its logits" in str(refusal(NotANumber(Causal).eval()))
-
-
 # --- the sentence -------------------------------------------------------------------------------------------------
-def test_one_cause_is_one_line_without_a_number() -> None:
-    error = NoCacheError("Model", [Cause(Kind.UNKNOWN, "joins rows of positions", "model.py:7")])
-    assert str(error) == "Model cannot be given a cache: model.py:7 joins rows of positions"
 
 
 def test_the_truer_cause_comes_first_and_none_twice() -> None:

@@ -21,7 +21,6 @@ from pastkey.export.graft.probe.positions import as_pairs, find_shift
 from pastkey.runtime import Engine
 
 from ....shared import divided
-from ... import decoders
 from ...decoders import BothPositions, GptJ, Plain, TableRope, llama
 
 CONTEXT = 40
@@ -94,13 +93,6 @@ class Growing(Turning):
         return super().turn(heads, position_ids) * (1.01 if self.grows else 1 / 1.01) ** position_ids[:, None, :, None]
 
 
-class Warmer(Turning):
-    """Logits that are scaled by the position."""
-
-    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
-        return super().apply_block(block, hidden, position_ids) * (1 + position_ids[..., None] / 100)
-
-
 FOUND: dict[type[Plain], tuple[int, int, bool]] = {  # first channel, pairs, interleaved
     Turning: (0, 4, False),
     Scaled: (0, 4, False),
@@ -128,9 +120,8 @@ def test_a_rotation_is_found(kind: type[Plain]) -> None:
 def test_angles_of_a_long_context_are_as_precise_as_its_positions_need() -> None:
     found = shift_of(Turning(context=8192), 8192).rotations[0].angles
     expected = Turning.theta ** (-np.arange(4) / 4)
-    assert (
-        np.abs(np.array(found) - expected).max() * 8192 < 2e-3
-    )  # float32's own: half a unit of the last place of 8192
+    # float32's own: half a unit of the last place of 8192.
+    assert np.abs(np.array(found) - expected).max() * 8192 < 2e-3
 
 
 def test_without_positions_only_rows_go() -> None:
@@ -151,7 +142,6 @@ def test_layers_that_turn_by_other_angles() -> None:
     [
         (Plain, LEARNED),
         (BothPositions, LEARNED),
-        (Warmer, LEARNED),
         (Growing, "otherwise than by one angle per token"),
         (FasterLater, LEARNED),
     ],
@@ -162,11 +152,6 @@ def test_what_no_shift_can_move_is_refused(kind: type[Plain], reason: str) -> No
 
 def test_a_context_without_room() -> None:
     assert shift_of(Turning(context=1), 1).refused == "its context is one token"
-
-
-def test_pairs_of_an_odd_head() -> None:
-    keys = np.arange(5.0)[None, None]
-    assert as_pairs(keys, interleaved=True).tolist() == [[[0 + 1j, 2 + 3j]]]
 
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
@@ -240,16 +225,3 @@ def test_a_shifted_bundle_computes_what_streaming_does(name: str, graph: str, tm
         if gone:
             engine.shift(4, gone)
             reference.drop(4, gone)
-
-
-def test_of_one_layer_a_shift_is_a_prefill_of_what_was_kept(tmp_path: Path) -> None:
-    module = decoders.llama(num_hidden_layers=1)
-    report = export(module, out=tmp_path / "b", precision="fp32", context_length=CONTEXT)
-    bundle = open_bundle(report.path)
-    shifted, fresh = Engine(bundle, threads=1), Engine(bundle, threads=1)
-    ids = np.random.default_rng(0).integers(0, report.manifest.vocab_size, CONTEXT).tolist()
-    shifted.prefill(ids)
-    shifted.shift(4, 18)
-    fresh.prefill([*ids[:4], *ids[22:]])
-    expected = fresh.decode(7)
-    assert np.abs(shifted.decode(7) - expected).max() <= 1e-5 * np.abs(expected).max()

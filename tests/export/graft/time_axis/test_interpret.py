@@ -7,19 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind
-from pastkey.export.graft.time_axis.interpret import Weights, gathered, in_float32
+from pastkey.export.graft.time_axis.interpret import Weights
 from pastkey.export.graft.time_axis.program.program import Tables
-from pastkey.export.graft.time_axis.values import KEY, NEW, Axis, Lengths, Value
+from pastkey.export.graft.time_axis.values import Lengths
 
 from .small import causal, causes, followed, result, weight
-
-
-def test_an_attention_is_its_product_what_lies_between_and_its_sum() -> None:
-    run = followed(causal)
-    (attention,) = run.found
-    assert [op.name for op in (*attention.products, attention.op)] == ["matmul", "matmul"]
-    assert {"mul", "masked_fill", "softmax"} <= {op.name.strip("_") for op in attention.region}
-    assert attention.weights is attention.region[-1]
 
 
 def test_given_scores_become_the_weights_of_the_last_rows() -> None:
@@ -59,13 +51,3 @@ def test_behind_what_is_refused_the_rest_is_looked_at() -> None:
 def test_a_table_that_is_another_one_for_a_longer_text_is_refused() -> None:
     found = causes(lambda x: x + torch.arange(x.shape[1]).flip(0)[:, None])
     assert [one.kind for one in found] == [Kind.LENGTH]
-
-
-def test_weights_are_laid_out_with_heads_first() -> None:
-    value = Value(torch.zeros(2, 5, 3, 7), (Axis(1, KEY), Axis(1), Axis(3), Axis(1, NEW)), batch_axis=1)
-    assert gathered(value).shape == (2, 3, 7, 5)
-
-
-def test_short_types_are_read_in_float32() -> None:
-    assert in_float32(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
-    assert in_float32(torch.ones(1, dtype=torch.int32)).dtype == torch.int32

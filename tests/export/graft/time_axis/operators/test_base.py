@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind
-from pastkey.export.graft.time_axis.operators.base import expanded
 from pastkey.export.graft.time_axis.values import NEW
 
 from ..small import WIDTH, cause, result
@@ -49,7 +48,3 @@ def test_every_token_beside_every_other_one_is_refused() -> None:
     found = cause(lambda x: (x[:, :, None] - x[:, None, :]).abs().amax(2))
     assert found.kind in (Kind.UNKNOWN, Kind.LOOK_AHEAD, Kind.RECURRENCE)
     assert "every token with every other one" in found.what or "later ones too" in found.what
-
-
-def test_a_tensor_gets_the_sizes_of_another_but_along_one_axis() -> None:
-    assert expanded(torch.ones(2, 3), torch.ones(5, 4, 3), 1).shape == (5, 2, 3)

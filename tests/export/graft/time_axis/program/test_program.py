@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
-from pastkey.export.graft.time_axis.program.program import LengthNumber, Op, Size, Tables, map_args, size_of
+from pastkey.export.graft.time_axis.program.program import LengthNumber, Size, Tables, size_of
 
 from ..small import program_of, told
 
@@ -27,12 +27,6 @@ def test_half_the_length_is_no_such_number_and_is_refused_when_it_is_needed() ->
     assert found == LengthNumber(4, 3)
     assert found.moves
     assert told(lambda: found.at(8)).kind == Kind.LENGTH
-
-
-def test_arguments_are_replaced_within_lists_and_dictionaries() -> None:
-    op = Op("ids", (), {}, (), None, "")
-    found = map_args(([op, Size(1, 2)], {"x": (op, 3)}), lambda _: "op", lambda size: size.at(10))
-    assert found == (["op", 12], {"x": ("op", 3)})
 
 
 def test_a_program_has_sizes_of_the_length_and_what_depends_on_the_tokens() -> None:

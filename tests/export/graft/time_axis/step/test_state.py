@@ -40,18 +40,12 @@ SHIFTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 @pytest.mark.parametrize("name", SHIFTS)
-def test_a_state_keeps_the_rows_that_are_reached(name: str) -> None:
-    function, keep = SHIFTS[name]
-    found = state(function)
-    assert (found.keep, len(found.inputs)) == (keep, 1)
-
-
-@pytest.mark.parametrize("name", SHIFTS)
 def test_the_kept_rows_and_the_new_ones_give_the_new_rows(name: str) -> None:
     function, keep = SHIFTS[name]
     run = followed(function)
     (end,) = run.shifted_back
     found = find_state(run.program, end, run.known, run.local, weight)
+    assert found.keep == keep
     (source,) = found.inputs
     value = run.known[source]
     rows = torch.randn(1, 9, WIDTH, generator=torch.Generator().manual_seed(3))

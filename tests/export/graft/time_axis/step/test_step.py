@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pastkey.export.graft.time_axis.step.decoder import TimeAxisDecoder, find
-from pastkey.export.graft.time_axis.step.step import _flat, _from_first
 
-from ..small import VOCAB, WIDTH, Function, Of, program_of
+from ..small import VOCAB, WIDTH, Function, Of
 
 CONTEXT = 24
 TABLE = torch.randn(CONTEXT, WIDTH, generator=torch.Generator().manual_seed(5))
@@ -43,18 +42,3 @@ def test_tables_give_each_new_token_the_row_of_its_position(function: Callable[[
         found = stepped(ids.gather(1, positions), positions)
     expected = whole.gather(1, positions[..., None].expand(-1, -1, whole.shape[2]))
     assert torch.allclose(found, expected, atol=1e-5)
-
-
-def test_heads_that_follow_one_another_share_keys() -> None:
-    keys = torch.randn(2, 2, 1, 3, 4)
-    flat, count = _flat(keys, [2, 3], [2, 1])
-    assert (flat.shape, count) == ((2, 2, 3, 4), 2)
-    flat, count = _flat(torch.randn(2, 1, 3, 5, 4), [2, 3], [1, 3])  # that do not
-    assert (flat.shape, count) == ((2, 6, 5, 4), 6)
-
-
-@pytest.mark.parametrize(("start", "first"), [(0, True), (2, False)])
-def test_a_slice_from_the_first_row_leaves_none_out(start: int, first: bool) -> None:
-    program = program_of(lambda x: x + torch.arange(x.shape[1] + start)[start:][:, None])
-    slices = [op for op in program.ops if op.name == "slice"]
-    assert [_from_first(op) for op in slices] == [first] * len(slices)
