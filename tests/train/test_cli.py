@@ -50,10 +50,6 @@ def test_resume_goes_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--data", "none.txt"], "no such file or folder: none.txt"),
-        (["--data", "empty.txt"], "empty.txt is empty"),
-        (["--data", "line.txt"], "line.txt holds a single line"),
-        (["--data", "latin.txt"], "latin.txt is not UTF-8"),
         (["--data", "empty"], "the folder empty has no .txt"),
         (["--preset", "gpt5"], "no preset 'gpt5'; the presets are classic, gpt2, llama, qwen2, qwen3"),
         (["--resume"], "there is nothing to resume"),
@@ -61,10 +57,8 @@ def test_resume_goes_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--data", "text.txt", "--context", "100000"], "give more text, or a smaller --context"),
         (["--data", "text.txt", "--vocab-size", "10"], "byte-level BPE needs at least 257"),
         (["--data", "text.txt", "--tokenizer", "sentencepiece"], "it must be bpe, char, word or the path"),
-        (["--data", "text.txt", "--head-dim", "7"], "head_dim is 7; it must be an even number"),
         (["--data", "text.txt", "--heads", "4", "--kv-heads", "3"], "must be a divisor"),
         (["--steps", "0"], "--steps"),
-        (["--learning-rate", "nan"], "--learning-rate"),
         (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a positive number"),
     ],
 )
@@ -77,9 +71,6 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "text.txt")
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "line.txt").write_text("hello world\n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     try:
@@ -92,12 +83,3 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert sentence in err
     assert err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_an_existing_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "precious").touch()
-    for flags in ([], ["--force"]):
-        assert main(["train", "--preset", "classic", "--out", str(tmp_path / "c"), *flags]) == 2
-        assert "choose another --out" in capsys.readouterr().err
-    assert (tmp_path / "c" / "precious").exists()

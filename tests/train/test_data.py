@@ -16,7 +16,6 @@ from pastkey.train.data import (
     Corpus,
     DataInfo,
     Tokens,
-    story_corpus,
     survey,
     text_corpus,
     write_lesson,
@@ -134,11 +133,6 @@ def test_the_tail_of_a_single_document_is_held_out(tmp_path: Path) -> None:
     assert info.val_bytes == len(val.encode())
 
 
-def test_text_without_spaces_is_split_too(tmp_path: Path) -> None:
-    info = written(tmp_path, corpus_of("天地玄黄\n宇宙洪荒" * 200))
-    assert info.val_tokens > 100
-
-
 def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     characters = "".join(chr(0x3400 + number) for number in range(70_000) if not 0xD800 <= 0x3400 + number < 0xE000)
     assert written(tmp_path, corpus_of("\n" + characters)).dtype == "<u4"
@@ -208,11 +202,3 @@ def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path: Path) -> None:
     rows = [[*row, int(last)] for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)]
     assert [tokenizer.tokenizer.decode(row, skip_special_tokens=False) for row in rows] == list(LESSON)
     assert [batch[0].equal(inputs) for batch in tokens.windows(1)] == [True]
-
-
-def test_the_stories_are_a_corpus_like_any_other(tmp_path: Path) -> None:
-    corpus = story_corpus(seed=3, count=60)
-    assert list(corpus.documents()) == list(corpus.documents())
-    info = written(tmp_path, corpus, context=256)
-    assert info.documents == 60
-    assert info.val_tokens > 1000

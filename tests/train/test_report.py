@@ -52,15 +52,3 @@ def test_away_from_a_terminal_progress_is_a_line_now_and_then(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "step 10 of 40: loss 2.000, 1,234 tokens/s, 30 s left"
     assert len(lines) == 4
-
-
-def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report.sys.stderr, "isatty", lambda: True)
-    with Progress(0, 2) as progress:
-        progress.update(1, 2.0, 1234.5)
-        progress.say("a line beside it")
-        progress.update(2, 1.5, 1234.5)
-    shown = capsys.readouterr().err
-    assert "2/2" in shown
-    assert "loss 1.500, 1,234 tokens/s" in shown
-    assert "a line beside it\n" in shown

@@ -46,13 +46,11 @@ def test_a_training_is_read(trained: Path) -> None:
     ("changes", "words"),
     [
         ({"step": "2"}, "step is no whole number"),
-        ({"step": -1}, "step is no whole number"),
         ({"settings": []}, "settings is"),
         ({"settings": {"steps": True}}, "steps is True"),
         ({"settings": {"batch_size": 10.5}}, "it must be a whole number"),
         ({"settings": {"what": 1}}, "unknown key 'what'"),
         ({"data": {"corpus": "x"}}, "data has no"),
-        ({"data": None}, "data is None"),
         ({"files": 3}, "has no list of files"),
     ],
 )
@@ -69,8 +67,6 @@ def test_what_is_of_another_type_is_named(changes: dict[str, Any], words: str, t
         ({"train_tokens": 5}, "which are not the 5 tokens"),
         ({"end": 10**6}, "holds the token id 1000000"),
         ({"end": 10**4000}, "end is a number of more than 80 digits"),
-        ({"train_tokens": 10**4000}, "train_tokens is a number of more than 80 digits"),
-        ({"row_length": 7_000}, "which are not the"),
     ],
 )
 def test_tokens_that_the_manifest_does_not_speak_of_are_refused(

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.train import tokenizer as module
 from pastkey.train.tokenizer import (
     END_OF_TEXT,
     TextTokenizer,
@@ -74,14 +73,6 @@ def test_words_are_learnt_as_without_the_limit() -> None:
     }
     plain.train_from_iterator([text], trainers.BpeTrainer(**options))
     assert train_bpe([text], 320).tokenizer.get_vocab() == plain.get_vocab()
-
-
-def test_long_training_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SAID_EVERY", 0.0)
-    train_bpe(["one two three"] * 3, 300)
-    told = capsys.readouterr().err
-    assert told.startswith("training the tokenizer: 0 million characters read in 0 s\n")
-    assert told.endswith("all 0 million characters read, now their tokens are chosen\n")
 
 
 def test_bpe_needs_a_token_for_every_byte() -> None:
