@@ -6,9 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 
-from pastkey.errors import ParityError
 from pastkey.export.bundle_writer import (
     MIN_ONNXRUNTIME,
     MIN_ONNXRUNTIME_WITH_WINDOWS,
@@ -62,15 +60,3 @@ def test_a_window_in_the_fused_graph_asks_for_a_newer_onnxruntime(
 def test_the_manifest_says_whether_rows_may_be_padded(padding: bool, decoder: Decoder, tmp_path: Path) -> None:
     bundle, _ = writer_of(dataclasses.replace(decoder, padding=padding)).write(decoder.model.clone(), tmp_path)
     assert bundle.manifest.padding == padding
-
-
-def test_a_bundle_that_computes_something_else_is_refused(decoder: Decoder, tmp_path: Path) -> None:
-    writer = writer_of(decoder)
-    bundle, _ = writer.write(decoder.model.clone(), tmp_path)
-    assert writer.verify(bundle).ok
-    other = dataclasses.replace(
-        decoder, source=Source(Plain(vocab=decoder.observation.vocab_size).double().float(), "Other", CONTEXT)
-    )
-    torch.nn.init.ones_(next(other.source.module.parameters()))
-    with pytest.raises(ParityError, match="the fp32 export of Other does not compute what its source computes"):
-        writer_of(other).verify(bundle)

@@ -22,6 +22,7 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.export.compat import configs
 from pastkey.runtime import load
 
+from ..shared import divided
 from .commands import FACTORY, Command, fails
 
 
@@ -55,9 +56,7 @@ def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Pat
     arguments = ("export", f"{factory}:Small", "--context", 12, "--out", tmp_path / "bundle")
     status, printed, told = command(*arguments)
     assert (status, printed) == (0, "")
-    assert "observe the attention calls of Small" in told
     assert "float32 against torch, 12 tokens: equal" in told
-    assert "int8 against itself, 12 tokens: equal" in told
     assert "KL divergence" in told
     assert f"next:  pastkey run {tmp_path / 'bundle'} --prompt-ids" in told
     # a second time, the folder is there
@@ -70,24 +69,14 @@ def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Pat
     ("arguments", "words"),
     [
         (("{file}:Small",), ("Small has no context length of its own", "--context N")),
-        (("{file}:Small", "--context", "1"), ("the context length is 1",)),
         (("{file}:Small", "--context", "0"), ("--context", "0 is not a whole number from 1")),
-        (("{file}:Small", "--context", "many"), ("'many' is not a whole number",)),
         (("{file}:Small", "--context", "13"), ("fails on 13 tokens, the context that was asked for", "mine.py:")),
         (("{file}:Small", "--context", "12", "--precision", "int2"), ("invalid choice: 'int2'", "int8")),
-        (("{file}:Small", "--context", "12", "--precision", "fp8"), ("invalid choice: 'fp8'", "int8", "fp32")),
-        (("{file}:Small", "--context", "12", "--target", "tpu"), ("invalid choice: 'tpu'", "cpu")),
         (("{file}:Small", "--context", "12", "--target", "coreml"), ("and not in int8", "--precision fp32")),
-        (("{file}:Small", "--context", "12", "--graph", "best"), ("invalid choice: 'best'", "standard")),
         (("{file}:Small", "--context", "12", "--tokenizer", "{folder}/no.json"), ("no such tokenizer", "no.json")),
         (("{file}:Nothing", "--context", "12"), ("has no function 'Nothing'", "Small")),
-        (("{file}", "--context", "12"), ("names a file without its factory",)),
-        (("{folder}/none.py:make", "--context", "12"), ("no such file", "none.py")),
         (("{folder}/none",), ("no such source", "none does not exist")),
-        (
-            ("{file}:NotCausal", "--context", "12"),
-            ("cannot be given a cache: mine.py:", "lets the token at position 0 see that at 1, a later one"),
-        ),
+        (("{file}:NotCausal", "--context", "12"), ("cannot be given a cache: mine.py:", "a later one")),
         (("{file}:Baked", "--context", "12"), ("in the check 'prefill'", "position_ids", "layer 0")),
     ],
 )
@@ -99,34 +88,17 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("flags", "precision", "words"),
-    [
-        ("fma avx2", "int8", "on this CPU int8 MatMuls take AVX2 kernels, for want of VNNI"),
-        ("fma avx2", "fp32", None),
-        ("fma avx2 avx_vnni", "int8", None),
-        (None, "int8", None),
-    ],
-)
 def test_a_processor_without_fast_kernels_is_one_warning(
-    flags: str | None, precision: str, words: str | None,
-    factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pastkey.export import pipeline
     from pastkey.runtime.providers.int8_kernels import choose_int8_kernels
 
-    found = choose_int8_kernels("x86_64", None if flags is None else flags.split())
-    monkeypatch.setattr(pipeline, "int8_kernels", lambda: found)
-    choices = ("--context", 12, "--precision", precision, "--json")
-    status, _, told = command("export", f"{factory}:Small", *choices, "--out", tmp_path / "bundle")
+    monkeypatch.setattr(pipeline, "int8_kernels", lambda: choose_int8_kernels("x86_64", ["fma", "avx2"]))
+    status, _, told = command("export", f"{factory}:Small", "--context", 12, "--json", "--out", tmp_path / "bundle")
     assert status == 0
-    warnings = [line for line in told.splitlines() if "warning" in line]
-    assert len(warnings) == (words is not None)
-    assert not words or words in warnings[0]
-
-
-def test_an_out_is_needed(factory: Path, command: Command) -> None:
-    fails(command("export", f"{factory}:Small"), "--out")
+    (warning,) = [line for line in told.splitlines() if "warning" in line]
+    assert "on this CPU int8 MatMuls take AVX2 kernels" in warning
 
 
 def test_force_replaces_what_pastkey_wrote_and_nothing_else(factory: Path, tmp_path: Path, command: Command) -> None:
@@ -159,8 +131,10 @@ def test_a_full_disk_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("force", [False, True])
+STOPS = [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)]
+
+
+@pytest.mark.parametrize(("number", "status", "force"), divided(STOPS, quick=STOPS[:1], ci=STOPS))
 def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(
     number: signal.Signals, status: int, force: bool, small: Path, tmp_path: Path
 ) -> None:
@@ -215,25 +189,11 @@ def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_
     state = {f"_orig_mod.{name}": weight + 0.25 for name, weight in scope["Small"]().state_dict().items()}
     torch.save({"model": state, "step": 3}, tmp_path / "ckpt.pt")
     bundle, source = tmp_path / "bundle", ("--weights", tmp_path / "ckpt.pt")
-    chosen = (
-        "--tokenizer",
-        tmp_path / "characters.json",
-        "--eos",
-        "3",
-        "--eos",
-        "7,9",
-        "--precision",
-        "fp32",
-        "--json",
-    )
-    status, out, told = command(
-        "export", f"{tmp_path}/lesson.ipynb:model", *source, "--context", 12, *chosen, "--out", bundle
-    )
+    chosen = ("--tokenizer", tmp_path / "characters.json", "--eos", "3", "--eos", "7,9", "--precision", "fp32")
+    arguments = ("export", f"{tmp_path}/lesson.ipynb:model", *source, "--context", 12, *chosen, "--out", bundle)
+    status, out, told = command(*arguments, "--json")
     assert status == 0, told
     warnings = json.loads(out)["warnings"]
-    assert (
-        f"{tmp_path}/ckpt.pt is a pickle, read by torch.load(weights_only=True), which runs no code of it" in warnings
-    )
     assert any("under 'model', without '_orig_mod.' in their names" in warning for warning in warnings)
     assert open_bundle(bundle).manifest.eos_token_ids == (3, 7, 9)
     assert isinstance(load(bundle).generate("hello", max_new_tokens=2, temperature=0).text, str)
@@ -262,6 +222,7 @@ class FromTwo(Small):
 """
 
 
+@pytest.mark.slow
 def test_each_call_that_an_export_offers_works_as_it_is_typed(factory: Path, tmp_path: Path, command: Command) -> None:
     file, out = tmp_path / "from_two.py", tmp_path / "bundle"
     file.write_text(factory.read_text() + FROM_TWO)
@@ -280,34 +241,3 @@ def test_each_call_that_an_export_offers_works_as_it_is_typed(factory: Path, tmp
         assert (manifest.call, manifest.padding) == (call, True)
         status, _, told = command("verify", out, f"{file}:FromTwo")
         assert status == 0, told
-
-
-def test_an_unfinished_training_is_a_warning_and_stands_in_the_report(
-    checkpoint: Path, tmp_path: Path, command: Command
-) -> None:
-    unfinished = tmp_path / "checkpoint"
-    shutil.copytree(checkpoint, unfinished)
-    manifest = json.loads((unfinished / names.MANIFEST).read_text())
-    manifest["training"] = {"step": 0, "settings": {"steps": 200}}
-    (unfinished / names.MANIFEST).write_text(json.dumps(manifest))
-    status, out, told = command("export", unfinished, "--out", tmp_path / "bundle", "--precision", "fp32", "--json")
-    assert status == 0
-    sentence = f"the training of {unfinished} stopped at step 0 of 200: go on with  pastkey train --out {unfinished} "
-    assert f"warning: {sentence}" in told
-    assert [warning for warning in json.loads(out)["warnings"] if warning.startswith(sentence)]
-
-
-def test_another_chat_template_takes_the_place_of_the_sources(
-    checkpoint: Path, tmp_path: Path, command: Command
-) -> None:
-    template = tmp_path / "mine.jinja"
-    template.write_text("{{ messages[0].content }}")
-    arguments = ("export", checkpoint, "--out", tmp_path / "bundle", "--precision", "fp32")
-    status, _, told = command(*arguments, "--chat-template", template)
-    assert status == 0
-    config = json.loads((tmp_path / "bundle" / names.TOKENIZER_CONFIG).read_text())
-    assert config["chat_template"] == "{{ messages[0].content }}"
-    assert told.endswith(f"next:  pastkey chat {tmp_path / 'bundle'}\n")
-    status, _, told = command(*arguments, "--force", "--chat-template", tmp_path / "none.jinja")
-    assert status == 2
-    assert "none.jinja" in told

@@ -38,12 +38,14 @@ def greedy(graph: Path) -> list[int]:
     ("build", "settings", "operators"),
     [
         (llama, {"precision": "int8"}, "com.microsoft;1;GroupQueryAttention,MatMulNBits,"),
-        pytest.param(llama, {"precision": "int4"}, "MatMulNBits", marks=pytest.mark.matrix),
         pytest.param(llama, {"precision": "fp32", "graph": "standard"}, "Softmax", marks=pytest.mark.slow),
         pytest.param(llama, {"precision": "fp16"}, "GroupQueryAttention", marks=pytest.mark.matrix),
-        (lambda: Plain(size=10, context=CONTEXT), {"precision": "int8", "target": "portable"}, "MatMul"),
+        pytest.param(
+            *(lambda: Plain(size=10, context=CONTEXT), {"precision": "int8", "target": "portable"}, "MatMul"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["int8", "int4", "standard", "fp16", "portable"],
+    ids=["int8", "standard", "fp16", "portable"],
 )
 def test_the_file_alone_gives_the_bundles_tokens(
     build: Callable[[], nn.Module],
@@ -67,6 +69,7 @@ def test_the_file_alone_gives_the_bundles_tokens(
     assert greedy(alone)[: len(expected.ids)] == expected.ids
 
 
+@pytest.mark.slow
 def test_it_gives_the_logits_of_every_position_when_it_is_asked_to(tmp_path: Path) -> None:
     export(llama(), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, format="ort")
     bundle = open_bundle(tmp_path / "bundle")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,18 @@ from torch import Tensor, nn
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import (
-    ContractError,
-    ExistingFolderError,
     InputError,
-    NumericsError,
     ParityError,
 )
 from pastkey.export import bundle_writer, export, pipeline
 from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
-from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import Engine
 
 from ..shared import divided
-from .cases import CASES, MORE_CASES, Case
+from .cases import CASES, MORE_CASES
 from .conftest import Export
 from .decoders import NanoGpt, Plain, TableRope, llama
 from .plain_loop import run_batch, run_chunks
-from .stage_names import StageNames
 
 FUSED = [name for name, case in CASES.items() if case.graph == "fused"]
 SIZES, CONTEXTS = (8, 10, 16, 80), (2, 8, 11, 40)
@@ -57,7 +51,11 @@ def assert_plain_loop_equals_torch(exported: Any, context: int) -> None:
 
 
 # --- right ones ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if i % 2 else n for i, n in enumerate(CASES)])
+# Those that other tests have exported, too.
+QUICK = ("head_size_10_context_11", "three_axes", "one_block_twice", "multi_query_repeated_by_hand", "llama", "gpt2")
+
+
+@pytest.mark.parametrize("name", divided(CASES, quick=QUICK, ci=CASES))
 def test_the_exported_file_in_plain_onnxruntime_equals_torch(name: str, exported: Export) -> None:
     made = exported(name)
     case = CASES[name]
@@ -102,14 +100,7 @@ def test_every_context_and_head_size(size: int, context: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "side"),
-    [
-        ("llama", "right"),
-        ("multi_head_attention", "right"),
-        ("head_size_10_context_11", "right"),
-        ("head_size_10_context_11", "left"),
-        ("one_block_twice", "left"),
-    ],
+    ("name", "side"), [("llama", "right"), ("head_size_10_context_11", "left"), ("one_block_twice", "left")]
 )
 def test_padded_rows_in_plain_onnxruntime_equal_each_row_alone(name: str, side: str, exported: Export) -> None:
     """The standard graph takes padding at either end, the fused one at the right."""
@@ -174,15 +165,6 @@ def test_the_quality_figures_are_those_of_the_two_models(exported: Export) -> No
     assert found == pytest.approx(made.bundle.manifest.parity["int8"]["kl_divergence"], rel=0.01)
 
 
-def test_the_report_is_json(exported: Export) -> None:
-    made = exported("llama", "int8")
-    content = json.loads(json.dumps(made.report.to_json(), allow_nan=False))
-    assert content["bundle"] == str(made.bundle.path)
-    assert content["weight_bytes"] < content["fp32_weight_bytes"]
-    assert content["seconds"] > 0
-    assert (content["graph"], content["layers"], content["precision"]) == ("fused", 2, "int8")
-
-
 def test_the_manifest_says_what_the_graph_is(exported: Export) -> None:
     made = exported("head_size_10_context_11")
     manifest, graph = made.bundle.manifest, made.graph()
@@ -214,7 +196,6 @@ class Replaced:
     module: NanoGpt
     before: dict[str, Tensor]
     out: Path
-    stages: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -225,21 +206,14 @@ def replaced(tmp_path_factory: pytest.TempPathFactory) -> Replaced:
     (out / "old.txt").write_text("")
     module = NanoGpt(layers=1).train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    stages: list[str] = []
-    export(module, out, context_length=32, force=True, progress=StageNames(stages))
-    return Replaced(module, before, out, stages)
+    export(module, out, context_length=32, force=True)
+    return Replaced(module, before, out)
 
 
 def test_force_replaces_a_bundle_whatever_its_name(replaced: Replaced) -> None:
     assert open_bundle(replaced.out, verify=True).manifest.context_length == 32
     assert not (replaced.out / "old.txt").exists()
     assert list(replaced.out.parent.iterdir()) == [replaced.out]
-
-
-def test_stages_are_announced_in_order(replaced: Replaced) -> None:
-    assert [stage.split()[0] for stage in replaced.stages] == [
-        *("open", "observe", "trace", "write", "verify", "calibrate", "write", "verify"),
-    ]
 
 
 def test_the_module_is_left_as_it_was(replaced: Replaced) -> None:
@@ -328,14 +302,9 @@ def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"precision": "int5"}, "precision is 'int5'; it must be one of int8, int4, fp16, fp32"),
-        ({"target": "tpu"}, "target is 'tpu'; it must be one of cpu, cuda, openvino, webgpu, qnn, coreml, portable"),
-        ({"graph": "dynamic"}, "graph is 'dynamic'; it must be one of auto, fused, standard, static"),
-        ({"graph": "fused", "target": "portable"}, "use --graph standard, or auto: standard operators only"),
-        ({"graph": "fused", "target": "openvino"}, "with --target openvino use --graph standard, or auto: the fused"),
-        ({"context_length": None}, "Plain has no context length of its own: give it with context_length=N"),
-        ({"context_length": 1}, "the context length is 1; it must be a whole number of tokens from 2"),
-        ({"context_length": "8"}, "the context length is '8'; it must be a whole number of tokens from 2"),
+        ({"precision": "int5"}, "precision is 'int5'; it must be one of"),
+        ({"graph": "fused", "target": "openvino"}, "use --graph standard, or auto"),
+        ({"context_length": None}, "give it with context_length=N"),
     ],
 )
 def test_unknown_choices_are_refused_before_any_work(
@@ -345,30 +314,6 @@ def test_unknown_choices_are_refused_before_any_work(
     with pytest.raises(InputError) as caught:
         export(Plain(), tmp_path / "bundle", **({"context_length": 8} | settings))
     assert sentence in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_fused_is_refused_for_heads_it_cannot_take(tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match="the fused graph cannot take a head size of 10, not a multiple of 8"):
-        export(Plain(size=10), tmp_path / "bundle", graph="fused", context_length=8)
-
-
-def test_a_nan_weight_is_named_and_no_folder_is_left(tmp_path: Path) -> None:
-    module = Plain()
-    with torch.no_grad():
-        module.blocks[0]["o"].weight[0, 0] = float("nan")
-    with pytest.raises(NumericsError, match=r"the weight blocks\.0\.o\.weight of Plain holds NaN"):
-        export(module, tmp_path / "bundle", context_length=8)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: WeightsFile, *rest: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(file.path))
-
-    monkeypatch.setattr(WeightsFile, "take_weights", full)
-    with pytest.raises(OSError, match="No space left"):
-        export(Plain(heads=1), tmp_path / "bundle", precision="fp32", context_length=8)
     assert not list(tmp_path.iterdir())
 
 
@@ -385,21 +330,6 @@ def test_a_full_disk_while_replacing_keeps_the_old_bundle(tmp_path: Path, monkey
         export(Plain(heads=1), out, precision="fp32", context_length=8, force=True)
     assert list(tmp_path.iterdir()) == [out]
     assert (out / names.MANIFEST).read_text() == "{}"
-
-
-def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "open_source", None)
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "thesis.txt").write_text("mine")
-    for force, words in ((False, "already exists: choose another --out, or"), (True, "pastkey did not write it")):
-        with pytest.raises(ExistingFolderError, match=words):
-            export(Plain(), tmp_path / "bundle", context_length=8, force=force)
-    assert (tmp_path / "bundle" / "thesis.txt").read_text() == "mine"
-
-
-def test_the_table_of_cases_has_both_graphs() -> None:
-    graphs = [case.graph for case in CASES.values() if isinstance(case, Case)]
-    assert {"fused", "standard"} == set(graphs)
 
 
 def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(

@@ -8,7 +8,6 @@ from torch import nn
 
 from pastkey.errors import ResourceError
 from pastkey.export import resources
-from pastkey.precisions import PRECISIONS
 
 
 def test_a_weight_that_is_shared_counts_once() -> None:
@@ -43,8 +42,3 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypa
         else:
             with pytest.raises(ResourceError, match=r"100,000,000 weights takes about 2\.6 GB of memory"):
                 resources.require_memory(weights)
-
-
-def test_what_is_loaded_needs_less() -> None:
-    copies = {name: row.memory_copies for name, row in PRECISIONS.items()}
-    assert copies["int8"] < resources._COPIES_IN_MEMORY < copies["int4"]

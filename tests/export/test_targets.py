@@ -24,7 +24,7 @@ from .decoders import Plain, gpt2, llama
 from .graft.own.biases import DECODERS as BIASES
 
 
-@pytest.mark.parametrize("target", ["cuda", "openvino", "webgpu"])
+@pytest.mark.parametrize("target", divided(["cuda", "openvino", "webgpu"], quick=["cuda"], ci=["webgpu"]))
 def test_a_bundle_for_what_is_not_here_is_proved_on_the_processor_and_says_so(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +71,7 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
     assert open_bundle(tmp_path / "bundle").manifest.files.keys() >= {names.GOLDEN}
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, lambda: Plain(size=10)])
+@pytest.mark.parametrize("build", divided([llama, gpt2], ci=[llama, gpt2]))
 def test_a_portable_bundle_has_onnx_standard_operators_only(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     export(build(), tmp_path / "bundle", precision="fp32", target="portable", context_length=40)
     bundle = open_bundle(tmp_path / "bundle")
@@ -83,7 +83,7 @@ def test_a_portable_bundle_has_onnx_standard_operators_only(build: Callable[[], 
         onnx.checker.check_model(path)
 
 
-@pytest.mark.parametrize("precision", divided(list(PRECISIONS), quick=["fp32"], ci=["int8"]))
+@pytest.mark.parametrize("precision", divided(list(PRECISIONS), ci=["fp32", "int8"]))
 def test_a_soft_capped_decoder_for_webgpu_has_its_cap_in_operators_that_are_right_there(
     precision: str, tmp_path: Path
 ) -> None:

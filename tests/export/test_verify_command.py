@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -61,11 +60,6 @@ def test_altered_weights_with_a_matching_manifest_are_a_difference(
     assert "FAIL prefill" in told
 
 
-def test_another_source_is_a_difference(small: Path, factory: Path, command: Command) -> None:
-    status, printed, _ = command("verify", small, f"{factory}:other_weights", "--json")
-    assert (status, json.loads(printed)["ok"]) == (1, False)
-
-
 def test_a_source_of_another_shape_is_a_mistake(small: Path, factory: Path, checkpoint: Path, command: Command) -> None:
     fails(
         command("verify", small, f"{factory}:other_vocabulary"),
@@ -84,33 +78,6 @@ def test_a_hash_that_does_not_match_names_the_file(small: Path, tmp_path: Path, 
     content[100] ^= 1
     data.write_bytes(content)
     fails(command("verify", altered, "--json"), "model.onnx_data was altered: its sha256 is", "copy it again")
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda f: (f / "onnx/pastkey.onnx").unlink(), ("onnx/pastkey.onnx is missing",)),
-        (lambda f: (f / "onnx/model.onnx_data").write_bytes(b"short"), ("model.onnx_data has 5 bytes", "truncated")),
-        (lambda f: (f / names.MANIFEST).unlink(), ("is not a bundle: it has no pastkey.json",)),
-        (
-            lambda f: (f / names.MANIFEST).write_text(json.dumps({"kind": "bundle", "format_version": 3})),
-            ("bundle format version 3; this pastkey reads up to 2: upgrade pastkey",),
-        ),
-    ],
-    ids=["missing", "truncated", "no_manifest", "newer"],
-)
-def test_a_damaged_bundle_is_one_sentence(
-    damage: Any, words: tuple[str, ...], small: Path, tmp_path: Path, command: Command
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(small, copy)
-    damage(copy)
-    fails(command("verify", copy), *words)
-
-
-def test_no_such_bundle(tmp_path: Path, command: Command) -> None:
-    fails(command("verify", tmp_path / "none"), "no such bundle")
-    fails(command("verify", tmp_path), "is not a bundle")
 
 
 def test_a_key_is_asked_for_before_anything_else(small: Path, tmp_path: Path, command: Command) -> None:

@@ -71,18 +71,6 @@ def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(
     assert 0 < by_hessian < 0.8 * by_itself
 
 
-def test_matrices_of_different_bits_are_not_joined(exported: Export) -> None:
-    bundle = exported("llama").bundle
-    model = ir.load(bundle.all_logits_graph)
-    matrices = rounded(model, bundle.all_logits_graph.parent, WINDOWS[:2])
-    assert len(matrices) == 14
-    for name in ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.gate_proj.weight"):
-        del matrices[name]
-    quantize(model, rounded=matrices)
-    # v alone, then q and k; gate and up each alone. The head is the other one in 8 bits.
-    assert bits_of(model) == {8: 3, 4: 8}
-
-
 def test_a_switch_opens_the_very_4_bit_matrix(exported: Export, tmp_path: Path) -> None:
     bundle = exported("llama").bundle
     folder, weight = bundle.all_logits_graph.parent, "model.layers.1.mlp.down_proj.weight"
