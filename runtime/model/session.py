@@ -167,8 +167,8 @@ class Session:
         """Writes the text and its cache to a file, whole or not at all. `LanguageModel.load_session` reads it.
 
         Raises:
-            InputError: The session is closed or generates, or there is no such folder.
-            OSError: The disk is full, or the file cannot be written; the old file stays.
+            InputError: The session is closed or generates.
+            OSError: The file cannot be written. The old file stays.
         """
         from .session_file import write_session
 
