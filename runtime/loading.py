@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import os
-import shutil
-import weakref
-import zipfile
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -22,7 +17,7 @@ from .decoding.batching.scheduler import MAX_ROWS
 from .model.draft_model import DraftModel
 from .model.language_model import LanguageModel
 from .model.signature import require_signature
-from .model.unpack import Given, given_as, remove, tell_as_given, unpacked
+from .model.unpack import given_as, tell_as_given, unpacked
 from .settings import Choice, PlacementOptions, SessionSettings, require_valid
 
 if TYPE_CHECKING:
@@ -177,7 +172,7 @@ def load(
             },
         )
     given = given_as(path)
-    folder, temporary = _folder_of(given)
+    folder, temporary = unpacked(given)
     drafts = None
     try:
         if key is not None:
@@ -188,25 +183,22 @@ def load(
             drafts = DraftModel(draft, opened=False)
         elif draft is not None:
             drafts = DraftModel(load(draft, verify=verify, key=key, **placement), opened=True)
-        model = LanguageModel(
+        return LanguageModel(
             bundle,
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,
             draft=drafts,
-            temporary=None if temporary is None else weakref.finalize(temporary, remove, folder, os.getpid()),
+            temporary=temporary,
             **placement,
         )
     except BaseException as error:
         if drafts is not None:
             drafts.close()
         if temporary is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            temporary.remove()
             tell_as_given(error, folder, given.name)
         raise
-    if temporary is not None:
-        model.holds = temporary
-    return model
 
 
 @overload
@@ -236,20 +228,6 @@ async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> Lang
     that is cancelled does not stop the load, whose model is let go.
     """
     return await asyncio.to_thread(lambda: load(path, **settings))
-
-
-class _Temporary:
-    """What a temporary folder lives as long as."""
-
-
-def _folder_of(given: Given) -> tuple[Path, _Temporary | None]:
-    """The bundle's folder, and what a temporary one is tied to. Raises InputError, IntegrityError, MissingFileError."""
-    if given.content is not None:
-        return unpacked(io.BytesIO(given.content), given.name), _Temporary()
-    if given.path.is_file() and zipfile.is_zipfile(given.path):
-        with given.path.open("rb") as file:
-            return unpacked(file, given.name), _Temporary()
-    return given.path, None if given.copied is None else _Temporary()
 
 
 def _require_untrusted(trust: bool, providers: Choice | Sequence[Choice] | None, draft: object) -> None:

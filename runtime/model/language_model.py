@@ -34,6 +34,7 @@ from .opening import open_prompt
 from .parts import ModelParts, prompt_ids
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
+from .unpack import TemporaryFolder
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, ThreadPoolExecutor
@@ -74,10 +75,10 @@ class LanguageModel:
         prefix_bytes: int = PREFIX_BYTES,
         max_batch: int = MAX_ROWS,
         draft: DraftModel | None = None,
-        temporary: Callable[[], object] | None = None,
+        temporary: TemporaryFolder | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
-        """See `load`. `temporary` removes the bundle's folder, which is unpacked for this model alone."""
+        """See `load`. `temporary`: the folder that the bundle was unpacked to for this model alone."""
         # Read again later, wherever the process has gone by then.
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
@@ -86,7 +87,6 @@ class LanguageModel:
         limits = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
         self._settings = {**limits, "draft": draft, **placement}
         self._temporary = temporary
-        self.holds: object = None  # what lives as long as the model
         engine = Engine(bundle, **placement)
         require_golden(engine, bundle)
         graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
@@ -136,7 +136,7 @@ class LanguageModel:
             if self._executor is not None:
                 self._executor.shutdown(wait=False)
             if self._temporary is not None:
-                self._temporary()
+                self._temporary.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process loads the bundle again, by its path."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import tempfile
+import weakref
 import zipfile
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -24,60 +25,77 @@ from pastkey.values import as_path, shown
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
 
 
+class TemporaryFolder:
+    """A temporary folder, which is removed with this object or by `remove`.
+
+    Only the process that made it removes it: a fork may still read there.
+
+    Attributes:
+        path: Its path.
+        remove: Removes it, once.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="pastkey-"))
+        self.remove = weakref.finalize(self, _remove, self.path, os.getpid())
+
+
+def _remove(folder: Path, made_by: int) -> None:
+    if os.getpid() == made_by:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Given:
-    """What `load` was given: a path, or the content of a zip file."""
+    """The argument of `load`, on disk."""
 
-    path: Path
+    path: Path  # a bundle folder, or a zip file of one
     name: str  # what messages call it
-    content: bytes | memoryview | None = None
-    copied: Path | None = None  # a temporary folder, which is the path
+    temporary: TemporaryFolder | None = None  # that the path is in
 
 
 def given_as(path: Any) -> Given:
-    """What this is: a path, bytes, or a resource of a package, whose folder is copied. Nothing of it is read otherwise.
+    """Writes bytes and resources of a package to a temporary folder, unread. A path stays as it is.
 
     Raises InputError, MissingFileError.
     """
     if isinstance(path, bytes | bytearray | memoryview):
-        return Given(Path("the bytes"), "the bytes", memoryview(path).cast("B"))
+        temporary = TemporaryFolder()
+        target = temporary.path / "bundle.zip"
+        target.write_bytes(path)
+        return Given(target, "the bytes", temporary)
     if isinstance(path, Traversable) and not isinstance(path, os.PathLike):
-        if path.is_file():
-            return Given(Path(path.name), path.name, path.read_bytes())
-        if not path.is_dir():
+        if not path.is_file() and not path.is_dir():
             raise MissingFileError(f"no such bundle: {path.name} is not in its package")
-        folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
-        _copy(path, folder)
-        return Given(folder, path.name, copied=folder)
+        temporary = TemporaryFolder()
+        target = temporary.path / "bundle"
+        _copy(path, target)
+        return Given(target, path.name, temporary)
     found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
     return Given(found, str(found))
 
 
 def _copy(source: Traversable, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for part in source.iterdir():
-        if part.is_dir():
+    if source.is_dir():
+        target.mkdir()
+        for part in source.iterdir():
             _copy(part, target / part.name)
-        else:
-            with part.open("rb") as read, (target / part.name).open("wb") as written:
-                shutil.copyfileobj(read, written)
+    else:
+        with source.open("rb") as read, target.open("wb") as written:
+            shutil.copyfileobj(read, written)
 
 
-def unpacked(file: IO[bytes], name: str) -> Path:
-    """A temporary folder with what stands beside the manifest in a zip file. See `unpack`."""
-    folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
-    try:
-        unpack(file, name, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
-
-
-def remove(folder: Path, made_by: int) -> None:
-    """Removes a temporary folder in the process of this number, which made it: its forks read on there."""
-    if os.getpid() == made_by:
-        shutil.rmtree(folder, ignore_errors=True)
+def unpacked(given: Given) -> tuple[Path, TemporaryFolder | None]:
+    """The bundle's folder, and the temporary folder that it is in, if any. Raises as `unpack`."""
+    if not given.path.is_file() or (given.temporary is None and not zipfile.is_zipfile(given.path)):
+        return given.path, given.temporary
+    temporary = given.temporary or TemporaryFolder()
+    folder = temporary.path / "unpacked"
+    with given.path.open("rb") as file:
+        unpack(file, given.name, folder)
+    if given.temporary is not None:
+        given.path.unlink()
+    return folder, temporary
 
 
 def tell_as_given(error: BaseException, folder: Path, name: str) -> None:

@@ -22,7 +22,7 @@ from pastkey.runtime.engine.embedding import EmbeddingRows
 from pastkey.runtime.engine.golden import Golden
 from pastkey.runtime.model.generation_config import sampling_defaults
 from pastkey.runtime.model.session_file import read_session, write_session
-from pastkey.runtime.model.unpack import unpacked
+from pastkey.runtime.model.unpack import unpack
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.runtime.text.codec import TextCodec
 
@@ -131,8 +131,9 @@ def _zip_valid() -> bytes:
 
 
 def _zip(content: bytes) -> object:
-    folder = unpacked(io.BytesIO(content), "x.zip")
+    folder = workplace() / "unpacked"
     shutil.rmtree(folder, ignore_errors=True)
+    unpack(io.BytesIO(content), "x.zip", folder)
     return folder
 
 
