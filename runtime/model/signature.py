@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.contract.names import MANIFEST, SIGNATURE
-from pastkey.errors import InputError, IntegrityError, MissingFileError, missing_extra
+from pastkey.errors import InputError, IntegrityError, MissingFileError, first_line, missing_extra
 from pastkey.files.durable import write_whole
 from pastkey.files.folder import require_manifest
-from pastkey.files.reading import MOST_JSON, read_bytes, reading
+from pastkey.files.reading import MOST_JSON, read_bytes
 from pastkey.values import as_path
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_KEY = 10_000  # bytes of a PEM file; one of ed25519 has 119
 _BYTES = 64  # of a signature
-_LABEL = re.compile(rb"^-----BEGIN ([A-Z0-9 ]{1,40})-----", re.MULTILINE)
+Key = TypeVar("Key")
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
@@ -42,8 +41,8 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
 
     Raises:
         MissingFileError: There is no such bundle or file.
-        IntegrityError: The bundle is not whole, or the key's file is damaged.
-        InputError: The file holds another kind of key.
+        IntegrityError: The bundle is not whole.
+        InputError: The file does not hold such a key.
         MissingExtraError: cryptography is not installed.
     """
     private = _private_key(as_path(key, "key", "the path of a PEM file"))
@@ -63,8 +62,8 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
 
     Raises:
         MissingFileError: There is no such bundle or file, or no signature.
-        IntegrityError: The signature is not one of this manifest by this key, or the key's file is damaged.
-        InputError: The file holds another kind of key.
+        IntegrityError: The signature is not one of this manifest by this key.
+        InputError: The file does not hold such a key.
         MissingExtraError: cryptography is not installed.
     """
     public = _public_key(as_path(key, "key", "the path of a PEM file"))
@@ -111,64 +110,39 @@ def new_key(path: str | Path) -> Path:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
-    told = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
-    write_whole(public, told)
-    try:
-        write_whole(private, secret, mode=0o600)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            public.unlink()
-        raise
+    write_whole(private, secret, mode=0o600)
+    write_whole(public, key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
     return public
 
 
 def _private_key(path: Path) -> Ed25519PrivateKey:
-    content = _pem(path, "PRIVATE KEY", "private")
     with _cryptography():
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    with reading(path, "a private key"):
-        key = load_pem_private_key(content, password=None)
-    if not isinstance(key, Ed25519PrivateKey):
-        raise _another_algorithm(key, path)
-    return key
+    return _loaded(path, Ed25519PrivateKey, lambda content: load_pem_private_key(content, password=None))
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
-    content = _pem(path, "PUBLIC KEY", "public")
     with _cryptography():
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    with reading(path, "a public key"):
-        key = load_pem_public_key(content)
-    if not isinstance(key, Ed25519PublicKey):
-        raise _another_algorithm(key, path)
-    return key
+    return _loaded(path, Ed25519PublicKey, load_pem_public_key)
 
 
-def _pem(path: Path, expected: str, kind: str) -> bytes:
-    """The content of a PEM file, by its first label. Raises InputError for another one than is expected."""
+def _loaded(path: Path, kind: type[Key], parse: Callable[[bytes], object]) -> Key:
+    """Reads a PEM file. Raises InputError unless it holds a key of this kind, without a password."""
     content = read_bytes(path, _MOST_KEY)
-    label = _LABEL.search(content)
-    found = label[1].decode("ascii") if label else None
-    if found == "ENCRYPTED PRIVATE KEY":
+    try:
+        found = parse(content)
+        reason = f"it holds a {type(found).__name__.strip('_')}"
+    except Exception as error:  # cryptography raises ValueError, TypeError and errors of its own
+        found, reason = None, first_line(error)
+    if not isinstance(found, kind):
         raise InputError(
-            f"{path} is encrypted, and no password is asked for: decrypt it with  openssl pkey -in {path} -out FILE  "
-            "and name that file"
+            f"{path} cannot be read as an {kind.__name__} without a password ({reason}): pastkey sign --new-key FILE "
+            "writes a pair of keys"
         )
-    if found != expected:
-        raise InputError(
-            f"{path} holds {f'a PEM block {found!r}' if found else 'no PEM block'}; a {kind} ed25519 key, "
-            f"{expected!r}, was expected: pastkey sign --new-key FILE writes a pair"
-        )
-    return content
-
-
-def _another_algorithm(key: object, path: Path) -> InputError:
-    return InputError(
-        f"{path} holds a key of another algorithm ({type(key).__name__.strip('_')}); one of ed25519 was expected: "
-        "pastkey sign --new-key FILE writes a pair"
-    )
+    return found
 
 
 @contextlib.contextmanager
