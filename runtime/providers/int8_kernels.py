@@ -8,7 +8,6 @@ the table has one for 8-bit weights. Without one, MatMulNBits unpacks all of its
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,13 @@ from .placement import CPU
 
 _CPUINFO = Path("/proc/cpuinfo")  # Linux and Android
 _FLAG_LINES = ("flags", "Features")  # on x86, and on ARM
-# What macOS calls what Linux calls otherwise.
-_APPLE = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm"}
 
 
 @dataclass(frozen=True)
 class Int8Kernels:
     """What runs the MatMuls of an int8 bundle on a CPU."""
 
-    name: str  # "avx512_vnni", "avx_vnni", "avx512", "avx2", "neon_i8mm", "neon_dot", "none" or "unknown"
+    name: str  # "avx512_vnni", "avx_vnni", "avx512", "avx2", "neon", "none" or "unknown"
     fast: bool | None  # whether they have instructions for int8 dot products; None where that is unknown
     note: str  # the same for people, with the cost
 
@@ -50,8 +47,7 @@ _KNOWN = {
             "AVX2 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, longer "
             "than in float32",
         ),
-        Int8Kernels("neon_i8mm", True, "NEON kernels with i8mm; their speed is not measured"),
-        Int8Kernels("neon_dot", True, "NEON kernels with dot products; their speed is not measured"),
+        Int8Kernels("neon", True, "NEON kernels with dot products; their speed is not measured"),
         Int8Kernels(
             "none",
             False,
@@ -93,23 +89,18 @@ def _choose(machine: str, flags: frozenset[str]) -> str:
                 found = "avx512_vnni" if "avx512_vnni" in flags else "avx512"
         return found
     if machine in ("aarch64", "arm64"):
-        if "i8mm" in flags:
-            return "neon_i8mm"
-        return "neon_dot" if "asimddp" in flags else "none"
+        return "neon" if "asimddp" in flags else "none"
     return "unknown"
 
 
 def processor_flags() -> frozenset[str] | None:
     """What this CPU has, as Linux names it; None where that cannot be known."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return frozenset({"asimddp"})  # every Mac with an Apple CPU has them
     try:
-        if _CPUINFO.is_file():
-            return read_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
-        if platform.system() == "Darwin" and platform.machine() == "arm64":
-            asked = ["/usr/sbin/sysctl", "hw.optional.arm"]
-            return read_sysctl(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout)
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return None
+        return read_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
 
 
 def read_cpuinfo(text: str) -> frozenset[str] | None:
@@ -119,10 +110,3 @@ def read_cpuinfo(text: str) -> frozenset[str] | None:
         if name.strip() in _FLAG_LINES:
             return frozenset(value.split())
     return None
-
-
-def read_sysctl(text: str) -> frozenset[str]:
-    """The flags in what `sysctl hw.optional.arm` prints, lines such as "hw.optional.arm.FEAT_I8MM: 1"."""
-    pairs = (line.rpartition(":") for line in text.splitlines())
-    has = {name.strip().rpartition(".")[2] for name, _, value in pairs if value.strip() == "1"}
-    return frozenset(flag for name, flag in _APPLE.items() if name in has)
