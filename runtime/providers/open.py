@@ -68,7 +68,7 @@ def open_session(
             f"type  {upgrade_command()}  and try again"
         )
     given = dict(session_options or {})
-    require_free(given, profiled=profile_prefix is not None)
+    require_free(given)
     if manifest.compiled is not None:
         providers = ep.for_compiled(providers, manifest.compiled)
     wanted = ep.resolve(
@@ -215,13 +215,7 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
-    for i, layer in enumerate(manifest.layers):
-        for kind, past, present in (
-            (layer.key_head_size, names.past_key(i), names.present_key(i)),
-            (layer.value_head_size, names.past_value(i), names.present_value(i)),
-        ):
-            expected[past] = [names.BATCH, layer.kv_heads, names.PAST, kind]
-            expected[present] = [names.BATCH, layer.kv_heads, names.TOTAL, kind]
+    expected |= _expected_cache(manifest, names.BATCH, names.PAST, names.TOTAL)
     for i, state in enumerate(manifest.states):
         expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
         expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
@@ -251,14 +245,19 @@ def _expected_static(session: Any, manifest: Manifest, path: Path) -> Shapes:
     given = {value.name: list(value.shape) for value in session.get_inputs()}
     expected = {name: shape for name, shape in inputs.items() if name in given}
     expected |= {name: shape for name, shape in given.items() if name in tables}
-    for i, layer in enumerate(manifest.layers):
-        for size, past_name, new in (
-            (layer.key_head_size, names.past_key(i), names.present_key(i)),
-            (layer.value_head_size, names.past_value(i), names.present_value(i)),
-        ):
-            expected[past_name] = [1, layer.kv_heads, past, size]
-            expected[new] = [1, layer.kv_heads, tokens, size]
+    expected |= _expected_cache(manifest, 1, past, tokens)
     expected[names.LOGITS] = [1, tokens, manifest.vocab_size]
+    return expected
+
+
+def _expected_cache(manifest: Manifest, batch: int | str, past: int | str, present: int | str) -> Shapes:
+    """The shapes of keys and values. `past`, `present`: the numbers of tokens in inputs and outputs."""
+    expected: Shapes = {}
+    for i, layer in enumerate(manifest.layers):
+        expected[names.past_key(i)] = [batch, layer.kv_heads, past, layer.key_head_size]
+        expected[names.present_key(i)] = [batch, layer.kv_heads, present, layer.key_head_size]
+        expected[names.past_value(i)] = [batch, layer.kv_heads, past, layer.value_head_size]
+        expected[names.present_value(i)] = [batch, layer.kv_heads, present, layer.value_head_size]
     return expected
 
 

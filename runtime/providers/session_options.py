@@ -25,16 +25,14 @@ _OURS = {
     "intra_op_num_threads": "give threads=N, or --threads N",
     "session.model_external_initializers_file_folder_path": "weights stand beside their graph",
 }
-_PROFILE = dict.fromkeys(("enable_profiling", "profile_file_prefix"), "the run is profiled already")
 _TEXTS = {"1": True, "true": True, "0": False, "false": False}
 
 
-def require_free(given: Mapping[str, Any], *, profiled: bool = False) -> None:
-    """Raises InputError for a session option that pastkey sets itself; `profiled`: for a session that is profiled."""
-    ours = _OURS | _PROFILE if profiled else _OURS
+def require_free(given: Mapping[str, Any]) -> None:
+    """Raises InputError for a session option that pastkey sets itself."""
     for name in given:
-        if name in ours:
-            raise InputError(f"the session option {name} is set by pastkey: leave it out; {ours[name]}")
+        if name in _OURS:
+            raise InputError(f"the session option {name} is set by pastkey: leave it out; {_OURS[name]}")
 
 
 def set_options(options: Any, given: Mapping[str, Any]) -> None:

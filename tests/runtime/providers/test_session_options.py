@@ -12,7 +12,6 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
-from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers.session_options import RECORD, WHOLE, set_options
 
 GIVEN: dict[str, Any] = {
@@ -75,8 +74,3 @@ def test_a_path_is_a_text(tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     set_options(options, {"optimized_model_filepath": tmp_path / "optimized.onnx"})
     assert options.optimized_model_filepath == str(tmp_path / "optimized.onnx")
-
-
-def test_an_inspection_profiles_by_itself(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match="enable_profiling is set by pastkey: leave it out; the run is profiled"):
-        inspect(bundle.path, session_options={"enable_profiling": True})
