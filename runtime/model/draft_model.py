@@ -42,13 +42,13 @@ class DraftModel:
         worth: What its drafts bring.
     """
 
-    def __init__(self, model: Model, *, opened: bool) -> None:
+    def __init__(self, model: Model, opened: bool) -> None:
         self.model, self.opened = model, opened
         self._stores: list[PrefixStore] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process loads it again, by its path."""
-        return _again, (self.model, self.opened)
+        return DraftModel, (self.model, self.opened)
 
     def attach(self, graph: DecoderGraph, prefix_bytes: int) -> list[PrefixStore]:
         """Makes it the draft model of a model over `graph`.
@@ -145,7 +145,3 @@ def _difference(mine: Mapping[str, int], its: Mapping[str, int]) -> str | None:
             return f"the model's token {mine[token]}, {token!r}, {found}"
     more = len(its) - len(mine)
     return f"it has {more} tokens that the model does not have" if more else None
-
-
-def _again(model: Model, opened: bool) -> DraftModel:
-    return DraftModel(model, opened=opened)

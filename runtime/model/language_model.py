@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
@@ -19,7 +20,6 @@ from ..constraints.lazy import LazyVocabulary
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
-from ..decoding.batching.shared_prefill import SharedPrefills
 from ..decoding.completion import Completion, completed
 from ..decoding.many import StreamMany, several
 from ..decoding.stream import Stream
@@ -31,7 +31,7 @@ from .draft_model import DraftModel
 from .embed import embed
 from .generation_config import sampling_defaults
 from .opening import open_prompt
-from .parts import ModelParts, prompt_ids
+from .parts import ModelParts
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
 from .unpack import TemporaryFolder
@@ -148,10 +148,6 @@ class LanguageModel:
         """An engine over the graph, for what it says of itself. Raises InputError where the model is closed."""
         return self.parts.require_open()
 
-    def new_engine(self) -> Engine:
-        """One with an empty cache over the model's graph."""
-        return Engine.over(self.require_open().graph)
-
     def session(self) -> Session:
         """Begins a session, a text with its own KV cache. Each appended or generated token is computed once.
 
@@ -169,7 +165,7 @@ class LanguageModel:
         """
         from .session_file import read_session
 
-        engine = self.new_engine()
+        engine = self.parts.new_engine()
         ids = read_session(as_path(path), self.bundle, engine)
         self.memory.promise(engine, len(ids))
         return Session(self.parts, ids, engine)
@@ -225,8 +221,8 @@ class LanguageModel:
         given = options_of("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
             prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
-            return completed(StreamMany(self._stream, prompts, given, self.max_batch, n, progress))
-        return completed(self._stream(prompt, given))  # type: ignore[arg-type]
+            return completed(StreamMany(partial(open_prompt, self.parts), prompts, given, self.max_batch, n, progress))
+        return completed(open_prompt(self.parts, prompt, given))  # type: ignore[arg-type]
 
     def stream_many(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
@@ -247,7 +243,7 @@ class LanguageModel:
             OptionError: There is no option of that name.
         """
         given = options_of("stream_many", options, GENERATE_OPTIONS)
-        return StreamMany(self._stream, prompts, given, self.max_batch, n)
+        return StreamMany(partial(open_prompt, self.parts), prompts, given, self.max_batch, n)
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""
@@ -285,7 +281,7 @@ class LanguageModel:
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
-        return self._stream(prompt, options_of("stream", options, GENERATE_OPTIONS))
+        return open_prompt(self.parts, prompt, options_of("stream", options, GENERATE_OPTIONS))
 
     def chat(
         self,
@@ -406,18 +402,12 @@ class LanguageModel:
         Raises:
             InputError: It is neither, or a batch, a text without tokens, or a text for a bundle without tokenizer.
         """
-        return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
-
-    def _stream(
-        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
-    ) -> Stream:
-        """Checks everything, and gives the stream."""
-        return open_prompt(self.parts, prompt, options, shared)
+        return self.parts.prompt_ids(prompt)
 
     def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
         from ..decoding.asynchronous import AsyncStream
 
-        return AsyncStream(self._stream(prompt, options), self.executor)
+        return AsyncStream(open_prompt(self.parts, prompt, options), self.executor)
 
 
 def _load_again(path: Path, settings: dict[str, Any]) -> LanguageModel:

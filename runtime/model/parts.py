@@ -63,14 +63,9 @@ class ModelParts:
         return Engine.over(self.require_open().graph)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """See `prompt_ids`."""
-        return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
-
-
-def prompt_ids(prompt: str | Sequence[int], tokenizer: TextCodec | None, vocab_size: int) -> list[int]:
-    """The ids that a prompt is fed as. Raises InputError; see `LanguageModel.prompt_ids`."""
-    if not isinstance(prompt, str):
-        return token_ids(prompt, vocab_size)
-    if tokenizer is None:
-        raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
-    return tokenizer.encode(prompt)
+        """See `LanguageModel.prompt_ids`."""
+        if not isinstance(prompt, str):
+            return token_ids(prompt, self.manifest.vocab_size)
+        if self.tokenizer is None:
+            raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
+        return self.tokenizer.encode(prompt)

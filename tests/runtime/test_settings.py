@@ -121,7 +121,7 @@ class World:
         return self.lm.bundle.path
 
     def engine(self) -> Engine:
-        engine = self.lm.new_engine()
+        engine = self.lm.parts.new_engine()
         engine.prefill([1, 2, 3])
         return engine
 

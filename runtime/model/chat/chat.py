@@ -75,7 +75,11 @@ class Chat:
                 raise InputError("system is given, and messages begin with another system text: leave one of them out")
             system = text_of(said.pop(0)["content"])
         self.system = system
-        self.tools = None if tools is None else _schemas(tools)
+        self.tools: list[dict[str, Any]] | None = None
+        if tools is not None:
+            from ...text.tools import tool_schemas  # only tools need what it imports
+
+            self.tools = tool_schemas(tools)
         self.documents = None if documents is None else [dict(document) for document in documents]
         self._variables = dict(template_variables or {})
         for name in _OURS:
@@ -385,12 +389,6 @@ class Chat:
         for name in self._variables:
             if name not in self.format.variables:
                 _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
-
-
-def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    from ...text.tools import tool_schemas  # inspect and more, for whom it concerns
-
-    return tool_schemas(tools)
 
 
 def _warn(sentence: str, stacklevel: int) -> None:
