@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.errors import InputError, ResourceError
+from pastkey.errors import InputError
 
 from ..decoding.many import several
 from ..engine.caches.kv import GROWTH_STEP
@@ -32,7 +32,8 @@ def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt
     texts = [_checked(parts, engine, one, number) for number, one in given]
     pooled: dict[int, npt.NDArray[np.float64]] = {}
     try:
-        for places in _runs(parts, engine, [ids.size for ids in texts]):
+        for places in _groups([ids.size for ids in texts], engine):
+            parts.memory.promise(engine, _room(max(texts[place].size for place in places), engine), len(places))
             pooled |= zip(places, _pooled(parts, engine, [texts[place] for place in places], pooling), strict=True)
     finally:
         parts.memory.release(engine)
@@ -51,20 +52,6 @@ def _checked(parts: ModelParts, engine: Engine, text: Any, number: int | None) -
         return engine.checked(ids, 1)
     except InputError as error:
         raise InputError(f"text {number} of the list: {error}" if number is not None else str(error)) from None
-
-
-def _runs(parts: ModelParts, engine: Engine, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The places of the texts that are run together, for which there is memory."""
-    for places in _groups(lengths, engine):
-        try:
-            parts.memory.promise(engine, _room(max(lengths[place] for place in places), engine), len(places))
-            yield places
-        except ResourceError:
-            if len(places) == 1:
-                raise
-            for place in places:
-                parts.memory.promise(engine, _room(lengths[place], engine))
-                yield [place]
 
 
 def _groups(lengths: Sequence[int], engine: Engine) -> Iterator[list[int]]:
