@@ -144,13 +144,11 @@ def load(
         "session_options": session_options,
     }
     require(trust is not None, "trust", trust, "True or False")
-    require_valid({**placement, "verify": verify, "trust": trust})
-    require_valid({"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch})
+    sizes = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
+    require_valid({**placement, **sizes, "verify": verify, "trust": trust})
     if trust is not True or limits is not None:
         _require_untrusted(trust, providers, draft)
     prefix_bytes, max_batch = or_default(prefix_bytes, PREFIX_BYTES), or_default(max_batch, MAX_ROWS)
-    if key is not None:
-        as_path(key, "key", "the path of a PEM file with a public key")
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     if not trust:
@@ -163,7 +161,7 @@ def load(
             {
                 "threads": None if threads is None else int(threads),  # numpy's numbers are no JSON
                 "verify": verify,
-                "key": None if key is None else str(Path(key).absolute()),
+                "key": None if key is None else str(as_path(key, "key", "the path of a PEM file").absolute()),
                 "allow_fallback": placement["allow_fallback"],
                 "session_options": None if session_options is None else dict(session_options),
                 "max_memory": None if max_memory is None else int(max_memory),

@@ -75,8 +75,6 @@ def resolve(
             known = PROVIDERS.get(short_name(name)) if name else None
             what = f"the execution provider {shown(asked)} " + ("is not on this machine" if known else "is unknown")
             remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(PROVIDERS)}"
-            if known and len(wheels()) > 1 and set(_packages(known)) & set(wheels()):
-                remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
         row = row_of(name)
         if graph == "fused" and graph not in row.graphs:
@@ -137,18 +135,11 @@ def overlapping() -> str:
 
 
 def what_brings(known: Provider) -> str:
-    """The command that brings a provider, after that for the wheels that its wheel would lie over."""
-    # A plugin is no onnxruntime of its own.
-    wanted = {package for package in _packages(known) if package != known.plugin.replace("_", "-")}
-    others = [wheel for wheel in wheels() if wheel not in wanted] if wanted else []
-    if others and len(others) < len(wheels()):  # the files of the wanted one, too, lie under the others'
-        others = wheels()
-    return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
-
-
-def _packages(known: Provider) -> list[str]:
-    """The wheels that the command for a provider names."""
-    return re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
+    """The command that installs a provider. It first removes the wheels whose files its wheel would overwrite."""
+    named = re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
+    wanted = {package for package in named if package != known.plugin.replace("_", "-")}  # a plugin overwrites none
+    others = bool(wanted) and not wanted.issuperset(wheels())
+    return f"pip uninstall {' '.join(wheels())}  and then  {known.source}" if others else known.source
 
 
 def provider_of(target: str) -> str:
