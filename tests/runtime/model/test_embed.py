@@ -160,7 +160,7 @@ def test_a_limit_holds_for_the_texts_that_are_run_together(embedding_bundle: Bun
     with load(embedding_bundle.path, threads=1, max_memory=room) as limited:
         np.testing.assert_allclose(limited.embed(texts), expected, atol=1e-6)
         np.testing.assert_allclose(limited.embed(texts), expected, atol=1e-6)  # nothing stays promised
-    with load(embedding_bundle.path, threads=1, max_memory=room - 1) as limited, pytest.raises(ResourceError):
+    with load(embedding_bundle.path, threads=1, max_memory=room // 3 - 1) as limited, pytest.raises(ResourceError):
         limited.embed(texts)
 
 
