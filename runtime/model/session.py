@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self, Unpack
+from typing import Any, Self, Unpack
 
 from pastkey.errors import InputError
 from pastkey.values import as_path, is_int, or_default, shown
@@ -198,13 +198,6 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def __reduce__(self) -> NoReturn:
-        """Raises InputError: a copy would write into the same cache, and another process lacks it."""
-        raise InputError(
-            "a session can be neither copied nor pickled: take session.fork(), or session.save() and load_session() "
-            "in the other process"
-        )
 
     def _encode(self, text: str | Sequence[int]) -> list[int]:
         if isinstance(text, str) and self._ids and self._parts.tokenizer is not None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.contract.names import MANIFEST, SIGNATURE
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _MOST_KEY = 10_000  # bytes of a PEM file; one of ed25519 has 119
 _BYTES = 64  # of a signature
-Key = TypeVar("Key")
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
@@ -119,17 +118,19 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     with _cryptography():
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    return _loaded(path, Ed25519PrivateKey, lambda content: load_pem_private_key(content, password=None))
+    key: Ed25519PrivateKey = _loaded(path, Ed25519PrivateKey, lambda pem: load_pem_private_key(pem, password=None))
+    return key
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
     with _cryptography():
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    return _loaded(path, Ed25519PublicKey, load_pem_public_key)
+    key: Ed25519PublicKey = _loaded(path, Ed25519PublicKey, load_pem_public_key)
+    return key
 
 
-def _loaded(path: Path, kind: type[Key], parse: Callable[[bytes], object]) -> Key:
+def _loaded(path: Path, kind: Any, parse: Callable[[bytes], Any]) -> Any:
     """Reads a PEM file. Raises InputError unless it holds a key of this kind, without a password."""
     content = read_bytes(path, _MOST_KEY)
     try:
