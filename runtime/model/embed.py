@@ -1,4 +1,4 @@
-"""Embeddings of texts: the last hidden states of their tokens, pooled."""
+"""Embeddings of texts: the pooled last hidden states of their tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..engine.engine import Engine
 from ..settings import require_valid
 from .parts import ModelParts
 
-_ROOM = 8 * GROWTH_STEP  # tokens that the cache of several rows has room for, at most
+_ROOM = 8 * GROWTH_STEP  # the largest capacity in tokens of a cache of several sequences
 
 
 def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt.NDArray[np.float32]:
@@ -44,7 +44,7 @@ def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt
 
 
 def _checked(parts: ModelParts, engine: Engine, text: Any, number: int | None) -> Ids:
-    """The ids (T,) of one text. Raises InputError, which says the place of one among several."""
+    """The ids (T,) of one text. `number`: its place in a list, for the InputError."""
     try:
         ids = parts.prompt_ids(text)
         if not ids:
@@ -55,7 +55,7 @@ def _checked(parts: ModelParts, engine: Engine, text: Any, number: int | None) -
 
 
 def _groups(lengths: Sequence[int], engine: Engine) -> Iterator[list[int]]:
-    """The places of texts of like length, the shortest first. Several have no more tokens than a chunk of a prefill."""
+    """Groups the places of texts by length, the shortest first. Several fit in a chunk of a prefill."""
     group: list[int] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
         length, count = lengths[place], len(group) + 1
@@ -68,12 +68,12 @@ def _groups(lengths: Sequence[int], engine: Engine) -> Iterator[list[int]]:
 
 
 def _room(length: int, engine: Engine) -> int:
-    """Tokens that the cache of a row has room for."""
+    """The capacity in tokens of a sequence's cache."""
     return min(-(-length // GROWTH_STEP) * GROWTH_STEP, engine.manifest.context_length)
 
 
 def _pooled(parts: ModelParts, engine: Engine, texts: list[Ids], pooling: str) -> list[npt.NDArray[np.float64]]:
-    """Of each text (T,) a vector (H,), or with "none" one for each token, (T, H)."""
+    """Returns a vector (H,) for each text (T,); with "none" one for each token, (T, H)."""
     longest = max(ids.size for ids in texts)
     rows = np.zeros((len(texts), longest), np.int64)
     mask = np.zeros_like(rows)
@@ -98,7 +98,7 @@ def _pooled(parts: ModelParts, engine: Engine, texts: list[Ids], pooling: str) -
 
 
 def _run(parts: ModelParts, engine: Engine, rows: Ids, mask: Ids) -> HiddenStates:
-    """The next tokens (B, T) of some rows."""
+    """Runs the next tokens (B, T) of a batch. Returns their hidden states (B, T, H)."""
     found: list[HiddenStates] = []
     parts.scheduler.exclusively(lambda: found.append(engine.hidden_states(rows, mask)))
     return found[0]

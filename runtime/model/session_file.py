@@ -28,7 +28,7 @@ from ..engine.npz import read_npz
 
 def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine) -> None:
     """Writes a session atomically. Raises OSError."""
-    cached = engine.length if engine.cached_ids else 0  # after a context shift it is computed again
+    cached = engine.length if engine.cached_ids else 0  # a context shift changes the cache: it is computed again
     gone = engine.gone if cached else 0
     rows = engine.cache.rows(cached - gone) if cached else []
     lengths = np.array([cached, gone, min(engine.exact_length, cached)], np.int64)

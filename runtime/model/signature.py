@@ -1,8 +1,8 @@
-"""A signature of a bundle: who made it, where hashes alone say that it is undamaged.
+"""Signatures of bundles. A signature proves who made a bundle; hashes only prove that it is undamaged.
 
-It is one of ed25519 (RFC 8032) over the bytes of the manifest, which has size and hash of every file. pastkey.json.sig
-holds its 64 bytes and nothing else, as `openssl pkeyutl -sign -rawin` writes them. Keys are PEM files as `openssl
-genpkey` writes them. The package cryptography computes; it comes with the extra `sign`.
+The signature is ed25519 (RFC 8032) over the bytes of the manifest, which has the size and hash of every file.
+pastkey.json.sig holds its 64 bytes, as `openssl pkeyutl -sign -rawin` writes them. Keys are PEM files, as `openssl
+genpkey` writes them. The package cryptography, of the extra `sign`, computes signatures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BYTES = 64  # of a signature
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
-    """Writes the signature of a bundle beside its manifest, after a look at every hash.
+    """Checks every hash of a bundle, then writes its signature beside the manifest.
 
     Args:
         bundle: The bundle's folder.
@@ -40,7 +40,7 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
 
     Raises:
         MissingFileError: There is no such bundle or file.
-        IntegrityError: The bundle is not whole.
+        IntegrityError: The bundle is incomplete or altered.
         InputError: The file does not hold such a key.
         MissingExtraError: cryptography is not installed.
     """
@@ -53,7 +53,7 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
 def require_signature(bundle: str | Path, key: str | Path) -> None:
     """Raises IntegrityError unless the manifest of a bundle was signed by the private half of `key`.
 
-    No other file of the bundle is opened: what the manifest says of them is for `open_bundle` to check afterwards.
+    No other file of the bundle is opened. `open_bundle` checks them against the manifest afterwards.
 
     Args:
         bundle: The bundle's folder.
@@ -88,13 +88,13 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
 
 
 def new_key(path: str | Path) -> Path:
-    """Writes a new private key to `path`, which its owner alone may read, and its public half beside it.
+    """Writes a new private key to `path`, readable by its owner only, and its public half beside it.
 
     Returns:
         The public key's file: key.pub.pem beside key.pem.
 
     Raises:
-        InputError: One of the two exists, or the path ends with no name.
+        InputError: One of the two exists, or the path has no file name.
         MissingExtraError: cryptography is not installed.
     """
     private = as_path(path)

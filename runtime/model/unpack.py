@@ -1,6 +1,6 @@
-"""A bundle that is no folder: a zip file, unpacked no further than its size allows, or a resource of a package.
+"""Bundles in zip files and resources of packages. The unpacked size is limited.
 
-Standard library only: the process of an untrusted bundle unpacks before it imports any other.
+Standard library only: the sandbox's child process unpacks a bundle before it imports other packages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pastkey.files.folder import is_inside
 from pastkey.files.reading import reading
 from pastkey.values import as_path, shown
 
-_MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
+_MOST_TIMES, _ALWAYS = 20, 10_000_000  # an unpacked bundle has at most 20 times the bytes of its zip file plus 10 MB
 
 
 class TemporaryFolder:
@@ -99,18 +99,18 @@ def unpacked(given: Given) -> tuple[Path, TemporaryFolder | None]:
 
 
 def tell_as_given(error: BaseException, folder: Path, name: str) -> None:
-    """Has the sentence about a bundle in a temporary folder name what the user gave."""
+    """Replaces the temporary folder in an error message by the name that the user gave."""
     if isinstance(error, PastkeyError):
         error.args = (str(error).replace(str(folder), name), *error.args[1:])
 
 
 def unpack(file: IO[bytes], name: str, folder: Path) -> None:
-    """Writes what stands beside the manifest in a zip file to an empty folder.
+    """Writes the manifest's folder in a zip file to an empty folder.
 
     Raises:
-        InputError: It is no zip file.
-        MissingFileError: There is no bundle in it.
-        IntegrityError: It was cut or altered, or made to fill a disk.
+        InputError: It is not a zip file.
+        MissingFileError: It has no bundle.
+        IntegrityError: It was truncated or altered, or unpacks to too many bytes.
     """
     try:
         archive = zipfile.ZipFile(file)
@@ -144,6 +144,6 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
 
 
 def _sizes(archive: zipfile.ZipFile) -> tuple[int, int]:
-    """Bytes of all files, as they are stored, and as they say that they are unpacked to, which is where each is cut."""
+    """The bytes of all files, compressed and unpacked. zipfile reads no more than the unpacked size of an entry."""
     entries = archive.infolist()
     return sum(entry.compress_size for entry in entries), sum(entry.file_size for entry in entries)

@@ -1,8 +1,9 @@
-"""Which of onnxruntime's int8 kernels this CPU gets, and what it costs where they are not the fast ones.
+"""Which int8 kernels onnxruntime uses on this CPU, and what slower ones cost.
 
-onnxruntime does not report them. Its source has what it asks of the CPU: MLAS_PLATFORM in
-onnxruntime/core/mlas/lib/platform.cpp chooses a table of kernels, and MlasIsQNBitGemmAvailable in qnbitgemm.cpp whether
-the table has one for 8-bit weights. Without one, MatMulNBits unpacks all of its weights to float32 at every run.
+onnxruntime does not report them, so the rules of its source are repeated here: MLAS_PLATFORM in
+onnxruntime/core/mlas/lib/platform.cpp selects a table of kernels, and MlasIsQNBitGemmAvailable in qnbitgemm.cpp tests
+whether the table has a kernel for 8-bit weights. Without one, MatMulNBits unpacks all of its weights to float32 at
+every run.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _FLAG_LINES = ("flags", "Features")  # on x86, and on ARM
 
 @dataclass(frozen=True)
 class Int8Kernels:
-    """What runs the MatMuls of an int8 bundle on a CPU."""
+    """The kernels for the MatMuls of an int8 bundle on a CPU."""
 
     name: str  # "avx512_vnni", "avx_vnni", "avx512", "avx2", "neon", "none" or "unknown"
-    fast: bool | None  # whether they have instructions for int8 dot products; None where that is unknown
-    note: str  # the same for people, with the cost
+    fast: bool | None  # whether they have instructions for int8 dot products; None if unknown
+    note: str  # a description with the cost
 
 
 # The figures are those of docs/performance.md, "Processors without VNNI".
@@ -60,27 +61,27 @@ _KNOWN = {
 
 
 def int8_kernels() -> Int8Kernels:
-    """Those of this CPU."""
+    """The kernels of this CPU."""
     return choose_int8_kernels(platform.machine(), processor_flags())
 
 
 def int8_kernels_of(precision: str, provider: str) -> Int8Kernels | None:
-    """Those that a bundle's MatMuls take here, or None where they take none of them: float32, or another provider.
+    """The kernels of a bundle's MatMuls here; None for float32 or another provider.
 
-    int4 multiplies by int8 activations as well, by kernels of the same instructions, and its output head is int8.
+    int4 also multiplies by int8 activations, with kernels of the same instructions, and its output head is int8.
 
-    `provider` is onnxruntime's name of the one that a session prefers.
+    `provider`: onnxruntime's name of the session's first provider.
     """
     return int8_kernels() if PRECISIONS[precision].quantized and provider == CPU else None
 
 
 def choose_int8_kernels(machine: str, flags: Collection[str] | None) -> Int8Kernels:
-    """`machine` as `platform.machine()` says it, `flags` as Linux names them, or None where they are unknown."""
+    """`machine`: as `platform.machine()`. `flags`: Linux's names of CPU features, or None if unknown."""
     return _KNOWN["unknown" if flags is None else _choose(machine.lower(), frozenset(flags))]
 
 
 def _choose(machine: str, flags: frozenset[str]) -> str:
-    """In the order of onnxruntime's own tests: each that holds overrides the one before."""
+    """Tests in onnxruntime's order. A later match overrides an earlier one."""
     if machine in ("x86_64", "amd64"):
         found = "none"
         if {"avx2", "fma"} <= flags:
@@ -94,9 +95,9 @@ def _choose(machine: str, flags: frozenset[str]) -> str:
 
 
 def processor_flags() -> frozenset[str] | None:
-    """What this CPU has, as Linux names it; None where that cannot be known."""
+    """Linux's names of this CPU's features; None if unknown."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
-        return frozenset({"asimddp"})  # every Mac with an Apple CPU has them
+        return frozenset({"asimddp"})  # all Apple CPUs of Macs have dot products
     try:
         return read_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -104,7 +105,7 @@ def processor_flags() -> frozenset[str] | None:
 
 
 def read_cpuinfo(text: str) -> frozenset[str] | None:
-    """The flags of the first CPU in /proc/cpuinfo, or None where it has no such line."""
+    """The flags of the first CPU in /proc/cpuinfo, or None if there is no such line."""
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() in _FLAG_LINES:

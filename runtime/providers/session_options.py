@@ -1,8 +1,7 @@
-"""What a user sets of onnxruntime's session options, beside what pastkey sets itself.
+"""The user's onnxruntime session options.
 
-A name with a dot is a configuration entry, "session.use_env_allocators", and any other one an attribute of
-onnxruntime.SessionOptions, "enable_cpu_mem_arena". Values are what onnxruntime takes, or texts of them, as the command
-line has them.
+A name with a dot, "session.use_env_allocators", is a configuration entry. Any other name, "enable_cpu_mem_arena", is an
+attribute of onnxruntime.SessionOptions. Values are onnxruntime's, or texts of them from the command line.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pastkey.values import shown
 from .ort import onnxruntime
 
 WHOLE = "session.disable_cpu_ep_fallback"
-RECORD = "session.record_ep_graph_assignment_info"  # from onnxruntime 1.24 on, which ignores what it does not know
-# What pastkey sets, and what to do instead.
+RECORD = "session.record_ep_graph_assignment_info"  # since onnxruntime 1.24; older releases ignore it
+# Options that pastkey sets, and the alternative.
 _OURS = {
     WHOLE: "let the CPU run what a provider leaves with allow_fallback=True, or --allow-fallback",
     RECORD: "what a provider leaves is told by it",
