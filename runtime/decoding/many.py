@@ -12,7 +12,7 @@ from ..sampling.random_stream import continuation_seed, fresh_seed
 from ..settings import SamplingConfig, require_valid
 from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
-from .stream import Stream, next_of
+from .stream import Readable, Stream
 
 Key = TypeVar("Key")
 Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], Stream]
@@ -84,7 +84,7 @@ def interleaved(
             stream.close()
 
 
-class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
+class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
     """Yields (place of the prompt, Chunk), in turn for those that are decoded now; returns the completions in order.
 
     Attributes:
@@ -105,6 +105,7 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         Prompts that begin alike share that prefill. With `n` there are so many of each prompt, which draw by seeds of
         their own. `progress` is told (done, all) when one ends.
         """
+        super().__init__()
         ordered = is_collection(prompts) and not isinstance(prompts, Set)
         require(ordered and len(prompts) > 0, "prompts", prompts, "a list of at least one prompt")
         require_valid({"n": n})
@@ -117,18 +118,8 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         """Those that have ended, by the place of their prompt."""
         return [stream.completion for stream in self._streams]
 
-    def __next__(self) -> tuple[int, Chunk]:
-        return next_of(self._rest)
-
-    def send(self, value: None) -> tuple[int, Chunk]:
-        """As `next`."""
-        del value
-        return next(self)
-
-    def throw(self, *error: Any) -> tuple[int, Chunk]:
-        """Ends all, and raises the error."""
-        self.close()
-        return self._rest.throw(*error)
+    def _next(self) -> tuple[int, Chunk]:
+        return next(self._rest)
 
     def close(self) -> None:
         """Ends all within one step."""
