@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
@@ -76,21 +76,16 @@ def open_prompt(
     ids = parts.prompt_ids(prompt)
     lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))
     after_text = isinstance(prompt, str) and bool(prompt.strip())
-    return open_stream(lifecycle, ids, options, after_text=after_text)
-
-
-class ModelLifecycle(Lifecycle, Protocol):
-    """A lifecycle with its model."""
-
-    parts: ModelParts
+    return open_stream(parts, lifecycle, ids, options, after_text=after_text)
 
 
 def open_stream(
-    lifecycle: ModelLifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
+    parts: ModelParts, lifecycle: Lifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
 ) -> Stream:
     """Opens a stream that continues `ids`.
 
     Args:
+        parts: The model.
         lifecycle: Provides the cache and takes it back.
         ids: The whole sequence so far, (T,).
         options: As returned by `options_of`.
@@ -99,7 +94,6 @@ def open_stream(
     Raises:
         InputError: `ids` or an option is out of range.
     """
-    parts = lifecycle.parts
     codec = parts.tokenizer
     stops = _texts(options.get("stop", ()))
     if stops and codec is None:

@@ -212,7 +212,7 @@ class Session:
             raise InputError("the session is empty: append a text first, or generate from one")
         after_text = bool(self._ids) or (isinstance(text, str) and bool(text.strip()))
         lifecycle = _Going(self, engine, exact=options.get("exact", False))
-        return open_stream(lifecycle, ids, options, after_text=after_text)
+        return open_stream(self._parts, lifecycle, ids, options, after_text=after_text)
 
     def _idle(self) -> Engine:
         """The engine of an idle session. Raises InputError if the session is closed or generating."""
