@@ -30,24 +30,15 @@ class Int8Kernels:
     note: str  # a description with the cost
 
 
+_SLOWER = "for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, longer than in float32"
 # The figures are those of docs/performance.md, "Processors without VNNI".
 _KNOWN = {
     kernels.name: kernels
     for kernels in (
         Int8Kernels("avx512_vnni", True, "AVX512-VNNI kernels, the fastest"),
         Int8Kernels("avx_vnni", True, "AVX-VNNI kernels; their speed is not measured"),
-        Int8Kernels(
-            "avx512",
-            False,
-            "AVX512 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, "
-            "longer than in float32",
-        ),
-        Int8Kernels(
-            "avx2",
-            False,
-            "AVX2 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, longer "
-            "than in float32",
-        ),
+        Int8Kernels("avx512", False, f"AVX512 kernels, {_SLOWER}"),
+        Int8Kernels("avx2", False, f"AVX2 kernels, {_SLOWER}"),
         Int8Kernels("neon", True, "NEON kernels with dot products; their speed is not measured"),
         Int8Kernels(
             "none",
