@@ -1,4 +1,4 @@
-"""Methods of an object with a lock, of which one runs at a time."""
+"""A decorator that lets one thread at a time run an object's methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class Locked(Protocol):
-    """Who has such methods."""
+    """An object with decorated methods."""
 
     lock: threading.RLock | Any  # typing knows RLock as a function only
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def one_at_a_time(method: Callable[Concatenate[Self, P], Result]) -> Callable[Concatenate[Self, P], Result]:
-    """Lets a second thread wait while one is inside."""
+    """Holds the object's `lock` during the method."""
 
     @functools.wraps(method)
     def locked(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> Result:
