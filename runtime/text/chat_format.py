@@ -1,4 +1,4 @@
-"""How a conversation becomes the token ids of a prompt: a chat template and a tokenizer."""
+"""Encodes conversations as prompts, by a chat template and a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ChatFormat:
 
     Attributes:
         source: The template's text.
-        variables: The names that it reads.
+        variables: The names that the template reads.
     """
 
     def __init__(self, template: ChatTemplate, codec: TextCodec, *, special_tokens_as_text: bool = False) -> None:
@@ -32,10 +32,10 @@ class ChatFormat:
             self._plain = PlainContents(codec)
 
     def render(self, messages: Sequence[Message], **given: Any) -> str:
-        """As `ChatTemplate.render`. Where special tokens are text, contents, tools and documents are protected."""
+        """See `ChatTemplate.render`. With `special_tokens_as_text`, protects contents, tools and documents."""
         if self._plain is None:
             return self._template.render(messages, **given)
-        # Where special tokens are kept, those of an answer are the model's own.
+        # With tools, answers keep their special tokens, which the model itself wrote.
         kept = ["role"] if given.get("tools") is None else ["role", "content"]
         shown: Any = [self._plain.protect(said, kept if said["role"] == "assistant" else ["role"]) for said in messages]
         marked: Mapping[str, Any] = {
@@ -62,9 +62,9 @@ def open_chat_format(
     tools: bool = False,
     special_tokens_as_text: bool = False,
 ) -> ChatFormat:
-    """The format of a bundle's conversations. See `ChatTemplate.from_bundle` for the arguments and further errors.
+    """The chat format of a bundle. See `ChatTemplate.from_bundle` for the arguments and further errors.
 
-    Raises InputError where the bundle has no tokenizer.
+    Raises InputError if the bundle has no tokenizer.
     """
     if codec is None:
         raise InputError(
