@@ -30,7 +30,7 @@ demo: $(VENV)/installed  ## From built-in stories to text: train, export in fp32
 	$(PASTKEY) train --out demo/checkpoint --force
 	$(PASTKEY) export demo/checkpoint --out demo/fp32 --precision fp32 --force
 	$(PASTKEY) export demo/checkpoint --out demo/int8 --force
-	$(BIN)/python -m benchmarks.stories demo/fp32 demo/int8
+	$(BIN)/python -m benchmarks stories demo/fp32 demo/int8
 	$(BIN)/python examples/tell_story.py demo/int8
 
 test: check  ## ruff, mypy and the tests: SLOW=1 as CI, MATRIX=1 all, PYTEST_ARGS="tests/runtime -k cache"
@@ -86,8 +86,9 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python $(TESTS) -m "not slow" $(PYTEST_ARGS)
 
 bench: $(VENV)/installed  ## pastkey beside other engines, then many streams: benchmarks/results.md, docs/performance.md
-	$(BIN)/python -m benchmarks.peers $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.embedding
+	$(BIN)/python -m benchmarks peers --page benchmarks/results.md $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks streams --page docs/performance.md
+	$(BIN)/python -m benchmarks pictures
 
 # mkdocstrings reads an installed copy: its parser does not see the mapped folders of an editable install. It runs no
 # code, so that the copy needs none of its dependencies.

@@ -1,55 +1,76 @@
 """What an application feels beside a model that generates: its event loop, its own work, and a second model.
 
-    python -m benchmarks.application BUNDLE [--threads 2] [--ticks 3000] [--rounds 5]
-
-- ticks: an event loop sleeps 2 ms again and again while streams of `astream` run. Told is the share of ticks that come
-  at most 5 ms later than 99 % of an idle loop's.
+- ticks: an event loop sleeps 2 ms again and again while streams of `astream` run. Measured is the share of ticks that
+  come at most 5 ms later than 99 % of an idle loop's.
 - work: a thread that hashes, without Python's lock, beside one generation; with onnxruntime's threads that stop when a
-  run ends, as pastkey sets it, and that spin on. Told is how much longer a token takes, and how much of its own speed
-  the thread keeps.
+  run ends, as pastkey sets it, and that spin on.
 - turns: two models that generate one token each in turn, against one alone; stopped and spinning.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
-import os
-import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 
-from pastkey.command import Parser, positive_int
 from pastkey.runtime import LanguageModel, load
-from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.runtime.settings import SessionOptions
 
-from .peers.progress import exit_status
+from .measure import Answer, Spread, Table, facts_of, interleaved
 
 TICK, LATE = 0.002, 0.005  # seconds
 STREAMS = (1, 4, 8)
-TOKENS = 64
-SETTINGS: SessionOptions = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "prompt_lookup": False}
 BLOCK = bytes(1 << 20)  # what is hashed at once
 WAYS = {"stop": {}, "spin": {"session.force_spinning_stop": "0"}}
 
 
-def prompt(model: LanguageModel, number: int) -> list[int]:
+def application(bundle: Path, *, threads: int = 2, ticks: int = 3000, rounds: int = 5, new_tokens: int = 64) -> Answer:
+    """Arms: threads of onnxruntime that stop and that spin. Metric: ticks in time; time of a token over one alone."""
+    options: SessionOptions = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "prompt_lookup": False,
+    }
+    models = {
+        way: [load(bundle, threads=threads, session_options=session) for _ in range(2)] for way, session in WAYS.items()
+    }
+    quiet = models["stop"][0]
+    idle, rows = float(np.quantile(asyncio.run(_ticks(ticks)), 0.99)), []
+    for streams in STREAMS:
+        late = np.array(asyncio.run(_ticks_beside(quiet, options, streams, ticks)))
+        rows.append([f"{streams}", f"{np.mean(late <= idle + LATE):.2%}", f"{late.max() * 1000:.1f}"])
+    yield Table(f"Of {ticks} ticks of 2 ms:", ["streams", "in time", "the latest (ms late)"], rows)
+
+    arms = {
+        f"{what}, {way}": partial(measured, pair, options)
+        for way, pair in models.items()
+        for what, measured in (("work", _work), ("turns", _turns))
+    }
+    measured = interleaved(arms, rounds, "application", warm=False)
+    rows = []
+    for way in WAYS:
+        slower, speed = zip(*(one[f"work, {way}"] for one in measured), strict=True)
+        turns = Spread.of(one[f"turns, {way}"][0] for one in measured)
+        rows.append([way, f"{Spread.of(slower)}", f"{Spread.of(speed)}", f"{turns}"])
+    columns = ["threads", "beside a thread that hashes", "speed that this thread keeps", "two models in turn"]
+    yield Table("Time of a token over that of one model alone:", columns, rows)
+    yield facts_of(quiet.bundle, threads)
+
+
+def _prompt(model: LanguageModel, number: int) -> list[int]:
     """Ids that no other number has."""
     found: list[int] = np.random.default_rng(number).integers(0, model.manifest.vocab_size, 32).tolist()
     return found
 
 
-def generate(model: LanguageModel, number: int = 0) -> float:
+def _token(model: LanguageModel, options: SessionOptions) -> float:
     """Seconds of decoding per token."""
-    done = model.generate(prompt(model, number), **SETTINGS)
+    done = model.generate(_prompt(model, 0), **options)
     return done.decode_seconds / max(1, done.new_tokens - 1)
 
 
@@ -63,28 +84,19 @@ async def _ticks(count: int) -> list[float]:
     return late
 
 
-async def _ticks_beside(model: LanguageModel, streams: int, count: int) -> list[float]:
-    async def keep_on(number: int) -> None:
+async def _ticks_beside(model: LanguageModel, options: SessionOptions, streams: int, count: int) -> list[float]:
+    async def generate(number: int) -> None:
         while True:
-            async for _ in model.astream(prompt(model, number), **SETTINGS):
+            async for _ in model.astream(_prompt(model, number), **options):
                 pass
 
-    tasks = [asyncio.create_task(keep_on(number)) for number in range(streams)]
+    tasks = [asyncio.create_task(generate(number)) for number in range(streams)]
     try:
         return await _ticks(count)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def measure_ticks(model: LanguageModel, count: int) -> None:
-    """Prints the share of ticks in time."""
-    idle = float(np.quantile(asyncio.run(_ticks(count)), 0.99))
-    for streams in STREAMS:
-        late = np.array(asyncio.run(_ticks_beside(model, streams, count)))
-        share, worst = float(np.mean(late <= idle + LATE)), late.max() * 1000
-        print(f"ticks, {streams} streams: {share:.2%} of {count} in time, the latest {worst:.1f} ms late", flush=True)
 
 
 class _Hashing:
@@ -107,65 +119,23 @@ class _Hashing:
         self.speed = self._blocks / (time.perf_counter() - self._started)
 
 
-def measure_work(models: dict[str, LanguageModel], rounds: int) -> None:
-    """Prints what a generation and a hashing thread take from each other."""
-    slower: dict[str, list[float]] = {way: [] for way in models}
-    kept: dict[str, list[float]] = {way: [] for way in models}
-    for _ in range(rounds):
-        with _Hashing() as alone:
-            time.sleep(1)
-        for way, model in models.items():
-            seconds = generate(model)
-            with _Hashing() as beside:
-                slower[way].append(generate(model) / seconds)
-            kept[way].append(beside.speed / alone.speed)
-    for way in models:
-        print(f"work, {way}: a token takes {_told(slower[way])}, the thread keeps {_told(kept[way])}", flush=True)
+def _work(models: list[LanguageModel], options: SessionOptions, _: int) -> tuple[float, ...]:
+    """How much longer a token takes beside a thread that hashes, and the share of its speed that the thread keeps."""
+    with _Hashing() as alone:
+        time.sleep(0.5)
+    token = _token(models[0], options)
+    with _Hashing() as beside:
+        slower = _token(models[0], options) / token
+    return slower, beside.speed / alone.speed
 
 
-def measure_turns(models: Mapping[str, Sequence[LanguageModel]], rounds: int) -> None:
-    """Prints how long a token takes where two models take turns, against one alone."""
-    found: dict[str, list[float]] = {way: [] for way in models}
-    for _ in range(rounds):
-        for way, (one, other) in models.items():
-            alone = generate(one)
-            streams = [model.stream(prompt(model, 1), **SETTINGS) for model in (one, other)]
-            for stream in streams:
-                next(stream)  # the prompt
-            started, steps = time.perf_counter(), 0
-            for _pair in zip(*streams, strict=True):
-                steps += 2
-            found[way].append((time.perf_counter() - started) / steps / alone)
-    for way in models:
-        print(f"turns, {way}: a token takes {_told(found[way])} of one alone", flush=True)
-
-
-def _told(ratios: Sequence[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="benchmarks.application", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--threads", type=positive_int, default=2)
-    parser.add_argument("--ticks", type=positive_int, default=3000)
-    parser.add_argument("--rounds", type=positive_int, default=5)
-    arguments = parser.parse_args(argv)
-
-    def opened(way: str) -> LanguageModel:
-        return load(arguments.bundle, threads=arguments.threads, session_options=WAYS[way])
-
-    def measure() -> None:
-        print(f"onnxruntime {onnxruntime.__version__}, {arguments.threads} threads, {os.cpu_count()} processors")
-        models = {way: [opened(way), opened(way)] for way in WAYS}
-        measure_ticks(models["stop"][0], arguments.ticks)
-        measure_work({way: pair[0] for way, pair in models.items()}, arguments.rounds)
-        measure_turns(models, arguments.rounds)
-
-    return exit_status("benchmarks.application", measure)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _turns(models: list[LanguageModel], options: SessionOptions, _: int) -> tuple[float, ...]:
+    """How long a token takes where two models take turns, over one alone."""
+    alone = _token(models[0], options)
+    streams = [model.stream(_prompt(model, 1), **options) for model in models]
+    for stream in streams:
+        next(stream)  # the prompt
+    started, steps = time.perf_counter(), 0
+    for _pair in zip(*streams, strict=True):
+        steps += 2
+    return ((time.perf_counter() - started) / steps / alone,)

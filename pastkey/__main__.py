@@ -1,4 +1,4 @@
-"""The `pastkey` command. Imports only the stage of the chosen command."""
+"""The `pastkey` command: the table of all commands. Imports only the module of the chosen command."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from pastkey.files.folder import source_extra
 from pastkey.files.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: print the traceback of an unexpected error
-# command -> (stage, one line of help). The stage's cli.py has a Command of the same name.
+# command -> (module, one line of help). The module has a Command of the same name.
 COMMANDS = {
-    "train": ("train", "train a decoder on text: text -> checkpoint/"),
-    "export": ("export", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
-    "verify": ("export", "compare a bundle with its source, or with its own uncached run"),
-    "check": ("export", "list the other programs that load a bundle, and the reasons against the rest"),
-    "eval": ("export", "measure perplexity on a text, and the KL divergence from a reference"),
-    "run": ("runtime.commands", "generate text: bundle/ -> text"),
-    "chat": ("runtime.commands", "hold a conversation, with the bundle's chat template"),
-    "batch": ("runtime.commands", "answer a file of prompts, and resume after a stop: rows -> rows with texts"),
-    "bench": ("runtime.commands", "measure prefill and decode speed of a bundle"),
-    "inspect": ("runtime.commands", "show a bundle's sizes, operators and execution providers"),
-    "compile": ("runtime.commands", "compile a bundle of static graphs for one device, for a fast load"),
-    "sign": ("runtime.commands", "sign a bundle with your key"),
-    "devices": ("runtime.commands", "list the execution providers of this machine"),
+    "train": ("train.cli", "train a decoder on text: text -> checkpoint/"),
+    "export": ("export.cli", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
+    "verify": ("export.cli", "compare a bundle with its source, or with its own uncached run"),
+    "check": ("export.cli", "list the other programs that load a bundle, and the reasons against the rest"),
+    "eval": ("export.cli", "measure perplexity on a text, and the KL divergence from a reference"),
+    "run": ("runtime.commands.run", "generate text: bundle/ -> text"),
+    "chat": ("runtime.commands.chat", "hold a conversation, with the bundle's chat template"),
+    "batch": ("runtime.commands.batch", "answer a file of prompts, and resume after a stop: rows -> rows with texts"),
+    "bench": ("runtime.commands.bench", "measure prefill and decode speed of a bundle"),
+    "inspect": ("runtime.commands.inspection", "show a bundle's sizes, operators and execution providers"),
+    "compile": ("runtime.commands.compile", "compile a bundle of static graphs for one device, for a fast load"),
+    "sign": ("runtime.commands.sign", "sign a bundle with your key"),
+    "devices": ("runtime.commands.devices", "list the execution providers of this machine"),
 }
 
 
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         return _fail(f"no command {name!r}; {meant}", "pastkey")
     prog = f"pastkey {name}"
-    stage, summary = COMMANDS[name]
+    module, summary = COMMANDS[name]
     try:
-        command: Command = getattr(importlib.import_module(f"pastkey.{stage}.cli"), f"{name}_command")
+        command: Command = getattr(importlib.import_module(f"pastkey.{module}"), f"{name}_command")
         parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
         command.add_arguments(parser)
         with _cleaning_up_when_terminated(), _warnings_as_sentences(prog):
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), prog)
     except ModuleNotFoundError as error:
         sources = dict.fromkeys(filter(None, map(source_extra, rest)) if name == "export" else ())
-        mended = missing_extra(error, name if name in NEEDED else stage, *sources)
+        mended = missing_extra(error, name if name in NEEDED else module.partition(".")[0], *sources)
         return _fail(_last_resort(error) if mended is error else str(mended), prog)
     except BrokenPipeError:
         # The reader closed the pipe (| head): print nothing, and silence the interpreter's own flush.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import json
 import math
 import os
@@ -107,14 +108,6 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     add_provider_settings(parser)
 
 
-def add_untrusted(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of an untrusted bundle: `untrusted`, and `limits` as pairs, or None."""
-    add = parser.add_argument
-    add("--untrusted", action="store_true", help="open the bundle in a child process with limits")
-    meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; repeat for both"
-    add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
-
-
 def add_provider_settings(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a provider: `provider_options` and `session_options` are pairs, or None."""
     add = parser.add_argument
@@ -163,6 +156,8 @@ def say(text: str) -> None:
 
 def print_text(text: str) -> None:
     """Prints a piece of a model's text. On a terminal, replaces control characters, which would be commands to it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # characters that its encoding lacks
     print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
 
 

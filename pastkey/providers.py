@@ -1,6 +1,6 @@
-"""The execution providers of onnxruntime, a row each: what the stages must know of one.
+"""The table of onnxruntime's execution providers: one row holds all that the stages know about a provider.
 
-A further one is a row here. `export --target` offers those that are targets, and "portable".
+A new provider is a new row. `export --target` offers the rows with `target`, and "portable".
 """
 
 from __future__ import annotations
@@ -11,57 +11,58 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-# The values of an option: fixed words, a range of whole numbers, or what a value must match.
+# The valid values of an option: fixed words, a range of whole numbers, or a pattern.
 Values = tuple[str, ...] | range | re.Pattern[str]
 
 
 class Seen(enum.Enum):
-    """How a graph was seen to run on a provider."""
+    """How much of a graph ran on a provider in our tests."""
 
-    WHOLE = enum.auto()  # nothing is left to the CPU
-    RUNS = enum.auto()  # what is left, if anything, is little
-    PARTLY = enum.auto()  # its attention is left to the CPU
+    WHOLE = enum.auto()  # no node fell back to the CPU
+    RUNS = enum.auto()  # at most a few nodes fell back
+    PARTLY = enum.auto()  # attention fell back to the CPU
 
 
 class Form(enum.Enum):
     """Which operators read quantized weights (`export/quantize/rounding/rewrite.py`)."""
 
     MATMUL_NBITS = enum.auto()  # rules 1 to 5
-    GPU = enum.auto()  # MatMulNBits and GatherBlockQuantized, which WebGPU has whole; rule 5 has nothing to mend
+    GPU = enum.auto()  # MatMulNBits and GatherBlockQuantized, which WebGPU supports fully; rule 5 is not needed
     DEQUANTIZE_LINEAR = enum.auto()  # ONNX's own, `block_dequantize`
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One execution provider, whether or not it is on this machine."""
+    """One execution provider, installed or not."""
 
-    name: str  # onnxruntime's
+    name: str  # in onnxruntime
     hardware: str = ""
-    source: str = ""  # what brings it
-    graphs: Mapping[str, Seen] = field(default_factory=dict)  # those that were seen to run there, and how
-    remedy: str = ""  # what to export for it, where that is not the fused graph
-    plugin: str = ""  # the module of a provider that onnxruntime must be told of
-    options: Mapping[str, str] = field(default_factory=dict)  # where nothing else is asked for
-    values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> those that exist
-    manifest_options: Mapping[str, Values] = field(
+    source: str = ""  # how to install it
+    graphs: Mapping[str, Seen] = field(default_factory=dict)  # graph -> how it ran in our tests
+    remedy: str = ""  # advice if the fused graph does not suit it
+    plugin: str = ""  # the module to register with onnxruntime
+    options: Mapping[str, str] = field(default_factory=dict)  # the defaults
+    values: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
-    )  # those that a bundle may set: `contract/provider_options.py`
-    # Its cache:
-    device: str = "cpu"  # that its memory is on, by onnxruntime's name. Elsewhere tensors are handed over in CPU memory
-    allocates: bool = True  # whether onnxruntime's Python can allocate there; else a run must put it there
-    fixed_shapes: bool = False  # it compiles the graph anew where a shape changes, as past does at every token
-    # Its operators:
-    ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operator -> attributes that change nothing
-    misses_keys: bool = False  # GroupQueryAttention was seen to leave out keys, of a prefill and of a padded batch
-    # What an export makes for it:
-    target: bool = False  # whether bundles are made for it: it is where they run when nothing else is asked for
+    )  # option -> valid values, of options that are checked
+    # Options that a bundle may set: `contract/provider_options.py`.
+    manifest_options: Mapping[str, Values] = field(default_factory=dict)
+    # KV cache:
+    device: str = "cpu"  # onnxruntime's name of the memory that holds the cache
+    allocates: bool = True  # whether onnxruntime's Python API can allocate there; otherwise a run places the cache
+    fixed_shapes: bool = False  # compiles the graph again for each new shape, and past changes with every token
+    # Operators:
+    ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operator -> attributes without effect
+    misses_keys: bool = False  # GroupQueryAttention omits keys in a prefill and in a padded batch
+    # Export:
+    target: bool = False  # whether --target offers it; its bundles run there by default
     form: Form = Form.MATMUL_NBITS
-    why_standard: str = "the fused graph is not known to run there"  # where it has the standard graph
-    loop: bool = False  # whether it runs the Loop of `--generate`
-    ort_format: bool = False  # whether that format, optimised for a CPU, is for it
-    npu: bool = False  # takes graphs of fixed sizes only, and computes them in float16
-    static_int8: bool = False  # takes them quantized, by QuantizeLinear and DequantizeLinear
-    reads_tables: bool = True  # gathers rows of them by itself; else the host does, and feeds the rows
+    why_standard: str = "the fused graph is not known to run there"  # why its bundles have the standard graph
+    loop: bool = False  # runs the Loop operator of `--generate`
+    ort_format: bool = False  # can load the ORT format, which is optimised for a CPU
+    npu: bool = False  # runs static graphs only, and computes in float16
+    static_int8: bool = False  # runs static graphs with QuantizeLinear and DequantizeLinear
+    reads_tables: bool = True  # gathers rows of tables; otherwise the host feeds the rows
 
     @property
     def short(self) -> str:
@@ -70,12 +71,12 @@ class Provider:
 
     @property
     def whole(self) -> frozenset[str]:
-        """The graphs that run there whole."""
+        """The graphs without CPU fallback."""
         return frozenset(graph for graph, seen in self.graphs.items() if seen == Seen.WHOLE)
 
     @property
     def takes_fused(self) -> bool:
-        """Whether a bundle made for it may have the fused graph."""
+        """Whether its bundles may have the fused graph."""
         return self.graphs.get("fused") in (Seen.WHOLE, Seen.RUNS)
 
 
@@ -87,7 +88,7 @@ _DEVICE_ID = range(256)
 _BYTES = range(1, 2**63)
 _BUFFER_CACHE = ("disabled", "lazyRelease", "simple", "bucket")
 _DEVICE = "(CPU|GPU|NPU)([.][0-9]{1,2})?"  # of OpenVINO
-_HTP_ARCHS = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN takes an unknown one for 68
+_HTP_ARCHS = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN treats an unknown one as 68
 
 _ROWS = (
     Provider(
@@ -152,7 +153,7 @@ _ROWS = (
         "QNNExecutionProvider", "Qualcomm NPUs", "pip install onnxruntime onnxruntime-qnn", {"static": Seen.WHOLE},
         remedy="export the model again with --target qnn",
         plugin="onnxruntime_qnn",
-        # Without a name the compiler takes 68, which lacks float16: every decoder then fails (1002).
+        # The compiler defaults to 68, which lacks float16: every decoder then fails (1002).
         options={"backend_type": "htp", "htp_arch": "75", "soc_model": "57"},
         values={"htp_arch": _HTP_ARCHS},
         target=True, npu=True, static_int8=True,
@@ -198,8 +199,8 @@ _ROWS = (
 )  # fmt: skip
 PROVIDERS: Final = {row.short: row for row in _ROWS}  # by short name
 
-# By the words of `--target`. A portable bundle has ONNX-standard operators only, for providers without a row of their
-# own, and runs on the CPU where nothing else is asked for.
+# By the words of `--target`. A portable bundle has ONNX-standard operators only, for providers without a row. Its
+# default provider is the CPU.
 TARGETS: Final = {row.short: row for row in _ROWS if row.target} | {
     "portable": replace(
         PROVIDERS["cpu"],

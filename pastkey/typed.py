@@ -10,8 +10,8 @@
     parse(Layer, {"heads": 4}) == Layer(4)
 
 Supported are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
-list[X], Mapping[str, X] and dataclasses; a field of another type is refused. A bool is not a number, numbers are
-finite, and texts are valid Unicode.
+list[X], Mapping[str, X], dict[str, X] and dataclasses; a field of another type is refused. A bool is not a number,
+numbers are finite, and texts are valid Unicode.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _parse(kind: Any, value: Any, name: str, further: bool) -> Any:
             _refuse(name, value, f"a list of {len(kinds)}")
         parts = [_parse(kind, part, f"{name}[{i}]", further) for i, (kind, part) in enumerate(zip(kinds, listed))]  # noqa: B905
         return origin(parts)
-    if origin is Mapping:
+    if origin in (Mapping, dict):
         named = value if isinstance(value, Mapping) else _refuse(name, value, "an object")
         return {
             _parse(str, key, f"a key of {name}", further): _parse(given[1], part, f"{name}.{key}"[:80], further)

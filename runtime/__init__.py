@@ -17,7 +17,7 @@ The rooms, each standing on those above it:
 - `sandbox/`: a bundle in a child process with limits.
 - `loading`: `pastkey.load`.
 - `bulk/`: many rows in one job.
-- `commands/`: the command line.
+- `commands/`: the commands, one module each.
 
 Everything loads on first use, so that a command's `--help` does not wait for onnxruntime.
 """

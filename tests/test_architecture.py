@@ -266,7 +266,7 @@ def test_no_file_of_the_package_has_grown_past_a_glance() -> None:
 
 def test_the_runtime_imports_neither_torch_nor_onnx() -> None:
     code = (
-        "import sys, pastkey.runtime.commands.bench\n"
+        "import sys, pastkey.runtime.loading, pastkey.runtime.commands.bench\n"
         "import pastkey.runtime.commands.terminal, pastkey.runtime.commands.inspection\n"
         "heavy = {'torch', 'onnx', 'onnx_ir', 'transformers', 'matplotlib', 'tqdm', 'jinja2', 'llguidance'}\n"
         "print(sorted(heavy & set(sys.modules)))"

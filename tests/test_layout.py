@@ -34,6 +34,7 @@ ELSEWHERE = {
     "export/graft/huggingface.py": ("export/graft/test_families.py", "is told by what the families compute"),
     "export/source/open.py": ("export/source/test_source.py", "is the dispatch to the sources there"),
     "pastkey/version.py": ("runtime/test_init.py", "one constant"),
+    "runtime/commands/sign.py": ("runtime/model/test_signature.py", "is two flags of what is tested there"),
     "runtime/commands/rerun.py": ("runtime/sandbox/test_rerun.py", "needs the hostile bundles there"),
     "runtime/commands/untrusted_rows.py": ("runtime/sandbox/test_batch.py", "needs the bundles there"),
     "runtime/text/chat_format.py": ("runtime/model/chat/test_chat.py", "is what a conversation asks of its model"),

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figures, picture
+from benchmarks.measure import rows_of
+from benchmarks.pictures.render import RESULTS
 from pastkey.contract import names
 from pastkey.runtime.providers.ort import onnxruntime
 
@@ -49,8 +50,8 @@ def test_the_programs_that_are_shown_are_those_that_the_tests_run() -> None:
 
 
 def test_the_table_of_the_readme_has_the_figures_of_the_results() -> None:
-    measured = {row["engine"]: row for row in picture.table(picture.RESULTS.read_text(encoding="utf-8"))}
-    shown = picture.table(text_of("README.md"))
+    measured = {row["engine"]: row for row in rows_of(RESULTS.read_text(encoding="utf-8"), "engine")}
+    shown = rows_of(text_of("README.md"), "engine")
     assert len(shown) > 3
     for row in shown:
         of_engine = {heading.replace("files (MB)", "MB"): figure for heading, figure in row.items()}
@@ -58,7 +59,7 @@ def test_the_table_of_the_readme_has_the_figures_of_the_results() -> None:
 
 
 def test_the_bullets_of_the_readme_have_figures_of_the_results() -> None:
-    results = picture.RESULTS.read_text(encoding="utf-8").replace("|", " ").split()
+    results = RESULTS.read_text(encoding="utf-8").replace("|", " ").split()
     for word in ("Small", "Accurate", "Fast", "Light"):
         bullet = text_of("README.md").split(f"- **{word}.** ")[1].split("\n- ")[0].split("\n\n")[0]
         figures_of_bullet = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w-])", bullet)
@@ -71,11 +72,6 @@ def test_the_readme_counts_the_families_of_the_tests() -> None:
     from .export.families import FAMILIES
 
     assert f"{len(FAMILIES)} Hugging Face families are verified" in text_of("README.md")
-
-
-def test_make_figures_finds_its_place_on_the_page() -> None:
-    text = figures.PAGE.read_text(encoding="utf-8")
-    assert text.count(figures.BEGIN) == text.count(figures.END) == 1
 
 
 @pytest.mark.parametrize("graph", ["model_quantized", "pastkey"])

@@ -1,8 +1,11 @@
-"""The same weights in each engine's own format, made by its own converter. What converters print goes to logs."""
+"""Each engine in an environment of its own, and the same weights in its format, made by its own converter.
+
+What converters print goes to logs.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -10,19 +13,76 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.environments import ROOT, smollm2
+from benchmarks.environments import ROOT, environment, smollm2
+from benchmarks.measure import BenchmarkError, facts_of, own_version
+from benchmarks.store import Store, digest, digest_of_files
 from pastkey.command import say
 from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
-from .engines import ENGINES, Engine, EngineError, Prepared
-from .environments import python_of, versions_of
-from .store import Store, digest, digest_of_files
+from .engines import FILES, WORKERS, Engine, Files, Prepared
 
-CONVERTERS = Path(__file__).parent / "converters"
+
+class Environment(NamedTuple):
+    """What pip installs for one engine, in .environments/peers-NAME."""
+
+    arguments: tuple[str, ...]  # of pip install
+    shown: tuple[str, ...]  # the packages whose versions belong to a result
+    note: str = ""  # what to expect of the installation
+
+
+ENVIRONMENTS = {
+    # The checkout's own Python, which runs this.
+    "pastkey": Environment((), ("onnxruntime", "numpy", "tokenizers")),
+    # Its model builder needs what follows.
+    "genai": Environment(
+        ("onnxruntime-genai", "onnx", "onnx-ir", "torch", "transformers"),
+        ("onnxruntime-genai", "onnxruntime", "numpy"),
+    ),
+    # Built here, for this machine's instructions, as its authors advise.
+    "llama": Environment(
+        ("--no-binary=llama-cpp-python", "llama-cpp-python"),
+        ("llama-cpp-python", "numpy"),
+        ", built from source: about ten minutes",
+    ),
+    "optimum": Environment(
+        ("optimum-onnx>=0.1,<0.2", "transformers>=4.57,<4.58", "onnxruntime", "torch"),
+        ("optimum-onnx", "optimum", "transformers", "onnxruntime", "torch"),
+    ),
+    "transformers": Environment(("transformers", "torch"), ("transformers", "torch")),
+}
+
+
+def python_of(runtime: str) -> Path:
+    """The Python of an engine's environment, installed on first use. Raises BenchmarkError when pip fails."""
+    if runtime == "pastkey":
+        return Path(sys.executable)
+    wanted = ENVIRONMENTS[runtime]
+    if not (ROOT / ".environments" / f"peers-{runtime}" / "stamp").exists():
+        say(f"install {runtime}{wanted.note}")
+    try:
+        return environment(f"peers-{runtime}", wanted.arguments)
+    except subprocess.CalledProcessError as error:
+        raise BenchmarkError(f"pip could not install {runtime}: exit status {error.returncode}, see above") from None
+
+
+def versions_of(runtime: str, python: Path) -> dict[str, str]:
+    """package -> version, of what is measured. Of pastkey its source files have one as well."""
+    code = (
+        "import json, sys; from importlib.metadata import version; "
+        "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    command = [str(python), "-c", code, *ENVIRONMENTS[runtime].shown]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchmarkError(f"{python} does not know its packages: {done.stderr.strip().splitlines()[-1]}")
+    found: dict[str, str] = json.loads(done.stdout)
+    return {"pastkey": own_version()} | found if runtime == "pastkey" else found
 
 
 @dataclass(frozen=True)
@@ -47,49 +107,78 @@ def open_source(model: Path | None) -> Source:
 
 
 def prepare(engine: Engine, source: Source, store: Store) -> Prepared:
-    """Installs the engine and converts the weights for it, each unless done. Raises EngineError with the reason."""
-    if engine.files_of is not None:
-        made = prepare(next(other for other in ENGINES if other.name == engine.files_of), source, store)
-        return dataclasses.replace(made, engine=engine, identity=digest([engine.name, made.identity]))
-    if engine.runtime == "pastkey" and engine.precision not in PRECISIONS:
-        raise EngineError(f"this pastkey does not export {engine.precision}")
-    if engine.runtime == "llama" and source.path.is_dir():
-        raise EngineError("llama-cpp-python brings no converter from a Hugging Face folder: give the model as GGUF")
-    python = python_of(engine.runtime)
-    versions = versions_of(engine.runtime, python)
-    out = store.models / (engine.name + (".gguf" if engine.runtime == "llama" else ""))
-    key = {"source": source.content, "how": engine.how, "versions": versions}
+    """Installs the engine and converts the weights for it, each unless done. Raises BenchmarkError with the reason."""
+    files = FILES[engine.files]
+    if files.runtime == "pastkey" and files.precision not in PRECISIONS:
+        raise BenchmarkError(f"this pastkey does not export {files.precision}")
+    if files.runtime == "llama" and source.path.is_dir():
+        raise BenchmarkError("llama-cpp-python brings no converter from a Hugging Face folder: give the model as GGUF")
+    python = python_of(files.runtime)
+    versions = versions_of(files.runtime, python)
+    out = store.models / (engine.files + (".gguf" if files.runtime == "llama" else ""))
 
-    def make() -> dict[str, int]:
-        say(f"convert the weights for {engine.title}")
+    def make() -> int:
+        say(f"convert the weights to {engine.files}")
         remove(out)
-        _convert(engine, source, python, out, store)
-        return {"bytes": _size(out)}
+        _convert(files, source, python, out, store)
+        return _size(out)
 
-    size = store.once(f"convert-{engine.name}", key, make, product=out)["bytes"]
-    return Prepared(engine, python, out, size, versions, digest([engine.name, source.content, versions]))
+    key = {"source": source.content, "how": files.how, "versions": versions}
+    size = store.once(f"convert-{engine.files}", make, key=key, product=out)
+    return Prepared(engine, python, out, size, versions, digest([engine, source.content, versions]))
 
 
-def prepare_all(engines: Sequence[Engine], one: Callable[[Engine], Prepared]) -> tuple[list[Prepared], dict[str, str]]:
-    """Those of the engines that `one` can prepare, and for the title of each other one the reason."""
-    prepared, skipped = [], {}
-    for engine in engines:
+def of_bundle(engine: Engine, path: Path) -> Prepared:
+    """An engine of pastkey with the files of a bundle. Raises what open_bundle raises."""
+    bundle = open_bundle(path)
+    python, path = Path(sys.executable), bundle.path.resolve()
+    versions = versions_of("pastkey", python)
+    size = sum(record.size for record in bundle.manifest.files.values())
+    return Prepared(engine, python, path, size, versions, digest([engine.name, digest_of_files(path), versions]))
+
+
+def chosen(engines: Sequence[Engine], only: Sequence[str] | None, full: bool, first: Engine) -> list[Engine]:
+    """The engines to measure, each once: `first`, and those of --only, or else all or those without --full."""
+    known = {engine.name: engine for engine in engines}
+    for name in only or ():
+        if name not in known:
+            raise InputError(f"no engine {name!r}; the engines are {', '.join(known)}")
+    wanted = [known[name] for name in only] if only else [one for one in engines if full or not one.full]
+    return [*dict.fromkeys([first, *wanted])]
+
+
+def prepare_all(engines: Sequence[Engine], one: Callable[[Engine], Prepared]) -> tuple[list[Prepared], list[str]]:
+    """Those of the engines that `one` can prepare, the first of which must be; a sentence for each other one."""
+    prepared, skipped = [one(engines[0])], []
+    for engine in engines[1:]:
         try:
             prepared.append(one(engine))
-        except EngineError as error:
-            skipped[engine.title] = str(error)
+        except BenchmarkError as error:
+            skipped.append(f"Not measured: {engine.title}: {error}")
             say(f"without {engine.title}: {error}")
     return prepared, skipped
 
 
-def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Store) -> None:
+def described(prepared: Sequence[Prepared], threads: int) -> str:
+    """How each engine was made, the versions of each program, and the settings of pastkey's own."""
+    versions = {one.engine.runtime: one.versions for one in prepared}.values()
+    engines = [one.engine for one in prepared]
+    lines = [
+        *(f"{one.title}: {FILES[one.files].how}{'; ' * bool(one.how)}{one.how}" for one in engines),
+        *(", ".join(f"{name} {version}" for name, version in of_one.items()) for of_one in versions),
+        facts_of(open_bundle(next(one.model for one in prepared if one.engine.runtime == "pastkey")), threads),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _convert(files: Files, source: Source, python: Path, out: Path, store: Store) -> None:
     """One engine's own way from the source to its format."""
-    log = store.logs / f"convert-{engine.name}.log"
-    match engine.runtime:
+    log = store.logs / f"convert-{out.name}.log"
+    match files.runtime:
         case "pastkey":
-            run([python, "-m", "pastkey", "export", source.path, "--out", out, "--precision", engine.precision], log)
+            run([python, "-m", "pastkey", "export", source.path, "--out", out, "--precision", files.precision], log)
         case "llama":
-            run([python, CONVERTERS / "llama_convert.py", source.path, out, engine.precision], log)
+            run([python, WORKERS / "llama_convert.py", source.path, out, files.precision], log)
         case "genai":
             folder, cache = _huggingface(source, store), store.models / "genai-cache"
             builder: list[str | Path] = [
@@ -103,11 +192,11 @@ def _convert(engine: Engine, source: Source, python: Path, out: Path, store: Sto
                 "-c",
                 cache,
             ]
-            run([*builder, "-p", engine.precision, "-e", "cpu"], log)
+            run([*builder, "-p", files.precision, "-e", "cpu"], log)
             shutil.rmtree(cache, ignore_errors=True)
         case "optimum":
             folder, kernels = _huggingface(source, store), int8_kernels().name
-            run([python, CONVERTERS / "optimum_convert.py", folder, out, engine.precision, kernels], log)
+            run([python, WORKERS / "optimum_convert.py", folder, out, files.precision, kernels], log)
         case "transformers":
             shutil.copytree(_huggingface(source, store), out)
 
@@ -120,16 +209,16 @@ def _huggingface(source: Source, store: Store) -> Path:
         say("write the weights as a Hugging Face folder")
         remove(out)
         run(
-            [sys.executable, CONVERTERS / "huggingface_convert.py", source.path, out],
+            [sys.executable, WORKERS / "huggingface_convert.py", source.path, out],
             store.logs / "convert-huggingface.log",
         )
 
-    store.once("convert-huggingface", {"source": source.content}, make, product=out)
+    store.once("convert-huggingface", make, key=source.content, product=out)
     return out
 
 
 def run(command: Sequence[str | Path], log: Path) -> None:
-    """Runs a converter with all that it prints in a log. Raises EngineError naming it."""
+    """Runs a converter with all that it prints in a log. Raises BenchmarkError naming it."""
     environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("w") as file:
         done = subprocess.run(
@@ -143,7 +232,7 @@ def run(command: Sequence[str | Path], log: Path) -> None:
         )
     if done.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise EngineError(
+        raise BenchmarkError(
             f"{(lines or ['no output'])[-1][:300]} (exit status {done.returncode}, see {log.name} in the work folder)"
         )
 

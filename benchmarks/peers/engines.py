@@ -1,4 +1,4 @@
-"""The engines that are compared, and a client for their workers."""
+"""The engines that are compared, a row each, and a client for their workers."""
 
 from __future__ import annotations
 
@@ -9,66 +9,82 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
+
+from benchmarks.measure import BenchmarkError
 
 WORKERS = Path(__file__).parent / "workers"
 
 
-class EngineError(Exception):
-    """An engine, a conversion or an installation that failed: a sentence that names its log."""
+class Files(NamedTuple):
+    """The weights in one program's format and precision."""
+
+    runtime: str  # a key of convert.ENVIRONMENTS; workers/{runtime}_worker.py speaks for it
+    precision: str  # as its own converter calls it
+    how: str  # the conversion, for a reader
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One program at one precision."""
+FILES = {
+    "pastkey-int8": Files("pastkey", "int8", "pastkey export --precision int8"),
+    "pastkey-int4": Files("pastkey", "int4", "pastkey export --precision int4"),
+    "pastkey-fp32": Files("pastkey", "fp32", "pastkey export --precision fp32"),
+    "genai-int8": Files("genai", "int8", "its model builder, -p int8 -e cpu"),
+    "genai-int4": Files("genai", "int4", "its model builder, -p int4 -e cpu"),
+    "llama-q8_0": Files("llama", "Q8_0", "llama_model_quantize to Q8_0"),
+    "llama-q4_0": Files("llama", "Q4_0", "llama_model_quantize to Q4_0"),
+    "optimum-fp32": Files("optimum", "fp32", "ORTModelForCausalLM with export=True"),
+    "optimum-int8": Files("optimum", "int8", "ORTQuantizer, dynamic, per channel, avx512_vnni or else avx2"),
+    "transformers-fp32": Files("transformers", "fp32", "torch, attn_implementation='eager'"),
+}
+
+
+class Engine(NamedTuple):
+    """One program over one of FILES."""
 
     name: str  # on the command line
     title: str  # in tables and charts
-    runtime: str  # a key of environments.ENVIRONMENTS; workers/{runtime}_worker.py speaks for it
-    precision: str  # as its own converter calls it
-    how: str  # its conversion, for a reader
+    files: str  # a key of FILES
+    way: str = "tokens"  # of its worker: a key of what the worker serves
+    how: str = ""  # how it serves, for a reader
     full: bool = False  # measured with --full only
     rival: bool = False  # an int8 peer that answers as the model does: every engine is compared with the fastest
-    files_of: str | None = None  # the engine whose converted files this one reads
-    worker: str | None = None  # instead of the runtime's
+
+    @property
+    def runtime(self) -> str:
+        return FILES[self.files].runtime
 
 
 # What quality is compared with.
-REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey", "fp32", "pastkey export --precision fp32")
+REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey-fp32")
+STEPS = "pastkey int8, without prompt lookup"
 ENGINES = (
-    Engine("pastkey-int8", "pastkey int8", "pastkey", "int8", "pastkey export --precision int8"),
-    Engine(
-        "pastkey-int8-steps",
-        "pastkey int8, without prompt lookup",
-        "pastkey",
-        "int8",
-        "the same files, generate(prompt_lookup=False)",
-        files_of="pastkey-int8",
-        worker="pastkey_steps",
-    ),
+    Engine("pastkey-int8", "pastkey int8", "pastkey-int8"),
+    Engine("pastkey-int8-steps", STEPS, "pastkey-int8", "steps", "generate(prompt_lookup=False)"),
     REFERENCE,
-    Engine("genai-int8", "onnxruntime-genai int8", "genai", "int8", "its model builder, -p int8 -e cpu", rival=True),
-    Engine("llama-q8_0", "llama.cpp Q8_0", "llama", "Q8_0", "llama_model_quantize to Q8_0", rival=True),
-    Engine("pastkey-int4", "pastkey int4", "pastkey", "int4", "pastkey export --precision int4", full=True),
-    Engine("genai-int4", "onnxruntime-genai int4", "genai", "int4", "its model builder, -p int4 -e cpu", full=True),
-    Engine("llama-q4_0", "llama.cpp Q4_0", "llama", "Q4_0", "llama_model_quantize to Q4_0", full=True),
-    Engine("optimum-fp32", "optimum-onnx fp32", "optimum", "fp32", "ORTModelForCausalLM with export=True", full=True),
-    Engine(
-        "optimum-int8",
-        "optimum-onnx int8 dynamic",
-        "optimum",
-        "int8",
-        "ORTQuantizer, dynamic, per channel, avx512_vnni or else avx2",
-        full=True,  # and no rival: it is another model by then
-    ),
-    Engine(
-        "transformers-fp32",
-        "transformers eager fp32",
-        "transformers",
-        "fp32",
-        "torch, attn_implementation='eager'",
-        full=True,
-    ),
+    Engine("genai-int8", "onnxruntime-genai int8", "genai-int8", rival=True),
+    Engine("llama-q8_0", "llama.cpp Q8_0", "llama-q8_0", rival=True),
+    Engine("pastkey-int4", "pastkey int4", "pastkey-int4", full=True),
+    Engine("genai-int4", "onnxruntime-genai int4", "genai-int4", full=True),
+    Engine("llama-q4_0", "llama.cpp Q4_0", "llama-q4_0", full=True),
+    Engine("optimum-fp32", "optimum-onnx fp32", "optimum-fp32", full=True),
+    Engine("optimum-int8", "optimum-onnx int8 dynamic", "optimum-int8", full=True),  # no rival: it is another model
+    Engine("transformers-fp32", "transformers eager fp32", "transformers-fp32", full=True),
+)
+# Each as an application embeds it; pastkey first, which the others are compared with.
+EACH = (
+    "a Generator for each stream over one Model, in a thread each; a step holds Python's lock, so that they take turns"
+)
+BATCH = "one Generator for all: they begin and end together, and nobody joins"
+LOCK = (
+    "one Llama and a lock: it holds one text, so that streams wait for one another. (llama.cpp itself decodes several "
+    "sequences in one batch; of llama-cpp-python's classes none does)"
+)
+STREAM_ENGINES = (
+    Engine("pastkey-streams", "pastkey int8", "pastkey-int8", "streams", "a thread for each stream over one model"),
+    Engine("pastkey-step-streams", STEPS, "pastkey-int8", "step-streams", "the same with prompt_lookup=False"),
+    Engine("genai-streams", "onnxruntime-genai int8, a Generator each", "genai-int8", "streams", EACH),
+    Engine("genai-batch", "onnxruntime-genai int8, one batch", "genai-int8", "batch", BATCH),
+    Engine("llama-streams", "llama-cpp-python Q8_0", "llama-q8_0", "streams", LOCK),
 )
 
 
@@ -81,7 +97,7 @@ class Prepared:
     model: Path  # what it loads: a file or a folder
     size: int  # bytes of all files in it
     versions: dict[str, str]  # package -> version
-    identity: str  # a digest of model, versions and settings: part of the key of whatever is measured on it
+    identity: str  # a digest of model, versions and settings: part of the key of what is measured on it
 
 
 class Worker:
@@ -93,8 +109,9 @@ class Worker:
         self._log = logs / f"run-{prepared.engine.name}.log"
         self._command = [
             str(prepared.python),
-            str(WORKERS / f"{prepared.engine.worker or prepared.engine.runtime}_worker.py"),
+            str(WORKERS / f"{prepared.engine.runtime}_worker.py"),
             str(prepared.model),
+            f"--way={prepared.engine.way}",
             f"--threads={threads}",
             f"--context={context}",
         ]
@@ -132,7 +149,7 @@ class Worker:
             self.load_seconds = self._reply()["load_seconds"]
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """What the worker replies to one request of workers/protocol.py. Raises EngineError when it dies of it."""
+        """What the worker replies to one request of workers/protocol.py. Raises BenchmarkError when it dies of it."""
         self.start()
         assert self._process is not None
         stdin: IO[str] | None = self._process.stdin
@@ -152,9 +169,9 @@ class Worker:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _failure(self) -> EngineError:
+    def _failure(self) -> BenchmarkError:
         assert self._process is not None
         status = self._process.wait()
-        return EngineError(
+        return BenchmarkError(
             f"{self.engine.title} ended with exit status {status}: see {self._log.name} in the work folder"
         )

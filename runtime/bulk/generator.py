@@ -15,13 +15,14 @@ from typing import Any, Unpack, cast
 
 import numpy as np
 
-from pastkey.errors import InputError, PastkeyError
+from pastkey.errors import InputError, MissingExtraError, PastkeyError, first_line
 from pastkey.values import as_path, is_collection, or_default, require, shown
 
 from ..decoding.batching.prefix_cache import TAIL
 from ..decoding.batching.scheduler import MAX_ROWS
 from ..decoding.batching.shared_prefill import SHARED_TOKENS
-from ..decoding.completion import Completion
+from ..decoding.completion import Chunk, Completion
+from ..decoding.many import interleaved
 from ..decoding.stream import Stream
 from ..loading import load
 from ..model.chat.chat import Chat
@@ -37,7 +38,6 @@ from ..settings import (
     options_of,
     require_valid,
 )
-from .continuous import finished
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
 
 WINDOW = 1024  # rows that are sorted at once
@@ -165,8 +165,10 @@ class Generator:
     def answers(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Answer]]:
         """Answers rows, WINDOW of them read ahead. Yields each with its answer, in the order in which they end."""
         model = self.model
-        for task, outcome in finished(self._begun(model, rows), model.max_batch):
-            yield task.row, error_of(outcome) if isinstance(outcome, str) else _answer(task, outcome)
+        with contextlib.closing(interleaved(self._begun(model, rows), model.max_batch)) as found:
+            for task, one in found:
+                if not isinstance(one, Chunk):
+                    yield task.row, _answer(task, one) if isinstance(one, Completion) else error_of(told(one))
 
     def close(self) -> None:
         """Lets go of the model, for all generators of this process that share it. The next batch loads it again."""
@@ -260,6 +262,13 @@ def _answer(task: _Task, completion: Completion) -> Answer:
         completion = task.chat.take_answer(completion)
     logprobs = task.options.get("logprobs") is not None
     return answer_of(completion, logprobs=logprobs, tools=task.request.tools is not None)
+
+
+def told(error: Exception) -> str:
+    """An error as the row's own sentence. Raises it where it is everybody's: no memory, no package."""
+    if isinstance(error, MissingExtraError | MemoryError):
+        raise error
+    return str(error) if isinstance(error, PastkeyError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _length(columns: Mapping[str, Any]) -> int:

@@ -9,15 +9,15 @@ The ids in OUT are the state of the job. A process writes OUT while it holds the
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pastkey.errors import ExistingFolderError, InputError, IntegrityError, ResourceError
+from pastkey.errors import ExistingFolderError, InputError, IntegrityError
 from pastkey.files.durable import lock_file, refuse_below_a_file, refuse_special, sync_folder, write_json
 from pastkey.files.folder import read_json, sha256
 from pastkey.files.reading import parse_json
@@ -36,7 +36,14 @@ def job_file(out: Path) -> Path:
 
 
 def shard_ids(source: Path, shard: str) -> set[RowId]:
-    """The ids of the shard "I/N", or of all rows for "". Raises InputError where two of the file have one id."""
+    """The ids of the shard "I/N", every N-th row from the I-th on, or of all rows for "".
+
+    Raises InputError for another shard, and where two rows of the file have one id.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard or "1/1")
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise InputError(f"--shard is {shard!r}; I/N was expected, with I from 1 to N")
     lines: dict[RowId, int] = {}
     for row in read_rows(source):
         if row.id in lines:
@@ -45,13 +52,7 @@ def shard_ids(source: Path, shard: str) -> set[RowId]:
                 "known by its row's id, so give each its own"
             )
         lines[row.id] = row.number
-    return {identity for identity, number in lines.items() if _in_shard(number, shard)}
-
-
-def _in_shard(number: int, shard: str) -> bool:
-    """Each N-th row, from the I-th on."""
-    part, parts = map(int, (shard or "1/1").split("/"))
-    return number % parts == part % parts
+    return {identity for identity, number in lines.items() if number % parts == part % parts}
 
 
 def refuse_output(out: Path, source: Path) -> None:
@@ -99,19 +100,17 @@ class Job:
         return (row for row in read_rows(self._source) if row.id in self._left)
 
     def add(self, row: Row, answer: Answer) -> None:
-        """Appends an answer. Raises ResourceError or OSError where it cannot be written."""
-        with _full_disk_as_sentence(self._out):
-            line = memoryview(answered_line(row, answer))
-            while line:
-                line = line[self._file.write(line) :]
-            if time.monotonic() - self._synced >= SYNC_SECONDS:
-                self.sync()
+        """Appends an answer. Raises OSError where it cannot be written."""
+        line = memoryview(answered_line(row, answer))
+        while line:
+            line = line[self._file.write(line) :]
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            self.sync()
         self._note(row.id, answer)
 
     def sync(self) -> None:
         """Puts the answers on the disk itself, against a power cut: a kill does not need it."""
-        with _full_disk_as_sentence(self._out):
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
     def _note(self, identity: RowId, answer: Mapping[str, Any]) -> None:
@@ -162,7 +161,7 @@ def open_job(
         InUseError: Another process writes there.
         IntegrityError: What was written of the job was altered.
         ExistingFolderError: The output holds something that no job wrote.
-        ResourceError, OSError: It cannot be written.
+        OSError: It cannot be written.
     """
     refuse_output(out, source)
     wanted = {"format_version": FORMAT_VERSION, "input": sha256(source), **wanted}
@@ -191,16 +190,3 @@ def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], out: Path
                 f"{out} is of a job that was begun with {name} {shown(before, 40)}, and now it is {shown(now, 40)}: "
                 f"give the same, choose another --out, or {_ANEW}"
             )
-
-
-@contextlib.contextmanager
-def _full_disk_as_sentence(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(
-            f"the disk is full: {path} could not be written; what was answered before is kept: free some space, and "
-            "the same command goes on"
-        ) from None

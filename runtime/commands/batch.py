@@ -1,20 +1,18 @@
-"""The command batch: a file of rows is answered, with lines of progress, and a report at the end."""
+"""`pastkey batch`: a file of rows is answered, with lines of progress, and a report at the end."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pastkey.command import print_json, say
-from pastkey.errors import InputError
+from pastkey.command import Command, add_placement, print_json, say
 from pastkey.files.folder import sha256
 
-from ..settings import ChatOptions, PlacementOptions
+from .flags import add_bundle, add_generation, generation_of, opening_of
 
 if TYPE_CHECKING:
     from ..bulk.generator import Generator
@@ -24,8 +22,8 @@ if TYPE_CHECKING:
 _EVERY = 10.0  # seconds between two lines of progress
 
 
-def add_job(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a job, beside a bundle, settings and a place to run."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
     add = parser.add_argument
     add("input", metavar="IN", help="rows: JSON lines with a prompt or messages")
     add("--out", required=True, metavar="OUT", help="file of JSON lines to append the answers to")
@@ -34,32 +32,31 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     add("--shard", metavar="I/N", default="", help="answer every N-th row, from the I-th on (default: all)")
     add("--force", action="store_true", help="start again: empty OUT first")
     add("--json", action="store_true", help="print the report as one JSON object")
+    add_generation(parser, None)
+    add_placement(parser)
+    parser.set_defaults(seed=0)
     parser.epilog = (
         "The same command goes on with a job that was stopped. A field of a row that bears the name of a setting "
         "(max_new_tokens, temperature, ...) wins. Each row draws by a seed made of --seed (0) and its id."
     )
 
 
-def batch(
-    arguments: argparse.Namespace, options: ChatOptions, placement: PlacementOptions, trust: Mapping[str, Any]
-) -> int:
-    """Runs or goes on with a job, and prints its report. `trust`: as `load` takes trust and limits, where not usual."""
-    from ..bulk.generator import Generator  # here, so that --help is there at once
+def _run(arguments: argparse.Namespace) -> int:
+    from ..bulk.generator import Generator
     from ..bulk.job import open_job, refuse_output, shard_ids
     from ..model.session_file import bundle_digest
-    from .rerun import require_cpu
     from .untrusted_rows import SandboxedGenerator
 
+    options = generation_of(arguments)
+    opening = opening_of(arguments)
     source, out = Path(arguments.input), Path(arguments.out)
-    require_shard(arguments.shard)
     ids = shard_ids(source, arguments.shard)
     refuse_output(out, source)
-    given: dict[str, Any] = {"exact": arguments.exact, "template": arguments.template, **placement, **options}
+    given: dict[str, Any] = {"exact": arguments.exact, "template": arguments.template, **opening, **options}
     generator: Generator | SandboxedGenerator
-    if trust:
-        require_cpu(arguments)
-        del given["providers"]
-        generator = SandboxedGenerator(arguments.bundle, trust["limits"], **given)
+    if arguments.untrusted:
+        del given["providers"], given["trust"]
+        generator = SandboxedGenerator(arguments.bundle, **given)
         digest = generator.digest
     else:
         generator = Generator(arguments.bundle, **given)
@@ -78,13 +75,6 @@ def batch(
     else:
         _print_report(report)
     return 0
-
-
-def require_shard(shard: str) -> None:
-    """Raises InputError unless it is "" or "I/N"."""
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
-    if shard and not (found and 1 <= int(found[1]) <= int(found[2])):
-        raise InputError(f"--shard is {shard!r}; I/N was expected, with I from 1 to N")
 
 
 def answer_all(job: Job, generator: Generator | SandboxedGenerator) -> dict[str, Any]:
@@ -107,7 +97,7 @@ def answer_all(job: Job, generator: Generator | SandboxedGenerator) -> dict[str,
             if time.monotonic() - told >= _EVERY or job.done == job.total:
                 told = time.monotonic()
                 say(f"{job.done} of {job.total} rows, {job.errors} with an error, {_told(speeds())}")
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError):
         say(f"{job.done} of {job.total} rows are answered: the same command goes on")
         raise
     return {"rows": job.total, "errors": job.errors, "resumed": before, **tokens, **speeds()}
@@ -121,3 +111,6 @@ def _print_report(report: Mapping[str, Any]) -> None:
     print(f"{report['out']}: {report['rows']} rows, {report['errors']} with an error")
     print(f"{report['rows'] - report['resumed']} rows in {report['seconds']:.1f} s: {_told(report)}")
     print(f"bundle {report['bundle']}")
+
+
+batch_command = Command(_add_arguments, _run)

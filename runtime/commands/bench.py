@@ -1,7 +1,8 @@
-"""How fast a bundle prefills and decodes here, how long it loads, how much memory it takes."""
+"""`pastkey bench`: how fast a bundle prefills and decodes here, how long it loads, how much memory it takes."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import platform
 import statistics
@@ -9,19 +10,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pastkey
+from pastkey.command import Command, add_placement, natural_int, positive_int, print_json, say
 from pastkey.contract.bundle import open_bundle
 from pastkey.values import is_int, require
 
-from ..engine.engine import Engine
-from ..engine.golden import require_golden
-from ..providers.int8_kernels import Int8Kernels, int8_kernels_of
-from ..providers.ort import onnxruntime
 from ..settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, PlacementOptions
+from .flags import add_bundle, opening_of
+
+if TYPE_CHECKING:
+    from ..providers.int8_kernels import Int8Kernels
 
 ROUNDS = 3  # each a prefill and a decode; the figures are medians over them
 
@@ -66,6 +66,13 @@ def bench(
         ProviderError: A provider is not here, did not start, or is not given this bundle's graph, or leaves some of it.
         InputError: An impossible number of threads or tokens.
     """
+    import numpy as np
+
+    from ..engine.engine import Engine
+    from ..engine.golden import require_golden
+    from ..providers.int8_kernels import int8_kernels_of
+    from ..providers.ort import onnxruntime
+
     for name, tokens in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
         require(is_int(tokens, 0, 10**9), name, tokens, "a whole number from 0 to 10**9")
     started = time.perf_counter()
@@ -139,3 +146,52 @@ def peak_rss_bytes() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    parser.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=positive_int,
+        default=BENCH_PROMPT_TOKENS,
+        help="prompt tokens to prefill (%(default)s)",
+    )
+    parser.add_argument(
+        "--new-tokens", metavar="N", type=natural_int, default=BENCH_NEW_TOKENS, help="decode so many (%(default)s)"
+    )
+    add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .rerun import rerun
+
+    opening = opening_of(arguments)
+    if arguments.untrusted:
+        return rerun("bench", _run, arguments, opening["limits"])
+    report = bench(arguments.bundle, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, **opening)
+    if arguments.json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+    return 0
+
+
+def _print_report(report: BenchReport) -> None:
+    settings = dict(report.settings)
+    note = settings.pop("note", None)
+    decode, memory = report.decode_tokens_per_second, report.peak_rss_bytes
+    print(f"prefill  {report.prefill_tokens_per_second:10.1f} tokens/s  ({settings['prompt_tokens']} tokens)")
+    print(f"decode   {decode:10.1f} tokens/s  ({settings['new_tokens']} tokens)" if decode else "decode   no room")
+    print(f"load     {report.load_seconds:10.3f} s")
+    print(f"memory   {memory / 2**20:10.1f} MiB at the peak" if memory else "memory   unknown on this system")
+    if report.int8_kernels is not None:
+        print(f"int8     {report.int8_kernels.note}")
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    if note:
+        say(f"note: {note}")
+
+
+bench_command = Command(_add_arguments, _run)

@@ -1,15 +1,15 @@
-"""What `pastkey devices` lists: the execution providers, with the wheels and devices of those that are here."""
+"""`pastkey devices`: the execution providers, with the wheels and devices of those that are here."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib.metadata
 from dataclasses import dataclass
 
+from pastkey.command import Command, print_json, say
 from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS, Provider
-
-from ..providers.ort import onnxruntime, openvino_devices, standard_output_to_error, wheels
-from ..providers.placement import available, is_plugin, plugin_devices, short_name, what_brings
 
 
 @dataclass(frozen=True)
@@ -31,42 +31,79 @@ def devices() -> list[Device]:
     Returns:
         One Device for each; available ones first.
     """
-    here = available()
+    from ..providers import ort
+    from ..providers import placement as ep
+
+    def here(short: str, known: Provider) -> Device:
+        package, version = ort.wheels()[0], ort.onnxruntime.__version__
+        if ep.is_plugin(known.name):
+            package = known.plugin.replace("_", "-")
+            version = importlib.metadata.version(package)
+        try:
+            found, note = _devices(known.name), ""
+        except ProviderError as error:  # a plugin whose library does not load, or finds no hardware
+            found, note = (), str(error)
+        return Device(short, known.name, known.hardware, not note, note, f"{package} {version}", found)
+
+    names = ep.available()
     rows = [
-        _here(short, known)
-        if known.name in here
-        else Device(short, known.name, known.hardware, False, what_brings(known))
+        here(short, known)
+        if known.name in names
+        else Device(short, known.name, known.hardware, False, ep.what_brings(known))
         for short, known in PROVIDERS.items()
     ]
-    known_names = {known.name for known in PROVIDERS.values()}
-    rows += [_here(short_name(name), Provider(name)) for name in here if name not in known_names]
+    further = [name for name in names if name not in {known.name for known in PROVIDERS.values()}]
+    rows += [here(ep.short_name(name), Provider(name)) for name in further]
     return sorted(rows, key=lambda device: not device.available)
-
-
-def _here(short: str, known: Provider) -> Device:
-    try:
-        found, note = _devices(known.name), ""
-    except ProviderError as error:  # a plugin whose library does not load, or finds no hardware
-        found, note = (), str(error)
-    return Device(short, known.name, known.hardware, not note, note, _package(known), found)
 
 
 def _devices(name: str) -> tuple[str, ...]:
     """As in ("CPU of Intel",): what onnxruntime 1.23 and later says of its devices; nothing of most built-in ones."""
-    if is_plugin(name):
-        with standard_output_to_error():
-            found = plugin_devices(name)
+    from ..providers import ort
+    from ..providers import placement as ep
+
+    if ep.is_plugin(name):
+        with ort.standard_output_to_error():
+            found = ep.plugin_devices(name)
     else:
-        list_them = getattr(onnxruntime, "get_ep_devices", list)
+        list_them = getattr(ort.onnxruntime, "get_ep_devices", list)
         found = [device for device in list_them() if device.ep_name == name]
     if not found and name == PROVIDERS["openvino"].name:
-        return openvino_devices()
+        return ort.openvino_devices()
     shown = (f"{device.device.type.name} of {device.device.vendor or 'an unnamed vendor'}" for device in found)
     return tuple(dict.fromkeys(shown))
 
 
-def _package(known: Provider) -> str:
-    if is_plugin(known.name):
-        package = known.plugin.replace("_", "-")
-        return f"{package} {importlib.metadata.version(package)}"
-    return f"{wheels()[0]} {onnxruntime.__version__}"
+# --- the command --------------------------------------------------------------------------------------------------
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..providers.int8_kernels import int8_kernels
+    from ..providers.ort import onnxruntime
+    from ..providers.placement import overlapping
+
+    rows, kernels = devices(), int8_kernels()
+    if arguments.json:
+        print_json(
+            {
+                "onnxruntime": onnxruntime.__version__,
+                "devices": [dataclasses.asdict(row) for row in rows],
+                "int8_kernels": dataclasses.asdict(kernels),
+            }
+        )
+        return 0
+    print(f"onnxruntime {onnxruntime.__version__}")
+    for row in rows:
+        state = "available" if row.available else "absent"
+        told = [f"devices {', '.join(row.devices)}"] if row.devices else []
+        told = [row.package, *told] if row.available else [row.note if row.package else f"comes with {row.note}"]
+        print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
+    print(f"int8 MatMuls on this CPU: {kernels.note}")
+    if sentence := overlapping():
+        say(f"note: {sentence}")
+    return 0
+
+
+devices_command = Command(_add_arguments, _run)

@@ -1,7 +1,8 @@
-"""What a bundle is made of and where its operators run: the figures of `pastkey inspect`."""
+"""`pastkey inspect`: what a bundle is made of and where its operators run."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import errno
@@ -12,20 +13,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
+from pastkey.command import Command, add_placement, print_json
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, Manifest, open_bundle
+from pastkey.contract.bundle import Manifest, open_bundle
 from pastkey.errors import NumericsError, ProviderError
 from pastkey.precisions import PRECISIONS
 
-from ..engine.decoder_graph import DecoderGraph
-from ..engine.engine import Engine
-from ..engine.golden import require_golden
-from ..providers.int8_kernels import Int8Kernels, int8_kernels_of
-from ..providers.parts import Assigned, assigned
-from ..providers.placement import CPU, short_name
 from ..settings import PlacementOptions
+from .flags import add_bundle, opening_of
+
+if TYPE_CHECKING:
+    from ..engine.decoder_graph import DecoderGraph
+    from ..providers.int8_kernels import Int8Kernels
+    from ..providers.parts import Assigned
 
 _KERNEL = "_kernel_time"  # how onnxruntime's profile names an operator's run
 
@@ -80,6 +82,12 @@ def inspect(
         InputError: An impossible number of threads.
         OSError: onnxruntime could not write its profile: the disk of the temporary folder is full.
     """
+    from ..engine.engine import Engine
+    from ..engine.golden import require_golden
+    from ..providers.int8_kernels import int8_kernels_of
+    from ..providers.parts import assigned
+    from ..providers.placement import CPU
+
     bundle = open_bundle(path)
     manifest = bundle.manifest
     sizes = {name: record.size for name, record in manifest.files.items()}
@@ -87,7 +95,9 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
         on_cpu = engine.providers[0] == CPU
-        with contextlib.nullcontext() if on_cpu else contextlib.suppress(NumericsError):  # `_prove` says what is wrong
+        with (
+            contextlib.nullcontext() if on_cpu else contextlib.suppress(NumericsError)
+        ):  # the proof below says what is wrong
             engine.prefill([0] * min(2, manifest.context_length))
             if len(engine.graph.sessions) > 1:
                 engine.reset()
@@ -100,7 +110,13 @@ def inspect(
             binary = sum(n for name, n in sizes.items() if name.startswith(compiled[0]) and name.endswith(compiled[1]))
             shares += read_shares(profile, assigned(session, graph), file, binary)
         kernels = int8_kernels_of(manifest.precision, engine.providers[0])
-    golden_logits, refusal = (None, None) if on_cpu else _prove(engine, bundle)
+    golden_logits = refusal = None
+    if not on_cpu:
+        try:
+            require_golden(engine, bundle)
+            golden_logits = "prefill wrong" if engine.graph.one_by_one else "right"
+        except ProviderError as error:
+            golden_logits, refusal = "wrong", str(error)
     return Inspection(
         manifest=manifest,
         weight_bytes=weights or sizes[PRECISIONS[manifest.precision].graph],
@@ -113,15 +129,6 @@ def inspect(
         golden_logits=golden_logits,
         refusal=refusal,
     )
-
-
-def _prove(engine: Engine, bundle: Bundle) -> tuple[str, str | None]:
-    """How a device computes a bundle's golden logits, and the sentence of a refusal."""
-    try:
-        require_golden(engine, bundle)
-    except ProviderError as error:
-        return "wrong", str(error)
-    return "prefill wrong" if engine.graph.one_by_one else "right", None
 
 
 def _overflow(graph: DecoderGraph) -> str:
@@ -154,6 +161,8 @@ def read_shares(
 
     A node that ran several times counts once.
     """
+    from ..providers.placement import short_name
+
     nodes: dict[str, dict[str, Any]] = {}
     for event in profile:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
@@ -172,15 +181,11 @@ def read_shares(
                 nodes=len(own),
                 weight_bytes=weight_bytes,
                 operators=dict(Counter(str(args["op_name"]) for args in own).most_common()),
-                parts=_parts(given, len(own)),
+                # Fewer nodes recorded than ran: another record, since optimisation makes them fewer and never more.
+                parts=given.parts if given is not None and given.nodes >= len(own) else None,
             )
         )
     return tuple(sorted(shares, key=lambda share: -share.weight_bytes))
-
-
-def _parts(given: Assigned | None, ran: int) -> int | None:
-    """None where fewer nodes are recorded than ran: optimisation makes them fewer, and never more."""
-    return given.parts if given is not None and given.nodes >= ran else None
 
 
 # --- for a person -----------------------------------------------------------------------------------------------------
@@ -236,3 +241,29 @@ def _figure(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .rerun import rerun
+
+    opening = opening_of(arguments)
+    if arguments.untrusted:
+        return rerun("inspect", _run, arguments, opening["limits"])
+    inspection = inspect(arguments.bundle, **opening)
+    if arguments.json:
+        print_json(inspection.to_json())
+    else:
+        print_inspection(inspection)
+    if inspection.refusal is not None:
+        raise ProviderError(inspection.refusal)
+    return 0
+
+
+inspect_command = Command(_add_arguments, _run)

@@ -1,11 +1,10 @@
-"""The flags --untrusted and --limit, and whole commands in the process of an untrusted bundle: inspect and bench."""
+"""Whole commands in the process of an untrusted bundle: inspect and bench."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -13,46 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pastkey.command import placement_of, say
-from pastkey.errors import InputError
+from pastkey.command import say
 from pastkey.typed import Between
 
 from ..sandbox.connection import Connection, name_of
 from ..sandbox.limits import Limits
 
-_READ: Final[dict[str, Callable[[str], Any]]] = {"memory": lambda text: int(float(text)), "seconds": float}
 _MOST_PRINTED: Final = 10_000_000  # bytes of JSON
-
-
-def limits_of(arguments: argparse.Namespace) -> Limits:
-    """What --limit was set to. Raises InputError."""
-    found: dict[str, Any] = {}
-    for name, text in arguments.limits or ():
-        try:
-            found[name] = _READ[name](text)
-        except (KeyError, ValueError, OverflowError):
-            raise InputError(
-                f"--limit {name}={text} was given; memory=BYTES or seconds=S was expected, as in --limit memory=4e9"
-            ) from None
-    return Limits(**found)
-
-
-def untrusted_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What --untrusted and --limit were set to, as `load` takes it. Raises InputError."""
-    if arguments.untrusted:
-        return {"trust": False, "limits": limits_of(arguments)}
-    if arguments.limits:
-        raise InputError("--limit is for a bundle that is not trusted: add --untrusted")
-    return {}
-
-
-def require_cpu(arguments: argparse.Namespace) -> None:
-    """Raises InputError for a provider other than the CPU, and for options of a provider."""
-    placement_of(arguments)  # which refuses those of none
-    if arguments.provider not in (None, "cpu") or arguments.provider_options:
-        raise InputError(
-            f"--provider {arguments.provider} was given; an untrusted bundle runs on the CPU alone: leave it out"
-        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +30,7 @@ class _Ran:
     error: str
 
 
-def rerun(name: str, run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+def rerun(name: str, run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, limits: Limits) -> int:
     """Runs a command on the bundle of `arguments` in a process with limits, prints what it printed, returns its status.
 
     The time of the limits is that of the whole command. It may write to a temporary folder, which is removed.
@@ -73,21 +39,15 @@ def rerun(name: str, run: Callable[[argparse.Namespace], int], arguments: argpar
         UntrustedBundleError: It broke a limit, crashed, or gave no answer.
         PastkeyError: What the command raises.
     """
-    limits = limits_of(arguments)
-    require_cpu(arguments)
     given = {key: value for key, value in vars(arguments).items() if key not in ("untrusted", "limits", "bundle")}
     given |= {"untrusted": False, "limits": None, "provider": "cpu"}
-    scratch = Path(tempfile.mkdtemp(prefix="pastkey-"))
-    try:
-        connection = Connection(Path(arguments.bundle).absolute(), limits, scratch=scratch)
-        try:
-            asked = {"run": name_of(run), "given": given}
-            ran = connection.run(f"to {name}", run_here, _Ran, asked, most=_MOST_PRINTED)
-            tell_missing(connection.in_force.missing)
-        finally:
-            connection.close()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    asked = {"run": name_of(run), "given": given}
+    with (
+        tempfile.TemporaryDirectory(prefix="pastkey-", ignore_cleanup_errors=True) as scratch,
+        contextlib.closing(Connection(Path(arguments.bundle).absolute(), limits, scratch=Path(scratch))) as connection,
+    ):
+        ran = connection.run(f"to {name}", run_here, _Ran, asked, most=_MOST_PRINTED)
+        tell_missing(connection.in_force.missing)
     sys.stdout.write(_printable(ran.out))
     sys.stdout.flush()
     sys.stderr.write(_printable(ran.error))

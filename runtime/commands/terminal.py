@@ -67,20 +67,14 @@ def converse(chat: Chat, **options: Unpack[ChatOptions]) -> None:
 def print_answer(
     chat: Chat, text: str, interrupted: threading.Event | None = None, **options: Unpack[ChatOptions]
 ) -> Completion | None:
-    """Prints the answer to `text` as it comes, as far as it came when `interrupted` is set; then there is no result."""
-    answer = chat.stream(text, **options)
-    done = None
-    with contextlib.closing(answer):
-        while True:
-            try:
-                print_text(next(answer).text)
-            except StopIteration as end:
-                done = end.value
-                break
+    """Prints the answer to `text` as it comes, until it ends or `interrupted` is set. Returns what was printed."""
+    with chat.stream(text, **options) as answer:
+        for chunk in answer:
+            print_text(chunk.text)
             if interrupted is not None and interrupted.is_set():
                 break
     print(flush=True)
-    return done
+    return answer.completion
 
 
 @contextlib.contextmanager

@@ -25,11 +25,6 @@ _WINDOW: Final = 256  # rows that the process has at once
 
 # What the process says, by its types.
 @dataclass(frozen=True)
-class _Digest:
-    digest: str
-
-
-@dataclass(frozen=True)
 class _Answer:
     text: str | None
     finish_reason: str | None
@@ -68,7 +63,7 @@ class SandboxedGenerator:
         weakref.finalize(self, opened.close)
         self._connection = opened.connection
         tell_missing(self._connection.in_force.missing)
-        self.digest = self._connection.run("to load", digest_here, _Digest, {"settings": settings}).digest
+        self.digest = self._connection.run("to load", digest_here, str, {"settings": settings})
 
     def answers(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Answer]]:
         """See Generator."""
@@ -86,9 +81,9 @@ class SandboxedGenerator:
                 self._connection.fail("left rows without an answer, and was ended")
 
 
-def digest_here(path: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def digest_here(path: Path, settings: Mapping[str, Any]) -> str:
     """In the process: loads the bundle."""
-    return {"digest": bundle_digest(Generator(path, providers="cpu", **settings).model.bundle)}
+    return bundle_digest(Generator(path, providers="cpu", **settings).model.bundle)
 
 
 def answer_here(path: Path, settings: Mapping[str, Any], rows: Sequence[Any]) -> Iterator[Mapping[str, Any]]:

@@ -6,37 +6,16 @@ import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from .completion import Chunk, Completion
-
-
-class Readable(Protocol):
-    """The part of a Stream that AsyncStream needs."""
-
-    @property
-    def completion(self) -> Completion | None:
-        """See Stream."""
-
-    def __next__(self) -> Chunk:
-        """See Stream."""
-
-    def throw(
-        self, kind: type[BaseException] | BaseException, value: object = None, traceback: TracebackType | None = None
-    ) -> Chunk:
-        """See Stream."""
-
-    def cancel(self) -> None:
-        """See Stream."""
-
-    def close(self) -> None:
-        """See Stream."""
+from .stream import ChunkStream
 
 
 class AsyncStream(AsyncGenerator[Chunk, None]):
     """Yields a Chunk for each new token, as Stream does. Only one task may read it."""
 
-    def __init__(self, stream: Readable, executor: Executor) -> None:
+    def __init__(self, stream: ChunkStream, executor: Executor) -> None:
         self._stream, self._executor = stream, executor
 
     @property

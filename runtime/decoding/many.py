@@ -12,7 +12,7 @@ from ..sampling.random_stream import continuation_seed, fresh_seed
 from ..settings import SamplingConfig, require_valid
 from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
-from .stream import Stream, next_of
+from .stream import Readable, Stream
 
 Key = TypeVar("Key")
 Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], Stream]
@@ -83,7 +83,7 @@ def interleaved(
             stream.close()
 
 
-class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
+class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
     """Yields (index of the prompt, Chunk), in turn for the running prompts; returns the completions in order."""
 
     def __init__(
@@ -100,6 +100,7 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         Prompts with the same beginning share its prefill. `n` gives each prompt that many completions, each with its
         own seed. Calls `progress(done, all)` when a stream ends.
         """
+        super().__init__()
         ordered = is_collection(prompts) and not isinstance(prompts, Set)
         require(ordered and len(prompts) > 0, "prompts", prompts, "a list of at least one prompt")
         require_valid({"n": n})
@@ -112,18 +113,8 @@ class StreamMany(Generator[tuple[int, Chunk], None, list[Completion]]):
         """The completions by index of the prompt; None while a stream runs."""
         return [stream.completion for stream in self._streams]
 
-    def __next__(self) -> tuple[int, Chunk]:
-        return next_of(self._rest)
-
-    def send(self, value: None) -> tuple[int, Chunk]:
-        """Same as `next`."""
-        del value
-        return next(self)
-
-    def throw(self, *error: Any) -> tuple[int, Chunk]:
-        """Ends all streams and raises the error."""
-        self.close()
-        return self._rest.throw(*error)
+    def _next(self) -> tuple[int, Chunk]:
+        return next(self._rest)
 
     def close(self) -> None:
         """Ends all streams within one step."""

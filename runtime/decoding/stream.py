@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from pastkey.errors import InputError
 
@@ -14,28 +15,73 @@ from ..text.stop_strings import StopStrings
 from .completion import Chunk, Completion
 from .generation import Generation
 
-T = TypeVar("T")
+Piece = TypeVar("Piece")
+Whole = TypeVar("Whole")
 
 
-def next_of(steps: Iterator[T]) -> T:
-    """The next of a generator. Raises InputError where another thread, or a callback, reads it at this moment."""
-    try:
-        return next(steps)
-    except ValueError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # of no line of its own
-            raise read_already() from None
-        raise
+class Readable(Generator[Piece, None, Whole]):
+    """What all streams have in common: one reader at a time, which may be any thread or task.
+
+    A subclass has `_next`, which returns a piece or raises StopIteration of the whole, `cancel` and `close`.
+    """
+
+    def __init__(self) -> None:
+        self._reading = threading.Lock()  # held by the reader
+
+    def __next__(self) -> Piece:
+        if not self._reading.acquire(blocking=False):
+            raise InputError(
+                "this stream is being read by another thread or task, or by a callback of its own: let one read it at "
+                "a time, or give each a stream of its own"
+            )
+        try:
+            return self._next()
+        finally:
+            self._reading.release()
+
+    @abstractmethod
+    def _next(self) -> Piece:
+        """The next piece."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Ends it within one step, from any thread. The reader gets the end, with what was generated so far."""
+
+    def send(self, value: None) -> Piece:
+        """As `next`."""
+        del value
+        return next(self)
+
+    def throw(self, kind: Any, value: Any = None, traceback: TracebackType | None = None) -> Piece:
+        """Ends it, and raises the error: a class or an exception."""
+        self.close()
+        return super().throw(kind, value, traceback)
+
+    def __reduce__(self) -> NoReturn:
+        """Raises InputError: a copy would end this one."""
+        raise InputError(
+            "a stream can be neither copied nor pickled: give the model and the prompt to the other process, and begin "
+            "the stream there"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-def read_already() -> InputError:
-    """For who reads a stream while another does."""
-    return InputError(
-        "this stream is being read by another thread or task, or by a callback of its own: let one read it at a time, "
-        "or give each a stream of its own"
-    )
+class ChunkStream(Readable[Chunk, Completion]):
+    """A stream of one text.
+
+    Attributes:
+        completion: The Completion after the end; after `close`, with the yielded chunks. None before.
+    """
+
+    completion: Completion | None = None
 
 
-class Stream(Generator[Chunk, None, Completion]):
+class Stream(ChunkStream):
     """Yields a Chunk for each new token; their texts together are the completion's.
 
     It takes nothing until its first `next`. It belongs to no thread: each `next` may come from another one, and
@@ -51,63 +97,47 @@ class Stream(Generator[Chunk, None, Completion]):
         wake: Callable[[], None],
     ) -> None:
         """`wake` lets a thread that waits for the next token look again."""
+        super().__init__()
         self._generation, self._wake = generation, wake
         self._text, self._stops = text, stops
         self._texts: list[str] = []  # what was told so far
         self._flushed = self._over = False
-        self._reading = threading.Lock()  # held by whoever reads
-        self._result: Completion | None = None
-
-    @property
-    def completion(self) -> Completion | None:
-        """What it returns at its end; also after `close`, with what was yielded until then. None before."""
-        return self._result
 
     @property
     def prompt_tokens(self) -> int:
         """Number of tokens of the prompt."""
         return self._generation.prompt_tokens
 
-    def __next__(self) -> Chunk:
-        if not self._reading.acquire(blocking=False):
-            raise read_already()
+    def _next(self) -> Chunk:
+        """The next token with its text, or at the end the text that was held back; then the completion."""
+        generation, text, stops = self._generation, self._text, self._stops
         try:
             if self._over:
                 raise StopIteration
-            chunk = self._read()
-            if chunk is None:
-                raise StopIteration(self._end())
-            return chunk
+            token = next(generation, None) if stops.found is None and not self._flushed else None
+            if token is not None:
+                self._texts.append("" if text is None else stops.push(text.push(token)))
+                new = generation.new_tokens
+                return Chunk(self._texts[-1], [token], generation.logprobs[new - 1 : new])
+            if text is not None and not self._flushed:
+                self._flushed = True
+                self._texts.append(stops.push(text.flush()) + stops.flush())
+                if self._texts[-1]:
+                    return Chunk(self._texts[-1], [])
+            raise StopIteration(self._end())
         except BaseException:
             self._end()
             raise
-        finally:
-            self._reading.release()
-
-    def _read(self) -> Chunk | None:
-        """The next token with its text, or at the end the text that was held back; then None."""
-        generation, text, stops = self._generation, self._text, self._stops
-        token = next(generation, None) if stops.found is None and not self._flushed else None
-        if token is not None:
-            self._texts.append("" if text is None else stops.push(text.push(token)))
-            new = generation.new_tokens
-            return Chunk(self._texts[-1], [token], generation.logprobs[new - 1 : new])
-        if text is not None and not self._flushed:
-            self._flushed = True
-            self._texts.append(stops.push(text.flush()) + stops.flush())
-            if self._texts[-1]:
-                return Chunk(self._texts[-1], [])
-        return None
 
     def _end(self) -> Completion:
         """Lets go of the model. The completion, once and for all."""
         self._over = True
         generation = self._generation
         generation.close()
-        if self._result is None:
+        if self.completion is None:
             reason = generation.finish_reason if self._stops.found is None else "stop_string"
             new, found = generation.new_tokens, generation.logprobs
-            self._result = Completion(
+            self.completion = Completion(
                 "".join(self._texts),
                 generation.ids[generation.prompt_tokens : generation.prompt_tokens + new],
                 reason or "cancelled",
@@ -124,23 +154,7 @@ class Stream(Generator[Chunk, None, Completion]):
                 forced_tokens=generation.forced_tokens,
                 dropped_tokens=generation.kept.dropped,
             )
-        return self._result
-
-    def send(self, value: None) -> Chunk:
-        """As `next`."""
-        del value
-        return next(self)
-
-    def throw(
-        self,
-        kind: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        traceback: TracebackType | None = None,
-    ) -> Chunk:
-        """Ends it, and raises the error."""
-        del traceback
-        self.close()
-        raise kind(*([] if value is None else [value])) if isinstance(kind, type) else kind
+        return self.completion
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
@@ -159,20 +173,7 @@ class Stream(Generator[Chunk, None, Completion]):
             self._wake()
             self._generation.close()
 
-    def __reduce__(self) -> NoReturn:
-        """Raises InputError: a copy would end this one."""
-        raise InputError(
-            "a stream can be neither copied nor pickled: give the model and the prompt to the other process, and begin "
-            "the stream there"
-        )
-
     def __del__(self) -> None:
         generation = vars(self).get("_generation")
         if generation is not None:
             generation.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

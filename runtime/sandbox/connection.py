@@ -26,7 +26,7 @@ from pastkey.typed import parse
 from .frames import MalformedError, message, read_frame, write_frame
 from .limits import Limits, LimitsInForce
 from .process import libraries, started
-from .protocol import MOST_JSON, Done, Failure, Reply
+from .protocol import MOST_JSON, Failure, Reply
 
 T = TypeVar("T")
 _START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
@@ -93,7 +93,14 @@ class Connection:
             threading.Thread(target=work, name="pastkey-untrusted", daemon=True) for work in (self._read, self._write)
         ]
         try:
-            self._start_threads()
+            try:
+                for thread in self._threads:
+                    thread.start()
+            except RuntimeError as error:  # no room for one
+                raise UntrustedBundleError(
+                    f"the process of the untrusted bundle {self._name} cannot be started ({error}): free memory, or "
+                    "end other processes"
+                ) from None
             asked = {
                 "memory": None if limits.memory is None else int(limits.memory),
                 "seconds": float(limits.seconds),
@@ -107,23 +114,6 @@ class Connection:
         except BaseException:
             self.close()
             raise
-
-    def _start_threads(self) -> None:
-        try:
-            for thread in self._threads:
-                thread.start()
-        except RuntimeError as error:  # no room for one
-            self._end("was ended, since it could not be spoken to")
-            reads, writes = (thread.ident is not None for thread in self._threads)
-            if not reads:
-                self._clear_away(None)
-            for begun, stream in ((reads, self._process.stdout), (writes, self._process.stdin)):
-                if not begun and stream is not None:
-                    stream.close()
-            raise UntrustedBundleError(
-                f"the process of the untrusted bundle {self._name} cannot be started ({error}): free memory, or end "
-                "other processes"
-            ) from None
 
     # --- calls --------------------------------------------------------------------------------------------------------
     def call(
@@ -141,7 +131,7 @@ class Connection:
         Args:
             doing: What it is asked for, for a sentence: "for the next token".
             what: Which of the calls of server.py.
-            kind: The class of the answer.
+            kind: The type of the answer, as `parse` takes it.
             given: What the call takes.
             most: Bytes of JSON that the answer may have.
             seconds: How long to wait; None as long as the limit says.
@@ -171,7 +161,7 @@ class Connection:
     def run(
         self,
         doing: str,
-        function: Callable[..., Mapping[str, Any]],
+        function: Callable[..., Any],
         kind: type[T],
         given: Mapping[str, Any],
         **bounds: Any,
@@ -185,16 +175,16 @@ class Connection:
     def results(
         self,
         doing: str,
-        function: Callable[..., Iterator[Mapping[str, Any]]],
+        function: Callable[..., Iterator[Any]],
         kind: type[T],
         given: Mapping[str, Any],
         **bounds: Any,
     ) -> Iterator[T]:
         """As `run`, of a function that yields: each result has the bounds."""
         job = next(numbers)
-        self.call(doing, "begin", Done, {"job": job, "function": name_of(function), "arguments": given})
+        self.call(doing, "begin", Any, {"number": job, "function": name_of(function), "arguments": given})
         more: Any = kind | None
-        while (found := self.call(doing, "more", more, {"job": job}, **bounds)) is not None:
+        while (found := self.call(doing, "more", more, {"number": job}, **bounds)) is not None:
             yield found
 
     def tell(self, what: str, **given: Any) -> None:
@@ -260,8 +250,10 @@ class Connection:
             return
         self.closed = True
         self._end("was ended by close()")
-        for thread in self._threads:
-            if thread.ident is not None and thread is not threading.current_thread():
+        for thread, work in zip(self._threads, (self._read, self._write), strict=True):
+            if thread.ident is None:  # no room for it: its work, which ends with the process, is done here
+                work()
+            elif thread is not threading.current_thread():
                 thread.join(_ENDING)
 
     def _error(self, doing: str | None = None) -> UntrustedBundleError:
@@ -352,7 +344,7 @@ class Connection:
         call.replies.put(reply)
 
 
-numbers = itertools.count(1)  # of streams, chat formats and jobs; one for all processes does no harm
+numbers = itertools.count(1)  # of streams, chat formats and jobs, for all processes
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -30,7 +30,7 @@ from ..text.chat_template import read_template
 from .chat_format import SandboxedChatFormat
 from .connection import Connection, name_of
 from .limits import Limits
-from .protocol import MOST_JSON, Loaded, Values
+from .protocol import MOST_JSON
 from .stream import PER_TOKEN, SandboxedStream
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class SandboxedModel:
         # Before the bundle is opened: whatever happens then, the process ends.
         self._finalizer = weakref.finalize(self, opened.close)
         try:
-            found = connection.call("to load", "load", Loaded, settings)
+            found = connection.call("to load", "load", dict[str, Any], settings)
             try:
-                self.manifest = parse_manifest(opened.path, found.manifest)
+                self.manifest = parse_manifest(opened.path, found)
             except PastkeyError as error:
                 connection.fail(f"answered with no manifest ({error}), and was ended")
         except BaseException as error:
@@ -100,13 +100,13 @@ class SandboxedModel:
     def sampling_defaults(self) -> ChatOptions:
         """See LanguageModel."""
         connection = self._alive()
-        found = connection.call("for the sampling defaults", "defaults", Values, {}).values
+        found = connection.call("for the sampling defaults", "defaults", dict[str, Any], {})
         try:
             require_known("the process", found, NAMES)
             SamplingConfig.of(found)
         except PastkeyError as error:
             connection.fail(f"answered with no sampling defaults ({error}), and was ended")
-        return cast(ChatOptions, dict(found))
+        return cast(ChatOptions, found)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them, too

@@ -1,4 +1,4 @@
-"""What a process says: no object is made of it but these, and those of the runtime, each field by its type.
+"""What a process says: no object is made of it but these, those of the runtime and plain JSON, each by its type.
 
 A hostile bundle may have taken the process over, so that it may say anything. The first reply that is none of these, or
 longer than was asked for, ends it.
@@ -6,11 +6,10 @@ longer than was asked for, ends it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pastkey.typed import Natural, TokenId
+from pastkey.typed import Natural
 
 from ..decoding.completion import Chunk, Completion
 
@@ -35,46 +34,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """The manifest, as in its file."""
-
-    manifest: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Done:
-    """Nothing but that it was done."""
-
-
-@dataclass(frozen=True)
-class Ids:
-    """Token ids."""
-
-    ids: tuple[TokenId, ...]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """Whether something is so."""
-
-    found: bool
-
-
-@dataclass(frozen=True)
-class Values:
-    """Named values of JSON, which their reader checks."""
-
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Format:
     """A chat template: its source, and the variables that it reads."""
 
@@ -87,5 +46,5 @@ class Reply:
     """One reply: what was found, or a failure."""
 
     id: Natural
-    value: Mapping[str, Any] | None = None
+    value: Any = None
     failure: Failure | None = None

@@ -8,20 +8,20 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from ..decoding.stream import Stream
 from ..model.language_model import LanguageModel
 from ..model.scoring import Score
-from ..text.chat_format import ChatFormat, open_chat_format
+from ..text.chat_format import open_chat_format
 from .frames import failure_of, message, read_frame, write_frame
-from .protocol import Done, Format, Found, Ids, Loaded, Step, Text, Values
+from .protocol import Format, Step
 
 _THREADS, _STACK = 64, 4 << 20  # that wait for tokens, and bytes of each one's stack
-_AT_ONCE = ("cancel", "drop", "forget")  # what must not wait behind other calls
+_AT_ONCE = ("cancel", "drop")  # what must not wait behind other calls
 
 
 class Server:
@@ -31,9 +31,7 @@ class Server:
         self._path, self._source, self._target = path, source, target
         self._writing = threading.Lock()
         self._loaded: LanguageModel | None = None
-        self._streams: dict[int, Stream] = {}
-        self._formats: dict[int, ChatFormat] = {}
-        self._jobs: dict[int, Iterator[Mapping[str, Any]]] = {}
+        self._open: dict[int, Any] = {}  # streams, chat formats and jobs, by the numbers that the parent gave them
         threading.stack_size(_STACK)
         self._threads = ThreadPoolExecutor(_THREADS)
 
@@ -53,7 +51,7 @@ class Server:
         number = asked["id"]
         try:
             found = getattr(self, f"do_{asked['what']}")(**asked["given"])
-            content = {"value": found if isinstance(found, dict | None) else dataclasses.asdict(found)}
+            content = {"value": dataclasses.asdict(found) if isinstance(found, Step | Format | Score) else found}
         except BaseException as error:
             content = {"failure": failure_of(error)}
         if number:
@@ -76,90 +74,80 @@ class Server:
         return self._loaded
 
     # --- the model ----------------------------------------------------------------------------------------------------
-    def do_load(self, load: str, **settings: Any) -> Loaded:
-        """Opens the bundle on the CPU."""
+    def do_load(self, load: str, **settings: Any) -> dict[str, Any]:
+        """Opens the bundle on the CPU. Its manifest, as in its file."""
         self._loaded = function_of(load)(self._path, "cpu", **settings)
-        return Loaded(self._loaded.manifest.to_json())
+        return self._model.manifest.to_json()
 
-    def do_defaults(self) -> Values:
+    def do_defaults(self) -> Mapping[str, Any]:
         """The options that the model's authors name."""
-        return Values(dict(self._model.sampling_defaults))
+        return self._model.sampling_defaults
 
     def do_score(self, text: str | list[int]) -> Score:
         """The log-probabilities of a text's tokens."""
         return self._model.score(text)
 
-    # --- streams ------------------------------------------------------------------------------------------------------
-    def do_stream(self, stream: int, text: str | list[int], options: dict[str, Any]) -> Step:
-        """Opens a stream under a number. Its first step."""
-        self._streams[stream] = self._model.stream(text, **read_options(options))
-        return self.do_next(stream=stream)
+    def do_drop(self, number: int) -> None:
+        """Ends a stream that nobody reads, or lets a chat format go."""
+        if isinstance(found := self._open.pop(number, None), Stream):
+            found.close()
 
-    def do_next(self, stream: int) -> Step:
+    # --- streams ------------------------------------------------------------------------------------------------------
+    def do_stream(self, number: int, text: str | list[int], options: dict[str, Any]) -> Step:
+        """Opens a stream under a number. Its first step."""
+        self._open[number] = self._model.stream(text, **read_options(options))
+        return self.do_next(number=number)
+
+    def do_next(self, number: int) -> Step:
         """The next step of a stream."""
-        found = self._streams.get(stream)
+        found = self._open.get(number)
         if found is None:  # dropped meanwhile
             return Step()
         try:
             return Step(found.prompt_tokens, next(found))
         except StopIteration as end:
-            self._streams.pop(stream, None)
+            self._open.pop(number, None)
             whole = dataclasses.replace(end.value, text="", ids=[], new_tokens=0, logprobs=[])
             return Step(found.prompt_tokens, whole=whole)
 
-    def do_cancel(self, stream: int) -> Done:
+    def do_cancel(self, number: int) -> None:
         """Ends a stream within one step."""
-        if (found := self._streams.get(stream)) is not None:
+        if (found := self._open.get(number)) is not None:
             found.cancel()
-        return Done()
-
-    def do_drop(self, stream: int) -> Done:
-        """Ends a stream that nobody reads."""
-        if (found := self._streams.pop(stream, None)) is not None:
-            found.close()
-        return Done()
 
     # --- conversations ------------------------------------------------------------------------------------------------
-    def do_format(self, chat: int, source: str | None, tools: bool, special_tokens_as_text: bool) -> Format:
+    def do_format(self, number: int, source: str | None, tools: bool, special_tokens_as_text: bool) -> Format:
         """Compiles a chat template under a number: this one, or the bundle's."""
         model = self._model
-        found = open_chat_format(
+        self._open[number] = found = open_chat_format(
             model.bundle, model.tokenizer, source=source, tools=tools, special_tokens_as_text=special_tokens_as_text
         )
-        self._formats[chat] = found
         return Format(found.source, tuple(sorted(found.variables)))
 
-    def do_forget(self, chat: int) -> Done:
-        """Lets a chat format go."""
-        self._formats.pop(chat, None)
-        return Done()
-
-    def do_render(self, chat: int, messages: list[dict[str, Any]], variables: dict[str, Any]) -> Text:
+    def do_render(self, number: int, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """A conversation as a text."""
-        return Text(self._formats[chat].render(messages, **variables))
+        return cast(str, self._open[number].render(messages, **variables))
 
-    def do_chat_ids(self, chat: int, messages: list[dict[str, Any]], variables: dict[str, Any]) -> Ids:
+    def do_chat_ids(self, number: int, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         """A conversation as token ids: rendered and encoded."""
-        return Ids(tuple(self._formats[chat].ids(messages, **variables)))
+        return cast(list[int], self._open[number].ids(messages, **variables))
 
-    def do_loses_space(self, chat: int, token: int) -> Found:
+    def do_loses_space(self, number: int, token: int) -> bool:
         """Whether a text that begins with this token lacks the space that the token carries."""
-        return Found(self._formats[chat].loses_space(token))
+        return cast(bool, self._open[number].loses_space(token))
 
     # --- functions that a command hands over --------------------------------------------------------------------------
-    def do_run(self, function: str, arguments: dict[str, Any]) -> Mapping[str, Any]:
+    def do_run(self, function: str, arguments: dict[str, Any]) -> Any:
         """What a function of pastkey returns, called with the bundle's path."""
-        found: Mapping[str, Any] = function_of(function)(self._path, **arguments)
-        return found
+        return function_of(function)(self._path, **arguments)
 
-    def do_begin(self, job: int, function: str, arguments: dict[str, Any]) -> Done:
+    def do_begin(self, number: int, function: str, arguments: dict[str, Any]) -> None:
         """Calls one that yields, under a number."""
-        self._jobs[job] = function_of(function)(self._path, **arguments)
-        return Done()
+        self._open[number] = function_of(function)(self._path, **arguments)
 
-    def do_more(self, job: int) -> Mapping[str, Any] | None:
+    def do_more(self, number: int) -> Any:
         """What it yields next, or None at its end."""
-        return next(self._jobs[job], None)
+        return next(self._open[number], None)
 
 
 def function_of(name: str) -> Any:

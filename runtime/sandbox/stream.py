@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Generator, Mapping, Sequence, Set
-from types import TracebackType
-from typing import Any, Final, Self
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Final
 
 from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError, UntrustedBundleError
 from pastkey.values import is_collection
 
 from ..decoding.completion import Chunk, Completion
-from ..decoding.stream import read_already
+from ..decoding.stream import ChunkStream
 from ..settings import MAX_NEW_TOKENS
 from ..text.environment import plain
 from .connection import Connection, numbers
@@ -24,14 +22,11 @@ _TEXT_PER_TOKEN, _TEXT = 10_000, 1_000_000  # characters of a token, and beside 
 _PER_PART: Final = 4  # tokens of a prompt for each of its characters or ids, at most: those of UTF-8's bytes
 
 
-class SandboxedStream(Generator[Chunk, None, Completion]):
+class SandboxedStream(ChunkStream):
     """As Stream: it may be read, cancelled and closed from any thread.
 
     The first `next` starts the generation, and raises errors of the prompt and the options. Only `next` waits for the
     child.
-
-    Attributes:
-        completion: The Completion after the end; after `close`, with the yielded tokens. None before.
     """
 
     def __init__(
@@ -53,9 +48,8 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
 
         Raises InputError for a function, and TypeError for an option that JSON does not hold.
         """
-        self.completion: Completion | None = None
+        super().__init__()
         self._connection, self._holds, self._number = connection, holds, next(numbers)
-        self._reading = threading.Lock()
         self._chunks: list[Chunk] = []
         self._prompt_tokens = self._tokens = self._length = 0
         self._begun = self._over = self._cancelled = False
@@ -68,28 +62,18 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
         each = PER_TOKEN * (2 + min(logprobs, self._vocab_size))
         self._most = MOST_JSON + (_PER_PART * len(text) * each if sent.get("prompt_logprobs") else 0)
 
-    def __next__(self) -> Chunk:
-        return self.send(None)
-
-    def send(self, value: None) -> Chunk:
-        """As `next`."""
-        del value
-        if not self._reading.acquire(blocking=False):
-            raise read_already()
-        try:
-            if self._cancelled and not self._begun:
-                self.close()
-            if self._over:
-                raise StopIteration(self.completion)
-            return self._taken(self._asked())
-        finally:
-            self._reading.release()
+    def _next(self) -> Chunk:
+        if self._cancelled and not self._begun:
+            self.close()
+        if self._over:
+            raise StopIteration(self.completion)
+        return self._taken(self._asked())
 
     def _asked(self) -> Step:
         what, given = ("next", {}) if self._begun else ("stream", self._given)
         self._begun = True
         try:
-            asked = {"stream": self._number, **given}
+            asked = {"number": self._number, **given}
             found = self._connection.call("for the next token", what, Step, asked, most=self._most)
         except BaseException as error:  # an interrupt, too: the answer to this question is lost
             self.close()
@@ -97,7 +81,7 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
                 raise StopIteration(self.completion) from None  # as where a model is closed meanwhile
             raise
         if what == "stream" and (self._over or self._cancelled):  # meanwhile, when the process may not have begun
-            self._connection.tell("drop" if self._over else "cancel", stream=self._number)
+            self._connection.tell("drop" if self._over else "cancel", number=self._number)
         return found
 
     def _taken(self, found: Step) -> Chunk:
@@ -131,21 +115,10 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
         text, prompt, new = "".join(chunk.text for chunk in chunks), self._prompt_tokens, len(ids)
         return dataclasses.replace(whole, text=text, ids=ids, logprobs=logprobs, prompt_tokens=prompt, new_tokens=new)
 
-    def throw(
-        self,
-        kind: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        traceback: TracebackType | None = None,
-    ) -> Chunk:
-        """Ends it, and raises the error."""
-        del traceback
-        self.close()
-        raise kind(*([] if value is None else [value])) if isinstance(kind, type) else kind
-
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
         self._cancelled = True
-        self._connection.tell("cancel", stream=self._number)
+        self._connection.tell("cancel", number=self._number)
 
     def close(self) -> None:
         """Ends it within one step; no more can be read. Never waits."""
@@ -153,17 +126,11 @@ class SandboxedStream(Generator[Chunk, None, Completion]):
             return
         self._over = True
         self.completion = self._completion(Completion("", [], "cancelled", 0, 0, 0.0, 0.0))
-        self._connection.tell("drop", stream=self._number)
+        self._connection.tell("drop", number=self._number)
 
     def __del__(self) -> None:
         if not vars(self).get("_over", True):
-            self._connection.tell("drop", stream=self._number)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+            self._connection.tell("drop", number=self._number)
 
 
 def sent_options(options: Mapping[str, Any]) -> dict[str, Any]:

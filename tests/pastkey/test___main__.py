@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pastkey import __main__ as module
-from pastkey.runtime.commands import cli
+from pastkey.runtime.commands import inspection
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -19,7 +19,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(arguments: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "inspect_command", module.Command(cli.inspect_command.add_arguments, run))
+    monkeypatch.setattr(inspection, "inspect_command", module.Command(inspection.inspect_command.add_arguments, run))
 
 
 def test_an_unforeseen_error_names_the_file_that_was_read(

@@ -44,7 +44,7 @@ def test_importing_brings_few_modules_beside_what_it_stands_on(module: str, befo
 
 def test_a_run_imports_neither_torch_nor_onnx() -> None:
     program = (
-        "import sys, pastkey.runtime.model.language_model\n"
+        "import sys, pastkey.runtime.loading\n"
         "import pastkey.runtime.commands.bench, pastkey.runtime.commands.inspection\n"
         "print(sorted({'torch', 'onnx', 'transformers', 'pastkey.train', 'pastkey.export'} & set(sys.modules)))"
     )

@@ -17,7 +17,7 @@ import pastkey
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, LanguageModel, Limits, Request, Session, load
-from pastkey.runtime.commands import cli
+from pastkey.runtime.commands.flags import SAMPLING
 from pastkey.runtime.model.signature import new_key, sign_bundle
 from pastkey.runtime.settings import (
     _VALID,
@@ -48,7 +48,7 @@ FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)}
 def test_every_field_of_a_sampler_is_an_option_and_a_flag() -> None:
     assert FIELDS
     assert FIELDS <= CHAT_OPTIONS
-    assert cli._SAMPLING.keys() == FIELDS - UNTYPED.keys()
+    assert SAMPLING.keys() == FIELDS - UNTYPED.keys()
     assert UNTYPED.keys() <= FIELDS
     assert SamplingOptions.__optional_keys__ == FIELDS
 

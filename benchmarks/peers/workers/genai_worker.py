@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
-from protocol import serve
+from protocol import in_threads, serve
 
 
 class Genai:
@@ -45,5 +46,32 @@ class Genai:
         return generator.get_output("logits")[0]
 
 
+class GeneratorEach(Genai):
+    """A Generator for each stream over one Model, each in a thread of its own."""
+
+    def _stream(self, ids: list[int], new_tokens: int) -> Iterator[int]:
+        generator = self._fresh(len(ids) + new_tokens)
+        generator.append_tokens(np.array(ids, np.int32))
+        for _ in range(new_tokens):
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
+    def streams(self, prompts: list[list[int]], new_tokens: int, told: Callable[[int, int], None]) -> None:
+        in_threads(self._stream, prompts, new_tokens, told)
+
+
+class OneBatch(Genai):
+    """One Generator for all streams: they begin and end together, and nobody joins."""
+
+    def streams(self, prompts: list[list[int]], new_tokens: int, told: Callable[[int, int], None]) -> None:
+        """The prompts are of one length, so that nothing is padded."""
+        generator = self._fresh(len(prompts[0]) + new_tokens, batch_size=len(prompts))
+        generator.append_tokens(np.array(prompts, np.int32))
+        for _ in range(new_tokens):
+            generator.generate_next_token()
+            for place, token in enumerate(generator.get_next_tokens()):
+                told(place, int(token))
+
+
 if __name__ == "__main__":
-    serve(Genai)
+    serve(tokens=Genai, streams=GeneratorEach, batch=OneBatch)

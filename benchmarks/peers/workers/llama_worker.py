@@ -1,12 +1,15 @@
-"""llama.cpp, by the functions of llama-cpp-python that lie closest to the library."""
+"""llama.cpp, by the functions of llama-cpp-python that lie closest to the library; streams by its class `Llama`."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import llama_cpp
 import numpy as np
-from protocol import serve
+from protocol import in_threads, serve
 
 
 class LlamaCpp:
@@ -59,10 +62,28 @@ class LlamaCpp:
         return np.stack([self._logits_at(i) for i in range(len(ids))])
 
 
+class Locked:
+    """`Llama` holds one text: streams wait for one another, as in its own server."""
+
+    def __init__(self, model: str, threads: int, context: int) -> None:
+        self._llama = llama_cpp.Llama(
+            model, n_ctx=context + 8, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self._lock = threading.Lock()
+
+    def _stream(self, ids: list[int], new_tokens: int) -> Iterator[int]:
+        with self._lock:
+            self._llama.reset()
+            yield from islice(self._llama.generate(ids, temp=0.0), new_tokens)
+
+    def streams(self, prompts: list[list[int]], new_tokens: int, told: Callable[[int, int], None]) -> None:
+        in_threads(self._stream, prompts, new_tokens, told)
+
+
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
     """Drops what llama.cpp logs."""
 
 
 if __name__ == "__main__":
-    serve(LlamaCpp)
+    serve(tokens=LlamaCpp, streams=Locked)

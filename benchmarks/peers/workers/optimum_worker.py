@@ -46,4 +46,4 @@ class Optimum:
 
 
 if __name__ == "__main__":
-    serve(Optimum)
+    serve(tokens=Optimum)

@@ -7,8 +7,8 @@
         ->  {"first_seconds", "last_seconds", "ids"}, each a list of one for each prompt: all begin at the same moment
 
 Generation is greedy and goes on behind end tokens. Its prefill ends with the first new token known, and its decode
-feeds N tokens, one by one. The first line out, before any request, holds load_seconds. A worker answers "generate" and
-"logits", or "streams".
+feeds N tokens, one by one. The first line out, before any request, holds load_seconds. By its --way, a worker answers
+"generate" and "logits", or "streams".
 """
 
 from __future__ import annotations
@@ -65,17 +65,18 @@ def in_threads(
         list(pool.map(read, range(len(prompts))))  # raises what one has raised
 
 
-def serve(engine: type) -> None:
-    """Loads the engine's model that the command line names, answers until standard input ends."""
+def serve(**ways: type) -> None:
+    """Loads the model that the command line names by the class of its --way, answers until standard input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
+    parser.add_argument("--way", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True, help="the most tokens that any request will need")
     arguments = parser.parse_args()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply
     imported = time.perf_counter()
-    model = engine(arguments.model, arguments.threads, arguments.context)
+    model = ways[arguments.way.replace("-", "_")](arguments.model, arguments.threads, arguments.context)
     reply: dict[str, Any] = {"load_seconds": time.perf_counter() - imported}
     while True:
         print(json.dumps(reply), file=replies, flush=True)

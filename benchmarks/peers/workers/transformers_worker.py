@@ -35,4 +35,4 @@ class Transformers:
 
 
 if __name__ == "__main__":
-    serve(Transformers)
+    serve(tokens=Transformers)

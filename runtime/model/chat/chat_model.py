@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 from pastkey.contract.bundle import Manifest
 
-from ...decoding.completion import Chunk, Completion
+from ...decoding.stream import ChunkStream
 from ...settings import GenerateOptions
 
 
@@ -43,5 +43,5 @@ class ChatModel(Protocol):
     def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
         """How a conversation becomes token ids."""
 
-    def stream(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> Generator[Chunk, None, Completion]:
+    def stream(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> ChunkStream:
         """Continues token ids."""

@@ -18,6 +18,7 @@ from pastkey.export.generation.write import settings as as_feeds
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 
+from ...shared import divided
 from ..decoders import Plain, llama
 from ..graft.own.blocks import DECODERS as OWN
 
@@ -63,9 +64,10 @@ def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig)
     return list(Generation(engine, Request(prompt, max_new_tokens=new, sampling=config, prompt_lookup=False)))
 
 
-@pytest.mark.parametrize(
-    "kind", ["fp32", "fp32 standard", "int8", "fp16", "int4", "int8 portable", "short_conv", "uneven"]
-)
+KINDS = ["fp32", "fp32 standard", "int8", "fp16", "int4", "int8 portable", "short_conv", "uneven"]
+
+
+@pytest.mark.parametrize("kind", divided(KINDS, quick=["int8"], ci=KINDS))
 def test_the_ids_are_the_runtimes(kind: str, tmp_path: Path) -> None:
     bundle = made(tmp_path / "bundle", kind)
     vocab, rng = bundle.manifest.vocab_size, np.random.default_rng(1)
@@ -179,10 +181,17 @@ class Host:
         return [int(token) for token in made]
 
 
-@pytest.mark.parametrize("graph", ["auto", "standard"])
-@pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 8)), 3])
-def test_chunks_say_what_one_call_says(graph: str, size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    bundle = made(tmp_path_factory.mktemp("steps") / "bundle", f"fp32 {graph}")
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_chunks_say_what_one_call_says(fused: Bundle, size: int) -> None:
+    assert_chunks_say_what_one_call_says(fused, size)
+
+
+@pytest.mark.slow
+def test_chunks_of_the_standard_graph_say_what_one_call_says(tmp_path: Path) -> None:
+    assert_chunks_say_what_one_call_says(made(tmp_path / "bundle", "fp32 standard"), 3)
+
+
+def assert_chunks_say_what_one_call_says(bundle: Bundle, size: int) -> None:
     for config in (SamplingConfig(seed=0, repetition_penalty=1.2), DRAWN):
         whole, host = call(bundle, [5, 9, 11], 25, config), Host(bundle)
         ids, fed = list[int](), [5, 9, 11]

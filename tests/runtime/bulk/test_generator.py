@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 import pastkey
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import InputError, MissingFileError, OptionError
-from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.errors import InputError, MissingExtraError, MissingFileError, OptionError
+from pastkey.runtime import Completion, LanguageModel, Stream, load
 from pastkey.runtime.bulk import generator as module
-from pastkey.runtime.bulk.generator import Generator, as_python, as_text
+from pastkey.runtime.bulk.generator import Generator, as_python, as_text, told
 from pastkey.runtime.bulk.rows import Row, seed_of
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_NEW_TOKENS
 
@@ -261,3 +261,29 @@ def test_settings_are_looked_at_when_it_is_made(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError):
         generator({"prompt": ["a"]})
     generator.close()  # of nothing
+
+
+def test_no_more_rows_are_begun_than_fit_and_all_are_closed(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Stream] = []
+    stream = LanguageModel.stream
+
+    def counted(lm: LanguageModel, prompt: Any, **options: Any) -> Stream:
+        begun.append(stream(lm, prompt, **options))
+        return begun[-1]
+
+    generator = Generator(talking, threads=1, max_batch=2, max_new_tokens=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "stream", counted)
+        reader = generator.answers(Row(place, place, {"prompt": letter}) for place, letter in enumerate("abcdefgh"))
+        next(reader)
+        assert len(begun) == 2
+        reader.close()  # type: ignore[attr-defined]
+    assert [one.completion is not None for one in begun] == [True, True]
+    assert generator.model.scheduler.live == 0
+
+
+@pytest.mark.parametrize("error", [MissingExtraError("no jinja2"), MemoryError()])
+def test_what_is_wrong_with_everybody_ends_the_job(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        told(error)
+    assert told(KeyError("x")) == "KeyError: 'x'"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 from pastkey.__main__ import main
 from pastkey.contract.bundle import Bundle
 from pastkey.runtime import load
-from pastkey.runtime.bulk.job import job_file
+from pastkey.runtime.bulk.job import Job, job_file
 from pastkey.runtime.bulk.rows import seed_of
 from pastkey.runtime.model.session_file import bundle_digest
 
@@ -164,3 +166,19 @@ def test_mistakes_are_one_sentence(talking: Bundle, tmp_path: Path, capsys: pyte
     out.write_text("mine")
     assert batch(talking, source, out) == 2
     told(capsys, "already exists")
+
+
+def test_a_full_disk_is_told_with_what_was_answered(
+    talking: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = write_rows(tmp_path / "in.jsonl", plain_rows(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "add", fill)
+        assert batch(talking, source, tmp_path / "o.jsonl") == 2
+    err = capsys.readouterr().err
+    assert "0 of 2 rows are answered: the same command goes on\n" in err
+    assert "the disk is full" in err
+    assert batch(talking, source, tmp_path / "o.jsonl") == 0

@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from pastkey.contract.bundle import Bundle
 from pastkey.runtime.commands.bench import bench, clamp, peak_rss_bytes
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 def test_the_report_has_the_figures_and_what_they_were_measured_with(bundle: Bundle) -> None:
@@ -54,3 +57,19 @@ def test_peak_memory_sees_what_was_held_and_let_go() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 60_000_000 < int(done.stdout) < 120_000_000
     assert peak_rss_bytes()
+
+
+def test_bench(command: Run, bundle: Bundle) -> None:
+    arguments = ["bench", bundle.path, "--prompt-tokens", 9, "--new-tokens", 4, "--threads", 1]
+    status, out, err = command(*arguments, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["decode_tokens_per_second"] > 0
+    status, out, err = command(*arguments)
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[:4]] == ["prefill", "decode", "load", "memory"]
+
+
+def test_bench_says_what_it_clamped(command: Run, bundle: Bundle) -> None:
+    status, _, err = command("bench", bundle.path, "--prompt-tokens", 9999, "--new-tokens", 2)
+    assert status == 0
+    assert "the context is 600: 598 + 2 tokens were measured" in err

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import importlib.metadata
+import json
+from collections.abc import Callable
+
 import pytest
 
 from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.commands import devices
 from pastkey.runtime.providers import placement as providers
-from pastkey.runtime.providers.ort import onnxruntime
+from pastkey.runtime.providers.ort import onnxruntime, wheels
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 def test_every_known_provider_is_listed_once_with_available_ones_first() -> None:
@@ -30,15 +36,31 @@ def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch: pytest.
     def fail(name: str) -> list[object]:
         raise ProviderError("no library")
 
-    monkeypatch.setattr(devices, "available", lambda: [qnn.name, providers.CPU])
-    monkeypatch.setattr(devices, "is_plugin", lambda name: name == qnn.name)
-    monkeypatch.setattr(devices, "plugin_devices", fail)
-    monkeypatch.setattr(devices, "_package", lambda known: f"{known.plugin} 2")
+    monkeypatch.setattr(providers, "available", lambda: [qnn.name, providers.CPU])
+    monkeypatch.setattr(providers, "is_plugin", lambda name: name == qnn.name)
+    monkeypatch.setattr(providers, "plugin_devices", fail)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2")
     (row,) = (row for row in devices.devices() if row.short_name == "qnn")
-    assert (row.available, row.note, row.package, row.devices) == (False, "no library", "onnxruntime_qnn 2", ())
+    assert (row.available, row.note, row.package, row.devices) == (False, "no library", "onnxruntime-qnn 2", ())
 
 
 def test_a_provider_that_nobody_knew_of_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "available", lambda: ["NewExecutionProvider", providers.CPU])
+    monkeypatch.setattr(providers, "available", lambda: ["NewExecutionProvider", providers.CPU])
     (row,) = (row for row in devices.devices() if row.short_name == "new")
     assert (row.name, row.available, row.devices) == ("NewExecutionProvider", True, ())
+
+
+def test_devices(command: Run) -> None:
+    status, out, _ = command("devices")
+    assert status == 0
+    assert f"cpu            available  any CPU; {wheels()[0]} {onnxruntime.__version__}" in out
+    assert "Apple GPUs and neural engines; comes with pip install onnxruntime on macOS" in out
+    status, out, _ = command("devices", "--json")
+    rows = {row["short_name"]: row for row in json.loads(out)["devices"]}
+    assert rows["cpu"]["available"]
+
+
+def test_devices_takes_no_arguments(command: Run) -> None:
+    status, out, err = command("devices", "all")
+    assert (status, out) == (2, "")
+    assert "unrecognized arguments: all" in err

@@ -13,7 +13,6 @@ import pytest
 
 from pastkey.__main__ import main
 from pastkey.contract.bundle import Bundle
-from pastkey.runtime.commands import inspection
 from pastkey.runtime.commands.inspection import Share, inspect, read_shares
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.parts import Assigned
@@ -131,7 +130,7 @@ def test_what_a_device_computes_is_shown_as_run_says_it(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(OnDevice, "least", least)
-    monkeypatch.setattr(inspection, "Engine", OnDevice)
+    monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", OnDevice)
     for flags in ([], ["--json"]):
         status, out, err = command("inspect", fused_bundle.path, *flags)
         assert status == (2 if shown == "wrong" else 0)
@@ -149,3 +148,28 @@ def test_of_the_cpu_no_golden_logits_are_shown(
 ) -> None:
     status, out, _ = command("inspect", fused_bundle.path)
     assert (status, "golden logits on" in out) == (0, False)
+
+
+def test_inspect(command: Callable[..., tuple[int, str, str]], bundle: Bundle) -> None:
+    status, out, err = command("inspect", bundle.path)
+    assert (status, err) == (0, "")
+    for word in (
+        "onnx/pastkey.onnx",
+        f"{bundle.manifest.graph} graph (asked for)",
+        "384  of keys and values",
+        "MatMul",
+    ):
+        assert word in out
+    status, out, err = command("inspect", bundle.path, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["shares"][0]["provider"] == "cpu"
+    assert "parts" in json.loads(out)["shares"][0]
+
+
+def test_an_unknown_provider_is_told_those_that_exist(
+    command: Callable[..., tuple[int, str, str]], bundle: Bundle
+) -> None:
+    status, out, err = command("inspect", bundle.path, "--provider", "gpu9")
+    assert (status, out) == (2, "")
+    assert "'gpu9' is unknown; here: " in err
+    assert "known are cpu, cuda, tensorrt, openvino, webgpu, qnn, " in err

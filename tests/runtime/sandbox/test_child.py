@@ -121,7 +121,6 @@ SPIED = """
 import json, os, socket, sys
 from pathlib import Path
 from pastkey.runtime.sandbox import server
-from pastkey.runtime.sandbox.protocol import Values
 def tried(action):
     try: action()
     except OSError as error: return type(error).__name__
@@ -130,7 +129,7 @@ def tried(action):
 def spy(self):
     secret, bundle, port = SECRET, str(self._path), PORT
     threads = [Path(f'/proc/self/task/{t}/status').read_text() for t in os.listdir('/proc/self/task')]
-    return Values({
+    return {
         'secret': tried(lambda: open(secret).read()),
         'users': tried(lambda: open('/etc/passwd').read()),
         'others': tried(lambda: os.listdir('/proc/1')),
@@ -143,7 +142,7 @@ def spy(self):
         'terminal': tried(lambda: open('/dev/tty')),
         'threads': [line for text in threads for line in text.splitlines() if line.startswith('NoNewPrivs')],
         'environment': sorted(os.environ),
-    })
+    }
 server.Server.do_defaults = spy
 """
 
@@ -167,9 +166,7 @@ def test_what_it_can_reach(talking_bundle: Bundle, tmp_path: Path, monkeypatch: 
         boot = process.BOOT.replace("; ", "\n")
         monkeypatch.setattr(process, "BOOT", boot.replace("from pastkey", hook + "from pastkey", 1))
         with opened(talking_bundle.path) as model:
-            from pastkey.runtime.sandbox.protocol import Values
-
-            found = dict(model.connection.call("for a test", "defaults", Values, {}).values)
+            found = model.connection.call("for a test", "defaults", dict[str, Any], {})
     assert set(found.pop("threads")) == {"NoNewPrivs:\t1"}
     assert "SECRET_TOKEN" not in found.pop("environment")
     assert found.pop("bundle") == "done"

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from pastkey.errors import InputError, UntrustedBundleError
 from pastkey.runtime.sandbox import connection, process
 from pastkey.runtime.sandbox.connection import Connection
 from pastkey.runtime.sandbox.limits import Limits
-from pastkey.runtime.sandbox.protocol import Done, Text
 
 from .conftest import children, descriptors
 
@@ -31,6 +31,13 @@ def ask():
 say({"id": ask(), "value": {"seconds": 5.0, "memory": 1000, "landlock": 7, "missing": []}})
 """
 LIMITS = Limits(seconds=20.0)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The answer that is expected."""
+
+    text: str
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +195,7 @@ def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         deep = [deep]
     for value in (object(), 10**5000, deep):
         with pytest.raises(InputError, match="cannot be sent to the process of an untrusted bundle"):
-            made.call("for", "text", Done, {"value": value})
+            made.call("for", "text", Text, {"value": value})
     while deep:  # or its own end would be a deep recursion
         deep = deep[0]  # type: ignore[assignment]
     made.close()

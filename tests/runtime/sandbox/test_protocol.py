@@ -8,7 +8,7 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import Chunk, Completion, Score, TokenLogprob
-from pastkey.runtime.sandbox.protocol import Loaded, Reply, Step
+from pastkey.runtime.sandbox.protocol import Reply, Step
 from pastkey.typed import parse
 
 LOGPROB = TokenLogprob(3, -0.1, [(3, -0.1), (7, -2.5)])
@@ -51,7 +51,6 @@ def whole(**fields: Any) -> dict[str, Any]:
         (Step, whole(prefill_seconds=float("inf"))),
         (Step, whole(tool_calls=[{"name": "f", "arguments": {}}])),
         (Score, {"ids": [1, 2], "logprobs": [None, "1.5"], "total": 0}),
-        (Loaded, {"manifest": []}),
         (Reply, {"id": "1"}),
         (Reply, {"id": 1, "failure": {"kind": "InputError"}}),
     ],

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -10,10 +9,7 @@ from typing import Any
 import pytest
 
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import InputError
-from pastkey.runtime.commands import rerun
 from pastkey.runtime.sandbox import process
-from pastkey.runtime.sandbox.limits import Limits
 
 from .conftest import Hostile
 
@@ -85,16 +81,6 @@ def test_flags_that_do_not_fit(
     status, out, err = command(name, talking_bundle.path, *prompt, *flags)
     assert (status, out) == (2, "")
     assert told in err
-
-
-def test_what_limit_says() -> None:
-    def given(*pairs: tuple[str, str]) -> Limits:
-        return rerun.limits_of(argparse.Namespace(limits=pairs))
-
-    assert given() == Limits()
-    assert given(("memory", "4e9"), ("seconds", "2.5")) == Limits(4_000_000_000, 2.5)
-    with pytest.raises(InputError):
-        given(("memory", "inf"))
 
 
 def test_what_a_terminal_would_act_on_is_not_printed(

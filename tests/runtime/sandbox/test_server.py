@@ -14,7 +14,6 @@ from pastkey.runtime.commands.untrusted_rows import answer_here
 from pastkey.runtime.loading import load
 from pastkey.runtime.sandbox.connection import name_of
 from pastkey.runtime.sandbox.frames import read_frame
-from pastkey.runtime.sandbox.protocol import Text
 from pastkey.runtime.sandbox.server import Server, function_of
 
 
@@ -35,7 +34,7 @@ def server(talking_bundle: Bundle) -> Server:
     made = Server(talking_bundle.path, io.BytesIO(), io.BytesIO())
     settings = {"load": name_of(load), "threads": 1, "max_memory": None, "prefix_bytes": 0, "max_batch": 2}
     (found,) = answers(made, {"what": "load", "given": settings})
-    assert found["value"]["manifest"]["source"] == "tiny"
+    assert found["value"]["source"] == "tiny"
     return made
 
 
@@ -43,9 +42,9 @@ def test_each_call_has_one_answer(server: Server) -> None:
     found = answers(
         server,
         {"what": "score", "given": {"text": "abc"}},
-        {"what": "stream", "given": {"stream": 5, "text": "ab", "options": {"max_new_tokens": 1}}},
-        {"what": "next", "given": {"stream": 5}},
-        {"what": "next", "given": {"stream": 5}},
+        {"what": "stream", "given": {"number": 5, "text": "ab", "options": {"max_new_tokens": 1}}},
+        {"what": "next", "given": {"number": 5}},
+        {"what": "next", "given": {"number": 5}},
         {"what": "nothing", "given": {}},
         {"what": "score", "given": {"text": ""}},
     )
@@ -59,19 +58,19 @@ def test_each_call_has_one_answer(server: Server) -> None:
 
 def test_what_needs_no_answer_has_none(server: Server) -> None:
     server._target = target = io.BytesIO()
-    server._answer({"id": 0, "what": "cancel", "given": {"stream": 99}})
+    server._answer({"id": 0, "what": "cancel", "given": {"number": 99}})
     server._answer({"id": 0, "what": "nonsense", "given": {}})
     assert target.getvalue() == b""
 
 
 def test_what_json_cannot_hold_is_a_sentence(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Server, "do_render", lambda self, **_: Text("\ud800"))
+    monkeypatch.setattr(Server, "do_render", lambda self, **_: "\ud800")
     (found,) = answers(server, {"what": "render", "given": {}})
     assert found["failure"] == {
         "kind": "InputError",
         "sentence": "the text holds half of a surrogate pair, which is no character",
     }
-    monkeypatch.setattr(Server, "do_render", lambda self, **_: Text(object()))  # type: ignore[arg-type]
+    monkeypatch.setattr(Server, "do_render", lambda self, **_: object())
     (found,) = answers(server, {"what": "render", "given": {}})
     assert found["failure"]["kind"] == "fault"
 

@@ -19,6 +19,7 @@ from pastkey.errors import ContractError, InputError, NumericsError, PastkeyErro
 from pastkey.export.graft.probe.call import Call
 from pastkey.export.graft.probe.contract import Contracted, in_contract
 
+from ....shared import divided
 from ...decoders import NanoGpt, Plain
 from ..own.experts import Where
 from ..own.parts import CONTEXT, VOCAB, WIDTH, Gpt, Own
@@ -84,7 +85,12 @@ class Routed(Plain):
         return self.head(hidden + self.experts(hidden))
 
 
-@pytest.mark.parametrize("build", [IgnoresPositions, NotTraced, AlmostLast, Routed])
+@pytest.mark.parametrize(
+    "build",
+    divided(
+        [IgnoresPositions, NotTraced, AlmostLast, Routed], quick=[IgnoresPositions], ci=[NotTraced, AlmostLast, Routed]
+    ),
+)
 def test_a_module_that_keeps_the_contract_by_its_signature_alone_is_followed(build: type[Plain]) -> None:
     found, _ = taken(build())
     assert found.call.startswith("model(ids, position_ids=positions)")
@@ -156,7 +162,7 @@ OTHERWISE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("build", OTHERWISE)
+@pytest.mark.parametrize("build", divided(OTHERWISE, quick=OTHERWISE[::4], ci=OTHERWISE))
 def test_positions_that_change_the_plain_logits_are_asked_about(build: type[Plain]) -> None:
     """Each of the two calls that the sentence offers is then taken, and rows of different lengths may share a batch."""
     module, ids = build().eval(), torch.arange(SHORT)[None]
@@ -248,12 +254,11 @@ def test_a_number_of_rows_that_changes_what_is_computed_is_seen() -> None:
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_another_precision_is_taken_in_float32_and_said(dtype: torch.dtype) -> None:
-    module = Gpt(Causal).eval().to(dtype)
+def test_another_precision_is_taken_in_float32_and_said() -> None:
+    module = Gpt(Causal).eval().to(torch.bfloat16)
     found, said = taken(module)
-    assert said == [f"Gpt is {dtype} on cpu: it was copied to the CPU in float32".replace("torch.", "")]
-    assert all(parameter.dtype == dtype for parameter in module.parameters())
+    assert said == ["Gpt is bfloat16 on cpu: it was copied to the CPU in float32"]
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
     assert apart(found, module.float()) < 1e-5
 
 
@@ -350,7 +355,7 @@ AS_IT_WAS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", AS_IT_WAS)
+@pytest.mark.parametrize("name", divided(AS_IT_WAS, quick=["of_the_contract", "tril_buffer", "noise"], ci=AS_IT_WAS))
 def test_a_module_is_as_it_was_whether_taken_or_refused(name: str) -> None:
     module = AS_IT_WAS[name]().train()
     first = next(iter(module.children()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pastkey.export.graft.probe.observe import observe
 from pastkey.export.graft.probe.positions import as_pairs, find_shift
 from pastkey.runtime import Engine
 
+from ....shared import divided
 from ... import decoders
 from ...decoders import BothPositions, GptJ, Plain, TableRope, llama
 
@@ -217,8 +219,12 @@ EXPORTED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("graph", ["fused", "standard"])
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    divided(
+        product(EXPORTED, ("fused", "standard")), quick=[("llama", "fused")], ci=[("a part, interleaved", "standard")]
+    ),
+)
 def test_a_shifted_bundle_computes_what_streaming_does(name: str, graph: str, tmp_path: Path) -> None:
     module = EXPORTED[name]()
     report = export(module, out=tmp_path / "b", precision="fp32", graph=graph, context_length=CONTEXT)

@@ -1,0 +1,511 @@
+"""Questions about pastkey alone, each a function: its arms, and the table of what they measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
+from pastkey.errors import InputError
+from pastkey.files.folder import read_text
+from pastkey.runtime import Engine, Generation, Generator, Request, SamplingConfig, load
+from pastkey.runtime.bulk.rows import seed_of
+from pastkey.runtime.providers.ort import onnxruntime
+from pastkey.runtime.sampling.sampler import Sampler
+from pastkey.runtime.text.codec import TextCodec
+
+from .measure import (
+    MIB,
+    Answer,
+    Spread,
+    Table,
+    TextFile,
+    facts_of,
+    fresh_peak,
+    interleaved,
+    named,
+    paired,
+    seconds,
+)
+from .peers.workers.protocol import peak_rss_bytes
+from .texts import STORY, story_ids
+
+# --- one step -----------------------------------------------------------------------------------------------------
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.1},
+    {"presence_penalty": 0.5},
+    {"no_repeat_ngram_size": 3},
+    {"dry_multiplier": 0.8},
+    {"temperature": 0.8},
+    {"temperature": 0.8, "min_p": 0.05},
+    {"temperature": 0.8, "top_k": 40},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1},
+    {"temperature": 0.8, "top_n_sigma": 1.0},
+    {"temperature": 0.8, "typical_p": 0.9},
+]
+CALLS = 20  # of a sampler in a round
+QUESTION = 20  # tokens that follow a cached prefix
+
+
+def sampling(*, rounds: int = 15) -> Answer:
+    """Arms: settings of the sampler. Metric: CPU time of one thread.
+
+    Probabilities fall as rank ** -1.5: about 60 of 49,152 tokens have 0.9 together. The text has 300 tokens.
+    """
+    generator = np.random.default_rng(0)
+    logits = generator.permutation(-1.5 * np.log(np.arange(1, 49_153))).astype(np.float32)
+    ids = generator.integers(0, logits.size, 300).tolist()
+
+    def microseconds(sampler: Sampler, _: int) -> float:
+        return 1e6 / CALLS * seconds(lambda: [sampler(logits, ids) for _ in range(CALLS)], time.thread_time)
+
+    samplers = {named(one): Sampler(SamplingConfig(seed=1, **one), prompt_tokens=len(ids)) for one in SAMPLING}
+    arms = {name: partial(microseconds, sampler) for name, sampler in samplers.items()}
+    measured = interleaved(arms, rounds, "sampling")
+    rows = [[name, f"{Spread.of(one[name] for one in measured):.0f}"] for name in arms]
+    yield Table("CPU time of choosing one of 49,152 tokens, one thread:", ["settings", "µs"], rows)
+
+
+def step_cost(bundle: Path, *, threads: int = 2, rounds: int = 5, new_tokens: int = 48) -> Answer:
+    """Arms: settings of the sampler. Metric: CPU time of one thread, without prompt lookup."""
+    settings = {named(one): one for one in SAMPLING if not one or "temperature" in one}
+    with load(bundle, threads=threads) as lm:
+        onnx, prompt = lm.require_open().graph.onnx, story_ids(lm, 120)
+        run, inside = onnx.run_with_iobinding, 0.0
+
+        def timed(*arguments: Any) -> None:
+            nonlocal inside
+            inside = seconds(lambda: run(*arguments), time.thread_time)
+
+        def stream(one: dict[str, Any], _: int) -> list[tuple[float, float]]:
+            """(seconds outside onnxruntime, seconds) of each step."""
+            chunks = lm.stream(prompt, max_new_tokens=new_tokens, prompt_lookup=False, seed=1, **one)
+            next(chunks)
+            found, before = [], time.thread_time()
+            for chunk in chunks:
+                taken = time.thread_time()
+                if chunk.ids:  # the last chunk may be what was held back
+                    found.append((taken - before - inside, taken - before))
+                before = taken
+            return found
+
+        onnx.run_with_iobinding = timed
+        try:
+            measured = interleaved({name: partial(stream, one) for name, one in settings.items()}, rounds, "step cost")
+        finally:
+            del onnx.run_with_iobinding
+        rows = []
+        for name in settings:
+            outside, whole = zip(*(step for one in measured for step in one[name]), strict=True)
+            own = statistics.median(outside)
+            rows.append([name, f"{own * 1e6:.0f}", f"{own / statistics.median(whole):.1%}"])
+        yield Table(
+            "CPU time of one step outside onnxruntime, from the logits to the text:",
+            ["sampling", "µs", "of the step"],
+            rows,
+        )
+        yield facts_of(lm.bundle, threads)
+
+
+def prefixes(bundle: Path, *, threads: int = 2, rounds: int = 5, prompt_tokens: int = 480) -> Answer:
+    """Arms: prompts whole, and behind a cached prefix. Metric: seconds to the first token.
+
+    Three prefixes are cached at the same time, and in each round another question follows each of them.
+    """
+    with load(bundle, threads=threads) as lm:
+        rng, size = np.random.default_rng(0), lm.manifest.vocab_size
+        prefixes = rng.integers(0, size, (3, prompt_tokens)).tolist()
+        questions = rng.integers(0, size, (rounds, QUESTION)).tolist()
+
+        def first_token(reuse: bool, number: int) -> float:
+            done = [lm.generate([*ids, *questions[number]], max_new_tokens=1, reuse_prefix=reuse) for ids in prefixes]
+            assert not reuse or min(one.cached_tokens for one in done) >= prompt_tokens - 2
+            found: float = statistics.median(one.prefill_seconds for one in done)
+            return found
+
+        for ids in prefixes:
+            lm.generate(ids, max_new_tokens=1, reuse_prefix=True)
+        arms = {"whole": partial(first_token, False), "cached": partial(first_token, True)}
+        measured = interleaved(arms, rounds, "prefixes", warm=False)
+        whole, cached = (statistics.median(one[arm] for one in measured) for arm in arms)
+        yield (
+            f"First token of {prompt_tokens + QUESTION} tokens of prompt: {whole:.3f} s, and {cached:.3f} s where "
+            f"the first {prompt_tokens} are one of 3 cached prefixes: {paired(measured, 'whole', 'cached'):.1f} times "
+            "as soon."
+        )
+        yield facts_of(lm.bundle, threads)
+
+
+# --- generations --------------------------------------------------------------------------------------------------
+ORDER = "Anna Smith from Berlin wrote by email, again: she wants twelve apples. The same as JSON:\n"
+FIELDS: dict[str, Any] = {
+    "name_of_the_customer": {"type": "string", "maxLength": 30},
+    "shipping_address_city": {"type": "string", "maxLength": 20},
+    "preferred_contact_method": {"enum": ["email", "telephone", "post"]},
+    "number_of_items_ordered": {"type": "integer", "minimum": 0, "maximum": 99},
+    "is_returning_customer": {"type": "boolean"},
+}
+SCHEMA = {"type": "object", "properties": FIELDS, "required": [*FIELDS], "additionalProperties": False}
+
+
+def constrained(bundle: Path, *, threads: int = 2, rounds: int = 9) -> Answer:
+    """Arms: free text with and without prompt lookup, a schema, a mask. Metric: seconds per token, prompt included.
+
+    The mask is a pattern that allows every text, which shows its cost alone.
+    """
+    off: dict[str, Any] = {"prompt_lookup": False}
+    kinds: dict[str, dict[str, Any]] = {
+        "free": {},
+        "free without prompt lookup": off,
+        "JSON schema": {"json_schema": SCHEMA},
+        "any text by a mask, no prompt lookup": off | {"regex": r"[\s\S]*"},
+    }
+    with load(bundle, threads=threads) as lm:
+        whole = lm.generate(ORDER, json_schema=SCHEMA, max_new_tokens=300)
+
+        def per_token(kind: dict[str, Any], _: int) -> float:
+            done = lm.generate(ORDER, max_new_tokens=whole.new_tokens, **kind)
+            found: float = (done.prefill_seconds + done.decode_seconds) / done.new_tokens
+            return found
+
+        measured = interleaved({name: partial(per_token, kind) for name, kind in kinds.items()}, rounds, "constrained")
+        free, plain, schema, mask = kinds
+        pairs = ((free, schema), (plain, schema), (plain, mask))
+        yield Table(
+            f"Seconds per token, as a ratio, where {whole.forced_tokens} of {whole.new_tokens} tokens of the JSON are "
+            "forced (above 1, the constrained text is faster):",
+            ["compared", "ratio"],
+            [[f"{above} / {below}", f"{paired(measured, above, below)}"] for above, below in pairs],
+        )
+        yield facts_of(lm.bundle, threads)
+
+
+def batch(bundle: Path, *, threads: int = 2, rounds: int = 2, count: int = 32, new_tokens: int = 32) -> Answer:
+    """Arms: separate calls, one job. Metric: seconds.
+
+    The rows are different ones, drawn at temperature 0.7, and greedy ones with a common beginning.
+    """
+    words = STORY.split()
+    kinds: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "different": (
+            [" ".join(words[2 * place : 2 * place + 12]) for place in range(count)],
+            {"max_new_tokens": new_tokens, "temperature": 0.7},
+        ),
+        "with a common beginning": (
+            [f"{STORY} {STORY} The {name}" for name in words[: max(1, count // 2)]],
+            {"max_new_tokens": max(1, new_tokens // 4)},
+        ),
+    }
+    generator = Generator(bundle, threads=threads)
+
+    def alone(prompts: list[str], options: dict[str, Any]) -> list[str]:
+        ask = generator.model.generate
+        return [ask(prompt, seed=seed_of(0, number), **options).text for number, prompt in enumerate(prompts)]
+
+    def together(prompts: list[str], options: dict[str, Any]) -> list[str]:
+        ids = list(range(len(prompts)))
+        columns = {name: [value] * len(ids) for name, value in options.items()}
+        return [*generator({"id": ids, "prompt": prompts, **columns})["text"]]
+
+    rows, texts = [], dict[str, list[str]]()
+    for kind, (prompts, options) in kinds.items():
+
+        def timed(way: Callable[..., list[str]], _: int, prompts: Any = prompts, options: Any = options) -> float:
+            started = time.perf_counter()
+            texts[way.__name__] = way(prompts, options)
+            return time.perf_counter() - started
+
+        arms = {way.__name__: partial(timed, way) for way in (alone, together)}
+        measured = interleaved(arms, rounds, f"batch, rows {kind}", warm=False)
+        same = sum(one == other for one, other in zip(texts["alone"], texts["together"], strict=True))
+        rows.append([f"{len(prompts)} {kind}", f"{paired(measured, 'alone', 'together'):.1f}", f"{same}"])
+    yield Table("Rows of one job over separate calls:", ["rows", "times as fast", "same texts"], rows)
+    yield facts_of(generator.model.bundle, threads)
+
+
+def text_embeddings(bundle: Path, *, threads: int = 2, rounds: int = 9, reference: Path | None = None) -> Answer:
+    """Arms: 24 texts of 7 tokens in a batch, and one by one. Metric: CPU time, the peak of this process, cosine."""
+    model = load(bundle, threads=threads)
+    ids = story_ids(model, 24 * 7)
+    texts = [ids[start : start + 7] for start in range(0, len(ids), 7)]
+    model.generate(texts[0], max_new_tokens=16)
+    generated = peak_rss_bytes()
+    model.embed(texts)
+    embedded = peak_rss_bytes()
+    Engine(model.bundle, threads=model.require_open().graph.threads).hidden_states([texts[0]])
+    own, session = (embedded - generated) / MIB, (peak_rss_bytes() - embedded) / MIB
+    yield f"Memory: {own:.0f} MiB more than generating; a session of its own would take {session:.0f} MiB."
+    arms: dict[str, Callable[[int], float]] = {
+        "together": lambda _: seconds(lambda: model.embed(texts), time.process_time),
+        "singly": lambda _: seconds(lambda: [model.embed(text) for text in texts], time.process_time),
+    }
+    measured = interleaved(arms, rounds, "embeddings")
+    yield f"CPU time of all texts in a batch over one by one: {paired(measured, 'together', 'singly')}."
+    if reference is not None:
+        with load(reference, threads=threads) as fp32:
+            cosines = np.sum(model.embed(texts) * fp32.embed(texts), axis=1)
+        yield f"Cosine with float32: {cosines.min():.5f} at least, {cosines.mean():.5f} on average."
+    yield facts_of(model.bundle, threads)
+
+
+# --- one graph beside the runtime ---------------------------------------------------------------------------------
+Run = Callable[[list[int], int, SamplingConfig], list[int]]
+
+
+def _graph(bundle: Path) -> Run:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    file = str(bundle / names.GENERATE_GRAPH)
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(prompt: list[int], new: int, sampling: SamplingConfig) -> list[int]:
+        whole = {"max_new_tokens": new, "top_k": sampling.top_k, "seed": sampling.seed}
+        feeds = {name: np.array([value], np.int64) for name, value in whole.items()}
+        feeds |= {"end_ids": np.zeros(0, np.int64), names.INPUT_IDS: np.array([prompt], np.int64)}
+        feeds |= {name: np.array([getattr(sampling, name)], np.float32) for name in names.GENERATE_NUMBERS}
+        (ids,) = session.run([names.GENERATED_IDS], feeds)
+        return [int(token) for token in ids]
+
+    return run
+
+
+def _runtime(bundle: Path) -> Run:
+    engine = Engine(open_bundle(bundle), threads=1, int8_kv_from=None)
+
+    def run(prompt: list[int], new: int, sampling: SamplingConfig) -> list[int]:
+        return list(Generation(engine, Request(prompt, max_new_tokens=new, sampling=sampling, prompt_lookup=False)))
+
+    return run
+
+
+WAYS = {"graph": _graph, "runtime": _runtime}
+
+
+def one_graph(
+    bundle: Path, *, lengths: Sequence[int] = (32, 512, 1500), rounds: int = 9, new_tokens: int = 48
+) -> Answer:
+    """Arms: generate.onnx, pastkey's loop in Python without prompt lookup. Metric: CPU time of one thread, peak memory.
+
+    The peak is that of a fresh process that does only this.
+    """
+    ways = {name: make(bundle) for name, make in WAYS.items()}
+    new, rows = new_tokens, []
+    for length in lengths:
+        prompt = _random_ids(bundle, length)
+        peaks = [f"{fresh_peak(_run_once, way, bundle, prompt, new) / MIB:.0f}" for way in WAYS]
+        for kind, sampling in (
+            ("greedy", SamplingConfig(seed=0)),
+            ("drawn", SamplingConfig(temperature=0.7, top_p=0.95, seed=0)),
+        ):
+            equal = ways["graph"](prompt, new, sampling) == ways["runtime"](prompt, new, sampling)
+
+            def timed(run: Run, tokens: int, _: int, prompt: Any = prompt, sampling: Any = sampling) -> float:
+                return seconds(lambda: run(prompt, tokens, sampling), time.process_time)
+
+            arms = {f"{name} {n}": partial(timed, run, n) for name, run in ways.items() for n in (1, new)}
+            measured = interleaved(arms, rounds, f"{length} tokens, {kind}", warm=False)
+            step = Spread.of(
+                (one[f"graph {new}"] - one["graph 1"]) / (one[f"runtime {new}"] - one["runtime 1"]) for one in measured
+            )
+            first = paired(measured, "graph 1", "runtime 1")
+            rows.append([f"{length}", kind, f"{step}", f"{first}", ", ".join(peaks), "yes" if equal else "no"])
+    columns = [
+        "prompt (tokens)",
+        "tokens are",
+        "a step",
+        "prompt and one token",
+        "peak (MiB), the runtime's",
+        "same ids",
+    ]
+    yield Table(f"A generation of {new} tokens in one graph, over pastkey's loop in Python:", columns, rows)
+    peaks = [f"{fresh_peak(_run_once, way, bundle, [], new) / MIB:.0f}" for way in WAYS]
+    yield f"Peak of loading alone: {peaks[0]} MiB, and the runtime's {peaks[1]} MiB."
+    yield facts_of(open_bundle(bundle), 1)
+
+
+def _run_once(way: str, bundle: Path, prompt: list[int], new: int) -> None:
+    run = WAYS[way](bundle)
+    if prompt:
+        run(prompt, new, SamplingConfig(seed=0))
+
+
+def _random_ids(bundle: Path, length: int) -> list[int]:
+    found: list[int] = np.random.default_rng(0).integers(0, open_bundle(bundle).manifest.vocab_size, length).tolist()
+    return found
+
+
+def memory(bundle: Path, *, lengths: Sequence[int] = (1000, 2000, 4000, 8000), new_tokens: int = 1) -> Answer:
+    """Arms: a fresh process for each length, of one thread. Metric: its peak less the cache (standard graph: twice)."""
+    rows, new = [], new_tokens
+    with load(bundle, threads=1) as lm:
+        graph = lm.require_open().graph
+        if new == 1:
+            graph.int8_kv_from = sys.maxsize  # nothing is decoded: no int8 cache stands beside the other
+        for length in lengths:
+            cache = graph.cache_bytes(length + new - 1)
+            peak = fresh_peak(_generate_once, bundle, _random_ids(bundle, length), new)
+            rows.append([f"{length}", f"{(peak - cache) / MIB:.0f}", f"{cache / MIB:.0f}"])
+        yield Table(
+            f"Resident memory of a prompt and {new} new tokens, in MiB:",
+            ["tokens of the prompt", "peak less the cache", "cache"],
+            rows,
+        )
+        yield facts_of(lm.bundle, 1)
+
+
+def _generate_once(bundle: Path, ids: list[int], new: int) -> None:
+    load(bundle, threads=1).generate(ids, max_new_tokens=new, prompt_lookup=False)
+
+
+# --- quality ------------------------------------------------------------------------------------------------------
+def calibration(bundle: Path, text: TextFile, *, windows: int = 4, length: int = 256) -> Answer:
+    """Arms: int8 without and with calibration. Metric: KL divergence from float32 and top-1 agreement on a text.
+
+    The windows follow one another from the middle of the text on.
+    """
+    import onnx_ir as ir
+
+    from pastkey.export.measure.metrics import kl_divergence, top1_agreement
+    from pastkey.export.quantize.calibrate import calibration
+    from pastkey.export.quantize.calibrate.activations import probing
+    from pastkey.export.quantize.rounding.rewrite import quantize
+    from pastkey.precisions import PRECISIONS
+
+    with tempfile.TemporaryDirectory() as temporary:
+        # A copy: graphs that are tried stand beside the weights meanwhile.
+        copied = open_bundle(shutil.copytree(bundle, Path(temporary) / "bundle"))
+        if copied.manifest.precision != "fp32" or copied.tokenizer is None:
+            raise InputError(f"{bundle} is not a float32 bundle with a tokenizer: export with --precision fp32")
+        ids = TextCodec.from_file(copied.tokenizer).encode(read_text(text))
+        middle = len(ids) // 2
+        starts = range(middle, min(middle + windows * length, len(ids)), length)
+        parts = [np.array(ids[start : start + length]) for start in starts]
+        chosen = calibration.calibration_text(copied, None, PRECISIONS["int8"].calibration_windows)
+        calibrated = calibration.calibrated(copied, chosen.calibration_set)
+        folder, plain = copied.all_logits_graph.parent, ir.load(copied.all_logits_graph)
+
+        def logits(model: ir.Model) -> list[Any]:
+            """(T, V) of each window."""
+            found = []
+            for window in parts:
+                with probing(model, folder, [names.LOGITS]) as probe:
+                    found.append(probe(window)[names.LOGITS])
+            return found
+
+        expected, rows = logits(plain), []
+        for name, model in (("plain", plain), ("calibrated", calibrated)):
+            quantize(model)
+            pairs = list(zip(expected, logits(model), strict=True))
+            divergence = np.mean([kl_divergence(one, other) for one, other in pairs])
+            agreement = np.mean([top1_agreement(one, other) for one, other in pairs])
+            rows.append([name, f"{divergence:.2g}", f"{agreement:.1%}"])
+        yield Table("int8 beside float32:", ["int8", "KL divergence (nats)", "top-1 agreement"], rows)
+        yield facts_of(copied)
+
+
+def stories(bundles: Sequence[Path], *, count: int = 100, temperature: float = 0.7) -> Answer:
+    """Arms: bundles, which draw with the same seeds. Metric: the share of stories that the grammar accepts."""
+    for bundle in bundles:
+        share, reasons = accepted(bundle, count, temperature)
+        yield f"{bundle}: the grammar accepts {share:.0%} of {count} generated stories."
+        if reasons:
+            yield "  Refused: " + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3)) + "."
+
+
+def accepted(bundle: Path, count: int, temperature: float) -> tuple[float, Counter[str]]:
+    """The share of stories, seeds 0, 1, 2, ..., that the grammar accepts, and why it refuses others."""
+    from pastkey.train.stories import check_story
+
+    with load(bundle) as lm:
+        texts = (lm.generate("", max_new_tokens=256, temperature=temperature, seed=seed).text for seed in range(count))
+        verdicts = [check_story(text) for text in texts]
+    return sum(one.ok for one in verdicts) / count, Counter(one.reason for one in verdicts if not one.ok)
+
+
+# --- the decoder of make demo -------------------------------------------------------------------------------------
+PROMPT, NEW = 128, 64  # tokens; together the demo's context
+TURNS = 9  # of a bundle in a round
+
+
+def demo(demo: Path, *, rounds: int = 11, count: int = 200) -> Answer:
+    """Arms: float32 and int8. Metric: sizes, error, stories, and the speed of prefill and decode over float32's."""
+    bundles = {name: open_bundle(demo / name) for name in ("fp32", "int8")}
+    sizes = [
+        sum(record.size for name, record in one.manifest.files.items() if names.is_weights_file(name))
+        for one in bundles.values()
+    ]
+    shares = [f"{accepted(one.path, count, 0.7)[0]:.1%}" for one in bundles.values()]
+    checks = bundles["fp32"].manifest.parity["fp32"]["checks"].values()
+    worst = max(one["value"] for one in checks if one["measure"] == "max_relative_difference")
+    quality = bundles["int8"].manifest.quality
+    engines = {name: Engine(one) for name, one in bundles.items()}
+    ids = np.random.default_rng(0).integers(0, bundles["fp32"].manifest.vocab_size, PROMPT + NEW)
+
+    def phases(engine: Engine, _: int) -> dict[str, float]:
+        times: dict[str, list[float]] = {"prefill": [], "decode": []}
+        for _turn in range(TURNS):
+            engine.reset()
+            times["prefill"].append(seconds(lambda: engine.prefill(ids[:PROMPT])))
+            times["decode"].append(seconds(lambda: [engine.decode(token) for token in ids[PROMPT:].tolist()]))
+        return {phase: statistics.median(taken) for phase, taken in times.items()}
+
+    measured = interleaved({name: partial(phases, engine) for name, engine in engines.items()}, rounds, "demo")
+    speed = {
+        phase: paired([{arm: one[arm][phase] for arm in one} for one in measured], "fp32", "int8")
+        for phase in ("prefill", "decode")
+    }
+    figures = json.loads((demo / "checkpoint" / "pastkey.json").read_text(encoding="utf-8"))["training"]["figures"]
+    imports = [
+        1e3 * _import_seconds("pastkey", beforehand="sys"),
+        1e3 * _import_seconds("pastkey.runtime.model.language_model", beforehand="numpy, onnxruntime"),
+    ]
+    rows = [
+        ["weights", f"{sizes[0] / 1e6:.2f} MB", f"{sizes[1] / 1e6:.2f} MB, {sizes[1] / sizes[0]:.3f} of float32"],
+        ["largest difference from torch, of the largest logit, over all checks", f"{worst:.1e}", ""],
+        [
+            "KL divergence from float32, top-1 agreement",
+            "",
+            f"{quality['kl_divergence']:.1e} nats, {quality['top1_agreement']:.1%}",
+        ],
+        [f"stories that the grammar accepts ({count}, temperature 0.7)", *shares],
+        [f"prefill of {PROMPT} tokens, speed", "1", f"{speed['prefill']}"],
+        [f"decode of {NEW} tokens after them, speed", "1", f"{speed['decode']}"],
+    ]
+    yield Table("", ["", "float32", "int8"], rows)
+    yield (
+        f"The decoder of `make demo` (held-out loss {figures['val_loss']:.3f} nats per token, "
+        f"{figures['bits_per_byte']:.3f} bits per byte); medians of {rounds} interleaved rounds of {TURNS} runs "
+        "each, with their range."
+    )
+    yield (
+        f"`import pastkey` takes {imports[0]:.0f} ms, and `import pastkey.runtime` with its session "
+        f"{imports[1]:.0f} ms more than numpy and onnxruntime (medians of 11 processes)."
+    )
+    yield facts_of(bundles["int8"], engines["int8"].graph.threads)
+
+
+def _import_seconds(module: str, beforehand: str) -> float:
+    """Median seconds that importing a module takes in a fresh process, after `beforehand`."""
+    code = (
+        f"import os; os.environ['ORT_DISABLE_TELEMETRY'] = '1'; import {beforehand}, time; t = time.perf_counter(); "
+        f"import {module}; print(time.perf_counter() - t)"
+    )
+    command = [sys.executable, "-c", code]
+    return statistics.median(
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(11)
+    )

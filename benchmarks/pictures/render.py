@@ -1,0 +1,29 @@
+"""All pictures of the repository that show what a page's tables say, drawn anew from these pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.measure import ROOT, Answer, rows_of
+
+from . import bars, scores
+from .charts import draw_results, draw_streams
+
+PAGES = ROOT / "benchmarks"
+RESULTS = PAGES / "results.md"
+
+
+def pictures(*, charts: Path | None = None) -> Answer:
+    """Into their places, or all into the folder of --charts."""
+    results, vnni = RESULTS.read_text(encoding="utf-8"), (PAGES / "results-without-vnni.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+    def place(folder: str, name: str) -> Path:
+        return (ROOT / folder if charts is None else charts) / name
+
+    draw_results(results, place("benchmarks", "results.png"))
+    draw_results(vnni, place("benchmarks", "results-without-vnni.png"))
+    draw_streams(page, place("docs", "performance-streams.png"))
+    place("docs", "speed-and-error.svg").write_text(bars.draw(rows_of(results, "engine")), encoding="utf-8")
+    place("docs", "time-axis.svg").write_text(scores.draw(), encoding="utf-8")
+    yield "Drawn: results.png, results-without-vnni.png, performance-streams.png, speed-and-error.svg, time-axis.svg."

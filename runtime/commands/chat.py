@@ -1,0 +1,80 @@
+"""`pastkey chat`: one question, or a conversation on standard input and output."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any, cast
+
+from pastkey.command import Command, add_placement, print_json, say
+from pastkey.errors import InputError
+
+from ..settings import CHAT_NEW_TOKENS, ChatOptions
+from .flags import add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
+    parser.add_argument("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="ask one question, print the answer and end; - reads it from standard input"
+    )
+    add_generation(parser, CHAT_NEW_TOKENS, models_own=True)
+    add_draft(parser)
+    add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object in place of the text")
+    parser.epilog = (
+        "Without --prompt, each line of standard input is a question, or a command: /help lists them. Tokens are drawn "
+        "as the model's authors set it in generation_config.json, where they did; a flag wins."
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.json and arguments.prompt is None:
+        raise InputError("--json holds the answer to one question: give it with --prompt TEXT")
+    from ..loading import load
+    from .terminal import converse, print_answer
+
+    options = generation_of(arguments)
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **opening_of(arguments))
+    options = _with_defaults(options, model.sampling_defaults)
+    chat = model.chat(arguments.system, template=arguments.template)
+    if arguments.prompt is None:
+        converse(chat, **options)
+        return 0
+    prompt = prompt_of(arguments.prompt)
+    if not arguments.json:
+        print_answer(chat, prompt, **options)
+        return 0
+    answer = chat.ask(prompt, **options)
+    found: dict[str, Any] = {
+        "messages": chat.messages,
+        "text": answer.text,
+        "ids": answer.ids,
+        "finish_reason": answer.finish_reason,
+        "stop_string": answer.stop_string,
+        "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
+        "new_tokens": answer.new_tokens,
+    }
+    if arguments.logprobs is not None:
+        found["logprobs"] = [dataclasses.asdict(token) for token in answer.logprobs]
+    print_json({**found, "seconds": answer.prefill_seconds + answer.decode_seconds})
+    return 0
+
+
+def _with_defaults(options: ChatOptions, defaults: ChatOptions) -> ChatOptions:
+    """The options, with the model's own where no flag was given, of which one line tells."""
+    from ..model.generation_config import ALWAYS
+
+    if options.get("temperature") == 0:  # asked for: nothing is drawn
+        defaults = cast(ChatOptions, {name: value for name, value in defaults.items() if name in ALWAYS})
+    used = {name: value for name, value in defaults.items() if name not in options}
+    if used:
+        shown = ", ".join(f"{name} {value}" for name, value in used.items())
+        say(f"as the model's generation_config.json has it: {shown} (--temperature 0 takes the likeliest token)")
+    return cast(ChatOptions, {**used, **options})
+
+
+chat_command = Command(_add_arguments, _run)

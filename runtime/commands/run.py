@@ -1,0 +1,50 @@
+"""`pastkey run`: continues a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from pastkey.command import Command, add_placement, id_list, print_json, print_text
+from pastkey.contract import names
+
+from ..settings import MAX_NEW_TOKENS
+from .flags import add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_bundle(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
+    add_generation(parser, MAX_NEW_TOKENS)
+    add_draft(parser)
+    add_placement(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, in place of the text")
+    parser.epilog = (
+        "The continuation goes to standard output as it comes, without the prompt: text, or ids without a tokenizer."
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..loading import load
+
+    prompt = arguments.prompt_ids if arguments.prompt is None else prompt_of(arguments.prompt)
+    options = generation_of(arguments)
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **opening_of(arguments))
+    if arguments.json:
+        completion = dataclasses.asdict(model.generate(prompt, **options))
+        for name in ("cached_tokens", "tool_calls", "prompt_logprobs"):  # none: nothing came before, nor was asked for
+            del completion[name]
+        if arguments.logprobs is None:
+            del completion["logprobs"]
+        print_json(completion)
+        return 0
+    for chunk in model.stream(prompt, **options):
+        text = chunk.text if names.TOKENIZER in model.manifest.files else "".join(f"{token} " for token in chunk.ids)
+        print_text(text)
+    print()
+    return 0
+
+
+run_command = Command(_add_arguments, _run)

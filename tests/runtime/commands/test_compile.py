@@ -1,0 +1,137 @@
+"""Compiling a static bundle: what is written, what is refused. The real compilation is in tests/programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, Compiled, open_bundle
+from pastkey.errors import InputError, IntegrityError, ProviderError
+from pastkey.files.durable import write_json
+from pastkey.precisions import PRECISIONS
+from pastkey.runtime.commands.compile import compile_bundle
+from pastkey.runtime.providers import placement as providers
+
+MakeBundle = Callable[..., Bundle]
+UNKNOWN_FIELD = b"\xf8\x07\x01"  # number 127: makes another graph of one
+QNN = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
+
+
+@pytest.fixture
+def static(make_bundle: MakeBundle, tiny: Any) -> Bundle:
+    return make_bundle(type(tiny).random([(8, 8)], 24), "static", chunk=4)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each session was opened with, on a device that writes its binaries as onnxruntime does."""
+    calls: list[dict[str, Any]] = []
+
+    def open_session(path: Path, manifest: Any, **given: Any) -> None:
+        calls.append({"path": path.name, **given})
+        target = Path(given["session_options"]["ep.context_file_path"])
+        target.write_bytes(path.read_bytes() + UNKNOWN_FIELD)
+        target.with_name(f"{target.stem}_qnn.bin").write_bytes(b"binary")
+
+    monkeypatch.setattr("pastkey.runtime.providers.open.open_session", open_session)
+    monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", lambda bundle, **placement: bundle)
+    monkeypatch.setattr("pastkey.runtime.engine.golden.require_golden", lambda engine, bundle: None)
+    monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
+    return calls
+
+
+def test_static_graphs_are_compiled_and_everything_else_stays(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    made = compile_bundle(static.path, tmp_path / "out", "qnn", {"htp_arch": "73"}, {"ep.share_ep_contexts": "0"})
+    assert [call["path"] for call in opened] == ["pastkey_decode.onnx", "pastkey_prefill.onnx"]
+    for call in opened:
+        assert call["providers"] == ("QNNExecutionProvider", QNN | {"htp_arch": "73"})
+        assert call["session_options"]["ep.context_enable"] == "1"
+        assert call["session_options"]["ep.share_ep_contexts"] == "0"
+    assert made.manifest.compiled is not None
+    assert (made.manifest.compiled.provider, made.manifest.compiled.options["htp_arch"]) == ("qnn", "73")
+    assert open_bundle(tmp_path / "out", verify=True).manifest == made.manifest
+    assert made.static_graphs[0].read_bytes() == static.static_graphs[0].read_bytes() + UNKNOWN_FIELD
+    common = PRECISIONS["fp32"].graph
+    assert (made.path / common).read_bytes() == (static.path / common).read_bytes()
+
+
+def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
+    make_bundle: MakeBundle, tiny: Any, opened: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    small, given = type(tiny).random([(8, 8)], 24), {"htp_arch": "73"}
+    bundle = make_bundle(small, "static", chunk=4, target="qnn", provider_options=given)
+    made = compile_bundle(bundle.path, tmp_path / "out")
+    assert made.manifest.compiled is not None
+    assert made.manifest.compiled.options == QNN | given
+
+
+def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"htp_arch": "73", "backend_path": "libQnnHtp.so"}
+    made = compile_bundle(static.path, tmp_path / "out", "qnn", given)
+    assert all(one["providers"][1]["backend_path"] == "libQnnHtp.so" for one in opened)
+    assert made.manifest.compiled is not None
+    assert made.manifest.compiled.options == QNN | {"htp_arch": "73"}
+    assert "does not keep the provider options backend_path" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_what_fails(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pastkey.runtime.providers.open.open_session", lambda path, manifest, **given: None)
+    with pytest.raises(ProviderError, match="'qnn' writes no context binary"):
+        compile_bundle(static.path, tmp_path / "out", "qnn")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_compiled_is_refused(
+    static: Bundle, fused_bundle: Bundle, opened: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="has a fused graph, whose sizes change: export the model with --target qnn"):
+        compile_bundle(fused_bundle.path, tmp_path / "out", "qnn")
+    with pytest.raises(InputError, match="the CPU compiles nothing"):
+        compile_bundle(static.path, tmp_path / "out")
+    with pytest.raises(InputError, match="is what is to be compiled, and would be replaced: choose another --out"):
+        compile_bundle(static.path, static.path, "qnn", force=True)
+    with pytest.raises(InputError, match="keeps its context binaries beside the graphs"):
+        compile_bundle(static.path, tmp_path / "out", "qnn", None, {"ep.context_embed_mode": "1"})
+    compile_bundle(static.path, tmp_path / "out", "qnn")
+    with pytest.raises(InputError, match=r"is compiled already, for qnn \(.*htp_arch=75.*\)"):
+        compile_bundle(tmp_path / "out", tmp_path / "again", "qnn")
+
+
+def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match="was compiled for npu9"):
+        providers.for_compiled("qnn", Compiled("npu9", {}, "1.32.0"))
+    compiled = Compiled("qnn", QNN, "1.32.0")
+    right: list[Any] = [None, "qnn", "QNNExecutionProvider", ["qnn"], ("qnn", {"soc_model": 57})]
+    for choice in right:
+        name, options = cast(tuple[str, dict[str, str]], providers.for_compiled(choice, compiled))
+        assert (name, options["htp_arch"]) == ("qnn", "75")
+    more = providers.for_compiled(("qnn", {"rpc_control_latency": "9"}), compiled)
+    assert more == ("qnn", QNN | {"rpc_control_latency": "9"})
+    wrong: list[Any] = ["cpu", ("qnn", {"htp_arch": "73"}), ["openvino"]]
+    for choice, asked in zip(wrong, ("'cpu'", "htp_arch=73", "'openvino'"), strict=True):
+        with pytest.raises(
+            ProviderError, match=rf"was compiled for qnn \(.*\) by onnxruntime 1\.32\.0, and {asked} was"
+        ):
+            providers.for_compiled(choice, compiled)
+
+
+def test_a_manifest_says_what_it_was_compiled_for_or_is_refused(static: Bundle) -> None:
+    manifest = dataclasses.replace(static.manifest, compiled=Compiled("qnn", QNN, "1.32.0"))
+    write_json(static.path / names.MANIFEST, manifest.to_json())
+    assert open_bundle(static.path, verify=False).manifest == manifest
+    for broken in ({"provider": "qnn"}, "qnn", {"provider": "qnn", "options": {"a": 1}, "onnxruntime": "1"}):
+        write_json(static.path / names.MANIFEST, manifest.to_json() | {"compiled": broken})
+        with pytest.raises(IntegrityError, match="is not valid"):
+            open_bundle(static.path, verify=False)

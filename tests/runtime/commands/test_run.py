@@ -1,0 +1,202 @@
+"""`pastkey run` as a user types it, good input and bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.runtime import Engine, load
+from pastkey.runtime.speculation.worth import Worth
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def fails(result: tuple[int, str, str], *words: str) -> None:
+    """One sentence on standard error and exit status 2."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_run_prints_the_continuation_and_nothing_else(command: Run, speaking_bundle: Bundle) -> None:
+    expected = load(speaking_bundle.path, threads=1).generate("abc", max_new_tokens=9).text
+    arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 9]
+    assert command(*arguments) == (0, expected + "\n", "")
+
+
+def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: Bundle) -> None:
+    settings: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "temperature": 1.2,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "seed": 5,
+    }
+    expected = load(speaking_bundle.path, threads=1).generate("abc", repetition_penalty=1.1, **settings)
+    flags = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
+    status, out, err = command(
+        "run", speaking_bundle.path, "--prompt", "abc", "--repetition-penalty", 1.1, *flags, "--json"
+    )
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert list(found) == [
+        "text", "ids", "finish_reason", "prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds",
+        "stop_string", "draft_tokens", "accepted_tokens", "forced_tokens", "dropped_tokens",
+    ]  # fmt: skip
+    assert (found["text"], found["ids"], found["new_tokens"]) == (expected.text, expected.ids, 9)
+
+
+def test_run_json_has_log_probabilities_where_they_are_asked_for(command: Run, speaking_bundle: Bundle) -> None:
+    arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 3, "--json", "--logprobs", 2]
+    found = json.loads(command(*arguments)[1])
+    assert [entry["id"] for entry in found["logprobs"]] == found["ids"]
+    assert [entry["top"][0] for entry in found["logprobs"]] == [[e["id"], e["logprob"]] for e in found["logprobs"]]
+
+
+def test_run_takes_bans(command: Run, speaking_bundle: Bundle) -> None:
+    arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 12]
+    plain = command(*arguments)[1].strip()
+    letter = next(letter for letter in plain if letter.strip())
+    assert letter not in command(*arguments, "--bad-word", letter)[1]
+    status, _, err = command(*arguments, "--suppress-tokens", "99999")
+    assert status == 2
+    assert "suppress_tokens holds 99999; token ids are whole numbers" in err
+
+
+@pytest.mark.parametrize(("flag", "most"), [("--prompt-lookup", 8), ("--no-prompt-lookup", 1)])
+def test_run_decodes_with_draft_tokens_or_without(
+    command: Run, speaking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, flag: str, most: int
+) -> None:
+    steps: list[int] = []
+    run = Engine.run
+
+    def recorded(engine: Engine, ids: Any, mask: Any = None, *, keep: int = 1) -> Any:
+        steps.append(keep)
+        return run(engine, ids, mask, keep=keep)
+
+    monkeypatch.setattr(Engine, "run", recorded)
+    arguments = ["run", speaking_bundle.path, "--prompt", "abcabc", "--max-new-tokens", 100]
+    assert command(*arguments)[1] == command(*arguments, flag)[1]
+    steps.clear()
+    command(*arguments, flag)
+    assert max(steps) == most
+
+
+def test_a_draft_model_changes_no_text(
+    command: Run, speaking_bundle: Bundle, standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
+    arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--temperature", "1", "--seed", "1", "--json"]
+    plain, drafted = (json.loads(command(*arguments, *more)[1]) for more in ([], ["--draft", speaking_bundle.path]))
+    assert drafted["ids"] == plain["ids"]
+    assert drafted["accepted_tokens"] > plain["accepted_tokens"]
+    status, _, err = command("run", standard_bundle.path, "--prompt-ids", "1", "--draft", standard_bundle.path)
+    assert (status, "a draft model is of no use to" in err) == (2, True)
+
+
+def test_run_with_ids_and_no_tokenizer_prints_ids(command: Run, bundle: Bundle) -> None:
+    expected = load(bundle.path, threads=1).generate([1, 2, 3], max_new_tokens=4).ids
+    status, out, _ = command("run", bundle.path, "--prompt-ids", "1,2, 3", "--max-new-tokens", 4)
+    assert (status, [int(word) for word in out.split()]) == (0, expected)
+    status, out, _ = command("run", bundle.path, "--prompt-ids", "1,2,3", "--max-new-tokens", 4, "--json")
+    assert (json.loads(out)["ids"], json.loads(out)["text"]) == (expected, "")
+
+
+def test_run_stops_before_a_stop_string(command: Run, speaking_bundle: Bundle) -> None:
+    text = command("run", speaking_bundle.path, "--prompt", "abc")[1]
+    _, out, _ = command("run", speaking_bundle.path, "--prompt", "abc", "--stop", "~", "--stop", text[3:5])
+    assert out == text[: text.index(text[3:5])] + "\n"
+
+
+def test_run_reads_the_prompt_from_standard_input(speaking_bundle: Bundle) -> None:
+    program = [sys.executable, "-m", "pastkey", "run", str(speaking_bundle.path), "--max-new-tokens", "5", "--prompt"]
+    piped = subprocess.run([*program, "-"], input=b"ab\xc3\xa9\n", capture_output=True, check=True)
+    typed = subprocess.run([*program, "abé"], capture_output=True, check=True)
+    assert piped.stdout == typed.stdout
+    broken = subprocess.run([*program, "-"], input=b"ab\xff", capture_output=True, check=False)
+    assert (broken.returncode, broken.stderr.count(b"\n")) == (2, 1)
+    assert b"UTF-8" in broken.stderr
+
+
+def test_run_on_a_terminal_of_another_encoding_shows_what_it_can(speaking_bundle: Bundle) -> None:
+    program = [sys.executable, "-m", "pastkey", "run", str(speaking_bundle.path), "--prompt", "abc"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [*program, "--temperature", "9", "--seed", "1"], capture_output=True, env=environment, check=True
+    )
+    assert b"?" in done.stdout
+
+
+def test_a_closed_pipe_is_no_error(speaking_bundle: Bundle) -> None:
+    program = f"{sys.executable} -m pastkey run {speaking_bundle.path} --prompt a --max-new-tokens 500 | head -c 1"
+    done = subprocess.run(["sh", "-c", program], capture_output=True, check=True)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", ""], ["the prompt is empty"]),
+        (["--prompt", "what?"], ["no token covers 'what?'"]),
+        (["--prompt", "a" * 601], ["the prompt has 601 tokens", "the context is 600"]),
+        (["--prompt", "a\udcff"], ["UTF-8"]),
+        (["--prompt-ids", "1,99"], ["token id 99 is out of range", "0 to 36"]),
+        (["--prompt-ids", "-1"], ["token id -1 is out of range"]),
+        (["--prompt-ids", ""], ["the prompt is empty"]),
+        (["--prompt-ids", "1;2"], ["'1;2' is not a list of token ids"]),
+        (["--prompt-ids", "99999999999999999999"], ["token id"]),
+        ([], ["--prompt"]),
+        (["--prompt", "a", "--prompt-ids", "1"], ["not allowed with"]),
+        (["--prompt", "a", "--top-p", "2"], ["top_p is 2.0"]),
+        (["--prompt", "a", "--top-k", "-2"], ["whole number from 0"]),
+        (["--prompt", "a", "--temperature", "nan"], ["finite"]),
+        (["--prompt", "a", "--temperature", "hot"], ["'hot' is not a number"]),
+        (["--prompt", "a", "--temperature", "-1"], ["temperature is -1.0"]),
+        (["--prompt", "a", "--max-new-tokens", "x"], ["'x' is not a whole number"]),
+        (["--prompt", "a", "--threads", "0"], ["whole number from 1"]),
+        (["--prompt", "a", "--stop", ""], ["stop is"]),
+        (["--prompt", "a", "--provider", "cuda9"], ["'cuda9' is unknown", "cpu"]),
+        (["--prompt", "a", "--colour", "red"], ["--colour"]),
+    ],
+)
+def test_bad_input_to_run(command: Run, speaking_bundle: Bundle, arguments: list[str], words: list[str]) -> None:
+    fails(command("run", speaking_bundle.path, *arguments), *words)
+
+
+def test_a_text_for_a_bundle_without_tokenizer(command: Run, bundle: Bundle) -> None:
+    fails(command("run", bundle.path, "--prompt", "a"), "has no tokenizer", "--prompt-ids")
+
+
+@pytest.mark.parametrize("name", ["run", "chat", "bench", "inspect"])
+def test_what_is_no_bundle(command: Run, tmp_path: Path, name: str) -> None:
+    prompt = ["--prompt", "a"] if name in ("run", "chat") else []
+    fails(command(name, tmp_path / "none", *prompt), "no such bundle")
+    fails(command(name, tmp_path, *prompt), "is not a bundle")
+    fails(command(name, Path(__file__), *prompt), "is a file")
+
+
+def test_run_holds_a_text_to_what_a_flag_says(command: Run, speaking_bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    run = ("run", speaking_bundle.path, "--prompt", "abc")
+    assert command(*run, "--regex", "(abba ){2}") == (0, "abba abba \n", "")
+    assert command(*run, "--choice", "dce", "--choice", "dcb")[1] in ("dce\n", "dcb\n")
+    grammar, schema = tmp_path / "g.lark", tmp_path / "s.json"
+    grammar.write_text('start: "a" b\nb: "é日"\n', encoding="utf-8")
+    schema.write_text('{"type": "null"}', encoding="utf-8")
+    assert command(*run, "--grammar", grammar) == (0, "aé日\n", "")
+    assert command(*run, "--json-schema", schema) == (0, "null\n", "")
+    fails(command(*run, "--json-schema", grammar), "json_schema is no JSON")
+    fails(command(*run, "--json-schema", tmp_path / "none.json"), "no such file")
+    fails(command(*run, "--regex", "("), "regex cannot be followed")

@@ -1,0 +1,80 @@
+"""The pictures of README and docs are those that their pages' tables give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from benchmarks.__main__ import main
+from benchmarks.measure import ROOT, rows_of
+from benchmarks.pictures import bars, charts, scores
+from benchmarks.pictures.sensitivity import place
+from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity
+from pastkey.export.quantize.report import write_report
+
+DOCS = ROOT / "docs"
+RESULTS = (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8")
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_picture_of_the_readme_shows_the_figures_of_the_results() -> None:
+    assert (DOCS / "speed-and-error.svg").read_text(encoding="utf-8") == bars.draw(rows_of(RESULTS, "engine"))
+
+
+def test_a_bar_is_as_long_as_its_figure_says() -> None:
+    head = ["engine", *bars.PANELS]
+    figures = [["pastkey int8", "200.0", "0.002", "100"], ["other & more", "50.0", "0.004", "400"]]
+    drawn = bars.draw([dict(zip(head, row, strict=True)) for row in figures])
+    rectangles = ElementTree.fromstring(drawn).iter(f"{SVG}rect")
+    lengths = [float(one.get("width", "")) for one in rectangles if one.get("height") == "18"]
+    assert lengths == [bars.BAR, bars.BAR / 4, bars.BAR / 2, bars.BAR, bars.BAR / 4, bars.BAR]
+
+
+def test_the_picture_of_the_time_axis_is_the_one_that_is_drawn() -> None:
+    assert (DOCS / "time-axis.svg").read_text(encoding="utf-8") == scores.draw()
+    cells = ElementTree.fromstring(scores.draw()).iter(f"{SVG}text")
+    computed = [cell.text for cell in cells if cell.get("fill") == "#ffffff"]
+    assert computed == ["k₄", "v₄", "q₄", "y₄", *(f"q₄·k{i}" for i in "₀₁₂₃₄")]
+
+
+def test_the_charts_show_every_program_of_their_page_in_its_colour(tmp_path: Path) -> None:
+    assert main(["pictures", "--charts", str(tmp_path)]) == 0
+    assert charts.spread_of("1.76 (1.11 to 2.45)") == (1.76, 1.11, 2.45)
+    for name, programs in (("results.png", 3), ("results-without-vnni.png", 5), ("performance-streams.png", 3)):
+        picture = imread(tmp_path / name)[..., :3]
+        for color in [*charts.COLORS.values()][:programs]:
+            wanted = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            assert (np.abs(picture - wanted).max(-1) < 0.02).any(), (name, color)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 30])
+def test_the_costs_of_an_export_are_drawn(layers: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        Row(f"model.layers.{layer}.{kind}.weight", (8, 8), float(rng.lognormal(-9, 2)), 0.9, 0.01, matmul=True)
+        for layer in range(layers)
+        for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    ]
+    rows.append(Row("model.embed_tokens.weight", (61, 8), 0.0, 1.0, 0.1, matmul=False))
+    write_report(tmp_path / "table.json", Sensitivity(0.01, tuple(sorted(rows, key=lambda row: -row.kl_divergence))))
+    assert main(["sensitivity-chart", str(tmp_path / "table.json"), str(tmp_path / "chart.png")]) == 0
+    image = imread(tmp_path / "chart.png")
+    assert min(image.shape[:2]) > 400
+    assert image.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", (3, "q_proj")),
+        ("model.layers.12.mlp.up_proj.weight.scaled_0", (12, "up_proj")),
+        ("h.4.mlp.2.weight", (4, "mlp.2")),
+        ("head.weight", None),
+    ],
+)
+def test_a_name_says_layer_and_kind(weight: str, expected: tuple[int, str] | None) -> None:
+    assert place(weight) == expected
