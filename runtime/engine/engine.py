@@ -115,7 +115,7 @@ class Engine:
         self._note_empty()
 
     def _note_empty(self) -> None:
-        self._padding.clear()
+        self._padding.mask = None
         self.gone = self.exact_length = 0
         self._ids = []
 
@@ -315,17 +315,6 @@ class Engine:
         sizes = self.chunk_sizes(ids.size)
         chunks = np.split(ids, np.cumsum(sizes)[:-1])
         return np.concatenate([self.run(chunk[None], keep=chunk.size)[0].copy() for chunk in chunks])
-
-    @one_at_a_time
-    def extend(self, ids: npt.ArrayLike) -> Logits:
-        """Appends the tokens `ids` (T,) of one sequence in one run; returns the logits (T, V) of each.
-
-        More than one token needs `supports_drafts`.
-        """
-        ids = self.checked(ids, 1)
-        assert ids.size == 1 or self.graph.supports_drafts, "the standard graph's cache would be copied to be trimmed"
-        logits: Logits = self.run(ids[None], keep=ids.size)[0].copy()
-        return logits
 
     @one_at_a_time
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:

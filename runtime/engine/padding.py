@@ -15,10 +15,6 @@ class Padding:
         self.mask: Ids | None = None
         self._ones = np.ones(0, np.int64)
 
-    def clear(self) -> None:
-        """Forgets the mask, for an empty cache."""
-        self.mask = None
-
     def first(self, length: int) -> Ids | None:
         """The mask of the first `length` columns."""
         return None if self.mask is None or not length else self.mask[:, :length]

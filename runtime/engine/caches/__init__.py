@@ -7,8 +7,8 @@
     reserve(batch, tokens)            allocates room for new tokens
     trim(length), reset()             trim each sequence to its first tokens; forget all
     drop(start, end, moved)           evicts tokens in between; the later ones move up
-    rows(length), fill(rows)          the first tokens of each tensor, (B, K, length, D); copies such rows in
-    layer(index)                      copies of one attention call's keys and values, each (B, K, length, D)
+    rows(length), fill(rows)          the first tokens of each tensor, (B, K, length, D), keys and values in turn, as
+                                      views in CPU memory; copies such rows in
 
 A run is `for_run`, `DecoderGraph.run` with the returned cache, and that cache's `advance`.
 """

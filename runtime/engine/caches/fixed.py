@@ -107,13 +107,6 @@ class FixedRows:
         """Allocates room for `tokens` new tokens in each of `batch` sequences."""
         self.grow(batch, self.length + tokens)
 
-    def layer(self, index: int) -> tuple[Rows, Rows]:
-        """Copies of one attention call's keys and values, each (B, K, length, D)."""
-        if not self.length:
-            raise InputError("the cache is empty")
-        keys, values = (self.arrays[2 * index + i][:, :, : self.length].copy() for i in (0, 1))
-        return keys, values
-
 
 class FixedKVCache(FixedRows):
     """The standard graph's cache for providers with slow shape changes: past grows only when it is full.

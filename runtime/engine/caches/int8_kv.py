@@ -134,11 +134,6 @@ class CachePair:
         cache.reserve(batch, tokens)
         return cache
 
-    def layer(self, index: int) -> tuple[Rows, Rows]:
-        """Copies of one attention call's keys and values, each (B, K, length, D) float32."""
-        self._dequantize()
-        return self.float32.layer(index)
-
     def rows(self, length: int) -> list[Rows]:
         """See `KVCache.rows`; in float32."""
         self._dequantize()

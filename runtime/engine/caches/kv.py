@@ -167,13 +167,6 @@ class KVCache:
             self.binding.clear_binding_outputs()
             self._other_binding.clear_binding_outputs()
 
-    def layer(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Copies of one attention call's keys and values, each (B, K, length, D)."""
-        if not self.length:
-            raise InputError("the cache is empty")
-        keys, values = (self._values[2 * index + i].numpy()[:, :, : self.length] for i in (0, 1))
-        return keys.copy(), values.copy()
-
     def rows(self, length: int) -> list[npt.NDArray[Any]]:
         """The first `length` tokens of each tensor, (B, K, length, D), and whole convolution states.
 

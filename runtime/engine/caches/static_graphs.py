@@ -181,14 +181,10 @@ class _Table:
 def _tables(onnx: Any, folder: Path, manifest: Manifest) -> list[_Table]:
     """The tables that the graph's metadata lists. Raises IntegrityError if one is missing."""
     needed = {names.INPUT_IDS: manifest.vocab_size, names.POSITION_IDS: manifest.context_length}
-    with reading(folder, "the graphs of a bundle"):
-        return _read_tables(onnx, folder, needed)
-
-
-def _read_tables(onnx: Any, folder: Path, needed: Mapping[str, int]) -> list[_Table]:
-    stored = json.loads(onnx.get_modelmeta().custom_metadata_map.get(names.TABLES, "{}"))
     shapes = {value.name: tuple(value.shape) for value in onnx.get_inputs()}
-    return [_Table(name, place, folder, shapes[name], needed[place["of"]]) for name, place in stored.items()]
+    with reading(folder, "the graphs of a bundle"):
+        stored = json.loads(onnx.get_modelmeta().custom_metadata_map.get(names.TABLES, "{}"))
+        return [_Table(name, place, folder, shapes[name], needed[place["of"]]) for name, place in stored.items()]
 
 
 def visible_columns(length: int, tokens: int, past: int, window: int = 0) -> npt.NDArray[np.bool_]:

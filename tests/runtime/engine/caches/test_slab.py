@@ -57,7 +57,7 @@ def test_whoever_comes_goes_or_runs_alone_the_rows_are_right(engine: Engine, tin
             alone = rng.choice(list(rows))
             tokens = [rng.randrange(37) for _ in range(rng.choice([1, 3, 90]))]
             if alone.length + len(tokens) < 500:
-                found = alone.extend(tokens)[-1]
+                found = alone.append(tokens)
                 rows[alone] += tokens
                 np.testing.assert_allclose(found, tiny(rows[alone])[-1], atol=2e-4)
         elif action < 0.35 and rows:
