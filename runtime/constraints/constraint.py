@@ -80,8 +80,6 @@ def _schema_text(value: object) -> str:
     expected = "a JSON schema was expected, as a dict or as its JSON text"
     schema = value
     if isinstance(value, str):
-        if len(value) > MAX_SCHEMA_CHARACTERS:
-            raise InputError(_too_long("json_schema", len(value), MAX_SCHEMA_CHARACTERS))
         try:
             schema = json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -90,7 +88,7 @@ def _schema_text(value: object) -> str:
         raise InputError("json_schema is false, which no text validates: describe one, or leave it out")
     schema = {} if schema is True else schema  # any JSON is valid
     if not isinstance(schema, Mapping):
-        raise InputError(f"json_schema is {shown(schema)}; a JSON schema was expected, as a dict or as its JSON text")
+        raise InputError(f"json_schema is {shown(schema)}; {expected}")
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -40,7 +40,7 @@ class Matcher:
     @property
     def complete(self) -> bool:
         """Whether the grammar is met and no token may follow."""
-        if not self._complete and (self._matcher.is_stopped() or not self._goes_on()):
+        if not self._complete and (self._matcher.is_stopped() or not self._mask()[: self._size].any()):
             self._require(self._matcher.is_accepting())
             self._complete = True
         return self._complete
@@ -79,10 +79,6 @@ class Matcher:
         allowed = self._matcher.validate_tokens(list(draft)) if draft else 0
         require_uninterrupted(self._matcher)
         return list(draft[:allowed])
-
-    def _goes_on(self) -> bool:
-        """Whether a token other than the end may follow."""
-        return bool(self._mask()[: self._size].any())
 
     def _follows(self) -> npt.NDArray[np.bool_]:
         """Which tokens may follow, (V,)."""

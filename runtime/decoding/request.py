@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pastkey.errors import InputError
 from pastkey.values import shown
 
+from ..constraints.matcher import Matcher
 from ..sampling.dry import Breakers
 from ..settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig, require_valid
-from ..speculation.drafter import Drafter, Follows
+from ..speculation.drafter import Drafter
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Request:
     prompt_logprobs: bool = False
     context_overflow: ContextOverflow = "error"
     num_sink_tokens: int = NUM_SINK_TOKENS
-    constraint: Follows | None = None
+    constraint: Matcher | None = None
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:

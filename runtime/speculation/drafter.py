@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from pastkey.errors import ResourceError
 
+from ..constraints.matcher import Matcher
 from ..engine.decoder_graph import Logits
 from ..engine.engine import Engine
 from .worth import Rate, Worth, observed
@@ -23,36 +23,6 @@ from .worth import Rate, Worth, observed
 _log = logging.getLogger("pastkey")
 
 Choose = Callable[[Logits, Sequence[int]], int]  # (logits (V,), ids before) -> token
-
-
-class Allows(Protocol):
-    """The part of a constraint that a draft needs."""
-
-    def masked(self, logits: Logits) -> Logits:
-        """Logits (V,) with minus infinity at the tokens that may not follow."""
-
-    def allowed_draft(self, draft: Sequence[int]) -> list[int]:
-        """The longest prefix of a draft that may follow."""
-
-
-class Follows(Allows, Protocol):
-    """A constraint, as a Generation needs it. constraints/ implements it."""
-
-    def require(self, token: int) -> None:
-        """Raises InputError unless the token may follow."""
-
-    def follow(self, tokens: Sequence[int], start: int) -> None:
-        """Consumes the new ones of `tokens`, where `tokens[start:]` is the output."""
-
-    def restart(self) -> None:
-        """Forgets all tokens."""
-
-    def forced(self, most: int) -> list[int]:
-        """The forced tokens, at most `most`."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether only the end may follow."""
 
 
 class Drafter:
@@ -80,7 +50,7 @@ class Drafter:
         self._began = 0.0
         self.made = False
 
-    def begin(self, choose: Choose, end_ids: Collection[int], vocab_size: int, constraint: Allows | None) -> None:
+    def begin(self, choose: Choose, end_ids: Collection[int], vocab_size: int, constraint: Matcher | None) -> None:
         """Sets how the request's tokens are chosen. Called before the first draft."""
         self._choose, self._end_ids, self._vocab_size = choose, end_ids, vocab_size
         self._constraint = constraint

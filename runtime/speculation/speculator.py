@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..constraints.matcher import Matcher
 from ..settings import MAX_DRAFT_TOKENS
-from .drafter import Allows, Drafter
+from .drafter import Drafter
 from .prompt_lookup import PromptLookup
 
 
@@ -16,7 +17,7 @@ class Speculator:
     run and `came`.
     """
 
-    def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Allows | None) -> None:
+    def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Matcher | None) -> None:
         """Without `prompt_lookup` and `drafter` all drafts are empty. `constraint` restricts draft tokens."""
         self._prompt_lookup = PromptLookup() if prompt_lookup else None
         self._drafter, self._constraint = drafter, constraint
