@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
-from types import TracebackType
 from typing import Self
 
 from .completion import Chunk, Completion
 from .stream import ChunkStream
 
 
-class AsyncStream(AsyncGenerator[Chunk, None]):
+class AsyncStream(AsyncIterator[Chunk]):
     """Yields a Chunk for each new token, as Stream does. Only one task may read it."""
 
     def __init__(self, stream: ChunkStream, executor: Executor) -> None:
@@ -34,21 +33,6 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
         if chunk is None:
             raise StopAsyncIteration
         return chunk
-
-    async def asend(self, value: None) -> Chunk:
-        """Same as `anext`."""
-        del value
-        return await self.__anext__()
-
-    async def athrow(
-        self,
-        kind: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        traceback: TracebackType | None = None,
-    ) -> Chunk:
-        """Ends the stream and raises the error."""
-        await self.aclose()
-        return self._stream.throw(kind, value, traceback)
 
     async def aclose(self) -> None:
         """Ends the stream within one step."""

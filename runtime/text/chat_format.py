@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pastkey.contract.bundle import Bundle
@@ -56,9 +55,8 @@ class ChatFormat:
 def open_chat_format(
     bundle: Bundle,
     codec: TextCodec | None,
-    file: str | Path | None = None,
-    *,
     source: str | None = None,
+    *,
     tools: bool = False,
     special_tokens_as_text: bool = False,
 ) -> ChatFormat:
@@ -71,5 +69,5 @@ def open_chat_format(
             f"{bundle.path} has no tokenizer and holds no conversation: use  pastkey run "
             f"{shlex.quote(str(bundle.path))} --prompt-ids 1,2,3"
         )
-    template = ChatTemplate.from_bundle(bundle, file, tools=tools, source=source)
+    template = ChatTemplate.from_bundle(bundle, source, tools=tools)
     return ChatFormat(template, codec, special_tokens_as_text=special_tokens_as_text)

@@ -60,23 +60,16 @@ class ChatTemplate:
             raise InputError(f"the chat template cannot be compiled: {_reason(error)}") from None
 
     @classmethod
-    def from_bundle(
-        cls, bundle: Bundle, file: str | Path | None = None, *, tools: bool = False, source: str | None = None
-    ) -> ChatTemplate:
-        """The bundle's own template, or the one in `file`, with the bundle's special tokens.
-
-        `source` is the text of a file that was read already.
+    def from_bundle(cls, bundle: Bundle, source: str | None = None, *, tools: bool = False) -> ChatTemplate:
+        """The template with the text `source`, or the bundle's own one, with the bundle's special tokens.
 
         Of several named templates it takes the default one, or with `tools` the one named tool_use. It reads only
-        bundle files that the manifest lists. Raises InputError if there is no usable template, MissingFileError if
-        `file` does not exist.
+        bundle files that the manifest lists. Raises InputError if there is no usable template.
         """
         config: dict[str, Any] = {}
         if names.TOKENIZER_CONFIG in bundle.manifest.files:
             config = read_json(bundle.path / names.TOKENIZER_CONFIG)
         tokens = _special_tokens(config)
-        if source is None and file is not None:
-            source = read_template(file)
         if source is not None:
             return cls(source, tokens)
         if names.CHAT_TEMPLATE in bundle.manifest.files:  # takes precedence, as in transformers
