@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -147,12 +146,9 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
-        self._decodes_in_int8 = bundle.int8_kv_graph is not None and not self.every and int8_kv_from is not None
         int8 = bundle.int8_kv_graph if not self.every and profile_prefix is None else None
         # Absolute, since it opens later and the working directory may change.
         self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
-        self._int8: Any = None
-        self._opening = threading.Lock()
         self.int8_kv_from = int8_kv_from
         self.one_by_one = False
         # Whether a run stores the scores of all its tokens and columns.
@@ -168,17 +164,15 @@ class DecoderGraph:
             self.manifest,
             provider=self.provider,
             device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
-            open_int8=None if self._open_int8 is None else self._int8_graph,
+            open_int8=None if self._open_int8 is None else lambda: self._int8_graph,
             int8_from=self.int8_kv_from,
         )
 
+    @functools.cached_property
     def _int8_graph(self) -> Any:
-        """The session of the int8-KV graph, shared by all caches. Opens it at the first call."""
-        with self._opening:
-            if self._int8 is None:
-                assert self._open_int8 is not None
-                self._int8 = self._open_int8()
-            return self._int8
+        """The session of the int8-KV graph, shared by all caches. It opens at the first use."""
+        assert self._open_int8 is not None
+        return self._open_int8()
 
     @property
     def provider(self) -> Provider:
@@ -249,7 +243,7 @@ class DecoderGraph:
         size = self.bytes_per_token * min(tokens, self.most_rows)
         if manifest.graph == "standard":
             return 2 * size
-        in_int8 = self._decodes_in_int8 and tokens > (self.int8_kv_from or 0)
+        in_int8 = self._open_int8 is not None and self.int8_kv_from is not None and tokens > self.int8_kv_from
         return size + size // 4 if in_int8 else size
 
     def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
