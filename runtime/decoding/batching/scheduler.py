@@ -268,8 +268,13 @@ class Scheduler:
 
     def _sharing(self, waiting: list[Generation]) -> list[Generation]:
         """The generations of the next batch."""
-        live = [g for g in list(self._live) if g.begun and not g.ended]
-        rows = [g for g in live if g.pending == 1 and self._shares(g)]
+        slab, live = self._slab, [g for g in list(self._live) if g.begun and not g.ended]
+        if slab is None:
+            return []
+        rows = [g for g in live if g.pending == 1 and g.engine.length > 0 and not g.engine.decodes_in_int8]
+        # The slab has no room for these.
+        excess = [g for g in rows if not slab.holds(g.engine)][slab.most - len(slab.members) :]
+        rows = [g for g in rows if g not in excess]
         if len(rows) < 2 or self._pace.turns_pay(rows):
             return []
         reading = [g for g in rows if g.ahead < AHEAD]
@@ -279,11 +284,6 @@ class Scheduler:
         """Whether other generations decode meanwhile."""
         return any(g is not alone and g.begun and g.pending == 1 and not g.ended for g in list(self._live))
 
-    def _shares(self, generation: Generation) -> bool:
-        """Whether the next token of a generation can be decoded in a batch."""
-        slab, engine = self._slab, generation.engine
-        return slab is not None and engine.length > 0 and not engine.decodes_in_int8 and slab.has_room(engine)
-
     def _decode(self, rows: list[Generation]) -> None:
         """Decodes one token of each generation in one run."""
         assert self._slab is not None
@@ -292,11 +292,6 @@ class Scheduler:
         rows = [generation for generation in rows if not generation.ended and generation.pending == 1]
         if not rows:
             return
-        joining = 0
-        for generation in list(rows):  # `_shares` checked the room for each one alone
-            joining += not self._slab.holds(generation.engine)
-            if len(self._slab.members) + joining > self._slab.most and not self._slab.holds(generation.engine):
-                rows.remove(generation)
         started = time.perf_counter()
         try:
             logits = self._slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])

@@ -61,8 +61,7 @@ class Slab:
         """Appends a token to each of several engines in one run; returns the logits (V,) of each, in their order.
 
         The next run may overwrite the returned arrays. Engines outside the slab move in. The caller checks that there
-        is room (`has_room`) and that the logits are finite. An exception drops the caches of all engines in the slab
-        and empties it.
+        is room and that the logits are finite. An exception drops the caches of all engines in the slab and empties it.
         """
         with self._changing(engines):
             for engine in engines:
@@ -97,18 +96,17 @@ class Slab:
             engine.note_batched(token)
         return [logits[row, 0] for row in rows]
 
-    def has_room(self, engine: Engine) -> bool:
-        """Whether an engine is in the slab or may move in."""
-        return len(self.members) < self.most or self.holds(engine)
-
     def holds(self, engine: Engine) -> bool:
         """Whether an engine is in the slab."""
-        return any(member is engine for member in self.members)
+        return self._row_of(engine) is not None
+
+    def _row_of(self, engine: Engine) -> int | None:
+        return next((row for row, member in enumerate(self.members) if member is engine), None)
 
     def join(self, engine: Engine) -> None:
         """Moves an engine in, unless all its buffers are in the slab already."""
         cache = _cache(engine)
-        row = next((row for row, member in enumerate(self.members) if member is engine), None)
+        row = self._row_of(engine)
         if row is not None:
             if not self._is_home(engine):
                 self._make_room(self._rows, cache.length + 1)
@@ -121,7 +119,7 @@ class Slab:
 
     def remove(self, engine: Engine, *, keep: bool = True) -> None:
         """Moves an engine out to its own memory; `keep=False` drops its cache."""
-        row = next((row for row, member in enumerate(self.members) if member is engine), None)
+        row = self._row_of(engine)
         if row is None:
             return
         with self._changing([engine]):
