@@ -338,9 +338,17 @@ def _take(generation: Generation, logits: Logits) -> None:
     generation.take_together(logits[None])
 
 
+def _each(call: Callable[[Scheduler], None]) -> Callable[[], None]:
+    def of_all() -> None:
+        for scheduler in list(_schedulers):
+            call(scheduler)
+
+    return of_all
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: [scheduler.before_fork() for scheduler in list(_schedulers)],
-        after_in_parent=lambda: [scheduler.after_fork(child=False) for scheduler in list(_schedulers)],
-        after_in_child=lambda: [scheduler.after_fork(child=True) for scheduler in list(_schedulers)],
+        before=_each(Scheduler.before_fork),
+        after_in_parent=_each(lambda scheduler: scheduler.after_fork(child=False)),
+        after_in_child=_each(lambda scheduler: scheduler.after_fork(child=True)),
     )
