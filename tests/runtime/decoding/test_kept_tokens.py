@@ -15,6 +15,7 @@ from pastkey.__main__ import main
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, Generation, LanguageModel, Request, load
+from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
 from pastkey.runtime.decoding.kept_tokens import KeptTokens
 from pastkey.runtime.engine import engine as engines
@@ -151,7 +152,7 @@ def test_what_was_shifted_is_no_prefix(lm: LanguageModel) -> None:
     kept = [*kept[:SINKS], *kept[SINKS + found.dropped_tokens :]]
     assert lm.generate(kept, **options).cached_tokens == 0  # type: ignore[call-overload]
     store = PrefixStore(lm.require_open().graph)
-    engine = lm.new_engine()
+    engine = lm.parts.new_engine()
     engine.prefill(prompt)
     engine.shift(SINKS, 10)
     store.put(engine)
@@ -198,7 +199,7 @@ def test_rows_that_fail_together_within_a_shift(lm: LanguageModel, monkeypatch: 
     assert lm.generate(ids_of(50), **options).new_tokens == 30  # type: ignore[call-overload]
 
 
-class Fives:
+class Fives(Matcher):
     """A constraint that leaves no choice about the next hundred tokens."""
 
     complete = False

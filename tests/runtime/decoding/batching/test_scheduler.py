@@ -140,6 +140,20 @@ def test_sixteen_threads_get_the_texts_of_calls_alone(any_bundle: Bundle) -> Non
     assert bool(model.scheduler.batched) is (any_bundle.manifest.graph == "fused")
 
 
+def test_more_requests_than_a_batch_takes_get_the_texts_of_calls_alone(
+    talking: Bundle, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = load(talking.path, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab", "cde", "ga", "fb"]
+    shapes = runs_of(model, monkeypatch)
+    streams = [model.stream(prompt, **SETTINGS) for prompt in prompts]
+    found: list[list[int]] = [[] for _ in prompts]
+    while any(stream.completion is None for stream in streams):
+        for ids, stream in zip(found, streams, strict=True):
+            ids += [token for chunk in itertools.islice(stream, 1) for token in chunk.ids]
+    assert found == [fresh.generate(prompt, **SETTINGS).ids for prompt in prompts]
+    assert max(rows for rows, _ in shapes) == 3
+
+
 @pytest.mark.slow
 def test_sixteen_threads_for_minutes(talking: Bundle) -> None:
     model, alone = load(talking.path, threads=1), load(talking.path, threads=1)

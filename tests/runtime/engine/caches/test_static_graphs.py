@@ -120,11 +120,11 @@ def test_generate_stream_logits_bench_and_inspect_work(bundle: Bundle, tiny: Tin
         assert (share.provider, share.operators["Softmax"]) == ("cpu", 2)
 
 
-def test_what_layer_gives_and_nbytes(engine: Engine, tiny: Tiny) -> None:
+def test_rows_and_nbytes(engine: Engine, tiny: Tiny) -> None:
     assert engine.cache.nbytes == 0
     engine.prefill(IDS[:5])
     x = tiny.weights["embedding"][IDS[:5]] + tiny.weights["position"][:5]
-    keys, _ = engine.cache.layer(0)
+    keys = engine.cache.rows(5)[0]
     np.testing.assert_allclose(keys[0], (x @ tiny.weights["wk0"]).reshape(5, 2, 8).transpose(1, 0, 2), atol=1e-5)
     assert engine.cache.nbytes == 4 * 2 * (8 + 8 + 16 + 16) * tiny.context_length
 
