@@ -27,11 +27,6 @@ def test_how_keys_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert json.loads(json.dumps(manifest.to_json())) == json.loads(json.dumps(content))
 
 
-def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
-    write_json(tmp_path / names.MANIFEST, MANIFEST)
-    assert read_bundle(tmp_path).manifest.to_json() == MANIFEST
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
