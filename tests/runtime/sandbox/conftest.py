@@ -19,6 +19,7 @@ from pastkey.errors import LimitWarning
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records
 from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox.model import SandboxedModel
 
@@ -111,6 +112,11 @@ def hostile(talking_bundle: Bundle, tiny: Tiny, tmp_path: Path) -> Hostile:
         return folder
 
     return make
+
+
+def hooked(hook: str) -> str:
+    """The boot of a process that runs this first."""
+    return process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
 
 
 def opened(path: Path | bytes, limits: Limits = EASY, **settings: Any) -> SandboxedModel:
