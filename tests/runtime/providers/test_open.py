@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +23,7 @@ from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.open import default_threads
 from pastkey.values import parse_version
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny
 
 MakeBundle = Callable[..., Bundle]
 

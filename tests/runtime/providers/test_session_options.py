@@ -13,7 +13,7 @@ from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
 from pastkey.runtime.commands.inspection import inspect
-from pastkey.runtime.providers.session_options import RECORD, WHOLE, set_options
+from pastkey.runtime.providers.session_options import WHOLE, set_options
 
 GIVEN: dict[str, Any] = {
     "enable_cpu_mem_arena": False,
@@ -53,21 +53,15 @@ def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle
     ("name", "value", "words"),
     [
         (WHOLE, "0", "is set by pastkey: leave it out; .* --allow-fallback"),
-        (RECORD, "0", "is set by pastkey: leave it out; what a provider leaves"),
         ("intra_op_num_threads", 2, "is set by pastkey: leave it out; give threads=N"),
         ("session.model_external_initializers_file_folder_path", "x", "is set by pastkey: .* beside their graph"),
         ("enable_mem_patern", True, "has no session option enable_mem_patern; did you mean enable_mem_pattern?"),
         ("zzz", True, "has no session option zzz; it has enable_cpu_mem_arena, .* entries with a dot"),
-        ("add_initializer", None, "has no session option add_initializer"),
         ("enable_mem_pattern", 3, "enable_mem_pattern is 3; True or False"),
-        ("enable_mem_pattern", "yes", "enable_mem_pattern is 'yes'; True or False"),
         ("inter_op_num_threads", "many", "inter_op_num_threads is 'many'; a whole number was expected"),
-        ("inter_op_num_threads", "--5", "inter_op_num_threads is '--5'; a whole number was expected"),
-        ("inter_op_num_threads", True, "inter_op_num_threads is True; a whole number was expected"),
         ("inter_op_num_threads", 2**40, "a whole number was expected"),
         ("logid", 3, "logid is 3; a text was expected"),
         ("graph_optimization_level", "all", "is 'all'; one of ORT_DISABLE_ALL, .* was expected"),
-        ("graph_optimization_level", 99, "is 99; one of ORT_DISABLE_ALL, .* was expected"),
         ("session.use_env_allocators", True, 'is True; a text, such as "1", was expected'),
         ("session." + "x" * 2000, "1", "onnxruntime does not take the session option session.xxx"),
     ],
