@@ -8,7 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,17 +23,10 @@ from pastkey.runtime.bulk.generator import Generator, as_python, as_text, told
 from pastkey.runtime.bulk.rows import Row, seed_of
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_NEW_TOKENS
 
-from .rows import DRAWN, TEMPLATE, plain_rows
-
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import TEMPLATE, Tiny
+from .rows import DRAWN, plain_rows
 
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def talking(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Path:
-    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}).path
 
 
 @pytest.fixture(scope="module")

@@ -76,10 +76,8 @@ def test_a_question_of_several_lines(
     ("line", "words"),
     [
         ("/undo", ["there is no question to take back"]),
-        ("/drop", ["there is no question to let go"]),
         ("/save", ["/save needs the name of a file: /save FILE"]),
         ("/load none.json", ["none.json is missing"]),
-        ("/save /", ["/ is a folder"]),
         ("/save none/talk.json", ["/save none/talk.json cannot be done: No such file or directory"]),
         ("/helo", ["there is no command /helo", "/help lists them", "//"]),
         ("/reset now", ["/reset stands alone: leave 'now' out, or ask the model with //reset"]),

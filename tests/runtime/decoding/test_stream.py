@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import itertools
 import threading
 import time
@@ -16,21 +15,9 @@ from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel, load
 
+from ..conftest import runs_of
+
 SETTINGS: dict[str, Any] = {"max_new_tokens": 100, "temperature": 1.0, "seed": 1}
-
-
-def count_runs(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[int]:
-    """The numbers of tokens of all runs from now on, each of which takes so many seconds more."""
-    graph, runs = model.require_open().graph, list[int]()
-    run = graph.run
-
-    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
-        runs.append(ids.shape[1])
-        time.sleep(seconds)
-        return run(cache, ids, *arguments)
-
-    monkeypatch.setattr(graph, "run", counted)
-    return runs
 
 
 def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(
@@ -39,7 +26,7 @@ def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
     chunks = list(itertools.islice(stream, 5))
-    runs = count_runs(lm, monkeypatch)
+    runs = runs_of(lm.require_open().graph, monkeypatch)
     stream.close()
     assert runs == []
     assert stream.completion is not None
@@ -61,7 +48,7 @@ def test_one_that_another_thread_cancels_ends_within_one_step(
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
     next(stream)
-    runs = count_runs(lm, monkeypatch, 0.02)
+    runs = runs_of(lm.require_open().graph, monkeypatch, 0.02)
     moment = list[int]()
 
     def cancel() -> None:
@@ -82,18 +69,18 @@ def test_one_that_another_thread_cancels_ends_within_one_step(
 
 
 def test_a_long_prefill_is_cancelled_within_a_chunk(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = count_runs(lm, monkeypatch, 0.05)
+    runs = runs_of(lm.require_open().graph, monkeypatch, 0.05)
     stream = lm.stream("a" * 600, max_new_tokens=1)
     threading.Timer(0.01, stream.cancel).start()
     assert list(stream) == []
-    assert runs == [200]
+    assert runs == [(1, 200)]
     assert stream.completion is not None
     assert stream.completion.new_tokens == 0
 
 
 def test_a_deadline_ends_it_with_what_there_is(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = lm.generate("abc", **SETTINGS)
-    runs = count_runs(lm, monkeypatch, 0.02)
+    runs = runs_of(lm.require_open().graph, monkeypatch, 0.02)
     completion = lm.generate("abc", **SETTINGS, timeout=0.2, prompt_lookup=False)
     assert completion.finish_reason == "deadline"
     assert 3 <= len(runs) <= 11
@@ -124,7 +111,7 @@ def test_one_that_another_thread_closes_while_it_is_read_comes_to_its_end(
 ) -> None:
     stream = lm.stream("abc", **SETTINGS)
     next(stream)
-    count_runs(lm, monkeypatch, 0.02)
+    runs_of(lm.require_open().graph, monkeypatch, 0.02)
     threading.Timer(0.05, stream.close).start()
     assert len(list(stream)) < 30
     assert stream.completion is not None
@@ -268,20 +255,3 @@ def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, othe
         assert stream.completion.finish_reason == "cancelled"
     assert model.scheduler.live == 0
     model.close()
-
-
-def test_a_stream_that_is_alone_is_ten_frames_from_onnxruntime(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    onnx, depths = lm.require_open().graph.onnx, list[int]()
-    run = onnx.run_with_iobinding
-
-    def counted(*arguments: Any) -> None:
-        depths.append(len(inspect.stack(0)) - here - 1)  # without this one; onnxruntime's own is the next
-        run(*arguments)
-
-    monkeypatch.setattr(onnx, "run_with_iobinding", counted)
-    stream, here = lm.stream("abc", **SETTINGS, prompt_lookup=False), len(inspect.stack(0))
-    next(stream)
-    next(stream)
-    assert max(depths) <= 8  # and then Session's, and onnxruntime's
