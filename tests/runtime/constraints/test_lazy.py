@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -176,17 +177,12 @@ def test_a_session_goes_on_behind_it(lm: LanguageModel) -> None:
 def test_many_at_once_are_as_alone(lm: LanguageModel) -> None:
     kinds: list[dict[str, Any]] = [{"json_schema": SCHEMA}, {"regex": "[a-f]{20}"}, {}, {"choices": ["true", "false"]}]
     alone = [lm.generate("ta", seed=seed, **SAMPLED | kinds[seed % 4]).text for seed in range(12)]
-    found: dict[int, str] = {}
 
-    def run(seed: int) -> None:
-        found[seed] = lm.generate("ta", seed=seed, **SAMPLED | kinds[seed % 4]).text
+    def run(seed: int) -> str:
+        return lm.generate("ta", seed=seed, **SAMPLED | kinds[seed % 4]).text
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[seed] for seed in range(12)] == alone
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(run, range(12))) == alone
     prompts = ["ta", "tr", "{", "te"]
     together = lm.generate(prompts, json_schema=SCHEMA, max_new_tokens=200)
     assert [done.text for done in together] == [
@@ -238,15 +234,12 @@ def test_the_vocabulary_is_read_once_by_threads_that_come_at_once(monkeypatch: p
     monkeypatch.setattr(Vocabulary, "of", slow)
     vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
 
-    def work() -> None:
+    def work(_: int) -> bool:
         both.wait()
-        assert vocabulary.matcher({"regex": "[a-f]{3}"}) is not None
+        return vocabulary.matcher({"regex": "[a-f]{3}"}) is not None
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
     assert len(reads) == 1
 
 

@@ -14,6 +14,7 @@ from pastkey.errors import InputError, MissingExtraError
 from pastkey.runtime.constraints.constraint import Constraint
 from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.constraints.vocabulary import Vocabulary
+from pastkey.runtime.text.codec import TextCodec
 
 from . import vocabularies
 
@@ -124,15 +125,8 @@ def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise() -> None:
         following = matcher(BYTES, json_schema=given)
         ids = following.forced(99)
         following.follow(ids, 0)
-        assert b"".join(vocabularies_bytes()[token] for token in ids).decode() == expected
+        assert TextCodec(vocabularies.byte_level()).decode(ids) == expected
         assert following.complete
-
-
-def vocabularies_bytes() -> list[bytes]:
-    from pastkey.runtime.text.codec import TextCodec
-    from pastkey.runtime.text.token_bytes import token_bytes
-
-    return token_bytes(TextCodec(vocabularies.byte_level()), BYTES.size)
 
 
 def test_without_the_library_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

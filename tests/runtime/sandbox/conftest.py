@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,6 +151,19 @@ def told(completion: Completion, *but: str) -> dict[str, Any]:
 def beside(completion: Completion) -> dict[str, Any]:
     """What does not depend on those that are decoded at the same time."""
     return told(completion, "draft_tokens", "accepted_tokens", "cached_tokens")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone within a minute."""
+    until, state = time.monotonic() + 60, Path(f"/proc/{pid}/stat")
+    while time.monotonic() < until:
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def descriptors() -> int:

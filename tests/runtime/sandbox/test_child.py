@@ -20,7 +20,7 @@ from pastkey.errors import InputError, IntegrityError, MissingFileError, Pastkey
 from pastkey.runtime.sandbox import child, landlock, process
 from pastkey.runtime.sandbox.model import SandboxedModel
 
-from .conftest import EASY, GRAPHS, SMALL, Hostile, hooked, mend, opened
+from .conftest import EASY, GRAPHS, SMALL, Hostile, has_ended, hooked, mend, opened
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -219,19 +219,6 @@ time.sleep(100)
             assert has_ended(pid)
         finally:
             os.kill(fork, signal.SIGKILL)
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone within a minute."""
-    until, state = time.monotonic() + 60, Path(f"/proc/{pid}/stat")
-    while time.monotonic() < until:
-        try:
-            if state.read_text().rpartition(")")[2].split()[0] in "ZX":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) -> None:
