@@ -75,8 +75,8 @@ class BundlePredictor:
 
 def cached_layers(engine: Engine) -> Cache:
     """Returns the content of the first row of the engine's cache."""
-    layers = [engine.cache.layer(i) for i in range(len(engine.manifest.layers))]
-    return tuple((keys[0], values[0]) for keys, values in layers)
+    rows = [array[0].copy() for array in engine.cache.rows(engine.cache.length)]
+    return tuple((rows[2 * i], rows[2 * i + 1]) for i in range(len(engine.manifest.layers)))
 
 
 class ModulePredictor:

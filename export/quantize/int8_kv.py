@@ -123,7 +123,7 @@ def _scales(bundle: Bundle, windows: Sequence[Ids]) -> list[np.ndarray]:
     for ids in windows:
         engine.reset()
         engine.prefill(ids)
-        found = [np.abs(array[0]).max(1) for i in range(len(bundle.manifest.layers)) for array in engine.cache.layer(i)]
+        found = [np.abs(array[0]).max(1) for array in engine.cache.rows(engine.cache.length)]
         largest = found if not largest else [np.maximum(a, b) for a, b in zip(largest, found, strict=True)]
     smallest = float(np.finfo(np.float32).tiny)
     return [np.maximum(array.reshape(-1) * _MARGIN / 127, smallest).astype(np.float32) for array in largest]

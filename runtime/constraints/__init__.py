@@ -1,1 +1,1 @@
-"""What a text may be: a JSON schema, a regular expression, a choice or a grammar, and the tokens that it allows."""
+"""Constrained decoding: the tokens that a JSON schema, a regular expression, choices or a grammar allow."""

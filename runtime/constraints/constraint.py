@@ -1,4 +1,4 @@
-"""What a user asks of a text, checked without the library that follows it."""
+"""Constraints as the user states them, checked without llguidance."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pastkey.errors import InputError
 from pastkey.values import shown
 
-# Beyond these, compiling takes seconds or, in depth, more of a thread's stack than some systems give one.
+# Beyond these, compiling takes seconds, or its recursion exceeds the thread stack of some systems.
 MAX_SCHEMA_CHARACTERS = 500_000
 MAX_SUBSCHEMAS = 2_000
-MAX_SCHEMA_DEPTH = 100  # of objects and lists in one another, what a $ref names among them
-MAX_RULE_DEPTH = 60  # of rules that name one another
+MAX_SCHEMA_DEPTH = 100  # of nested objects and lists, following each $ref
+MAX_RULE_DEPTH = 60  # of rules that refer to one another
 MAX_CHARACTERS = 50_000  # of a regular expression or a grammar
 MAX_CHOICES = 10_000
 
@@ -27,7 +27,7 @@ _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*')
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text is to be.
+    """One constraint on the output.
 
     Attributes:
         kind: The option's name.
@@ -39,10 +39,10 @@ class Constraint:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Constraint | None:
-        """That of a call's options, or None where there is none.
+        """The constraint of a call's options, or None.
 
-        `options` are those of `options_of`. Raises InputError for several, and for one that is malformed or larger
-        than the limits of this module.
+        `options` are those of `options_of`. Raises InputError for several constraints, for a malformed one, and for one
+        beyond the limits of this module.
         """
         given = [kind for kind in KINDS if options.get(kind) is not None]
         if len(given) > 1:
@@ -63,7 +63,7 @@ class Constraint:
         return cls(kind, text)
 
     def literals(self) -> Iterator[str]:
-        """The texts that must be written as they stand, where these can be told: choices, names, enums."""
+        """The literal strings of the constraint, as far as they are known: choices, property names, enums, consts."""
         if self.kind == "choices":
             yield from json.loads(self.text)
         elif self.kind == "json_schema":
@@ -80,17 +80,15 @@ def _schema_text(value: object) -> str:
     expected = "a JSON schema was expected, as a dict or as its JSON text"
     schema = value
     if isinstance(value, str):
-        if len(value) > MAX_SCHEMA_CHARACTERS:
-            raise InputError(_too_long("json_schema", len(value), MAX_SCHEMA_CHARACTERS))
         try:
             schema = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise InputError(f"json_schema is no JSON ({error}); {expected}") from None
     if schema is False:
         raise InputError("json_schema is false, which no text validates: describe one, or leave it out")
-    schema = {} if schema is True else schema  # which every text of JSON validates
+    schema = {} if schema is True else schema  # any JSON is valid
     if not isinstance(schema, Mapping):
-        raise InputError(f"json_schema is {shown(schema)}; a JSON schema was expected, as a dict or as its JSON text")
+        raise InputError(f"json_schema is {shown(schema)}; {expected}")
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -128,7 +126,7 @@ def _too_long(kind: str, found: int, most: int) -> str:
 
 
 def _subschemas(value: Any) -> Iterator[dict[str, Any]]:
-    """Every JSON object in a schema, itself among them."""
+    """All JSON objects in a schema, including itself."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -139,9 +137,9 @@ def _subschemas(value: Any) -> Iterator[dict[str, Any]]:
             waiting += value
 
 
-# --- depth: a graph of nodes by name, and who names whom --------------------------------------------------------------
+# --- depth: a graph of nodes by name, with an edge to each node that they contain or refer to -------------------------
 def _schema_edges(schema: Any) -> dict[Any, list[Any]]:
-    """Each object's own objects, and those that its $ref names, by their places."""
+    """The children of each object or list, by path, and the target of its $ref."""
     edges: dict[Any, list[Any]] = {}
     waiting: list[tuple[tuple[str, ...], Any]] = [((), schema)]
     while waiting:
@@ -159,7 +157,7 @@ def _schema_edges(schema: Any) -> dict[Any, list[Any]]:
 
 
 def _rule_edges(grammar: str) -> dict[Any, list[Any]]:
-    """The rules that each rule of a Lark grammar names."""
+    """The rules that each rule of a Lark grammar refers to."""
     text = _QUOTED.sub(" ", grammar)
     heads = list(_RULE.finditer(text))
     ends = [*(head.start() for head in heads[1:]), len(text)]
@@ -167,7 +165,7 @@ def _rule_edges(grammar: str) -> dict[Any, list[Any]]:
 
 
 def _require_shallow(kind: Kind, edges: Mapping[Any, list[Any]], most: int) -> None:
-    """Raises InputError where a chain of nodes that name one another is longer than `most`, circles left aside."""
+    """Raises InputError if a path through the graph is longer than `most`, cycles aside."""
     depth: dict[Any, int] = {}
     for root in edges:
         path: list[tuple[Any, Iterator[Any]]] = [(root, iter(edges[root]))] if root not in depth else []

@@ -1,10 +1,7 @@
-"""A model's vocabulary for constraints, read when the first of them asks for it."""
+"""A model's vocabulary for constraints, read at the first constraint."""
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,24 +12,20 @@ from .constraint import Constraint
 from .matcher import Matcher
 from .vocabulary import Vocabulary
 
-_all: weakref.WeakSet[LazyVocabulary] = weakref.WeakSet()
-
 
 class LazyVocabulary:
-    """Gives each new text what follows it."""
+    """Makes the Matcher of each request. Threads that are first at the same time may each read the vocabulary."""
 
     def __init__(self, codec: TextCodec | None, size: int, eos_ids: Collection[int]) -> None:
         """See `Vocabulary.of`."""
         self._given = codec, size, eos_ids
         self._read: Vocabulary | None = None
-        self._reading = threading.Lock()
-        _all.add(self)
 
     def matcher(self, options: Mapping[str, Any], end_ids: Collection[int] | None = None) -> Matcher | None:
-        """That of a call's options, or None where they hold a text to nothing. `end_ids`: see `Vocabulary.matcher`.
+        """The matcher for a call's options, or None without a constraint. `end_ids`: see `Vocabulary.matcher`.
 
         Raises:
-            InputError: The constraint is wrong or cannot be met, or the bundle's tokenizer is none for constraints.
+            InputError: The constraint is wrong or cannot be met, or the tokenizer does not support constraints.
             MissingExtraError: llguidance is not installed.
         """
         constraint = Constraint.of(options)
@@ -41,17 +34,6 @@ class LazyVocabulary:
         codec, size, eos_ids = self._given
         if codec is None:
             raise InputError(f"this bundle has no tokenizer, so that no text can be held to {constraint.kind}")
-        with self._reading:  # once, whoever asks for it meanwhile
-            if self._read is None:
-                self._read = Vocabulary.of(codec, size, eos_ids)
+        if self._read is None:
+            self._read = Vocabulary.of(codec, size, eos_ids)
         return self._read.matcher(constraint, end_ids)
-
-    @staticmethod
-    def after_fork() -> None:
-        """In a child, where no thread that was reading goes on."""
-        for vocabulary in list(_all):
-            vocabulary._reading = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=LazyVocabulary.after_fork)

@@ -1,4 +1,4 @@
-"""A vocabulary as llguidance reads it, and what it makes of a constraint."""
+"""A vocabulary for llguidance, and the compilation of constraints."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from .matcher import Matcher, first_sentence, require_uninterrupted
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-_KEPT = 16  # constraints that are compiled already
-# As json.dumps writes it, and most of what models read. A model that may choose the whitespace chooses it without end,
-# and nothing would be certain between two values. A schema's own "x-guidance" has the last word.
+_KEPT = 16  # number of cached compiled constraints
+# As json.dumps and most training data write it. With free whitespace a model may write it endlessly, and no token
+# between two values would be forced. A schema's own "x-guidance" takes precedence.
 _JSON = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 class Vocabulary:
-    """What each token says, and where a text may end. It makes the matcher of a constraint.
+    """The bytes of each token and the EOS tokens. Compiles a constraint to a Matcher.
 
-    The end is a token of its own behind all others, which the EOS tokens share: so a model has one, several or none of
-    them, and one that a text could hold (a line break, say) ends the text all the same.
+    The end is an extra token with id V that stands for all EOS tokens. So a model may have one, several or none, and an
+    EOS token that also occurs in text, such as a line break, still ends the output.
     """
 
     def __init__(
         self, tokens: Sequence[bytes], special: Collection[int], eos_ids: Collection[int], encode: ExactEncoder
     ) -> None:
-        """The first takes about 10 µs a token.
+        """Takes about 10 µs per token at the first call.
 
         Args:
-            tokens: What each id adds to a text, (V,), by the width of the logits; of a special token its name.
-            special: Ids that no text is made of. Only a grammar that names them allows them.
+            tokens: The bytes that each id adds to a text, (V,), V as in the logits; for a special token its name.
+            special: Ids of special tokens. Only a grammar that names them allows them.
             eos_ids: EOS tokens.
-            encode: Splits the texts that must come into tokens.
+            encode: Splits forced text into tokens.
 
         Raises:
             MissingExtraError: llguidance is not installed.
@@ -60,10 +60,10 @@ class Vocabulary:
 
     @classmethod
     def of(cls, codec: TextCodec, size: int, eos_ids: Collection[int]) -> Self:
-        """That of a bundle's tokenizer, with logits (V,) of `size`.
+        """The vocabulary of a bundle's tokenizer. `size`: V of the logits.
 
         Raises:
-            InputError: What a token says depends on those beside it.
+            InputError: The text of a token depends on its neighbours.
             MissingExtraError: llguidance is not installed.
         """
         tokens = token_bytes(codec, size)
@@ -73,10 +73,10 @@ class Vocabulary:
         return cls(named, special, eos_ids, encode)
 
     def matcher(self, constraint: Constraint, end_ids: Collection[int] | None = None) -> Matcher:
-        """What follows a new text under a constraint. `end_ids` end it, None for the EOS tokens.
+        """The matcher of a constraint for a new request. `end_ids` end the output; None for the EOS tokens.
 
-        Raises InputError where it is no valid one, where llguidance does not support it or finds it too complex, and
-        where no text of this vocabulary can meet it.
+        Raises InputError if the constraint is invalid, if llguidance does not support it or finds it too complex, or
+        if no text of this vocabulary can meet it.
         """
         compiled = self._compiled.pop(constraint, None) or self._compile(constraint)
         self._compiled[constraint] = compiled
@@ -117,11 +117,11 @@ class Vocabulary:
                 "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, json.loads(text)))
             )
         if constraint.kind == "regex":
-            # Digits are 0 to 9: which others there are is another answer in each version of Unicode.
+            # \d means 0 to 9: other digits differ between versions of Unicode.
             expression = regex_to_lark(text, "" if "\\D" in text else "d")
             lark = f"start: TEXT\nTEXT: /{expression}/"
             if not self._writes_all:
-                # What it can be within the vocabulary: else a text could come to a place from which none leads on.
+                # Intersect with the writable characters: else the output could reach a dead end.
                 within = "".join(f"\\u{{{first:x}}}-\\u{{{last:x}}}" for first, last in self._encode.characters)
                 lark += f" & /[{within}]*/"
             return LLMatcher.grammar_from_lark(lark)
@@ -132,7 +132,7 @@ class Vocabulary:
         return list(self._encode.characters) == [(0, 0xD7FF), (0xE000, sys.maxunicode)]
 
     def _require_writable(self, constraint: Constraint) -> None:
-        """Raises InputError for a text of the constraint that no tokens make."""
+        """Raises InputError if a literal of the constraint has a character that no token writes."""
         if self._writes_all:
             return
         runs = self._encode.characters
@@ -152,7 +152,7 @@ class Vocabulary:
 
 
 class _Wrapper:
-    """The attributes that LLTokenizer reads of a tokenizer."""
+    """The tokenizer interface that LLTokenizer expects."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None

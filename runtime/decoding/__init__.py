@@ -1,1 +1,1 @@
-"""Ids to ids: a generation, its steps, and the text as it comes."""
+"""Decode requests: from the token ids of a prompt to new tokens, streamed as text."""

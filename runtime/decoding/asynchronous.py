@@ -1,26 +1,25 @@
-"""A stream in an event loop: a thread waits for tokens, and cancelling the task ends it within one step."""
+"""Streams for asyncio: a thread waits for tokens; cancelling the task ends the stream within one step."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
-from types import TracebackType
 from typing import Self
 
 from .completion import Chunk, Completion
 from .stream import ChunkStream
 
 
-class AsyncStream(AsyncGenerator[Chunk, None]):
-    """Yields a Chunk for each new token, as Stream does. One task reads it."""
+class AsyncStream(AsyncIterator[Chunk]):
+    """Yields a Chunk for each new token, as Stream does. Only one task may read it."""
 
     def __init__(self, stream: ChunkStream, executor: Executor) -> None:
         self._stream, self._executor = stream, executor
 
     @property
     def completion(self) -> Completion | None:
-        """The completion after the end; after `aclose`, with the yielded tokens."""
+        """The completion, once the stream has ended; after `aclose`, of the yielded tokens."""
         return self._stream.completion
 
     async def __anext__(self) -> Chunk:
@@ -35,31 +34,16 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
             raise StopAsyncIteration
         return chunk
 
-    async def asend(self, value: None) -> Chunk:
-        """As `anext`."""
-        del value
-        return await self.__anext__()
-
-    async def athrow(
-        self,
-        kind: type[BaseException] | BaseException,
-        value: BaseException | object = None,
-        traceback: TracebackType | None = None,
-    ) -> Chunk:
-        """Ends it, and raises the error."""
-        await self.aclose()
-        return self._stream.throw(kind, value, traceback)
-
     async def aclose(self) -> None:
-        """Ends it within one step."""
+        """Ends the stream within one step."""
         self._stream.close()
 
     def cancel(self) -> None:
-        """Ends it within one step. The reader gets the end, with the tokens generated so far."""
+        """Ends the stream within one step. The reader gets the end, with the tokens decoded so far."""
         self._stream.cancel()
 
     async def completed(self) -> Completion:
-        """Reads it to its end."""
+        """Reads the stream to its end and returns the completion."""
         try:
             async for _ in self:
                 pass
@@ -75,7 +59,7 @@ class AsyncStream(AsyncGenerator[Chunk, None]):
         await self.aclose()
 
     def _end(self, step: asyncio.Future[Chunk | None]) -> None:
-        """The step that a cancelled task had asked for is over."""
+        """Closes the stream after the last step of a cancelled task."""
         if not step.cancelled():
-            step.exception()  # nobody else is told
+            step.exception()  # marks it as retrieved, or asyncio would log it
         self._stream.close()

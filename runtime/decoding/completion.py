@@ -13,11 +13,11 @@ Result = TypeVar("Result")
 
 
 class ToolCall(TypedDict):
-    """A function call that the model asks for.
+    """A function call that the model requests.
 
     Attributes:
         name: The function's name.
-        arguments: Its arguments by name, as JSON has them.
+        arguments: Its arguments by name, as JSON values.
     """
 
     name: str
@@ -30,8 +30,8 @@ class Chunk:
 
     Attributes:
         text: Whole characters only. "" while a character or a stop string is incomplete, and without a tokenizer.
-        ids: The token, or none for the rest of the text.
-        logprobs: That of the token, if `logprobs` was given.
+        ids: The token; empty for the rest of the text.
+        logprobs: The token's log-probability, if `logprobs` was given.
     """
 
     text: str
@@ -41,27 +41,26 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation.
+    """The result of one request.
 
     Attributes:
         text: The text of `ids`, without special tokens by default. It ends before the stop string, and before an
             incomplete character. "" without a tokenizer.
-        ids: The new tokens, without the EOS token, with those of a stop string.
-        finish_reason: "stop" for an EOS token, or a complete constrained text, "stop_string" for one of `stop`,
-            "length" for `max_new_tokens` or the end of the context, "deadline" for `timeout`, "cancelled" if it was
-            ended from outside.
+        ids: The new tokens, without the EOS token, including those of a stop string.
+        finish_reason: "stop" for an EOS token or a met constraint, "stop_string" for one of `stop`, "length" for
+            `max_new_tokens` or the end of the context, "deadline" for `timeout`, "cancelled" if the caller ended it.
         prompt_tokens: Number of tokens of the prompt.
         new_tokens: Number of `ids`.
         prefill_seconds: Time to the first token.
-        decode_seconds: Time for the others. With other requests at the same time, both include waiting.
-        cached_tokens: Number of the prompt's tokens that were in the KV cache already.
+        decode_seconds: Time for the other tokens. With concurrent requests, both include waiting.
+        cached_tokens: Number of prompt tokens that were in the KV cache already.
         stop_string: The one of `stop` that ended the text, or None. Of two with the same beginning, the shorter one.
         tool_calls: The function calls of a Chat's answer, in order.
         draft_tokens: Number of tokens that prompt lookup or the draft model drafted.
-        accepted_tokens: Number of draft tokens that the sampler chose.
-        logprobs: Those of each of `ids`, if `logprobs` was given.
-        prompt_logprobs: Those of each of the prompt's tokens, None for the first, if `prompt_logprobs` was given.
-        forced_tokens: Number of tokens that a constraint forced; they were run together.
+        accepted_tokens: Number of accepted draft tokens.
+        logprobs: Log-probabilities of `ids`, if `logprobs` was given.
+        prompt_logprobs: Log-probabilities of the prompt's tokens, None for the first, if `prompt_logprobs` was given.
+        forced_tokens: Number of tokens that a constraint forced, without sampling.
         dropped_tokens: Number of tokens that left the context, with `context_overflow="shift"`.
     """
 
@@ -84,18 +83,18 @@ class Completion:
 
     @property
     def seconds_to_first_token(self) -> float:
-        """As `prefill_seconds`."""
+        """Same as `prefill_seconds`."""
         return self.prefill_seconds
 
     @property
     def seconds_per_token(self) -> float:
-        """Mean time of a token after the first; 0 without one."""
+        """Mean time of the tokens after the first; 0 if there are none."""
         return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
 
 def completed(stream: Generator[object, None, Result]) -> Result:
-    """What a stream, or one of several prompts, returns at its end."""
-    with contextlib.closing(stream):  # an interrupt's traceback keeps it from being collected
+    """Reads a stream to its end and returns its result."""
+    with contextlib.closing(stream):  # the traceback of an interrupt would keep it alive
         while True:
             try:
                 next(stream)

@@ -1,7 +1,18 @@
-"""One token after another from an engine. It knows ids, not text; printing belongs to the command.
+"""Decode one request, from the token ids of its prompt to its last new token.
 
-A Generation is one continuation as a machine of steps. Alone it runs its own steps; a Scheduler runs those of several.
-A token is chosen in `take`, and nowhere else.
+A Generation is an iterator over the new tokens. A Stream reads it and makes text of the ids.
+
+1. The constructor checks the prompt's ids and builds the Sampler and the Speculator.
+2. The first `next` starts the timeout. `begin` gets an engine from the Lifecycle; its KV cache may hold a prefix.
+3. Prefill: each `step` runs one chunk of the prompt. The logits of the last chunk give the first token.
+4. Decode: each `step` runs the last token with its draft tokens. `take` samples at each position and accepts the draft
+   up to the first token that differs from the sampled one. Only `take` samples.
+5. `jump` appends the tokens that a constraint forces. The next step runs them together, without sampling.
+6. An EOS token or a met constraint ("stop"), a limit ("length"), `cancel` or the timeout ends the request.
+7. `close` leaves the Lifecycle. `retire` drops the tokens that were never read and passes the engine on.
+
+The Lifecycle calls the steps: `Alone` for one request on one engine, a Scheduler for all requests of a graph. The
+Scheduler also decodes several requests in one batch and hands each its logits through `take_together`.
 """
 
 from __future__ import annotations
@@ -23,38 +34,38 @@ from ..speculation.speculator import Speculator
 from .kept_tokens import KeptTokens
 from .request import Request
 
-_NEWEST = 0.2  # the share of the newest step in an average
+_NEWEST = 0.2  # weight of the newest step in a moving average
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
 
 class Lifecycle(Protocol):
-    """What surrounds the steps of a generation."""
+    """Runs the steps of a generation and owns its engine before and after."""
 
     def starting(self, generation: Generation) -> object:
-        """Is told by whoever asks for the first token. Raises where it may not begin."""
+        """Called before the first step, by the thread that reads. Raises if the generation may not begin."""
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """An engine, and how many of the prompt's tokens are in its cache, when the first step comes."""
+        """Returns an engine and the number of prompt tokens in its cache. Called once, at the first step."""
 
     def advance(self, generation: Generation) -> None:
-        """Returns when the generation is `ready`."""
+        """Runs steps, or waits, until the generation is `ready`."""
 
     def leave(self, generation: Generation) -> None:
-        """Forgets a generation that has ended, now or after the step that runs. Never waits."""
+        """Removes a closed generation, at once or after the running step. Never waits."""
 
     def retired(self, generation: Generation) -> None:
-        """Is told when no step follows, to hand the engine on."""
+        """Called after the last step, to pass the engine on."""
 
 
 class Alone:
-    """The lifecycle of a generation that runs its own steps over one engine."""
+    """The lifecycle of one generation on one engine: each `next` runs the steps itself."""
 
     def starting(self, generation: Generation) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """The engine it was made with, as far as its cache may be reused."""
+        """Returns the generation's own engine. Keeps the shared prefix of its cache if the request allows it."""
         engine, request = generation.engine, generation.request
         if request.reuse_prefix:
             return engine, engine.keep_prefix(generation.kept_ids, exact=request.exact)
@@ -62,7 +73,7 @@ class Alone:
         return engine, 0
 
     def advance(self, generation: Generation) -> None:
-        """One step. Another thread may take the engine over between two steps, but not within one."""
+        """Runs one step. Another thread may take over the engine between two steps, but not during one."""
         with generation.engine.lock:
             try:
                 generation.begin()
@@ -74,43 +85,43 @@ class Alone:
                 raise
 
     def leave(self, generation: Generation) -> None:
-        """At once."""
+        """Retires the generation at once."""
         generation.retire()
 
     def retired(self, generation: Generation) -> None:
-        """Nothing: the engine is the caller's."""
+        """Does nothing: the engine belongs to the caller."""
 
 
 class Generation:
-    """One continuation, as an iterator over its new tokens.
+    """The decoding of one request, as an iterator over its new tokens.
 
-    It ends at an EOS token, which is not yielded, or where a constraint is met ("stop"), after `max_new_tokens` or at
-    the end of the context ("length"), after `cancel` ("cancelled"), or when its time is over ("deadline").
-    `finish_reason` is None until then, and the times in seconds are complete then.
+    It ends at an EOS token, which it does not yield, or when the constraint is met ("stop"), after `max_new_tokens` or
+    at the end of the context ("length"), after `cancel` ("cancelled"), or when the timeout expires ("deadline").
+    `finish_reason` is None until then; the times, in seconds, are complete then.
 
-    `ids` are the truth: appending to them is what makes a token chosen, and a step runs what the cache lacks, which is
-    the last of `kept_ids` or, after an exception, all of them.
+    `ids` are the source of truth, and the cache follows them: each step runs the ids that the cache lacks. That is the
+    last of `kept_ids`, or all of them after an exception.
 
     Attributes:
-        request: What was asked for.
-        ids: The prompt's, and those chosen so far. A few may not be yielded yet.
-        engine: With the cache, from the first step on.
-        begun: Whether it has that.
+        request: The prompt and its options.
+        ids: Ids of the prompt and of the new tokens. The last few may not be yielded yet.
+        engine: The graph with the KV cache, from the first step on.
+        begun: Whether `engine` was provided.
         kept: Which of `ids` are in the context.
-        deadline: The time.monotonic() at which it ends; infinite where there is none.
-        logprobs: Those of the tokens chosen so far, where they were asked for.
-        prompt_logprobs: Those of the prompt's tokens, where they were asked for; None for the first.
-        tokens_per_step: How many tokens a step of this row alone chooses, lately; drafts make it more than one.
-        forced_tokens: How many were not chosen, since nothing else could follow.
+        deadline: The time.monotonic() at which it ends; infinite without a timeout.
+        logprobs: Log-probabilities of the new tokens, if requested.
+        prompt_logprobs: Log-probabilities of the prompt's tokens, if requested; None for the first.
+        tokens_per_step: Moving average of the new tokens per step when decoded alone; drafts raise it above 1.
+        forced_tokens: Number of tokens that the constraint forced.
     """
 
     def __init__(self, engine: Engine, request: Request, lifecycle: Lifecycle | None = None) -> None:
-        """Leaves the engine alone until the first token is asked for.
+        """Does not touch the engine before the first `next`.
 
         Args:
-            engine: Which graph, and the cache unless the lifecycle provides another.
-            request: What is asked for.
-            lifecycle: What surrounds the steps; None for steps that it runs itself.
+            engine: The graph, and the cache unless the lifecycle provides another.
+            request: The prompt and its options.
+            lifecycle: Runs the steps; None for `Alone`.
 
         Raises:
             InputError: The model cannot take the prompt, or an option is out of range.
@@ -127,8 +138,8 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
-        self.closed = False  # nobody asks for more
-        self.drafted = False  # whether its last step alone had a draft
+        self.closed = False  # no token will be read any more
+        self.drafted = False  # whether the last step outside a batch had a draft
         self.error: BaseException | None = None
         self._limit = self.kept.most(request.max_new_tokens, len(self.ids))
         self._end_ids = frozenset(request.end_ids)
@@ -158,8 +169,8 @@ class Generation:
         self.begun = False
         self._yielded = len(self.ids)
         self._ending: FinishReason | None = None if self._limit else "length"
-        self._jumped = False  # whether what must follow the newest of `ids` is among them
-        self._seen = 0  # of how many `ids` it is known whether the text ends with them
+        self._jumped = False  # whether `jump` ran after the newest of `ids`
+        self._seen = 0  # length of `ids` at the last check for the end
         self.tokens_per_step = 1.0
         self._resets = engine.resets
 
@@ -192,17 +203,17 @@ class Generation:
 
     @property
     def new_tokens(self) -> int:
-        """How many were yielded."""
+        """Number of yielded tokens."""
         return self._yielded - self.prompt_tokens
 
     @property
     def kept_ids(self) -> list[int]:
-        """Those of `ids` that are in the context."""
+        """The part of `ids` that is in the context."""
         return self.kept.of(self.ids)
 
     @property
     def ready(self) -> bool:
-        """Whether the next token, or the end, can be told without a step."""
+        """Whether `next` can return a token, or end, without a step."""
         return self._yielded < len(self.ids) or self.ended
 
     @property
@@ -212,25 +223,25 @@ class Generation:
 
     @property
     def most_tokens(self) -> int:
-        """As many as the text may come to."""
+        """Upper limit of the length of `ids`."""
         return self.prompt_tokens + self._limit
 
     @property
     def ahead(self) -> int:
-        """How many tokens are chosen that nobody has asked for."""
+        """Number of tokens that are decoded and not yet read."""
         return len(self.ids) - self._yielded
 
     def cancel(self) -> None:
-        """Ends it within one step, from any thread. Tokens that were yielded stay."""
+        """Ends the generation within one step. May be called from any thread. Yielded tokens stay."""
         if self._ending is None:
             self._ending = "cancelled"
 
     def fail(self, error: BaseException) -> None:
-        """Ends it with an error, which is raised where the next token is asked for."""
+        """Ends the generation with an error, which the next `next` raises."""
         self.error = error
 
     def close(self) -> None:
-        """Ends it, and takes back what nobody asked for. Never waits."""
+        """Ends the generation and drops unread tokens. Never waits."""
         if self.closed:
             return
         self._overdue()
@@ -250,9 +261,9 @@ class Generation:
         if self.request.timeout is not None:
             self.deadline = time.monotonic() + min(self.request.timeout, TIMEOUT_MAX)
 
-    # --- steps, by whoever drives -------------------------------------------------------------------------------------
+    # --- steps, called by the Lifecycle -------------------------------------------------------------------------------
     def begin(self) -> None:
-        """Takes a cache, with what it shares with the prompt. Once, before the first step."""
+        """Gets an engine, whose cache may hold a prefix of the prompt. Runs once, before the first step."""
         if self.begun:
             return
         self.engine, self.cached_tokens = self._lifecycle.provide(self)
@@ -260,7 +271,7 @@ class Generation:
         self.begun = True
 
     def restart(self) -> None:
-        """Drops the cache after an exception within a step: the next step runs `ids` again."""
+        """Drops the cache after an exception in a step. The next step runs `ids` again."""
         if self.begun and self.engine.resets == self._resets:
             self.engine.drop_cache()
         if self._constraint is not None:
@@ -269,12 +280,12 @@ class Generation:
 
     @property
     def pending(self) -> int:
-        """How many of `ids` the cache lacks: one when the next step is one of decoding."""
+        """Number of `ids` that the cache lacks: 1 when the next step decodes."""
         count = len(self.ids) - self.kept.dropped
         return count - min(self.engine.length, count - 1) if self.begun else count
 
     def step(self, chunk_size: int | None = None) -> None:
-        """One run of this row alone: a chunk of what the cache lacks, or the last token with a draft behind it."""
+        """Runs this sequence alone: one chunk of a prefill, or the last token followed by a draft."""
         engine = self.engine
         if not self._jumped:
             self.jump()
@@ -290,7 +301,8 @@ class Generation:
             except NumericsError:
                 if not draft:
                     raise
-                # Not finite keys or values of a draft token, which may be no part of the text, reach the rows before.
+                # NaN in the keys or values of a draft token also reaches the positions before it. The token may be
+                # one that the sampler would reject.
                 draft = []
                 self._speculator.stop()
                 logits = engine.run(np.array([missing]))
@@ -313,7 +325,7 @@ class Generation:
             self.jump()
 
     def _read_with_logprobs(self, ids: Sequence[int]) -> Logits:
-        """Runs tokens of the prompt, and notes their log-probabilities. The last one's logits (V,)."""
+        """Runs prompt tokens (T,) and records their log-probabilities. Returns the last one's logits (V,)."""
         start = self.engine.length
         logits = self.engine.all_logits(ids)
         for place, row in enumerate(logits[: self.prompt_tokens - start - 1], start + 1):
@@ -322,14 +334,14 @@ class Generation:
         return last
 
     def _settle(self) -> None:
-        """Forgets in the cache what is not of the text: rejected drafts, and what nobody asked for."""
-        last = len(self.ids) - self.kept.dropped - (not self.ended)  # it is run for its logits
+        """Trims the cache to `ids`: drops rejected draft tokens and tokens that were never read."""
+        last = len(self.ids) - self.kept.dropped - (not self.ended)  # the next step runs the last token for its logits
         if self.engine.length > last:
             self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
 
     def retire(self) -> None:
-        """Takes back what nobody asked for, in `ids` and in the cache, when no step runs and none follows."""
-        if self.begun and self.engine.resets != self._resets:  # another's engine
+        """Drops unread tokens from `ids` and from the cache, and passes the engine on. No step may run or follow."""
+        if self.begun and self.engine.resets != self._resets:  # another generation took over the engine
             return
         del self.ids[self._yielded :]
         if self.begun:
@@ -338,9 +350,9 @@ class Generation:
         self._lifecycle.retired(self)
 
     def take(self, logits: Logits, draft: Sequence[int]) -> int:
-        """Chooses tokens by the logits (T, V), up to the first that rejects the draft's, and appends them to `ids`.
+        """Samples tokens from the logits (T, V) up to the first that differs from the draft; appends them to `ids`.
 
-        Returns how many.
+        Returns their number.
         """
         accepted, before, constraint = 0, len(self.ids), self._constraint
         self._jumped = False
@@ -363,16 +375,16 @@ class Generation:
         return len(self.ids) - before
 
     def make_ready(self) -> None:
-        """Prepares a step with other rows."""
+        """Prepares for a batched step."""
         self.jump()
         self.kept.make_room(self.engine, 1)
 
     def jump(self) -> None:
-        """Appends the tokens that must follow. The next step runs them at once, as it does a prompt's."""
+        """Appends the tokens that the constraint forces. The next step runs them at once, as in a prefill."""
         if self._jumped:
             return
         self._see_whether_it_ends()
-        # Log-probabilities are those of single choices.
+        # With logprobs every token is sampled: each needs logits of its own.
         if self._constraint is not None and self._ending is None and self._top is None:
             forced = self._constraint.forced(self.most_tokens - len(self.ids))
             count = next((place for place, token in enumerate(forced) if token in self._end_ids), len(forced))
@@ -384,7 +396,7 @@ class Generation:
         self._jumped = True
 
     def _see_whether_it_ends(self) -> None:
-        """By its last token: where the constraint is met, or at the limit."""
+        """Ends the generation if the constraint is met or the limit is reached."""
         if self._seen == len(self.ids):
             return
         if self._constraint is not None:
@@ -396,7 +408,7 @@ class Generation:
         self._seen = len(self.ids)
 
     def take_together(self, logits: Logits) -> None:
-        """As `take` of a run of several rows, (1, V): there is no draft, and what one would have brought is counted."""
+        """As `take` for the logits (1, V) of a batched run, without a draft. Counts what a draft would have brought."""
         self._speculator.guess(self.ids, self._room)
         token, chosen = self.ids[-1] if self.take(logits, []) else None, len(self.ids)
         self.jump()
@@ -408,12 +420,12 @@ class Generation:
 
     @property
     def _room(self) -> int:
-        """Draft tokens that the context and the limit leave room for."""
+        """Number of draft tokens that the context and the token limit allow."""
         room = self.engine.manifest.context_length - self.engine.length - 1
         return min(room, self.most_tokens - len(self.ids) - 1)
 
     def require_ownership(self) -> None:
-        """Raises InputError where another generation took the engine over."""
+        """Raises InputError if another generation took over the engine."""
         if self.begun and self.engine.resets != self._resets:
             raise InputError(
                 "another generation began on this engine before this one ended: finish one before the next, or give "

@@ -1,4 +1,4 @@
-"""Several prompts at the same time: each as if alone, the results in order."""
+"""Decode several prompts concurrently. Each result equals that of a call of its own; results keep their order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], Stream]
 
 
 def several(prompt: Any) -> bool:
-    """Whether this is a sequence of prompts."""
+    """Whether `prompt` is a sequence of prompts."""
     dimensions = getattr(prompt, "ndim", None)
     if dimensions is not None:
         return bool(dimensions == 2)
@@ -28,7 +28,7 @@ def several(prompt: Any) -> bool:
 
 
 def token_ids(prompt: Iterable[Any], vocab_size: int) -> list[int]:
-    """A prompt as a list of whole numbers. Raises InputError for bytes, a mapping or a set, and for other items."""
+    """A prompt as a list of ints. Raises InputError for bytes, a mapping or a set, and for other items."""
     unordered_or_bytes = isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set)
     require(not unordered_or_bytes, "the prompt", prompt, "a text, or a list of token ids")
     tokens = list(prompt)
@@ -39,7 +39,7 @@ def token_ids(prompt: Iterable[Any], vocab_size: int) -> list[int]:
 
 
 def continuations(options: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-    """The options of each of `n` continuations of one prompt: each has a seed of its own, made of the one given."""
+    """The options of each of `n` completions of one prompt. Each has its own seed, derived from the given one."""
     seed = SamplingConfig.of(options).seed
     seed = fresh_seed() if seed is None else seed
     return [{**options, "seed": continuation_seed(seed, number)} for number in range(n)]
@@ -48,15 +48,14 @@ def continuations(options: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
 def interleaved(
     streams: Iterator[tuple[Key, Stream | Exception]], most: int
 ) -> Generator[tuple[Key, Chunk | Completion | Exception], None, None]:
-    """Reads up to `most` streams in turn, each to its end. Where one ends, the next one joins.
+    """Reads up to `most` streams in turn. When one ends, the next one joins.
 
     Args:
-        streams: Each with a key. The next one is asked for when there is room. An error stands for one that could not
-            be begun.
-        most: How many.
+        streams: Pairs of a key and a stream, read lazily. An exception in place of a stream is passed on.
+        most: The number of concurrent streams.
 
     Yields:
-        The key with each chunk, and at last with the completion, or with the error that ended the stream.
+        The key with each chunk, then with the completion or with the exception that ended the stream.
     """
     live: list[tuple[Key, Stream]] = []
     try:
@@ -85,11 +84,7 @@ def interleaved(
 
 
 class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
-    """Yields (place of the prompt, Chunk), in turn for those that are decoded now; returns the completions in order.
-
-    Attributes:
-        completions: By place; None of what has not ended.
-    """
+    """Yields (index of the prompt, Chunk), in turn for the running prompts; returns the completions in order."""
 
     def __init__(
         self,
@@ -100,10 +95,10 @@ class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
         n: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """`begin` makes a stream of one prompt, which takes nothing yet; up to `most` are read at the same time.
+        """Opens a stream for each prompt with `begin`; reads up to `most` of them concurrently.
 
-        Prompts that begin alike share that prefill. With `n` there are so many of each prompt, which draw by seeds of
-        their own. `progress` is told (done, all) when one ends.
+        Prompts with the same beginning share its prefill. `n` gives each prompt that many completions, each with its
+        own seed. Calls `progress(done, all)` when a stream ends.
         """
         super().__init__()
         ordered = is_collection(prompts) and not isinstance(prompts, Set)
@@ -115,20 +110,20 @@ class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
 
     @property
     def completions(self) -> list[Completion | None]:
-        """Those that have ended, by the place of their prompt."""
+        """The completions by index of the prompt; None while a stream runs."""
         return [stream.completion for stream in self._streams]
 
     def _next(self) -> tuple[int, Chunk]:
         return next(self._rest)
 
     def close(self) -> None:
-        """Ends all within one step."""
+        """Ends all streams within one step."""
         self._rest.close()
         for stream in self._streams:
             stream.close()
 
     def cancel(self) -> None:
-        """Ends all within one step, from any thread: whoever reads gets the end, with what was generated so far."""
+        """Ends all streams within one step, from any thread. Readers get the end, with the tokens decoded so far."""
         for stream in self._streams:
             stream.cancel()
 

@@ -1,4 +1,4 @@
-"""What one generation is asked for."""
+"""The input of a Generation: a prompt and its options."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from dataclasses import dataclass, field
 from pastkey.errors import InputError
 from pastkey.values import shown
 
+from ..constraints.matcher import Matcher
 from ..sampling.dry import Breakers
 from ..settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig, require_valid
-from ..speculation.drafter import Drafter, Follows
+from ..speculation.drafter import Drafter
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how it is continued.
+    """A prompt and its options.
 
     Attributes:
         prompt: Token ids (T,), at least one.
-        max_new_tokens: At most so many.
+        max_new_tokens: Limit of new tokens.
         end_ids: EOS tokens.
-        sampling: How a token is chosen.
-        reuse_prefix: Whether what the engine's cache shares with the prompt is kept.
-        prompt_lookup: Whether draft tokens are run where the text repeats itself.
-        exact: Whether of a cache only what a prefill computed is kept.
-        timeout: Seconds from the first step on, after which it ends.
+        sampling: Settings of the sampler.
+        reuse_prefix: Whether to reuse the prefix of the prompt that is in the KV cache.
+        prompt_lookup: Whether to draft tokens from repetitions in the sequence.
+        exact: Whether to reuse only cache entries that a prefill computed.
+        timeout: Seconds from the first step to the end of the request.
         breakers: DRY's sequence breakers as ids.
-        logprobs: Whether log-probabilities are kept, and of how many of the likeliest tokens beside the chosen one.
-        prompt_logprobs: Whether those of the prompt's tokens are kept, of all that the cache does not have yet.
-        context_overflow: Whether a text that is longer than the context is an error, or old tokens leave the cache.
-        num_sink_tokens: How many of the first tokens never do.
-        constraint: What the new tokens are held to.
-        drafter: Drafts where `prompt_lookup` finds nothing.
+        logprobs: Number of most likely tokens to log beside the sampled one; None for no log-probabilities.
+        prompt_logprobs: Whether to log the prompt's tokens, those beyond the cached prefix.
+        context_overflow: "error" for a sequence longer than the context, or "shift" to evict old tokens.
+        num_sink_tokens: Number of first tokens that are never evicted.
+        constraint: Restricts the new tokens.
+        drafter: Drafts tokens when `prompt_lookup` finds none.
 
     Raises InputError for a value out of range.
     """
@@ -50,7 +51,7 @@ class Request:
     prompt_logprobs: bool = False
     context_overflow: ContextOverflow = "error"
     num_sink_tokens: int = NUM_SINK_TOKENS
-    constraint: Follows | None = None
+    constraint: Matcher | None = None
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:

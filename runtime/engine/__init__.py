@@ -1,1 +1,1 @@
-"""Token ids in, logits out: an opened graph and its cache."""
+"""Token ids in, logits out: a bundle's graph and its KV cache."""

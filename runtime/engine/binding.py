@@ -1,4 +1,4 @@
-"""What a run is bound to: onnxruntime's IOBinding, with the arrays of its inputs and of its results."""
+"""onnxruntime's IOBinding with the arrays of a run's inputs and results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..providers.placement import CPU
 
 
 class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
-    """An onnxruntime.IOBinding. Binding takes 10 us, and a new array its pages: what keeps its shape is bound once."""
+    """An onnxruntime.IOBinding that binds an array once per shape: binding takes 10 us, new arrays cost page faults."""
 
     def __init__(self, onnx: Any) -> None:
         """`onnx` is the onnxruntime.InferenceSession."""
         super().__init__(onnx)
-        # A bound value is its array on the processor; a provider with memory of its own is given a copy.
+        # On the CPU a bound value shares the array's memory; a provider with its own memory copies it.
         self._keeps = onnx.get_providers()[0] == CPU
         self._fed: dict[str, npt.NDArray[Any]] = {}
         self._results: dict[str, npt.NDArray[np.float32]] = {}
@@ -29,9 +29,9 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
         shape: tuple[int, ...] | None = None,
         dtype: type[np.generic] = np.int64,
     ) -> None:
-        """Gives the next run an input: what `value` holds now, whatever becomes of it.
+        """Copies `value` into an input of the next run.
 
-        `shape`: of the input, where `value` is a number for all of it or another shape of the same size.
+        `shape`: shape of the input, if `value` is a scalar for all of it or has another shape of the same size.
         """
         shape = np.shape(value) if shape is None else shape
         bound = self._fed.get(name)
@@ -43,7 +43,7 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
             bound[...] = value
 
     def result(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """The array that the next run writes an output into: that of the run before where it has this shape."""
+        """The array for an output of the next run. Reuses the previous run's array if the shape is the same."""
         bound = self._results.get(name)
         if bound is None or bound.shape != shape:
             self._results[name] = bound = np.empty(shape, np.float32)

@@ -1,10 +1,9 @@
-"""A bundle's graph, opened once: the weights, and all that several caches over them share."""
+"""A bundle's graph, opened once: its session, its weights and its limits, shared by several KV caches."""
 
 from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,13 +27,13 @@ from .caches.int8_kv import INT8_KV_FROM, CachePair
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
 
-# Tokens per run of a prefill. Attention scores and activations of a run grow with it; fewer and more are slower.
+# Tokens per run of a prefill. Attention scores and activations grow with it; smaller and larger chunks are slower.
 PREFILL_CHUNK = 256
-# Scores of a run and a head, its tokens times its columns, where attention stores them: from 1,024 columns on a
-# run has fewer tokens, by halves, since some devices compile a graph anew for each number of tokens.
+# Limit of the scores (tokens * columns) of a run and a head, if attention stores them. From 1,024 columns on, chunks
+# shrink by halves, since some devices compile a graph anew for each number of tokens.
 SCORES, LEAST_CHUNK = PREFILL_CHUNK * 1024, 16
-FLASH_ATTENTION_FROM = (1, 28, 0)  # GroupQueryAttention of 1.27 stores scores on the processor
-# Tokens that stay behind those of a window, for some to be forgotten again: rejected drafts, and the end of a prompt.
+FLASH_ATTENTION_FROM = (1, 28, 0)  # GroupQueryAttention of 1.27 stores scores on the CPU
+# Tokens kept in addition to a sliding window, so that rejected drafts and the end of a prompt can be trimmed.
 TRIMMABLE = 16
 
 Ids = npt.NDArray[np.int64]
@@ -43,7 +42,7 @@ HiddenStates = npt.NDArray[np.float32]
 
 
 class GraphOptions(PlacementOptions, total=False):
-    """How a graph is opened, as DecoderGraph takes it."""
+    """The options of DecoderGraph."""
 
     graph: Literal["last_logits", "all_logits"]
     profile_prefix: Path | None
@@ -51,7 +50,7 @@ class GraphOptions(PlacementOptions, total=False):
 
 
 class Bound(Protocol):
-    """A cache whose keys and values are bound: a run goes through it."""
+    """A cache with bound keys and values, which a run reads and writes."""
 
     onnx: Any
     binding: Binding
@@ -61,21 +60,21 @@ class Bound(Protocol):
 
 
 class DecoderGraph:
-    """One onnxruntime session over a bundle's weights, without any token of its own.
+    """The onnxruntime session of a bundle's graph. It holds no tokens.
 
-    `run` may be called by several threads, each with a cache of its own.
+    Several threads may call `run`, each with its own cache.
 
     Attributes:
-        manifest: The bundle's.
+        manifest: The bundle's manifest.
         onnx: The onnxruntime.InferenceSession; of a static bundle, that of the chunk's graph.
-        sessions: All that are open from the beginning: the graph's file -> its onnxruntime.InferenceSession.
+        sessions: All sessions opened at first: the graph's file -> its onnxruntime.InferenceSession.
         providers: onnxruntime's names of the execution providers in use, in order of preference.
-        threads: Threads within an operator; 0 where onnxruntime chooses.
-        one_by_one: Whether several new tokens are run one after another, on a device that computes them right alone.
-        asked: The providers and session options that were given.
-        every: Whether it gives the logits of every position.
-        fused: Whether its cache is a shared buffer.
-        takes_mask: Whether it has an attention mask, where others have lengths.
+        threads: Threads within an operator; 0 if onnxruntime chooses.
+        one_by_one: Whether tokens are run one by one, on a device that computes only single tokens right.
+        asked: The given providers and session options.
+        every: Whether the graph returns the logits of every position.
+        fused: Whether the KV cache is a shared buffer.
+        takes_mask: Whether the graph takes an attention mask rather than lengths.
     """
 
     def __init__(
@@ -94,31 +93,31 @@ class DecoderGraph:
 
         Args:
             bundle: An opened bundle.
-            graph: "last_logits" gives the logits of the last positions, which is what generation needs; "all_logits"
-                those of every position.
+            graph: "last_logits" returns the logits of the last positions, as generation needs; "all_logits" those of
+                every position.
             providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone
-                or in a pair with its options; None for the one the bundle was made for.
-            threads: Threads within an operator; None for the physical cores this process may use.
-            allow_fallback: Whether the processor may run what a provider that was asked for leaves; without it, one
-                that was seen to run a whole graph runs all of it or is refused.
+                or in a pair with its options; None for the provider that the bundle was exported for.
+            threads: Threads within an operator; None for the physical cores that this process may use.
+            allow_fallback: Whether the CPU may run operators that a requested provider does not take. Without it, a
+                provider that is known to run whole graphs must run all of this one.
             session_options: See `load`.
-            profile_prefix: Where given, onnxruntime records where each operator ran, in a file per graph whose name
-                starts with it.
-            int8_kv_from: Tokens in the cache from which on one row is decoded with an int8 cache, where the bundle has
-                a graph for that and onnxruntime an operator; the first such token loads the weights once more. None
-                for never.
+            profile_prefix: If given, onnxruntime records where each operator ran, in one file per graph whose name
+                starts with this prefix.
+            int8_kv_from: Length of the cache from which a single sequence decodes with an int8 KV cache, if the bundle
+                has a graph and onnxruntime a kernel for that. The first such token loads the weights again. None for
+                never.
 
         Raises:
-            ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
-            IntegrityError: The graph cannot be loaded, or it and the manifest differ.
+            ProviderError: A provider is missing, fails to start, may not run this graph, or leaves operators to others.
+            IntegrityError: The graph cannot be loaded or contradicts the manifest.
             MissingExtraError: The bundle needs a newer onnxruntime.
-            InputError: An impossible number of threads.
+            InputError: The number of threads is out of range.
         """
         self.threads = checked_threads(threads)
         self.manifest = manifest = bundle.manifest
         self.every = graph == "all_logits"
         self.fused = manifest.graph == "fused"
-        # Other programs' graph counts a mask, which a device leaves to the processor; ours gives all logits as well.
+        # The graph for other programs sums a mask, which a device leaves to the CPU; ours returns all logits as well.
         elsewhere = ep.resolve(providers, manifest.target).providers[0][0] != ep.CPU
         own = not self.every or (self.fused and elsewhere)
         path = bundle.last_logits_graph if own else bundle.all_logits_graph
@@ -147,12 +146,9 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
-        self._decodes_in_int8 = bundle.int8_kv_graph is not None and not self.every and int8_kv_from is not None
         int8 = bundle.int8_kv_graph if not self.every and profile_prefix is None else None
-        # Opened later, wherever the process has gone by then.
+        # Absolute, since it opens later and the working directory may change.
         self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
-        self._int8: Any = None
-        self._opening = threading.Lock()
         self.int8_kv_from = int8_kv_from
         self.one_by_one = False
         # Whether a run stores the scores of all its tokens and columns.
@@ -168,17 +164,15 @@ class DecoderGraph:
             self.manifest,
             provider=self.provider,
             device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
-            open_int8=None if self._open_int8 is None else self._int8_graph,
+            open_int8=None if self._open_int8 is None else lambda: self._int8_graph,
             int8_from=self.int8_kv_from,
         )
 
+    @functools.cached_property
     def _int8_graph(self) -> Any:
-        """The session of the int8-KV graph, one for all caches."""
-        with self._opening:
-            if self._int8 is None:
-                assert self._open_int8 is not None
-                self._int8 = self._open_int8()
-            return self._int8
+        """The session of the int8-KV graph, shared by all caches. It opens at the first use."""
+        assert self._open_int8 is not None
+        return self._open_int8()
 
     @property
     def provider(self) -> Provider:
@@ -187,18 +181,18 @@ class DecoderGraph:
 
     @property
     def takes_padding(self) -> bool:
-        """Whether rows of different lengths may be run together."""
+        """Whether sequences of different lengths may be run together."""
         fused_elsewhere = self.fused and (self.one_by_one or self.provider.misses_keys)
         return self.manifest.padding and self._static_decode is None and not fused_elsewhere
 
     @property
     def supports_drafts(self) -> bool:
-        """Whether several tokens can be appended, and some of them forgotten without moving the others."""
+        """Whether several tokens can be appended in a run and some of them trimmed without moving the others."""
         return self.fused and not self.one_by_one
 
     @property
     def batches(self) -> bool:
-        """Whether rows of caches of their own can be decoded in one run: by lengths for each, in the same memory."""
+        """Whether sequences with separate caches can be decoded in one run: a shared buffer and a length for each."""
         return (
             self.supports_drafts
             and self.takes_padding
@@ -211,14 +205,14 @@ class DecoderGraph:
 
     @property
     def copies(self) -> bool:
-        """Whether a part of a cache can be copied: it is in the processor's memory, and tells its parts apart."""
+        """Whether a prefix of a cache can be copied: the cache is in CPU memory and has no convolution states."""
         return self.provider.device == "cpu" and not self.manifest.states
 
     @property
     def droppable_window(self) -> int | None:
-        """Tokens that the widest attention call sees, where those before them can leave the cache; else None.
+        """Tokens that the widest attention call sees, if earlier ones can leave the cache; else None.
 
-        The rows behind them move up then, which a static graph's fixed arrays have no use for.
+        Evicting moves the later rows up, which a static graph's fixed arrays do not need.
         """
         manifest = self.manifest
         movable = manifest.shift is not None and not manifest.shift.refused
@@ -226,23 +220,22 @@ class DecoderGraph:
 
     @property
     def most_rows(self) -> int:
-        """Rows that the cache of one text has, at most: its tokens, or those of the window and a chunk."""
+        """Largest number of cached tokens of one sequence: the context, or the sliding window plus a chunk."""
         context, window = self.manifest.context_length, self.droppable_window
         return context if window is None else min(context, window + TRIMMABLE + PREFILL_CHUNK)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that the cache takes for one token of one row, in float32, or in float16 with such weights."""
+        """Bytes of the cache per token of one sequence, in float32, or in float16 with float16 weights."""
         size = PRECISIONS[self.manifest.precision].cache_bytes
         layers = self.manifest.layers
         return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes that the cache of one text of so many tokens takes at its largest.
+        """Largest size in bytes of the cache of one sequence of `tokens`.
 
-        A static graph's is of the whole context from the first token on, and a run of the standard graph holds the
-        cache twice, before and after it. Where tokens are decoded with an int8 cache, that stands beside the float32
-        one.
+        A static graph allocates the whole context at once. A run of the standard graph holds the cache twice, as past
+        and as present. An int8 cache is held beside the float32 one.
         """
         manifest = self.manifest
         if manifest.static is not None:
@@ -250,11 +243,11 @@ class DecoderGraph:
         size = self.bytes_per_token * min(tokens, self.most_rows)
         if manifest.graph == "standard":
             return 2 * size
-        in_int8 = self._decodes_in_int8 and tokens > (self.int8_kv_from or 0)
+        in_int8 = self._open_int8 is not None and self.int8_kv_from is not None and tokens > self.int8_kv_from
         return size + size // 4 if in_int8 else size
 
     def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
-        """The tokens of each run of a prefill of so many behind `length` in the cache.
+        """The tokens of each run of a prefill of `tokens` behind `length` cached ones.
 
         Raises InputError for a `chunk_size` below 1.
         """
@@ -277,20 +270,20 @@ class DecoderGraph:
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, cache: Bound | StaticGraphs, ids: Ids, positions: Ids | int, real: npt.NDArray[Any] | int, total: int,
             keep: int, mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
-        """Runs the new tokens `ids` (B, T) at `positions` (B, T) through a cache. The one place where it is run.
+        """Runs the new tokens `ids` (B, T) at `positions` (B, T) over a cache. All inference goes through here.
 
         Args:
-            cache: Its buffers hold the tokens before.
-            ids: Checked.
-            positions: The number of real tokens before each; one number for all.
-            real: Real tokens of each row with the new ones, (B,); one number for all.
-            total: Tokens of the longest row with the new ones, padding included.
-            keep: How many last positions have logits.
-            mask: (B, total), 1 for a real token; None for a graph that takes none.
-            hidden: Whether the last hidden states of all new tokens are returned.
+            cache: Holds the keys and values of the tokens before.
+            ids: Checked token ids.
+            positions: Number of real tokens before each new one; one int for all.
+            real: Real tokens of each sequence including the new ones, (B,); one int for all.
+            total: Length of the longest sequence including the new tokens and padding.
+            keep: Number of last positions with logits.
+            mask: (B, total), 1 for a real token; None if the graph takes no mask.
+            hidden: Whether to return the last hidden states of all new tokens.
 
         Returns:
-            Logits (B, keep, V), or last hidden states (B, T, H), in an array that the next run may write into.
+            Logits (B, keep, V), or last hidden states (B, T, H), in an array that the next run may overwrite.
         """
         if isinstance(cache, StaticGraphs):
             return cache.run(ids[0], keep)
@@ -312,7 +305,7 @@ class DecoderGraph:
             binding.feed(names.EMBEDDING_ROWS, rows, rows.shape, rows.dtype.type)
         found = binding.result(names.LOGITS, (len(ids), keep, self.manifest.vocab_size))
         if self.manifest.hidden_size is not None and names.LAST_HIDDEN_STATE in self._outputs:
-            states = binding.result(names.LAST_HIDDEN_STATE, (*ids.shape, self.manifest.hidden_size))  # asked or not
+            states = binding.result(names.LAST_HIDDEN_STATE, (*ids.shape, self.manifest.hidden_size))  # always bound
             found = states if hidden else found
         cache.onnx.run_with_iobinding(binding)
         return found
@@ -342,7 +335,7 @@ class DecoderGraph:
         return np.ascontiguousarray(array, np.int64)
 
     def require_hidden_states(self) -> None:
-        """Raises InputError unless the graph gives the last hidden states."""
+        """Raises InputError unless the graph returns the last hidden states."""
         if names.LAST_HIDDEN_STATE not in self._outputs:
             again = "export it again with  pastkey export SOURCE --out BUNDLE --hidden-states"
             if self.manifest.hidden_size is not None:
@@ -352,9 +345,9 @@ class DecoderGraph:
             raise InputError(f"this bundle's graph gives logits and no hidden states: {again}")
 
     def checked_mask(self, mask: npt.ArrayLike, ids: Ids, start: int, *, every: bool) -> Ids | None:
-        """`mask` as int64, or None when nothing is padded. Raises InputError where it cannot be taken.
+        """`mask` as int64, or None without padding. Raises InputError if the graph cannot take it.
 
-        `every`: whether the run gives something for every position.
+        `every`: whether the run returns values for every position.
         """
         array = as_array(mask)
         if array.shape != ids.shape or array.dtype.kind not in "iubf" or not np.isin(array, (0, 1)).all():
@@ -387,11 +380,11 @@ class DecoderGraph:
     def check_finite(
         self, found: HiddenStates | Logits, start: int, tokens: int, mask: Ids | None = None, *, hidden: bool = False
     ) -> None:
-        """Raises NumericsError unless all that a run found is finite.
+        """Raises NumericsError unless all results of a run are finite.
 
         `found` are logits (B, keep, V) of the last of `tokens` after `start`, or hidden states (B, T, H).
         """
-        # The places of the largest and the smallest, or of NaN: found in a third of the time of a maximum.
+        # argmax and argmin find the extremes, or NaN, in a third of the time of max.
         if math.isfinite(found.item(found.argmax())) and math.isfinite(found.item(found.argmin())):
             return
         finite = np.isfinite(found).all(axis=-1)  # (B, T), or (B, keep)
@@ -408,7 +401,7 @@ class DecoderGraph:
 
 
 def as_array(given: npt.ArrayLike) -> npt.NDArray[Any]:
-    """What was given as an array; one of no dimension where its rows have different lengths, or it is none at all."""
+    """`given` as an array; an array without dimensions if its rows have different lengths or it is no array."""
     try:
         return np.asarray(given)
     except (ValueError, RecursionError):
@@ -416,7 +409,7 @@ def as_array(given: npt.ArrayLike) -> npt.NDArray[Any]:
 
 
 def _evenly(tokens: int, chunk_size: int) -> list[int]:
-    """Runs of even size, of two tokens at least where the chunk size allows."""
+    """Chunks of even size, each of at least two tokens if the chunk size allows."""
     count = math.ceil(tokens / chunk_size)
     if chunk_size > 1:
         count = min(count, max(1, tokens // 2))

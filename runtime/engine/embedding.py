@@ -1,9 +1,9 @@
-"""The rows of a quantized embedding, read from the weights file one by one.
+"""Reads single rows of a quantized embedding from the weights file.
 
-A mapped table would come into memory with the neighbours of every row, most of it after a page of text: the peak of
-SmolLM2-135M in int8 over 512 + 128 tokens is 302 MiB, 322 with the table mapped, and 328 where it is one initializer
-with the output head (onnxruntime 1.32, two threads, the file in the system's cache or not). These come of a run of
-their own and count by their differences; benchmarks/results.md has the peak of the run beside other engines.
+A memory-mapped table would load the neighbours of every row, most of the table after a page of text. The peak of
+SmolLM2-135M in int8 over 512 + 128 tokens is 302 MiB, 322 with a mapped table, and 328 with one initializer shared with
+the output head (onnxruntime 1.32, two threads, with or without the file in the page cache). These figures are from a
+run of their own: only their differences count. benchmarks/results.md has the peak beside other engines.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pastkey.values import shown
 class EmbeddingRows:
     """A table (V, ...) in a file, such as the quantized embedding's (V, blocks, block_size) uint8.
 
-    The file stays open as onnxruntime's own mapping of it does.
+    The file stays open, as onnxruntime's mapping of it does.
     """
 
     def __init__(self, folder: Path, place: str, dtype: type[np.generic] = np.uint8) -> None:
-        """`place` is what the graph's metadata says: the file's name in `folder`, the offset in bytes, and the shape.
+        """`place` is JSON of the graph's metadata: the file's name in `folder`, the offset in bytes, and the shape.
 
-        Raises IntegrityError where that cannot be.
+        Raises IntegrityError if it does not fit the file.
         """
         try:
             found = json.loads(place)
@@ -72,5 +72,5 @@ def _seek_and_read(file: int, size: int, offset: int) -> bytes:
     return os.read(file, size)
 
 
-# Without a position of the file: a forked process shares that with its parent. Windows has no pread, and no fork.
+# pread leaves alone the file position, which a forked process shares with its parent. Windows has no pread, no fork.
 _read_at = getattr(os, "pread", _seek_and_read)

@@ -1,4 +1,4 @@
-"""A graph and one cache over it: token ids in, logits out."""
+"""A graph with one KV cache: token ids in, logits out."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from .shift import moved_by, require_shift
 
 
 class Engine:
-    """A bundle's graph with a cache: each call appends its tokens to those before.
+    """A bundle's graph with a KV cache: each call appends its tokens to the cached ones.
 
-    Calls from several threads take turns; who needs several calls to belong together holds `lock`. Every call that is
-    given ids may raise InputError (ids that are none of the model's, or more than the context has room for) and
-    NumericsError (logits that are not finite). Both leave the cache as the runs before left it. After any other
-    exception in a call that changes the cache, the cache is empty: its owner gives the tokens again.
+    Calls from several threads take turns; hold `lock` to group several calls. Every call with ids may raise InputError
+    (ids outside the vocabulary, or more than the context holds) and NumericsError (logits that are not finite). Both
+    leave the cache as the previous runs left it. Any other exception in a call that changes the cache empties it: its
+    owner appends the tokens again.
 
     Attributes:
-        graph: What other engines may share.
+        graph: The graph, which other engines may share.
         cache: The keys and values.
-        lock: Held by whoever is inside a call.
-        resets: How often the cache was emptied, or cut to a prefix: whoever fills it can tell when another took it.
-        gone: So many of the first tokens are no more in the cache, since all attention is local and no token to come
-            sees them. Those behind them stand at the positions from 0 on.
-        exact_length: So many of the first tokens were computed as a prefill does, two and more in a run of one row.
-            A token that is decoded alone or among other rows takes another path, which differs in the last bits.
+        lock: Held during each call.
+        resets: How often the cache was emptied or cut to a prefix. A user of the cache sees by it that another took it.
+        gone: Number of first tokens that were evicted, since all attention is local and no later token sees them. The
+            cached tokens behind them have positions from 0 on.
+        exact_length: Number of first tokens that a prefill computed, in runs of two or more tokens of one sequence. A
+            token that is decoded alone or in a batch takes another kernel path, which differs in the last bits.
     """
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
-        """Opens the graph, as DecoderGraph does, for one empty cache."""
+        """Opens the graph with the options of DecoderGraph; the cache is empty."""
         require_valid(options)
         self._begin(DecoderGraph(bundle, **options))
 
     @classmethod
     def over(cls, graph: DecoderGraph) -> Engine:
-        """One with an empty cache of its own over a graph that is open."""
+        """An engine over an open graph, with its own empty cache."""
         engine = cls.__new__(cls)
         engine._begin(graph)
         return engine
@@ -55,7 +55,7 @@ class Engine:
         self.graph = graph
         self.lock = threading.RLock()
         self.cache = graph.new_cache()
-        self._ids: list[int] | None = []  # of the tokens in the cache; None where they are unknown
+        self._ids: list[int] | None = []  # ids of the cached tokens; None if unknown
         self._padding = Padding()
         self.resets = 0
         self.gone = 0
@@ -64,7 +64,7 @@ class Engine:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's."""
+        """The bundle's manifest."""
         return self.graph.manifest
 
     @property
@@ -79,17 +79,17 @@ class Engine:
 
     @property
     def length(self) -> int:
-        """Tokens in the cache, per row, padding included, and those that are gone."""
+        """Tokens per sequence, including padding and evicted tokens."""
         return self.gone + self.cache.length
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache takes now."""
+        """Current size of the cache in bytes."""
         return self.cache.nbytes
 
     @property
     def cached_ids(self) -> list[int]:
-        """The ids of the tokens in the cache; none where they are unknown, as those of several rows."""
+        """The ids of the cached tokens; empty if unknown, as for several sequences."""
         return (self._ids or [])[: self.length]
 
     @property
@@ -105,42 +105,42 @@ class Engine:
 
     @one_at_a_time
     def empty(self) -> None:
-        """Forgets all tokens, for the same text to be given again."""
+        """Forgets all tokens without counting as a reset: the same sequence follows again."""
         self.cache.reset()
         self._note_empty()
 
     def drop_cache(self) -> None:
-        """Forgets all tokens, and lets go of memory that an exception may have left half changed."""
+        """Forgets all tokens and frees the memory, which an exception may have left half changed."""
         self.cache = self.graph.new_cache()
         self._note_empty()
 
     def _note_empty(self) -> None:
-        self._padding.clear()
+        self._padding.mask = None
         self.gone = self.exact_length = 0
         self._ids = []
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """The one rule of what an exception leaves: a cache that it may have caught half changed is dropped."""
+        """Drops the cache if an exception may have left it half changed."""
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, PastkeyError):  # which refuses, before anything is changed
+            if not isinstance(error, PastkeyError):  # raised before anything changes
                 self.drop_cache()
             raise
 
     @one_at_a_time
     def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
-        """Forgets all but what the cache shares with the beginning of `ids` (T,), and at most all of them but two.
+        """Trims the cache to the prefix that it shares with `ids` (T,), at most all of them but two.
 
-        Two that are left to be fed take the path of every prefill, so that the logits are those of a prefill of all.
+        Running the last two tokens takes the kernel path of a prefill, so the logits equal those of a full prefill.
 
         Args:
             ids: (T,).
-            exact: Whether tokens are forgotten, too, that were not computed as a prefill computes them.
+            exact: Whether to keep only tokens that a prefill computed.
 
         Returns:
-            The number of tokens that stay: `ids` from there on remain to be appended.
+            The number of tokens that stay. The caller appends `ids` from there on.
         """
         shared = self.shared_with(ids)
         if exact:
@@ -155,13 +155,13 @@ class Engine:
         return shared
 
     def can_trim(self, length: int) -> bool:
-        """Whether all but the first `length` tokens can be forgotten: the cache has what the next one sees."""
+        """Whether the cache can be trimmed to `length` tokens and still holds all that the next token sees."""
         if self.manifest.states:
             return length in (0, self.length)
         return not self.gone or length == 0 or length - self.gone >= (self._window or 0) - 1
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        """How many of the first of `ids` (T,) are the first in the cache, of all but the last two (of states, one)."""
+        """Length of the prefix that `ids` (T,) share with the cache, without their last two (with states, one)."""
         require_valid({"ids": ids})
         shared = 0
         for mine, theirs in zip(self.cached_ids, ids[: len(ids) - (1 if self.manifest.states else 2)], strict=False):
@@ -172,10 +172,10 @@ class Engine:
 
     @one_at_a_time
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
-        """Another engine with the first `length` tokens of each row, or all, in a cache of its own.
+        """A new engine whose cache holds copies of the first `length` tokens of each sequence, or of all.
 
-        `room`: for so many tokens more. Raises InputError where there are fewer, or not those that the next token sees
-        (see `can_trim`).
+        `room`: number of further tokens to allocate for. Raises InputError if the cache has fewer tokens or lacks some
+        that the next token sees (see `can_trim`).
         """
         made = Engine.over(self.graph)
         length = self.length if length is None else length
@@ -184,7 +184,7 @@ class Engine:
             made.gone = self.gone
             if room and self.graph.fused:
                 made.cache.reserve(1, self._rows_of(length - self.gone + room))
-            with self._changing():  # rows in int8 are read through the float32 cache
+            with self._changing():  # reading int8 rows writes them to the float32 cache
                 rows = self.cache.rows(length - self.gone)
             made.cache.fill(rows)
             made._padding.mask = self._padding.first(length)
@@ -195,7 +195,7 @@ class Engine:
     def restore(
         self, ids: Sequence[int], rows: Sequence[npt.NDArray[Any]], *, exact_length: int, gone: int = 0
     ) -> None:
-        """Fills an empty cache with the keys and values of one row `ids` (T,), as `cache.rows` gave them."""
+        """Fills an empty cache with the keys and values of one sequence `ids` (T,), as `cache.rows` returned them."""
         with self._changing():
             self.cache.fill(rows)
             self.exact_length, self.gone = exact_length, gone
@@ -203,9 +203,9 @@ class Engine:
 
     @one_at_a_time
     def trim(self, length: int) -> None:
-        """Forgets all but the first `length` tokens of each row.
+        """Trims each sequence to its first `length` tokens.
 
-        Raises InputError where there are fewer, or not those that the next token sees (see `can_trim`).
+        Raises InputError if the cache has fewer tokens or lacks some that the next token sees (see `can_trim`).
         """
         self._require_window(length)
         if not length:
@@ -228,12 +228,12 @@ class Engine:
 
     @one_at_a_time
     def shift(self, keep: int, count: int) -> None:
-        """Forgets `count` tokens of one row behind the first `keep`; those behind take their positions.
+        """Evicts `count` tokens of one sequence behind the first `keep`; later tokens move to their positions.
 
-        What is left is no prefix of any text: the tokens that moved saw those that are gone.
+        The cache is then no prefix of any sequence, since the moved tokens attended to the evicted ones.
 
         Raises:
-            InputError: The bundle's positions do not allow it, the cache has other rows, or fewer tokens.
+            InputError: The bundle's positions do not allow it, or the cache has several sequences or fewer tokens.
         """
         require_shift(self.manifest)
         fits = 0 <= keep <= keep + count <= self.length and not (keep and self.gone)
@@ -251,7 +251,7 @@ class Engine:
 
     @one_at_a_time
     def leave_window(self, tokens: int) -> None:
-        """Forgets the tokens that no token to come sees, where `tokens` more of one row would be many rows."""
+        """Evicts the tokens behind the sliding window if `tokens` more of one sequence would exceed `most_rows`."""
         rows, window, padded = self.cache.length, self._window, self._padding.mask is not None
         if window is None or rows + tokens <= self.graph.most_rows or padded or self.cache.batch > 1:
             return
@@ -263,18 +263,18 @@ class Engine:
 
     @one_at_a_time
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
-        """Appends the tokens of one row in runs of about `chunk_size`.
+        """Appends the tokens of one sequence in chunks of about `chunk_size`.
 
-        The chunks bound the memory of activations and attention scores, which grow with the tokens of a run. They are
-        of even size, and of two tokens at least where the chunk size allows: a run of one token takes another path
-        through the attention operator, which differs in the last bits.
+        Chunks bound the memory of activations and attention scores, which grow with the tokens of a run. They have even
+        sizes, at least two tokens each if the chunk size allows: a run of one token takes another kernel path through
+        attention, which differs in the last bits.
 
         Args:
             ids: (T,), at least one.
-            chunk_size: Tokens; None for 256, or fewer behind a long text where attention stores its scores.
+            chunk_size: Tokens; None for 256, or fewer behind a long prefix if attention stores its scores.
 
         Returns:
-            The last one's logits, (V,).
+            The last token's logits, (V,).
         """
         ids = self.checked(ids, 1)
         chunks = np.split(ids, np.cumsum(self.chunk_sizes(ids.size, chunk_size))[:-1])
@@ -290,56 +290,45 @@ class Engine:
 
     @one_at_a_time
     def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` more of one row, by one growth."""
+        """Allocates room for `tokens` more of one sequence at once."""
         with self._changing():
             self.cache.reserve(1, max(0, self._rows_of(self.cache.length + tokens) - self.cache.length))
 
     def _rows_of(self, tokens: int) -> int:
-        """How many rows so many tokens come to, at most."""
+        """Number of cached rows for so many tokens, capped by the sliding window."""
         return min(tokens, self.graph.most_rows)
 
     @one_at_a_time
     def decode(self, token: int) -> Logits:
-        """Appends one token to one row; returns its logits (V,)."""
+        """Appends one token to one sequence; returns its logits (V,)."""
         return _last(self.run(self.checked([token], 1)[None]))
 
     @one_at_a_time
     def append(self, ids: npt.ArrayLike) -> Logits:
-        """Appends the tokens `ids` (T,) of one row in one run; returns the last one's logits (V,)."""
+        """Appends the tokens `ids` (T,) of one sequence in one run; returns the last one's logits (V,)."""
         return _last(self.run(self.checked(ids, 1)[None]))
 
     @one_at_a_time
     def all_logits(self, ids: npt.ArrayLike) -> Logits:
-        """Appends the tokens `ids` (T,) of one row as `prefill` does; returns the logits (T, V) of each."""
+        """Appends the tokens `ids` (T,) of one sequence as `prefill` does; returns the logits (T, V) of each."""
         ids = self.checked(ids, 1)
         sizes = self.chunk_sizes(ids.size)
         chunks = np.split(ids, np.cumsum(sizes)[:-1])
         return np.concatenate([self.run(chunk[None], keep=chunk.size)[0].copy() for chunk in chunks])
 
     @one_at_a_time
-    def extend(self, ids: npt.ArrayLike) -> Logits:
-        """Appends the tokens `ids` (T,) of one row in one run; returns the logits (T, V) of each.
-
-        Needs `supports_drafts` for more than one.
-        """
-        ids = self.checked(ids, 1)
-        assert ids.size == 1 or self.graph.supports_drafts, "the standard graph's cache would be copied to be trimmed"
-        logits: Logits = self.run(ids[None], keep=ids.size)[0].copy()
-        return logits
-
-    @one_at_a_time
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
-        """Appends the tokens of several rows in one run.
+        """Appends the tokens of several sequences in one run.
 
-        Rows of different lengths are padded at their right end; tokens appended later stand after the padding, which
-        no token ever sees. The standard graph takes padding anywhere.
+        Shorter sequences are padded on the right. Tokens appended later stand after the padding, which no token sees.
+        The standard graph takes padding anywhere.
 
         Args:
             ids: (B, T), at least one.
             mask: (B, T), 1 for a real token and 0 for padding; None for no padding.
 
         Returns:
-            Logits (B, T, V), or (B, 1, V) of the graph "last_logits". Those at padding mean nothing.
+            Logits (B, T, V), or (B, 1, V) of the graph "last_logits". Logits at padding are undefined.
         """
         ids = self.checked(ids, 2)
         checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=self.graph.every)
@@ -347,15 +336,15 @@ class Engine:
 
     @one_at_a_time
     def hidden_states(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> HiddenStates:
-        """Appends tokens as `forward` does; returns what the output head multiplies, behind the last norm.
+        """Appends tokens as `forward` does; returns the input of the output head, after the last norm.
 
         Args:
             ids: (B, T), at least one.
             mask: (B, T), 1 for a real token and 0 for padding; None for no padding.
 
         Returns:
-            The last hidden states (B, T, H). Those at padding mean nothing. Raises InputError where the bundle was
-            exported without them.
+            The last hidden states (B, T, H), undefined at padding. Raises InputError if the bundle was exported
+            without them.
         """
         self.graph.require_hidden_states()
         ids = self.checked(ids, 2)
@@ -364,10 +353,10 @@ class Engine:
 
     # --- one run --------------------------------------------------------------------------------------------------
     def run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False) -> HiddenStates | Logits:
-        """Appends checked ids (B, T) with their mask; every method above comes here.
+        """Appends checked ids (B, T) with their mask. Every method above ends here.
 
-        `keep`: how many last positions have logits. `hidden`: whether hidden states are returned in their place. The
-        next run may write into the array that is returned.
+        `keep`: number of last positions with logits. `hidden`: whether to return hidden states instead. The next run
+        may overwrite the returned array.
         """
         batch, tokens = ids.shape
         graph = self.graph
@@ -384,7 +373,7 @@ class Engine:
         padded = self._padding.mask is not None or mask is not None
         if self._window is not None and batch == 1 and mask is None:
             self.leave_window(tokens)
-        try:  # as `_changing`, which would cost a hundredth of a fast step
+        try:  # inlines `_changing`, which would cost 1 % of a fast step
             cache, total = self.cache.for_run(batch, tokens, padded=padded), self.cache.length + tokens
             positions: Ids | int = cache.length
             full_mask, real = None, total
@@ -403,7 +392,7 @@ class Engine:
         return found
 
     def _take_in(self, start: int, ids: Ids, *, known: bool = True) -> None:
-        """Notes the tokens (B, T) of a run behind `start` others."""
+        """Records the tokens (B, T) of a run behind `start` others."""
         if len(ids) == 1 and ids.size > 1 and self.exact_length == start:
             self.exact_length += ids.size
         if not known:
@@ -412,7 +401,7 @@ class Engine:
             self._ids += ids[0].tolist()
 
     def note_batched(self, token: int) -> None:
-        """Notes a token that was run among rows of other engines, in this one's memory."""
+        """Records a token that a batched run appended to this engine's cache."""
         if self._ids is not None:
             self._ids.append(token)
 
@@ -420,12 +409,12 @@ class Engine:
     def checked(self, ids: npt.ArrayLike, ndim: int, *, start: int | None = None) -> Ids:
         """`ids`, of shape (T,) or (B, T), as int64. Raises InputError unless they can be appended now.
 
-        `start`: unless they can be appended to so many tokens.
+        `start`: number of tokens to append to, in place of the cached ones.
         """
         return self.graph.checked(ids, ndim, self.length if start is None else start)
 
 
 def _last(logits: Logits) -> Logits:
-    """A copy of the logits (V,) of the last position of one row's (1, T, V)."""
+    """A copy (V,) of the last position's logits of one sequence, (1, T, V)."""
     last: Logits = logits[0, -1].copy()
     return last

@@ -1,8 +1,8 @@
-"""A bundle proved on a device before its first text there: by logits that the export stored, its golden logits.
+"""Checks a bundle on a new device against golden logits that the export stored.
 
-Providers have bugs of their own: GroupQueryAttention of WebGPU leaves out keys where it prefills on some devices, and
-nothing but the text tells. So a prefill, chunks and single tokens are run once, and their logits compared with the
-processor's. A device that only prefills wrong is given one token at a time.
+Providers have silent bugs: on some devices, GroupQueryAttention of WebGPU leaves out keys in a prefill. So the check
+runs a prefill, chunks and single tokens once and compares their logits with those of the CPU. A device that computes
+only a prefill wrong then runs one token at a time.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from ..providers.ort import onnxruntime
 from ..settings import MAX_DRAFT_TOKENS
 from .engine import Engine, Ids, Logits
 
-TOKENS = 256  # of the text, where the context has room for it
-# Logits stand for the ends of the whole text, of its eighth, and of its half, quarter and sixteenth as far as there is
-# room: how far the bug is off changes from position to position.
+TOKENS = 256  # length of the sequence, if the context has room
+# Divisors of the prefix lengths with golden logits: the whole sequence, its eighth, then half, quarter and sixteenth as
+# room allows. The error of the bug changes from position to position.
 ENDS, LEAST_ROWS = (1, 8, 2, 4, 16), 2
-STEPS = MAX_DRAFT_TOKENS + 1  # that are decoded one by one behind a prefill, and then at once, as drafts are
+STEPS = MAX_DRAFT_TOKENS + 1  # tokens decoded after a prefill, one by one and then at once, as drafts are
 
-SMALLEST_BUG = 2e-2  # that was seen
+SMALLEST_BUG = 2e-2  # smallest observed error of the bug
 
 _DRIVERS = ("/proc/driver/nvidia/version", "/usr/share/vulkan/icd.d/*.json", "/etc/vulkan/icd.d/*.json")
 _DRIVERS_BY_NAME = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES", "VK_ADD_DRIVER_FILES")
@@ -52,20 +52,20 @@ _CARDS = "/sys/class/drm/card[0-9]*/device/uevent"  # of Linux
 
 @dataclass(frozen=True)
 class Golden:
-    """A text, and what the bundle predicts after some of its beginnings."""
+    """A token sequence and the logits after some of its prefixes."""
 
     ids: Ids  # (T,)
-    ends: Ids  # (N,), tokens of each beginning, ascending; the last is T
-    logits: Logits  # (N, V), after the last token of each
-    limit: float  # how far a device may be off: max |difference| over max |logit|
+    ends: Ids  # (N,), lengths of the prefixes, ascending; the last is T
+    logits: Logits  # (N, V), after the last token of each prefix
+    limit: float  # tolerance: max |difference| over max |logit|
 
     def save(self, path: Path) -> None:
-        """Writes it as .npz."""
+        """Writes a .npz file."""
         np.savez(path, ids=self.ids, ends=self.ends, logits=self.logits, limit=self.limit)
 
     @classmethod
     def of(cls, bundle: Bundle) -> Golden:
-        """What a bundle brings; of an older one that brings none, what the processor computes here."""
+        """Reads the golden logits of a bundle. Computes them on this CPU for an older bundle without them."""
         path = bundle.path / names.GOLDEN
         if names.GOLDEN not in bundle.manifest.files:
             limit = PRECISIONS[bundle.manifest.precision].golden_limit
@@ -87,7 +87,7 @@ class Golden:
 
     @classmethod
     def computed(cls, engine: Engine, rows: int, limit: float) -> Golden:
-        """What an engine predicts, after as many beginnings of a text as `rows`, or LEAST_ROWS where that is more."""
+        """Computes golden logits by an engine, after `rows` prefixes, at least LEAST_ROWS."""
         manifest = engine.manifest
         length = min(TOKENS, manifest.context_length)
         ids = np.random.default_rng(0).integers(0, manifest.vocab_size, length)
@@ -100,9 +100,9 @@ class Golden:
 
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Those of an .npz as `np.savez` writes it, without compression, so that none is larger than the file.
+    """The arrays of an uncompressed .npz, as `np.savez` writes it, so that no array is larger than the file.
 
-    `np.load` would first take the memory that a header asks for.
+    `np.load` would first allocate the memory that a header claims.
     """
     found = {}
     with zipfile.ZipFile(path) as archive:
@@ -121,10 +121,10 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:
-    """Proves a bundle where an engine runs it, unless that was done before: elsewhere than on the processor.
+    """Checks a bundle once on the engine's device, unless that is the CPU. A file in the user's cache keeps the result.
 
-    Where only a prefill is wrong, the engine is told to take one token at a time, and a FallbackWarning says so. Raises
-    ProviderError where the device computes other logits.
+    If only a prefill is wrong, the engine falls back to one token at a time, with a FallbackWarning. Raises
+    ProviderError if the device computes other logits.
     """
     if engine.providers[0] == ep.CPU:
         return
@@ -148,9 +148,9 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
 
 
 def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
-    """Whether single tokens alone are right. Raises ProviderError where nothing is."""
+    """Whether the device computes only single tokens right. Raises ProviderError if those are wrong as well."""
     limit = golden.limit
-    # The bug of a provider may be smaller than what int8 activations make of a difference: then it is not looked for.
+    # int8 activations may amplify rounding beyond the provider's bug, which then cannot be detected: assume it.
     unseen = limit > SMALLEST_BUG and engine.manifest.graph == "fused" and engine.graph.provider.misses_keys
     if not unseen and all(off <= limit for off in _differences(engine, golden)):
         return False
@@ -172,7 +172,7 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
 
 
 def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
-    """How far a prefill is off, one in chunks, and tokens behind one: decoded, and a few at once as drafts are."""
+    """Errors of a prefill, of one in chunks, and of tokens after one: decoded singly, and at once as drafts are."""
     for end, row in _beginnings(golden):
         yield _apart(_prefilled(engine, golden.ids[:end], end), row)
     length, row = len(golden.ids), golden.logits[-1]
@@ -204,13 +204,13 @@ def _prefilled(engine: Engine, ids: Ids, chunk_size: int) -> Logits:
 
 
 def _apart(found: Logits, expected: Logits) -> float:
-    """max |difference| over max |logit|; infinite of what is not finite."""
+    """max |difference| over max |logit|; infinite if either is not finite."""
     off = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
     return off if np.isfinite(off) else np.inf
 
 
 class _Memory:
-    """What was found of one bundle on one device with one driver, in a small file of the user's cache folder."""
+    """The stored result for one bundle, device and driver: a small file in the user's cache folder."""
 
     def __init__(self, engine: Engine, bundle: Bundle) -> None:
         files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
@@ -230,7 +230,7 @@ class _Memory:
 
 
 def _surroundings(engine: Engine) -> list[Any]:
-    """What a result holds for: the providers with their options, the package, the system, devices and drivers."""
+    """The key of a stored result: providers and their options, onnxruntime, the system, devices and drivers."""
     devices = onnxruntime.get_ep_devices() if hasattr(onnxruntime, "get_ep_devices") else []
     hardware = [
         [d.ep_name, dict(d.ep_metadata), d.device.vendor, d.device.vendor_id, d.device.device_id] for d in devices

@@ -1,4 +1,4 @@
-"""Which columns of a cache are padding, once rows of different lengths share it."""
+"""The padding of a KV cache that holds sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ Ids = npt.NDArray[np.int64]
 
 
 class Padding:
-    """The mask (B, length) of what is in a cache; None where nothing is padded, which is all ones."""
+    """The mask (B, length) of a KV cache; None without padding, which stands for all ones."""
 
     def __init__(self) -> None:
         self.mask: Ids | None = None
         self._ones = np.ones(0, np.int64)
-
-    def clear(self) -> None:
-        """The cache is empty."""
-        self.mask = None
 
     def first(self, length: int) -> Ids | None:
         """The mask of the first `length` columns."""
@@ -26,7 +22,7 @@ class Padding:
     def of_run(self, length: int, batch: int, tokens: int, mask: Ids | None) -> tuple[Ids, Ids]:
         """attention_mask (B, S) and position_ids (B, T) of a run: a position is the number of real tokens before it.
 
-        `length` columns are in the cache; `mask` is that of the new tokens, (B, T).
+        `length`: cached columns. `mask`: mask of the new tokens, (B, T).
         """
         total = length + tokens
         if self.mask is None and mask is None:

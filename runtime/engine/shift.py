@@ -1,8 +1,8 @@
-"""A context shift: old tokens leave the cache, and those behind take their positions.
+"""Context shift: evicts old tokens from the KV cache; later ones move to their positions.
 
-Keys are cached as they were turned at their positions (RoPE), so that they are turned back by as many positions as they
-move. The first tokens stay, since attention rests on them (Xiao et al., "Efficient streaming language models with
-attention sinks", https://arxiv.org/abs/2309.17453). How keys turn, an export has found by running the module.
+Cached keys are rotated by their positions (RoPE), so moving them rotates them back by the same number of positions. The
+first tokens stay as attention sinks (Xiao et al., "Efficient streaming language models with attention sinks",
+https://arxiv.org/abs/2309.17453). The export measured how keys rotate, by running the module.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pastkey.contract.bundle import KeyRotation, Manifest
 from pastkey.errors import InputError
 
 Rows = npt.NDArray[Any]
-Moved = Callable[[int, Rows], Rows]  # the rows (B, K, n, D) of a cache's tensor, by its number, in their new places
+Moved = Callable[[int, Rows], Rows]  # (index of a cache's tensor, its rows (B, K, n, D)) -> rows at new positions
 
 
 def turned(keys: Rows, rotation: KeyRotation, by: int) -> Rows:
-    """Keys (B, K, n, D) as they are `by` positions later, or earlier where it is negative: a copy of their type."""
+    """A copy of keys (B, K, n, D), rotated by `by` positions, in their dtype. `by` may be negative."""
     angles = by * np.array(rotation.angles)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     first, end = rotation.first, rotation.first + 2 * len(angles)
@@ -37,7 +37,7 @@ def turned(keys: Rows, rotation: KeyRotation, by: int) -> Rows:
 
 
 def moved_by(manifest: Manifest, tokens: int) -> Moved:
-    """What `drop` of a cache asks, where the rows behind move up by so many tokens."""
+    """The function that a cache's `drop` applies to rows that move up by `tokens`."""
     assert manifest.shift is not None, "the caller has asked require_shift"
     of_layer = {layer: rotation for rotation in manifest.shift.rotations for layer in rotation.layers}
 
@@ -49,7 +49,7 @@ def moved_by(manifest: Manifest, tokens: int) -> Moved:
 
 
 def require_shift(manifest: Manifest) -> None:
-    """Raises InputError where a bundle's cache cannot be shifted."""
+    """Raises InputError if a bundle's cache cannot be shifted."""
     if manifest.shift is None:
         raise InputError(
             'context_overflow is "shift", and this bundle does not say how its keys turn with their position, since an '

@@ -339,9 +339,11 @@ class LanguageModel:
     ) -> ChatFormat:
         """How a conversation becomes token ids. `chat` has the arguments and the errors."""
         from ..text.chat_format import open_chat_format
+        from ..text.chat_template import read_template
 
+        source = None if template is None else read_template(template)
         return open_chat_format(
-            self.bundle, self.tokenizer, template, tools=tools, special_tokens_as_text=special_tokens_as_text
+            self.bundle, self.tokenizer, source, tools=tools, special_tokens_as_text=special_tokens_as_text
         )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:

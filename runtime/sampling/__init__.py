@@ -1,1 +1,1 @@
-"""From logits to a token, and drafts of the next ones."""
+"""Sampling: from logits to a token."""

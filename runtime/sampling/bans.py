@@ -1,4 +1,4 @@
-"""What a caller asks of single tokens: a bias, a ban, one that must come. Each takes logits (V,) and gives others."""
+"""Bias, ban or force single tokens. Each function takes logits (V,) and returns new ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from .penalties import IdArray, Scores
 
-BadWords = Mapping[tuple[int, ...], Sequence[int]]  # what stands before -> the ids that would end a bad word then
+BadWords = Mapping[tuple[int, ...], Sequence[int]]  # all but the last id of a bad word -> its last ids
 
 
 def add_bias(logits: Scores, bias: Mapping[int, float]) -> Scores:
-    """Logits (V,) with a number added to those of some ids; minus infinity bans."""
+    """Logits (V,) plus a bias for some ids; minus infinity bans an id."""
     biased = logits.astype(np.float64)
-    biased[list(bias)] += np.array(list(bias.values()), np.float64)  # an int of Python may fit no int64
+    biased[list(bias)] += np.array(list(bias.values()), np.float64)  # a Python int may exceed int64
     return biased
 
 
@@ -33,7 +33,7 @@ def force(logits: Scores, token: int) -> Scores:
 
 
 def bad_words(bad_words_ids: Collection[Sequence[int]], end_ids: Collection[int] = ()) -> BadWords:
-    """`ban_bad_words` reads this. As in transformers, an EOS token alone is no bad word."""
+    """The table for `ban_bad_words`. As in transformers, a single EOS token is ignored."""
     found: dict[tuple[int, ...], list[int]] = {}
     for word in bad_words_ids:
         *before, end = map(int, word)
@@ -43,7 +43,7 @@ def bad_words(bad_words_ids: Collection[Sequence[int]], end_ids: Collection[int]
 
 
 def ban_bad_words(logits: Scores, seen: Sequence[int] | IdArray, words: BadWords) -> Scores:
-    """Logits (V,) with each id at minus infinity that would end a bad word whose other ids `seen` ends with."""
+    """Logits (V,) with minus infinity at each id that would complete a bad word at the end of `seen`."""
     length = max(map(len, words), default=0)
     ending = tuple(np.asarray(seen, np.int64)[max(0, len(seen) - length) :].tolist())
     banned = [

@@ -1,4 +1,4 @@
-"""DRY, "don't repeat yourself": less likely, what would prolong a repetition. As llama.cpp defines it.
+"""DRY, "don't repeat yourself": penalises tokens that would prolong a repetition, as llama.cpp defines it.
 
 DRY: A modern repetition penalty that reliably prevents looping, P. E. Weidmann, 2024,
 https://github.com/oobabooga/text-generation-webui/pull/5677
@@ -13,10 +13,10 @@ import numpy as np
 
 from .penalties import IdArray, Scores
 
-_LARGEST_EXPONENT = 88.7228391  # of e in float32, where llama.cpp cuts the penalty off
+_LARGEST_EXPONENT = 88.7228391  # of e in float32, where llama.cpp caps the penalty
 _LONGEST_TEXT, _LONGEST_TAIL = 40, 20  # of a breaker: characters, and ids after the first, as in llama.cpp
 
-Breakers = Mapping[int, Collection[tuple[int, ...]]]  # a sequence breaker's first id -> those that follow it
+Breakers = Mapping[int, Collection[tuple[int, ...]]]  # first id of a sequence breaker -> its possible other ids
 
 
 def apply_dry(
@@ -27,10 +27,10 @@ def apply_dry(
     allowed_length: int = 2,
     breakers: Breakers | None = None,
 ) -> Scores:
-    """Logits (V,) less `multiplier` * `base` ** (n - `allowed_length`) for each id that would prolong a repetition.
+    """Logits (V,) minus `multiplier` * `base` ** (n - `allowed_length`) for each id that would prolong a repetition.
 
-    n is how many of the last ids of `seen` stood before that id at an earlier place, at the most; from
-    `allowed_length` on it counts. It does not reach beyond the last breaker, and an id that breaks alone is spared.
+    n is the length of the longest suffix of `seen` that also precedes an earlier occurrence of the id; it counts from
+    `allowed_length` on. A suffix ends at the last breaker. An id that is a breaker by itself gets no penalty.
     """
     ids, breakers = np.asarray(seen, np.int64), breakers or {}
     most = _since_break(ids, breakers)
@@ -48,7 +48,7 @@ def apply_dry(
 
 
 def _since_break(ids: IdArray, breakers: Breakers) -> int:
-    """How many ids stand behind the last breaker."""
+    """Number of ids after the last breaker."""
     if breakers:
         for place in np.flatnonzero(np.isin(ids, list(breakers)))[::-1].tolist():
             tails = [tuple(tail) for tail in breakers[int(ids[place])]]
@@ -59,16 +59,16 @@ def _since_break(ids: IdArray, breakers: Breakers) -> int:
 
 
 def _most_that_counts(most: int, base: float, allowed_length: int) -> int:
-    """The length above which the penalty grows no more."""
-    if base <= 1.000001:  # it hardly grows
+    """The length at which the penalty stops growing."""
+    if base <= 1.000001:  # the penalty hardly grows
         return most
     return min(most, allowed_length + math.floor(_LARGEST_EXPONENT / math.log(base)))
 
 
 def _longest_repetitions(ids: IdArray, least: int, most: int) -> dict[int, int]:
-    """For each id that follows a repetition of the end of `ids`, its greatest length from `least` to `most`."""
+    """Each id that follows an earlier repetition of the end of `ids` -> its largest length, from `least` to `most`."""
     reverse = ids[::-1]
-    places, length = np.arange(1, ids.size), 0  # how many ids from the end the repetition ends
+    places, length = np.arange(1, ids.size), 0  # distance of the repetition's end from the end of `ids`
     longest: dict[int, int] = {}
     while places.size:
         if length >= least:
@@ -84,15 +84,15 @@ def _longest_repetitions(ids: IdArray, least: int, most: int) -> dict[int, int]:
 def sequence_breakers(
     given: Collection[str | Sequence[int]], pieces: Sequence[str], encode: Callable[[str], Sequence[int]]
 ) -> Breakers:
-    """The ids of breakers that are given as texts, or as ids themselves.
+    """The ids of sequence breakers, given as texts or as ids.
 
-    A token that holds a text breaks alone. One that ends with the beginning of a text breaks together with the tokens
-    of its rest.
+    A token that contains the text is a breaker by itself. A token that ends with a prefix of the text is a breaker
+    together with the tokens of the rest.
 
     Args:
         given: The breakers.
         pieces: The text of each token by id.
-        encode: The ids of a text, without special tokens.
+        encode: Encodes a text without special tokens.
     """
     found: dict[int, set[tuple[int, ...]]] = {}
     for breaker in given:

@@ -1,4 +1,4 @@
-"""The ids of a text that grows, as an array that is not made anew for each token."""
+"""The ids of a growing sequence as one array, extended in place for each token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class History:
-    """The array of one list of ids, to which ids are appended and nothing else is done."""
+    """The array of one list of ids, to which the caller only appends."""
 
     def __init__(self) -> None:
         self._ids: Sequence[int] | None = None
@@ -19,7 +19,7 @@ class History:
         self._length = 0
 
     def of(self, ids: Sequence[int]) -> Ids:
-        """`ids` as an array (T,), not to be written into. Of another list, or one that is shorter, it begins anew."""
+        """`ids` as a read-only array (T,). Starts over for another list or a shorter one."""
         known = self._length if ids is self._ids and len(ids) >= self._length else 0
         if len(ids) > self._array.size:
             grown = np.empty(2 * len(ids), np.int64)

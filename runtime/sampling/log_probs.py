@@ -10,13 +10,12 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a token was to the model, whatever the settings of the sampler.
+    """The model's log-probability of a token, independent of the sampler's settings.
 
     Attributes:
         id: The token.
         logprob: The natural logarithm of its probability: log-softmax of the float32 logits, before any setting.
-        top: The most likely tokens there and their log-probabilities, the likeliest first; of equal ones the smaller
-            id first.
+        top: The most likely tokens at this position and their log-probabilities, in descending order; ties by id.
     """
 
     id: int
@@ -25,9 +24,9 @@ class TokenLogprob:
 
 
 def token_logprob(logits: npt.NDArray[np.float32], token: int, top: int = 0) -> TokenLogprob:
-    """That of one token by logits (V,) float32, with those of the `top` likeliest ones."""
+    """The log-probability of one token from logits (V,) float32, with those of the `top` most likely tokens."""
     largest = logits.max()
-    # Exponentials of float32 are exact enough for a sum in float64: log-probabilities differ by 1e-7 at most.
+    # float32 exponentials summed in float64 are exact enough: log-probabilities differ by at most 1e-7.
     normalizer = float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
     return TokenLogprob(
         token, float(logits[token]) - normalizer, [(i, float(logits[i]) - normalizer) for i in likeliest(logits, top)]
@@ -35,7 +34,7 @@ def token_logprob(logits: npt.NDArray[np.float32], token: int, top: int = 0) -> 
 
 
 def likeliest(logits: npt.NDArray[np.floating], count: int) -> list[int]:
-    """The ids of the `count` largest of logits (V,), in descending order, of equal ones the smaller id first."""
+    """The ids of the `count` largest logits (V,), in descending order; ties by id."""
     if not count:
         return []
     count = min(count, logits.size)

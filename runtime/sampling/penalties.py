@@ -1,6 +1,6 @@
-"""Less likely, for what the text has already. Each takes logits (V,) and ids, and gives other logits (V,) in float64.
+"""Repetition, presence and frequency penalties.
 
-What is at minus infinity stays there.
+Each function takes logits (V,) and ids, and returns logits (V,) in float64. Minus infinity stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MOST = float(np.finfo(np.float64).max)
 
 
 def last(seen: Sequence[int] | IdArray, count: int) -> IdArray:
-    """The last `count` of ids (T,), or all for -1."""
+    """The last `count` ids of `seen` (T,), or all for -1."""
     ids = np.asarray(seen, np.int64)
     return ids if count < 0 else ids[max(0, ids.size - count) :]
 
@@ -25,36 +25,36 @@ def last(seen: Sequence[int] | IdArray, count: int) -> IdArray:
 def apply_repetition_penalty(logits: Scores, seen: Sequence[int] | IdArray, penalty: float) -> Scores:
     """Logits (V,) with those of the ids in `seen` divided by `penalty` where positive, multiplied where negative.
 
-    In float64 and cut off at its largest number, so that no penalty yields infinity, whose difference from itself no
-    temperature could divide.
+    Computed in float64 and clipped to its largest number: the temperature subtracts the largest logit, and infinity
+    minus infinity is NaN.
 
     Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", 2019, section 4.1,
-    with the sign taken into account as is usual since.
+    with the sign considered, as is usual since.
     """
     ids = np.asarray(seen, np.int64)
     penalised = logits.astype(np.float64)
     of_seen = penalised[ids]
     with np.errstate(over="ignore"):
         changed = np.where(of_seen > 0, of_seen / penalty, of_seen * penalty).clip(-_MOST, _MOST)
-    penalised[ids] = np.where(of_seen == -np.inf, of_seen, changed)  # the same for an id that is there twice
+    penalised[ids] = np.where(of_seen == -np.inf, of_seen, changed)  # a repeated id gets the same value
     return penalised
 
 
 def apply_presence_and_frequency_penalty(
     logits: Scores, seen: Sequence[int] | IdArray, presence: float, frequency: float
 ) -> Scores:
-    """Logits (V,) less `presence` for each id in `seen`, and less `frequency` for each time that it is there.
+    """Logits (V,) minus `presence` for each id in `seen` and `frequency` for each of its occurrences.
 
-    As llama.cpp and OpenAI's API define them; below 0 they make tokens likelier.
+    As llama.cpp and OpenAI's API define them. Negative values make tokens more likely.
     """
     ids, counts = np.unique(np.asarray(seen, np.int64), return_counts=True)
     penalised = logits.astype(np.float64)
-    penalised[ids] -= counts * float(frequency) + float(presence)  # an int of Python may fit no int64
+    penalised[ids] -= counts * float(frequency) + float(presence)  # a Python int may exceed int64
     return penalised
 
 
 def ban_repeated_ngrams(logits: Scores, seen: Sequence[int] | IdArray, size: int) -> Scores:
-    """Logits (V,) with each id at minus infinity that would end a sequence of `size` ids which `seen` has already.
+    """Logits (V,) with minus infinity at each id that would complete an n-gram of `size` ids that `seen` contains.
 
     As transformers' no_repeat_ngram_size. Paulus et al., "A Deep Reinforced Model for Abstractive Summarization", 2017.
     """

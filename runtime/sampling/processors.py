@@ -1,4 +1,4 @@
-"""A caller's own functions of ids and logits, and what is asked of them."""
+"""The caller's own logits processors, with checks of their results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _MOST = float(np.finfo(np.float32).max)
 
 
 def apply_processor(logits: Scores, ids: IdArray, processor: LogitsProcessor) -> Scores:
-    """What a caller's function makes of logits (V,).
+    """Calls a logits processor on logits (V,) and returns its result.
 
-    It is given copies: the ids (T,) int64 of the prompt and the text so far, and the logits (V,) float32. It may write
-    into them.
+    The processor gets copies, which it may write into: the ids (T,) int64 of the prompt and the new tokens, and the
+    logits (V,) float32.
 
-    Raises InputError where it raises, or gives anything but floating-point numbers (V,) below infinity.
+    Raises InputError if it raises or returns anything but floating-point numbers (V,) below infinity.
     """
     name = getattr(processor, "__qualname__", None) or type(processor).__qualname__
     given = logits.clip(-_MOST, _MOST).astype(np.float32)

@@ -1,7 +1,7 @@
-"""The random numbers that tokens are drawn by: a function of the seed and of a token's place in the text, nothing else.
+"""The random numbers for sampling: a pure function of the seed and a token's position in the sequence.
 
-So a seed draws the same text in one call or in several, alone or beside others, and in every program that computes
-this function: docs/bundle-format.md states it with known answers, and `export/generation/` writes it as a graph.
+So a seed samples the same text in one call or several, alone or in a batch, and in every program that computes this
+function. docs/bundle-format.md specifies it with known answers, and `export/generation/` writes it as a graph.
 
 Threefry2x32 with 20 rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import secrets
 
-MAX_SEED = 2**63 - 1  # an int64 holds it
-DRAW = 0  # the lane of the number that draws the token; other lanes are for more numbers per place
-EXCLUDE = 1  # that of the number by which XTC applies
-_CONTINUATION = 2**32 - 1  # the lane that makes a continuation's seed
+MAX_SEED = 2**63 - 1  # fits an int64
+DRAW = 0  # lane of the number that draws the token; other lanes give more numbers per position
+EXCLUDE = 1  # lane of the number that decides whether XTC applies
+_CONTINUATION = 2**32 - 1  # lane that derives a completion's seed
 WORD = 2**32 - 1
 PARITY = 0x1BD11BDA
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -33,13 +33,13 @@ def threefry2x32(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, i
 
 
 def uniform(seed: int, place: int, lane: int = DRAW) -> float:
-    """The number in [0, 1), of 53 bits, for the token that has `place` tokens before it in the whole text."""
+    """The number in [0, 1), of 53 bits, for the token with `place` tokens before it in the whole sequence."""
     x, y = threefry2x32((seed & WORD, seed >> 32), (place, lane))
     return float(((x >> 5) << 26) + (y >> 6)) * 2.0**-53
 
 
 def continuation_seed(seed: int, number: int) -> int:
-    """The seed of the continuation `number` of one prompt, counted from 0, which has the seed itself."""
+    """The seed of completion `number` of one prompt; number 0 has `seed` itself."""
     if not number:
         return seed
     low, high = threefry2x32((seed & WORD, seed >> 32), (number, _CONTINUATION))
@@ -47,5 +47,5 @@ def continuation_seed(seed: int, number: int) -> int:
 
 
 def fresh_seed() -> int:
-    """One that nobody can foretell."""
+    """An unpredictable seed."""
     return secrets.randbelow(MAX_SEED + 1)

@@ -1,8 +1,8 @@
-"""From logits to a token, stage by stage. The order is stated once, in `_changes` and `_truncations`.
+"""Sampling: from logits to a token, stage by stage. `_changes` and `_truncations` define the order.
 
-It is transformers' where it has the stage; else the stage has llama.cpp's place. Each stage is a pure function of an
-array (V,), which it does not write into. docs/sampling.md defines them. Temperature 0 takes the largest of what the
-first half leaves. `export/generation/sampler.py` is the same as a graph, for five of the settings.
+The order is that of transformers; stages that transformers lacks stand as in llama.cpp. Each stage is a pure function
+of an array (V,). docs/sampling.md defines them. Temperature 0 takes the largest logit after the first half.
+`export/generation/sampler.py` implements five of the settings as a graph.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .penalties import IdArray, Scores
 from .processors import apply_processor
 from .random_stream import EXCLUDE, fresh_seed, uniform
 
-_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # float32, as a graph takes them
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # rounded to float32, which the graph takes
 
 Change = Callable[[Scores, IdArray], Scores]
 
 
 class Sampler:
-    """Chooses one token after another by a SamplingConfig. A draw goes by the seed and the place, nothing else.
+    """Samples tokens by a SamplingConfig. A draw depends only on the logits, the seed and the position.
 
     Attributes:
-        config: As given, with a seed where it had none, and with float32's nearest settings.
+        config: The given config, with a seed and with settings rounded to float32.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Sampler:
         vocab_size: int | None = None,
         breakers: Breakers | None = None,
     ) -> None:
-        """Raises InputError for an id out of the vocabulary.
+        """Raises InputError for an id outside the vocabulary.
 
         Args:
             config: The settings.
-            prompt_tokens: How many of the ids are the prompt's.
-            max_new_tokens: At most so many follow them.
+            prompt_tokens: Number of prompt tokens.
+            max_new_tokens: Limit of new tokens.
             end_ids: EOS tokens.
             vocab_size: V.
             breakers: DRY's sequence breakers; see `dry.sequence_breakers`.
@@ -70,14 +70,14 @@ class Sampler:
         self._history = History()
 
     def __call__(self, logits: Scores, ids: Sequence[int]) -> int:
-        """The next token's id.
+        """Returns the next token's id.
 
         Args:
-            logits: (V,). They are not written into.
-            ids: Those of the prompt and of the text so far: one list that grows, or another one each time.
+            logits: (V,); stay unchanged.
+            ids: The prompt and the new tokens so far: one growing list, or a new list each time.
 
         Raises:
-            InputError: The settings leave no token, or a `logits_processor` fails.
+            InputError: The settings ban every token, or a `logits_processor` fails.
         """
         if self._changes:
             text = self._history.of(ids)
@@ -99,22 +99,22 @@ class Sampler:
         return truncation.draw(logits, uniform(self._seed, len(ids)))
 
     def twin(self) -> Sampler:
-        """Another one that draws alike, by the same seed, but for functions of the user's, which see no draft."""
+        """A sampler with the same settings and seed for drafts, without the user's logits processors."""
         made = copy.copy(self)
         made._changes = list(_changes(dataclasses.replace(self.config, logits_processor=()), self._text))
         made._history = History()
         return made
 
     def _excludes(self, place: int) -> bool:
-        """Whether XTC applies to this token: a draw of its own."""
+        """Whether XTC applies to this token, by a random number of its own."""
         config = self.config
-        applies = config.xtc_probability > 0 and config.xtc_threshold <= 0.5  # above it no two tokens are
+        applies = config.xtc_probability > 0 and config.xtc_threshold <= 0.5  # no two tokens reach a larger one
         return applies and uniform(self._seed, place, EXCLUDE) < config.xtc_probability
 
 
 @dataclasses.dataclass(frozen=True)
 class _Text:
-    """What the stages ask of the text."""
+    """The properties of a request that the stages need."""
 
     prompt_tokens: int
     max_new_tokens: int | None
@@ -123,7 +123,7 @@ class _Text:
 
 
 def _changes(config: SamplingConfig, text: _Text) -> Iterator[Change]:
-    """The first half: what makes single tokens more or less likely. What is off is left out."""
+    """The stages before the temperature, which change single logits. Skips stages that are off."""
     c, recent = config, partial(penalties.last, count=config.penalty_last_n)
     if c.logit_bias:
         yield lambda logits, _: bans.add_bias(logits, c.logit_bias or {})
@@ -161,7 +161,7 @@ def _changes(config: SamplingConfig, text: _Text) -> Iterator[Change]:
 
 
 def _truncations(config: SamplingConfig) -> Iterator[Callable[[Scores], Scores]]:
-    """The second half, after the temperature: which of the likely tokens are drawn from. XTC follows."""
+    """The stages after the temperature, which restrict the candidates. XTC follows them."""
     if config.top_n_sigma > 0:
         yield partial(truncation.keep_top_n_sigma, n=config.top_n_sigma)
     if config.top_k:
@@ -175,7 +175,7 @@ def _truncations(config: SamplingConfig) -> Iterator[Callable[[Scores], Scores]]
 
 
 def _forced(config: SamplingConfig, text: _Text) -> dict[int, int]:
-    """By place in the whole text, which token must come there."""
+    """Position in the whole sequence -> the forced token."""
     forced = {text.prompt_tokens + place: token for place, token in config.forced_decoder_ids}
     if config.forced_eos_token_id is not None and text.max_new_tokens:
         forced[text.prompt_tokens + text.max_new_tokens - 1] = config.forced_eos_token_id

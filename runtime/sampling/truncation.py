@@ -1,8 +1,7 @@
-"""From logits to probabilities and a draw: what is kept of the likely tokens. Functions of arrays (V,).
+"""Temperature, truncation of the candidates, and the draw: functions of arrays (V,).
 
-A token that is left out has a logit of minus infinity, and costs nothing from there on: exponentials, sorting and sums
-are of those that are left. The sum that divides is of all V in their order, zeros included, as it always was: numpy
-adds in pairs, so that another order would change the last bits.
+A removed token has a logit of minus infinity. Exponentials, sorting and sums skip removed tokens. Only the normalizing
+sum covers all V in order, zeros included: numpy adds pairwise, so another order would change the last bits.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ import numpy.typing as npt
 
 from .penalties import IdArray, Scores
 
-_SHARE_TO_SORT = 2.0**-8  # of the likeliest one's probability: mostly enough tokens for top_p, and few
-_COUNTS_TO_SORT = (256, 4096, 2**63)  # for typical_p, in turn
-_PART = 64  # tokens, whose largest is found together
+_SHARE_TO_SORT = 2.0**-8  # of the largest probability: selects few tokens, mostly enough for top_p
+_COUNTS_TO_SORT = (256, 4096, 2**63)  # for typical_p, tried in turn
+_PART = 64  # tokens per part in `_bound`
 
 
 class Left(NamedTuple):
-    """The tokens that are left, by id, and their probabilities in float64. `ids` is None where all are."""
+    """The remaining tokens and their probabilities in float64. `ids` is None if all tokens remain."""
 
     ids: IdArray | None
     probabilities: npt.NDArray[np.float64]
 
     def among(self, places: IdArray) -> IdArray:
-        """The ids at some places among them."""
+        """The ids at `places` of `probabilities`."""
         return places if self.ids is None else self.ids[places]
 
 
 def left(logits: Scores) -> Left:
-    """What logits (V,) stand for."""
+    """The remaining tokens of logits (V,) and their probabilities."""
     kept = logits > -np.inf
-    if kept.all():  # few large arrays: the allocator gives those back to the system, and pages cost more than sums
+    if kept.all():  # avoids large arrays: the allocator returns them to the system, and page faults cost more than sums
         ids, exponentials = None, _exponentials(logits)
         total = exponentials.sum()
     else:
@@ -63,39 +62,39 @@ def _exponentials(logits: Scores) -> npt.NDArray[np.float64]:
 
 
 def keep(logits: Scores, ids: IdArray) -> Scores:
-    """Logits (V,) with all but those of `ids` at minus infinity."""
+    """Logits (V,) with minus infinity at all but `ids`."""
     kept = np.full_like(logits, -np.inf)
     kept[ids] = logits[ids]
     return kept
 
 
 def apply_temperature(logits: Scores, temperature: float) -> Scores:
-    """Logits (V,) relative to the largest, divided by `temperature`: below 1 the likely tokens gain.
+    """Logits (V,) minus the largest, divided by `temperature`: below 1 likely tokens gain.
 
-    In float64 and from the largest logit down, so that no temperature above 0 overflows.
+    Computed in float64 relative to the largest logit, so that no temperature above 0 overflows.
     """
     scaled: npt.NDArray[np.float64] = np.subtract(logits, logits.max(), dtype=np.float64)
     if temperature != 1:
-        with np.errstate(over="ignore"):  # a token that far below the largest has probability 0
+        with np.errstate(over="ignore"):  # an overflow means probability 0
             scaled /= temperature
     return scaled
 
 
 def keep_top_n_sigma(logits: Scores, n: float) -> Scores:
-    """Logits (V,) with those of more than `n` standard deviations below the largest at minus infinity.
+    """Logits (V,) with minus infinity at those more than `n` standard deviations below the largest.
 
-    The deviation is that of the tokens that are left, as in llama.cpp; a temperature before it changes nothing.
+    The deviation is that of the remaining tokens, as in llama.cpp. It is invariant to the temperature.
 
     Tang et al., "Top-n-sigma: Not All Logits Are You Need", 2024.
     """
     finite = logits[logits > -np.inf].astype(np.float64)
-    with np.errstate(over="ignore"):  # an infinite one keeps all
+    with np.errstate(over="ignore"):  # an infinite deviation keeps all tokens
         deviation = float(np.std(finite))
     return keep(logits, np.flatnonzero(logits >= finite.max() - n * deviation))
 
 
 def keep_top_k(logits: Scores, k: int) -> Scores:
-    """Logits (V,) with all but the `k` largest at minus infinity. Ties with the k-th stay."""
+    """Logits (V,) with minus infinity at all but the `k` largest. Ties with the k-th stay."""
     if k >= logits.size:
         return logits
     candidates = np.flatnonzero(logits >= _bound(logits, k))
@@ -105,25 +104,25 @@ def keep_top_k(logits: Scores, k: int) -> Scores:
 
 
 def _bound(values: Scores, k: int) -> float:
-    """A number that at least the `k` largest of values (N,) reach, and mostly few others; k <= N.
+    """A lower bound of the `k` largest of values (N,), which mostly few others reach; k <= N.
 
-    It is the k-th largest of the parts' largest ones: N are partitioned only where there are fewer parts.
+    It is the k-th largest of the maxima of parts. Partitions all N only if there are fewer than k parts.
     """
     parts = values.size // _PART
     if k > parts:
         return float(np.partition(values, -k)[-k])
-    largest = values[: parts * _PART].reshape(-1, parts).max(axis=0)  # a stride apart, which numpy does by vectors
+    largest = values[: parts * _PART].reshape(-1, parts).max(axis=0)  # strided parts, which numpy vectorizes
     return float(np.partition(largest, -k)[-k])
 
 
 def keep_top_p(logits: Scores, p: float) -> Scores:
-    """Logits (V,) with all but the fewest likeliest tokens that reach probability `p` at minus infinity.
+    """Logits (V,) with minus infinity at all but the fewest most likely tokens that reach probability `p` together.
 
-    Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020. The likeliest token always stays.
+    Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020. The most likely token always stays.
     """
     there = left(logits)
     probabilities = there.probabilities
-    # Tokens of less than (1 - p) / V have less than 1 - p together: the others reach p. Mostly fewer do.
+    # Tokens below (1 - p) / V have less than 1 - p together, so the others reach p. Mostly fewer suffice.
     sufficient = (1 - p) / logits.size
     for least in (max(_SHARE_TO_SORT * probabilities.max(), sufficient), sufficient):
         candidates = np.flatnonzero(probabilities >= least)
@@ -131,12 +130,12 @@ def keep_top_p(logits: Scores, p: float) -> Scores:
         reached = np.cumsum(probabilities[order])
         if reached[-1] >= p:
             break
-    before = np.append(0.0, reached[:-1])  # what the likelier ones have together
+    before = np.append(0.0, reached[:-1])  # sum of the more likely tokens
     return keep(logits, there.among(order[before < p]))
 
 
 def keep_min_p(logits: Scores, p: float) -> Scores:
-    """Logits (V,) with tokens of less than `p` times the likeliest one's probability at minus infinity.
+    """Logits (V,) with minus infinity at tokens of less than `p` times the largest probability.
 
     Nguyen et al., "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs", 2024.
     """
@@ -144,9 +143,9 @@ def keep_min_p(logits: Scores, p: float) -> Scores:
 
 
 def keep_typical(logits: Scores, p: float) -> Scores:
-    """Logits (V,) with all but the most typical tokens that reach probability `p` at minus infinity.
+    """Logits (V,) with minus infinity at all but the most typical tokens that reach probability `p` together.
 
-    Typical is a token whose -log(probability) is near the distribution's entropy. Ties with the last one stay, as in
+    A token is typical if its -log(probability) is near the distribution's entropy. Ties with the last one stay, as in
     transformers.
 
     Meister et al., "Locally Typical Sampling", 2022.
@@ -159,7 +158,7 @@ def keep_typical(logits: Scores, p: float) -> Scores:
     terms[probabilities == 0] = 0
     nearness = np.abs(log_probs - terms.sum(), out=log_probs)  # to the entropy
     np.negative(nearness, out=nearness)
-    for count in _COUNTS_TO_SORT:  # mostly a few reach it
+    for count in _COUNTS_TO_SORT:  # mostly a few tokens reach p
         order = _largest(nearness, count)
         reached = np.cumsum(probabilities[order])
         if reached[-1] >= p or order.size == nearness.size:
@@ -169,7 +168,7 @@ def keep_typical(logits: Scores, p: float) -> Scores:
 
 
 def _largest(values: npt.NDArray[np.float64], count: int) -> IdArray:
-    """The places of at least the `count` largest numbers, descending, with all that equal the last one."""
+    """The indices of at least the `count` largest numbers, descending, including ties with the last one."""
     candidates = np.arange(values.size)
     if count < values.size:
         candidates = np.flatnonzero(values >= _bound(values, count))
@@ -177,10 +176,10 @@ def _largest(values: npt.NDArray[np.float64], count: int) -> IdArray:
 
 
 def exclude_top_choices(logits: Scores, threshold: float) -> Scores:
-    """Logits (V,) with all tokens of at least `threshold`'s probability at minus infinity, but the last of them.
+    """Logits (V,) with minus infinity at all tokens of at least probability `threshold`, except the least likely one.
 
-    The last is the least likely one, of equal ones that of the largest id. As llama.cpp's XTC, "Exclude Top Choices",
-    P. E. Weidmann, 2024, where it applies.
+    Of equally likely ones, that with the largest id stays. As llama.cpp's XTC, "Exclude Top Choices", P. E. Weidmann,
+    2024, once it applies.
     """
     there = left(logits)
     probabilities = there.probabilities
@@ -195,11 +194,11 @@ def exclude_top_choices(logits: Scores, threshold: float) -> Scores:
 
 
 def draw(logits: Scores, u: float) -> int:
-    """The id that `u`, a uniform number in [0, 1), draws with the probabilities that `logits` (V,) stand for."""
+    """The id that `u`, a uniform number in [0, 1), draws from the probabilities of `logits` (V,)."""
     there = left(logits)
     sums = np.cumsum(there.probabilities, out=there.probabilities)
-    # The sum is 1 but for rounding; divided by itself it is 1, which no draw reaches. Division keeps the order, so that
-    # the place is near that of the product, and few of the quotients are needed.
+    # The total is 1 up to rounding; sums / total ends in exactly 1, which no draw reaches. Division keeps the order, so
+    # the search with u * total lands near the index, and only few quotients are computed.
     total, place = sums[-1], int(np.searchsorted(sums, u * sums[-1], side="right"))
     while place and sums[place - 1] / total > u:
         place -= 1

@@ -1,1 +1,1 @@
-"""Draft tokens by another, smaller model: what it drafts for a text, and whether that pays."""
+"""Speculative decoding: draft tokens from prompt lookup or a smaller model, and whether drafting pays."""

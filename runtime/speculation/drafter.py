@@ -1,65 +1,35 @@
-"""What a draft model drafts for one text. It chooses as the text's sampler does: by the same settings and numbers.
+"""Drafts by a draft model for one request. It samples with the settings and random numbers of the request's sampler.
 
-A token is a function of logits, settings, seed and place. The draft model's logits are put into the same function, so
-that its token is the text's wherever the two distributions put the place's number into the interval of one token
-(coupling by common random numbers). A draft token is accepted where it is the one that the model's own logits give:
-the text is that without a draft, drawn or greedy, and not only one of the same distribution.
+A token is a function of logits, settings, seed and position. The same function takes the draft model's logits, so both
+models choose the same token wherever both distributions map the position's random number to it (coupling by common
+random numbers). A draft token is accepted if the model's own logits give the same token. So the output equals that
+without drafts, sampled or greedy; it does not merely have the same distribution.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from pastkey.errors import ResourceError
 
+from ..constraints.matcher import Matcher
 from ..engine.decoder_graph import Logits
 from ..engine.engine import Engine
 from .worth import Rate, Worth, observed
 
 _log = logging.getLogger("pastkey")
 
-Choose = Callable[[Logits, Sequence[int]], int]  # of logits (V,) and the text before: a token
-
-
-class Allows(Protocol):
-    """What new tokens are held to, as far as a draft asks."""
-
-    def masked(self, logits: Logits) -> Logits:
-        """Logits (V,) with minus infinity at the tokens that may not follow."""
-
-    def allowed_draft(self, draft: Sequence[int]) -> list[int]:
-        """The first tokens of a draft, as far as they may follow."""
-
-
-class Follows(Allows, Protocol):
-    """The whole of it, as the text itself asks: constraints/ has it."""
-
-    def require(self, token: int) -> None:
-        """Raises InputError unless the token may follow."""
-
-    def follow(self, tokens: Sequence[int], start: int) -> None:
-        """Takes in what is new of `tokens`, which are the text's from `start` on."""
-
-    def restart(self) -> None:
-        """Forgets all tokens."""
-
-    def forced(self, most: int) -> list[int]:
-        """The tokens that must follow, `most` at most."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing may follow but the end."""
+Choose = Callable[[Logits, Sequence[int]], int]  # (logits (V,), ids before) -> token
 
 
 class Drafter:
-    """Drafts for one text. Whatever fails in it ends the drafts and not the text.
+    """Drafts for one request. A failure ends the drafts, but not the request.
 
     Attributes:
-        made: Whether the last draft was the draft model's.
+        made: Whether the draft model made the last draft.
     """
 
     def __init__(
@@ -68,45 +38,45 @@ class Drafter:
         """See DraftModel.
 
         Args:
-            worth: What is known of other texts.
-            take: Gives an engine with some of the first tokens of a text, which may come to so many.
-            give_back: Gets it at the end.
+            worth: Timings and acceptance over all requests.
+            take: Returns a draft engine for (ids, limit of their number); its cache may hold a prefix of the ids.
+            give_back: Called with that engine at the end.
         """
         self._worth, self._take, self._give_back = worth, take, give_back
         self._rate = Rate(worth.rate)
         self._engine: Engine | None = None
         self._on = True
-        self._known = 0  # so many of the first tokens in the cache are the text's
+        self._known = 0  # number of first tokens in the cache that are known to be the request's
         self._began = 0.0
         self.made = False
 
-    def begin(self, choose: Choose, end_ids: Collection[int], vocab_size: int, constraint: Allows | None) -> None:
-        """Takes in how the text's tokens are chosen, before its first draft."""
+    def begin(self, choose: Choose, end_ids: Collection[int], vocab_size: int, constraint: Matcher | None) -> None:
+        """Sets how the request's tokens are chosen. Called before the first draft."""
         self._choose, self._end_ids, self._vocab_size = choose, end_ids, vocab_size
         self._constraint = constraint
 
     def start(self) -> None:
-        """A step begins."""
+        """Starts the clock of a step."""
         self._began = self._worth.clock()
 
     def read(self) -> None:
-        """Takes in that the step read a part of the prompt."""
+        """Records the end of a step that ran a chunk of the prefill."""
         self._worth.note_prefill(self._worth.clock() - self._began)
 
     def draft(self, ids: Sequence[int], found: Sequence[int], most: int) -> list[int]:
-        """`found`, a draft from elsewhere, or in place of none up to `most` tokens of the draft model.
+        """Returns `found`, or if it is empty, a draft of up to `most` tokens by the draft model.
 
         Args:
-            ids: The text so far.
-            found: It.
-            most: How many tokens may still come.
+            ids: The ids so far.
+            found: A draft by prompt lookup.
+            most: Number of tokens that may still follow.
         """
         worth, draft = self._worth, list(found)
         self.made = False
         if self._on and not draft:
             try:
                 draft = self._draft(ids, most)
-            except ResourceError:  # a text does without rather than fail
+            except ResourceError:  # without memory for the draft's cache the request goes on without drafts
                 self.stop()
             except Exception as error:
                 _log.warning("the draft model failed, and this text goes on without: %s", error)
@@ -115,7 +85,7 @@ class Drafter:
         return draft
 
     def end(self, drafted: int, accepted: int) -> None:
-        """Takes in how the step ended that ran the last draft."""
+        """Records the time of the step that ran the last draft, and the accepted tokens."""
         self._worth.note_step(drafted + 1, self._worth.clock() - self._began)
         if self.made:
             self._worth.note_draft(drafted, accepted)
@@ -123,7 +93,7 @@ class Drafter:
                 self._rate.note(place < accepted)
 
     def stop(self) -> None:
-        """Drafts no more, and gives the cache back."""
+        """Ends drafting and returns the engine."""
         self._on = False
         engine, self._engine = self._engine, None
         if engine is not None:
@@ -149,7 +119,7 @@ class Drafter:
             self._worth.note_drafting(runs)
 
     def _settle(self, ids: Sequence[int]) -> None:
-        """Forgets in the cache what is not of the text, and of the text its last token, which is run for its logits."""
+        """Trims the cache to the request's ids, without the last one, which is run for its logits."""
         engine = self._engine
         assert engine is not None
         cached = engine.cached_ids
@@ -159,13 +129,13 @@ class Drafter:
         if engine.length > known:
             if engine.can_trim(known):
                 engine.trim(known)
-            else:  # a window has left behind what the next token sees
+            else:  # a sliding window has evicted tokens that the next one sees
                 engine.empty()
                 known = 0
         self._known = known
 
     def _run(self, engine: Engine, ids: Sequence[int], count: int, runs: list[tuple[int, float]]) -> list[int]:
-        """Up to `count` draft tokens; none where the cache lacks so much that this step reads a part of it."""
+        """Up to `count` draft tokens; none if the cache lacks more than a chunk, of which this step runs only one."""
         text, draft, missing, clock = [*ids], list[int](), list(ids[engine.length :]), self._worth.clock
         sizes = engine.chunk_sizes(len(missing))
         if len(sizes) > 1:
@@ -186,9 +156,9 @@ class Drafter:
             missing = [token]
 
     def _next(self, logits: Logits, text: Sequence[int], draft: Sequence[int]) -> int | None:
-        """The token that follows, or None where a draft ends: at an EOS token, or where a constraint cuts it."""
+        """The next draft token, or None at the end of the draft: an EOS token, or one that the constraint refuses."""
         size, constraint = self._vocab_size, self._constraint
-        if logits.size != size:  # the same tokens, padded to another number
+        if logits.size != size:  # the same vocabulary, padded to another size
             logits = np.concatenate([logits[:size], np.full(max(0, size - logits.size), -np.inf, logits.dtype)])
         if constraint is not None and not draft:
             logits = constraint.masked(logits)

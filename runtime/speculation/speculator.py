@@ -1,45 +1,46 @@
-"""Draft tokens for one text: what it said before itself, and where it says nothing, what a draft model says."""
+"""Draft tokens for one request: by prompt lookup, and if that finds none, by a draft model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..constraints.matcher import Matcher
 from ..settings import MAX_DRAFT_TOKENS
-from .drafter import Allows, Drafter
+from .drafter import Drafter
 from .prompt_lookup import PromptLookup
 
 
 class Speculator:
-    """Of one text.
+    """The drafts of one request.
 
-    A step that the text is alone in is `start` and then `read`, or `draft`, a run and `end`; one with other rows is
-    `guess`, a run and `came`.
+    A step outside a batch calls `start` and then `read`, or `draft`, a run and `end`. A batched step calls `guess`, a
+    run and `came`.
     """
 
-    def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Allows | None) -> None:
-        """Without either it drafts nothing. `constraint`: what new tokens are held to."""
+    def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Matcher | None) -> None:
+        """Without `prompt_lookup` and `drafter` all drafts are empty. `constraint` restricts draft tokens."""
         self._prompt_lookup = PromptLookup() if prompt_lookup else None
         self._drafter, self._constraint = drafter, constraint
-        self._guess: list[int] | None = None  # the draft that would have been run, where rows are decoded together
+        self._guess: list[int] | None = None  # in batched steps, the draft that a single step would have run
         self._drafted = self._guessed = 0
 
     def start(self) -> None:
-        """A step begins."""
+        """Starts the clock of a step."""
         if self._drafter is not None:
             self._drafter.start()
 
     def read(self) -> None:
-        """Takes in that the step read a part of the prompt."""
+        """Records the end of a step that ran a chunk of the prefill."""
         if self._drafter is not None:
             self._drafter.read()
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens to run behind `ids`, the text so far."""
+        """Up to `most` draft tokens to run behind `ids`."""
         found = self._looked_up(ids, most)
         return found if self._drafter is None else self._drafter.draft(ids, found, most)
 
     def end(self, drafted: int, accepted: int) -> None:
-        """Takes in how many tokens were drafted, and accepted, when the step has ended."""
+        """Records the numbers of drafted and accepted tokens at the end of a step."""
         drafter = self._drafter
         if drafter is not None:
             drafter.end(drafted, accepted)
@@ -47,15 +48,15 @@ class Speculator:
             self._prompt_lookup.record(drafted, accepted)
 
     def guess(self, ids: Sequence[int], most: int) -> None:
-        """Takes note of what would be drafted. A draft model is not asked: that would cost a run of its own."""
+        """Records the draft that prompt lookup would make. Skips the draft model, which would cost a run."""
         if self._guess is None:
             self._guess, self._guessed = self._looked_up(ids, most), 0
             self._drafted = len(self._guess)
 
     def came(self, token: int | None, *, more: bool) -> int:
-        """Takes in which token came, and whether others that had to follow. None: the text has ended.
+        """Compares the guess with the sampled `token`; None at the end. `more`: whether forced tokens followed.
 
-        Returns how many tokens a step of this row alone would have brought, or 0 while that goes on.
+        Returns how many tokens a single step would have decoded, or 0 while the guess still holds.
         """
         if self._guess and self._guess.pop(0) == token:
             self._guessed += 1
@@ -67,7 +68,7 @@ class Speculator:
         return self._guessed + 1
 
     def stop(self) -> None:
-        """Drafts no more, and lets go of the draft model's cache."""
+        """Ends drafting and releases the draft model's cache."""
         self._prompt_lookup = None
         if self._drafter is not None:
             self._drafter.stop()

@@ -1,11 +1,11 @@
-"""Whether a draft model pays, and how many tokens it drafts: by what runs took here and what was accepted.
+"""Whether a draft model pays, and how many tokens to draft, by measured run times and acceptance.
 
-Where a token is accepted with probability a, k draft tokens bring (1 - a^(k+1)) / (1 - a) tokens a step; the k with the
-most tokens a second is taken, 0 among them (Leviathan et al., "Fast Inference from Transformers via Speculative
-Decoding", 2023, section 3.5).
+With acceptance probability a, k draft tokens yield (1 - a^(k+1)) / (1 - a) tokens per step. The k with the most tokens
+per second is used, which may be 0 (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023,
+section 3.5).
 
-A draft that does not pay costs time before that is known. So time is lent: what rejected drafts may cost is bounded by
-SHARE of the time that all texts took, LOAN steps, and what accepted ones saved before.
+A draft may cost time before it is known to pay. So rejected drafts have a time budget: SHARE of the time of all
+requests, plus LOAN steps, plus the time that accepted drafts saved before.
 """
 
 from __future__ import annotations
@@ -15,69 +15,69 @@ from collections.abc import Callable, Sequence
 
 from ..settings import MAX_DRAFT_TOKENS
 
-SHARE = 0.014  # of all time, which rejected drafts may take
-LOAN = 2.0  # steps that they may take before that, of a text of at least LOAN / SHARE tokens
-REFRESH = 64  # steps with drafts after which one without them is timed anew
-_MARGIN = 1.03  # by which drafts must be faster
-_FIRST_RATE = 0.8  # of a draft token's acceptance, before any was seen
-_PRIOR = 4.0  # draft tokens that the rate of other texts counts as, in a new one
-_MEMORY = 0.95  # what is left of an observation after the next
-_OTHERS = 0.05  # the weight of the newest draft token in the rate of all texts
-_PER_TOKEN = 0.2  # what each further token of a run costs, as a share of the first, until it was timed
-_NEWEST = 0.2  # the weight of the newest run in an average
-_FIRST = 2  # runs of one token, of which the faster one counts
-_HELD_UP = 4  # times an average: what a run takes beyond is not its own, but something else that held it up
-_SHORT = 2  # tokens of a run that counts as one of a single token
-_LONG = 16  # tokens of a run that tells what a token of a prefill takes
+SHARE = 0.014  # share of all time that rejected drafts may take
+LOAN = 2.0  # steps that they may take in advance, in a request of at least LOAN / SHARE tokens
+REFRESH = 64  # steps with drafts after which a step without one is measured again
+_MARGIN = 1.03  # factor by which drafts must be faster
+_FIRST_RATE = 0.8  # assumed acceptance rate before any observation
+_PRIOR = 4.0  # weight of the rate of other requests in a new one, in draft tokens
+_MEMORY = 0.95  # decay of earlier observations per draft token
+_OTHERS = 0.05  # weight of the newest draft token in the rate of all requests
+_PER_TOKEN = 0.2  # assumed cost of each further token of a run, relative to the first, until measured
+_NEWEST = 0.2  # weight of the newest run in a moving average
+_FIRST = 2  # first runs of one token, of which the faster one counts
+_HELD_UP = 4  # a run counts at most so many times the average: the rest is due to other processes
+_SHORT = 2  # largest run that counts as a single token
+_LONG = 16  # smallest run that measures the time per prefill token
 
 
 class Rate:
-    """How often a draft token is accepted in one text, lately."""
+    """The recent acceptance rate of draft tokens in one request."""
 
     def __init__(self, first: float) -> None:
         self._accepted, self._drafted = _PRIOR * first, _PRIOR
 
     @property
     def value(self) -> float:
-        """Between 0 and 1."""
+        """The rate, between 0 and 1."""
         return self._accepted / self._drafted
 
     def note(self, accepted: bool) -> None:
-        """Takes in one draft token. Those behind a rejected one tell nothing."""
+        """Records one draft token. Tokens behind a rejected one do not count."""
         self._accepted = _MEMORY * self._accepted + accepted
         self._drafted = _MEMORY * self._drafted + 1
 
 
 class Worth:
-    """What is known of one model and its draft model, over all texts.
+    """Timings and acceptance of one model with its draft model, over all requests.
 
     Attributes:
-        clock: Tells seconds.
-        rate: How often a draft token is accepted, over all texts.
-        balance: Seconds that drafts have saved, with what they were lent; below 0 what they have lost.
+        clock: Returns the time in seconds.
+        rate: Acceptance rate of draft tokens over all requests.
+        balance: Seconds that drafts have saved, plus their budget; negative if they lost time.
     """
 
     def __init__(
         self, run_seconds: float, token_seconds: float, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """What the draft model takes, as far as is known: for a run of one token, and for each token of a prompt."""
+        """Initial estimates for the draft model: seconds of a run of one token, and per token of a prefill."""
         self.clock = clock
         self.rate = _FIRST_RATE
         self.balance = 0.0
         self._steps: dict[int, float] = {}  # seconds of a run, by its tokens
-        self._timed = 0  # runs of one token
+        self._timed = 0  # number of measured runs of one token
         self._draft, self._draft_reads = run_seconds, token_seconds
         self._last = 0.0  # seconds of the last step
-        self._since_plain = 0  # steps
-        self._since_try = 0.0  # seconds
+        self._since_plain = 0  # steps since the last one without a draft
+        self._since_try = 0.0  # seconds since the last draft
 
     def tokens(self, rate: float, behind: int, most: int) -> int:
-        """How many tokens are worth drafting.
+        """Number of tokens worth drafting.
 
         Args:
-            rate: Of acceptance, in this text.
-            behind: How many tokens the draft model's cache lacks.
-            most: How many tokens may still come in this text.
+            rate: Acceptance rate in this request.
+            behind: Number of tokens that the draft model's cache lacks.
+            most: Number of tokens that may still follow in this request.
         """
         if self._timed < _FIRST or self._since_plain >= REFRESH or most < 1:
             return 0
@@ -90,14 +90,14 @@ class Worth:
             brought += rate**count
             if (speed := brought / (count * draft + self._run(count + 1))) > fastest:
                 best, fastest = count, speed
-        if not best:  # the text may have become another, but what was saved is not spent on that
+        if not best:  # probes whether drafts pay again, without spending what was saved
             best, lent = 1, min(lent, SHARE * self.rate * self._since_try)
         while best and self._loss(best, behind) > lent:
             best -= 1
         return best
 
     def note_drafting(self, runs: Sequence[tuple[int, float]]) -> None:
-        """Takes in the draft model's runs for a step: how many tokens each read, and its seconds."""
+        """Records the draft model's runs for a step: (tokens, seconds) of each."""
         fastest = min((seconds for tokens, seconds in runs if tokens <= _SHORT), default=None)
         if fastest is not None:
             self._draft = _averaged(self._draft, fastest)
@@ -109,12 +109,12 @@ class Worth:
         self._since_try = 0.0
 
     def note_prefill(self, seconds: float) -> None:
-        """Takes in what a run over a part of the prompt took."""
+        """Records the seconds of a prefill run."""
         self._since_try += seconds
         self.balance += SHARE * seconds
 
     def note_step(self, tokens: int, seconds: float) -> None:
-        """Takes in what a run of so many tokens took, with the choice of what follows."""
+        """Records the seconds of a run of `tokens`, including sampling."""
         if tokens == 1:
             before = self._steps.get(1, seconds)
             self._steps[1] = _averaged(before, seconds) if self._timed >= _FIRST else min(before, seconds)
@@ -129,7 +129,7 @@ class Worth:
         self.balance += SHARE * seconds
 
     def note_draft(self, drafted: int, accepted: int) -> None:
-        """Takes in what became of a draft, after its step."""
+        """Records the outcome of a draft after its step."""
         step = self._steps.get(1)
         if step is not None:
             self.balance += (accepted + 1) * step - self._last
@@ -137,22 +137,22 @@ class Worth:
             self.rate += _OTHERS * ((place < accepted) - self.rate)
 
     def _run(self, tokens: int) -> float:
-        """Seconds of a run of so many tokens, or what they may be by those of fewer."""
+        """Seconds of a run of so many tokens, measured or estimated from shorter runs."""
         known = max(count for count in self._steps if count <= tokens)
         return self._steps[known] + (tokens - known) * _PER_TOKEN * self._steps[1]
 
     def _loss(self, count: int, behind: int) -> float:
-        """Seconds that are lost where none of so many draft tokens is accepted."""
+        """Seconds lost if none of `count` draft tokens is accepted."""
         step, draft = self._steps[1], self._draft
         reading = self._draft_reads * max(0, behind - _SHORT)
         return reading + count * draft + self._run(count + 1) - step
 
 
 def _averaged(before: float | None, newest: float) -> float:
-    """An average in which a run that something else held up counts little."""
+    """A moving average that limits the weight of outliers."""
     return newest if before is None else before + _NEWEST * (min(newest, 2 * before) - before)
 
 
 def observed(drafted: int, accepted: int) -> int:
-    """How many guesses were judged: up to the first rejected one. A draft of none is one, too: that nothing follows."""
+    """Number of judged draft tokens, up to the first rejected one. An empty draft counts as 1: it predicts the end."""
     return max(1, min(drafted, accepted + 1))

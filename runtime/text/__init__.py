@@ -1,1 +1,1 @@
-"""Tokens to text and back, and conversations as one text."""
+"""The tokenizer, chat templates, tools and stop strings."""

@@ -1,10 +1,9 @@
-"""How a conversation becomes the token ids of a prompt: a chat template and a tokenizer."""
+"""Encodes conversations as prompts, by a chat template and a tokenizer."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pastkey.contract.bundle import Bundle
@@ -19,7 +18,7 @@ class ChatFormat:
 
     Attributes:
         source: The template's text.
-        variables: The names that it reads.
+        variables: The names that the template reads.
     """
 
     def __init__(self, template: ChatTemplate, codec: TextCodec, *, special_tokens_as_text: bool = False) -> None:
@@ -32,10 +31,10 @@ class ChatFormat:
             self._plain = PlainContents(codec)
 
     def render(self, messages: Sequence[Message], **given: Any) -> str:
-        """As `ChatTemplate.render`. Where special tokens are text, contents, tools and documents are protected."""
+        """See `ChatTemplate.render`. With `special_tokens_as_text`, protects contents, tools and documents."""
         if self._plain is None:
             return self._template.render(messages, **given)
-        # Where special tokens are kept, those of an answer are the model's own.
+        # With tools, answers keep their special tokens, which the model itself wrote.
         kept = ["role"] if given.get("tools") is None else ["role", "content"]
         shown: Any = [self._plain.protect(said, kept if said["role"] == "assistant" else ["role"]) for said in messages]
         marked: Mapping[str, Any] = {
@@ -56,20 +55,19 @@ class ChatFormat:
 def open_chat_format(
     bundle: Bundle,
     codec: TextCodec | None,
-    file: str | Path | None = None,
-    *,
     source: str | None = None,
+    *,
     tools: bool = False,
     special_tokens_as_text: bool = False,
 ) -> ChatFormat:
-    """The format of a bundle's conversations. See `ChatTemplate.from_bundle` for the arguments and further errors.
+    """The chat format of a bundle. See `ChatTemplate.from_bundle` for the arguments and further errors.
 
-    Raises InputError where the bundle has no tokenizer.
+    Raises InputError if the bundle has no tokenizer.
     """
     if codec is None:
         raise InputError(
             f"{bundle.path} has no tokenizer and holds no conversation: use  pastkey run "
             f"{shlex.quote(str(bundle.path))} --prompt-ids 1,2,3"
         )
-    template = ChatTemplate.from_bundle(bundle, file, tools=tools, source=source)
+    template = ChatTemplate.from_bundle(bundle, source, tools=tools)
     return ChatFormat(template, codec, special_tokens_as_text=special_tokens_as_text)

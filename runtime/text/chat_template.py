@@ -1,7 +1,7 @@
-"""A bundle's chat template: messages to the text that the model was trained to see them as.
+"""A bundle's chat template, which renders messages to the text that the model was trained on.
 
-Templates are Jinja programs that come with the tokenizer. They are rendered as transformers' `apply_chat_template`
-renders them, in Jinja's sandbox, with bounds of their source and their output.
+Templates are Jinja programs that come with the tokenizer. They render as in transformers' `apply_chat_template`, in
+Jinja's sandbox, with limits on source and output.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pastkey.values import as_path
 
 from .environment import MAX_OUTPUT, MAX_SOURCE, environment, plain
 
-# "role" ("system", "user", "assistant" or "tool") and "content", a text or its parts; "tool_calls" and what else a
-# template reads.
+# "role" ("system", "user", "assistant" or "tool") and "content", a text or its parts; "tool_calls" and other keys that
+# the template reads.
 Message = Mapping[str, Any]
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # where templates look for what a model thought
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates use for a model's reasoning
 _TAG = "<continue-here> "
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens that it may write.
+    """A compiled template with its special tokens.
 
     Attributes:
-        source: Its text.
-        variables: The names that it reads: "messages", "tools", "enable_thinking".
+        source: The template's text.
+        variables: The names that it reads, such as "messages", "tools" or "enable_thinking".
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None) -> None:
-        """`special_tokens` are those of tokenizer_config.json, say {"bos_token": "<s>"}.
+        """`special_tokens` are those of tokenizer_config.json, for example {"bos_token": "<s>"}.
 
         Raises InputError for a template that cannot be compiled, MissingExtraError without jinja2.
         """
@@ -56,30 +56,23 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             reason = (error.message or "")[:1000]
             raise InputError(f"the chat template is not valid Jinja: {reason} (line {error.lineno})") from None
-        except Exception as error:  # Python's own limits, such as too many nested blocks
+        except Exception as error:  # Python's limits, such as too many nested blocks
             raise InputError(f"the chat template cannot be compiled: {_reason(error)}") from None
 
     @classmethod
-    def from_bundle(
-        cls, bundle: Bundle, file: str | Path | None = None, *, tools: bool = False, source: str | None = None
-    ) -> ChatTemplate:
-        """The template that a bundle's tokenizer came with, or the one in `file`, with the bundle's special tokens.
+    def from_bundle(cls, bundle: Bundle, source: str | None = None, *, tools: bool = False) -> ChatTemplate:
+        """The template with the text `source`, or the bundle's own one, with the bundle's special tokens.
 
-        `source` is the text of a file that was read already.
-
-        Of several with names it is the default one, and with `tools` the one named tool_use where there is one. Of the
-        bundle's files only those are read that its manifest lists. Raises InputError where there is no template
-        or it cannot be used, MissingFileError where `file` is none.
+        Of several named templates it takes the default one, or with `tools` the one named tool_use. It reads only
+        bundle files that the manifest lists. Raises InputError if there is no usable template.
         """
         config: dict[str, Any] = {}
         if names.TOKENIZER_CONFIG in bundle.manifest.files:
             config = read_json(bundle.path / names.TOKENIZER_CONFIG)
         tokens = _special_tokens(config)
-        if source is None and file is not None:
-            source = read_template(file)
         if source is not None:
             return cls(source, tokens)
-        if names.CHAT_TEMPLATE in bundle.manifest.files:  # it comes first, as in transformers
+        if names.CHAT_TEMPLATE in bundle.manifest.files:  # takes precedence, as in transformers
             return cls(read_template(bundle.path / names.CHAT_TEMPLATE), tokens)
         return cls(_chosen(bundle.path, config.get("chat_template"), tools), tokens)
 
@@ -92,17 +85,17 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation up to where the assistant speaks next.
+        """Renders the conversation up to the start of the next answer.
 
         Args:
             messages: The conversation.
-            tools: JSON schemas of functions, as `tool_schema` makes them.
-            documents: Texts to answer from, with what the template reads of them, mostly "title" and "text".
-            continue_final_message: Ends within the last message, right behind its content, for the model to go on with.
-            **variables: What else the template reads. `add_generation_prompt=False` ends behind the last message.
+            tools: JSON schemas of functions, as `tool_schemas` makes them.
+            documents: Texts to answer from, with the keys that the template reads, mostly "title" and "text".
+            continue_final_message: Ends right behind the content of the last message, for the model to continue it.
+            **variables: Further variables of the template. `add_generation_prompt=False` ends behind the last message.
 
         Raises:
-            InputError: The template does not take these messages, in its own words, or writes more than MAX_OUTPUT
+            InputError: The template refuses these messages, in its own words, or writes more than MAX_OUTPUT
                 characters.
         """
         try:
@@ -117,7 +110,7 @@ class ChatTemplate:
                     raise ValueError(f"it writes more than {MAX_OUTPUT:,} characters")
                 pieces.append(piece)
             text = "".join(pieces)
-        except Exception as error:  # a template is a program: it may fail in any way
+        except Exception as error:  # a template is a program and may raise anything
             raise InputError(f"the chat template does not take this conversation: {_reason(error)}") from None
         return _up_to_mark(text, content) if continue_final_message else text
 
@@ -131,13 +124,13 @@ def _listed(values: Iterable[Any] | None) -> list[Any] | None:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """What a model thought, under the names that templates look for."""
+    """Copies a message's reasoning to all names that templates use."""
     thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _mark_end(messages: list[dict[str, Any]]) -> str:
-    """Puts a mark behind the last message's text, and gives that text."""
+    """Puts a mark behind the last message's text; returns the text."""
     content = messages[-1].get("content") if messages else None
     if isinstance(content, str):
         messages[-1]["content"] = content + _TAG
@@ -157,17 +150,17 @@ def _up_to_mark(text: str, content: str) -> str:
             "the chat template does not take this conversation: it does not write the last message as it stands, so "
             "that it cannot be continued"
         )
-    # A template that trims what it writes would have trimmed the spaces before the mark, too.
+    # A template that trims contents would also have trimmed the spaces before the mark.
     return text[:place] if text.startswith(_TAG, place) else text[:place].rstrip()
 
 
 def read_template(file: str | Path) -> str:
-    """The text of a template. Raises MissingFileError, or InputError for what is no path or no text."""
+    """Reads a template. Raises MissingFileError, or InputError for an invalid path or a file that is not text."""
     return read_text(as_path(file, "template", "the path of a chat template"))
 
 
 def _chosen(folder: Path, found: Any, tools: bool) -> str:
-    """The one template, or of several with names the one for plain conversations or for tools."""
+    """The only template, or of several named ones the default one or the one for tools."""
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
     if isinstance(found, dict):
@@ -187,7 +180,7 @@ def _chosen(folder: Path, found: Any, tools: bool) -> str:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and the like, which are written as a string or as an object with its content."""
+    """bos_token, eos_token and similar, each given as a string or as an object with its content."""
     tokens = {}
     for name, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value

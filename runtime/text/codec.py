@@ -1,4 +1,4 @@
-"""Tokens to text and back. Streamed text comes in whole characters."""
+"""Encodes text to tokens and decodes tokens to text. Streamed text comes in whole characters."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pastkey.files.reading import NativeError, is_panic, panics_as_errors, read_
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 from pastkey.values import shown
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 decode to
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of invalid UTF-8
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 _HEX = string.hexdigits
-# Tokens of one byte, in vocabularies that fall back to bytes.
+# Single-byte tokens of vocabularies with byte fallback.
 _BYTE_TOKENS = {f"<0x{high}{low}>": int(high + low, 16) for high in _HEX for low in _HEX}
-# The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others counted from 256.
+# Letters for bytes in byte-level vocabularies: printable bytes as themselves, the others numbered from 256.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
@@ -33,39 +33,39 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 class TextCodec:
     """A bundle's tokenizer.json.
 
-    `encode` gives the complete prompt: the tokenizer's own post-processor adds the BOS token where there is one.
+    `encode` returns the complete prompt: the tokenizer's post-processor adds the BOS token if it has one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # A saved tokenizer may cut or pad what it encodes; a prompt is neither.
+        # A saved tokenizer may truncate or pad, which a prompt must not.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._pieces: list[str] | None = None
-        self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, special ones shown or not
+        self._alone: dict[tuple[int, bool], str] = {}  # (token, whether special tokens are shown) -> its text alone
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         named = ((tokenizer.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
         self._bytes = {token: byte for token, byte in named if token is not None}
 
     @property
     def added_tokens(self) -> dict[str, tuple[int, bool]]:
-        """The id of each token that is matched as a whole, by its text, and whether it is special."""
+        """The added tokens, which are matched as a whole: text -> (id, whether it is special)."""
         return {token.content: (i, token.special) for i, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def to_json(self) -> str:
-        """The content of its tokenizer.json."""
+        """The content of tokenizer.json."""
         require_dense(self._tokenizer.get_vocab(), names.TOKENIZER)
         return str(self._tokenizer.to_str())
 
     @classmethod
     def from_file(cls, path: Path) -> TextCodec:
-        """Reads tokenizer.json. Raises IntegrityError when it is not one."""
+        """Reads tokenizer.json. Raises IntegrityError for an invalid file."""
         return cls(open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt. Raises InputError when there are none, or when a word has no token.
+        """The ids of a prompt. Raises InputError if there are none or a word has no token.
 
-        `add_special_tokens=False` is for a text that writes its own BOS token, as a chat template does.
+        `add_special_tokens=False` is for text with its own BOS token, as chat templates write it.
         """
         try:
             text.encode()
@@ -77,7 +77,7 @@ class TextCodec:
             unknown = _uncovered_word(text, encoding.offsets)
         except NativeError as error:
             raise InputError(f"the tokenizer fails at this text ({error}): give another text") from None
-        except Exception:  # a word-level vocabulary without an unknown token: the library names no word
+        except Exception:  # a word-level vocabulary without an unknown token; the library does not name the word
             unknown = next((word for word in text.split() if not self._encodes(word)), text)
         if unknown is not None:
             raise InputError(
@@ -88,16 +88,16 @@ class TextCodec:
         return list(encoding.ids)
 
     def decode(self, ids: Sequence[int], *, keep_special_tokens: bool = False) -> str:
-        """The text of ids, special tokens left out unless they are to be kept."""
+        """The text of ids, by default without special tokens."""
         try:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special_tokens))
-        except BaseException as error:  # what `panics_as_errors` does, once or twice a token
+        except BaseException as error:  # inlines `panics_as_errors`, since this runs once or twice per token
             if is_panic(error):
                 raise _damaged_decoder(len(ids), NativeError(first_line(error))) from None
             raise
 
     def decode_known(self, ids: Sequence[int], *, keep_special_tokens: bool) -> str:
-        """As `decode`, which remembers the texts of single tokens."""
+        """As `decode`, with a cache for single tokens."""
         if len(ids) != 1:
             return self.decode(ids, keep_special_tokens=keep_special_tokens)
         key = ids[0], keep_special_tokens
@@ -106,11 +106,11 @@ class TextCodec:
         return self._alone[key]
 
     def vocabulary(self) -> dict[str, int]:
-        """The id of each token by its text in the vocabulary, added ones included."""
+        """The vocabulary including added tokens: text -> id."""
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     def pieces(self) -> list[str]:
-        """The text of each token by id, alone; "" where an id has none. Made once."""
+        """The text of each single token by id; "" for ids without text. Cached."""
         if self._pieces is None:
             ids = range(max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
             try:
@@ -122,32 +122,32 @@ class TextCodec:
         return self._pieces
 
     def has_text(self, token: int, *, keep_special_tokens: bool = False) -> bool:
-        """Whether a token is not left out by `decode`."""
+        """Whether `decode` shows a token."""
         shown = keep_special_tokens or token not in self._special
         return shown and self._tokenizer.id_to_token(token) is not None
 
     def is_byte(self, token: int) -> bool:
-        """Whether a token stands for one byte, so that its character depends on the tokens beside it."""
+        """Whether a token is a single byte, whose character depends on its neighbours."""
         return token in self._bytes
 
     def begun(self, ids: Sequence[int]) -> int:
-        """The number of bytes at the end of `ids` that begin a character without ending it."""
+        """Number of bytes at the end of `ids` that form an incomplete character."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(b"".join(map(self.bytes_of, ids)))
         begun = decoder.getstate()[0]
-        # It waits for a surrogate's third byte, too, which is no character.
+        # The decoder also waits for the third byte of a surrogate, which is not a character.
         return len(begun) if len(begun.decode("utf-8", "replace")) == 1 else 0
 
     def begins_word(self, token: int) -> bool:
-        """Whether a token carries the space before it, which SentencePiece's decoder drops where a text begins."""
+        """Whether a token includes a leading space, which SentencePiece's decoder drops at the start of a text."""
         return (self._tokenizer.id_to_token(token) or "").startswith(_SPACE)
 
     def loses_space(self, token: int) -> bool:
-        """Whether a text that begins with a token lacks the space that the token carries."""
+        """Whether decoding drops the token's leading space at the start of a text."""
         return self.begins_word(token) and not self.decode([token]).startswith(" ")
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token stands for in a byte-level vocabulary, or in one that falls back to bytes."""
+        """The bytes of a token in a byte-level vocabulary or one with byte fallback."""
         if token in self._bytes:
             return bytes([self._bytes[token]])
         piece = self._tokenizer.id_to_token(token) or ""
@@ -165,28 +165,28 @@ class TextCodec:
 
 
 class TextStream:
-    """Decodes token by token: what `push` returns, and at last `flush`, is together `decode` of all the ids.
+    """Decodes token by token. The texts of all `push` calls and the final `flush` together equal `decode` of all ids.
 
-    Only a character that is not complete when the ids end is left out, where `decode` gives U+FFFD.
+    The only difference: an incomplete character at the end is left out, where `decode` returns U+FFFD.
 
-    `after_text`: what is decoded goes on from a text, so that the space of its first word is kept.
-    `keep_special_tokens`: special tokens are shown by their texts, as `decode` shows them then.
+    `after_text`: the output continues a text, so the leading space of its first word is kept.
+    `keep_special_tokens`: shows special tokens by their texts, as `decode` does.
 
-    A character whose bytes are not all there is held back. Only a short window of ids is decoded each time: those
-    since the last whole character, behind the ones before it, which decide about the space between words.
+    An incomplete character is held back. Each call decodes only a short window of ids: those since the last complete
+    character, after the ids before them, which decide about the space between words.
     """
 
     def __init__(self, codec: TextCodec, *, after_text: bool = False, keep_special_tokens: bool = False) -> None:
         self._codec = codec
         self._keep = keep_special_tokens
         self._after_text = after_text
-        self._context: list[int] = []  # ids whose text is out
-        self._before: str | None = None  # their text, once it is asked for
-        self._window: list[int] = []  # ids after them
-        self._emitted = 0  # characters of the window's text that are out
+        self._context: list[int] = []  # last ids whose text was returned
+        self._before: str | None = None  # text of `_context`, computed on demand
+        self._window: list[int] = []  # ids after `_context`
+        self._emitted = 0  # number of characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """Takes the next token; returns the text that is certain by it, "" while there is none."""
+        """Takes the next token; returns the new text that later tokens cannot change, or ""."""
         if not self._codec.has_text(token, keep_special_tokens=self._keep):
             return ""
         self._window.append(token)
@@ -197,11 +197,11 @@ class TextStream:
         return self._certain(token)
 
     def _certain(self, token: int) -> str:
-        """What is out by `token`, the last of the window."""
+        """The new final text after `token`, the last of the window."""
         if self._codec.is_byte(token):
-            return ""  # one byte more may change what the whole run of bytes means
+            return ""  # another byte may change the meaning of the whole run of bytes
         text = self._text()
-        whole = len(text) - text.endswith(REPLACEMENT)  # the last character may still be completed
+        whole = len(text) - text.endswith(REPLACEMENT)  # the last character may be incomplete
         new = text[self._emitted : whole]
         self._emitted = max(self._emitted, whole)
         if text and whole == len(text):
@@ -209,10 +209,10 @@ class TextStream:
         return new
 
     def flush(self) -> str:
-        """The text held back, when no token follows."""
+        """Returns the text that was held back. No token may follow."""
         codec = self._codec
         run = list(itertools.takewhile(codec.is_byte, reversed(self._window)))[::-1]
-        if run:  # one byte too many, and the decoder shows none of the run's characters
+        if run:  # with an incomplete character at its end, the decoder shows no character of the run
             del self._window[len(self._window) - codec.begun(run) :]
         text = self._text()
         if not run and text.endswith(REPLACEMENT) and codec.begun(self._window):
@@ -220,7 +220,7 @@ class TextStream:
         return text[self._emitted :]
 
     def _text(self) -> str:
-        """The window's text as it stands behind the context."""
+        """The window's text after the context."""
         if self._before is None:
             self._before = self._codec.decode_known(self._context, keep_special_tokens=self._keep)
         before = self._before
@@ -234,12 +234,12 @@ def _damaged_decoder(count: int, error: NativeError) -> IntegrityError:
 
 
 def _uncovered_word(text: str, offsets: Sequence[tuple[int, int]]) -> str | None:
-    """The first word of `text` with a visible character that no token covers: a tokenizer silently drops it."""
+    """The first word of `text` with a visible character that no token covers, which the tokenizer silently drops."""
     covered = bytearray(len(text))
     for start, end in offsets:
         covered[start:end] = b"\1" * (end - start)
     for i, character in enumerate(text):
-        # Normalisation may rightly drop control characters and accents.
+        # Normalization may drop control characters and accents.
         if not covered[i] and not character.isspace() and unicodedata.category(character)[0] not in "CM":
             return next(m[0] for m in re.finditer(r"\S+", text) if m.end() > i)
     return None

@@ -1,7 +1,7 @@
-"""The environment of chat templates: Jinja's immutable sandbox, with what templates use beyond plain Jinja.
+"""The environment of chat templates: Jinja's immutable sandbox with the extensions that templates use.
 
-Jinja's sandbox keeps a template away from Python's objects. It does not bound time or memory: a template may loop, as a
-graph may. The child process of `runtime/sandbox/` bounds both.
+Jinja's sandbox keeps a template away from Python's objects. A template may still loop or take memory: the child process
+of `runtime/sandbox/` bounds both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pastkey.values import shown
 if TYPE_CHECKING:
     import jinja2
 
-MAX_SOURCE = 200_000  # characters of a template; the longest public ones have some 30,000
+MAX_SOURCE = 200_000  # characters of a template; the longest public ones have about 30,000
 MAX_OUTPUT = 4_000_000  # characters of a rendering, about a million tokens
 
 
@@ -30,7 +30,7 @@ def environment() -> jinja2.Environment:
         raise missing_extra(error) from None
 
     class GenerationBlock(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}: marks what the assistant says, for training; here its body."""
+        """{% generation %} ... {% endgeneration %} marks the assistant's text for training. Renders its body."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's own form
 
@@ -53,7 +53,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter of this name escapes HTML."""
+    """Replaces Jinja's filter of this name, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -66,7 +66,7 @@ def _time(form: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A copy of JSON's types only, for a template must not reach the methods of anything else."""
+    """A copy made of JSON's types only, so that a template cannot reach methods of other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -76,7 +76,7 @@ def plain(value: Any) -> Any:
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value)
-    tolist = getattr(value, "tolist", None)  # numpy's numbers and arrays
+    tolist = getattr(value, "tolist", None)  # numpy scalars and arrays
     if callable(tolist):
         return plain(tolist())
     raise TypeError(f"{shown(value)} is a {type(value).__name__}; text, numbers, lists and dicts were expected")

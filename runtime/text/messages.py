@@ -1,4 +1,4 @@
-"""Messages of a conversation: what one is, and the file that holds some."""
+"""Messages of a conversation, and the files that store them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text",
 
 
 def message(role: str, content: Content, **more: Any) -> dict[str, Any]:
-    """One message, its parts copied."""
+    """A message, with copies of its parts."""
     return {"role": role, "content": content if isinstance(content, str) else [dict(part) for part in content], **more}
 
 
 def checked_content(name: str, content: Any) -> Content:
-    """A text or its parts. Raises InputError for what is neither, and for a part that is no text."""
+    """`content`, a text or a list of text parts. Raises InputError for anything else."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list | tuple) and content else None
@@ -39,14 +39,14 @@ def checked_content(name: str, content: Any) -> Content:
 
 
 def text_of(content: Content) -> str:
-    """A content as one text, a line for each part."""
+    """The content as one text, with its parts on separate lines."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def save_messages(path: str | Path, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Writes {"messages": [...]} as JSON, whole or not at all.
+    """Writes {"messages": [...]} as JSON, atomically.
 
-    Raises InputError where the file is there and holds something else, OSError where it cannot be written.
+    Raises InputError if the file exists and holds something else, OSError if it cannot be written.
     """
     file = as_path(path)
     if file.is_dir():
@@ -55,12 +55,12 @@ def save_messages(path: str | Path, messages: Sequence[Mapping[str, Any]]) -> No
         raise InputError(f"{file} is there and holds no saved conversation: choose another name")
     try:
         write_json(file, {"messages": list(messages)})
-    except (TypeError, ValueError, RecursionError) as error:  # of a value that JSON does not know
+    except (TypeError, ValueError, RecursionError) as error:  # a value outside JSON
         raise InputError(f"the conversation cannot be saved in {file}: {error}") from None
 
 
 def _is_replaceable(file: Path) -> bool:
-    """Whether a file is empty, or an earlier conversation."""
+    """Whether a file is empty or a saved conversation."""
     try:
         return file.stat().st_size == 0 or isinstance(read_json(file).get("messages"), list)
     except PastkeyError:
@@ -68,9 +68,9 @@ def _is_replaceable(file: Path) -> bool:
 
 
 def read_messages(path: str | Path) -> list[dict[str, Any]]:
-    """What `save_messages` wrote.
+    """Reads a file of `save_messages`.
 
-    Raises MissingFileError, IntegrityError where it is not JSON, InputError where it is no conversation.
+    Raises MissingFileError, IntegrityError for invalid JSON, InputError for anything but a conversation.
     """
     file = as_path(path)
     if file.is_dir():
@@ -83,7 +83,7 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
 
 
 def check_messages(found: Sequence[Any], where: str = "") -> None:
-    """Raises InputError for the first that is no message; `where` is behind its number in the sentence."""
+    """Raises InputError for the first entry that is no message. The error has `where` after its number."""
     for number, entry in enumerate(found, 1):
         name = f"message {number}{where}"
         if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:
@@ -105,10 +105,10 @@ def _is_tool_call(call: Any) -> bool:
 
 
 def read_message(said: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of another program as templates take it. Raises InputError for arguments that are no JSON.
+    """A message of another program in the form that templates take. Raises InputError for arguments of invalid JSON.
 
-    Without the nulls of a table, which has every key in each message. The arguments of tool calls are objects:
-    OpenAI's are JSON texts.
+    Drops nulls, which tables have for the keys of other messages. Parses arguments of tool calls: OpenAI's are JSON
+    texts, templates take objects.
     """
     found = {name: part for name, part in said.items() if part is not None or name == "content"}
     if not found.get("tool_calls"):

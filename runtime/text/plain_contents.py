@@ -1,9 +1,9 @@
-"""Contents as ordinary characters: a user who writes <|im_end|> writes eight characters, and ends no message.
+"""Encodes message contents as plain text: a user's <|im_end|> is ten characters and does not end the message.
 
-A template writes contents and its own control tokens into one text, in which the two look alike. So contents are
-rendered with a separator between the letters of whatever would be read as a control token. Those that are whole in the
-rendering are the template's own; they are encoded under other names, which nobody writes, and the separators are taken
-out. The encoding of the rest is that of the tokenizer, in which there are no control tokens under their own names.
+A template writes contents and its own control tokens into one text, where both look alike. `protect` puts separators
+between the letters of control tokens in contents. The whole control tokens in the rendering are then the template's
+own: `encode` renames them to unused names, removes the separators, and encodes with a copy of the tokenizer that knows
+the control tokens only by these names.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pastkey.files.tokenizer_file import open_tokenizer
 
 from .codec import TextCodec
 
-_SEPARATOR, _NAME = "\ufdd0", "\ufdd1"  # noncharacters, which no text has
+_SEPARATOR, _NAME = "\ufdd0", "\ufdd1"  # noncharacters of Unicode
 _PRIVATE = 0xF0000  # private use: one letter for each control token, between two of _NAME
 _MARK = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 
 class PlainContents:
-    """Encodes renderings of protected contents by a tokenizer."""
+    """Protects contents, and encodes renderings of them."""
 
     def __init__(self, codec: TextCodec) -> None:
         """Raises InputError for a tokenizer whose control tokens cannot be told from text."""
         added = codec.added_tokens
-        # Of the added tokens that are not special, those that look like marks are control tokens, too: <tool_call>.
+        # Added tokens that look like marks, such as <tool_call>, are control tokens even if they are not special.
         controls = {text: token for text, (token, special) in added.items() if special or _MARK.fullmatch(text)}
         self._names = {text: f"{_NAME}{chr(_PRIVATE + i)}{_NAME}" for i, text in enumerate(sorted(controls))}
         longest_first = sorted(map(re.escape, controls), key=len, reverse=True)
@@ -39,7 +39,7 @@ class PlainContents:
         self._codec = _renamed(codec, controls, self._names)
 
     def protect(self, value: Any, but: Collection[str] = ()) -> Any:
-        """A copy of a message, or of another of JSON's values, that `encode` reads as text, but the values of `but`."""
+        """A copy of a message or JSON value that `encode` reads as plain text, except the values of keys `but`."""
         if isinstance(value, str):
             clean = value.replace(_SEPARATOR, "").replace(_NAME, "")
             return self._controls.sub(lambda found: _SEPARATOR.join(found[0]) + _SEPARATOR, clean)
@@ -56,7 +56,7 @@ class PlainContents:
 
 
 def _renamed(codec: TextCodec, controls: Mapping[str, int], new: Mapping[str, str]) -> TextCodec:
-    """A tokenizer with these tokens under other names, and the same ids."""
+    """A copy of the tokenizer that has the control tokens under new names, with the same ids."""
     content = json.loads(codec.to_json())
     for token in content["added_tokens"]:
         token["content"] = new.get(token["content"], token["content"])

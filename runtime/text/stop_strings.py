@@ -1,4 +1,4 @@
-"""Where a streamed text ends: stop strings never show, nor any part of one."""
+"""Stop strings: end a streamed text before a stop string, without showing any part of it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Collection
 
 
 class StopStrings:
-    """Cuts a stream of text before the first of some strings, holding back what may be the beginning of one.
+    """Cuts streamed text before the first stop string; holds back text that may be the beginning of one.
 
-    The strings stand in order, without those that begin with another one, which can tell nothing more. Then all that
-    begin with a text t are beside one another, from where t would stand on, and the one that t begins with, if there is
-    one, is the last before that place: two looks in the order, however many strings there are.
+    The strings are sorted, without those that begin with another one. So all strings that begin with a text t are
+    adjacent, from t's sorted position on, and the one string that t begins with, if any, is the last before that
+    position. Two lookups suffice for any number of strings.
     """
 
     def __init__(self, stops: Collection[str]) -> None:
@@ -20,11 +20,11 @@ class StopStrings:
             if not (self._stops and stop.startswith(self._stops[-1])):
                 self._stops.append(stop)
         self._held = ""
-        self._starts: list[int] = []  # places of the held text where a stop string may have begun
+        self._starts: list[int] = []  # positions in the held text where a stop string may begin
         self.found: str | None = None  # the stop string that ended the text
 
     def push(self, text: str) -> str:
-        """Takes more text; returns the part that no stop string can reach. Once one is `found`, nothing comes."""
+        """Takes more text; returns the part that no stop string can include, and "" once one is `found`."""
         if self.found is not None:
             return ""
         if not self._stops:
@@ -47,5 +47,5 @@ class StopStrings:
         return out
 
     def flush(self) -> str:
-        """The text held back, when no more follows."""
+        """Returns the text that was held back. No more text may follow."""
         return self._held if self.found is None else ""

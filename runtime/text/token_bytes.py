@@ -1,4 +1,4 @@
-"""What each token adds to a text, as bytes, and a text as tokens that add exactly its bytes."""
+"""The bytes that each token adds to a text, and an encoder whose tokens add exactly a text's bytes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pastkey.errors import InputError
 
 from .codec import TextCodec
 
-_FOUR = range(0xF0, 0xF5)  # bytes that begin a character of four
+_FOUR = range(0xF0, 0xF5)  # lead bytes of four-byte characters
 
 
 def token_bytes(codec: TextCodec, size: int) -> list[bytes]:
-    """What each of the ids from 0 to `size` adds to a text; nothing for special tokens and ids without a token.
+    """The bytes that each id below `size` adds to a text; b"" for special tokens and ids without a token.
 
-    Raises InputError where that depends on the tokens beside it, as where a decoder puts spaces between words.
+    Raises InputError if they depend on neighbouring tokens, as with a decoder that puts spaces between words.
     """
     shown = [token for token in range(size) if codec.has_text(token)]
     byte_level = '"ByteLevel"' in json.dumps(json.loads(codec.to_json())["decoder"])
@@ -45,13 +45,13 @@ def token_bytes(codec: TextCodec, size: int) -> list[bytes]:
 
 
 def _stands_alone(codec: TextCodec, token: int, text: str) -> bool:
-    """Whether a token says the same where a text begins, but for the space that SentencePiece drops there."""
+    """Whether a token has the same text at the start of a text, up to the space that SentencePiece drops there."""
     alone = codec.pieces()[token]
     return text == alone or (codec.begins_word(token) and text == " " + alone)
 
 
 def _writable(tokens: Collection[bytes]) -> list[tuple[int, int]]:
-    """Runs of code points that a token holds, or that tokens of one byte make."""
+    """Ranges of code points that a token contains or that single-byte tokens compose."""
     single = {token[0] for token in tokens if len(token) == 1}
     found = {ord(letter) for token in tokens for letter in token.decode(errors="ignore")}
     runs = [(code, code) for code in found | {byte for byte in single if byte < 0x80}]
@@ -59,7 +59,7 @@ def _writable(tokens: Collection[bytes]) -> list[tuple[int, int]]:
         for leads, bits, least in ((range(0xC2, 0xE0), 6, 0x80), (range(0xE0, 0xF0), 12, 0x800), (_FOUR, 18, 0x10000)):
             begins = [((lead & (0x7F >> (bits // 6 + 1))) << bits) for lead in leads if lead in single]
             runs += [(max(begin, least), min(begin + (1 << bits) - 1, 0x10FFFF)) for begin in begins]
-    runs = [(first, 0xD7FF if 0xD800 <= last < 0xE000 else last) for first, last in runs]  # surrogates are none
+    runs = [(first, 0xD7FF if 0xD800 <= last < 0xE000 else last) for first, last in runs]  # without surrogates
     joined: list[tuple[int, int]] = []
     for first, last in sorted(runs):
         if joined and first <= joined[-1][1] + 1:
@@ -70,30 +70,30 @@ def _writable(tokens: Collection[bytes]) -> list[tuple[int, int]]:
 
 
 class ExactEncoder:
-    """Encodes texts that stand in the middle of others: the ids' bytes are the text's, and nothing is put before it.
+    """Encodes text in the middle of a sequence: the bytes of the ids are exactly the text's, without a leading space.
 
     Attributes:
-        characters: The first and the last of each run of code points that tokens can write.
+        characters: Ranges (first, last) of code points that tokens can write.
     """
 
     def __init__(self, codec: TextCodec, tokens: Sequence[bytes]) -> None:
-        """`tokens`: what each id adds, by `token_bytes`."""
+        """`tokens`: the bytes that each id adds, from `token_bytes`."""
         self._codec, self._tokens = codec, tokens
         self._ids = {text: token for token, text in reversed(list(enumerate(tokens))) if text}
         self._longest = max(map(len, self._ids), default=0)
         self.characters = _writable(self._ids)
 
     def __call__(self, text: str) -> list[int]:
-        """The ids, as the tokenizer splits the text where it can be told; those of its beginning that has tokens."""
+        """The ids of a text, split as the tokenizer does if possible, else by longest match up to the first gap."""
         wanted = text.encode()
-        for before in ("", "\n"):  # a tokenizer that puts a space before a text puts it before a line break
+        for before in ("", "\n"):  # a tokenizer that adds a leading space adds it before the line break
             ids = self._end_of(before + text, wanted)
             if ids is not None:
                 return ids
         return self._longest_first(wanted)
 
     def _end_of(self, text: str, wanted: bytes) -> list[int] | None:
-        """The last ids of a text, if they are exactly what is wanted."""
+        """The last ids of a text if their bytes are exactly `wanted`, else None."""
         try:
             ids = self._codec.encode(text, add_special_tokens=False)
         except InputError:

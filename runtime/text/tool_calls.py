@@ -1,10 +1,10 @@
-"""Tool calls in a model's answer: what it wants called, read by the form that its chat template teaches.
+"""Parses tool calls in a model's answer, in the form that its chat template uses.
 
     Hermes, Qwen   <tool_call>{"name": ..., "arguments": {...}}</tool_call>
     Llama 3        <|python_tag|>{"name": ..., "parameters": {...}}, or without the tag
     Mistral        [TOOL_CALLS] [{"name": ..., "arguments": {...}}], later [TOOL_CALLS]name[ARGS]{...}
 
-An answer that is not whole in its form is text.
+An answer that does not parse completely is text.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _JSON = json.JSONDecoder()
 
 
 def tool_call_form(template: str) -> Form | None:
-    """The form that a chat template writes tool calls in, by its text; None where it is none of these."""
+    """The form of tool calls in a chat template, by its text; None if unknown."""
     if _CALLS in template:
         return "mistral"
-    if _OPEN in template and "<function=" not in template:  # there the arguments are XML
+    if _OPEN in template and "<function=" not in template:  # with <function= the arguments are XML
         return "hermes"
     if _PYTHON in template or ("ipython" in template and '"parameters"' in template):
         return "llama3"
@@ -37,16 +37,16 @@ def tool_call_form(template: str) -> Form | None:
 
 
 def parse_tool_calls(text: str, form: Form | None, known: Collection[str] = ()) -> tuple[str, list[Call]]:
-    """The text before the calls, and the calls; the whole text and none where one of them is not in its form.
+    """The text before the calls, and the calls; the whole text and no calls if one of them is malformed.
 
     Args:
         text: An answer, with its special tokens.
-        form: What `tool_call_form` says.
-        known: The names of the tools. A call without a mark must be of one of them.
+        form: The result of `tool_call_form`.
+        known: The names of the tools. A call without a mark must name one of them.
     """
     try:
         said, calls = _read(text, form, known)
-        # What all later code can take: no NaN, no half surrogate pair, no depth without end.
+        # Refuses what later code cannot take: NaN, half surrogate pairs, unbounded depth.
         parse_json(json.dumps(calls, allow_nan=False), "the calls")
     except (ValueError, RecursionError):
         return text, []
@@ -54,7 +54,7 @@ def parse_tool_calls(text: str, form: Form | None, known: Collection[str] = ()) 
 
 
 def _read(text: str, form: Form | None, known: Collection[str]) -> tuple[str, list[Call]]:
-    """Raises ValueError, RecursionError where the text is not in the form."""
+    """As `parse_tool_calls`. Raises ValueError or RecursionError if the text is not in the form."""
     if form == "hermes" and _OPEN in text:
         said, *blocks = text.split(_OPEN)
         return said.rstrip(), [call for block in blocks for call in _block(block)]
@@ -70,7 +70,7 @@ def _read(text: str, form: Form | None, known: Collection[str]) -> tuple[str, li
 
 
 def _block(text: str) -> list[Call]:
-    """What stands between the two marks; the last one may lack the second."""
+    """The calls between the two marks. The closing mark of the last block may be missing."""
     inside, _, after = text.partition(_CLOSE)
     if after.strip():
         raise ValueError("text after a call")
@@ -85,7 +85,7 @@ def _listed(text: str) -> list[Call]:
 
 
 def _sequence(text: str) -> list[Call]:
-    """Objects one after another, with ; between them or nothing."""
+    """The calls of consecutive JSON objects, optionally separated by semicolons."""
     calls: list[Call] = []
     text, place = text.strip(), 0
     while place < len(text):
@@ -101,14 +101,14 @@ def _sequence(text: str) -> list[Call]:
 
 
 def _calls(found: Any) -> list[Call]:
-    """One call or a list of them, as JSON. Raises ValueError where it is neither, and for no call."""
+    """The calls of a JSON object or list. Raises ValueError for other values, and if there is no call."""
     calls = []
     for entry in found if isinstance(found, list) else [found]:
         inner = entry.get("function", entry) if isinstance(entry, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
             raise ValueError("a call has a name")
         arguments = inner.get("arguments", inner.get("parameters"))
-        if isinstance(arguments, str):  # OpenAI's way
+        if isinstance(arguments, str):  # OpenAI's form
             arguments = json.loads(arguments or "{}")
         if arguments is None:
             arguments = {}

@@ -1,4 +1,4 @@
-"""Tools as a chat template takes them: JSON schemas, or Python functions by their hints and docstrings."""
+"""Tools for chat templates: JSON schemas, or Python functions described by type hints and docstrings."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _ARGUMENT = re.compile(r"(\w+)\s*(?:\([^)]*\))?:\s*(.*)")
 
 
 def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Each as {"type": "function", "function": {"name", "description", "parameters"}}.
+    """The tools as {"type": "function", "function": {"name", "description", "parameters"}}.
 
-    Schemas stay as they are; one without parameters takes none.
+    Given schemas stay unchanged; a schema without parameters gets empty ones.
 
-    Raises InputError for what is neither a schema with a name nor a function with hints of JSON's types.
+    Raises InputError for anything but a schema with a name or a function with type hints that JSON can express.
     """
     return [_whole(tool) if isinstance(tool, Mapping) and tool_name(tool) else _schema(tool) for tool in tools]
 
@@ -85,7 +85,7 @@ def _schema(tool: Any) -> dict[str, Any]:
 
 
 def _hint(hint: Any) -> dict[str, Any] | None:
-    """The schema of a type, or None where JSON has none for it."""
+    """The JSON schema of a type hint, or None if JSON has no such type."""
     if hint in _TYPES:
         return dict(_TYPES[hint])
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -110,7 +110,7 @@ def _hint(hint: Any) -> dict[str, Any] | None:
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:
-    """What a function is for, and each argument's meaning, of a docstring in Google's style."""
+    """The summary and the arguments' descriptions of a docstring in Google style."""
     parts = _SECTION.split(text)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     told: dict[str, str] = {}

@@ -1,1 +1,1 @@
-"""Generations that run at the same time are decoded together."""
+"""Decode concurrent requests in one batch."""

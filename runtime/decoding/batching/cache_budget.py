@@ -1,4 +1,4 @@
-"""How much memory the caches may take: asked before they grow, so that a clear error comes in the place of swapping."""
+"""A memory limit for KV caches. It is checked before a cache grows, to raise a clear error instead of swapping."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .prefix_cache import PrefixStore
 
 
 class CacheMemory:
-    """A limit for all caches of a model and its draft: those in use, at the size they may come to, and prefixes too."""
+    """Limits the caches of a model and its draft model: those in use, at their largest size, and stored prefixes."""
 
     def __init__(self, graph: DecoderGraph, stores: Sequence[PrefixStore], most_bytes: int | None) -> None:
-        """`stores` make room in this order."""
+        """`most_bytes`: the limit; None for none. `stores` are evicted in this order."""
         self._graph, self._stores, self._most = graph, stores, most_bytes
         self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
     def estimate(self, tokens: int) -> int:
-        """Bytes of a cache of so many tokens at its largest: no more than the context has, or all windows see.
+        """The largest size in bytes of a cache of `tokens`, capped by the context or the widest attention window.
 
-        Raises InputError for what is no number of tokens.
+        Raises InputError unless `tokens` is a whole number from 0.
         """
         require(is_int(tokens, 0), "tokens", tokens, "a whole number from 0")
         return self._graph.cache_bytes(tokens)
 
     def promise(self, engine: Engine, tokens: int, rows: int = 1) -> None:
-        """Takes note that an engine's cache grows to so many tokens in each of its rows.
+        """Reserves memory for an engine's cache of `tokens` in each of `rows`. Evicts stored prefixes if needed.
 
-        Raises ResourceError where there is no room.
+        Raises ResourceError if there is no room.
         """
         needed = rows * engine.graph.cache_bytes(tokens)
         if self._most is None:
@@ -51,5 +51,5 @@ class CacheMemory:
         self._promised[engine] = needed
 
     def release(self, engine: Engine) -> None:
-        """Forgets an engine that is stored or of no use any more."""
+        """Releases the reservation of an engine that is stored or unused."""
         self._promised.pop(engine, None)

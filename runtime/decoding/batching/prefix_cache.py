@@ -1,7 +1,7 @@
-"""Prefixes: the caches of earlier texts, of which a new prompt takes the one that begins as it does.
+"""Prefix cache: stores the KV caches of ended requests. A new prompt takes the one with the longest shared prefix.
 
-The last text is kept always, for its memory if for nothing else; those of calls that reuse prefixes are kept up to a
-limit, and the one that was used least recently goes first.
+The cache of the last request is always stored, at least to reuse its memory. Caches of requests that reuse prefixes are
+stored up to a limit and evicted least recently used first.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from collections.abc import Sequence
 from ...engine.decoder_graph import DecoderGraph
 from ...engine.engine import Engine
 
-PREFIX_BYTES = 256 * 2**20  # as far as nothing else is asked for
-TAIL = 8  # tokens of an entry that may be lost where it is taken instead of copied
+PREFIX_BYTES = 256 * 2**20  # default limit
+TAIL = 8  # an entry that would lose at most so many tokens is taken instead of copied
 
 
 class PrefixStore:
-    """Engines that nobody runs, the least recently used first. Not for several threads at once."""
+    """Idle engines, the least recently used first. Not thread-safe."""
 
     def __init__(self, graph: DecoderGraph, most_bytes: int = PREFIX_BYTES) -> None:
         self._graph = graph
         self.most_bytes = most_bytes
         self._entries: list[Engine] = []
-        self._spare: Engine | None = None  # the last text of a call that does not reuse prefixes
+        self._spare: Engine | None = None  # of the last request that does not reuse prefixes
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the caches take."""
+        """Bytes of the stored caches."""
         return sum(engine.nbytes for engine in self._all())
 
     def __len__(self) -> int:
         return len(self._all())
 
     def take(self, ids: Sequence[int], *, reuse: bool = True, exact: bool = False) -> tuple[Engine, int]:
-        """An engine for the prompt `ids` (T,), and how many of its first tokens are in the cache.
+        """Returns an engine for the prompt `ids` (T,) and the number of its first tokens in the cache.
 
         Args:
             ids: The prompt.
-            reuse: Whether any may be; without it the engine is empty.
-            exact: Whether only those that a prefill computed.
+            reuse: Whether to reuse a prefix; False returns an empty engine.
+            exact: Whether to reuse only tokens that a prefill computed.
         """
         nearest, shared = self.nearest(ids, exact=exact) if reuse else (None, 0)
         if nearest is None:
@@ -57,7 +57,7 @@ class PrefixStore:
         return engine, shared
 
     def nearest(self, ids: Sequence[int], *, exact: bool = False) -> tuple[Engine | None, int]:
-        """The engine that shares most with `ids` (T,), and how many tokens; None and 0 where none shares any."""
+        """The engine with the longest shared prefix of `ids` (T,) and its length; None and 0 if there is none."""
         nearest, shared = None, 0
         for engine in self._all():
             found = engine.shared_with(ids)
@@ -69,10 +69,10 @@ class PrefixStore:
         return nearest, shared
 
     def put(self, engine: Engine, *, reuse: bool = True) -> None:
-        """Keeps an engine that nobody uses any more, in the place of all that hold no more than its beginning."""
+        """Stores an idle engine. Drops the stored engines that hold only a prefix of it."""
         if not engine.length or engine.nbytes > self.most_bytes:
             return
-        if not reuse or not engine.cached_ids:  # after a shift it begins no text
+        if not reuse or not engine.cached_ids:  # after a shift the cache is no prefix of any sequence
             self._spare = engine
         else:
             ids = engine.cached_ids
@@ -87,12 +87,12 @@ class PrefixStore:
         self.shrink(self.most_bytes)
 
     def shrink(self, most_bytes: int) -> None:
-        """Lets go of the least recently used until the rest takes no more than so many bytes."""
+        """Evicts the least recently used caches until the rest takes at most `most_bytes`."""
         while self._all() and self.nbytes > most_bytes:
             self._drop(self._all()[0])
 
     def clear(self) -> None:
-        """Lets go of all."""
+        """Evicts all caches."""
         self._entries, self._spare = [], None
 
     def _all(self) -> list[Engine]:

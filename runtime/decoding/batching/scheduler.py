@@ -1,19 +1,19 @@
-"""Who runs a step, and for whom: generations over one graph that run at the same time are decoded together.
+"""Run the steps of all requests of one graph, and decode them in one batch where possible.
 
-No thread runs in the background. Whoever waits for the next token of a generation leads: it runs the step for all
-that are alive, and the others wait for its end. A step is at most one chunk of one prompt's prefill, and one run that
-decodes a token of each row that can take one. So a late-comer is read chunk by chunk between the tokens of the others.
+1. A thread that needs a token calls `advance`. No thread runs in the background: one of the callers leads and runs a
+   step for all requests; the others wait until it ends.
+2. The first step of a request calls `Generation.begin`, which gets a KV cache that may hold a prefix of the prompt.
+3. Prefill: each step runs one chunk of one prompt, a small one (PREFILL_BESIDE) while other requests decode.
+4. Decode: each step also runs one batch with a token of each request that can share it. Their caches move into a Slab.
+   A batch decodes up to AHEAD tokens more than were read, so that threads which return one after another, or one
+   thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
+5. A request decodes outside the batch, with drafts, if it is alone, if drafts are faster than the batch (`Pace`), or if
+   it cannot share a run: standard or static graph, another device than the CPU, int8 KV cache. Such requests take
+   turns, one step each.
+6. `leave` removes a closed request between two steps: it leaves the Slab and its cache goes to the PrefixStore.
 
-Rows are decoded ahead of those who read them, by AHEAD tokens at most: threads that come back from their last token one
-after another would otherwise find only themselves, and streams that one thread reads in turn would never meet. A stream
-that nobody reads stops there, and after STALLED steps more its row leaves the shared memory.
-
-A row that is alone runs its own steps with drafts. So do a few whose drafts bring more than a common run does (`Pace`),
-and those that cannot share a run: on the standard and the static graph, on another device, after a long text whose
-cache is int8. These take turns, one step each.
-
-Every change of the caches is the leader's, between two runs. The ids of a generation are the truth: whatever exception
-leaves a step, the caches that the step had bound are dropped, and each of their generations runs its ids again.
+Only the leader changes caches, between two runs. If an exception leaves a step, the step's caches are dropped and their
+requests run their ids again.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from ..generation import Generation
 from .pace import Pace
 from .prefix_cache import PrefixStore
 
-MAX_ROWS = 16  # that share a run; more take turns beside them
-AHEAD = 4  # tokens that are decoded before somebody asks for them, where others are decoded anyway
-STALLED = 16  # steps that a row which nobody reads stays among the others
-PREFILL_BESIDE = 64  # tokens of a prompt in one step, where others wait for theirs
-LOOK_SECONDS = 0.5  # after which a thread that waits looks again, should an interrupt have kept another from telling it
+MAX_ROWS = 16  # largest batch; more requests take turns beside it
+AHEAD = 4  # tokens that a batch may decode before they are read
+STALLED = 16  # steps without a token after which a sequence leaves the slab
+PREFILL_BESIDE = 64  # prompt tokens per step while other requests decode
+LOOK_SECONDS = 0.5  # a waiting thread looks again after this time: an interrupt may have lost its notification
 
 _log = logging.getLogger("pastkey")
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 class Scheduler:
-    """Runs the steps of the generations over one graph.
+    """Runs the steps of all generations over one graph.
 
     Attributes:
-        store: The caches of earlier texts.
-        steps: How many steps were run.
-        batched: How many tokens were decoded in runs of several rows.
+        store: The caches of ended requests.
+        steps: Number of steps.
+        batched: Number of tokens that were decoded in batches.
         closed: Whether `close` was called.
     """
 
@@ -59,25 +59,25 @@ class Scheduler:
         self.steps = self.batched = 0
         self.closed = False
         self._new_lock()
-        self._leader: int | None = None  # the thread that runs a step, or changes the caches
-        self._asking: list[object] = []  # who wants to lead alone, in order of arrival
+        self._leader: int | None = None  # the thread that runs a step or changes the caches
+        self._asking: list[object] = []  # tickets of threads in `_lead_alone`, in order of arrival
         self._live: dict[Generation, None] = {}
-        self._waiting: list[Generation] = []  # who has a thread that waits, in order of their last step
+        self._waiting: list[Generation] = []  # generations with a waiting thread, in order of their last step
         self._slab = Slab(graph, max_rows) if graph.batches and max_rows > 1 else None
-        self._stalled: dict[int, int] = {}  # id of an engine in the slab -> steps without a token
+        self._stalled: dict[int, int] = {}  # id() of an engine in the slab -> steps without a token
         self._pace = Pace()
         self._forks = False  # whether the leader is about to fork
-        self._clears = False  # whether the store is cleared at the end of the step
+        self._clears = False  # whether the end of the step clears the store
         _schedulers.add(self)
 
     def _new_lock(self) -> None:
-        # The lock by itself is entered and left in C, where no interrupt comes between.
+        # `with` on the lock itself runs in C, so no interrupt can come between.
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)  # tells those who wait of the end of a step
+        self._changed = threading.Condition(self._mutex)  # notified at the end of a step
 
-    # --- whoever waits for a token ------------------------------------------------------------------------------------
+    # --- threads that need a token ------------------------------------------------------------------------------------
     def advance(self, generation: Generation) -> None:
-        """Runs steps, or waits while another does, until the generation is `ready`."""
+        """Runs steps, or waits while another thread does, until the generation is `ready`."""
         self._require_outside()
         me = threading.get_ident()
         try:
@@ -97,14 +97,14 @@ class Scheduler:
                 self._tidy()
         finally:
             if self._leader == me:
-                self._leader = None  # before an interrupt can come within a call
+                self._leader = None  # first, before a call that an interrupt could abort
             with self._mutex:
                 if generation in self._waiting:
                     self._waiting.remove(generation)
-                self._changed.notify_all()  # a follower leads now
+                self._changed.notify_all()  # another thread leads now
 
     def _lead_alone(self) -> None:
-        """Waits for the lead, before all who want a step: these would never leave a gap."""
+        """Waits for the lead, with priority over threads that need steps, which would never leave a gap."""
         ticket = object()
         with self._mutex:
             try:
@@ -119,16 +119,16 @@ class Scheduler:
                 self._changed.notify_all()
 
     def _tidy(self) -> None:
-        """Looks after those that have left, and lets another lead."""
+        """Retires closed generations and lets another thread lead."""
         with self._mutex:
             if self._leader is None:
                 self._sweep()
             self._changed.notify_all()
 
     def leave(self, generation: Generation) -> None:
-        """Forgets a generation that is closed: now, or at the end of the step that runs.
+        """Removes a closed generation, at once or at the end of the running step.
 
-        Never waits, since a collector may call it at any moment, in a thread that leads or has the lock.
+        Never waits: the garbage collector may call it at any moment, in a thread that leads or holds the lock.
         """
         self._live[generation] = None
         if self._mutex.acquire(blocking=False):
@@ -139,7 +139,7 @@ class Scheduler:
                 self._mutex.release()
 
     def exclusively(self, action: Callable[[], object]) -> None:
-        """Does something to the caches while no step runs. Raises InputError within a step."""
+        """Calls `action`, which changes caches, while no step runs. Raises InputError when called within a step."""
         self._require_outside()
         me = threading.get_ident()
         try:
@@ -158,12 +158,12 @@ class Scheduler:
             )
 
     def wake(self) -> None:
-        """Lets those who wait look again at what they wait for: one was cancelled."""
+        """Wakes the waiting threads after a cancel."""
         with self._mutex:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends all generations within one step, and lets go of all caches; of a step's own callback, at its end."""
+        """Ends all generations within one step and releases all caches; within a step's own callback, at its end."""
         self.closed = True
         for generation in list(self._live):
             generation.cancel()
@@ -174,18 +174,18 @@ class Scheduler:
 
     @property
     def live(self) -> int:
-        """How many generations have begun and not ended."""
+        """Number of running generations."""
         return len(self._live)
 
-    # --- a process that forks -----------------------------------------------------------------------------------------
+    # --- fork ---------------------------------------------------------------------------------------------------------
     def before_fork(self) -> None:
-        """Waits until no step runs: a child would wait for its end for ever."""
-        if self._leader != threading.get_ident():  # else a step's own callback forks
+        """Waits until no step runs: the child would wait forever for its end."""
+        if self._leader != threading.get_ident():  # else a callback within a step forks
             self._lead_alone()
             self._forks = True
 
     def after_fork(self, *, child: bool) -> None:
-        """Goes on. In the child nobody waits, and what other threads generated has ended."""
+        """Releases the lead. The child has no waiting threads, and generations of other threads have ended there."""
         mine = self._leader == threading.get_ident()
         if child:
             self._new_lock()
@@ -200,11 +200,11 @@ class Scheduler:
 
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
-        """Takes those that have left out of the slab, and hands their caches on. With the lock held, and no leader."""
+        """Retires closed generations, which passes their caches on. The caller holds the lock; no thread leads."""
         closed = [generation for generation in list(self._live) if generation.closed]
         if not closed and not self._clears:
             return
-        self._leader = threading.get_ident()  # a collector may call `leave` within this
+        self._leader = threading.get_ident()  # the garbage collector may call `leave` meanwhile
         try:
             for generation in closed:
                 try:
@@ -219,7 +219,7 @@ class Scheduler:
             self._leader = None
 
     def move_out(self, engine: Engine, *, keep: bool = True) -> None:
-        """Takes a row out of the slab, with its cache or without. Between two runs only."""
+        """Moves an engine out of the slab, with its cache or without. Only between two runs."""
         if self._slab is not None:
             self._stalled.pop(id(engine), None)
             self._slab.remove(engine, keep=keep)
@@ -229,12 +229,12 @@ class Scheduler:
         return self._slab is not None and self._slab.holds(engine)
 
     def _drop(self, generation: Generation) -> None:
-        """The rule of what an exception leaves: a cache that was bound is dropped."""
+        """Drops the cache of a generation that an exception left in an unknown state."""
         self.move_out(generation.engine, keep=False)
         generation.restart()
 
     def _step(self) -> None:
-        """One chunk of a prefill, and one run that decodes."""
+        """Runs one generation's own step, mostly a chunk of its prefill, and one batch that decodes."""
         self.steps += 1
         bound: list[Generation] = []
         try:
@@ -243,7 +243,7 @@ class Scheduler:
                 if not generation.begun:
                     self._guarded(generation, generation.begin)
             together = self._sharing(waiting) if len(self._live) > 1 else []
-            # Who is not decoded with others has a step of its own, one of them each time, in order.
+            # Of the generations outside the batch, one runs a step of its own each time, in turn.
             alone = next((g for g in waiting if g not in together and not g.ready), None)
             bound += together
             if alone is not None:
@@ -267,36 +267,31 @@ class Scheduler:
             raise
 
     def _sharing(self, waiting: list[Generation]) -> list[Generation]:
-        """Those whose next tokens are decoded in one run."""
-        live = [g for g in list(self._live) if g.begun and not g.ended]
-        rows = [g for g in live if g.pending == 1 and self._shares(g)]
+        """The generations of the next batch."""
+        slab, live = self._slab, [g for g in list(self._live) if g.begun and not g.ended]
+        if slab is None:
+            return []
+        rows = [g for g in live if g.pending == 1 and g.engine.length > 0 and not g.engine.decodes_in_int8]
+        # The slab has no room for these.
+        excess = [g for g in rows if not slab.holds(g.engine)][slab.most - len(slab.members) :]
+        rows = [g for g in rows if g not in excess]
         if len(rows) < 2 or self._pace.turns_pay(rows):
             return []
         reading = [g for g in rows if g.ahead < AHEAD]
         return reading if len(reading) > 1 and any(g in waiting for g in reading) else []
 
     def _decodes_beside(self, alone: Generation) -> bool:
-        """Whether others wait for tokens meanwhile."""
+        """Whether other generations decode meanwhile."""
         return any(g is not alone and g.begun and g.pending == 1 and not g.ended for g in list(self._live))
 
-    def _shares(self, generation: Generation) -> bool:
-        """Whether its next token can be decoded in a run with others."""
-        slab, engine = self._slab, generation.engine
-        return slab is not None and engine.length > 0 and not engine.decodes_in_int8 and slab.has_room(engine)
-
     def _decode(self, rows: list[Generation]) -> None:
-        """One token for each of several rows, in one run."""
+        """Decodes one token of each generation in one run."""
         assert self._slab is not None
         for generation in rows:
             self._guarded(generation, generation.make_ready)
         rows = [generation for generation in rows if not generation.ended and generation.pending == 1]
         if not rows:
             return
-        joining = 0
-        for generation in list(rows):  # room was looked at for each alone
-            joining += not self._slab.holds(generation.engine)
-            if len(self._slab.members) + joining > self._slab.most and not self._slab.holds(generation.engine):
-                rows.remove(generation)
         started = time.perf_counter()
         try:
             logits = self._slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])
@@ -310,7 +305,7 @@ class Scheduler:
             self._guarded(generation, lambda g=generation, row=row: _take(g, row))  # type: ignore[misc]
 
     def _park(self, slab: Slab, wanted: set[int]) -> None:
-        """Moves rows out that have had no token for a while, so that the others do not run over them."""
+        """Moves out sequences that had no token for STALLED steps, so that batches do not compute their rows."""
         for engine in list(slab.members):
             steps = 0 if id(engine) in wanted else self._stalled.get(id(engine), 0) + 1
             self._stalled[id(engine)] = steps
@@ -325,7 +320,7 @@ class Scheduler:
                 self._waiting.append(generation)
 
     def _guarded(self, generation: Generation, action: Callable[[], object]) -> None:
-        """An error belongs to the generation that it came of, whoever leads."""
+        """Runs `action`. An exception fails only this generation, not the thread that leads."""
         try:
             action()
         except Exception as error:
@@ -337,7 +332,7 @@ class Scheduler:
 
 
 def _take(generation: Generation, logits: Logits) -> None:
-    """Takes a token by the logits (V,) of a run of several rows, which its engine took in already."""
+    """Checks the logits (V,) of a batched run and samples a token. The engine's cache has advanced already."""
     engine = generation.engine
     engine.graph.check_finite(logits[None, None], engine.length - 1, 1)
     generation.take_together(logits[None])

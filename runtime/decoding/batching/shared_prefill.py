@@ -1,4 +1,4 @@
-"""One prefill for prompts that begin alike: the first computes it, the others copy its cache."""
+"""Share one prefill among prompts with the same beginning: the first computes it, the others copy its KV cache."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from collections.abc import Callable, Sequence
 from ...engine.engine import Engine
 from ..generation import Generation
 
-SHARED_TOKENS = 32  # that prompts begin with, for what they share to be computed once
+SHARED_TOKENS = 32  # prompts that agree in so many first tokens share a prefill
 
 
 class SharedPrefills:
-    """The prompts of one call, by their beginnings."""
+    """The prompts of one call, grouped by their beginnings."""
 
     def __init__(self) -> None:
         self._of: dict[tuple[int, ...], SharedPrefill] = {}
 
     def join(self, ids: Sequence[int]) -> SharedPrefill:
-        """The one of the prompts that begin as `ids` (T,), of which this is one more."""
+        """Adds the prompt `ids` (T,) to the group with its beginning and returns the group."""
         found = self._of.setdefault(tuple(ids[:SHARED_TOKENS]), SharedPrefill())
         found.left += 1
         return found
 
 
 class SharedPrefill:
-    """The cache of the first prompt that begins.
+    """A group of prompts that copy the KV cache of the first one that begins.
 
-    All of it happens in the leader's steps, between two runs. Where a cache cannot be copied (on another device), the
-    first has ended already and its engine does something else, or a window has left the prompt behind, each computes
-    its own.
+    It is used only by the scheduler's leader, between two runs. Each prompt runs its own prefill if the cache cannot be
+    copied: on another device, if the first prompt has ended and its engine is in other use, or if a sliding window has
+    left the prompt behind.
 
     Attributes:
-        left: How many have not begun.
+        left: Number of prompts that have not begun.
     """
 
     def __init__(self) -> None:
         self.left = 0
         self._first: Generation | None = None
-        self._kept: Engine | None = None  # with the first prompt alone
+        self._kept: Engine | None = None  # a copy that holds only the first prompt
 
     def take(self, generation: Generation, move_out: Callable[[Engine], object]) -> tuple[Engine, int] | None:
-        """An engine for a continuation, and how many of the prompt's tokens are in its cache; None for one of its own.
+        """Returns an engine and the number of prompt tokens in its cache; None if the prompt needs its own prefill.
 
-        `move_out`: takes an engine out of the memory that it shares with others.
+        `move_out`: moves an engine out of the slab.
         """
         self.left -= 1
         if self._first is None:

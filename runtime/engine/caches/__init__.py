@@ -1,14 +1,14 @@
-"""The key/value caches, one file per form.
+"""The KV caches, one file per form.
 
-An engine has one of two, `CachePair` or `StaticGraphs`, which `DecoderGraph.new_cache` chooses. Both have these verbs:
+`DecoderGraph.new_cache` gives an engine a `CachePair` or a `StaticGraphs`. Both have these methods:
 
-    length, batch, nbytes             tokens per row, with padding; rows; bytes
-    for_run(batch, tokens, padded)    the cache that the next run goes through, with room for its tokens in each row
-    reserve(batch, tokens)            makes room for new tokens
-    trim(length), reset()             forget all but the first tokens of each row; forget all
-    drop(start, end, moved)           forgets tokens within; the rows behind them move up
-    rows(length), fill(rows)          the first tokens of each tensor, (B, K, length, D); takes copies of such rows
-    layer(index)                      copies of one attention call's keys and values, each (B, K, length, D)
+    length, batch, nbytes             tokens per sequence, with padding; sequences; bytes
+    for_run(batch, tokens, padded)    the cache for the next run, with room for its tokens in each sequence
+    reserve(batch, tokens)            allocates room for new tokens
+    trim(length), reset()             trim each sequence to its first tokens; forget all
+    drop(start, end, moved)           evicts tokens in between; the later ones move up
+    rows(length), fill(rows)          the first tokens of each tensor, (B, K, length, D), keys and values in turn, as
+                                      views in CPU memory; copies such rows in
 
-A run is `for_run`, `DecoderGraph.run` through the cache that it returned, and that cache's `advance`.
+A run is `for_run`, `DecoderGraph.run` with the returned cache, and that cache's `advance`.
 """

@@ -1,7 +1,7 @@
-"""A cache of fixed shapes, for providers that compile a graph anew where a shape changes, and for static graphs.
+"""KV caches of fixed shapes, for static graphs and for providers that compile a graph anew for each shape.
 
-Past is an array of `capacity` rows per tensor, of which the first `length` are real. The others are holes: the mask
-hides them. A run's new rows stand behind all past columns, holes included, and are written to the array afterwards.
+Past is one array of `capacity` rows per tensor. The first `length` rows are real; the mask hides the others, called
+holes. A run computes its new rows behind all past columns, holes included, and then copies them into the array.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rows = npt.NDArray[Any]
 
 
 class FixedRows:
-    """Keys and values of `length` tokens in each of `batch` rows, in arrays with room for `capacity`.
+    """Keys and values of `length` tokens in each of `batch` sequences, in arrays of `capacity` rows.
 
     `arrays` are (B, K, capacity, D), keys and values of each attention call in turn; `past` and `present` are the names
     of the graph's inputs and outputs in the same order.
@@ -36,7 +36,7 @@ class FixedRows:
     ) -> None:
         self.batch = 0  # B
         self.capacity = 0
-        self.length = 0  # tokens per row, padding included
+        self.length = 0  # tokens per sequence, padding included
         self.arrays: list[Rows] = []
         self.past = [name(i) for i in range(len(layers)) for name in (names.past_key, names.past_value)]
         self.present = [name(i) for i in range(len(layers)) for name in (names.present_key, names.present_value)]
@@ -46,13 +46,13 @@ class FixedRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the arrays take now."""
+        """Current size of the arrays in bytes."""
         return sum(array.nbytes for array in self.arrays)
 
     def grow(self, batch: int, needed: int) -> None:
-        """Makes room for `needed` tokens: a quarter more at least, a multiple of the step, the context at most.
+        """Grows to `needed` tokens: by at least a quarter, to a multiple of GROWTH_STEP, at most to the context.
 
-        Raises InputError where the cache holds tokens of another number of rows.
+        Raises InputError if the cache holds tokens of another number of sequences.
         """
         if self.length and batch != self.batch:
             raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
@@ -67,59 +67,52 @@ class FixedRows:
         self.arrays, self.batch, self.capacity = grown, batch, capacity
 
     def empty(self, batch: int, rows: int) -> list[Rows]:
-        """An array (B, K, rows, D) of zeros for each tensor."""
+        """Zeros (B, K, rows, D) for each tensor."""
         return [np.zeros((batch, heads, rows, size), self._dtype) for heads, size in self._sizes]
 
     def write(self, new: Sequence[Rows], at: int, first: int, tokens: int) -> None:
-        """Copies `tokens` rows of each of `new` (B, K, >= first + tokens, D), from `first` on, to the position `at`."""
+        """Copies rows `first` to `first + tokens` of each of `new` (B, K, rows, D) to position `at` of the cache."""
         for array, rows in zip(self.arrays, new, strict=True):
             array[:, :, at : at + tokens] = rows[:, :, first : first + tokens]
 
     def trim(self, length: int) -> None:
-        """Forgets all but the first `length` tokens of each row."""
+        """Trims each sequence to its first `length` tokens."""
         if not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
         self.length = length
 
     def drop(self, start: int, end: int, moved: Moved) -> None:
-        """As that of a KVCache."""
+        """See `KVCache.drop`."""
         move_up(self.arrays, start, end, self.length, moved)
         self.length -= end - start
 
     def reset(self) -> None:
-        """Forgets everything. The arrays are kept for the next prompt."""
+        """Forgets all tokens. The arrays stay for the next prompt."""
         self.length = 0
 
     def rows(self, length: int) -> list[Rows]:
-        """The first `length` tokens of each array, (B, K, length, D): views, which change with the cache."""
+        """Views of the first `length` tokens of each array, (B, K, length, D)."""
         if not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
         return [array[:, :, :length] for array in self.arrays]
 
     def fill(self, rows: Sequence[Rows]) -> None:
-        """Takes copies of what `rows` of another cache of this graph gave, in place of what is here."""
+        """Replaces the content by copies of `rows`, as `rows` of another cache of this graph returned them."""
         self.reset()
         self.reserve(rows[0].shape[0], rows[0].shape[2])
         self.write(rows, 0, 0, rows[0].shape[2])
         self.length = rows[0].shape[2]
 
     def reserve(self, batch: int, tokens: int) -> None:
-        """Makes room for `tokens` new tokens in each of `batch` rows."""
+        """Allocates room for `tokens` new tokens in each of `batch` sequences."""
         self.grow(batch, self.length + tokens)
-
-    def layer(self, index: int) -> tuple[Rows, Rows]:
-        """Copies of one attention call's keys and values, each (B, K, length, D)."""
-        if not self.length:
-            raise InputError("the cache is empty")
-        keys, values = (self.arrays[2 * index + i][:, :, : self.length].copy() for i in (0, 1))
-        return keys, values
 
 
 class FixedKVCache(FixedRows):
-    """The standard graph's cache where sizes that change are slow: past keeps its size until it is full, then grows.
+    """The standard graph's cache for providers with slow shape changes: past grows only when it is full.
 
-    Only for a graph in which a hole is padding as any other. It has the verbs of a KVCache: a run is `reserve`,
-    onnxruntime's run, `advance`; a run that failed between them leaves the cache as it was.
+    Only for graphs that treat a hole as padding. It has the methods of a KVCache: a run is `reserve`, onnxruntime's
+    run, `advance`; a run that fails in between leaves the cache unchanged.
     """
 
     def __init__(
@@ -134,13 +127,13 @@ class FixedKVCache(FixedRows):
         super().__init__(layers, context_length=context_length, dtype=dtype)
         self.onnx = onnx
         self.binding = Binding(onnx)
-        self._columns = 0  # of past in the run that was reserved
-        self._out: list[Rows] = []  # (B, K, columns + T, D): what that run writes
+        self._columns = 0  # columns of past in the reserved run
+        self._out: list[Rows] = []  # (B, K, columns + T, D): outputs of that run
 
     def reserve(self, batch: int, tokens: int) -> None:
-        """Makes room for `tokens` new tokens in each of `batch` rows and binds past and present."""
+        """Allocates room for `tokens` new tokens in each of `batch` sequences; binds past and present."""
         self.grow(batch, self.length + tokens)
-        # Before the first token, past is empty and not all holes.
+        # Before the first token, past is empty: it has no holes.
         past = self.arrays if self.length else self.empty(batch, 0)
         self._columns = past[0].shape[2]
         if not self._out or self._out[0].shape[::2] != (batch, self._columns + tokens):
@@ -159,6 +152,6 @@ class FixedKVCache(FixedRows):
         return columns
 
     def advance(self, tokens: int) -> None:
-        """Takes in the tokens of the run that has just ended."""
+        """Appends the tokens of the run that just ended."""
         self.write(self._out, self.length, self._columns, tokens)
         self.length += tokens

@@ -1,7 +1,7 @@
-"""Decoding after a long text: a second graph over the same weights whose cache is int8.
+"""Decoding with an int8 KV cache after a long prefix, by a second graph over the same weights.
 
-Attention over a long cache reads more bytes than the weights are, and a quarter of them in int8. Prefill stays with
-float32, which is faster there. Rows are rounded once, before the first token that is decoded here.
+Attention over a long cache reads more bytes than the weights; int8 reads a quarter of them. Prefill stays in float32,
+which is faster there. Rows are rounded once, before the first token that decodes in int8.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Rows = npt.NDArray[Any]
 
 # The oldest onnxruntime whose GroupQueryAttention takes an int8 cache on the CPU.
 MIN_ONNXRUNTIME = "1.27.0"
-# Tokens in the cache from which on it pays: below, the second graph's memory buys nothing.
+# Cached tokens from which int8 is faster; below, the second graph only costs memory.
 INT8_KV_FROM = 1024
-# Tokens of a run that still counts as decoding.
+# Largest number of tokens of a run that counts as decoding.
 MAX_DECODE_TOKENS = MAX_DRAFT_TOKENS + 1
 
 
 class CachePair:
-    """A float32 cache, and an int8 one that decodes one row after a long text: one cache to whoever uses it.
+    """A float32 KV cache and an int8 one, used as one. The int8 cache decodes one sequence after a long prefix.
 
-    Each may have rows that the other has not, behind those that both have. A run is `for_run`, onnxruntime's run by the
-    cache that it gives, and that cache's `advance`.
+    Behind their common rows, either may hold rows that the other lacks. A run is `for_run`, onnxruntime's run with the
+    returned cache, and that cache's `advance`.
     """
 
     def __init__(
@@ -56,13 +56,12 @@ class CachePair:
 
         Args:
             onnx: The onnxruntime.InferenceSession of a graph with a float32 cache.
-            manifest: The bundle's.
-            provider: The row of the execution provider that runs it.
-            device_id: Which of several such devices.
-            open_int8: Opens the session of the int8-KV graph, at the first token that is decoded there; None where
-                there is no such graph.
-            int8_from: Tokens in the cache from which on a token is decoded with int8, where onnxruntime can; None for
-                never.
+            manifest: The bundle's manifest.
+            provider: The table row of the execution provider.
+            device_id: Index of the device.
+            open_int8: Opens the session of the int8-KV graph, at the first token that it decodes; None without such a
+                graph.
+            int8_from: Cached tokens from which a token decodes with int8, if onnxruntime can; None for never.
         """
         shared = manifest.graph == "fused"
         context = manifest.context_length
@@ -93,7 +92,7 @@ class CachePair:
 
     @property
     def length(self) -> int:
-        """Tokens per row, padding included."""
+        """Tokens per sequence, padding included."""
         return self.float32.length if self.int8 is None else max(self.float32.length, self.int8.length)
 
     def reset(self) -> None:
@@ -102,28 +101,28 @@ class CachePair:
             cache.reset()
 
     def trim(self, length: int) -> None:
-        """Forgets all but the first `length` tokens of each row. Raises InputError where there are fewer."""
+        """Trims each sequence to its first `length` tokens. Raises InputError if the cache has fewer."""
         longest = max(self._caches, key=lambda cache: cache.length)
         longest.trim(length)
         for cache in self._caches:
             cache.trim(min(length, cache.length))
 
     def drop(self, start: int, end: int, moved: Moved) -> None:
-        """As that of a KVCache. What moves is rounded to int8 anew."""
+        """See `KVCache.drop`. Moved rows are rounded to int8 again."""
         self._dequantize()
         if self.int8 is not None:
             self.int8.trim(min(start, self.int8.length))
         self.float32.drop(start, end, moved)
 
     def reserve(self, batch: int, tokens: int) -> None:
-        """Makes room for `tokens` that several runs prefill in each of `batch` rows, by one growth."""
+        """Allocates room at once for `tokens` that several runs prefill in each of `batch` sequences."""
         self._dequantize()
         self.float32.reserve(batch, tokens)
 
     def for_run(self, batch: int, tokens: int, *, padded: bool) -> KVCache | FixedKVCache:
-        """The cache that the next run of `tokens` in each of `batch` rows goes through, with all tokens so far.
+        """The cache for the next run of `tokens` in each of `batch` sequences: it holds all tokens and has room.
 
-        It has room for them. `padded`: some row of the cache or of the run has padding.
+        `padded`: whether the cache or the run has padding.
         """
         one_row = batch == self.float32.batch == 1 and not padded
         cache: KVCache | FixedKVCache
@@ -135,34 +134,29 @@ class CachePair:
         cache.reserve(batch, tokens)
         return cache
 
-    def layer(self, index: int) -> tuple[Rows, Rows]:
-        """Copies of one attention call's keys and values, each (B, K, length, D) float32."""
-        self._dequantize()
-        return self.float32.layer(index)
-
     def rows(self, length: int) -> list[Rows]:
-        """As those of the float32 cache."""
+        """See `KVCache.rows`; in float32."""
         self._dequantize()
         return self.float32.rows(length)
 
     def fill(self, rows: Sequence[Rows]) -> None:
-        """As that of the float32 cache."""
+        """See `KVCache.fill`."""
         self.reset()
         self.float32.fill(rows)
 
     @property
     def batch(self) -> int:
-        """Rows."""
+        """Number of sequences."""
         return self.float32.batch
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors take now."""
+        """Current size of the tensors in bytes."""
         return sum(cache.nbytes for cache in self._caches)
 
     @property
     def decodes_in_int8(self) -> bool:
-        """Whether the next token of one row would be decoded with the int8 cache."""
+        """Whether the next token of one sequence would decode with the int8 cache."""
         return self.length >= self._int8_from
 
     @property
@@ -170,7 +164,7 @@ class CachePair:
         return [self.float32] if self.int8 is None else [self.float32, self.int8]
 
     def _quantize(self) -> KVCache:
-        """The int8 cache, with the rows rounded that float32 alone had."""
+        """Rounds the rows that only the float32 cache has to int8. Returns the int8 cache."""
         if self.int8 is None:
             assert self._open_int8 is not None
             self.int8 = self._make_int8(self._open_int8())
@@ -178,7 +172,7 @@ class CachePair:
         return self.int8
 
     def _dequantize(self) -> None:
-        """Gives the rows that int8 alone has to float32."""
+        """Copies the rows that only the int8 cache has to the float32 cache."""
         if self.int8 is not None:
             _copy(self.int8, self.float32, self._scales, lambda rows, scales: rows * scales)
 
@@ -198,7 +192,7 @@ def _copy(
     scales: list[Rows],
     converted: Callable[[Rows, Rows], Rows],
 ) -> None:
-    """Copies the rows of `source` behind the last one of `target`."""
+    """Appends to `target` the rows that only `source` has."""
     first, end = target.length, source.length
     if first >= end:
         return

@@ -1,4 +1,4 @@
-"""The cache of keys and values: what the tokens so far left in every attention call."""
+"""The KV cache: keys and values of the tokens so far, for each attention call."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
 
-GROWTH_STEP = 128  # rows by which a shared buffer grows at least
+GROWTH_STEP = 128  # smallest growth of a shared buffer, in rows
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One cached tensor of the graph, (B, kv_heads, P, head_size), or (B, rows, head_size) of a short convolution."""
+    """A cached tensor of the graph: (B, kv_heads, P, head_size), or (B, rows, head_size) for a short convolution."""
 
     past: str  # input
     present: str  # output
-    kv_heads: int | None  # None of a convolution
+    kv_heads: int | None  # None for a convolution
     head_size: int
 
 
 class KVCache:
-    """Keys and values of `length` tokens in each of `batch` rows, bound to one graph's inputs and outputs.
+    """Keys and values of `length` tokens in each of `batch` sequences, bound to one graph's inputs and outputs.
 
-    `binding` is what the next run goes through: the graph binds the rest to it.
+    `binding` is the IOBinding of the next run; the graph binds its other inputs and outputs to it.
 
     Shared form (the fused graph): past and present are one buffer of `capacity` rows, and a run writes the new rows
-    into it. It grows in steps, because a buffer of the whole context would be paid for by the shortest prompt. A
-    row of a padded batch keeps its real tokens first, without its padding.
+    into it. The buffer grows in steps, since a short prompt should not allocate the whole context. A padded sequence
+    holds its real tokens first, without padding.
 
     Concatenating form (the standard graph): a run returns new tensors, which become the next run's past.
 
-    A run is `reserve`, onnxruntime's run, `advance`. After an exception within a method its owner drops the cache.
+    A run is `reserve`, onnxruntime's run, `advance`. After an exception in a method the owner drops the cache.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class KVCache:
         dtype: type[np.generic] = np.float32,
         states: Sequence[StateGeometry] = (),
     ) -> None:
-        """`onnx` is the onnxruntime.InferenceSession; `provider`, the row of what runs it, says where tensors live."""
+        """`onnx` is the onnxruntime.InferenceSession. `provider` determines the device of the tensors."""
         self.onnx = onnx
         self.binding = Binding(onnx)
-        # What a run allocated lives as long as its binding keeps it, up to onnxruntime 1.23 at least: the concatenating
-        # form takes turns, so that the last run's tensors outlast the binding of the next.
+        # Tensors that a run allocates live as long as its binding (at least up to onnxruntime 1.23). The concatenating
+        # form alternates two bindings, so that the last run's tensors outlive the next binding.
         self._other_binding = self.binding if shared else Binding(onnx)
         self._shared = shared
         self._context_length = context_length
         self._device, self._device_id = provider.device, device_id
         self._from_runs = not provider.allocates
-        self._moving = False  # whether the next run moves a shared buffer from the processor's memory to the device
+        self._moving = False  # whether the next run moves a shared buffer from CPU memory to the device
         self._dtype = np.dtype(dtype)
         self._tensors: list[_Tensor] = []
         for i, layer in enumerate(layers):
@@ -77,35 +77,35 @@ class KVCache:
                 _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
             ]
         assert not (shared and states)
-        self._trims = not states  # whether some tokens can be forgotten: the last rows do not tell those before them
+        self._trims = not states  # a convolution state cannot be rolled back to an earlier token
         for i, state in enumerate(states):
             self._tensors.append(_Tensor(names.past_conv(i), names.present_conv(i), None, state.size))
         self._state_rows = sum(state.rows * state.size for state in states)
         self._values: list[Any] = []  # one OrtValue per tensor
-        # Of a shared buffer on the CPU its memory, (B, K, capacity, D): keys and values of each call in turn.
+        # Memory of a shared buffer on the CPU, (B, K, capacity, D): keys and values of each attention call in turn.
         self.arrays: list[npt.NDArray[Any]] = []
         self._capacity = 0
         self.batch = 0  # B
-        self.length = 0  # tokens per row, padding included
+        self.length = 0  # tokens per sequence, padding included
 
     def __del__(self) -> None:
-        # In the other order, the end of a session on WebGPU is a segmentation fault.
+        # The session goes last: the other order segfaults on WebGPU.
         for name in ("_values", "binding", "_other_binding", "onnx"):
             vars(self).pop(name, None)
 
     @property
     def capacity(self) -> int:
-        """Rows that the tensors have room for."""
+        """Number of rows that fit into the tensors."""
         return self._capacity if self._shared else self.length
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors take now."""
+        """Current size of the tensors in bytes."""
         row = sum((tensor.kv_heads or 0) * tensor.head_size for tensor in self._tensors)
         return self.batch * (self.capacity * row + self._state_rows) * self._dtype.itemsize
 
     def reserve(self, batch: int, tokens: int) -> None:
-        """Makes room for `tokens` new tokens in each of `batch` rows and binds what changed by that."""
+        """Allocates room for `tokens` new tokens in each of `batch` sequences and binds the changed tensors."""
         if self.length and batch != self.batch:
             raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
         if self._shared:
@@ -120,15 +120,15 @@ class KVCache:
             self.binding.bind_output(tensor.present, self._device, self._device_id)
 
     def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The graph's attention_mask of the `mask` (B, S): here, each column is a token."""
+        """The graph's attention_mask for the `mask` (B, S): the same, since each column is a token."""
         return mask
 
     def advance(self, tokens: int) -> None:
-        """Takes in the tokens of the run that has just ended."""
+        """Appends the tokens of the run that just ended."""
         self.length += tokens
         if self._shared and not self._moving:
             return
-        # `reserve` binds before the engine binds its logits, and onnxruntime keeps the order of binding.
+        # `reserve` binds these outputs before the logits, and onnxruntime keeps the order of binding.
         self._values = self.binding.get_outputs()[: len(self._tensors)]
         if not self._shared:
             self.binding, self._other_binding = self._other_binding, self.binding
@@ -138,7 +138,7 @@ class KVCache:
             self._bind_shared(tensor, value)
 
     def trim(self, length: int) -> None:
-        """Forgets all but the first `length` tokens of each row."""
+        """Trims each sequence to its first `length` tokens."""
         self._require_trimmable(length)
         if not self._shared and length < self.length:
             if not length:
@@ -148,9 +148,9 @@ class KVCache:
         self.length = length
 
     def drop(self, start: int, end: int, moved: Moved) -> None:
-        """Forgets the tokens from `start` to `end` of each row; those behind move up.
+        """Evicts the tokens from `start` to `end` of each sequence; later ones move up.
 
-        `moved` gives the rows behind of each tensor as they are in their new places.
+        `moved` transforms the moved rows of each tensor to their new positions.
         """
         if self.arrays:
             move_up(self.arrays, start, end, self.length, moved)
@@ -160,24 +160,17 @@ class KVCache:
         self.fill([np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)])
 
     def reset(self) -> None:
-        """Forgets everything. A shared buffer is kept for the next prompt."""
+        """Forgets all tokens. A shared buffer stays for the next prompt."""
         self.length = 0
         if not self._shared:
             self._values = []
             self.binding.clear_binding_outputs()
             self._other_binding.clear_binding_outputs()
 
-    def layer(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Copies of one attention call's keys and values, each (B, K, length, D)."""
-        if not self.length:
-            raise InputError("the cache is empty")
-        keys, values = (self._values[2 * index + i].numpy()[:, :, : self.length] for i in (0, 1))
-        return keys.copy(), values.copy()
-
     def rows(self, length: int) -> list[npt.NDArray[Any]]:
-        """The first `length` tokens of each tensor, (B, K, length, D), and of states all that they hold.
+        """The first `length` tokens of each tensor, (B, K, length, D), and whole convolution states.
 
-        Views where the memory is the processor's: they change with the cache.
+        In CPU memory these are views of the cache.
         """
         self._require_trimmable(length)
         arrays = [value.numpy() for value in self._values]
@@ -187,7 +180,7 @@ class KVCache:
         ]
 
     def fill(self, rows: Sequence[npt.NDArray[Any]]) -> None:
-        """Takes copies of what `rows` of another cache of this graph gave, in place of what is here."""
+        """Replaces the content by copies of `rows`, as `rows` of another cache of this graph returned them."""
         self.reset()
         batch, length = rows[0].shape[0], rows[0].shape[2]
         if not self._shared:
@@ -202,7 +195,7 @@ class KVCache:
         self.batch, self.length = batch, length
 
     def place(self, index: int, array: npt.NDArray[Any]) -> None:
-        """Moves one tensor of a shared buffer of one row, on the processor, to `array` (1, K, capacity, D)."""
+        """Moves one tensor of one sequence's shared buffer on the CPU to `array` (1, K, capacity, D)."""
         assert self._shared, "a concatenating cache has no memory of its own"
         assert (1, self.length) <= (self.batch, array.shape[2]), f"{self.length} tokens do not fit {array.shape}"
         array[:, :, : self.length] = self.arrays[index][:, :, : self.length]
@@ -210,7 +203,7 @@ class KVCache:
         self._capacity = array.shape[2]
 
     def move_out(self) -> None:
-        """Moves a shared buffer to memory of its own."""
+        """Moves a shared buffer out of a slab to its own memory."""
         self._capacity = 0
         self._grow(1, max(1, self.length))
 
@@ -224,20 +217,20 @@ class KVCache:
             )
 
     def _grow(self, batch: int, needed: int) -> None:
-        """Moves the buffers to larger ones: at least a quarter more, a multiple of the step, the context at most."""
+        """Moves to larger buffers: at least a quarter more, a multiple of GROWTH_STEP, at most the context."""
         wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
         capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
         if not self.length:
             self._values, self.arrays = [], []
         self.batch, self._capacity, self._moving = batch, capacity, self._from_runs
-        for i, tensor in enumerate(self._tensors):  # one at a time is held twice
+        for i, tensor in enumerate(self._tensors):  # holds only one tensor twice at a time
             array = np.zeros(self._shape(tensor, capacity), self._dtype)
             if self.length:
                 array[:, :, : self.length] = self._values[i].numpy()[:, :, : self.length]
             self._move(i, array)
 
     def _move(self, index: int, array: npt.NDArray[Any]) -> None:
-        """Lets `array`, which has the tokens so far, be the buffer of one tensor, and binds it."""
+        """Makes `array`, which holds the tokens so far, the buffer of one tensor, and binds it."""
         tensor, value = self._tensors[index], self._place(array)
         self._values[index : index + 1] = [value]
         if self._device == "cpu":
@@ -258,7 +251,7 @@ class KVCache:
         return (self.batch, tensor.kv_heads, rows, tensor.head_size)
 
     def _place(self, array: npt.NDArray[Any]) -> Any:
-        """An OrtValue with this content, on the device where that can be; on the CPU it is the array itself."""
+        """An OrtValue with this content, on the device if the provider allocates there; on the CPU it shares memory."""
         return onnxruntime.OrtValue.ortvalue_from_numpy(
             array, "cpu" if self._from_runs else self._device, 0 if self._from_runs else self._device_id
         )

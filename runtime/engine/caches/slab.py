@@ -1,8 +1,7 @@
-"""Rows of several engines in one memory, so that one run decodes a token of each.
+"""A slab holds the KV caches of several engines in one buffer, so that one batched run decodes a token of each.
 
-GroupQueryAttention takes a shared buffer (B, K, capacity, D) whose rows have lengths of their own. The buffers of the
-engines that are in a slab are its rows: row i alone is the contiguous part [i : i + 1], through which its engine runs
-what it runs alone, and the first n rows together are what a run of all goes through.
+GroupQueryAttention takes a shared buffer (B, K, capacity, D) with a length per row. Each engine in a slab owns one row:
+its own runs use the contiguous part [i : i + 1], and batched runs use the first n rows together.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from ..engine import Engine
 from .int8_kv import CachePair
 from .kv import GROWTH_STEP, KVCache
 
-_FIRST_ROWS = 4  # room at first; then twice as much each time
+_FIRST_ROWS = 4  # initial number of rows; it doubles at each growth
 
 
 class Slab:
-    """The memory of up to `most` engines over one graph, which must have `batches`.
+    """The cache memory of up to `most` engines over one graph, which must have `batches`.
 
     Attributes:
         members: The engines, by row.
-        most: As many there may be.
+        most: Largest number of engines.
     """
 
     def __init__(self, graph: DecoderGraph, most: int) -> None:
@@ -42,7 +41,7 @@ class Slab:
         self._graph, self.most = graph, most
         self._arrays: list[npt.NDArray[Any]] = []  # (rows, K, capacity, D), keys and values of each call in turn
         self._rows = self._capacity = 0
-        self._bound = 0  # rows that the binding is of
+        self._bound = 0  # number of bound rows
         layers = graph.manifest.layers
         sizes = [(layer.kv_heads, size) for layer in layers for size in (layer.key_head_size, layer.value_head_size)]
         self._sizes = sizes  # K, D
@@ -51,19 +50,18 @@ class Slab:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the arrays take where all of them are used; the system hands out what is written."""
+        """Bytes of the arrays, allocated lazily by the system as rows are written."""
         return sum(array.nbytes for array in self._arrays)
 
     def columns(self, mask: Ids) -> Ids:
-        """The graph's attention_mask of the `mask` (B, S)."""
+        """The graph's attention_mask for the `mask` (B, S)."""
         return mask
 
     def decode(self, engines: Sequence[Engine], tokens: Sequence[int]) -> list[Logits]:
         """Appends a token to each of several engines in one run; returns the logits (V,) of each, in their order.
 
-        They stand in arrays that the next run may write into.
-        Those that are not in the slab yet move in. The caller sees to it that there is room (`has_room`) and that the
-        logits are finite. An exception drops the caches of all engines here, and they leave the slab.
+        The next run may overwrite the returned arrays. Engines outside the slab move in. The caller checks that there
+        is room and that the logits are finite. An exception drops the caches of all engines in the slab and empties it.
         """
         with self._changing(engines):
             for engine in engines:
@@ -73,7 +71,7 @@ class Slab:
 
     @contextlib.contextmanager
     def _changing(self, engines: Sequence[Engine]) -> Iterator[None]:
-        """Drops the caches of `engines` and of all members where an exception comes of the block."""
+        """Drops the caches of `engines` and of all members if the block raises."""
         try:
             yield
         except BaseException:
@@ -88,7 +86,7 @@ class Slab:
         count = max(rows) + 1
         self._make_room(self._rows, max(_cache(member).length for member in self.members[:count]) + 1)
         self._bind(count)
-        # A row that nobody wants now writes the place behind its last token, which is written again when it goes on.
+        # An idle row computes token 0 behind its last token; its own next token overwrites that position.
         ids = np.zeros((count, 1), np.int64)
         ids[rows, 0] = tokens
         lengths = np.array([_cache(member).length for member in self.members[:count]], np.int64)
@@ -98,18 +96,17 @@ class Slab:
             engine.note_batched(token)
         return [logits[row, 0] for row in rows]
 
-    def has_room(self, engine: Engine) -> bool:
-        """Whether an engine is in it, or may move in."""
-        return len(self.members) < self.most or self.holds(engine)
-
     def holds(self, engine: Engine) -> bool:
-        """Whether an engine is in it."""
-        return any(member is engine for member in self.members)
+        """Whether an engine is in the slab."""
+        return self._row_of(engine) is not None
+
+    def _row_of(self, engine: Engine) -> int | None:
+        return next((row for row, member in enumerate(self.members) if member is engine), None)
 
     def join(self, engine: Engine) -> None:
-        """Moves an engine in, unless it is there with all its buffers."""
+        """Moves an engine in, unless all its buffers are in the slab already."""
         cache = _cache(engine)
-        row = next((row for row, member in enumerate(self.members) if member is engine), None)
+        row = self._row_of(engine)
         if row is not None:
             if not self._is_home(engine):
                 self._make_room(self._rows, cache.length + 1)
@@ -121,8 +118,8 @@ class Slab:
         self._settle(len(self.members) - 1)
 
     def remove(self, engine: Engine, *, keep: bool = True) -> None:
-        """Moves an engine out, to memory of its own; with `keep=False` its cache is dropped."""
-        row = next((row for row, member in enumerate(self.members) if member is engine), None)
+        """Moves an engine out to its own memory; `keep=False` drops its cache."""
+        row = self._row_of(engine)
         if row is None:
             return
         with self._changing([engine]):
@@ -139,13 +136,13 @@ class Slab:
             self._forget()
 
     def _forget(self) -> None:
-        """Lets go of all members and of the memory."""
+        """Releases all members and the memory."""
         self.members = []
         self._arrays, self._rows, self._capacity, self._bound = [], 0, 0, 0
         self.binding = Binding(self.onnx)
 
     def _is_home(self, engine: Engine) -> bool:
-        """Whether a member's buffers are here: it may have outgrown its row in a run of its own."""
+        """Whether a member's buffers are in the slab. A run of its own may have outgrown its row."""
         arrays = _cache(engine).arrays
         return bool(arrays) and arrays[0].base is self._arrays[0]
 
@@ -155,7 +152,7 @@ class Slab:
             _cache(self.members[row]).place(index, array[row : row + 1])
 
     def _make_room(self, rows: int, needed: int) -> None:
-        """For so many rows of `needed` tokens each: moves everything, tensor by tensor, where there is not."""
+        """Grows to `rows` rows of `needed` tokens each, if needed: moves all caches, tensor by tensor."""
         if rows <= self._rows and needed <= self._capacity:
             return
         if rows > self._rows:
@@ -169,7 +166,7 @@ class Slab:
         for index, (heads, size) in enumerate(self._sizes):
             grown = np.zeros((self._rows, heads, self._capacity, size), np.float32)
             for row, member in enumerate(self.members):
-                if _cache(member).arrays[index].base is before[index]:  # else it outgrew its row, and comes back later
+                if _cache(member).arrays[index].base is before[index]:  # else it outgrew its row and returns later
                     _cache(member).place(index, grown[row : row + 1])
             before[index] = None
             self._arrays.append(grown)

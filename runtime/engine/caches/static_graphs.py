@@ -1,7 +1,7 @@
-"""Running a static bundle: one row, by a graph of one new token and one of a chunk, over the same arrays of past.
+"""Runs a static bundle: one sequence, by a graph of one new token and a graph of a chunk, over the same KV cache.
 
-Every tensor has one size; on the processor all are bound once, and a run changes what stands in them. A prompt goes
-through the graph of a chunk; its last run is filled up with tokens that nothing sees and whose rows are not kept.
+Every tensor has a fixed size. On the CPU all are bound once, and a run changes their content. A prefill runs the
+chunk's graph; its last run is filled with tokens that no token sees and whose rows are discarded.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ Logits = npt.NDArray[np.float32]
 
 
 class StaticGraphs(FixedRows):
-    """The cache of a static bundle, and the runs over it.
+    """The KV cache of a static bundle and the runs over it.
 
-    A run is `for_run`, `run`, `advance`; where the caller never comes to `advance`, the cache is as it was.
+    A run is `for_run`, `run`, `advance`. Without `advance` the cache stays unchanged.
 
     Attributes:
         onnx: The onnxruntime.InferenceSession of the chunk's graph.
-        watch: Is told each run's T, the tokens before it, and the arrays that it was fed, which change with the next.
+        watch: Called after each run with its T, the cached tokens before it and its input arrays, which the next run
+            overwrites.
     """
 
     decodes_in_int8 = False
 
     def __init__(self, decode: Any, prefill: Any, manifest: Manifest, folder: Path) -> None:
-        """`decode` and `prefill` are sessions, one and the same where a chunk is one token; `folder` is the graphs'."""
+        """`decode` and `prefill` are sessions, the same if a chunk is one token. `folder` holds the graphs."""
         super().__init__(manifest.layers, context_length=manifest.context_length)
         assert manifest.static is not None
         self.onnx = prefill
@@ -53,7 +54,7 @@ class StaticGraphs(FixedRows):
         )
 
     def reserve(self, batch: int, tokens: int) -> None:
-        """Makes the arrays, all of them at once. Raises InputError for more than one row."""
+        """Allocates the arrays for the whole context. Raises InputError for more than one sequence."""
         del tokens
         if batch != 1:
             raise InputError(
@@ -64,14 +65,14 @@ class StaticGraphs(FixedRows):
             self.grow(1, self._context)
 
     def for_run(self, batch: int, tokens: int, *, padded: bool) -> StaticGraphs:
-        """Itself, with its arrays. Raises InputError for padding, and for more than one row."""
+        """Allocates the arrays and returns itself. Raises InputError for padding or more than one sequence."""
         if padded:
             raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
         self.reserve(batch, tokens)
         return self
 
     def run(self, ids: Ids, keep: int) -> Logits:
-        """Computes the tokens `ids` (T,) behind those of the cache. Returns the logits (1, keep, V) of the last."""
+        """Runs the tokens `ids` (T,) behind the cached ones. Returns the logits (1, keep, V) of the last ones."""
         kept: list[Logits] = []
         done = 0
         while done < ids.size:
@@ -88,12 +89,12 @@ class StaticGraphs(FixedRows):
         return np.concatenate(kept)[None]
 
     def advance(self, tokens: int) -> None:
-        """Takes in the tokens of the run that has just ended."""
+        """Appends the tokens of the run that just ended."""
         self.length += tokens
 
 
 class _Graph:
-    """One graph of T new tokens, with the arrays that are bound to it."""
+    """A graph of T new tokens with its bound arrays."""
 
     def __init__(self, onnx: Any, rows: FixedRows, manifest: Manifest, tokens: int, folder: Path) -> None:
         static = manifest.static
@@ -113,16 +114,16 @@ class _Graph:
         }
         self._tables = _tables(onnx, folder, manifest)
         self._binding: Any = None
-        # A provider with memory of its own is given a copy of what an array holds when it is bound.
+        # A provider with its own memory copies an array when it is bound.
         self._copies = onnx.get_providers()[0] != CPU
 
     def __del__(self) -> None:
-        # In the other order, the end of a session on WebGPU is a segmentation fault.
+        # The session goes last: the other order segfaults on WebGPU.
         for name in ("_binding", "_onnx"):
             vars(self).pop(name, None)
 
     def run(self, ids: Ids, start: int) -> Logits:
-        """Logits (T, V), of the first `ids.size` tokens only: `ids` (up to T,) stand at `start`."""
+        """Runs `ids` (up to T,) at position `start`. Returns logits (T, V), valid for the first `ids.size` rows."""
         tokens = np.zeros(self.tokens, np.int64)
         tokens[: ids.size] = ids
         positions = np.minimum(np.arange(start, start + self.tokens), self._context - 1)
@@ -141,7 +142,7 @@ class _Graph:
         return logits
 
     def inputs(self) -> dict[str, Rows]:
-        """The arrays that are bound to the graph's inputs."""
+        """The arrays bound to the graph's inputs, by name."""
         inputs: dict[str, Rows] = {**self._ids}
         inputs |= {names.static_mask(window): mask for window, mask in self._masks.items()}
         inputs |= {table.name: table.array for table in self._tables}
@@ -157,7 +158,7 @@ class _Graph:
 
 
 class _Table:
-    """An input of rows that the host reads: of the tokens, or of the positions."""
+    """A graph input whose rows the host reads from a table, by token id or by position."""
 
     def __init__(
         self, name: str, place: dict[str, Any], folder: Path, shape: tuple[int, ...], rows_needed: int
@@ -173,27 +174,23 @@ class _Table:
             )
 
     def fill(self, column: Ids) -> None:
-        """Takes the rows of `column` (T,)."""
+        """Fills the input with the table's rows of `column` (T,)."""
         self.array[...] = np.moveaxis(self._rows[column], 0, self._axis)
 
 
 def _tables(onnx: Any, folder: Path, manifest: Manifest) -> list[_Table]:
-    """Those that the graph's metadata speaks of. Raises IntegrityError where one is not there."""
+    """The tables that the graph's metadata lists. Raises IntegrityError if one is missing."""
     needed = {names.INPUT_IDS: manifest.vocab_size, names.POSITION_IDS: manifest.context_length}
-    with reading(folder, "the graphs of a bundle"):
-        return _read_tables(onnx, folder, needed)
-
-
-def _read_tables(onnx: Any, folder: Path, needed: Mapping[str, int]) -> list[_Table]:
-    stored = json.loads(onnx.get_modelmeta().custom_metadata_map.get(names.TABLES, "{}"))
     shapes = {value.name: tuple(value.shape) for value in onnx.get_inputs()}
-    return [_Table(name, place, folder, shapes[name], needed[place["of"]]) for name, place in stored.items()]
+    with reading(folder, "the graphs of a bundle"):
+        stored = json.loads(onnx.get_modelmeta().custom_metadata_map.get(names.TABLES, "{}"))
+        return [_Table(name, place, folder, shapes[name], needed[place["of"]]) for name, place in stored.items()]
 
 
 def visible_columns(length: int, tokens: int, past: int, window: int = 0) -> npt.NDArray[np.bool_]:
-    """Which columns (T, P + T) each of T new tokens sees, where the first `length` of P rows of past are real.
+    """The columns (T, P + T) that each of T new tokens sees, if the first `length` of P past rows are real.
 
-    `window`: so many tokens with itself, 0 for all earlier ones.
+    `window`: size of the sliding window, including the token itself; 0 for none.
     """
     position = np.concatenate([np.arange(past), np.arange(length, length + tokens)])
     real = np.concatenate([np.arange(past) < length, np.ones(tokens, bool)])

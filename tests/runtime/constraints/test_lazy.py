@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +18,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime.constraints.lazy import LazyVocabulary
-from pastkey.runtime.constraints.vocabulary import Vocabulary
 from pastkey.runtime.loading import load
 from pastkey.runtime.model.language_model import LanguageModel
 from pastkey.runtime.text.codec import TextCodec
@@ -221,30 +219,10 @@ def test_without_a_tokenizer_there_is_nothing_to_hold() -> None:
         vocabulary.matcher({"regex": "a"})
 
 
-def test_the_vocabulary_is_read_once_by_threads_that_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads, plain, both, waiting = list[int](), Vocabulary.of, threading.Barrier(4), threading.Event()
-
-    def slow(*given: Any) -> Vocabulary:
-        reads.append(1)
-        if len(reads) > 1:
-            waiting.set()
-        waiting.wait(0.2)  # for another that should not come
-        return plain(*given)
-
-    monkeypatch.setattr(Vocabulary, "of", slow)
+def test_the_vocabulary_is_read_once() -> None:
     vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
-
-    def work(_: int) -> bool:
-        both.wait()
-        return vocabulary.matcher({"regex": "[a-f]{3}"}) is not None
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, range(4)))
-    assert len(reads) == 1
-
-
-def test_a_child_process_reads_what_its_parent_was_reading() -> None:
-    vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
-    with vocabulary._reading:
-        LazyVocabulary.after_fork()
-        assert vocabulary.matcher({"regex": "[a-f]{3}"}) is not None
+    vocabulary.matcher({"regex": "a"})
+    read = vocabulary._read
+    assert read is not None
+    vocabulary.matcher({"regex": "e"})
+    assert vocabulary._read is read

@@ -15,6 +15,7 @@ from pastkey.__main__ import main
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, Generation, LanguageModel, Request, load
+from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
 from pastkey.runtime.engine import engine as engines
 
@@ -161,7 +162,7 @@ def test_rows_that_fail_together_within_a_shift(lm: LanguageModel, monkeypatch: 
     assert lm.generate(ids_of(50), **options).new_tokens == 30  # type: ignore[call-overload]
 
 
-class Fives:
+class Fives(Matcher):
     """A constraint that leaves no choice about the next hundred tokens."""
 
     complete = False

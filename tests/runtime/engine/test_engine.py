@@ -217,12 +217,12 @@ def test_a_run_that_failed_leaves_the_cache_as_it_was(tiny: Tiny, make_bundle: M
     session = Engine(make_bundle(replace(tiny, weights=weights), graph), threads=1)
     ids = random_ids(5)
     session.prefill(ids)
-    keys, _ = session.cache.layer(0)
+    keys = session.cache.rows(5)[0].copy()
     for _ in range(2):
         with pytest.raises(NumericsError):
             session.decode(1)
     assert session.length == 5
-    np.testing.assert_array_equal(session.cache.layer(0)[0], keys)
+    np.testing.assert_array_equal(session.cache.rows(5)[0], keys)
     session.trim(4)
     assert_close(session.decode(int(ids[4])), tiny(ids)[-1])
 
@@ -327,5 +327,5 @@ def test_a_bundle_of_format_1_computes_the_same(tiny: Tiny, make_bundle: MakeBun
     engine = Engine(make_bundle(tiny, "fused", format_version=1), threads=1)
     assert {"attention_mask", "logits_to_keep"} <= {value.name for value in engine.onnx.get_inputs()}
     ids = random_ids(20)
-    logits = np.concatenate([engine.prefill(ids[:15])[None], engine.extend(ids[15:])])
+    logits = np.concatenate([engine.prefill(ids[:15])[None], engine.all_logits(ids[15:])])
     assert_close(logits, tiny(ids)[14:])

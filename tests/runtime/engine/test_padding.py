@@ -35,5 +35,3 @@ def test_what_is_left_of_it() -> None:
     assert found is not None
     assert found.tolist() == [[1, 0]]
     assert padding.first(0) is None
-    padding.clear()
-    assert padding.mask is None

@@ -11,6 +11,7 @@ import pytest
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ResourceError
+from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.generation import Generation
 from pastkey.runtime.decoding.request import Request
 from pastkey.runtime.engine.engine import Engine
@@ -114,10 +115,12 @@ def test_a_draft_ends_before_the_end_of_the_text(engine: Engine, fused_bundle: B
     assert generation.draft_tokens == generation.accepted_tokens
 
 
-class OnlyEven:
+class OnlyEven(Matcher):
     """A constraint: even tokens."""
 
     complete = False
+
+    def __init__(self) -> None: ...
 
     def masked(self, logits: Any) -> Any:
         return np.where(np.arange(logits.size) % 2 == 0, logits, np.float32(-np.inf))

@@ -19,7 +19,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingExtraError, MissingFileError
 from pastkey.files.folder import file_record
-from pastkey.runtime.text.chat_template import ChatTemplate
+from pastkey.runtime.text.chat_template import ChatTemplate, read_template
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -368,13 +368,13 @@ def test_another_template_is_taken_with_the_bundles_special_tokens(
     bundle = bundle_with({"chat_template": "a", "bos_token": "<s>"}, "b")
     other = tmp_path / "other.jinja"
     other.write_text("{{ bos_token }}é", encoding="utf-8")
-    assert ChatTemplate.from_bundle(bundle, other).render([]) == "<s>é"
-    assert ChatTemplate.from_bundle(bundle, str(other)).render([]) == "<s>é"
+    assert ChatTemplate.from_bundle(bundle, read_template(other)).render([]) == "<s>é"
+    assert read_template(str(other)) == read_template(other)
     other.write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"other\.jinja is not UTF-8 text"):
-        ChatTemplate.from_bundle(bundle, other)
+        read_template(other)
     with pytest.raises(MissingFileError, match=r"no such file: .*none\.jinja"):
-        ChatTemplate.from_bundle(bundle, tmp_path / "none.jinja")
+        read_template(tmp_path / "none.jinja")
 
 
 @pytest.mark.parametrize("config", [None, {}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 3}])

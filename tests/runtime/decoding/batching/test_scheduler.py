@@ -65,6 +65,20 @@ def test_sixteen_threads_get_the_texts_of_calls_alone(any_bundle: Bundle, tmp_pa
     assert bool(model.scheduler.batched) is (any_bundle.manifest.graph == "fused")
 
 
+def test_more_requests_than_a_batch_takes_get_the_texts_of_calls_alone(
+    talking: Path, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = load(talking, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab", "cde", "ga", "fb"]
+    shapes = runs_of(model.require_open().graph, monkeypatch)
+    streams = [model.stream(prompt, **SETTINGS) for prompt in prompts]
+    found: list[list[int]] = [[] for _ in prompts]
+    while any(stream.completion is None for stream in streams):
+        for ids, stream in zip(found, streams, strict=True):
+            ids += [token for chunk in itertools.islice(stream, 1) for token in chunk.ids]
+    assert found == [fresh.generate(prompt, **SETTINGS).ids for prompt in prompts]
+    assert max(rows for rows, _ in shapes) == 3
+
+
 def test_streams_that_one_thread_reads_in_turn_are_decoded_together(
     any_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

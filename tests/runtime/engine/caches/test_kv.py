@@ -29,23 +29,14 @@ def session(bundle: Bundle) -> Engine:
     return Engine(bundle, threads=1)
 
 
-def test_layer_gives_the_keys_and_values_of_the_tokens(session: Engine, tiny: Tiny) -> None:
+def test_rows_are_the_keys_and_values_of_the_tokens(session: Engine, tiny: Tiny) -> None:
     session.prefill([3, 1, 4])
     session.decode(1)
-    keys, values = session.cache.layer(0)
+    keys, values, later, _ = session.cache.rows(4)
     assert keys.shape == values.shape == (1, 2, 4, 8)
     for found, expected in zip((keys, values), expected_keys_and_values(tiny, [3, 1, 4, 1]), strict=True):
         np.testing.assert_allclose(found[0], expected, atol=1e-5)
-    assert session.cache.layer(1)[0].shape == (1, 2, 4, 16)
-
-
-def test_what_layer_gives_is_a_copy(session: Engine) -> None:
-    session.prefill([3, 1, 4])
-    before = session.cache.layer(0)[0]
-    kept = before.copy()
-    session.trim(1)
-    session.prefill([5, 6])
-    np.testing.assert_array_equal(before, kept)
+    assert later.shape == (1, 2, 4, 16)
 
 
 def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle: Bundle) -> None:
@@ -109,8 +100,3 @@ def test_trim_to_nothing_allows_another_batch(session: Engine, tiny: Tiny) -> No
     session.trim(0)
     logits = session.forward([[5], [6]])
     np.testing.assert_allclose(logits[1, 0], tiny([6])[0], atol=1e-5)
-
-
-def test_an_empty_cache_has_no_layers_to_show(session: Engine) -> None:
-    with pytest.raises(InputError, match="empty"):
-        session.cache.layer(0)

@@ -99,11 +99,11 @@ def test_an_exception_within_a_prefill_drops_the_cache(
     np.testing.assert_allclose(engine.prefill(IDS[:11]), tiny(IDS[:11])[-1], atol=1e-4)
 
 
-def test_what_layer_gives_and_nbytes(engine: Engine, tiny: Tiny) -> None:
+def test_rows_and_nbytes(engine: Engine, tiny: Tiny) -> None:
     assert engine.cache.nbytes == 0
     engine.prefill(IDS[:5])
     x = tiny.weights["embedding"][IDS[:5]] + tiny.weights["position"][:5]
-    keys, _ = engine.cache.layer(0)
+    keys = engine.cache.rows(5)[0]
     np.testing.assert_allclose(keys[0], (x @ tiny.weights["wk0"]).reshape(5, 2, 8).transpose(1, 0, 2), atol=1e-5)
     assert engine.cache.nbytes == 4 * 2 * (8 + 8 + 16 + 16) * tiny.context_length
 
