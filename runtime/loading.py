@@ -1,13 +1,8 @@
-"""Opening a bundle, wherever it lies: a folder, a zip file, bytes, or a resource of a package."""
+"""Opens a bundle: a folder, a zip file, bytes, or a resource of a package."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import os
-import shutil
-import weakref
-import zipfile
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -22,7 +17,7 @@ from .decoding.batching.scheduler import MAX_ROWS
 from .model.draft_model import DraftModel
 from .model.language_model import LanguageModel
 from .model.signature import require_signature
-from .model.unpack import Given, given_as, remove, tell_as_given, unpacked
+from .model.unpack import given_as, tell_as_given, unpacked
 from .settings import Choice, PlacementOptions, SessionSettings, require_valid
 
 if TYPE_CHECKING:
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Further(TypedDict, total=False):
-    """What `load` takes beside: its own parameters say what each is."""
+    """Keyword arguments of `load`, which documents them."""
 
     key: str | Path | None
     allow_fallback: bool | None
@@ -43,7 +38,7 @@ class _Further(TypedDict, total=False):
 
 
 class _Settings(_Further, total=False):
-    """What `load` takes but `path`, `trust` and `limits`."""
+    """The arguments of `load` except `path`, `trust` and `limits`."""
 
     providers: Choice | Sequence[Choice] | None
     threads: int | None
@@ -102,30 +97,29 @@ def load(
 
     Args:
         path: The folder that `pastkey export` wrote, a zip file of it, the bytes of one, or a folder or zip file of
-            `importlib.resources`. A zip file is unpacked to a temporary folder until the model is closed or collected,
-            for the weights to be mapped.
+            `importlib.resources`. A zip file is unpacked to a temporary folder, so that the weights can be
+            memory-mapped. The folder is removed when the model is closed or garbage-collected.
         providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone or
-            as a pair with its options. None takes the one that the bundle was made for. A provider that is not on
-            this machine is an error.
+            as a pair with its options. None selects the bundle's target. A provider that is not on this machine is an
+            error.
         threads: Number of threads within an operator. None means the physical cores.
         verify: True hashes every file again, False none, None the files that changed since the last hash.
-        key: A PEM file with a public ed25519 key. The bundle must have its signature, as `pastkey sign` makes it. The
-            signature is checked before anything else of the bundle is read, and then the hashes.
-        allow_fallback: Whether the CPU may run operators that the provider leaves. Without it, a provider that was seen
-            to run a whole graph must run all of this one; otherwise an error names the operators. For any other
-            provider a FallbackWarning names them.
-        session_options: Settings of onnxruntime.SessionOptions: attributes by their names,
-            {"enable_cpu_mem_arena": False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names
-            with a dot, {"session.use_env_allocators": "1"}. Settings that pastkey makes itself, such as threads, are
-            an error.
-        max_memory: Limit of the bytes of all caches of the model. A call that might need more raises ResourceError
-            before it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
-        prefix_bytes: Limit of the bytes of cached prefixes, for `reuse_prefix` and conversations. The least recently
-            used one is evicted first.
+        key: A PEM file with a public ed25519 key. The bundle must have a signature by its private half: `pastkey sign`.
+            The signature is checked before any other file of the bundle is read, then the hashes.
+        allow_fallback: Whether the CPU may run the operators that the provider does not run. If False, a provider that
+            is known to run whole graphs must run this one whole; otherwise an error names the operators. For other
+            providers a FallbackWarning names them.
+        session_options: Settings of onnxruntime.SessionOptions: attributes by their names, {"enable_cpu_mem_arena":
+            False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names with a dot,
+            {"session.use_env_allocators": "1"}. Settings that pastkey controls, such as threads, are an error.
+        max_memory: Limit in bytes for all caches of the model. A call that might need more raises ResourceError before
+            it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
+        prefix_bytes: Limit in bytes for cached prefixes of `reuse_prefix` and conversations. The least recently used
+            prefix is evicted first.
         max_batch: The largest number of requests that are decoded in one step. With 1 they take turns.
-        draft: A smaller bundle of the same vocabulary, as `path`, or a loaded model. It drafts tokens that this model
-            accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same providers,
-            threads, session options and key, and closed with this model.
+        draft: A smaller bundle with the same vocabulary, given like `path`, or a loaded model. It drafts tokens that
+            this model accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same
+            providers, threads, session options and key, and closed with this model.
         trust: False opens an untrusted bundle in a child process with limits of memory, time and file access, on the
             CPU, and returns a SandboxedModel: generate, stream, chat and score. docs/security.md has the details.
         limits: With `trust=False`, the limits of memory and time.
@@ -134,13 +128,13 @@ def load(
         MissingFileError: There is no bundle at `path`.
         IntegrityError: A file is missing, truncated or altered, or onnxruntime cannot load it, or the signature is not
             that of `key`.
-        ProviderError: A provider is unknown, not on this machine, does not start, or leaves a part of the graph.
-        MissingExtraError: onnxruntime is not installed, or older than the bundle needs; or a signature was asked for,
-            and cryptography is not installed.
-        UntrustedBundleError: With `trust=False`, the bundle breaks a limit, crashes its process, or makes it send no
-            valid reply. Every call may raise it.
-        InputError: An argument is out of range or no such setting; or a session option is pastkey's own; or `draft`
-            has another vocabulary, or does not fit this bundle.
+        ProviderError: A provider is unknown, not on this machine, does not start, or does not run the whole graph.
+        MissingExtraError: onnxruntime is not installed or older than the bundle needs, or `key` is given and
+            cryptography is not installed.
+        UntrustedBundleError: With `trust=False`, the child process exceeds a limit, crashes, or sends an invalid reply.
+            Every call may raise it.
+        InputError: An argument is out of range, a session option is unknown or controlled by pastkey, or `draft` has
+            another vocabulary or does not fit this bundle.
     """
     placement: PlacementOptions = {
         "providers": providers,
@@ -149,13 +143,11 @@ def load(
         "session_options": session_options,
     }
     require(trust is not None, "trust", trust, "True or False")
-    require_valid({**placement, "verify": verify, "trust": trust})
-    require_valid({"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch})
+    sizes = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
+    require_valid({**placement, **sizes, "verify": verify, "trust": trust})
     if trust is not True or limits is not None:
         _require_untrusted(trust, providers, draft)
     prefix_bytes, max_batch = or_default(prefix_bytes, PREFIX_BYTES), or_default(max_batch, MAX_ROWS)
-    if key is not None:
-        as_path(key, "key", "the path of a PEM file with a public key")
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
     if not trust:
@@ -166,9 +158,9 @@ def load(
             path,
             limits,
             {
-                "threads": None if threads is None else int(threads),  # numpy's numbers are no JSON
+                "threads": None if threads is None else int(threads),  # JSON cannot encode numpy's integers
                 "verify": verify,
-                "key": None if key is None else str(Path(key).absolute()),
+                "key": None if key is None else str(as_path(key, "key", "the path of a PEM file").absolute()),
                 "allow_fallback": placement["allow_fallback"],
                 "session_options": None if session_options is None else dict(session_options),
                 "max_memory": None if max_memory is None else int(max_memory),
@@ -177,7 +169,7 @@ def load(
             },
         )
     given = given_as(path)
-    folder, temporary = _folder_of(given)
+    folder, temporary = unpacked(given)
     drafts = None
     try:
         if key is not None:
@@ -188,25 +180,22 @@ def load(
             drafts = DraftModel(draft, opened=False)
         elif draft is not None:
             drafts = DraftModel(load(draft, verify=verify, key=key, **placement), opened=True)
-        model = LanguageModel(
+        return LanguageModel(
             bundle,
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,
             draft=drafts,
-            temporary=None if temporary is None else weakref.finalize(temporary, remove, folder, os.getpid()),
+            temporary=temporary,
             **placement,
         )
     except BaseException as error:
         if drafts is not None:
             drafts.close()
         if temporary is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            temporary.remove()
             tell_as_given(error, folder, given.name)
         raise
-    if temporary is not None:
-        model.holds = temporary
-    return model
 
 
 @overload
@@ -230,30 +219,16 @@ async def aload(
     **settings: Unpack[_Settings],
 ) -> LanguageModel | SandboxedModel: ...
 async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> LanguageModel | SandboxedModel:
-    """As `load`, for `await`: a thread loads, and the event loop goes on.
+    """As `load`, for `await`. A thread loads the bundle while the event loop runs.
 
-    The tokenizers library holds the interpreter while it reads tokenizer.json; docs/embedding.md says how long. A task
-    that is cancelled does not stop the load, whose model is let go.
+    The tokenizers library holds the GIL while it reads tokenizer.json; docs/embedding.md says how long. Cancelling the
+    task does not stop the load; its model is discarded.
     """
     return await asyncio.to_thread(lambda: load(path, **settings))
 
 
-class _Temporary:
-    """What a temporary folder lives as long as."""
-
-
-def _folder_of(given: Given) -> tuple[Path, _Temporary | None]:
-    """The bundle's folder, and what a temporary one is tied to. Raises InputError, IntegrityError, MissingFileError."""
-    if given.content is not None:
-        return unpacked(io.BytesIO(given.content), given.name), _Temporary()
-    if given.path.is_file() and zipfile.is_zipfile(given.path):
-        with given.path.open("rb") as file:
-            return unpacked(file, given.name), _Temporary()
-    return given.path, None if given.copied is None else _Temporary()
-
-
 def _require_untrusted(trust: bool, providers: Choice | Sequence[Choice] | None, draft: object) -> None:
-    """Raises InputError for what does not go with an untrusted bundle."""
+    """Raises InputError for arguments that an untrusted bundle does not support."""
     if trust:
         raise InputError("limits are for a bundle that is not trusted, and trust is True: load it with trust=False")
     if providers not in (None, "cpu", ["cpu"], ("cpu",)):

@@ -12,28 +12,28 @@ from typing import Any, Literal, TypedDict, get_args
 from pastkey.errors import OptionError
 from pastkey.values import is_collection, is_int, is_number, is_one_of, require, shown
 
-# An execution provider by a short name ("cuda") or onnxruntime's, alone or with its options.
+# An execution provider: a short name ("cuda") or onnxruntime's name, alone or in a pair with options.
 Choice = str | tuple[str, dict[str, Any]]
 
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 CHAT_NEW_TOKENS = 512  # of an answer
-_LEAST, _MOST = 2.0**-149, 2.0**127  # settings count as float32, in which others are 0 or infinity
-NUM_SINK_TOKENS = 4  # first tokens of a text that always stay in the context, the BOS token among them
-MAX_DRAFT_TOKENS = 7  # of a step, beside the certain token
+_LEAST, _MOST = 2.0**-149, 2.0**127  # settings become float32, where others would be 0 or infinity
+NUM_SINK_TOKENS = 4  # first tokens that always stay in the context, including the BOS token
+MAX_DRAFT_TOKENS = 7  # drafts per step, besides the certain token
 BENCH_PROMPT_TOKENS = 512
 BENCH_NEW_TOKENS = 128
-MAX_CONTINUATIONS = 10_000  # of a prompt; each begins with some kilobytes of its own
+MAX_CONTINUATIONS = 10_000  # of a prompt; each takes some kilobytes
 
 
-SessionSettings = Mapping[str, Any]  # of onnxruntime's session options, by their names
+SessionSettings = Mapping[str, Any]  # onnxruntime's session options by name
 Pooling = Literal["mean", "last", "none"]  # of an embedding; llama.cpp's words
 
-ContextOverflow = Literal["error", "shift"]  # for a text longer than the context
-LogitsProcessor = Callable[[Any, Any], Any]  # of ids (T,) int64 and logits (V,) float32, arrays of numpy: new logits
+ContextOverflow = Literal["error", "shift"]  # for a sequence longer than the context
+LogitsProcessor = Callable[[Any, Any], Any]  # numpy arrays: ids (T,) int64, logits (V,) float32 -> new logits
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are chosen. The fields of SamplingConfig, which has the defaults."""
+    """How tokens are sampled. The fields and defaults are those of SamplingConfig."""
 
     temperature: float | None
     top_k: int | None
@@ -64,7 +64,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class ChatOptions(SamplingOptions, total=False):
-    """The options of `Chat.ask` and `Chat.stream`; the defaults are SamplingConfig's and those named above."""
+    """The options of `Chat.ask` and `Chat.stream`. The defaults are SamplingConfig's and the constants above."""
 
     max_new_tokens: int | None
     stop: str | Sequence[str] | None
@@ -90,8 +90,8 @@ class GenerateOptions(ChatOptions, total=False):
     docs/sampling.md has the stages of the sampler in order. None is "not set": the default.
 
     - `max_new_tokens` (int, 64): The largest number of new tokens. The end of the context may come first.
-    - `temperature` (float, 0): 0 takes the likeliest token. Above 0 tokens are drawn: 1 from the model's
-      own distribution, less from a sharper one.
+    - `temperature` (float, 0): 0 selects the likeliest token. Above 0 tokens are sampled: with 1 from the model's own
+      distribution, with less from a sharper one.
     - `top_k` (int, 0): Draws from the k likeliest tokens; 0 from all.
     - `top_p` (float, 1): Draws from the fewest likeliest tokens that together have this probability.
     - `min_p` (float, 0): Drops tokens below this share of the likeliest one's probability.
@@ -102,43 +102,41 @@ class GenerateOptions(ChatOptions, total=False):
     - `repetition_penalty` (float, 1): Above 1, tokens of the text, prompt included, become less likely.
     - `presence_penalty` (float, 0): Subtracted from the logits of tokens that the text has, prompt included.
     - `frequency_penalty` (float, 0): Subtracted from these logits once per occurrence.
-    - `penalty_last_n` (int, -1): How many tokens these three look back; -1 for all.
-    - `no_repeat_ngram_size` (int, 0): No sequence of so many tokens comes twice.
+    - `penalty_last_n` (int, -1): The number of last tokens that these three penalties consider; -1 for all.
+    - `no_repeat_ngram_size` (int, 0): Bans repetitions of n-grams of this size; 0 bans none.
     - `dry_multiplier` (float, 0): DRY, a penalty on prolonging a repetition; 0 for none.
-    - `dry_base` (float, 1.75): The factor of the DRY penalty for each token of the repetition.
+    - `dry_base` (float, 1.75): The growth factor of the DRY penalty per token of the repetition.
     - `dry_allowed_length` (int, 2): The shortest repetition with the DRY penalty.
-    - `dry_penalty_last_n` (int, -1): How many tokens DRY looks back; -1 for all.
+    - `dry_penalty_last_n` (int, -1): The number of last tokens that DRY considers; -1 for all.
     - `dry_sequence_breakers` (list of texts, or of lists of ids): Repetitions end at these.
     - `min_new_tokens` (int, 0): Bans EOS tokens before this many new tokens.
     - `logit_bias` (mapping of ids to numbers, None): Added to their logits.
     - `suppress_tokens` (list of ids, none): Banned tokens.
     - `bad_words` (list of texts, none): Banned texts, as the tokenizer encodes them.
     - `bad_words_ids` (list of lists of ids, none): Banned sequences of tokens.
-    - `forced_decoder_ids` (list of pairs, none): Pairs of a place among the new tokens, and the id there.
-    - `forced_eos_token_id` (int or None, None): The id of the last token, where `max_new_tokens` ends the text.
-    - `logits_processor` (function or list of functions, none): A function of (ids (T,), logits (V,)), numpy
-      arrays, that returns new logits (V,). It runs within the step, which waits for it.
-    - `seed` (int or None, None): The same seed draws the same tokens; None takes a new seed.
-    - `logprobs` (int or None, None): Returns the log-probabilities of each new token and of so many likeliest ones. In
-      int8 and int4 those of a text that is read at once (`prompt_logprobs`, `lm.score`) differ by some hundredths of
-      a nat.
-    - `prompt_logprobs` (bool, False): Also returns those of the prompt's tokens. Then no prefix is reused.
+    - `forced_decoder_ids` (list of pairs, none): Pairs of a position among the new tokens, from 0, and the id there.
+    - `forced_eos_token_id` (int or None, None): The id of the last token if `max_new_tokens` ends the generation.
+    - `logits_processor` (function or list of functions, none): A function of (ids (T,), logits (V,)), numpy arrays,
+      that returns new logits (V,). The step waits for it.
+    - `seed` (int or None, None): The same seed samples the same tokens; None uses a new seed.
+    - `logprobs` (int or None, None): Returns the log-probability of each new token and of this many likeliest tokens.
+      In int8 and int4 those of a prefill (`prompt_logprobs`, `lm.score`) differ by some hundredths of a nat.
+    - `prompt_logprobs` (bool, False): Also returns those of the prompt's tokens. Then no cached prefix is used.
     - `stop` (str or a sequence of str, none): The continuation ends before the first of these texts.
     - `eos_token_id` (id or list of ids, the bundle's): The EOS tokens; an empty list for none.
-    - `stop_token_ids` (list of ids, none): Ids that end the continuation like an EOS token, beside those.
-    - `reuse_prefix` (bool, False): Reuses the KV cache of an earlier text for the common prefix, and keeps this
-      text for later calls. In int8 the text may differ at a near tie, where the shared part was generated.
-    - `exact` (bool, False): With `reuse_prefix`, computes generated tokens of the prefix again. Then an int8 text
+    - `stop_token_ids` (list of ids, none): Further ids that end the continuation.
+    - `reuse_prefix` (bool, False): Reuses the KV cache of an earlier sequence for the common prefix, and keeps this one
+      for later calls. In int8 the output may differ at a near tie if the shared part was generated.
+    - `exact` (bool, False): With `reuse_prefix`, computes the generated tokens of the prefix again. Then int8 output
       does not depend on the cache.
-    - `timeout` (float or None, None): Seconds from the first step on. Then the generation ends within one step,
-      with the finish_reason "deadline" and the text so far.
-    - `context_overflow` ("error" or "shift", "error"): With "shift" the oldest tokens leave a full context, half
-      of them at a time, and the text goes on. A longer prompt is cut in the same way.
-    - `num_sink_tokens` (int, 4): How many of the first tokens stay; of a conversation all before the first
-      question.
-    - `prompt_lookup` (bool, True): Where the text repeats itself, drafts tokens and checks them in one step. In
-      int8 a near tie may fall otherwise.
-    - `draft` (bool, as loaded): Uses the model's draft model, where that is faster.
+    - `timeout` (float or None, None): Seconds from the first step. Then the generation ends within one step, with the
+      finish_reason "deadline" and the text so far.
+    - `context_overflow` ("error" or "shift", "error"): With "shift" the oldest tokens are dropped from a full context,
+      half of them at a time, and the generation continues. A longer prompt is truncated in the same way.
+    - `num_sink_tokens` (int, 4): The number of first tokens that stay; in a conversation all before the first question.
+    - `prompt_lookup` (bool, True): Drafts tokens where the text repeats itself, and checks them in one step. In int8 a
+      near tie may resolve differently.
+    - `draft` (bool, as loaded): Uses the model's draft model if that is faster.
     - `keep_special_tokens` (bool, False): The text shows special tokens up to the EOS token.
     - `json_schema` (JSON schema, None): The text is JSON that validates. At most one of these four.
     - `regex` (str, None): The text matches this expression.
@@ -152,7 +150,7 @@ class GenerateOptions(ChatOptions, total=False):
 
 
 class PlacementOptions(TypedDict, total=False):
-    """Where a bundle runs, as `load` takes it."""
+    """Where a bundle runs: arguments of `load`."""
 
     providers: Choice | Sequence[Choice] | None
     threads: int | None
@@ -171,7 +169,7 @@ GENERATE_OPTIONS: frozenset[str] = GenerateOptions.__optional_keys__
 SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
 
 
-# Options of other programs, and what does it here.
+# Options of other programs, and their equivalents here.
 _ELSEWHERE = {
     "do_sample": "a temperature above 0 draws, and 0 takes the likeliest token",
     "guided_json": "json_schema is the option",
@@ -186,14 +184,14 @@ _ELSEWHERE = {
 
 
 def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The options of a call that are set: None is not. Raises as `require_known` and `require_valid`."""
+    """The options of a call without those that are None. Raises as `require_known` and `require_valid`."""
     require_known(call, options, known)
     require_valid(options)
     return {name: value for name, value in options.items() if value is not None}
 
 
 def require_known(call: str, options: Collection[str], known: Collection[str]) -> None:
-    """Raises OptionError for the first of `options` that `call` does not know."""
+    """Raises OptionError for the first of `options` that is not in `known`."""
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -203,38 +201,38 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a token is chosen, in the order of docs/sampling.md. The defaults choose the most likely one, always."""
+    """How a token is sampled. docs/sampling.md has the order of the stages. The defaults are greedy decoding."""
 
-    temperature: float = 0.0  # 0 takes the largest logit; 1 draws from the model's own distribution
+    temperature: float = 0.0  # 0 selects the largest logit; 1 samples from the model's own distribution
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # keep the fewest tokens that together have this probability; 1 keeps all
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and of the text so far become less likely
-    seed: int | None = None  # 0 to 2**63 - 1; the same seed draws the same text; None draws afresh
+    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the completion become less likely
+    seed: int | None = None  # 0 to 2**63 - 1; the same seed samples the same tokens; None uses a new one
     typical_p: float = 1.0  # keep the tokens nearest to the entropy that together have this probability; 1 keeps all
     top_n_sigma: float = -1.0  # keep logits within so many standard deviations of the largest; 0 or less keeps all
-    xtc_probability: float = 0.0  # how often all but the last of the tokens above xtc_threshold are dropped
-    xtc_threshold: float = 0.1  # above 0.5 there are no two
-    presence_penalty: float = 0.0  # off the logits of tokens that the prompt or the text so far has
-    frequency_penalty: float = 0.0  # off them for each time that it has them
-    penalty_last_n: int = -1  # how many tokens the three penalties look back; -1 is all
-    no_repeat_ngram_size: int = 0  # no sequence of so many tokens comes twice; 0 bans none
+    xtc_probability: float = 0.0  # probability of dropping all but the last token above xtc_threshold
+    xtc_threshold: float = 0.1  # above 0.5 no two tokens reach it
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the prompt or completion
+    frequency_penalty: float = 0.0  # subtracted once per occurrence
+    penalty_last_n: int = -1  # the last tokens that the three penalties consider; -1 is all
+    no_repeat_ngram_size: int = 0  # bans repetitions of n-grams of this size; 0 bans none
     dry_multiplier: float = 0.0  # DRY's penalty on prolonging a repetition; 0 is none
-    dry_base: float = 1.75  # how it grows with each token of the repetition
-    dry_allowed_length: int = 2  # from this length of a repetition on
-    dry_penalty_last_n: int = -1  # how many tokens it looks back; -1 is all
-    dry_sequence_breakers: Sequence[str | Sequence[int]] = ("\n", ":", '"', "*")  # which no repetition reaches across
-    min_new_tokens: int = 0  # no EOS token before so many new tokens
+    dry_base: float = 1.75  # its growth factor per token of the repetition
+    dry_allowed_length: int = 2  # the shortest repetition with the penalty
+    dry_penalty_last_n: int = -1  # the last tokens that it considers; -1 is all
+    dry_sequence_breakers: Sequence[str | Sequence[int]] = ("\n", ":", '"', "*")  # repetitions end at these
+    min_new_tokens: int = 0  # bans EOS tokens before this many new tokens
     logit_bias: Mapping[int, float] | None = None  # added to the logits of these ids; -inf bans
-    suppress_tokens: Sequence[int] = ()  # ids that never come
-    bad_words_ids: Sequence[Sequence[int]] = ()  # sequences of ids that never come
-    forced_decoder_ids: Sequence[Sequence[int]] = ()  # pairs: the place among the new tokens from 0, and the id there
-    forced_eos_token_id: int | None = None  # the id that comes where max_new_tokens would end the text
-    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()  # functions of (ids, logits) that give logits
+    suppress_tokens: Sequence[int] = ()  # banned ids
+    bad_words_ids: Sequence[Sequence[int]] = ()  # banned sequences of ids
+    forced_decoder_ids: Sequence[Sequence[int]] = ()  # pairs: a position among the new tokens, from 0, and the id there
+    forced_eos_token_id: int | None = None  # the last id if max_new_tokens ends the generation
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()  # functions of (ids, logits) that return logits
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingConfig:
-        """That of a call's options; those about something else are passed over."""
+        """Creates one from a call's options, ignoring those that are not fields."""
         return cls(**{field.name: options[field.name] for field in dataclasses.fields(cls) if field.name in options})
 
     def __post_init__(self) -> None:
@@ -242,7 +240,7 @@ class SamplingConfig:
 
 
 def require_valid(given: Mapping[str, Any]) -> None:
-    """Raises InputError for the first option that is of a wrong type or out of range. None is "not set"."""
+    """Raises InputError for the first option that has a wrong type or is out of range. None is "not set"."""
     for name, value in given.items():
         if name in _VALID and value is not None:
             valid, expected = _VALID[name]
@@ -265,7 +263,7 @@ def _whole(least: int, most: int | None = None) -> Check:
 
 
 def _each(valid: Check, least: int = 0) -> Check:
-    """Of a list, or another collection with an order."""
+    """Checks each item of a list or another ordered collection."""
     return lambda value: is_collection(value) and len(value) >= least and all(map(valid, value))
 
 
@@ -286,7 +284,7 @@ _TEXTS = (_one_or_each(_is_text), "a text, or a list of texts, each of at least 
 _PENALTY = (_between(-_MOST, _MOST), "a number; 0 changes nothing, and below 0 tokens become likelier")
 _BACK = (_whole(-1), "a whole number from 0, or -1 for the whole text")
 
-# What each option may be, and how an error says so. The one check of types: others are left to Python's TypeError.
+# The check of each option, and what an error expects. Other types are left to Python's TypeError.
 _VALID: dict[str, tuple[Check, str]] = {
     # of `load` and of Engine
     "providers": (lambda value: isinstance(value, str) or is_collection(value), 'a name such as "cuda", or a list'),

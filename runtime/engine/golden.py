@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import math
 import os
 import platform
 import warnings
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
@@ -36,6 +32,7 @@ from ..providers import placement as ep
 from ..providers.ort import onnxruntime
 from ..settings import MAX_DRAFT_TOKENS
 from .engine import Engine, Ids, Logits
+from .npz import read_npz
 
 TOKENS = 256  # length of the sequence, if the context has room
 # Divisors of the prefix lengths with golden logits: the whole sequence, its eighth, then half, quarter and sixteenth as
@@ -72,7 +69,7 @@ class Golden:
             return cls.computed(Engine(bundle, providers="cpu"), len(ENDS), limit)
         try:
             with reading(path, "golden logits", but=(ValueError, LookupError)):
-                content = _arrays(path)
+                content = read_npz(path)
                 golden = cls(content["ids"], content["ends"], content["logits"], float(content["limit"]))
             rows, vocab_size = golden.logits.shape
             if not rows or rows != len(golden.ends) or golden.ends[-1] != len(golden.ids):
@@ -97,27 +94,6 @@ class Golden:
             engine.reset()
             logits.append(engine.prefill(ids[:end], end))
         return cls(ids, np.array(ends), np.stack(logits), limit)
-
-
-def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an uncompressed .npz, as `np.savez` writes it, so that no array is larger than the file.
-
-    `np.load` would first allocate the memory that a header claims.
-    """
-    found = {}
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                raise ValueError(f"{entry.filename:.60} is compressed")
-            content = io.BytesIO(archive.read(entry))
-            if np.lib.format.read_magic(content) != (1, 0):
-                raise ValueError(f"{entry.filename:.60} has another version")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
-            data = content.read()
-            if fortran or dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
-                raise ValueError(f"{entry.filename:.60} has another number of bytes than its shape says")
-            found[entry.filename.removesuffix(".npy")] = np.frombuffer(data, dtype).reshape(shape)
-    return found
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:

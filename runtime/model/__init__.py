@@ -1,1 +1,1 @@
-"""A bundle as a language model: opening, sessions, chat, scores, embeddings."""
+"""Language models: loading, generation, sessions, chat, scores, embeddings."""

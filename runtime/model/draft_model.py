@@ -1,4 +1,4 @@
-"""A model's draft model: another bundle of the same vocabulary, faster, whose tokens the model accepts or rejects."""
+"""The draft model: a faster bundle with the same vocabulary, whose tokens the target model accepts or rejects."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from ..speculation.drafter import Drafter
 from ..speculation.worth import Worth
 from .parts import ModelParts
 
-_RUNS, _TOKENS = 3, 64  # runs of one token that are timed when it is loaded, and tokens of a longer one
+_RUNS, _TOKENS = 3, 64  # timed at the load: runs of one token; tokens of a longer run
 
 
 class Model(Protocol):
-    """A loaded model, as far as it drafts for another."""
+    """The interface of a loaded model that drafts for another."""
 
     parts: ModelParts
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether `close` was called."""
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Releases the model."""
 
 
 class DraftModel:
-    """What a model knows of its draft model.
+    """The draft model of a target model.
 
     Attributes:
-        model: It.
-        opened: Whether it was loaded for this model alone, and is closed with it.
-        worth: What its drafts bring.
+        model: The loaded draft model.
+        opened: Whether it was loaded for this target alone and is closed with it.
+        worth: Estimates whether drafts save time.
     """
 
-    def __init__(self, model: Model, *, opened: bool) -> None:
+    def __init__(self, model: Model, opened: bool) -> None:
         self.model, self.opened = model, opened
         self._stores: list[PrefixStore] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process loads it again, by its path."""
-        return _again, (self.model, self.opened)
+        """Another process loads it by its path."""
+        return DraftModel, (self.model, self.opened)
 
     def attach(self, graph: DecoderGraph, prefix_bytes: int) -> list[PrefixStore]:
-        """Makes it the draft model of a model over `graph`.
+        """Attaches it to a target model over `graph`.
 
         Returns:
-            Where the caches of earlier texts are kept: the draft model's own, and the model's. Together they take
-            `prefix_bytes`, each as much of it as for one token.
+            The prefix stores of the draft model and of the target. They share `prefix_bytes` in proportion to their
+            bytes per token.
         """
         graphs = [self.model.parts.require_open().graph, graph]
         together = max(1, sum(graph.bytes_per_token for graph in graphs))
@@ -64,12 +64,12 @@ class DraftModel:
         return self._stores
 
     def require_fit(self, target: ModelParts) -> None:
-        """Raises InputError where it has another vocabulary, or one of the two cannot be used so."""
+        """Raises InputError if the vocabularies differ, or one of the models does not support drafting."""
         _require_forgetting(target, self.model.parts)
         _require_same_vocabulary(target, self.model.parts)
 
     def drafter(self, memory: CacheMemory) -> Drafter | None:
-        """What drafts for a new text; None where the draft model was closed meanwhile."""
+        """A drafter for a new request; None if the draft model is closed."""
         if self.model.closed:
             return None
         store = self._stores[0]
@@ -87,7 +87,7 @@ class DraftModel:
         return Drafter(self.worth, take, give_back)
 
     def close(self) -> None:
-        """Lets go of its caches, and closes it where it was opened for this model."""
+        """Releases its caches, and closes it if it was opened for this target."""
         for store in self._stores:
             store.clear()
         if self.opened:
@@ -95,15 +95,15 @@ class DraftModel:
 
 
 def timed_worth(graph: DecoderGraph, clock: Callable[[], float] = time.perf_counter) -> Worth:
-    """What is known of a draft model before its first text: how long its runs take, by a few of them."""
+    """Times a few runs of a draft model, for the estimate before its first request."""
     engine = Engine.over(graph)
 
     def fastest(tokens: int, runs: int) -> float:
         found = []
-        for _ in range(runs):  # the first take longer
+        for _ in range(runs):  # the first runs take longer
             engine.reset()
             started = clock()
-            with contextlib.suppress(NumericsError):  # then a text does without
+            with contextlib.suppress(NumericsError):  # the request then runs without drafts
                 engine.append([0] * tokens)
             found.append(clock() - started)
         return min(found)
@@ -145,7 +145,3 @@ def _difference(mine: Mapping[str, int], its: Mapping[str, int]) -> str | None:
             return f"the model's token {mine[token]}, {token!r}, {found}"
     more = len(its) - len(mine)
     return f"it has {more} tokens that the model does not have" if more else None
-
-
-def _again(model: Model, opened: bool) -> DraftModel:
-    return DraftModel(model, opened=opened)

@@ -1,4 +1,4 @@
-"""Embeddings of texts: the last hidden states of their tokens, pooled."""
+"""Embeddings of texts: the pooled last hidden states of their tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pastkey.errors import InputError, ResourceError
+from pastkey.errors import InputError
 
 from ..decoding.many import several
 from ..engine.caches.kv import GROWTH_STEP
@@ -17,7 +17,7 @@ from ..engine.engine import Engine
 from ..settings import require_valid
 from .parts import ModelParts
 
-_ROOM = 8 * GROWTH_STEP  # tokens that the cache of several rows has room for, at most
+_ROOM = 8 * GROWTH_STEP  # the largest capacity in tokens of a cache of several sequences
 
 
 def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt.NDArray[np.float32]:
@@ -32,7 +32,8 @@ def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt
     texts = [_checked(parts, engine, one, number) for number, one in given]
     pooled: dict[int, npt.NDArray[np.float64]] = {}
     try:
-        for places in _runs(parts, engine, [ids.size for ids in texts]):
+        for places in _groups([ids.size for ids in texts], engine):
+            parts.memory.promise(engine, _room(max(texts[place].size for place in places), engine), len(places))
             pooled |= zip(places, _pooled(parts, engine, [texts[place] for place in places], pooling), strict=True)
     finally:
         parts.memory.release(engine)
@@ -43,7 +44,7 @@ def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt
 
 
 def _checked(parts: ModelParts, engine: Engine, text: Any, number: int | None) -> Ids:
-    """The ids (T,) of one text. Raises InputError, which says the place of one among several."""
+    """The ids (T,) of one text. `number`: its place in a list, for the InputError."""
     try:
         ids = parts.prompt_ids(text)
         if not ids:
@@ -53,22 +54,8 @@ def _checked(parts: ModelParts, engine: Engine, text: Any, number: int | None) -
         raise InputError(f"text {number} of the list: {error}" if number is not None else str(error)) from None
 
 
-def _runs(parts: ModelParts, engine: Engine, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The places of the texts that are run together, for which there is memory."""
-    for places in _groups(lengths, engine):
-        try:
-            parts.memory.promise(engine, _room(max(lengths[place] for place in places), engine), len(places))
-            yield places
-        except ResourceError:
-            if len(places) == 1:
-                raise
-            for place in places:
-                parts.memory.promise(engine, _room(lengths[place], engine))
-                yield [place]
-
-
 def _groups(lengths: Sequence[int], engine: Engine) -> Iterator[list[int]]:
-    """The places of texts of like length, the shortest first. Several have no more tokens than a chunk of a prefill."""
+    """Groups the places of texts by length, the shortest first. Several fit in a chunk of a prefill."""
     group: list[int] = []
     for place in sorted(range(len(lengths)), key=lengths.__getitem__):
         length, count = lengths[place], len(group) + 1
@@ -81,12 +68,12 @@ def _groups(lengths: Sequence[int], engine: Engine) -> Iterator[list[int]]:
 
 
 def _room(length: int, engine: Engine) -> int:
-    """Tokens that the cache of a row has room for."""
+    """The capacity in tokens of a sequence's cache."""
     return min(-(-length // GROWTH_STEP) * GROWTH_STEP, engine.manifest.context_length)
 
 
 def _pooled(parts: ModelParts, engine: Engine, texts: list[Ids], pooling: str) -> list[npt.NDArray[np.float64]]:
-    """Of each text (T,) a vector (H,), or with "none" one for each token, (T, H)."""
+    """Returns a vector (H,) for each text (T,); with "none" one for each token, (T, H)."""
     longest = max(ids.size for ids in texts)
     rows = np.zeros((len(texts), longest), np.int64)
     mask = np.zeros_like(rows)
@@ -111,7 +98,7 @@ def _pooled(parts: ModelParts, engine: Engine, texts: list[Ids], pooling: str) -
 
 
 def _run(parts: ModelParts, engine: Engine, rows: Ids, mask: Ids) -> HiddenStates:
-    """The next tokens (B, T) of some rows."""
+    """Runs the next tokens (B, T) of a batch. Returns their hidden states (B, T, H)."""
     found: list[HiddenStates] = []
     parts.scheduler.exclusively(lambda: found.append(engine.hidden_states(rows, mask)))
     return found[0]

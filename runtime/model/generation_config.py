@@ -1,4 +1,4 @@
-"""How the authors of a model would have it sampled: generation_config.json, which an export carries along."""
+"""The sampling options of a model's authors: generation_config.json, which an export copies."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pastkey.files.folder import read_json
 
 from ..settings import ChatOptions, SamplingConfig
 
-_DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # what counts where tokens are drawn
-# What counts where the likeliest is taken, too.
+_DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # used only when tokens are sampled
+# Used also for greedy decoding.
 ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "bad_words_ids")
 NAMES = (*_DRAWN, *ALWAYS)
 
 
 def sampling_defaults(bundle: Bundle) -> ChatOptions:
-    """The options that the bundle's generation_config.json names; none where it names none, or the manifest not it.
+    """The options in the bundle's generation_config.json; empty if the manifest does not list the file.
 
-    As in transformers, temperature and what follows it count with `do_sample` alone. Raises IntegrityError for a value
-    out of range.
+    As in transformers, `temperature`, `top_k`, `top_p`, `min_p` and `typical_p` need `do_sample`. Raises IntegrityError
+    for a value out of range.
     """
     if names.GENERATION_CONFIG not in bundle.manifest.files:
         return {}

@@ -1,10 +1,11 @@
-"""Text in, text out: a bundle, its engine and its tokenizer."""
+"""The language model: a bundle with its engine and its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
@@ -19,7 +20,6 @@ from ..constraints.lazy import LazyVocabulary
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
-from ..decoding.batching.shared_prefill import SharedPrefills
 from ..decoding.completion import Completion, completed
 from ..decoding.many import StreamMany, several
 from ..decoding.stream import Stream
@@ -31,9 +31,10 @@ from .draft_model import DraftModel
 from .embed import embed
 from .generation_config import sampling_defaults
 from .opening import open_prompt
-from .parts import ModelParts, prompt_ids
+from .parts import ModelParts
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
+from .unpack import TemporaryFolder
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, ThreadPoolExecutor
@@ -50,9 +51,9 @@ _log = logging.getLogger("pastkey")
 class LanguageModel:
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
-    Each call has its own KV cache. Calls at the same time are decoded together where the graph allows it, and take
-    turns step by step elsewhere. A text does not depend on the other calls. (In int8 the last bits of the logits do, so
-    a near tie may fall otherwise.) An unread stream delays no other call.
+    Each call has its own KV cache. Concurrent calls are decoded in one batch where the graph allows it; elsewhere they
+    take turns, step by step. The output of a call does not depend on other calls. (In int8 the last bits of the logits
+    do, so a near tie may resolve differently.) An unread stream does not delay other calls.
 
     Attributes:
         bundle: The bundle, with its absolute path.
@@ -61,7 +62,7 @@ class LanguageModel:
         max_batch: The largest number of requests that are decoded in one step.
         scheduler: Runs the steps.
         memory: The memory of the caches, and its limit.
-        parts: All of these, for sessions, chat and scores.
+        parts: The parts above, which sessions, chat and scores share.
         vocabulary: The tokenizer's vocabulary, as constraints read it.
         draft: Its draft model, or None.
     """
@@ -74,11 +75,11 @@ class LanguageModel:
         prefix_bytes: int = PREFIX_BYTES,
         max_batch: int = MAX_ROWS,
         draft: DraftModel | None = None,
-        temporary: Callable[[], object] | None = None,
+        temporary: TemporaryFolder | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
-        """See `load`. `temporary` removes the bundle's folder, which is unpacked for this model alone."""
-        # Read again later, wherever the process has gone by then.
+        """See `load`. `temporary`: the folder that the bundle was unpacked to for this model alone."""
+        # An absolute path stays valid if the working directory changes.
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
@@ -86,7 +87,6 @@ class LanguageModel:
         limits = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
         self._settings = {**limits, "draft": draft, **placement}
         self._temporary = temporary
-        self.holds: object = None  # what lives as long as the model
         engine = Engine(bundle, **placement)
         require_golden(engine, bundle)
         graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
@@ -136,24 +136,20 @@ class LanguageModel:
             if self._executor is not None:
                 self._executor.shutdown(wait=False)
             if self._temporary is not None:
-                self._temporary()
+                self._temporary.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process loads the bundle again, by its path."""
+        """Another process loads the bundle by its path."""
         if self._temporary is not None:
             raise InputError("a model that was unpacked cannot be given to another process: load it there")
         return _load_again, (self.bundle.path, self._settings)
 
     def require_open(self) -> Engine:
-        """An engine over the graph, for what it says of itself. Raises InputError where the model is closed."""
+        """An engine over the graph, for its properties. Raises InputError if the model is closed."""
         return self.parts.require_open()
 
-    def new_engine(self) -> Engine:
-        """One with an empty cache over the model's graph."""
-        return Engine.over(self.require_open().graph)
-
     def session(self) -> Session:
-        """Begins a session, a text with its own KV cache. Each appended or generated token is computed once.
+        """Begins a session: a sequence with its own KV cache. Each appended or generated token is computed once.
 
         Raises InputError if the model is closed.
         """
@@ -169,13 +165,13 @@ class LanguageModel:
         """
         from .session_file import read_session
 
-        engine = self.new_engine()
+        engine = self.parts.new_engine()
         ids = read_session(as_path(path), self.bundle, engine)
         self.memory.promise(engine, len(ids))
         return Session(self.parts, ids, engine)
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of them, too
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
         self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
     ) -> Completion: ...
     @overload
@@ -205,16 +201,16 @@ class LanguageModel:
         """Continues a prompt, or each of several.
 
         Args:
-            prompt: A text, or a sequence of token ids (T,); or a batch of these, which is decoded together. Prompts
-                that share their first 32 tokens share the prefill of their common beginning.
-            progress: For a batch, called with the number of finished completions and their total, after each.
-            n: The number of continuations of each prompt, up to 10,000. They share its prefill. Each draws by its own
-                seed, the first one by `seed`. The result is a list, also for one prompt.
+            prompt: A text, or token ids (T,); or a list of prompts, which are decoded in one batch. Prompts with the
+                same first 32 tokens share the prefill of their common prefix.
+            progress: For a batch, called after each completion with the number of finished completions and their total.
+            n: The number of continuations of each prompt, up to 10,000. They share its prefill. Each has its own seed;
+                the first has `seed`. The result is a list, also for one prompt.
             **options: See `GenerateOptions`.
 
         Returns:
-            The completion; for a batch, a list of completions in the same order, each equal to that of a separate call;
-            with `n`, those of a prompt one after another.
+            The completion; for a batch, a list of completions in the same order, each equal to that of a separate call.
+            With `n`, the completions of a prompt are consecutive.
 
         Raises:
             InputError: The prompt is empty, too long, or has no tokens; an option is out of range; the model is closed.
@@ -225,8 +221,8 @@ class LanguageModel:
         given = options_of("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
             prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
-            return completed(StreamMany(self._stream, prompts, given, self.max_batch, n, progress))
-        return completed(self._stream(prompt, given))  # type: ignore[arg-type]
+            return completed(StreamMany(partial(open_prompt, self.parts), prompts, given, self.max_batch, n, progress))
+        return completed(open_prompt(self.parts, prompt, given))  # type: ignore[arg-type]
 
     def stream_many(
         self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
@@ -235,19 +231,19 @@ class LanguageModel:
 
         Args:
             prompts: Texts, or sequences of token ids (T,).
-            n: The number of continuations of each, as in `generate`. Those of a prompt have consecutive places.
-            **options: As in `generate`, for each.
+            n: The number of continuations of each prompt, as in `generate`. Those of a prompt have consecutive places.
+            **options: As in `generate`.
 
         Returns:
-            An iterator of pairs of the place of a prompt and the next Chunk of its continuation. `completions` is the
-            list of finished completions, by place, and the value of StopIteration.
+            An iterator of pairs: the place of a prompt and the next Chunk of its continuation. `completions` is the
+            list of finished completions, by place. It is also the value of StopIteration.
 
         Raises:
             InputError: There is no prompt, or as in `generate`.
             OptionError: There is no option of that name.
         """
         given = options_of("stream_many", options, GENERATE_OPTIONS)
-        return StreamMany(self._stream, prompts, given, self.max_batch, n)
+        return StreamMany(partial(open_prompt, self.parts), prompts, given, self.max_batch, n)
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""
@@ -259,7 +255,7 @@ class LanguageModel:
 
     @property
     def executor(self) -> Executor:
-        """The threads that wait for tokens on behalf of an event loop. They start at the first such call."""
+        """The threads that wait for tokens on behalf of an event loop. They start at the first asynchronous call."""
         self.require_open()
         from concurrent.futures import ThreadPoolExecutor
 
@@ -277,15 +273,15 @@ class LanguageModel:
             **options: As in `generate`.
 
         Returns:
-            An iterator with a Chunk for each new token. Their texts joined are the completion's. `completion` has the
-            Completion at the end; it is also the value of StopIteration, or of `yield from`.
+            An iterator with a Chunk for each new token. Their joined texts are the completion's text. `completion` has
+            the Completion at the end; it is also the value of StopIteration, or of `yield from`.
 
         Raises:
             InputError: As in `generate`.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
-        return self._stream(prompt, options_of("stream", options, GENERATE_OPTIONS))
+        return open_prompt(self.parts, prompt, options_of("stream", options, GENERATE_OPTIONS))
 
     def chat(
         self,
@@ -300,12 +296,12 @@ class LanguageModel:
     ) -> Chat:
         """Begins a conversation.
 
-        A TemplateWarning names the arguments that the template leaves out.
+        A TemplateWarning names the arguments that the template ignores.
 
         Args:
             system: The system text.
-            messages: What was said so far, in OpenAI's form; a system text stands first. `ask()` without a text answers
-                a question that stands last.
+            messages: The conversation so far, in OpenAI's form, the system text first. `ask()` without a text answers a
+                question at its end.
             template: The path of a chat template (Jinja, UTF-8) in place of the bundle's.
             tools: The functions that the model may call: JSON schemas {"type": "function", "function": {"name",
                 "description", "parameters"}}, or Python functions with type hints and a docstring in Google's style.
@@ -315,13 +311,13 @@ class LanguageModel:
             **template_variables: Further variables of the template, such as `enable_thinking=False`.
 
         Raises:
-            InputError: The bundle has no tokenizer or no chat template, or the template cannot be used, or takes no
-                system text; or a tool cannot be described.
-            OptionError: The conversation itself sets this variable.
+            InputError: The bundle has no tokenizer or chat template; the template is invalid or refuses a system text;
+                or a tool has no schema.
+            OptionError: The conversation sets this variable itself.
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
         """
-        from .chat.chat import Chat  # which stands on much that a text alone does not need
+        from .chat.chat import Chat  # imported here: generation without chat does not need it
 
         return Chat(
             self,
@@ -337,7 +333,7 @@ class LanguageModel:
     def chat_format(
         self, template: str | Path | None = None, *, tools: bool = False, special_tokens_as_text: bool = False
     ) -> ChatFormat:
-        """How a conversation becomes token ids. `chat` has the arguments and the errors."""
+        """The conversion of conversations to token ids. `chat` documents arguments and errors."""
         from ..text.chat_format import open_chat_format
         from ..text.chat_template import read_template
 
@@ -347,7 +343,7 @@ class LanguageModel:
         )
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """The logits of every position of a text, computed with an empty cache.
+        """The logits of every position of a sequence, computed from an empty cache.
 
         Args:
             ids: Token ids (T,), at least one.
@@ -364,10 +360,11 @@ class LanguageModel:
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of each token of a text, and their sum.
 
-        The text is run as a prompt. In int8 and int4 `generate(logprobs=)` differs by hundredths of a nat: see `Score`.
+        The text is computed like a prompt. In int8 and int4 `generate(logprobs=)` differs by hundredths of a nat: see
+        `Score`.
 
         Args:
-            text: A text, which the tokenizer encodes with its own BOS token, or token ids (T,), at least one.
+            text: A text, which the tokenizer encodes with its BOS token; or token ids (T,), at least one.
 
         Raises:
             InputError: It is empty, or longer than the context; or the model is closed.
@@ -382,15 +379,15 @@ class LanguageModel:
         pooling: Pooling | None = "mean",
         normalize: bool | None = True,
     ) -> npt.NDArray[np.float32]:
-        """The embeddings of one text or several: the pooled last hidden states, which the output head reads.
+        """The embeddings of one text or several: their pooled last hidden states, the input of the output head.
 
         Args:
             text: As `prompt` in `generate`.
-            pooling: "mean" over the tokens; "last", the last token's; "none", one vector for each token of one text.
-            normalize: Makes the length of each vector 1.
+            pooling: "mean" over the tokens, "last" token, or "none": one vector per token, for one text.
+            normalize: Scales each vector to length 1.
 
         Returns:
-            (H,); for several texts (N, H), in their order; with "none" (T, H).
+            (H,); (N, H) for several texts, in their order; (T, H) with "none".
 
         Raises:
             InputError: The bundle was exported without `--hidden-states`; or as in `score`.
@@ -403,23 +400,17 @@ class LanguageModel:
         """The token ids of a prompt.
 
         Args:
-            prompt: A text, which the tokenizer encodes with its BOS token, or token ids, which stay unchanged.
+            prompt: A text, which the tokenizer encodes with its BOS token; or token ids, which stay unchanged.
 
         Raises:
-            InputError: It is neither, or a batch, a text without tokens, or a text for a bundle without tokenizer.
+            InputError: It is neither; it is a batch; the text has no tokens; or the bundle has no tokenizer.
         """
-        return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
-
-    def _stream(
-        self, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
-    ) -> Stream:
-        """Checks everything, and gives the stream."""
-        return open_prompt(self.parts, prompt, options, shared)
+        return self.parts.prompt_ids(prompt)
 
     def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
         from ..decoding.asynchronous import AsyncStream
 
-        return AsyncStream(self._stream(prompt, options), self.executor)
+        return AsyncStream(open_prompt(self.parts, prompt, options), self.executor)
 
 
 def _load_again(path: Path, settings: dict[str, Any]) -> LanguageModel:

@@ -1,9 +1,9 @@
-"""From a prompt's ids and a call's options to a stream, whose first step comes with its first `next`."""
+"""Opens a stream from token ids and the options of a call. Its first `next` runs the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
@@ -23,7 +23,7 @@ from .parts import ModelParts
 
 
 class Scheduled:
-    """What surrounds the steps of a generation that a model's scheduler runs."""
+    """Base of the lifecycles: the model's scheduler runs the steps."""
 
     def __init__(self, parts: ModelParts) -> None:
         self.parts = parts
@@ -31,21 +31,21 @@ class Scheduled:
 
 
 class Prompted(Scheduled):
-    """The lifecycle of a call of its own: a cache from the store of prefixes, or from another continuation."""
+    """The lifecycle of a call. Its cache comes from the prefix store or from another request of the call."""
 
     def __init__(self, parts: ModelParts, options: Mapping[str, Any], shared: SharedPrefill | None) -> None:
         super().__init__(parts)
         self._reuse, self._exact = options.get("reuse_prefix", False), options.get("exact", False)
-        self._anew = options.get("prompt_logprobs") is True  # what is in the cache already has no logits
+        self._anew = options.get("prompt_logprobs") is True  # cached tokens have no logits
         self._shared = shared
 
     def starting(self, generation: Generation) -> None:
-        """The model may be closed since the call."""
+        """Raises InputError if the model was closed after the call."""
         del generation
         self.parts.require_open()
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """From a prompt that begins alike, where its cache can be copied, or from the store, which may have more."""
+        """Takes a cache with the same beginning from another prompt of the call or from the store."""
         scheduler, found, ids = self.parts.scheduler, None, generation.kept_ids
         reuse = self._reuse and not self._anew
         if self._shared is not None and not self._anew:
@@ -56,12 +56,12 @@ class Prompted(Scheduled):
         return found
 
     def retired(self, generation: Generation) -> None:
-        """Back into the store."""
+        """Returns the cache to the store."""
         scheduler, engine = self.parts.scheduler, generation.engine
         self.parts.memory.release(engine)
         if not generation.begun:
             return
-        # Moving out of the memory that it shares with others is worth it where a later call may ask for it.
+        # A cache in memory shared with other requests is moved out only if a later call may reuse it.
         keep = generation.error is None and (self._reuse or not scheduler.shares_memory(engine))
         scheduler.move_out(engine, keep=keep)
         if keep and not scheduler.closed:
@@ -71,35 +71,29 @@ class Prompted(Scheduled):
 def open_prompt(
     parts: ModelParts, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
 ) -> Stream:
-    """A stream of one prompt. `shared`: the other prompts of the call. Raises as `open_stream`."""
+    """Opens a stream of one prompt. `shared`: the other prompts of the call. Raises as `open_stream`."""
     parts.require_open()
     ids = parts.prompt_ids(prompt)
     lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))
     after_text = isinstance(prompt, str) and bool(prompt.strip())
-    return open_stream(lifecycle, ids, options, after_text=after_text)
-
-
-class ModelLifecycle(Lifecycle, Protocol):
-    """A lifecycle that knows its model."""
-
-    parts: ModelParts
+    return open_stream(parts, lifecycle, ids, options, after_text=after_text)
 
 
 def open_stream(
-    lifecycle: ModelLifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
+    parts: ModelParts, lifecycle: Lifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
 ) -> Stream:
-    """A stream behind `ids`.
+    """Opens a stream that continues `ids`.
 
     Args:
-        lifecycle: What surrounds its steps.
-        ids: The whole text so far, (T,).
-        options: Those of `options_of`.
-        after_text: Whether the new text goes on from a text.
+        parts: The model.
+        lifecycle: Provides the cache and takes it back.
+        ids: The whole sequence so far, (T,).
+        options: As returned by `options_of`.
+        after_text: Whether the new text continues a text.
 
     Raises:
-        InputError: The model cannot take `ids`, or an option is out of range.
+        InputError: `ids` or an option is out of range.
     """
-    parts = lifecycle.parts
     codec = parts.tokenizer
     stops = _texts(options.get("stop", ()))
     if stops and codec is None:
@@ -123,14 +117,14 @@ def open_stream(
         num_sink_tokens=options.get("num_sink_tokens", NUM_SINK_TOKENS),
     )
     keep = options.get("keep_special_tokens", False)
-    after_text = after_text or constraint is not None  # which sees the space that begins a text
+    after_text = after_text or constraint is not None  # a constraint sees the space that begins a text
     text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
     generation = Generation(parts.require_open(), request, lifecycle)
     return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
 
 
 def _end_ids(options: Mapping[str, Any], manifest: Manifest) -> list[int]:
-    """The ids that end the text: EOS tokens, the bundle's or the call's own, and those beside them."""
+    """The ids that end the sequence: the call's or the bundle's EOS tokens, and `stop_token_ids`."""
     eos = options.get("eos_token_id", manifest.eos_token_ids)
     ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
     for name, given in ids.items():
@@ -151,7 +145,7 @@ def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _bad_words(codec: TextCodec | None, options: Mapping[str, Any]) -> Sequence[Sequence[int]]:
-    """The ids of all bad words: those of a text as it stands, and after a space."""
+    """The ids of all bad words. Each text is encoded alone and after a space."""
     given = options.get("bad_words_ids", ())
     texts = _texts(options.get("bad_words", ()))
     if not texts:

@@ -1,4 +1,4 @@
-"""What a loaded model is made of, as whatever works with it takes it: sessions, streams, scores, embeddings, drafts."""
+"""The parts of a loaded model, which sessions, streams, scores, embeddings and draft models share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..text.codec import TextCodec
 
 
 class Drafts(Protocol):
-    """A draft model, as far as a text needs it."""
+    """The interface of a draft model to a request."""
 
     def drafter(self, memory: CacheMemory) -> Drafter | None:
-        """What drafts for a new text; None where it was closed meanwhile."""
+        """A drafter for a new request; None if the draft model is closed."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class ModelParts:
 
     Attributes:
         bundle: The bundle, with its absolute path.
-        tokenizer: Its tokenizer, or None for a bundle that has none.
-        vocabulary: What constraints see of the tokenizer.
-        engine: Over the graph, for what it says of itself.
+        tokenizer: The bundle's tokenizer, or None.
+        vocabulary: The tokenizer's vocabulary, for constraints.
+        engine: An engine over the graph, for its properties.
         scheduler: Runs the steps.
-        memory: What the caches may take.
+        memory: The memory limit of the caches.
         draft: The draft model, or None.
     """
 
@@ -49,11 +49,11 @@ class ModelParts:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's."""
+        """The bundle's manifest."""
         return self.bundle.manifest
 
     def require_open(self) -> Engine:
-        """The engine. Raises InputError where the model is closed."""
+        """The engine. Raises InputError if the model is closed."""
         if self.scheduler.closed:
             raise InputError("this model is closed: load it again with pastkey.load()")
         return self.engine
@@ -63,14 +63,9 @@ class ModelParts:
         return Engine.over(self.require_open().graph)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """See `prompt_ids`."""
-        return prompt_ids(prompt, self.tokenizer, self.manifest.vocab_size)
-
-
-def prompt_ids(prompt: str | Sequence[int], tokenizer: TextCodec | None, vocab_size: int) -> list[int]:
-    """The ids that a prompt is fed as. Raises InputError; see `LanguageModel.prompt_ids`."""
-    if not isinstance(prompt, str):
-        return token_ids(prompt, vocab_size)
-    if tokenizer is None:
-        raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
-    return tokenizer.encode(prompt)
+        """See `LanguageModel.prompt_ids`."""
+        if not isinstance(prompt, str):
+            return token_ids(prompt, self.manifest.vocab_size)
+        if self.tokenizer is None:
+            raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
+        return self.tokenizer.encode(prompt)

@@ -1,4 +1,4 @@
-"""The log-probability of a text."""
+"""Log-probabilities of texts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Score:
 
     Attributes:
         ids: Its tokens.
-        logprobs: The natural log-probability of each token after those before it; None for the first.
-            They are numbers; those of `generate(logprobs=)` are TokenLogprobs, with the likeliest tokens beside.
+        logprobs: The natural log-probability of each token, given those before it; None for the first. These are
+            numbers; `generate(logprobs=)` returns TokenLogprobs, which include the likeliest tokens.
         total: Their sum.
 
-    All tokens are run together, as a prompt is. In int8 and int4 the log-probabilities of `generate(logprobs=)`, whose
-    tokens are run one by one, differ by the rounding of activations: by 0.014 nats a token in SmolLM2-135M in int8.
+    All tokens are computed together, like a prompt. `generate(logprobs=)` computes tokens one by one. In int8 and int4
+    its log-probabilities differ by the rounding of activations: 0.014 nats per token for SmolLM2-135M in int8.
     """
 
     ids: list[int]
@@ -32,12 +32,12 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """`total` for each token but the first; 0 where there is none."""
+        """`total` divided by the number of tokens after the first; 0 if there is only one."""
         return self.total / (len(self.ids) - 1) if len(self.ids) > 1 else 0.0
 
 
 def score(parts: ModelParts, ids: list[int]) -> Score:
-    """That of `ids` (T,), computed in chunks: no more logits than those of one chunk are held."""
+    """The score of `ids` (T,), computed in chunks. Only the logits of one chunk are in memory."""
     logprobs: list[float | None] = [None]
     for logits in logits_by_chunk(parts, ids):
         following = ids[len(logprobs) : len(logprobs) + len(logits)]

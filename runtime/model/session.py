@@ -1,10 +1,10 @@
-"""A session: a text with its own KV cache, over a shared model."""
+"""A session: a sequence with its own KV cache, over a shared model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self, Unpack
+from typing import Any, Self, Unpack
 
 from pastkey.errors import InputError
 from pastkey.values import as_path, is_int, or_default, shown
@@ -20,14 +20,14 @@ from .parts import ModelParts
 
 
 class Session:
-    """One text that grows by appending and generating. It begins empty.
+    """A sequence that grows by `append` and `generate`. It begins empty.
 
     Sessions of one model may be used at the same time, each by one thread at a time. Any thread may call `cancel`. The
-    KV cache of the text stays, so only new tokens are computed.
+    session keeps its KV cache, so only new tokens are computed.
     """
 
     def __init__(self, parts: ModelParts, ids: Sequence[int] = (), engine: Engine | None = None) -> None:
-        """See `LanguageModel.session`. `engine`: with some of the first of `ids` in its cache."""
+        """See `LanguageModel.session`. `engine`: its cache holds a prefix of `ids`."""
         self._parts = parts
         self._ids = list(ids)
         self._engine: Engine | None = engine or parts.new_engine()
@@ -42,7 +42,7 @@ class Session:
 
     @property
     def ids(self) -> list[int]:
-        """The tokens of the text so far, with the generated ones, without those that a context shift dropped."""
+        """The tokens so far, including generated ones, without those that a context shift dropped."""
         generation = self._generation
         if generation is None:
             return list(self._ids)
@@ -50,13 +50,13 @@ class Session:
 
     @property
     def text(self) -> str:
-        """The text so far, special tokens left out; "" without a tokenizer."""
+        """The text so far, without special tokens; "" without a tokenizer."""
         tokenizer = self._parts.tokenizer
         return "" if tokenizer is None else tokenizer.decode(self.ids)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the cache takes."""
+        """The size of the cache in bytes."""
         return 0 if self._engine is None else self._engine.nbytes
 
     def append(
@@ -69,12 +69,12 @@ class Session:
         """Appends a text, and computes its keys and values, except those of the last two tokens.
 
         Args:
-            text: A text, which the tokenizer encodes, with its BOS token if it is the first; or token ids.
+            text: A text, which the tokenizer encodes, with its BOS token if the session is empty; or token ids.
             context_overflow: As in `LanguageModel.generate`: "shift" drops old tokens when the context is full.
-            num_sink_tokens: How many of the first tokens stay then.
+            num_sink_tokens: The number of first tokens that stay.
 
         Raises:
-            InputError: It is empty, has no tokens or is too long for the context; the session is closed or generates.
+            InputError: The sequence is empty or too long for the context, or the session is closed or generating.
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
 
@@ -113,7 +113,8 @@ class Session:
             The completion. The session contains it.
 
         Raises:
-            InputError: The text is empty or too long, an option is out of range, or the session is closed or generates.
+            InputError: The sequence is empty or too long, an option is out of range, or the session is closed or
+                generating.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
             ResourceError: The cache would take more than `max_memory`.
@@ -131,10 +132,10 @@ class Session:
         """Trims the session to its common prefix with a prompt.
 
         Args:
-            prompt: A whole text as in `LanguageModel.generate`, or token ids.
+            prompt: A whole prompt, as in `LanguageModel.generate`.
 
         Returns:
-            How many tokens stay. Append or generate the rest of the prompt, `prompt_ids(prompt)[kept:]`.
+            The number of tokens that stay. Append or generate the rest of the prompt, `prompt_ids(prompt)[kept:]`.
         """
         self._idle()
         ids, kept = self._parts.prompt_ids(prompt), 0
@@ -154,21 +155,21 @@ class Session:
         self._parts.scheduler.exclusively(lambda: _cut(engine, length))
 
     def fork(self) -> Session:
-        """Another session with the same text and a copy of its cache."""
+        """Returns another session with the same sequence and a copy of its cache."""
         engine = self._idle()
         if not engine.graph.copies and not engine.manifest.states:
-            return Session(self._parts, self._ids)  # on other devices than the CPU it is computed again
+            return Session(self._parts, self._ids)  # not on the CPU: the fork computes its cache again
         copied: list[Engine] = []
         self._parts.scheduler.exclusively(lambda: copied.append(engine.copy()))
         self._parts.memory.promise(copied[0], engine.length)
         return Session(self._parts, self._ids, copied[0])
 
     def save(self, path: str | Path) -> None:
-        """Writes the text and its cache to a file, whole or not at all. `LanguageModel.load_session` reads it.
+        """Writes the sequence and its cache to a file, atomically. `LanguageModel.load_session` reads it.
 
         Raises:
-            InputError: The session is closed or generates, or there is no such folder.
-            OSError: The disk is full, or the file cannot be written; the old file stays.
+            InputError: The session is closed or generating.
+            OSError: The file cannot be written. The old file stays.
         """
         from .session_file import write_session
 
@@ -199,13 +200,6 @@ class Session:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __reduce__(self) -> NoReturn:
-        """Raises InputError: a copy would write into the same cache, and another process lacks it."""
-        raise InputError(
-            "a session can be neither copied nor pickled: take session.fork(), or session.save() and load_session() "
-            "in the other process"
-        )
-
     def _encode(self, text: str | Sequence[int]) -> list[int]:
         if isinstance(text, str) and self._ids and self._parts.tokenizer is not None:
             return self._parts.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -218,15 +212,15 @@ class Session:
             raise InputError("the session is empty: append a text first, or generate from one")
         after_text = bool(self._ids) or (isinstance(text, str) and bool(text.strip()))
         lifecycle = _Going(self, engine, exact=options.get("exact", False))
-        return open_stream(lifecycle, ids, options, after_text=after_text)
+        return open_stream(self._parts, lifecycle, ids, options, after_text=after_text)
 
     def _idle(self) -> Engine:
-        """The engine, which nothing runs. Raises InputError."""
+        """The engine of an idle session. Raises InputError if the session is closed or generating."""
         self._parts.require_open()
         if self._engine is None:
             raise InputError("this session is closed: open another with model.session()")
         if self._generation is not None and self._generation.closed:
-            self._parts.scheduler.exclusively(lambda: None)  # it is taken out of the caches
+            self._parts.scheduler.exclusively(lambda: None)  # the scheduler removes the closed generation first
         if self._generation is not None:
             raise InputError(
                 "this session has a stream that is not at its end: read it to its end or close it (stream.close()) "
@@ -236,7 +230,7 @@ class Session:
 
 
 class _Going(Scheduled):
-    """The lifecycle of a generation that goes on from a session's text, in its cache."""
+    """The lifecycle of a generation that continues a session in its cache."""
 
     def __init__(self, session: Session, engine: Engine, *, exact: bool) -> None:
         super().__init__(session._parts)
@@ -244,7 +238,7 @@ class _Going(Scheduled):
         self._before = list(session._ids)
 
     def starting(self, generation: Generation) -> None:
-        """The session generates from now on. Raises InputError where it has gone on since."""
+        """Marks the session as generating. Raises InputError if it has changed since the call."""
         session = self._session
         session._idle()
         if session._ids != self._before:
@@ -252,22 +246,22 @@ class _Going(Scheduled):
         session._generation = generation
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """The session's own."""
+        """Returns the session's own cache."""
         self.parts.memory.promise(self._engine, generation.most_tokens)
         return self._engine, self._engine.keep_prefix(generation.kept_ids, exact=self._exact)
 
     def retired(self, generation: Generation) -> None:
-        """What was generated is the session's."""
+        """Adds the generated tokens to the session."""
         session = self._session
         self.parts.scheduler.move_out(self._engine)
         if session._generation is generation:
-            failed = generation.error is not None and not generation.new_tokens  # on what was appended: nothing stays
+            failed = generation.error is not None and not generation.new_tokens  # in the prefill
             ids = self._before if failed else list(generation.kept_ids)
             _cut(self._engine, len(ids))
             session._ids, session._generation = ids, None
 
 
 def _cut(engine: Engine, length: int) -> None:
-    """Forgets in a cache what is behind a text of this length."""
+    """Drops the cached tokens after the first `length`."""
     if engine.length > length:
         engine.trim(length) if engine.can_trim(length) else engine.empty()

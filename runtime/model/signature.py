@@ -1,25 +1,24 @@
-"""A signature of a bundle: who made it, where hashes alone say that it is undamaged.
+"""Signatures of bundles. A signature proves who made a bundle; hashes only prove that it is undamaged.
 
-It is one of ed25519 (RFC 8032) over the bytes of the manifest, which has size and hash of every file. pastkey.json.sig
-holds its 64 bytes and nothing else, as `openssl pkeyutl -sign -rawin` writes them. Keys are PEM files as `openssl
-genpkey` writes them. The package cryptography computes; it comes with the extra `sign`.
+The signature is ed25519 (RFC 8032) over the bytes of the manifest, which has the size and hash of every file.
+pastkey.json.sig holds its 64 bytes, as `openssl pkeyutl -sign -rawin` writes them. Keys are PEM files, as `openssl
+genpkey` writes them. The package cryptography, of the extra `sign`, computes signatures.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.contract.names import MANIFEST, SIGNATURE
-from pastkey.errors import InputError, IntegrityError, MissingFileError, missing_extra
+from pastkey.errors import InputError, IntegrityError, MissingFileError, first_line, missing_extra
 from pastkey.files.durable import write_whole
 from pastkey.files.folder import require_manifest
-from pastkey.files.reading import MOST_JSON, read_bytes, reading
+from pastkey.files.reading import MOST_JSON, read_bytes
 from pastkey.values import as_path
 
 if TYPE_CHECKING:
@@ -27,11 +26,10 @@ if TYPE_CHECKING:
 
 _MOST_KEY = 10_000  # bytes of a PEM file; one of ed25519 has 119
 _BYTES = 64  # of a signature
-_LABEL = re.compile(rb"^-----BEGIN ([A-Z0-9 ]{1,40})-----", re.MULTILINE)
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
-    """Writes the signature of a bundle beside its manifest, after a look at every hash.
+    """Checks every hash of a bundle, then writes its signature beside the manifest.
 
     Args:
         bundle: The bundle's folder.
@@ -42,8 +40,8 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
 
     Raises:
         MissingFileError: There is no such bundle or file.
-        IntegrityError: The bundle is not whole, or the key's file is damaged.
-        InputError: The file holds another kind of key.
+        IntegrityError: The bundle is incomplete or altered.
+        InputError: The file does not hold such a key.
         MissingExtraError: cryptography is not installed.
     """
     private = _private_key(as_path(key, "key", "the path of a PEM file"))
@@ -55,7 +53,7 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
 def require_signature(bundle: str | Path, key: str | Path) -> None:
     """Raises IntegrityError unless the manifest of a bundle was signed by the private half of `key`.
 
-    No other file of the bundle is opened: what the manifest says of them is for `open_bundle` to check afterwards.
+    No other file of the bundle is opened. `open_bundle` checks them against the manifest afterwards.
 
     Args:
         bundle: The bundle's folder.
@@ -63,8 +61,8 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
 
     Raises:
         MissingFileError: There is no such bundle or file, or no signature.
-        IntegrityError: The signature is not one of this manifest by this key, or the key's file is damaged.
-        InputError: The file holds another kind of key.
+        IntegrityError: The signature is not one of this manifest by this key.
+        InputError: The file does not hold such a key.
         MissingExtraError: cryptography is not installed.
     """
     public = _public_key(as_path(key, "key", "the path of a PEM file"))
@@ -90,13 +88,13 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
 
 
 def new_key(path: str | Path) -> Path:
-    """Writes a new private key to `path`, which its owner alone may read, and its public half beside it.
+    """Writes a new private key to `path`, readable by its owner only, and its public half beside it.
 
     Returns:
         The public key's file: key.pub.pem beside key.pem.
 
     Raises:
-        InputError: One of the two exists, or the path ends with no name.
+        InputError: One of the two exists, or the path has no file name.
         MissingExtraError: cryptography is not installed.
     """
     private = as_path(path)
@@ -111,64 +109,41 @@ def new_key(path: str | Path) -> Path:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
-    told = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
-    write_whole(public, told)
-    try:
-        write_whole(private, secret, mode=0o600)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            public.unlink()
-        raise
+    write_whole(private, secret, mode=0o600)
+    write_whole(public, key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
     return public
 
 
 def _private_key(path: Path) -> Ed25519PrivateKey:
-    content = _pem(path, "PRIVATE KEY", "private")
     with _cryptography():
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    with reading(path, "a private key"):
-        key = load_pem_private_key(content, password=None)
-    if not isinstance(key, Ed25519PrivateKey):
-        raise _another_algorithm(key, path)
+    key: Ed25519PrivateKey = _loaded(path, Ed25519PrivateKey, lambda pem: load_pem_private_key(pem, password=None))
     return key
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
-    content = _pem(path, "PUBLIC KEY", "public")
     with _cryptography():
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    with reading(path, "a public key"):
-        key = load_pem_public_key(content)
-    if not isinstance(key, Ed25519PublicKey):
-        raise _another_algorithm(key, path)
+    key: Ed25519PublicKey = _loaded(path, Ed25519PublicKey, load_pem_public_key)
     return key
 
 
-def _pem(path: Path, expected: str, kind: str) -> bytes:
-    """The content of a PEM file, by its first label. Raises InputError for another one than is expected."""
+def _loaded(path: Path, kind: Any, parse: Callable[[bytes], Any]) -> Any:
+    """Reads a PEM file. Raises InputError unless it holds a key of this kind, without a password."""
     content = read_bytes(path, _MOST_KEY)
-    label = _LABEL.search(content)
-    found = label[1].decode("ascii") if label else None
-    if found == "ENCRYPTED PRIVATE KEY":
+    try:
+        found = parse(content)
+        reason = f"it holds a {type(found).__name__.strip('_')}"
+    except Exception as error:  # cryptography raises ValueError, TypeError and errors of its own
+        found, reason = None, first_line(error)
+    if not isinstance(found, kind):
         raise InputError(
-            f"{path} is encrypted, and no password is asked for: decrypt it with  openssl pkey -in {path} -out FILE  "
-            "and name that file"
+            f"{path} cannot be read as an {kind.__name__} without a password ({reason}): pastkey sign --new-key FILE "
+            "writes a pair of keys"
         )
-    if found != expected:
-        raise InputError(
-            f"{path} holds {f'a PEM block {found!r}' if found else 'no PEM block'}; a {kind} ed25519 key, "
-            f"{expected!r}, was expected: pastkey sign --new-key FILE writes a pair"
-        )
-    return content
-
-
-def _another_algorithm(key: object, path: Path) -> InputError:
-    return InputError(
-        f"{path} holds a key of another algorithm ({type(key).__name__.strip('_')}); one of ed25519 was expected: "
-        "pastkey sign --new-key FILE writes a pair"
-    )
+    return found
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""A bundle that is no folder: a zip file, unpacked no further than its size allows, or a resource of a package.
+"""Bundles in zip files and resources of packages. The unpacked size is limited.
 
-Standard library only: the process of an untrusted bundle unpacks before it imports any other.
+Standard library only: the sandbox's child process unpacks a bundle before it imports other packages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import tempfile
+import weakref
 import zipfile
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -21,78 +22,95 @@ from pastkey.files.folder import is_inside
 from pastkey.files.reading import reading
 from pastkey.values import as_path, shown
 
-_MOST_TIMES, _ALWAYS = 20, 10_000_000  # how much larger than its zip file a bundle may be, and bytes that it may be
+_MOST_TIMES, _ALWAYS = 20, 10_000_000  # an unpacked bundle has at most 20 times the bytes of its zip file plus 10 MB
+
+
+class TemporaryFolder:
+    """A temporary folder, which is removed with this object or by `remove`.
+
+    Only the process that made it removes it: a fork may still read there.
+
+    Attributes:
+        path: Its path.
+        remove: Removes it, once.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="pastkey-"))
+        self.remove = weakref.finalize(self, _remove, self.path, os.getpid())
+
+
+def _remove(folder: Path, made_by: int) -> None:
+    if os.getpid() == made_by:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What `load` was given: a path, or the content of a zip file."""
+    """The argument of `load`, on disk."""
 
-    path: Path
+    path: Path  # a bundle folder, or a zip file of one
     name: str  # what messages call it
-    content: bytes | memoryview | None = None
-    copied: Path | None = None  # a temporary folder, which is the path
+    temporary: TemporaryFolder | None = None  # that the path is in
 
 
 def given_as(path: Any) -> Given:
-    """What this is: a path, bytes, or a resource of a package, whose folder is copied. Nothing of it is read otherwise.
+    """Writes bytes and resources of a package to a temporary folder, unread. A path stays as it is.
 
     Raises InputError, MissingFileError.
     """
     if isinstance(path, bytes | bytearray | memoryview):
-        return Given(Path("the bytes"), "the bytes", memoryview(path).cast("B"))
+        temporary = TemporaryFolder()
+        target = temporary.path / "bundle.zip"
+        target.write_bytes(path)
+        return Given(target, "the bytes", temporary)
     if isinstance(path, Traversable) and not isinstance(path, os.PathLike):
-        if path.is_file():
-            return Given(Path(path.name), path.name, path.read_bytes())
-        if not path.is_dir():
+        if not path.is_file() and not path.is_dir():
             raise MissingFileError(f"no such bundle: {path.name} is not in its package")
-        folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
-        _copy(path, folder)
-        return Given(folder, path.name, copied=folder)
+        temporary = TemporaryFolder()
+        target = temporary.path / "bundle"
+        _copy(path, target)
+        return Given(target, path.name, temporary)
     found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
     return Given(found, str(found))
 
 
 def _copy(source: Traversable, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for part in source.iterdir():
-        if part.is_dir():
+    if source.is_dir():
+        target.mkdir()
+        for part in source.iterdir():
             _copy(part, target / part.name)
-        else:
-            with part.open("rb") as read, (target / part.name).open("wb") as written:
-                shutil.copyfileobj(read, written)
+    else:
+        with source.open("rb") as read, target.open("wb") as written:
+            shutil.copyfileobj(read, written)
 
 
-def unpacked(file: IO[bytes], name: str) -> Path:
-    """A temporary folder with what stands beside the manifest in a zip file. See `unpack`."""
-    folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
-    try:
-        unpack(file, name, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
-
-
-def remove(folder: Path, made_by: int) -> None:
-    """Removes a temporary folder in the process of this number, which made it: its forks read on there."""
-    if os.getpid() == made_by:
-        shutil.rmtree(folder, ignore_errors=True)
+def unpacked(given: Given) -> tuple[Path, TemporaryFolder | None]:
+    """The bundle's folder, and the temporary folder that it is in, if any. Raises as `unpack`."""
+    if not given.path.is_file() or (given.temporary is None and not zipfile.is_zipfile(given.path)):
+        return given.path, given.temporary
+    temporary = given.temporary or TemporaryFolder()
+    folder = temporary.path / "unpacked"
+    with given.path.open("rb") as file:
+        unpack(file, given.name, folder)
+    if given.temporary is not None:
+        given.path.unlink()
+    return folder, temporary
 
 
 def tell_as_given(error: BaseException, folder: Path, name: str) -> None:
-    """Has the sentence about a bundle in a temporary folder name what the user gave."""
+    """Replaces the temporary folder in an error message by the name that the user gave."""
     if isinstance(error, PastkeyError):
         error.args = (str(error).replace(str(folder), name), *error.args[1:])
 
 
 def unpack(file: IO[bytes], name: str, folder: Path) -> None:
-    """Writes what stands beside the manifest in a zip file to an empty folder.
+    """Writes the manifest's folder in a zip file to an empty folder.
 
     Raises:
-        InputError: It is no zip file.
-        MissingFileError: There is no bundle in it.
-        IntegrityError: It was cut or altered, or made to fill a disk.
+        InputError: It is not a zip file.
+        MissingFileError: It has no bundle.
+        IntegrityError: It was truncated or altered, or unpacks to too many bytes.
     """
     try:
         archive = zipfile.ZipFile(file)
@@ -126,6 +144,6 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
 
 
 def _sizes(archive: zipfile.ZipFile) -> tuple[int, int]:
-    """Bytes of all files, as they are stored, and as they say that they are unpacked to, which is where each is cut."""
+    """The bytes of all files, compressed and unpacked. zipfile reads no more than the unpacked size of an entry."""
     entries = archive.infolist()
     return sum(entry.compress_size for entry in entries), sum(entry.file_size for entry in entries)

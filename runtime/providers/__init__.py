@@ -1,1 +1,1 @@
-"""Which hardware runs a graph: providers, and how onnxruntime opens a session on them."""
+"""Execution providers: which hardware runs a graph, and how onnxruntime opens a session on it."""

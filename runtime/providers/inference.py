@@ -1,4 +1,4 @@
-"""onnxruntime's session, whose runs end in a sentence: the one place for what onnxruntime raises there."""
+"""An onnxruntime session that raises RunFailedError, with one sentence, for any error of a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pastkey.errors import IntegrityError, first_line
 
 from .ort import RunError, onnxruntime
 
-# The last where names of a damaged graph, which stand in a message, are no text.
+# UnicodeDecodeError: the message contains names of a damaged graph that are not UTF-8.
 _FAILED: tuple[type[Exception], ...] = (*RunError, UnicodeDecodeError)
 
 
 class RunFailedError(IntegrityError, RuntimeError):
-    """A graph that was loaded and cannot be run: its checks of shapes and ids come after the load."""
+    """A graph loads but does not run. onnxruntime checks shapes and ids only at a run."""
 
 
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]

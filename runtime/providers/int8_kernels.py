@@ -1,14 +1,14 @@
-"""Which of onnxruntime's int8 kernels this CPU gets, and what it costs where they are not the fast ones.
+"""Which int8 kernels onnxruntime uses on this CPU, and what slower ones cost.
 
-onnxruntime does not report them. Its source has what it asks of the CPU: MLAS_PLATFORM in
-onnxruntime/core/mlas/lib/platform.cpp chooses a table of kernels, and MlasIsQNBitGemmAvailable in qnbitgemm.cpp whether
-the table has one for 8-bit weights. Without one, MatMulNBits unpacks all of its weights to float32 at every run.
+onnxruntime does not report them, so the rules of its source are repeated here: MLAS_PLATFORM in
+onnxruntime/core/mlas/lib/platform.cpp selects a table of kernels, and MlasIsQNBitGemmAvailable in qnbitgemm.cpp tests
+whether the table has a kernel for 8-bit weights. Without one, MatMulNBits unpacks all of its weights to float32 at
+every run.
 """
 
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,39 +19,27 @@ from .placement import CPU
 
 _CPUINFO = Path("/proc/cpuinfo")  # Linux and Android
 _FLAG_LINES = ("flags", "Features")  # on x86, and on ARM
-# What macOS calls what Linux calls otherwise.
-_APPLE = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm"}
 
 
 @dataclass(frozen=True)
 class Int8Kernels:
-    """What runs the MatMuls of an int8 bundle on a CPU."""
+    """The kernels for the MatMuls of an int8 bundle on a CPU."""
 
-    name: str  # "avx512_vnni", "avx_vnni", "avx512", "avx2", "neon_i8mm", "neon_dot", "none" or "unknown"
-    fast: bool | None  # whether they have instructions for int8 dot products; None where that is unknown
-    note: str  # the same for people, with the cost
+    name: str  # "avx512_vnni", "avx_vnni", "avx512", "avx2", "neon", "none" or "unknown"
+    fast: bool | None  # whether they have instructions for int8 dot products; None if unknown
+    note: str  # a description with the cost
 
 
+_SLOWER = "for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, longer than in float32"
 # The figures are those of docs/performance.md, "Processors without VNNI".
 _KNOWN = {
     kernels.name: kernels
     for kernels in (
         Int8Kernels("avx512_vnni", True, "AVX512-VNNI kernels, the fastest"),
         Int8Kernels("avx_vnni", True, "AVX-VNNI kernels; their speed is not measured"),
-        Int8Kernels(
-            "avx512",
-            False,
-            "AVX512 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, "
-            "longer than in float32",
-        ),
-        Int8Kernels(
-            "avx2",
-            False,
-            "AVX2 kernels, for want of VNNI: decode is as fast as with VNNI, prefill takes 1.6 times as long, longer "
-            "than in float32",
-        ),
-        Int8Kernels("neon_i8mm", True, "NEON kernels with i8mm; their speed is not measured"),
-        Int8Kernels("neon_dot", True, "NEON kernels with dot products; their speed is not measured"),
+        Int8Kernels("avx512", False, f"AVX512 kernels, {_SLOWER}"),
+        Int8Kernels("avx2", False, f"AVX2 kernels, {_SLOWER}"),
+        Int8Kernels("neon", True, "NEON kernels with dot products; their speed is not measured"),
         Int8Kernels(
             "none",
             False,
@@ -64,27 +52,27 @@ _KNOWN = {
 
 
 def int8_kernels() -> Int8Kernels:
-    """Those of this CPU."""
+    """The kernels of this CPU."""
     return choose_int8_kernels(platform.machine(), processor_flags())
 
 
 def int8_kernels_of(precision: str, provider: str) -> Int8Kernels | None:
-    """Those that a bundle's MatMuls take here, or None where they take none of them: float32, or another provider.
+    """The kernels of a bundle's MatMuls here; None for float32 or another provider.
 
-    int4 multiplies by int8 activations as well, by kernels of the same instructions, and its output head is int8.
+    int4 also multiplies by int8 activations, with kernels of the same instructions, and its output head is int8.
 
-    `provider` is onnxruntime's name of the one that a session prefers.
+    `provider`: onnxruntime's name of the session's first provider.
     """
     return int8_kernels() if PRECISIONS[precision].quantized and provider == CPU else None
 
 
 def choose_int8_kernels(machine: str, flags: Collection[str] | None) -> Int8Kernels:
-    """`machine` as `platform.machine()` says it, `flags` as Linux names them, or None where they are unknown."""
+    """`machine`: as `platform.machine()`. `flags`: Linux's names of CPU features, or None if unknown."""
     return _KNOWN["unknown" if flags is None else _choose(machine.lower(), frozenset(flags))]
 
 
 def _choose(machine: str, flags: frozenset[str]) -> str:
-    """In the order of onnxruntime's own tests: each that holds overrides the one before."""
+    """Tests in onnxruntime's order. A later match overrides an earlier one."""
     if machine in ("x86_64", "amd64"):
         found = "none"
         if {"avx2", "fma"} <= flags:
@@ -93,36 +81,24 @@ def _choose(machine: str, flags: frozenset[str]) -> str:
                 found = "avx512_vnni" if "avx512_vnni" in flags else "avx512"
         return found
     if machine in ("aarch64", "arm64"):
-        if "i8mm" in flags:
-            return "neon_i8mm"
-        return "neon_dot" if "asimddp" in flags else "none"
+        return "neon" if "asimddp" in flags else "none"
     return "unknown"
 
 
 def processor_flags() -> frozenset[str] | None:
-    """What this CPU has, as Linux names it; None where that cannot be known."""
+    """Linux's names of this CPU's features; None if unknown."""
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return frozenset({"asimddp"})  # all Apple CPUs of Macs have dot products
     try:
-        if _CPUINFO.is_file():
-            return read_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
-        if platform.system() == "Darwin" and platform.machine() == "arm64":
-            asked = ["/usr/sbin/sysctl", "hw.optional.arm"]
-            return read_sysctl(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout)
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return None
+        return read_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
 
 
 def read_cpuinfo(text: str) -> frozenset[str] | None:
-    """The flags of the first CPU in /proc/cpuinfo, or None where it has no such line."""
+    """The flags of the first CPU in /proc/cpuinfo, or None if there is no such line."""
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() in _FLAG_LINES:
             return frozenset(value.split())
     return None
-
-
-def read_sysctl(text: str) -> frozenset[str]:
-    """The flags in what `sysctl hw.optional.arm` prints, lines such as "hw.optional.arm.FEAT_I8MM: 1"."""
-    pairs = (line.rpartition(":") for line in text.splitlines())
-    has = {name.strip().rpartition(".")[2] for name, _, value in pairs if value.strip() == "1"}
-    return frozenset(flag for name, flag in _APPLE.items() if name in has)

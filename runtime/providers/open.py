@@ -1,4 +1,4 @@
-"""Opening a bundle's graph: an onnxruntime session that runs where it was asked to and agrees with the manifest."""
+"""Opens a bundle's graph as an onnxruntime session on the requested provider, and checks it against the manifest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_
 from .parts import assigned
 from .session_options import RECORD, WHOLE, require_free, set_options
 
-# Threads that spin on after a run take the cores from another session of the process, and from the program.
+# Threads that keep spinning after a run take CPU time from other sessions and from the application.
 _STOP_SPINNING = "session.force_spinning_stop"
 
 
@@ -44,21 +44,22 @@ def open_session(
 
     Args:
         path: The graph.
-        manifest: The bundle's.
+        manifest: The bundle's manifest.
         providers: See `providers.resolve`.
-        threads: Threads within an operator; 0 leaves their number to onnxruntime.
+        threads: Threads within an operator; 0 lets onnxruntime choose.
         allow_fallback: See `providers.resolve`.
         session_options: See `session_options`.
-        profile_prefix: Where given, onnxruntime records where each operator ran, in a file whose name starts with it.
+        profile_prefix: If given, onnxruntime records where each operator ran, in a file with this name prefix.
 
     Returns:
         The onnxruntime.InferenceSession.
 
     Raises:
         MissingExtraError: The bundle needs a newer onnxruntime.
-        ProviderError: A provider is not here, did not start, is not given this graph, or leaves some of it.
-        IntegrityError: The graph cannot be loaded, or it and the manifest differ.
-        InputError: A session option that onnxruntime does not have, or that pastkey sets itself.
+        ProviderError: A provider is not available, does not start, does not support this graph, or does not run all of
+            it.
+        IntegrityError: The graph cannot be loaded or differs from the manifest.
+        InputError: A session option is unknown to onnxruntime or controlled by pastkey.
     """
     if not is_unicode(str(path)):
         raise InputError(f"{path} is not UTF-8, and onnxruntime takes no other path: rename the folder")
@@ -68,7 +69,7 @@ def open_session(
             f"type  {upgrade_command()}  and try again"
         )
     given = dict(session_options or {})
-    require_free(given, profiled=profile_prefix is not None)
+    require_free(given)
     if manifest.compiled is not None:
         providers = ep.for_compiled(providers, manifest.compiled)
     wanted = ep.resolve(
@@ -80,7 +81,7 @@ def open_session(
     )
     entries = {RECORD: "1"} if wanted.tells or profile_prefix is not None else {}
 
-    # Held until the session is there: onnxruntime is given their memory, and not them.
+    # Referenced until the session is created: onnxruntime gets pointers to this memory.
     linked = _linked_weights(path.parent) if parse_version(onnxruntime.__version__) in REFUSE_LINKS else {}
 
     def options(entries: Mapping[str, str]) -> Any:
@@ -88,12 +89,12 @@ def open_session(
         if profile_prefix is not None:
             made.enable_profiling = True
             made.profile_file_prefix = f"{profile_prefix}_{path.stem}"  # else graphs of one second share a file
-            # A weight that was packed for its kernel would be reported as no bytes.
+            # Prepacked weights would be reported as 0 bytes.
             made.add_session_config_entry("session.disable_prepacking", "1")
         return made
 
     try:
-        with reading(path, "an ONNX graph", but=RunError):  # names that are no text, say
+        with reading(path, "an ONNX graph", but=RunError):  # such as names that are not UTF-8
             session = _create(path, options(entries | {WHOLE: "1"} if wanted.whole else entries), wanted)
     except RunError as error:
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
@@ -125,33 +126,34 @@ def open_session(
 
 
 def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str, str], given: SessionSettings) -> Any:
-    """`entries` are pastkey's own, and `given` the user's, which have the last word."""
+    """`entries`: pastkey's own. `given`: the user's, which override them."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1  # a decoder is a chain: nothing runs beside it
-    # Errors; warnings about shapes of the shared buffer mean nothing here. What stays behind is told by us.
+    options.inter_op_num_threads = 1  # a decoder is a chain: no operators run in parallel
+    # Errors only: the warnings about shapes of the shared buffer are harmless. pastkey itself reports operators left to
+    # the CPU.
     options.log_severity_level = 4 if WHOLE in entries else 3
     set_options(options, {_STOP_SPINNING: "1", **entries, **given})
-    if linked:  # copied while the session is made: with 134 MB of weights the peak of a load is 172 MiB higher
+    if linked:  # onnxruntime copies them: with 134 MB of weights the peak memory of a load is 172 MiB higher
         sizes = [len(content) for content in linked.values()]
         options.add_external_initializers_from_files_in_memory([*linked], [*linked.values()], sizes)
     return options
 
 
 def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
-    """A session that never falls back by itself. What a wheel prints does not reach our standard output."""
+    """Creates a session without onnxruntime's own fallback. Output of a provider's library goes to standard error."""
     plugins = [(name, given) for name, given in wanted.providers if ep.is_plugin(name)]
     elsewhere = any(name != ep.CPU for name, _ in wanted.providers)
     with standard_output_to_error() if elsewhere else contextlib.nullcontext():
         for name, given in plugins:
             options.add_provider_for_devices(ep.plugin_devices(name), {k: str(v) for k, v in given.items()})
-        if plugins:  # onnxruntime takes no list of providers beside a plugin
+        if plugins:  # onnxruntime accepts no list of providers with a plugin
             return Session(str(path), options, enable_fallback=0)
         return Session(str(path), options, providers=[*wanted.providers], enable_fallback=0)
 
 
 def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
-    """A session in which the CPU runs what a provider leaves; None where that fails as well."""
+    """A session in which the CPU runs what the provider does not; None if that fails as well."""
     providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
     try:
         session = _create(path, options, dataclasses.replace(wanted, providers=providers))
@@ -163,14 +165,14 @@ def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
 
 def checked_threads(threads: int | None) -> int:
     """The number of threads within an operator: `threads`, or the default for None. Raises InputError."""
-    most = max(256, os.cpu_count() or 1)  # some thousands of threads take all memory before they do anything
+    most = max(256, os.cpu_count() or 1)  # thousands of threads would use up the memory
     if threads is not None and not 1 <= threads <= most:
         raise InputError(f"threads is {shown(threads)}; it must be 1 to {most}, and the physical cores are the fastest")
     return default_threads() if threads is None else threads
 
 
 def default_threads() -> int:
-    """The physical cores this process may use; 0, which leaves it to onnxruntime, where that cannot be known."""
+    """The number of physical cores that this process may use; 0, which lets onnxruntime choose, if it is unknown."""
     if not hasattr(os, "sched_getaffinity"):
         return 0
     cores = set()
@@ -181,7 +183,7 @@ def default_threads() -> int:
 
 
 def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
-    """The weights files that are links, as a download cache's are: name -> content."""
+    """The weights files that are symbolic links, as in a download cache: name -> content."""
     content = {}
     for path in folder.iterdir():
         if path.is_symlink() and names.is_weights_file(path.name):
@@ -191,13 +193,13 @@ def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
 
 
 def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
-    """Raises IntegrityError naming a tensor that the graph and the manifest see differently, and both shapes."""
+    """Raises IntegrityError if a tensor differs between graph and manifest, with both shapes."""
     found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
     expected = _expected_static(session, manifest, path) if manifest.static else _expected(found, manifest, path)
     for name, shape in expected.items():
         if name not in found:
             raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
-        # Sizes must agree; what a free axis is called does not matter here.
+        # Sizes must agree. Names of dynamic axes may differ.
         same_rank = len(found[name]) == len(shape)
         if not same_rank or any(isinstance(b, int) and a != b for a, b in zip(found[name], shape, strict=True)):
             raise IntegrityError(
@@ -215,13 +217,7 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
-    for i, layer in enumerate(manifest.layers):
-        for kind, past, present in (
-            (layer.key_head_size, names.past_key(i), names.present_key(i)),
-            (layer.value_head_size, names.past_value(i), names.present_value(i)),
-        ):
-            expected[past] = [names.BATCH, layer.kv_heads, names.PAST, kind]
-            expected[present] = [names.BATCH, layer.kv_heads, names.TOTAL, kind]
+    expected |= _expected_cache(manifest, names.BATCH, names.PAST, names.TOTAL)
     for i, state in enumerate(manifest.states):
         expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
         expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
@@ -240,7 +236,7 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
 
 
 def _expected_static(session: Any, manifest: Manifest, path: Path) -> Shapes:
-    """Of a graph of one new token or of a chunk. It has the inputs that its computation needs, and no others."""
+    """The tensors of a static graph, for one token or for a chunk. It has only the inputs that it uses."""
     static = manifest.static
     assert static is not None
     tokens, past = 1 if path.name == Path(names.STATIC_DECODE_GRAPH).name else static.chunk, manifest.context_length
@@ -251,14 +247,19 @@ def _expected_static(session: Any, manifest: Manifest, path: Path) -> Shapes:
     given = {value.name: list(value.shape) for value in session.get_inputs()}
     expected = {name: shape for name, shape in inputs.items() if name in given}
     expected |= {name: shape for name, shape in given.items() if name in tables}
-    for i, layer in enumerate(manifest.layers):
-        for size, past_name, new in (
-            (layer.key_head_size, names.past_key(i), names.present_key(i)),
-            (layer.value_head_size, names.past_value(i), names.present_value(i)),
-        ):
-            expected[past_name] = [1, layer.kv_heads, past, size]
-            expected[new] = [1, layer.kv_heads, tokens, size]
+    expected |= _expected_cache(manifest, 1, past, tokens)
     expected[names.LOGITS] = [1, tokens, manifest.vocab_size]
+    return expected
+
+
+def _expected_cache(manifest: Manifest, batch: int | str, past: int | str, present: int | str) -> Shapes:
+    """The shapes of keys and values. `past`, `present`: the numbers of tokens in inputs and outputs."""
+    expected: Shapes = {}
+    for i, layer in enumerate(manifest.layers):
+        expected[names.past_key(i)] = [batch, layer.kv_heads, past, layer.key_head_size]
+        expected[names.present_key(i)] = [batch, layer.kv_heads, present, layer.key_head_size]
+        expected[names.past_value(i)] = [batch, layer.kv_heads, past, layer.value_head_size]
+        expected[names.present_value(i)] = [batch, layer.kv_heads, present, layer.value_head_size]
     return expected
 
 

@@ -1,4 +1,4 @@
-"""onnxruntime itself, imported in this one place: `from pastkey.runtime.providers.ort import onnxruntime`."""
+"""The only import of onnxruntime: `from pastkey.runtime.providers.ort import onnxruntime`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from pastkey.errors import MissingExtraError, missing_extra
 from pastkey.values import parse_version
 
-# onnxruntime uploads telemetry from this release on, unless the variable is in the environment before it initialises.
+# From this release onnxruntime uploads telemetry, unless the environment variable is set before its import.
 TELEMETRY_SINCE = (1, 29, 0)
 _asked_too_late = "onnxruntime" in sys.modules and os.environ.get("ORT_DISABLE_TELEMETRY", "0") in ("", "0")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -26,69 +26,69 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error) from None
 
-# The oldest release that bundles of one's own were run on, once. CI runs the floor of pyproject.toml, which is newer.
+# The oldest release that was tested once, with the user's own bundles. CI tests the newer floor of pyproject.toml.
 OLDEST = (1, 23, 0)
-# Releases that refuse weights files that are links, as download caches keep them: they are handed over in memory.
+# Releases that refuse weights files that are symbolic links, as in download caches. They get the weights in memory.
 REFUSE_LINKS = {(1, 24, 1)}
 
-# What onnxruntime raises has no common base class of its own.
+# onnxruntime's exceptions have no common base class.
 OrtError: tuple[type[Exception], ...] = tuple(
     kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
-# What a run may raise: by bindings, a plain RuntimeError.
+# The exceptions of a run. With I/O binding it may raise a plain RuntimeError.
 RunError: tuple[type[Exception], ...] = (*OrtError, RuntimeError)
 
 
 def quantization_tools() -> tuple[Any, Any]:
-    """onnxruntime's own package for quantizing, and its part for QNN. They need the package onnx."""
+    """onnxruntime's quantization package and its QNN module. They need the package onnx."""
     from onnxruntime import quantization
     from onnxruntime.quantization.execution_providers import qnn
 
     return quantization, qnn
 
 
-_redirecting = threading.Lock()  # a second thread would keep, and put back, what the first one has put there
+_redirecting = threading.Lock()  # a second thread would save and restore the first one's redirection
 
 
 @contextlib.contextmanager
 def standard_output_to_error() -> Iterator[None]:
-    """While open, what the libraries of a provider print on standard output goes to standard error.
+    """Redirects standard output to standard error, since libraries of providers print there.
 
-    One thread does so at a time.
+    One thread at a time.
     """
     with _redirecting:
         try:
             sys.stdout.flush()
             os.fstat(2)
             kept = os.dup(1)
-        except (OSError, AttributeError):  # a process without one of them
+        except (OSError, AttributeError):  # the process lacks one of the two
             yield
             return
         try:
             os.dup2(2, 1)
             yield
         finally:
-            with contextlib.suppress(OSError, AttributeError):  # what C has in its buffers
+            with contextlib.suppress(OSError, AttributeError):  # C's buffers
                 ctypes.CDLL(None).fflush(None)
             os.dup2(kept, 1)
             os.close(kept)
 
 
 def wheels() -> list[str]:
-    """The installed packages that bring the module onnxruntime, the one that answers first."""
+    """The installed packages with the module onnxruntime, the one that is imported first."""
     found = dict.fromkeys(importlib.metadata.packages_distributions().get("onnxruntime", []))
     version = getattr(onnxruntime, "__version__", "")
     return sorted(found, key=lambda wheel: importlib.metadata.version(wheel) != version) or ["onnxruntime"]
 
 
 def openvino_devices() -> tuple[str, ...]:
-    """The devices that OpenVINO finds, by its names; none where this onnxruntime is without it."""
+    """OpenVINO's names of its devices; empty if this onnxruntime lacks OpenVINO."""
     listed = getattr(_state, "get_available_openvino_device_ids", tuple)
     return tuple(listed())
 
 
 def upgrade_command() -> str:
-    """What brings a newer release of the onnxruntime that is installed, whichever of its wheels that is."""
+    """The command that upgrades the installed wheel of onnxruntime."""
     return f"pip install --upgrade {wheels()[0]}"
 
 
@@ -103,7 +103,7 @@ def require_supported(version: str) -> None:
 
 
 if not hasattr(onnxruntime, "InferenceSession"):
-    # Uninstalling one of several onnxruntime wheels takes the files that the others share.
+    # Uninstalling one of several onnxruntime wheels removes files that they share.
     raise MissingExtraError(
         "the package 'onnxruntime' is damaged (two of its wheels were installed over one another): type  "
         f"pip uninstall {' '.join(wheels())}  and then  pip install {wheels()[0]}"

@@ -1,9 +1,8 @@
-"""What of a graph each execution provider got, in how many separate parts, and of one that compiles the weights.
+"""The nodes of a graph by execution provider: operators, connected parts, and weights of compiling providers.
 
-After every part its results may have to be copied. A provider that compiles says so itself: onnxruntime records each of
-its subgraphs. One with a kernel for each operator is recorded node by node, and nodes that hand tensors to one another
-are one part; who hands what to whom stands in the graph's file, since onnxruntime hands out the nodes under their names
-there.
+The results of each part may have to be copied. onnxruntime records each subgraph of a provider that compiles. A
+provider with a kernel per operator is recorded node by node. Its connected nodes are one part. The edges come from the
+graph's file; onnxruntime records nodes by their names there.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _TENSOR_NAME, _INLINE_DATA = 8, (4, 5, 7, 9, 10, 11)  # of a TensorProto
 
 @dataclass(frozen=True)
 class Assigned:
-    """What one execution provider was given."""
+    """The share of one execution provider."""
 
     operators: Counter[str]  # operator -> nodes
-    parts: int | None  # None where that cannot be known
-    # Of one that compiles: the bytes of the weights that its nodes read, one that two of them share twice. Its own
-    # figure in onnxruntime's profile is 0 where it took the weights into what it compiled.
+    parts: int | None  # None if unknown
+    # For a compiling provider: the bytes of the weights that its nodes read. A weight that two nodes read counts twice.
+    # onnxruntime's profile has 0 if the weights are in the compiled subgraph.
     weight_bytes: int | None = None
 
     @property
@@ -42,10 +41,10 @@ class Assigned:
 
 
 def assigned(session: Any, path: Path) -> dict[str, Assigned]:
-    """Who was given what: onnxruntime's name of a provider -> its nodes and parts.
+    """onnxruntime's name of a provider -> its share of the graph.
 
-    Nothing of a session without a record: of onnxruntime before 1.24, or opened without the entry that asks for one.
-    A provider that wants another layout of images (WebGPU) is recorded in part only.
+    Empty for a session without a record: onnxruntime before 1.24, or a session opened without the entry RECORD. A
+    provider with another image layout (WebGPU) is recorded only in part.
 
     Args:
         session: An onnxruntime.InferenceSession.
@@ -56,7 +55,7 @@ def assigned(session: Any, path: Path) -> dict[str, Assigned]:
     groups: dict[str, list[list[Any]]] = defaultdict(list)
     try:
         record = session.get_provider_graph_assignment_info()
-    except OrtError:  # it was opened without the entry
+    except OrtError:  # opened without the entry
         return {}
     for subgraph in record:
         groups[subgraph.ep_name].append(list(subgraph.get_nodes()))
@@ -66,7 +65,7 @@ def assigned(session: Any, path: Path) -> dict[str, Assigned]:
     for name, of_provider in groups.items():
         compiles = any(len(nodes) > 1 for nodes in of_provider)
         if compiles:
-            # Nodes that onnxruntime made of others have names of their own: whatever is not another's is counted.
+            # onnxruntime gives fused nodes new names, so all nodes of the file that no other provider has are counted.
             others = {node.name for other, nodes in every.items() if other != name for node in nodes}
             weight_bytes = sum(size for node, size in file.weight_bytes.items() if node not in others)
         found[name] = Assigned(
@@ -78,7 +77,7 @@ def assigned(session: Any, path: Path) -> dict[str, Assigned]:
 
 
 def _connected(nodes: Sequence[str], edges: Iterable[tuple[str, str]] | None) -> int | None:
-    """How many groups the nodes are in; None where their names do not tell them apart."""
+    """The number of connected groups of nodes; None if their names are not unique."""
     if edges is None or not all(nodes) or len(set(nodes)) < len(nodes):
         return None
     leader = {node: node for node in nodes}
@@ -96,10 +95,10 @@ def _connected(nodes: Sequence[str], edges: Iterable[tuple[str, str]] | None) ->
 
 @dataclass(frozen=True)
 class _File:
-    """What a graph's file says."""
+    """The edges and weights in a graph's file."""
 
-    edges: Sequence[tuple[str, str]] | None = None  # which node hands a tensor to which; None where names are no help
-    weight_bytes: Mapping[str, int] = field(default_factory=dict)  # node, or "" for one without a name -> what it reads
+    edges: Sequence[tuple[str, str]] | None = None  # (producer, consumer) by node name; None if names are not unique
+    weight_bytes: Mapping[str, int] = field(default_factory=dict)  # node name or "" -> bytes that it reads
 
 
 def _read(path: Path) -> _File:
@@ -117,7 +116,7 @@ def _read(path: Path) -> _File:
 
 
 def _edges(nodes: Sequence[tuple[str, list[str], list[str]]]) -> list[tuple[str, str]] | None:
-    """Which node hands a tensor to which, by their names; None where nodes have none, or share one."""
+    """(producer, consumer) by node name; None if names are missing or not unique."""
     if len({name for name, _, _ in nodes} - {""}) < len(nodes):
         return None
     made_by = {tensor: name for name, _, outputs in nodes for tensor in outputs}
@@ -138,7 +137,7 @@ def _node(content: mmap.mmap, start: int, end: int) -> tuple[str, list[str], lis
 
 
 def _tensor(content: mmap.mmap, start: int, end: int) -> tuple[str, int]:
-    """Name and bytes, wherever they are."""
+    """Name and size in bytes, of inline or external data."""
     name, inline = "", 0
     for number, wire, a, b in fields(content, start, end):
         if number == _TENSOR_NAME and wire == BYTES:

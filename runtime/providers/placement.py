@@ -1,4 +1,4 @@
-"""Execution providers: the hardware back ends of onnxruntime, by short names, without silent fall-back."""
+"""Selects execution providers, onnxruntime's hardware back ends, by short names and without silent fallback."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .ort import onnxruntime, wheels
 
 CPU = PROVIDERS["cpu"].name
 
-# Reaches a remote service with graphs made for it; a decoder asked to run there would run on the CPU in silence.
+# It calls a remote service with graphs made for it. A decoder would run on the CPU silently.
 _NOT_HARDWARE = {"AzureExecutionProvider"}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a session is to run."""
+    """Where a session runs."""
 
     providers: tuple[tuple[str, dict[str, Any]], ...]  # onnxruntime's names and their options, in order of preference
-    whole: bool = False  # nothing may be left to the CPU
+    whole: bool = False  # the CPU may not run any operator
 
     @property
     def tells(self) -> bool:
-        """Whether to report what is left to the CPU."""
+        """Whether to report operators left to the CPU."""
         return self.providers[0][0] != CPU and not self.whole
 
 
@@ -46,25 +46,25 @@ def resolve(
     allow_fallback: bool = False,
     options_of_target: Mapping[str, str] | None = None,
 ) -> Placement:
-    """Where to open a session.
+    """Selects the providers of a session.
 
     Args:
         choice: A short name ("cuda"), onnxruntime's name, a pair of a name and its options, a sequence of these, or
-            None: the bundle's target decides. A sequence with "cpu" in it allows what stays behind to run there.
+            None for the bundle's target. A sequence with "cpu" lets the CPU run the remaining operators.
         target: The bundle's target.
         graph: The bundle's graph.
-        allow_fallback: Whether the CPU may run what a provider leaves.
-        options_of_target: The bundle's, for the provider of its target.
+        allow_fallback: Whether the CPU may run operators that the provider does not run.
+        options_of_target: The bundle's options for the provider of its target.
 
     Raises:
-        ProviderError: One does not exist here, has no such option, or is not given the fused graph.
+        ProviderError: A provider is not available, has no such option value, or does not support the fused graph.
     """
     if choice is None:
         choice = provider_of(target)
         reason = f"the bundle was made for {target}; "
     else:
         reason = ""
-    # mypy cannot know what `_is_pair` has looked at.
+    # mypy does not narrow by `_is_pair`.
     choices: Sequence[Choice] = [choice] if isinstance(choice, str) or _is_pair(choice) else choice  # type: ignore[list-item, assignment]
     here = available()
     chosen: dict[str, dict[str, Any]] = {}
@@ -75,8 +75,6 @@ def resolve(
             known = PROVIDERS.get(short_name(name)) if name else None
             what = f"the execution provider {shown(asked)} " + ("is not on this machine" if known else "is unknown")
             remedy = f"; it comes with {what_brings(known)}" if known else f"; known are {', '.join(PROVIDERS)}"
-            if known and len(wheels()) > 1 and set(_packages(known)) & set(wheels()):
-                remedy = f"; {overlapping()}"
             raise ProviderError(f"{reason}{what}; here: {', '.join(map(short_name, here))}{remedy}")
         row = row_of(name)
         if graph == "fused" and graph not in row.graphs:
@@ -90,7 +88,7 @@ def resolve(
         require_values(row, chosen[name])
     first = next(iter(chosen), CPU)
     graphs = row_of(first).whole
-    # A graph that was made for a provider may run in parts there.
+    # A graph that was made for this provider may run in part on the CPU.
     foreign = bool(graphs) and short_name(first) != provider_of(target)
     whole = first != CPU and CPU not in chosen and not allow_fallback and (graph in graphs or foreign)
     if not whole:
@@ -99,7 +97,7 @@ def resolve(
 
 
 def require_values(row: Provider, options: Mapping[str, Any]) -> None:
-    """Raises ProviderError for an option of a provider that has no such value."""
+    """Raises ProviderError for an option value that the provider does not have."""
     for option, values in row.values.items():
         if str(found := options.get(option, values[0])) not in values:
             raise ProviderError(
@@ -108,7 +106,7 @@ def require_values(row: Provider, options: Mapping[str, Any]) -> None:
 
 
 def for_compiled(choice: Choice | Sequence[Choice] | None, compiled: Compiled) -> Choice:
-    """Where a bundle of context binaries is opened: where it was compiled for, or nowhere. Raises ProviderError."""
+    """The provider and options that context binaries were compiled for. Raises ProviderError if `choice` differs."""
     choices = [choice] if choice is None or isinstance(choice, str) or _is_pair(choice) else [*choice]
     first = choices[0] if choices else None
     asked, options = first if isinstance(first, tuple) else (first or compiled.provider, {})
@@ -126,7 +124,7 @@ def _is_pair(choice: object) -> bool:
 
 
 def overlapping() -> str:
-    """What is said of several wheels that bring the module onnxruntime; "" of one."""
+    """The message about several installed wheels of onnxruntime; "" for one."""
     found = wheels()
     if len(found) == 1:
         return ""
@@ -137,27 +135,20 @@ def overlapping() -> str:
 
 
 def what_brings(known: Provider) -> str:
-    """The command that brings a provider, after that for the wheels that its wheel would lie over."""
-    # A plugin is no onnxruntime of its own.
-    wanted = {package for package in _packages(known) if package != known.plugin.replace("_", "-")}
-    others = [wheel for wheel in wheels() if wheel not in wanted] if wanted else []
-    if others and len(others) < len(wheels()):  # the files of the wanted one, too, lie under the others'
-        others = wheels()
-    return f"pip uninstall {' '.join(others)}  and then  {known.source}" if others else known.source
-
-
-def _packages(known: Provider) -> list[str]:
-    """The wheels that the command for a provider names."""
-    return re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
+    """The command that installs a provider. It first removes the wheels whose files its wheel would overwrite."""
+    named = re.findall(r"onnxruntime[\w-]*", known.source) if known.source.startswith("pip install ") else []
+    wanted = {package for package in named if package != known.plugin.replace("_", "-")}  # a plugin overwrites none
+    others = bool(wanted) and not wanted.issuperset(wheels())
+    return f"pip uninstall {' '.join(wheels())}  and then  {known.source}" if others else known.source
 
 
 def provider_of(target: str) -> str:
-    """The short name of the provider that a bundle made for `target` runs on when nothing else is asked for."""
+    """The short name of the default provider of a bundle made for `target`."""
     return TARGETS.get(target, PROVIDERS["cpu"]).short
 
 
 def other_graph(name: str, manifest: Manifest) -> str:
-    """What to export for a provider that computes a bundle's graph wrong: the same model, in the same precision."""
+    """What to export instead for a provider that computes a bundle's graph wrong, in the same precision."""
     if manifest.graph != "fused":
         return "report the device to https://github.com/microsoft/onnxruntime/issues"
     other = "static" if "static" in row_of(name).whole and manifest.precision == "fp32" else "standard"
@@ -166,14 +157,14 @@ def other_graph(name: str, manifest: Manifest) -> str:
 
 
 def require_active(wanted: Placement, active: Sequence[str]) -> None:
-    """Raises StartError when onnxruntime opened a session without a provider that was asked for."""
+    """Raises StartError if onnxruntime opened a session without a requested provider."""
     for name, _ in wanted.providers:
         if name not in active:
             raise not_started(name, active)
 
 
 def not_started(name: str, active: Sequence[str]) -> StartError:
-    """What is said of a provider that did not start; `active` are those that did."""
+    """The error for a provider that did not start; `active`: those that did."""
     return StartError(
         f"onnxruntime could not start the execution provider {short_name(name)!r}, for want of a driver or a library "
         f"(its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
@@ -181,13 +172,13 @@ def not_started(name: str, active: Sequence[str]) -> StartError:
 
 
 def remedy(name: str, target: str) -> str:
-    """What to do where a provider, by its short name, does not run a bundle made for `target`; "" for nothing."""
+    """What to do if a provider (short name) does not run a bundle made for `target`; "" if unknown."""
     again = "export the model again if an older pastkey wrote this bundle"
     return again if provider_of(target) == name else row_of(name).remedy
 
 
 def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
-    """What is said of a provider that was asked for by name, and leaves operators to the CPU."""
+    """The error for a requested provider that leaves operators to the CPU."""
     instead = remedy(short_name(name), target)
     return ProviderError(
         f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
@@ -197,7 +188,7 @@ def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int
 
 
 def takes_nothing(name: str, options: Mapping[str, Any]) -> ProviderError:
-    """What is said of a provider that was asked for by name and started, but runs no node."""
+    """The error for a requested provider that starts but runs no node."""
     given = ", ".join(f"{key}={value}" for key, value in options.items())
     return ProviderError(
         f"the execution provider {short_name(name)!r} takes nothing of this bundle's graph"
@@ -207,7 +198,7 @@ def takes_nothing(name: str, options: Mapping[str, Any]) -> ProviderError:
 
 
 def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
-    """As in 3 operators (Shape 2, Squeeze) in 2 parts; without the parts where their number is unknown."""
+    """Formats "3 operators (Shape 2, Squeeze) in 2 parts", without the parts if their number is unknown."""
     most = Counter(operators).most_common()
     shown = ", ".join(f"{name} {count}" if count > 1 else name for name, count in most[:6])
     number = sum(operators.values())
@@ -216,15 +207,15 @@ def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
 
 
 def available() -> list[str]:
-    """The providers of this onnxruntime, by its names, and those of plugins that are installed."""
+    """onnxruntime's names of its providers and of installed plugins."""
     own = [name for name in onnxruntime.get_available_providers() if name not in _NOT_HARDWARE]
-    # Once it was registered, onnxruntime names a plugin too.
+    # onnxruntime also lists a plugin once it is registered.
     plugins = [known.name for known in PROVIDERS.values() if known.name not in own and is_plugin(known.name)]
     return [*plugins, *own]
 
 
 def is_plugin(name: str) -> bool:
-    """Whether a provider comes from a package of its own, and that is installed."""
+    """Whether a provider is a plugin whose package is installed."""
     module = row_of(name).plugin
     return bool(module) and hasattr(onnxruntime, "get_ep_devices") and _installed(module)
 
@@ -234,7 +225,7 @@ def _installed(module: str) -> bool:
 
 
 def plugin_devices(name: str) -> list[Any]:
-    """The devices of a plugin, onnxruntime's OrtEpDevice. Raises ProviderError where it has none."""
+    """The devices of a plugin, as onnxruntime's OrtEpDevice. Raises ProviderError if it has none."""
     _register(name)
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
     if not devices:
@@ -244,14 +235,14 @@ def plugin_devices(name: str) -> list[Any]:
 
 @functools.cache
 def _register(name: str) -> None:
-    """Tells onnxruntime of a plugin, once in a process."""
-    if any(device.ep_name == name for device in onnxruntime.get_ep_devices()):  # an application did so already
+    """Registers a plugin with onnxruntime, once per process."""
+    if any(device.ep_name == name for device in onnxruntime.get_ep_devices()):  # an application registered it already
         return
     module = row_of(name).plugin
     try:
         library = importlib.import_module(module).get_library_path()
         onnxruntime.register_execution_provider_library(name, library)
-    except Exception as error:  # whatever its package or its library raises
+    except Exception as error:  # its package or library may raise anything
         raise ProviderError(
             f"the execution provider {short_name(name)!r} of the package {module!r} could not be loaded "
             f"({first_line(error)}): install a release that goes with onnxruntime {onnxruntime.__version__}"
@@ -259,12 +250,12 @@ def _register(name: str) -> None:
 
 
 def row_of(name: str) -> Provider:
-    """The row of a provider by either of its names; one without facts where the table has none."""
+    """The row of a provider by either of its names; an empty row if it is not in the table."""
     return PROVIDERS.get(short_name(name)) or Provider(name)
 
 
 def full_name(name: str) -> str:
-    """onnxruntime's name of a provider, or "" for an unknown one. Upper and lower case do not matter."""
+    """onnxruntime's name of a provider, or "" if unknown. Case-insensitive."""
     wanted = name.lower().removesuffix("executionprovider")
     by_name = {short_name(full): full for full in available()}
     return PROVIDERS[wanted].name if wanted in PROVIDERS else by_name.get(wanted, "")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
 import threading
 import warnings
 import weakref
@@ -24,7 +22,7 @@ from ..decoding.many import several, token_ids
 from ..model.chat.chat import Chat
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
-from ..model.unpack import given_as, remove, tell_as_given
+from ..model.unpack import TemporaryFolder, given_as, tell_as_given
 from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, options_of, require_known
 from ..text.chat_template import read_template
 from .chat_format import SandboxedChatFormat
@@ -70,7 +68,7 @@ class SandboxedModel:
                 connection.fail(f"answered with no manifest ({error}), and was ended")
         except BaseException as error:
             self._finalizer()
-            if opened.folder is not None:
+            if opened.temporary is not None:
                 tell_as_given(error, opened.path, opened.name)
             raise
 
@@ -265,14 +263,13 @@ class Opened:
     path: Path
     name: str  # what messages call it
     connection: Connection
-    folder: Path | None
-    made_by: int
+    temporary: TemporaryFolder | None
 
     def close(self) -> None:
         """Ends the process, and removes the folder."""
         self.connection.close()
-        if self.folder is not None:
-            remove(self.folder, self.made_by)
+        if self.temporary is not None:
+            self.temporary.remove()
 
 
 def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Opened:
@@ -286,23 +283,15 @@ def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Open
     found = given_as(given)
     if found.path.suffix == ".gguf":  # told by the name: no file is read here
         require_manifest(found.path, "bundle")
-    path, folder, unpack_to = found.path.absolute(), found.copied, None
-    try:
-        if found.content is not None or path.is_file():
-            folder = Path(tempfile.mkdtemp(prefix="pastkey-"))
-            unpack_to = folder / "bundle"
-            unpack_to.mkdir()
-        if folder is not None and found.content is not None:
-            path = folder / "bundle.zip"
-            path.write_bytes(found.content)
-        connection = Connection(path, limits, name=found.name, unpack_to=unpack_to, readable=readable)
-        if found.content is not None:
-            path.unlink()
-    except BaseException:
-        if folder is not None:
-            remove(folder, os.getpid())
-        raise
-    return Opened(unpack_to or path, found.name, connection, folder, os.getpid())
+    path, temporary, unpack_to = found.path.absolute(), found.temporary, None
+    if path.is_file():
+        temporary = temporary or TemporaryFolder()
+        unpack_to = temporary.path / "unpacked"
+        unpack_to.mkdir()
+    connection = Connection(path, limits, name=found.name, unpack_to=unpack_to, readable=readable)
+    if unpack_to is not None and found.temporary is not None:
+        path.unlink()
+    return Opened(unpack_to or path, found.name, connection, temporary)
 
 
 def open_sandboxed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import shutil
@@ -23,7 +22,7 @@ from pastkey.runtime.engine.embedding import EmbeddingRows
 from pastkey.runtime.engine.golden import Golden
 from pastkey.runtime.model.generation_config import sampling_defaults
 from pastkey.runtime.model.session_file import read_session, write_session
-from pastkey.runtime.model.unpack import unpacked
+from pastkey.runtime.model.unpack import unpack
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.runtime.text.codec import TextCodec
 
@@ -109,15 +108,16 @@ def _session(content: bytes) -> object:
 
 
 def _mutate_session(rng: Any, content: bytes) -> bytes:
-    """Its header or its bytes; the hash at its end is mended."""
-    digits = len(b"pastkey session 1\n")
-    start = digits + 9
-    length = int(content[digits : digits + 8])
+    """Its bytes, or those of one of its arrays, whose checksum is right."""
     if rng.random() < 0.3:
         return mutate_bytes(rng, content)
-    header = mutate_json(rng, content[start : start + length])
-    body = content[:digits] + b"%08d\n" % len(header) + header + content[start + length : -32]
-    return body + hashlib.sha256(body).digest()
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(made, "w") as altered:
+        chosen = rng.choice(archive.namelist())
+        for name in archive.namelist():
+            inner = archive.read(name)
+            altered.writestr(name, mutate_bytes(rng, inner) if name == chosen else inner)
+    return made.getvalue()
 
 
 @functools.cache
@@ -131,8 +131,9 @@ def _zip_valid() -> bytes:
 
 
 def _zip(content: bytes) -> object:
-    folder = unpacked(io.BytesIO(content), "x.zip")
+    folder = workplace() / "unpacked"
     shutil.rmtree(folder, ignore_errors=True)
+    unpack(io.BytesIO(content), "x.zip", folder)
     return folder
 
 

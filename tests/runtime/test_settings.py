@@ -121,7 +121,7 @@ class World:
         return self.lm.bundle.path
 
     def engine(self) -> Engine:
-        engine = self.lm.new_engine()
+        engine = self.lm.parts.new_engine()
         engine.prefill([1, 2, 3])
         return engine
 
@@ -147,7 +147,7 @@ REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: load(w.bundle, trust=x), "trust", SWITCH),
     (lambda w, x: load(w.bundle, allow_fallback=x, trust=False), "allow_fallback", SWITCH),
     (lambda w, x: load(w.bundle, providers=x), "providers", ({"cpu": {}},)),
-    (lambda w, x: load(w.bundle, session_options={"logid": x}), "logid", (1, None, b"a")),
+    (lambda w, x: load(w.bundle, session_options={"logid": x}), "logid", (1, [1], 2.5)),
     (lambda w, x: load(x), "path", ("a\0b", "/" + "b" * 5000)),
     (lambda w, x: Engine(w.lm.bundle, threads=x), "threads", (True, 1.5)),
     (lambda w, x: Limits(memory=x), "memory", WHOLE),

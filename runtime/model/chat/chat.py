@@ -1,4 +1,4 @@
-"""A conversation: what was said so far, and the next answer from it."""
+"""A conversation: its messages so far, and the next answer."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from .chat_model import ChatModel
 if TYPE_CHECKING:
     from ...text.tools import Tool
 
-_OURS = ("add_generation_prompt", "continue_final_message")  # what a template is given in any case
+_OURS = ("add_generation_prompt", "continue_final_message")  # the conversation sets these variables of the template
 
 
 class Chat:
-    """A conversation with a language model, in the form of a chat template.
+    """A conversation with a language model, rendered by a chat template.
 
-    The template renders the whole conversation for each question. The KV cache holds most of it from the turn before,
-    so prefill computes little more than the question. Conversations on one model run at the same time, as LanguageModel
-    says. One conversation belongs to one thread at a time.
+    The template renders the whole conversation for each question. The KV cache holds most of it from the previous turn,
+    so prefill computes little more than the question. Conversations on one model run concurrently; see LanguageModel. A
+    conversation belongs to one thread at a time.
 
     Attributes:
-        messages: The conversation, {"role", "content"} each, and "tool_calls" if the model called tools.
+        messages: The messages, {"role", "content"} each, and "tool_calls" if the model called tools.
         model: The model that answers.
-        format: How the conversation becomes token ids.
+        format: Converts the conversation to token ids.
         system: The system text, or None.
         tools: The JSON schemas of the tools, or None.
         documents: The documents, or None.
@@ -75,7 +75,11 @@ class Chat:
                 raise InputError("system is given, and messages begin with another system text: leave one of them out")
             system = text_of(said.pop(0)["content"])
         self.system = system
-        self.tools = None if tools is None else _schemas(tools)
+        self.tools: list[dict[str, Any]] | None = None
+        if tools is not None:
+            from ...text.tools import tool_schemas  # only tools need what it imports
+
+            self.tools = tool_schemas(tools)
         self.documents = None if documents is None else [dict(document) for document in documents]
         self._variables = dict(template_variables or {})
         for name in _OURS:
@@ -90,7 +94,7 @@ class Chat:
             self._take_up([*self.messages, *said])
 
     def reset(self) -> None:
-        """Begins a new conversation under the same system text."""
+        """Begins a new conversation with the same system text."""
         self.messages: list[dict[str, Any]] = [] if self.system is None else [message("system", self.system)]
 
     def ask(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> Completion:
@@ -98,13 +102,13 @@ class Chat:
 
         Args:
             text: The user's message: a text, or its parts {"type": "text", "text": ...}. None continues the
-                conversation: from the results of tools, or in an answer that was cut.
+                conversation after tool results, or continues a truncated answer.
             **options: Those of `GenerateOptions`, except `reuse_prefix`, which an answer always does. `max_new_tokens`
                 is 512. With tools, `keep_special_tokens` is True.
 
         Returns:
             The answer, which `messages` contains. It has `tool_calls` if the template's form is known (Hermes and Qwen,
-            Llama 3, Mistral) and the whole text keeps to it.
+            Llama 3, Mistral) and the whole text follows it.
 
         Raises:
             InputError: The conversation is longer than the context, or the template refuses it; an option is out of
@@ -117,16 +121,16 @@ class Chat:
     def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> AnswerStream:
         """Answers a message token by token.
 
-        This call raises errors of the message and the options. The first `next` starts the model. After a stream that
-        is closed early, the conversation has the answer so far. After an error, the conversation is unchanged.
+        This call raises errors of the message and the options. The first `next` starts the model. If the stream is
+        closed early, the conversation has the answer so far. After an error, the conversation is unchanged.
 
         Args:
             text: As in `ask`.
             **options: As in `ask`.
 
         Returns:
-            An iterator of a Chunk for each new token, whose texts together are the completion's. The Completion is its
-            `completion` at the end, and the value of StopIteration, or of `yield from`.
+            An iterator with a Chunk for each new token. Their joined texts are the completion's text. `completion` has
+            the Completion at the end; it is also the value of StopIteration, or of `yield from`.
 
         Raises:
             InputError: As in `ask`, or the stream has lost its turn.
@@ -136,12 +140,12 @@ class Chat:
         return self._answer(text, options_of("chat.stream", options, CHAT_OPTIONS))
 
     async def aask(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> Completion:
-        """As `ask`, for `await`. A task that is cancelled ends the answer within one step, as far as it came."""
+        """As `ask`, for `await`. Cancelling the task ends the answer within one step and keeps it so far."""
         answer = self._answer(text, options_of("chat.aask", options, CHAT_OPTIONS))
         return await AsyncStream(answer, self.model.executor).completed()
 
     def astream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> AsyncStream:
-        """As `stream`, for `async for`. A task that is cancelled ends the answer within one step, as far as it came."""
+        """As `stream`, for `async for`. Cancelling the task ends the answer within one step and keeps it so far."""
         answer = self._answer(text, options_of("chat.astream", options, CHAT_OPTIONS))
         return AsyncStream(answer, self.model.executor)
 
@@ -154,7 +158,7 @@ class Chat:
         return self._ids(messages, cut is not None)
 
     def take_answer(self, answer: Completion) -> Completion:
-        """Puts an answer of `lm.generate` to `prompt_ids()` into `messages`.
+        """Adds the completion of `lm.generate(chat.prompt_ids())` to `messages`.
 
         Returns it with its `tool_calls`, as `ask` does.
         """
@@ -167,12 +171,12 @@ class Chat:
         """Adds the result of a tool. `ask()` without a text then continues from it.
 
         Args:
-            content: A text, or another value of JSON's types, which is written as JSON.
+            content: A text, or another JSON value, which is serialized.
             name: The tool. The result is for its first open call in the last answer. None means any tool.
-            call_id: The "id" of the call in `messages`, in place of the order of calls.
+            call_id: The "id" of the call in `messages`; it overrides the order of calls.
 
         Raises:
-            InputError: No call waits for a result, and no name is given; or JSON cannot write the content.
+            InputError: No call waits for a result and no name is given, or JSON cannot encode the content.
         """
         require_valid({"name": name, "call_id": call_id})
         open_calls = [call for call in self._open_calls() if call_id in (None, call.get("id"))]
@@ -197,9 +201,9 @@ class Chat:
         self.messages = self.messages[: places[-1]]
 
     def drop(self) -> None:
-        """Removes the oldest question with its answer, and keeps the system text.
+        """Removes the oldest question and its answer, but keeps the system text.
 
-        The rest moves to another place, so it is prefilled again. Raises InputError if there is no question.
+        The positions of the rest change, so it is prefilled again. Raises InputError if there is no question.
         """
         places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
         if not places:
@@ -209,7 +213,7 @@ class Chat:
     def set_system(self, system: str | None) -> None:
         """Changes the system text, in this conversation and after `reset`.
 
-        Raises InputError if the template refuses a system text; the old one stays then.
+        Raises InputError if the template refuses a system text. Then the old one stays.
         """
         require_valid({"system": system})
         said = self._said()
@@ -223,7 +227,7 @@ class Chat:
         self.messages = [*([] if self.system is None else [message("system", self.system)]), *rest]
 
     def save(self, path: str | Path) -> None:
-        """Writes the conversation to a file, {"messages": [...]} as JSON: whole, or not at all.
+        """Writes the conversation to a JSON file, {"messages": [...]}, atomically.
 
         Raises InputError if the file exists and holds something else, OSError if it cannot be written.
         """
@@ -232,8 +236,8 @@ class Chat:
     def load(self, path: str | Path) -> None:
         """Replaces this conversation by one that `save` wrote.
 
-        Raises MissingFileError, IntegrityError or InputError if it is not a conversation, or the template refuses it;
-        this one stays then.
+        Raises MissingFileError, IntegrityError or InputError if the file is not a conversation or the template refuses
+        it. Then this one stays.
         """
         found = read_messages(path)
         self._take_up(found)
@@ -241,14 +245,14 @@ class Chat:
         self.system = text_of(first["content"]) if first.get("role") == "system" else None
 
     def _take_up(self, found: list[dict[str, Any]]) -> None:
-        """Goes on from these messages. Raises InputError where the template does not take them."""
+        """Replaces the messages. Raises InputError if the template refuses them."""
         asked = not found or found[-1]["role"] in ("assistant", "system")
         self._rendered([*found, message("user", "Hi")] if asked else found)
         self.messages = found
 
     # --- the answer -----------------------------------------------------------------------------------------------
     def _answer(self, text: Content | None, options: Mapping[str, Any]) -> AnswerStream:
-        """Checks everything, and gives the stream."""
+        """Checks the message and the options, and opens the stream."""
         if text is None:
             messages, cut = self._standing()
         else:
@@ -273,18 +277,18 @@ class Chat:
         return AnswerStream(self, messages[:-1] if cut is not None else messages, stream, cut)
 
     def _head_tokens(self) -> int:
-        """How many tokens come before the first question: what the model is told before all else."""
+        """The number of tokens before the first question: the system text and what the template adds."""
         first = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
         one, other = (self._ids([*first, message("user", text)], False) for text in "ab")
         return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(one))  # noqa: B905
 
     def _said(self) -> list[dict[str, Any]]:
-        """The conversation, which anybody may have changed. Raises InputError for what is no message."""
+        """The messages. Users may change the list, so each is checked. Raises InputError for an invalid one."""
         check_messages(self.messages)
         return self.messages
 
     def _standing(self) -> tuple[list[dict[str, Any]], str | None]:
-        """The conversation as it stands, and of an answer that is to go on, what it says so far."""
+        """The messages, and the text so far of an answer to continue, else None."""
         messages = self._said()
         last = messages[-1] if messages else {"role": "system"}
         if last["role"] == "assistant" and not last.get("tool_calls"):
@@ -294,7 +298,7 @@ class Chat:
         return messages, None
 
     def taken_in(self, messages: list[dict[str, Any]], text: str, completion: Completion) -> Completion:
-        """Puts the whole answer into the conversation, its tool calls by themselves."""
+        """Adds the whole answer to the conversation, with its tool calls parsed."""
         calls: list[dict[str, Any]] = []
         if self.tools is not None:
             known = [tool.get("function", tool).get("name") for tool in self.tools]
@@ -302,7 +306,7 @@ class Chat:
         more: dict[str, Any] = {}
         if calls:
             first = sum(len(said.get("tool_calls") or ()) for said in messages)
-            # Nine letters and digits, which Mistral's templates ask for.
+            # Mistral's templates require nine letters and digits.
             more["tool_calls"] = [
                 {"id": f"call{first + place:05}", "type": "function", "function": call}
                 for place, call in enumerate(calls)
@@ -330,13 +334,13 @@ class Chat:
         return self.format.render(list(map(self._shaped, messages)), **self._given(**changes))
 
     def _given(self, **changes: Any) -> dict[str, Any]:
-        """What the template reads beside the messages."""
+        """The template's variables besides the messages."""
         return {"tools": self.tools, "documents": self.documents, **self._variables, **changes}
 
     def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A message with its content as the template takes it: in parts, or as a text."""
+        """The message with its content in the form that the template supports: parts or text."""
         content = said.get("content")
-        if content is None:  # beside tool calls: templates join texts
+        if content is None:  # beside tool calls; templates concatenate texts
             said, content = {**said, "content": ""}, ""
         if isinstance(content, str) and not self._takes_text:
             return {**said, "content": [{"type": "text", "text": content}]}
@@ -345,7 +349,7 @@ class Chat:
         return said
 
     def _contents_taken(self) -> tuple[bool, bool]:
-        """Whether the template writes a content that is a text, and one that is in parts."""
+        """Whether the template renders a text content, and a content in parts."""
 
         def writes(content: Content) -> bool:
             try:
@@ -358,9 +362,9 @@ class Chat:
         return writes("pastkey") or not parts, parts
 
     def _notice_what_is_left_out(self, stacklevel: int) -> None:
-        """Warns of what the template does not write, and refuses a system text that it does not take.
+        """Warns of arguments that the template ignores. Raises InputError if it refuses the system text.
 
-        `stacklevel` says where the user's own line is, for `warnings.warn` in `_warn`.
+        `stacklevel`: of the user's own line, for `_warn`.
         """
 
         def rendered(system: str | None, **changes: Any) -> str | InputError:
@@ -385,12 +389,6 @@ class Chat:
         for name in self._variables:
             if name not in self.format.variables:
                 _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
-
-
-def _schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    from ...text.tools import tool_schemas  # inspect and more, for whom it concerns
-
-    return tool_schemas(tools)
 
 
 def _warn(sentence: str, stacklevel: int) -> None:

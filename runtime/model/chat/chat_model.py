@@ -1,4 +1,4 @@
-"""What a conversation asks of its model, and of the form of its messages."""
+"""The interfaces that a conversation needs: the model and the chat format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...settings import GenerateOptions
 
 
 class Format(Protocol):
-    """How a conversation becomes token ids: see ChatFormat, which has what is here."""
+    """Converts a conversation to token ids. ChatFormat implements it."""
 
     source: str
     variables: frozenset[str]
@@ -30,7 +30,7 @@ class Format(Protocol):
 
 
 class ChatModel(Protocol):
-    """What a conversation asks of its model: LanguageModel has it, and the model in a sandbox."""
+    """The interface of a conversation to its model. LanguageModel and SandboxedModel implement it."""
 
     @property
     def manifest(self) -> Manifest:
@@ -38,10 +38,10 @@ class ChatModel(Protocol):
 
     @property
     def executor(self) -> Executor:
-        """The threads that wait for the tokens of an event loop."""
+        """The threads that wait for tokens on behalf of an event loop."""
 
     def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
-        """How a conversation becomes token ids."""
+        """The conversion of conversations to token ids."""
 
     def stream(self, prompt: Sequence[int], **options: Unpack[GenerateOptions]) -> ChunkStream:
         """Continues token ids."""

@@ -123,7 +123,7 @@ def test_what_was_shifted_is_no_prefix(lm: LanguageModel) -> None:
     kept = [*kept[:SINKS], *kept[SINKS + found.dropped_tokens :]]
     assert lm.generate(kept, **options).cached_tokens == 0  # type: ignore[call-overload]
     store = PrefixStore(lm.require_open().graph)
-    engine = lm.new_engine()
+    engine = lm.parts.new_engine()
     engine.prefill(prompt)
     engine.shift(SINKS, 10)
     store.put(engine)

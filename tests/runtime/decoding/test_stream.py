@@ -14,6 +14,7 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel, load
+from pastkey.runtime.model.unpack import TemporaryFolder
 
 from ..conftest import runs_of
 
@@ -227,8 +228,8 @@ def test_a_model_that_is_closed_ends_what_runs_and_refuses_the_rest(speaking_bun
 
 @pytest.mark.parametrize("others", [0, 2])
 def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, others: int) -> None:
-    removed: list[str] = []
-    model = LanguageModel(speaking_bundle, threads=1, temporary=lambda: removed.append("folder"))
+    temporary = TemporaryFolder()
+    model = LanguageModel(speaking_bundle, threads=1, temporary=temporary)
     executor = model.executor
     model.generate("stored", max_new_tokens=2, reuse_prefix=True)
     beside = [model.stream(prompt, **SETTINGS) for prompt in ("de", "f")[:others]]
@@ -245,7 +246,7 @@ def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, othe
     completion = model.generate("abc", **SETTINGS, prompt_lookup=False, logits_processor=closing)
     assert completion.finish_reason == "cancelled"
     assert len(calls) <= 3 + 1  # within one step
-    assert removed == ["folder"]
+    assert not temporary.path.exists()
     assert (model.closed, len(model.scheduler.store)) == (True, 0)
     with pytest.raises(RuntimeError, match="shutdown"):
         executor.submit(print)

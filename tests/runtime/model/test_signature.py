@@ -137,15 +137,14 @@ def damaged() -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (lambda: private_pem(ed448.Ed448PrivateKey.generate()), r"of another algorithm \(Ed448PrivateKey\)"),
-        (lambda: private_pem(ec.generate_private_key(ec.SECP256R1())), "of another algorithm"),
-        (encrypted, "is encrypted, and no password is asked for: decrypt it with"),
-        (openssh, "holds a PEM block 'OPENSSH PRIVATE KEY'; a private ed25519 key, 'PRIVATE KEY', was expected"),
-        (lambda: b"", "holds no PEM block; a private ed25519 key"),
-        (lambda: bytes(range(256)), "holds no PEM block"),
-        (damaged, "cannot be read as a private key .* damaged or altered"),
-        (lambda: b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "cannot be read as a private key"),
-        (lambda: b"-----BEGIN PRIVATE KEY-----\n", "cannot be read as a private key"),
+        (lambda: private_pem(ed448.Ed448PrivateKey.generate()), r"Ed25519PrivateKey .*it holds a Ed448PrivateKey"),
+        (lambda: private_pem(ec.generate_private_key(ec.SECP256R1())), "it holds a ECPrivateKey"),
+        (encrypted, "without a password .*Password was not given"),
+        (openssh, "cannot be read as an Ed25519PrivateKey"),
+        (lambda: b"", "cannot be read as an Ed25519PrivateKey .*pastkey sign --new-key FILE writes a pair"),
+        (lambda: bytes(range(256)), "cannot be read"),
+        (damaged, "cannot be read"),
+        (lambda: b"-----BEGIN PRIVATE KEY-----\n", "cannot be read"),
         (lambda: bytes(20_000), "has 20,000 bytes, and 10,000 are the most"),
         (None, "no such file"),
     ],
@@ -180,9 +179,9 @@ def test_a_key_file_of_any_bytes_is_a_key_or_a_sentence(signed: Path, keys: tupl
 
 
 def test_the_two_halves_are_not_taken_for_one_another(signed: Path, keys: tuple[Path, Path]) -> None:
-    with pytest.raises(InputError, match="holds a PEM block 'PUBLIC KEY'; a private ed25519 key"):
+    with pytest.raises(InputError, match="cannot be read as an Ed25519PrivateKey"):
         sign_bundle(signed, keys[1])
-    with pytest.raises(InputError, match="holds a PEM block 'PRIVATE KEY'; a public ed25519 key"):
+    with pytest.raises(InputError, match="cannot be read as an Ed25519PublicKey"):
         require_signature(signed, keys[0])
 
 

@@ -19,7 +19,7 @@ from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers import int8_kernels
-from pastkey.runtime.providers.int8_kernels import choose_int8_kernels, int8_kernels_of, read_cpuinfo, read_sysctl
+from pastkey.runtime.providers.int8_kernels import choose_int8_kernels, int8_kernels_of, read_cpuinfo
 
 # From /proc/cpuinfo, shortened to what has to do with vectors.
 HASWELL = "sse4_2 fma avx avx2"
@@ -43,8 +43,8 @@ NEOVERSE_V1 = f"{NEOVERSE_N1} sve i8mm bf16"
         ("x86_64", KNIGHTS_LANDING, "avx2", False),
         ("x86_64", SANDY_BRIDGE, "none", False),
         ("aarch64", CORTEX_A72, "none", False),
-        ("aarch64", NEOVERSE_N1, "neon_dot", True),
-        ("arm64", NEOVERSE_V1, "neon_i8mm", True),
+        ("aarch64", NEOVERSE_N1, "neon", True),
+        ("arm64", NEOVERSE_V1, "neon", True),
         ("riscv64", "", "unknown", None),
         ("x86_64", None, "unknown", None),
     ],
@@ -66,10 +66,10 @@ def test_flags_are_read_as_linux_writes_them() -> None:
     assert read_cpuinfo("processor\t: 0\nhart\t: 2\nisa\t: rv64imafdc\n") is None
 
 
-def test_flags_are_read_as_macos_writes_them() -> None:
-    m1 = "hw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\nhw.optional.arm.AdvSIMD: 1\n"
-    assert read_sysctl(m1) == {"asimddp"}
-    assert read_sysctl(m1.replace("MM: 0", "MM: 1")) == {"asimddp", "i8mm"}
+def test_a_mac_has_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_kernels.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(int8_kernels.platform, "machine", lambda: "arm64")
+    assert int8_kernels.int8_kernels().name == "neon"
 
 
 def test_a_system_that_does_not_say_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
