@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import threading
 import time
@@ -256,3 +257,20 @@ def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, othe
         assert stream.completion.finish_reason == "cancelled"
     assert model.scheduler.live == 0
     model.close()
+
+
+def test_a_stream_that_is_alone_is_ten_frames_from_onnxruntime(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx, depths = lm.require_open().graph.onnx, list[int]()
+    run = onnx.run_with_iobinding
+
+    def counted(*arguments: Any) -> None:
+        depths.append(len(inspect.stack(0)) - here - 1)  # without this one; onnxruntime's own is the next
+        run(*arguments)
+
+    monkeypatch.setattr(onnx, "run_with_iobinding", counted)
+    stream, here = lm.stream("abc", **SETTINGS, prompt_lookup=False), len(inspect.stack(0))
+    next(stream)
+    next(stream)
+    assert max(depths) <= 8  # and then Session's, and onnxruntime's
