@@ -132,12 +132,8 @@ def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monke
     [
         (["nothing"], "invalid choice: 'nothing' (choose from 'peers'"),
         (["peers", "--text", "none.txt"], "none.txt is not a file"),
-        (["peers", "--rounds", "0"], "0 is not a whole number from 1"),
-        (["peers", "--cont"], "no flag --cont"),
         (["peers", "--threads", "9999"], "--threads is 9999; this machine has"),
         (["peers", "--only", "vllm"], "no engine 'vllm'; the engines are pastkey-int8, pastkey-int8-steps"),
-        (["peers", "--model", "none.gguf"], "no such model: none.gguf does not exist"),
-        (["peers", "--model", "folder"], "folder is neither a .gguf file nor a folder with a config.json"),
         (["peers", "--model", "empty.gguf", "--work", "empty.gguf"], "cannot be made a folder (Not a directory)"),
         (["memory", "none"], "none does not exist"),
         (["speculation", "{tiny}", "--useless"], "--useless is for a draft model"),

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from pastkey.runtime import AsyncStream, LanguageModel, load
 
 from .runtime import conftest as decoder
 from .runtime.constraints import vocabularies
+from .runtime.decoding.batching import waiting
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -126,14 +126,6 @@ class Gate:
         self._steps.release(steps)
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    """Waits for what another thread does."""
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end, "it never came about"
-        time.sleep(0.005)
-
-
 def example(name: str) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "examples" / name))
 
@@ -164,7 +156,7 @@ def served(lm: LanguageModel) -> Iterator[int]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        eventually(lambda: server.started or not thread.is_alive())
+        waiting.until(lambda: server.started or not thread.is_alive())
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
@@ -204,7 +196,7 @@ def test_a_client_that_leaves_ends_the_generation_within_a_step(
             assert [name for name, _ in (next(events(response)) for _ in range(5))] == ["message"] * 5
         assert cancelled.wait(60)
         gate.release(1000)
-        eventually(lambda: lm.scheduler.live == 0)
+        waiting.until(lambda: lm.scheduler.live == 0)
     assert gate.ran <= 6  # the step that ran when it left was the last
 
 
@@ -220,7 +212,7 @@ def test_clients_at_the_same_time_get_their_whole_texts(lm: LanguageModel, monke
 
     with served(lm) as port, ThreadPoolExecutor(4) as clients:
         found = clients.map(read, prompts)
-        eventually(lambda: lm.scheduler.live == 4)
+        waiting.until(lambda: lm.scheduler.live == 4)
         gate.release(1000)
         assert list(found) == [(text, {"finish_reason": "length"}) for text in expected]
     assert lm.scheduler.live == 0
@@ -248,7 +240,7 @@ def test_the_window_shows_answers_stops_them_and_brings_questions_back(
             line = window.query_one("Input")
 
             async def until(holds: Callable[[], bool]) -> None:
-                await asyncio.to_thread(eventually, holds)
+                await asyncio.to_thread(waiting.until, holds)
                 await pilot.pause()
 
             line.value = "[b]Who?"

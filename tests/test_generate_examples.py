@@ -42,14 +42,6 @@ def test_the_stream_feeds_what_the_second_graph_has() -> None:
     assert all(re.search(rf"\b{name}\b", stream) for name in STATE)
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_it_is_short_and_its_brackets_close(name: str) -> None:
-    assert len(source(name).splitlines()) <= 80
-    bare = re.sub(r'"(?:\\.|[^"\\])*"|\'.\'|`[^`]*`', "", code(name))
-    for opened, closed in ("()", "[]", "{}"):
-        assert bare.count(opened) == bare.count(closed)
-
-
 def test_swift_calls_what_the_example_for_ios_calls() -> None:
     """Which was compared with the declarations: no Swift is compiled here."""
     ios = (EXAMPLES / "ios" / "GreedyDecoder.swift").read_text(encoding="utf-8")

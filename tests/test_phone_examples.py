@@ -59,15 +59,6 @@ def test_it_reads_fields_that_the_manifest_has(system: str) -> None:
     assert set(read) <= fields
 
 
-@pytest.mark.parametrize("system", SOURCES)
-def test_it_is_short_and_its_brackets_close(system: str) -> None:
-    text = source(system)
-    assert len(text.splitlines()) < 160
-    code = re.sub(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', "", text, flags=re.DOTALL)
-    for opened, closed in ("()", "[]", "{}"):
-        assert code.count(opened) == code.count(closed)
-
-
 def test_the_page_pins_what_the_sources_pin() -> None:
     page = (ROOT / "docs" / "mobile.md").read_text(encoding="utf-8")
     table = page[: page.index("## Which file")]

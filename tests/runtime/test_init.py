@@ -40,13 +40,3 @@ def test_importing_brings_few_modules_beside_what_it_stands_on(module: str, befo
     assert module in brought
     assert {name.partition(".")[0] for name in brought} - sys.stdlib_module_names <= {"pastkey", *before.split(", ")}
     assert len(brought) < limit
-
-
-def test_a_run_imports_neither_torch_nor_onnx() -> None:
-    program = (
-        "import sys, pastkey.runtime.loading\n"
-        "import pastkey.runtime.commands.bench, pastkey.runtime.commands.inspection\n"
-        "print(sorted({'torch', 'onnx', 'transformers', 'pastkey.train', 'pastkey.export'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

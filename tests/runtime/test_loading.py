@@ -21,7 +21,7 @@ import pytest
 import pastkey
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.runtime import LanguageModel, load, loading
+from pastkey.runtime import load, loading
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
@@ -117,16 +117,6 @@ def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(
 
 
 # --- other processes ----------------------------------------------------------------------------------------------
-def test_a_model_that_is_pickled_is_loaded_again(speaking_bundle: Bundle, expected: list[int]) -> None:
-    model = load(speaking_bundle.path, threads=1, max_batch=3)
-    again = pickle.loads(pickle.dumps(model))
-    assert isinstance(again, LanguageModel)
-    assert again.max_batch == 3
-    assert again.generate("abc", **SETTINGS).ids == expected
-
-
-def answer(model: LanguageModel) -> list[int]:
-    return model.generate("abc", **SETTINGS).ids
 
 
 def test_a_process_that_is_spawned_takes_a_model(speaking_bundle: Bundle, expected: list[int]) -> None:
@@ -212,13 +202,6 @@ def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(
     (tmp_path / "onnx" / "other.onnx_data").write_bytes(b"x")
     with pytest.raises(IntegrityError, match=r"other\.onnx_data is not listed in pastkey\.json: it was added"):
         load(tmp_path)
-
-
-def test_another_form_comes_with_its_export_though_it_is_not_trusted(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    for trust in (True, False):
-        with pytest.raises(InputError, match=r"m\.gguf is a file; .* pastkey export .*m\.gguf --out bundle"):
-            load(tmp_path / "m.gguf", trust=trust)
 
 
 def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, LanguageModel, Limits, Request, Session, load
 from pastkey.runtime.commands.flags import SAMPLING
-from pastkey.runtime.model.signature import new_key, sign_bundle
+from pastkey.runtime.model.signature import sign_bundle
 from pastkey.runtime.settings import (
     _VALID,
     CHAT_OPTIONS,
@@ -145,9 +145,7 @@ Call = Callable[[World, Any], Any]
 # Where a parameter is checked: the call, the key word of the error, and values.
 REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: load(w.bundle, trust=x), "trust", SWITCH),
-    (lambda w, x: load(w.bundle, verify=x), "verify", SWITCH),
     (lambda w, x: load(w.bundle, allow_fallback=x, trust=False), "allow_fallback", SWITCH),
-    (lambda w, x: load(w.bundle, max_batch=x), "max_batch", WHOLE),
     (lambda w, x: load(w.bundle, providers=x), "providers", ({"cpu": {}},)),
     (lambda w, x: load(w.bundle, session_options={"logid": x}), "logid", (1, [1], 2.5)),
     (lambda w, x: load(x), "path", ("a\0b", "/" + "b" * 5000)),
@@ -157,11 +155,8 @@ REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: Request([1], max_new_tokens=x), "max_new_tokens", WHOLE),
     (lambda w, x: w.lm.generate(x), "prompt", (b"ab", bytearray(b"ab"), {1: 2}, {1}, [True], [1.5], [b"a"])),
     (lambda w, x: w.lm.generate("a", n=x), "^n is", WHOLE),
-    (lambda w, x: w.lm.generate("a", stop=x), "stop", TEXTS),
     (lambda w, x: w.lm.generate("a", exact=x), "exact", SWITCH),
-    (lambda w, x: w.lm.generate("a", max_new_tokens=x), "max_new_tokens", WHOLE),
     (lambda w, x: w.lm.stream_many(x), "prompts", ("ab", b"ab", {"a": 1}, {"a"}, [], iter("a"))),
-    (lambda w, x: w.lm.stream_many([x]), "prompt", (b"ab", {1: 2})),
     (lambda w, x: w.lm.agenerate("a", seed=x).send(None), "seed", WHOLE),
     (lambda w, x: w.lm.logits(x), "token ids", ("ab", b"ab", {1: 2}, {1}, [True], [1.5], [[1]])),
     (lambda w, x: w.lm.score(x), "prompt", (b"ab", {1: 2}, ["a", "b"])),
@@ -189,16 +184,11 @@ TYPE_ERRORS: list[tuple[Call, tuple[Any, ...]]] = [
     (lambda w, x: load(w.bundle, key=x), (1, b"secret")),
     (lambda w, x: load(w.bundle, providers=[x]), (1, None)),
     (lambda w, x: sign_bundle(w.bundle, x), (None, 1, b"a")),
-    (lambda w, x: new_key(x), (None, 1)),
     (lambda w, x: w.lm.generate(x), (None, 1, 1.5)),
     (lambda w, x: w.lm.generate(["a", "b"], x, max_new_tokens=1), (1, "a")),
-    (lambda w, x: w.lm.score(x), (None, 1)),
     (lambda w, x: w.lm.chat(messages=x), (1, 1.5)),
-    (lambda w, x: w.lm.chat(tools=x), (1, 1.5)),
     (lambda w, x: w.lm.chat().save(x), (None, 1, b"a")),
-    (lambda w, x: w.session.save(x), (None, 1, b"a")),
     (lambda w, x: w.session.append(x), (None, 1)),
-    (lambda w, x: pastkey.Generator(x), (None, 1, b"a")),
     (lambda w, x: pastkey.Generator(w.bundle, threads=1)(x), (None, 1, "ab")),
 ]
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
 DRAWN: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 12}
 
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
 FLAGS = ["--max-new-tokens", "7", "--temperature", "1", "--seed", "1"]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 7, "temperature": 1.0, "seed": 1}
 

@@ -9,35 +9,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from pastkey.__main__ import main
-from pastkey.contract.bundle import Bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.runtime import load
 from pastkey.runtime.bulk.job import Job, job_file
 from pastkey.runtime.bulk.rows import seed_of
 from pastkey.runtime.model.session_file import bundle_digest
 
-from ..bulk.rows import TEMPLATE, plain_rows, read_rows, write_rows
-
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..bulk.rows import plain_rows, read_rows, write_rows
 
 FLAGS = ["--threads", "1", "--temperature", "1", "--max-new-tokens", "9"]
 
 
-@pytest.fixture(scope="module")
-def talking(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
-    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE})
-
-
-def batch(bundle: Bundle, source: Path, out: Path, *flags: str) -> int:
-    return main(["batch", str(bundle.path), str(source), "--out", str(out), *FLAGS, *flags])
+def batch(bundle: Path, source: Path, out: Path, *flags: str) -> int:
+    return main(["batch", str(bundle), str(source), "--out", str(out), *FLAGS, *flags])
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> None:
@@ -55,7 +45,7 @@ def answers(out: Path) -> dict[Any, dict[str, Any]]:
 
 
 def test_rows_of_every_kind_are_answered_and_reported(
-    talking: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    talking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows: list[Any] = [
         *plain_rows(5),
@@ -70,7 +60,7 @@ def test_rows_of_every_kind_are_answered_and_reported(
     report = json.loads(captured.out)
     assert "9 of 9 rows, 2 with an error" in captured.err
     made = answers(out)
-    model = load(talking.path, threads=1)
+    model = load(talking, threads=1)
     for row in plain_rows(5):
         answer = model.generate(row["prompt"], seed=seed_of(0, row["id"]), temperature=1.0, max_new_tokens=9)
         expected = {"text": answer.text, "new_tokens": answer.new_tokens, "error": None}
@@ -84,7 +74,7 @@ def test_rows_of_every_kind_are_answered_and_reported(
         "errors": 2,
         "resumed": 0,
         "new_tokens": sum(row["new_tokens"] or 0 for row in made.values()),
-        "bundle": bundle_digest(talking),
+        "bundle": bundle_digest(open_bundle(talking)),
     }
     assert report["rows_per_second"] > 0
     assert batch(talking, tmp_path / "in.jsonl", out) == 0
@@ -94,12 +84,12 @@ def test_rows_of_every_kind_are_answered_and_reported(
 
 
 @pytest.mark.slow
-def test_a_job_that_is_terminated_goes_on(talking: Bundle, tmp_path: Path) -> None:
+def test_a_job_that_is_terminated_goes_on(talking: Path, tmp_path: Path) -> None:
     """By SIGTERM and by Ctrl-C, each time when a few rows more are written."""
     source, out = write_rows(tmp_path / "in.jsonl", plain_rows(250)), tmp_path / "out.jsonl"
     whole = tmp_path / "whole.jsonl"
     assert batch(talking, source, whole) == 0
-    command = [sys.executable, "-m", "pastkey", "batch", str(talking.path), str(source), "--out", str(out), *FLAGS]
+    command = [sys.executable, "-m", "pastkey", "batch", str(talking), str(source), "--out", str(out), *FLAGS]
     before = b""
     for number, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)):
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -119,7 +109,7 @@ def test_a_job_that_is_terminated_goes_on(talking: Bundle, tmp_path: Path) -> No
     assert answers(out) == answers(whole)
 
 
-def test_shards_give_what_the_whole_gives(talking: Bundle, tmp_path: Path) -> None:
+def test_shards_give_what_the_whole_gives(talking: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", plain_rows(21))
     parts = [tmp_path / f"{part}.jsonl" for part in (1, 2)]
     assert batch(talking, source, tmp_path / "whole.jsonl") == 0
@@ -128,7 +118,7 @@ def test_shards_give_what_the_whole_gives(talking: Bundle, tmp_path: Path) -> No
     assert answers(parts[0]) | answers(parts[1]) == answers(tmp_path / "whole.jsonl")
 
 
-def test_a_jobs_settings_stand_in_its_file(talking: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_jobs_settings_stand_in_its_file(talking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out, template = write_rows(tmp_path / "in.jsonl", plain_rows(4)), tmp_path / "a.jsonl", tmp_path / "t.jinja"
     template.write_text("{{ messages[0].content }}")
     flags = ("--logprobs", "1", "--exact", "--template", str(template))
@@ -144,14 +134,14 @@ def test_a_jobs_settings_stand_in_its_file(talking: Bundle, tmp_path: Path, caps
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_a_shard_is_one_of_several(
-    talking: Bundle, tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]
+    talking: Path, tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_rows(tmp_path / "in.jsonl", plain_rows(2))
     assert batch(talking, source, tmp_path / "o.jsonl", f"--shard={shard}") == 2
     told(capsys, f"--shard is '{shard}'; I/N was expected")
 
 
-def test_mistakes_are_one_sentence(talking: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(talking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", plain_rows(2)), tmp_path / "o.jsonl"
     assert batch(talking, tmp_path / "none", out) == 2
     told(capsys, "no such file")
@@ -169,7 +159,7 @@ def test_mistakes_are_one_sentence(talking: Bundle, tmp_path: Path, capsys: pyte
 
 
 def test_a_full_disk_is_told_with_what_was_answered(
-    talking: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fill(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

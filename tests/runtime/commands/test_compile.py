@@ -121,9 +121,7 @@ def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeyp
     assert more == ("qnn", QNN | {"rpc_control_latency": "9"})
     wrong: list[Any] = ["cpu", ("qnn", {"htp_arch": "73"}), ["openvino"]]
     for choice, asked in zip(wrong, ("'cpu'", "htp_arch=73", "'openvino'"), strict=True):
-        with pytest.raises(
-            ProviderError, match=rf"was compiled for qnn \(.*\) by onnxruntime 1\.32\.0, and {asked} was"
-        ):
+        with pytest.raises(ProviderError, match=rf"was compiled for qnn .* 1\.32\.0, and {asked} was"):
             providers.for_compiled(choice, compiled)
 
 

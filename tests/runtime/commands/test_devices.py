@@ -58,9 +58,3 @@ def test_devices(command: Run) -> None:
     status, out, _ = command("devices", "--json")
     rows = {row["short_name"]: row for row in json.loads(out)["devices"]}
     assert rows["cpu"]["available"]
-
-
-def test_devices_takes_no_arguments(command: Run) -> None:
-    status, out, err = command("devices", "all")
-    assert (status, out) == (2, "")
-    assert "unrecognized arguments: all" in err

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pastkey.contract.bundle import Bundle
-from pastkey.runtime import Engine, load
+from pastkey.runtime import load
 from pastkey.runtime.speculation.worth import Worth
 
 Run = Callable[..., tuple[int, str, str]]
@@ -36,19 +36,11 @@ def test_run_prints_the_continuation_and_nothing_else(command: Run, speaking_bun
 
 
 def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: Bundle) -> None:
-    settings: dict[str, Any] = {
-        "max_new_tokens": 9,
-        "temperature": 1.2,
-        "top_k": 9,
-        "top_p": 0.9,
-        "min_p": 0.01,
-        "seed": 5,
-    }
-    expected = load(speaking_bundle.path, threads=1).generate("abc", repetition_penalty=1.1, **settings)
+    settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.2, "top_p": 0.9, "seed": 5}
+    settings |= {"top_k": 9, "min_p": 0.01, "repetition_penalty": 1.1}
+    expected = load(speaking_bundle.path, threads=1).generate("abc", **settings)
     flags = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
-    status, out, err = command(
-        "run", speaking_bundle.path, "--prompt", "abc", "--repetition-penalty", 1.1, *flags, "--json"
-    )
+    status, out, err = command("run", speaking_bundle.path, "--prompt", "abc", *flags, "--json")
     found = json.loads(out)
     assert (status, err) == (0, "")
     assert list(found) == [
@@ -75,23 +67,13 @@ def test_run_takes_bans(command: Run, speaking_bundle: Bundle) -> None:
     assert "suppress_tokens holds 99999; token ids are whole numbers" in err
 
 
-@pytest.mark.parametrize(("flag", "most"), [("--prompt-lookup", 8), ("--no-prompt-lookup", 1)])
-def test_run_decodes_with_draft_tokens_or_without(
-    command: Run, speaking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, flag: str, most: int
-) -> None:
-    steps: list[int] = []
-    run = Engine.run
-
-    def recorded(engine: Engine, ids: Any, mask: Any = None, *, keep: int = 1) -> Any:
-        steps.append(keep)
-        return run(engine, ids, mask, keep=keep)
-
-    monkeypatch.setattr(Engine, "run", recorded)
-    arguments = ["run", speaking_bundle.path, "--prompt", "abcabc", "--max-new-tokens", 100]
-    assert command(*arguments)[1] == command(*arguments, flag)[1]
-    steps.clear()
-    command(*arguments, flag)
-    assert max(steps) == most
+def test_run_decodes_with_draft_tokens_or_without(command: Run, speaking_bundle: Bundle) -> None:
+    arguments = ["run", speaking_bundle.path, "--prompt", "abcabc", "--max-new-tokens", 100, "--json"]
+    plain, drafted, alone = (
+        json.loads(command(*arguments, *flags)[1]) for flags in ([], ["--prompt-lookup"], ["--no-prompt-lookup"])
+    )
+    assert plain["ids"] == drafted["ids"] == alone["ids"]
+    assert drafted["draft_tokens"] > 0 == alone["draft_tokens"]
 
 
 def test_a_draft_model_changes_no_text(
@@ -149,24 +131,15 @@ def test_a_closed_pipe_is_no_error(speaking_bundle: Bundle) -> None:
     ("arguments", "words"),
     [
         (["--prompt", ""], ["the prompt is empty"]),
-        (["--prompt", "what?"], ["no token covers 'what?'"]),
         (["--prompt", "a" * 601], ["the prompt has 601 tokens", "the context is 600"]),
         (["--prompt", "a\udcff"], ["UTF-8"]),
         (["--prompt-ids", "1,99"], ["token id 99 is out of range", "0 to 36"]),
-        (["--prompt-ids", "-1"], ["token id -1 is out of range"]),
-        (["--prompt-ids", ""], ["the prompt is empty"]),
         (["--prompt-ids", "1;2"], ["'1;2' is not a list of token ids"]),
-        (["--prompt-ids", "99999999999999999999"], ["token id"]),
-        ([], ["--prompt"]),
         (["--prompt", "a", "--prompt-ids", "1"], ["not allowed with"]),
         (["--prompt", "a", "--top-p", "2"], ["top_p is 2.0"]),
-        (["--prompt", "a", "--top-k", "-2"], ["whole number from 0"]),
-        (["--prompt", "a", "--temperature", "nan"], ["finite"]),
         (["--prompt", "a", "--temperature", "hot"], ["'hot' is not a number"]),
         (["--prompt", "a", "--temperature", "-1"], ["temperature is -1.0"]),
-        (["--prompt", "a", "--max-new-tokens", "x"], ["'x' is not a whole number"]),
         (["--prompt", "a", "--threads", "0"], ["whole number from 1"]),
-        (["--prompt", "a", "--stop", ""], ["stop is"]),
         (["--prompt", "a", "--provider", "cuda9"], ["'cuda9' is unknown", "cpu"]),
         (["--prompt", "a", "--colour", "red"], ["--colour"]),
     ],

@@ -32,12 +32,6 @@ def test_each_line_of_a_pipe_is_answered_in_one_conversation(talking: Path, mode
     assert done.stdout.decode() == "".join(text + "\n" for text in expected)
 
 
-def test_reset_and_exit(talking: Path, model: LanguageModel) -> None:
-    first = model.chat().ask("abc", **SETTINGS).text
-    done = chat(talking, *FLAGS, given=b"abc\n /reset \nabc\n/exit\nabc\n")
-    assert (done.returncode, done.stdout.decode()) == (0, f"{first}\n{first}\n")
-
-
 def test_an_error_in_a_pipe_ends_it(talking: Path) -> None:
     done = chat(talking, *FLAGS, given=b"what?\nabc\n")
     fails(done, "no token covers", "what?")
@@ -82,10 +76,8 @@ def test_a_question_of_several_lines(
     ("line", "words"),
     [
         ("/undo", ["there is no question to take back"]),
-        ("/drop", ["there is no question to let go"]),
         ("/save", ["/save needs the name of a file: /save FILE"]),
         ("/load none.json", ["none.json is missing"]),
-        ("/save /", ["/ is a folder"]),
         ("/save none/talk.json", ["/save none/talk.json cannot be done: No such file or directory"]),
         ("/helo", ["there is no command /helo", "/help lists them", "//"]),
         ("/reset now", ["/reset stands alone: leave 'now' out, or ask the model with //reset"]),

@@ -14,6 +14,7 @@ from pastkey.errors import InputError, MissingExtraError
 from pastkey.runtime.constraints.constraint import Constraint
 from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.constraints.vocabulary import Vocabulary
+from pastkey.runtime.text.codec import TextCodec
 
 from . import vocabularies
 
@@ -32,23 +33,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"regex": "a(?=b)"}, "regex cannot be followed: look-around"),
     ({"regex": "[^\\s\\S]"}, "no text can meet regex"),
     ({"grammar": "start: x"}, 'grammar cannot be followed: .*unknown name: "x"'),
-    ({"grammar": "hello"}, "grammar cannot be followed"),
-    ({"grammar": "start: <|nobody|>"}, "grammar cannot be followed: .*unknown special token"),
     ({"grammar": 'start: a\na: a "b"'}, "no text can meet grammar"),
-    (
-        {"json_schema": {"type": "objec"}},
-        "json_schema cannot be followed: Invalid type: objec; correct that",
-    ),
+    ({"json_schema": {"type": "objec"}}, "json_schema cannot be followed: Invalid type: objec; correct that"),
     ({"json_schema": {"type": "array", "uniqueItems": True}}, 'cannot be followed: Unimplemented keys: ."uniqueItems"'),
-    ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "cannot be followed: Unsatisfiable schema"),
     ({"json_schema": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "cannot be followed: Unsatisfiable schema"),
-    ({"json_schema": {"enum": []}}, "cannot be followed: Unsatisfiable schema"),
     ({"json_schema": {"$ref": "#"}}, "no text can meet json_schema"),
-    ({"json_schema": {"$ref": "#/$defs/x"}}, "json_schema cannot be followed"),
     ({"json_schema": {"$ref": "https://example.com/x"}}, "json_schema cannot be followed: .*not present"),
-    ({"json_schema": {"type": "string", "format": "zzz"}}, "cannot be followed: Unknown format: zzz"),
-    ({"json_schema": {"type": "string", "pattern": "("}}, "cannot be followed: unclosed group"),
-    ({"json_schema": {"properties": 3}}, "json_schema cannot be followed"),
 ]
 
 
@@ -135,15 +125,8 @@ def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise() -> None:
         following = matcher(BYTES, json_schema=given)
         ids = following.forced(99)
         following.follow(ids, 0)
-        assert b"".join(vocabularies_bytes()[token] for token in ids).decode() == expected
+        assert TextCodec(vocabularies.byte_level()).decode(ids) == expected
         assert following.complete
-
-
-def vocabularies_bytes() -> list[bytes]:
-    from pastkey.runtime.text.codec import TextCodec
-    from pastkey.runtime.text.token_bytes import token_bytes
-
-    return token_bytes(TextCodec(vocabularies.byte_level()), BYTES.size)
 
 
 def test_without_the_library_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +13,9 @@ from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.sampling.penalties import apply_repetition_penalty
 from pastkey.runtime.settings import SamplingConfig
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny
 
 PROMPT = [5, 6, 7]
-
-
-def greedy(tiny: Tiny, prompt: list[int], count: int) -> list[int]:
-    """The slow obvious way: the whole text again for every token."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(np.argmax(tiny(ids)[-1])))
-    return ids[len(prompt) :]
 
 
 @pytest.fixture
@@ -34,7 +25,7 @@ def session(bundle: Bundle) -> Engine:
 
 def test_greedy_generation_equals_the_uncached_loop(session: Engine, tiny: Tiny) -> None:
     generation = Generation(session, Request(PROMPT, max_new_tokens=20))
-    assert list(generation) == greedy(tiny, PROMPT, 20)
+    assert list(generation) == tiny.greedy(PROMPT, 20)
     assert generation.finish_reason == "length"
     assert (generation.prompt_tokens, generation.new_tokens) == (3, 20)
     assert generation.prefill_seconds > 0
@@ -42,19 +33,13 @@ def test_greedy_generation_equals_the_uncached_loop(session: Engine, tiny: Tiny)
 
 
 def test_an_end_token_ends_it_and_is_not_yielded(session: Engine, tiny: Tiny) -> None:
-    expected = greedy(tiny, PROMPT, 20)
+    expected = tiny.greedy(PROMPT, 20)
     end = next(token for i, token in enumerate(expected) if i >= 2 and token not in expected[:i])
     generation = Generation(session, Request(PROMPT, max_new_tokens=20, end_ids=[36 if end != 36 else 35, end]))
     tokens = list(generation)
     assert tokens == expected[: expected.index(end)]
     assert generation.finish_reason == "stop"
     assert generation.new_tokens == len(tokens)
-
-
-def test_an_end_token_at_once_leaves_nothing(session: Engine, tiny: Tiny) -> None:
-    generation = Generation(session, Request(PROMPT, max_new_tokens=20, end_ids=greedy(tiny, PROMPT, 1)))
-    assert list(generation) == []
-    assert generation.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
@@ -65,33 +50,11 @@ def test_the_last_token_may_stand_behind_the_context(session: Engine, prompt: in
     assert generation.finish_reason == "length"
 
 
-def test_none_new(session: Engine) -> None:
-    generation = Generation(session, Request(PROMPT, max_new_tokens=0))
-    assert list(generation) == []
-    assert generation.finish_reason == "length"
-
-
-def test_tokens_come_one_at_a_time(session: Engine) -> None:
-    generation = Generation(session, Request(PROMPT, max_new_tokens=10))
-    next(generation)
-    next(generation)
-    assert session.length == len(PROMPT) + 1
-    assert generation.finish_reason is None
-
-
-def test_sampling_repeats_under_a_seed(session: Engine) -> None:
-    def tokens(**settings: Any) -> list[int]:
-        return list(Generation(session, Request(PROMPT, max_new_tokens=25, sampling=SamplingConfig(**settings))))
-
-    assert tokens(temperature=2.0, seed=1) == tokens(temperature=2.0, seed=1)
-    assert tokens(temperature=2.0, seed=1) != tokens(temperature=2.0, seed=2)
-
-
 def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session: Engine, tiny: Tiny) -> None:
     ids = list(PROMPT)
     for _ in range(12):
         ids.append(int(np.argmax(apply_repetition_penalty(tiny(ids)[-1], ids, 3.0))))
-    assert ids[3:] != greedy(tiny, PROMPT, 12)
+    assert ids[3:] != tiny.greedy(PROMPT, 12)
     penalty = SamplingConfig(repetition_penalty=3.0)
     assert list(Generation(session, Request(PROMPT, max_new_tokens=12, sampling=penalty))) == ids[3:]
 

@@ -17,9 +17,7 @@ from pastkey.errors import InputError
 from pastkey.runtime import Engine, Generation, LanguageModel, Request, load
 from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
-from pastkey.runtime.decoding.kept_tokens import KeptTokens
 from pastkey.runtime.engine import engine as engines
-from pastkey.runtime.engine.caches.slab import Slab
 
 from ..conftest import Tiny
 from ..rotary import RotaryTiny
@@ -64,33 +62,6 @@ def lm(bundle: Bundle) -> LanguageModel:
 
 
 # --- by itself ----------------------------------------------------------------------------------------------------
-def test_without_a_shift_all_tokens_are_there(bundle: Bundle) -> None:
-    engine = Engine(bundle, threads=1)
-    kept = KeptTokens(engine)
-    assert kept.checked(ids_of(CONTEXT)) == ids_of(CONTEXT)
-    assert (kept.most(100, 60), kept.excess(CONTEXT, 5)) == (5, 0)
-    assert (kept.of([1, 2]), kept.missing([1, 2], 1)) == ([1, 2], [2])
-    with pytest.raises(InputError, match="the prompt has 65 tokens; the context is 64"):
-        kept.checked(ids_of(CONTEXT + 1))
-
-
-def test_half_of_what_is_no_sink_goes_as_often_as_there_must_be_room(bundle: Bundle) -> None:
-    kept = KeptTokens(Engine(bundle, threads=1), "shift", SINKS)
-    found = {tokens: kept.excess(CONTEXT, tokens) for tokens in (0, 1, BLOCK, BLOCK + 1, 2 * BLOCK)}
-    assert found == {0: 0, 1: BLOCK, BLOCK: BLOCK, BLOCK + 1: 2 * BLOCK, 2 * BLOCK: 2 * BLOCK}
-    assert kept.most(1000, 60) == 1000
-
-
-@pytest.mark.parametrize("length", [CONTEXT + 1, CONTEXT + BLOCK, CONTEXT + BLOCK + 1, 1000])
-def test_a_longer_prompt_keeps_its_first_tokens_and_its_newest(bundle: Bundle, length: int) -> None:
-    kept = KeptTokens(Engine(bundle, threads=1), "shift", SINKS)
-    ids = kept.checked(ids_of(length))
-    assert ids == ids_of(length)
-    assert kept.of(ids) == [*ids[:SINKS], *ids[SINKS + kept.dropped :]]
-    assert kept.dropped % BLOCK == 0
-    assert CONTEXT - BLOCK < len(kept.of(ids)) <= CONTEXT
-    for have in (0, 2, SINKS, 20):
-        assert kept.missing(ids, have) == kept.of(ids)[have:]
 
 
 def test_settings_out_of_range(lm: LanguageModel) -> None:
@@ -178,24 +149,16 @@ def test_a_step_that_is_interrupted_within_a_shift(lm: LanguageModel, monkeypatc
 
 
 def test_rows_that_fail_together_within_a_shift(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each ends with the error, and no run of no rows is tried."""
-    rows: list[int] = []
-    decode = Slab.decode
-
-    def counted(slab: Slab, engines: Any, tokens: Any) -> Any:
-        rows.append(len(engines))
-        return decode(slab, engines, tokens)
+    """Each ends with the error."""
 
     def interrupted(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Slab, "decode", counted)
     options = {"max_new_tokens": 30, "context_overflow": "shift", "prompt_lookup": False}
     with monkeypatch.context() as patched:
         patched.setattr(engines, "moved_by", interrupted)
         with pytest.raises(MemoryError):
             lm.generate([ids_of(50)] * 2, **options)  # type: ignore[call-overload]
-    assert set(rows) == ({2} if lm.manifest.graph == "fused" else set())
     assert lm.generate(ids_of(50), **options).new_tokens == 30  # type: ignore[call-overload]
 
 

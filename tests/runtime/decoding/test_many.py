@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +11,6 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, OptionError
 from pastkey.runtime import Completion, LanguageModel, load
-
-if TYPE_CHECKING:
-    pass
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 PROMPTS = ["abc" * (number + 1) for number in range(21)]

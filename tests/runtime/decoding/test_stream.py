@@ -17,21 +17,9 @@ from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.model.unpack import TemporaryFolder
 
+from ..conftest import runs_of
+
 SETTINGS: dict[str, Any] = {"max_new_tokens": 100, "temperature": 1.0, "seed": 1}
-
-
-def count_runs(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[int]:
-    """The numbers of tokens of all runs from now on, each of which takes so many seconds more."""
-    graph, runs = model.require_open().graph, list[int]()
-    run = graph.run
-
-    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
-        runs.append(ids.shape[1])
-        time.sleep(seconds)
-        return run(cache, ids, *arguments)
-
-    monkeypatch.setattr(graph, "run", counted)
-    return runs
 
 
 def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(
@@ -40,7 +28,7 @@ def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
     chunks = list(itertools.islice(stream, 5))
-    runs = count_runs(lm, monkeypatch)
+    runs = runs_of(lm.require_open().graph, monkeypatch)
     stream.close()
     assert runs == []
     assert stream.completion is not None
@@ -62,7 +50,7 @@ def test_one_that_another_thread_cancels_ends_within_one_step(
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
     next(stream)
-    runs = count_runs(lm, monkeypatch, 0.02)
+    runs = runs_of(lm.require_open().graph, monkeypatch, 0.02)
     moment = list[int]()
 
     def cancel() -> None:
@@ -83,18 +71,18 @@ def test_one_that_another_thread_cancels_ends_within_one_step(
 
 
 def test_a_long_prefill_is_cancelled_within_a_chunk(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = count_runs(lm, monkeypatch, 0.05)
+    runs = runs_of(lm.require_open().graph, monkeypatch, 0.05)
     stream = lm.stream("a" * 600, max_new_tokens=1)
     threading.Timer(0.01, stream.cancel).start()
     assert list(stream) == []
-    assert runs == [200]
+    assert runs == [(1, 200)]
     assert stream.completion is not None
     assert stream.completion.new_tokens == 0
 
 
 def test_a_deadline_ends_it_with_what_there_is(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = lm.generate("abc", **SETTINGS)
-    runs = count_runs(lm, monkeypatch, 0.02)
+    runs = runs_of(lm.require_open().graph, monkeypatch, 0.02)
     completion = lm.generate("abc", **SETTINGS, timeout=0.2, prompt_lookup=False)
     assert completion.finish_reason == "deadline"
     assert 3 <= len(runs) <= 11
@@ -125,7 +113,7 @@ def test_one_that_another_thread_closes_while_it_is_read_comes_to_its_end(
 ) -> None:
     stream = lm.stream("abc", **SETTINGS)
     next(stream)
-    count_runs(lm, monkeypatch, 0.02)
+    runs_of(lm.require_open().graph, monkeypatch, 0.02)
     threading.Timer(0.05, stream.close).start()
     assert len(list(stream)) < 30
     assert stream.completion is not None

@@ -43,18 +43,3 @@ def test_each_run_has_what_was_given_to_it(binding: Binding, session: Session) -
     assert told(binding, session) == [[1, 3], [2, 4]]
     binding.feed("x", np.array([[5, 6], [7, 8]], np.int64))
     assert told(binding, session) == [[5, 6], [7, 8]]
-
-
-def test_on_the_processor_a_shape_that_stays_is_bound_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    binding, bound = Binding(session), list[str]()
-    bind = binding.bind_ortvalue_input
-
-    def counted(name: str, value: Any) -> None:
-        bound.append(name)
-        bind(name, value)
-
-    monkeypatch.setattr(binding, "bind_ortvalue_input", counted)
-    for number in range(5):
-        binding.feed("x", np.array([[number]], np.int64))
-    assert bound == ["x"]
-    assert told(binding, session) == [[4]]

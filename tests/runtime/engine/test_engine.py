@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pastkey.contract.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
 from pastkey.runtime.engine.engine import Engine
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny
 
 MakeBundle = Callable[..., Bundle]
 TOLERANCE = 2e-6  # of the largest logit: float32 against the reference's float64
@@ -49,12 +48,6 @@ def test_forward_equals_the_uncached_reference(session: Engine, tiny: Tiny) -> N
     assert_close(session.forward(ids[None])[0], tiny(ids))
 
 
-def test_the_last_graph_gives_the_last_position(last: Engine, tiny: Tiny) -> None:
-    ids = random_ids(40)
-    logits = last.forward(ids[None])
-    assert_close(logits[0], tiny(ids)[-1:])
-
-
 def test_decode_token_by_token_equals_prefill_across_growth(last: Engine, tiny: Tiny) -> None:
     ids = random_ids(330)  # beyond two buffers of GROWTH_STEP rows
     steps = np.stack([last.decode(int(token)) for token in ids])
@@ -66,28 +59,6 @@ def test_chunked_prefill_equals_one_pass(last: Engine, tiny: Tiny, chunk_size: i
     ids = random_ids(65)
     assert_close(last.prefill(ids, chunk_size), tiny(ids)[-1])
     assert last.length == 65
-
-
-def test_a_long_prompt_is_prefilled_in_chunks_of_bounded_size(last: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    run = last.run
-    monkeypatch.setattr(last, "run", lambda ids: sizes.append(ids.shape[1]) or run(ids))  # type: ignore[func-returns-value]
-    last.prefill(random_ids(600))
-    assert sizes == [200] * 3
-    for count, chunk_size in ((65, 64), (7, 2), (3, 2), (9, 4)):
-        sizes.clear()
-        last.reset()
-        last.prefill(random_ids(count), chunk_size)
-        assert sum(sizes) == count
-        assert min(sizes) >= 2
-        assert max(sizes) <= chunk_size + 1
-
-
-def test_prefill_after_decode_continues(last: Engine, tiny: Tiny) -> None:
-    ids = random_ids(30)
-    last.prefill(ids[:10])
-    last.decode(int(ids[10]))
-    assert_close(last.prefill(ids[11:]), tiny(ids)[-1])
 
 
 def test_decode_after_trim_equals_fresh_prefill(session: Engine, tiny: Tiny) -> None:
@@ -225,12 +196,6 @@ def test_the_whole_context_is_usable_and_no_more(last: Engine) -> None:
     assert last.length == 600
 
 
-@pytest.mark.parametrize("chunk_size", [0, -3])
-def test_an_impossible_chunk_size_is_refused(last: Engine, chunk_size: int) -> None:
-    with pytest.raises(InputError, match="chunk_size"):
-        last.prefill([1, 2], chunk_size)
-
-
 def test_nan_in_the_logits_names_the_position(tiny: Tiny, make_bundle: MakeBundle) -> None:
     weights = dict(tiny.weights)
     weights["position"] = weights["position"].copy()
@@ -268,12 +233,6 @@ def test_nan_at_padding_is_no_error(session: Engine) -> None:
     session.graph.check_finite(logits, 0, 3, np.array([[1, 1, 0]]))
     with pytest.raises(NumericsError, match="position 2"):
         session.graph.check_finite(logits, 0, 3, np.array([[1, 0, 1]]))
-
-
-def test_the_manifest_is_the_bundles(session: Engine, bundle: Bundle) -> None:
-    assert isinstance(session.manifest, Manifest)
-    assert session.manifest is bundle.manifest
-    assert session.providers == ["CPUExecutionProvider"]
 
 
 # --- keeping a prefix ---------------------------------------------------------------------------------------------

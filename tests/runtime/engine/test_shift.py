@@ -72,16 +72,6 @@ def test_a_cache_of_fixed_shapes(make_bundle: MakeBundle, monkeypatch: pytest.Mo
     compare(tiny, Engine(make_bundle(tiny, "standard", shift=tiny.shift), threads=1))
 
 
-def test_of_one_layer_it_is_a_prefill_of_what_was_kept(make_bundle: MakeBundle) -> None:
-    tiny = RotaryTiny.of(SIZE, CONTEXT, layers=1, pairs=8, inside=True)
-    bundle = make_bundle(tiny, "fused", shift=tiny.shift)
-    shifted, fresh, ids = Engine(bundle, threads=1), Engine(bundle, threads=1), ids_of(CONTEXT)
-    shifted.prefill(ids)
-    shifted.shift(4, 30)
-    fresh.prefill([*ids[:4], *ids[34:]])
-    assert_close(shifted.decode(5), fresh.decode(5))
-
-
 @pytest.mark.skipif(
     parse_version(ort.onnxruntime.__version__) < parse_version(int8_kv.MIN_ONNXRUNTIME),
     reason="this onnxruntime has no int8 cache",

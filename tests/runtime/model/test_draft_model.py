@@ -7,7 +7,7 @@ import dataclasses
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +18,7 @@ from pastkey.errors import InputError, MissingFileError, OptionError
 from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.speculation.worth import Worth
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny, runs_of
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 
@@ -77,28 +76,13 @@ def test_a_session_goes_on_in_both_caches(
     """The draft model reads no more of the text than what is new to it."""
     assert drafted.draft is not None
     engine = drafted.draft.model.parts.require_open()
-    read: list[int] = []
-    run = engine.graph.run
-
-    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
-        read.append(ids.size)
-        return run(cache, ids, *arguments)
-
-    monkeypatch.setattr(engine.graph, "run", counted)
+    read = runs_of(engine.graph, monkeypatch)
     session, other = drafted.session(), lm.session()
     for text in ("abcdefgh" * 10, "ij", "kl"):
         assert session.generate(text, **DRAWN).text == other.generate(text, **DRAWN).text
-    assert max(read) >= 80
-    assert sum(size > 8 for size in read) == 1
+    assert max(tokens for _, tokens in read) >= 80
+    assert sum(tokens > 8 for _, tokens in read) == 1
     session.close()
-
-
-def test_calls_at_the_same_time_have_caches_of_their_own(drafted: LanguageModel, lm: LanguageModel) -> None:
-    streams = [drafted.stream(prompt, **DRAWN) for prompt in ("abc", "def")]
-    texts = ["", ""]
-    for chunks in zip(*streams, strict=True):
-        texts = [text + chunk.text for text, chunk in zip(texts, chunks, strict=True)]
-    assert texts == [lm.generate(prompt, **DRAWN).text for prompt in ("abc", "def")]
 
 
 def test_its_caches_count_as_memory(speaking_bundle: Bundle, near: Path, always: None, lm: LanguageModel) -> None:
@@ -133,13 +117,6 @@ def test_a_pickled_model_has_its_draft_model(drafted: LanguageModel) -> None:
         assert again.generate("abc", **DRAWN).ids == drafted.generate("abc", **DRAWN).ids
     assert again.draft.model.closed
     assert not drafted.draft.model.closed
-
-
-def test_what_it_takes_is_timed_when_it_is_loaded(speaking_bundle: Bundle, near: Path) -> None:
-    """So that the first text knows what a draft costs."""
-    with load(speaking_bundle.path, threads=1, draft=near) as model:
-        assert model.draft is not None
-        assert 0 < model.draft.worth._draft_reads < model.draft.worth._draft
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

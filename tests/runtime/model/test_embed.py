@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,7 @@ from pastkey.errors import InputError, NumericsError, ResourceError
 from pastkey.runtime import Engine, LanguageModel, load
 from pastkey.runtime.engine import decoder_graph
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny
 
 E = 24
 POOLINGS = {"mean": lambda states: states.mean(0), "last": lambda states: states[-1], "none": lambda states: states}
@@ -73,23 +72,6 @@ def test_several_texts_have_the_vectors_of_each_alone_in_their_order(
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_texts_of_like_length_share_runs_of_bounded_size(
-    embedder: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes: list[tuple[int, ...]] = []
-    plain = Engine.hidden_states
-
-    def watched(engine: Engine, ids: Any, mask: Any = None) -> Any:
-        shapes.append(ids.shape)
-        return plain(engine, ids, mask)
-
-    monkeypatch.setattr(Engine, "hidden_states", watched)
-    embedder.embed(texts_of(tiny, 5, 40, 5, 5, 39, 300, 5, 5, 5, 5, 5, 5))
-    alone = [(1, 39), (1, 40)] if not embedder.manifest.padding else [(3, 40)]
-    shared = [(8, 5), (1, 5)] if not embedder.manifest.padding else [(8, 5)]
-    assert shapes == [*shared, *alone, (1, 150), (1, 150)]
-
-
 def test_a_text_is_encoded_as_a_prompt(embedder: LanguageModel) -> None:
     ids = embedder.prompt_ids("abc")
     np.testing.assert_array_equal(embedder.embed("abc"), embedder.embed(ids))
@@ -133,13 +115,6 @@ def test_a_bundle_without_hidden_states_says_how_it_gets_them(lm: LanguageModel,
         lm.embed("abc")
     with pytest.raises(InputError, match="no hidden states"):
         model.embed("abc")
-
-
-def test_a_closed_model(embedding_bundle: Bundle) -> None:
-    with load(embedding_bundle.path, threads=1) as closed:
-        pass
-    with pytest.raises(InputError, match="this model is closed"):
-        closed.embed("abc")
 
 
 def test_hidden_states_that_are_not_finite(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -13,9 +13,7 @@ from pastkey.errors import IntegrityError
 from pastkey.runtime import ChatOptions, load
 from pastkey.runtime.model.generation_config import sampling_defaults
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
-
+from ..conftest import Tiny
 
 ALL = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,23 +13,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import pastkey
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError, OptionError, ProviderError
-from pastkey.runtime import Chunk, Completion, LanguageModel, load
+from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError
+from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SESSION_OPTIONS
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
-
-
-def greedy(tiny: Tiny, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(np.argmax(tiny(ids)[-1])))
-    return ids[len(prompt) :]
+from ..conftest import Tiny
 
 
 def test_generate_continues_a_text(lm: LanguageModel, tiny: Tiny, letters: Tokenizer) -> None:
-    expected = greedy(tiny, letters.encode("once upon").ids, 12)
+    expected = tiny.greedy(letters.encode("once upon").ids, 12)
     completion = lm.generate("once upon", max_new_tokens=12)
     assert completion.ids == expected
     assert completion.text == letters.decode(expected)
@@ -38,31 +29,6 @@ def test_generate_continues_a_text(lm: LanguageModel, tiny: Tiny, letters: Token
     assert (completion.prompt_tokens, completion.new_tokens) == (9, 12)
     assert completion.prefill_seconds > 0
     assert completion.decode_seconds > 0
-
-
-def test_a_prompt_of_ids_is_the_same_as_its_text(lm: LanguageModel, letters: Tokenizer) -> None:
-    ids = letters.encode("abc").ids
-    expected = lm.generate("abc", max_new_tokens=8)
-    for prompt in (ids, tuple(ids), np.array(ids)):
-        completion = lm.generate(prompt, max_new_tokens=8)  # type: ignore[arg-type]
-        assert (completion.ids, completion.text) == (expected.ids, expected.text)
-    assert all(type(token) is int for token in expected.ids)
-
-
-def test_stream_is_generate_in_pieces(lm: LanguageModel) -> None:
-    settings: dict[str, Any] = {
-        "max_new_tokens": 15,
-        "temperature": 1.5,
-        "top_k": 20,
-        "top_p": 0.95,
-        "min_p": 0.01,
-        "seed": 3,
-    }
-    expected = lm.generate("abc", **settings)
-    chunks = list(lm.stream("abc", **settings))
-    assert all(isinstance(chunk, Chunk) for chunk in chunks)
-    assert "".join(chunk.text for chunk in chunks) == expected.text
-    assert list(itertools.chain.from_iterable(chunk.ids for chunk in chunks)) == expected.ids
 
 
 def test_a_stream_refuses_before_the_first_chunk(lm: LanguageModel) -> None:
@@ -89,7 +55,9 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) ->
 
 @pytest.mark.parametrize("ids", [np.array([1, 2], np.uint8), np.array([1, 2], np.int32), range(1, 3), iter([1, 2])])
 def test_ids_of_any_kind_are_taken(lm: LanguageModel, ids: Any) -> None:
-    assert lm.generate(ids, max_new_tokens=3).ids == lm.generate([1, 2], max_new_tokens=3).ids
+    found = lm.generate(ids, max_new_tokens=3).ids
+    assert found == lm.generate([1, 2], max_new_tokens=3).ids
+    assert all(type(token) is int for token in found)
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "chat.ask", "chat.stream"])
@@ -103,9 +71,7 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
     }
     with pytest.raises(OptionError, match=rf"^{call}\(\) has no option 'temprature'; did you mean 'temperature'\?$"):
         calls[call]("?", temprature=1)
-    with pytest.raises(
-        TypeError, match=rf"{call}\(\) has no option 'x'; docs/sampling\.md and GenerateOptions list the options$"
-    ):
+    with pytest.raises(TypeError, match=rf"{call}\(\) has no option 'x'; docs/sampling\.md"):
         calls[call]("?", x=1)
     with pytest.raises(OptionError, match=rf"{call}\(\) has no option 'ignore_eos'; eos_token_id=\[\] lets no EOS"):
         calls[call]("?", ignore_eos=True)
@@ -129,11 +95,6 @@ def test_none_is_not_set_in_every_option(byte_model: LanguageModel, speaking_bun
     with load(speaking_bundle.path, **arguments) as model:
         assert model.max_batch > 1
         assert not pastkey.Generator(model.bundle.path, exact=None, max_batch=None, seed=None).exact
-
-
-def test_an_answer_always_reuses_what_was_said(byte_model: LanguageModel) -> None:
-    with pytest.raises(OptionError, match=r"chat\.ask\(\) has no option 'reuse_prefix'"):
-        byte_model.chat().ask("?", reuse_prefix=False)  # type: ignore[call-arg]
 
 
 def test_logits_of_nothing_are_refused(lm: LanguageModel) -> None:
@@ -185,18 +146,6 @@ def test_a_text_that_ends_at_a_stop_string_inside_a_character_ends_before_it(byt
     assert (completion.text, completion.finish_reason) == ("a", "stop_string")
 
 
-def test_an_end_token_ends_the_text(
-    lm: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
-    free = lm.generate("abc", max_new_tokens=30)
-    end = next(token for i, token in enumerate(free.ids) if i > 3 and token not in free.ids[:i])
-    ending = load(make_bundle(tiny, "fused", tokenizer=letters, eos_token_ids=(end,)).path, threads=1)
-    completion = ending.generate("abc", max_new_tokens=30)
-    assert completion.finish_reason == "stop"
-    assert completion.ids == free.ids[: free.ids.index(end)]
-    assert completion.text == letters.decode(completion.ids)
-
-
 def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(
     lm: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
 ) -> None:
@@ -224,14 +173,6 @@ def test_an_end_id_that_is_none_is_refused(lm: LanguageModel, given: dict[str, A
         lm.generate("abc", **given)
 
 
-def test_generations_do_not_leak_into_one_another(lm: LanguageModel) -> None:
-    first = lm.generate("hello", max_new_tokens=10)
-    stream = lm.stream("world", max_new_tokens=10)
-    next(stream)
-    stream.close()
-    assert lm.generate("hello", max_new_tokens=10).ids == first.ids
-
-
 def test_logits_of_every_position(lm: LanguageModel, tiny: Tiny) -> None:
     ids = [3, 1, 4, 1, 5]
     for given in (ids, np.array(ids)):
@@ -243,7 +184,7 @@ def test_logits_of_every_position(lm: LanguageModel, tiny: Tiny) -> None:
 def test_a_bundle_without_tokenizer_takes_ids(bundle: Bundle, tiny: Tiny) -> None:
     model = load(bundle.path, threads=1)
     completion = model.generate([1, 2, 3], max_new_tokens=6)
-    assert completion.ids == greedy(tiny, [1, 2, 3], 6)
+    assert completion.ids == tiny.greedy([1, 2, 3], 6)
     assert completion.text == ""
     assert [chunk.ids for chunk in model.stream([1, 2, 3], max_new_tokens=2)] == [[t] for t in completion.ids[:2]]
     with pytest.raises(InputError, match=r"has no tokenizer.*--prompt-ids"):
@@ -252,24 +193,11 @@ def test_a_bundle_without_tokenizer_takes_ids(bundle: Bundle, tiny: Tiny) -> Non
         model.generate([1], stop=["a"])
 
 
-@pytest.mark.parametrize("prompt", ["", []])
-def test_an_empty_prompt_is_refused(lm: LanguageModel, prompt: str | list[int]) -> None:
-    with pytest.raises(InputError, match="the prompt is empty"):
-        lm.generate(prompt)
-
-
 def test_a_prompt_beyond_the_context_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="the prompt has 700 tokens; the context is 600"):
         lm.generate("a" * 700)
     completion = lm.generate("a" * 600)
     assert (completion.new_tokens, completion.finish_reason) == (1, "length")
-
-
-def test_nan_is_an_error_not_a_text(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
-    weights = dict(tiny.weights) | {"wo1": np.full_like(tiny.weights["wo1"], np.inf)}
-    broken = make_bundle(type(tiny)(tiny.layers, tiny.context_length, weights), "fused")
-    with pytest.raises(NumericsError, match="not finite"):
-        load(broken.path, threads=1).generate([1, 2])
 
 
 def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle, tmp_path: Path) -> None:
@@ -285,23 +213,10 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle
         load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("providers", ["cpu", ["cpu"], ("cpu",), ("cpu", {}), [("cpu", {})], [], None])
+@pytest.mark.parametrize("providers", ["cpu", [("cpu", {})]])
 def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> None:
     one: Any = np.int64(1)
     assert load(speaking_bundle.path, providers=providers, threads=one).require_open().providers[-1].startswith("CPU")
-
-
-def test_a_model_is_shown_by_its_folder(lm: LanguageModel, speaking_bundle: Bundle) -> None:
-    assert repr(lm) == f"<LanguageModel {speaking_bundle.path} (fp32)>"
-
-
-def test_an_absent_provider_is_refused(speaking_bundle: Bundle) -> None:
-    with pytest.raises(ProviderError, match="'coreml'"):
-        load(speaking_bundle.path, providers="coreml")
-
-
-def test_the_package_itself_offers_it() -> None:
-    assert (pastkey.load, pastkey.LanguageModel, pastkey.Completion) == (load, LanguageModel, Completion)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +14,7 @@ from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Completion, LanguageModel, load
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
@@ -206,10 +205,8 @@ def test_breakers_are_texts_or_ids(lm: LanguageModel, mute: LanguageModel) -> No
     ("options", "message"),
     [
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9; it must be at most max_new_tokens, 8"),
-        ({"logprobs": -1}, "logprobs is -1; it must be a whole number from 0"),
         ({"suppress_tokens": [999]}, "suppress_tokens holds 999; token ids are whole numbers from 0 to"),
         ({"suppress_tokens": range(37)}, "the settings ban every token"),
-        ({"n": 0}, "n is 0; it must be a whole number from 1"),
     ],
 )
 def test_options_out_of_range_are_named(lm: LanguageModel, options: dict[str, Any], message: str) -> None:
@@ -222,8 +219,7 @@ def test_bad_words_need_a_tokenizer(mute: LanguageModel) -> None:
         mute.generate([5, 6], bad_words=["a"])
 
 
-@pytest.mark.parametrize("value", [-1])
-def test_the_number_of_sinks_is_looked_at_in_any_case(lm: LanguageModel, value: Any) -> None:
+def test_the_number_of_sinks_is_looked_at_in_any_case(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match=r"num_sink_tokens is .*; it must be a whole number from 0$"):
-        lm.stream("abc", num_sink_tokens=value)
+        lm.stream("abc", num_sink_tokens=-1)
     assert lm.generate("abc", num_sink_tokens=1000, max_new_tokens=1).new_tokens == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 
@@ -11,8 +9,7 @@ from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel
 from pastkey.runtime.engine import decoder_graph
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny
 
 
 @pytest.mark.parametrize("chunk", [4, 512])

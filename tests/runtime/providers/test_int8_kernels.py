@@ -25,8 +25,6 @@ from pastkey.runtime.providers.int8_kernels import choose_int8_kernels, int8_ker
 HASWELL = "sse4_2 fma avx avx2"
 SKYLAKE_SERVER = f"{HASWELL} avx512f avx512dq avx512cd avx512bw avx512vl"
 CASCADE_LAKE = f"{SKYLAKE_SERVER} avx512_vnni"
-ZEN_4 = f"{SKYLAKE_SERVER} avx512ifma avx512_bf16 avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg"
-SAPPHIRE_RAPIDS = f"{CASCADE_LAKE} avx_vnni amx_int8"
 ALDER_LAKE = f"{HASWELL} avx_vnni"
 KNIGHTS_LANDING = f"{HASWELL} avx512f avx512pf avx512er avx512cd"
 SANDY_BRIDGE = "sse4_2 avx"
@@ -41,17 +39,13 @@ NEOVERSE_V1 = f"{NEOVERSE_N1} sve i8mm bf16"
         ("x86_64", HASWELL, "avx2", False),
         ("AMD64", SKYLAKE_SERVER, "avx512", False),
         ("x86_64", CASCADE_LAKE, "avx512_vnni", True),
-        ("x86_64", ZEN_4, "avx512_vnni", True),
-        ("x86_64", SAPPHIRE_RAPIDS, "avx512_vnni", True),
         ("x86_64", ALDER_LAKE, "avx_vnni", True),
         ("x86_64", KNIGHTS_LANDING, "avx2", False),
         ("x86_64", SANDY_BRIDGE, "none", False),
-        ("x86_64", "", "none", False),
         ("aarch64", CORTEX_A72, "none", False),
         ("aarch64", NEOVERSE_N1, "neon", True),
         ("arm64", NEOVERSE_V1, "neon", True),
         ("riscv64", "", "unknown", None),
-        ("i686", HASWELL, "unknown", None),
         ("x86_64", None, "unknown", None),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +23,7 @@ from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.open import default_threads
 from pastkey.values import parse_version
 
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny
 
 MakeBundle = Callable[..., Bundle]
 
@@ -82,11 +81,6 @@ def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle: Bundle) ->
         Engine(with_manifest(bundle, min_onnxruntime="99.1.0"))
 
 
-def test_an_absent_provider_is_refused(bundle: Bundle) -> None:
-    with pytest.raises(ProviderError, match="'qnn'"):
-        Engine(bundle, providers="qnn")
-
-
 @pytest.mark.parametrize(
     ("target", "remedy"),
     [
@@ -117,19 +111,6 @@ def test_a_provider_that_finds_no_device_is_one_sentence(
     monkeypatch.setattr(opening, "Session", none)
     with pytest.raises(StartError, match=r"could not start the execution provider 'webgpu'.*; ask for one .*: cpu"):
         Engine(standard_bundle, providers="webgpu")
-
-
-def test_the_session_option_that_forbids_the_processor_is_pastkeys(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match=r"is set by pastkey: leave it out; .* --allow-fallback"):
-        Engine(bundle, session_options={"session.disable_cpu_ep_fallback": "0"})
-
-
-def test_a_provider_that_was_never_seen_to_run_the_fused_graph_is_refused(
-    fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ep, "available", lambda: ["CoreMLExecutionProvider", "CPUExecutionProvider"])
-    with pytest.raises(ProviderError, match="'coreml' was never seen to run"):
-        Engine(fused_bundle, providers="coreml")
 
 
 def test_threads(bundle: Bundle) -> None:

@@ -46,24 +46,6 @@ def test_other_releases_are_taken(version: str) -> None:
     ort.require_supported(version)
 
 
-def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
-    program = (
-        "import builtins, os\n"
-        "real = builtins.__import__\n"
-        "def spy(name, *rest):\n"
-        "    if name == 'onnxruntime' and 'seen' not in globals():\n"
-        "        globals()['seen'] = os.environ.get('ORT_DISABLE_TELEMETRY')\n"
-        "    return real(name, *rest)\n"
-        "builtins.__import__ = spy\n"
-        "import pastkey\n"
-        "pastkey.load\n"
-        "print(seen)\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout == "1\n"
-
-
 @pytest.mark.parametrize(
     ("before", "warnings"),
     [

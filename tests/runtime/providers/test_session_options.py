@@ -12,7 +12,7 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
-from pastkey.runtime.providers.session_options import RECORD, WHOLE, set_options
+from pastkey.runtime.providers.session_options import WHOLE, set_options
 
 GIVEN: dict[str, Any] = {
     "enable_cpu_mem_arena": False,
@@ -52,7 +52,6 @@ def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle
     ("name", "value", "words"),
     [
         (WHOLE, "0", "is set by pastkey: leave it out; .* --allow-fallback"),
-        (RECORD, "0", "is set by pastkey: leave it out; what a provider leaves"),
         ("intra_op_num_threads", 2, "is set by pastkey: leave it out; give threads=N"),
         ("session.model_external_initializers_file_folder_path", "x", "is set by pastkey: .* beside their graph"),
         ("zzz", True, r"does not take the session option zzz with the value True \(.* has no attribute 'zzz'\)$"),

@@ -82,16 +82,6 @@ def test_dry_equals_its_definition(
     np.testing.assert_allclose(found, logits - 2.0 * dry_by_definition(4, seen, base, allowed, breakers))
 
 
-def test_a_breaker_of_several_tokens_counts_where_it_is_whole() -> None:
-    logits, seen = np.zeros(9, np.float32), [1, 2, 5, 3, 7, 8, 1, 2]
-    with_tail = {7: [(8,)], 3: [(4,)]}
-    assert apply_dry(logits, seen, 1.0, breakers=with_tail)[5] == -1  # two since the breaker
-    assert apply_dry(logits, [*seen[:-2], 2], 1.0, allowed_length=1, breakers=with_tail)[5] == -1
-    assert apply_dry(logits, [1, 2, 5, 1, 7, 8], 1.0, allowed_length=1, breakers=with_tail).max() == 0
-    longer = [0, 1, 2, 5, 3, 0, 7, 8, 1, 2]
-    assert apply_dry(logits, [*longer[:5], *longer], 1.0, breakers=with_tail)[5] == -1
-
-
 def test_the_penalty_of_a_long_repetition_is_finite() -> None:
     found = apply_dry(np.zeros(3, np.float32), [1] * 5000, 1.0, 1.75)
     assert np.isfinite(found).all()

@@ -20,22 +20,6 @@ def test_a_list_that_grows_and_others_between() -> None:
     assert history.of((4, 5)).tolist() == [4, 5]
 
 
-def test_only_what_is_new_is_read() -> None:
-    class Counting(list[int]):
-        read = 0
-
-        def __getitem__(self, place):  # type: ignore[no-untyped-def]
-            found = super().__getitem__(place)
-            self.read += len(found)
-            return found
-
-    ids, history = Counting(range(300)), History()
-    history.of(ids)
-    ids.append(5)
-    assert history.of(ids).tolist() == list(ids)
-    assert ids.read == 301
-
-
 def test_it_is_not_to_be_written_into() -> None:
     with pytest.raises(ValueError, match="read-only"):
         History().of([1])[0] = 2

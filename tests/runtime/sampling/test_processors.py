@@ -58,11 +58,8 @@ class Wrong:
     [
         (raising, "logits_processor raising raised KeyError: 'no such word'"),
         (Wrong(None), "logits_processor Wrong returned NoneType; .* return an array of numpy"),
-        (Wrong([1.0, 2.0, 3.0]), "logits_processor Wrong returned list; logits of shape"),
         (Wrong(np.zeros(4)), r"returned float64 of shape \(4,\); logits of shape \(3,\)"),
-        (Wrong(np.zeros((1, 3))), r"returned float64 of shape \(1, 3\)"),
         (Wrong(np.zeros(3, np.int64)), r"returned int64 of shape \(3,\)"),
-        (Wrong(np.array([0, np.nan, 1])), "returned NaN or infinity"),
         (Wrong(np.array([0, np.inf, 1])), "returned NaN or infinity"),
         (lambda ids: ids, "raised TypeError"),
     ],

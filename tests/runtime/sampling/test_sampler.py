@@ -12,61 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import InputError
-from pastkey.runtime.sampling import penalties, truncation
+from pastkey.runtime.sampling import penalties
 from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
-
-logit_arrays = arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
-
-
-def kept(logits: np.ndarray) -> set[int]:
-    return set(np.flatnonzero(np.isfinite(logits)).tolist())
-
-
-def test_greedy_takes_the_largest() -> None:
-    assert Sampler(SamplingConfig())(LOGITS, []) == 1
-
-
-def test_repetition_penalty_acts_on_greedy_choice() -> None:
-    logits = np.array([2.0, 1.5, 0.0], np.float32)
-    assert Sampler(SamplingConfig(repetition_penalty=2.0))(logits, [0]) == 1
-
-
-@given(logits=logit_arrays, seen=st.lists(st.integers(0, 0), max_size=3), p=st.floats(0.01, 0.99), k=st.integers(1, 9))
-def test_no_function_writes_into_its_input(logits: np.ndarray, seen: list[int], p: float, k: int) -> None:
-    before = logits.copy()
-    logits.flags.writeable = False
-    for result in (
-        penalties.apply_repetition_penalty(logits, seen, 1.5),
-        truncation.apply_temperature(logits, 0.7),
-        truncation.keep_top_k(logits, k),
-        truncation.keep_top_p(logits, p),
-        truncation.keep_min_p(logits, p),
-    ):
-        assert result.shape == logits.shape
-    np.testing.assert_array_equal(logits, before)
-
-
-@given(
-    logits=logit_arrays,
-    temperature=st.floats(1e-300, 100),
-    top_k=st.integers(0, 5),
-    top_p=st.floats(0.01, 1),
-    min_p=st.floats(0, 1),
-    seed=st.integers(0, 1000),
-)
-def test_whatever_the_settings_a_token_that_is_left_is_drawn(
-    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
-) -> None:
-    token = Sampler(SamplingConfig(temperature, top_k, top_p, min_p, seed=seed))(logits, [])
-    assert 0 <= token < logits.size
-    if top_k:
-        # Logits that differ by less than float64 can tell from the largest are ties.
-        assert token in kept(truncation.keep_top_k(truncation.apply_temperature(logits, temperature), top_k))
 
 
 EXTREMES = st.sampled_from([2e-45, 1e-40, 1e-38, 1.0, 1e38])
@@ -105,18 +57,6 @@ def test_draws_follow_the_probabilities() -> None:
     np.testing.assert_allclose(counts / 5000, PROBABILITIES, atol=0.028)
 
 
-def test_a_lower_temperature_sharpens() -> None:
-    sampler = Sampler(SamplingConfig(temperature=0.5, seed=0))
-    counts = np.bincount([sampler(LOGITS, [0] * place) for place in range(5000)], minlength=5)
-    squares = PROBABILITIES**2
-    np.testing.assert_allclose(counts / 5000, squares / squares.sum(), atol=0.028)
-
-
-def test_a_token_without_probability_is_never_drawn() -> None:
-    sampler = Sampler(SamplingConfig(temperature=1.0, top_k=2, seed=0))
-    assert {sampler(LOGITS, [0] * place) for place in range(500)} == {1, 3}
-
-
 def test_a_seed_repeats_and_another_does_not() -> None:
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
@@ -146,10 +86,18 @@ def test_settings_count_as_float32() -> None:
         ("top_k", -1), ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")),
         ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("seed", -1),
         ("seed", 2**63), ("temperature", 1e39), ("top_p", 1e-50), ("repetition_penalty", 1e-50),
+        ("typical_p", 0.0), ("typical_p", 1.1), ("top_n_sigma", float("nan")), ("xtc_probability", 1.1),
+        ("xtc_threshold", -0.1), ("presence_penalty", float("inf")),
+        ("penalty_last_n", -2), ("no_repeat_ngram_size", -1), ("dry_multiplier", -1),
+        ("dry_base", 0.9), ("dry_allowed_length", -1), ("dry_penalty_last_n", -2),
+        ("dry_sequence_breakers", [""]), ("dry_sequence_breakers", [[]]), ("dry_sequence_breakers", [[-1]]),
+        ("min_new_tokens", -1), ("logit_bias", {-1: 0.5}), ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: float("inf")}), ("suppress_tokens", [-1]), ("bad_words_ids", [[]]),
+        ("forced_decoder_ids", [(1,)]), ("forced_decoder_ids", [(-1, 2)]), ("forced_eos_token_id", -1),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(field: str, value: Any) -> None:
-    with pytest.raises(InputError, match=f"{field} is .*; it must be "):
+    with pytest.raises(InputError, match=f"^{field} is .*; it must be "):
         SamplingConfig(**{field: value})
 
 
@@ -352,22 +300,3 @@ def test_a_whole_number_that_no_array_holds_counts_as_a_float(settings: dict[str
 def test_ids_may_be_an_array(field: str, value: Any, token: int) -> None:
     logits = np.arange(5, dtype=np.float32)
     assert choice([0, 1, 2], logits, **{field: np.array(value)}) == token
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("typical_p", 0.0), ("typical_p", 1.1), ("top_n_sigma", float("nan")), ("xtc_probability", 1.1),
-        ("xtc_threshold", -0.1), ("presence_penalty", float("inf")),
-        ("penalty_last_n", -2), ("no_repeat_ngram_size", -1), ("dry_multiplier", -1),
-        ("dry_base", 0.9), ("dry_allowed_length", -1), ("dry_penalty_last_n", -2),
-        ("dry_sequence_breakers", [""]), ("dry_sequence_breakers", [[]]), ("dry_sequence_breakers", [[-1]]),
-        ("min_new_tokens", -1), ("logit_bias", {-1: 0.5}), ("logit_bias", {1: float("nan")}),
-        ("logit_bias", {1: float("inf")}), ("suppress_tokens", [-1]), ("bad_words_ids", [[]]),
-        ("forced_decoder_ids", [(1,)]), ("forced_decoder_ids", [(-1, 2)]),
-        ("forced_eos_token_id", -1),
-    ],
-)  # fmt: skip
-def test_other_settings_out_of_range_are_named(field: str, value: Any) -> None:
-    with pytest.raises(InputError, match=f"^{field} is .*; it must be "):
-        SamplingConfig(**{field: value})

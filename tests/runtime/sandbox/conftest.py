@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from pastkey.errors import LimitWarning
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records
 from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox.model import SandboxedModel
 
@@ -113,6 +115,11 @@ def hostile(talking_bundle: Bundle, tiny: Tiny, tmp_path: Path) -> Hostile:
     return make
 
 
+def hooked(hook: str) -> str:
+    """The boot of a process that runs this first."""
+    return process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
+
+
 def opened(path: Path | bytes, limits: Limits = EASY, **settings: Any) -> SandboxedModel:
     """`load` with trust=False, wherever this is: a system may lack limits."""
     with warnings.catch_warnings():
@@ -144,6 +151,19 @@ def told(completion: Completion, *but: str) -> dict[str, Any]:
 def beside(completion: Completion) -> dict[str, Any]:
     """What does not depend on those that are decoded at the same time."""
     return told(completion, "draft_tokens", "accepted_tokens", "cached_tokens")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone within a minute."""
+    until, state = time.monotonic() + 60, Path(f"/proc/{pid}/stat")
+    while time.monotonic() < until:
+        try:
+            if state.read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def descriptors() -> int:

@@ -17,7 +17,7 @@ from pastkey.runtime import LanguageModel
 from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.model import SandboxedModel
 
-from .conftest import opened, told
+from .conftest import hooked, opened, told
 
 SILENT = "import time\nfrom pastkey.runtime.sandbox import server\n"
 
@@ -25,7 +25,7 @@ SILENT = "import time\nfrom pastkey.runtime.sandbox import server\n"
 def silent(call: str) -> str:
     """The boot of a process that never answers this call."""
     hook = SILENT + f"server.Server.do_{call} = lambda self, **_: time.sleep(1000)\n"
-    return process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
+    return hooked(hook)
 
 
 def test_what_a_task_gets(untrusted: SandboxedModel, trusted: LanguageModel) -> None:

@@ -13,6 +13,8 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.runtime.sandbox import process
 
+from .conftest import hooked
+
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -73,8 +75,7 @@ def test_a_process_that_was_taken_over_ends_the_job(
     source.write_text(lines([{"prompt": "ab"}]))
     hook = "import os\nfrom pastkey.runtime.commands import untrusted_rows\n"
     hook += f"untrusted_rows.answer_here = lambda *_, **__: {answers}\n"
-    boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
-    monkeypatch.setattr(process, "BOOT", boot)
+    monkeypatch.setattr(process, "BOOT", hooked(hook))
     status, _, err = command("batch", talking_bundle.path, source, "--out", out, "--threads", 1, "--untrusted")
     assert status == 2
     assert told in err

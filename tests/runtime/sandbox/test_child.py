@@ -20,7 +20,7 @@ from pastkey.errors import InputError, IntegrityError, MissingFileError, Pastkey
 from pastkey.runtime.sandbox import child, landlock, process
 from pastkey.runtime.sandbox.model import SandboxedModel
 
-from .conftest import EASY, GRAPHS, SMALL, Hostile, mend, opened
+from .conftest import EASY, GRAPHS, SMALL, Hostile, has_ended, hooked, mend, opened
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -105,9 +105,7 @@ def test_a_template_that_never_ends(hostile: Hostile) -> None:
 def test_one_that_crashes_within_a_call(talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     crash = "import ctypes\nfrom pastkey.runtime.sandbox import server\n"
     crash += "server.Server.do_score = lambda self, text: ctypes.string_at(0)\n"
-    monkeypatch.setattr(
-        process, "BOOT", process.BOOT.replace("from pastkey", crash + "from pastkey", 1).replace("; ", "\n")
-    )
+    monkeypatch.setattr(process, "BOOT", hooked(crash))
     with opened(talking_bundle.path) as model:
         assert model.generate("ab", max_new_tokens=1).new_tokens == 1
         with pytest.raises(UntrustedBundleError, match="asked for a score, was ended by SIGSEGV; limits in force"):
@@ -163,8 +161,7 @@ def test_what_it_can_reach(talking_bundle: Bundle, tmp_path: Path, monkeypatch: 
         hook += "real = c.rlimits.limit_memory\n"
         hook += "def limit(*a, final, **k):\n    if final: exec(spied, {})\n    return real(*a, final=final, **k)\n"
         hook += "c.rlimits.limit_memory = limit\n"
-        boot = process.BOOT.replace("; ", "\n")
-        monkeypatch.setattr(process, "BOOT", boot.replace("from pastkey", hook + "from pastkey", 1))
+        monkeypatch.setattr(process, "BOOT", hooked(hook))
         with opened(talking_bundle.path) as model:
             found = model.connection.call("for a test", "defaults", dict[str, Any], {})
     assert set(found.pop("threads")) == {"NoNewPrivs:\t1"}
@@ -224,19 +221,6 @@ time.sleep(100)
             os.kill(fork, signal.SIGKILL)
 
 
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone within a minute."""
-    until, state = time.monotonic() + 60, Path(f"/proc/{pid}/stat")
-    while time.monotonic() < until:
-        try:
-            if state.read_text().rpartition(")")[2].split()[0] in "ZX":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) -> None:
     file = tmp_path / "b.zip"
     with zipfile.ZipFile(file, "w") as archive:
@@ -293,8 +277,7 @@ def test_no_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ta
     from pastkey.errors import LimitWarning
 
     lacking = "import pastkey.runtime.sandbox.landlock as l\nl.abi = lambda: 0\n"
-    boot = process.BOOT.replace("; ", "\n").replace("from pastkey", lacking + "from pastkey", 1)
-    monkeypatch.setattr(process, "BOOT", boot)
+    monkeypatch.setattr(process, "BOOT", hooked(lacking))
     with pytest.warns(LimitWarning, match=r"files and networks are open to it \(no landlock\)"):
         model = pastkey.load(talking_bundle.path, trust=False, limits=EASY)
     assert isinstance(model, SandboxedModel)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pastkey.runtime.sandbox import connection, process
 from pastkey.runtime.sandbox.connection import Connection
 from pastkey.runtime.sandbox.limits import Limits
 
-from .conftest import children, descriptors
+from .conftest import children, descriptors, has_ended
 
 # Answers the first question as it should, then runs what stands behind it with `say(content)`.
 ANSWERING = """
@@ -113,11 +113,7 @@ def test_what_it_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path:
     told = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(pid))"
     program = f"ask()\npid = os.fork()\nif pid: {told}; os._exit(4)\ntime.sleep(1000)"
     assert "ended" in ended(monkeypatch, program, Limits(seconds=3.0))
-    pid = int((tmp_path / "pid").read_text())
-    state, end = Path(f"/proc/{pid}/stat"), time.monotonic() + 60
-    while state.exists() and state.read_text().split()[2] not in "ZX":  # a signal comes when it is scheduled
-        assert time.monotonic() < end, "it goes on"
-        time.sleep(0.01)
+    assert has_ended(int((tmp_path / "pid").read_text()))
 
 
 def test_one_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +172,8 @@ def test_calls_of_many_threads_each_get_their_own_answer(monkeypatch: pytest.Mon
     )
     monkeypatch.setattr(process, "BOOT", ANSWERING + program)
     made = Connection(Path("b"), LIMITS)
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(made.call("for", "text", Text, {}).text)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: made.call("for", "text", Text, {}).text, range(8)))
     assert sorted(found) == [str(number) for number in range(2, 10)]
     made.close()
     assert made.closed

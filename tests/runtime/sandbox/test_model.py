@@ -21,7 +21,7 @@ from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox.model import SandboxedModel
 
-from .conftest import EASY, beside, children, descriptors, opened, told
+from .conftest import EASY, beside, hooked, opened, told
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -192,15 +192,6 @@ def test_one_that_nobody_holds_is_ended(talking_bundle: Bundle) -> None:
     assert threading.active_count() <= threads  # those of other models may end meanwhile
 
 
-@pytest.mark.slow  # starts twenty processes
-def test_twenty_loads_leave_nothing(talking_bundle: Bundle) -> None:
-    before = descriptors(), threading.active_count(), children()
-    for _ in range(20):
-        with opened(talking_bundle.path) as model:
-            assert model.generate("a", max_new_tokens=1).new_tokens == 1
-    assert (descriptors(), threading.active_count(), children()) == before
-
-
 @pytest.mark.parametrize(
     ("what", "answer", "told"),
     [
@@ -226,8 +217,7 @@ def test_a_process_that_was_taken_over(
     """It answers well until this call."""
     hook = "from pastkey.runtime.sandbox import server\nimport pastkey.runtime.sandbox.protocol as P\n"
     hook += f"server.Server.do_{what} = lambda self, **given: {answer}\n"
-    boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
-    monkeypatch.setattr(process, "BOOT", boot)
+    monkeypatch.setattr(process, "BOOT", hooked(hook))
 
     def use() -> None:
         with opened(talking_bundle.path, Limits(seconds=60.0)) as model:

@@ -11,7 +11,7 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.runtime.sandbox import process
 
-from .conftest import Hostile
+from .conftest import Hostile, hooked
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -88,8 +88,7 @@ def test_what_a_terminal_would_act_on_is_not_printed(
 ) -> None:
     hook = "from pastkey.runtime.commands import rerun\n"
     hook += "rerun.run_here = lambda *_, **__: dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')\n"
-    boot = process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
-    monkeypatch.setattr(process, "BOOT", boot)
+    monkeypatch.setattr(process, "BOOT", hooked(hook))
     found: tuple[Any, ...] = command("inspect", talking_bundle.path, "--untrusted")
     assert found[:2] == (2, "a?[31mé\n")
     assert found[2].endswith("b?\n")

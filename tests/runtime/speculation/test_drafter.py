@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +15,11 @@ from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.generation import Generation
 from pastkey.runtime.decoding.request import Request
 from pastkey.runtime.engine.engine import Engine
-from pastkey.runtime.sampling.truncation import softmax
 from pastkey.runtime.settings import SamplingConfig
 from pastkey.runtime.speculation.drafter import Drafter
 from pastkey.runtime.speculation.worth import Worth
 
-from ..conftest import V
-
-if TYPE_CHECKING:
-    from ..conftest import Tiny
+from ..conftest import Tiny, V
 
 PROMPT = [5, 6, 7]
 SETTINGS: list[dict[str, Any]] = [
@@ -102,31 +98,6 @@ def test_its_own_draft_is_always_accepted(engine: Engine, fused_bundle: Bundle) 
         assert generation.draft_tokens == generation.accepted_tokens > 40
 
 
-def test_drawn_texts_have_the_distribution_of_the_model(engine: Engine, other: Engine, tiny: Tiny) -> None:
-    """The second new token, which was drafted, over seeds, by chi squared; the first one is drawn, too."""
-    first = softmax(tiny(PROMPT)[-1])
-    likely = [token for token in range(V) if first[token] > 1e-4]
-    expected = np.zeros(V)
-    for token in likely:
-        expected += first[token] * softmax(tiny([*PROMPT, token])[-1])
-    expected /= expected.sum()
-    seeds, found = 700, np.zeros(V)
-    accepted = 0
-    for seed in range(seeds):
-        ids, generation = text(engine, drafter_over(other), 3, temperature=1.0, seed=seed)
-        found[ids[1]] += 1
-        accepted += generation.accepted_tokens
-    assert accepted > 0.5 * seeds
-    often = expected * seeds >= 5
-    observed, wanted = found[often], expected[often] * seeds
-    squared = float(((observed - wanted) ** 2 / wanted).sum())
-    freedom = int(often.sum())
-    assert freedom > 5
-    # Wilson and Hilferty's approximation: 4 standard deviations are one in 30,000.
-    deviation = ((squared / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-    assert deviation < 4
-
-
 def test_beyond_its_context_nothing_is_drafted(engine: Engine, other: Engine) -> None:
     plain, _ = text(engine, new=200)
     drafted, generation = text(engine, drafter_over(other), new=200)
@@ -142,31 +113,6 @@ def test_a_draft_ends_before_the_end_of_the_text(engine: Engine, fused_bundle: B
     assert drafted == plain[: plain.index(end)]
     assert generation.finish_reason == "stop"
     assert generation.draft_tokens == generation.accepted_tokens
-
-
-def test_what_the_text_said_before_comes_first(engine: Engine, other: Engine) -> None:
-    """Then a run of the draft model is saved, and it reads what it lacks at once."""
-    settings: dict[str, Any] = {"temperature": 0.3, "seed": 3}
-    runs: list[int] = []
-    drafter = drafter_over(other)
-    append = other.append
-
-    def counted(ids: Any) -> Any:
-        runs.append(len(ids))
-        return append(ids)
-
-    other.append = counted  # type: ignore[method-assign]
-    try:
-        plain, _ = text(engine, **settings)
-        drafted, _ = text(engine, drafter, prompt_lookup=True, **settings)
-        with_lookup = len(runs)
-        assert max(runs[1:]) > 2
-        runs.clear()
-        alone, _ = text(engine, drafter_over(other), **settings)
-    finally:
-        other.append = append  # type: ignore[method-assign]
-    assert drafted == alone == plain
-    assert with_lookup < len(runs)
 
 
 class OnlyEven(Matcher):

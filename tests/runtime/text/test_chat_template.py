@@ -295,10 +295,6 @@ def test_a_rendering_word_for_word() -> None:
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n"
         "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert ChatTemplate(TEMPLATES["instructions"], TOKENS).render(messages) == (
-        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello. </s><s>[INST] Bye [/INST]"
-    )
-    assert '"<b>é"' in ChatTemplate(TEMPLATES["tools"]).render(conversation(None, ["<b>é"]))
     assert ChatTemplate("{{ strftime_now('%Y') }}").render(messages) == str(datetime.datetime.now().year)
 
 
@@ -307,11 +303,8 @@ def test_a_rendering_word_for_word() -> None:
     [
         (TEMPLATES["instructions"], "does not take this conversation: roles must take turns: user, assistant"),
         ("{{ messages[0].content.nothing.more }}", "does not take this conversation: .* has no attribute"),
-        ("{{ 1 / 0 }}", "does not take this conversation: division by zero"),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "does not take this conversation: .*recursion"),
-        ("{{ messages.append(1) }}", "does not take this conversation: .*not callable|unsafe"),
         ("{{ messages.__class__.__base__.__subclasses__() }}", "does not take this conversation"),
-        ("{% if %}", r"is not valid Jinja: .*\(line 1\)"),
         ("a\n{% endfor %}", r"is not valid Jinja: .*endfor.* \(line 2\)"),
         ("{{ messages | nothing }}", "is not valid Jinja: No filter named 'nothing'"),
     ],
@@ -351,7 +344,6 @@ def bundle_with(tmp_path: Path, speaking_bundle: Bundle) -> Callable[..., Bundle
         ({"chat_template": "b", "bos_token": "<s>"}, "{{ bos_token }}é", "<s>é"),
         (None, "a", "a"),
     ],
-    ids=["string", "object", "no_token", "named", "mapped", "file_first", "file_alone"],
 )
 def test_where_a_template_is_found(
     config: dict[str, Any] | None, file: str | None, expected: str, bundle_with: Callable[..., Bundle]

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -33,10 +33,8 @@ from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.speculation.speculator import Speculator
 from pastkey.runtime.text.token_bytes import ExactEncoder
 
+from ...conftest import Tiny
 from .waiting import until
-
-if TYPE_CHECKING:
-    from ...conftest import Tiny
 
 pytest.importorskip("llguidance")
 

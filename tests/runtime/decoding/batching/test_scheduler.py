@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
-import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,18 +21,11 @@ from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.decoding.batching.scheduler import AHEAD, STALLED
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
 
+from ...conftest import TEMPLATE, Tiny, runs_of
+from ...soak import Soak
 from .waiting import until
 
-if TYPE_CHECKING:
-    from ...conftest import Tiny
-
 SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
-
-
-@pytest.fixture(scope="module")
-def talking(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
-    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE})
 
 
 @pytest.fixture(scope="module", params=["fused", "standard", "static", "int8_kv"])
@@ -46,18 +38,18 @@ def any_bundle(
         fields = {"chunk": 8}
     elif kind == "int8_kv":
         kind, fields = "fused", {"int8_kv": True}
-    return make_bundle(tiny, kind, tokenizer=letters, **fields)
+    return make_bundle(tiny, kind, tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}, **fields)
 
 
 @pytest.fixture
-def model(talking: Bundle) -> LanguageModel:
-    return load(talking.path, threads=1)
+def model(talking: Path) -> LanguageModel:
+    return load(talking, threads=1)
 
 
 @pytest.fixture(scope="module")
-def fresh(talking: Bundle) -> LanguageModel:
+def fresh(talking: Path) -> LanguageModel:
     """Another model of the same weights, for what an answer should be."""
-    return load(talking.path, threads=1)
+    return load(talking, threads=1)
 
 
 @pytest.fixture
@@ -66,85 +58,18 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def runs_of(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The shapes (rows, tokens) of all runs from now on."""
-    graph, shapes = model.require_open().graph, list[tuple[int, int]]()
-    run = graph.run
-
-    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
-        shapes.append(ids.shape)
-        return run(cache, ids, *arguments)
-
-    monkeypatch.setattr(graph, "run", counted)
-    return shapes
-
-
-def calls(count: int, seed: int = 0) -> list[tuple[list[int], dict[str, Any]]]:
-    """Prompts of 1 to 150 tokens with options of all kinds."""
-    rng = random.Random(seed)
-    return [
-        (
-            [rng.randrange(37) for _ in range(rng.choice([1, 2, 3, 20, 70, 150]))],
-            {
-                "max_new_tokens": rng.choice([1, 3, 10, 40]),
-                "temperature": rng.choice([0, 0.5, 1.0, 2.0]),
-                "top_k": rng.choice([0, 5]),
-                "repetition_penalty": rng.choice([1.0, 1.3]),
-                "seed": rng.randrange(1000),
-                "reuse_prefix": rng.random() < 0.5,
-                "prompt_lookup": rng.random() < 0.7,
-            },
-        )
-        for _ in range(count)
-    ]
-
-
-def hammer(model: LanguageModel, alone: LanguageModel, threads: int, seconds: float, seed: int = 0) -> int:
-    """Threads that generate, stream, leave streams and cancel for a while. Returns how many texts were compared."""
-    given = calls(40, seed)
-    expected = [alone.generate(prompt, **options | {"reuse_prefix": False}).ids for prompt, options in given]
-    end, barrier = time.monotonic() + seconds, threading.Barrier(threads)
-
-    def work(number: int) -> int:
-        rng, compared = random.Random(number + 1000 * seed), 0
-        barrier.wait()
-        while time.monotonic() < end:
-            which = rng.randrange(len(given))
-            prompt, options = given[which]
-            kind = rng.random()
-            if kind < 0.4:
-                found = model.generate(prompt, **options).ids
-            else:
-                stream = model.stream(prompt, **options)
-                most = None if kind < 0.8 else rng.randrange(5)
-                found = [token for chunk in itertools.islice(stream, most) for token in chunk.ids]
-                if kind > 0.9:
-                    stream.close()
-                if most is not None:
-                    assert found == expected[which][:most]
-                    continue
-            assert found == expected[which], (prompt, options)
-            compared += 1
-        return compared
-
-    with ThreadPoolExecutor(threads) as executor:
-        return sum(future.result() for future in [executor.submit(work, number) for number in range(threads)])
-
-
-def test_sixteen_threads_get_the_texts_of_calls_alone(any_bundle: Bundle) -> None:
+def test_sixteen_threads_get_the_texts_of_calls_alone(any_bundle: Bundle, tmp_path: Path) -> None:
     model, alone = load(any_bundle.path, threads=1), load(any_bundle.path, threads=1)
-    assert hammer(model, alone, 16, 2.0) > 20
-    gc.collect()
-    model.scheduler.exclusively(lambda: None)
-    assert model.scheduler.live == 0
+    soaked = Soak(model, alone, tmp_path).run(2.0, watched=False)
+    assert soaked.done.total() > 20
     assert bool(model.scheduler.batched) is (any_bundle.manifest.graph == "fused")
 
 
 def test_more_requests_than_a_batch_takes_get_the_texts_of_calls_alone(
-    talking: Bundle, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    talking: Path, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, prompts = load(talking.path, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab", "cde", "ga", "fb"]
-    shapes = runs_of(model, monkeypatch)
+    model, prompts = load(talking, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab", "cde", "ga", "fb"]
+    shapes = runs_of(model.require_open().graph, monkeypatch)
     streams = [model.stream(prompt, **SETTINGS) for prompt in prompts]
     found: list[list[int]] = [[] for _ in prompts]
     while any(stream.completion is None for stream in streams):
@@ -154,20 +79,13 @@ def test_more_requests_than_a_batch_takes_get_the_texts_of_calls_alone(
     assert max(rows for rows, _ in shapes) == 3
 
 
-@pytest.mark.slow
-def test_sixteen_threads_for_minutes(talking: Bundle) -> None:
-    model, alone = load(talking.path, threads=1), load(talking.path, threads=1)
-    for seed in range(6):
-        assert hammer(model, alone, 16, 20, seed) > 100
-
-
 def test_streams_that_one_thread_reads_in_turn_are_decoded_together(
     any_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, alone = load(any_bundle.path, threads=1), load(any_bundle.path, threads=1)
     prompts = ["a", "bcd" * 30, "efg"]
     expected = [alone.generate(prompt, **SETTINGS) for prompt in prompts]
-    shapes = runs_of(model, monkeypatch)
+    shapes = runs_of(model.require_open().graph, monkeypatch)
     streams = [model.stream(prompt, **SETTINGS) for prompt in prompts]
     found: list[list[int]] = [[], [], []]
     while any(stream.completion is None for stream in streams):
@@ -180,34 +98,13 @@ def test_streams_that_one_thread_reads_in_turn_are_decoded_together(
         assert [rows for rows, _ in shapes].count(3) >= 20
 
 
-def test_rows_join_and_leave_at_any_step(model: LanguageModel, fresh: LanguageModel) -> None:
-    rng = random.Random(1)
-    given = calls(60, 1)
-    waiting, open_streams = list(range(60)), dict[int, Any]()
-    found: dict[int, list[int]] = {which: [] for which in waiting}
-    while waiting or open_streams:
-        if waiting and len(open_streams) < 20 and rng.random() < 0.3:
-            which = waiting.pop()
-            prompt, options = given[which]
-            open_streams[which] = model.stream(prompt, **options)
-        if open_streams:
-            which = rng.choice(list(open_streams))
-            chunk = next(open_streams[which], None)
-            if chunk is None:
-                del open_streams[which]
-            else:
-                found[which] += chunk.ids
-    for which, (prompt, options) in enumerate(given):
-        assert found[which] == fresh.generate(prompt, **options | {"reuse_prefix": False}).ids
-
-
 def test_a_stream_that_nobody_reads_holds_nobody_up_and_is_not_decoded_without_bound(
     model: LanguageModel, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stalled, read = model.stream("abc", **SETTINGS), model.stream("de", **SETTINGS | {"max_new_tokens": 100})
     next(stalled)
     next(read)
-    shapes = runs_of(model, monkeypatch)
+    shapes = runs_of(model.require_open().graph, monkeypatch)
     rest = list(read)
     assert len(rest) == 99
     assert 1 + AHEAD <= [rows for rows, _ in shapes].count(2) + 1 <= AHEAD + 2
@@ -218,7 +115,7 @@ def test_a_stream_that_nobody_reads_holds_nobody_up_and_is_not_decoded_without_b
 
 
 def test_a_stream_that_was_only_made_takes_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = runs_of(model, monkeypatch)
+    shapes = runs_of(model.require_open().graph, monkeypatch)
     made = model.stream("world", **SETTINGS)
     assert model.scheduler.live == 0
     assert shapes == []
@@ -230,7 +127,7 @@ def test_a_stream_that_was_only_made_takes_nothing(model: LanguageModel, monkeyp
 def test_a_long_prompt_does_not_hold_the_others_up(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = model.stream("abc", **SETTINGS | {"max_new_tokens": 60})
     next(stream)
-    shapes = runs_of(model, monkeypatch)
+    shapes = runs_of(model.require_open().graph, monkeypatch)
     late = model.stream("x" * 500)  # which lives until the end of this, however fast it is
     thread = threading.Thread(target=lambda: next(late), daemon=True)
     thread.start()
@@ -249,7 +146,7 @@ def test_a_late_comer_gets_its_first_token_within_three_steps(
     for _ in range(3):
         for stream in streams:
             next(stream)
-    shapes = runs_of(model, monkeypatch)
+    shapes = runs_of(model.require_open().graph, monkeypatch)
     next(model.stream("late"))
     assert len(shapes) <= 3
 
@@ -285,7 +182,7 @@ def test_a_stream_that_is_collected_leaves(model: LanguageModel, monkeypatch: py
     circle.append(circle)
     del circle
     gc.collect()
-    shapes = runs_of(model, monkeypatch)
+    shapes = runs_of(model.require_open().graph, monkeypatch)
     list(other)
     assert max(rows for rows, _ in shapes) == 1
     assert model.scheduler.live == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers import ort
 from pastkey.values import parse_version
 
-if TYPE_CHECKING:
-    from ...conftest import Tiny
+from ...conftest import Tiny
 
 IDS = np.random.default_rng(0).integers(0, 37, 80)
 
@@ -88,15 +86,6 @@ def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine: Engine, 
     assert_close(found, exact.prefill(IDS))
     assert_close(engine.decode(3), exact.decode(3))
     assert lengths(engine) == (81, 80, 81)
-
-
-def test_a_long_prefill_after_it_takes_one_growth(engine: Engine, tiny: Tiny) -> None:
-    ids = np.concatenate([IDS, IDS, IDS, IDS])
-    engine.prefill(ids[:20])
-    for token in ids[20:25].tolist():
-        engine.decode(token)
-    assert_close(engine.prefill(ids[25:], chunk_size=64), tiny(ids)[-1])
-    assert engine.cache.float32.capacity == 384
 
 
 def test_a_prefill_of_a_few_tokens_stays_with_the_int8_cache(engine: Engine) -> None:

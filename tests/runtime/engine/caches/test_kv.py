@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from pastkey.errors import InputError
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP
 from pastkey.runtime.engine.engine import Engine
 
-if TYPE_CHECKING:
-    from ...conftest import Tiny
+from ...conftest import Tiny
 
 ROW_BYTES = 4 * 2 * (8 + 8 + 16 + 16)  # float32, two kv heads, keys and values of two attention calls
 
@@ -52,38 +50,6 @@ def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle: Bundle) 
     assert sorted(set(capacities)) == [128, 256, 384, 512, 600]
     assert capacities[127:129] == [128, 256]
     assert session.cache.float32.nbytes == 600 * ROW_BYTES
-
-
-def test_a_large_shared_buffer_grows_by_a_quarter(make_bundle: Callable[..., Bundle], tiny: Tiny) -> None:
-    session = Engine(make_bundle(type(tiny).random([(8, 8)], 4000), "fused"), threads=1)
-    session.prefill(np.ones(2048, np.int64))
-    session.decode(1)
-    assert session.cache.float32.capacity == 2560
-
-
-def test_a_shared_buffer_stays_where_it_is_between_runs(fused_bundle: Bundle) -> None:
-    session = Engine(fused_bundle, threads=1)
-    session.prefill([1, 2, 3])
-    pointers = [value.data_ptr() for value in session.cache.float32._values]
-    session.decode(4)
-    session.reset()
-    session.prefill([5, 6])
-    assert [value.data_ptr() for value in session.cache.float32._values] == pointers
-
-
-def test_a_long_prompt_takes_one_growth(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Engine(fused_bundle, threads=1)
-    growths: list[int] = []
-    grow = session.cache.float32._grow
-
-    def recorded(batch: int, rows: int) -> None:
-        growths.append(rows)
-        grow(batch, rows)
-
-    monkeypatch.setattr(session.cache.float32, "_grow", recorded)
-    session.prefill(np.ones(520, np.int64), chunk_size=64)
-    assert growths == [520]
-    assert session.cache.float32.capacity == 600
 
 
 def test_the_concatenating_form_holds_what_there_is(standard_bundle: Bundle) -> None:

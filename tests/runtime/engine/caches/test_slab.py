@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ from pastkey.contract.bundle import Bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.slab import Slab
 
-if TYPE_CHECKING:
-    from ...conftest import Tiny
+from ...conftest import Tiny
 
 
 @pytest.fixture

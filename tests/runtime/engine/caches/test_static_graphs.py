@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, StaticShape, open_bundle
 from pastkey.errors import InputError, IntegrityError
 from pastkey.files.durable import write_json
-from pastkey.runtime.commands.bench import bench
-from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.engine.caches.static_graphs import StaticGraphs, visible_columns
 from pastkey.runtime.engine.engine import Engine
-from pastkey.runtime.model.language_model import LanguageModel
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from ...conftest import Tiny
+from ...conftest import Tiny
 
 IDS = np.random.default_rng(0).integers(0, 37, 60)
 CHUNK = 4
@@ -102,22 +97,6 @@ def test_an_exception_within_a_prefill_drops_the_cache(
             engine.prefill(IDS[10:30])
     assert (engine.length, engine.nbytes) == (0, 0)
     np.testing.assert_allclose(engine.prefill(IDS[:11]), tiny(IDS[:11])[-1], atol=1e-4)
-
-
-def test_generate_stream_logits_bench_and_inspect_work(bundle: Bundle, tiny: Tiny) -> None:
-    lm = LanguageModel(bundle, threads=1)
-    prompt = IDS[:6].tolist()
-    ids = list(prompt)
-    for _ in range(8):
-        ids.append(int(tiny(ids)[-1].argmax()))
-    assert lm.generate(prompt, max_new_tokens=8).ids == ids[6:]
-    assert [i for chunk in lm.stream(prompt, max_new_tokens=8) for i in chunk.ids] == ids[6:]
-    np.testing.assert_allclose(lm.logits(prompt), tiny(prompt), atol=1e-4)
-    assert lm.generate("abc", max_new_tokens=3).new_tokens == 3
-    report = bench(bundle.path, prompt_tokens=20, new_tokens=5, threads=1)
-    assert (report.settings["prompt_tokens"], report.settings["graph"]) == (20, "static")
-    for share in inspect(bundle.path, threads=1).shares:
-        assert (share.provider, share.operators["Softmax"]) == ("cpu", 2)
 
 
 def test_rows_and_nbytes(engine: Engine, tiny: Tiny) -> None:

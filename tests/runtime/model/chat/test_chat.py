@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,8 +18,7 @@ from pastkey.runtime import Chat, LanguageModel, load
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
 
-if TYPE_CHECKING:
-    from ...conftest import Tiny
+from ...conftest import Tiny, runs_of
 
 # In the tiny decoder's letters. A begins, and ends nothing.
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
@@ -74,14 +73,7 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
 ) -> None:
     chat = model.chat("be brief")
     model.scheduler.store.clear()
-    graph, prefilled = model.require_open().graph, list[int]()
-    run = graph.run
-
-    def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
-        prefilled.extend([ids.shape[1]] if ids.shape[1] > MAX_DRAFT_TOKENS + 1 else [])
-        return run(cache, ids, *arguments)
-
-    monkeypatch.setattr(graph, "run", counted)
+    runs = runs_of(model.require_open().graph, monkeypatch)
     first = chat.ask("hello", **VARIED)
     second = chat.ask("and now", **VARIED)
     prompt = rendered_ids(fresh, chat.messages[:-1])
@@ -90,7 +82,7 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
     assert second.prompt_tokens == len(prompt) == 87
     # Not in the cache: the last token of the first answer, which was not fed, and what the template wrote after it.
     assert len(".<user>and now.<assistant>") + 1 == 27
-    assert prefilled == [first.prompt_tokens, 27]
+    assert [tokens for _, tokens in runs if tokens > MAX_DRAFT_TOKENS + 1] == [first.prompt_tokens, 27]
     assert (first.cached_tokens, second.cached_tokens) == (0, 87 - 27)
     assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [message["content"] for message in chat.messages[2::2]] == [first.text, second.text]
@@ -188,13 +180,6 @@ def test_a_cancelled_task_leaves_the_answer_as_far_as_it_came(model: LanguageMod
     assert model.scheduler.live == 0
 
 
-def test_an_end_token_ends_an_answer(make_model: MakeModel, fresh: LanguageModel) -> None:
-    free = fresh.chat().ask("hello", **VARIED)
-    end = next(token for i, token in enumerate(free.ids) if i > 3 and token not in free.ids[:i])
-    answer = make_model(eos_token_ids=(end,)).chat().ask("hello", **VARIED)
-    assert (answer.finish_reason, answer.ids) == ("stop", free.ids[: free.ids.index(end)])
-
-
 def test_settings_are_those_of_generate(model: LanguageModel, fresh: LanguageModel) -> None:
     sampling: dict[str, Any] = {"temperature": 2.0, "top_k": 20, "seed": 3, "max_new_tokens": 15}
     expected = fresh.generate(rendered_ids(fresh, [{"role": "user", "content": "hello"}]), **sampling)
@@ -220,9 +205,7 @@ def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model:
     chat = model.chat()
     chat.ask("a" * 500, max_new_tokens=40)
     before = chat.messages
-    with pytest.raises(
-        InputError, match=r"the conversation has 678 tokens; the context is 600: .*anew with /reset .*nothing was lost"
-    ):
+    with pytest.raises(InputError, match=r"the conversation has 678 tokens; the context is 600: .*/reset"):
         chat.ask("b" * 100)
     assert chat.messages is before
     answer = chat.ask("b", max_new_tokens=100)  # what has room is still answered, as far as there is room
@@ -237,8 +220,6 @@ def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model:
     [
         ("what?", {}, r"no token covers .*what\?"),
         ("a", {"temperature": -1}, "temperature is -1"),
-        ("a", {"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ("a\udcff", {}, "not valid UTF-8"),
     ],
 )
 def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
