@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -224,6 +223,8 @@ async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> Lang
     The tokenizers library holds the GIL while it reads tokenizer.json; docs/embedding.md says how long. Cancelling the
     task does not stop the load; its model is discarded.
     """
+    import asyncio  # see decoding/asynchronous.py
+
     return await asyncio.to_thread(lambda: load(path, **settings))
 
 

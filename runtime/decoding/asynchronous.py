@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from .completion import Chunk, Completion
 from .stream import ChunkStream
+
+if TYPE_CHECKING:
+    import asyncio
+    from concurrent.futures import Executor
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -23,6 +25,8 @@ class AsyncStream(AsyncIterator[Chunk]):
         return self._stream.completion
 
     async def __anext__(self) -> Chunk:
+        import asyncio  # 15 ms that only applications with an event loop spend
+
         step = asyncio.get_running_loop().run_in_executor(self._executor, next, self._stream, None)
         try:
             chunk = await asyncio.shield(step)

@@ -17,6 +17,7 @@ from pastkey.errors import InputError
 from pastkey.values import as_path, or_default
 
 from ..constraints.lazy import LazyVocabulary
+from ..decoding.asynchronous import AsyncStream
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
@@ -39,7 +40,6 @@ from .unpack import TemporaryFolder
 if TYPE_CHECKING:
     from concurrent.futures import Executor, ThreadPoolExecutor
 
-    from ..decoding.asynchronous import AsyncStream
     from ..text.chat_format import ChatFormat
     from ..text.tools import Tool
     from .chat.chat import Chat
@@ -408,8 +408,6 @@ class LanguageModel:
         return self.parts.prompt_ids(prompt)
 
     def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
-        from ..decoding.asynchronous import AsyncStream
-
         return AsyncStream(open_prompt(self.parts, prompt, options), self.executor)
 
 
