@@ -32,9 +32,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard", metavar="I/N", default="", help="answer every N-th row, from the I-th on (default: all)")
     add("--force", action="store_true", help="start again: empty OUT first")
     add("--json", action="store_true", help="print the report as one JSON object")
-    add_generation(parser, None)
+    add_generation(parser, None, seed=0)
     add_placement(parser)
-    parser.set_defaults(seed=0)
     parser.epilog = (
         "The same command goes on with a job that was stopped. A field of a row that bears the name of a setting "
         "(max_new_tokens, temperature, ...) wins. Each row draws by a seed made of --seed (0) and its id."

@@ -80,13 +80,15 @@ def opening_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 # --- a generation -------------------------------------------------------------------------------------------------
-def add_generation(parser: argparse.ArgumentParser, most: int | None, *, models_own: bool = False) -> None:
-    """The flags of a generation. With `models_own` what is not given is the model's own."""
+def add_generation(
+    parser: argparse.ArgumentParser, most: int | None, *, models_own: bool = False, seed: int | None = None
+) -> None:
+    """The flags of a generation. With `models_own` the model's own settings are the defaults."""
     add = parser.add_argument
     shown = f"{MAX_NEW_TOKENS}; of an answer {CHAT_NEW_TOKENS}" if most is None else str(most)
     add("--max-new-tokens", metavar="N", type=natural_int, default=most, help=f"largest number of new tokens ({shown})")
     for name, (kind, meaning) in SAMPLING.items():
-        default = getattr(SamplingConfig, name)
+        default = seed if name == "seed" else getattr(SamplingConfig, name)
         shown = {None: "drawn afresh", (): "none"}.get(default, default)
         flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
         known = None if models_own else default

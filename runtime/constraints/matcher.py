@@ -55,8 +55,8 @@ class Matcher:
         """Raises InputError unless the token may follow."""
         if not self._follows()[token]:
             raise InputError(
-                "no token is left to choose from: a constraint allows some of them, and the call's other options none "
-                "of these; leave out what bans or forces tokens"
+                "the constraint and the call's token bans leave no allowed token: relax suppress_tokens, bad_words or "
+                "the constraint"
             )
 
     def follow(self, tokens: Sequence[int], start: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,7 +100,7 @@ class LanguageModel:
         )
         if draft is not None:
             draft.require_fit(self.parts)
-        self._executor: ThreadPoolExecutor | None = None
+        self._executors: dict[int, ThreadPoolExecutor] = {}  # process id -> its threads
         _log.debug("loaded %s on %s with %d threads", self.bundle.path, graph.providers, graph.threads)
 
     def __repr__(self) -> str:
@@ -133,8 +134,7 @@ class LanguageModel:
         finally:
             if self.draft is not None:
                 self.draft.close()
-            if self._executor is not None:
-                self._executor.shutdown(wait=False)
+            self._executors = {}  # the threads end with the last stream that holds them
             if self._temporary is not None:
                 self._temporary.remove()
 
@@ -259,9 +259,10 @@ class LanguageModel:
         self.require_open()
         from concurrent.futures import ThreadPoolExecutor
 
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self.max_batch, thread_name_prefix="pastkey")
-        return self._executor
+        process = os.getpid()  # a fork copies the object but not its threads
+        if process not in self._executors:
+            self._executors = {process: ThreadPoolExecutor(self.max_batch, thread_name_prefix="pastkey")}
+        return self._executors[process]
 
     def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Stream:
         """Continues one prompt token by token.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+from pastkey.errors import InputError
+
 from ...decoding.completion import Chunk, Completion
 from ...decoding.stream import ChunkStream
 from ...text.messages import message
@@ -23,8 +25,8 @@ class Conversation(Protocol):
 class AnswerStream(ChunkStream):
     """Yields a Chunk for each new token; returns the Completion, with its tool calls.
 
-    An error leaves the conversation as it was. A stream that is closed before its end leaves the answer in the
-    conversation as far as it came.
+    Only one answer of a conversation may be read at a time. An error leaves the conversation as it was. A stream that
+    is closed early leaves the answer so far in the conversation.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class AnswerStream(ChunkStream):
         super().__init__()
         self._chat, self._messages, self._stream, self._cut = chat, messages, stream, cut or ""
         self._before, self._said, self._space = chat.messages, self._cut, ""
+        self._written = chat.messages  # by this answer; another list means that another call took the turn
         self._over = False
 
     def _next(self) -> Chunk:
@@ -49,21 +52,32 @@ class AnswerStream(ChunkStream):
         try:
             chunk = next(self._stream)
         except StopIteration as end:
+            self._require_turn()
             self._over = True
             found = dataclasses.replace(end.value, text=self._space + end.value.text)
             self.completion = self._chat.taken_in(self._messages, self._cut + found.text, found)
             raise StopIteration(self.completion) from None
         except BaseException as error:
             self.close()
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and self._chat.messages is self._written:
                 self._chat.messages = self._before
             raise
+        self._require_turn()
         if self._cut and self._said == self._cut and chunk.ids and self._chat.format.loses_space(chunk.ids[0]):
             self._space = " "  # a decoder drops it where a text begins, and this one goes on
             chunk = dataclasses.replace(chunk, text=self._space + chunk.text)
         self._said += chunk.text
-        self._chat.messages = [*self._messages, message("assistant", self._said)]
+        self._chat.messages = self._written = [*self._messages, message("assistant", self._said)]
         return chunk
+
+    def _require_turn(self) -> None:
+        """Ends the answer with an InputError if another call has changed the conversation."""
+        if self._chat.messages is not self._written:
+            self.close()
+            raise InputError(
+                "the conversation has changed since this answer began: ask one question at a time, or make a chat for "
+                "each"
+            )
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""

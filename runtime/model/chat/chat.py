@@ -112,7 +112,7 @@ class Chat:
 
         Raises:
             InputError: The conversation is longer than the context, or the template refuses it; an option is out of
-                range; or this thread holds an unfinished stream. The conversation is unchanged.
+                range; or another call changed the conversation meanwhile. This call leaves it unchanged.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity. The conversation is unchanged.
         """
@@ -133,7 +133,7 @@ class Chat:
             the Completion at the end; it is also the value of StopIteration, or of `yield from`.
 
         Raises:
-            InputError: As in `ask`, or the stream has lost its turn.
+            InputError: As in `ask`.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """

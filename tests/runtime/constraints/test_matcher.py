@@ -289,7 +289,7 @@ def test_a_token_that_another_option_forces_is_refused_with_the_reason() -> None
     a, x = BYTES.codec.encode("a")[0], BYTES.codec.encode("x")[0]
     following.require(a)
     for token in (x, BYTES.end):
-        with pytest.raises(InputError, match="no token is left to choose from"):
+        with pytest.raises(InputError, match="no allowed token"):
             following.require(token)
     following.follow([a], 0)
     following.require(BYTES.end)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from typing import Any
 
 import pytest
 
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, OptionError
-from pastkey.runtime import LanguageModel
+from pastkey.runtime import LanguageModel, load
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 
@@ -129,3 +132,28 @@ def test_errors_come_where_they_belong(lm: LanguageModel, monkeypatch: pytest.Mo
     with pytest.raises(NumericsError, match="not finite"):
         asyncio.run(generate())
     assert lm.scheduler.live == 0
+
+
+def test_a_model_that_is_closed_ends_its_asynchronous_calls(speaking_bundle: Bundle) -> None:
+    model = load(speaking_bundle.path, threads=1)
+
+    async def close_early() -> list[Any]:
+        calls = [asyncio.create_task(model.agenerate("abc", max_new_tokens=100)) for _ in range(6)]
+        async for _ in model.astream("abc"):
+            model.close()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    # One that had not begun finds the model closed.
+    ends = [InputError if isinstance(end, InputError) else end.finish_reason for end in asyncio.run(close_early())]
+    assert {*ends} <= {"cancelled", "length", InputError}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 warns of forks beside threads
+def test_a_forked_process_makes_asynchronous_calls(lm: LanguageModel) -> None:
+    expected = asyncio.run(lm.agenerate("abc", max_new_tokens=5)).ids
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(asyncio.run(lm.agenerate("abc", max_new_tokens=5)).ids != expected)
+    assert os.waitpid(child, 0)[1] == 0

@@ -164,6 +164,18 @@ def test_an_event_loop_gets_the_answers_of_calls(model: LanguageModel) -> None:
     assert asyncio.run(talk()).messages == expected.messages
 
 
+def test_two_answers_of_one_conversation_at_once_are_refused(model: LanguageModel) -> None:
+    chat = model.chat()
+    one, other = chat.stream("abc", **VARIED), chat.stream("def", **VARIED)
+    next(one)
+    with pytest.raises(InputError, match="one question at a time"):
+        next(other)
+    answer = "".join(chunk.text for chunk in [*one])
+    assert chat.messages[0]["content"] == "abc"
+    assert chat.messages[-1]["content"].endswith(answer)
+    assert model.scheduler.live == 0
+
+
 def test_a_cancelled_task_leaves_the_answer_as_far_as_it_came(model: LanguageModel) -> None:
     chat = model.chat()
 
