@@ -272,7 +272,7 @@ def told(error: Exception) -> str:
 
 
 def _length(columns: Mapping[str, Any]) -> int:
-    """The number of rows. Raises InputError for what is no column, and for columns of different lengths."""
+    """The number of rows. Raises InputError for an invalid column, and for columns of different lengths."""
     for name, column in columns.items():
         require(is_collection(column), f"the column {shown(name)}", column, "a list or an array")
     lengths = {name: len(column) for name, column in columns.items()}

@@ -69,7 +69,7 @@ class Request:
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file of JSON lines, in order. Empty lines are skipped. A row without an id is known as "line-5".
 
-    Raises MissingFileError, or InputError for what is no regular file.
+    Raises MissingFileError, or InputError if it is not a regular file.
     """
     require_regular(path)
     with path.open("rb") as file:

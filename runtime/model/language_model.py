@@ -312,8 +312,7 @@ class LanguageModel:
             **template_variables: Further variables of the template, such as `enable_thinking=False`.
 
         Raises:
-            InputError: The bundle has no tokenizer or chat template; the template is invalid or refuses a system text;
-                or a tool has no schema.
+            InputError: The bundle has no tokenizer or chat template; the template is invalid or refuses a system text.
             OptionError: The conversation sets this variable itself.
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.

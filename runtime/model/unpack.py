@@ -115,7 +115,7 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
-        raise InputError(f"{name:.60} are no zip file of a bundle folder") from None
+        raise InputError(f"{name:.60} are not a zip file of a bundle folder") from None
     with archive, reading(name, "a zip file of a bundle"):
         stored, size = _sizes(archive)
         if size > _MOST_TIMES * stored + _ALWAYS:

@@ -52,7 +52,7 @@ def save_messages(path: str | Path, messages: Sequence[Mapping[str, Any]]) -> No
     if file.is_dir():
         raise InputError(f"{file} is a folder; the name of a file to save the conversation in was expected")
     if file.exists() and not _is_replaceable(file):
-        raise InputError(f"{file} is there and holds no saved conversation: choose another name")
+        raise InputError(f"{file} exists and is not a saved conversation: choose another name")
     try:
         write_json(file, {"messages": list(messages)})
     except (TypeError, ValueError, RecursionError) as error:  # a value outside JSON
@@ -77,7 +77,7 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
         raise InputError(f"{file} is a folder; a saved conversation was expected")
     found = read_json(file).get("messages")
     if not isinstance(found, list):
-        raise InputError(f'{file} is no saved conversation: it has no list of "messages"')
+        raise InputError(f'{file} is not a saved conversation: it has no list of "messages"')
     check_messages(found, f" of {file}")
     return found
 
@@ -121,6 +121,6 @@ def read_message(said: Mapping[str, Any]) -> dict[str, Any]:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 name = call.get("id") or call["function"]["name"]
-                raise InputError(f"the tool call {name:.60} has arguments that are no JSON") from None
+                raise InputError(f"the tool call {name:.60} has arguments that are not JSON") from None
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**found, "tool_calls": calls}

@@ -150,7 +150,7 @@ def test_messages_that_cannot_be_taken_are_told(make_model: MakeModel) -> None:
         model.chat("be", messages=[{"role": "system", "content": "x"}])
     with pytest.raises(InputError, match="message 1 is 3; an object"):
         model.chat(messages=[3])  # type: ignore[list-item]
-    with pytest.raises(InputError, match="the tool call weather has arguments that are no JSON"):
+    with pytest.raises(InputError, match="the tool call weather has arguments that are not JSON"):
         model.chat(
             messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}]
         )

@@ -80,7 +80,7 @@ def test_from_a_resource_of_a_package(
 
 
 def test_what_is_no_bundle_is_refused(speaking_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="are no zip file of a bundle folder"):
+    with pytest.raises(InputError, match="are not a zip file of a bundle folder"):
         load(b"abc")
     with pytest.raises(MissingFileError, match=r"holds no bundle: it has no pastkey\.json"):
         load(zipped(speaking_bundle.path, skip="pastkey.json"))

@@ -207,7 +207,7 @@ class Chat:
         """
         places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
         if not places:
-            raise InputError("there is no question to let go")
+            raise InputError("there is no question to drop")
         self.messages = self.messages[: places[0]] + self.messages[(places[1:] or [len(self.messages)])[0] :]
 
     def set_system(self, system: str | None) -> None:

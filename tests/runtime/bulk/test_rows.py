@@ -132,7 +132,7 @@ def test_the_arguments_of_tool_calls_are_objects_as_templates_take_them() -> Non
     messages = parse_request(said('{"a": 1}')).messages
     assert messages is not None
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
-    with pytest.raises(InputError, match="the tool call 1 has arguments that are no JSON"):
+    with pytest.raises(InputError, match="the tool call 1 has arguments that are not JSON"):
         parse_request(said("{"))
 
 

@@ -232,7 +232,7 @@ def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) ->
             assert folder.is_dir()
             assert model.generate("ab", max_new_tokens=2).new_tokens == 2
         assert not folder.exists()
-    with pytest.raises(InputError, match="are no zip file of a bundle folder"):
+    with pytest.raises(InputError, match="are not a zip file of a bundle folder"):
         opened(b"no zip file")
     bomb = tmp_path / "bomb.zip"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -247,7 +247,7 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere")
     with pytest.raises(MissingFileError, match=r"has no pastkey\.json"):
         opened(tmp_path)
-    with pytest.raises(InputError, match="the bytes are no zip file of a bundle folder"):
+    with pytest.raises(InputError, match="the bytes are not a zip file of a bundle folder"):
         opened(b"")
 
 

@@ -29,7 +29,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
 def test_only_a_conversation_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "notes"
     file.write_text("my notes")
-    with pytest.raises(InputError, match="is there and holds no saved conversation: choose another name"):
+    with pytest.raises(InputError, match="is not a saved conversation: choose another name"):
         save_messages(file, TALK)
     assert file.read_text() == "my notes"
     with pytest.raises(InputError, match="is a folder; the name of a file"):
@@ -66,7 +66,7 @@ def test_what_json_does_not_know_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({"message": []}, 'is no saved conversation: it has no list of "messages"'),
+        ({"message": []}, 'is not a saved conversation: it has no list of "messages"'),
         ({"messages": ["a"]}, "message 1 of .* is 'a'; an object with \"role\""),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 of .* is 3; a text was expected"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "this model reads text"),
