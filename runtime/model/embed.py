@@ -88,7 +88,9 @@ def _pooled(parts: ModelParts, engine: Engine, texts: list[Ids], pooling: str) -
         chunk = slice(start, end)
         states = [*(states if pooling == "none" else ()), _run(parts, engine, rows[:, chunk], mask[:, chunk])]
         if pooling == "mean":
-            total = total + np.einsum("bth,bt->bh", states[-1], mask[:, chunk], dtype=np.float64)
+            # Padding may hold NaN: older releases of onnxruntime leave it unwritten.
+            real = mask[:, chunk, None].astype(bool)
+            total = total + np.sum(states[-1], axis=1, dtype=np.float64, where=real)
     if pooling == "mean":
         return [*(total / mask.sum(1, keepdims=True))]
     if pooling == "last":

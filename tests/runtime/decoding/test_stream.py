@@ -231,7 +231,6 @@ def test_a_model_that_is_closed_ends_what_runs_and_refuses_the_rest(speaking_bun
 def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, others: int) -> None:
     temporary = TemporaryFolder()
     model = LanguageModel(speaking_bundle, threads=1, temporary=temporary)
-    executor = model.executor
     model.generate("stored", max_new_tokens=2, reuse_prefix=True)
     beside = [model.stream(prompt, **SETTINGS) for prompt in ("de", "f")[:others]]
     for stream in beside:
@@ -249,8 +248,6 @@ def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, othe
     assert len(calls) <= 3 + 1  # within one step
     assert not temporary.path.exists()
     assert (model.closed, len(model.scheduler.store)) == (True, 0)
-    with pytest.raises(RuntimeError, match="shutdown"):
-        executor.submit(print)
     for stream in beside:
         assert len(list(stream)) <= 5  # decoded ahead, or none
         assert stream.completion is not None
