@@ -88,7 +88,7 @@ def add_generation(
     shown = f"{MAX_NEW_TOKENS}; of an answer {CHAT_NEW_TOKENS}" if most is None else str(most)
     add("--max-new-tokens", metavar="N", type=natural_int, default=most, help=f"largest number of new tokens ({shown})")
     for name, (kind, meaning) in SAMPLING.items():
-        default = seed if name == "seed" else getattr(SamplingConfig, name)
+        default: Any = seed if name == "seed" else getattr(SamplingConfig, name)
         shown = {None: "drawn afresh", (): "none"}.get(default, default)
         flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
         known = None if models_own else default
