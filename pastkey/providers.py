@@ -31,6 +31,11 @@ class Form(enum.Enum):
     DEQUANTIZE_LINEAR = enum.auto()  # ONNX's own, `block_dequantize`
 
 
+def short_name(name: str) -> str:
+    """The name a user types: "CUDAExecutionProvider" -> "cuda"."""
+    return name.removesuffix("ExecutionProvider").lower()
+
+
 @dataclass(frozen=True)
 class Provider:
     """One execution provider, installed or not."""
@@ -66,8 +71,8 @@ class Provider:
 
     @property
     def short(self) -> str:
-        """The name a user types: "CUDAExecutionProvider" -> "cuda"."""
-        return self.name.removesuffix("ExecutionProvider").lower()
+        """The name a user types."""
+        return short_name(self.name)
 
     @property
     def whole(self) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pastkey.contract.bundle import Compiled, Manifest
 from pastkey.errors import ProviderError, StartError, first_line
-from pastkey.providers import PROVIDERS, TARGETS, Provider
+from pastkey.providers import PROVIDERS, TARGETS, Provider, short_name
 from pastkey.values import shown
 
 from ..settings import Choice
@@ -259,8 +259,3 @@ def full_name(name: str) -> str:
     wanted = name.lower().removesuffix("executionprovider")
     by_name = {short_name(full): full for full in available()}
     return PROVIDERS[wanted].name if wanted in PROVIDERS else by_name.get(wanted, "")
-
-
-def short_name(name: str) -> str:
-    """The name a user types: "CUDAExecutionProvider" -> "cuda"."""
-    return Provider(name).short
