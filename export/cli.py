@@ -126,7 +126,7 @@ def _token_ids(text: str) -> list[int]:
     try:
         return [int(token) for token in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 1,2") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2") from None
 
 
 def _export(arguments: argparse.Namespace) -> int:

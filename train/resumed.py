@@ -45,7 +45,7 @@ def read_training(checkpoint: Checkpoint) -> Resumed:
         ) from None
     step = training["step"]
     if not is_int(step, 0, 2**63 - 1):
-        raise IntegrityError(f"{folder / names.MANIFEST} is not valid: step is no whole number; copy it again")
+        raise IntegrityError(f"{folder / names.MANIFEST} is not valid: step is not a whole number; copy it again")
     moments = load_optimizer(folder, training)
     if step:
         _check_moments(checkpoint, moments)

@@ -31,7 +31,7 @@ def check_report_file(file: str | Path, out: str | Path, read: Sequence[object])
     if path.is_dir():
         raise InputError(f"--sensitivity {path} is a folder; the name of a file was expected")
     if not path.parent.is_dir():
-        raise MissingFileError(f"--sensitivity {path}: there is no folder {path.parent} to write it to")
+        raise MissingFileError(f"--sensitivity {path}: the folder {path.parent} does not exist")
     if Path(out).resolve() in within:
         raise InputError(f"--sensitivity {path} lies in the bundle {out}, which is replaced: put it beside that")
     if any(Path(item).resolve() in within for item in read if isinstance(item, (str, Path))):

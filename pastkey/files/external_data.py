@@ -67,8 +67,8 @@ def check_external_data(folder: Path, files: Mapping[str, FileRecord]) -> None:
             file = files.get((PurePosixPath(name).parent / data.location).as_posix()) if inside else None
             if file is None:
                 raise IntegrityError(
-                    f"{folder / name} takes weights from {shown(data.location)}, which is no file beside it that the "
-                    "manifest lists: the bundle was altered, copy it again"
+                    f"{folder / name} takes weights from {shown(data.location)}, which is not a file beside it that "
+                    "the manifest lists: the bundle was altered, copy it again"
                 )
             if data.offset + data.length > file.size:
                 raise IntegrityError(
@@ -117,7 +117,7 @@ def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: b
                     continue
                 if not is_inside(found) or (PurePosixPath(name).parent / found).as_posix() not in files:
                     raise IntegrityError(
-                        f"{path} takes what was compiled from {shown(found)}, which is no file beside it that the "
+                        f"{path} takes what was compiled from {shown(found)}, which is not a file beside it that the "
                         "manifest lists: the bundle was altered, copy it again"
                     )
 
@@ -179,4 +179,4 @@ def _text(content: mmap.mmap, start: int, end: int) -> str:
     try:
         return content[start:end].decode("utf-8")
     except UnicodeDecodeError:
-        raise DamagedError("a tensor's place is told in bytes that are no text") from None
+        raise DamagedError("a tensor's location is not valid text") from None

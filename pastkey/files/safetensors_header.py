@@ -52,9 +52,9 @@ def read_header(file: Path) -> Mapping[str, StoredTensor]:
     try:
         found = parse_json(content, file)
     except IntegrityError:
-        raise HeaderError("its header is no JSON") from None
+        raise HeaderError("its header is not JSON") from None
     if not isinstance(found, dict):
-        raise HeaderError("its header is no JSON object")
+        raise HeaderError("its header is not a JSON object")
     tensors = {name: _tensor(name, entry) for name, entry in found.items() if name != "__metadata__"}
     end = 0
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):

@@ -127,7 +127,7 @@ class Job:
     def resume(self) -> None:
         """Reads the ids of the output, and cuts it off at the first line that is not whole.
 
-        Raises IntegrityError for a whole line that is no answer.
+        Raises IntegrityError for a whole line that is not an answer.
         """
         end = 0
         with self._out.open("rb") as file:

@@ -59,7 +59,7 @@ class Constraint:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{kind} holds half of a surrogate pair, which is no character: take it out") from None
+            raise InputError(f"{kind} holds half of a surrogate pair, which is not a character: take it out") from None
         return cls(kind, text)
 
     def literals(self) -> Iterator[str]:
@@ -83,7 +83,7 @@ def _schema_text(value: object) -> str:
         try:
             schema = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"json_schema is no JSON ({error}); {expected}") from None
+            raise InputError(f"json_schema is not JSON ({error}); {expected}") from None
     if schema is False:
         raise InputError("json_schema is false, which no text validates: describe one, or leave it out")
     schema = {} if schema is True else schema  # any JSON is valid

@@ -401,7 +401,7 @@ class DecoderGraph:
 
 
 def as_array(given: npt.ArrayLike) -> npt.NDArray[Any]:
-    """`given` as an array; an array without dimensions if its rows have different lengths or it is no array."""
+    """`given` as an array; an array without dimensions if its rows have different lengths or it is not an array."""
     try:
         return np.asarray(given)
     except (ValueError, RecursionError):

@@ -82,8 +82,8 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
     except InvalidSignature:
         size = "" if len(signature) == _BYTES else f", which has {len(signature)} bytes and not {_BYTES},"
         raise IntegrityError(
-            f"{folder / SIGNATURE}{size} is no signature of {MANIFEST} by the key in {key}: the manifest was altered, "
-            "or another key signed it; do not open this bundle"
+            f"{folder / SIGNATURE}{size} is not a signature of {MANIFEST} by the key in {key}: the manifest was "
+            "altered, or another key signed it; do not open this bundle"
         ) from None
 
 

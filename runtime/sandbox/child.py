@@ -35,7 +35,7 @@ _SYSTEM: Final = (
 
 
 def main(lifeline: int) -> None:
-    """Answers until there are no more questions.
+    """Answers until the questions end.
 
     Args:
         lifeline: A descriptor that is closed with the parent's last breath, or 0.
@@ -44,7 +44,7 @@ def main(lifeline: int) -> None:
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
-    os.dup2(nowhere, 1)  # what a library prints is no answer
+    os.dup2(nowhere, 1)  # a library may print
     asked = read_frame(source, json.loads, lambda: sys.maxsize)
     if asked is None:
         return
@@ -65,8 +65,8 @@ def main(lifeline: int) -> None:
 def _end_with_parent(lifeline: int) -> None:
     """Has the system end this process by SIGIO as soon as the parent is gone, whatever it does then.
 
-    Its main thread may stand in native code and see no end of input, and a parent's thread that ended is no parent that
-    did, which rules out PR_SET_PDEATHSIG.
+    Its main thread may be in native code and not see the end of the input. PR_SET_PDEATHSIG would also act when only
+    the parent's thread ended.
     """
     if not lifeline or not hasattr(os, "O_ASYNC"):
         return

@@ -18,7 +18,7 @@ _NO_MEMORY: Final = ("bad_alloc", "bad allocation", "allocate memory", "out of m
 
 
 class MalformedError(Exception):
-    """What came is no message."""
+    """The bytes that came are not a message."""
 
 
 def message(content: Mapping[str, Any], *, ascii_only: bool = False) -> bytes:
@@ -40,7 +40,7 @@ def write_frame(stream: BinaryIO, sent: bytes) -> None:
 
 
 def read_frame(stream: BinaryIO, parse: Callable[[bytes], Any], most: Callable[[], int]) -> dict[str, Any] | None:
-    """Reads one message, or None where there are no more.
+    """Reads one message, or None at the end.
 
     Args:
         stream: Where it comes from.
@@ -66,7 +66,7 @@ def read_frame(stream: BinaryIO, parse: Callable[[bytes], Any], most: Callable[[
     except Exception as error:
         raise MalformedError(f"{error}") from None
     if not isinstance(content, dict):
-        raise MalformedError("a message that is no object")
+        raise MalformedError("a message that is not an object")
     return content
 
 

@@ -273,7 +273,7 @@ class Opened:
 
 
 def connect(given: object, limits: Limits, readable: Sequence[str] = ()) -> Opened:
-    """Starts a process for a bundle. No file of it is read here: a resource that is no file is copied.
+    """Starts a process for a bundle. No file of it is read here: a resource that is not a file is copied.
 
     Args:
         given: As `load` takes it. The process unpacks a zip file to a temporary folder.

@@ -36,7 +36,7 @@ class Server:
         self._threads = ThreadPoolExecutor(_THREADS)
 
     def serve(self) -> None:
-        """Answers until there are no more questions; what still runs then has ended with the process."""
+        """Answers until the questions end; what still runs then has ended with the process."""
         while (asked := read_frame(self._source, json.loads, lambda: sys.maxsize)) is not None:
             if asked["what"] in _AT_ONCE:
                 self._answer(asked)
@@ -61,7 +61,7 @@ class Server:
         try:
             sent = message({"id": number, **content})
         except UnicodeEncodeError:
-            sentence = "the text holds half of a surrogate pair, which is no character"
+            sentence = "the text holds half of a surrogate pair, which is not a character"
             sent = message({"id": number, "failure": {"kind": "InputError", "sentence": sentence}})
         except (TypeError, ValueError, RecursionError) as error:
             sent = message({"id": number, "failure": failure_of(error)})

@@ -83,7 +83,7 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
 
 
 def check_messages(found: Sequence[Any], where: str = "") -> None:
-    """Raises InputError for the first entry that is no message. The error has `where` after its number."""
+    """Raises InputError for the first entry that is not a message. The error has `where` after its number."""
     for number, entry in enumerate(found, 1):
         name = f"message {number}{where}"
         if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:

@@ -92,9 +92,11 @@ def test_a_key_is_asked_for_before_anything_else(small: Path, tmp_path: Path, co
     status, printed, _ = command("verify", bundle, "--key", public, "--json")
     assert (status, json.loads(printed)["signed_by"]) == (0, str(public))
     assert command("sign", "--new-key", tmp_path / "other.pem")[0] == 0
-    fails(command("verify", bundle, "--key", tmp_path / "other.pub.pem"), "is no signature of pastkey.json by the key")
+    fails(
+        command("verify", bundle, "--key", tmp_path / "other.pub.pem"), "is not a signature of pastkey.json by the key"
+    )
     graph = bundle / "onnx" / "model.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
     fails(command("verify", bundle, "--key", public), "model.onnx was altered: its sha256")
     (bundle / names.MANIFEST).write_text("{}", encoding="utf-8")
-    fails(command("verify", bundle, "--key", public), "is no signature of pastkey.json by the key")
+    fails(command("verify", bundle, "--key", public), "is not a signature of pastkey.json by the key")

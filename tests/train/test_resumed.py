@@ -45,7 +45,7 @@ def test_a_training_is_read(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"step": "2"}, "step is no whole number"),
+        ({"step": "2"}, "step is not a whole number"),
         ({"settings": []}, "settings is"),
         ({"settings": {"steps": True}}, "steps is True"),
         ({"settings": {"batch_size": 10.5}}, "it must be a whole number"),

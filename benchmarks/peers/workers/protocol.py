@@ -74,7 +74,7 @@ def serve(**ways: type) -> None:
     parser.add_argument("--context", type=int, required=True, help="the most tokens that any request will need")
     arguments = parser.parse_args()
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no reply
+    os.dup2(2, 1)  # a library may print
     imported = time.perf_counter()
     model = ways[arguments.way.replace("-", "_")](arguments.model, arguments.threads, arguments.context)
     reply: dict[str, Any] = {"load_seconds": time.perf_counter() - imported}

@@ -65,7 +65,7 @@ def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
     bytes_lacking = [character for character in byte_of if character not in vocabulary]
     if bytes_lacking:
         raise InputError(
-            f"{file} has no token for {len(bytes_lacking)} of the 256 bytes: it is no byte-level vocabulary"
+            f"{file} has no token for {len(bytes_lacking)} of the 256 bytes: it is not a byte-level vocabulary"
         )
     return Conversion(tokenizer, encode=encode, decode=decode, bos=end, eos=end)
 

@@ -58,7 +58,7 @@ def _one(content: Any, file: Path) -> dict[str, int]:
         pairs = [(text, number) for number, text in enumerate(content)]
     if not all(isinstance(text, str) and text and is_int(number, 0) for text, number in pairs):
         raise InputError(
-            f"{file} is no list of characters: expected their ids, "
+            f"{file} is not a list of characters: expected their ids, "
             '{"stoi": {"a": 0, ...}}, or the characters in the order of their ids, ["a", ...] or "a..."'
         )
     ids = dict(sorted(pairs, key=lambda pair: pair[1]))

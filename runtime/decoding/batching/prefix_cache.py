@@ -72,7 +72,7 @@ class PrefixStore:
         """Stores an idle engine. Drops the stored engines that hold only a prefix of it."""
         if not engine.length or engine.nbytes > self.most_bytes:
             return
-        if not reuse or not engine.cached_ids:  # after a shift the cache is no prefix of any sequence
+        if not reuse or not engine.cached_ids:  # after a shift the cache is not a prefix of any sequence
             self._spare = engine
         else:
             ids = engine.cached_ids

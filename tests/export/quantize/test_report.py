@@ -48,7 +48,7 @@ def test_the_table_as_json_replaces_an_older_one(name: str, tmp_path: Path) -> N
     [
         ("table.csv", InputError, r"a name that ends in \.json was expected"),
         ("folder.json", InputError, "is a folder"),
-        ("nowhere/table.json", MissingFileError, "there is no folder"),
+        ("nowhere/table.json", MissingFileError, "does not exist"),
     ],
 )
 def test_files_that_cannot_be_written_are_refused(file: str, kind: type[Exception], words: str, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_weights_that_a_configuration_names_elsewhere(
 def test_a_header_of_weights_that_is_no_json(header: bytes, llama_folder: Path, refusal: Callable[..., str]) -> None:
     weights = len(header).to_bytes(8, "little") + header + b"0" * 8
     (llama_folder / names.WEIGHTS).write_bytes(weights)
-    assert "model.safetensors is cut short or damaged, its header is no JSON" in refusal(llama_folder)
+    assert "model.safetensors is cut short or damaged, its header is not JSON" in refusal(llama_folder)
 
 
 @pytest.mark.parametrize(

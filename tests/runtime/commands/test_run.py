@@ -170,6 +170,6 @@ def test_run_holds_a_text_to_what_a_flag_says(command: Run, speaking_bundle: Bun
     schema.write_text('{"type": "null"}', encoding="utf-8")
     assert command(*run, "--grammar", grammar) == (0, "aé日\n", "")
     assert command(*run, "--json-schema", schema) == (0, "null\n", "")
-    fails(command(*run, "--json-schema", grammar), "json_schema is no JSON")
+    fails(command(*run, "--json-schema", grammar), "json_schema is not JSON")
     fails(command(*run, "--json-schema", tmp_path / "none.json"), "no such file")
     fails(command(*run, "--regex", "("), "regex cannot be followed")

@@ -61,8 +61,8 @@ def rules(levels: int) -> str:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"regex": "a", "choices": ["b"]}, "regex and choices were both given"),
-    ({"json_schema": "{"}, "json_schema is no JSON"),
-    ({"json_schema": "[" * 100_000}, "json_schema is no JSON"),
+    ({"json_schema": "{"}, "json_schema is not JSON"),
+    ({"json_schema": "[" * 100_000}, "json_schema is not JSON"),
     ({"json_schema": "[1]"}, "a JSON schema was expected"),
     ({"json_schema": 3}, "json_schema is 3; a JSON schema was expected"),
     ({"json_schema": {"const": float("nan")}}, "holds what JSON cannot write"),

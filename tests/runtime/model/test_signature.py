@@ -73,10 +73,14 @@ def lengthen(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("alter", "kind", "words"),
     [
-        (alter_manifest, IntegrityError, "is no signature of pastkey.json by the key in .*: the manifest was altered"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b""), IntegrityError, "is no signature of pastkey.json"),
-        (lengthen, IntegrityError, "which has 65 bytes and not 64, is no signature"),
-        (lambda folder: (folder / SIGNATURE).write_bytes(bytes(64)), IntegrityError, "is no signature"),
+        (
+            alter_manifest,
+            IntegrityError,
+            "is not a signature of pastkey.json by the key in .*: the manifest was altered",
+        ),
+        (lambda folder: (folder / MANIFEST).write_bytes(b""), IntegrityError, "is not a signature of pastkey.json"),
+        (lengthen, IntegrityError, "which has 65 bytes and not 64, is not a signature"),
+        (lambda folder: (folder / SIGNATURE).write_bytes(bytes(64)), IntegrityError, "is not a signature"),
         (lambda folder: (folder / SIGNATURE).write_bytes(bytes(20_000)), InputError, "10,000 are the most"),
         (lambda folder: (folder / SIGNATURE).unlink(), MissingFileError, "is not signed: it has no pastkey.json.sig"),
         (lambda folder: (folder / MANIFEST).unlink(), MissingFileError, "is not a bundle: it has no pastkey.json"),

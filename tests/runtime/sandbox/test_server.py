@@ -68,7 +68,7 @@ def test_what_json_cannot_hold_is_a_sentence(server: Server, monkeypatch: pytest
     (found,) = answers(server, {"what": "render", "given": {}})
     assert found["failure"] == {
         "kind": "InputError",
-        "sentence": "the text holds half of a surrogate pair, which is no character",
+        "sentence": "the text holds half of a surrogate pair, which is not a character",
     }
     monkeypatch.setattr(Server, "do_render", lambda self, **_: object())
     (found,) = answers(server, {"what": "render", "given": {}})

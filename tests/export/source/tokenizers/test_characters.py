@@ -54,8 +54,8 @@ def test_longer_entries_are_special_tokens() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"stoi": {"a": "b", "c": 1}}, "is no list of characters: expected their ids"),
-        (["a", ""], "is no list of characters"),
+        ({"stoi": {"a": "b", "c": 1}}, "is not a list of characters: expected their ids"),
+        (["a", ""], "is not a list of characters"),
         ({"stoi": {"a": 0, "b": 0}}, "gives a character twice or two characters one id"),
         ({"stoi": {}}, "is empty, or gives a character twice"),
         ({"stoi": {"a": 0}, "itos": {"0": "b"}}, "stoi and itos of mine.json do not say the same"),
