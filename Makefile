@@ -22,7 +22,7 @@ TESTS := -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
 .PHONY: help demo test quick check ci matrix oldest runtime-oldest runtime-newest bench docs clean
 
-help:  ## This list
+help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}, -m tests.fuzz; CONTRIBUTING.md has more"
 
@@ -44,22 +44,22 @@ check: $(VENV)/installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/python -m tools.typecheck
 
-ci:  ## What CI runs: the slow tests, then a part of them in each further environment, and the site
+ci:  ## What CI runs: the slow tests, then parts in further environments (oldest, runtime-oldest, runtime-newest), docs
 	$(MAKE) test SLOW=1
 	$(MAKE) oldest
 	$(MAKE) runtime-oldest
-	$(MAKE) runtime-newest PYTHON=$(NEWEST_PYTHON)
+	$(MAKE) runtime-newest
 	$(MAKE) docs
 
 # In parts of at most an hour: `make matrix PYTEST_ARGS=tests/export`, then tests/runtime, then tests/programs.
 matrix:  ## By hand: every case of each table, every Python here, every release of onnxruntime, arm64
 	$(MAKE) test MATRIX=1
-	for python in $(PYTHONS); do $(MAKE) runtime-newest PYTHON=$$python || exit; done
+	for python in $(PYTHONS); do $(MAKE) runtime-newest NEWEST_PYTHON=$$python || exit; done
 	$(BIN)/python -m tools.versions
 	$(BIN)/python -m tools.aarch64
 
-# An old package may warn of a newer one beside it.
-oldest: $(ENVIRONMENTS)/oldest/installed  ## Export to chat with the oldest release of every package
+# Export to chat with the oldest release of every package. An old one may warn of a newer one beside it.
+oldest: $(ENVIRONMENTS)/oldest/installed
 	$(ENVIRONMENTS)/oldest/bin/python $(TESTS) -W default -m "oldest and not slow" $(PYTEST_ARGS)
 
 $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
@@ -69,10 +69,10 @@ $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
 		pytest pytest-xdist hypothesis
 	touch $@
 
-# Away from the checkout: there is neither torch nor onnx.
+# The runtime's tests on the wheel alone, away from the checkout: there is neither torch nor onnx.
 runtime-oldest: CONSTRAINT := --constraint $(CURDIR)/$(OLDEST)
-runtime-oldest:  ## The runtime's tests on the wheel alone, with the oldest packages
-runtime-newest:  ## The same with the newest, on another PYTHON
+# Private: the tools that build the wheel keep their own Python.
+runtime-newest: private PYTHON = $(NEWEST_PYTHON)
 runtime-oldest runtime-newest: $(VENV)/installed
 	rm -rf $(ENVIRONMENTS)/$@
 	mkdir -p $(ENVIRONMENTS)/$@/away/tests
@@ -111,5 +111,5 @@ $(VENV)/installed: pyproject.toml
 		$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
 	touch $@
 
-clean:  ## Removes what demo, the wheel and the site made
+clean:
 	rm -rf demo build dist site *.egg-info
