@@ -20,7 +20,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 TESTS := -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: help demo test quick check ci matrix oldest runtime-oldest runtime-newest bench docs clean
+.PHONY: help demo test quick check ci release matrix oldest runtime-oldest runtime-newest bench docs clean
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -50,6 +50,10 @@ ci:  ## What CI runs: the slow tests, then parts in further environments (oldest
 	$(MAKE) runtime-oldest
 	$(MAKE) runtime-newest
 	$(MAKE) docs
+
+release: $(VENV)/installed  ## The sdist and the wheel in dist/, tried on two Pythons: docs/releasing.md
+	$(BIN)/python -m pip install --quiet --group release
+	$(BIN)/python -m tools.release dist --python $(PYTHON) --python $(NEWEST_PYTHON)
 
 # In parts of at most an hour: `make matrix PYTEST_ARGS=tests/export`, then tests/runtime, then tests/programs.
 matrix:  ## By hand: every case of each table, every Python here, every release of onnxruntime, arm64

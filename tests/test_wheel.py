@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.wheel import ROOT
+from tools.wheel import ROOT, without_links
 
 
 @pytest.mark.slow
@@ -36,3 +36,10 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     with zipfile.ZipFile(built[0]) as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(2020, 9, 13, 12, 26, 40)}
         assert {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()} <= {0o644, 0o664}
+
+
+def test_the_packages_readme_links_to_no_file_of_the_checkout() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](docs/" in readme
+    assert "](docs/" not in without_links(readme)
+    assert without_links("A [page](https://x.org/y) and [one](docs/z.md#w).") == "A [page](https://x.org/y) and one."

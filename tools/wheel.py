@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,25 +24,41 @@ def copy_source(target: Path) -> None:
     """Copies all files of the wheel, with the same modes everywhere."""
     for stage in ("pastkey", "train", "export", "runtime"):
         shutil.copytree(ROOT / stage, target / stage, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (target / "README.md").write_text(without_links(readme), encoding="utf-8")
     for path in (target, *target.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def build_wheel(out: Path) -> Path:
-    """Writes the wheel to a folder and returns its file."""
+def without_links(readme: str) -> str:
+    """Drops pictures of the checkout and links into it: on a package index they lead nowhere."""
+    readme = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n\n", "", readme, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", readme)
+
+
+def source_date() -> dict[str, str]:
+    """The environment of a build: its files have the time of the last commit, or SOURCE_DATE_EPOCH's."""
     commit = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=False)
-    environment = {"SOURCE_DATE_EPOCH": commit.stdout.strip() or str(FIRST_OF_1980)} | os.environ
-    with tempfile.TemporaryDirectory() as work:
-        source, built = Path(work, "source"), Path(work, "built")
-        source.mkdir()
-        copy_source(source)
-        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source)]
-        subprocess.run(command, env=environment, umask=0o022, check=True)
-        (wheel,) = built.glob("*.whl")
+    return {"SOURCE_DATE_EPOCH": commit.stdout.strip() or str(FIRST_OF_1980)} | os.environ
+
+
+def build(source: Path, out: Path) -> Path:
+    """Writes the wheel of a source folder to another folder and returns its file. setuptools writes into `source`."""
+    with tempfile.TemporaryDirectory() as built:
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", built, str(source)]
+        subprocess.run(command, env=source_date(), umask=0o022, check=True)
+        (wheel,) = Path(built).glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copyfile(wheel, out / wheel.name))
+
+
+def build_wheel(out: Path) -> Path:
+    """Writes the checkout's wheel to a folder and returns its file."""
+    with tempfile.TemporaryDirectory() as source:
+        copy_source(Path(source))
+        return build(Path(source), out)
 
 
 if __name__ == "__main__":

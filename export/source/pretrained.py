@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pastkey.contract import names
-from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
+from pastkey.errors import ContractError, InputError, MissingFileError, first_line, missing_extra
 from pastkey.files.folder import read_json
 from pastkey.files.reading import is_panic, read_bytes
 from pastkey.files.safetensors_header import HeaderError, read_header
@@ -87,6 +87,7 @@ def open_folder(
         config = library.AutoConfig.from_pretrained(folder, **options)
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(f"{folder} holds an encoder-decoder ({config.model_type}): only decoders can be exported")
+        _refuse_recurrent(library.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), folder)
         model = _load(library, folder, config=config, use_safetensors=True, **options)
         wanted = _has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
@@ -302,6 +303,16 @@ def _load(library: Any, folder: Path, *, named: Path | None = None, **options: A
     return torch.nn.Module.float(model).eval()
 
 
+def _refuse_recurrent(kind: type | None, name: object) -> None:
+    """Raises ContractError for a class of transformers with layers of linear attention or of a state-space model."""
+    if kind is not None and getattr(kind, "_is_stateful", False):
+        raise ContractError(
+            f"some layers of {name} ({kind.__name__}) are a recurrence over the tokens (linear attention or a "
+            "state-space model), which keeps another state than keys and values: export a decoder that has attention "
+            "in every layer"
+        )
+
+
 def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
@@ -312,6 +323,7 @@ def _source(
 ) -> Source:
     from ..graft.huggingface import HuggingFaceDecoder, freeze_rotary
 
+    _refuse_recurrent(type(model), name)
     config = model.config.get_text_config()
     longest: int | None = getattr(config, "max_position_embeddings", None) or context_length
     if longest is None:

@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v2": (_ROUTED | _LATENT, "complex"),
     "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
-    "mamba": ({}, "is a loop over positions or a recurrence"),
+    "mamba": ({}, "are a recurrence over the tokens"),
 }
 _BY_HAND = "it computes this attention by hand, not through AttentionInterface"
 _UNTRACED = "its experts are picked by values, in a way that no trace can follow"

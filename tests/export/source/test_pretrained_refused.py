@@ -264,6 +264,12 @@ def test_an_encoder_decoder(tmp_path: Path, refusal: Callable[..., str]) -> None
     assert "holds an encoder-decoder (t5): only decoders can be exported" in refusal(tmp_path / "t5")
 
 
+def test_a_state_space_model(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=2)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    assert "(MambaForCausalLM) are a recurrence over the tokens" in refusal(tmp_path / "mamba")
+
+
 def test_a_model_without_a_head_for_language(tmp_path: Path, refusal: Callable[..., str]) -> None:
     transformers.LlamaModel(transformers.LlamaConfig(**sizes())).save_pretrained(tmp_path / "model")
     assert "has no weight 'lm_head.weight', which LlamaForCausalLM needs" in refusal(tmp_path / "model")
