@@ -137,7 +137,10 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
                 (folder / inner).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as read, (folder / inner).open("wb") as written:
                     shutil.copyfileobj(read, written)
-        except (zipfile.BadZipFile, EOFError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            clash = isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)  # a file as a folder
+            if isinstance(error, OSError) and not clash and error.errno is not None:  # bz2's, of damaged data, has none
+                raise
             raise IntegrityError(
                 f"{name} cannot be unpacked ({first_line(error, 100)}): it was cut or altered"
             ) from None
