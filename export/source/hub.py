@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
+import inspect
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,15 @@ from urllib.parse import urlsplit
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
-from pastkey.errors import InputError, MissingFileError, PastkeyError, ResourceError, first_line, missing_extra
+from pastkey.errors import (
+    InputError,
+    MissingExtraError,
+    MissingFileError,
+    PastkeyError,
+    ResourceError,
+    first_line,
+    missing_extra,
+)
 from pastkey.files.durable import whole_folder
 from pastkey.files.folder import parse_records, read_json
 from pastkey.files.memory import shown_bytes
@@ -120,15 +128,12 @@ class HubModel:
                 "or name a folder on another disk with HF_HOME"
             )
         progress.stage(f"fetch {len(missing)} {'file' if len(missing) == 1 else 'files'}, {shown_bytes(total)}")
+        done = 0
         with _sentences(self.name):
-            _library().snapshot_download(
-                self.name,
-                revision=self.revision,
-                allow_patterns=[glob.escape(name) for name in missing],
-                tqdm_class=_bars(progress, total),
-            )
-            if lost := [name for name in missing if not (self.folder / name).is_file()]:
-                raise OSError(f"{lost[0]} did not come")
+            for name in missing:  # one by one and here, where Ctrl-C ends a download at once
+                _download(self.name, name, revision=self.revision, bars=_bars(progress, done, total))
+                done += self.files[name]
+                progress.advance(done, total)
 
     def _partly(self, missing: str) -> MissingFileError:
         return MissingFileError(
@@ -165,7 +170,10 @@ def find(name: str, progress: Progress, *, network: bool, revision: str = "") ->
     Raises MissingFileError, InputError, ResourceError, or MissingExtraError without huggingface_hub. `revision` is a
     commit, "" the newest one.
     """
-    library = _library()
+    try:
+        library = _library()
+    except MissingExtraError as error:
+        raise MissingExtraError(f"no path {name} exists, and to fetch a model of this id, {error}") from None
     if not network or library.constants.HF_HUB_OFFLINE:
         return _in_cache(name, revision)
     progress.say(f"fetching {name} from {_host()}")
@@ -173,7 +181,7 @@ def find(name: str, progress: Progress, *, network: bool, revision: str = "") ->
         about = library.HfApi().model_info(name, files_metadata=True)  # fails at once where there is no network
         first = next((file for file in (names.MANIFEST, names.CONFIG) if file in _sizes(about)), None)
         if first is not None:
-            folder = Path(library.hf_hub_download(name, first)).parent
+            folder = _download(name, first).parent
             if folder.name != about.sha:  # changed between the two
                 about = library.HfApi().model_info(name, revision=folder.name, files_metadata=True)
     found = HubModel(name, about.sha, folder if first is not None else _cache(), _sizes(about), network=True)
@@ -224,19 +232,28 @@ def _host() -> str:
     return urlsplit(str(_library().constants.ENDPOINT)).netloc.rpartition("@")[2]
 
 
-def _bars(progress: Progress, total: int) -> Any:
-    """Returns a class in tqdm's place, whose bars of bytes report to `progress`. The library counts bytes twice."""
+def _download(name: str, file: str, *, bars: Any = None, **options: Any) -> Path:
+    """Fetches a file into the cache, unless it is there. Returns its path."""
+    library = _library()
+    if bars is not None and "tqdm_class" in inspect.signature(library.hf_hub_download).parameters:
+        options["tqdm_class"] = bars
+    else:  # before 1.0
+        library.utils.disable_progress_bars()
+    return Path(library.hf_hub_download(name, file, **options))
+
+
+def _bars(progress: Progress, done: int, total: int) -> Any:
+    """Returns a class in tqdm's place, whose bars report the bytes of one file, after `done` of `total`."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]  # tqdm ships without types
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "disable": True})
-            self.counted = 0 if options.get("unit") == "B" else None
+            self.counted = 0
 
         def update(self, n: float | None = 1) -> bool | None:
-            if self.counted is not None:
-                self.counted += int(n or 0)
-                progress.advance(min(self.counted, total), total)
+            self.counted += int(n or 0)
+            progress.advance(min(done + self.counted, total), total)
             return None
 
     return Bar
@@ -290,9 +307,9 @@ def _sentence(name: str, error: Exception) -> PastkeyError:
         return ResourceError(f"{host} answered {status} for {name}: try again later")
     folder = name.partition("/")[2]
     return ResourceError(
-        f"{name} could not be fetched from {host} ({first_line(causes[-1])}): try again, which fetches only the files "
-        f"that are missing; for a machine without network type  hf download {name} --local-dir {folder}  elsewhere and "
-        "copy that folder"
+        f"no path {name} exists, and no model of this id could be fetched from {host} ({first_line(causes[-1])}): try "
+        "again, which fetches only the files that are missing; for a machine without network type  hf download "
+        f"{name} --local-dir {folder}  elsewhere and copy that folder"
     )
 
 
