@@ -70,11 +70,6 @@ class HubModel:
         """Whether this is a bundle, which needs no export."""
         return names.MANIFEST in self.files
 
-    @property
-    def weight_bytes(self) -> int:
-        """The size of all safetensors files that `fetch_weights` may fetch."""
-        return sum(size for name, size in self.files.items() if "/" not in name and name.endswith(".safetensors"))
-
     def fetch_small(self, progress: Progress, *, code: bool) -> None:
         """Fetches what transformers reads beside the weights, with `code` the Python files as well."""
         wanted = (*_SMALL_ENDINGS, ".py") if code else _SMALL_ENDINGS
@@ -83,18 +78,25 @@ class HubModel:
             progress,
         )
 
-    def fetch_weights(self, progress: Progress) -> None:
-        """Fetches the weights that transformers reads. Raises InputError or MissingFileError if there are none."""
+    def weights(self) -> dict[str, int]:
+        """The files of weights that transformers reads, with their bytes; call `fetch_small` before.
+
+        Raises InputError or MissingFileError if there are none.
+        """
         if names.WEIGHTS in self.files:
-            self._fetch([names.WEIGHTS], progress)
-        elif _INDEX in self.files:
-            listed = read_json(self.folder / _INDEX).get("weight_map")
-            shards = {str(file) for file in listed.values()} if isinstance(listed, dict) else set()
-            if not self.network and (missing := sorted(shards - self.files.keys())):
-                raise self._partly(missing[0])
-            self._fetch(sorted(shards & self.files.keys()), progress)  # `open_folder` names what is missing
-        else:
+            return {names.WEIGHTS: self.files[names.WEIGHTS]}
+        if _INDEX not in self.files:
             raise self._without_weights()
+        listed = read_json(self.folder / _INDEX).get("weight_map")
+        shards = sorted({str(file) for file in listed.values()} if isinstance(listed, dict) else ())
+        missing = next((name for name in shards if name not in self.files), None)
+        if missing is not None and not self.network:
+            raise self._partly(missing)
+        return {name: self.files[name] for name in shards if name in self.files}  # `open_folder` names what is missing
+
+    def fetch_weights(self, progress: Progress) -> None:
+        """Fetches the files of `weights`."""
+        self._fetch(self.weights(), progress)
 
     def fetch_bundle(self, progress: Progress) -> Bundle:
         """Fetches the bundle and checks all its hashes. Raises InputError or IntegrityError."""

@@ -135,11 +135,12 @@ def _open_hub(
 ) -> Source:
     if found.is_bundle:
         raise InputError(
-            f"{found} is a bundle already: fetch it with  pastkey export {found} --out {found.folder_name} "
+            f"{found} is a bundle already: fetch it with  pastkey export {found} --out {found.folder_name}  and load "
+            "that folder"
         )
     found.fetch_small(progress, code=trust_remote_code)
-    check_config(found.folder, trust_remote_code=trust_remote_code)
-    weights = found.weight_bytes // stored_bytes_per_weight(read_json(found.folder / names.CONFIG))
+    check_config(found.folder, found, trust_remote_code=trust_remote_code)
+    weights = sum(found.weights().values()) // stored_bytes_per_weight(read_json(found.folder / names.CONFIG))
     require_memory(weights)
     before_loading(weights)
     found.fetch_weights(progress)

@@ -67,7 +67,7 @@ def open_folder(
 
     `name` is the source's, by default the folder's.
     """
-    code = check_config(folder, trust_remote_code=trust_remote_code)
+    code = check_config(folder, name or folder, trust_remote_code=trust_remote_code)
     content = read_json(folder / names.CONFIG)
     _check_weights(folder, content)
     weights = sum(file.stat().st_size for file in folder.glob(f"*{_SAFETENSORS}")) // stored_bytes_per_weight(content)
@@ -121,34 +121,35 @@ def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int 
 
 
 # --- before loading -----------------------------------------------------------------------------------------------
-def check_config(folder: Path, *, trust_remote_code: bool) -> list[str]:
+def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list[str]:
     """Raises InputError if a folder's configuration is not that of a decoder that can be exported.
 
-    Reads no weights. Returns the names of the folder's own Python files, which need `trust_remote_code`.
+    Reads no weights. `name` is the source's in messages. Returns the names of the folder's own Python files, which need
+    `trust_remote_code`.
     """
     refuse_links(folder, _read_of(folder))
     config = read_json(folder / names.CONFIG)
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict):
         raise InputError(
-            f"the weights of {folder} are quantized already (quantization_config says "
+            f"the weights of {name} are quantized already (quantization_config says "
             f"{quantized.get('quant_method', 'so')}): export the unquantized model, pastkey quantizes it itself"
         )
     code = _custom_code(folder, config)
     if code and not trust_remote_code:
         raise InputError(
-            f"{folder} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
+            f"{name} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
             "and if you trust it add --trust-remote-code"
         )
-    with _transformers(folder) as library:
+    with _transformers(name) as library:
         opened = library.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         if getattr(opened, "is_encoder_decoder", False):
-            raise InputError(f"{folder} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
+            raise InputError(f"{name} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {})
         kinds = [str(kind) for kind in config.get("architectures") or ()]
         if not own and (type(opened) not in library.MODEL_FOR_CAUSAL_LM_MAPPING or _is_another(library, kinds)):
             raise InputError(
-                f"{folder} holds a {' and '.join(kinds) or opened.model_type}, which is not a decoder of transformers "
+                f"{name} holds a {' and '.join(kinds) or opened.model_type}, which is not a decoder of transformers "
                 "(AutoModelForCausalLM): only decoders can be exported"
             )
     return code
@@ -280,7 +281,7 @@ def _check_gguf(file: Path) -> int:
 
 # --- loading ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _transformers(source: Path) -> Iterator[Any]:
+def _transformers(source: object) -> Iterator[Any]:
     """Yields the library, silenced; its exceptions about the source become InputErrors."""
     try:
         import transformers

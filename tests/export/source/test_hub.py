@@ -283,6 +283,53 @@ def test_a_cache_that_cannot_be_written(hub: LoopbackHub, tmp_path: Path, monkey
     assert words.endswith("name a folder of yours with HF_HOME")
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "weights of org/tiny are quantized already (quantization_"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "org/tiny holds an encoder-decoder (t5): only decoders can"),
+        ({"model_type": "vit", "architectures": None}, "org/tiny holds a vit, which is not a decoder of transformers"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "holds a LlamaForSequenceClassification, which is not"),
+        ({"auto_map": {"AutoConfig": "own.Own"}}, "org/tiny brings Python code of its own (own.py)"),
+        ({"model_type": "no-such-model"}, "cannot load org/tiny: "),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_its_weights_are_fetched(
+    hub: LoopbackHub, changed: dict[str, Any], words: str
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from pastkey.export.source.open import open_source
+
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **changed}
+    hub.add(NAME, {**SMALL, "config.json": json.dumps(config).encode(), "model.safetensors": WEIGHTS})
+    with pytest.raises(InputError) as caught:
+        open_source(NAME, network=True)
+    assert words in str(caught.value)
+    assert not [line for line in hub.asked if "safetensors" in line]
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_fetched(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from pastkey.export.source.open import open_source
+
+    monkeypatch.setattr("pastkey.export.resources.available_memory", lambda: 600 << 20)
+    hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
+    with pytest.raises(ResourceError, match="exporting 800,000 weights takes about"):
+        open_source(NAME, network=True)
+    assert not [line for line in hub.asked if "safetensors" in line]
+
+
+def test_a_bundle_is_not_exported_again(hub: LoopbackHub) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from pastkey.export.source.open import open_source
+
+    hub.add(NAME, {"pastkey.json": b"{}", **SMALL})
+    with pytest.raises(InputError, match="org/tiny is a bundle already: fetch it with  pastkey export org/tiny --out"):
+        open_source(NAME, network=True)
+
+
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface-hub  and try again (pastkey's extras export,huggingface)" in refusal(
