@@ -73,7 +73,7 @@ def _names(source: str) -> tuple[str, str]:
     beside = (file for pattern in _READ for file in path.glob(pattern) if file.is_file())
     read = sorted(beside) if path.is_dir() else [path]
     state = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
-    family = f"{path.name}-{_hash(path)}"
+    family = f"{path.name[:80]}-{_hash(path)}"
     return family, f"{family}-{_hash(state)}"
 
 

@@ -160,6 +160,7 @@ def test_ctrl_c_leaves_nothing(hub: LoopbackHub, model: Path, tmp_path: Path) ->
     process = subprocess.Popen(
         [sys.executable, "-m", "pastkey", "chat", "org/interrupted", "--prompt", "Hello"],
         env=without_hub() | hub.environment(tmp_path),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -143,11 +143,13 @@ def test_ctrl_c_ends_the_export_which_removes_what_it_wrote(cache: Path, monkeyp
         "try:\n    time.sleep(60)\nfinally:\n    time.sleep(0.5); partial.unlink()\n"
     )
     child(monkeypatch, program)
-    found = threading.Thread(target=_press_when, args=(cache / "org--name.partial",))
-    found.start()
+    pressing = threading.Thread(target=_press_when, args=(cache / "org--name.partial",))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    pressing.start()
     with pytest.raises(KeyboardInterrupt):
         exported("org/name")
-    found.join()
+    pressing.join()
+    signal.signal(signal.SIGINT, before)
     assert sorted(path.name for path in cache.iterdir()) == ["org--name.lock"]
 
 
