@@ -175,7 +175,10 @@ def find(name: str, progress: Progress, *, network: bool, revision: str = "") ->
     try:
         library = _library()
     except MissingExtraError as error:
-        raise MissingExtraError(f"no path {name} exists, and to fetch a model of this id, {error}") from None
+        raise MissingExtraError(
+            f"no path {name} exists, and to fetch a model of this id more is needed (for a bundle huggingface-hub "
+            f"alone): {error}"
+        ) from None
     if not network or library.constants.HF_HUB_OFFLINE:
         return _in_cache(name, revision)
     progress.say(f"fetching {name} from {_host()}")
@@ -303,7 +306,8 @@ def _sentence(name: str, error: Exception) -> PastkeyError:
     status = next((r.status_code for c in causes if (r := getattr(c, "response", None)) is not None), None)
     if status in (401, 403):
         return InputError(
-            f"{host} refused the token ({status}): make a new one at {endpoint}/settings/tokens and set it as HF_TOKEN"
+            f"{host} refused access to {name} ({status}): the token may be wrong, or may not allow this: make another "
+            f"at {endpoint}/settings/tokens and set it as HF_TOKEN"
         )
     if status is not None:
         return ResourceError(f"{host} answered {status} for {name}: try again later")

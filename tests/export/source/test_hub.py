@@ -199,7 +199,7 @@ def test_a_private_model_is_read_with_its_token(hub: LoopbackHub, monkeypatch: p
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS}, token="hf_right")
     assert "or it is private" in refusal(MissingFileError)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "refused the token (401): make a new one" in refusal(InputError)
+    assert "refused access to org/tiny (401): the token may be wrong" in refusal(InputError)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     assert fetched().network
 
