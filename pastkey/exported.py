@@ -35,7 +35,7 @@ def exported(source: str) -> str:
     Any other path is returned as it is. Raises ResourceError if the cache cannot be written, and SystemExit with the
     status of an export that failed, which has told why.
     """
-    if source_extra(source) is None:
+    if source_extra(source) is None or not (hub_id(source) or Path(source).exists()):
         return source
     cache = user_cache_file("bundles")
     if cache is None:

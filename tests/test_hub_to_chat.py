@@ -102,6 +102,7 @@ def test_from_then_on_nothing_is_fetched_nor_exported(first: Done, hub: Loopback
     assert hub.asked == []
 
 
+@pytest.mark.slow
 def test_a_bundle_is_compared_with_its_source_in_the_cache(
     first: Done, hub: LoopbackHub, typed: Typed, home: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_bundle_that_was_altered_on_the_hub(first: Done, hub: LoopbackHub, typ
     assert not (home / "altered").exists()
 
 
+@pytest.mark.slow
 def test_without_network_an_export_takes_what_the_cache_has(
     first: Done, hub: LoopbackHub, typed: Typed, home: Path
 ) -> None:
@@ -153,6 +155,7 @@ def test_without_network_an_export_takes_what_the_cache_has(
     assert hub.asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_leaves_nothing(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
     """While the weights are fetched."""

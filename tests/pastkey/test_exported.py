@@ -46,7 +46,7 @@ def test_a_source_is_exported_once(exports: Exports, cache: Path) -> None:
     assert exports == [("org/name", cache / "org--name")]
 
 
-@pytest.mark.parametrize("given", ["bundle", "not/here/at all", "bundle.zip", "-"])
+@pytest.mark.parametrize("given", ["bundle", "not/here/at all", "absent.gguf", "bundle.zip", "-"])
 def test_any_other_path_stays_as_it_is(exports: Exports, given: str) -> None:
     Path("bundle").mkdir()
     Path("bundle", "pastkey.json").write_text("{}")
