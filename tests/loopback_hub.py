@@ -194,6 +194,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(data[:upto])
+            with contextlib.suppress(ConnectionError):  # the reader was interrupted
+                self.wfile.write(data[:upto])
         if upto is not None:
             self.close_connection = True
