@@ -1,7 +1,8 @@
 """Structured extraction: a dataclass is the schema of what the model writes, and one of its instances is the answer.
 
-pip install '.[cpu,constrained]'
-python examples/extract.py path/to/SmolLM2-135M-Instruct-bundle "Anna from Berlin wants twelve apples, by post."
+pip install '.[cpu,export,huggingface,constrained]'
+pastkey export HuggingFaceTB/SmolLM2-135M-Instruct --out bundle
+python examples/extract.py bundle "Anna from Berlin wants twelve apples, by post."
 """
 
 import dataclasses

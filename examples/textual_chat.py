@@ -1,7 +1,8 @@
 """A chat in the terminal: answers come word by word, Escape stops one, the arrow keys bring earlier questions back.
 
-pip install '.[cpu,chat]' textual
-python examples/textual_chat.py path/to/SmolLM2-135M-Instruct-bundle
+pip install '.[cpu,export,huggingface,chat]' textual
+pastkey export HuggingFaceTB/SmolLM2-135M-Instruct --out bundle
+python examples/textual_chat.py bundle
 """
 
 import sys

@@ -70,6 +70,7 @@ class BundleWriter:
         manifest = Manifest(
             pastkey_version=pastkey.__version__,
             source=source.name,
+            revision=source.revision,
             precision=precision,
             target="cpu",  # the export runs it there; `configure` sets the bundle's target
             graph=choice.graph,

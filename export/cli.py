@@ -8,6 +8,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pastkey.command import (
@@ -21,9 +22,10 @@ from pastkey.command import (
     say,
 )
 from pastkey.contract import names
-from pastkey.contract.bundle import open_bundle
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
-from pastkey.files.folder import read_json
+from pastkey.files.durable import refuse_existing
+from pastkey.files.folder import hub_id, read_json
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from .graft.probe.observe import Layer
     from .measure.evaluate import Evaluation
     from .pipeline import Report
+    from .source.hub import HubModel
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +112,12 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add_provider_settings(parser)
     add("--force", action="store_true", help="replace an existing bundle")
     add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
+    add(
+        "--no-network",
+        dest="network",
+        action="store_false",
+        help="fetch nothing: take ORG/NAME from the cache of huggingface_hub",
+    )
     add("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(ExportConfig)})
 
@@ -131,13 +140,22 @@ def _token_ids(text: str) -> list[int]:
 
 def _export(arguments: argparse.Namespace) -> int:
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(ExportConfig)}
-    ExportConfig(**options)  # validate before torch loads
+    config = ExportConfig(**options)  # validate before torch loads
+    source: str | HubModel = arguments.source
 
-    from .pipeline import export
     from .terminal import Stages
 
     with Stages() as stages, _prints_of_the_module():
-        report = export(arguments.source, arguments.out, **options, progress=stages)
+        if (name := hub_id(arguments.source)) is not None:
+            from .source.hub import find
+
+            refuse_existing(Path(arguments.out), force=config.force)
+            source = find(name, stages, network=config.network)
+            if source.is_bundle:
+                return _take_bundle(source, config, arguments, stages)
+        from .pipeline import export
+
+        report = export(source, arguments.out, **options, progress=stages)
     if arguments.json:
         print_json(report.to_json())
         return 0
@@ -156,14 +174,35 @@ def _export(arguments: argparse.Namespace) -> int:
             f"top-1 agreement {quality['top1_agreement']:.1%}"
         )
         _say_sensitivity(report)
-    has_tokenizer = names.TOKENIZER in report.manifest.files
-    command, hint = "run", "--prompt ..."
-    if not has_tokenizer:
-        hint = "--prompt-ids ...   (ids only: no --tokenizer was given)"
-    elif read_json(report.path / names.TOKENIZER_CONFIG).get("chat_template"):
-        command, hint = "chat", ""
-    say(f"next:  pastkey {command} {shlex.quote(str(report.path))} {hint}".rstrip())
+    _say_next(Bundle(report.path, report.manifest))
     return 0
+
+
+def _take_bundle(source: HubModel, config: ExportConfig, arguments: argparse.Namespace, progress: Progress) -> int:
+    """Writes a bundle from the Hub as it is."""
+    ours = dataclasses.replace(config, force=False, network=True)
+    changed = next((f.name for f in dataclasses.fields(config) if getattr(ours, f.name) != f.default), None)
+    if changed is not None:
+        raise InputError(
+            f"{source} is a bundle already, and taken as it is: leave out the option {changed.replace('_', ' ')}, or "
+            "export the model that it was made from"
+        )
+    bundle = source.write_bundle(Path(arguments.out), progress, force=config.force)
+    if arguments.json:
+        print_json({"bundle": arguments.out, "source": source.name, "revision": source.revision})
+        return 0
+    say(f"{bundle.path}: the bundle {source} at commit {source.revision[:12]}, {bundle.manifest.precision}")
+    _say_next(bundle)
+    return 0
+
+
+def _say_next(bundle: Bundle) -> None:
+    command, hint = "run", "--prompt ..."
+    if bundle.tokenizer is None:
+        hint = "--prompt-ids ...   (ids only: no --tokenizer was given)"
+    elif read_json(bundle.path / names.TOKENIZER_CONFIG).get("chat_template"):
+        command, hint = "chat", ""
+    say(f"next:  pastkey {command} {shlex.quote(str(bundle.path))} {hint}".rstrip())
 
 
 def _say_sensitivity(report: Report) -> None:

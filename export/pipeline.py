@@ -53,6 +53,7 @@ from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
 from .resources import parameters, require_disk, require_memory
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
+from .source.hub import HubModel
 from .source.open import open_source
 from .source.source import Source, check_tokenizer
 
@@ -74,6 +75,7 @@ class Report:
         return {
             "bundle": str(self.path),
             "source": self.manifest.source,
+            "revision": self.manifest.revision,
             "precision": self.manifest.precision,
             "graph": self.manifest.graph,
             "graph_reason": self.manifest.graph_reason,
@@ -88,7 +90,7 @@ class Report:
 
 
 def export(
-    module_or_path: nn.Module | str | Path,
+    module_or_path: nn.Module | str | Path | HubModel,
     out: str | Path,
     precision: str = ExportConfig.precision,
     *,
@@ -101,8 +103,8 @@ def export(
 
     Args:
         module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
-            language modelling; or the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c
-            .bin, or "file.py:factory" or "notebook.ipynb:expression".
+            language modelling; the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c .bin,
+            or "file.py:factory" or "notebook.ipynb:expression"; or "ORG/NAME" on the Hugging Face Hub, as text.
         out: The bundle's folder.
         precision: "int8", "int4", "fp16" or "fp32", of the weights.
         progress: Receives each stage, its progress, and warnings.
@@ -112,7 +114,7 @@ def export(
         InputError: An invalid argument.
         MissingFileError, ExistingFolderError, IntegrityError: A missing or damaged source, or an existing target.
         ProviderError: The target's execution provider does not run all of the graph, or returns different results.
-        ResourceError: Too little memory or disk.
+        ResourceError: Too little memory or disk, or the Hub cannot be reached.
         ContractError: A module that the cache cannot be grafted onto.
         NumericsError: A weight that is NaN or infinity, or a value that overflows float16.
         ParityError: The bundle differs from the source.
@@ -121,7 +123,9 @@ def export(
     return _export(module_or_path, Path(out), ExportConfig(precision, **options), Recorder(progress))
 
 
-def _export(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig, progress: Recorder) -> Report:
+def _export(
+    module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Recorder
+) -> Report:
     started = time.perf_counter()
     remove_leftovers(out)
     _refuse_early(module_or_path, out, config)
@@ -194,7 +198,7 @@ def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
-def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig) -> None:
+def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig) -> None:
     """Raises the errors that can be found before any work."""
     if config.sensitivity is not None:
         read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
@@ -205,7 +209,9 @@ def _refuse_early(module_or_path: nn.Module | str | Path, out: Path, config: Exp
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
 
 
-def _open(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfig, progress: Progress) -> Source:
+def _open(
+    module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Progress
+) -> Source:
     progress.stage("open the source")
 
     def require_room(weights: int) -> None:
@@ -219,7 +225,9 @@ def _open(module_or_path: nn.Module | str | Path, out: Path, config: ExportConfi
         weights=config.weights,
         eos=config.eos_ids,
         trust_remote_code=config.trust_remote_code,
+        network=config.network,
         say=progress.warn,
+        progress=progress,
         before_loading=require_room,
     )
     for sentence in source.warnings:

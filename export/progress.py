@@ -12,6 +12,9 @@ class Progress:
     def advance(self, done: int, total: int) -> None:
         """`done` of `total` parts of the current stage are complete."""
 
+    def say(self, sentence: str) -> None:
+        """Tells the user."""
+
     def warn(self, sentence: str) -> None:
         """Warns the user. The export continues."""
 
@@ -31,6 +34,9 @@ class Recorder(Progress):
 
     def advance(self, done: int, total: int) -> None:
         self._listener.advance(done, total)
+
+    def say(self, sentence: str) -> None:
+        self._listener.say(sentence)
 
     def warn(self, sentence: str) -> None:
         self.warnings.append(sentence)

@@ -24,7 +24,10 @@ Options = Mapping[str, str] | Sequence[tuple[str, str]]
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
 STATIC_CHUNK = 64  # default tokens of a prefill run
 
-SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
+SOURCES = (
+    "a checkpoint or Hugging Face folder, ORG/NAME on the Hugging Face Hub, a .gguf file, a llama2.c .bin, or "
+    "path/to/file.py:factory"
+)
 TOKENIZERS = (
     "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a .json list of characters, or "
     "path/to/file.py:factory"
@@ -58,6 +61,7 @@ class ExportOptions(TypedDict, total=False):
       precision until the bound is met.
     - `sensitivity` (None): A .json file to write each matrix's sensitivity to.
     - `trust_remote_code` (False): Runs the Python code in a Hugging Face folder.
+    - `network` (True): Whether a model on the Hub may be fetched. Otherwise it must be in the cache of huggingface_hub.
     - `weights` (None): A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads
       with weights_only=True. Only definitions of a "file.py:factory" are run then. The given module is not changed.
     - `eos` (the source's): The token id, or ids, that end a text.
@@ -82,6 +86,7 @@ class ExportOptions(TypedDict, total=False):
     max_kl: float | None
     sensitivity: str | Path | None
     trust_remote_code: bool
+    network: bool
     weights: str | Path | None
     eos: int | Sequence[int] | None
     provider_options: Options | None
@@ -112,6 +117,7 @@ class ExportConfig:
     max_kl: float | None = None
     sensitivity: str | Path | None = None
     trust_remote_code: bool = False
+    network: bool = True
     weights: str | Path | None = None
     eos: int | Sequence[int] | None = None
     provider_options: Options | None = None

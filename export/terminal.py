@@ -55,10 +55,13 @@ class Stages(Progress):
         with self._lock:
             self._share = done / total if total else None
 
-    def warn(self, sentence: str) -> None:
+    def say(self, sentence: str) -> None:
         with self._lock:
-            self._print(f"{self._start()}warning: {sentence}\n")
+            self._print(f"{self._start()}{sentence}\n")
             self._redraw()
+
+    def warn(self, sentence: str) -> None:
+        self.say(f"warning: {sentence}")
 
     def _tick(self) -> None:
         turns = 0

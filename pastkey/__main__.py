@@ -49,6 +49,8 @@ COMMANDS = {
     "devices": ("runtime.commands.devices", "list the execution providers of this machine"),
 }
 
+EXPORTING = ("run", "chat")  # they take a source as well, and export it once
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 success, 1 a difference was found, 2 the user's mistake."""
@@ -77,7 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
         command.add_arguments(parser)
         with _cleaning_up_when_terminated(), _warnings_as_sentences(prog):
-            status = command.run(parser.parse_args(rest))
+            given = parser.parse_args(rest)
+            if name in EXPORTING:
+                from pastkey.exported import exported
+
+                given.bundle = exported(given.bundle)
+            status = command.run(given)
         sys.stdout.flush()
         return status
     except PastkeyError as error:

@@ -107,7 +107,7 @@ NEEDED = {
     "train": ("torch", "safetensors", "matplotlib", "tqdm"),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
     "check": ("onnx",),
-    "huggingface": ("transformers",),
+    "huggingface": ("transformers", "huggingface_hub"),
     "gguf": ("gguf", "transformers", "accelerate"),
 }
 _TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib"}.union(

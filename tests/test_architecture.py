@@ -43,7 +43,7 @@ RULES = {
                 "safetensors", "tokenizers", "numpy", "tqdm",
             }
         ),
-        frozenset({"transformers", "gguf", "onnxruntime_extensions"}),
+        frozenset({"transformers", "gguf", "huggingface_hub", "onnxruntime_extensions"}),
     ),
 }  # fmt: skip
 
@@ -158,6 +158,7 @@ PASTKEY_FLOORS = (
     "files",
     "contract",
     "command",
+    "exported",
     "__main__",
 )
 MOST_TYPING_IMPORTS = 13  # of our own modules in runtime/, beside its lazy names

@@ -1,7 +1,8 @@
-"""Nothing that pastkey does asks for the network: no socket of the internet is made, nor a name looked up."""
+"""Only an export of a model on the Hub asks for the network: nothing else makes a socket, or looks a name up."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -102,3 +103,52 @@ def test_an_export_and_its_verification(refused: Refused, classic: Path, tmp_pat
     refused("-m", "pastkey", "export", source, "--out", tmp_path / "bundle", *flags)
     refused("-m", "pastkey", "verify", tmp_path / "bundle", source)
     refused("-m", "pastkey", "run", tmp_path / "bundle", "--prompt-ids", "1,2" if kind != "checkpoint" else "0,1")
+
+
+def test_an_export_of_a_model_on_the_hub_is_what_asks(refused: Refused, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    for arguments in (("export", "org/name", "--out", tmp_path / "bundle"), ("chat", "org/name", "--prompt", "Hello")):
+        with pytest.raises(AssertionError, match=r"no model of this id could be fetched from huggingface\.co"):
+            refused("-m", "pastkey", *arguments)
+        (tmp_path / "attempts").unlink()
+
+
+def test_the_other_commands_look_for_no_model_on_the_hub(refused: Refused, classic: Path, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    text, bundle = str(tmp_path / "text"), str(classic / "bundle")
+    Path(text).write_text("what is statquest awesome " * 20)
+    commands = [[command, "org/name"] for command in ("bench", "inspect", "verify", "check", "batch")]
+    commands += [
+        ["eval", "org/name", "--text", text],
+        ["verify", bundle, "org/name"],
+        ["eval", bundle, "--text", text, "--reference", "org/name", "--length", "4"],
+        ["run", bundle, "--prompt", "what", "--draft", "org/name"],
+        ["export", "org/name", "--out", "bundle", "--no-network"],
+    ]
+    program = (
+        "import json, sys\nfrom pastkey.__main__ import main\nfor command in json.loads(sys.argv[1]):\n"
+        "    try: status = main(command)\n    except SystemExit as end: status = end.code\n"
+        "    print(status)"
+    )
+    assert refused("-c", program, json.dumps(commands)).split() == ["2"] * len(commands)
+
+
+def test_a_model_of_the_hub_that_is_in_the_cache(
+    refused: Refused, classic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle that `chat` exported, and the files that an export fetched."""
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    shutil.copytree(classic / "bundle", tmp_path / "cache" / "pastkey" / "bundles" / "org--name")
+    assert refused("-m", "pastkey", "run", "org/name", "--prompt", "what is statquest") == "awesome\n"
+    model = tmp_path / "hub" / "hub" / "models--org--bundle"
+    shutil.copytree(classic / "bundle", model / "snapshots" / "0123")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    program = (  # a bundle needs no torch
+        "import sys\nsys.modules |= dict.fromkeys(['torch', 'onnx', 'onnx_ir', 'transformers'])\n"
+        "from pastkey.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    refused("-c", program, "export", "org/bundle", "--out", tmp_path / "bundle", "--no-network")
+    assert refused("-m", "pastkey", "run", tmp_path / "bundle", "--prompt", "what is statquest") == "awesome\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from benchmarks.measure import rows_of
 from benchmarks.pictures.render import RESULTS
 from pastkey.contract import names
 from pastkey.runtime.providers.ort import onnxruntime
+
+from .loopback_hub import serving, without_hub
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -128,6 +129,7 @@ SHELL = """
 pastkey() { "$PYTHON" -m pastkey "$@" || { echo "failed: pastkey $*" >&2; exit 1; }; }
 """
 MODEL = "path/to/SmolLM2-135M-Instruct"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def commands(page: str) -> list[str]:
@@ -175,7 +177,7 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_and_programs_of_a_page_run_in_turn(
     page: str, folder_of_a_chat_model: Path, tmp_path: Path
 ) -> None:
-    """With a tiny model in the place of SmolLM2, and a training of a few steps."""
+    """With a tiny model in the place of SmolLM2, from a Hub on loopback, and a training of a few steps."""
     (tmp_path / MODEL).parent.mkdir(parents=True)
     (tmp_path / MODEL).symlink_to(folder_of_a_chat_model)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -189,13 +191,15 @@ def test_the_commands_and_programs_of_a_page_run_in_turn(
     for file, program in zip(files, programs(page), strict=True):
         file.write_text(program, encoding="utf-8")
     script = SHELL + "\n".join([*lines, *(f'"$PYTHON" {file.name}' for file in files)])
-    done = subprocess.run(
-        ["bash", "-eu", "-o", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHON": sys.executable},
-        input="Once upon a time\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with serving() as hub:
+        hub.add(HUB_ID, folder_of_a_chat_model)
+        done = subprocess.run(
+            ["bash", "-eu", "-o", "pipefail", "-c", script],
+            cwd=tmp_path,
+            env=without_hub() | hub.environment(tmp_path) | {"PYTHON": sys.executable},
+            input="Once upon a time\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-2000:]

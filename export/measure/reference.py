@@ -22,7 +22,7 @@ from pastkey.errors import (
     MissingFileError,
     first_line,
 )
-from pastkey.files.folder import read_json
+from pastkey.files.folder import hub_id, read_json
 from pastkey.files.tokenizer_file import open_tokenizer
 
 from ..settings import SOURCES, split_factory
@@ -74,7 +74,7 @@ def open_reference(
         return BundlePredictor(other, threads=threads)
     _require_known(path)
     try:
-        source, module, _ = _open_module(path, length, None, weights, trust_remote_code, say)
+        source, module, _ = _open_module(path, length, None, bundle, weights, trust_remote_code, say)
     except ContextLengthError as error:
         raise _too_short(path, error.longest, length) from None
     found = ModulePredictor(module, path)
@@ -102,7 +102,7 @@ def open_exported(
     length, call = bundle.manifest.context_length, bundle.manifest.call or None
     if call is not None:
         _require_plain(call, bundle)
-    source, module, observation = _open_module(path, length, call, weights, trust_remote_code, say)
+    source, module, observation = _open_module(path, length, call, bundle, weights, trust_remote_code, say)
     _require_same_shape(bundle, source.name, observation)
     return module, observation.layers
 
@@ -135,15 +135,29 @@ def _shown(layers: Sequence[KVGeometry]) -> str:
 
 # --- sources ------------------------------------------------------------------------------------------------------
 def _open_module(
-    path: str, context_length: int, call: str | None, weights: str | None, trust_remote_code: bool, say: Say
+    path: str,
+    context_length: int,
+    call: str | None,
+    bundle: Bundle,
+    weights: str | None,
+    trust_remote_code: bool,
+    say: Say,
 ) -> tuple[Source, nn.Module, Observation]:
-    """Returns the source, its module as it is run, and the observation of a run."""
+    """Returns the source, its module as it is run, and the observation of a run.
+
+    The source of `bundle` on the Hub is opened at the commit that was exported.
+    """
     _require_packages()
     from ..graft.probe.contract import in_contract
     from ..source.open import open_source
 
     source = open_source(
-        path, context_length=context_length, weights=weights, trust_remote_code=trust_remote_code, say=say
+        path,
+        context_length=context_length,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
+        revision=bundle.manifest.revision if path == bundle.manifest.source else "",
+        say=say,
     )
     try:
         found = in_contract(source.module, source.context_length, call, say)
@@ -173,7 +187,7 @@ def _is_bundle(path: Path) -> bool:
 
 def _require_known(path: str) -> None:
     """Raises if the path can be neither a bundle nor a source; `open_source` determines the kind of source."""
-    if split_factory(path) is not None:
+    if split_factory(path) is not None or hub_id(path) is not None:
         return
     expected = f"expected another bundle, {SOURCES}"
     place = Path(path)

@@ -1,4 +1,4 @@
-"""Opens any source: a module, file.py:factory, a checkpoint, a Hugging Face folder, GGUF, or llama2.c."""
+"""Opens any source: a module, file.py:factory, a checkpoint, a Hugging Face folder, a Hub id, GGUF, or llama2.c."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from torch import nn
 
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
+from pastkey.files.folder import hub_id, read_json
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
 
+from ..progress import SILENT, Progress
+from ..resources import require_memory
 from ..settings import SOURCES, split_factory
 from .factory import call_factory
+from .hub import HubModel, find
 from .llama2c import open_llama2c
-from .pretrained import open_folder, open_gguf, open_model
+from .pretrained import check_config, open_folder, open_gguf, open_model, stored_bytes_per_weight
 from .source import Source, checked_context, context_of, read_template, with_template
 from .tokenizers.tokenizer import read_tokenizer
 from .weights import load_weights
 
 
 def open_source(
-    source: nn.Module | str | Path,
+    source: nn.Module | str | Path | HubModel,
     *,
     tokenizer: str | Path | None = None,
     chat_template: str | Path | None = None,
@@ -36,7 +40,10 @@ def open_source(
     weights: str | Path | None = None,
     eos: Sequence[int] = (),
     trust_remote_code: bool = False,
+    network: bool = False,
+    revision: str = "",
     say: Callable[[str], None] = lambda stage: None,
+    progress: Progress = SILENT,
     before_loading: Callable[[int], None] = lambda weights: None,
 ) -> Source:
     """Opens the source of an export.
@@ -44,8 +51,9 @@ def open_source(
     Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
     its own, and may shorten that of others. `chat_template` is a file whose template replaces the tokenizer's own.
     `weights` is a file with a module's state dict, and `eos` replaces the source's own ids. `trust_remote_code` runs
-    the Python code in a Hugging Face folder; `say` is called first. `before_loading` receives the number of weights of
-    a file, and may refuse to load so many.
+    the Python code in a Hugging Face folder; `say` is called first. A str may be ORG/NAME on the Hub, which is fetched
+    with `network`, or else taken from the cache, at commit `revision` or the newest. `before_loading` receives the
+    number of weights of a file, and may refuse to load so many.
     """
     template = None if chat_template is None else read_template(chat_template)  # first: loading takes long
     if template is not None and importlib.util.find_spec("jinja2") is not None:
@@ -61,6 +69,11 @@ def open_source(
         raise InputError(
             f"--weights {weights} is for a module (file.py:factory or notebook.ipynb:Model), and {source} brings its "
             "own weights: leave it out"
+        )
+    elif isinstance(source, HubModel) or (isinstance(source, str) and hub_id(source) is not None):
+        found = find(source, progress, network=network, revision=revision) if isinstance(source, str) else source
+        return _finished(
+            _open_hub(found, tokenizer, context_length, trust_remote_code, say, progress, before_loading), eos, template
         )
     else:
         return _finished(
@@ -109,6 +122,38 @@ def _open(
             f"has: expected {SOURCES}"
         )
     return _from_checkpoint(path, tokenizer, context_length)
+
+
+def _open_hub(
+    found: HubModel,
+    tokenizer: str | Path | None,
+    context_length: int | None,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+    progress: Progress,
+    before_loading: Callable[[int], None],
+) -> Source:
+    if found.is_bundle:
+        raise InputError(
+            f"{found} is a bundle already: fetch it with  pastkey export {found} --out {found.folder_name}  and load "
+            "that folder"
+        )
+    found.fetch_small(progress, code=trust_remote_code)
+    check_config(found.folder, found, trust_remote_code=trust_remote_code)
+    weights = sum(found.weights().values()) // stored_bytes_per_weight(read_json(found.folder / names.CONFIG))
+    require_memory(weights)
+    before_loading(weights)
+    found.fetch_weights(progress)
+    opened = open_folder(
+        found.folder,
+        name=found.name,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        trust_remote_code=trust_remote_code,
+        say=say,
+        before_loading=before_loading,
+    )
+    return dataclasses.replace(opened, revision=found.revision)
 
 
 def _is_of_transformers(module: nn.Module) -> bool:

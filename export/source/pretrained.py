@@ -35,6 +35,7 @@ from .tokenizers.tokenizer import read_tokenizer
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
+_OTHER_HEAD = re.compile(r"For(?!CausalLM)[A-Z]\w*$")  # BertForMaskedLM
 _SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
 # Architectures' names for their sizes. Each is limited to what the files hold, times some slack for smaller dtypes.
 _SIZES = {
@@ -60,20 +61,16 @@ def open_folder(
     trust_remote_code: bool,
     say: Callable[[str], None],
     before_loading: Callable[[int], None],
+    name: str | None = None,
 ) -> Source:
-    """Opens a folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError."""
-    refuse_links(folder, _read_of(folder))
+    """Opens a folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError.
+
+    `name` is the source's, by default the folder's.
+    """
+    code = check_config(folder, name or folder, trust_remote_code=trust_remote_code)
     content = read_json(folder / names.CONFIG)
-    code = _custom_code(folder, content)
-    _check_folder(folder, content)
-    if code and not trust_remote_code:
-        raise InputError(
-            f"{folder} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
-            "and if you trust it add --trust-remote-code"
-        )
-    half = str(content.get("dtype", content.get("torch_dtype"))) in ("float16", "bfloat16")
-    stored = sum(file.stat().st_size for file in folder.glob(f"*{_SAFETENSORS}"))
-    weights = stored // (2 if half else 4)
+    _check_weights(folder, content)
+    weights = sum(file.stat().st_size for file in folder.glob(f"*{_SAFETENSORS}")) // stored_bytes_per_weight(content)
     require_memory(weights)
     _check_sizes(folder, content)
     before_loading(weights)
@@ -85,13 +82,10 @@ def open_folder(
     with _transformers(folder) as library:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
-        if getattr(config, "is_encoder_decoder", False):
-            raise InputError(f"{folder} holds an encoder-decoder ({config.model_type}): only decoders can be exported")
-        _refuse_recurrent(library.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), folder)
         model = _load(library, folder, config=config, use_safetensors=True, **options)
         wanted = _has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
-    return _source(folder.resolve().name, model, found, tokenizer, context_length)
+    return _source(name or folder.resolve().name, model, found, tokenizer, context_length)
 
 
 def open_gguf(
@@ -127,13 +121,53 @@ def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int 
 
 
 # --- before loading -----------------------------------------------------------------------------------------------
-def _check_folder(folder: Path, config: dict[str, Any]) -> None:
+def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list[str]:
+    """Raises InputError if a folder's configuration is not that of a decoder that can be exported.
+
+    Reads no weights. `name` is the source's in messages. Returns the names of the folder's own Python files, which need
+    `trust_remote_code`.
+    """
+    refuse_links(folder, _read_of(folder))
+    config = read_json(folder / names.CONFIG)
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict):
         raise InputError(
-            f"the weights of {folder} are quantized already (quantization_config says "
+            f"the weights of {name} are quantized already (quantization_config says "
             f"{quantized.get('quant_method', 'so')}): export the unquantized model, pastkey quantizes it itself"
         )
+    code = _custom_code(folder, config)
+    if code and not trust_remote_code:
+        raise InputError(
+            f"{name} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
+            "and if you trust it add --trust-remote-code"
+        )
+    with _transformers(name) as library:
+        opened = library.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        if getattr(opened, "is_encoder_decoder", False):
+            raise InputError(f"{name} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
+        own = "AutoModelForCausalLM" in (config.get("auto_map") or {})
+        kinds = [str(kind) for kind in config.get("architectures") or ()]
+        if not own and (type(opened) not in library.MODEL_FOR_CAUSAL_LM_MAPPING or _is_another(library, kinds)):
+            raise InputError(
+                f"{name} holds a {' and '.join(kinds) or opened.model_type}, which is not a decoder of transformers "
+                "(AutoModelForCausalLM): only decoders can be exported"
+            )
+        _refuse_recurrent(library.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(opened), None), name)
+    return code
+
+
+def _is_another(library: Any, kinds: Sequence[str]) -> bool:
+    """Whether all classes have a head that is not a decoder's. A class of somebody's own may have any name."""
+    known = library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return bool(kinds) and all(_OTHER_HEAD.search(kind) and kind not in known for kind in kinds)
+
+
+def stored_bytes_per_weight(config: Mapping[str, Any]) -> int:
+    """Returns the size of a weight in the files of a folder with this config.json."""
+    return 2 if str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16") else 4
+
+
+def _check_weights(folder: Path, config: dict[str, Any]) -> None:
     named = config.get("transformers_weights")
     if named is not None and not _is_plain(named, _SAFETENSORS, _INDEX):
         raise InputError(
@@ -248,7 +282,7 @@ def _check_gguf(file: Path) -> int:
 
 # --- loading ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _transformers(source: Path) -> Iterator[Any]:
+def _transformers(source: object) -> Iterator[Any]:
     """Yields the library, silenced; its exceptions about the source become InputErrors."""
     try:
         import transformers

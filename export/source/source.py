@@ -30,6 +30,7 @@ class Source:
     generation: dict[str, Any] = field(default_factory=dict)  # its authors' sampling settings: generation_config.json
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    revision: str = ""  # the commit on the Hub
     call: str = ""  # how the author calls the module, if that is not the contract
     warnings: tuple[str, ...] = ()  # sentences for the user
 

@@ -32,7 +32,8 @@ _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows le
 
 TokenCount = Annotated[int, Between(0)]  # also a number of nodes
 _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
-FORMAT_VERSION = 2  # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits
+# 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits. 3: the source's revision.
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Manifest:
     """The manifest of a bundle. `parity` and `quality` hold the figures measured at export."""
 
     pastkey_version: str
-    source: str  # the source's name: a checkpoint's, or a module's class
+    source: str  # the source's name: a checkpoint's, a module's class, or ORG/NAME on the Hugging Face Hub
     precision: str  # of the weights: a key of PRECISIONS
     target: str  # where it runs: one of `providers.TARGETS`
     graph: str  # its form: one of names.GRAPHS
@@ -114,6 +115,7 @@ class Manifest:
     static: StaticShape | None = None  # sizes of the static graphs
     compiled: Compiled | None = None  # if context binaries replace the static graphs
     provider_options: Mapping[str, str] = field(default_factory=dict)  # options of the target's provider
+    revision: str = ""  # the source's commit on the Hub
     call: str = ""  # the author's call, unless it is forward(input_ids, position_ids)
     bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these

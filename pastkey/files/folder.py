@@ -26,7 +26,9 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 _LARGE_TEXT = 10_000_000  # bytes
 _LONGEST_NAME = 1024  # characters of a path in a folder
 _CONFIG = "config.json"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a model on Hugging Face: ORG/NAME
+_HUB_NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"  # of an owner, and of a model, on Hugging Face
+_HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}", re.ASCII)
+_FILES = (".gguf", ".bin", ".safetensors", ".py", ".ipynb", ".zip", ".json")  # of sources and bundles, not of ids
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
 
@@ -92,8 +94,20 @@ def require_manifest(folder: Path, kind: str) -> None:
         raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}{_to_export(folder, kind)}")
 
 
+def hub_id(source: str) -> str | None:
+    """Returns `source` if it is the id of a model on the Hugging Face Hub: ORG/NAME, without such a path or folder ORG.
+
+    None for any other text.
+    """
+    path = Path(source)
+    is_id = _HUB_ID.fullmatch(source) and not source.endswith(_FILES)
+    return source if is_id and not path.exists() and not path.parent.exists() else None
+
+
 def source_extra(source: str) -> str | None:
-    """Returns pastkey's extra that exports a GGUF file or a Hugging Face folder. None for any other path."""
+    """Returns pastkey's extra that exports a Hub id, a Hugging Face folder or a GGUF file. None for any other path."""
+    if hub_id(source) is not None:
+        return "huggingface"
     folder = Path(source)
     if folder.suffix == ".gguf":
         return "gguf"
@@ -107,17 +121,12 @@ def _to_export(path: Path, kind: str) -> str:
     """Returns the end of an error about a path that is not a bundle: the command that exports a bundle from it."""
     if kind != "bundle":
         return ""
-    download = ""
-    if not path.exists():
-        if not _HUB_NAME.fullmatch(str(path)):
-            return ""
-        download = f"hf download {path} --local-dir {path.name}  and  "
-    source = Path(path.name) if download else path.parent if path.suffix == ".safetensors" else path
-    extra = "huggingface" if download else source_extra(str(source))
+    source = str(path.parent if path.suffix == ".safetensors" and path.exists() else path)
+    extra = source_extra(source)
     if extra is None:
         return ""
-    command = f"{download}pastkey export {shlex.quote(str(source))} --out bundle"
-    given = "for a model on Hugging Face, type" if download else "export it first: type"
+    given = "for a model on Hugging Face, type" if hub_id(source) is not None else "export it first: type"
+    command = f"pastkey export {shlex.quote(source)} --out bundle"
     return f"; {given}  {command}  (it needs pastkey's extras export,{extra})"
 
 
@@ -214,7 +223,8 @@ def leads_out(path: Path, folder: Path) -> bool:
     """Whether a file of `folder` is, or is behind, a link that leads out of it.
 
     Links of Hugging Face's cache to its own store are allowed, in exactly this form:
-    models--X/snapshots/REV/FILE links to ../../blobs/HASH, with one more .. for each folder that FILE is in.
+    models--X/snapshots/REV/FILE links to ../../blobs/HASH, with one more .. for each folder that FILE is in. That may
+    link to ../../blobs/AB/ABHASH, which all repositories share.
     """
     root, parent, target = folder.resolve(), path.parent.resolve(), path.resolve()
     if parent != root and root not in parent.parents:
@@ -222,18 +232,25 @@ def leads_out(path: Path, folder: Path) -> bool:
     return root not in target.parents and not any(
         place.name == "snapshots"
         and place.parent.name.startswith(_HUB_PREFIXES)
-        and path.readlink() == Path(*[".."] * (up + 2), "blobs", target.name)
-        and target == place.parent / "blobs" / target.name
+        and path.readlink() == Path(*[".."] * (up + 2), "blobs", path.readlink().name)
+        and _is_in_hub_store(place.parent / "blobs" / path.readlink().name, target)
         for up, place in enumerate(parent.parents)
     )
 
 
-def hub_store(folder: Path) -> Path | None:
-    """Returns where the links of a folder in Hugging Face's cache lead; None for any other folder."""
-    for place in folder.resolve().parents:
-        if place.name == "snapshots" and place.parent.name.startswith(_HUB_PREFIXES):
-            return place.parent / "blobs"
-    return None
+def _is_in_hub_store(blob: Path, target: Path) -> bool:
+    """Whether `target` is this blob, or what it links to in the store that all repositories of the cache share."""
+    if not blob.is_symlink():
+        return target == blob
+    shared = Path("blobs", target.name[:2], target.name)
+    inside = re.fullmatch(_SHA256, target.name) and blob.readlink() == Path("..", "..") / shared
+    return bool(inside) and target == blob.parent.parent.parent / shared
+
+
+def hub_files(folder: Path) -> list[Path]:
+    """Returns the files in Hugging Face's own store that the links of a folder in its cache lead to."""
+    links = (file for file in folder.rglob("*") if file.is_symlink() and not leads_out(file, folder))
+    return [target for target in (link.resolve() for link in links) if folder.resolve() not in target.parents]
 
 
 def user_cache_file(name: str) -> Path | None:

@@ -10,11 +10,11 @@ from pastkey.command import Command, add_placement, print_json, say
 from pastkey.errors import InputError
 
 from ..settings import CHAT_NEW_TOKENS, ChatOptions
-from .flags import add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
+from .flags import SOURCE, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
+    add_bundle(parser, SOURCE)
     parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
     parser.add_argument("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
     parser.add_argument(

@@ -16,6 +16,9 @@ from ..sandbox.limits import Limits
 from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, MAX_NEW_TOKENS, ChatOptions, SamplingConfig
 
 BUNDLE: Final = "a folder that pastkey export wrote"
+SOURCE: Final = (
+    "a bundle; or what is exported once and kept: ORG/NAME on the Hugging Face Hub, a Hugging Face folder, a .gguf file"
+)
 _LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": lambda text: int(float(text)), "seconds": float}
 # The flags of SamplingConfig's fields: type, meaning.
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -43,10 +46,10 @@ SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """The bundle, and the flags of an untrusted one: `untrusted`, and `limits` as pairs, or None."""
+def add_bundle(parser: argparse.ArgumentParser, what: str = BUNDLE) -> None:
+    """The bundle (`what` it is), and the flags of an untrusted one: `untrusted`, and `limits` as pairs, or None."""
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help=BUNDLE)
+    add("bundle", metavar="BUNDLE", help=what)
     add("--untrusted", action="store_true", help="open the bundle in a child process with limits")
     meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; repeat for both"
     add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)

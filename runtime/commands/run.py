@@ -9,11 +9,11 @@ from pastkey.command import Command, add_placement, id_list, print_json, print_t
 from pastkey.contract import names
 
 from ..settings import MAX_NEW_TOKENS
-from .flags import add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
+from .flags import SOURCE, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_bundle(parser)
+    add_bundle(parser, SOURCE)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")

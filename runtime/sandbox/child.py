@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pastkey.contract.names import MANIFEST
-from pastkey.files.folder import hub_store
+from pastkey.files.folder import hub_files
 from pastkey.files.memory import available_memory
 
 from ..model.unpack import unpack
@@ -91,8 +91,7 @@ def limited(given: Mapping[str, Any]) -> tuple[LimitsInForce, Path]:
     if given["unpack_to"] is not None:
         path = _unpacked(path, given["name"], Path(given["unpack_to"]), rights)
     rights.append((path, landlock.READ))
-    if (store := hub_store(path)) is not None:
-        rights.append((store, landlock.READ))
+    rights += [(file, landlock.READ) for file in hub_files(path)]
     if scratch is not None:
         rights.append((scratch, landlock.WRITE))
         tempfile.tempdir = str(scratch)

@@ -42,7 +42,7 @@ def _huggingface(content: bytes) -> object:
     (folder / names.CONFIG).write_bytes(content)
     config = read_json(folder / names.CONFIG)
     pretrained._custom_code(folder, config)
-    pretrained._check_folder(folder, config)
+    pretrained._check_weights(folder, config)
     pretrained._check_sizes(folder, config)
     return config
 
@@ -52,7 +52,7 @@ def _index(content: bytes) -> object:
     folder.mkdir(exist_ok=True)
     (folder / names.WEIGHTS).write_bytes(_small_safetensors())
     (folder / f"{names.WEIGHTS}.index.json").write_bytes(content)
-    pretrained._check_folder(folder, {})
+    pretrained._check_weights(folder, {})
     return folder
 
 

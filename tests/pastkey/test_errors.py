@@ -80,18 +80,19 @@ def test_what_is_named_is_what_the_extras_bring() -> None:
         assert {module.replace("_", "-") for module in modules} <= brought
 
 
-@pytest.mark.parametrize(("source", "extra"), [("m.gguf", "gguf"), ("hf", "huggingface")])
+@pytest.mark.parametrize(("source", "extra"), [("m.gguf", "gguf"), ("hf", "huggingface"), ("org/name", "huggingface")])
 def test_an_export_names_at_once_what_its_source_needs(tmp_path: Path, source: str, extra: str) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     modules = [*NEEDED["export"], *NEEDED[extra]]
     program = (
         f"import sys\nsys.modules |= dict.fromkeys({modules})\nfrom pastkey.__main__ import main\n"
-        f"sys.exit(main(['export', {str(tmp_path / source)!r}, '--out', 'b']))"
+        f"sys.exit(main(['export', {source!r}, '--out', 'b']))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    packages = " ".join(dict.fromkeys(modules)).replace("onnx_ir", "onnx-ir")
+    packages = " ".join(dict.fromkeys(modules)).replace("_", "-")
     assert done.stderr.endswith(f"pip install {packages} and try again (pastkey's extras export,{extra})\n")
 
 

@@ -12,7 +12,8 @@ from pastkey.files.folder import (
     check_hashes,
     check_sizes,
     file_record,
-    hub_store,
+    hub_files,
+    hub_id,
     leads_out,
     parse_records,
     read_json,
@@ -213,13 +214,37 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch
         check_hashes(tmp_path, records)
 
 
-def test_the_store_of_a_hubs_cache(tmp_path: Path) -> None:
-    """Of what lies in its layout, and of nothing else."""
-    repository = tmp_path / "models--a--b"
-    assert hub_store(repository / "snapshots" / "0123") == repository.resolve() / "blobs"
-    assert hub_store(repository / "snapshots" / "0123" / "onnx") == repository.resolve() / "blobs"
-    assert hub_store(tmp_path / "snapshots" / "0123") is None
-    assert hub_store(repository) is None
+def in_hub_cache(cache: Path, *, shared: bool) -> Path:
+    """A folder of Hugging Face's cache with one file, whose content may lie in the store of all repositories."""
+    digest = "ab" + "0" * 62
+    repository = cache / "models--a--b"
+    folder = repository / "snapshots" / "0123"
+    for place in (folder / "onnx", repository / "blobs", cache / "blobs" / "ab"):
+        place.mkdir(parents=True)
+    (folder / "onnx" / "file").symlink_to("../../../blobs/etag")
+    if shared:
+        (cache / "blobs" / "ab" / digest).write_text("content")
+        (repository / "blobs" / "etag").symlink_to(f"../../blobs/ab/{digest}")
+    else:
+        (repository / "blobs" / "etag").write_text("content")
+    return folder
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_links_of_a_hubs_cache(tmp_path: Path, shared: bool) -> None:
+    """To its own stores, and nowhere else."""
+    folder = in_hub_cache(tmp_path, shared=shared)
+    file = folder / "onnx" / "file"
+    assert not leads_out(file, folder)
+    assert hub_files(folder) == [file.resolve()]
+    (tmp_path / "secret").write_text("secret")
+    (folder / "beside").symlink_to("../../../secret")
+    blob = tmp_path / "models--a--b" / "blobs" / "etag"
+    blob.unlink()
+    blob.symlink_to("../../secret")
+    assert leads_out(file, folder)
+    assert leads_out(folder / "beside", folder)
+    assert hub_files(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -228,7 +253,7 @@ def test_the_store_of_a_hubs_cache(tmp_path: Path) -> None:
         ("m.gguf", "type  pastkey export m.gguf --out bundle  (it needs pastkey's extras export,gguf)"),
         ("a b", "type  pastkey export 'a b' --out bundle  (it needs pastkey's extras export,huggingface)"),
         ("a b/model.safetensors", "type  pastkey export 'a b' --out bundle  (it"),
-        ("org/name-1.5B", "type  hf download org/name-1.5B --local-dir name-1.5B  and  pastkey export name-1.5B --out"),
+        ("org/name-1.5B", "type  pastkey export org/name-1.5B --out bundle  (it needs pastkey's extras export,hugg"),
     ],
 )
 def test_a_model_of_another_form_comes_with_the_command_that_exports_it(
@@ -243,3 +268,36 @@ def test_a_model_of_another_form_comes_with_the_command_that_exports_it(
         require_manifest(Path(given), "bundle")
     with pytest.raises(PastkeyError, match=r"(a folder|exist|pastkey\.json)$"):
         require_manifest(Path(given), "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("a/b", True),
+        ("TheBloke/Llama-2-7B-GGUF", True),
+        ("gpt2", False),
+        ("./a/b", False),
+        ("/a/b", False),
+        ("a/b/c", False),
+        ("a/b/", False),
+        ("../a", False),
+        ("~/models", False),
+        ("a\\b", False),
+        ("a/b c", False),
+        ("a/b--c", False),
+        ("a/b..c", False),
+        ("a/é", False),
+        ("models/model.gguf", False),
+        (f"a/{'b' * 97}", False),
+        ("here/model", False),
+        ("folder/model", False),
+    ],
+)
+def test_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool) -> None:
+    """ORG/NAME in the Hub's own letters, where neither that path nor a folder ORG exists."""
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    Path("here", "model").mkdir()
+    Path("folder").mkdir()
+    assert hub_id(text) == (text if expected else None)

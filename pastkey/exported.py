@@ -1,0 +1,120 @@
+"""The bundles that `chat` and `run` export themselves, once for each source, in the user's cache folder.
+
+A process of its own exports: the one that runs the bundle never imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from .command import say
+from .errors import InUseError, ResourceError
+from .files.durable import locked
+from .files.folder import hub_id, source_extra, user_cache_file
+
+# As `python -m pastkey`, which would also import what lies in the current folder: a model's folder may hold anything.
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from pastkey.__main__ import main; sys.exit(main())"
+)
+_READ = ("[!.]*", "additional_chat_templates/*")  # of a Hugging Face folder
+
+
+def exported(source: str) -> str:
+    """Returns the path of a bundle: the cached export of a Hub id, a Hugging Face folder or a GGUF file.
+
+    Any other path is returned as it is. Raises ResourceError if the cache cannot be written, and SystemExit with the
+    status of an export that failed, which has told why.
+    """
+    if source_extra(source) is None or not (hub_id(source) or Path(source).exists()):
+        return source
+    cache = user_cache_file("bundles")
+    if cache is None:
+        raise ResourceError(f"there is no home folder to keep the export of {source} in: {_by_hand(source)}")
+    family, bundle = _names(source)
+    target = cache / bundle
+    if target.exists():
+        return str(target)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / f"{family}.lock").touch()
+    except OSError as error:
+        raise ResourceError(
+            f"the cache folder {cache} cannot be written ({error.strerror}): name another with XDG_CACHE_HOME, or "
+            + _by_hand(source)
+        ) from None
+    with _one_at_a_time(cache / f"{family}.lock", source):
+        if not target.exists():
+            _export(source, target)
+            _remove_older(target, family)
+    return str(target)
+
+
+def _by_hand(source: str) -> str:
+    return f"type  pastkey export {shlex.quote(source)} --out bundle  and name that folder"
+
+
+def _names(source: str) -> tuple[str, str]:
+    """Returns the name of a source, and that of its export: a changed file or folder has another one."""
+    name = hub_id(source)
+    if name is not None:
+        family = name.replace("/", "--")  # as in the cache of huggingface_hub; an id has no -- itself
+        return family, family
+    path = Path(source).resolve()
+    beside = (file for pattern in _READ for file in path.glob(pattern) if file.is_file())
+    read = sorted(beside) if path.is_dir() else [path]
+    state = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
+    family = f"{path.name[:80]}-{_hash(path)}"
+    return family, f"{family}-{_hash(state)}"
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(os.fsencode(str(content))).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path, source: str) -> Iterator[None]:
+    """Waits for another process that exports the same source."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(lock))
+        except InUseError:
+            say(f"another process exports {source}: waiting for its end")
+            held.enter_context(locked(lock, wait=True))
+        yield
+
+
+def _export(source: str, target: Path) -> None:
+    """Runs `pastkey export`. Raises SystemExit if it fails."""
+    command = [sys.executable, "-P", "-c", _BOOT, json.dumps(sys.path), "export", source, "--out", str(target)]
+    # In a session of its own, Ctrl-C reaches this process alone, which ends the other once.
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        status = child.wait()
+    except BaseException:
+        child.terminate()  # it removes what it has written
+        child.wait()
+        raise
+    if status < 0:
+        raise ResourceError(
+            f"the export of {source} was ended by signal {-status}, as where memory is short: end other programs, or "
+            + _by_hand(source)
+        )
+    if status and not target.exists():  # where there are no locks, another process may have been first
+        raise SystemExit(status)
+
+
+def _remove_older(target: Path, family: str) -> None:
+    """Removes the exports of a source as it was before."""
+    for older in target.parent.glob(f"{glob.escape(family)}-*"):
+        if older != target and older.is_dir():
+            shutil.rmtree(older, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""`chat` and `run` export a source once, in a process of its own, and open that bundle from then on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pastkey import exported as module
+from pastkey.errors import ResourceError
+from pastkey.exported import exported
+
+Exports = list[tuple[str, Path]]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pastkey" / "bundles"
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Exports:
+    """What was exported, by something quick in the place of an export."""
+    found: Exports = []
+
+    def quickly(source: str, target: Path) -> None:
+        found.append((source, target))
+        time.sleep(0.05)
+        target.mkdir()
+
+    monkeypatch.setattr(module, "_export", quickly)
+    return found
+
+
+def test_a_source_is_exported_once(exports: Exports, cache: Path) -> None:
+    assert exported("org/name") == exported("org/name") == str(cache / "org--name")
+    assert exports == [("org/name", cache / "org--name")]
+
+
+@pytest.mark.parametrize("given", ["bundle", "not/here/at all", "absent.gguf", "bundle.zip", "-"])
+def test_any_other_path_stays_as_it_is(exports: Exports, given: str) -> None:
+    Path("bundle").mkdir()
+    Path("bundle", "pastkey.json").write_text("{}")
+    Path("bundle", "config.json").write_text("{}")
+    assert exported(given) == given
+    assert exports == []
+
+
+def write(path: Path, text: str, when: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    os.utime(path, ns=(when, when))
+
+
+@pytest.mark.parametrize("source", ["model.gguf", "folder"])
+def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(
+    exports: Exports, cache: Path, source: str
+) -> None:
+    file = Path("model.gguf") if source == "model.gguf" else Path("folder", "config.json")
+    write(file, "one", 1)
+    first = exported(source)
+    assert exported(str(Path(source).resolve())) == first
+    write(file, "two", 1)
+    assert exported(source) == first  # the same size at the same time
+    write(file, "two", 2)
+    second = exported(source)
+    assert len(exports) == 2
+    assert [path for path in cache.iterdir() if path.is_dir()] == [Path(second)]
+
+
+def test_what_lies_in_a_folder_beside_the_model_is_no_change(exports: Exports) -> None:
+    write(Path("folder", "config.json"), "{}", 1)
+    first = exported("folder")
+    write(Path("folder", ".hidden"), "", 1)
+    write(Path("folder", "bundle", "pastkey.json"), "", 1)
+    assert exported("folder") == first
+
+
+def test_several_processes_export_once(exports: Exports, capsys: pytest.CaptureFixture[str]) -> None:
+    """Locks are of open files: threads stand for processes."""
+    threads = [threading.Thread(target=exported, args=("org/name",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(exports) == 1
+    assert "another process exports org/name: waiting for its end" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written(exports: Exports, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.parent.write_text("a file")
+    with pytest.raises(ResourceError, match="name another with XDG_CACHE_HOME, or type  pastkey export org/name --out"):
+        exported("org/name")
+    monkeypatch.setattr(module, "user_cache_file", lambda name: None)
+    with pytest.raises(ResourceError, match="there is no home folder to keep the export of org/name in: type  pastkey"):
+        exported("org/name")
+
+
+def test_a_cached_export_is_opened_where_the_cache_is_read_only(
+    exports: Exports, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = exported("org/name")
+    monkeypatch.setattr(Path, "touch", lambda path: pytest.fail("writes"))
+    assert exported("org/name") == first
+
+
+def child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Runs this program in the place of an export; its last argument is the target."""
+    started = subprocess.Popen
+
+    def instead(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return started([sys.executable, "-c", program, command[-1]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", instead)
+
+
+def test_an_export_that_fails_ends_the_command_with_its_status(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, "raise SystemExit(2)")
+    with pytest.raises(SystemExit) as caught:
+        exported("org/name")
+    assert caught.value.code == 2
+
+
+def test_an_export_that_was_killed_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(ResourceError, match="the export of org/name was ended by signal 9"):
+        exported("org/name")
+
+
+def test_ctrl_c_ends_the_export_which_removes_what_it_wrote(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import pathlib, signal, sys, time\npartial = pathlib.Path(sys.argv[1] + '.partial')\npartial.touch()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        "try:\n    time.sleep(60)\nfinally:\n    time.sleep(0.5); partial.unlink()\n"
+    )
+    child(monkeypatch, program)
+    pressing = threading.Thread(target=_press_when, args=(cache / "org--name.partial",))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    pressing.start()
+    with pytest.raises(KeyboardInterrupt):
+        exported("org/name")
+    pressing.join()
+    signal.signal(signal.SIGINT, before)
+    assert sorted(path.name for path in cache.iterdir()) == ["org--name.lock"]
+
+
+def _press_when(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_export_imports_nothing_of_the_current_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's folder may hold a random.py."""
+    commands: list[list[str]] = []
+
+    def instead(command: list[str], **options: Any) -> None:
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", instead)
+        with pytest.raises(KeyboardInterrupt):
+            exported("org/name")
+    assert commands[0][-4:] == ["export", "org/name", "--out", str(cache / "org--name")]
+    for name in ("random", "json", "pastkey"):
+        Path(f"{name}.py").write_text("raise SystemExit('hidden')")
+    done = subprocess.run([*commands[0][:-4], "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[:8], done.stderr) == (0, "pastkey ", "")
