@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TypedDict
 
 from pastkey.contract import names
-from pastkey.errors import InputError
+from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
 from pastkey.values import is_int
@@ -224,9 +226,29 @@ class ExportConfig:
 
 
 def split_factory(text: str) -> tuple[Path, str] | None:
-    """Splits path/to/file.py:factory or notebook.ipynb:expression. A missing second part is "".
+    """Splits path/to/file.py:factory, notebook.ipynb:expression or package.module:factory into a file and the rest.
 
-    Returns None for any other text.
+    A missing second part is "". Returns None for any other text. Finding a module runs no code.
     """
     found = re.fullmatch(r"(.+?\.(?:py|ipynb))(?::(.*))?", text, re.DOTALL)
-    return None if found is None else (Path(found[1]), found[2] or "")
+    if found is not None:
+        return Path(found[1]), found[2] or ""
+    found = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d\s].*)", text, re.DOTALL)
+    return None if found is None else (_file_of_module(found[1]), found[2])
+
+
+def _file_of_module(name: str) -> Path:
+    """The file of a module of the working folder, as for `python -m`, or of an installed package."""
+    places: Sequence[str] | None = [str(Path.cwd()), *sys.path]
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        spec = None if places is None else PathFinder.find_spec(".".join(parts[:count]), places)
+        if spec is None:
+            raise MissingFileError(
+                f"no module {name}: {'.'.join(parts[:count])} is in neither the working folder nor the environment; "
+                f"expected {SOURCES}, or package.module:factory"
+            )
+        places = spec.submodule_search_locations
+    if not (spec and spec.origin and spec.origin.endswith(".py")):
+        raise InputError(f"{name} is no Python file: expected path/to/file.py:factory or package.module:factory")
+    return Path(spec.origin)

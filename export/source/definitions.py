@@ -105,6 +105,12 @@ def definitions(file: Path) -> list[str]:
     return [statement.node.name for statement in _statements(file) if isinstance(statement.node, kinds)]
 
 
+def relative_levels(file: Path) -> int:
+    """How many folders up the file's relative imports reach: 1 for `from .config import X`, 0 if it has none."""
+    nodes = [node for statement in _statements(file) for node in ast.walk(statement.node)]
+    return max((node.level for node in nodes if isinstance(node, ast.ImportFrom)), default=0)
+
+
 # --- needed statements ----------------------------------------------------------------------------------------------
 _DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 

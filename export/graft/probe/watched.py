@@ -1,4 +1,4 @@
-"""Watches a module's real runs, without a trace: where it draws random numbers or keeps state on itself."""
+"""Watches a module's real runs, without a trace: random numbers, state kept on itself, half precision."""
 
 from __future__ import annotations
 
@@ -6,12 +6,48 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..attention import calling_line, replaced
 from ..time_axis.operators.rules import DROPOUT, NOISE
 from .causes import Cause, Kind
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[list[torch.autocast]]:
+    """While open, torch.autocast has no effect. Yields the contexts of half precision that were entered."""
+    entered: list[torch.autocast] = []
+
+    def enter(self: torch.autocast) -> torch.autocast:
+        if self._enabled and self.fast_dtype in HALF:
+            entered.append(self)
+        return self
+
+    with replaced(torch.autocast, "__enter__", enter), replaced(torch.autocast, "__exit__", lambda *_: None):
+        yield entered
+
+
+def halves(run: Callable[[], object]) -> str | None:
+    """The line that first makes half precision of float32, also in a run that fails."""
+    found: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            given = [t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            made = [t.dtype for t in tree_leaves(result) if isinstance(t, Tensor)]
+            if any(kind in HALF for kind in made) and not any(kind in HALF for kind in given):
+                found.append(calling_line())
+            return result
+
+    with contextlib.suppress(Exception), Watch():  # type: ignore[no-untyped-call]
+        run()
+    return found[0] if found else None
 
 
 def draws(run: Callable[[], object]) -> list[Cause]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...probe.causes import Cause, Kind, NoCacheError
 from ...probe.observe import StandIn, name_of
+from ...probe.watched import without_autocast
 from ..interpret import Attention, Weights, Whole, in_float32
 from ..operators.base import Refused, Swapped
 from ..program.program import LogitsOf, Op, Program, Tables, trace_program
@@ -46,7 +47,8 @@ class TimeAxisDecoder(StandIn):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         if self._native:
-            return torch.cat([whole_logits(self.model, self._call, row[None]) for row in input_ids])
+            with without_autocast():
+                return torch.cat([whole_logits(self.model, self._call, row[None]) for row in input_ids])
         found = self._found
         step = Step(
             found.program,
