@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from .definitions import (
     relative_levels,
     run,
     run_definitions,
+    saved_weights,
 )
 
 
@@ -53,11 +55,16 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
             "training, save its state_dict and give it with --weights FILE, which runs no training",
         )
     if notebook and not weights_follow:
-        return made, (
-            f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
-            "they were initialized; give the trained ones with --weights FILE",
-        )
+        return made, (_untrained(file, text),)
     return made, ()
+
+
+def _untrained(file: Path, text: str) -> str:
+    """The warning about a notebook's weights."""
+    place, name = saved_weights(file) or ("", "")
+    told = f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
+    told += f"they were initialized; give the trained ones with --weights {shlex.quote(name) if name else 'FILE'}"
+    return f"{told}, which cell {place.removeprefix(str(file))} saves" if place else told
 
 
 def make(
@@ -185,14 +192,14 @@ def _at_home(file: Path, package: str) -> Iterator[None]:
     """
     folder, arguments = file.resolve().parent, sys.argv
     root = folder.parents[package.count(".")] if package else folder
-    places = [str(place) for place in dict.fromkeys((folder, root, Path.cwd()))]
-    sys.path[:0] = places
+    before, after = [str(root), str(Path.cwd())], [str(folder)]  # a part of a package hides no module of its name
+    sys.path = [*before, *sys.path, *after]
     sys.argv = [str(file)]
     try:
         yield
     finally:
         sys.argv = arguments
-        for place in places:
+        for place in (*before, *after):
             if place in sys.path:
                 sys.path.remove(place)
 
@@ -215,13 +222,10 @@ def _run_user_code(file: Path, what: str, call: Callable[[], Any]) -> Any:
     except PastkeyError:
         raise
     except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may exit
-        where = _place(file, error)
-        if isinstance(error, SystemExit):
-            raise InputError(
-                f"{what} ended Python at {where} (exit {error.code}): put what a program does there under  "
-                'if __name__ == "__main__":'
-            ) from error
-        raise InputError(f"{what} failed at {where} with {type(error).__name__}: {error}") from error
+        told = f"{what} failed at {_place(file, error)} with {type(error).__name__}: {error}"
+        if isinstance(error, SystemExit) and what.startswith("importing"):
+            told += ', which ends Python: put what a program does under  if __name__ == "__main__":'
+        raise InputError(told) from error
 
 
 def _place(file: Path, error: BaseException) -> str:
