@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...probe.causes import Kind
+from ...probe.causes import Cause, Kind, ObstacleError
 from ..program.program import Op
 from ..values import KEY, NEW, Axis, Value
 from .base import Refused, Swapped, over_time
@@ -80,10 +80,8 @@ class Along(Parts):
         if time == NEW or not isinstance(k, int):
             raise over_time(op, "topk")
         if time == KEY and any(user.name == "getitem" and user.args[1] == 1 for user in op.users):
-            what = (
-                "reads at which positions the largest scores are: compare the scores with the smallest of these instead"
-            )
-            raise Refused(op, what)
+            what = "reads where the largest scores are: compare the scores with the smallest of these instead"
+            raise ObstacleError(Cause(Kind.UNKNOWN, what, op.where, op.owner))
         x = x.real()
         tensor = x.tensor
         if time == KEY:

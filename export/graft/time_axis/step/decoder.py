@@ -245,6 +245,8 @@ def _softmax(
     reads = {i for op in attention.region for i in op.inputs if i.depends}
     if reads - set(attention.region) - set(attention.products):
         return None  # the weights also depend on other values of the tokens
+    if any(op.name == "topk" for op in attention.region):
+        return None  # a softmax of some of the scores
     tables = Tables(context_length)
     form = _form(attention, tables)
     if form in seen:

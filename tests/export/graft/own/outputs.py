@@ -158,6 +158,14 @@ class TimeFirst(Gpt):
         return super().forward(src.t()).transpose(0, 1)
 
 
+class OneRow(Gpt):
+    """(1, T): the positions are a table of one row, viewed as the batch."""
+
+    def embed(self, idx: Tensor) -> Tensor:
+        B, T = idx.shape
+        return self.wte(idx) + self.wpe(torch.arange(T)[None].view(B, T))
+
+
 class UnusedCache(Gpt):
     """Takes and gives a cache of its own, if it is asked to; nobody asks."""
 
@@ -240,6 +248,7 @@ DECODERS = {
     "kept_output": Own(lambda: KeptOutput(Causal), lambda m, ids: m(ids).logits, note="self.OUT, transformers'"),
     "unbatched": Own(Unbatched, lambda m, ids: torch.stack([m(row) for row in ids]), note="(T,) -> (T, V)"),
     "time_first": Own(lambda: TimeFirst(Causal), lambda m, ids: m(ids.t()).transpose(0, 1), note="(T, B) -> (T, B, V)"),
+    "one_row": Own(lambda: OneRow(Causal), lambda m, ids: torch.cat([m(row[None]) for row in ids]), note="B = 1 alone"),
     "unused_cache": Own(UnusedCache, first, note="(logits, [None, None])"),
     "start_pos": Own(lambda: StartPos(Causal), lambda m, ids: m(ids, 0)),
     "input_pos": Own(lambda: InputPos(Causal)),
