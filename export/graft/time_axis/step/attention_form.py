@@ -121,7 +121,8 @@ class _Probe:
     def lacks(self, expected: Tensor, found: Tensor) -> bool:
         """Whether a weight is too small to measure that should be far larger, such as one below a threshold."""
         weights = (expected + self._bias).softmax(-1)
-        return bool((found.isnan() & (weights > _MARGIN * _TOLD)).any())
+        large = weights > _MARGIN * _TOLD
+        return bool((found.isnan() & large & large.diagonal(dim1=1, dim2=2)[..., None]).any())
 
     def expected(self, given: list[Tensor], scale: Tensor, cap: float | None) -> Tensor:
         mixed = torch.zeros(self._count, self.length, self.length, dtype=torch.float64)

@@ -252,7 +252,7 @@ REFUSED = {
     "until_certain": Refused(lambda: Mixing(UntilCertain()), "data-dependent loop", note="if change < 1e-6: break"),
     "learned_token": Refused(LearnedToken, "learned rows", note="a prefix or sink token"),
     "learned_keys": Refused(lambda: Gpt(LearnedKeys), "learned rows", note="memory keys and values"),
-    "skewed": Refused(lambda: NoPositions(Skewed), "shifted scores", note="relative positions, the Music Transformer's"),
+    "skewed": Refused(lambda: NoPositions(Skewed), "shifted scores", note="the Music Transformer's"),
     "places_of_the_largest": Refused(lambda: Gpt(PlacesOfTheLargest), "places of scores", note="topk(...).indices"),
     "little_noise": Refused(lambda: Noisy(1e-4), "noise", note="1e-4"),
 }  # fmt: skip
