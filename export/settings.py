@@ -247,7 +247,7 @@ def _file_of_module(name: str) -> Path:
         if spec is None:
             raise MissingFileError(
                 f"no module {name}: {'.'.join(parts[:count])} is in neither the working folder nor the environment; "
-                f"expected {SOURCES}, or package.module:factory"
+                "expected package.module:factory or path/to/file.py:factory"
             )
         places = spec.submodule_search_locations
     if not (spec and spec.origin and spec.origin.endswith(".py")):

@@ -1,6 +1,6 @@
 """path/to/file.py:factory -> the result of the user's function, class or expression.
 
-A file of a package is imported as a part of it, so that its relative imports work.
+A file with relative imports is imported as a part of its package.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def make(
             f"{_defined(file)}"
         )
     request = parse_request(text, file)
-    package = _package_of(file)
-    with _at_home(file, package):
+    root, package = _package_of(file)
+    with _at_home(file, root, package):
         with _counted_steps() as steps:
             module = _read(file, request, definitions_only, package)
         value, shown, is_or = _evaluate(file, request, module), request.text, "is"
@@ -114,14 +114,16 @@ def _read(file: Path, request: Request, definitions_only: bool, package: str) ->
     return module
 
 
-def _package_of(file: Path) -> str:
-    """The package that the file is in: folders with __init__.py, and at least as many as its relative imports name."""
-    folder, parts = file.resolve().parent, list[str]()
-    levels = relative_levels(file)
-    while folder.name and (len(parts) < levels or (folder / "__init__.py").is_file()):
+def _package_of(file: Path) -> tuple[Path, str]:
+    """The folder that holds the file's package, and the package if the file imports relatively, else "".
+
+    A package is each folder with __init__.py, and as many as relative imports name.
+    """
+    folder, parts, levels = file.resolve().parent, list[str](), relative_levels(file)
+    while folder.name and "." not in folder.name and (len(parts) < levels or (folder / "__init__.py").is_file()):
         parts.insert(0, folder.name)
         folder = folder.parent
-    return ".".join(parts)
+    return folder, ".".join(parts) if levels else ""
 
 
 def _import_package(file: Path, package: str) -> None:
@@ -185,14 +187,14 @@ def _refuse_missing_arguments(file: Path, name: str, factory: Callable[..., Any]
 
 # --- running the user's code ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _at_home(file: Path, package: str) -> Iterator[None]:
+def _at_home(file: Path, root: Path, package: str) -> Iterator[None]:
     """Runs as if the file were the main program, in the working folder: sys.argv holds only its path.
 
     It can import its neighbours, its package, and what is in the working folder.
     """
-    folder, arguments = file.resolve().parent, sys.argv
-    root = folder.parents[package.count(".")] if package else folder
-    before, after = [str(root), str(Path.cwd())], [str(folder)]  # a part of a package hides no module of its name
+    arguments, own = sys.argv, [str(file.resolve().parent)]
+    before = [*([] if package else own), str(root), str(Path.cwd())]
+    after = own if package else []  # a part of a package hides no module of its name
     sys.path = [*before, *sys.path, *after]
     sys.argv = [str(file)]
     try:

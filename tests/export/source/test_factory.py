@@ -262,6 +262,7 @@ def test_a_file_of_a_package_imports_its_neighbours(named: str, marked: bool, pa
 
 def test_a_module_is_found_in_the_working_folder_and_may_import_from_there(package: Path, tmp_path: Path) -> None:
     (package / "model.py").write_text(MODEL.replace("from neighbour", "from top"))
+    (package / "__init__.py").write_text("raise SystemError")  # which a file without relative imports does not run
     assert values(opened("lm_of_mine/nets/model.py:make")) == [0.0] * 4
     (package / "__init__.py").write_text("from .model import make\n")
     assert values(opened("lm_of_mine.nets:make")) == [0.0] * 4
@@ -284,7 +285,7 @@ def test_a_package_of_a_name_that_is_taken_is_told(package: Path, tmp_path: Path
     taken = tmp_path / "json"
     taken.mkdir()
     (taken / "__init__.py").touch()
-    (taken / "model.py").write_text("make = 3")
+    (taken / "model.py").write_text("from . import sizes\nmake = 3")
     assert "Python already has another one of this name" in refusal(InputError, f"{taken / 'model.py'}:make")
 
 
