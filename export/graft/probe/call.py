@@ -139,10 +139,9 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
             fitting.append((probed, last))
             if fitting[0][0].call.order.count("t") and (expression == CONTRACT or not _asks(module)):
                 break
-    breached.sort(
-        key=lambda probed: any(cause.kind is Kind.ROWS for cause in probed.breaches)
-    )  # or its axes are turned
-    looks_ahead = any(cause.kind is Kind.LOOK_AHEAD for probed in breached[:1] for cause in probed.breaches)
+    if breached and Kind.ROWS in _kinds(breached[0]):  # perhaps its first axis holds the tokens
+        breached.sort(key=lambda probed: "(ids.T" not in probed.call.expression or _kinds(probed) != {Kind.LOOK_AHEAD})
+    looks_ahead = bool(breached) and Kind.LOOK_AHEAD in _kinds(breached[0])
     others: list[str] = []
     if not fitting and looks_ahead and asked is None:  # the caller may have to pass a mask
         others = _masked(module, "ids.T" if "(ids.T" in breached[0].call.expression else "ids")
@@ -183,6 +182,10 @@ def _made_half(module: nn.Module, expression: str, error: BaseException) -> str 
         f"{where} makes half precision, and a module is exported in float32: convert there to the dtype of the "
         "weights, as in x.to(self.head.weight.dtype), or make the module with a float32 configuration"
     )
+
+
+def _kinds(probed: Probed) -> set[Kind]:
+    return {cause.kind for cause in probed.breaches}
 
 
 def _runs(module: nn.Module, expression: str, length: int) -> bool:
