@@ -118,14 +118,15 @@ class Along(Parts):
     def _group_norm(
         self, op: Op, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, *args: Any
     ) -> Value:
+        """Of rows (B·T, C, ...), each by itself."""
         x = x.real()
         if any(axis.time is not None for axis in x.axes[1:]):
             raise over_time(op, "normalizes")
         x = x.explicit() if x.batch_axis != 0 else x
         at = x.dim(1)
         flat = x.tensor.reshape(-1, *x.tensor.shape[at:])
-        settings = [None if part is None else part.tensor for part in (weight, bias)]
-        return x.with_(tensor=F.group_norm(flat, groups, *settings, *args[:1]).reshape(x.tensor.shape))
+        scale, shift = (None if part is None else part.tensor for part in (weight, bias))
+        return x.with_(tensor=F.group_norm(flat, groups, scale, shift, *args[:1]).reshape(x.tensor.shape))
 
     def _pad(self, op: Op, x: Value, pads: Sequence[Any], *args: Any, **kwargs: Any) -> Value:
         touched = [len(x.axes) - 1 - i // 2 for i, p in enumerate(pads) if p != 0]

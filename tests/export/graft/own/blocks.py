@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -222,7 +223,7 @@ class HalfSettings(Gpt):
 
     def __init__(self) -> None:
         super().__init__(TrilBuffer)
-        self.cfg = {"dtype": torch.bfloat16, "n_layers": 2}
+        self.cfg: dict[str, Any] = {"dtype": torch.bfloat16, "n_layers": 2}
         self.to(torch.bfloat16)
 
     def float(self) -> HalfSettings:
