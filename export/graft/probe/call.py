@@ -29,7 +29,7 @@ from ...quiet import quiet
 from ..attention import failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
 from .observe import name_of, natively
-from .watched import draws, halves, kept
+from .watched import draws, half_precision, kept
 
 CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: if it fits, PLAIN must give the same logits
 PLAIN = "model(ids)"
@@ -162,26 +162,12 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         what = f"takes {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
         raise NoCacheError(name_of(module), [Cause(Kind.FIXED, what, where or "")]) from cause
     told = f"{type(cause).__name__}: {first_line(cause)}" if not isinstance(cause, ContractError) else first_line(cause)
-    message = (
-        f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; "
-        f"{_made_half(module, expression, cause) or _GIVE_CALL}"
-    )
-    raise (InputError if asked is not None else ContractError)(message) from cause
-
-
-_GIVE_CALL = 'give its call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
-
-
-def _made_half(module: nn.Module, expression: str, error: BaseException) -> str | None:
-    """What to change in a module that fails because it makes half precision of float32."""
-    if not any(kind in str(error) for kind in ("BFloat16", "Half", "dtype")):
-        return None
     ids = torch.zeros(_BATCH, _LENGTHS[1], dtype=torch.long)
-    where = halves(lambda: _run(Call(expression), module, ids))
-    return where and (
-        f"{where} makes half precision, and a module is exported in float32: convert there to the dtype of the "
-        "weights, as in x.to(self.head.weight.dtype), or make the module with a float32 configuration"
+    advice = half_precision(cause, lambda: _run(Call(expression), module, ids)) or (
+        'give its call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
     )
+    message = f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; {advice}"
+    raise (InputError if asked is not None else ContractError)(message) from cause
 
 
 def _kinds(probed: Probed) -> set[Kind]:

@@ -32,22 +32,30 @@ def without_autocast() -> Iterator[list[torch.autocast]]:
         yield entered
 
 
-def halves(run: Callable[[], object]) -> str | None:
-    """The line that first makes half precision of float32, also in a run that fails."""
+def half_precision(error: BaseException, run: Callable[[], object]) -> str | None:
+    """What to change in a module that fails, since it makes half precision of float32; None for another error."""
     found: list[str] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            given = [t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            made = [t.dtype for t in tree_leaves(result) if isinstance(t, Tensor)]
-            if any(kind in HALF for kind in made) and not any(kind in HALF for kind in given):
+            given, made = (
+                any(isinstance(t, Tensor) and t.dtype in HALF for t in tree_leaves(part))
+                for part in ((args, kwargs), result)
+            )
+            if made and not given:
                 found.append(calling_line())
             return result
 
-    with contextlib.suppress(Exception), Watch():  # type: ignore[no-untyped-call]
-        run()
-    return found[0] if found else None
+    if any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
+        with contextlib.suppress(Exception), Watch():  # type: ignore[no-untyped-call]
+            run()
+    return (
+        f"{found[0]} makes half precision, and a module is exported in float32: convert there to the dtype of the "
+        "weights, as in x.to(self.head.weight.dtype), or make the module with a float32 configuration"
+        if found
+        else None
+    )
 
 
 def draws(run: Callable[[], object]) -> list[Cause]:

@@ -324,7 +324,7 @@ def test_autocast_is_left_out_and_said() -> None:
     found, said = taken(module)
     assert said == ["Mixed computes under torch.autocast: it is exported in float32, without autocast"]
     assert apart(found, reference) < 1e-5
-    with found.module.native():  # type: ignore[operator]
+    with found.module.native():
         assert apart(found, reference) == 0
     assert not torch.is_autocast_enabled("cpu")
     found, said = taken(MixedMlp(vocab=VOCAB))
