@@ -98,7 +98,13 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="how to call a module, an expression over model and ids (B, T), such as "
         '"model(ids, None)[0]" (default: found by trying)',
     )
-    add("--eos", type=_token_ids, action="extend", metavar="ID", help="token id that ends a generation; several: 1,2")
+    add(
+        "--eos",
+        type=_tokens,
+        action="extend",
+        metavar="TOKEN",
+        help='id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2',
+    )
     _add_weights(parser)
     add("--chat-template", metavar="FILE", help="a .jinja file (default: the source's chat template)")
     add("--calibration", metavar="FILE", help="text to calibrate quantization on (default: text that the model writes)")
@@ -131,11 +137,12 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _token_ids(text: str) -> list[int]:
+def _tokens(text: str) -> list[int | str]:
+    """Token ids such as 1,2, or the name of one token."""
     try:
         return [int(token) for token in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2") from None
+        return [text]
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -223,7 +223,7 @@ def _open(
         context_length=config.context_length,
         chat_template=config.chat_template,
         weights=config.weights,
-        eos=config.eos_ids,
+        eos=config.eos_tokens,
         trust_remote_code=config.trust_remote_code,
         network=config.network,
         say=progress.warn,
@@ -250,7 +250,7 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     contracted = in_contract(source.module, source.context_length, config.call, progress.warn)
     source = dataclasses.replace(source, module=contracted.module, call=contracted.call)
     observation = contracted.observation
-    check_tokenizer(source, observation.vocab_size, config.eos_ids)
+    check_tokenizer(source, observation.vocab_size, source.eos_token_ids if config.eos_tokens else ())
     choice = choose_graph(config.graph, config.target, observation)
     call = contracted.call or CONTRACT
     progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers of {call} ({choice.reason})")

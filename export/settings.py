@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TypedDict
 
 from pastkey.contract import names
-from pastkey.errors import InputError
+from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
 from pastkey.values import is_int
@@ -29,8 +31,8 @@ SOURCES = (
     "path/to/file.py:factory"
 )
 TOKENIZERS = (
-    "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a .json list of characters, or "
-    "path/to/file.py:factory"
+    "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a .json list of characters or "
+    "words, or path/to/file.py:factory"
 )
 
 EVAL_LENGTH = 512  # tokens of a window, if the context is that long
@@ -49,7 +51,8 @@ class ExportOptions(TypedDict, total=False):
     - `generate` (False): Also writes a whole generation as one graph, for programs in any language.
     - `hidden_states` (False): pastkey's own graph also returns the last hidden states, for `LanguageModel.embed`.
     - `tokenizer` (the source's): tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a
-      list of characters as .json, a "file.py:factory" of a tokenizers.Tokenizer or a tiktoken Encoding, or for a
+      list of characters or words as .json, a "file.py:factory" of one of these, of a tokenizers.Tokenizer or a
+      tiktoken Encoding, or for a
       llama2.c model the tokenizer of its own format.
     - `context_length` (the source's): In tokens. Required for a module; may shorten the context of other sources.
     - `force` (False): Replaces an existing bundle.
@@ -64,7 +67,7 @@ class ExportOptions(TypedDict, total=False):
     - `network` (True): Whether a model on the Hub may be fetched. Otherwise it must be in the cache of huggingface_hub.
     - `weights` (None): A file with the state dict of a module: .safetensors, or a checkpoint that torch.load reads
       with weights_only=True. Only definitions of a "file.py:factory" are run then. The given module is not changed.
-    - `eos` (the source's): The token id, or ids, that end a text.
+    - `eos` (the source's): The token, or tokens, that end a text: ids, or names such as "<EOS>" of the tokenizer.
     - `provider_options` (None): For the target's execution provider, which verifies the bundle at the end; names and
       values are onnxruntime's.
     - `session_options` (None): Options of onnxruntime's session there, as for `pastkey.load`.
@@ -88,7 +91,7 @@ class ExportOptions(TypedDict, total=False):
     trust_remote_code: bool
     network: bool
     weights: str | Path | None
-    eos: int | Sequence[int] | None
+    eos: int | str | Sequence[int | str] | None
     provider_options: Options | None
     session_options: Options | None
     allow_fallback: bool
@@ -119,7 +122,7 @@ class ExportConfig:
     trust_remote_code: bool = False
     network: bool = True
     weights: str | Path | None = None
-    eos: int | Sequence[int] | None = None
+    eos: int | str | Sequence[int | str] | None = None
     provider_options: Options | None = None
     session_options: Options | None = None
     allow_fallback: bool = False
@@ -145,7 +148,7 @@ class ExportConfig:
                 f"--provider-option and --allow-fallback are of another target than {self.target}, which the CPU "
                 "proves: leave them out, or name the target, as --target openvino"
             )
-        if not all(is_int(token, 0) for token in self.eos_ids):
+        if not all(is_int(token, 0) or (isinstance(token, str) and token) for token in self.eos_tokens):
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
             raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
@@ -217,11 +220,11 @@ class ExportConfig:
         return dataclasses.replace(self, graph="standard", target="cpu", chunk=None) if self.static else self
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The ids in `eos`, () if it is None."""
+    def eos_tokens(self) -> tuple[int | str, ...]:
+        """The ids and names in `eos`, () if it is None."""
         if self.eos is None:
             return ()
-        return tuple(self.eos) if isinstance(self.eos, Sequence) else (self.eos,)
+        return (self.eos,) if isinstance(self.eos, int | str) else tuple(self.eos)
 
     @property
     def measures_each_matrix(self) -> bool:
@@ -230,9 +233,29 @@ class ExportConfig:
 
 
 def split_factory(text: str) -> tuple[Path, str] | None:
-    """Splits path/to/file.py:factory or notebook.ipynb:expression. A missing second part is "".
+    """Splits path/to/file.py:factory, notebook.ipynb:expression or package.module:factory into a file and the rest.
 
-    Returns None for any other text.
+    A missing second part is "". Returns None for any other text. Finding a module runs no code.
     """
     found = re.fullmatch(r"(.+?\.(?:py|ipynb))(?::(.*))?", text, re.DOTALL)
-    return None if found is None else (Path(found[1]), found[2] or "")
+    if found is not None:
+        return Path(found[1]), found[2] or ""
+    found = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d\s].*)", text, re.DOTALL)
+    return None if found is None else (_file_of_module(found[1]), found[2])
+
+
+def _file_of_module(name: str) -> Path:
+    """The file of a module of the working folder, as for `python -m`, or of an installed package."""
+    places: Sequence[str] | None = [str(Path.cwd()), *sys.path]
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        spec = None if places is None else PathFinder.find_spec(parts[count - 1], [*places])
+        if spec is None:
+            raise MissingFileError(
+                f"no module {name}: {'.'.join(parts[:count])} is in neither the working folder nor the environment; "
+                "expected package.module:factory or path/to/file.py:factory"
+            )
+        places = spec.submodule_search_locations
+    if not (spec and spec.origin and spec.origin.endswith(".py")):
+        raise InputError(f"{name} is no Python file: expected path/to/file.py:factory, or package.module:factory")
+    return Path(spec.origin)

@@ -1,11 +1,16 @@
-"""path/to/file.py:factory -> the result of the user's function, class or expression."""
+"""path/to/file.py:factory -> the result of the user's function, class or expression.
+
+A file with relative imports is imported as a part of its package.
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import importlib.util
 import inspect
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,7 +23,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pastkey.errors import InputError, MissingFileError, PastkeyError
 
-from .definitions import Request, definitions, parse_request, run, run_definitions
+from .definitions import (
+    Request,
+    definitions,
+    parse_request,
+    relative_levels,
+    run,
+    run_definitions,
+    saved_weights,
+)
 
 
 def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
@@ -42,11 +55,16 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
             "training, save its state_dict and give it with --weights FILE, which runs no training",
         )
     if notebook and not weights_follow:
-        return made, (
-            f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
-            "they were initialized; give the trained ones with --weights FILE",
-        )
+        return made, (_untrained(file, text),)
     return made, ()
+
+
+def _untrained(file: Path, text: str) -> str:
+    """The warning about a notebook's weights."""
+    place, name = saved_weights(file) or ("", "")
+    told = f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
+    told += f"they were initialized; give the trained ones with --weights {shlex.quote(name) if name else 'FILE'}"
+    return f"{told}, which cell {place.removeprefix(str(file))} saves" if place else told
 
 
 def make(
@@ -64,9 +82,10 @@ def make(
             f"{_defined(file)}"
         )
     request = parse_request(text, file)
-    with _at_home(file):
+    root, package = _package_of(file)
+    with _at_home(file, root, package):
         with _counted_steps() as steps:
-            module = _read(file, request, definitions_only)
+            module = _read(file, request, definitions_only, package)
         value, shown, is_or = _evaluate(file, request, module), request.text, "is"
         if not is_wanted(value) and callable(value):
             _refuse_missing_arguments(file, shown, value)
@@ -80,28 +99,59 @@ def make(
     return value, len(steps)
 
 
-def _read(file: Path, request: Request, definitions_only: bool) -> ModuleType:
+def _read(file: Path, request: Request, definitions_only: bool, package: str) -> ModuleType:
     """Runs the file, or the part of it that the request needs, as a module."""
-    name = f"pastkey_source_{file.stem}"
+    if package:
+        _import_package(file, package)
     if not definitions_only:
-        module = _import_file(file, name)
+        module = _import_file(file, package)
         _run_user_code(file, request.text, lambda: run(list(request.given), f"<{request.text}>", module))
         return module
-    module = ModuleType(name)
-    module.__file__ = str(file)
-    sys.modules[name] = module  # dataclasses look up their module there
+    module = ModuleType(f"pastkey_source_{file.stem}")
+    module.__file__, module.__package__ = str(file), package
+    sys.modules[module.__name__] = module  # dataclasses look up their module there
     _run_user_code(file, request.text, lambda: run_definitions(file, request, module))
     return module
 
 
-def _import_file(file: Path, name: str) -> ModuleType:
+def _package_of(file: Path) -> tuple[Path, str]:
+    """The folder that holds the file's package, and the package if the file imports relatively, else "".
+
+    A package is each folder with __init__.py, and as many as relative imports name.
+    """
+    folder, parts, levels = file.resolve().parent, list[str](), relative_levels(file)
+    while folder.name and "." not in folder.name and (len(parts) < levels or (folder / "__init__.py").is_file()):
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return folder, ".".join(parts) if levels else ""
+
+
+def _import_package(file: Path, package: str) -> None:
+    module = _run_user_code(file, f"importing the package {package}", lambda: importlib.import_module(package))
+    folder = str(file.resolve().parent)
+    found = [str(Path(place).resolve()) for place in getattr(module, "__path__", [])]
+    if folder not in found:
+        raise InputError(
+            f"{file} is in a package {package}, and Python already has another one of this name, in "
+            f"{', '.join(found) or module.__name__}: rename the folder"
+        )
+
+
+def _import_file(file: Path, package: str) -> ModuleType:
+    name = f"{package}.{file.stem}".removesuffix(".__init__") if package else f"pastkey_source_{file.stem}"
+    if package and name in sys.modules:  # by the package itself
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     loader = spec.loader
     assert loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look up their module there
-    _run_user_code(file, "importing", lambda: loader.exec_module(module))
+    try:
+        _run_user_code(file, "importing", lambda: loader.exec_module(module))
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
     return module
 
 
@@ -137,17 +187,23 @@ def _refuse_missing_arguments(file: Path, name: str, factory: Callable[..., Any]
 
 # --- running the user's code ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _at_home(file: Path) -> Iterator[None]:
-    """Runs as if the file were the main program: it can import its neighbours, and sys.argv holds only its path."""
-    folder, arguments = str(file.resolve().parent), sys.argv
-    sys.path.insert(0, folder)
+def _at_home(file: Path, root: Path, package: str) -> Iterator[None]:
+    """Runs as if the file were the main program, in the working folder: sys.argv holds only its path.
+
+    It can import its neighbours, its package, and what is in the working folder.
+    """
+    arguments, own = sys.argv, [str(file.resolve().parent)]
+    before = [*([] if package else own), str(root), str(Path.cwd())]
+    after = own if package else []  # a part of a package hides no module of its name
+    sys.path = [*before, *sys.path, *after]
     sys.argv = [str(file)]
     try:
         yield
     finally:
         sys.argv = arguments
-        if folder in sys.path:
-            sys.path.remove(folder)
+        for place in (*before, *after):
+            if place in sys.path:
+                sys.path.remove(place)
 
 
 @contextlib.contextmanager
@@ -168,9 +224,16 @@ def _run_user_code(file: Path, what: str, call: Callable[[], Any]) -> Any:
     except PastkeyError:
         raise
     except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may exit
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [
-            f"{f.filename}:{f.lineno}" for f in frames if f.filename == str(file) or f.filename.startswith(f"{file}[")
-        ]
-        where = places[-1] if places else str(file)
-        raise InputError(f"{what} failed at {where} with {type(error).__name__}: {error}") from error
+        told = f"{what} failed at {_place(file, error)} with {type(error).__name__}: {error}"
+        if isinstance(error, SystemExit) and what.startswith("importing"):
+            told += ', which ends Python: put what a program does under  if __name__ == "__main__":'
+        raise InputError(told) from error
+
+
+def _place(file: Path, error: BaseException) -> str:
+    """file:line of the innermost frame in the user's file, a cell of it, or another file of its folder."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    own = [f for f in frames if f.filename == str(file) or f.filename.startswith(f"{file}[")]
+    beside = [f for f in frames if file.resolve().parent in Path(f.filename).parents]
+    found = (own or beside)[-1:]
+    return next((f"{frame.filename}:{frame.lineno}" for frame in found), str(file))

@@ -26,7 +26,7 @@ from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
 from .pretrained import check_config, open_folder, open_gguf, open_model, stored_bytes_per_weight
-from .source import Source, checked_context, context_of, read_template, with_template
+from .source import Source, checked_context, context_of, read_template, token_id, with_template
 from .tokenizers.tokenizer import read_tokenizer
 from .weights import load_weights
 
@@ -38,7 +38,7 @@ def open_source(
     chat_template: str | Path | None = None,
     context_length: int | None = None,
     weights: str | Path | None = None,
-    eos: Sequence[int] = (),
+    eos: Sequence[int | str] = (),
     trust_remote_code: bool = False,
     network: bool = False,
     revision: str = "",
@@ -50,10 +50,10 @@ def open_source(
 
     Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
     its own, and may shorten that of others. `chat_template` is a file whose template replaces the tokenizer's own.
-    `weights` is a file with a module's state dict, and `eos` replaces the source's own ids. `trust_remote_code` runs
-    the Python code in a Hugging Face folder; `say` is called first. A str may be ORG/NAME on the Hub, which is fetched
-    with `network`, or else taken from the cache, at commit `revision` or the newest. `before_loading` receives the
-    number of weights of a file, and may refuse to load so many.
+    `weights` is a file with a module's state dict, and `eos` (ids or names) replaces the source's own ids.
+    `trust_remote_code` runs the Python code in a Hugging Face folder; `say` is called first. A str may be ORG/NAME on
+    the Hub, which is fetched with `network`, or else taken from the cache, at commit `revision` or the newest.
+    `before_loading` receives the number of weights of a file, and may refuse to load so many.
     """
     template = None if chat_template is None else read_template(chat_template)  # first: loading takes long
     if template is not None and importlib.util.find_spec("jinja2") is not None:
@@ -85,10 +85,11 @@ def open_source(
     return _finished(dataclasses.replace(opened, warnings=(*told, *opened.warnings)), eos, template)
 
 
-def _finished(source: Source, eos: Sequence[int], template: str | None) -> Source:
+def _finished(source: Source, eos: Sequence[int | str], template: str | None) -> Source:
     """Replaces the source's values by the user's."""
     if eos:
-        source = dataclasses.replace(source, eos_token_ids=tuple(eos))
+        ids = tuple(token if isinstance(token, int) else token_id(source, token) for token in eos)
+        source = dataclasses.replace(source, eos_token_ids=ids)
     return source if template is None else with_template(source, template)
 
 

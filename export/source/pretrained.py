@@ -44,8 +44,10 @@ _SIZES = {
     "vocabulary": ("vocab_size",),
     "inner": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "moe_intermediate_size"),
     "heads": ("num_attention_heads", "n_head", "num_key_value_heads", "num_local_experts", "num_experts"),
-    "positions": ("max_position_embeddings", "n_positions", "n_ctx"),
+    "positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),
 }
+_CONTEXT = _SIZES["positions"]  # the first of these that a configuration has
+_UNNAMED_CONTEXT = 2048  # tokens, if a configuration names none (ALiBi needs none)
 _SLACK = 16
 _MOST_POSITIONS = 1 << 27
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # transformers reads them in a folder
@@ -359,12 +361,15 @@ def _source(
 
     _refuse_recurrent(type(model), name)
     config = model.config.get_text_config()
-    longest: int | None = getattr(config, "max_position_embeddings", None) or context_length
-    if longest is None:
-        raise InputError(f"the configuration of {name} names no context length: give it with --context N")
-    context = context_of(name, longest, context_length)
+    longest = _longest(config, tokenizer)
+    context = context_of(name, longest or context_length or _UNNAMED_CONTEXT, context_length)
     freeze_rotary(model, context)
     fields = read_tokenizer(given) if given else _tokenizer(tokenizer, context)
+    if longest is None and context_length is None:
+        told = (
+            f"the configuration of {name} names no context length: it gets {context:,} tokens; --context N changes it"
+        )
+        fields["warnings"] = (*fields.get("warnings", ()), told)
     generation = getattr(model, "generation_config", None)
     for key in ("bos_token_id", "eos_token_id"):
         found = next((v for c in (generation, config) if (v := getattr(c, key, None)) is not None), None)
@@ -373,6 +378,12 @@ def _source(
             fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
     fields["generation"] = _generation(generation)
     return Source(HuggingFaceDecoder(model), name, context, config=_config(config, context), **fields)
+
+
+def _longest(config: Any, tokenizer: Any | None) -> int | None:
+    """The context length that the configuration names, or the tokenizer's; a number far too large means none."""
+    named = [getattr(config, key, None) for key in _CONTEXT] + [getattr(tokenizer, "model_max_length", None)]
+    return next((n for n in named if is_int(n, 2) and n <= _MOST_POSITIONS), None)
 
 
 def _generation(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import nn
 
 from pastkey.errors import ContextLengthError, InputError, MissingFileError
@@ -75,6 +76,16 @@ def refuse_links(folder: Path, files: Iterable[Path]) -> None:
             raise MissingFileError(f"{file} is a link to a file that is not there: fetch or copy that file again")
         if file.exists() and leads_out(file, folder):
             raise InputError(f"{file} leads out of {folder}, to {file.resolve()}: copy the file itself into the folder")
+
+
+def token_id(source: Source, name: str) -> int:
+    """Returns the id of a token by its name. Raises InputError if the tokenizer has none of this name."""
+    if source.tokenizer is None:
+        raise InputError(f"--eos {name!r} is the name of a token, and there is no tokenizer: give its id, as --eos 0")
+    found = Tokenizer.from_buffer(source.tokenizer).token_to_id(name)
+    if found is None:
+        raise InputError(f"--eos {name!r} is no token of the tokenizer: give its name there, or its id, as --eos 0")
+    return found
 
 
 def check_tokenizer(source: Source, vocab_size: int, eos: Sequence[int] = ()) -> None:

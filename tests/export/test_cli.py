@@ -209,7 +209,7 @@ def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_
 def test_an_eos_that_is_no_token_is_told(factory: Path, tmp_path: Path, command: Command) -> None:
     arguments = ("export", f"{factory}:Small", "--context", 12, "--out", tmp_path / "bundle")
     fails(command(*arguments, "--eos", "36,37"), "--eos 37 is no token of Small, which has 37 embeddings (ids 0 to 36)")
-    fails(command(*arguments, "--eos", "end"), "'end' is not a list of token ids such as 1,2")
+    fails(command(*arguments, "--eos", "end"), "--eos 'end' is the name of a token, and there is no tokenizer")
     fails(command(*arguments, "--eos=-1"), "eos is [-1]; it must be a token id, a whole number from 0, or several")
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import itertools
 import random
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from ...quiet import quiet
 from ..attention import failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
 from .observe import name_of, natively
-from .watched import draws, kept
+from .watched import draws, half_precision, kept
 
 CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: if it fits, PLAIN must give the same logits
 PLAIN = "model(ids)"
 # Candidates for arguments besides the ids, most likely first.
 _ARGUMENTS = ("None", "ids", "positions", "0", "future", "past", "future_scores")
 _BATCH, _LENGTHS = 2, (7, 5)
+_ONE_ROW = "[:1]"  # of the ids, in a call that takes a batch of one row
 _SEEDS = 64  # tried on a module that draws random numbers
 _TOLERANCE = 1e-4  # relative to the largest logit; torch's kernels differ by shape
 
@@ -137,13 +139,19 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
             fitting.append((probed, last))
             if fitting[0][0].call.order.count("t") and (expression == CONTRACT or not _asks(module)):
                 break
-    looks_ahead = any(cause.kind is Kind.LOOK_AHEAD for probed in breached[:1] for cause in probed.breaches)
+    if breached and Kind.ROWS in _kinds(breached[0]):  # perhaps its first axis holds the tokens
+        breached.sort(key=lambda probed: "(ids.T" not in probed.call.expression or _kinds(probed) != {Kind.LOOK_AHEAD})
+    looks_ahead = bool(breached) and Kind.LOOK_AHEAD in _kinds(breached[0])
+    others: list[str] = []
     if not fitting and looks_ahead and asked is None:  # the caller may have to pass a mask
-        for expression in _masked(module):
-            with contextlib.suppress(Exception):  # a user's module may raise anything
-                found = _probe(module, expression, context_length)
-                if found is not None and not found[0].breaches:
-                    fitting.append(found)
+        others = _masked(module, "ids.T" if "(ids.T" in breached[0].call.expression else "ids")
+    elif not fitting and not breached and asked is None:  # it may take one row at a time
+        others = [_of_one_row(expression) for expression in expressions if "ids[" not in expression]
+    for expression in others:
+        with contextlib.suppress(Exception):  # a user's module may raise anything
+            found = _probe(module, expression, context_length)
+            if found is not None and not found[0].breaches:
+                fitting.append(found)
     if fitting:
         return _chosen(module, fitting)
     if breached:
@@ -154,11 +162,16 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         what = f"takes {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
         raise NoCacheError(name_of(module), [Cause(Kind.FIXED, what, where or "")]) from cause
     told = f"{type(cause).__name__}: {first_line(cause)}" if not isinstance(cause, ContractError) else first_line(cause)
-    message = (
-        f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; give its "
-        'call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
+    ids = torch.zeros(_BATCH, _LENGTHS[1], dtype=torch.long)
+    advice = half_precision(cause, lambda: _run(Call(expression), module, ids)) or (
+        'give its call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
     )
+    message = f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; {advice}"
     raise (InputError if asked is not None else ContractError)(message) from cause
+
+
+def _kinds(probed: Probed) -> set[Kind]:
+    return {cause.kind for cause in probed.breaches}
 
 
 def _runs(module: nn.Module, expression: str, length: int) -> bool:
@@ -253,9 +266,14 @@ def _with_targets(module: nn.Module) -> list[str]:
     return ["model(ids, ids)"] if _candidates(first) is _ARGUMENTS or _candidates(first)[0] == "ids" else []
 
 
-def _masked(module: nn.Module) -> list[str]:
+def _masked(module: nn.Module, ids: str) -> list[str]:
     names = [p.name for p in _parameters(module)[0] if p.default is not p.empty]
-    return [f"model(ids, {name}={mask})" for name in names for mask in ("future_scores", "future", "past")]
+    return [f"model({ids}, {name}={mask})" for name in names for mask in ("future_scores", "future", "past")]
+
+
+def _of_one_row(expression: str) -> str:
+    """The call for a module that takes a batch of one row."""
+    return re.sub(r"\b(ids|positions)\b(?! *=)", rf"\1{_ONE_ROW}", expression)
 
 
 # --- one expression -----------------------------------------------------------------------------------------------
@@ -269,7 +287,7 @@ def _probe(module: nn.Module, expression: str, context_length: int) -> tuple[Pro
     path, shapes = _logits_in(outputs, lengths, vocab)
     if path is None:
         return None
-    order = _order(shapes, lengths, "ids[0]" in expression)
+    order = _order(shapes, lengths, "ids[0]" in expression, 1 if f"ids{_ONE_ROW}" in expression else _BATCH)
     if order is None:
         return None
     call = Call(expression + path, order)
@@ -331,7 +349,8 @@ def _logits_in(
     for (path, first), (_, second) in zip(*outputs, strict=False):
         shapes = [tuple(first.shape), tuple(second.shape)]
         alike = first.dim() in (1, 2, 3) and first.dim() == second.dim() and shapes[0][-1] == shapes[1][-1]
-        if alike and first.is_floating_point() and _order(shapes, lengths, True) is not None:
+        orders = (_order(shapes, lengths, True, batch) for batch in (_BATCH, 1))
+        if alike and first.is_floating_point() and any(order is not None for order in orders):
             found.append((path, shapes))
     named = [entry for entry in found if "logits" in entry[0]]
     wide = [entry for entry in found if entry[1][0][-1] == vocab]
@@ -360,14 +379,14 @@ def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield f"{path}.logits", output.logits
 
 
-def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: bool) -> str | None:
+def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: bool, batch: int = _BATCH) -> str | None:
     """The axes of (..., V), from the shapes at two lengths; None if they do not match."""
     heads = [shape[:-1] for shape in shapes]
     known: dict[str, Callable[[int], tuple[int, ...]]] = {
-        "btv": lambda n: (_BATCH, n),
-        "tbv": lambda n: (n, _BATCH),
-        "bv": lambda n: (_BATCH,),
-        "b1v": lambda n: (_BATCH, 1),
+        "btv": lambda n: (batch, n),
+        "tbv": lambda n: (n, batch),
+        "bv": lambda n: (batch,),
+        "b1v": lambda n: (batch, 1),
     }
     if one_row:
         known |= {"tv": lambda n: (n,), "v": lambda n: (), "1tv": lambda n: (1, n)}

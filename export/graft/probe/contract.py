@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ from .observe import (
     run_cached,
     run_uncached,
 )
+from .watched import HALF, without_autocast
 
 Say = Callable[[str], None]
 
@@ -59,12 +60,15 @@ class Contracted:
 
 def in_contract(module: nn.Module, context_length: int, asked: str | None, say: Say) -> Contracted:
     """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit."""
-    with _as_it_was():
+    with _as_it_was(), without_autocast() as entered:
         model = module if isinstance(module, StandIn) else _prepared(module, say)  # already a wrapper of ours
         require_finite(model)
         kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
-        if kept is None:
-            return _followed(model, context_length, asked)
+        if kept is None or entered:
+            followed = _followed(model, context_length, asked)
+            if entered:
+                say(f"{name_of(model)} computes under torch.autocast: it is exported in float32, without autocast")
+            return followed
         if asked is None:
             _require_plain(model, Call(CONTRACT), context_length, kept.observation.vocab_size)
         # Following caches each key/value head once, and traces experts that compute only their own tokens.
@@ -150,8 +154,20 @@ def _as_it_was() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+def _widen(copies: Iterable[object]) -> None:
+    """Sets each half-precision dtype that copied objects and dicts hold, such as a configuration's, to float32."""
+    for value in copies:
+        held = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        for name, found in list(held.items()):
+            if isinstance(found, torch.dtype) and found in HALF:
+                held[name] = torch.float32
+
+
 def _prepared(module: nn.Module, say: Say) -> nn.Module:
-    """A copy on the CPU, whose runs leave the module unchanged. It shares parameters that are float32 on the CPU."""
+    """A copy on the CPU, whose runs leave the module unchanged. It shares parameters that are float32 on the CPU.
+
+    If parameters are half precision, the copy's own dtype settings become float32 as well.
+    """
     memo: dict[int, object] = {}
     moved: set[str] = set()
     for parameter in module.parameters():
@@ -174,6 +190,8 @@ def _prepared(module: nn.Module, say: Say) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}): leave out what "
             "cannot, such as a lock, an open file or a generator"
         ) from error
+    if any(parameter.dtype in HALF for parameter in module.parameters()):
+        _widen(value for value in memo.values() if not isinstance(value, Tensor))
     for part in model.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.device.type != "cpu":

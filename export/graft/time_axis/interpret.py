@@ -18,7 +18,8 @@ from pastkey.errors import first_line
 
 from ..probe.causes import Kind, ObstacleError
 from .operators.alone import alone
-from .operators.base import Contraction, Refused, Swapped
+from .operators.base import Contraction, Refused, Swapped, in_front
+from .operators.products import PRODUCTS
 from .operators.rules import DROPOUT, Rules
 from .program.program import LengthNumber, Op, Program, Size, Tables, map_args
 from .values import KEY, LOCAL, NEW, Axis, Lengths, Value, laid
@@ -184,6 +185,12 @@ class Whole(Interpreter):
             return self._assumed(op)
         try:
             changing = self._changing(op)
+            if changing is not None and op.name in PRODUCTS:
+                raise Refused(
+                    op,
+                    "multiplies by rows that are counted from the end of the text (relative positions that shift their "
+                    "scores, say): multiply each query by the row of its distance to each key instead",
+                )
             if changing is not None:
                 raise Refused(changing, "computes a table that is another one for a longer text", Kind.LENGTH)
             value = self.apply(op, self.value_of)
@@ -281,6 +288,9 @@ class Whole(Interpreter):
         axes = list(value.axes)
         at = letters[2].index(letter)
         axes[at] = Axis(axes[at].size, KEY, axes[at].outer, axes[at].inner)
+        shift = max(axis.shift for axis in axes)
+        if shift > 0:
+            raise Refused(op, in_front(shift))
         if not all(axis.plain_time for axis in axes if axis.time):
             raise Refused(op, "multiplies merged axes of positions")
         self._layouts[op] = Layout(tuple(axes), value.batch_axis)

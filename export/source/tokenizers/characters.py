@@ -1,9 +1,8 @@
-"""A list of characters -> tokenizer.json: the `stoi` and `itos` of tutorials."""
+"""A list of characters or words -> tokenizer.json: the `stoi` and `itos` of tutorials, or their `token_to_id`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -18,55 +17,93 @@ _STOI, _ITOS = "stoi", "itos"
 _UNKNOWN = ("<unk>", "<UNK>", "[UNK]")  # the token for any other character, if the list has one of them
 
 
-def from_characters(content: Any, file: Path) -> Conversion:
-    """Converts {"stoi": {...}, "itos": {...}}, one of the two, a list of characters, or a string of them."""
-    ids = _ids(content, file)
-    one_by_one = {text: number for text, number in ids.items() if len(text) == 1}
-    unknown = next((name for name in _UNKNOWN if name in ids), None)
-    # An unk_token outside the vocabulary makes an unknown character an error.
+def from_list(content: Any, name: object) -> Conversion:
+    """Converts {"stoi": {...}, "itos": {...}}, one of the two, a list of characters or words, or a string.
+
+    Words if most entries are: texts are split at whitespace then. Names such as <pad> and [UNK] do not count.
+    """
+    ids = _ids(content, name)
+    texts = [text for text in ids if not _is_special(text)]
+    words = sum(len(text) > 1 for text in texts) > len(texts) / 2
+    if words:
+        _require_words(ids, name)
+    unknown = next((text for text in _UNKNOWN if text in ids), None)
+    # An unk_token outside the vocabulary makes an unknown character or word an error.
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown or _UNKNOWN[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    # Entries of several characters, such as <pad>, are special tokens: no text is encoded to them.
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ids if len(text) > 1])
-    characters = {number: text for text, number in one_by_one.items()}
+    # Entries of several characters in a list of characters, such as <pad>, are special: no text is encoded to them.
+    special = [text for text in ids if (_is_special(text) if words else len(text) > 1)]
+    ordinary = {text: number for text, number in ids.items() if text not in special}
+    if not ordinary:
+        raise InputError(f"{name} has no entry of one character: a list of characters or words was expected")
+    if words:
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # decoded with spaces between them
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    text_of = {number: text for text, number in ordinary.items()}
+    split: Callable[[str], Sequence[str]] = str.split if words else list
     return Conversion(
         tokenizer,
-        encode=lambda text: [one_by_one[character] for character in text],
-        decode=lambda tokens: "".join(characters[token] for token in tokens),
-        texts=sample_texts(list(one_by_one), [""]),
+        encode=lambda text: [ordinary[part] for part in split(text)],
+        decode=lambda tokens: (" " if words else "").join(text_of[token] for token in tokens),
+        texts=sample_texts(list(ordinary), [" ", "\n"] if words else [""]),
     )
 
 
-def _ids(content: Any, file: Path) -> dict[str, int]:
+def _require_words(ids: Mapping[str, int], name: object) -> None:
+    spaced = next((text for text in ids if text.split() != [text]), None)
+    if spaced is not None:
+        raise InputError(
+            f"{name} is a list of words, which are read between spaces, and {spaced!r} has a space: give a "
+            "tokenizers.Tokenizer of your own making"
+        )
+    numbers = ids.values()
+    gap = next((number for number in range(min(numbers), max(numbers)) if number not in numbers), None)
+    if gap is not None:
+        raise InputError(f"{name} has ids up to {max(numbers)} and no word for {gap}: give the word of every id")
+
+
+def is_byte_level(vocabulary: Iterable[object]) -> bool:
+    """Whether the tokens write a space as byte-level BPE does: Ġ."""
+    return any(isinstance(text, str) and len(text) > 1 and text.startswith("\u0120") for text in vocabulary)
+
+
+def _is_special(text: str) -> bool:
+    return len(text) > 2 and text[0] + text[-1] in ("<>", "[]")
+
+
+def _ids(content: Any, name: object) -> dict[str, int]:
     """Returns the id of each character, in the order of the ids."""
     if isinstance(content, Mapping) and (_STOI in content or _ITOS in content):
-        found = [_one(content[key], file) for key in (_STOI, _ITOS) if key in content]
+        found = [_one(content[key], name) for key in (_STOI, _ITOS) if key in content]
         if found[0] != found[-1]:
-            raise InputError(f"{_STOI} and {_ITOS} of {file} do not say the same: leave out the one that is wrong")
+            raise InputError(f"{_STOI} and {_ITOS} of {name} do not say the same: leave out the one that is wrong")
         return found[0]
-    return _one(content, file)
+    return _one(content, name)
 
 
-def _one(content: Any, file: Path) -> dict[str, int]:
+def _one(content: Any, name: object) -> dict[str, int]:
     pairs: list[tuple[Any, Any]]
     if isinstance(content, Mapping):
         pairs = list(content.items())
         if all(isinstance(value, str) for value in content.values()):  # itos: JSON turns its keys into strings
-            pairs = [(text, int(key) if key.isdecimal() else key) for key, text in pairs]
+            pairs = [(text, int(key) if isinstance(key, str) and key.isdecimal() else key) for key, text in pairs]
     else:
         pairs = [(text, number) for number, text in enumerate(content)]
     if not all(isinstance(text, str) and text and is_int(number, 0) for text, number in pairs):
         raise InputError(
-            f"{file} is not a list of characters: expected their ids, "
-            '{"stoi": {"a": 0, ...}}, or the characters in the order of their ids, ["a", ...] or "a..."'
+            f"{name} is not a list of characters or words: expected their ids, whole numbers from 0, as in "
+            '{"stoi": {"a": 0, ...}} or {"the": 0, ...}, or them in the order of their ids, ["a", ...] or "a..."'
         )
     ids = dict(sorted(pairs, key=lambda pair: pair[1]))
-    require_dense(ids, file)
-    if not ids or len(ids) != len(pairs) or len(set(ids.values())) != len(ids):
-        raise InputError(
-            f"{file} is empty, or gives a character twice or two characters one id: each has an id of its own"
-        )
-    if not any(len(text) == 1 for text in ids):
-        raise InputError(f"{file} has no entry of one character: a list of characters was expected")
+    require_dense(ids, name)
+    of_id: dict[int, str] = {}
+    for text, number in pairs:
+        if of_id.setdefault(number, text) != text or ids[text] != number:
+            raise InputError(
+                f"{name} gives {text!r} twice, or one id to {of_id[number]!r} and {text!r}: each has an id of its own"
+            )
+    if not ids:
+        raise InputError(f"{name} is empty: a list of characters or words was expected")
     return ids

@@ -19,7 +19,7 @@ from ...settings import TOKENIZERS, split_factory
 from ..factory import make
 from ..source import read_template, refuse_links
 from .byte_level import from_gpt2, from_tiktoken, merges_beside
-from .characters import from_characters
+from .characters import from_list, is_byte_level
 from .conversion import Conversion
 from .sentencepiece import from_sentencepiece
 
@@ -58,11 +58,10 @@ def _read(file: Path) -> dict[str, Any]:
     merges = merges_beside(file)
     if isinstance(content, Mapping) and merges is not None:
         refuse_links(file.parent, [merges])
-    if _is_vocabulary(content) and (
-        file.name in _OF_A_FOLDER or sum(len(text) > 1 for text in content) > len(content) / 2
-    ):
+    of_gpt2 = merges is not None or file.name == "encoder.json"
+    if _is_vocabulary(content) and (of_gpt2 or is_byte_level(content)):
         return from_gpt2(content, file).fields(file)
-    return from_characters(content, file).fields(file)
+    return from_list(content, file).fields(file)
 
 
 def _other_json(file: Path) -> Any:
@@ -109,14 +108,16 @@ def _token_id(tokenizer: Any, token: Any) -> int | None:
 
 
 def _from_factory(file: Path, text: str) -> Conversion:
-    """Converts the result of the user's function or expression: a tokenizers.Tokenizer or a tiktoken Encoding."""
+    """Converts the result of the user's function or expression: a Tokenizer, a tiktoken Encoding or a list of texts."""
     made, _ = make(
         file,
         text,
         definitions_only=file.suffix == ".ipynb",
-        is_wanted=lambda value: isinstance(value, Tokenizer) or _is_encoding(value),
-        expected="a tokenizers.Tokenizer or a tiktoken.Encoding",
+        is_wanted=lambda value: isinstance(value, Tokenizer | Mapping | list | str) or _is_encoding(value),
+        expected="a tokenizers.Tokenizer, a tiktoken.Encoding, or the ids of characters or words",
     )
+    if isinstance(made, Mapping | list | str):
+        return from_list(made, f"{text} of {file}")
     try:
         if _is_encoding(made):
             return from_tiktoken(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_what_gives_no_module_is_told(text: str, sentence: str, file: Path) -> N
     ("content", "sentence"),
     [
         ("import torch\nimport no_such_package\n", "importing failed at {file}:2 with ModuleNotFoundError"),
-        ("def make(:\n", "importing failed at {file} with SyntaxError"),
+        ("def make(:\n", "{file}:1 is not valid Python"),
         ("raise SystemExit('usage: mine.py --data FILE')\n", "importing failed at {file}:1 with SystemExit: usage"),
     ],
 )
@@ -210,3 +211,85 @@ def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(notebook: Pat
     source = opened(f"{notebook}:Model(3)", weights=tmp_path / "state.pt")
     assert values(source) == [1, 1, 1]
     assert not any("no training" in sentence for sentence in source.warnings)
+
+
+def test_a_notebook_says_which_cell_saves_its_weights(notebook: Path) -> None:
+    content = json.loads(notebook.read_text())
+    for line, told in (
+        ("torch.save(model.state_dict(), 'my model.pt')", "with --weights 'my model.pt', which cell [3] saves"),
+        ("save_file(model.state_dict(), name)", "with --weights FILE, which cell [3] saves"),
+        ("torch.save({'model': model.state_dict(), 'step': 3}, 'a.pt')", "with --weights a.pt, which cell [3] saves"),
+        ("torch.save(losses, 'losses.pt')", "with --weights FILE"),
+    ):
+        cells = [*content["cells"], {"cell_type": "code", "source": "1"}, {"cell_type": "code", "source": line}]
+        notebook.write_text(json.dumps({"cells": cells}))
+        assert opened(f"{notebook}:model").warnings[0].endswith(told)
+
+
+# --- packages -------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def package(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package in the working folder, which no module of another test is part of."""
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    folder = tmp_path / "lm_of_mine" / "nets"
+    folder.mkdir(parents=True)
+    (tmp_path / "top.py").write_text("WIDTH = 4\n")
+    (folder.parent / "sizes.py").write_text("WIDTH = 4\n")
+    (folder / "model.py").write_text(MODEL.replace("from neighbour", "from ..sizes"))
+    yield folder
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("lm_of_mine", "top"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["with __init__.py", "without"])
+@pytest.mark.parametrize(
+    "named", ["lm_of_mine/nets/model.py", "{path}/lm_of_mine/nets/model.py", "lm_of_mine.nets.model"]
+)
+def test_a_file_of_a_package_imports_its_neighbours(named: str, marked: bool, package: Path, tmp_path: Path) -> None:
+    if marked:
+        (package / "__init__.py").touch()
+        (package.parent / "__init__.py").write_text("print('imported')\n")
+    named = named.format(path=tmp_path)
+    path = list(sys.path)
+    assert values(opened(f"{named}:make")) == [0.0] * 4
+    assert values(opened(f"{named}:Model(3)")) == [0.0] * 3
+    assert sys.path == path
+    torch.save({"weight": torch.ones(4)}, tmp_path / "weights.pt")
+    assert values(opened(f"{named}:Model()", weights=tmp_path / "weights.pt")) == [1.0] * 4
+
+
+def test_a_module_is_found_in_the_working_folder_and_may_import_from_there(package: Path, tmp_path: Path) -> None:
+    (package / "model.py").write_text(MODEL.replace("from neighbour", "from top"))
+    (package / "__init__.py").write_text("raise SystemError")  # which a file without relative imports does not run
+    assert values(opened("lm_of_mine/nets/model.py:make")) == [0.0] * 4
+    (package / "__init__.py").write_text("from .model import make\n")
+    assert values(opened("lm_of_mine.nets:make")) == [0.0] * 4
+
+
+def test_a_package_that_does_something_when_it_is_imported_is_told(package: Path) -> None:
+    start = package / "__init__.py"
+    for line, told in (
+        ("import sys; sys.exit(3)", "with SystemExit: 3, which ends Python: put what a program does under  if __name"),
+        ("raise KeyError('no data')", "with KeyError: 'no data'"),
+        ("import of_nobody", "with ModuleNotFoundError: No module named 'of_nobody'"),
+    ):
+        start.write_text(line)
+        message = refusal(InputError, f"{package / 'model.py'}:make")
+        assert message.startswith(f"importing the package lm_of_mine.nets failed at {start}:1 ")
+        assert told in message
+
+
+def test_a_package_of_a_name_that_is_taken_is_told(package: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "json"
+    taken.mkdir()
+    (taken / "__init__.py").touch()
+    (taken / "model.py").write_text("from . import sizes\nmake = 3")
+    assert "Python already has another one of this name" in refusal(InputError, f"{taken / 'model.py'}:make")
+
+
+def test_a_module_that_is_not_there_is_told(package: Path) -> None:
+    for named, lacking in (("lm_of_mine.net.model", "lm_of_mine.net"), ("of_nobody", "of_nobody")):
+        assert f"no module {named}: {lacking} is in neither" in refusal(MissingFileError, f"{named}:make")
+    assert "math is no Python file" in refusal(InputError, "math:make")

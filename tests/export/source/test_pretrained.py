@@ -10,12 +10,14 @@ from typing import NoReturn
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
+from pastkey.errors import ContextLengthError
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load
@@ -70,6 +72,32 @@ def test_no_network_is_tried(saved_llama: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert open_source(saved_llama).context_length == CONTEXT
+
+
+def test_a_context_length_is_found_under_every_name(tmp_path: Path, word_tokenizer: Tokenizer) -> None:
+    """ALiBi needs no table of positions: BLOOM's class has none of the names, and its folders have seq_length."""
+    config = transformers.BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    file = tmp_path / names.CONFIG
+    plain = json.loads(file.read_text())
+
+    def found(context_length: int | None = None, **settings: int) -> tuple[int, tuple[str, ...]]:
+        file.write_text(json.dumps(plain | settings))
+        source = open_source(tmp_path, context_length=context_length)
+        return source.context_length, source.warnings
+
+    told = f"the configuration of {tmp_path.name} names no context length: it gets 2,048 tokens; --context N changes it"
+    assert found() == (2048, (told,))
+    assert found(300) == (300, ())
+    for name in ("seq_length", "max_seq_len", "n_ctx"):
+        assert found(**{name: 24}) == (24, ())
+    with pytest.raises(ContextLengthError, match="--context 25 is more than the 24 tokens"):
+        found(25, seq_length=24)
+    for longest, expected in ((int(1e30), 2048), (20, 20)):
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=word_tokenizer, model_max_length=longest, eos_token="<end>"
+        ).save_pretrained(tmp_path)
+        assert found()[0] == expected
 
 
 SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...probe.causes import Kind
+from ...probe.causes import Cause, Kind, ObstacleError
 from ..program.program import Op
 from ..values import KEY, NEW, Axis, Value
 from .base import Refused, Swapped, over_time
@@ -73,13 +73,24 @@ class Along(Parts):
                 values.append(x.with_(tensor=tensor, axes=out, batch_axis=batch))
         return values if isinstance(result, list | tuple) else values[0]
 
-    def _topk(self, op: Op, x: Value, k: int, dim: int = -1, *args: Any) -> list[Value]:
+    def _topk(self, op: Op, x: Value, k: int, dim: int = -1, *args: Any) -> list[Value | None]:
+        """Over whole columns, the values alone; of fewer than k columns the missing ones are -inf."""
         dim %= len(x.axes)
-        if x.axes[dim].time is not None:
-            raise Refused(op, "chooses among positions")
+        time = x.axes[dim].time
+        if time == NEW or not isinstance(k, int):
+            raise over_time(op, "topk")
+        if time == KEY and any(user.name == "getitem" and user.args[1] == 1 for user in op.users):
+            what = "reads where the largest scores are: compare the scores with the smallest of these instead"
+            raise ObstacleError(Cause(Kind.UNKNOWN, what, op.where, op.owner))
         x = x.real()
-        found = torch.topk(x.tensor, k, x.dim(dim), *args)
-        return [self._with_axis(x, dim, Axis(k), t) for t in found]
+        tensor = x.tensor
+        if time == KEY:
+            tensor = _padded(tensor, x.dim(dim), 0, k, -torch.inf)
+        values, places = torch.topk(tensor, k, x.dim(dim), *args)
+        found = self._with_axis(x, dim, Axis(k), values)
+        if time == KEY:
+            return [found, None]
+        return [found, self._with_axis(x, dim, Axis(k), places)]
 
     def _normalized(self, op: Op, x: Value, shape: Sequence[int], *args: Any) -> Value:
         x = x.real()
@@ -91,6 +102,31 @@ class Along(Parts):
         return x.with_(tensor=function(x.tensor, list(shape), *settings))
 
     _layer_norm = _rms_norm = _normalized
+
+    def _native_batch_norm_legit_no_training(
+        self, op: Op, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, _: float, eps: float
+    ) -> list[Value | None]:
+        """With the figures of the training: a scale and a shift of each channel."""
+        x = x.real()
+        if x.axes[1].time is not None or x.batch_axis == 1:
+            raise Refused(op, "normalizes the positions by numbers of the training, one for each", Kind.FIXED)
+        scale = torch.rsqrt(var.tensor + eps) * (1 if weight is None else weight.tensor)
+        shift = (0 if bias is None else bias.tensor) - mean.tensor * scale
+        wide = [-1, *[1] * (x.tensor.dim() - x.dim(1) - 1)]
+        return [x.with_(tensor=x.tensor * scale.reshape(wide) + shift.reshape(wide)), None, None]
+
+    def _group_norm(
+        self, op: Op, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, *args: Any
+    ) -> Value:
+        """Of rows (B·T, C, ...), each by itself."""
+        x = x.real()
+        if any(axis.time is not None for axis in x.axes[1:]):
+            raise over_time(op, "normalizes")
+        x = x.explicit() if x.batch_axis != 0 else x
+        at = x.dim(1)
+        flat = x.tensor.reshape(-1, *x.tensor.shape[at:])
+        scale, shift = (None if part is None else part.tensor for part in (weight, bias))
+        return x.with_(tensor=F.group_norm(flat, groups, scale, shift, *args[:1]).reshape(x.tensor.shape))
 
     def _pad(self, op: Op, x: Value, pads: Sequence[Any], *args: Any, **kwargs: Any) -> Value:
         touched = [len(x.axes) - 1 - i // 2 for i, p in enumerate(pads) if p != 0]

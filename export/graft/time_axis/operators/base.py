@@ -75,6 +75,8 @@ class Operators:
             if not size.moves:
                 times.append(None)
                 continue
+            if isinstance(size, Size) and size.a == 1 and size.b > 0:
+                raise Refused(op, in_front(size.b))
             if size != Size(1, 0):
                 raise Refused(op, f"needs a table of {_shown(size)} rows at once")
             times.append((out[i + shift] if i + shift >= 0 else None) or KEY)
@@ -204,6 +206,12 @@ class Operators:
 # --- helpers ------------------------------------------------------------------------------------------------------
 def _shown(size: Size | LengthNumber) -> str:
     return f"{size.a}·T{size.b:+d}" if isinstance(size, Size) else "another number of"
+
+
+def in_front(count: int) -> str:
+    """What a module does whose attention has more rows than the text has tokens."""
+    rows = "a row" if count == 1 else f"{count} rows"
+    return f"has {rows} beside those of the text (a learned token, or learned keys and values), which the cache lacks"
 
 
 _RUNNING = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}

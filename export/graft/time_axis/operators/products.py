@@ -15,6 +15,8 @@ from ..values import KEY, NEW, Axis, Value
 from .along import Along
 from .base import Contraction, Refused, Swapped, over_time
 
+PRODUCTS = {"linear", "matmul", "bmm", "mm", "mv", "dot", "einsum"}
+
 
 class Products(Along):
     """Treats every product as an einsum of two operands."""

@@ -114,6 +114,8 @@ class Chosen(TorchFunctionMode):
             return self._put(name, *args, **kwargs)
         if name in ("index_add", "index_add_", "index_copy", "index_copy_"):
             return self._along(name, *args, **kwargs)
+        if name in ("masked_scatter", "masked_scatter_"):
+            return self._scattered(name, *args, **kwargs)
         return NotImplemented
 
     def _nonzero(self, mask: Tensor, as_tuple: bool) -> Any:
@@ -274,6 +276,18 @@ class Chosen(TorchFunctionMode):
             new = x + torch.where(chosen, source * alpha if alpha != 1 else source, torch.zeros((), dtype=x.dtype))
         else:
             new = torch.where(chosen, source, x)
+        return x.copy_(new) if name.endswith("_") else new
+
+    def _scattered(self, name: str, x: Tensor, mask: Tensor, source: Tensor) -> Any:
+        for axis, stride in enumerate(mask.stride()):
+            mask = mask.narrow(axis, 0, 1) if stride == 0 and mask.shape[axis] else mask  # an expanded axis
+        rows = self._of_mask(mask)
+        if rows is None:
+            return NotImplemented
+        at = rows.axis + x.dim() - mask.dim()
+        if source.numel() != x.numel() or any(n != 1 for n in x.shape[:at]):
+            raise _obstacle("writes a part of rows that were chosen by what the tokens are")
+        new = torch.where(_standing(rows.chosen, x, at), source.reshape(x.shape), x)
         return x.copy_(new) if name.endswith("_") else new
 
 

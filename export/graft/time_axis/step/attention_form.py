@@ -18,6 +18,7 @@ GivenWeights = Callable[[list[Tensor], int], Tensor]  # scores (B, H, T, S) of e
 
 _NOTHING = 1e-38  # a weight below this fraction of a row's largest counts as 0 in float32
 _TOLD = 1e-30  # the smallest weight that float32 measures precisely
+_MARGIN = 1e6  # times _TOLD, a weight that is measured whatever share sinks take
 _ROUNDING = 1e-5  # of float32 in a module's own softmax
 _CHUNK = 1 << 22  # scores at once
 _SHORT = 12
@@ -89,7 +90,8 @@ def recognised(weights: GivenWeights, products: int, heads: tuple[int, ...], con
     scale = torch.where(rough == 0, 0.0, scale)
     for size in (0.3, 3.0, 20.0):
         given = probe.numbers(size / largest)
-        if not _close(probe.expected(given, scale, cap), probe.found(given), size, _ROUNDING):
+        expected, found = probe.expected(given, scale, cap), probe.found(given)
+        if not _close(expected, found, size, _ROUNDING) or probe.lacks(expected, found):
             return None
     return Softmax(scale, table, cap, sinks)
 
@@ -115,6 +117,12 @@ class _Probe:
         logs = torch.where(weights > _TOLD, weights.log(), torch.nan)
         logs = logs - logs.diagonal(dim1=1, dim2=2)[..., None]
         return torch.where(self._seen, logs - self._bias, 0.0)
+
+    def lacks(self, expected: Tensor, found: Tensor) -> bool:
+        """Whether a weight is too small to measure that should be far larger, such as one below a threshold."""
+        weights = (expected + self._bias).softmax(-1)
+        large = weights > _MARGIN * _TOLD
+        return bool((found.isnan() & large & large.diagonal(dim1=1, dim2=2)[..., None]).any())
 
     def expected(self, given: list[Tensor], scale: Tensor, cap: float | None) -> Tensor:
         mixed = torch.zeros(self._count, self.length, self.length, dtype=torch.float64)

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attention import AttentionCall, attend
 from ...probe.causes import Cause, Kind, NoCacheError
 from ...probe.observe import StandIn, name_of
+from ...probe.watched import without_autocast
 from ..interpret import Attention, Weights, Whole, in_float32
 from ..operators.base import Refused, Swapped
 from ..program.program import LogitsOf, Op, Program, Tables, trace_program
@@ -29,6 +31,7 @@ from .state import State, find_state
 from .step import Planned, Step
 
 _EQUAL = 1e-7  # relative: measured scales that differ by less are equal
+_ZEROS = 8  # the head size, the smallest of GroupQueryAttention
 _LENGTHS = (31, 29)  # tokens of the two traces; unlikely as the size of a head or a window
 
 
@@ -46,7 +49,8 @@ class TimeAxisDecoder(StandIn):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         if self._native:
-            return torch.cat([whole_logits(self.model, self._call, row[None]) for row in input_ids])
+            with without_autocast():
+                return torch.cat([whole_logits(self.model, self._call, row[None]) for row in input_ids])
         found = self._found
         step = Step(
             found.program,
@@ -60,7 +64,8 @@ class TimeAxisDecoder(StandIn):
             found.swapped,
             found.states,
         )
-        return step.run()
+        logits = step.run()
+        return logits if found.plan else logits + _attention_of_zeros(logits)
 
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:
@@ -81,6 +86,16 @@ class TimeAxisDecoder(StandIn):
             return op.constant
         tensor: Tensor = operator.attrgetter(str(op.target))(self)
         return tensor
+
+
+def _attention_of_zeros(logits: Tensor) -> Tensor:
+    """Zeros (B, T, 1), for a module whose tokens read no earlier ones, such as a bigram.
+
+    With one attention its bundle has a cache, which every program expects, and needs no case of its own.
+    """
+    zeros = torch.zeros(logits.shape[0], 1, logits.shape[1], _ZEROS)
+    call = AttentionCall(zeros, zeros, zeros, None, 0.0, True, scale=1.0, where="no attention")
+    return attend(call)[:, 0, :, :1]
 
 
 class _FullTables:
@@ -243,6 +258,8 @@ def _softmax(
     reads = {i for op in attention.region for i in op.inputs if i.depends}
     if reads - set(attention.region) - set(attention.products):
         return None  # the weights also depend on other values of the tokens
+    if any(op.name == "topk" for op in attention.region):
+        return None  # a softmax of some of the scores
     tables = Tables(context_length)
     form = _form(attention, tables)
     if form in seen:

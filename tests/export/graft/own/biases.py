@@ -274,7 +274,26 @@ class LatentByCat(Latent):
         return self.w_o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
+class LargestScores(Scored):
+    """The five largest scores of each row alone."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = causal(self.scores(q, k))
+        largest, _ = scores.topk(min(5, scores.size(-1)), dim=-1)
+        return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v
+
+
+class NearTheLargest(Scored):
+    """Scores that are far below the largest one of the row count nothing."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = causal(self.scores(q, k))
+        return scores.masked_fill(scores < scores.amax(-1, keepdim=True) - 3, float("-inf")).softmax(-1) @ v
+
+
 DECODERS = {
+    "largest_scores": Own(lambda: Gpt(LargestScores), graph="standard", note="topk of masked scores"),
+    "near_the_largest": Own(lambda: Gpt(NearTheLargest), graph="standard", note="a threshold below the largest score"),
     "band_buffer": Own(lambda: Gpt(BandBuffer), note="a window of 10"),
     "band_of_distances": Own(lambda: Gpt(BandOfDistances), note="a window of 10"),
     "band_by_vmap": Own(lambda: Gpt(BandByVmap), note="a window of 10, of a rule for one pair"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -217,6 +218,50 @@ class ShortConv(nn.Module):
         return self.out(self.gate(x) * F.silu(mixed.transpose(1, 2)))
 
 
+class HalfSettings(Gpt):
+    """Converted to the dtype of its configuration, as lessons write it; in float32 if all of it is."""
+
+    def __init__(self) -> None:
+        super().__init__(TrilBuffer)
+        self.cfg: dict[str, Any] = {"dtype": torch.bfloat16, "n_layers": 2}
+        self.to(torch.bfloat16)
+
+    def float(self) -> HalfSettings:
+        self.cfg["dtype"] = torch.float32
+        return super().float()
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.embed(idx).to(self.cfg["dtype"])
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x).to(self.cfg["dtype"]))
+
+
+class BatchNorm(nn.Module):
+    """With the figures of the training: over (B, C, T), or flattened to (B*T, C)."""
+
+    def __init__(self, *, flat: bool) -> None:
+        super().__init__()
+        self.flat, self.norm, self.mlp = flat, nn.BatchNorm1d(WIDTH), SwiGLU()
+        self.norm.running_mean = torch.linspace(-1, 1, WIDTH)
+        self.norm.running_var = torch.linspace(0.5, 2, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x.flatten(0, 1)).view_as(x) if self.flat else self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return self.mlp(normed)
+
+
+class GroupNorm(nn.Module):
+    """Each token by itself, as a row of (B*T, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.GroupNorm(4, WIDTH), SwiGLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x.flatten(0, 1)).view_as(x))
+
+
 def blocks_with(**parts: Callable[[], nn.Module]) -> list[nn.Module]:
     """Two blocks with one of their parts (attn, mlp) replaced."""
     blocks = [Block(Causal()) for _ in range(2)]
@@ -251,6 +296,10 @@ DECODERS = {
     "values_of_the_first": Own(ValuesOfTheFirst),
     "half_precision": Own(lambda: Gpt(TrilBuffer).half(), note="export makes float32 of it"),
     "bfloat16": Own(lambda: Gpt(TrilBuffer).bfloat16(), note="export makes float32 of it"),
+    "half_settings": Own(HalfSettings, note='x.to(cfg["dtype"]) of bfloat16; export makes float32 of it'),
+    "batch_norm": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=False)), note="over (B, C, T), in eval mode"),
+    "batch_norm_of_rows": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=True)), note="over (B*T, C), in eval mode"),
+    "group_norm_of_rows": Own(lambda: mixed(mlp=GroupNorm), note="over (B*T, C)"),
     "smeared_embedding": Own(SmearedEmbedding, graph="standard", state=True, note="nanochat's: cat of the first row"),
     "bigrams": Own(Bigrams, graph="standard", state=True, note="a shift of the ids themselves"),
     "time_shift": Own(lambda: mixed(mlp=TimeShift), graph="standard", state=True, note="ZeroPad2d, RWKV's"),

@@ -125,6 +125,20 @@ class Switch(Experts):
         return x + out
 
 
+class Scattered(Experts):
+    """masked_scatter into zeros, if any token chose the expert."""
+
+    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mine = which == i
+            mask = mine.any(-1)
+            if mask.any():
+                y = expert(x[mask]) * (weights * mine).sum(-1)[mask, None]
+                out = out + torch.zeros_like(x).masked_scatter(mask[:, None].expand_as(x), y)
+        return out
+
+
 DECODERS = {
     "experts_where": Own(lambda: Stack(Modern(Where), Modern(Where)), note="results[rows] += ..."),
     "experts_counted": Own(lambda: Stack(Modern(Counted), Modern(Counted)), note="bincount(...).tolist()"),
@@ -132,5 +146,6 @@ DECODERS = {
     "experts_unique": Own(lambda: Stack(Modern(Unique), Modern(Unique)), note="for expert in unique(...)"),
     "experts_hit": Own(lambda: Stack(Modern(Hit), Modern(Hit)), note="one_hot(...).permute(2, 1, 0)"),
     "experts_masked": Own(lambda: Stack(Modern(Masked), Modern(Masked)), note="out[mask] += ..."),
+    "experts_scattered": Own(lambda: Stack(Modern(Scattered), Modern(Scattered)), note="masked_scatter, if mask.any()"),
     "experts_switch": Own(lambda: Stack(Modern(Switch), Modern(Switch)), note="out[mask] = ..., (B, T)"),
 }

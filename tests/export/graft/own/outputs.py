@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .parts import Gpt, Own, first
+from .parts import CONTEXT, VOCAB, Gpt, Own, first
 from .positions import Causal
 
 
@@ -158,6 +158,31 @@ class TimeFirst(Gpt):
         return super().forward(src.t()).transpose(0, 1)
 
 
+class OneRow(Gpt):
+    """(1, T): the positions are a table of one row, viewed as the batch."""
+
+    def embed(self, idx: Tensor) -> Tensor:
+        B, T = idx.shape
+        return self.wte(idx) + self.wpe(torch.arange(T)[None].view(B, T))
+
+
+class Bigram(nn.Module):
+    """A table of logits, one row for each token: no token reads another one."""
+
+    def __init__(self, *, positions: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, VOCAB)
+        self.positions = nn.Embedding(CONTEXT, VOCAB) if positions else None
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = self.table(idx)
+        if self.positions is not None:
+            logits = logits + self.positions(torch.arange(idx.size(1)))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
+
+
 class UnusedCache(Gpt):
     """Takes and gives a cache of its own, if it is asked to; nobody asks."""
 
@@ -240,6 +265,9 @@ DECODERS = {
     "kept_output": Own(lambda: KeptOutput(Causal), lambda m, ids: m(ids).logits, note="self.OUT, transformers'"),
     "unbatched": Own(Unbatched, lambda m, ids: torch.stack([m(row) for row in ids]), note="(T,) -> (T, V)"),
     "time_first": Own(lambda: TimeFirst(Causal), lambda m, ids: m(ids.t()).transpose(0, 1), note="(T, B) -> (T, B, V)"),
+    "one_row": Own(lambda: OneRow(Causal), lambda m, ids: torch.cat([m(row[None]) for row in ids]), note="B = 1 alone"),
+    "bigram": Own(Bigram, first, layers=1, alone=True, note="reads no earlier token; its cache holds zeros"),
+    "bigram_of_positions": Own(lambda: Bigram(positions=True), first, layers=1, alone=True),
     "unused_cache": Own(UnusedCache, first, note="(logits, [None, None])"),
     "start_pos": Own(lambda: StartPos(Causal), lambda m, ids: m(ids, 0)),
     "input_pos": Own(lambda: InputPos(Causal)),

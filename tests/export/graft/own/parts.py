@@ -35,6 +35,7 @@ class Own:
     graph: Literal["fused", "standard", "either"] = "fused"  # the one that it must get
     layers: int = 2  # pairs of key and value caches
     state: bool = False  # keeps rows of earlier tokens beside keys and values
+    alone: bool = False  # a token reads no earlier ones
     note: str = ""
 
     def make(self) -> nn.Module:

@@ -187,6 +187,53 @@ class UntilCertain(nn.Module):
         return y
 
 
+# --- rows and places that no cache has --------------------------------------------------------------------------------
+class LearnedToken(Gpt):
+    """A learned token in front of the text, whose logits are left out."""
+
+    def __init__(self) -> None:
+        super().__init__(Scored)
+        self.prefix = nn.Parameter(torch.zeros(1, 1, WIDTH))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = torch.cat([self.prefix.expand(idx.size(0), -1, -1), self.embed(idx)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x[:, 1:]))
+
+
+class LearnedKeys(Scored):
+    """Two learned keys and values in front of the text's."""
+
+    def more(self) -> None:
+        self.keys, self.values = (nn.Parameter(torch.zeros(1, self.kv_heads, 2, self.size)) for _ in range(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, T = q.size(0), q.size(2)
+        k, v = torch.cat([self.keys.expand(B, -1, -1, -1), k], 2), torch.cat([self.values.expand(B, -1, -1, -1), v], 2)
+        hidden = F.pad(torch.ones(T, T, dtype=torch.bool).triu(1), (2, 0))
+        return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+class Skewed(Scored):
+    """The Music Transformer's: the last T rows of a table, shifted into place by a pad and a view."""
+
+    def more(self) -> None:
+        self.distances = nn.Parameter(torch.zeros(CONTEXT, self.size))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        B, H, T, _ = q.shape
+        relative = q @ self.distances[CONTEXT - T :].T  # (B, H, T, T)
+        return super().scores(q, k) + F.pad(relative, (1, 0)).view(B, H, T + 1, T)[:, :, 1:]
+
+
+class PlacesOfTheLargest(Scored):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = causal(self.scores(q, k))
+        where = scores.topk(min(5, scores.size(-1)), dim=-1).indices
+        return (scores + torch.full_like(scores, float("-inf")).scatter(-1, where, 0.0)).softmax(-1) @ v
+
+
 REFUSED = {
     "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), "batch mixing"),
     "noise": Refused(lambda: Noisy(0.1), "noise", note="randn_like in eval mode"),
@@ -203,5 +250,9 @@ REFUSED = {
     "scaled_by_length": Refused(lambda: Gpt(ScaledByLength), "length-dependent number", note="log(T + 1)"),
     "counted_from_the_end": Refused(lambda: CountedFromTheEnd(Causal), "length-dependent number", note="T - 1 - i"),
     "until_certain": Refused(lambda: Mixing(UntilCertain()), "data-dependent loop", note="if change < 1e-6: break"),
+    "learned_token": Refused(LearnedToken, "learned rows", note="a prefix or sink token"),
+    "learned_keys": Refused(lambda: Gpt(LearnedKeys), "learned rows", note="memory keys and values"),
+    "skewed": Refused(lambda: NoPositions(Skewed), "shifted scores", note="the Music Transformer's"),
+    "places_of_the_largest": Refused(lambda: Gpt(PlacesOfTheLargest), "places of scores", note="topk(...).indices"),
     "little_noise": Refused(lambda: Noisy(1e-4), "noise", note="1e-4"),
 }  # fmt: skip

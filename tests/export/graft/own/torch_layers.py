@@ -74,6 +74,14 @@ class EncoderTimeFirst(nn.Module):
         return F.log_softmax(self.decoder(self.layers(x, self.src_mask)), dim=-1)
 
 
+class EncoderTimeFirstMaskOutside(EncoderTimeFirst):
+    """As torch's tutorial has it: (T, B), and the mask is given."""
+
+    def forward(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:
+        x = self.encoder(src) + self.pos(torch.arange(len(src)).unsqueeze(1))
+        return self.decoder(self.layers(x, src_mask))
+
+
 class SdpaCausal(Qkv):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -123,6 +131,11 @@ DECODERS = {
     "transformer_encoder_mask_outside": Own(lambda: Encoder(mask_inside=False, norm_first=True), with_mask),
     "transformer_encoder_time_first": Own(
         EncoderTimeFirst, lambda m, ids: m(ids.t()).transpose(0, 1), note="len(src), a mask kept on self, (T, B)"
+    ),
+    "transformer_encoder_time_first_mask_outside": Own(
+        EncoderTimeFirstMaskOutside,
+        lambda m, ids: m(ids.t(), square_mask(ids.size(1))).transpose(0, 1),
+        note="(T, B), an optional mask",
     ),
     "sdpa_causal": Own(lambda: Gpt(SdpaCausal), note="no position_ids"),
     "sdpa_grouped": Own(lambda: Gpt(lambda: SdpaGrouped(kv_heads=2)), note="is_causal=T > 1"),

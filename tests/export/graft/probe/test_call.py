@@ -104,6 +104,30 @@ class WithMask(Counted):
         return self.head(torch.tanh(scores.softmax(-1) @ x))
 
 
+class BatchOfOne(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        assert len(ids) == 1
+        return self.logits(ids)
+
+
+class BatchOfOneLast(BatchOfOne):
+    def forward(self, ids: Tensor) -> Any:
+        return super().forward(ids)[:, -1]
+
+
+class BatchOfOneWithTargets(BatchOfOne):
+    def forward(self, ids: Tensor, targets: Tensor) -> Any:  # type: ignore[override]
+        assert ids.shape == targets.shape
+        return None, super().forward(ids)
+
+
+class TimeFirstWithMask(WithMask):
+    """(T, B), and the mask is given."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Any:
+        return super().forward(ids.T, mask).transpose(0, 1)
+
+
 FOUND: dict[type[Counted], tuple[str, str]] = {
     Counted: ("model(ids)", "btv"),
     Tupled: ("model(ids, ids)[0]", "btv"),
@@ -116,6 +140,10 @@ FOUND: dict[type[Counted], tuple[str, str]] = {
     OneRowWithPositions: ("model(ids[0])", "tv"),
     WithStart: ("model(ids, 0)", "btv"),
     WithMask: ("model(ids, mask=future_scores)", "btv"),
+    TimeFirstWithMask: ("model(ids.T, mask=future_scores)", "tbv"),
+    BatchOfOne: ("model(ids[:1])", "btv"),
+    BatchOfOneLast: ("model(ids[:1])", "bv"),
+    BatchOfOneWithTargets: ("model(ids[:1], ids[:1])[1]", "btv"),
 }
 
 
@@ -134,7 +162,7 @@ def test_the_call_is_found_and_how_the_logits_lie(kind: type[Counted]) -> None:
     with torch.no_grad():
         logits = found.call(module, ids)
     assert logits.shape == (1, 1 if order == "bv" else 6, VOCAB)
-    if kind not in (WithStart, WithMask):
+    if kind not in (WithStart, WithMask, TimeFirstWithMask):
         with torch.no_grad():
             assert torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
 

@@ -51,6 +51,10 @@ CAUSES = {  # the class that the line is in, what it does in words, and how many
     "whole_context": (refused.WholeContext, r"takes 48 tokens, the whole context, and no fewer", 1),
     "scaled_by_length": (refused.ScaledByLength, "computes with a number made from the length of the text", 1),
     "counted_from_the_end": (refused.CountedFromTheEnd, "computes a table that is another one for a longer text", 1),
+    "learned_token": (Scored, r"has a row beside those of the text \(a learned token, or learned keys", 1),
+    "learned_keys": (refused.LearnedKeys, "has 2 rows beside those of the text", 1),
+    "skewed": (refused.Skewed, "multiplies by rows that are counted from the end of the text", 1),
+    "places_of_the_largest": (refused.PlacesOfTheLargest, "reads where the largest scores are", 2),
     "until_certain": (refused.UntilCertain, "branches on values", 1),
 }  # fmt: skip
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import shlex
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,6 +257,78 @@ def test_another_precision_is_taken_in_float32_and_said() -> None:
     assert said == ["Gpt is bfloat16 on cpu: it was copied to the CPU in float32"]
     assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
     assert apart(found, module.float()) < 1e-5
+
+
+class AnyDtype(Gpt):
+    """Converts to a dtype from where its author keeps it, in the middle."""
+
+    def __init__(self, settings: object, dtype_of: Callable[[Any], torch.dtype]) -> None:
+        super().__init__(Causal, layers=1)
+        self.settings, self.dtype_of = settings, dtype_of
+        self.to(torch.float16)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.embed(idx).to(self.dtype_of(self.settings))
+        return self.lm_head(self.ln_f(self.blocks[0](x)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    dtype: torch.dtype = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype_of"),
+    [
+        ({"kinds": {"dtype": torch.float16}}, lambda settings: settings["kinds"]["dtype"]),
+        (Settings(), lambda settings: settings.dtype),
+        (SimpleNamespace(model=Settings()), lambda settings: settings.model.dtype),
+    ],
+    ids=["dict", "frozen dataclass", "namespace"],
+)
+def test_half_precision_in_settings_becomes_float32_in_the_copy_alone(settings: Any, dtype_of: Any) -> None:
+    module = AnyDtype(settings, dtype_of).eval()
+    found, said = taken(module)
+    assert (found.call, len(said)) == ("model(ids)", 1)
+    assert dtype_of(module.settings) == torch.float16
+    assert apart(found, AnyDtype(None, lambda _: torch.float32).float().eval()) > 1e-3  # of other weights
+    reference = AnyDtype(None, lambda _: torch.float32).float()
+    reference.load_state_dict(module.state_dict())
+    assert apart(found, reference.eval()) < 1e-5
+
+
+def test_a_line_that_makes_half_precision_is_told_with_what_to_write() -> None:
+    sentence = refusal(ContractError, AnyDtype(None, lambda _: torch.float16).eval())
+    assert re.search(r"test_contract.py:\d+ makes half precision, and a module is exported in float32", sentence)
+    assert "--call" not in sentence
+
+
+class Mixed(Gpt):
+    def forward(self, idx: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(idx)
+
+
+class MixedMlp(Plain):
+    """Of the contract, but for an MLP in mixed precision."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = hidden + F.linear(hidden, self.head.weight).mean(-1, keepdim=True)
+        return super().logits(hidden)
+
+
+def test_autocast_is_left_out_and_said() -> None:
+    module, reference = Mixed(Causal).eval(), Gpt(Causal).eval()
+    reference.load_state_dict(module.state_dict())
+    found, said = taken(module)
+    assert said == ["Mixed computes under torch.autocast: it is exported in float32, without autocast"]
+    assert apart(found, reference) < 1e-5
+    with found.module.native():
+        assert apart(found, reference) == 0
+    assert not torch.is_autocast_enabled("cpu")
+    found, said = taken(MixedMlp(vocab=VOCAB))
+    assert (found.call, len(said)) == ("model(ids, position_ids=positions)", 1)
 
 
 def test_a_module_without_numbers_is_refused() -> None:

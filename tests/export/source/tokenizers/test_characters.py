@@ -1,16 +1,15 @@
-"""Lists of characters, in the forms in which lessons write them."""
+"""Lists of characters and of words, in the forms in which lessons write them."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
 from pastkey.errors import InputError
-from pastkey.export.source.tokenizers.characters import from_characters
+from pastkey.export.source.tokenizers.characters import from_list
 
 TEXT = "\n !'aAéß日🙂"
 STOI = {character: number for number, character in enumerate(TEXT)}
@@ -18,7 +17,7 @@ ITOS = {str(number): character for number, character in enumerate(TEXT)}
 
 
 def made(content: Any) -> Tokenizer:
-    fields = from_characters(json.loads(json.dumps(content)), Path("mine.json")).fields("mine.json")
+    fields = from_list(json.loads(json.dumps(content)), "mine.json").fields("mine.json")
     assert (fields["bos_token_id"], fields["eos_token_ids"]) == (None, ())
     return Tokenizer.from_buffer(fields["tokenizer"])
 
@@ -54,15 +53,39 @@ def test_longer_entries_are_special_tokens() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"stoi": {"a": "b", "c": 1}}, "is not a list of characters: expected their ids"),
+        ({"stoi": {"a": "b", "c": 1}}, "is not a list of characters or words: expected their ids"),
         (["a", ""], "is not a list of characters"),
-        ({"stoi": {"a": 0, "b": 0}}, "gives a character twice or two characters one id"),
-        ({"stoi": {}}, "is empty, or gives a character twice"),
+        ({"stoi": {"a": 0, "b": 0}}, "one id to 'a' and 'b'"),
+        (["a", "b", "a"], "gives 'a' twice"),
+        ({"stoi": {}}, "is empty"),
         ({"stoi": {"a": 0}, "itos": {"0": "b"}}, "stoi and itos of mine.json do not say the same"),
-        (["ab", "cd"], "has no entry of one character"),
+        (["<pad>", "<eos>"], "has no entry of one character"),
+        ({"who": 0, "hunts": 0}, "one id to 'who' and 'hunts'"),
+        ({"who": 0, "hunts": 2}, "has ids up to 2 and no word for 1"),
+        ({"who": 0, "hunts": 1.5}, "whole numbers from 0"),
+        ({"who": 0, "hunts": True}, "whole numbers from 0"),
+        ({"who": 0, "hunts": "1"}, "whole numbers from 0"),
+        (["who", "hunts at"], "'hunts at' has a space"),
     ],
 )
 def test_what_is_no_list_of_characters_is_told(content: Any, words: str) -> None:
     with pytest.raises(InputError) as caught:
         made(content)
     assert words in str(caught.value)
+
+
+WORDS = {"what": 0, "is": 1, "a": 2, "cache": 3, "<EOS>": 4}
+
+
+@pytest.mark.parametrize("content", [WORDS, {str(n): word for word, n in WORDS.items()}, list(WORDS)])
+def test_words_are_read_between_spaces(content: Any) -> None:
+    tokenizer = made(content)
+    assert tokenizer.encode("what is  a\ncache <EOS>").ids == [0, 1, 2, 3, 4]
+    assert tokenizer.decode([0, 1, 2, 3, 4]) == "what is a cache"
+    with pytest.raises(Exception, match="WordLevel error: Missing"):
+        tokenizer.encode("what else")
+
+
+def test_a_dictionary_of_python_has_whole_numbers_as_keys() -> None:
+    fields = from_list({0: "what", 1: "is"}, "mine").fields("mine")
+    assert Tokenizer.from_buffer(fields["tokenizer"]).encode("is what").ids == [1, 0]

@@ -169,10 +169,10 @@ def test_a_notebook_may_give_a_tokenizer_without_being_run(tmp_path: Path) -> No
 
 def test_a_factory_that_gives_no_tokenizer_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FACTORY)
-    expected = "a tokenizers.Tokenizer or a tiktoken.Encoding was expected"
+    expected = "a tokenizers.Tokenizer, a tiktoken.Encoding, or the ids of characters or words was expected"
     for text, words in (
         ("number", f"number of {tmp_path}/mine.py is a int; {expected}"),
-        ("lambda: 'a'", f"of {tmp_path}/mine.py returned a str; {expected}"),
+        ("lambda: 3.5", f"of {tmp_path}/mine.py returned a float; {expected}"),
         ("custom", f"custom of {tmp_path}/mine.py gives a Tokenizer that tokenizer.json cannot hold"),
         ("nothing", "has no function 'nothing'; it defines make, Own, custom"),
         ("", "names a file without its factory"),
@@ -208,8 +208,19 @@ def test_characters_are_told_from_vocabularies(tmp_path: Path) -> None:
     for content in ({"stoi": {"a": 0, "b": 1}}, {"a": 0, "b": 1, "<pad>": 2}, ["a", "b"], "ab"):
         file.write_text(json.dumps(content))
         assert made(file).encode("ba").ids == [1, 0]
-    file.write_text(json.dumps({"ab": 0, "abc": 1, "a": 2}))
+    file.write_text(json.dumps({"\u0120the": 0, "\u0120a": 1, "a": 2}))
     assert "is a vocabulary without its merges" in refusal(MissingFileError, Plain(), tokenizer=file)
+    file.write_text(json.dumps({"who": 0, "hunts": 1, "a": 2}))
+    assert made(file).encode("a who").ids == [2, 0]
+
+
+def test_a_notebook_or_a_file_may_give_words(tmp_path: Path) -> None:
+    text = 'token_to_id = {"what": 0, "is": 1, "<EOS>": 2}\nid_to_token = dict(map(reversed, token_to_id.items()))\n'
+    (tmp_path / "mine.py").write_text(text)
+    cells = [{"cell_type": "code", "source": text}, {"cell_type": "code", "source": "raise SystemError"}]
+    (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": cells}))
+    for given in ("mine.py:token_to_id", "mine.py:id_to_token", "lesson.ipynb:token_to_id"):
+        assert made(f"{tmp_path}/{given}").encode("is what <EOS>").ids == [1, 0, 2]
 
 
 # --- eos ------------------------------------------------------------------------------------------------------------
@@ -218,5 +229,12 @@ def test_an_eos_that_is_given_takes_the_place_of_the_own(word_tokenizer: Tokeniz
     source = open_source(Plain(vocab=61), context_length=8, tokenizer=path, eos=(3, 5))
     assert source.eos_token_ids == (3, 5)
     check_tokenizer(source, 61, (3, 5))
+    named = open_source(Plain(vocab=61), context_length=8, tokenizer=path, eos=("<end>", 5))
+    assert named.eos_token_ids[1:] == (5,)
+    assert named.eos_token_ids[0] == word_tokenizer.token_to_id("<end>")
+    with pytest.raises(InputError, match="--eos '<EOS>' is no token of the tokenizer"):
+        open_source(Plain(vocab=61), context_length=8, tokenizer=path, eos=("<EOS>",))
+    with pytest.raises(InputError, match="--eos '<end>' is the name of a token, and there is no tokenizer"):
+        open_source(Plain(vocab=61), context_length=8, eos=("<end>",))
     with pytest.raises(InputError, match="--eos 61 is no token of Plain, which has 61 embeddings"):
         check_tokenizer(source, 61, (3, 61))
