@@ -31,6 +31,7 @@ from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
+from .graft.given_graph import GivenDecoder, given_form
 from .graft.probe.call import CONTRACT
 from .graft.probe.contract import in_contract
 from .graft.probe.positions import find_shift
@@ -246,7 +247,10 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     choice = choose_graph(config.graph, config.target, observation)
     call = contracted.call or CONTRACT
     progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers of {call} ({choice.reason})")
-    model = trace(source.module, observation, choice.graph, source.context_length)
+    if isinstance(source.module, GivenDecoder):
+        model = given_form(source.module)
+    else:
+        model = trace(source.module, observation, choice.graph, source.context_length)
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)

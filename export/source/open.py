@@ -21,6 +21,7 @@ from pastkey.values import is_int
 from ..settings import SOURCES, split_factory
 from .factory import call_factory
 from .llama2c import open_llama2c
+from .onnx_folder import SUFFIX, find_graph, open_onnx
 from .pretrained import open_folder, open_gguf, open_model
 from .source import Source, checked_context, context_of, read_template, with_template
 from .tokenizers.tokenizer import read_tokenizer
@@ -94,6 +95,11 @@ def _open(
         return open_llama2c(path, tokenizer, context_length)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
+    graph = path if path.suffix == SUFFIX and path.is_file() else None
+    if path.is_dir() and not (path / names.MANIFEST).exists():
+        graph = find_graph(path)
+    if graph is not None:
+        return open_onnx(graph, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
     if (path / names.CONFIG).is_file() and not (path / names.MANIFEST).exists():
         return open_folder(
             path,

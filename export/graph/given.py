@@ -1,0 +1,322 @@
+"""Reads the ONNX graph of a decoder that another program exported, and gives it pastkey's names and axes.
+
+The exporters differ in names, opset and inputs. `read_given` checks a graph and describes it, `standard_form` returns it
+as pastkey's standard graph. Each change is exact:
+
+    1. convert the opset to OPSET, unless it is newer
+    2. rename past and present; order the inputs
+    3. add attention_mask and position_ids if the graph has none, unread
+    4. replace the number of logits to keep by 0, for all of them, and cast int64 inputs where the graph reads int32
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript import version_converter
+
+from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry
+from pastkey.errors import InputError, MissingFileError, first_line
+from pastkey.files.external_data import external_data
+from pastkey.files.folder import is_inside
+from pastkey.values import shown
+
+from ..quiet import quiet
+from .edit import OPSET, NodeBuilder, add_weight, replace_uses
+
+OLDEST_OPSET = 11  # the first with Range; exporters of decoders write 13 and newer
+EXPORT_COMMAND = "optimum-cli export onnx --model MODEL --task text-generation-with-past FOLDER"
+# How exporters name the cache: keys and values of layer N in inputs, and in outputs.
+_FORMS = (
+    ("past_key_values.N.key", "past_key_values.N.value", "present.N.key", "present.N.value"),
+    (
+        "input.cache.layers.N.keys",
+        "input.cache.layers.N.values",
+        "output.cache.layers.N.keys",
+        "output.cache.layers.N.values",
+    ),
+)
+_IDS = (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
+_KEPT = ("num_logits_to_keep", "logits_to_keep")  # 0 stands for all
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
+_QUANTIZED = frozenset(
+    {
+        *("MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "MatMulInteger", "DynamicQuantizeLinear"),
+        *("DequantizeLinear", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QMoE"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The graph in a file: what it takes and returns."""
+
+    path: Path
+    inputs: Mapping[str, ir.DataType]  # in the file's order
+    layers: tuple[KVGeometry, ...]
+    renamed: Mapping[str, str]  # the file's names of past and present -> pastkey's, in pastkey's order
+    weights: int  # numbers in all initializers
+    fused: bool  # whether all attention is GroupQueryAttention, so that past and present may be one buffer
+
+    @property
+    def past(self) -> dict[str, tuple[int, int]]:
+        """The file's names of past -> heads and their size, keys and values of each layer in turn."""
+        past = [name for name, new in self.renamed.items() if new.startswith(names.PAST_PREFIX)]
+        sizes = [(g.kv_heads, size) for g in self.layers for size in (g.key_head_size, g.value_head_size)]
+        return dict(zip(past, sizes, strict=True))
+
+    @property
+    def present(self) -> list[str]:
+        """The file's names of present, keys and values of each layer in turn."""
+        return [name for name, new in self.renamed.items() if new.startswith(names.PRESENT_PREFIX)]
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+def read_given(path: Path) -> Given:
+    """Reads a graph's description.
+
+    Raises:
+        InputError: It is not the graph of a decoder with a cache in float32, or has external data elsewhere.
+        MissingFileError: Its external data is missing.
+        IntegrityError: It is not an ONNX file.
+    """
+    _check_external_data(path)
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir have errors of their own
+        raise InputError(f"{path} is not an ONNX graph ({first_line(error)}): fetch or export it again") from error
+    common.RemoveInitializersFromInputsPass()(model)
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    _check_opset(path, model)
+    renamed = _cache_names(path, inputs, outputs)
+    _check_ends(path, inputs, outputs, renamed)
+    _check_precision(path, model, inputs)
+    layers = _layers(path, inputs, renamed)
+    weights = sum(v.const_value.size for v in model.graph.initializers.values() if v.const_value is not None)
+    fused = sum(node.op_type == "GroupQueryAttention" for node in model.graph) == len(layers)
+    types = {name: value.dtype for name, value in inputs.items() if value.dtype is not None}
+    return Given(path, types, layers, renamed, weights, fused)
+
+
+def _check_external_data(path: Path) -> None:
+    """Raises InputError if a weight's data is outside of the graph's folder, MissingFileError if it is missing."""
+    for data in external_data(path):
+        if not is_inside(data.location):
+            raise InputError(
+                f"{path} takes weights from {shown(data.location)}, outside of its folder: copy that file beside the "
+                "graph and name it there, or export the model again"
+            )
+        file = path.parent / data.location
+        if not file.is_file():
+            raise MissingFileError(
+                f"{path} takes weights from {data.location}, which is not beside it: fetch that file"
+            )
+        if data.offset + data.length > file.stat().st_size:
+            raise InputError(
+                f"{path} takes the bytes {data.offset:,} to {data.offset + data.length:,} of {data.location}, which "
+                f"has {file.stat().st_size:,}: it was cut short, fetch it again"
+            )
+
+
+def _check_opset(path: Path, model: ir.Model) -> None:
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        raise InputError(
+            f"{path} is of opset {opset}, and pastkey takes {OLDEST_OPSET} and newer: export the model again, with  "
+            f"{EXPORT_COMMAND}"
+        )
+
+
+def _cache_names(path: Path, inputs: Mapping[str, object], outputs: Mapping[str, object]) -> dict[str, str]:
+    """Returns the file's names of past and present -> pastkey's. Raises InputError if they do not match."""
+    if "use_cache_branch" in inputs:
+        raise InputError(
+            f"{path} is a merged decoder, two graphs in one (use_cache_branch): export the model as one graph with  "
+            f"{EXPORT_COMMAND}"
+        )
+    for form in _FORMS:
+        found = [_numbered(name, ends) for name, ends in zip(form, (inputs, inputs, outputs, outputs), strict=True)]
+        if not found[0] and not found[1]:
+            continue
+        layers = sorted(set().union(*found))
+        for layer in layers:
+            for name, numbers in zip(form, found, strict=True):
+                if layer not in numbers:
+                    there = next(n for n, others in zip(form, found, strict=True) if layer in others)
+                    raise InputError(
+                        f"{path} has {there.replace('N', str(layer))} and no {name.replace('N', str(layer))}: every "
+                        "layer needs keys and values as inputs and as outputs, export the model again"
+                    )
+        ours = (names.past_key, names.past_value, names.present_key, names.present_value)
+        return {
+            name.replace("N", str(layer)): ours[place](number)
+            for places in ((0, 1), (2, 3))
+            for number, layer in enumerate(layers)
+            for place in places
+            for name in (form[place],)
+        }
+    raise InputError(
+        f"{path} takes no past keys and values, so that every token would cost the whole text: export the model "
+        f"with them,  {EXPORT_COMMAND}"
+    )
+
+
+def _numbered(form: str, ends: Mapping[str, object]) -> set[int]:
+    pattern = re.compile(re.escape(form).replace("N", "([0-9]{1,4})"))
+    return {int(found[1]) for name in ends if (found := pattern.fullmatch(name)) is not None}
+
+
+def _check_ends(
+    path: Path, inputs: Mapping[str, ir.Value], outputs: Mapping[str, ir.Value], renamed: Mapping[str, str]
+) -> None:
+    """Raises InputError for inputs that a decoder's runtime does not have, and for missing ones."""
+    for name in (names.INPUT_IDS, names.LOGITS):
+        if name not in (inputs if name == names.INPUT_IDS else outputs):
+            raise InputError(f"{path} has no {name}: expected the graph of a decoder from {names.INPUT_IDS} to logits")
+    other = next((name for name in inputs if name not in (*_IDS, *_KEPT, *renamed)), None)
+    if other is not None:
+        raise InputError(
+            f"{path} takes {shown(other)}, and a decoder's graph takes {', '.join(_IDS)} and past keys and values: "
+            f"export the model alone, with  {EXPORT_COMMAND}"
+        )
+    for name in (*_IDS, *_KEPT):
+        value = inputs.get(name)
+        if value is not None and (value.dtype not in _INTEGERS or (name in _IDS and _rank(value) != 2)):
+            raise InputError(f"{path} takes {name} as {_told(value)}: expected whole numbers (batch, tokens)")
+    ids = inputs[names.INPUT_IDS]
+    if ids.shape is not None and any(isinstance(size, int) for size in ids.shape):
+        raise InputError(
+            f"{path} takes input_ids as {_told(ids)}, of a fixed size: export the model with dynamic axes (with "
+            f"transformers' exporter dynamic=True and multi_token_decode=True), or with  {EXPORT_COMMAND}"
+        )
+    for name in renamed:
+        value = inputs.get(name) or outputs[name]
+        if _rank(value) != 4:
+            raise InputError(f"{path} has {name} as {_told(value)}: expected (batch, heads, tokens, head size)")
+
+
+def _rank(value: ir.Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def _told(value: ir.Value) -> str:
+    kind = "an unknown type" if value.dtype is None else value.dtype.name.lower()
+    return f"{kind} {'of unknown shape' if value.shape is None else tuple(map(str, value.shape))}"
+
+
+def _check_precision(path: Path, model: ir.Model, inputs: Mapping[str, ir.Value]) -> None:
+    """Raises InputError unless the graph computes in float32, with weights that nobody quantized."""
+    for node in model.graph.all_nodes():
+        if node.op_type in _QUANTIZED:
+            raise InputError(
+                f"{path} is quantized already (it has {node.op_type}): give the float32 graph, model.onnx, pastkey "
+                "quantizes it itself"
+            )
+    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    values = [*inputs.values(), *model.graph.initializers.values()]
+    half = next((value for value in values if value.dtype in halves), None)
+    if half is not None:
+        assert half.dtype is not None
+        raise InputError(
+            f"{path} is in {half.dtype.name.lower()} ({half.name}): give the float32 graph, model.onnx, or export it "
+            f"with  {EXPORT_COMMAND} --dtype fp32"
+        )
+
+
+def _layers(path: Path, inputs: Mapping[str, ir.Value], renamed: Mapping[str, str]) -> tuple[KVGeometry, ...]:
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, new in renamed.items():
+        if not new.startswith(names.PAST_PREFIX):
+            continue
+        value = inputs[name]
+        shape = value.shape
+        heads, size = (None, None) if shape is None else (shape[1], shape[3])
+        if value.dtype is not ir.DataType.FLOAT or not isinstance(heads, int) or not isinstance(size, int):
+            raise InputError(
+                f"{path} takes {name} as {_told(value)}: expected float (batch, heads, tokens, head size) with numbers "
+                "for heads and head size, by which an empty cache is made; export the model again"
+            )
+        sizes[new] = heads, size
+    layers = []
+    for number in range(len(sizes) // 2):
+        (heads, key_size), (value_heads, value_size) = sizes[names.past_key(number)], sizes[names.past_value(number)]
+        if heads != value_heads:
+            raise InputError(f"{path} has {heads} heads of keys and {value_heads} of values in layer {number}")
+        layers.append(KVGeometry(heads, key_size, value_size))
+    return tuple(layers)
+
+
+# --- the standard form --------------------------------------------------------------------------------------------
+def standard_form(given: Given) -> ir.Model:
+    """Returns the graph with pastkey's names, inputs and opset. Raises InputError if the opset cannot be converted."""
+    model = ir.load(given.path)
+    common.RemoveInitializersFromInputsPass()(model)
+    _convert(model, given.path)
+    ends = {str(value.name): value for value in [*model.graph.inputs, *model.graph.outputs]}
+    for name in given.renamed:
+        ends[name].name = f"renamed.{name}"  # first of all: a new name may be another tensor's old one
+    for name, new in given.renamed.items():
+        ends[name].name = new
+    for value in list(model.graph.inputs):
+        if value.name in _KEPT:
+            everything = add_weight(model, f"{value.name}.all", np.zeros(_sizes(value), _numpy(value)))
+            replace_uses(value, everything)
+            model.graph.inputs.remove(value)
+        elif value.dtype is ir.DataType.INT32:
+            _cast(model, value)
+    named = {str(value.name): value for value in model.graph.inputs}
+    for name in _IDS:
+        if name not in named:
+            shape = ir.Shape((names.BATCH, names.TOTAL if name == names.ATTENTION_MASK else names.SEQUENCE))
+            named[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.INT64))
+    past = [new for new in given.renamed.values() if new.startswith(names.PAST_PREFIX)]
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    present = [new for new in given.renamed.values() if new.startswith(names.PRESENT_PREFIX)]
+    model.graph.inputs[:] = [named[name] for name in (*_IDS, *past)]
+    model.graph.outputs[:] = [outputs[name] for name in (names.LOGITS, *present)]
+    common.ShapeInferencePass()(model)
+    return model
+
+
+def _convert(model: ir.Model, path: Path) -> None:
+    opset = model.graph.opset_imports[""]
+    if opset >= OPSET:
+        return
+    try:
+        with quiet():
+            version_converter.convert_version(model, target_version=OPSET, fallback=True)
+    except Exception as error:  # the converter's own, and those of onnx
+        raise InputError(f"{path}, of opset {opset}, cannot be converted to {OPSET}: {first_line(error)}") from error
+    if model.graph.opset_imports[""] != OPSET:
+        raise InputError(
+            f"{path}, of opset {opset}, cannot be converted to {OPSET}: export the model again, with  {EXPORT_COMMAND} "
+            f"--opset {OPSET}"
+        )
+
+
+def _cast(model: ir.Model, value: ir.Value) -> None:
+    """Makes an int32 input one of int64."""
+    builder = NodeBuilder(model, f"{value.name}.int32")
+    cast = builder.add("Cast", value, to=ir.DataType.INT32)
+    for node, index in tuple(value.uses()):
+        if node is not cast.producer():
+            node.replace_input_with(index, cast)
+    cast.type, value.type = ir.TensorType(ir.DataType.INT32), ir.TensorType(ir.DataType.INT64)
+    model.graph.insert_before(model.graph[0], builder.nodes)
+
+
+def _sizes(value: ir.Value) -> list[int]:
+    return [1] * (_rank(value) or 0)
+
+
+def _numpy(value: ir.Value) -> np.dtype[np.generic]:
+    assert value.dtype is not None
+    return value.dtype.numpy()
