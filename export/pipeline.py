@@ -248,7 +248,7 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     call = contracted.call or CONTRACT
     progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers of {call} ({choice.reason})")
     if isinstance(source.module, GivenDecoder):
-        model = given_form(source.module)
+        model, observation = given_form(source.module, observation, choice.graph, source.context_length)
     else:
         model = trace(source.module, observation, choice.graph, source.context_length)
     shift = find_shift(source.module, observation, source.context_length)

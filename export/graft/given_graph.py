@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pastkey.contract import names
-from pastkey.errors import InputError, first_line
+from pastkey.errors import ContractError, InputError, first_line
 from pastkey.runtime.providers.ort import OrtError, onnxruntime
 
+from ..graph.attention import Attention, UnrecognisedError, fuse_attention, recognise
 from ..graph.given import EXPORT_COMMAND, Given, standard_form
-from ..graph.simplify import simplify
 from .probe.observe import Layer, Observation, Opaque, Uncached, random_ids
 
 # Keys and values of a run, or of the tokens before it, in the order of `Given.past`.
@@ -25,7 +27,8 @@ Cache = Sequence[npt.NDArray[Any]]
 _TOLERANCE = 1e-4  # relative to the largest logit, between a sequence with and without holes in float32
 _TOKENS = 64  # of the sequence that shows whether past may have holes, if no window is longer
 _BEYOND_WINDOW = 16
-_LONGEST = 2048  # tokens of that sequence
+_LONGEST = 1024 + _BEYOND_WINDOW  # tokens of that sequence, and of masks if no longer window is known
+_LONGEST_MASK = 4096 + _BEYOND_WINDOW
 _HOLES = 3
 
 
@@ -124,13 +127,39 @@ class GivenDecoder(Opaque):
                 f"tokens, export the model again with  {EXPORT_COMMAND}"
             )
         vocab_size = logits.shape[2]
-        padding = self._takes_holes(context_length, vocab_size)
-        special = None if self.given.fused else "the attention of another program's graph"
+        attention, special = self._recognised(context_length)
+        padding = special is None and self.given.fused or self._takes_holes(context_length, vocab_size)
         layers = tuple(
-            Layer(geometry, self._heads, f"layer {number}", self.given.path.name, special=special, padding=padding)
+            Layer(
+                geometry,
+                self._heads,
+                f"layer {number}",
+                self.given.path.name,
+                window=None if attention is None else attention[number].window,
+                special=special,
+                padding=padding,
+                attributes=() if attention is None or attention[number].softcap is None else ("softcap",),
+            )
             for number, geometry in enumerate(self.given.layers)
         )
         return Observation(layers, vocab_size)
+
+    def _recognised(self, context_length: int) -> tuple[list[Attention] | None, str | None]:
+        """Returns the attention of each layer, or why GroupQueryAttention cannot replace it."""
+        if self.given.fused:
+            return None, None
+        tokens = min(context_length, max(_LONGEST, (self._window or 0) + _BEYOND_WINDOW))
+        if tokens > _LONGEST_MASK:
+            return None, f"a window of {self._window} tokens, which was not tried"
+        try:
+            return recognise(self.standard, self.given.layers, tokens), None
+        except UnrecognisedError as error:
+            return None, f"the attention of this graph: {error}"
+
+    @functools.cached_property
+    def standard(self) -> ir.Model:
+        """The graph in pastkey's standard form."""
+        return standard_form(self.given)
 
     def _takes_holes(self, context_length: int, vocab_size: int) -> bool:
         """Whether columns of past that the mask hides change nothing, so that rows of a batch may differ in length.
@@ -163,8 +192,24 @@ class GivenDecoder(Opaque):
         return float(np.abs(np.concatenate(steps, 1) - whole).max() / max(1e-12, np.abs(whole).max()))
 
 
-def given_form(decoder: GivenDecoder) -> ir.Model:
-    """Returns the graph in pastkey's standard form, simplified; with GroupQueryAttention where the file has it."""
-    model = standard_form(decoder.given)
-    simplify(model)
-    return model
+def given_form(
+    decoder: GivenDecoder, observation: Observation, graph: str, context_length: int
+) -> tuple[ir.Model, Observation]:
+    """Returns the graph in pastkey's form, and what is observed of it.
+
+    Raises ContractError for a standard graph of a file whose attention is GroupQueryAttention.
+    """
+    if decoder.given.fused and graph != "fused":
+        raise ContractError(
+            f"the attention of {decoder.given.path} is GroupQueryAttention, which the {graph} graph has not: export "
+            "with --graph fused, for a target that takes it, such as cpu"
+        )
+    if decoder.given.fused or graph != "fused":
+        return decoder.standard, observation
+    calls, _ = decoder._recognised(context_length)
+    assert calls is not None
+    heads = [layer.heads for layer in observation.layers]
+    fuse_attention(decoder.standard, calls, decoder.given.layers, heads)
+    # Rows of its cache have no holes, and their own positions.
+    layers = tuple(dataclasses.replace(layer, padding=True) for layer in observation.layers)
+    return decoder.standard, dataclasses.replace(observation, layers=layers)

@@ -1,12 +1,13 @@
 """Reads the ONNX graph of a decoder that another program exported, and gives it pastkey's names and axes.
 
-The exporters differ in names, opset and inputs. `read_given` checks a graph and describes it, `standard_form` returns it
-as pastkey's standard graph. Each change is exact:
+The exporters differ in names, opset and inputs. `read_given` checks a graph and describes it, `standard_form` returns
+it as pastkey's standard graph. Each change is exact:
 
     1. convert the opset to OPSET, unless it is newer
     2. rename past and present; order the inputs
     3. add attention_mask and position_ids if the graph has none, unread
     4. replace the number of logits to keep by 0, for all of them, and cast int64 inputs where the graph reads int32
+    5. simplify, with numbers in place of known sizes
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from pastkey.files.folder import is_inside
 from pastkey.values import shown
 
 from ..quiet import quiet
-from .edit import OPSET, NodeBuilder, add_weight, replace_uses
+from .edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, weight
+from .simplify import simplify
 
+_ROUNDS = 2  # numbers in place of sizes make shapes known, and known shapes make numbers
 OLDEST_OPSET = 11  # the first with Range; exporters of decoders write 13 and newer
 EXPORT_COMMAND = "optimum-cli export onnx --model MODEL --task text-generation-with-past FOLDER"
 # How exporters name the cache: keys and values of layer N in inputs, and in outputs.
@@ -231,15 +234,20 @@ def _check_precision(path: Path, model: ir.Model, inputs: Mapping[str, ir.Value]
         )
 
 
+def _number(size: int | ir.SymbolicDim) -> int | None:
+    """Returns a size that is a number, which transformers' exporter writes as the name of a dynamic axis."""
+    text = str(size if isinstance(size, int) else size.value)
+    return int(text) if text.isdecimal() else None
+
+
 def _layers(path: Path, inputs: Mapping[str, ir.Value], renamed: Mapping[str, str]) -> tuple[KVGeometry, ...]:
     sizes: dict[str, tuple[int, int]] = {}
     for name, new in renamed.items():
         if not new.startswith(names.PAST_PREFIX):
             continue
         value = inputs[name]
-        shape = value.shape
-        heads, size = (None, None) if shape is None else (shape[1], shape[3])
-        if value.dtype is not ir.DataType.FLOAT or not isinstance(heads, int) or not isinstance(size, int):
+        heads, size = (None, None) if value.shape is None else (_number(value.shape[1]), _number(value.shape[3]))
+        if value.dtype is not ir.DataType.FLOAT or heads is None or size is None:
             raise InputError(
                 f"{path} takes {name} as {_told(value)}: expected float (batch, heads, tokens, head size) with numbers "
                 "for heads and head size, by which an empty cache is made; export the model again"
@@ -282,8 +290,23 @@ def standard_form(given: Given) -> ir.Model:
     present = [new for new in given.renamed.values() if new.startswith(names.PRESENT_PREFIX)]
     model.graph.inputs[:] = [named[name] for name in (*_IDS, *past)]
     model.graph.outputs[:] = [outputs[name] for name in (names.LOGITS, *present)]
-    common.ShapeInferencePass()(model)
+    for _ in range(_ROUNDS):
+        common.ShapeInferencePass()(model)
+        _fold_sizes(model)
+        simplify(model)
     return model
+
+
+def _fold_sizes(model: ir.Model) -> None:
+    """Replaces sizes that the graph reads from shapes by numbers where shapes have them, and 1 / x by Reciprocal."""
+    for node in tuple(model.graph):
+        if node.op_type == "Gather" and (sizes := producer(node.inputs[0], "Shape")) is not None:
+            place, shape = weight(node.inputs[1]), sizes.inputs[0].shape if sizes.inputs[0] is not None else None
+            size = None if place is None or place.ndim or shape is None or sizes.attributes else shape[int(place)]
+            if isinstance(size, int) and not node.outputs[0].is_graph_output():
+                replace_uses(node.outputs[0], add_weight(model, f"{node.outputs[0].name}.size", np.array(size)))
+        elif node.op_type == "Div" and (one := weight(node.inputs[0])) is not None and one.size == 1 and one.item() == 1:
+            replace_node(model, node, ir.node("Reciprocal", [node.inputs[1]], name=node.name))
 
 
 def _convert(model: ir.Model, path: Path) -> None:
