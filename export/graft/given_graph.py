@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from pastkey.runtime.providers.ort import OrtError, onnxruntime
 
 from ..graph.attention import Attention, UnrecognisedError, fuse_attention, recognise
 from ..graph.given import EXPORT_COMMAND, Given, standard_form
+from ..graph.simplify import simplify
 from .probe.observe import Layer, Observation, Opaque, Uncached, random_ids
 
 # Keys and values of a run, or of the tokens before it, in the order of `Given.past`.
@@ -128,7 +130,7 @@ class GivenDecoder(Opaque):
             )
         vocab_size = logits.shape[2]
         attention, special = self._recognised(context_length)
-        padding = special is None and self.given.fused or self._takes_holes(context_length, vocab_size)
+        padding = (special is None and self.given.fused) or self._takes_holes(context_length, vocab_size)
         layers = tuple(
             Layer(
                 geometry,
@@ -210,6 +212,8 @@ def given_form(
     assert calls is not None
     heads = [layer.heads for layer in observation.layers]
     fuse_attention(decoder.standard, calls, decoder.given.layers, heads)
+    simplify(decoder.standard)
+    common.ShapeInferencePass()(decoder.standard)
     # Rows of its cache have no holes, and their own positions.
     layers = tuple(dataclasses.replace(layer, padding=True) for layer in observation.layers)
     return decoder.standard, dataclasses.replace(observation, layers=layers)

@@ -223,12 +223,7 @@ def fuse_attention(
     """Replaces the attention calls, with H `heads` each. Raises UnrecognisedError if past is read elsewhere."""
     lengths = _lengths(model)
     for number, (call, geometry) in enumerate(zip(calls, layers, strict=True)):
-        attributes = {"num_heads": heads[number], "kv_num_heads": geometry.kv_heads, "scale": call.scale}
-        if call.window is not None:
-            attributes["local_window_size"] = call.window
-        if call.softcap is not None:
-            attributes["softcap"] = call.softcap
-        _replace(model, call, number, lengths, attributes)
+        _replace(model, call, number, lengths, geometry, heads[number])
     common.RemoveUnusedNodesPass()(model)
     _take_positions(model, layers)
     model.graph.opset_imports[CONTRIB_DOMAIN] = 1
@@ -258,21 +253,32 @@ def _replace(
     call: Attention,
     number: int,
     lengths: tuple[ir.Value, ir.Value],
-    attributes: Mapping[str, int | float],
+    geometry: KVGeometry,
+    heads: int,
 ) -> None:
+    attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": geometry.kv_heads, "scale": call.scale}
+    if call.window is not None:
+        attributes["local_window_size"] = call.window
+    if call.softcap is not None:
+        attributes["softcap"] = call.softcap
     builder = NodeBuilder(model, f"attention.{number}")
     joined = builder.constant("joined", np.array([0, 0, -1]))
     flat = []
-    for value in (call.query, call.key, call.value):
+    sizes = (
+        heads * geometry.key_head_size,
+        *(geometry.kv_heads * size for size in (geometry.key_head_size, geometry.value_head_size)),
+    )
+    for value, size in zip((call.query, call.key, call.value), sizes, strict=True):
         by_token = builder.add("Transpose", value, perm=[0, 2, 1, 3])
         flat.append(builder.add("Reshape", by_token, joined))
-        flat[-1].shape = ir.Shape([names.BATCH, names.SEQUENCE, None])
+        _describe(flat[-1], size)
     past = [present.producer().inputs[0] for present in call.present]  # type: ignore[union-attr]  # Concat
     output, *present = builder.add_several(
         "GroupQueryAttention", 3, *flat, *past, *lengths, domain=CONTRIB_DOMAIN, **attributes
     )
-    heads = builder.constant("heads", np.array([0, 0, attributes["num_heads"], -1]))
-    split = builder.add("Transpose", builder.add("Reshape", output, heads), perm=[0, 2, 1, 3])
+    _describe(output, heads * geometry.value_head_size)
+    apart = builder.constant("heads", np.array([0, 0, heads, -1]))
+    split = builder.add("Transpose", builder.add("Reshape", output, apart), perm=[0, 2, 1, 3])
     made = call.output.producer()
     assert made is not None
     model.graph.insert_before(made, builder.nodes)
@@ -281,10 +287,16 @@ def _replace(
         replace_value(model, old, new)
 
 
-def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
-    """Replaces positions (1, T) that the graph counts from the length of past by position_ids, which rows may differ in.
+def _describe(value: ir.Value, width: int) -> None:
+    """Notes what shape inference does not find: float32 (B, T, width)."""
+    value.shape = ir.Shape([names.BATCH, names.SEQUENCE, width])
+    value.type = ir.TensorType(ir.DataType.FLOAT)
 
-    A value is one of these if it equals them on runs of two lengths.
+
+def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
+    """Replaces positions (1, T) that the graph counts from the length of past by position_ids.
+
+    A value is one of these if it equals them on two runs.
     """
     positions = next(value for value in model.graph.inputs if value.name == names.POSITION_IDS)
     counted = [

@@ -283,13 +283,14 @@ def standard_form(given: Given) -> ir.Model:
     named = {str(value.name): value for value in model.graph.inputs}
     for name in _IDS:
         if name not in named:
-            shape = ir.Shape((names.BATCH, names.TOTAL if name == names.ATTENTION_MASK else names.SEQUENCE))
-            named[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.INT64))
+            named[name] = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64))
     past = [new for new in given.renamed.values() if new.startswith(names.PAST_PREFIX)]
     outputs = {str(value.name): value for value in model.graph.outputs}
     present = [new for new in given.renamed.values() if new.startswith(names.PRESENT_PREFIX)]
     model.graph.inputs[:] = [named[name] for name in (*_IDS, *past)]
     model.graph.outputs[:] = [outputs[name] for name in (names.LOGITS, *present)]
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(_axes(str(value.name), given.layers))
     for _ in range(_ROUNDS):
         common.ShapeInferencePass()(model)
         _fold_sizes(model)
@@ -297,16 +298,51 @@ def standard_form(given: Given) -> ir.Model:
     return model
 
 
+def _axes(name: str, layers: tuple[KVGeometry, ...]) -> tuple[str | int, ...]:
+    """Returns the axes of one of pastkey's inputs."""
+    sizes = {names.past_key(i): (g.kv_heads, g.key_head_size) for i, g in enumerate(layers)}
+    sizes |= {names.past_value(i): (g.kv_heads, g.value_head_size) for i, g in enumerate(layers)}
+    if name in sizes:
+        return names.BATCH, sizes[name][0], names.PAST, sizes[name][1]
+    return names.BATCH, names.TOTAL if name == names.ATTENTION_MASK else names.SEQUENCE
+
+
 def _fold_sizes(model: ir.Model) -> None:
     """Replaces sizes that the graph reads from shapes by numbers where shapes have them, and 1 / x by Reciprocal."""
     for node in tuple(model.graph):
-        if node.op_type == "Gather" and (sizes := producer(node.inputs[0], "Shape")) is not None:
-            place, shape = weight(node.inputs[1]), sizes.inputs[0].shape if sizes.inputs[0] is not None else None
-            size = None if place is None or place.ndim or shape is None or sizes.attributes else shape[int(place)]
-            if isinstance(size, int) and not node.outputs[0].is_graph_output():
-                replace_uses(node.outputs[0], add_weight(model, f"{node.outputs[0].name}.size", np.array(size)))
-        elif node.op_type == "Div" and (one := weight(node.inputs[0])) is not None and one.size == 1 and one.item() == 1:
+        made = node.outputs[0]
+        if (
+            node.op_type in ("Gather", "Slice")
+            and not made.is_graph_output()
+            and (sizes := _read_sizes(node)) is not None
+        ):
+            replace_uses(made, add_weight(model, f"{made.name}.size", sizes))
+        elif (
+            node.op_type == "Div" and (one := weight(node.inputs[0])) is not None and one.size == 1 and one.item() == 1
+        ):
             replace_node(model, node, ir.node("Reciprocal", [node.inputs[1]], name=node.name))
+
+
+def _read_sizes(node: ir.Node) -> np.ndarray | None:
+    """Returns the numbers that a Gather or Slice takes of a value's shape, None if they are not known."""
+    read = producer(node.inputs[0], "Shape")
+    value = None if read is None or read.attributes else read.inputs[0]
+    constants = [weight(v) for v in node.inputs[1:]]
+    if value is None or value.shape is None or any(array is None for array in constants):
+        return None
+    chosen, places = list[int | ir.SymbolicDim](value.shape), [array for array in constants if array is not None]
+    if node.op_type == "Gather":
+        index = places[0]
+        found = [chosen[int(place)] for place in index.reshape(-1)]
+    elif all(array.size == 1 for array in places):
+        start, end, _, step = (*(int(array.item()) for array in places), *(0, 1)[len(places) - 2 :])
+        index, found = np.zeros(1), chosen[start:end:step]
+    else:
+        return None
+    known = [size for size in found if isinstance(size, int)]
+    return (
+        np.array(known, np.int64).reshape(index.shape if node.op_type == "Gather" else -1) if known == found else None
+    )
 
 
 def _convert(model: ir.Model, path: Path) -> None:

@@ -42,8 +42,8 @@ def _unfit(folder: Path) -> None:
     found = [path.relative_to(folder).as_posix() for path in graphs]
     if any("encoder" in path.stem for path in graphs):
         raise InputError(
-            f"{folder} holds an encoder-decoder ({', '.join(found)}), or a model of several parts: only decoders can be "
-            "exported"
+            f"{folder} holds an encoder-decoder or another model of several parts ({', '.join(found)}): only decoders "
+            "can be exported"
         )
     if any("decoder" in path.stem for path in graphs):
         raise InputError(
