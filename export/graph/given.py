@@ -308,19 +308,58 @@ def _axes(name: str, layers: tuple[KVGeometry, ...]) -> tuple[str | int, ...]:
 
 
 def _fold_sizes(model: ir.Model) -> None:
-    """Replaces sizes that the graph reads from shapes by numbers where shapes have them, and 1 / x by Reciprocal."""
+    """Rewrites what only older exporters write, by the shapes that are known.
+
+    1. Gather or Slice of a shape        -> the numbers, where the shape has them
+    2. Reshape to sizes that are computed -> to 0 for an axis that stays, and -1 for one that is not known
+    3. Reshape, Gemm, Reshape            -> MatMul and Add, over all axes but the last
+    4. 1 / x                             -> Reciprocal
+    """
     for node in tuple(model.graph):
         made = node.outputs[0]
-        if (
-            node.op_type in ("Gather", "Slice")
-            and not made.is_graph_output()
-            and (sizes := _read_sizes(node)) is not None
-        ):
+        if made.is_graph_output():
+            continue
+        if node.op_type in ("Gather", "Slice") and (sizes := _read_sizes(node)) is not None:
             replace_uses(made, add_weight(model, f"{made.name}.size", sizes))
+        elif node.op_type == "Reshape" and (gemm := producer(node.inputs[0], "Gemm")) is not None:
+            _spread_gemm(model, node, gemm)
+        elif node.op_type == "Reshape" and (axes := _constant_axes(node)) is not None:
+            node.replace_input_with(1, add_weight(model, f"{made.name}.axes", axes))
         elif (
             node.op_type == "Div" and (one := weight(node.inputs[0])) is not None and one.size == 1 and one.item() == 1
         ):
             replace_node(model, node, ir.node("Reciprocal", [node.inputs[1]], name=node.name))
+
+
+def _constant_axes(node: ir.Node) -> np.ndarray | None:
+    """Applies rule 2: returns the second input of a Reshape, None if more than one size is not known."""
+    value, made = node.inputs[0], node.outputs[0]
+    known = value is not None and value.shape is not None and made.shape is not None
+    if not known or weight(node.inputs[1]) is not None or node.attributes.get_int("allowzero", 0):
+        return None
+    assert value is not None
+    assert value.shape is not None
+    assert made.shape is not None
+    before = [*value.shape, *[None] * len(made.shape)]
+    axes = [size if isinstance(size, int) else 0 if size == before[i] else -1 for i, size in enumerate(made.shape)]
+    return np.array(axes) if axes.count(-1) <= 1 else None
+
+
+def _spread_gemm(model: ir.Model, node: ir.Node, gemm: ir.Node) -> None:
+    """Applies rule 3 where the Reshapes only join and split the axes before the last."""
+    flat, numbers = producer(gemm.inputs[0], "Reshape"), gemm.attributes
+    value = None if flat is None else flat.inputs[0]
+    plain = all(numbers.get_float(name, 1.0) == 1 for name in ("alpha", "beta")) and not numbers.get_int("transA", 0)
+    if value is None or value.shape is None or node.outputs[0].shape is None or not plain or len(gemm.inputs) < 3:
+        return
+    if list(value.shape)[:-1] != list(node.outputs[0].shape)[:-1] or len(value.shape) < 3:
+        return
+    builder = NodeBuilder(model, str(gemm.name))
+    matrix = gemm.inputs[1]
+    if numbers.get_int("transB", 0):
+        matrix = builder.add("Transpose", matrix, perm=[1, 0])
+    builder.add("Add", builder.add("MatMul", value, matrix), gemm.inputs[2])
+    replace_node(model, node, *builder.nodes)
 
 
 def _read_sizes(node: ir.Node) -> np.ndarray | None:
