@@ -31,7 +31,7 @@ from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
-from .graft.given_graph import GivenDecoder, given_form
+from .graft.given_graph import GivenDecoder
 from .graft.probe.call import CONTRACT
 from .graft.probe.contract import in_contract
 from .graft.probe.positions import find_shift
@@ -245,11 +245,12 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     observation = contracted.observation
     check_tokenizer(source, observation.vocab_size, config.eos_ids)
     choice = choose_graph(config.graph, config.target, observation)
-    call = contracted.call or CONTRACT
-    progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers of {call} ({choice.reason})")
+    made = f"the {choice.graph} graph of {len(observation.layers)} layers of"
     if isinstance(source.module, GivenDecoder):
-        model, observation = given_form(source.module, observation, choice.graph, source.context_length)
+        progress.stage(f"make {made} {source.name} ({choice.reason})")
+        model, observation = source.module.graph(choice.graph, observation)
     else:
+        progress.stage(f"trace {made} {contracted.call or CONTRACT} ({choice.reason})")
         model = trace(source.module, observation, choice.graph, source.context_length)
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":

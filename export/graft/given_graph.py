@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +45,8 @@ class GivenDecoder(Opaque):
         self.given = given
         self.takes_positions = names.POSITION_IDS in given.inputs
         self._heads, self._window = heads, window
+        self._standard = standard_form(given)
+        self._fused: ir.Model | None = None
         # For `parameters`, which counts the weights that an export holds in memory.
         self.register_buffer("weights", torch.zeros(()).expand(given.weights), persistent=False)
         options = onnxruntime.SessionOptions()
@@ -129,39 +130,42 @@ class GivenDecoder(Opaque):
                 f"tokens, export the model again with  {EXPORT_COMMAND}"
             )
         vocab_size = logits.shape[2]
-        attention, special = self._recognised(context_length)
-        padding = (special is None and self.given.fused) or self._takes_holes(context_length, vocab_size)
+        calls, special = self._fuse(context_length)
+        padding = self.given.fused or self._takes_holes(context_length, vocab_size)
         layers = tuple(
             Layer(
                 geometry,
-                self._heads,
+                (call.heads if call is not None else None) or self._heads,
                 f"layer {number}",
                 self.given.path.name,
-                window=None if attention is None else attention[number].window,
+                window=None if call is None else call.window,
                 special=special,
                 padding=padding,
-                attributes=() if attention is None or attention[number].softcap is None else ("softcap",),
+                attributes=() if call is None or call.softcap is None else ("softcap",),
             )
-            for number, geometry in enumerate(self.given.layers)
+            for number, (geometry, call) in enumerate(zip(self.given.layers, calls, strict=True))
         )
         return Observation(layers, vocab_size)
 
-    def _recognised(self, context_length: int) -> tuple[list[Attention] | None, str | None]:
-        """Returns the attention of each layer, or why GroupQueryAttention cannot replace it."""
+    def _fuse(self, context_length: int) -> tuple[Sequence[Attention | None], str | None]:
+        """Makes the fused graph. Returns the attention of each layer, or why GroupQueryAttention cannot replace it."""
+        nothing = [None] * len(self.given.layers)
         if self.given.fused:
-            return None, None
+            self._fused = self._standard
+            return nothing, None
         tokens = min(context_length, max(_LONGEST, (self._window or 0) + _BEYOND_WINDOW))
         if tokens > _LONGEST_MASK:
-            return None, f"a window of {self._window} tokens, which was not tried"
+            return nothing, f"a window of {self._window} tokens, which was not tried"
         try:
-            return recognise(self.standard, self.given.layers, tokens), None
+            fused = self._standard.clone()
+            calls = recognise(fused, self.given.layers, tokens)
+            fuse_attention(fused, calls, self.given.layers, self._heads)
         except UnrecognisedError as error:
-            return None, f"the attention of this graph: {error}"
-
-    @functools.cached_property
-    def standard(self) -> ir.Model:
-        """The graph in pastkey's standard form."""
-        return standard_form(self.given)
+            return nothing, f"the attention of {self.given.path.name}: {error}"
+        simplify(fused)
+        common.ShapeInferencePass()(fused)
+        self._fused = fused
+        return calls, None
 
     def _takes_holes(self, context_length: int, vocab_size: int) -> bool:
         """Whether columns of past that the mask hides change nothing, so that rows of a batch may differ in length.
@@ -193,27 +197,20 @@ class GivenDecoder(Opaque):
             steps.append(logits)
         return float(np.abs(np.concatenate(steps, 1) - whole).max() / max(1e-12, np.abs(whole).max()))
 
+    # --- the graph ------------------------------------------------------------------------------------------------
+    def graph(self, form: str, observation: Observation) -> tuple[ir.Model, Observation]:
+        """Returns the "fused" or "standard" graph, and what is observed of it.
 
-def given_form(
-    decoder: GivenDecoder, observation: Observation, graph: str, context_length: int
-) -> tuple[ir.Model, Observation]:
-    """Returns the graph in pastkey's form, and what is observed of it.
-
-    Raises ContractError for a standard graph of a file whose attention is GroupQueryAttention.
-    """
-    if decoder.given.fused and graph != "fused":
-        raise ContractError(
-            f"the attention of {decoder.given.path} is GroupQueryAttention, which the {graph} graph has not: export "
-            "with --graph fused, for a target that takes it, such as cpu"
-        )
-    if decoder.given.fused or graph != "fused":
-        return decoder.standard, observation
-    calls, _ = decoder._recognised(context_length)
-    assert calls is not None
-    heads = [layer.heads for layer in observation.layers]
-    fuse_attention(decoder.standard, calls, decoder.given.layers, heads)
-    simplify(decoder.standard)
-    common.ShapeInferencePass()(decoder.standard)
-    # Rows of its cache have no holes, and their own positions.
-    layers = tuple(dataclasses.replace(layer, padding=True) for layer in observation.layers)
-    return decoder.standard, dataclasses.replace(observation, layers=layers)
+        Raises ContractError for a standard graph of a file whose attention is GroupQueryAttention.
+        """
+        if form != "fused":
+            if self.given.fused:
+                raise ContractError(
+                    f"the attention of {self.given.path} is GroupQueryAttention, which a {form} graph does not have: "
+                    "export with --graph fused, and for a target that takes it, such as cpu"
+                )
+            return self._standard, observation
+        assert self._fused is not None
+        # Rows of its cache have no holes, and each has its own positions.
+        layers = tuple(dataclasses.replace(layer, padding=True) for layer in observation.layers)
+        return self._fused, dataclasses.replace(observation, layers=layers)

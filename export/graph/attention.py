@@ -25,7 +25,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
 from pastkey.runtime.providers.ort import onnxruntime
 
-from .edit import CONTRIB_DOMAIN, NodeBuilder, producer, replace_uses, replace_value, weight
+from .edit import CONTRIB_DOMAIN, NodeBuilder, producer, replace_uses, replace_value, sole_consumer, weight
 from .write.weights_file import save_with_weights
 
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Identity")
@@ -48,7 +48,8 @@ class Attention:
     output: ir.Value  # (B, H, T, D)
     scale: float
     softcap: float | None
-    masks: tuple[tuple[ir.Value, str], ...]  # "added" to the scores, "kept" where true, or "hidden" where true
+    masks: tuple[tuple[ir.Value, str], ...]  # "added" to the scores; true where "kept", "hidden", "never"
+    heads: int | None  # H, if the graph's shapes have it
     window: int | None = None  # tokens
 
 
@@ -60,7 +61,7 @@ def recognise(model: ir.Model, layers: Sequence[KVGeometry], tokens: int) -> lis
     """
     calls = [_recognised(model, number) for number in range(len(layers))]
     masks = list({id(mask): mask for call in calls for mask, _ in call.masks}.values())
-    feeds = _feeds(model, layers, 0, tokens)
+    feeds = _feeds(layers, 0, tokens)
     arrays = dict(zip(map(id, masks), evaluate(model, masks, feeds), strict=True))
     windows: dict[tuple[tuple[int, str], ...], int | None] = {}
     for call in calls:
@@ -95,7 +96,16 @@ def _recognised(model: ir.Model, number: int) -> Attention:
     scale, softcap = scores.factor, None
     if scores.capped is not None:
         scale, softcap = scores.capped * scores.factor, scores.factor
-    return Attention(query, key, value, (keys, values), combined[0].outputs[0], scale, softcap, tuple(scores.masks))
+    output = combined[0].outputs[0]
+    last = sole_consumer(output)
+    if last is not None and last.op_type == "Where" and last.inputs[2] is output and _is_zero(last.inputs[1]):
+        unseeing = last.inputs[0]  # rows that see nothing, which a row of a text never is
+        assert unseeing is not None
+        scores.masks.append((unseeing, "never"))
+        output = last.outputs[0]
+    shapes = [v.shape for v in (query, products[0].outputs[0], output) if v.shape is not None and len(v.shape) == 4]
+    heads = next((size for shape in shapes if isinstance(size := shape[1], int)), None)
+    return Attention(query, key, value, (keys, values), output, scale, softcap, tuple(scores.masks), heads)
 
 
 def _appended(present: ir.Value, number: int) -> ir.Value:
@@ -191,15 +201,24 @@ def _is_weights(value: ir.Value | None, weights: ir.Value) -> bool:
     node = producer(value, "Where")
     if node is None:
         return False
-    test, zero = producer(node.inputs[0], "IsNaN"), weight(node.inputs[1])
-    replaced = test is not None and test.inputs[0] is weights and zero is not None and not zero.any()
+    test = producer(node.inputs[0], "IsNaN")
+    replaced = test is not None and test.inputs[0] is weights and _is_zero(node.inputs[1])
     return replaced and node.inputs[2] is weights
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    array = weight(value)
+    return array is not None and not array.any()
 
 
 def _window(masks: Sequence[tuple[np.ndarray, str]], tokens: int) -> int | None:
     """Returns the window that the masks leave, None for all earlier tokens."""
     seen = np.ones((tokens, tokens), bool)
     for array, kind in masks:
+        if kind == "never":
+            if array.any():
+                raise UnrecognisedError("some rows of attention are set to zero")
+            continue
         if array.ndim < 2 or array.shape[-2:] != (tokens, tokens):
             raise UnrecognisedError(f"a mask is {array.shape} for {tokens} tokens")
         plain = array.astype(bool) if kind != "added" else array > _MASKED
@@ -217,21 +236,30 @@ def _window(masks: Sequence[tuple[np.ndarray, str]], tokens: int) -> int | None:
 
 
 # --- replacing ----------------------------------------------------------------------------------------------------
-def fuse_attention(
-    model: ir.Model, calls: Sequence[Attention], layers: Sequence[KVGeometry], heads: Sequence[int]
-) -> None:
-    """Replaces the attention calls, with H `heads` each. Raises UnrecognisedError if past is read elsewhere."""
+def fuse_attention(model: ir.Model, calls: Sequence[Attention], layers: Sequence[KVGeometry], heads: int) -> None:
+    """Replaces the attention calls, with H `heads` where shapes do not show them.
+
+    Raises UnrecognisedError if past is read elsewhere. Then the graph is of no use.
+    """
     lengths = _lengths(model)
     for number, (call, geometry) in enumerate(zip(calls, layers, strict=True)):
-        _replace(model, call, number, lengths, geometry, heads[number])
+        _replace(model, call, number, lengths, geometry, call.heads or heads)
     common.RemoveUnusedNodesPass()(model)
     _take_positions(model, layers)
     model.graph.opset_imports[CONTRIB_DOMAIN] = 1
     for value in model.graph.inputs:
-        if str(value.name).startswith(names.PAST_PREFIX):
-            for node, _ in value.uses():
-                if node.op_type != "GroupQueryAttention":
-                    raise UnrecognisedError(f"{node.op_type} reads past beside attention")
+        elsewhere = [
+            node.op_type for node, _ in value.uses() if node.op_type != "GroupQueryAttention" and not _reads_batch(node)
+        ]
+        if str(value.name).startswith(names.PAST_PREFIX) and elsewhere:
+            raise UnrecognisedError(f"{elsewhere[0]} reads past beside attention")
+
+
+def _reads_batch(node: ir.Node) -> bool:
+    """Whether a node reads only the number of rows."""
+    return (
+        node.op_type == "Shape" and node.attributes.get_int("start", 0) == 0 and node.attributes.get_int("end", 0) == 1
+    )
 
 
 def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
@@ -304,7 +332,7 @@ def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
         for node in model.graph
         if node.op_type == "Unsqueeze" and producer(node.inputs[0], "Range") is not None
     ]
-    runs = [(past, new, _feeds(model, layers, past, new)) for past, new in ((_PAST, _NEW), (1, 2 * _NEW))]
+    runs = [(past, new, _feeds(layers, past, new)) for past, new in ((_PAST, _NEW), (1, 2 * _NEW))]
     found = [evaluate(model, counted, feeds) for _, _, feeds in runs] if counted else []
     for place, value in enumerate(counted):
         expected = [np.arange(past, past + new)[None] for past, new, _ in runs]
@@ -314,9 +342,8 @@ def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
 
 
 # --- computing values ---------------------------------------------------------------------------------------------
-def _feeds(model: ir.Model, layers: Sequence[KVGeometry], past: int, new: int) -> dict[str, np.ndarray]:
+def _feeds(layers: Sequence[KVGeometry], past: int, new: int) -> dict[str, np.ndarray]:
     """Returns inputs of one row, with a past of zeros."""
-    del model
     feeds = {
         names.INPUT_IDS: np.zeros((1, new), np.int64),
         names.ATTENTION_MASK: np.ones((1, past + new), np.int64),

@@ -325,6 +325,7 @@ def _fold_sizes(model: ir.Model) -> None:
             _spread_gemm(model, node, gemm)
         elif node.op_type == "Reshape" and (axes := _constant_axes(node)) is not None:
             node.replace_input_with(1, add_weight(model, f"{made.name}.axes", axes))
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         elif (
             node.op_type == "Div" and (one := weight(node.inputs[0])) is not None and one.size == 1 and one.item() == 1
         ):
@@ -335,7 +336,7 @@ def _constant_axes(node: ir.Node) -> np.ndarray | None:
     """Applies rule 2: returns the second input of a Reshape, None if more than one size is not known."""
     value, made = node.inputs[0], node.outputs[0]
     known = value is not None and value.shape is not None and made.shape is not None
-    if not known or weight(node.inputs[1]) is not None or node.attributes.get_int("allowzero", 0):
+    if not known or weight(node.inputs[1]) is not None:
         return None
     assert value is not None
     assert value.shape is not None
@@ -349,7 +350,7 @@ def _spread_gemm(model: ir.Model, node: ir.Node, gemm: ir.Node) -> None:
     """Applies rule 3 where the Reshapes only join and split the axes before the last."""
     flat, numbers = producer(gemm.inputs[0], "Reshape"), gemm.attributes
     value = None if flat is None else flat.inputs[0]
-    plain = all(numbers.get_float(name, 1.0) == 1 for name in ("alpha", "beta")) and not numbers.get_int("transA", 0)
+    plain = numbers.get_float("alpha", 1.0) == numbers.get_float("beta", 1.0) == 1 and numbers.get_int("transA", 0) == 0
     if value is None or value.shape is None or node.outputs[0].shape is None or not plain or len(gemm.inputs) < 3:
         return
     if list(value.shape)[:-1] != list(node.outputs[0].shape)[:-1] or len(value.shape) < 3:

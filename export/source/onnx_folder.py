@@ -30,13 +30,19 @@ _TOKENIZERS = (names.TOKENIZER, "vocab.json", "tokenizer.model")
 
 
 def find_graph(folder: Path) -> Path | None:
-    """Returns the graph of a folder; None if it has weights of another form, or no graph."""
+    """Returns the graph of a folder; None if it has safetensors, which are preferred, or no graph.
+
+    Raises InputError if it has only other graphs.
+    """
     if any(folder.glob("*.safetensors")):
         return None
-    return next((folder / place for place in _PLACES if (folder / place).is_file()), None) or _unfit(folder)
+    found = next((folder / place for place in _PLACES if (folder / place).is_file()), None)
+    if found is None:
+        _refuse_others(folder)
+    return found
 
 
-def _unfit(folder: Path) -> None:
+def _refuse_others(folder: Path) -> None:
     """Raises InputError if a folder has only graphs that are no decoder in float32."""
     graphs = sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob(f"onnx/*{SUFFIX}")])
     found = [path.relative_to(folder).as_posix() for path in graphs]
