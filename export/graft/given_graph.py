@@ -50,7 +50,7 @@ class GivenDecoder(Opaque):
         # For `parameters`, which counts the weights that an export holds in memory.
         self.register_buffer("weights", torch.zeros(()).expand(given.weights), persistent=False)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised
         try:
             self._session = onnxruntime.InferenceSession(str(given.path), options, providers=["CPUExecutionProvider"])
         except OrtError as error:
@@ -123,7 +123,8 @@ class GivenDecoder(Opaque):
                 f"{self.given.path} returns logits of {logits.dtype} {logits.shape} for ids {ids.shape}: expected "
                 f"float32 (batch, tokens, vocabulary), export the model again with  {EXPORT_COMMAND}"
             )
-        lengths = {array.shape[2] for array in self.run(ids[:, 1:], past=[p[:, :, :1] for p in present])[1]}
+        # One row: GroupQueryAttention takes no more than that with a past.
+        lengths = {array.shape[2] for array in self.run(ids[:1, 1:], past=[p[:1, :, :1] for p in present])[1]}
         if lengths != {ids.shape[1]}:
             raise InputError(
                 f"{self.given.path} returns {min(lengths)} keys after {ids.shape[1]} tokens: expected those of all "

@@ -30,7 +30,7 @@ from .write.weights_file import save_with_weights
 
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Identity")
 _MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32
-_PAST, _NEW = 5, 3  # tokens of the run that shows which values are positions
+_RUNS = ((5, 3), (1, 6))  # tokens of past and new ones, in the runs that show which values are positions
 
 
 class UnrecognisedError(Exception):
@@ -322,22 +322,35 @@ def _describe(value: ir.Value, width: int) -> None:
 
 
 def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
-    """Replaces positions (1, T) that the graph counts from the length of past by position_ids.
+    """Replaces positions (T,) that the graph counts from the length of past by those of each row, position_ids (B, T).
 
     A value is one of these if it equals them on two runs.
     """
     positions = next(value for value in model.graph.inputs if value.name == names.POSITION_IDS)
-    counted = [
-        node.outputs[0]
+    readers = [
+        (node, axes.tolist())
         for node in model.graph
-        if node.op_type == "Unsqueeze" and producer(node.inputs[0], "Range") is not None
+        if node.op_type == "Unsqueeze"
+        and (axes := weight(node.inputs[1])) is not None
+        and 0 in axes
+        and any(producer(node.inputs[0], operator) is not None for operator in ("Range", "Add"))
     ]
-    runs = [(past, new, _feeds(layers, past, new)) for past, new in ((_PAST, _NEW), (1, 2 * _NEW))]
-    found = [evaluate(model, counted, feeds) for _, _, feeds in runs] if counted else []
+    counted = list({id(node.inputs[0]): node.inputs[0] for node, _ in readers if node.inputs[0] is not None}.values())
+    if not counted:
+        return
+    runs = [(past, new, evaluate(model, counted, _feeds(layers, past, new))) for past, new in _RUNS]
     for place, value in enumerate(counted):
-        expected = [np.arange(past, past + new)[None] for past, new, _ in runs]
-        if all(np.array_equal(arrays[place], e) for arrays, e in zip(found, expected, strict=True)):
-            replace_uses(value, positions)
+        if not all(np.array_equal(arrays[place], np.arange(past, past + new)) for past, new, arrays in runs):
+            continue
+        for node, axes in readers:
+            if node.inputs[0] is not value:
+                continue
+            builder, others = NodeBuilder(model, f"{node.name}_of_rows"), [axis for axis in axes if axis]
+            made = positions
+            if others:
+                made = builder.add("Unsqueeze", positions, builder.constant("axes", np.array(others)))
+                model.graph.insert_before(node, builder.nodes)
+            replace_uses(node.outputs[0], made)
     common.RemoveUnusedNodesPass()(model)
 
 
