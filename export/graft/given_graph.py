@@ -43,7 +43,7 @@ class GivenDecoder(Opaque):
         """
         super().__init__()
         self.given = given
-        self.takes_positions = names.POSITION_IDS in given.inputs
+        self.takes_positions = names.POSITION_IDS in given.inputs  # `observed` finds out
         self._heads, self._window = heads, window
         self._standard = standard_form(given)
         self._fused: ir.Model | None = None
@@ -130,6 +130,7 @@ class GivenDecoder(Opaque):
                 f"{self.given.path} returns {min(lengths)} keys after {ids.shape[1]} tokens: expected those of all "
                 f"tokens, export the model again with  {EXPORT_COMMAND}"
             )
+        self.takes_positions = names.POSITION_IDS in self.given.inputs and self._turns_by_positions(ids[:1], present)
         vocab_size = logits.shape[2]
         calls, special = self._fuse(context_length)
         padding = self.given.fused or self._takes_holes(context_length, vocab_size)
@@ -147,6 +148,19 @@ class GivenDecoder(Opaque):
             for number, (geometry, call) in enumerate(zip(self.given.layers, calls, strict=True))
         )
         return Observation(layers, vocab_size)
+
+    def _turns_by_positions(self, ids: npt.NDArray[np.int64], past: Cache) -> bool:
+        """Whether keys and values of the first layer are the same at the same position, wherever their column is.
+
+        They are not if the graph counts positions itself, as GroupQueryAttention does where it rotates.
+        """
+        past = [array[:1] for array in past]
+        _, alone = self.run(ids)
+        _, after = self.run(ids, np.arange(ids.shape[1])[None], past=past)
+        pairs = zip(alone[:2], after[:2], strict=True)
+        return all(
+            np.allclose(b[:, :, -ids.shape[1] :], a, rtol=0, atol=_TOLERANCE * np.abs(a).max()) for a, b in pairs
+        )
 
     def _fuse(self, context_length: int) -> tuple[Sequence[Attention | None], str | None]:
         """Makes the fused graph. Returns the attention of each layer, or why GroupQueryAttention cannot replace it."""
