@@ -291,6 +291,8 @@ def standard_form(given: Given) -> ir.Model:
     model.graph.outputs[:] = [outputs[name] for name in (names.LOGITS, *present)]
     for value in model.graph.inputs:
         value.shape = ir.Shape(_axes(str(value.name), given.layers))
+    for value in model.graph.outputs:
+        value.shape = None  # of axes by the file's names; inference finds them by pastkey's
     for _ in range(_ROUNDS):
         common.ShapeInferencePass()(model)
         _fold_sizes(model)
