@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,6 @@ class GivenDecoder(Opaque):
         self.given = given
         self.takes_positions = names.POSITION_IDS in given.inputs  # `observed` finds out
         self._heads, self._window = heads, window
-        self._standard = standard_form(given)
         self._fused: ir.Model | None = None
         # For `parameters`, which counts the weights that an export holds in memory.
         self.register_buffer("weights", torch.zeros(()).expand(given.weights), persistent=False)
@@ -161,6 +161,10 @@ class GivenDecoder(Opaque):
         return all(
             np.allclose(b[:, :, -ids.shape[1] :], a, rtol=0, atol=_TOLERANCE * np.abs(a).max()) for a, b in pairs
         )
+
+    @functools.cached_property
+    def _standard(self) -> ir.Model:
+        return standard_form(self.given)
 
     def _fuse(self, context_length: int) -> tuple[Sequence[Attention | None], str | None]:
         """Makes the fused graph. Returns the attention of each layer, or why GroupQueryAttention cannot replace it."""
