@@ -29,8 +29,7 @@ Cache = Sequence[npt.NDArray[Any]]
 _TOLERANCE = 1e-4  # relative to the largest logit, between a sequence with and without holes in float32
 _TOKENS = 64  # of the sequence that shows whether past may have holes, if no window is longer
 _BEYOND_WINDOW = 16
-_LONGEST = 1024 + _BEYOND_WINDOW  # tokens of that sequence, and of masks if no longer window is known
-_LONGEST_MASK = 4096 + _BEYOND_WINDOW
+_LONGEST = 1024 + _BEYOND_WINDOW  # tokens of that sequence
 _HOLES = 3
 
 
@@ -133,7 +132,9 @@ class GivenDecoder(Opaque):
         self.takes_positions = names.POSITION_IDS in self.given.inputs and self._turns_by_positions(ids[:1], present)
         vocab_size = logits.shape[2]
         calls, special = self._fuse(context_length)
-        padding = self.given.fused or self._takes_holes(context_length, vocab_size)
+        windows = [call.window for call in calls if call is not None and call.window is not None]
+        window = max(windows, default=None) if special is None and not self.given.fused else self._window
+        padding = self.given.fused or self._takes_holes(context_length, vocab_size, window)
         layers = tuple(
             Layer(
                 geometry,
@@ -172,12 +173,9 @@ class GivenDecoder(Opaque):
         if self.given.fused:
             self._fused = self._standard
             return nothing, None
-        tokens = min(context_length, max(_LONGEST, (self._window or 0) + _BEYOND_WINDOW))
-        if tokens > _LONGEST_MASK:
-            return nothing, f"a window of {self._window} tokens, which was not tried"
         try:
             fused = self._standard.clone()
-            calls = recognise(fused, self.given.layers, tokens)
+            calls = recognise(fused, self.given.layers, context_length)
             fuse_attention(fused, calls, self.given.layers, self._heads)
         except UnrecognisedError as error:
             return nothing, f"the attention of {self.given.path.name}: {error}"
@@ -186,14 +184,14 @@ class GivenDecoder(Opaque):
         self._fused = fused
         return calls, None
 
-    def _takes_holes(self, context_length: int, vocab_size: int) -> bool:
+    def _takes_holes(self, context_length: int, vocab_size: int, window: int | None) -> bool:
         """Whether columns of past that the mask hides change nothing, so that rows of a batch may differ in length.
 
         A window counts them where a graph counts columns. So the sequence is longer than the window.
         """
         if names.ATTENTION_MASK not in self.given.inputs:
             return False
-        longest = max(_TOKENS, (self._window or 0) + _BEYOND_WINDOW)
+        longest = max(_TOKENS, (window or 0) + _BEYOND_WINDOW)
         tokens = min(longest, context_length - _HOLES)
         if tokens < 4 or longest > _LONGEST:
             return False

@@ -30,6 +30,7 @@ from .write.weights_file import save_with_weights
 
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Identity")
 _MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32
+_LAST, _SQUARE = 2, 256  # tokens of the runs that show the masks, at the end of the context and at its beginning
 _RUNS = ((5, 3), (1, 6))  # tokens of past and new ones, in the runs that show which values are positions
 
 
@@ -54,20 +55,23 @@ class Attention:
 
 
 # --- recognising --------------------------------------------------------------------------------------------------
-def recognise(model: ir.Model, layers: Sequence[KVGeometry], tokens: int) -> list[Attention]:
-    """Returns the attention of each layer. Raises UnrecognisedError if one of them has another form.
-
-    `tokens` is the length of the text on which the masks are computed, longer than any window.
-    """
+def recognise(model: ir.Model, layers: Sequence[KVGeometry], context_length: int) -> list[Attention]:
+    """Returns the attention of each layer. Raises UnrecognisedError if one of them has another form."""
     calls = [_recognised(model, number) for number in range(len(layers))]
     masks = list({id(mask): mask for call in calls for mask, _ in call.masks}.values())
-    feeds = _feeds(layers, 0, tokens)
-    arrays = dict(zip(map(id, masks), evaluate(model, masks, feeds), strict=True))
+    # The last rows of the context see all of the longest window, and the first rows whether all is causal.
+    new, square = min(_LAST, context_length), min(_SQUARE, context_length)
+    runs = [_feeds(layers, past, tokens) for past, tokens in ((context_length - new, new), (0, square))]
+    last, first = (dict(zip(map(id, masks), evaluate(model, masks, feeds), strict=True)) for feeds in runs)
     windows: dict[tuple[tuple[int, str], ...], int | None] = {}
     for call in calls:
         key = tuple((id(mask), kind) for mask, kind in call.masks)
         if key not in windows:
-            windows[key] = _window([(arrays[place], kind) for place, kind in key], tokens)
+            rows = [
+                _seen([(arrays[place], kind) for place, kind in key], tokens, total)
+                for arrays, tokens, total in ((last, new, context_length), (first, square, square))
+            ]
+            windows[key] = _window(rows)
     return [dataclasses.replace(c, window=windows[tuple((id(m), kind) for m, kind in c.masks)]) for c in calls]
 
 
@@ -211,28 +215,35 @@ def _is_zero(value: ir.Value | None) -> bool:
     return array is not None and not array.any()
 
 
-def _window(masks: Sequence[tuple[np.ndarray, str]], tokens: int) -> int | None:
-    """Returns the window that the masks leave, None for all earlier tokens."""
-    seen = np.ones((tokens, tokens), bool)
+def _seen(masks: Sequence[tuple[np.ndarray, str]], tokens: int, total: int) -> np.ndarray:
+    """Returns which of `total` tokens the last `tokens` see, by all masks."""
+    seen = np.ones((tokens, total), bool)
     for array, kind in masks:
         if kind == "never":
             if array.any():
                 raise UnrecognisedError("some rows of attention are set to zero")
             continue
-        if array.ndim < 2 or array.shape[-2:] != (tokens, tokens):
-            raise UnrecognisedError(f"a mask is {array.shape} for {tokens} tokens")
+        if array.ndim < 2 or array.shape[-2:] != (tokens, total):
+            raise UnrecognisedError(f"a mask is {array.shape} for {tokens} of {total} tokens")
         plain = array.astype(bool) if kind != "added" else array > _MASKED
         if kind == "added" and array[plain].any():
             raise UnrecognisedError("scores have a bias (ALiBi or relative positions, say)")
-        plain = (~plain if kind == "hidden" else plain).reshape(-1, tokens, tokens)
+        plain = (~plain if kind == "hidden" else plain).reshape(-1, tokens, total)
         if not (plain == plain[:1]).all():
             raise UnrecognisedError("heads have masks of their own")
         seen &= plain[0]
-    distance = np.arange(tokens)[:, None] - np.arange(tokens)[None]
-    window = int(seen[-1].sum())
-    if not np.array_equal(seen, (distance >= 0) & (distance < window)):
-        raise UnrecognisedError("a mask is neither causal nor a window")
-    return None if window == tokens else window
+    return seen
+
+
+def _window(runs: Sequence[np.ndarray]) -> int | None:
+    """Returns the window that rows of the end and the beginning of the context see, None for all earlier tokens."""
+    window = int(runs[0][-1].sum())
+    for seen in runs:
+        tokens, total = seen.shape
+        distance = np.arange(total - tokens, total)[:, None] - np.arange(total)[None]
+        if not np.array_equal(seen, (distance >= 0) & (distance < window)):
+            raise UnrecognisedError("a mask is neither causal nor a window")
+    return None if window == runs[0].shape[1] else window
 
 
 # --- replacing ----------------------------------------------------------------------------------------------------
@@ -371,11 +382,11 @@ def _feeds(layers: Sequence[KVGeometry], past: int, new: int) -> dict[str, np.nd
 def evaluate(model: ir.Model, values: Sequence[ir.Value], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Returns the values, by running the part of the graph that makes them."""
     part = ir.Model(ir.convenience.extract(model.graph, model.graph.inputs, values), ir_version=model.ir_version)
+    part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses()]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.onnx"
         save_with_weights(part, file)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        taken = {value.name for value in session.get_inputs()}
-        return list(session.run(None, {name: array for name, array in feeds.items() if name in taken}))
+        return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))

@@ -61,7 +61,7 @@ def test_it_computes_what_the_file_computes(given: Given) -> None:
 )
 def test_a_run_shows_whether_past_may_have_holes(kind: Kind, window: int | None, padding: bool, given: Given) -> None:
     context = 8000 if window == 4000 else CONTEXT
-    assert given(kind, window)._takes_holes(context, VOCABULARY) is padding
+    assert given(kind)._takes_holes(context, VOCABULARY, window) is padding
 
 
 def test_what_is_observed_and_the_two_graphs(given: Given) -> None:

@@ -107,11 +107,16 @@ def test_a_bias_on_scores_is_not_recognised(graph: Folder) -> None:
         fused(read_given(graph(Kind(bias=True))))
 
 
-def test_heads_of_a_window_longer_than_the_text_are_not_seen_as_one(graph: Folder) -> None:
+def test_a_window_as_long_as_the_context_is_none(graph: Folder) -> None:
     given = read_given(graph(Kind(window=WINDOW)))
     model = standard_form(given)
     assert [call.window for call in recognise(model, given.layers, WINDOW)] == [None] * LAYERS
     assert [call.window for call in recognise(model, given.layers, WINDOW + 1)] == [WINDOW] * LAYERS
+
+
+def test_a_window_is_found_in_a_long_context(graph: Folder) -> None:
+    given = read_given(graph(Kind(window=1000)))
+    assert [call.window for call in recognise(standard_form(given), given.layers, 4096)] == [1000] * LAYERS
 
 
 def change_before_softmax(model: ir.Model, operator: str) -> None:
