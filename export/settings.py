@@ -24,7 +24,7 @@ Options = Mapping[str, str] | Sequence[tuple[str, str]]
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
 STATIC_CHUNK = 64  # default tokens of a prefill run
 
-SOURCES = "a checkpoint or Hugging Face folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
+SOURCES = "a checkpoint, Hugging Face or ONNX folder, a .gguf file, a llama2.c .bin, or path/to/file.py:factory"
 TOKENIZERS = (
     "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a .json list of characters, or "
     "path/to/file.py:factory"

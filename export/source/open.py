@@ -1,4 +1,4 @@
-"""Opens any source: a module, file.py:factory, a checkpoint, a Hugging Face folder, GGUF, or llama2.c."""
+"""Opens any source: a module, file.py:factory, a checkpoint, a Hugging Face or ONNX folder, GGUF, or llama2.c."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _open(
         )
     if path.is_dir() and not (path / names.MANIFEST).exists():
         raise MissingFileError(
-            f"{path} has no {names.CONFIG}, as a Hugging Face folder has, and no {names.MANIFEST}, as a checkpoint "
+            f"{path} has no {names.CONFIG}, as a Hugging Face or ONNX folder has, and no {names.MANIFEST}, as a checkpoint "
             f"has: expected {SOURCES}"
         )
     return _from_checkpoint(path, tokenizer, context_length)

@@ -105,7 +105,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _project(x: Tensor, layer: nn.Linear, flat: bool) -> Tensor:
     if not flat:
-        return layer(x)  # type: ignore[no-any-return]
+        return layer(x)
     return torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight.T).view(*x.shape[:-1], -1)
 
 
