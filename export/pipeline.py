@@ -102,8 +102,8 @@ def export(
 
     Args:
         module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
-            language modelling; or the path of a checkpoint folder, a Hugging Face or ONNX folder, a .gguf file, a llama2.c
-            .bin, or "file.py:factory" or "notebook.ipynb:expression".
+            language modelling; or the path of a checkpoint folder, a Hugging Face or ONNX folder, a .gguf file, a
+            llama2.c .bin, or "file.py:factory" or "notebook.ipynb:expression".
         out: The bundle's folder.
         precision: "int8", "int4", "fp16" or "fp32", of the weights.
         progress: Receives each stage, its progress, and warnings.

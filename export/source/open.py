@@ -111,8 +111,8 @@ def _open(
         )
     if path.is_dir() and not (path / names.MANIFEST).exists():
         raise MissingFileError(
-            f"{path} has no {names.CONFIG}, as a Hugging Face or ONNX folder has, and no {names.MANIFEST}, as a checkpoint "
-            f"has: expected {SOURCES}"
+            f"{path} has no {names.CONFIG}, as a Hugging Face or ONNX folder has, and no {names.MANIFEST}, as a "
+            f"checkpoint has: expected {SOURCES}"
         )
     return _from_checkpoint(path, tokenizer, context_length)
 
