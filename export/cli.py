@@ -170,10 +170,10 @@ def _export(arguments: argparse.Namespace) -> int:
         f"{report.path}: {report.manifest.graph} graph, {report.manifest.precision}, {report.weight_bytes:,} bytes of "
         f"weights ({report.weight_bytes / report.fp32_weight_bytes:.3f} of float32), {report.seconds:.1f} s"
     )
-    _say_parity(report.manifest.parity["fp32"], "float32 against torch")
+    _say_parity(report.manifest.parity["fp32"], "float32 against the source")
     precision = report.manifest.precision
     if precision != "fp32":
-        against = "torch" if precision == "fp16" else "itself"
+        against = "the source" if precision == "fp16" else "itself"
         _say_parity(report.manifest.parity[precision], f"{precision} against {against}")
         quality = report.manifest.quality
         say(

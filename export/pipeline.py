@@ -31,6 +31,7 @@ from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter, Decoder
 from .generation.write import write_generation
+from .graft.given_graph import GivenDecoder
 from .graft.probe.call import CONTRACT
 from .graft.probe.contract import in_contract
 from .graft.probe.positions import find_shift
@@ -103,7 +104,7 @@ def export(
 
     Args:
         module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
-            language modelling; the path of a checkpoint folder, a Hugging Face folder, a .gguf file, a llama2.c .bin,
+            language modelling; the path of a checkpoint, Hugging Face or ONNX folder, a .gguf file, a llama2.c .bin,
             or "file.py:factory" or "notebook.ipynb:expression"; or "ORG/NAME" on the Hugging Face Hub, as text.
         out: The bundle's folder.
         precision: "int8", "int4", "fp16" or "fp32", of the weights.
@@ -252,9 +253,13 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     observation = contracted.observation
     check_tokenizer(source, observation.vocab_size, source.eos_token_ids if config.eos_tokens else ())
     choice = choose_graph(config.graph, config.target, observation)
-    call = contracted.call or CONTRACT
-    progress.stage(f"trace the {choice.graph} graph of {len(observation.layers)} layers of {call} ({choice.reason})")
-    model = trace(source.module, observation, choice.graph, source.context_length)
+    made = f"the {choice.graph} graph of {len(observation.layers)} layers of"
+    if isinstance(source.module, GivenDecoder):
+        progress.stage(f"make {made} {source.name} ({choice.reason})")
+        model, observation = source.module.graph(choice.graph, observation)
+    else:
+        progress.stage(f"trace {made} {contracted.call or CONTRACT} ({choice.reason})")
+        model = trace(source.module, observation, choice.graph, source.context_length)
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)

@@ -27,7 +27,7 @@ GRAPH_CHOICES = ("auto", *names.GRAPHS)
 STATIC_CHUNK = 64  # default tokens of a prefill run
 
 SOURCES = (
-    "a checkpoint or Hugging Face folder, ORG/NAME on the Hugging Face Hub, a .gguf file, a llama2.c .bin, or "
+    "a checkpoint, Hugging Face or ONNX folder, ORG/NAME on the Hugging Face Hub, a .gguf file, a llama2.c .bin, or "
     "path/to/file.py:factory"
 )
 TOKENIZERS = (

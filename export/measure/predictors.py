@@ -136,6 +136,10 @@ class ModulePredictor:
 
         Compares its logits, or with `hidden` its last hidden states.
         """
+        from ..graft.given_graph import GivenDecoder
+
+        if isinstance(self._module, GivenDecoder):
+            return self._module.rounding(ids)
         try:
             wide = ModulePredictor(copy.deepcopy(self._module).double())
             found = wide.hidden_states(ids) if hidden else wide.logits(ids)

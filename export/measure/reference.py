@@ -195,7 +195,7 @@ def _require_known(path: str) -> None:
         raise InputError(
             f"{path} cannot be a reference, it has neither {names.MANIFEST} nor {names.CONFIG}: {expected}"
         )
-    if place.is_file() and place.suffix not in (".bin", ".gguf"):
+    if place.is_file() and place.suffix not in (".bin", ".gguf", ".onnx"):
         raise InputError(f"{path} cannot be a reference, it is a file of another kind: {expected}")
     if not place.exists():
         raise MissingFileError(f"no such reference: {path} does not exist; {expected}")

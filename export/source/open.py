@@ -1,4 +1,4 @@
-"""Opens any source: a module, file.py:factory, a checkpoint, a Hugging Face folder, a Hub id, GGUF, or llama2.c."""
+"""Opens any source: a module, file.py:factory, a checkpoint, a Hugging Face or ONNX folder, GGUF, or llama2.c."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..settings import SOURCES, split_factory
 from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
+from .onnx_folder import SUFFIX, find_graph, open_onnx
 from .pretrained import check_config, open_folder, open_gguf, open_model, stored_bytes_per_weight
 from .source import Source, checked_context, context_of, read_template, token_id, with_template
 from .tokenizers.tokenizer import read_tokenizer
@@ -108,6 +109,11 @@ def _open(
         return open_llama2c(path, tokenizer, context_length)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
+    graph = path if path.suffix == SUFFIX and path.is_file() else None
+    if path.is_dir() and not (path / names.MANIFEST).exists():
+        graph = find_graph(path)
+    if graph is not None:
+        return open_onnx(graph, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
     if (path / names.CONFIG).is_file() and not (path / names.MANIFEST).exists():
         return open_folder(
             path,
@@ -119,8 +125,8 @@ def _open(
         )
     if path.is_dir() and not (path / names.MANIFEST).exists():
         raise MissingFileError(
-            f"{path} has no {names.CONFIG}, as a Hugging Face folder has, and no {names.MANIFEST}, as a checkpoint "
-            f"has: expected {SOURCES}"
+            f"{path} has no {names.CONFIG}, as a Hugging Face or ONNX folder has, and no {names.MANIFEST}, as a "
+            f"checkpoint has: expected {SOURCES}"
         )
     return _from_checkpoint(path, tokenizer, context_length)
 

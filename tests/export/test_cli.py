@@ -56,7 +56,7 @@ def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Pat
     arguments = ("export", f"{factory}:Small", "--context", 12, "--out", tmp_path / "bundle")
     status, printed, told = command(*arguments)
     assert (status, printed) == (0, "")
-    assert "float32 against torch, 12 tokens: equal" in told
+    assert "float32 against the source, 12 tokens: equal" in told
     assert "KL divergence" in told
     assert f"next:  pastkey run {tmp_path / 'bundle'} --prompt-ids" in told
     # a second time, the folder is there

@@ -28,6 +28,7 @@ from .call import CONTRACT, Call, find_call, plain_call, refuse_ambiguous
 from .causes import Cause, Kind, NoCacheError, ObstacleError
 from .observe import (
     Observation,
+    Opaque,
     StandIn,
     UnkeptError,
     evaluating,
@@ -60,6 +61,12 @@ class Contracted:
 
 def in_contract(module: nn.Module, context_length: int, asked: str | None, say: Say) -> Contracted:
     """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit."""
+    if isinstance(module, Opaque):
+        if asked is not None:
+            raise InputError(
+                f"--call {asked} is for a module in Python, and {name_of(module)} is a graph: leave it out"
+            )
+        return Contracted(module, module.observed(context_length))
     with _as_it_was(), without_autocast() as entered:
         model = module if isinstance(module, StandIn) else _prepared(module, say)  # already a wrapper of ours
         require_finite(model)

@@ -99,8 +99,24 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+class Opaque(nn.Module):
+    """A module of the contract that computes outside of torch, and says itself what its attention calls receive."""
+
+    takes_positions: bool  # whether it computes with the position_ids that it is given
+
+    def uncached(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Uncached:
+        """As `run_uncached`."""
+        raise NotImplementedError
+
+    def observed(self, context_length: int) -> Observation:
+        """As `observe`."""
+        raise NotImplementedError
+
+
 def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Uncached:
     """Runs the module as it is on ids (B, T), and records what its attention calls receive."""
+    if isinstance(module, Opaque):
+        return module.uncached(input_ids, position_ids)
     result = Uncached(torch.empty(0))
 
     def keep(call: AttentionCall) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pastkey.contract.bundle import CacheShift, KeyRotation
 
-from .observe import Observation, Uncached, random_ids, run_uncached
+from .observe import Observation, Opaque, Uncached, random_ids, run_uncached
 
 _TOKENS = 16
 _STEP = 4  # ratio of successive distances: the error of an angle stays far below half a turn at the next one
@@ -36,6 +36,8 @@ def find_shift(module: nn.Module, observation: Observation, context_length: int)
         return CacheShift("it keeps rows beside the keys and values of attention, which no rotation moves")
     if not observation.padding:
         return CacheShift("its attention counts every column of the cache")
+    if isinstance(module, Opaque) and not module.takes_positions:
+        return CacheShift("it computes the positions of tokens itself")
     tokens = min(_TOKENS, context_length // 2)
     if not tokens:
         return CacheShift("its context is one token")

@@ -1,0 +1,138 @@
+"""Opens an ONNX folder that another program exported: its graph, configuration and tokenizer.
+
+Nothing in it needs transformers: the graph is the model, and config.json only names its sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pastkey.contract import names
+from pastkey.errors import InputError, MissingFileError
+from pastkey.files.folder import read_json
+from pastkey.values import is_int
+
+from ..graft.given_graph import GivenDecoder
+from ..graph.given import EXPORT_COMMAND, read_given
+from ..resources import require_memory
+from .source import Source, context_of, refuse_links
+from .tokenizers.tokenizer import read_tokenizer
+
+SUFFIX = ".onnx"
+_PLACES = ("model.onnx", "onnx/model.onnx", "decode.onnx")  # optimum's, transformers.js', transformers' exporter's
+_LONGEST = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+_OF_ANOTHER_MODEL = ("auto_map", "quantization_config", "_name_or_path", "transformers_version")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+_TOKENIZERS = (names.TOKENIZER, "vocab.json", "tokenizer.model")
+
+
+def find_graph(folder: Path) -> Path | None:
+    """Returns the graph of a folder; None if it has safetensors, which are preferred, or no graph.
+
+    Raises InputError if it has only other graphs.
+    """
+    if any(folder.glob("*.safetensors")):
+        return None
+    found = next((folder / place for place in _PLACES if (folder / place).is_file()), None)
+    if found is None:
+        _refuse_others(folder)
+    return found
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises InputError if a folder has only graphs that are no decoder in float32."""
+    graphs = sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob(f"onnx/*{SUFFIX}")])
+    found = [path.relative_to(folder).as_posix() for path in graphs]
+    if any("encoder" in path.stem for path in graphs):
+        raise InputError(
+            f"{folder} holds an encoder-decoder or another model of several parts ({', '.join(found)}): only decoders "
+            "can be exported"
+        )
+    if any("decoder" in path.stem for path in graphs):
+        raise InputError(
+            f"{folder} holds a decoder in several graphs ({', '.join(found)}): export the model as one with  "
+            f"{EXPORT_COMMAND}"
+        )
+    if found:
+        raise InputError(
+            f"{folder} has {', '.join(found)} and no model.onnx, which is the float32 graph: fetch it, or name the "
+            f"graph itself, {folder / found[0]}"
+        )
+
+
+def open_onnx(
+    path: Path,
+    *,
+    tokenizer: str | Path | None,
+    context_length: int | None,
+    before_loading: Callable[[int], None],
+) -> Source:
+    """Opens a graph, with the configuration and tokenizer beside it or above it.
+
+    Raises InputError, MissingFileError, IntegrityError or ResourceError.
+    """
+    folder = next((f for f in (path.parent, path.parent.parent) if (f / names.CONFIG).is_file()), None)
+    if folder is None:
+        raise MissingFileError(
+            f"{path} has no {names.CONFIG} beside it, which names the context length: fetch the whole folder"
+        )
+    refuse_links(folder, _read_of(folder, path))
+    given = read_given(path)
+    require_memory(given.weights)
+    before_loading(given.weights)
+    content = read_json(folder / names.CONFIG)
+    if content.get("is_encoder_decoder") is True:
+        raise InputError(f"{folder} holds an encoder-decoder: only decoders can be exported")
+    content = {key: value for key, value in content.items() if key not in _OF_ANOTHER_MODEL}
+    longest = _size(content, _LONGEST) or context_length
+    if longest is None:
+        raise InputError(f"{folder / names.CONFIG} names no context length: give it with --context N")
+    context = context_of(folder.resolve().name, longest, context_length)
+    decoder = GivenDecoder(given, _size(content, _HEADS) or given.layers[0].kv_heads, _window(content))
+    generation = read_json(folder / names.GENERATION_CONFIG) if (folder / names.GENERATION_CONFIG).is_file() else {}
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZERS)
+    fields = read_tokenizer(tokenizer or (folder if has_tokenizer else None))
+    for key in ("bos_token_id", "eos_token_id"):
+        found = next((v for c in (generation, content) if (v := c.get(key)) is not None), None)
+        ids = tuple(token for token in (found if isinstance(found, list) else [found]) if is_int(token, 0))
+        if ids:
+            fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
+    fields["tokenizer_config"] = _portable(fields.get("tokenizer_config", {}))
+    wanted = ["repetition_penalty", *(_SAMPLING if generation.get("do_sample") is True else ())]
+    return Source(
+        decoder,
+        folder.resolve().name,
+        context,
+        config=content | {"max_position_embeddings": context, "dtype": "float32", "torch_dtype": "float32"},
+        generation={name: generation[name] for name in wanted if generation.get(name) is not None},
+        **fields,
+    )
+
+
+def _read_of(folder: Path, graph: Path) -> Iterator[Path]:
+    """Yields the files that may be read: the graph with its data, and what is beside the configuration."""
+    yield from graph.parent.glob(f"{graph.name}*")
+    yield from (file for file in folder.iterdir() if file.is_file() or file.is_symlink())
+
+
+def _size(content: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    return next((content[key] for key in keys if is_int(content.get(key), 1)), None)
+
+
+def _window(content: Mapping[str, Any]) -> int | None:
+    """Returns the window in tokens of the layers that have one."""
+    used = content.get("use_sliding_window") is not False
+    return _size(content, ("sliding_window", "window_size")) if used else None
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of tokenizer_config.json that transformers 4 and 5 read alike."""
+    wanted = ("chat_template", "clean_up_tokenization_spaces", "model_max_length")
+    return {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key in wanted or (key.endswith("_token") and value is not None and not isinstance(value, bool))
+    }
