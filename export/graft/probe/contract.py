@@ -57,20 +57,25 @@ class Contracted:
     call: str = ""  # the author's call; empty if trying showed that the module keeps the contract
 
 
-def in_contract(module: nn.Module, context_length: int, asked: str | None, say: Say) -> Contracted:
-    """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit."""
+def in_contract(
+    module: nn.Module, context_length: int, asked: str | None, say: Say, *, latents: bool = True
+) -> Contracted:
+    """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit.
+
+    `latents`: whether a followed module may cache a latent row in place of keys and values.
+    """
     with _as_it_was():
         model = module if isinstance(module, StandIn) else _prepared(module, say)  # already a wrapper of ours
         require_finite(model)
         kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
         if kept is None:
-            return _followed(model, context_length, asked)
+            return _followed(model, context_length, asked, latents)
         if asked is None:
             _require_plain(model, Call(CONTRACT), context_length, kept.observation.vocab_size)
         # Following caches each key/value head once, and traces experts that compute only their own tokens.
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
-                return _followed(model, context_length, CONTRACT)
+                return _followed(model, context_length, CONTRACT, latents)
         return dataclasses.replace(kept, call=asked or "")
 
 
@@ -107,14 +112,14 @@ def _chooses_rows(kept: Contracted, context_length: int) -> bool:
     return False
 
 
-def _followed(model: nn.Module, context_length: int, asked: str | None) -> Contracted:
+def _followed(model: nn.Module, context_length: int, asked: str | None, latents: bool) -> Contracted:
     with evaluating(model):
         probed = find_call(model, context_length, asked)
         _run_whole(model, probed.call, context_length, probed.vocab_size)
         if asked is None and not probed.breaches:
             _require_plain(model, probed.call, context_length, probed.vocab_size)
         try:
-            found = find(model, probed.call, context_length, probed.vocab_size)
+            found = find(model, probed.call, context_length, probed.vocab_size, latents=latents)
         except NoCacheError as error:
             raise error.with_(probed.breaches) from error
         except PastkeyError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,25 @@ class Full(Protocol):
 
 
 @dataclass(frozen=True)
+class Latent:
+    """A row of each token that is cached in place of keys and values, which are linear functions of it.
+
+    q · (W row) = (Wᵀ q) · row, and Σ p (W row) = W Σ p row. So the queries are multiplied by Wᵀ, the result by W, and
+    no key or value is computed. The matrices are constants.
+    """
+
+    sources: tuple[Op, ...]  # their channels, one after another, are the row
+    between: tuple[Op, ...]  # the operators from the sources to keys and values, which no step runs
+    order: tuple[int, ...] | None  # of the row's channels, if it differs
+    key_size: int  # the first channels of the row are cached as the key, the others as the value
+    shared: Literal["none", "value", "row"]  # as in AttentionCall
+    # Which channels of the queries meet the key and the value, and whether the constants "key" and "value" multiply them
+    queries: tuple[tuple[int, int, bool], ...]
+    output: bool  # whether the constant "output" multiplies the result
+    bias: bool  # whether "output_bias" is added to it
+
+
+@dataclass(frozen=True)
 class Planned:
     """An attention and the known form of its weights: numbers here, tensors as `Constant` of the decoder."""
 
@@ -45,9 +64,11 @@ class Planned:
     sinks: bool = False
     bias: bool = False  # more than a causal mask or a window
     rotation: Rotation | None = None  # of queries and keys; its tables are the constants "cos" and "sin"
+    latent: Latent | None = None
 
 
-# "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2), by number.
+# By number: "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2); of a latent
+# row "key" and "value" (K, 1, D, channels), "output" (K, 1, channels, Dv), "output_bias" (K, 1, 1, Dv).
 Constant = Callable[[str, int], Tensor]
 
 _NOTHING = 8  # head size of the zero queries and keys of an attention without any
@@ -76,6 +97,7 @@ class Step(Interpreter):
         self._operands: dict[Op, tuple[Value, Value, Contraction]] = {}
         self._rows: dict[tuple[Op, int], Value] = {}
         self._skipped = {op for planned in plan.values() for op in planned.attention.region}
+        self._skipped |= {op for planned in plan.values() if planned.latent for op in planned.latent.between}
         self._states = {state.op: state for state in states}
         self._within = {op for state in states for op in state.between}
 
@@ -199,6 +221,9 @@ class Step(Interpreter):
             heads = "".join(parts[2][i] for i in layout.heads)
             summed = "".join(x for x in parts[0] if x not in parts[2])
             query, _ = self._headed(a, parts[0], heads, summed)
+            if planned.latent is not None:  # no key is computed
+                queries.append(_flat(query, layout_sizes(layout), layout_sizes(layout))[0])
+                continue
             key, kept = self._headed(b, parts[1], heads, summed)
             queries.append(_flat(query, layout_sizes(layout), layout_sizes(layout))[0])
             key, count = _flat(key, layout_sizes(layout), kept)
@@ -209,6 +234,9 @@ class Step(Interpreter):
         ]
         sizes = [weights.axes[letters[0].index(letter)].size for letter in outer]
         free = "".join(x for i, x in enumerate(letters[1]) if x not in letters[0] and i != values.batch_axis)
+        if planned.latent is not None:
+            output = self._attend_latent(op, planned, planned.latent, queries)
+            return self._spread(output, weights, values, letters, outer, sizes, free)
         value, kept = self._headed(values, letters[1], "".join(outer), free)
         value, count = _flat(value, sizes, kept)
         if not queries:
@@ -242,10 +270,7 @@ class Step(Interpreter):
                     **common,  # type: ignore[arg-type]
                 )
             )
-        if planned.scale is None:
-            scales = self._constant("scale", planned.number)
-            queries = [q * scale[:, None, None] for q, scale in zip(queries, scales.unbind(0), strict=True)]
-        query, key = (torch.cat(parts, -1) if len(parts) > 1 else parts[0] for parts in (queries, keys))
+        query, key = self._one_query(planned, queries), torch.cat(keys, -1) if len(keys) > 1 else keys[0]
         unrotated, width = self._unrotated(planned), value.shape[-1]
         if query.shape[-1] != width and not planned.bias:
             # GroupQueryAttention requires keys and values of one size.
@@ -257,16 +282,64 @@ class Step(Interpreter):
                 query=query,
                 key=key,
                 value=value,
-                scale=1.0 if planned.scale is None else planned.scale,
-                window=planned.window,
-                softcap=planned.softcap,
-                sinks=self._constant("sinks", planned.number) if planned.sinks else None,
-                bias=self._constant("bias", planned.number) if planned.bias else None,
                 unrotated=unrotated,
-                **common,  # type: ignore[arg-type]
+                **self._form(op, planned),
             )
         )
         return output[..., :width]
+
+    def _one_query(self, planned: Planned, queries: list[Tensor]) -> Tensor:
+        """The queries of all products, (B, H, T, D)."""
+        if planned.scale is None:
+            scales = self._constant("scale", planned.number)
+            queries = [q * scale[:, None, None] for q, scale in zip(queries, scales.unbind(0), strict=True)]
+        return torch.cat(queries, -1) if len(queries) > 1 else queries[0]
+
+    def _form(self, op: Op, planned: Planned) -> dict[str, Any]:
+        """The arguments of an AttentionCall whose form is known, besides queries, keys and values."""
+        return {
+            "mask": None,
+            "dropout": 0.0,
+            "is_causal": True,
+            "where": op.where,
+            "scale": 1.0 if planned.scale is None else planned.scale,
+            "window": planned.window,
+            "softcap": planned.softcap,
+            "sinks": self._constant("sinks", planned.number) if planned.sinks else None,
+            "bias": self._constant("bias", planned.number) if planned.bias else None,
+        }
+
+    def _attend_latent(self, op: Op, planned: Planned, latent: Latent, queries: list[Tensor]) -> Tensor:
+        """Attention (B, H, T, Dv) over a latent row."""
+        row = torch.cat([row_of(self.known[source]) for source in latent.sources], 2)[:, None]  # (B, 1, T, channels)
+        if latent.order is not None:
+            row = row.index_select(3, torch.tensor(latent.order))
+        query, parts = self._one_query(planned, queries), []
+        for (first, last, multiplied), kind in zip(latent.queries, ("key", "value"), strict=False):
+            part = query[..., first:last]
+            parts.append(self._by_head(part, kind, planned.number) if multiplied else part)
+        output = attend(
+            AttentionCall(
+                query=torch.cat(parts, -1) if len(parts) > 1 else parts[0],
+                key=row[..., : latent.key_size],
+                value=row[..., latent.key_size :],
+                shared=latent.shared,
+                **self._form(op, planned),
+            )
+        )
+        if latent.output:
+            output = self._by_head(output, "output", planned.number)
+        if latent.bias:
+            bias = self._constant("output_bias", planned.number)
+            output = (output.unflatten(1, (bias.shape[0], -1)) + bias).flatten(1, 2)
+        return output
+
+    def _by_head(self, x: Tensor, kind: str, number: int) -> Tensor:
+        """(B, H, T, D) times the matrix of each key/value head."""
+        matrix = self._constant(kind, number)
+        if len(matrix) == x.shape[1]:
+            return x @ matrix[:, 0]
+        return (x.unflatten(1, (matrix.shape[0], -1)) @ matrix).flatten(1, 2)
 
     def _unrotated(self, planned: Planned) -> Unrotated | None:
         rotation = planned.rotation
@@ -345,6 +418,11 @@ class Step(Interpreter):
                 else:
                     tensor = tensor.unsqueeze(i)
         return Value(tensor, tuple(axes), batch_axis=batch)
+
+
+def row_of(value: Value) -> Tensor:
+    """The numbers of each new token, expanded axes once: (B, T, channels)."""
+    return value.tensor.movedim(value.dim(value.time_axes(NEW)[0]), 1)[..., None].flatten(2)
 
 
 def layout_sizes(layout: Layout) -> list[int]:
