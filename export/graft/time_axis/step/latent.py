@@ -44,7 +44,10 @@ def find_latent(
     if not planned.known or operands is None:
         return None
     queries, ends = operands
-    sources, between = _smallest_cut(ends, _cone(planned.attention, queries, ends, known), known)
+    cone = _cone(planned.attention, queries, ends)
+    if not cone.issuperset(ends):
+        return None
+    sources, between = _smallest_cut(ends, cone, known)
     channels = sum(_size(op, known) for op in sources)
     if not channels < sum(_size(op, known) for op in ends):
         return None
@@ -179,7 +182,7 @@ def _size(op: Op, known: Mapping[Op, Any]) -> float:
     return math.prod(axis.size // axis.repeat for axis in value.axes if axis.time is None)
 
 
-def _cone(attention: Attention, queries: Sequence[Op], ends: Sequence[Op], known: Mapping[Op, Any]) -> set[Op]:
+def _cone(attention: Attention, queries: Sequence[Op], ends: Sequence[Op]) -> set[Op]:
     """The operators whose results only the keys and values of this attention need."""
     cone: set[Op] = set()
     readers = {*attention.products, attention.op}
@@ -198,7 +201,7 @@ def _smallest_cut(
 ) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     """The fewest numbers per token that determine `ends`, as close to them as possible, and the operators behind.
 
-    By the largest flow from the ends to the cone's other side (Edmonds and Karp). An operator is an edge of its size.
+    By the largest flow from the ends to where the cone begins (Edmonds and Karp). An operator is an edge of its size.
     """
     start, stop = (None, 0), (None, 1)
     room: dict[Any, dict[Any, float]] = defaultdict(lambda: defaultdict(float))
@@ -208,7 +211,7 @@ def _smallest_cut(
             if source.depends:
                 room[op, 1][(source, 0) if source in cone else stop] = math.inf
     for op in ends:
-        room[start][(op, 0) if op in cone else stop] = math.inf
+        room[start][op, 0] = math.inf
     while True:
         reached: dict[Any, Any] = {start: None}
         for place in (queue := [start]):
@@ -221,12 +224,11 @@ def _smallest_cut(
         path = [stop]
         while path[-1] != start:
             path.append(reached[path[-1]])
-        width = min(room[a][b] for b, a in pairwise(path))
-        if width == math.inf:
-            return tuple(ends), ()
-        for b, a in pairwise(path):
-            room[a][b] -= width
-            room[b][a] += width
+        steps = [(before, after) for after, before in pairwise(path)]
+        width = min(room[before][after] for before, after in steps)
+        for before, after in steps:
+            room[before][after] -= width
+            room[after][before] += width
     in_order = sorted(cone, key=lambda op: op.number)
     cut = tuple(op for op in in_order if (op, 0) in reached and (op, 1) not in reached)
     return cut, tuple(op for op in in_order if (op, 1) in reached)
