@@ -287,9 +287,7 @@ class _StandardAttention:
             return weights @ repeated(value, weights.shape[1]), key, value
         # The query heads that share a key/value head become rows of one MatMul, so nothing is repeated.
         rows = (batch, kv_heads, call.groups * new)
-        products = [
-            (q * call.scale).reshape(*rows, q.shape[3]) @ k.transpose(2, 3) for q, k in call.keys(key, value)
-        ]
+        products = [(q * call.scale).reshape(*rows, q.shape[3]) @ k.transpose(2, 3) for q, k in call.keys(key, value)]
         scores = functools.reduce(torch.add, products)  # (B, K, G*T, S)
         scores = scores.view(batch, kv_heads, call.groups, new, total)
         if call.softcap is not None:

@@ -42,6 +42,7 @@ from .observe import (
 Say = Callable[[str], None]
 
 _TOLERANCE = 1e-4  # relative to the largest logit, between a sequence and its parts in float32
+_MOST_FOLLOWED = 8192  # tokens of the longest context for which a latent row is looked for in a module of the contract
 _CHOOSING = 11  # tokens of the sequences that show whether a module selects rows
 _MOST_LOGITS = 1 << 28  # logits of the longest sequence on which a followed module is compared with its author's call
 _SHORT = 512  # tokens of a sequence that is run several times
@@ -76,6 +77,11 @@ def in_contract(
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
                 return _followed(model, context_length, CONTRACT, latents)
+        if latents and context_length <= _MOST_FOLLOWED and _shares_channels(kept, context_length):
+            with contextlib.suppress(ContractError, InputError):
+                followed = _followed(model, context_length, CONTRACT, latents)
+                if _numbers(followed.observation) < _numbers(kept.observation):
+                    return followed
         return dataclasses.replace(kept, call=asked or "")
 
 
@@ -98,6 +104,17 @@ def _repeats_heads(kept: Contracted, context_length: int) -> bool:
         keys.shape[1] > 1 and torch.equal(keys[:, 0], keys[:, 1]) and torch.equal(values[:, 0], values[:, 1])
         for keys, values in zip(run.keys, run.values, strict=True)
     )
+
+
+def _shares_channels(kept: Contracted, context_length: int) -> bool:
+    """Whether some channels of the keys are equal in all heads, as those of MLA that are rotated."""
+    run = run_uncached(kept.module, random_ids(1, min(4, context_length), kept.observation.vocab_size))
+    return any(keys.shape[1] > 1 and bool((keys == keys[:, :1]).all(2).all(1).any()) for keys in run.keys)
+
+
+def _numbers(observation: Observation) -> int:
+    """How many numbers a cache holds for each token."""
+    return sum(g.kv_heads * (g.key_head_size + g.value_head_size) for g in observation.geometry)
 
 
 def _chooses_rows(kept: Contracted, context_length: int) -> bool:

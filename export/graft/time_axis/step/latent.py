@@ -21,7 +21,7 @@ from ..interpret import Attention
 from ..operators.base import Refused
 from ..program.program import Op
 from ..values import NEW, Value
-from .step import Latent, Planned, Step, row_of
+from .step import Latent, Planned, Step
 
 _TOLERANCE = 1e-5  # relative to the largest number
 _MOST_WORK = 8  # numbers of a row that a query meets, per number of its own key and value
@@ -154,9 +154,7 @@ def _laid(rows: Tensor, like: Value) -> Value:
 
 
 # --- the smallest cut ---------------------------------------------------------------------------------------------
-def _operands(
-    attention: Attention, known: Mapping[Op, Any], swapped: set[Op]
-) -> tuple[list[Op], list[Op]] | None:
+def _operands(attention: Attention, known: Mapping[Op, Any], swapped: set[Op]) -> tuple[list[Op], list[Op]] | None:
     """The queries, and the keys and values; None if these are no rows of the tokens."""
     queries, ends = [], []
     for op in (*attention.products, attention.op):
@@ -196,9 +194,7 @@ def _cone(attention: Attention, queries: Sequence[Op], ends: Sequence[Op]) -> se
     return cone
 
 
-def _smallest_cut(
-    ends: Sequence[Op], cone: set[Op], known: Mapping[Op, Any]
-) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+def _smallest_cut(ends: Sequence[Op], cone: set[Op], known: Mapping[Op, Any]) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     """The fewest numbers per token that determine `ends`, as close to them as possible, and the operators behind.
 
     By the largest flow from the ends to where the cone begins (Edmonds and Karp). An operator is an edge of its size.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own, Qkv
+from .parts import CONTEXT, WIDTH, Gpt, NoPositions, Own, Qkv
 
 WINDOW = 10
 

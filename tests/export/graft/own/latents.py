@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .biases import causal
-from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own
+from .parts import HEADS, WIDTH, Gpt, NoPositions, Own
 
 RANK, NOPE, ROPE, SIZE = 12, 8, 4, 8  # of the latent; of keys without and with positions; of values
 SCALE = 1 / math.sqrt(NOPE + ROPE)
@@ -130,7 +130,8 @@ class TwoLatents(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.q(x), self.k_b(self.k_a(x)), self.v_b(self.v_a(x)))
+            t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for t in (self.q(x), self.k_b(self.k_a(x)), self.v_b(self.v_a(x)))
         )
         return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
