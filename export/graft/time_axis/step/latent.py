@@ -24,7 +24,7 @@ from ..values import NEW, Value
 from .step import Latent, Planned, Step
 
 _TOLERANCE = 1e-5  # relative to the largest number
-_MOST_WORK = 8  # numbers of a row that a query meets, per number of its own key and value
+_MOST_WORK = 6  # numbers of a row that a query meets, per number of its own key and value: slower above, as measured
 _TRIED = 8  # random rows
 
 # A step of the program in which only this attention is planned, at positions (1, T).

@@ -45,7 +45,7 @@ class Latent:
     order: tuple[int, ...] | None  # of the row's channels, if it differs
     key_size: int  # the first channels of the row are cached as the key, the others as the value
     shared: Literal["none", "value", "row"]  # as in AttentionCall
-    # The channels of the queries that meet key and value: first, last, whether the constant "key" or "value" multiplies.
+    # For key and value: the first and last channel of the queries that meet it, and whether a matrix multiplies them.
     queries: tuple[tuple[int, int, bool], ...]
     output: bool  # whether the constant "output" multiplies the result
     bias: bool  # whether "output_bias" is added to it
