@@ -57,7 +57,8 @@ def find_latent(
         step = step_on(_Operands, planned, torch.full((1, len(rows)), position))
         assert isinstance(step, _Operands)
         parts = rows[None].split([int(_size(op, known)) for op in sources], 2)
-        step.known |= known | {op: _laid(part, known[op]) for op, part in zip(sources, parts, strict=True)}
+        step.known |= known
+        step.known |= {op: _laid(part, known[op]) for op, part in zip(sources, parts, strict=True)}
         for op in (*between, *planned.attention.products, planned.attention.op):
             step.known[op] = step.apply(op, step.value_of)
         return step.key[0], step.value[0]

@@ -339,7 +339,8 @@ class Step(Interpreter):
         matrix = self._constant(kind, number)
         if len(matrix) == x.shape[1]:
             return x @ matrix[:, 0]
-        return (x.unflatten(1, (matrix.shape[0], -1)) @ matrix).flatten(1, 2)
+        grouped: Tensor = x.unflatten(1, (matrix.shape[0], -1))
+        return (grouped @ matrix).flatten(1, 2)
 
     def _unrotated(self, planned: Planned) -> Unrotated | None:
         rotation = planned.rotation

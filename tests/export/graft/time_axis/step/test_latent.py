@@ -45,10 +45,9 @@ def test_the_smallest_row_is_cached_and_gives_what_the_author_computes(name: str
     ids = torch.randint(0, own.vocab, (2, 23), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         expected = own.call(decoder.model, ids)
-    allowed = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
-    torch.testing.assert_close(run_uncached(decoder, ids).logits, expected, **allowed)
     cached = run_cached(decoder, run_uncached(decoder, ids[:, :11]), ids[:, 11:])
-    torch.testing.assert_close(cached, expected[:, 11:], **allowed)
+    for found, wanted in ((run_uncached(decoder, ids).logits, expected), (cached, expected[:, 11:])):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_the_fused_graph_gets_keys_and_values() -> None:
@@ -65,11 +64,11 @@ def test_the_runtimes_cache_holds_the_row_alone(tmp_path: Path) -> None:
     assert report.manifest.shift.rotations  # the key is the rotated part
     engine = Engine(open_bundle(tmp_path / "bundle"))
     ids = torch.randint(0, own.vocab, (20,), generator=torch.Generator().manual_seed(3)).tolist()
-    engine.prefill([ids])
+    engine.prefill(ids)
     assert engine.nbytes == len(ids) * (12 + 4) * own.layers * np.float32().nbytes
     fork = engine.copy(12)
     engine.trim(12)
     for other in (engine, fork):
         fresh = Engine.over(engine.graph)
-        fresh.prefill([ids[:12]])
-        np.testing.assert_array_equal(other.append([ids[3:9]]), fresh.append([ids[3:9]]))
+        fresh.prefill(ids[:12])
+        np.testing.assert_array_equal(other.append(ids[3:9]), fresh.append(ids[3:9]))
