@@ -21,7 +21,8 @@ from ..interpret import Attention
 from ..operators.base import Refused
 from ..program.program import Op
 from ..values import NEW, Value
-from .step import Latent, Planned, Step
+from .row import Latent
+from .step import Planned, Step
 
 _TOLERANCE = 1e-5  # relative to the largest number
 _MOST_WORK = 6  # numbers of a row that a query meets, per number of its own key and value: slower above, as measured

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ..operators.base import Contraction, Refused
 from ..program.program import Op, Program, Size
 from ..values import NEW, Axis, Lengths, Value
 from .rope import Rotation, headed
+from .row import Latent, attend_latent
 from .state import Shifted, State
 
 
@@ -30,25 +31,6 @@ class Full(Protocol):
 
     def uniform(self, op: Op) -> bool:
         """Whether all its numbers are equal."""
-
-
-@dataclass(frozen=True)
-class Latent:
-    """A row of each token that is cached in place of keys and values, which are linear functions of it.
-
-    q · (W row) = (Wᵀ q) · row, and Σ p (W row) = W Σ p row. So the queries are multiplied by Wᵀ, the result by W, and
-    no key or value is computed. The matrices are constants.
-    """
-
-    sources: tuple[Op, ...]  # their channels, one after another, are the row
-    between: tuple[Op, ...]  # the operators from the sources to keys and values, which no step runs
-    order: tuple[int, ...] | None  # of the row's channels, if it differs
-    key_size: int  # the first channels of the row are cached as the key, the others as the value
-    shared: Literal["none", "value", "row"]  # as in AttentionCall
-    # For key and value: the first and last channel of the queries that meet it, and whether a matrix multiplies them.
-    queries: tuple[tuple[int, int, bool], ...]
-    output: bool  # whether the constant "output" multiplies the result
-    bias: bool  # whether "output_bias" is added to it
 
 
 @dataclass(frozen=True)
@@ -67,8 +49,8 @@ class Planned:
     latent: Latent | None = None
 
 
-# By number: "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2); of a latent
-# row "key" and "value" (K, 1, D, channels), "output" (K, 1, channels, Dv), "output_bias" (K, 1, 1, Dv).
+# By number: "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2), and the
+# matrices of a latent row.
 Constant = Callable[[str, int], Tensor]
 
 _NOTHING = 8  # head size of the zero queries and keys of an attention without any
@@ -235,7 +217,13 @@ class Step(Interpreter):
         sizes = [weights.axes[letters[0].index(letter)].size for letter in outer]
         free = "".join(x for i, x in enumerate(letters[1]) if x not in letters[0] and i != values.batch_axis)
         if planned.latent is not None:
-            output = self._attend_latent(op, planned, planned.latent, queries)
+            output = attend_latent(
+                planned.latent,
+                [self.known[source] for source in planned.latent.sources],
+                self._one_query(planned, queries),
+                lambda kind: self._constant(kind, planned.number),
+                self._form(op, planned),
+            )
             return self._spread(output, weights, values, letters, outer, sizes, free)
         value, kept = self._headed(values, letters[1], "".join(outer), free)
         value, count = _flat(value, sizes, kept)
@@ -308,39 +296,6 @@ class Step(Interpreter):
             "sinks": self._constant("sinks", planned.number) if planned.sinks else None,
             "bias": self._constant("bias", planned.number) if planned.bias else None,
         }
-
-    def _attend_latent(self, op: Op, planned: Planned, latent: Latent, queries: list[Tensor]) -> Tensor:
-        """Attention (B, H, T, Dv) over a latent row."""
-        row = torch.cat([row_of(self.known[source]) for source in latent.sources], 2)[:, None]  # (B, 1, T, channels)
-        if latent.order is not None:
-            row = row.index_select(3, torch.tensor(latent.order))
-        query, parts = self._one_query(planned, queries), []
-        for (first, last, multiplied), kind in zip(latent.queries, ("key", "value"), strict=False):
-            part = query[..., first:last]
-            parts.append(self._by_head(part, kind, planned.number) if multiplied else part)
-        output = attend(
-            AttentionCall(
-                query=torch.cat(parts, -1) if len(parts) > 1 else parts[0],
-                key=row[..., : latent.key_size],
-                value=row[..., latent.key_size :],
-                shared=latent.shared,
-                **self._form(op, planned),
-            )
-        )
-        if latent.output:
-            output = self._by_head(output, "output", planned.number)
-        if latent.bias:
-            bias = self._constant("output_bias", planned.number)
-            output = (output.unflatten(1, (bias.shape[0], -1)) + bias).flatten(1, 2)
-        return output
-
-    def _by_head(self, x: Tensor, kind: str, number: int) -> Tensor:
-        """(B, H, T, D) times the matrix of each key/value head."""
-        matrix = self._constant(kind, number)
-        if len(matrix) == x.shape[1]:
-            return x @ matrix[:, 0]
-        grouped: Tensor = x.unflatten(1, (matrix.shape[0], -1))
-        return (grouped @ matrix).flatten(1, 2)
 
     def _unrotated(self, planned: Planned) -> Unrotated | None:
         rotation = planned.rotation
@@ -419,11 +374,6 @@ class Step(Interpreter):
                 else:
                     tensor = tensor.unsqueeze(i)
         return Value(tensor, tuple(axes), batch_axis=batch)
-
-
-def row_of(value: Value) -> Tensor:
-    """The numbers of each new token, expanded axes once: (B, T, channels)."""
-    return value.tensor.movedim(value.dim(value.time_axes(NEW)[0]), 1)[..., None].flatten(2)
 
 
 def layout_sizes(layout: Layout) -> list[int]:
