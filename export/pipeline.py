@@ -248,7 +248,8 @@ def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
 # --- the graph ----------------------------------------------------------------------------------------------------
 def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
     progress.stage(f"observe the attention calls of {source.name}")
-    contracted = in_contract(source.module, source.context_length, config.call, progress.warn)
+    latents = config.graph != "fused"
+    contracted = in_contract(source.module, source.context_length, config.call, progress.warn, latents=latents)
     source = dataclasses.replace(source, module=contracted.module, call=contracted.call)
     observation = contracted.observation
     check_tokenizer(source, observation.vocab_size, source.eos_token_ids if config.eos_tokens else ())

@@ -25,6 +25,10 @@ ELSEWHERE = {
         "export/graft/probe/test_causes.py",
         "is told by the causes there",
     ),
+    "export/graft/time_axis/step/row.py": (
+        "export/graft/time_axis/step/test_latent.py",
+        "attends over the rows that are found there",
+    ),
     "export/graft/time_axis/program/nodes.py": (
         "export/graft/time_axis/program/test_program.py",
         "is what a program is made of",

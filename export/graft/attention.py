@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,20 @@ class AttentionCall:
     weights: Callable[[list[Tensor], Any], Tensor] | None = None
     parts: tuple[int, ...] = ()
     unrotated: Unrotated | None = None  # if GroupQueryAttention may do the rotation
+    # Parts of one latent row (B, 1, T, Dk + Dv) that serve as keys and as values alike: the value, which the queries
+    # (B, H, T, Dk + Dv) read behind the key; or the whole row, which is also summed: the result is (B, H, T, Dk + Dv).
+    shared: Literal["none", "value", "row"] = "none"
+
+    def keys(self, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The parts of the queries, each with the cached part (B, K, S, D) that it is multiplied with."""
+        if self.shared == "none":
+            return [(self.query, key)]
+        parts = [key.shape[3], value.shape[3]]
+        return list(zip(self.query.split(parts, 3), (key, value), strict=True))
+
+    def values(self, key: Tensor, value: Tensor) -> list[Tensor]:
+        """The cached parts (B, K, S, D) whose weighted sums are the result."""
+        return [key, value] if self.shared == "row" else [value]
 
     @property
     def groups(self) -> int:
@@ -87,6 +101,8 @@ class AttentionCall:
         """The feature of this call that GroupQueryAttention cannot compute, if any."""
         if self.weights is not None:
             return "attention weights that are no softmax of scores and a mask"
+        if self.shared != "none":
+            return "a latent row that is key and value of all heads"
         return None if self.bias is None else "a bias on its scores (ALiBi or relative positions, say)"
 
 
@@ -172,7 +188,9 @@ def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
     if call.weights is not None:
         weights = call.weights(raw_scores(call, key), total)
         return weights @ repeated(value, weights.shape[1])
-    scores = (call.query * call.scale) @ repeated(key, call.query.shape[1]).transpose(2, 3)  # (B, H, T, S)
+    heads = call.query.shape[1]
+    products = [(q * call.scale) @ repeated(k, heads).transpose(2, 3) for q, k in call.keys(key, value)]
+    scores = functools.reduce(torch.add, products)  # (B, H, T, S)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = scores.masked_fill(~visible(new, total, call.window), -torch.inf)
@@ -182,7 +200,8 @@ def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
     if call.sinks is not None:
         sinks = call.sinks[:, None, None].expand(len(scores), -1, new, 1)
         scores = torch.cat([scores, sinks], 3)
-    return scores.softmax(-1)[..., :total] @ repeated(value, call.query.shape[1])
+    weights = scores.softmax(-1)[..., :total]
+    return torch.cat([weights @ repeated(v, heads) for v in call.values(key, value)], -1)
 
 
 def raw_scores(call: AttentionCall, key: Tensor) -> list[Tensor]:

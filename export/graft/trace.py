@@ -12,6 +12,7 @@ Two graphs, one mechanism:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -279,14 +280,15 @@ class _StandardAttention:
     def __call__(self, call: AttentionCall, past_key: Tensor, past_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key = torch.cat([past_key, call.key], 2)  # (B, K, S, D)
         value = torch.cat([past_value, call.value], 2)  # (B, K, S, Dv)
-        batch, heads, new, size = call.query.shape
+        batch, heads, new, _ = call.query.shape
         kv_heads, total = key.shape[1], key.shape[2]
         if call.weights is not None:
             weights = call.weights(raw_scores(call, key), total)
             return weights @ repeated(value, weights.shape[1]), key, value
         # The query heads that share a key/value head become rows of one MatMul, so nothing is repeated.
-        rows = (batch, kv_heads, call.groups * new, size)
-        scores = (call.query * call.scale).reshape(rows) @ key.transpose(2, 3)  # (B, K, G*T, S)
+        rows = (batch, kv_heads, call.groups * new)
+        products = [(q * call.scale).reshape(*rows, q.shape[3]) @ k.transpose(2, 3) for q, k in call.keys(key, value)]
+        scores = functools.reduce(torch.add, products)  # (B, K, G*T, S)
         scores = scores.view(batch, kv_heads, call.groups, new, total)
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -301,8 +303,8 @@ class _StandardAttention:
             sinks = call.sinks.view(1, kv_heads, call.groups, 1, 1).expand(batch, -1, -1, new, 1)
             scores = torch.cat([scores, sinks], 4)
         weights = scores.softmax(-1)[..., :total].reshape(batch, kv_heads, call.groups * new, total)
-        output = (weights @ value).view(batch, heads, new, value.shape[3])
-        return output, key, value
+        outputs = [(weights @ v).view(batch, heads, new, v.shape[3]) for v in call.values(key, value)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1), key, value
 
 
 # --- torch's mask check and errors --------------------------------------------------------------------------------

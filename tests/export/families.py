@@ -55,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
     "cohere2": _KINDS,
     "ctrl": {"dff": 112},
     "cwm": _KINDS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "deepseek_v2": _ROUTED | _LATENT,
     "deepseek_v3": _ROUTED | _LATENT,
     "dots1": _ROUTED | {"n_shared_experts": 1},
     "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
@@ -125,7 +126,6 @@ IN_CI = (
 
 # family -> what its configuration has beside the common sizes, and words of the reason that it is refused with
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "deepseek_v2": (_ROUTED | _LATENT, "complex"),
     "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
     "mamba": ({}, "are a recurrence over the tokens"),

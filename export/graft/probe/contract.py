@@ -44,6 +44,7 @@ from .watched import HALF, without_autocast
 Say = Callable[[str], None]
 
 _TOLERANCE = 1e-4  # relative to the largest logit, between a sequence and its parts in float32
+_MOST_FOLLOWED = 8192  # tokens of the longest context for which a latent row is looked for in a module of the contract
 _CHOOSING = 11  # tokens of the sequences that show whether a module selects rows
 _MOST_LOGITS = 1 << 28  # logits of the longest sequence on which a followed module is compared with its author's call
 _SHORT = 512  # tokens of a sequence that is run several times
@@ -59,8 +60,13 @@ class Contracted:
     call: str = ""  # the author's call; empty if trying showed that the module keeps the contract
 
 
-def in_contract(module: nn.Module, context_length: int, asked: str | None, say: Say) -> Contracted:
-    """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit."""
+def in_contract(
+    module: nn.Module, context_length: int, asked: str | None, say: Say, *, latents: bool = True
+) -> Contracted:
+    """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit.
+
+    `latents`: whether a followed module may cache a latent row in place of keys and values.
+    """
     if isinstance(module, Opaque):
         if asked is not None:
             raise InputError(
@@ -72,7 +78,7 @@ def in_contract(module: nn.Module, context_length: int, asked: str | None, say: 
         require_finite(model)
         kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
         if kept is None or entered:
-            followed = _followed(model, context_length, asked)
+            followed = _followed(model, context_length, asked, latents)
             if entered:
                 say(f"{name_of(model)} computes under torch.autocast: it is exported in float32, without autocast")
             return followed
@@ -81,7 +87,12 @@ def in_contract(module: nn.Module, context_length: int, asked: str | None, say: 
         # Following caches each key/value head once, and traces experts that compute only their own tokens.
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
-                return _followed(model, context_length, CONTRACT)
+                return _followed(model, context_length, CONTRACT, latents)
+        if latents and context_length <= _MOST_FOLLOWED and _shares_channels(kept, context_length):
+            with contextlib.suppress(ContractError, InputError):
+                followed = _followed(model, context_length, CONTRACT, latents)
+                if _numbers(followed.observation) < _numbers(kept.observation):
+                    return followed
         return dataclasses.replace(kept, call=asked or "")
 
 
@@ -106,6 +117,17 @@ def _repeats_heads(kept: Contracted, context_length: int) -> bool:
     )
 
 
+def _shares_channels(kept: Contracted, context_length: int) -> bool:
+    """Whether some channels of the keys are equal in all heads, as those of MLA that are rotated."""
+    run = run_uncached(kept.module, random_ids(1, min(4, context_length), kept.observation.vocab_size))
+    return any(keys.shape[1] > 1 and bool((keys == keys[:, :1]).all(2).all(1).any()) for keys in run.keys)
+
+
+def _numbers(observation: Observation) -> int:
+    """How many numbers a cache holds for each token."""
+    return sum(g.kv_heads * (g.key_head_size + g.value_head_size) for g in observation.geometry)
+
+
 def _chooses_rows(kept: Contracted, context_length: int) -> bool:
     """Whether the module selects rows by token values, which torch cannot trace."""
 
@@ -118,14 +140,14 @@ def _chooses_rows(kept: Contracted, context_length: int) -> bool:
     return False
 
 
-def _followed(model: nn.Module, context_length: int, asked: str | None) -> Contracted:
+def _followed(model: nn.Module, context_length: int, asked: str | None, latents: bool) -> Contracted:
     with evaluating(model):
         probed = find_call(model, context_length, asked)
         _run_whole(model, probed.call, context_length, probed.vocab_size)
         if asked is None and not probed.breaches:
             _require_plain(model, probed.call, context_length, probed.vocab_size)
         try:
-            found = find(model, probed.call, context_length, probed.vocab_size)
+            found = find(model, probed.call, context_length, probed.vocab_size, latents=latents)
         except NoCacheError as error:
             raise error.with_(probed.breaches) from error
         except PastkeyError:

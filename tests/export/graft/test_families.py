@@ -16,6 +16,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError, InputError
 from pastkey.export import Report, export
 from pastkey.precisions import PRECISIONS
@@ -24,6 +25,7 @@ from pastkey.runtime import load
 from ...shared import divided
 from ..families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, IN_CI, QUICK, REFUSED, WINDOW, build
 
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")  # followed along the time axis for a smaller cache
 BY_HAND = ("bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm")  # followed along the time axis
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
@@ -54,6 +56,8 @@ def test_a_family_computes_what_transformers_computes(
     if family in BY_HAND:
         assert_greedy_ids_are_those_of_transformers(model, report)
         assert report.manifest.graph == ("standard" if family in ("bloom", "mpt") else "fused")  # ALiBi or not
+    if family in LATENT:
+        assert report.manifest.layers == (KVGeometry(1, 8, 16),) * 2  # the rotated key and the latent
     record_family(family, max(figures))
 
 
@@ -104,7 +108,7 @@ def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(
     assert report.manifest.graph == ("standard" if alibi else "fused")
 
 
-@pytest.mark.parametrize("family", divided(REFUSED, ci=["doge", "deepseek_v2", "llama4_text"]))
+@pytest.mark.parametrize("family", divided(REFUSED, ci=["doge", "llama4_text"]))
 def test_what_cannot_be_grafted_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
     skip_unless_known(family)
     with pytest.raises(ContractError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -127,11 +128,14 @@ class Shapes(Operators):
             raise Refused(op, "repeats numbers by a tensor of counts")
         dim %= len(x.axes)
         axis = x.axes[dim]
-        if axis.time is not None:
-            raise Refused(op, "repeats positions")
-        if dim == x.batch_axis:
-            x = x.explicit()
         axes = list(x.axes)
+        if axis.time is not None:
+            if axis.before or axis.after or axis.shift:
+                raise Refused(op, "repeats positions")
+            axes[dim] = dataclasses.replace(axis, size=axis.size * repeats, inner=axis.inner * repeats)
+            return x.with_(tensor=x.tensor.repeat_interleave(repeats, x.dim(dim)), axes=tuple(axes))
+        if dim == x.batch_axis:
+            x, axes = x.explicit(), list(x.axes)
         axes[dim] = Axis(axis.size * repeats, repeat=axis.repeat * repeats)
         return x.with_(axes=tuple(axes))
 

@@ -171,7 +171,12 @@ class Tables:
             raise ObstacleError(Cause(Kind.LENGTH, what, op.where, op.owner))
         args, kwargs = map_args((op.args, op.kwargs), self._known.__getitem__, lambda size: size.at(self.length))
         with torch.no_grad():
-            return op.target(*args, **kwargs)
+            made = op.target(*args, **kwargs)
+        return made.zero_() if op.name in _UNFILLED else made
+
+
+# Tensors of whatever lay in memory, which differs between runs: the author writes into them before they are read.
+_UNFILLED = ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided")
 
 
 # --- tracing ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ..operators.base import Refused, Swapped
 from ..program.program import LogitsOf, Op, Program, Tables, trace_program
 from ..values import Lengths, Value
 from .attention_form import LooksAhead, Softmax, recognised
+from .latent import find_latent
 from .rope import find_rotation
 from .state import State, find_state
 from .step import Planned, Step
@@ -153,8 +154,11 @@ class Found:
     states: tuple[State, ...] = ()
 
 
-def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int) -> Found:
-    """Traces the author's call and finds its attention and states. Raises NoCacheError with all causes."""
+def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int, *, latents: bool = True) -> Found:
+    """Traces the author's call and finds its attention and states. Raises NoCacheError with all causes.
+
+    `latents`: whether a smaller row may be cached in place of keys and values.
+    """
     lengths = tuple(max(2 - i, min(n, context_length - 1 - i)) for i, n in enumerate(_LENGTHS))
     program = trace_program(model, call, (lengths[0], lengths[1]), vocab_size)
     whole = _whole(program, vocab_size)
@@ -193,6 +197,17 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int)
                 constants |= {f"cos_{number}": rotation.cos, f"sin_{number}": rotation.sin}
     skipped = {op for planned in plan.values() for op in (*planned.attention.region, *planned.attention.products)}
     templates = {op: whole.known[op] for op in skipped if op in whole.known} | whole.tabled
+    tables = _FullTables(nn.Module(), context_length)
+
+    def step_on(kind: type[Step], planned: Planned, positions: Tensor) -> Step:
+        one = {planned.attention.op: planned}
+        return kind(program, one, templates, _weight, tables, _no_constant, positions, positions, whole.swapped, ())
+
+    for op, planned in plan.items() if latents else ():
+        latent = find_latent(planned, whole.known, whole.swapped, step_on, context_length, constants)
+        if latent is not None:
+            plan[op] = dataclasses.replace(planned, latent=latent, rotation=None)
+            templates |= {op: whole.known[op] for op in latent.between}
     return Found(program, plan, templates, whole.swapped, constants, tuple(states))
 
 
@@ -200,6 +215,10 @@ def _weight(op: Op) -> Tensor:
     """A parameter, buffer or constant, before the decoder exists."""
     assert op.constant is not None
     return op.constant
+
+
+def _no_constant(kind: str, number: int) -> Tensor:
+    raise AssertionError(f"{kind}_{number}")
 
 
 def _whole(program: Program, vocab_size: int) -> Whole:

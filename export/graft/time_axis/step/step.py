@@ -17,6 +17,7 @@ from ..operators.base import Contraction, Refused
 from ..program.program import Op, Program, Size
 from ..values import NEW, Axis, Lengths, Value
 from .rope import Rotation, headed
+from .row import Latent, attend_latent
 from .state import Shifted, State
 
 
@@ -45,9 +46,11 @@ class Planned:
     sinks: bool = False
     bias: bool = False  # more than a causal mask or a window
     rotation: Rotation | None = None  # of queries and keys; its tables are the constants "cos" and "sin"
+    latent: Latent | None = None
 
 
-# "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2), by number.
+# By number: "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2), and the
+# matrices of a latent row.
 Constant = Callable[[str, int], Tensor]
 
 _NOTHING = 8  # head size of the zero queries and keys of an attention without any
@@ -76,6 +79,7 @@ class Step(Interpreter):
         self._operands: dict[Op, tuple[Value, Value, Contraction]] = {}
         self._rows: dict[tuple[Op, int], Value] = {}
         self._skipped = {op for planned in plan.values() for op in planned.attention.region}
+        self._skipped |= {op for planned in plan.values() if planned.latent for op in planned.latent.between}
         self._states = {state.op: state for state in states}
         self._within = {op for state in states for op in state.between}
 
@@ -199,6 +203,9 @@ class Step(Interpreter):
             heads = "".join(parts[2][i] for i in layout.heads)
             summed = "".join(x for x in parts[0] if x not in parts[2])
             query, _ = self._headed(a, parts[0], heads, summed)
+            if planned.latent is not None:  # no key is computed
+                queries.append(_flat(query, layout_sizes(layout), layout_sizes(layout))[0])
+                continue
             key, kept = self._headed(b, parts[1], heads, summed)
             queries.append(_flat(query, layout_sizes(layout), layout_sizes(layout))[0])
             key, count = _flat(key, layout_sizes(layout), kept)
@@ -209,6 +216,15 @@ class Step(Interpreter):
         ]
         sizes = [weights.axes[letters[0].index(letter)].size for letter in outer]
         free = "".join(x for i, x in enumerate(letters[1]) if x not in letters[0] and i != values.batch_axis)
+        if planned.latent is not None:
+            output = attend_latent(
+                planned.latent,
+                [self.known[source] for source in planned.latent.sources],
+                self._one_query(planned, queries),
+                lambda kind: self._constant(kind, planned.number),
+                self._form(op, planned),
+            )
+            return self._spread(output, weights, values, letters, outer, sizes, free)
         value, kept = self._headed(values, letters[1], "".join(outer), free)
         value, count = _flat(value, sizes, kept)
         if not queries:
@@ -242,10 +258,7 @@ class Step(Interpreter):
                     **common,  # type: ignore[arg-type]
                 )
             )
-        if planned.scale is None:
-            scales = self._constant("scale", planned.number)
-            queries = [q * scale[:, None, None] for q, scale in zip(queries, scales.unbind(0), strict=True)]
-        query, key = (torch.cat(parts, -1) if len(parts) > 1 else parts[0] for parts in (queries, keys))
+        query, key = self._one_query(planned, queries), torch.cat(keys, -1) if len(keys) > 1 else keys[0]
         unrotated, width = self._unrotated(planned), value.shape[-1]
         if query.shape[-1] != width and not planned.bias:
             # GroupQueryAttention requires keys and values of one size.
@@ -257,16 +270,32 @@ class Step(Interpreter):
                 query=query,
                 key=key,
                 value=value,
-                scale=1.0 if planned.scale is None else planned.scale,
-                window=planned.window,
-                softcap=planned.softcap,
-                sinks=self._constant("sinks", planned.number) if planned.sinks else None,
-                bias=self._constant("bias", planned.number) if planned.bias else None,
                 unrotated=unrotated,
-                **common,  # type: ignore[arg-type]
+                **self._form(op, planned),
             )
         )
         return output[..., :width]
+
+    def _one_query(self, planned: Planned, queries: list[Tensor]) -> Tensor:
+        """The queries of all products, (B, H, T, D)."""
+        if planned.scale is None:
+            scales = self._constant("scale", planned.number)
+            queries = [q * scale[:, None, None] for q, scale in zip(queries, scales.unbind(0), strict=True)]
+        return torch.cat(queries, -1) if len(queries) > 1 else queries[0]
+
+    def _form(self, op: Op, planned: Planned) -> dict[str, Any]:
+        """The arguments of an AttentionCall whose form is known, besides queries, keys and values."""
+        return {
+            "mask": None,
+            "dropout": 0.0,
+            "is_causal": True,
+            "where": op.where,
+            "scale": 1.0 if planned.scale is None else planned.scale,
+            "window": planned.window,
+            "softcap": planned.softcap,
+            "sinks": self._constant("sinks", planned.number) if planned.sinks else None,
+            "bias": self._constant("bias", planned.number) if planned.bias else None,
+        }
 
     def _unrotated(self, planned: Planned) -> Unrotated | None:
         rotation = planned.rotation

@@ -1,4 +1,4 @@
-"""Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks, talking heads, latents."""
+"""Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks, talking heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own, Qkv
+from .parts import CONTEXT, WIDTH, Gpt, NoPositions, Own, Qkv
 
 WINDOW = 10
 
@@ -235,45 +235,6 @@ class Differential(nn.Module):
         return self.o(((one - self.lambda_ * other) @ v).transpose(1, 2).flatten(2))
 
 
-class Latent(nn.Module):
-    """MLA: keys and values out of a small vector, and a rotated key of all heads; scores are a sum of two products."""
-
-    def __init__(self, *, rank: int = 16, nope: int = 8, rope: int = 8) -> None:
-        super().__init__()
-        self.nope, self.rope = nope, rope
-        self.w_q = nn.Linear(WIDTH, HEADS * (nope + rope), bias=False)
-        self.w_down, self.norm = nn.Linear(WIDTH, rank, bias=False), nn.LayerNorm(rank)
-        self.w_kr = nn.Linear(WIDTH, rope, bias=False)
-        self.w_up = nn.Linear(rank, HEADS * 2 * nope, bias=False)
-        self.w_o = nn.Linear(HEADS * nope, WIDTH, bias=False)
-
-    def turn(self, x: Tensor) -> Tensor:
-        freqs = 1.0 / 10000 ** (torch.arange(0, self.rope, 2) / self.rope)
-        angles = torch.outer(torch.arange(x.shape[-2]), freqs)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.w_q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        q_c, q_r = q.split([self.nope, self.rope], dim=-1)
-        latent = self.norm(self.w_down(x))  # (B, T, R)
-        k_c, v = self.w_up(latent).unflatten(-1, (HEADS, -1)).transpose(1, 2).chunk(2, dim=-1)
-        k_r = self.turn(self.w_kr(x).unsqueeze(1))  # (B, 1, T, Dr)
-        scores = (q_c @ k_c.mT + self.turn(q_r) @ k_r.mT) / math.sqrt(self.nope + self.rope)
-        return self.w_o((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-class LatentByCat(Latent):
-    """The same with keys put together, the rotated part expanded for all heads."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q_c, q_r = self.w_q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([self.nope, self.rope], dim=-1)
-        k_c, v = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2).chunk(2, dim=-1)
-        k_r = self.turn(self.w_kr(x).unsqueeze(1)).expand(-1, HEADS, -1, -1)
-        q, k = torch.cat([q_c, self.turn(q_r)], dim=-1), torch.cat([k_c, k_r], dim=-1)
-        return self.w_o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
 class LargestScores(Scored):
     """The five largest scores of each row alone."""
 
@@ -313,6 +274,4 @@ DECODERS = {
     "softmax_plus_one": Own(lambda: Gpt(SoftmaxPlusOne)),
     "talking_heads": Own(lambda: Gpt(TalkingHeads), graph="standard"),
     "differential": Own(lambda: Gpt(Differential), graph="standard", note="two softmaxes share the values"),
-    "latent": Own(lambda: NoPositions(Latent), note="MLA, scores as a sum of two products"),
-    "latent_by_cat": Own(lambda: NoPositions(LatentByCat), note="MLA, keys of 16, values of 8"),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import biases, blocks, by_hand, experts, heads, look_ahead, outputs, positions, refused, torch_layers
+from . import biases, blocks, by_hand, experts, heads, latents, look_ahead, outputs, positions, refused, torch_layers
 from .parts import Own, Refused
 
 DECODERS: dict[str, Own] = (
@@ -14,5 +14,6 @@ DECODERS: dict[str, Own] = (
     | torch_layers.DECODERS
     | blocks.DECODERS
     | experts.DECODERS
+    | latents.DECODERS
 )
 REFUSED: dict[str, Refused] = look_ahead.REFUSED | refused.REFUSED
