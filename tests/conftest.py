@@ -57,6 +57,7 @@ OLDEST = (
     "train",
     "export/graph/test_clean.py",
     "export/graph/test_simplify.py",
+    "export/source/test_hub.py",
     "export/source/test_source.py",
     "export/source/test_pretrained.py",
     "export/source/test_pretrained_refused.py",

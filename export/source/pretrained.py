@@ -149,7 +149,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
             raise InputError(f"{name} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {})
         kinds = [str(kind) for kind in config.get("architectures") or ()]
-        if not own and (type(opened) not in library.MODEL_FOR_CAUSAL_LM_MAPPING or _is_another(library, kinds)):
+        if not own and (type(opened) not in library.MODEL_FOR_CAUSAL_LM_MAPPING or _is_another(kinds)):
             raise InputError(
                 f"{name} holds a {' and '.join(kinds) or opened.model_type}, which is not a decoder of transformers "
                 "(AutoModelForCausalLM): only decoders can be exported"
@@ -158,9 +158,11 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
     return code
 
 
-def _is_another(library: Any, kinds: Sequence[str]) -> bool:
+def _is_another(kinds: Sequence[str]) -> bool:
     """Whether all classes have a head that is not a decoder's. A class of somebody's own may have any name."""
-    known = library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return bool(kinds) and all(_OTHER_HEAD.search(kind) and kind not in known for kind in kinds)
 
 

@@ -321,6 +321,16 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_fetched(
     assert not [line for line in hub.asked if "safetensors" in line]
 
 
+def test_a_path_is_no_id(hub: LoopbackHub) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from pastkey.export.source.open import open_source
+
+    hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
+    with pytest.raises(MissingFileError, match="no such source: org/tiny does not exist; expected"):
+        open_source(Path(NAME), network=True)
+    assert hub.asked == []
+
+
 def test_a_bundle_is_not_exported_again(hub: LoopbackHub) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     from pastkey.export.source.open import open_source
