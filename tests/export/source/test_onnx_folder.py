@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 import pastkey
 from pastkey.contract.bundle import open_bundle
-from pastkey.errors import InputError, MissingFileError
+from pastkey.errors import ContractError, InputError, MissingFileError
 from pastkey.export import export
 from pastkey.export.graft.given_graph import GivenDecoder
 from pastkey.export.measure.reference import open_exported
@@ -140,6 +140,11 @@ def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path) -> No
     ):
         export(copy, tmp_path / "bundle", "fp32")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_last_hidden_states_of_a_graph_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="is an ONNX graph, whose last hidden states cannot be compared"):
+        export(folder, tmp_path / "bundle", "fp32", hidden_states=True)
 
 
 def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
