@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from tokenizers import Tokenizer
 
@@ -153,6 +154,15 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> No
     (copy / "model.onnx").rename(tmp_path / "elsewhere.onnx")
     (copy / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(InputError, match="leads out of"):
+        open_source(copy)
+    (copy / "model.onnx").unlink()
+    (copy / "onnx").mkdir()
+    model = onnx.load(tmp_path / "elsewhere.onnx")
+    onnx.save(model, copy / "onnx" / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert open_source(copy).name == "copy"
+    (copy / "onnx" / "weights.bin").rename(tmp_path / "weights.bin")
+    (copy / "onnx" / "weights.bin").symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(InputError, match=r"weights\.bin leads out of"):
         open_source(copy)
 
 
