@@ -22,7 +22,7 @@ from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
-from pastkey.runtime.providers.ort import RunError
+from pastkey.runtime.providers.ort import RunError, onnxruntime
 
 from .compat.configs import write_configurations
 from .graft.probe.observe import Observation
@@ -37,6 +37,7 @@ from .source.source import Source
 _GOLDEN_SHARE = 0.01  # maximum size of golden logits, relative to the weights
 # The oldest onnxruntime that exports were tested on. 8-bit MatMulNBits came with 1.22.
 MIN_ONNXRUNTIME = "1.23.0"
+NEWEST_OPSET = 23  # that MIN_ONNXRUNTIME supports; a given graph may be newer
 # GroupQueryAttention of 1.23 applies a different window: 1.23.2 returned wrong logits, 1.24.4 the right ones.
 MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
 
@@ -83,7 +84,7 @@ class BundleWriter:
             shift=self.decoder.shift,
             opset=model.opset_imports[""],
             ir_version=IR_VERSION,
-            min_onnxruntime=MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME,
+            min_onnxruntime=_oldest_onnxruntime(model.opset_imports[""], windows=windows),
             call=source.call,
             bos_token_id=source.bos_token_id,
             eos_token_ids=source.eos_token_ids,
@@ -162,6 +163,13 @@ class BundleWriter:
             self.progress.warn(f"{error}; the bundle is proved on {target} when it is loaded first")
             return
         require_golden(engine, bundle)
+
+
+def _oldest_onnxruntime(opset: int, *, windows: bool) -> str:
+    """Returns the oldest onnxruntime for a graph: of a newer opset than MIN_ONNXRUNTIME's, the one that verifies it."""
+    if opset > NEWEST_OPSET:
+        return str(onnxruntime.__version__)
+    return MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME
 
 
 def _golden(bundle: Bundle, manifest: Manifest) -> Golden:

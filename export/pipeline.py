@@ -273,6 +273,11 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
 
 def _require_head(decoder: Decoder, config: ExportConfig) -> None:
     """Raises ContractError if the last hidden states are requested and the graph has no output head."""
+    if config.hidden_states and isinstance(decoder.source.module, GivenDecoder):
+        raise ContractError(
+            f"{decoder.source.name} is an ONNX graph, whose last hidden states cannot be compared: export without "
+            "--hidden-states, or the model from its safetensors"
+        )
     if config.hidden_states and decoder.hidden_size is None:
         raise ContractError(
             f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "

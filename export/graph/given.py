@@ -7,7 +7,7 @@ it as pastkey's standard graph. Each change is exact:
     2. rename past and present; order the inputs
     3. add attention_mask and position_ids if the graph has none, unread
     4. replace the number of logits to keep by 0, for all of them, and cast int64 inputs where the graph reads int32
-    5. simplify, with numbers in place of known sizes
+    5. simplify, with numbers in place of known sizes, and name weights
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pastkey.files.folder import is_inside
 from pastkey.values import shown
 
 from ..quiet import quiet
-from .edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, weight
+from .edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, sole_consumer, weight
 from .simplify import simplify
 
 _ROUNDS = 2  # numbers in place of sizes make shapes known, and known shapes make numbers
@@ -297,7 +297,18 @@ def standard_form(given: Given) -> ir.Model:
         common.ShapeInferencePass()(model)
         _fold_sizes(model)
         simplify(model)
+    _name_weights(model)
     return model
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Names the weights that TorchScript numbers (onnx::MatMul_740) after the module that reads them."""
+    for value in tuple(model.graph.initializers.values()):
+        node = sole_consumer(value)
+        place = "" if node is None or not node.name else node.name.strip("/").rpartition("/")[0].replace("/", ".")
+        name = f"{place}.weight"
+        if str(value.name).startswith("onnx::") and place and name not in model.graph.initializers:
+            value.name = name
 
 
 def _axes(name: str, layers: tuple[KVGeometry, ...]) -> tuple[str | int, ...]:

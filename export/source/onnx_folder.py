@@ -11,7 +11,8 @@ from typing import Any
 
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
-from pastkey.files.folder import read_json
+from pastkey.files.external_data import external_data
+from pastkey.files.folder import is_inside, read_json
 from pastkey.values import is_int
 
 from ..graft.given_graph import GivenDecoder
@@ -114,7 +115,8 @@ def open_onnx(
 
 def _read_of(folder: Path, graph: Path) -> Iterator[Path]:
     """Yields the files that may be read: the graph with its data, and what is beside the configuration."""
-    yield from graph.parent.glob(f"{graph.name}*")
+    yield graph
+    yield from (graph.parent / data.location for data in external_data(graph) if is_inside(data.location))
     yield from (file for file in folder.iterdir() if file.is_file() or file.is_symlink())
 
 

@@ -10,8 +10,10 @@ import pytest
 from pastkey.export.bundle_writer import (
     MIN_ONNXRUNTIME,
     MIN_ONNXRUNTIME_WITH_WINDOWS,
+    NEWEST_OPSET,
     BundleWriter,
     Decoder,
+    _oldest_onnxruntime,
 )
 from pastkey.export.graft.probe.observe import Observation, observe
 from pastkey.export.graft.trace import GraphChoice, trace
@@ -19,6 +21,7 @@ from pastkey.export.graph.clean import clean
 from pastkey.export.progress import SILENT
 from pastkey.export.settings import ExportConfig
 from pastkey.export.source.source import Source
+from pastkey.runtime.providers.ort import onnxruntime
 
 from .decoders import Plain
 
@@ -60,3 +63,9 @@ def test_a_window_in_the_fused_graph_asks_for_a_newer_onnxruntime(
 def test_the_manifest_says_whether_rows_may_be_padded(padding: bool, decoder: Decoder, tmp_path: Path) -> None:
     bundle, _ = writer_of(dataclasses.replace(decoder, padding=padding)).write(decoder.model.clone(), tmp_path)
     assert bundle.manifest.padding == padding
+
+
+def test_a_graph_of_a_newer_opset_asks_for_the_onnxruntime_that_verified_it() -> None:
+    assert _oldest_onnxruntime(NEWEST_OPSET, windows=False) == MIN_ONNXRUNTIME
+    assert _oldest_onnxruntime(NEWEST_OPSET, windows=True) == MIN_ONNXRUNTIME_WITH_WINDOWS
+    assert _oldest_onnxruntime(NEWEST_OPSET + 1, windows=True) == onnxruntime.__version__

@@ -76,6 +76,7 @@ def test_what_is_observed_and_the_two_graphs(given: Given) -> None:
     fused, seen = decoder.graph("fused", observation)
     assert seen.padding
     assert "GroupQueryAttention" in {node.op_type for node in fused.graph}
+    assert "blocks.0.down.weight" in fused.graph.initializers
     standard, seen = decoder.graph("standard", observation)
     assert not seen.padding
     assert "GroupQueryAttention" not in {node.op_type for node in standard.graph}

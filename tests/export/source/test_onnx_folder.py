@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from tokenizers import Tokenizer
 
 import pastkey
 from pastkey.contract.bundle import open_bundle
-from pastkey.errors import InputError, MissingFileError
+from pastkey.errors import ContractError, InputError, MissingFileError
 from pastkey.export import export
 from pastkey.export.graft.given_graph import GivenDecoder
 from pastkey.export.measure.reference import open_exported
@@ -142,12 +143,26 @@ def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path) -> No
     assert not (tmp_path / "bundle").exists()
 
 
+def test_last_hidden_states_of_a_graph_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match="is an ONNX graph, whose last hidden states cannot be compared"):
+        export(folder, tmp_path / "bundle", "fp32", hidden_states=True)
+
+
 def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "model.onnx").rename(tmp_path / "elsewhere.onnx")
     (copy / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(InputError, match="leads out of"):
+        open_source(copy)
+    (copy / "model.onnx").unlink()
+    (copy / "onnx").mkdir()
+    model = onnx.load(tmp_path / "elsewhere.onnx")
+    onnx.save(model, copy / "onnx" / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert open_source(copy).name == "copy"
+    (copy / "onnx" / "weights.bin").rename(tmp_path / "weights.bin")
+    (copy / "onnx" / "weights.bin").symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(InputError, match=r"weights\.bin leads out of"):
         open_source(copy)
 
 

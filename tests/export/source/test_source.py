@@ -78,7 +78,7 @@ def test_a_missing_folder_is_told_what_a_source_is(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     sentence = refusal(MissingFileError, tmp_path)
-    assert f"{tmp_path} has no config.json, as a Hugging Face folder has, and no pastkey.json" in sentence
+    assert f"{tmp_path} has no config.json, as a Hugging Face or ONNX folder has, and no pastkey.json" in sentence
 
 
 @pytest.mark.parametrize(
