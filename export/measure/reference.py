@@ -103,6 +103,9 @@ def open_exported(
     if call is not None:
         _require_plain(call, bundle)
     source, module, observation = _open_module(path, length, call, bundle, weights, trust_remote_code, say)
+    if observation.geometry != bundle.manifest.layers:  # it may hold the keys and values that a latent row replaces
+        opened = _open_module(path, length, call, bundle, weights, trust_remote_code, say, latents=False)
+        source, module, observation = opened
     _require_same_shape(bundle, source.name, observation)
     return module, observation.layers
 
@@ -142,6 +145,8 @@ def _open_module(
     weights: str | None,
     trust_remote_code: bool,
     say: Say,
+    *,
+    latents: bool = True,
 ) -> tuple[Source, nn.Module, Observation]:
     """Returns the source, its module as it is run, and the observation of a run.
 
@@ -160,7 +165,7 @@ def _open_module(
         say=say,
     )
     try:
-        found = in_contract(source.module, source.context_length, call, say)
+        found = in_contract(source.module, source.context_length, call, say, latents=latents)
     except InputError as error:
         raise InputError(
             f"{path} does not run as {call or 'a decoder'} on {source.context_length} tokens "

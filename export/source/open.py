@@ -26,8 +26,9 @@ from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
 from .onnx_folder import SUFFIX, find_graph, open_onnx
-from .pretrained import check_config, open_folder, open_gguf, open_model, stored_bytes_per_weight
+from .pretrained import check_config, open_folder, open_gguf, open_model
 from .source import Source, checked_context, context_of, read_template, token_id, with_template
+from .stored_weights import stored_bytes_per_weight
 from .tokenizers.tokenizer import read_tokenizer
 from .weights import load_weights
 

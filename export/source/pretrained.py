@@ -11,8 +11,7 @@ import copy
 import dataclasses
 import json
 import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +22,28 @@ from pastkey.contract import names
 from pastkey.errors import ContractError, InputError, MissingFileError, first_line, missing_extra
 from pastkey.files.folder import read_json
 from pastkey.files.reading import is_panic, read_bytes
-from pastkey.files.safetensors_header import HeaderError, read_header
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
-from pastkey.values import is_int, shown
+from pastkey.values import is_int
 
 from ..quiet import quiet
 from ..resources import require_memory
-from .gguf_header import read_gguf
 from .source import Source, context_of, refuse_links
+from .stored_weights import (
+    MOST_POSITIONS,
+    SIZES,
+    check_gguf,
+    check_sizes,
+    check_weights,
+    has_tokenizer,
+    stored_bytes_per_weight,
+)
 from .tokenizers.tokenizer import read_tokenizer
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
 _OTHER_HEAD = re.compile(r"For(?!CausalLM)[A-Z]\w*$")  # BertForMaskedLM
-_SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
-# Architectures' names for their sizes. Each is limited to what the files hold, times some slack for smaller dtypes.
-_SIZES = {
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "width": ("hidden_size", "n_embd", "d_model", "dim"),
-    "vocabulary": ("vocab_size",),
-    "inner": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "moe_intermediate_size"),
-    "heads": ("num_attention_heads", "n_head", "num_key_value_heads", "num_local_experts", "num_experts"),
-    "positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),
-}
-_CONTEXT = _SIZES["positions"]  # the first of these that a configuration has
+_CONTEXT = SIZES["positions"]  # the first of these that a configuration has
 _UNNAMED_CONTEXT = 2048  # tokens, if a configuration names none (ALiBi needs none)
-_SLACK = 16
-_MOST_POSITIONS = 1 << 27
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # transformers reads them in a folder
 _BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and beside a GGUF file
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 def open_folder(
@@ -71,10 +62,10 @@ def open_folder(
     """
     code = check_config(folder, name or folder, trust_remote_code=trust_remote_code)
     content = read_json(folder / names.CONFIG)
-    _check_weights(folder, content)
+    check_weights(folder, content)
     weights = sum(file.stat().st_size for file in folder.glob(f"*{_SAFETENSORS}")) // stored_bytes_per_weight(content)
     require_memory(weights)
-    _check_sizes(folder, content)
+    check_sizes(folder, content)
     before_loading(weights)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
@@ -85,7 +76,7 @@ def open_folder(
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
         model = _load(library, folder, config=config, use_safetensors=True, **options)
-        wanted = _has_tokenizer(folder) and not tokenizer
+        wanted = has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
     return _source(name or folder.resolve().name, model, found, tokenizer, context_length)
 
@@ -101,7 +92,7 @@ def open_gguf(
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
-    weights = _check_gguf(file)
+    weights = check_gguf(file)
     require_memory(weights)
     before_loading(weights)
     with _transformers(file) as library:
@@ -166,93 +157,10 @@ def _is_another(kinds: Sequence[str]) -> bool:
     return bool(kinds) and all(_OTHER_HEAD.search(kind) and kind not in known for kind in kinds)
 
 
-def stored_bytes_per_weight(config: Mapping[str, Any]) -> int:
-    """Returns the size of a weight in the files of a folder with this config.json."""
-    return 2 if str(config.get("dtype", config.get("torch_dtype"))) in ("float16", "bfloat16") else 4
-
-
-def _check_weights(folder: Path, config: dict[str, Any]) -> None:
-    named = config.get("transformers_weights")
-    if named is not None and not _is_plain(named, _SAFETENSORS, _INDEX):
-        raise InputError(
-            f"{folder / names.CONFIG} names the weights {named!r:.80}: expected a {_SAFETENSORS} file beside it"
-        )
-    if any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
-        _check_safetensors(folder)
-        return
-    pickled = sorted({found.name for pattern in _PICKLED for found in folder.glob(pattern)})
-    if pickled:
-        kinds = ["AutoModelForCausalLM", *(["AutoTokenizer"] if _has_tokenizer(folder) else [])]
-        program = (
-            f"import transformers as t; kinds = {', '.join(f't.{kind}' for kind in kinds)},; "
-            f"[kind.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-safetensors'!r}) for kind in kinds]"
-        )
-        raise InputError(
-            f"{folder} has its weights only as {pickled[0]}, a pickle, which can run any code when it is read: if you "
-            f"trust it, convert it with  {shlex.join(['python', '-c', program])}  and export that folder"
-        )
-    raise MissingFileError(f"{folder} has a config.json and no weights: expected model.safetensors beside it")
-
-
-def _check_safetensors(folder: Path) -> None:
-    """Raises MissingFileError or InputError if a file is missing or shorter than its own header says."""
-    for index in folder.glob("*.safetensors.index.json"):
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict):
-            raise InputError(f"{index} has no weight_map, which says what lies in which file: fetch it again")
-        shards = {str(file) for file in listed.values()}
-        other = next((name for name in sorted(shards) if not _is_plain(name, _SAFETENSORS)), None)
-        if other is not None:
-            raise InputError(
-                f"{index} names the weights {other!r:.80}: expected {_SAFETENSORS} files beside it, since only these "
-                "hold no code"
-            )
-        missing = sorted(name for name in shards if not (folder / name).is_file())
-        if missing:
-            raise MissingFileError(
-                f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
-                f"{index.name} names: fetch what is missing"
-            )
-    for file in sorted(folder.glob(f"*{_SAFETENSORS}")):
-        try:
-            read_header(file)
-        except HeaderError as error:
-            raise InputError(f"{file} is cut short or damaged, {error}: fetch it again") from None
-
-
-def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises InputError if the configuration asks for layers and matrices far beyond what the files hold."""
-    headers = [read_header(file) for file in folder.glob(f"*{_SAFETENSORS}")]
-    tensors, elements = sum(map(len, headers)), sum(t.elements for header in headers for t in header.values())
-    for own in (config, *(part for part in config.values() if isinstance(part, dict))):
-        sizes = {name: _largest_size(own, keys) for name, keys in _SIZES.items()}
-        largest = sizes["width"] * max(sizes["vocabulary"], sizes["layers"] * sizes["inner"], sizes["heads"])
-        beyond = largest > _SLACK * (elements + 4096)
-        if sizes["layers"] > max(64, tensors) or sizes["positions"] > _MOST_POSITIONS or beyond:
-            told = ", ".join(f"{keys[0]} {shown(sizes[name])}" for name, keys in _SIZES.items())
-            raise InputError(
-                f"{folder / names.CONFIG} asks for more than the {tensors:,} tensors with {elements:,} weights beside"
-                f" it hold ({told}): one of the two is another model's"
-            )
-
-
-def _largest_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:
-    return max((value for key in keys if is_int(value := config.get(key), 1)), default=1)
-
-
-def _is_plain(name: object, *endings: str) -> bool:
-    """Whether this is a plain file name with one of these endings, not a path."""
-    return isinstance(name, str) and name.endswith(endings) and not set(name) & set("/\\:\0")
-
-
 def _read_of(folder: Path) -> Iterator[Path]:
     """Yields the files that transformers may read."""
     yield from (file for file in sorted(folder.iterdir()) if file.suffix in _READ)
     yield from folder.glob("additional_chat_templates/*")
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
@@ -264,24 +172,6 @@ def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
         for reference in entries.values() if isinstance(entries, dict) else [entries]:
             references += reference if isinstance(reference, list) else [reference]
     return sorted({name.split("--")[-1].split(".")[0] + ".py" for name in references if isinstance(name, str)})
-
-
-def _check_gguf(file: Path) -> int:
-    """Returns the number of weights in the file. Raises InputError if it is not GGUF, or is cut short."""
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "export", "gguf") from None
-    header, size = read_gguf(file), file.stat().st_size
-    sizes: Mapping[int, tuple[int, int]] = {int(kind): found for kind, found in gguf.GGML_QUANT_SIZES.items()}
-    for tensor in header.tensors:
-        block, block_bytes = sizes.get(tensor.kind, (1, size + 1))
-        end = tensor.offset + tensor.elements // block * block_bytes
-        if end > size:
-            raise InputError(
-                f"{file} is cut short: the tensor {tensor.name} ends at byte {end:,} of {size:,}; fetch it again"
-            )
-    return sum(tensor.elements for tensor in header.tensors)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -385,7 +275,7 @@ def _source(
 def _longest(config: Any, tokenizer: Any | None) -> int | None:
     """The context length that the configuration names, or the tokenizer's; a number far too large means none."""
     named = [getattr(config, key, None) for key in _CONTEXT] + [getattr(tokenizer, "model_max_length", None)]
-    return next((n for n in named if is_int(n, 2) and n <= _MOST_POSITIONS), None)
+    return next((n for n in named if is_int(n, 2) and n <= MOST_POSITIONS), None)
 
 
 def _generation(config: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from pastkey.contract import names
-from pastkey.export.source import pretrained
+from pastkey.export.source import pretrained, stored_weights
 from pastkey.export.source.llama2c import open_llama2c
 from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
@@ -42,8 +42,8 @@ def _huggingface(content: bytes) -> object:
     (folder / names.CONFIG).write_bytes(content)
     config = read_json(folder / names.CONFIG)
     pretrained._custom_code(folder, config)
-    pretrained._check_weights(folder, config)
-    pretrained._check_sizes(folder, config)
+    stored_weights.check_weights(folder, config)
+    stored_weights.check_sizes(folder, config)
     return config
 
 
@@ -52,7 +52,7 @@ def _index(content: bytes) -> object:
     folder.mkdir(exist_ok=True)
     (folder / names.WEIGHTS).write_bytes(_small_safetensors())
     (folder / f"{names.WEIGHTS}.index.json").write_bytes(content)
-    pretrained._check_weights(folder, {})
+    stored_weights.check_weights(folder, {})
     return folder
 
 
@@ -74,7 +74,7 @@ SOURCES: Mapping[str, Target] = {
         mutate_json,
     ),
     "weight_map": Target(_index, json_bytes({"weight_map": {"a": names.WEIGHTS, "b": names.WEIGHTS}}), mutate_json),
-    "gguf": Target(lambda content: pretrained._check_gguf(written("m.gguf", content)), gguf_valid, mutate_bytes),
+    "gguf": Target(lambda content: stored_weights.check_gguf(written("m.gguf", content)), gguf_valid, mutate_bytes),
     "llama2c": Target(
         lambda content: open_llama2c(written("model.bin", content), None, None), llama2c_valid, mutate_bytes
     ),

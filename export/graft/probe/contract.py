@@ -88,7 +88,7 @@ def in_contract(
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
                 return _followed(model, context_length, CONTRACT, latents)
-        if latents and context_length <= _MOST_FOLLOWED and _shares_channels(kept, context_length):
+        elif latents and context_length <= _MOST_FOLLOWED and _shares_channels(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
                 followed = _followed(model, context_length, CONTRACT, latents)
                 if _numbers(followed.observation) < _numbers(kept.observation):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from pastkey.__main__ import main
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingExtraError
+from pastkey.export.measure import reference
 from pastkey.export.measure.predictors import ModulePredictor
 from pastkey.export.measure.reference import open_exported, open_reference
 
@@ -63,6 +66,22 @@ def test_what_a_bundle_was_exported_from_comes_with_its_attention_calls(exported
     made = exported("llama")
     module, layers = open_exported(factory, made.bundle)
     assert module is not made.module
+    assert [layer.geometry for layer in layers] == list(made.bundle.manifest.layers)
+
+
+def test_a_bundle_may_hold_keys_and_values_where_a_smaller_row_could_be_cached(
+    exported: Export, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of `--graph fused`, or of a version that knew no such row."""
+    real = reference._open_module
+
+    def opened(*args: Any, latents: bool = True) -> Any:
+        source, module, observation = real(*args, latents=latents)
+        return source, module, dataclasses.replace(observation, layers=()) if latents else observation
+
+    monkeypatch.setattr(reference, "_open_module", opened)
+    made = exported("llama")
+    _, layers = open_exported(factory, made.bundle)
     assert [layer.geometry for layer in layers] == list(made.bundle.manifest.layers)
 
 

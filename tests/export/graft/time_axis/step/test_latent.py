@@ -14,6 +14,7 @@ from pastkey.export.graft.probe.observe import observe, run_cached, run_uncached
 from pastkey.export.graft.time_axis.step.decoder import TimeAxisDecoder, find
 from pastkey.runtime.engine.engine import Engine
 
+from .....shared import divided
 from ...own.latents import DECODERS
 from ...own.parts import HEADS, WIDTH
 
@@ -38,7 +39,7 @@ def decoder_of(name: str, *, latents: bool = True) -> TimeAxisDecoder:
     return TimeAxisDecoder(module, own.call, found, own.context).eval()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", divided(SHAPES, quick=["latent_by_cat"], ci=SHAPES))
 def test_the_smallest_row_is_cached_and_gives_what_the_author_computes(name: str) -> None:
     own, decoder = DECODERS[name], decoder_of(name)
     assert {layer.geometry for layer in observe(decoder, own.context).layers} == {SHAPES[name]}
@@ -50,6 +51,7 @@ def test_the_smallest_row_is_cached_and_gives_what_the_author_computes(name: str
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_fused_graph_gets_keys_and_values() -> None:
     decoder = decoder_of("latent_by_cat", latents=False)
     assert observe(decoder, DECODERS["latent_by_cat"].context).layers[0].geometry == KVGeometry(HEADS, 12, 12)
