@@ -37,6 +37,7 @@ ELSEWHERE = {
     "export/graft/probe/watched.py": ("export/graft/probe/test_causes.py", "is told by the causes there"),
     "export/graft/huggingface.py": ("export/graft/test_families.py", "is told by what the families compute"),
     "export/source/open.py": ("export/source/test_source.py", "is the dispatch to the sources there"),
+    "export/source/stored_weights.py": ("export/source/test_pretrained_refused.py", "is what is refused there"),
     "pastkey/version.py": ("runtime/test_init.py", "one constant"),
     "runtime/commands/sign.py": ("runtime/model/test_signature.py", "is two flags of what is tested there"),
     "runtime/commands/rerun.py": ("runtime/sandbox/test_rerun.py", "needs the hostile bundles there"),

@@ -63,7 +63,7 @@ def open_folder(
     code = check_config(folder, name or folder, trust_remote_code=trust_remote_code)
     content = read_json(folder / names.CONFIG)
     check_weights(folder, content)
-    weights = sum(file.stat().st_size for file in folder.glob(f"*{_SAFETENSORS}")) // stored_bytes_per_weight(content)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // stored_bytes_per_weight(content)
     require_memory(weights)
     check_sizes(folder, content)
     before_loading(weights)
