@@ -111,7 +111,7 @@ def test_external_data_is_found_wherever_a_tensor_may_stand(place: str, tmp_path
     (tmp_path / "secret").write_bytes(bytes(64))
     for verify in (True, False):
         folder = write(tmp_path / f"bad {verify}", HIDING_PLACES[place](tensor("../../secret")))
-        with pytest.raises(IntegrityError, match=r"takes weights from '\.\./\.\./secret', which is no file"):
+        with pytest.raises(IntegrityError, match=r"takes weights from '\.\./\.\./secret', which is not a file"):
             open_bundle(folder, verify=verify)
 
 

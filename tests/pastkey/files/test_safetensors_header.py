@@ -36,9 +36,9 @@ def entry(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (b"{", "is no JSON"),
-        (b"[]", "is no JSON object"),
-        (b'{"w":' * 5000 + b"1", "is no JSON"),
+        (b"{", "is not JSON"),
+        (b"[]", "is not a JSON object"),
+        (b'{"w":' * 5000 + b"1", "is not JSON"),
         ({"w": 1}, "has no type"),
         (entry(dtype="float"), "has no type"),
         (entry(shape=[-1]), "has no shape"),

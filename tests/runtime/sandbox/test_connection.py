@@ -68,7 +68,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, program: str, limits: Limits = LIMITS
 
 NONSENSE = {
     "say(b'no json')": "answered with a message is not valid JSON",
-    "say(b'[1]')": "answered with a message that is no object",
+    "say(b'[1]')": "answered with a message that is not an object",
     "os.write(1, b'hello world, this is no message')": "answered with a message of ",
     "os.write(1, b'abc'); os._exit(0)": "answered with a message that was cut short",
     "os.write(1, b'\\xff' * 4)": "answered with a message of 4,294,967,295 bytes, and was ended",

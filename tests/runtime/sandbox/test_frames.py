@@ -30,7 +30,7 @@ def test_a_message_comes_as_it_was_sent() -> None:
         (b"hel", "a message that was cut short"),
         (sent({"a": 1})[:-1], "a message that was cut short"),
         (HEADER.pack(101), "a message of 101 bytes"),
-        (HEADER.pack(4) + b"null", "a message that is no object"),
+        (HEADER.pack(4) + b"null", "a message that is not an object"),
         (HEADER.pack(4) + b"\xff\xff\xff\xff", "."),
         (HEADER.pack(4) + b"{{{{", "."),
     ],
