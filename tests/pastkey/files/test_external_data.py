@@ -139,7 +139,7 @@ def test_a_location_that_is_no_listed_file_beside_the_graph_is_refused(location:
     else:
         model = model_of(initializer=[tensor(location)]).SerializeToString()
     folder = write(tmp_path / "b", model)
-    with pytest.raises(IntegrityError, match=r"takes weights from|no text"):
+    with pytest.raises(IntegrityError, match=r"takes weights from|not valid text"):
         open_bundle(folder)
 
 
