@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .command import say
+from .contract import names
 from .errors import InUseError, ResourceError
 from .files.durable import locked
 from .files.folder import hub_id, source_extra, user_cache_file
@@ -26,7 +27,8 @@ from .files.folder import hub_id, source_extra, user_cache_file
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from pastkey.__main__ import main; sys.exit(main())"
 )
-_READ = ("[!.]*", "additional_chat_templates/*")  # of a Hugging Face folder
+_READ = ("[!.]*", "onnx/*", "additional_chat_templates/*")  # of a folder
+_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
 
 
 def exported(source: str) -> str:
@@ -70,9 +72,9 @@ def _names(source: str) -> tuple[str, str]:
         family = name.replace("/", "--")  # as in the cache of huggingface_hub; an id has no -- itself
         return family, family
     path = Path(source).resolve()
-    beside = (file for pattern in _READ for file in path.glob(pattern) if file.is_file())
-    read = sorted(beside) if path.is_dir() else [path]
-    state = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
+    folder, patterns = (path, _READ) if path.is_dir() else (path.parent, (glob.escape(path.name), *_BESIDE_GGUF))
+    read = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    state = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
     family = f"{path.name[:80]}-{_hash(path)}"
     return family, f"{family}-{_hash(state)}"
 

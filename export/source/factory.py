@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -83,7 +84,7 @@ def make(
         )
     request = parse_request(text, file)
     root, package = _package_of(file)
-    with _at_home(file, root, package):
+    with _at_home(file, root, package), _restored():
         with _counted_steps() as steps:
             module = _read(file, request, definitions_only, package)
         value, shown, is_or = _evaluate(file, request, module), request.text, "is"
@@ -97,6 +98,17 @@ def make(
         hint = "" if number is None else f": take it out of the tuple, as in  {file}:'{shown}[{number}]'"
         raise InputError(f"{shown} of {file} {is_or} a {type(value).__name__}; {expected} was expected{hint}")
     return value, len(steps)
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """Restores the working folder and torch's default dtype, which the user's code may set."""
+    dtype = torch.get_default_dtype()
+    try:
+        with contextlib.chdir(Path.cwd()):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _read(file: Path, request: Request, definitions_only: bool, package: str) -> ModuleType:

@@ -154,6 +154,11 @@ class HubModel:
                 f" and  pastkey export {shlex.quote(gguf)} --out bundle"
             )
         folder = self.folder_name
+        if any(name.endswith(".onnx") for name in self.files):
+            return InputError(
+                f"{self.name} has no safetensors, but an ONNX graph: type  {download} --local-dir {folder}  and  "
+                f"pastkey export {folder} --out bundle"
+            )
         pickled = min((name for name in self.files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), default=None)
         if pickled is not None:
             return InputError(

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pastkey.contract import names
-from pastkey.errors import ContractError, InputError, MissingFileError, first_line, missing_extra
+from pastkey.errors import ContractError, InputError, MissingFileError, PastkeyError, first_line, missing_extra
 from pastkey.files.folder import read_json
 from pastkey.files.reading import is_panic, read_bytes
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
@@ -185,7 +185,7 @@ def _transformers(source: object) -> Iterator[Any]:
     try:
         with quiet():
             yield transformers
-    except (InputError, MissingFileError):
+    except PastkeyError:
         raise
     except BaseException as error:  # each format's reader has its own kinds
         if not isinstance(error, Exception) and not is_panic(error):

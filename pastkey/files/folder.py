@@ -123,7 +123,7 @@ def _to_export(path: Path, kind: str) -> str:
         return ""
     source = str(path.parent if path.suffix == ".safetensors" and path.exists() else path)
     extra = source_extra(source)
-    if extra is None:
+    if extra is None or not (hub_id(source) or path.exists()):
         return ""
     given = "for a model on Hugging Face, type" if hub_id(source) is not None else "export it first: type"
     command = f"pastkey export {shlex.quote(source)} --out bundle"

@@ -61,17 +61,26 @@ def write(path: Path, text: str, when: int) -> None:
     os.utime(path, ns=(when, when))
 
 
-@pytest.mark.parametrize("source", ["model.gguf", "folder"])
+@pytest.mark.parametrize(
+    ("source", "file"),
+    [
+        ("model.gguf", "model.gguf"),
+        ("model.gguf", "tokenizer.json"),
+        ("folder", "folder/config.json"),
+        ("folder", "folder/onnx/model.onnx"),
+    ],
+)
 def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(
-    exports: Exports, cache: Path, source: str
+    exports: Exports, cache: Path, source: str, file: str
 ) -> None:
-    file = Path("model.gguf") if source == "model.gguf" else Path("folder", "config.json")
-    write(file, "one", 1)
+    Path("model.gguf").touch()
+    write(Path("folder", "config.json"), "{}", 1)
+    write(Path(file), "one", 1)
     first = exported(source)
     assert exported(str(Path(source).resolve())) == first
-    write(file, "two", 1)
+    write(Path(file), "two", 1)
     assert exported(source) == first  # the same size at the same time
-    write(file, "two", 2)
+    write(Path(file), "two", 2)
     second = exported(source)
     assert len(exports) == 2
     assert [path for path in cache.iterdir() if path.is_dir()] == [Path(second)]

@@ -58,6 +58,8 @@ class WeightsFile:
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes < INLINE_BYTES:
+            if isinstance(tensor, ir.ExternalTensor):  # of a source's file, which the bundle does not have
+                value.const_value = ir.Tensor(np.array(tensor.numpy()), tensor.dtype, name=tensor.name)
             return int(tensor.nbytes) if tensor.dtype in _WEIGHTS else 0
         name, offset = self.place(_content(tensor))
         value.const_value = ir.ExternalTensor(

@@ -14,7 +14,7 @@ from pastkey.values import is_int
 from .conversion import Conversion, sample_texts
 
 _STOI, _ITOS = "stoi", "itos"
-_UNKNOWN = ("<unk>", "<UNK>", "[UNK]")  # the token for any other character, if the list has one of them
+_UNKNOWN = ("<unk>", "<UNK>", "[UNK]", "<|unk|>")  # the token for any other character, if the list has one of them
 
 
 def from_list(content: Any, name: object) -> Conversion:
@@ -57,6 +57,12 @@ def _require_words(ids: Mapping[str, int], name: object) -> None:
         raise InputError(
             f"{name} is a list of words, which are read between spaces, and {spaced!r} has a space: give a "
             "tokenizers.Tokenizer of your own making"
+        )
+    piece = next((text for text in ids if text.startswith(("##", "▁")) or text.endswith("</w>")), None)
+    if piece is not None:
+        raise InputError(
+            f"{name} has pieces of words such as {piece!r}, and not how words are cut into them: give the "
+            "tokenizer.json that it is a part of, or a tokenizers.Tokenizer"
         )
     numbers = ids.values()
     gap = next((number for number in range(min(numbers), max(numbers)) if number not in numbers), None)

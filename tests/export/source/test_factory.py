@@ -110,6 +110,14 @@ def values(source: Source) -> list[float]:
     return [value for weight in source.module.parameters() for value in weight.tolist()]
 
 
+def test_what_the_file_sets_for_its_process_is_restored(file: Path, tmp_path: Path) -> None:
+    file.write_text("import os\nos.chdir('/')\ntorch_default = __import__('torch').set_default_dtype\n" + MODEL)
+    file.write_text(file.read_text() + "\ntorch_default(torch.bfloat16)\n")
+    before = Path.cwd()
+    opened(f"{file}:make")
+    assert (Path.cwd(), torch.get_default_dtype()) == (before, torch.float32)
+
+
 # --- what is taken --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "width"),

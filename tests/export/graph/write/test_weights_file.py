@@ -36,6 +36,20 @@ def test_a_graph_that_is_saved_with_its_weights_stays_as_it_is_and_goes_with_the
     assert not list(tmp_path.iterdir())
 
 
+def test_a_small_weight_of_another_file_is_copied_into_the_graph(tmp_path: Path) -> None:
+    model = model_of(
+        "g (float[1,3] x, float[3] b) => (float[1,3] y) { y = Add(x, b) }", b=np.arange(3, dtype=np.float32)
+    )
+    (tmp_path / "source").mkdir()
+    ir.save(model, tmp_path / "source" / "model.onnx", external_data="data", size_threshold_bytes=0)
+    given = ir.load(tmp_path / "source" / "model.onnx")
+    assert isinstance(given.graph.initializers["b"].const_value, ir.ExternalTensor)
+    WeightsFile(tmp_path / "data").take_weights(given)
+    ir.save(given, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.ones((1, 3), np.float32)})[0].tolist() == [[1, 2, 3]]
+
+
 def test_two_graphs_share_their_weights(tmp_path: Path) -> None:
     weight, small = np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32), np.ones(20, np.float32)
     x = np.ones((1, 20), np.float32)

@@ -66,6 +66,8 @@ def test_longer_entries_are_special_tokens() -> None:
         ({"who": 0, "hunts": True}, "whole numbers from 0"),
         ({"who": 0, "hunts": "1"}, "whole numbers from 0"),
         (["who", "hunts at"], "'hunts at' has a space"),
+        (["the", "play", "##ing"], "pieces of words such as '##ing'"),
+        (["the</w>", "play", "ing</w>"], "pieces of words such as 'the</w>'"),
     ],
 )
 def test_what_is_no_list_of_characters_is_told(content: Any, words: str) -> None:
