@@ -52,8 +52,7 @@ class ExportOptions(TypedDict, total=False):
     - `hidden_states` (False): pastkey's own graph also returns the last hidden states, for `LanguageModel.embed`.
     - `tokenizer` (the source's): tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a
       list of characters or words as .json, a "file.py:factory" of one of these, of a tokenizers.Tokenizer or a
-      tiktoken Encoding, or for a
-      llama2.c model the tokenizer of its own format.
+      tiktoken Encoding, or for a llama2.c model the tokenizer of its own format.
     - `context_length` (the source's): In tokens. Required for a module; may shorten the context of other sources.
     - `force` (False): Replaces an existing bundle.
     - `call` (found by trying): How a module is called, as an expression over `model` and `ids` (B, T):
@@ -257,5 +256,5 @@ def _file_of_module(name: str) -> Path:
             )
         places = spec.submodule_search_locations
     if not (spec and spec.origin and spec.origin.endswith(".py")):
-        raise InputError(f"{name} is no Python file: expected path/to/file.py:factory, or package.module:factory")
+        raise InputError(f"{name} is not a Python file: expected path/to/file.py:factory, or package.module:factory")
     return Path(spec.origin)

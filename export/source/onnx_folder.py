@@ -19,11 +19,11 @@ from ..graft.given_graph import GivenDecoder
 from ..graph.given import EXPORT_COMMAND, read_given
 from ..resources import require_memory
 from .source import Source, context_of, refuse_links
+from .stored_weights import SIZES
 from .tokenizers.tokenizer import read_tokenizer
 
 SUFFIX = ".onnx"
 _PLACES = ("model.onnx", "onnx/model.onnx", "decode.onnx")  # optimum's, transformers.js', transformers' exporter's
-_LONGEST = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _OF_ANOTHER_MODEL = ("auto_map", "quantization_config", "_name_or_path", "transformers_version")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
@@ -88,7 +88,7 @@ def open_onnx(
     if content.get("is_encoder_decoder") is True:
         raise InputError(f"{folder} holds an encoder-decoder: only decoders can be exported")
     content = {key: value for key, value in content.items() if key not in _OF_ANOTHER_MODEL}
-    longest = _size(content, _LONGEST) or context_length
+    longest = _size(content, SIZES["positions"]) or context_length
     if longest is None:
         raise InputError(f"{folder / names.CONFIG} names no context length: give it with --context N")
     context = context_of(folder.resolve().name, longest, context_length)

@@ -28,7 +28,16 @@ _LONGEST_NAME = 1024  # characters of a path in a folder
 _CONFIG = "config.json"
 _HUB_NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"  # of an owner, and of a model, on Hugging Face
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}", re.ASCII)
-_FILES = (".gguf", ".bin", ".safetensors", ".py", ".ipynb", ".zip", ".json")  # of sources and bundles, not of ids
+_FILES = (
+    ".gguf",
+    ".bin",
+    ".onnx",
+    ".safetensors",
+    ".py",
+    ".ipynb",
+    ".zip",
+    ".json",
+)  # of sources and bundles, not of ids
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
 
