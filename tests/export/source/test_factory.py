@@ -300,4 +300,4 @@ def test_a_package_of_a_name_that_is_taken_is_told(package: Path, tmp_path: Path
 def test_a_module_that_is_not_there_is_told(package: Path) -> None:
     for named, lacking in (("lm_of_mine.net.model", "lm_of_mine.net"), ("of_nobody", "of_nobody")):
         assert f"no module {named}: {lacking} is in neither" in refusal(MissingFileError, f"{named}:make")
-    assert "math is no Python file" in refusal(InputError, "math:make")
+    assert "math is not a Python file" in refusal(InputError, "math:make")
