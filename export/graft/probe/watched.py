@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,15 +21,22 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[list[torch.autocast]]:
-    """While open, torch.autocast has no effect. Yields the contexts of half precision that were entered."""
+    """While open, torch.autocast has no effect in this thread. Yields the entered contexts of half precision."""
     entered: list[torch.autocast] = []
+    ours = threading.get_ident()  # another thread may train meanwhile
+    own_enter, own_exit = torch.autocast.__enter__, torch.autocast.__exit__
 
-    def enter(self: torch.autocast) -> torch.autocast:
+    def enter(self: torch.autocast) -> Any:
+        if threading.get_ident() != ours:
+            return own_enter(self)
         if self._enabled and self.fast_dtype in HALF:
             entered.append(self)
         return self
 
-    with replaced(torch.autocast, "__enter__", enter), replaced(torch.autocast, "__exit__", lambda *_: None):
+    def leave(self: torch.autocast, *error: Any) -> Any:
+        return own_exit(self, *error) if threading.get_ident() != ours else None
+
+    with replaced(torch.autocast, "__enter__", enter), replaced(torch.autocast, "__exit__", leave):
         yield entered
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from pastkey.errors import ContractError, InputError, PastkeyError
 from pastkey.export.graft.probe.call import Call
 from pastkey.export.graft.probe.contract import Contracted, in_contract
+from pastkey.export.graft.probe.watched import without_autocast
 
 from ....shared import divided
 from ...decoders import NanoGpt, Plain
@@ -415,3 +417,14 @@ def test_a_module_is_as_it_was_whether_taken_or_refused(name: str) -> None:
     assert refused == (name in REFUSED)
     after = state_of(module)
     assert [key for key in before if not same(before[key], after[key])] == []
+
+
+def test_autocast_of_another_thread_stays() -> None:
+    def half() -> torch.dtype:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    with without_autocast(), ThreadPoolExecutor(1) as other:
+        assert half() is torch.float32
+        assert other.submit(half).result() is torch.bfloat16
+        assert not other.submit(torch.is_autocast_enabled, "cpu").result()
