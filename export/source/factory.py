@@ -84,7 +84,7 @@ def make(
         )
     request = parse_request(text, file)
     root, package = _package_of(file)
-    with _at_home(file, root, package), _restored():
+    with _at_home(file, root, package):
         with _counted_steps() as steps:
             module = _read(file, request, definitions_only, package)
         value, shown, is_or = _evaluate(file, request, module), request.text, "is"
@@ -98,17 +98,6 @@ def make(
         hint = "" if number is None else f": take it out of the tuple, as in  {file}:'{shown}[{number}]'"
         raise InputError(f"{shown} of {file} {is_or} a {type(value).__name__}; {expected} was expected{hint}")
     return value, len(steps)
-
-
-@contextlib.contextmanager
-def _restored() -> Iterator[None]:
-    """Restores the working folder and torch's default dtype, which the user's code may set."""
-    dtype = torch.get_default_dtype()
-    try:
-        with contextlib.chdir(Path.cwd()):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def _read(file: Path, request: Request, definitions_only: bool, package: str) -> ModuleType:
@@ -202,17 +191,20 @@ def _refuse_missing_arguments(file: Path, name: str, factory: Callable[..., Any]
 def _at_home(file: Path, root: Path, package: str) -> Iterator[None]:
     """Runs as if the file were the main program, in the working folder: sys.argv holds only its path.
 
-    It can import its neighbours, its package, and what is in the working folder.
+    It can import its neighbours, its package, and what is in the working folder. Neither that folder nor torch's
+    default dtype stays changed.
     """
-    arguments, own = sys.argv, [str(file.resolve().parent)]
+    arguments, dtype, own = sys.argv, torch.get_default_dtype(), [str(file.resolve().parent)]
     before = [*([] if package else own), str(root), str(Path.cwd())]
     after = own if package else []  # a part of a package hides no module of its name
     sys.path = [*before, *sys.path, *after]
     sys.argv = [str(file)]
     try:
-        yield
+        with contextlib.chdir(Path.cwd()):
+            yield
     finally:
         sys.argv = arguments
+        torch.set_default_dtype(dtype)
         for place in (*before, *after):
             if place in sys.path:
                 sys.path.remove(place)
