@@ -46,6 +46,7 @@ QUESTIONS = (
     Question("step-cost", "alone", "What does a step cost outside onnxruntime?"),
     Question("prefixes", "alone", "How much sooner is the first token behind a cached prefix?"),
     Question("memory", "alone", "How much memory does a prompt take, by its length?"),
+    Question("two-graphs", "alone", "How fast is one graph of a model beside another, by context?"),
     Question("demo", "accuracy", "How large, accurate and fast is the decoder of make demo?"),
     Question("stories", "accuracy", "How many of the demo's stories does the grammar accept?"),
     Question("sampling", "alone", "What does the choice of a token cost, by settings?"),

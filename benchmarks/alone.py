@@ -112,6 +112,45 @@ def step_cost(bundle: Path, *, threads: int = 2, rounds: int = 5, new_tokens: in
         yield facts_of(lm.bundle, threads)
 
 
+def two_graphs(
+    bundle: Path,
+    other: Path,
+    *,
+    threads: int = 1,
+    rounds: int = 11,
+    contexts: Sequence[int] = (64, 1024, 4096),
+    chunk: int = 256,
+) -> Answer:
+    """Arms: two bundles of one model. Metric: the first's seconds over the other's, of one row of random ids."""
+    engines = {
+        "first": Engine(open_bundle(bundle), threads=threads),
+        "other": Engine(open_bundle(other), threads=threads),
+    }
+    rows = []
+    for context in contexts:
+        ids = _random_ids(bundle, context + chunk)
+        for engine in engines.values():
+            engine.reset()
+            engine.prefill(ids[:context])
+
+        def measure(engine: Engine, _: int, context: int = context, ids: list[int] = ids) -> tuple[float, float]:
+            """Seconds of a token, and of a chunk of prompt, after the context."""
+            token = seconds(lambda: engine.decode(ids[context]))
+            engine.trim(context)
+            prompt = seconds(lambda: engine.append(ids[context:]))
+            engine.trim(context)
+            return token, prompt
+
+        measured = interleaved(
+            {name: partial(measure, one) for name, one in engines.items()}, rounds, f"{context} tokens"
+        )
+        ratios = [Spread.of(one["first"][i] / one["other"][i] for one in measured) for i in range(2)]
+        rows.append([f"{context}", *(f"{ratio}" for ratio in ratios)])
+    yield Table("The first graph's time over the other's:", ["context", "one token", f"{chunk} prompt tokens"], rows)
+    yield facts_of(open_bundle(bundle), threads)
+    yield facts_of(open_bundle(other), threads)
+
+
 def prefixes(bundle: Path, *, threads: int = 2, rounds: int = 5, prompt_tokens: int = 480) -> Answer:
     """Arms: prompts whole, and behind a cached prefix. Metric: seconds to the first token.
 

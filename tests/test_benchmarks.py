@@ -74,6 +74,7 @@ QUICK = {
     "streams": "tiny --rounds 1 --threads 1 --streams 1 3 --prompt-tokens 12 --new-tokens 4 --work work "
     "--text text.txt --only pastkey-step-streams",
     "step-cost": "tiny --threads 1 --rounds 1 --new-tokens 4",
+    "two-graphs": "tiny tiny --rounds 1 --contexts 8 20 --chunk 4",
     "prefixes": "tiny --threads 1 --rounds 2 --prompt-tokens 40",
     "memory": "tiny --lengths 8 20 --new-tokens 3",
     "stories": "tiny --count 2",
