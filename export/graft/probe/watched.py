@@ -24,7 +24,8 @@ def without_autocast() -> Iterator[list[torch.autocast]]:
     """While open, torch.autocast has no effect in this thread. Yields the entered contexts of half precision."""
     entered: list[torch.autocast] = []
     ours = threading.get_ident()  # another thread may train meanwhile
-    own_enter, own_exit = torch.autocast.__enter__, torch.autocast.__exit__
+    own_enter: Callable[..., Any] = torch.autocast.__enter__
+    own_exit: Callable[..., Any] = torch.autocast.__exit__
 
     def enter(self: torch.autocast) -> Any:
         if threading.get_ident() != ours:
