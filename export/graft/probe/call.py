@@ -77,7 +77,7 @@ class Call:
         logits: Tensor = self.raw(module, ids)
         if self.order == "tbv":
             return logits.transpose(0, 1)
-        if self.order in ("tv", "v"):
+        if logits.dim() == 1 or (logits.dim() == 2 and "t" in self.order):  # some modules squeeze a batch of one
             logits = logits.unsqueeze(0)
         return logits if logits.dim() == 3 else logits.unsqueeze(1)
 
@@ -145,7 +145,8 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     others: list[str] = []
     if not fitting and looks_ahead and asked is None:  # the caller may have to pass a mask
         others = _masked(module, "ids.T" if "(ids.T" in breached[0].call.expression else "ids")
-    elif not fitting and not breached and asked is None:  # it may take one row at a time
+    elif not fitting and asked is None and all("(ids.T" in probed.call.expression for probed in breached):
+        # It may take one row at a time.
         others = [_of_one_row(expression) for expression in expressions if "ids[" not in expression]
     for expression in others:
         with contextlib.suppress(Exception):  # a user's module may raise anything
@@ -287,7 +288,8 @@ def _probe(module: nn.Module, expression: str, context_length: int) -> tuple[Pro
     path, shapes = _logits_in(outputs, lengths, vocab)
     if path is None:
         return None
-    order = _order(shapes, lengths, "ids[0]" in expression, 1 if f"ids{_ONE_ROW}" in expression else _BATCH)
+    alone = f"ids{_ONE_ROW}" in expression
+    order = _order(shapes, lengths, alone or "ids[0]" in expression, 1 if alone else _BATCH)
     if order is None:
         return None
     call = Call(expression + path, order)

@@ -121,6 +121,22 @@ class BatchOfOneWithTargets(BatchOfOne):
         return None, super().forward(ids)
 
 
+class FirstRow(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        return self.logits(ids[:1])[0]
+
+
+class FirstRowLast(FirstRow):
+    def forward(self, ids: Tensor) -> Any:
+        assert len(ids) == 1
+        return super().forward(ids)[-1]
+
+
+class Squeezed(Counted):
+    def forward(self, ids: Tensor) -> Any:
+        return self.logits(ids).squeeze()
+
+
 class TimeFirstWithMask(WithMask):
     """(T, B), and the mask is given."""
 
@@ -144,6 +160,9 @@ FOUND: dict[type[Counted], tuple[str, str]] = {
     BatchOfOne: ("model(ids[:1])", "btv"),
     BatchOfOneLast: ("model(ids[:1])", "bv"),
     BatchOfOneWithTargets: ("model(ids[:1], ids[:1])[1]", "btv"),
+    FirstRow: ("model(ids[:1])", "tv"),
+    FirstRowLast: ("model(ids[:1])", "v"),
+    Squeezed: ("model(ids)", "btv"),
 }
 
 
@@ -161,7 +180,7 @@ def test_the_call_is_found_and_how_the_logits_lie(kind: type[Counted]) -> None:
     ids = torch.arange(6)[None]
     with torch.no_grad():
         logits = found.call(module, ids)
-    assert logits.shape == (1, 1 if order == "bv" else 6, VOCAB)
+    assert logits.shape == (1, 6 if "t" in order else 1, VOCAB)
     if kind not in (WithStart, WithMask, TimeFirstWithMask):
         with torch.no_grad():
             assert torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
