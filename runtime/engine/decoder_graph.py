@@ -394,9 +394,11 @@ class DecoderGraph:
             row, column = np.argwhere(~finite)[0]
             position = start + tokens - found.shape[1] + int(column)
             what = "hidden states" if hidden else "logits"
+            why = "the weights overflow at this precision: export with --precision fp32"
+            if self.manifest.precision == "fp32":
+                why = "the source itself computes them, its weights are damaged or too large: fetch or train it again"
             raise NumericsError(
-                f"the {what} at position {position} of row {row} are not finite (NaN or infinity): the weights are "
-                "damaged or overflow at this precision; export with --precision fp32, and see `pastkey verify`"
+                f"the {what} at position {position} of row {row} are not finite (NaN or infinity): {why}"
             )
 
 
