@@ -19,7 +19,8 @@ from pathlib import Path
 
 from .command import say
 from .contract import names
-from .errors import InUseError, ResourceError
+from .contract.bundle import open_bundle
+from .errors import InputError, IntegrityError, InUseError, MissingFileError, ResourceError
 from .files.durable import locked
 from .files.folder import hub_id, source_extra, user_cache_file
 
@@ -34,8 +35,8 @@ _BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHA
 def exported(source: str) -> str:
     """Returns the path of a bundle: the cached export of a Hub id, a Hugging Face folder or a GGUF file.
 
-    Any other path is returned as it is. Raises ResourceError if the cache cannot be written, and SystemExit with the
-    status of an export that failed, which has told why.
+    A cached export that is damaged is made again. Any other path is returned as it is. Raises ResourceError if the
+    cache cannot be written, and SystemExit with the status of an export that failed, which has told why.
     """
     if source_extra(source) is None or not (hub_id(source) or Path(source).exists()):
         return source
@@ -44,7 +45,7 @@ def exported(source: str) -> str:
         raise ResourceError(f"there is no home folder to keep the export of {source} in: {_by_hand(source)}")
     family, bundle = _names(source)
     target = cache / bundle
-    if target.exists():
+    if _opens(target):
         return str(target)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -55,10 +56,21 @@ def exported(source: str) -> str:
             + _by_hand(source)
         ) from None
     with _one_at_a_time(cache / f"{family}.lock", source):
-        if not target.exists():
+        if not _opens(target):  # another process may have exported it
+            if target.exists():
+                say(f"the export of {source} in {target} is damaged: it is made again")
+                shutil.rmtree(target)
             _export(source, target)
             _remove_older(target, family)
     return str(target)
+
+
+def _opens(bundle: Path) -> bool:
+    try:
+        open_bundle(bundle)
+    except (InputError, IntegrityError, MissingFileError):
+        return False
+    return True
 
 
 def _by_hand(source: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pastkey import exported as module
-from pastkey.errors import ResourceError
+from pastkey.errors import MissingFileError, ResourceError
 from pastkey.exported import exported
 
 Exports = list[tuple[str, Path]]
@@ -36,14 +36,28 @@ def exports(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Exports:
         found.append((source, target))
         time.sleep(0.05)
         target.mkdir()
+        (target / "whole").touch()
+
+    def open_quickly(bundle: Path) -> None:
+        if not (bundle / "whole").exists():
+            raise MissingFileError(f"{bundle / 'whole'} is missing")
 
     monkeypatch.setattr(module, "_export", quickly)
+    monkeypatch.setattr(module, "open_bundle", open_quickly)
     return found
 
 
 def test_a_source_is_exported_once(exports: Exports, cache: Path) -> None:
     assert exported("org/name") == exported("org/name") == str(cache / "org--name")
     assert exports == [("org/name", cache / "org--name")]
+
+
+def test_a_damaged_export_is_made_again(exports: Exports, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(exported("org/name"), "whole").unlink()
+    bundle = Path(exported("org/name"))
+    assert len(exports) == 2
+    assert (bundle / "whole").exists()
+    assert f"the export of org/name in {bundle} is damaged: it is made again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["bundle", "not/here/at all", "absent.gguf", "bundle.zip", "-"])
