@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -114,7 +115,10 @@ class GivenDecoder(Opaque):
 
     # --- what it computes -----------------------------------------------------------------------------------------
     def observed(self, context_length: int) -> Observation:
-        """Runs the graph. Raises InputError if it does not return the logits of every token, or forgets its past."""
+        """Runs the graph.
+
+        Raises InputError if it does not return the logits of every token, forgets its past, or lacks positions.
+        """
         ids = random_ids(2, min(4, context_length), 2).numpy()
         logits, present = self.run(ids)
         if logits.ndim != 3 or logits.shape[:2] != ids.shape or logits.dtype != np.float32:
@@ -122,6 +126,7 @@ class GivenDecoder(Opaque):
                 f"{self.given.path} returns logits of {logits.dtype} {logits.shape} for ids {ids.shape}: expected "
                 f"float32 (batch, tokens, vocabulary), export the model again with  {EXPORT_COMMAND}"
             )
+        self._require_positions(ids[:1, :1], context_length)
         # One row: GroupQueryAttention takes no more than that with a past.
         lengths = {array.shape[2] for array in self.run(ids[:1, 1:], past=[p[:1, :, :1] for p in present])[1]}
         if lengths != {ids.shape[1]}:
@@ -149,6 +154,23 @@ class GivenDecoder(Opaque):
             for number, (geometry, call) in enumerate(zip(self.given.layers, calls, strict=True))
         )
         return Observation(layers, vocab_size)
+
+    def _require_positions(self, ids: npt.NDArray[np.int64], context_length: int) -> None:
+        """Raises InputError if a table of positions is shorter than the context."""
+
+        def fails(position: int) -> bool:
+            try:
+                self.run(ids, np.array([[position]]))
+            except InputError:
+                return True
+            return False
+
+        if fails(context_length - 1) and not fails(0):
+            longest = bisect.bisect_left(range(context_length), True, key=fails)
+            raise InputError(
+                f"{self.given.path} has positions for {longest} tokens, and the context is {context_length}: export it "
+                f"with --context {longest}"
+            )
 
     def _turns_by_positions(self, ids: npt.NDArray[np.int64], past: Cache) -> bool:
         """Whether keys and values of the first layer are the same at the same position, wherever their column is.

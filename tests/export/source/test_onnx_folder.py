@@ -77,6 +77,13 @@ def test_verify_compares_a_bundle_with_the_folder(folder: Path, tmp_path: Path) 
     assert len(layers) == len(bundle.manifest.layers)
 
 
+def test_a_table_of_positions_shorter_than_the_context(tmp_path: Path) -> None:
+    longer = write_folder(tmp_path / "given", Kind(learned=True), max_position_embeddings=4 * CONTEXT)
+    with pytest.raises(InputError, match=rf"positions for {CONTEXT} tokens, .* with --context {CONTEXT}$"):
+        export(longer, tmp_path / "bundle", "fp32")
+    assert export(longer, tmp_path / "bundle", "fp32", context_length=CONTEXT).verification.ok
+
+
 def test_what_is_opened(folder: Path, tmp_path: Path) -> None:
     source = open_source(folder)
     assert (source.name, source.context_length) == (folder.name, CONTEXT)
