@@ -43,8 +43,14 @@ def from_list(content: Any, name: object) -> Conversion:
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     text_of = {number: text for text, number in ordinary.items()}
     split: Callable[[str], Sequence[str]] = str.split if words else list
+    mark = next((text for text in ordinary if words and len(text) == 1 and not text.isalnum()), None)
+    told = (
+        f"{name} has {mark!r} among its words, and texts are cut at spaces alone: a text with {mark!r} right behind a "
+        "word needs a tokenizers.Tokenizer that cuts there"
+    )
     return Conversion(
         tokenizer,
+        warnings=() if mark is None else (told,),
         encode=lambda text: [ordinary[part] for part in split(text)],
         decode=lambda tokens: (" " if words else "").join(text_of[token] for token in tokens),
         texts=sample_texts(list(ordinary), [" ", "\n"] if words else [""]),

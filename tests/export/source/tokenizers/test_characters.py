@@ -91,3 +91,10 @@ def test_words_are_read_between_spaces(content: Any) -> None:
 def test_a_dictionary_of_python_has_whole_numbers_as_keys() -> None:
     fields = from_list({0: "what", 1: "is"}, "mine").fields("mine")
     assert Tokenizer.from_buffer(fields["tokenizer"]).encode("is what").ids == [1, 0]
+
+
+def test_a_mark_among_words_is_told() -> None:
+    (told,) = from_list(["hello", ",", "world"], "mine").fields("mine")["warnings"]
+    assert told.startswith("mine has ',' among its words, and texts are cut at spaces alone")
+    assert from_list(WORDS, "mine").fields("mine")["warnings"] == ()
+    assert from_list("a,b", "mine").fields("mine")["warnings"] == ()
