@@ -15,7 +15,7 @@ from torch import nn
 
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
-from pastkey.files.folder import hub_id, read_json
+from pastkey.files.folder import hub_hint, hub_id, read_json
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
 
@@ -105,7 +105,7 @@ def _open(
 ) -> Source:
     path = Path(source)
     if not path.exists():
-        raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}")
+        raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}{hub_hint(str(source))}")
     if path.suffix == ".bin" and path.is_file():
         return open_llama2c(path, tokenizer, context_length)
     if path.suffix == ".gguf" and path.is_file():

@@ -28,6 +28,9 @@ _LONGEST_NAME = 1024  # characters of a path in a folder
 _CONFIG = "config.json"
 _HUB_NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"  # of an owner, and of a model, on Hugging Face
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}", re.ASCII)
+_OTHER_HUB_FORM = re.compile(
+    rf"(?:https?:/+)?(?:huggingface|hf)\.co/({_HUB_NAME}/{_HUB_NAME})|({_HUB_NAME}/{_HUB_NAME})@"
+)
 _FILES = (
     ".gguf",
     ".bin",
@@ -113,6 +116,13 @@ def hub_id(source: str) -> str | None:
     return source if is_id and not path.exists() and not path.parent.exists() else None
 
 
+def hub_hint(source: str) -> str:
+    """Returns the end of an error about the address of a model on the Hub, or an id with a revision; "" for others."""
+    found = _OTHER_HUB_FORM.match(source)
+    known = found and (found[1] or found[2])
+    return f"; for a model on the Hugging Face Hub write {known}, which takes its newest commit" if known else ""
+
+
 def source_extra(source: str) -> str | None:
     """Returns pastkey's extra that exports a Hub id, a Hugging Face folder or a GGUF file. None for any other path."""
     if hub_id(source) is not None:
@@ -133,7 +143,7 @@ def _to_export(path: Path, kind: str) -> str:
     source = str(path.parent if path.suffix == ".safetensors" and path.exists() else path)
     extra = source_extra(source)
     if extra is None or not (hub_id(source) or path.exists()):
-        return ""
+        return hub_hint(source)
     given = "for a model on Hugging Face, type" if hub_id(source) is not None else "export it first: type"
     command = f"pastkey export {shlex.quote(source)} --out bundle"
     return f"; {given}  {command}  (it needs pastkey's extras export,{extra})"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.errors import IntegrityError, PastkeyError
+from pastkey.errors import IntegrityError, MissingFileError, PastkeyError
 from pastkey.files.folder import (
     check_hashes,
     check_sizes,
     file_record,
     hub_files,
+    hub_hint,
     hub_id,
     leads_out,
     parse_records,
@@ -301,3 +302,20 @@ def test_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text:
     Path("here", "model").mkdir()
     Path("folder").mkdir()
     assert hub_id(text) == (text if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("org/x@main", "org/x"),
+        ("https://huggingface.co/org/x/tree/main", "org/x"),
+        ("https:/hf.co/org/x.y", "org/x.y"),
+        ("org/x", None),
+        ("http://example.com/org/x", None),
+        ("./org/x@main", None),
+    ],
+)
+def test_an_address_on_the_hub_is_told_as_an_id(text: str, known: str | None) -> None:
+    assert (f"write {known}, which" in hub_hint(text)) if known else hub_hint(text) == ""
+    with pytest.raises(MissingFileError, match=f"does not exist; .* {known}, which" if known else "does not exist"):
+        require_manifest(Path(text), "bundle")
