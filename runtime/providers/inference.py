@@ -8,9 +8,6 @@ from pastkey.errors import IntegrityError, first_line
 
 from .ort import RunError, onnxruntime
 
-# UnicodeDecodeError: the message contains names of a damaged graph that are not UTF-8.
-_FAILED: tuple[type[Exception], ...] = (*RunError, UnicodeDecodeError)
-
 
 class RunFailedError(IntegrityError, RuntimeError):
     """A graph loads but does not run. onnxruntime checks shapes and ids only at a run."""
@@ -22,13 +19,13 @@ class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
     def run(self, *arguments: Any, **options: Any) -> Any:
         try:
             return super().run(*arguments, **options)
-        except _FAILED as error:
+        except RunError as error:
             raise self._failed(error) from error
 
     def run_with_iobinding(self, *arguments: Any, **options: Any) -> None:
         try:
             super().run_with_iobinding(*arguments, **options)
-        except _FAILED as error:
+        except RunError as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> RunFailedError:

@@ -31,9 +31,10 @@ OLDEST = (1, 23, 0)
 # Releases that refuse weights files that are symbolic links, as in download caches. They get the weights in memory.
 REFUSE_LINKS = {(1, 24, 1)}
 
-# onnxruntime's exceptions have no common base class.
-OrtError: tuple[type[Exception], ...] = tuple(
-    kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)
+# onnxruntime's exceptions have no common base class. UnicodeDecodeError: a message has names of a damaged graph.
+OrtError: tuple[type[Exception], ...] = (
+    *(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    UnicodeDecodeError,
 )
 # The exceptions of a run. With I/O binding it may raise a plain RuntimeError.
 RunError: tuple[type[Exception], ...] = (*OrtError, RuntimeError)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import onnx
 import torch
 
 from pastkey.contract import names
 from pastkey.export.source import pretrained, stored_weights
 from pastkey.export.source.llama2c import open_llama2c
+from pastkey.export.source.onnx_folder import open_onnx
 from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
 from pastkey.files.folder import read_json
 
+from ..export.given import write_folder
 from .checkpoints import checkpoint_folder
 from .mutations import mutate_bytes, mutate_headed, mutate_json
 from .reader import Target, json_bytes, workplace, written
@@ -56,6 +61,31 @@ def _index(content: bytes) -> object:
     return folder
 
 
+@functools.cache
+def _onnx_folder() -> Path:
+    """As optimum writes it, with the weights beside the graph, so that most bytes of the graph mean something."""
+    folder = write_folder(workplace() / "onnx")
+    model = onnx.load(folder / "model.onnx")
+    onnx.save_model(
+        model, folder / "model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=256
+    )
+    return folder
+
+
+def _in_onnx_folder(file: str) -> Callable[[bytes], object]:
+    def read(content: bytes) -> object:
+        place = _onnx_folder() / file
+        whole = place.read_bytes()
+        place.write_bytes(content)
+        graph = _onnx_folder() / "model.onnx"
+        try:
+            return open_onnx(graph, tokenizer=None, context_length=None, before_loading=lambda weights: None)
+        finally:
+            place.write_bytes(whole)
+
+    return read
+
+
 def _read_llama2c_tokenizer(content: bytes) -> object:
     return open_llama2c(written("model.bin", llama2c_valid()), written("tokenizer.bin", content), None)
 
@@ -74,6 +104,12 @@ SOURCES: Mapping[str, Target] = {
         mutate_json,
     ),
     "weight_map": Target(_index, json_bytes({"weight_map": {"a": names.WEIGHTS, "b": names.WEIGHTS}}), mutate_json),
+    "onnx_graph": Target(
+        _in_onnx_folder("model.onnx"), lambda: (_onnx_folder() / "model.onnx").read_bytes(), mutate_bytes, native=True
+    ),
+    "onnx_config": Target(
+        _in_onnx_folder(names.CONFIG), lambda: (_onnx_folder() / names.CONFIG).read_bytes(), mutate_json
+    ),
     "gguf": Target(lambda content: stored_weights.check_gguf(written("m.gguf", content)), gguf_valid, mutate_bytes),
     "llama2c": Target(
         lambda content: open_llama2c(written("model.bin", content), None, None), llama2c_valid, mutate_bytes
