@@ -160,9 +160,9 @@ def _export(arguments: argparse.Namespace) -> int:
             source = find(name, stages, network=config.network)
             if source.is_bundle:
                 return _take_bundle(source, config, arguments, stages)
-        from .pipeline import export
+        from .pipeline import export_found
 
-        report = export(source, arguments.out, **options, progress=stages)
+        report = export_found(source, Path(arguments.out), config, stages)
     if arguments.json:
         print_json(report.to_json())
         return 0

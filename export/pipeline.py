@@ -91,7 +91,7 @@ class Report:
 
 
 def export(
-    module_or_path: nn.Module | str | Path | HubModel,
+    module_or_path: nn.Module | str | Path,
     out: str | Path,
     precision: str = ExportConfig.precision,
     *,
@@ -121,13 +121,14 @@ def export(
         ParityError: The bundle differs from the source.
         QualityError: `max_kl` cannot be met.
     """
-    return _export(module_or_path, Path(out), ExportConfig(precision, **options), Recorder(progress))
+    return export_found(module_or_path, Path(out), ExportConfig(precision, **options), progress)
 
 
-def _export(
-    module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Recorder
+def export_found(
+    module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, shown: Progress
 ) -> Report:
-    started = time.perf_counter()
+    """Exports as `export` does, also a model that was looked up on the Hub. `shown` is its `progress`."""
+    started, progress = time.perf_counter(), Recorder(shown)
     remove_leftovers(out)
     _refuse_early(module_or_path, out, config)
     source = _open(module_or_path, out, config, progress)
