@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name in EXPORTING:
                 from pastkey.exported import exported
 
+                if name == "chat":
+                    importlib.import_module("jinja2")  # a user without it is told before an export of minutes
                 given.bundle = exported(given.bundle)
             status = command.run(given)
         sys.stdout.flush()
@@ -195,7 +197,7 @@ def _last_resort(error: BaseException) -> str:
 
 
 def _fail(sentence: str, prog: str, status: int = 2) -> int:
-    say(f"{prog}: {' '.join(sentence.split())}")
+    say(f"{prog}: {' '.join(sentence.splitlines())}")
     return status
 
 

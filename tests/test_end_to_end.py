@@ -138,5 +138,5 @@ def test_the_wheel_with_the_cpu_extra_is_a_working_runtime(
     assert done.returncode == 0, done.stderr
     done = subprocess.run([command, "export", "x", "--out", "y"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "type pip install torch onnx onnx-ir onnxscript safetensors " in done.stderr  # tqdm comes with tokenizers
+    assert "type  pip install torch onnx onnx-ir onnxscript safetensors " in done.stderr  # tqdm comes with tokenizers
     assert done.stderr.count("\n") == 1

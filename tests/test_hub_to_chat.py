@@ -147,7 +147,7 @@ def test_without_network_an_export_takes_what_the_cache_has(
     assert "no path org/new exists" in refused.stderr
     offline = typed("chat", "org/new", "--prompt", "Hello", HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout) == (2, "")
-    assert "fetch it with pastkey export org/new --out new" in offline.stderr
+    assert "fetch it with  pastkey export org/new --out new" in offline.stderr
     assert hub.asked == []
     done = typed("export", NAME, "--out", home / "again", "--no-network", "--precision", "fp32", "--json")
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pastkey import __main__ as module
+from pastkey.errors import InputError
 from pastkey.runtime.commands import inspection
 
 Command = Callable[..., tuple[int, str, str]]
@@ -46,6 +47,21 @@ def test_no_error_ends_in_status_1(
     status, _, err = command("inspect", tmp_path)
     assert status == 2
     assert err.startswith("pastkey inspect: stopped by a fault")
+
+
+def test_a_command_in_a_sentence_keeps_its_spaces(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    failing(monkeypatch, InputError("type  pastkey run 'a  b'  and\ntry again"))
+    assert command("inspect", tmp_path)[2] == "pastkey inspect: type  pastkey run 'a  b'  and try again\n"
+
+
+def test_a_chat_without_jinja_ends_before_the_export(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setattr("pastkey.exported.exported", lambda source: pytest.fail("exports"))
+    status, _, err = command("chat", "org/name", "--prompt", "x")
+    assert status == 2
+    assert "type  pip install jinja2  and try again" in err
 
 
 def test_the_end_that_a_command_asks_for_is_kept(

@@ -93,7 +93,7 @@ def test_an_export_names_at_once_what_its_source_needs(tmp_path: Path, source: s
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     packages = " ".join(dict.fromkeys(modules)).replace("_", "-")
-    assert done.stderr.endswith(f"pip install {packages} and try again (pastkey's extras export,{extra})\n")
+    assert done.stderr.endswith(f"pip install {packages}  and try again (pastkey's extras export,{extra})\n")
 
 
 def test_check_without_onnx_asks_for_onnx_alone() -> None:
@@ -103,4 +103,4 @@ def test_check_without_onnx_asks_for_onnx_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "type pip install onnx and try again" in done.stderr
+    assert "type  pip install onnx  and try again" in done.stderr

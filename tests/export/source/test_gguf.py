@@ -159,7 +159,7 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
     monkeypatch.setitem(sys.modules, "gguf", None)
     sentence = refusal(file)
     assert "the package 'gguf' is not installed" in sentence
-    assert "type pip install gguf and try again (pastkey's extras export,gguf)" in sentence
+    assert "type  pip install gguf  and try again (pastkey's extras export,gguf)" in sentence
 
 
 # --- a trained model ----------------------------------------------------------------------------------------------
