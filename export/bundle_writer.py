@@ -92,7 +92,8 @@ class BundleWriter:
             hidden_size=self.decoder.hidden_size if self.config.hidden_states else None,
             operators=count_operators(model),
         )
-        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size)
+        shard_size = self.config.shard_bytes if precision == self.config.precision else None
+        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size, shard_size)
         return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:

@@ -52,7 +52,7 @@ from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
-from .resources import parameters, require_disk, require_memory
+from .resources import parameters, require_disk, require_files, require_memory
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.hub import HubModel
 from .source.open import open_source
@@ -234,6 +234,7 @@ def _open(
     for sentence in source.warnings:
         progress.warn(sentence)
     weights = parameters(source.module)
+    require_files(source.module, config)
     require_memory(weights, loaded_for=config.precision)
     require_room(weights)
     return source
@@ -340,7 +341,9 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
     options = {**row.options, **dict(config.provider_options or ())}
     chip = f", for {', '.join(f'{k} {v}' for k, v in options.items())}" if options else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
-    shape = write_static_graphs(fp32, chunk, by_host=not row.reads_tables)
+    shape = write_static_graphs(
+        fp32, chunk, by_host=not row.reads_tables, shard_size=config.shard_bytes if config.precision == "fp32" else None
+    )
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
     manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
     bundle = dataclasses.replace(fp32, manifest=manifest)
@@ -352,7 +355,7 @@ def _make_static_int8(
 ) -> Artifact:
     """Quantizes the static float32 graphs to int8, beside the int8 graph for other programs in `made`."""
     progress.stage("quantize the static graphs to int8")
-    quantize_static(fp32, folder, text.calibration_set)
+    quantize_static(fp32, folder, text.calibration_set, writer.config.shard_bytes)
     made.bundle.last_logits_graph.unlink()
     static = in_int8(fp32).manifest
     manifest = dataclasses.replace(

@@ -7,14 +7,17 @@ from pathlib import Path
 
 from torch import nn
 
-from pastkey.errors import ResourceError
+from pastkey.errors import InputError, ResourceError
 from pastkey.files.memory import available_memory
 from pastkey.files.memory import shown_bytes as _shown
 from pastkey.precisions import PRECISIONS
 
+from .settings import ExportConfig
+
 # Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace and the written arrays. Once a
 # module is loaded, the precision's own factor applies.
 _COPIES_IN_MEMORY = 5
+MAX_ORT_BYTES = 2**31  # a FlatBuffer's offsets have 32 bits and a sign
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
 _BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
 
@@ -33,6 +36,26 @@ def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = F
         raise ResourceError(
             f"exporting {weights:,} weights to {out} takes about {_shown(needed)} of disk and {_shown(free)} are free: "
             "make room, or choose another place with --out"
+        )
+
+
+def require_files(module: nn.Module, config: ExportConfig) -> None:
+    """Raises InputError if a weight is too large for `shard_size`, or all of them for the ORT format.
+
+    The sizes are lower bounds: int4 has matrices of 8 bits.
+    """
+    bits, shard_size = PRECISIONS[config.precision].bits, config.shard_bytes
+    largest = max((p.numel() * bits // 8 for p in module.parameters()), default=0)
+    if shard_size is not None and largest >= shard_size:
+        raise InputError(
+            f"a weight takes {_shown(largest)} in {config.precision}, and each weights file is to be smaller than "
+            f"{_shown(shard_size)}: a weight is never split, give a larger --shard-size"
+        )
+    whole = parameters(module) * bits // 8
+    if config.format == "ort" and whole >= MAX_ORT_BYTES:
+        raise InputError(
+            f"a file in the ORT format holds its weights and ends at 2 GB, and these take {_shown(whole)} in "
+            f"{config.precision}: leave out --format ort"
         )
 
 

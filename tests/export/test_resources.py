@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from pastkey.errors import ResourceError
+from pastkey.errors import InputError, ResourceError
 from pastkey.export import resources
+from pastkey.export.settings import ExportConfig
 
 
 def test_a_weight_that_is_shared_counts_once() -> None:
@@ -42,3 +43,16 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypa
         else:
             with pytest.raises(ResourceError, match=r"100,000,000 weights takes about 2\.6 GB of memory"):
                 resources.require_memory(weights)
+
+
+def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = nn.Linear(1000, 2000, bias=False)
+    resources.require_files(module, ExportConfig(shard_size=2_000_001))
+    with pytest.raises(InputError, match=r"a weight takes 2 MB in int8, .* smaller than 2 MB: a weight is never split"):
+        resources.require_files(module, ExportConfig(shard_size=2_000_000))
+    resources.require_files(module, ExportConfig("fp32", format="ort"))
+    monkeypatch.setattr(resources, "MAX_ORT_BYTES", 8_000_000)
+    with pytest.raises(InputError, match=r"holds its weights and ends at 2 GB, and these take 8 MB in fp32: leave out"):
+        resources.require_files(module, ExportConfig("fp32", format="ort"))

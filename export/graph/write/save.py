@@ -18,17 +18,20 @@ from .sequence_lengths import take_sequence_lengths
 from .weights_file import WeightsFile
 
 
-def write_graphs(model: ir.Model, folder: Path, precision: str, hidden_size: int | None = None) -> int:
+def write_graphs(
+    model: ir.Model, folder: Path, precision: str, hidden_size: int | None = None, shard_size: int | None = None
+) -> int:
     """Writes the all-logits graph, its weights, and the last-logits graph over the same weights. Changes `model`.
 
-    With `hidden_size`, which needs an output head, the last-logits graph also outputs the last hidden states.
+    With `hidden_size`, which needs an output head, the last-logits graph also outputs the last hidden states. With
+    `shard_size`, each weights file is smaller than so many bytes.
 
     Returns the bytes of the weights, in their own file and in the graph.
     """
     head = take_head(model)  # first: the marks must not be saved
     all_logits = folder / PRECISIONS[precision].graph
     all_logits.parent.mkdir(parents=True, exist_ok=True)
-    file = WeightsFile.of(all_logits)
+    file = WeightsFile.of(all_logits, shard_size)
     inline = file.take_weights(model)
     ir.save(model, all_logits)
     if hidden_size is not None:
