@@ -52,7 +52,7 @@ from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
-from .resources import parameters, require_disk, require_files, require_memory
+from .resources import needs, parameters, require_files, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.hub import HubModel
 from .source.open import open_source
@@ -215,8 +215,15 @@ def _open(
 ) -> Source:
     progress.stage("open the source")
 
-    def require_room(weights: int) -> None:
-        require_disk(out, weights, config.precision, by_matrix=config.measures_each_matrix)
+    said = False
+
+    def check(weights: int, allocated: int = 0) -> None:
+        nonlocal said
+        needed = needs(weights, config, resident_bytes=4 * weights)
+        require_room(out, needed, allocated=allocated)
+        if not said:
+            progress.say(str(needed))
+        said = True
 
     source = open_source(
         module_or_path,
@@ -229,14 +236,13 @@ def _open(
         network=config.network,
         say=progress.warn,
         progress=progress,
-        before_loading=require_room,
+        before_loading=check,
     )
     for sentence in source.warnings:
         progress.warn(sentence)
     weights = parameters(source.module)
     require_files(source.module, config)
-    require_memory(weights, loaded_for=config.precision)
-    require_room(weights)
+    check(weights, allocated=4 * weights)
     return source
 
 

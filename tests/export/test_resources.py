@@ -20,17 +20,38 @@ def test_a_weight_that_is_shared_counts_once() -> None:
     assert resources.parameters(module) == 15 + 10 + 11
 
 
-@pytest.mark.parametrize(("precision", "by_matrix", "bytes_per_weight"), [("fp32", False, 4), ("int8", True, 15)])
+@pytest.mark.parametrize(
+    ("config", "bytes_per_weight"),
+    [
+        (ExportConfig("fp32"), 4),
+        (ExportConfig("fp32", format="ort"), 8),
+        (ExportConfig("int8", format="ort"), 8),
+        (ExportConfig("int8", max_kl=0.1), 15),
+    ],
+)
 def test_a_disk_without_room_is_refused_with_both_sizes(
-    precision: str, by_matrix: bool, bytes_per_weight: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ExportConfig, bytes_per_weight: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "not" / "there" / "yet"
-    weights, needed = 10**9, 10**9 * bytes_per_weight
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
-    resources.require_disk(out, weights, precision, by_matrix=by_matrix)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed - 1))
+    out, weights = tmp_path / "not" / "there" / "yet", 10**9
+    needed = resources.needs(weights, config, resident_bytes=0)
+    assert needed.disk == bytes_per_weight * weights
+    monkeypatch.setattr(resources, "available_memory", lambda: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed.disk))
+    resources.require_room(out, needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed.disk - 1))
     with pytest.raises(ResourceError, match=rf"about {bytes_per_weight}\.0 GB of disk and .* are free"):
-        resources.require_disk(out, weights, precision, by_matrix=by_matrix)
+        resources.require_room(out, needed)
+
+
+def test_memory_that_is_allocated_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 10**3
+    needed = resources.needs(weights, ExportConfig("int8"), resident_bytes=4 * weights)
+    assert needed.memory - resources.needs(weights, ExportConfig("int8"), resident_bytes=0).memory == 4 * weights
+    assert str(needed) == "1,000 weights need about 0 MB of disk and 629 MB of memory"
+    monkeypatch.setattr(resources, "available_memory", lambda: needed.memory - 4 * weights)
+    resources.require_room(tmp_path, needed, allocated=4 * weights)
+    with pytest.raises(ResourceError, match="of memory and"):
+        resources.require_room(tmp_path, needed)
 
 
 def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
