@@ -26,6 +26,7 @@ from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
+from pastkey.runtime import Engine
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
@@ -42,7 +43,8 @@ from .graph.fuse import fuse, where_rotated
 from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
 from .graph.write.output_head import hidden_size, output_head
-from .measure.verify import Verification
+from .measure.metrics import Ids
+from .measure.verify import Verification, short_texts
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
 from .quantize.calibrate.activations import probing
@@ -50,6 +52,7 @@ from .quantize.calibrate.calibration import CalibrationText, calibration_text, m
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
+from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
 from .resources import needs, parameters, require_files, require_room
@@ -177,12 +180,15 @@ def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] |
     config, progress = writer.config, writer.progress
     precision = PRECISIONS[config.precision]
     beside = folder if precision.name == "fp32" else folder / ".fp32"
-    artifacts = [_make_fp32(writer, beside)]
-    fp32 = artifacts[0].bundle
+    fp32, weight_bytes = writer.write(writer.decoder.model, beside)
+    short = short_texts(Engine(fp32), _SHORT_TEXTS, progress) if config.quick else []
+    if short:
+        writer = dataclasses.replace(writer, short=short[0])
+    artifacts = [Artifact(fp32, weight_bytes, writer.verify(fp32))]
     if precision.name == "fp16":
         artifacts.append(_make_fp16(fp32, folder, writer))
     if precision.quantized:
-        text = _calibration_text(fp32, calibration, config, progress)
+        text = _calibration_text(fp32, calibration, short, config, progress)
         artifacts.append(_make_quantized(fp32, folder, writer, text, config.common, progress))
     if config.static:
         artifacts.append(_make_static(artifacts[0], writer, config, progress))
@@ -191,11 +197,6 @@ def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] |
     if beside != folder:
         shutil.rmtree(beside)
     return artifacts
-
-
-def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
-    bundle, weight_bytes = writer.write(writer.decoder.model, folder)
-    return Artifact(bundle, weight_bytes, writer.verify(bundle))
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -374,11 +375,16 @@ def _make_static_int8(
 
 # --- quantized -----------------------------------------------------------------------------------------------------
 _MAKERS = {"int8": make_int8, "int4": make_int4}
+_SHORT_TEXTS = 2  # windows of a quick export: one to measure on, and one for the ranges of a static graph
 
 
 def _calibration_text(
-    fp32: Bundle, calibration: list[int] | None, config: ExportConfig, progress: Progress
+    fp32: Bundle, calibration: list[int] | None, short: Sequence[Ids], config: ExportConfig, progress: Progress
 ) -> CalibrationText:
+    if config.quick:
+        if calibration is None:
+            return CalibrationText("own", tuple(short[1:]), tuple(short[:1]))
+        return calibration_text(fp32, calibration, _SHORT_TEXTS, progress)
     progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
     return calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
 
@@ -394,10 +400,11 @@ def _make_quantized(
     """A verified quantized bundle in `folder`, made from a verified float32 one."""
     precision = config.precision
     write = functools.partial(writer.write, folder=folder, precision=precision)
-    made = _MAKERS[precision](fp32, text, write, config, progress)
+    make = make_quick if config.quick else _MAKERS[precision]
+    made = make(fp32, text, write, config, progress)
     verification = writer.verify(made.bundle)
     quality = made.quality
-    if config.target == "cpu":
+    if config.target == "cpu" and not config.quick:
         quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
     if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
         measured = "" if precision == "int8" else " (measured with int8)"
