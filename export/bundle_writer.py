@@ -96,7 +96,7 @@ class BundleWriter:
             operators=count_operators(model),
         )
         shard_size = self.config.shard_bytes if precision == self.config.precision else None
-        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size, shard_size)
+        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size, shard_size, self.progress.advance)
         return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:

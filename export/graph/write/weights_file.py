@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +79,16 @@ class WeightsFile:
         self._full, self._shard, self._end = self._full + self._end, self._shard + 1, 0
         return 0
 
-    def take_weights(self, model: ir.Model) -> int:
+    def take_weights(self, model: ir.Model, advance: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Moves the larger initializers of a graph, which is saved in the same folder, into this file.
 
         Returns the bytes of the weights that stay in the graph.
         """
-        return sum(self.take_weight(value) for value in model.graph.initializers.values())
+        inline, initializers = 0, model.graph.initializers.values()
+        for number, value in enumerate(initializers, 1):
+            inline += self.take_weight(value)
+            advance(number, len(initializers))
+        return inline
 
     def take_weight(self, value: ir.Value) -> int:
         """Moves an initializer here, unless it is small. Returns the bytes of a weight that stays in the graph."""
