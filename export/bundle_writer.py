@@ -29,6 +29,7 @@ from .graft.probe.observe import Observation
 from .graft.trace import GraphChoice
 from .graph.edit import IR_VERSION
 from .graph.write.save import count_operators, write_graphs
+from .measure.metrics import Ids
 from .measure.verify import Verification, verify
 from .progress import Progress
 from .settings import ExportConfig
@@ -62,6 +63,7 @@ class BundleWriter:
     decoder: Decoder
     config: ExportConfig
     progress: Progress
+    short: Ids | None = None  # the text of a quick export's proof
 
     def write(self, model: ir.Model, folder: Path, precision: str = "fp32") -> tuple[Bundle, int]:
         """Writes the graphs of one precision. Returns the bundle so far, and the bytes of its weights."""
@@ -72,6 +74,7 @@ class BundleWriter:
             pastkey_version=pastkey.__version__,
             source=source.name,
             revision=source.revision,
+            quick=self.config.quick,
             precision=precision,
             target="cpu",  # the export runs it there; `configure` sets the bundle's target
             graph=choice.graph,
@@ -92,7 +95,8 @@ class BundleWriter:
             hidden_size=self.decoder.hidden_size if self.config.hidden_states else None,
             operators=count_operators(model),
         )
-        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size)
+        shard_size = self.config.shard_bytes if precision == self.config.precision else None
+        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size, shard_size, self.progress.advance)
         return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:
@@ -101,7 +105,9 @@ class BundleWriter:
         self.progress.stage(f"verify {precision}: prefill, decode, chunks, batch, greedy")
         try:
             layers = self.decoder.observation.layers
-            verification = verify(bundle, source.module, layers=layers, progress=self.progress, providers="cpu")
+            verification = verify(
+                bundle, source.module, layers=layers, short=self.short, progress=self.progress, providers="cpu"
+            )
         except RunError as error:
             if isinstance(error, PastkeyError) and not isinstance(error, RunFailedError):
                 raise

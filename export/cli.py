@@ -79,6 +79,8 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})",
     )
+    add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
+    add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
     add(
         "--context",
         dest="context_length",

@@ -26,6 +26,7 @@ from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
+from pastkey.runtime import Engine
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
@@ -42,7 +43,8 @@ from .graph.fuse import fuse, where_rotated
 from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
 from .graph.write.output_head import hidden_size, output_head
-from .measure.verify import Verification
+from .measure.metrics import Ids
+from .measure.verify import Verification, short_texts
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
 from .quantize.calibrate.activations import probing
@@ -50,9 +52,10 @@ from .quantize.calibrate.calibration import CalibrationText, calibration_text, m
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.int8_kv import add_int8_kv
+from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
-from .resources import parameters, require_disk, require_memory
+from .resources import needs, parameters, require_files, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.hub import HubModel
 from .source.open import open_source
@@ -178,12 +181,15 @@ def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] |
     config, progress = writer.config, writer.progress
     precision = PRECISIONS[config.precision]
     beside = folder if precision.name == "fp32" else folder / ".fp32"
-    artifacts = [_make_fp32(writer, beside)]
-    fp32 = artifacts[0].bundle
+    fp32, weight_bytes = writer.write(writer.decoder.model, beside)
+    short = short_texts(Engine(fp32), _SHORT_TEXTS, progress) if config.quick else []
+    if short:
+        writer = dataclasses.replace(writer, short=short[0])
+    artifacts = [Artifact(fp32, weight_bytes, writer.verify(fp32))]
     if precision.name == "fp16":
         artifacts.append(_make_fp16(fp32, folder, writer))
     if precision.quantized:
-        text = _calibration_text(fp32, calibration, config, progress)
+        text = _calibration_text(fp32, calibration, short, config, progress)
         artifacts.append(_make_quantized(fp32, folder, writer, text, config.common, progress))
     if config.static:
         artifacts.append(_make_static(artifacts[0], writer, config, progress))
@@ -192,11 +198,6 @@ def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] |
     if beside != folder:
         shutil.rmtree(beside)
     return artifacts
-
-
-def _make_fp32(writer: BundleWriter, folder: Path) -> Artifact:
-    bundle, weight_bytes = writer.write(writer.decoder.model, folder)
-    return Artifact(bundle, weight_bytes, writer.verify(bundle))
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -216,8 +217,15 @@ def _open(
 ) -> Source:
     progress.stage("open the source")
 
-    def require_room(weights: int) -> None:
-        require_disk(out, weights, config.precision, by_matrix=config.measures_each_matrix)
+    said = False
+
+    def check(weights: int, allocated: int = 0) -> None:
+        nonlocal said
+        needed = needs(weights, config, resident_bytes=4 * weights)
+        require_room(out, needed, allocated=allocated)
+        if not said:
+            progress.say(str(needed))
+        said = True
 
     source = open_source(
         module_or_path,
@@ -230,13 +238,13 @@ def _open(
         network=config.network,
         say=progress.warn,
         progress=progress,
-        before_loading=require_room,
+        before_loading=check,
     )
     for sentence in source.warnings:
         progress.warn(sentence)
     weights = parameters(source.module)
-    require_memory(weights, loaded_for=config.precision)
-    require_room(weights)
+    require_files(source.module, config)
+    check(weights, allocated=4 * weights)
     return source
 
 
@@ -341,7 +349,9 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
     options = {**row.options, **dict(config.provider_options or ())}
     chip = f", for {', '.join(f'{k} {v}' for k, v in options.items())}" if options else ""
     progress.stage(f"make the static graphs of {sizes}{chip}")
-    shape = write_static_graphs(fp32, chunk, by_host=not row.reads_tables)
+    shape = write_static_graphs(
+        fp32, chunk, by_host=not row.reads_tables, shard_size=config.shard_bytes if config.precision == "fp32" else None
+    )
     asked = "asked for" if config.graph == "static" else f"target {config.target}: sizes are fixed there"
     manifest = dataclasses.replace(fp32.manifest, graph="static", graph_reason=f"{asked}; {sizes}", static=shape)
     bundle = dataclasses.replace(fp32, manifest=manifest)
@@ -353,7 +363,7 @@ def _make_static_int8(
 ) -> Artifact:
     """Quantizes the static float32 graphs to int8, beside the int8 graph for other programs in `made`."""
     progress.stage("quantize the static graphs to int8")
-    quantize_static(fp32, folder, text.calibration_set)
+    quantize_static(fp32, folder, text.calibration_set, writer.config.shard_bytes)
     made.bundle.last_logits_graph.unlink()
     static = in_int8(fp32).manifest
     manifest = dataclasses.replace(
@@ -366,11 +376,16 @@ def _make_static_int8(
 
 # --- quantized -----------------------------------------------------------------------------------------------------
 _MAKERS = {"int8": make_int8, "int4": make_int4}
+_SHORT_TEXTS = 2  # windows of a quick export: one to measure on, and one for the ranges of a static graph
 
 
 def _calibration_text(
-    fp32: Bundle, calibration: list[int] | None, config: ExportConfig, progress: Progress
+    fp32: Bundle, calibration: list[int] | None, short: Sequence[Ids], config: ExportConfig, progress: Progress
 ) -> CalibrationText:
+    if config.quick:
+        if calibration is None:
+            return CalibrationText("own", tuple(short[1:]), tuple(short[:1]))
+        return calibration_text(fp32, calibration, _SHORT_TEXTS, progress)
     progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
     return calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
 
@@ -386,10 +401,11 @@ def _make_quantized(
     """A verified quantized bundle in `folder`, made from a verified float32 one."""
     precision = config.precision
     write = functools.partial(writer.write, folder=folder, precision=precision)
-    made = _MAKERS[precision](fp32, text, write, config, progress)
+    make = make_quick if config.quick else _MAKERS[precision]
+    made = make(fp32, text, write, config, progress)
     verification = writer.verify(made.bundle)
     quality = made.quality
-    if config.target == "cpu":
+    if config.target == "cpu" and not config.quick:
         quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
     if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
         measured = "" if precision == "int8" else " (measured with int8)"

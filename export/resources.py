@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from pastkey.errors import ResourceError
+from pastkey.errors import InputError, ResourceError
 from pastkey.files.memory import available_memory
 from pastkey.files.memory import shown_bytes as _shown
 from pastkey.precisions import PRECISIONS
 
-# Measured peaks in copies of the float32 weights (3.1 to 4.8): the module, its trace and the written arrays. Once a
-# module is loaded, the precision's own factor applies.
+from .settings import ExportConfig
+
+# Measured peaks in copies of the float32 weights (3.1 to 4.8), while the precision is unknown: the module, its trace
+# and the written arrays.
 _COPIES_IN_MEMORY = 5
+MAX_ORT_BYTES = 2**31  # a FlatBuffer's offsets have 32 bits and a sign
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
 _BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The peaks of an export in bytes: of disk, and of memory, in which pages of mapped files do not count."""
+
+    weights: int  # their number
+    disk: int
+    memory: int
+
+    def __str__(self) -> str:
+        return f"{self.weights:,} weights need about {_shown(self.disk)} of disk and {_shown(self.memory)} of memory"
+
+
+def needs(weights: int, config: ExportConfig, *, resident_bytes: int) -> Needs:
+    """Estimates an export of so many weights. `resident_bytes` of them are in memory, as those of a module in hand."""
+    row = PRECISIONS[config.precision]
+    disk = _BYTES_BY_MATRIX if config.measures_each_matrix else row.disk_bytes
+    if config.format == "ort":  # the weights a second time, when the float32 graph is gone
+        disk = max(disk, row.bits // 4)
+    return Needs(weights, disk * weights, _BASE_BYTES + resident_bytes + row.memory_bytes * weights)
 
 
 def parameters(module: nn.Module) -> int:
@@ -24,28 +49,50 @@ def parameters(module: nn.Module) -> int:
     return sum({id(p): p.numel() for p in [*module.parameters(), *module.buffers()]}.values())
 
 
-def require_disk(out: Path, weights: int, precision: str, *, by_matrix: bool = False) -> None:
-    """Raises ResourceError if the disk of `out` has too little space for a bundle of so many weights."""
-    needed = weights * (_BYTES_BY_MATRIX if by_matrix else PRECISIONS[precision].disk_bytes)
+def require_room(out: Path, needed: Needs, *, allocated: int = 0) -> None:
+    """Raises ResourceError if the disk of `out`, or the memory, is too small.
+
+    `allocated` bytes of the memory are in use already, as by a loaded module.
+    """
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    if needed > free:
+    if needed.disk > free:
         raise ResourceError(
-            f"exporting {weights:,} weights to {out} takes about {_shown(needed)} of disk and {_shown(free)} are free: "
-            "make room, or choose another place with --out"
+            f"exporting {needed.weights:,} weights to {out} takes about {_shown(needed.disk)} of disk and "
+            f"{_shown(free)} are free: make room, or choose another place with --out"
         )
+    _require_memory(needed.weights, needed.memory - allocated)
 
 
-def require_memory(weights: int, *, loaded_for: str | None = None) -> None:
-    """Raises ResourceError if the machine has too little memory to export so many weights.
+def require_memory(weights: int) -> None:
+    """Raises ResourceError if the machine has too little memory to export so many weights, in any precision."""
+    _require_memory(weights, _COPIES_IN_MEMORY * 4 * weights + _BASE_BYTES)
 
-    `loaded_for`: the precision of the export once the weights are loaded, None before.
-    """
-    copies = _COPIES_IN_MEMORY if loaded_for is None else PRECISIONS[loaded_for].memory_copies
-    needed = copies * 4 * weights + _BASE_BYTES
+
+def _require_memory(weights: int, needed: int) -> None:
     free = available_memory()
     if free is not None and needed > free:
         raise ResourceError(
             f"exporting {weights:,} weights takes about {_shown(needed)} of memory and {_shown(free)} are available: "
             "end other programs, or export on a larger machine"
+        )
+
+
+def require_files(module: nn.Module, config: ExportConfig) -> None:
+    """Raises InputError if a weight is too large for `shard_size`, or all of them for the ORT format.
+
+    The sizes are lower bounds: int4 has matrices of 8 bits.
+    """
+    bits, shard_size = PRECISIONS[config.precision].bits, config.shard_bytes
+    largest = max((p.numel() * bits // 8 for p in module.parameters()), default=0)
+    if shard_size is not None and largest >= shard_size:
+        raise InputError(
+            f"a weight takes {_shown(largest)} in {config.precision}, and each weights file is to be smaller than "
+            f"{_shown(shard_size)}: a weight is never split, give a larger --shard-size"
+        )
+    whole = parameters(module) * bits // 8
+    if config.format == "ort" and whole >= MAX_ORT_BYTES:
+        raise InputError(
+            f"a file in the ORT format holds its weights and ends at 2 GB, and these take {_shown(whole)} in "
+            f"{config.precision}: leave out --format ort"
         )

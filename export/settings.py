@@ -19,7 +19,7 @@ from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
-from pastkey.values import is_int
+from pastkey.values import is_int, size_in_bytes
 
 Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -72,6 +72,9 @@ class ExportOptions(TypedDict, total=False):
     - `session_options` (None): Options of onnxruntime's session there, as for `pastkey.load`.
     - `allow_fallback` (False): Whether the CPU may run operators there that the provider does not support.
     - `chunk` (64): Tokens of a prefill run of the static graph.
+    - `quick` (False): Rounds weights to nearest, without calibration, and proves the bundle on a short text.
+    - `shard_size` (None): Splits the weights of a graph into files smaller than this, in bytes or as "2GB": browsers
+      and 32-bit devices read no larger ones.
     """
 
     target: str
@@ -95,6 +98,8 @@ class ExportOptions(TypedDict, total=False):
     session_options: Options | None
     allow_fallback: bool
     chunk: int | None
+    quick: bool
+    shard_size: int | str | None
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ class ExportConfig:
     session_options: Options | None = None
     allow_fallback: bool = False
     chunk: int | None = None  # None: STATIC_CHUNK
+    quick: bool = False
+    shard_size: int | str | None = None
 
     def __post_init__(self) -> None:
         for name, found, known in (
@@ -151,6 +158,9 @@ class ExportConfig:
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
             raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
+        if self.quick and self.measures_each_matrix:
+            raise InputError("--quick measures no single matrix: leave out --max-kl and --sensitivity, or --quick")
+        _ = self.shard_bytes  # raises InputError
         if not PRECISIONS[self.precision].quantized:
             self._check_float(self.precision)
         self._check_static()
@@ -212,6 +222,11 @@ class ExportConfig:
     def static(self) -> bool:
         """Whether the export makes static graphs."""
         return self.graph == "static" or (self.graph == "auto" and TARGETS[self.target].npu)
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """The bytes that every weights file stays below, None for one file."""
+        return None if self.shard_size is None else size_in_bytes(self.shard_size, "shard_size")
 
     @property
     def common(self) -> ExportConfig:

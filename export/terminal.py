@@ -12,6 +12,7 @@ from .progress import Progress
 
 _REDRAWN = 0.2  # seconds between two updates of the current line on a terminal
 _HEARTBEAT = 30.0  # seconds between two lines about one stage without a terminal
+_FORESEEN = 2.0  # seconds of a stage before the time left is estimated
 _SPINNER = "|/-\\"
 
 
@@ -28,6 +29,7 @@ class Stages(Progress):
         self._stage = ""
         self._began = self._told = time.monotonic()
         self._share: float | None = None  # completed share of the stage
+        self._advanced = self._began  # when it was told
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="pastkey-stages", daemon=True)
 
@@ -53,7 +55,7 @@ class Stages(Progress):
 
     def advance(self, done: int, total: int) -> None:
         with self._lock:
-            self._share = done / total if total else None
+            self._share, self._advanced = (done / total if total else None), time.monotonic()
 
     def say(self, sentence: str) -> None:
         with self._lock:
@@ -72,11 +74,11 @@ class Stages(Progress):
                     self._redraw(_SPINNER[turns % len(_SPINNER)])
                 elif self._stage and time.monotonic() - self._told >= _HEARTBEAT:
                     self._told = time.monotonic()
-                    self._print(f"  {self._stage}{self._shown_share()}: {self._seconds():.0f} s so far\n")
+                    self._print(f"  {self._stage}{self._shown_share()}: {self._shown_time()}\n")
 
     def _redraw(self, mark: str = _SPINNER[0]) -> None:
         if self._live and self._stage:
-            tail = f"{self._shown_share()}  {self._seconds():.0f} s"
+            tail = f"{self._shown_share()}  {self._shown_time()}"
             room = shutil.get_terminal_size().columns - len(tail) - 3  # a wrapped line could not be cleared
             self._print(f"{self._start()}{mark} {self._stage[: max(room, 0)]}{tail}")
 
@@ -91,6 +93,14 @@ class Stages(Progress):
     def _shown_share(self) -> str:
         return "" if self._share is None else f" {self._share:.0%}"
 
+    def _shown_time(self) -> str:
+        """The time so far, and what is left if the remaining parts are as fast as those that are complete."""
+        spent, so_far = self._seconds(), _duration(self._seconds())
+        if not self._share or spent < _FORESEEN:
+            return so_far
+        left = (self._advanced - self._began) / self._share - spent
+        return f"{so_far}, about {_duration(max(left, 0))} left"
+
     def _start(self) -> str:
         """Clears the line that is being redrawn."""
         return "\r\x1b[K" if self._live else ""
@@ -98,3 +108,12 @@ class Stages(Progress):
     def _print(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
+
+
+def _duration(seconds: float) -> str:
+    """Formats a time: 59 s, 1:00 min, 1:00:00 h."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minute:02}:{second:02} h"
+    return f"{minutes}:{second:02} min" if minutes else f"{second} s"

@@ -23,6 +23,18 @@ def is_int(value: object, least: int | None = None, most: int | None = None) -> 
     return (least is None or int(value) >= least) and (most is None or int(value) <= most)
 
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}  # as `shown_bytes` writes them
+
+
+def size_in_bytes(value: object, name: str) -> int:
+    """Returns a number of bytes, given as a whole number or as text such as "500MB". Raises InputError."""
+    text = value.strip().upper() if isinstance(value, str) else str(value) if is_int(value) else ""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(|KB|MB|GB)", text)
+    size = 0 if found is None else int(float(found[1]) * _UNITS[found[2]])
+    require(size > 0, name, value, "a number of bytes, such as 500MB or 2GB")
+    return size
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite real number, also numpy's."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):

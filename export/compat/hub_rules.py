@@ -139,7 +139,7 @@ def js_finds_the_files(where: str) -> Rule:
 def _js_finds_the_weights(where: str, view: BundleView, graph: Graph, declared: Any) -> Iterator[Finding]:
     file = Path(graph_name(view)).name
     count = declared.get(file, declared.get("model", 0)) if isinstance(declared, dict) else declared
-    chunks = min(int(count), 100) if isinstance(count, int) else 0  # true counts as 1; the maximum is 100
+    chunks = min(int(count), names.MAX_SHARDS) if isinstance(count, int) else 0  # true counts as 1
     fetched = {names.weights_file(file, i) for i in range(chunks)}
     folder = view.bundle.all_logits_graph.parent
     for name in sorted(fetched - set(graph.weights)):
@@ -149,15 +149,19 @@ def _js_finds_the_weights(where: str, view: BundleView, graph: Graph, declared: 
             )
     for name in sorted(set(graph.weights) - fetched):
         text = (
-            f'the weights onnx/{name} are not declared: write {{"{file}": 1}} under transformers.js_config.'
-            f"use_external_data_format in config.json, and name them {names.weights_file(file)}"
+            f'the weights onnx/{name} are not declared: write {{"{file}": {len(graph.weights)}}} under '
+            "transformers.js_config.use_external_data_format in config.json, and name them "
+            f"{names.weights_file(file)}"
         )
         yield (
             stop(text) if where == "browser" else warn(f"{text}; from a local folder it loads, from a hub it does not")
         )
     for name, size in graph.weights.items():
         if where == "browser" and size >= 2**31:
-            yield warn(f"onnx/{name} has {size:,} bytes; a browser may refuse a file of 2 GiB and more")
+            yield warn(
+                f"onnx/{name} has {size:,} bytes; a browser may refuse a file of 2 GiB and more: export with "
+                "--shard-size 2GB"
+            )
 
 
 def js_tokenizer(view: BundleView, graph: Graph) -> Iterator[Finding]:

@@ -52,6 +52,8 @@ MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or this many tokens beyond a window, if 
 RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest
 CHUNK_SIZES = (7, 64)  # the check "decode" uses chunks of one token
 GREEDY_TOKENS = 64
+# Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
+SHORT_PREFILL, SHORT_DECODE = 64, 8
 BATCH_LENGTH = 40  # the longest row of the batch
 BATCH_STEPS = 4  # tokens decoded after it
 
@@ -126,7 +128,7 @@ class Limits:
         recorded: float | None = manifest.parity.get(precision.name, {}).get("kl_divergence")
         cost = recorded if recorded is not None else measured_kl or 0.0
         fp32_kl = precision.max_kl
-        if recorded is not None:
+        if recorded is not None and not manifest.quick:  # a short text says less of other texts
             fp32_kl = min(fp32_kl, RECORDED_KL_ALLOWANCE * max(recorded, KL_FLOOR))
         return cls(precision.max_difference, max(precision.decode_kl * cost, 2 * KL_FLOOR), fp32_kl)
 
@@ -137,6 +139,7 @@ def verify(
     module: nn.Module | None = None,
     *,
     layers: tuple[Layer, ...] = (),
+    short: Ids | None = None,
     progress: Progress = SILENT,
     **placement: Unpack[PlacementOptions],
 ) -> Verification:
@@ -147,6 +150,7 @@ def verify(
         module: The module that it was exported from. float32 is compared with it; int8 and int4 are measured against
             it. Without a module, the bundle is compared with its own uncached run.
         layers: The attention calls as messages name them. The text is longer than windows up to MAX_WINDOW.
+        short: A text (T,) of `short_texts`, for a quick proof: most of it is not decoded one by one.
         progress: Receives the progress of the verification.
         **placement: Where it runs, as for `load`.
 
@@ -166,7 +170,9 @@ def verify(
     own, last_logits = BundlePredictor(bundle, **placement), Engine(bundle, graph="last_logits", **placement)
     require_golden(last_logits, bundle)
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
-    ids = _text(last_logits, min(max(TOKENS, *windows, 0), manifest.context_length), parts)
+    ids = short
+    if ids is None:
+        ids = _text(last_logits, min(max(TOKENS, *windows, 0), manifest.context_length), parts)
     parts.next()
 
     # int8 and int4 are compared with themselves: their distance from float32 is quality, not parity.
@@ -179,7 +185,11 @@ def verify(
     limits = Limits.of(manifest, quality.get("kl_divergence"))
     all_logits = Engine(bundle, graph="all_logits", **placement)
     require_golden(all_logits, bundle)
-    compared = _Compared(manifest, all_logits, last_logits, reference, ids, expected, limits, layers, source)
+    at_once = 0 if short is None else min(SHORT_PREFILL, len(ids) - 1)
+    greedy = GREEDY_TOKENS if short is None else SHORT_DECODE
+    compared = _Compared(
+        manifest, all_logits, last_logits, reference, ids, expected, limits, layers, source, at_once, greedy
+    )
     parts.next()
 
     checks = []
@@ -215,9 +225,18 @@ def _text(engine: Engine, length: int, progress: Progress = SILENT) -> Ids:
 
     A model may repeat one token for ever. Attention over equal tokens has the same result whatever its weights.
     """
+    return _texts(engine, length, 1, progress)[0]
+
+
+def short_texts(engine: Engine, count: int, progress: Progress = SILENT) -> list[Ids]:
+    """Returns `count` texts for the proof of a quick export."""
+    return _texts(engine, min(SHORT_PREFILL + SHORT_DECODE, engine.manifest.context_length), count, progress)
+
+
+def _texts(engine: Engine, length: int, count: int, progress: Progress) -> list[Ids]:
     beginning = min(RANDOM_TOKENS, -(-length // 2))
     ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
-    return self_generated_texts(engine, ids, 1, length, progress)[0]
+    return self_generated_texts(engine, ids, count, length, progress)
 
 
 def _quality(fp32: Logits, quantized: Logits) -> dict[str, float]:
@@ -241,6 +260,8 @@ class _Compared:
     limits: Limits
     layers: tuple[Layer, ...]
     source: ModulePredictor | None
+    at_once: int  # tokens that run at once before the others are decoded
+    greedy: int  # tokens of the greedy continuation
 
     @functools.cached_property
     def rounding(self) -> float:
@@ -273,19 +294,22 @@ def _prefill(c: _Compared) -> Check:
 
 
 def _decoded(c: _Compared, progress: Progress) -> tuple[Logits, Logits]:
-    """Decodes token by token from the first: logits (T, V), and (V,) of the last by the last-logits graph."""
-    logits = _by_token(c.all_logits, c.ids)
+    """Decodes token by token: logits (T, V), and (V,) of the last by the last-logits graph."""
+    logits = _by_token(c.all_logits, c.ids, c.at_once)
     c.last_logits.reset()
-    for number, token in enumerate(c.ids, 1):
+    if c.at_once:
+        c.last_logits.prefill(c.ids[: c.at_once])
+    for number, token in enumerate(c.ids[c.at_once :], 1 + c.at_once):
         last = c.last_logits.decode(int(token))
         progress.advance(number, len(c.ids))
     return logits, last
 
 
-def _by_token(engine: Engine, ids: Ids) -> Logits:
-    """Decodes ids (T,) token by token from the first: logits (T, V)."""
+def _by_token(engine: Engine, ids: Ids, at_once: int = 0) -> Logits:
+    """Decodes ids (T,) token by token, after the first `at_once`: logits (T, V)."""
     engine.reset()
-    return np.concatenate([engine.forward(token[None, None])[0] for token in ids])
+    first = [engine.forward(ids[None, :at_once])[0]] if at_once else []
+    return np.concatenate([*first, *(engine.forward(token[None, None])[0] for token in ids[at_once:])])
 
 
 def _chunked(c: _Compared, size: int) -> Check:
@@ -341,7 +365,7 @@ def _greedy(c: _Compared, noise: float) -> Check:
     of it.
     """
     prompt = c.ids[: max(1, min(16, c.manifest.context_length // 2))].tolist()
-    found = list(Generation(c.last_logits, Request(prompt, max_new_tokens=GREEDY_TOKENS)))
+    found = list(Generation(c.last_logits, Request(prompt, max_new_tokens=c.greedy)))
     # One uncached run over the whole continuation suffices: up to the first difference, it is the reference's own.
     logits = c.reference.logits(np.array([*prompt, *found[:-1]], np.int64))[len(prompt) - 1 :]
     for step, token in enumerate(found):

@@ -131,13 +131,24 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Blocks:
-    """Rounds a weight that MatMuls share, by the sum of the Hessians of their inputs."""
+def rounded_to_nearest(model: ir.Model, progress: Progress = SILENT) -> dict[str, Blocks]:
+    """Returns the 4-bit matrices of a float32 graph by initializer name, rounded to nearest."""
+    found, matmuls = {}, _matmuls(model)
+    for number, (name, nodes) in enumerate(matmuls.items(), 1):
+        found[name] = _rounded(nodes, None)
+        progress.advance(number, len(matmuls))
+    return found
+
+
+def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray] | None) -> Blocks:
+    """Rounds a weight that MatMuls share, by the sum of the Hessians of their inputs if there are any."""
     found = matmul_weight(nodes[0])
     assert found is not None
     matrix = found.matrix
     try:
-        hessian = np.sum([hessians[_activation(node)] for node in nodes], axis=0)
+        hessian = None
+        if hessians is not None:
+            hessian = np.sum([hessians[_activation(node)] for node in nodes], axis=0)
         return round_by_hessian(matrix, hessian, choose_block_size(matrix.shape[1]))
     except ValueError as error:
         raise not_finite(found.initializer, error) from None

@@ -32,8 +32,8 @@ _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows le
 
 TokenCount = Annotated[int, Between(0)]  # also a number of nodes
 _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
-# 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits. 3: the source's revision.
-FORMAT_VERSION = 3
+# 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits. 3: the source's revision. 4: quick.
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class Manifest:
     compiled: Compiled | None = None  # if context binaries replace the static graphs
     provider_options: Mapping[str, str] = field(default_factory=dict)  # options of the target's provider
     revision: str = ""  # the source's commit on the Hub
+    quick: bool = False  # exported with --quick: rounded to nearest, and proved on a short text
     call: str = ""  # the author's call, unless it is forward(input_ids, position_ids)
     bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these

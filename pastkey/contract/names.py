@@ -131,9 +131,17 @@ STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"
 STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # their data beside the weights of the all-logits graph
 
 
+MAX_SHARDS: Final = 100  # weights files of a graph that transformers.js reads
+
+
 def weights_file(graph: str, shard: int = 0) -> str:
     """Returns a graph's weights file by the name that transformers.js expects: model.onnx_data, model.onnx_data_1."""
-    return f"{graph}_data_{shard}" if shard else f"{graph}_data"
+    return shard_of(f"{graph}_data", shard)
+
+
+def shard_of(first: str, shard: int) -> str:
+    """Returns the name of a further weights file (1, 2, ...) beside the first one."""
+    return f"{first}_{shard}" if shard else first
 
 
 def is_weights_file(name: str, graph: str | None = None) -> bool:

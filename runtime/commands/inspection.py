@@ -198,6 +198,8 @@ def print_inspection(inspection: Inspection) -> None:
         f"vocabulary {manifest.vocab_size}, context {manifest.context_length}, "
         f"{len(manifest.layers)} attention calls, opset {manifest.opset}, onnxruntime >= {manifest.min_onnxruntime}"
     )
+    if manifest.quick:
+        print("exported with --quick: weights rounded to nearest without calibration, and proved on a short text")
     print(f"\n{'bytes':>14}  file")
     for name, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
         print(f"{record.size:>14,}  {name}")

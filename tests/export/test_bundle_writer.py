@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pastkey
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
+from pastkey.export import export
 from pastkey.export.bundle_writer import (
     MIN_ONNXRUNTIME,
     MIN_ONNXRUNTIME_WITH_WINDOWS,
@@ -15,15 +21,19 @@ from pastkey.export.bundle_writer import (
     Decoder,
     _oldest_onnxruntime,
 )
+from pastkey.export.compat.check import check
 from pastkey.export.graft.probe.observe import Observation, observe
 from pastkey.export.graft.trace import GraphChoice, trace
 from pastkey.export.graph.clean import clean
+from pastkey.export.graph.write import embedding_rows
 from pastkey.export.progress import SILENT
 from pastkey.export.settings import ExportConfig
 from pastkey.export.source.source import Source
+from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers.ort import onnxruntime
 
-from .decoders import Plain
+from .conftest import Export
+from .decoders import Plain, llama
 
 CONTEXT = 8
 
@@ -69,3 +79,40 @@ def test_a_graph_of_a_newer_opset_asks_for_the_onnxruntime_that_verified_it() ->
     assert _oldest_onnxruntime(NEWEST_OPSET, windows=False) == MIN_ONNXRUNTIME
     assert _oldest_onnxruntime(NEWEST_OPSET, windows=True) == MIN_ONNXRUNTIME_WITH_WINDOWS
     assert _oldest_onnxruntime(NEWEST_OPSET + 1, windows=True) == onnxruntime.__version__
+
+
+# --- shards -------------------------------------------------------------------------------------------------------
+SHARD = 9_000  # bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("int8", {"generate": True, "format": "ort"}),
+        pytest.param("fp32", {"graph": "static"}, marks=pytest.mark.slow),
+        pytest.param("int8", {"target": "qnn"}, marks=pytest.mark.matrix),
+        pytest.param("int4", {}, marks=pytest.mark.slow),
+    ],
+    ids=["int8", "static", "static-int8", "int4"],
+)
+def test_a_bundle_in_shards_is_the_same_model(
+    precision: str, settings: dict[str, Any], exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_rows, "_LARGE", 1)  # rows are read from a shard
+    whole = exported("llama", precision)
+    size = 4 * SHARD if precision == "fp32" or "target" in settings else SHARD
+    report = export(llama(), tmp_path / "bundle", precision, context_length=40, shard_size=size, **settings)
+    bundle = open_bundle(report.path, verify=True)
+    sizes = [p.stat().st_size for p in bundle.path.glob("onnx/*") if names.is_weights_file(p.name)]
+    assert len(sizes) > 2
+    assert max(sizes) < size
+    if "target" in settings:
+        return
+    text = pastkey.load(bundle.path, threads=1).generate([3, 1, 4], max_new_tokens=20).ids
+    assert text == pastkey.load(whole.bundle.path, threads=1).generate([3, 1, 4], max_new_tokens=20).ids
+    shards = [p.name for p in bundle.path.glob("onnx/model*") if names.is_weights_file(p.name)]
+    declared = json.loads((bundle.path / names.CONFIG).read_text())["transformers.js_config"]
+    assert declared["use_external_data_format"] == {bundle.all_logits_graph.name: len(shards)}
+    assert inspect(bundle.path).weight_bytes == sum(sizes)
+    if "graph" not in settings:
+        assert {verdict.program for verdict in check(bundle.path) if not verdict.loads} <= {"onnxruntime-genai"}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from pastkey.errors import ResourceError
+from pastkey.errors import InputError, ResourceError
 from pastkey.export import resources
+from pastkey.export.settings import ExportConfig
 
 
 def test_a_weight_that_is_shared_counts_once() -> None:
@@ -19,17 +20,38 @@ def test_a_weight_that_is_shared_counts_once() -> None:
     assert resources.parameters(module) == 15 + 10 + 11
 
 
-@pytest.mark.parametrize(("precision", "by_matrix", "bytes_per_weight"), [("fp32", False, 4), ("int8", True, 15)])
+@pytest.mark.parametrize(
+    ("config", "bytes_per_weight"),
+    [
+        (ExportConfig("fp32"), 4),
+        (ExportConfig("fp32", format="ort"), 8),
+        (ExportConfig("int8", format="ort"), 8),
+        (ExportConfig("int8", max_kl=0.1), 15),
+    ],
+)
 def test_a_disk_without_room_is_refused_with_both_sizes(
-    precision: str, by_matrix: bool, bytes_per_weight: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ExportConfig, bytes_per_weight: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "not" / "there" / "yet"
-    weights, needed = 10**9, 10**9 * bytes_per_weight
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
-    resources.require_disk(out, weights, precision, by_matrix=by_matrix)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed - 1))
+    out, weights = tmp_path / "not" / "there" / "yet", 10**9
+    needed = resources.needs(weights, config, resident_bytes=0)
+    assert needed.disk == bytes_per_weight * weights
+    monkeypatch.setattr(resources, "available_memory", lambda: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed.disk))
+    resources.require_room(out, needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed.disk - 1))
     with pytest.raises(ResourceError, match=rf"about {bytes_per_weight}\.0 GB of disk and .* are free"):
-        resources.require_disk(out, weights, precision, by_matrix=by_matrix)
+        resources.require_room(out, needed)
+
+
+def test_memory_that_is_allocated_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = 10**3
+    needed = resources.needs(weights, ExportConfig("int8"), resident_bytes=4 * weights)
+    assert needed.memory - resources.needs(weights, ExportConfig("int8"), resident_bytes=0).memory == 4 * weights
+    assert str(needed) == "1,000 weights need about 0 MB of disk and 629 MB of memory"
+    monkeypatch.setattr(resources, "available_memory", lambda: needed.memory - 4 * weights)
+    resources.require_room(tmp_path, needed, allocated=4 * weights)
+    with pytest.raises(ResourceError, match="of memory and"):
+        resources.require_room(tmp_path, needed)
 
 
 def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +64,16 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(monkeypa
         else:
             with pytest.raises(ResourceError, match=r"100,000,000 weights takes about 2\.6 GB of memory"):
                 resources.require_memory(weights)
+
+
+def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = nn.Linear(1000, 2000, bias=False)
+    resources.require_files(module, ExportConfig(shard_size=2_000_001))
+    with pytest.raises(InputError, match=r"a weight takes 2 MB in int8, .* smaller than 2 MB: a weight is never split"):
+        resources.require_files(module, ExportConfig(shard_size=2_000_000))
+    resources.require_files(module, ExportConfig("fp32", format="ort"))
+    monkeypatch.setattr(resources, "MAX_ORT_BYTES", 8_000_000)
+    with pytest.raises(InputError, match=r"holds its weights and ends at 2 GB, and these take 8 MB in fp32: leave out"):
+        resources.require_files(module, ExportConfig("fp32", format="ort"))

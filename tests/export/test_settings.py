@@ -49,6 +49,8 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> No
         ({"precision": "fp32", "calibration": "text"}, "fp32 needs no calibration"),
         ({"graph": "static", "precision": "fp32", "format": "ort"}, "--format ort is of graphs whose sizes change"),
         ({"provider_options": {"a": "b"}}, "--provider-option and --allow-fallback are of another target than cpu"),
+        ({"quick": True, "max_kl": 0.1}, "--quick measures no single matrix: leave out --max-kl and --sensitivity"),
+        ({"shard_size": "2 apples"}, "shard_size is '2 apples'; it must be a number of bytes, such as 500MB or 2GB"),
         ({"precision": "fp32", "sensitivity": "table.json"}, "--sensitivity tells what int8 costs"),
     ],
 )

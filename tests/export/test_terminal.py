@@ -58,7 +58,7 @@ def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch: pyt
         stages.advance(1, 4)
         screen.drawn.clear()
         assert screen.drawn.wait(60)
-    assert re.search(r"^  trace( 25%)?: 0 s so far$", screen.getvalue(), re.MULTILINE)
+    assert re.search(r"^  trace( 25%)?: 0 s$", screen.getvalue(), re.MULTILINE)
 
 
 def test_on_a_terminal_the_current_stage_moves_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +74,29 @@ def test_on_a_terminal_the_current_stage_moves_by_itself(monkeypatch: pytest.Mon
     assert "calibrate 50%  0 s" in drawn
     assert len(set(re.findall(r"\r\x1b\[K([|/\\-]) ", drawn))) > 1
     assert drawn.endswith(" s\n")
+
+
+def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(terminal, "_REDRAWN", 1000)  # no thread draws
+    screen = show(True, monkeypatch)
+    drawn = []
+    with Stages() as stages:
+        stages.stage("verify")
+        for at, done in ((1.0, 1), (90.0, 10), (100.0, None), (5000.0, None), (7200.0, 20)):
+            clock[0] = at
+            if done is not None:
+                stages.advance(done, 40)
+            stages._redraw()
+            drawn.append(screen.getvalue().rpartition("verify")[2])
+    assert drawn == [
+        " 2%  1 s",  # too early to tell
+        " 25%  1:30 min, about 4:30 min left",
+        " 25%  1:40 min, about 4:20 min left",
+        " 25%  1:23:20 h, about 0 s left",
+        " 50%  2:00:00 h, about 2:00:00 h left",
+    ]
 
 
 def test_a_long_name_does_not_wrap_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError
-from pastkey.values import as_path, is_collection, is_int, is_number, is_one_of, parse_version, shown
+from pastkey.values import as_path, is_collection, is_int, is_number, is_one_of, parse_version, shown, size_in_bytes
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,20 @@ from pastkey.values import as_path, is_collection, is_int, is_number, is_one_of,
 )
 def test_a_whole_number_and_a_number_are_told_from_what_looks_like_one(value: Any, whole: bool, number: bool) -> None:
     assert (is_int(value), is_number(value)) == (whole, number)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [(7, 7), (np.int64(7), 7), ("7", 7), ("2GB", 2 * 10**9), ("1.5 gb", 15 * 10**8), ("3kb", 3000), ("0.5MB", 500_000)],
+)
+def test_a_size_is_a_number_of_bytes_or_a_text(value: object, size: int) -> None:
+    assert size_in_bytes(value, "size") == size
+
+
+@pytest.mark.parametrize("value", [0, -1, "0GB", "", "GB", "2TB", "2GiB", "-2GB", 2.5, True, None, "1e3", "\u0661GB"])
+def test_what_is_no_size_is_told(value: object) -> None:
+    with pytest.raises(InputError, match=r"^shard_size is .*; it must be a number of bytes, such as 500MB or 2GB$"):
+        size_in_bytes(value, "shard_size")
 
 
 def test_a_path_is_a_text_or_a_path() -> None:

@@ -36,12 +36,12 @@ _OPERATORS = ["MatMul"]
 Feeds = dict[str, np.ndarray]
 
 
-def quantize_static(source: Bundle, target: Path, windows: Sequence[Ids]) -> None:
+def quantize_static(source: Bundle, target: Path, windows: Sequence[Ids], shard_size: int | None = None) -> None:
     """Quantizes the static graphs of the float32 bundle `source` to int8 in the folder `target`, over one data file.
 
-    `windows` are token ids (T,) that calibrate the ranges of activations.
+    `windows` are token ids (T,) that calibrate the ranges of activations. `shard_size`: see `WeightsFile`.
     """
-    file = WeightsFile(target / names.STATIC_DATA)
+    file = WeightsFile(target / names.STATIC_DATA, shard_size)
     fed = [*zip(source.static_graphs, _feeds(source, windows), strict=True)]
     context = source.manifest.context_length
     ranges: dict[str, tuple[float, float]] = {}

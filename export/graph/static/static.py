@@ -67,14 +67,16 @@ def make_static(model: ir.Model, tokens: int, past: int, file: WeightsFile, *, b
     return StaticGraph(model, windows)
 
 
-def write_static_graphs(bundle: Bundle, chunk: int, *, by_host: bool = False) -> StaticShape:
+def write_static_graphs(
+    bundle: Bundle, chunk: int, *, by_host: bool = False, shard_size: int | None = None
+) -> StaticShape:
     """Writes the graphs of one new token and of a chunk over the weights file of a float32 bundle's standard graph.
 
-    They replace the last-logits graph. `by_host`: see `make_static`. Raises ContractError if attention needs more than
-    masks.
+    They replace the last-logits graph. `by_host`: see `make_static`; `shard_size`: see `WeightsFile`. Raises
+    ContractError if attention needs more than masks.
     """
     windows: set[int] = set()
-    file = WeightsFile(bundle.path / names.STATIC_DATA)
+    file = WeightsFile(bundle.path / names.STATIC_DATA, shard_size)
     for path, tokens in zip(bundle.static_graphs, (1, chunk), strict=True):
         model = ir.load(bundle.all_logits_graph)
         made = make_static(model, tokens, bundle.manifest.context_length, file, by_host=by_host)

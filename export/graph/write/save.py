@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,18 +19,26 @@ from .sequence_lengths import take_sequence_lengths
 from .weights_file import WeightsFile
 
 
-def write_graphs(model: ir.Model, folder: Path, precision: str, hidden_size: int | None = None) -> int:
+def write_graphs(
+    model: ir.Model,
+    folder: Path,
+    precision: str,
+    hidden_size: int | None = None,
+    shard_size: int | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
     """Writes the all-logits graph, its weights, and the last-logits graph over the same weights. Changes `model`.
 
-    With `hidden_size`, which needs an output head, the last-logits graph also outputs the last hidden states.
+    With `hidden_size`, which needs an output head, the last-logits graph also outputs the last hidden states. With
+    `shard_size`, each weights file is smaller than so many bytes. `advance` is told the written weights, and all.
 
     Returns the bytes of the weights, in their own file and in the graph.
     """
     head = take_head(model)  # first: the marks must not be saved
     all_logits = folder / PRECISIONS[precision].graph
     all_logits.parent.mkdir(parents=True, exist_ok=True)
-    file = WeightsFile.of(all_logits)
-    inline = file.take_weights(model)
+    file = WeightsFile.of(all_logits, shard_size)
+    inline = file.take_weights(model, advance)
     ir.save(model, all_logits)
     if hidden_size is not None:
         yield_hidden_states(model, head, hidden_size, half=PRECISIONS[precision].bits == 16)

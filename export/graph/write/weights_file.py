@@ -1,14 +1,17 @@
-"""The external data file that holds the weights of the graphs in a folder."""
+"""The external data files that hold the weights of the graphs in a folder: one, or with a shard size several."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from pastkey.contract import names
+from pastkey.errors import InputError
+from pastkey.files.memory import shown_bytes
 
 # Smaller weights stay in the graph: onnxruntime needs shapes and axes there for shape inference.
 INLINE_BYTES = 1024
@@ -21,37 +24,71 @@ _PACKED = (ir.DataType.UINT4, ir.DataType.INT4)  # two per byte
 class WeightsFile:
     """The file at `path`, which the graphs of its folder share. Equal content, such as a tied head, is written once.
 
-    The first write creates the file. The weights of a small model may all be in the graph.
+    The first write creates the file. The weights of a small model may all be in the graph. With `shard_size`, further
+    files follow, each smaller than so many bytes. A tensor is never split.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0  # bytes
-        self._offsets: dict[tuple[int, bytes], int] = {}
+    def __init__(self, path: Path, shard_size: int | None = None) -> None:
+        self.path, self._shard_size = path, shard_size
+        self._full = 0  # bytes of the earlier shards
+        self._shard, self._end = 0, 0  # the shard that is being filled, and its bytes
+        self._places: dict[tuple[int, bytes], tuple[str, int]] = {}
 
     @classmethod
-    def of(cls, graph: Path) -> WeightsFile:
+    def of(cls, graph: Path, shard_size: int | None = None) -> WeightsFile:
         """Returns the weights file of the graph at this path."""
-        return cls(graph.with_name(names.weights_file(graph.name)))
+        return cls(graph.with_name(names.weights_file(graph.name)), shard_size)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all shards."""
+        return self._full + self._end
 
     def place(self, content: bytes | memoryview) -> tuple[str, int]:
-        """Writes the content unless the file has it. Returns the file's name and the content's offset."""
-        key = (len(content), hashlib.sha256(content).digest())
-        if key not in self._offsets:
-            alignment = _PAGE_ALIGNMENT if len(content) >= _PAGE_ALIGNED_FROM else _ALIGNMENT
-            with self.path.open("ab" if self.size else "wb") as file:
-                file.write(b"\0" * (-self.size % alignment))
-                self._offsets[key] = file.tell()
-                file.write(content)
-                self.size = file.tell()
-        return self.path.name, self._offsets[key]
+        """Writes the content unless a file has it. Returns that file's name and the content's offset.
 
-    def take_weights(self, model: ir.Model) -> int:
+        Raises InputError for content that no shard has room for.
+        """
+        key = (len(content), hashlib.sha256(content).digest())
+        if key not in self._places:
+            start = self._start(len(content))
+            path = self.path.with_name(names.shard_of(self.path.name, self._shard))
+            with path.open("ab" if self._end else "wb") as file:
+                file.write(b"\0" * (start - self._end))
+                file.write(content)
+                self._end = file.tell()
+            self._places[key] = path.name, start
+        return self._places[key]
+
+    def _start(self, length: int) -> int:
+        """Returns the offset of the next content, in the next shard if this one has no room."""
+        alignment = _PAGE_ALIGNMENT if length >= _PAGE_ALIGNED_FROM else _ALIGNMENT
+        start = -(-self._end // alignment) * alignment
+        if self._shard_size is None or start + length < self._shard_size:
+            return start
+        if length >= self._shard_size:
+            raise InputError(
+                f"a weight takes {shown_bytes(length)}, and each weights file is to be smaller than "
+                f"{shown_bytes(self._shard_size)}: a weight is never split, give a larger --shard-size"
+            )
+        if self._shard + 1 == names.MAX_SHARDS:
+            raise InputError(
+                f"files smaller than {shown_bytes(self._shard_size)} would be more than the {names.MAX_SHARDS} that "
+                "transformers.js reads: give a larger --shard-size"
+            )
+        self._full, self._shard, self._end = self._full + self._end, self._shard + 1, 0
+        return 0
+
+    def take_weights(self, model: ir.Model, advance: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Moves the larger initializers of a graph, which is saved in the same folder, into this file.
 
         Returns the bytes of the weights that stay in the graph.
         """
-        return sum(self.take_weight(value) for value in model.graph.initializers.values())
+        inline, initializers = 0, model.graph.initializers.values()
+        for number, value in enumerate(initializers, 1):
+            inline += self.take_weight(value)
+            advance(number, len(initializers))
+        return inline
 
     def take_weight(self, value: ir.Value) -> int:
         """Moves an initializer here, unless it is small. Returns the bytes of a weight that stays in the graph."""

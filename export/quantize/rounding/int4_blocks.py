@@ -25,8 +25,8 @@ _ROWS_AT_ONCE = 128  # rows whose scales are searched together: they fit into a 
 _LAZY_COLUMNS = 64  # columns whose compensation by all later columns is one MatMul (GPTQ's lazy batch updates)
 
 
-def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -> Blocks:
-    """Rounds a matrix to 4 bits by GPTQ.
+def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray | None, block_size: int) -> Blocks:
+    """Rounds a matrix to 4 bits by GPTQ, or without a Hessian to nearest.
 
     Args:
         matrix: (N, K) float32.
@@ -39,13 +39,18 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
     if not np.isfinite(matrix).all():
         raise ValueError("NaN or infinity")
     rows, columns = matrix.shape
-    if not np.isfinite(hessian).all():  # squares of activations beyond 1e19 overflow float32: weight all alike
+    if (
+        hessian is not None and not np.isfinite(hessian).all()
+    ):  # squares of activations beyond 1e19 overflow float32: weight all alike
         hessian = np.eye(columns, dtype=np.float32)
     blocks = -(-columns // block_size)
-    order = np.argsort(-hessian.diagonal(), kind="stable")
-    factor = _compensation(hessian[np.ix_(order, order)])  # (K, K)
     importance = np.zeros(blocks * block_size, np.float32)
-    importance[order] = 1 / np.square(factor.diagonal())
+    if hessian is None:
+        importance[:columns] = 1
+    else:
+        order = np.argsort(-hessian.diagonal(), kind="stable")
+        factor = _compensation(hessian[np.ix_(order, order)])  # (K, K)
+        importance[order] = 1 / np.square(factor.diagonal())
     padded = np.zeros((rows, blocks * block_size), np.float32)
     padded[:, :columns] = matrix
     in_blocks = torch.from_numpy(padded.reshape(rows, blocks, block_size))
@@ -54,14 +59,18 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
     scales, zeros = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     scale_codes, row_scales = encode_scales(scales, np.rint)
     scales = scale_codes.astype(np.float32) * row_scales
-    of_column = order // block_size
     numbers = np.repeat(zeros, block_size, 1)
-    # Transposed, so that a column is contiguous.
-    left, of_scales, of_zeros = (
-        torch.from_numpy(np.ascontiguousarray(array.T))
-        for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
-    )
-    numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
+    if hessian is None:
+        steps = _centred(in_blocks, torch.from_numpy(scales), torch.from_numpy(zeros)).reshape(rows, -1)
+        numbers += steps.numpy()
+    else:
+        of_column = order // block_size
+        # Transposed, so that a column is contiguous.
+        left, of_scales, of_zeros = (
+            torch.from_numpy(np.ascontiguousarray(array.T))
+            for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
+        )
+        numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
     return Blocks(_packed(numbers).reshape(rows, blocks, -1), scale_codes, row_scales, columns, _packed(zeros), BITS)
 
 

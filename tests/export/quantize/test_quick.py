@@ -1,0 +1,100 @@
+"""--quick: weights rounded to nearest, and a short proof within the limits of a long one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey.__main__ import main
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
+from pastkey.errors import IntegrityError, ParityError
+from pastkey.export import bundle_writer, export
+from pastkey.export.measure.verify import SHORT_DECODE, SHORT_PREFILL, verify
+from pastkey.export.quantize.int4 import rounded_to_nearest
+from pastkey.export.quantize.rounding import int4_blocks
+from pastkey.export.quantize.rounding.rewrite import quantize
+from pastkey.precisions import PRECISIONS
+
+from ..conftest import Export
+from ..decoders import llama
+from ..plain_loop import run_chunks
+
+CONTEXT = 80
+
+
+@pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+def test_a_quick_bundle_is_proved_and_says_what_it_is(
+    precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = llama(max_position_embeddings=CONTEXT)
+    report = export(module, tmp_path / "bundle", precision, context_length=CONTEXT, quick=True)
+    bundle = open_bundle(report.path, verify=True)
+    manifest = bundle.manifest
+    assert manifest.quick
+    assert json.loads((report.path / names.MANIFEST).read_text())["format_version"] == 4
+    assert (report.path / names.GOLDEN).is_file()
+    assert bundle.int8_kv_graph is None
+    parity = manifest.parity["fp32"]
+    assert parity["ok"]
+    assert parity["reference"] == "source"
+    assert parity["tokens"] == SHORT_PREFILL + SHORT_DECODE
+    assert {check["limit"] for name, check in parity["checks"].items() if name != "greedy"} == {1e-5}
+    assert manifest.parity[precision]["kl_divergence"] <= PRECISIONS[precision].max_kl
+    assert manifest.quality["tokens"] == SHORT_PREFILL + SHORT_DECODE
+    capsys.readouterr()
+    assert main(["inspect", str(report.path)]) == 0
+    assert "exported with --quick: " in capsys.readouterr().out
+    assert verify(bundle, module).ok  # the whole proof, of a text that the export did not see
+
+
+def test_a_quick_int8_graph_is_the_float32_graph_rounded_as_it_is(exported: Export, tmp_path: Path) -> None:
+    report = export(llama(), tmp_path / "bundle", context_length=40, quick=True)
+    fp32 = exported("llama").bundle.all_logits_graph
+    model = ir.load(fp32)
+    quantize(model)
+    ir.save(model, tmp_path / "expected.onnx", external_data="expected.data")
+    ids = np.random.default_rng(0).integers(0, 60, 30).tolist()
+    graph = report.path / PRECISIONS["int8"].graph
+    np.testing.assert_array_equal(run_chunks(graph, [ids]), run_chunks(tmp_path / "expected.onnx", [ids]))
+
+
+def test_rounding_to_nearest_is_gptq_of_inputs_that_are_all_alike(exported: Export) -> None:
+    model = ir.load(exported("llama").bundle.all_logits_graph)
+    for name, found in rounded_to_nearest(model).items():
+        stored = model.graph.initializers[name].const_value
+        assert stored is not None
+        matrix, alike = stored.numpy().T, np.eye(stored.shape[0], dtype=np.float32)
+        expected = int4_blocks.round_by_hessian(matrix, alike, found.block_size)
+        np.testing.assert_array_equal(found.data, expected.data)
+        np.testing.assert_array_equal(found.scale_codes, expected.scale_codes)
+
+
+def test_a_graph_that_decodes_wrongly_fails_the_short_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(model: ir.Model, *arguments: object) -> int:
+        weight = next(v for name, v in model.graph.initializers.items() if name.endswith("o_proj.weight"))
+        assert weight.const_value is not None
+        weight.const_value = ir.tensor(weight.const_value.numpy() * 1.001)
+        return write(model, *arguments)  # type: ignore[arg-type]
+
+    write = bundle_writer.write_graphs
+    monkeypatch.setattr(bundle_writer, "write_graphs", spoilt)
+    with pytest.raises(ParityError, match="prefill"):
+        export(llama(), tmp_path / "bundle", "fp32", context_length=40, quick=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_of_format_3_loads_and_has_no_such_field(exported: Export, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported("llama").bundle.path, tmp_path / "bundle"))
+    content = json.loads((folder / names.MANIFEST).read_text())
+    del content["quick"]
+    (folder / names.MANIFEST).write_text(json.dumps(content | {"format_version": 3}))
+    assert not open_bundle(folder).manifest.quick
+    (folder / names.MANIFEST).write_text(json.dumps(content | {"quick": 1}))
+    with pytest.raises(IntegrityError, match="quick"):
+        open_bundle(folder)
