@@ -86,8 +86,17 @@ def _unsupported_by_fused(layer: Layer, target: str) -> str | None:
 
 
 # --- tracing ------------------------------------------------------------------------------------------------------
-def trace(module: nn.Module, observation: Observation, graph: str, context_length: int) -> ir.Model:
+def trace(
+    module: nn.Module,
+    observation: Observation,
+    graph: str,
+    context_length: int,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> ir.Model:
     """Exports the module as a float32 ONNX graph with explicit past key values, named as in `contract.names`.
+
+    Weights that stay in their file are `StoredWeight` initializers. If the trace read one of them, `say` is told, and
+    all are loaded.
 
     Raises ContractError when torch cannot trace the module.
     """
@@ -153,6 +162,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
     simplify(exported.model, _reads_stored(weights))
     _require_float32(module, exported.model)
     if weights is not None and not _bound(exported.model, weights):
+        say(f"the trace of {name_of(module)} reads a large weight, so that all are loaded: it takes more memory")
         load(module)
         return trace(module, observation, graph, context_length)
     return exported.model

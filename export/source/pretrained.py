@@ -28,6 +28,7 @@ from pastkey.values import is_int
 from ..graph.stored import StoredWeights
 from ..quiet import quiet
 from ..resources import require_memory
+from .gguf_tensors import dequantized_to_disk
 from .source import Source, context_of, refuse_links
 from .stored_tensors import kept_in_files
 from .stored_weights import (
@@ -198,7 +199,8 @@ def _transformers(source: object) -> Iterator[Any]:
 
 def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights]:
     """Loads the model in float32; its large weights stay in their files. All of its weights must come from them."""
-    with kept_in_files(library) as stored:
+    keeping = kept_in_files if named is None else dequantized_to_disk
+    with keeping() as stored:
         model, info = library.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,

@@ -30,22 +30,33 @@ LARGE = 1 << 20  # bytes in float32: smaller weights are loaded, so that what a 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class MappedFile:
-    """A file that is mapped for reading, and must not change meanwhile."""
+class Mapped:
+    """A part of a file that is mapped for reading."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            self._state = _state(os.fstat(file.fileno()))
-            self._content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
 
     def tensor(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
-        """Returns a view of `count` elements from the byte `offset`. Raises IntegrityError if the file has changed."""
-        if not self.path.exists() or _state(self.path.stat()) != self._state:
-            raise IntegrityError(f"{self.path} was changed while it was exported: export it again")
+        """Returns a view of `count` elements from the byte `offset`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the memory must not be written
             return torch.frombuffer(self._content, dtype=dtype, count=count, offset=offset)
+
+
+class MappedFile(Mapped):
+    """A file that is mapped for reading, and must not change meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        with path.open("rb") as file:
+            self._state = _state(os.fstat(file.fileno()))
+            super().__init__(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def tensor(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+        """As Mapped's. Raises IntegrityError if the file has changed."""
+        if not self._path.exists() or _state(self._path.stat()) != self._state:
+            raise IntegrityError(f"{self._path} was changed while it was exported: export it again")
+        return super().tensor(dtype, count, offset)
 
 
 def _state(found: os.stat_result) -> tuple[int, int]:
@@ -54,9 +65,9 @@ def _state(found: os.stat_result) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor of a safetensors file."""
+    """A tensor of a mapped file."""
 
-    file: MappedFile
+    file: Mapped
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int  # bytes from the file's beginning
@@ -72,16 +83,17 @@ class StoredTensor:
 
 
 @contextlib.contextmanager
-def kept_in_files(library: Any) -> Iterator[StoredWeights]:
+def kept_in_files() -> Iterator[StoredWeights]:
     """While open, transformers leaves large weights in the safetensors files that it opens."""
+    from transformers import modeling_utils
+
     weights = StoredWeights()
-    modeling = library.modeling_utils
-    original = modeling.safe_open
+    original = modeling_utils.safe_open
 
     def opened(file: Any, *args: Any, **options: Any) -> _Reader:
         return _Reader(original(file, *args, **options), Path(file), weights)
 
-    with replaced(modeling, "safe_open", opened), Streaming(weights):
+    with replaced(modeling_utils, "safe_open", opened), Streaming(weights):
         yield weights
 
 
