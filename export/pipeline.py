@@ -269,7 +269,7 @@ def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
         model, observation = source.module.graph(choice.graph, observation)
     else:
         progress.stage(f"trace {made} {contracted.call or CONTRACT} ({choice.reason})")
-        model = trace(source.module, observation, choice.graph, source.context_length)
+        model = trace(source.module, observation, choice.graph, source.context_length, progress.warn)
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # masks are als
 
 from pastkey.errors import ContractError, InputError
 
+from ..graph.stored import StoredWeights
 from ..quiet import quiet
 from .attention import AttentionCall, MaskSpec, attend, calling_line, described_mask, mask_spec
 from .probe.observe import StandIn
@@ -41,8 +42,10 @@ class HuggingFaceDecoder(StandIn):
     Without position_ids the model computes its own, against which those of the contract are checked.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, stored: StoredWeights | None = None) -> None:
+        """`stored`: those of its weights that stay in their file."""
         super().__init__(model)
+        self.stored = stored
         _register_hooks()
         self._experts: Callable[[], contextlib.AbstractContextManager[Any]] = _EveryExpert
         if hasattr(model, "set_experts_implementation"):  # transformers 5

@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
 from pastkey.providers import TARGETS
 
-from ..graph.edit import OPSET
+from ..graph.edit import OPSET, weight
 from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
 from ..graph.simplify import simplify
+from ..graph.stored import StoredWeight, StoredWeights, stored_weights
 from ..quiet import quiet
 from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
 from .probe.observe import Layer, Observation, evaluating, name_of
+from .streamed import load
 from .time_axis.program.traced import whole_objects
 
 # Sizes of the example inputs. Each dynamic dimension needs at least 2, or torch treats it as a constant.
@@ -83,8 +86,17 @@ def _unsupported_by_fused(layer: Layer, target: str) -> str | None:
 
 
 # --- tracing ------------------------------------------------------------------------------------------------------
-def trace(module: nn.Module, observation: Observation, graph: str, context_length: int) -> ir.Model:
+def trace(
+    module: nn.Module,
+    observation: Observation,
+    graph: str,
+    context_length: int,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> ir.Model:
     """Exports the module as a float32 ONNX graph with explicit past key values, named as in `contract.names`.
+
+    Weights that stay in their file are `StoredWeight` initializers. If the trace read one of them, `say` is told, and
+    all are loaded.
 
     Raises ContractError when torch cannot trace the module.
     """
@@ -117,7 +129,7 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
         outputs += [names.present_key(i), names.present_value(i)]
     inputs += [names.past_conv(i) for i in range(len(states))]
     outputs += [names.present_conv(i) for i in range(len(states))]
-    with evaluating(module), quiet(), _without_mask_detection(), whole_objects():
+    with evaluating(module, traced=True), quiet(), _without_mask_detection(), whole_objects():
         try:
             program = torch.export.export(
                 grafted.eval(),
@@ -146,9 +158,40 @@ def trace(module: nn.Module, observation: Observation, graph: str, context_lengt
             f"{name_of(module)} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
             "the calls must not depend on the input"
         )
-    simplify(exported.model)
+    weights = stored_weights(module)
+    simplify(exported.model, _reads_stored(weights))
     _require_float32(module, exported.model)
+    if weights is not None and not _bound(exported.model, weights):
+        say(f"the trace of {name_of(module)} reads a large weight, so that all are loaded: it takes more memory")
+        load(module)
+        return trace(module, observation, graph, context_length)
     return exported.model
+
+
+def _reads_stored(weights: StoredWeights | None) -> Callable[[ir.Node], bool]:
+    """Whether a node computes with numbers that are not in memory. A transposed matrix is a view."""
+
+    def reads(node: ir.Node) -> bool:
+        given = [value.const_value for value in node.inputs if value is not None]
+        return node.op_type != "Transpose" and any(_stored(weights, tensor) is not None for tensor in given)
+
+    return (lambda node: False) if weights is None else reads
+
+
+def _stored(weights: StoredWeights, tensor: ir.TensorProtocol | None) -> StoredWeight | None:
+    return weights.weight(getattr(tensor, "raw", None))
+
+
+def _bound(model: ir.Model, weights: StoredWeights) -> bool:
+    """Binds initializers to stored weights. Returns whether none of the others was made of hollow memory."""
+    for value in model.graph.initializers.values():
+        stored = _stored(weights, value.const_value)
+        if stored is not None:
+            stored.name = value.name
+            value.const_value = stored
+        elif value.dtype == ir.DataType.FLOAT and np.isnan(weight(value)).any():
+            return False
+    return True
 
 
 def _require_float32(module: nn.Module, model: ir.Model) -> None:

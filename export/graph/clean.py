@@ -22,7 +22,8 @@ from torch import nn
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry, StateGeometry
 
-from .edit import IR_VERSION, add_weight, drop_unused_weights, replace_uses, weight
+from .edit import IR_VERSION, add_tensor, drop_unused_weights, replace_uses, shape_of
+from .stored import StoredWeight, stored_weights
 
 HALVES = (torch.float16, torch.bfloat16)  # the graph stores them in float32
 DECODER = "decoder"  # the module's name inside the grafted one, stripped from weight names here
@@ -51,15 +52,15 @@ def merge_equal_weights(model: ir.Model) -> None:
     onnx_ir's DeduplicateHashedInitializersPass hashes every weight, 0.7 s instead of 0.01 s for 135 million, and
     refuses an array that is not C-contiguous.
     """
-    first: dict[tuple[object, ...], list[tuple[ir.Value, np.ndarray]]] = {}
+    first: dict[tuple[object, ...], list[ir.Value]] = {}
     for value in tuple(model.graph.initializers.values()):
-        array = weight(value)
-        if array is None or value.is_graph_output():
+        tensor = value.const_value
+        if tensor is None or value.is_graph_output():
             continue
-        seen = first.setdefault((array.dtype.str, array.shape, _sample(array)), [])
-        same = next((other for other, content in seen if np.array_equal(content, array)), None)
+        seen = first.setdefault(_key(tensor), [])
+        same = next((other for other in seen if _are_equal(other.const_value, tensor)), None)
         if same is None:
-            seen.append((value, array))
+            seen.append(value)
         else:
             replace_uses(value, same)
     drop_unused_weights(model)
@@ -69,11 +70,12 @@ def share_transposed_weights(model: ir.Model) -> None:
     """Replaces a matrix that is the transpose of a gathered one, an embedding, by Transpose(embedding)."""
     matrices = list(_matrices(model))
     gathered = {id(node.inputs[0]): node.inputs[0] for node in model.graph if node.op_type == "Gather"}
-    for value, array in matrices:
+    for value, tensor in matrices:
         for other, content in matrices:
-            if id(other) not in gathered or other is value or content.shape != array.shape[::-1]:
+            if id(other) not in gathered or other is value or content.shape != tensor.shape[::-1]:
                 continue
-            if np.array_equal(content.T, array):
+            turned = _transposed(content)
+            if _key(turned) == _key(tensor) and _are_equal(turned, tensor):
                 node = ir.node("Transpose", [other], {"perm": [1, 0]}, name=f"{value.name}_transposed")
                 node.outputs[0].name = f"{value.name}_transposed"
                 model.graph.insert_before(model.graph[0], node)
@@ -88,10 +90,10 @@ def fold_transposed_weights(model: ir.Model) -> None:
         if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
             continue
         source = node.inputs[0]
-        array = weight(source)
-        if source is None or array is None or array.ndim != 2 or len(tuple(source.uses())) > 1:
+        tensor = None if source is None or shape_of(source) is None else source.const_value
+        if source is None or tensor is None or len(tensor.shape) != 2 or len(tuple(source.uses())) > 1:
             continue
-        folded = add_weight(model, f"{source.name}_folded", np.ascontiguousarray(array.T))
+        folded = add_tensor(model, f"{source.name}_folded", _transposed(tensor))
         replace_uses(node.outputs[0], folded)
         model.graph.remove(node, safe=True)
     drop_unused_weights(model)
@@ -100,36 +102,50 @@ def fold_transposed_weights(model: ir.Model) -> None:
 def restore_weight_names(model: ir.Model, module: nn.Module) -> None:
     """Gives each weight the name of the parameter or buffer that it holds, directly or transposed."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    known: dict[tuple[object, ...], list[tuple[str, np.ndarray]]] = {}
+    weights = stored_weights(module)
+    known: dict[tuple[object, ...], list[tuple[str, ir.TensorProtocol]]] = {}
     for name, tensor in tensors.items():
-        held: np.ndarray = (tensor.detach().float() if tensor.dtype in HALVES else tensor.detach()).numpy()
-        for form in (held, held.T) if held.ndim == 2 else (held,):
-            known.setdefault((form.dtype.str, form.shape, _sample(form)), []).append((name, form))
+        held: ir.TensorProtocol | None = None if weights is None else weights.weight(tensor)
+        if held is None:
+            held = ir.Tensor((tensor.detach().float() if tensor.dtype in HALVES else tensor.detach()).numpy())
+        for form in (held, _transposed(held)) if len(held.shape) == 2 else (held,):
+            known.setdefault(_key(form), []).append((name, form))
     taken = {name for name in model.graph.initializers if name in tensors}
     for value in tuple(model.graph.initializers.values()):
-        array = weight(value)
+        content = value.const_value
         plain = str(value.name).removeprefix(f"{DECODER}.")
-        if array is None or array.size < 2:
+        if content is None or content.size < 2:
             continue
-        candidates = known.get((array.dtype.str, array.shape, _sample(array)), [])
-        fitting = [name for name, form in candidates if np.array_equal(form, array)]
+        fitting = [name for name, form in known.get(_key(content), []) if _are_equal(form, content)]
         name = plain if plain in fitting else next((n for n in fitting if n not in taken), plain)
         if name != value.name and name not in model.graph.initializers:
             value.name = name
         taken.add(name)
 
 
-def _matrices(model: ir.Model) -> Iterator[tuple[ir.Value, np.ndarray]]:
+def _matrices(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     for value in model.graph.initializers.values():
-        array = weight(value)
-        if array is not None and array.ndim == 2 and array.dtype == np.float32:
-            yield value, array
+        tensor = value.const_value
+        if tensor is not None and len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT:
+            yield value, tensor
 
 
-def _sample(array: np.ndarray) -> bytes:
-    """Returns a few elements, equal for equal arrays: avoids most comparisons of whole arrays."""
-    step = max(1, array.size // 61)
-    return np.array([array.flat[i] for i in range(0, array.size, step)]).tobytes()
+def _transposed(matrix: ir.TensorProtocol) -> ir.TensorProtocol:
+    return matrix.transposed() if isinstance(matrix, StoredWeight) else ir.Tensor(matrix.numpy().T)
+
+
+def _key(tensor: ir.TensorProtocol) -> tuple[object, ...]:
+    """Returns type, shape and a few elements, equal for equal tensors: avoids most comparisons of whole tensors."""
+    places = np.arange(0, tensor.size, max(1, tensor.size // 61))
+    few = tensor.sample(places) if isinstance(tensor, StoredWeight) else tensor.numpy().flat[places]
+    return tensor.dtype, tuple(tensor.shape.numpy()), few.tobytes()
+
+
+def _are_equal(one: ir.TensorProtocol | None, other: ir.TensorProtocol) -> bool:
+    """Whether two tensors with the same key have the same content. Reads them only if it must."""
+    if isinstance(other, StoredWeight) and other.is_same(one):
+        return True
+    return one is not None and np.array_equal(one.numpy(), other.numpy())
 
 
 # --- names --------------------------------------------------------------------------------------------------------

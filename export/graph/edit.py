@@ -19,10 +19,23 @@ def weight(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of an initializer, whose content is not read, or None for any other value."""
+    if value is None or value.const_value is None or value.producer() is not None:
+        return None
+    return tuple(value.const_value.shape.numpy())
+
+
 def add_weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     """Adds an initializer that holds this array without a copy."""
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return add_tensor(model, name, ir.Tensor(array))
+
+
+def add_tensor(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Adds an initializer with this content."""
+    tensor.name = name
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from .edit import CONTRIB_DOMAIN, input_of, producer, replace_node, replace_uses, replace_value, weight
+from .edit import CONTRIB_DOMAIN, input_of, producer, replace_node, replace_uses, replace_value, shape_of, weight
 from .rotary import fuse_rotary
 
 
@@ -65,8 +65,8 @@ def fuse_norms(model: ir.Model) -> None:
 def weight_and_rest(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     """Returns the operand that is a vector of weights, and the other one."""
     for scale, rest in (tuple(node.inputs), tuple(reversed(node.inputs))):
-        array = weight(scale)
-        if array is not None and array.ndim == 1 and array.size > 1 and weight(rest) is None:
+        shape = shape_of(scale)
+        if shape is not None and len(shape) == 1 and shape[0] > 1 and shape_of(rest) is None:
             return scale, rest
     return None, None
 
@@ -107,7 +107,7 @@ def fuse_skips(model: ir.Model) -> None:
         if node.op_type != "SimplifiedLayerNormalization":
             continue
         total = producer(node.inputs[0], "Add")
-        if total is None or any(value is None or weight(value) is not None for value in total.inputs):
+        if total is None or any(value is None or shape_of(value) is not None for value in total.inputs):
             continue
         one, other = total.inputs
         assert one is not None

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from pastkey.runtime.providers.ort import onnxruntime
 
-from .edit import weight
+from .edit import shape_of
 
 
 def depends_only_on(model: ir.Model, sources: Iterable[ir.Value]) -> set[int]:
@@ -24,7 +24,7 @@ def depends_only_on(model: ir.Model, sources: Iterable[ir.Value]) -> set[int]:
 
 def constant(value: ir.Value) -> bool:
     """Whether the value is an initializer, or computed only from initializers."""
-    if weight(value) is not None:
+    if shape_of(value) is not None:
         return True
     producer = value.producer()
     return producer is not None and all(constant(v) for v in producer.inputs if v is not None)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from pastkey.contract import names
 from pastkey.runtime.providers.ort import onnxruntime
 
-from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, weight
+from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, shape_of, weight
 
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a multiple of this
 # Tables grow with the context. Their limit is the larger of these bytes and this share of the weights.
@@ -26,7 +26,7 @@ _TABLE_BYTES, _TABLE_SHARE = 4 << 20, 0.02
 
 def fuse_rotary(model: ir.Model, context_length: int) -> None:
     """Moves the rotation of queries and keys into attention if the same angles rotate both."""
-    weights = sum(array.nbytes for v in model.graph.initializers.values() if (array := weight(v)) is not None)
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     allowed = max(_TABLE_BYTES, _TABLE_SHARE * weights)
     tables: dict[tuple[int, int], list[ir.Value] | None] = {}
     for node in tuple(model.graph):
@@ -168,7 +168,7 @@ def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None
     while waiting:
         current = waiting.pop()
         producer = current.producer()
-        if weight(current) is not None or (producer is None and current.name == names.POSITION_IDS):
+        if shape_of(current) is not None or (producer is None and current.name == names.POSITION_IDS):
             continue
         if producer is None or producer.domain:  # not an operator of ONNX
             return None

@@ -7,6 +7,8 @@ same passes with only the rules that change no number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
@@ -35,11 +37,11 @@ _RULES = [
 _ROUNDS = 2  # folding makes constants that rules need; rules make nodes that fold
 
 
-def simplify(model: ir.Model) -> None:
-    """Changes the model in place. It computes the same numbers with fewer nodes."""
+def simplify(model: ir.Model, kept: Callable[[ir.Node], bool] = lambda node: False) -> None:
+    """Changes the model in place. It computes the same numbers with fewer nodes. Nodes that are `kept` do not fold."""
     ir.passes.Sequential(common.InlinePass())(model)
     for _ in range(_ROUNDS):
-        optimizer.fold_constants(model)
+        optimizer.fold_constants(model, should_fold=lambda node: False if kept(node) else None)
         ir.passes.Sequential(
             RewritePass(_RULES),
             common.IdentityEliminationPass(),  # such as two transposes that cancel: rules do not look past an Identity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, Unpack
 
@@ -137,11 +136,12 @@ class ModulePredictor:
         Compares its logits, or with `hidden` its last hidden states.
         """
         from ..graft.given_graph import GivenDecoder
+        from ..graft.streamed import in_float64
 
         if isinstance(self._module, GivenDecoder):
             return self._module.rounding(ids)
         try:
-            wide = ModulePredictor(copy.deepcopy(self._module).double())
+            wide = ModulePredictor(in_float64(self._module))
             found = wide.hidden_states(ids) if hidden else wide.logits(ids)
         except Exception:  # a user's module may raise anything in a precision that it was not written for
             return 0.0

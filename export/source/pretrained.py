@@ -25,9 +25,12 @@ from pastkey.files.reading import is_panic, read_bytes
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 from pastkey.values import is_int
 
+from ..graph.stored import StoredWeights
 from ..quiet import quiet
 from ..resources import require_memory
+from .gguf_tensors import dequantized_to_disk
 from .source import Source, context_of, refuse_links
+from .stored_tensors import kept_in_files
 from .stored_weights import (
     MOST_POSITIONS,
     SIZES,
@@ -75,10 +78,10 @@ def open_folder(
     with _transformers(folder) as library:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
-        model = _load(library, folder, config=config, use_safetensors=True, **options)
+        model, stored = _load(library, folder, config=config, use_safetensors=True, **options)
         wanted = has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
-    return _source(name or folder.resolve().name, model, found, tokenizer, context_length)
+    return _source(name or folder.resolve().name, model, found, tokenizer, context_length, stored)
 
 
 def open_gguf(
@@ -97,9 +100,9 @@ def open_gguf(
     before_loading(weights)
     with _transformers(file) as library:
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-        model = _load(library, file.parent, named=file, **options)
+        model, stored = _load(library, file.parent, named=file, **options)
         found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
-    source = _source(file.stem, model, found, tokenizer, context_length)
+    source = _source(file.stem, model, found, tokenizer, context_length, stored)
     if found is None or source.tokenizer is None:
         return source
     own = _without_tokens_from(model.get_input_embeddings().num_embeddings, source.tokenizer)
@@ -194,16 +197,18 @@ def _transformers(source: object) -> Iterator[Any]:
         raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
 
 
-def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> Any:
-    """Loads the model in float32. All of its weights must come from its files."""
-    model, info = library.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        ignore_mismatched_sizes=True,  # reported below, with the sizes
-        output_loading_info=True,
-        **options,
-    )
+def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights]:
+    """Loads the model in float32; its large weights stay in their files. All of its weights must come from them."""
+    keeping = kept_in_files if named is None else dequantized_to_disk
+    with keeping() as stored:
+        model, info = library.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,  # reported below, with the sizes
+            output_loading_info=True,
+            **options,
+        )
     source = named or folder
     for mismatch in sorted(info["mismatched_keys"]):
         # transformers 4 returns only the name, 5 also both shapes.
@@ -228,7 +233,7 @@ def _load(library: Any, folder: Path, *, named: Path | None = None, **options: A
             "one of the two is another model's"
         )
     # transformers refuses its own float() on dequantized weights, although they are float32 or float16 now.
-    return torch.nn.Module.float(model).eval()
+    return torch.nn.Module.float(model).eval(), stored
 
 
 def _refuse_recurrent(kind: type | None, name: object) -> None:
@@ -247,7 +252,12 @@ def _numberless(name: str) -> str:
 
 # --- the source ---------------------------------------------------------------------------------------------------
 def _source(
-    name: str, model: Any, tokenizer: Any | None, given: str | Path | None, context_length: int | None
+    name: str,
+    model: Any,
+    tokenizer: Any | None,
+    given: str | Path | None,
+    context_length: int | None,
+    stored: StoredWeights | None = None,
 ) -> Source:
     from ..graft.huggingface import HuggingFaceDecoder, freeze_rotary
 
@@ -269,7 +279,7 @@ def _source(
             ids = tuple(found) if isinstance(found, list | tuple) else (found,)
             fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
     fields["generation"] = _generation(generation)
-    return Source(HuggingFaceDecoder(model), name, context, config=_config(config, context), **fields)
+    return Source(HuggingFaceDecoder(model, stored), name, context, config=_config(config, context), **fields)
 
 
 def _longest(config: Any, tokenizer: Any | None) -> int | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pastkey.errors import ContractError, InputError, PastkeyError, first_line
 
 from ..attention import failing_line
+from ..streamed import load, streaming
 from ..time_axis.program.python_branches import heard
 from ..time_axis.step.decoder import TimeAxisDecoder, find
 from .cache_check import cache_works
@@ -75,7 +76,8 @@ def in_contract(
         return Contracted(module, module.observed(context_length))
     with _as_it_was(), without_autocast() as entered:
         model = module if isinstance(module, StandIn) else _prepared(module, say)  # already a wrapper of ours
-        require_finite(model)
+        with streaming(model):
+            require_finite(model)
         kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
         if kept is None or entered:
             followed = _followed(model, context_length, asked, latents)
@@ -141,6 +143,7 @@ def _chooses_rows(kept: Contracted, context_length: int) -> bool:
 
 
 def _followed(model: nn.Module, context_length: int, asked: str | None, latents: bool) -> Contracted:
+    load(model)  # the rules read weights
     with evaluating(model):
         probed = find_call(model, context_length, asked)
         _run_whole(model, probed.call, context_length, probed.vocab_size)

@@ -28,6 +28,7 @@ from ..attention import (
     torch_attention,
     visible,
 )
+from ..streamed import streaming
 
 _SEED = 0
 _MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32
@@ -87,12 +88,15 @@ class Uncached:
 
 # --- running ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; restores every submodule's mode on exit."""
+def evaluating(module: nn.Module, *, traced: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients, with the module's stored weights unless it is only traced.
+
+    Restores every submodule's mode on exit.
+    """
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if traced else streaming(module):
             yield
     finally:
         for child, mode in modes:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 
-from ..edit import weight
+from ..edit import shape_of
 
 _MARK = "pastkey.output_head"  # key in a node's metadata
 # Operators that process each position by itself, so that one position can be selected before them.
@@ -44,8 +44,8 @@ def hidden_size(head: ir.Node) -> int | None:
         axis = 1 - axis if node.op_type == "Transpose" else axis
         value = node.inputs[0]
         node = None if value is None else value.producer()
-    array = weight(value)
-    return array.shape[axis] if array is not None and array.ndim == 2 else None
+    shape = shape_of(value)
+    return shape[axis] if shape is not None and len(shape) == 2 else None
 
 
 def mark_head(nodes: Iterable[ir.Node]) -> None:
@@ -70,5 +70,5 @@ def _constant(value: ir.Value | None) -> bool:
     """Whether the value is an initializer, or computed only from initializers, such as a transposed one."""
     producer = None if value is None else value.producer()
     if producer is None:
-        return weight(value) is not None
+        return shape_of(value) is not None
     return bool(producer.inputs) and all(_constant(v) for v in producer.inputs if v is not None)

@@ -1,0 +1,131 @@
+"""Runs a module whose large weights stay in their file: each operator gets those that it reads, one at a time.
+
+Every operator passes here, wherever the module uses a weight: in its own submodule or another, whole or as a view.
+Operators that only make views are left alone. The results are bit by bit those of the module with its weights in
+memory: the operators are the same, on tensors of the same layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..graph.stored import Stored, StoredWeights, read, stored_weights
+
+
+@dataclass
+class _Buffer:
+    """Memory that one weight after the other is read into: new memory costs more than reading."""
+
+    memory: Tensor  # bytes
+    stored: Stored | None = None
+    dtype: torch.dtype = torch.float32
+
+    def fill(self, stored: Stored, dtype: torch.dtype) -> None:
+        elements = torch.Size(stored.shape).numel()
+        if self.memory.numel() < elements * dtype.itemsize:
+            self.memory = torch.empty(elements * dtype.itemsize, dtype=torch.uint8)
+        self.stored, self.dtype = None, dtype
+        stored.read_into(self.content(elements).view(stored.shape))
+        self.stored = stored
+
+    def content(self, elements: int) -> Tensor:
+        return self.memory[: elements * self.dtype.itemsize].view(self.dtype)
+
+
+class Streaming(TorchDispatchMode):
+    """While open, operators compute with the stored weights in place of hollow memory.
+
+    An operator that writes into a stored weight is a RuntimeError.
+    """
+
+    def __init__(self, weights: StoredWeights) -> None:
+        super().__init__()
+        self._weights = weights
+        self._buffers: list[_Buffer] = []  # as many as an operator reads stored weights
+
+    def __exit__(self, *error: Any) -> None:
+        self._buffers.clear()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)
+        used: list[_Buffer] = []
+
+        def with_numbers(tensor: Tensor) -> Tensor:
+            stored = self._weights.of(tensor)
+            if stored is None:
+                return tensor
+            content = self._filled(stored, tensor.dtype, used).content(torch.Size(stored.shape).numel())
+            return content.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        args, kwargs = tree_map_only(Tensor, with_numbers, (args, kwargs))
+        if not used:
+            return func(*args, **kwargs)
+        if func._schema.is_mutable and any(
+            argument.alias_info is not None and argument.alias_info.is_write and _is_in(given, used)
+            for argument, given in zip(func._schema.arguments, args, strict=False)
+        ):
+            raise RuntimeError(f"{func} writes into a weight, which stays in its file")
+        result = func(*args, **kwargs)
+        if _is_in(result, used):  # it must keep its memory
+            self._buffers = [buffer for buffer in self._buffers if buffer not in used]
+        return result
+
+    def _filled(self, stored: Stored, dtype: torch.dtype, used: list[_Buffer]) -> _Buffer:
+        """Returns a buffer that holds the stored tensor, and adds it to those that this operator uses."""
+        held = next((b for b in self._buffers if b.stored is stored and b.dtype == dtype), None)
+        if held is None:
+            held = next((b for b in self._buffers if not any(b is other for other in used)), None)
+            if held is None:
+                held = _Buffer(torch.empty(0, dtype=torch.uint8))
+                self._buffers.append(held)
+            held.fill(stored, dtype)
+        used.append(held)
+        return held
+
+
+def _is_in(value: Any, buffers: list[_Buffer]) -> bool:
+    """Whether a tensor in the value is a view of a buffer."""
+    starts = {buffer.memory.data_ptr() for buffer in buffers}
+    return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in starts for leaf in tree_leaves(value))
+
+
+def streaming(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """While open, the module computes with its stored weights, if it has some."""
+    weights = stored_weights(module)
+    return contextlib.nullcontext() if weights is None else Streaming(weights)
+
+
+def load(module: nn.Module) -> None:
+    """Reads all weights into memory, for code that cannot do without."""
+    weights = stored_weights(module)
+    if weights is not None:
+        for parameter, stored in weights.parameters(module):
+            parameter.data = read(stored)
+
+
+def in_float64(module: nn.Module) -> nn.Module:
+    """Returns a copy that computes in float64. Stored weights stay in their file; reading widens them."""
+    weights = stored_weights(module)
+    memo: dict[int, Any] = {}
+    if weights is not None:
+        for parameter, stored in weights.parameters(module):
+            memo[id(parameter)] = nn.Parameter(weights.hollow(stored, torch.float64), requires_grad=False)
+    return copy.deepcopy(module, memo).double()
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Returns the bytes of the parameters and buffers that are in memory."""
+    weights = stored_weights(module)
+    held = {id(t): t for t in [*module.parameters(), *module.buffers()]}.values()
+    return sum(t.nbytes for t in held if weights is None or weights.of(t) is None)

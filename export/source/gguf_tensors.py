@@ -1,0 +1,93 @@
+"""Keeps the large weights of a GGUF file in a temporary file while transformers dequantizes them.
+
+transformers dequantizes one tensor after the other, brings each to its parameter's layout and collects them all. Here
+each large one goes to the file as float32 instead, and hollow memory (`graph/stored.py`) stands for it: dequantizing
+takes too long to be repeated in each run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..graft.attention import replaced
+from ..graft.streamed import Streaming
+from ..graph.stored import StoredWeights
+from . import stored_tensors
+from .stored_tensors import Mapped, StoredTensor
+
+_ON_DISK = "/var/tmp"  # on many systems /tmp is in memory
+
+
+@contextlib.contextmanager
+def dequantized_to_disk() -> Iterator[StoredWeights]:
+    """While open, transformers puts large weights of the GGUF files that it opens into a temporary file.
+
+    It has no name, so that nothing is left of it whatever ends the program.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    weights = StoredWeights()
+    known = getattr(reader, "TENSOR_PROCESSORS", {})
+    with replaced(reader, "TENSOR_PROCESSORS", _Processors(known, weights)), Streaming(weights):
+        yield weights
+
+
+class _Processors(dict[str, Any]):
+    """transformers' processors of tensors by architecture, of which each sends large tensors to the disk."""
+
+    def __init__(self, known: Mapping[str, Any], weights: StoredWeights) -> None:
+        super().__init__(known)
+        self._weights, self._file = weights, TemporaryWeights()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        kind = super().get(key, default)
+        return lambda **options: _Processor(kind(**options), self._weights, self._file)
+
+
+@dataclass
+class _Processor:
+    own: Any  # transformers'
+    weights: StoredWeights
+    file: TemporaryWeights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def process(self, **given: Any) -> Any:
+        """Does what transformers' processor does; a large tensor becomes hollow, and transformers skips it then."""
+        made = self.own.process(**given)
+        name = given["tensor_key_mapping"].get(made.name)
+        if name is None or made.weights.dtype != np.float32 or made.weights.nbytes < stored_tensors.LARGE:
+            return made
+        with contextlib.suppress(OSError):  # no room: it stays in memory
+            stored = self.file.add(made.weights)
+            given["parsed_parameters"]["tensors"][name] = self.weights.hollow(stored)
+            return made._replace(weights=np.empty(0, np.float32), name="")
+        return made
+
+
+class TemporaryWeights:
+    """A temporary file of float32 tensors."""
+
+    def __init__(self) -> None:
+        on_disk = "TMPDIR" not in os.environ and Path(_ON_DISK).is_dir()
+        self._file = tempfile.TemporaryFile(dir=_ON_DISK if on_disk else None)  # noqa: SIM115  # until it is collected
+
+    def add(self, array: np.ndarray) -> StoredTensor:
+        """Writes an array. Raises OSError if the disk is full."""
+        start = -(-self._file.seek(0, os.SEEK_END) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._file.seek(start)
+        self._file.write(np.ascontiguousarray(array).data)
+        self._file.flush()
+        content = mmap.mmap(self._file.fileno(), array.nbytes, access=mmap.ACCESS_READ, offset=start)
+        return StoredTensor(Mapped(content), torch.float32, array.shape, 0)

@@ -1,0 +1,142 @@
+"""Keeps the large weights of safetensors files in their files while transformers loads a model.
+
+transformers decides, as ever, which tensor becomes which parameter. Only the reader that it opens is exchanged: for a
+large tensor it returns hollow memory (`graph/stored.py`). Where transformers computes a parameter of several tensors,
+such as merged experts, they are read, and that parameter is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pastkey.errors import IntegrityError
+from pastkey.files.safetensors_header import read_header
+
+from ..graft.attention import replaced
+from ..graft.streamed import Streaming
+from ..graph.stored import StoredWeights
+
+LARGE = 1 << 20  # bytes in float32: smaller weights are loaded, so that what a trace computes of them is right
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Mapped:
+    """A part of a file that is mapped for reading."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content = content
+
+    def tensor(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+        """Returns a view of `count` elements from the byte `offset`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the memory must not be written
+            return torch.frombuffer(self._content, dtype=dtype, count=count, offset=offset)
+
+
+class MappedFile(Mapped):
+    """A file that is mapped for reading, and must not change meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        with path.open("rb") as file:
+            self._state = _state(os.fstat(file.fileno()))
+            super().__init__(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def tensor(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+        """As Mapped's. Raises IntegrityError if the file has changed."""
+        if not self._path.exists() or _state(self._path.stat()) != self._state:
+            raise IntegrityError(f"{self._path} was changed while it was exported: export it again")
+        return super().tensor(dtype, count, offset)
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor of a mapped file."""
+
+    file: Mapped
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the file's beginning
+
+    def read_into(self, out: Tensor) -> None:
+        out.copy_(self._content().view(self.shape))
+
+    def elements(self, places: Tensor) -> Tensor:
+        return self._content()[places].float()
+
+    def _content(self) -> Tensor:
+        return self.file.tensor(self.dtype, torch.Size(self.shape).numel(), self.offset)
+
+
+@contextlib.contextmanager
+def kept_in_files() -> Iterator[StoredWeights]:
+    """While open, transformers leaves large weights in the safetensors files that it opens."""
+    from transformers import modeling_utils
+
+    weights = StoredWeights()
+    original = modeling_utils.safe_open
+
+    def opened(file: Any, *args: Any, **options: Any) -> _Reader:
+        return _Reader(original(file, *args, **options), Path(file), weights)
+
+    with replaced(modeling_utils, "safe_open", opened), Streaming(weights):
+        yield weights
+
+
+class _Reader:
+    """safetensors' own reader of a file but for its large weights."""
+
+    def __init__(self, opened: Any, path: Path, weights: StoredWeights) -> None:
+        self._opened, self._weights = opened, weights
+        mapped, tensors = MappedFile(path), read_header(path)
+        start = path.stat().st_size - max((tensor.end for tensor in tensors.values()), default=0)
+        self._large = {
+            name: StoredTensor(mapped, _DTYPES[tensor.dtype], tensor.shape, start + tensor.start)
+            for name, tensor in tensors.items()
+            if tensor.dtype in _DTYPES and tensor.elements * 4 >= LARGE
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+    def __enter__(self) -> _Reader:
+        self._opened.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def get_tensor(self, name: str) -> Any:
+        stored = self._large.get(name)
+        return self._opened.get_tensor(name) if stored is None else self._weights.hollow(stored)
+
+    def get_slice(self, name: str) -> Any:
+        opened, stored = self._opened.get_slice(name), self._large.get(name)
+        return opened if stored is None else _Slice(opened, stored, self._weights)
+
+
+class _Slice:
+    """A large weight as safetensors' slices are: its sizes, and its content when it is indexed."""
+
+    def __init__(self, opened: Any, stored: StoredTensor, weights: StoredWeights) -> None:
+        self._opened, self._stored, self._weights = opened, stored, weights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._weights.hollow(self._stored)[index]

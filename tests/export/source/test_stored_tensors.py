@@ -1,0 +1,247 @@
+"""Weights that stay in their safetensors files: the same logits, the same bundle, and no reading while a graph is made.
+
+Tiny models, of which every matrix counts as large here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from pastkey.errors import IntegrityError, ParityError
+from pastkey.export import export
+from pastkey.export.graft.probe.observe import natively, observe, run_uncached
+from pastkey.export.graft.streamed import Streaming, in_float64, load, resident_bytes
+from pastkey.export.graft.trace import trace
+from pastkey.export.graph.clean import clean
+from pastkey.export.graph.fuse import fuse
+from pastkey.export.graph.stored import StoredWeight, StoredWeights, stored_weights
+from pastkey.export.source import stored_tensors
+from pastkey.export.source.open import open_source
+from pastkey.export.source.stored_tensors import StoredTensor
+
+from ...shared import divided
+from ..families import CONTEXT, FAMILIES, build
+from ..tiny_llama import TRANSFORMERS_4, llama
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
+
+WHOLE = 1 << 40
+# Families of which transformers computes some parameters of several tensors, or turns them: these are in memory.
+COMPUTED = {
+    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+    "solar_open",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def every_matrix_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_tensors, "LARGE", 1000)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the tensors that were read."""
+    found: list[tuple[int, ...]] = []
+    original = StoredTensor.read_into
+
+    def counted(self: StoredTensor, out: torch.Tensor) -> None:
+        found.append(self.shape)
+        original(self, out)
+
+    monkeypatch.setattr(StoredTensor, "read_into", counted)
+    return found
+
+
+def saved(model: Any, folder: Path, kind: str = "") -> Path:
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(kind, torch.float32)
+    model.to(dtype).save_pretrained(folder, **({"max_shard_size": "60KB"} if kind == "shards" else {}))
+    return folder
+
+
+def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Name, parameter, and whether it stays in its file."""
+    weights = stored_weights(module)
+    assert weights is not None
+    hollow = {id(parameter) for parameter, _ in weights.parameters(module)}
+    yield from ((name, parameter, id(parameter) in hollow) for name, parameter in module.named_parameters())
+
+
+def logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with natively(module):
+        return run_uncached(module, ids).logits
+
+
+# --- torch --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("kind", "tied"), [("bf16", True), ("f16", False), ("", True), ("shards", False)])
+def test_logits_are_those_of_the_loaded_model_bit_by_bit(kind: str, tied: bool, tmp_path: Path) -> None:
+    folder = saved(llama(tie_word_embeddings=tied), tmp_path / "model", kind)
+    module = open_source(folder).module
+    expected = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert [name for name, _, stored in parameters(module) if not stored] == [
+        name for name, parameter, _ in parameters(module) if parameter.dim() == 1
+    ]
+    assert resident_bytes(module) < 3000
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        assert torch.equal(logits(module, ids), expected(input_ids=ids, use_cache=False).logits)
+        wide, expected = in_float64(module), expected.double()
+        assert resident_bytes(wide) < 6000
+        assert torch.equal(logits(wide, ids), expected(input_ids=ids, use_cache=False).logits.float())
+    load(module)
+    assert resident_bytes(module) == sum(parameter.nbytes for parameter in expected.float().parameters()) + sum(
+        buffer.nbytes for buffer in module.buffers()
+    )
+    with torch.no_grad():
+        assert torch.equal(logits(module, ids), expected(input_ids=ids, use_cache=False).logits)
+
+
+class Elsewhere(nn.Module):
+    """Uses weights outside of their submodules, and parts and views of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 48, bias=False), nn.Linear(48, 32)
+        self.table = nn.Embedding(16, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table.weight[ids] + self.second.weight.mean(1)
+        x = x @ self.first.weight[8:40].T.contiguous().T.reshape(32, 32) @ self.first.weight.T
+        x = nn.functional.linear(x, self.second.weight, self.second.bias) * self.second.weight.view(-1)[3]
+        q, k = torch.cat([self.first.weight, self.second.weight.T]).chunk(2)
+        return nn.functional.linear(x @ (q - k).T, torch.einsum("ij,kj->ik", self.table.weight, k))
+
+
+def test_weights_are_filled_wherever_they_are_used() -> None:
+    torch.manual_seed(0)
+    module = Elsewhere()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = module(ids)
+        held = {id(parameter): parameter.detach().clone() for parameter in module.parameters()}
+        weights = StoredWeights()
+        for parameter in module.parameters():
+            if parameter.dim() == 2:
+                parameter.data = weights.hollow(InMemory(held[id(parameter)]))
+        assert module(ids).isnan().any()
+        with Streaming(weights):
+            assert torch.equal(module(ids), expected)
+            with pytest.raises(RuntimeError, match="writes into a weight"):
+                module.first.weight.mul_(2)
+
+
+class InMemory:
+    """A stored tensor of a test."""
+
+    def __init__(self, content: torch.Tensor) -> None:
+        self.content, self.shape = content, tuple(content.shape)
+
+    def read_into(self, out: torch.Tensor) -> None:
+        out.copy_(self.content)
+
+    def elements(self, places: torch.Tensor) -> torch.Tensor:
+        return self.content.flatten()[places]
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(saved_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_llama, tmp_path / "model"))
+    module = open_source(folder).module
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    with pytest.raises(IntegrityError, match=r"model\.safetensors was changed while it was exported"):
+        logits(module, torch.arange(4)[None])
+
+
+# --- the graph ----------------------------------------------------------------------------------------------------
+def test_a_graph_is_made_without_reading_the_weights(saved_llama: Path, reads: list[tuple[int, ...]]) -> None:
+    source = open_source(saved_llama)
+    observation = observe(source.module, source.context_length)
+    assert len(reads) > 10
+    reads.clear()
+    model = trace(source.module, observation, "fused", source.context_length)
+    fuse(model, source.context_length)
+    clean(model, source.module, observation.geometry, observation.vocab_size)
+    assert reads == []
+    large = {
+        name: value.const_value for name, value in model.graph.initializers.items() if value.const_value.nbytes > 1000
+    }
+    assert set(large) == {name for name, _, stored in parameters(source.module) if stored}
+    assert all(isinstance(tensor, StoredWeight) for tensor in large.values())
+    matrix = large["model.model.layers.1.mlp.down_proj.weight"]
+    expected = transformers.AutoModelForCausalLM.from_pretrained(saved_llama).model.layers[1].mlp.down_proj.weight
+    assert np.array_equal(matrix.numpy(), expected.detach().numpy().T)  # MatMul's layout
+
+
+def bundle_files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "onnx").iterdir()}
+
+
+CASES = [
+    *((family, "") for family in FAMILIES),
+    ("llama", "tied"), ("llama", "shards"), ("qwen2", "bf16"), ("gemma2", "bf16"), ("phi3", "f16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), divided(CASES, ci=[("llama", "tied"), ("gemma2", "bf16"), ("qwen3_moe", ""), ("bloom", "")])
+)
+def test_the_float32_bundle_is_that_of_loaded_weights(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    model = llama(tie_word_embeddings=True) if kind == "tied" else build(family)
+    folder = saved(model, tmp_path / "model", kind)
+    found = [
+        name
+        for name, parameter, stored in parameters(open_source(folder).module)
+        if not stored and parameter.nbytes >= 1000
+    ]
+    assert bool(found) == (family in COMPUTED and not TRANSFORMERS_4)
+    options: dict[str, Any] = {"precision": "fp32", "context_length": 80 if kind == "tied" else CONTEXT}
+    export(folder, tmp_path / "stored", **options)
+    monkeypatch.setattr(stored_tensors, "LARGE", WHOLE)
+    export(folder, tmp_path / "whole", **options)
+    assert bundle_files(tmp_path / "stored") == bundle_files(tmp_path / "whole")
+
+
+def test_a_weight_that_is_bound_to_another_tensor_is_found(
+    saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = StoredWeights.weight
+    held: list[StoredWeight] = []
+
+    def swapped(self: StoredWeights, raw: object) -> StoredWeight | None:
+        found = original(self, raw)
+        if found is not None and found.shape == (64, 96):
+            held.append(found)
+            return held[0]
+        return found
+
+    monkeypatch.setattr(StoredWeights, "weight", swapped)
+    with pytest.raises(ParityError, match="does not compute what its source computes"):
+        export(saved_llama, tmp_path / "bundle", "fp32")
+
+
+@pytest.mark.slow
+def test_a_trace_that_reads_a_stored_weight_loads_all(
+    saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a copy that torch makes of a parameter."""
+    original = StoredWeights.weight
+    monkeypatch.setattr(
+        StoredWeights, "weight", lambda self, raw: None if len(getattr(raw, "shape", ())) == 2 else original(self, raw)
+    )
+    export(saved_llama, tmp_path / "bundle", "fp32")
