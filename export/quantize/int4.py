@@ -12,15 +12,12 @@ in 4 bits they add as much error as all others together.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from pastkey.contract.bundle import Bundle
 from pastkey.providers import TARGETS
@@ -34,7 +31,9 @@ from .calibrate.calibration import CalibrationText
 from .ranking.sensitivity import Sensitivity, sensitivity
 from .rounding.blocks import Blocks, choose_block_size
 from .rounding.int4_blocks import round_by_hessian
-from .rounding.rewrite import embedding_weight, matmul_weight, not_finite, quantize
+from .rounding.matrices import embedding_weight, matmul_weight
+from .rounding.rewrite import not_finite, quantize
+from .rounding.workers import one_thread_each
 from .search import Quantized, Write, search
 
 _PROBED = 1  # windows that sensitivity is measured on
@@ -111,24 +110,13 @@ def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Pro
             for name, rows in probe(ids).items():
                 square = rows.T @ rows
                 hessians[name] = square if hessians[name].size == 0 else hessians[name] + square
-    with _one_thread_each() as pool:
+    with one_thread_each() as pool:
         found = {}
         rounded_in_order = pool.map(lambda nodes: _rounded(nodes, hessians), matmuls.values())
         for number, (name, matrix) in enumerate(zip(matmuls, rounded_in_order, strict=True), 1):
             found[name] = matrix
             progress.advance(number, len(matmuls))
         return found
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """A pool for torch's matrix work, one thread each: threads that share many small steps wait for one another."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
 
 
 def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Blocks:

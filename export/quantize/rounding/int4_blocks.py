@@ -62,7 +62,8 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -
         for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
     )
     numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
-    return Blocks(_packed(numbers).reshape(rows, blocks, -1), scale_codes, row_scales, columns, _packed(zeros), BITS)
+    data = _packed(numbers).reshape(rows, blocks, -1)
+    return Blocks(lambda: data, scale_codes, row_scales, columns, block_size, _packed(zeros), BITS)
 
 
 def dequantize(matrix: Blocks) -> np.ndarray:

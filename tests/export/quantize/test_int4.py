@@ -20,7 +20,8 @@ from pastkey.export.quantize import int4
 from pastkey.export.quantize.int4 import in_int8, rounded
 from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity, sensitivity
 from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
-from pastkey.export.quantize.rounding.rewrite import matmul_weight, quantize
+from pastkey.export.quantize.rounding.matrices import matmul_weight
+from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
 from ...shared import divided
