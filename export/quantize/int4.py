@@ -12,15 +12,12 @@ in 4 bits they add as much error as all others together.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from pastkey.contract.bundle import Bundle
 from pastkey.providers import TARGETS
@@ -29,12 +26,14 @@ from ..graph.write.output_head import output_head
 from ..measure.metrics import Ids
 from ..progress import SILENT, Progress
 from ..settings import ExportConfig
-from .calibrate.activations import probing
 from .calibrate.calibration import CalibrationText
+from .calibrate.segments import captured
 from .ranking.sensitivity import Sensitivity, sensitivity
 from .rounding.blocks import Blocks, choose_block_size
-from .rounding.int4_blocks import round_by_hessian
-from .rounding.rewrite import embedding_weight, matmul_weight, not_finite, quantize
+from .rounding.int4_blocks import Gptq, Rounded, round_to_nearest
+from .rounding.matrices import MatMulWeight, embedding_weight, matmul_weight
+from .rounding.rewrite import not_finite, quantize
+from .rounding.workers import one_thread_each
 from .search import Quantized, Write, search
 
 _PROBED = 1  # windows that sensitivity is measured on
@@ -59,7 +58,9 @@ class _Int4Mixtures:
         self._graph = fp32.all_logits_graph
         self._form = TARGETS[config.target].form
         progress.stage("round to 4 bits by GPTQ")
-        self._rounded = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
+        found = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
+        self._rounded = {name: matrix.blocks for name, matrix in found.items()}
+        self._errors = {name: matrix.error for name, matrix in found.items()}
         progress.stage("measure what each matrix costs in int4")
         self.sensitivity: Sensitivity = sensitivity(
             ir.load(self._graph),
@@ -96,62 +97,58 @@ def in_int8(table: Sensitivity) -> int:
     return int((filled <= _INT8_SHARE * filled[-1]).sum()) if len(filled) else 0
 
 
-def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT) -> dict[str, Blocks]:
+def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT) -> dict[str, Rounded]:
     """Returns the 4-bit matrices of a float32 graph by initializer name, calibrated on windows (T,) of token ids.
 
-    `folder` holds the weights file that the graph names.
+    `folder` holds the weights file that the graph names. Hessians of one segment of the graph at a time are in memory.
     """
-    matmuls = _matmuls(model)
-    if not matmuls:
-        return {}
-    wanted = list(dict.fromkeys(_activation(node) for nodes in matmuls.values() for node in nodes))
-    with probing(model, folder, wanted) as probe:
-        hessians = {name: np.zeros((0, 0), np.float32) for name in wanted}
-        for ids in windows:
-            for name, rows in probe(ids).items():
+    waiting: dict[tuple[str, ...], list[MatMulWeight]] = {}  # by the activations that the matrices are multiplied with
+    for nodes in _matmuls(model).values():
+        read = matmul_weight(nodes[0])
+        assert read is not None
+        waiting.setdefault(tuple(sorted({_activation(node) for node in nodes})), []).append(read)
+    sizes = {name: 4 * found[0].shape[1] ** 2 for names, found in waiting.items() for name in names}
+    total, done = sum(map(len, waiting.values())), dict[str, Rounded]()
+    hessians: dict[str, np.ndarray] = {}
+    for _, runs in captured(model, folder, windows, sizes, progress):
+        for values in runs:
+            for name, rows in values.items():
                 square = rows.T @ rows
-                hessians[name] = square if hessians[name].size == 0 else hessians[name] + square
-    with _one_thread_each() as pool:
-        found = {}
-        rounded_in_order = pool.map(lambda nodes: _rounded(nodes, hessians), matmuls.values())
-        for number, (name, matrix) in enumerate(zip(matmuls, rounded_in_order, strict=True), 1):
-            found[name] = matrix
-            progress.advance(number, len(matmuls))
-        return found
+                hessians[name] = square if name not in hessians else hessians[name] + square
+        ready = [names for names in waiting if all(name in hessians for name in names)]
+        given = ([waiting.pop(names) for names in ready], [[hessians[name] for name in names] for names in ready])
+        with one_thread_each() as pool:
+            for found in pool.map(_rounded, *given):
+                done |= found
+                progress.advance(len(done), total)
+        hessians = {name: hessian for name, hessian in hessians.items() if any(name in names for names in waiting)}
+    return done
 
 
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """A pool for torch's matrix work, one thread each: threads that share many small steps wait for one another."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+def _rounded(weights: list[MatMulWeight], hessians: list[np.ndarray]) -> dict[str, Rounded]:
+    """Rounds the weights that are multiplied with the same activations, by the sum of the Hessians of these."""
+    gptq, found = Gptq(np.sum(hessians, axis=0) if len(hessians) > 1 else hessians[0]), {}
+    for read in weights:
+        matrix = read.matrix
+        try:
+            found[str(read.initializer.name)] = gptq.round(matrix, choose_block_size(matrix.shape[1]))
+        except ValueError as error:
+            raise not_finite(read.initializer, error) from None
+    return found
 
 
 def rounded_to_nearest(model: ir.Model, progress: Progress = SILENT) -> dict[str, Blocks]:
     """Returns the 4-bit matrices of a float32 graph by initializer name, rounded to nearest."""
-    found, matmuls = {}, _matmuls(model)
-    for number, (name, nodes) in enumerate(matmuls.items(), 1):
-        found[name] = _rounded(nodes, None)
-        progress.advance(number, len(matmuls))
+    found, matmuls = dict[str, Blocks](), _matmuls(model)
+    for name, nodes in matmuls.items():
+        read = matmul_weight(nodes[0])
+        assert read is not None
+        try:
+            found[name] = round_to_nearest(read.matrix, choose_block_size(read.shape[1]))
+        except ValueError as error:
+            raise not_finite(read.initializer, error) from None
+        progress.advance(len(found), len(matmuls))
     return found
-
-
-def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray] | None) -> Blocks:
-    """Rounds a weight that MatMuls share, by the sum of the Hessians of their inputs if there are any."""
-    found = matmul_weight(nodes[0])
-    assert found is not None
-    matrix = found.matrix
-    try:
-        hessian = None
-        if hessians is not None:
-            hessian = np.sum([hessians[_activation(node)] for node in nodes], axis=0)
-        return round_by_hessian(matrix, hessian, choose_block_size(matrix.shape[1]))
-    except ValueError as error:
-        raise not_finite(found.initializer, error) from None
 
 
 def _activation(matmul: ir.Node) -> str:

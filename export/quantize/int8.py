@@ -9,7 +9,6 @@ import onnx_ir as ir
 from pastkey.contract.bundle import Bundle
 from pastkey.providers import TARGETS
 
-from ..graph.write.weights_file import save_with_weights
 from ..progress import Progress
 from ..settings import ExportConfig
 from .calibrate.calibration import CalibrationText, calibrated
@@ -33,21 +32,15 @@ class _Int8Mixtures:
     precision = "int8"
 
     def __init__(self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress) -> None:
-        self._folder = fp32.all_logits_graph.parent
-        self._graph = self._folder / "calibrated.onnx"
+        folder = fp32.all_logits_graph.parent
+        self._graph = calibrated(fp32, text.calibration_set, folder / "calibrated.onnx", progress)
         self._text, self._max_kl, self._progress = text, config.max_kl, progress
         self._form = TARGETS[config.target].form
-        self._model: ir.Model | None = calibrated(fp32, text.calibration_set, progress)
         self.sensitivity: Sensitivity | None = None
-        self.start = 0
-        if config.measures_each_matrix:  # the table and each mixture read the calibrated graph again
-            save_with_weights(self._model, self._graph)
-            self._model = None
-        if config.sensitivity is not None:
-            self.start = len(self._table().keep)
+        self.start = len(self._table().keep) if config.sensitivity is not None else 0
 
     def model(self, raised: int) -> ir.Model:
-        model, self._model = self._model or ir.load(self._graph), None
+        model = ir.load(self._graph)
         quantize(model, self._kept(raised), form=self._form)
         return model
 
@@ -67,6 +60,6 @@ class _Int8Mixtures:
         if self.sensitivity is None:
             self._progress.stage("measure what each matrix costs in int8")
             self.sensitivity = sensitivity(
-                ir.load(self._graph), self._folder, self._text.held_out_set, self._max_kl, progress=self._progress
+                ir.load(self._graph), self._graph.parent, self._text.held_out_set, self._max_kl, progress=self._progress
             )
         return self.sensitivity

@@ -61,18 +61,24 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
 
 
 def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    past = {
-        value.name: np.zeros([1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])], np.float32)
-        for value in session.get_inputs()
-        if value.name not in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS, *further)
-    }
+    shapes = {value.name: value.shape for value in session.get_inputs() if value.name not in further}
+    found = session.run(list(wanted), window_feeds(shapes, ids) | dict(further))
+    return {name: rows.reshape(-1, *rows.shape[-1:]) for name, rows in zip(wanted, found, strict=True)}
+
+
+def window_feeds(shapes: Mapping[str, Sequence[Any]], ids: Ids) -> dict[str, np.ndarray]:
+    """Returns a graph's inputs for ids (T,) without a past, by the shapes of all inputs: numbers, or names of sizes."""
     feeds = {
         names.INPUT_IDS: ids[None],
         names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
         names.POSITION_IDS: np.arange(len(ids))[None],
     }
-    found = session.run(list(wanted), feeds | past | dict(further))
-    return {name: rows.reshape(-1, *rows.shape[-1:]) for name, rows in zip(wanted, found, strict=True)}
+    past = {
+        name: np.zeros([1, *(size if isinstance(size, int) else 0 for size in shape[1:])], np.float32)
+        for name, shape in shapes.items()
+        if name not in feeds
+    }
+    return feeds | past
 
 
 def _is_large_and_in_memory(value: ir.Value) -> bool:

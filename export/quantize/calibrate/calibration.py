@@ -20,12 +20,14 @@ from pastkey.runtime import Engine
 from pastkey.runtime.text.codec import TextCodec
 
 from ...graph.write.output_head import output_head
+from ...graph.write.weights_file import remove_with_weights, save_with_weights
 from ...measure.evaluate import evaluate
 from ...measure.metrics import Ids, relative_difference
 from ...measure.predictors import BundlePredictor
 from ...measure.texts import cut_windows, encode_file, self_generated_texts, start_token
 from ...progress import SILENT, Progress
 from .activations import probing
+from .segments import captured
 from .smoothing import smooth
 from .smoothing_groups import find_groups
 
@@ -98,30 +100,43 @@ def measured(fp32: Bundle, bundle: Bundle, text: CalibrationText) -> dict[str, A
     }
 
 
-def calibrated(bundle: Bundle, windows: Sequence[Ids], progress: Progress = SILENT) -> ir.Model:
-    """Returns the float32 graph of `bundle`, smoothed by the activations on `windows` (T,) of token ids.
+def calibrated(bundle: Bundle, windows: Sequence[Ids], out: Path, progress: Progress = SILENT) -> Path:
+    """Writes the float32 graph of `bundle`, smoothed by the activations on `windows` (T,) of token ids, to `out`.
 
-    Compares its logits with those of the original graph. If they differ, returns the original graph and warns.
+    Compares its logits with those of the original graph. If they differ, warns.
+
+    Returns:
+        The graph to quantize: `out`, or the original graph, if it has nothing to smooth or the logits differ.
     """
-    model = ir.load(bundle.all_logits_graph)
-    groups = find_groups(model)
+    source, folder = bundle.all_logits_graph, bundle.all_logits_graph.parent
+    model = ir.load(source)
+    groups = {group.activation: group for group in find_groups(model)}
     if bundle.manifest.hidden_size is not None:  # they must keep the model's own channels
         head = output_head(model)
-        groups = [group for group in groups if all(reader.node is not head for reader in group.readers)]
+        groups = {
+            name: group for name, group in groups.items() if all(reader.node is not head for reader in group.readers)
+        }
     if not groups:
-        return model
-    folder, count = bundle.all_logits_graph.parent, -(-_SAMPLES // len(windows))
-    wanted, samples = [group.activation for group in groups], list[dict[str, np.ndarray]]()
-    with probing(model, folder, [names.LOGITS, *wanted]) as probe:
-        for ids in windows:
-            found = probe(ids)
-            chosen = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)
-            samples.append({name: found[name][chosen] for name in wanted})
-    smooth(model, groups, {name: np.concatenate([sample[name] for sample in samples]) for name in wanted})
-    with probing(model, folder, [names.LOGITS]) as probe:
+        return source
+    count = -(-_SAMPLES // len(windows))
+    sizes = {name: 4 * _SAMPLES * group.readers[0].channels for name, group in groups.items()}
+    before, smoothed = np.zeros(0, np.float32), 0
+    for wanted, runs in captured(ir.load(source), folder, windows, {**sizes, names.LOGITS: 0}, progress):
+        samples: dict[str, list[np.ndarray]] = {name: [] for name in groups if name in wanted}
+        for found in runs:
+            before = found.get(names.LOGITS, before)  # of the last window
+            for name, kept in samples.items():
+                rows = found[name]
+                kept.append(rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)])
+        for name, kept in samples.items():
+            smooth(model, [groups[name]], {name: np.concatenate(kept)})
+            smoothed += 1
+            progress.advance(smoothed, len(groups))
+    save_with_weights(model, out)
+    with probing(ir.load(out), out.parent, [names.LOGITS]) as probe:
         after = probe(windows[-1])
-    same = relative_difference(found[names.LOGITS], after[names.LOGITS]) <= _MAX_CHANGE  # NaN fails
-    if same:
-        return model
+    if relative_difference(before, after[names.LOGITS]) <= _MAX_CHANGE:  # NaN fails
+        return out
     progress.warn("smoothing changed the logits of this model: its weights are quantized as they are")
-    return ir.load(bundle.all_logits_graph)
+    remove_with_weights(out)
+    return source

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
-from ...graph.edit import add_weight
-from ..rounding.blocks import choose_block_size, dequantize_blocks, quantize_blocks
+from ..rounding.blocks import choose_block_size, round_trip
+from ..rounding.matrices import add_lazy_weight, lazy
+from ..rounding.workers import one_thread_each, parts_of
 from .smoothing_groups import ChannelWeight, Group
 
 # Candidate exponents a. 0 changes nothing; SmoothQuant uses 0.5 for most models and up to 0.9 for others.
@@ -112,25 +116,52 @@ def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[flo
     return strength, rows / scales
 
 
+class _Candidate(NamedTuple):
+    """One exponent of scale migration, and what the activation becomes with it."""
+
+    strength: float
+    scales: np.ndarray  # (K,) float32
+    order: np.ndarray | slice  # of channels
+    rounded: Tensor  # (N, K) float32: the divided rows in that order, after quantization
+
+
 def _choose_scales(group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
     """Returns the exponent and its scales (K,)."""
-    matrices = [_matrix(found) for found in group.readers]
-    exact = [rows @ matrix.T for matrix in matrices]
-    best = (np.inf, 0.0, np.ones(rows.shape[1], np.float32))
+    matrices, columns = [_matrix(found) for found in group.readers], rows.shape[1]
+    block, candidates = choose_block_size(columns), list[_Candidate]()
     for strength in _STRENGTHS if group.divided else (0.0,):
         scales = _scales(group, rows, matrices, strength)
-        divided, multiplied = rows / scales, [matrix * scales for matrix in matrices]
-        if not all(np.isfinite(array).all() for array in (divided, *multiplied)):
-            continue
-        order = _by_magnitude(divided) if group.permuted else slice(None)
-        error = 0.0
-        for matrix, expected in zip(multiplied, exact, strict=True):
-            block = choose_block_size(matrix.shape[1])
-            found = _rounded(divided[:, order], block) @ _rounded(matrix[:, order], block).T
-            error += float(np.square(found - expected, dtype=np.float64).sum())
-        if error < best[0]:
-            best = (error, strength, scales)
-    return best[1], best[2]
+        divided = rows / scales
+        if np.isfinite(divided).all():
+            order = _by_magnitude(divided) if group.permuted else slice(None)
+            rounded = torch.from_numpy(round_trip(divided[:, order], block))
+            candidates.append(_Candidate(strength, scales, order, rounded))
+
+    def errors_of(matrix: np.ndarray, part: slice) -> list[float]:
+        weights = np.ascontiguousarray(matrix[part].copy("K"))
+        exact = torch.from_numpy(rows) @ torch.from_numpy(weights).T
+        return [_error(candidate, weights, exact, block) for candidate in candidates]
+
+    # Work is divided into rows of the matrices, so that few are in memory as they become.
+    with one_thread_each() as pool:
+        parts = [(matrix, part) for matrix in matrices for part in parts_of(len(matrix))]
+        errors = np.sum(list(pool.map(errors_of, *zip(*parts, strict=True))), axis=0)
+    possible = [(error, found) for error, found in zip(errors, candidates, strict=True) if error < np.inf]
+    if not possible:
+        return 0.0, np.ones(columns, np.float32)
+    best = min(possible, key=lambda pair: pair[0])[1]
+    return best.strength, best.scales
+
+
+def _error(candidate: _Candidate, weights: np.ndarray, exact: Tensor, block_size: int) -> float:
+    """Returns the sum of squares that quantization adds to a product of some rows of weights (n, K); else infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of huge weights: scales must be finite to be chosen
+        multiplied = weights * candidate.scales
+    try:
+        rounded = round_trip(multiplied[:, candidate.order], block_size)
+    except ValueError:
+        return np.inf
+    return float((candidate.rounded @ torch.from_numpy(rounded).T - exact).double().square_().sum())
 
 
 def _matrix(reader: ChannelWeight) -> np.ndarray:
@@ -162,13 +193,9 @@ def _largest_of_shared(channels: np.ndarray, group: Group) -> np.ndarray:
 
 def _of_value_heads(scales: np.ndarray, group: Group, producer: ChannelWeight) -> np.ndarray:
     """Returns the scales for the weight that makes the activation: one per value head instead of per query head."""
-    if group.shared_by == 1 or producer.array.shape[producer.axis] == len(scales):
+    if group.shared_by == 1 or producer.channels == len(scales):
         return scales
     return scales.reshape(group.heads // group.shared_by, group.shared_by, -1)[:, 0].reshape(-1)
-
-
-def _rounded(matrix: np.ndarray, block_size: int) -> np.ndarray:
-    return dequantize_blocks(quantize_blocks(matrix, block_size))
 
 
 # --- permutation --------------------------------------------------------------------------------------------------
@@ -198,13 +225,18 @@ def _scale(model: ir.Model, found: ChannelWeight, scales: np.ndarray) -> None:
 
 
 def _change(model: ir.Model, found: ChannelWeight, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
-    """Replaces the weight by one changed along its axis: another node may read the old one."""
+    """Replaces the weight by one changed along its axis, when it is read: another node may read the old one."""
     value = found.node.inputs[found.index]
     assert value is not None
-    name = str(value.name)
-    changed = np.ascontiguousarray(change(found.array, found.axis), np.float32)
+    assert value.const_value is not None
+    name, tensor, shape = str(value.name), value.const_value, tuple(value.const_value.shape.numpy())
+
+    def make() -> np.ndarray:
+        return np.ascontiguousarray(change(tensor.numpy(), found.axis), np.float32)
+
     if len(tuple(value.uses())) == 1:
-        value.const_value = ir.Tensor(changed, name=name)
+        value.const_value = lazy(name, ir.DataType.FLOAT, shape, make)
         return
     number = sum(1 for known in model.graph.initializers if str(known).startswith(f"{name}.scaled"))
-    found.node.replace_input_with(found.index, add_weight(model, f"{name}.scaled_{number}", changed))
+    changed = add_lazy_weight(model, f"{name}.scaled_{number}", ir.DataType.FLOAT, shape, make)
+    found.node.replace_input_with(found.index, changed)

@@ -17,13 +17,14 @@ Channels of attention and of the residual stream keep their order.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from ...graph.edit import weight
-from ..rounding.rewrite import matmul_weight
+from ...graph.edit import shape_of, weight
+from ..rounding.matrices import matmul_weight
 
 # Norms, and which of their inputs have one number per channel.
 _NORMS = {
@@ -51,6 +52,13 @@ class ChannelWeight:
         found = weight(self.node.inputs[self.index])
         assert found is not None
         return found
+
+    @property
+    def channels(self) -> int:
+        """How many there are."""
+        shape = shape_of(self.node.inputs[self.index])
+        assert shape is not None
+        return shape[self.axis]
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def _group(projections: list[ir.Node]) -> Group | None:
         return None
     if not all(_only_here(reader) for reader in readers):
         return None
-    channels = readers[0].array.shape[readers[0].axis]
+    channels = readers[0].channels
     divided, permuted = _divided(activation, channels) or _Divided(()), _permuted(activation, channels)
     if not divided.weights and not permuted:
         return None
@@ -109,15 +117,15 @@ def _channels_of(projection: ir.Node, *, reads: bool) -> ChannelWeight:
 def _only_here(found: ChannelWeight) -> bool:
     """Whether nothing else reads the weight: a shared one (a tied head, a block applied twice) must not change."""
     value = found.node.inputs[found.index]
-    return value is not None and weight(value) is not None and len(tuple(value.uses())) == 1
+    return value is not None and shape_of(value) is not None and len(tuple(value.uses())) == 1
 
 
 def _fits(found: ChannelWeight, channels: int) -> bool:
     """Whether the weight is a matrix with a column, or a vector with a number, for each channel."""
-    array = weight(found.node.inputs[found.index])
-    if array is None or array.shape[found.axis] != channels:
+    shape = shape_of(found.node.inputs[found.index])
+    if shape is None or shape[found.axis] != channels:
         return False
-    return found.node.op_type == "MatMul" or array.size == channels
+    return found.node.op_type == "MatMul" or math.prod(shape) == channels
 
 
 def _alone(value: ir.Value) -> bool:
@@ -145,8 +153,8 @@ def _divided(value: ir.Value, channels: int) -> _Divided | None:
         weights = tuple(ChannelWeight(node, i, -1) for i in given)
         fit = value is node.outputs[0] and all(_fits(found, channels) for found in weights)
         return _Divided(weights, mixable=False) if fit else None
-    vectors = [i for i, v in enumerate(node.inputs) if (array := weight(v)) is not None and array.size > 1]
-    made = [v for v in node.inputs if v is not None and weight(v) is None]
+    vectors = [i for i, v in enumerate(node.inputs) if (shape := shape_of(v)) is not None and math.prod(shape) > 1]
+    made = [v for v in node.inputs if v is not None and shape_of(v) is None]
     vector = ChannelWeight(node, vectors[0], -1) if len(vectors) == len(made) == 1 else None
     if node.op_type == "Mul":
         if vector is not None:
@@ -199,12 +207,12 @@ def _permuted(activation: ir.Value, channels: int) -> tuple[ChannelWeight, ...]:
         if node.op_type not in _ELEMENTWISE or len(node.outputs) != 1:
             return ()
         for index, value in enumerate(node.inputs):
-            array = weight(value)
-            if array is None:
+            shape = shape_of(value)
+            if shape is None:
                 waiting.append(None if value is None else value.producer())
-            elif array.size == channels and array.shape[-1] == channels:
+            elif math.prod(shape) == channels == shape[-1]:
                 vectors.append(ChannelWeight(node, index, -1))
-            elif array.size != 1:
+            elif math.prod(shape) != 1:
                 return ()
     made = [value for node in inside.values() for value in node.outputs if value is not activation]
     if any(value.is_graph_output() or any(id(reader) not in inside for reader, _ in value.uses()) for value in made):

@@ -9,16 +9,18 @@ mixture costs only what its MatMuls cost, and its results equal those of a separ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from ...graph.edit import NodeBuilder, add_weight, replace_node, weight
+from ...graph.edit import NodeBuilder, add_weight, replace_node, shape_of
 from ...graph.write.output_head import output_head
 from ..rounding.blocks import Blocks
-from ..rounding.rewrite import NONE_ROUNDED, embedding_weight, matmul_weight, quantize
+from ..rounding.matrices import embedding_weight, matmul_weight
+from ..rounding.rewrite import NONE_ROUNDED, quantize
 
 SWITCHES = "int8_switches"  # the input, a quantization mask (matrices,) int64: the number of int8 rows of each MatMul
 _ALL = np.iinfo(np.int64).max
@@ -108,9 +110,9 @@ class _Switched:
 
     def _matrix(self, value: ir.Value, *, matmul: bool = False) -> tuple[int, ir.Value]:
         """Returns the switch's number, and the initializer that becomes int8."""
-        name, array = str(value.name), weight(value)
-        assert array is not None
-        matrix = self.matrices.setdefault(name, Matrix(name, array.shape, array.nbytes))
+        name, shape = str(value.name), shape_of(value)
+        assert shape is not None
+        matrix = self.matrices.setdefault(name, Matrix(name, shape, 4 * math.prod(shape)))
         matrix.matmul |= matmul
         if name not in self._copies:
             copy = ir.Value(name=_copy(name), shape=value.shape, type=value.type, const_value=value.const_value)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ...graph.edit import add_weight
 from .blocks import ZERO, Blocks
 from .int4_blocks import unpacked
+from .matrices import add_lazy_weight
 
 OPSET = 21  # the first with block-wise DequantizeLinear
 _UINT4 = ir.DataType.UINT4.numpy()
@@ -21,15 +22,22 @@ def dequantize_linear(model: ir.Model, name: str, matrix: Blocks) -> ir.Node:
 
     The output is (blocks * block_size, N) float32: not every runtime accepts a partial last block.
     """
-    rows, blocks = matrix.scale_codes.shape
+    rows, blocks, _ = matrix.shape
+    bits = matrix.bits
+    columns = ir.DataType.INT8 if bits == 8 else ir.DataType.UINT4
+
+    def make() -> np.ndarray:
+        data = matrix.data.reshape(rows, -1)
+        numbers = (data.astype(np.int16) - ZERO).astype(np.int8) if bits == 8 else unpacked(data).astype(_UINT4)
+        return np.ascontiguousarray(numbers.T)
+
+    arrays = {"column_scales": matrix.scales}
     if matrix.zeros is not None:
-        columns = unpacked(matrix.data.reshape(rows, -1)).astype(_UINT4)
-        zeros = {"column_zeros": unpacked(matrix.zeros)[:, :blocks].astype(_UINT4)}
-    else:
-        columns = (matrix.data.reshape(rows, -1).astype(np.int16) - ZERO).astype(np.int8)
-        zeros = {}
-    arrays = {"columns": columns, "column_scales": matrix.scales, **zeros}
-    values = [add_weight(model, f"{name}.{what}", np.ascontiguousarray(array.T)) for what, array in arrays.items()]
+        arrays["column_zeros"] = unpacked(matrix.zeros)[:, :blocks].astype(_UINT4)
+    values = [
+        add_lazy_weight(model, f"{name}.columns", columns, (blocks * matrix.block_size, rows), make),
+        *(add_weight(model, f"{name}.{what}", np.ascontiguousarray(array.T)) for what, array in arrays.items()),
+    ]
     node = ir.node(
         "DequantizeLinear", values, {"axis": 0, "block_size": matrix.block_size}, name=f"{name}_DequantizeLinear"
     )

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from .workers import for_each_part
+
 ZERO = 128  # the stored value of an int8 weight of 0
 _BLOCK_SIZES = (32, 16)
 _LARGEST_CODE = np.float32(255)
@@ -29,17 +31,24 @@ class Blocks:
     4-bit values are packed two per byte, the lower first. The last block of a row is padded with its zero point.
     """
 
-    data: np.ndarray  # (N, blocks, block_size * bits / 8) uint8
+    make: Callable[[], np.ndarray]  # returns `data`
     scale_codes: np.ndarray  # (N, blocks) uint8: the scale over the row scale
     row_scales: np.ndarray  # (N, 1) float32
     columns: int  # K
+    block_size: int  # weights per scale
     zeros: np.ndarray | None = None  # (N, blocks * bits / 8 rounded up) uint8: the zero points; None: ZERO
     bits: int = 8
 
     @property
-    def block_size(self) -> int:
-        """Weights per scale."""
-        return int(self.data.shape[2]) * 8 // self.bits
+    def shape(self) -> tuple[int, int, int]:
+        """(N, blocks, bytes of a block): the shape of `data`."""
+        rows, blocks = self.scale_codes.shape
+        return rows, blocks, self.block_size * self.bits // 8
+
+    @property
+    def data(self) -> np.ndarray:
+        """(N, blocks, block_size * bits / 8) uint8. int8 is rounded when it is asked for, so that few are in memory."""
+        return self.make()
 
     @property
     def scales(self) -> np.ndarray:
@@ -49,18 +58,61 @@ class Blocks:
 
 
 def quantize_blocks(matrix: np.ndarray, block_size: int) -> Blocks:
-    """Quantizes (N, K) float32 to int8, row by row. Raises ValueError on NaN or infinity."""
-    if not np.isfinite(matrix).all():
-        raise ValueError("NaN or infinity")
+    """Quantizes (N, K) float32 to int8, row by row. Raises ValueError on NaN or infinity.
+
+    Chooses the scales now. The integers are made from the matrix whenever they are asked for.
+    """
     rows, columns = matrix.shape
     blocks = -(-columns // block_size)
-    padded = np.zeros((rows, blocks * block_size), np.float32)
-    padded[:, :columns] = matrix
-    padded = padded.reshape(rows, blocks, block_size)
-    scale_codes, row_scales = encode_scales(np.abs(padded).max(2) / np.float32(127))
-    scales = scale_codes.astype(np.float32) * row_scales
-    data = np.clip(np.rint(padded / scales[:, :, None]), -127, 127) + ZERO
-    return Blocks(data.astype(np.uint8), scale_codes, row_scales, columns)
+    scale_codes, row_scales = np.empty((rows, blocks), np.uint8), np.empty((rows, 1), np.float32)
+
+    def choose(part: slice) -> None:
+        scale_codes[part], row_scales[part] = _scales(_in_blocks(matrix[part], block_size))
+
+    def make() -> np.ndarray:
+        data = np.empty((rows, blocks, block_size), np.uint8)
+
+        def fill(part: slice) -> None:
+            numbers = _integers(_in_blocks(matrix[part], block_size), scale_codes[part], row_scales[part])
+            numbers += ZERO
+            data[part] = numbers
+
+        for_each_part(fill, rows)
+        return data
+
+    for_each_part(choose, rows)
+    return Blocks(make, scale_codes, row_scales, columns, block_size)
+
+
+def round_trip(rows: np.ndarray, block_size: int) -> np.ndarray:
+    """Returns a few rows (n, K) float32 as they are after quantization: `dequantize_blocks` of `quantize_blocks`."""
+    blocks = _in_blocks(rows, block_size)
+    scale_codes, row_scales = _scales(blocks)
+    numbers = _integers(blocks, scale_codes, row_scales)
+    numbers *= (scale_codes.astype(np.float32) * row_scales)[:, :, None]
+    return numbers.reshape(len(rows), -1)[:, : rows.shape[1]]
+
+
+def _in_blocks(rows: np.ndarray, block_size: int) -> np.ndarray:
+    """Returns a copy of some rows (n, K), padded with zeros to (n, blocks, block_size)."""
+    count, columns = rows.shape
+    blocks = -(-columns // block_size)
+    padded = np.zeros((count, blocks * block_size), np.float32)
+    padded[:, :columns] = rows.copy("K")  # rows of a transposed matrix: a compact copy is transposed 3 times as fast
+    return padded.reshape(count, blocks, block_size)
+
+
+def _scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    largest = np.abs(blocks).max(2)
+    if not np.isfinite(largest).all():
+        raise ValueError("NaN or infinity")
+    return encode_scales(largest / np.float32(127))
+
+
+def _integers(blocks: np.ndarray, scale_codes: np.ndarray, row_scales: np.ndarray) -> np.ndarray:
+    """Replaces weights (n, blocks, block_size) by integers from -127 to 127, as float32, and returns them."""
+    blocks /= (scale_codes.astype(np.float32) * row_scales)[:, :, None]
+    return np.clip(np.rint(blocks, out=blocks), -127, 127, out=blocks)
 
 
 def dequantize_blocks(quantized: Blocks) -> np.ndarray:
@@ -79,7 +131,7 @@ def join(parts: Sequence[Blocks]) -> Blocks:
     first = parts[0]
     names = [field.name for field in fields(first) if isinstance(getattr(first, field.name), np.ndarray)]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return replace(first, **arrays)
+    return replace(first, make=lambda: np.concatenate([part.data for part in parts]), **arrays)
 
 
 def encode_scales(

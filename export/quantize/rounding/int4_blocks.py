@@ -10,6 +10,8 @@ the error that cannot be compensated. The Hessian of the output's error is X^T X
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,53 +27,85 @@ _ROWS_AT_ONCE = 128  # rows whose scales are searched together: they fit into a 
 _LAZY_COLUMNS = 64  # columns whose compensation by all later columns is one MatMul (GPTQ's lazy batch updates)
 
 
-def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray | None, block_size: int) -> Blocks:
-    """Rounds a matrix to 4 bits by GPTQ, or without a Hessian to nearest.
+class Rounded(NamedTuple):
+    """A matrix W (N, K) in 4 bits, and how far its product with the text's activations is from the exact one."""
 
-    Args:
-        matrix: (N, K) float32.
-        hessian: (K, K) float32: X^T X over the activations X (T, K) that the matrix is multiplied with.
-        block_size: Weights per scale.
+    blocks: Blocks
+    error: float  # tr(E H E^T), E = W - rounded W, H the damped Hessian
 
-    Raises:
-        ValueError: The matrix holds NaN or infinity.
-    """
-    if not np.isfinite(matrix).all():
-        raise ValueError("NaN or infinity")
-    rows, columns = matrix.shape
-    if (
-        hessian is not None and not np.isfinite(hessian).all()
-    ):  # squares of activations beyond 1e19 overflow float32: weight all alike
-        hessian = np.eye(columns, dtype=np.float32)
-    blocks = -(-columns // block_size)
-    importance = np.zeros(blocks * block_size, np.float32)
-    if hessian is None:
-        importance[:columns] = 1
-    else:
-        order = np.argsort(-hessian.diagonal(), kind="stable")
-        factor = _compensation(hessian[np.ix_(order, order)])  # (K, K)
-        importance[order] = 1 / np.square(factor.diagonal())
-    padded = np.zeros((rows, blocks * block_size), np.float32)
-    padded[:, :columns] = matrix
-    in_blocks = torch.from_numpy(padded.reshape(rows, blocks, block_size))
-    of_columns = torch.from_numpy(importance.reshape(blocks, block_size))
-    found = [_scales_and_zeros(part, of_columns) for part in in_blocks.split(_ROWS_AT_ONCE)]
-    scales, zeros = (torch.cat(part).numpy() for part in zip(*found, strict=True))
-    scale_codes, row_scales = encode_scales(scales, np.rint)
-    scales = scale_codes.astype(np.float32) * row_scales
-    numbers = np.repeat(zeros, block_size, 1)
-    if hessian is None:
-        steps = _centred(in_blocks, torch.from_numpy(scales), torch.from_numpy(zeros)).reshape(rows, -1)
-        numbers += steps.numpy()
-    else:
-        of_column = order // block_size
+
+class Gptq:
+    """Rounds the matrices that are multiplied with the same activations to 4 bits."""
+
+    def __init__(self, hessian: np.ndarray) -> None:
+        """`hessian`: (K, K) float32: X^T X over the activations X (T, K) that the matrices are multiplied with."""
+        if not np.isfinite(hessian).all():  # squares of activations beyond 1e19 overflow float32: weight all alike
+            hessian = np.eye(len(hessian), dtype=np.float32)
+        self._order = np.argsort(-hessian.diagonal(), kind="stable")
+        self._factor = _compensation(hessian, self._order)  # (K, K)
+
+    def round(self, matrix: np.ndarray, block_size: int) -> Rounded:
+        """Rounds a matrix (N, K) float32 with `block_size` weights per scale. Raises ValueError on NaN or infinity."""
+        columns = matrix.shape[1]
+        importance = np.empty(columns, np.float32)
+        importance[self._order] = 1 / np.square(self._factor.diagonal())
+        grid = _grid(matrix, importance, block_size)
+        scales, of_column = grid.scales, self._order // block_size
+        numbers = np.repeat(grid.zeros, block_size, 1)
         # Transposed, so that a column is contiguous.
         left, of_scales, of_zeros = (
             torch.from_numpy(np.ascontiguousarray(array.T))
-            for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
+            for array in (matrix[:, self._order], scales[:, of_column], grid.zeros[:, of_column])
         )
-        numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
-    return Blocks(_packed(numbers).reshape(rows, blocks, -1), scale_codes, row_scales, columns, _packed(zeros), BITS)
+        rounded, error = _round(left, of_scales, of_zeros, torch.from_numpy(self._factor))
+        numbers[:, self._order] = rounded.T
+        return Rounded(grid.blocks(numbers, columns, block_size), error)
+
+
+def round_to_nearest(matrix: np.ndarray, block_size: int) -> Blocks:
+    """Rounds a matrix (N, K) float32 without a text. Raises ValueError on NaN or infinity."""
+    rows, columns = matrix.shape
+    grid = _grid(matrix, np.ones(columns, np.float32), block_size)
+    centred = _centred(_in_blocks(matrix, block_size), torch.from_numpy(grid.scales), torch.from_numpy(grid.zeros))
+    numbers = np.repeat(grid.zeros, block_size, 1) + centred.reshape(rows, -1).numpy()
+    return grid.blocks(numbers, columns, block_size)
+
+
+class _Grid(NamedTuple):
+    """The values that the weights of each block of a matrix (N, K) are rounded to."""
+
+    scale_codes: np.ndarray  # (N, blocks) uint8
+    row_scales: np.ndarray  # (N, 1) float32
+    zeros: np.ndarray  # (N, blocks) float32, from 0 to 15
+
+    @property
+    def scales(self) -> np.ndarray:
+        """(N, blocks) float32."""
+        scales: np.ndarray = self.scale_codes.astype(np.float32) * self.row_scales
+        return scales
+
+    def blocks(self, numbers: np.ndarray, columns: int, block_size: int) -> Blocks:
+        """Packs q (N, blocks * block_size)."""
+        data = _packed(numbers).reshape(*self.zeros.shape, -1)
+        return Blocks(lambda: data, self.scale_codes, self.row_scales, columns, block_size, _packed(self.zeros), BITS)
+
+
+def _grid(matrix: np.ndarray, importance: np.ndarray, block_size: int) -> _Grid:
+    """Chooses scales and zero points by the error to nearest, weighted by the importance (K,) of each column."""
+    if not np.isfinite(matrix).all():
+        raise ValueError("NaN or infinity")
+    in_blocks, of_columns = _in_blocks(matrix, block_size), _in_blocks(importance[None], block_size)[0]
+    found = [_scales_and_zeros(part, of_columns) for part in in_blocks.split(_ROWS_AT_ONCE)]
+    scales, zeros = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    return _Grid(*encode_scales(scales, np.rint), zeros)
+
+
+def _in_blocks(matrix: np.ndarray, block_size: int) -> Tensor:
+    """Returns (N, blocks, block_size): rows are filled up with zeros."""
+    rows, columns = matrix.shape
+    padded = np.zeros((rows, -(-columns // block_size) * block_size), np.float32)
+    padded[:, :columns] = matrix
+    return torch.from_numpy(padded.reshape(rows, -1, block_size))
 
 
 def dequantize(matrix: Blocks) -> np.ndarray:
@@ -84,17 +118,21 @@ def dequantize(matrix: Blocks) -> np.ndarray:
     return values.reshape(rows, -1)[:, : matrix.columns]
 
 
-def _compensation(hessian: np.ndarray) -> np.ndarray:
-    """Returns the upper Cholesky factor of the damped Hessian's inverse.
+def _compensation(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Returns the upper Cholesky factor of the damped Hessian's inverse, rows and columns in this order.
 
     Row k is how later columns compensate column k's error. 1 / its diagonal, squared, is the cost of each column's
     error after this compensation.
     """
-    damped = hessian.astype(np.float64)
-    mean = damped.diagonal().mean()
-    damped[np.diag_indices_from(damped)] += _DAMPING * mean if mean > 0 else 1  # no activation was ever nonzero
-    inverse = np.linalg.inv(damped)
-    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    # With J the reversal, H^-1 = U^T U for U = J L^-1 J, L the lower factor of J H J: half the work of an inverse.
+    backwards = np.ascontiguousarray(order[::-1])
+    damped = torch.from_numpy(hessian[np.ix_(backwards, backwards)]).double()
+    mean = float(damped.diagonal().mean())
+    damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1)  # 1: no activation was ever nonzero
+    lower = torch.linalg.cholesky(damped)
+    del damped  # 1 GB for 11,000 columns
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order), dtype=torch.float64), upper=False)
+    return np.ascontiguousarray(inverse.float().numpy()[::-1, ::-1])
 
 
 def _scales_and_zeros(padded: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,12 +165,14 @@ def _centred(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (values / scale[..., None]).round_().clamp_(-zero, _TOP - zero)
 
 
-def _round(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor) -> np.ndarray:
-    """Returns q (K, N): rounds each column of the matrix to nearest, and later columns compensate the error.
+def _round(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor) -> tuple[np.ndarray, float]:
+    """Rounds each column of the matrix to nearest, and later columns compensate the error.
+
+    Returns q (K, N), and tr(E H E^T): E is the errors times the factor, so that it is the sum of their squares.
 
     All arguments are in the order in which columns are rounded.
     """
-    numbers = torch.empty_like(left)
+    numbers, total = torch.empty_like(left), 0.0
     for start in range(0, len(left), _LAZY_COLUMNS):
         end = min(start + _LAZY_COLUMNS, len(left))
         errors = torch.empty_like(left[start:end])
@@ -141,7 +181,8 @@ def _round(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor) -> np.nd
             errors[k - start] = (left[k] - (numbers[k] - zeros[k]) * scales[k]) / factor[k, k]
             left[k + 1 : end].addr_(factor[k, k + 1 : end], errors[k - start], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return numbers.numpy()
+        total += float(errors.square_().sum())
+    return numbers.numpy(), total
 
 
 def _packed(numbers: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -41,12 +40,12 @@ from ...graph.edit import (
     drop_unused_weights,
     replace_node,
     replace_uses,
-    weight,
 )
 from ...graph.write.output_head import mark_head, output_head
 from . import block_dequantize
 from .block_dequantize import dequantize_linear
 from .blocks import ZERO, Blocks, choose_block_size, join, quantize_blocks
+from .matrices import MatMulWeight, add_lazy_weight, embedding_weight, matmul_weight
 from .merge import Projections, find_mergeable, insert_merged
 
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
@@ -105,54 +104,6 @@ def quantize(
         model.graph.opset_imports[CONTRIB_DOMAIN] = 1
 
 
-# --- matrices of the float32 graph --------------------------------------------------------------------------------
-class MatMulWeight(NamedTuple):
-    """The weight of a MatMul or Gemm: an initializer of shape (N, K), or (K, N) if `transposed`."""
-
-    initializer: ir.Value
-    transposed: bool
-
-    @property
-    def matrix(self) -> np.ndarray:
-        """(N, K) float32: one row per output."""
-        array = weight(self.initializer)
-        assert array is not None
-        return array.T if self.transposed else array
-
-
-def matmul_weight(node: ir.Node) -> MatMulWeight | None:
-    """Returns the weight (float32, two axes) that a node multiplies by; None for any other node."""
-    if node.op_type not in ("MatMul", "Gemm"):
-        return None
-    value, transposed = node.inputs[1], True
-    if node.op_type == "Gemm":
-        plain = _number(node, "alpha", 1.0) == 1 and _number(node, "beta", 1.0) == 1 and not _number(node, "transA", 0)
-        if not plain:
-            return None
-        transposed = not _number(node, "transB", 0)
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Transpose":
-        value, transposed = producer.inputs[0], not transposed
-    return None if value is None or not _is_matrix(value) else MatMulWeight(value, transposed)
-
-
-def embedding_weight(node: ir.Node) -> ir.Value | None:
-    """Returns the initializer (V, K) float32 whose rows a node gathers; None for any other node."""
-    if node.op_type != "Gather" or _number(node, "axis", 0) != 0:
-        return None
-    return node.inputs[0] if _is_matrix(node.inputs[0]) else None
-
-
-def _is_matrix(value: ir.Value | None) -> bool:
-    array = weight(value)
-    return array is not None and array.ndim == 2 and array.dtype == np.float32
-
-
-def _number(node: ir.Node, name: str, default: float) -> float:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.value
-
-
 # --- weights ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Stored:
@@ -201,14 +152,17 @@ class _Weights:
         if key not in self._stored:
             matrix = join([self._rounded.get(str(w.initializer.name)) or _quantized(w) for w in weights])
             name = "+".join(str(w.initializer.name) for w in weights)
-            blocks, scales = add_weight(self._model, f"{name}.blocks", matrix.data), ir.Value(name=f"{name}.scales")
+            blocks, scales = self._add_data(f"{name}.blocks", matrix), ir.Value(name=f"{name}.scales")
             if matrix.zeros is None:
-                table = add_weight(self._model, f"{name}.table", matrix.data)
+                table = self._add_data(f"{name}.table", matrix)
                 self._stored[key] = _Stored(matrix, blocks, table, scales)
             else:
                 zeros = add_weight(self._model, f"{name}.zeros", matrix.zeros.reshape(-1))
                 self._stored[key] = _Stored(matrix, blocks, blocks, scales, zeros)
         return self._stored[key]
+
+    def _add_data(self, name: str, matrix: Blocks) -> ir.Value:
+        return add_lazy_weight(self._model, name, ir.DataType.UINT8, matrix.shape, matrix.make)
 
     def product(self, x: ir.Value | None, stored: _Stored, name: str) -> list[ir.Node]:
         """Returns the nodes that multiply by a quantized matrix; the last one outputs the product."""
@@ -221,7 +175,7 @@ class _Weights:
             self._model.graph.insert_before(self._model.graph[0], [node])
             self._dequantized[key] = node.outputs[0]
         builder = NodeBuilder(self._model, f"{name}_padded")
-        if padding := stored.matrix.data.shape[1] * stored.matrix.block_size - stored.matrix.columns:
+        if padding := _padded(stored.matrix) - stored.matrix.columns:
             x = builder.add("Pad", x, builder.constant("end", np.array([0, 0, 0, 0, 0, padding])))
         return [*builder.nodes, ir.node("MatMul", [x, self._dequantized[key]], name=name)]
 
@@ -246,7 +200,7 @@ class _Weights:
                 whole = builder.add("Mul", builder.add("Cast", scale_codes, to=ir.DataType.FLOAT), row_scales)
                 parts: tuple[ir.Value, ...] = (whole,)
                 if len(group) > 1:
-                    rows = builder.constant("rows", np.array([len(stored.matrix.data) for stored in group]))
+                    rows = builder.constant("rows", np.array([stored.matrix.shape[0] for stored in group]))
                     parts = builder.add_several("Split", len(group), whole, rows, axis=0)
                 self._model.graph.insert_before(self._model.graph[0], builder.nodes)
                 for stored, part in zip(group, parts, strict=True):
@@ -270,7 +224,7 @@ def not_finite(initializer: ir.Value, error: ValueError) -> InputError:
 def _matmul_nbits(x: ir.Value | None, stored: _Stored, name: str, accuracy_level: int) -> ir.Node:
     attributes = {
         "K": stored.matrix.columns,
-        "N": len(stored.matrix.data),
+        "N": stored.matrix.shape[0],
         "bits": stored.matrix.bits,
         "block_size": stored.matrix.block_size,
         "accuracy_level": accuracy_level,
@@ -297,7 +251,7 @@ def _quantize_merged(model: ir.Model, projections: Projections, weights: _Weight
     first = projections.matmuls[0]
     *before, merged = weights.product(first.inputs[0], weights.store(*found), str(first.name))
     model.graph.insert_before(first, before)
-    insert_merged(model, projections, merged, [len(read.matrix) for read in found])
+    insert_merged(model, projections, merged, [read.shape[0] for read in found])
 
 
 def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
@@ -306,7 +260,7 @@ def _quantize_head(model: ir.Model, node: ir.Node, weights: _Weights) -> None:
     if found is None:
         return
     x, head, builder = node.inputs[0], weights.store(found), NodeBuilder(model, str(node.name))
-    columns, blocks, size = head.matrix.columns, head.matrix.data.shape[1], head.matrix.block_size
+    columns, (_, blocks, _), size = head.matrix.columns, head.matrix.shape, head.matrix.block_size
     padded = x
     if columns % size:
         padding = np.array([0, 0, 0, 0, 0, blocks * size - columns])
@@ -353,8 +307,15 @@ def _gather_block_quantized(
     model: ir.Model, indices: ir.Value, stored: _Stored, builder: NodeBuilder
 ) -> tuple[ir.Node, ...]:
     """Applies rule 3 with one operator, over the same bytes: its default zero point is 128."""
-    rows = stored.matrix.data.reshape(len(stored.matrix.data), -1)
-    table = add_weight(model, f"{stored.table.name}.rows", rows)
+    matrix = stored.matrix
+    rows, blocks, size = matrix.shape
+    table = add_lazy_weight(
+        model,
+        f"{stored.table.name}.rows",
+        ir.DataType.UINT8,
+        (rows, blocks * size),
+        lambda: matrix.data.reshape(rows, -1),
+    )
     attributes = {
         "bits": stored.matrix.bits,
         "block_size": stored.matrix.block_size,
@@ -371,7 +332,12 @@ def _gather_block_quantized(
 
 def _without_padding(builder: NodeBuilder, rows: ir.Value, matrix: Blocks) -> ir.Value:
     """Cuts rows (..., blocks * block_size) to (..., K)."""
-    if matrix.data[0].size == matrix.columns:
+    if _padded(matrix) == matrix.columns:
         return rows
     bounds = (("start", 0), ("width", matrix.columns), ("axis", -1))
     return builder.add("Slice", rows, *(builder.constant(what, np.array([number])) for what, number in bounds))
+
+
+def _padded(matrix: Blocks) -> int:
+    """Returns K rounded up to whole blocks."""
+    return matrix.shape[1] * matrix.block_size

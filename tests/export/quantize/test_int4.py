@@ -14,13 +14,16 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import QualityError
 from pastkey.export import export
-from pastkey.export.measure.metrics import kl_divergence
+from pastkey.export.measure.metrics import Ids, kl_divergence
 from pastkey.export.measure.verify import KL_FLOOR, verify
 from pastkey.export.quantize import int4
 from pastkey.export.quantize.int4 import in_int8, rounded
 from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity, sensitivity
 from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
-from pastkey.export.quantize.rounding.rewrite import matmul_weight, quantize
+from pastkey.export.quantize.rounding.blocks import Blocks
+from pastkey.export.quantize.rounding.int4_blocks import Gptq
+from pastkey.export.quantize.rounding.matrices import matmul_weight
+from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
 from ...shared import divided
@@ -51,10 +54,15 @@ def test_products_are_4_bit_and_what_is_gathered_or_makes_the_logits_is_8_bit(na
     assert made.report.verification.ok
 
 
+def in_4_bits(graph: Path, windows: list[Ids]) -> dict[str, Blocks]:
+    """The matrices of a float32 graph that are rounded to 4 bits."""
+    return {name: found.blocks for name, found in rounded(ir.load(graph), graph.parent, windows).items()}
+
+
 def divergence_of_int4(graph: Path, out: Path) -> float:
     """KL divergence in nats of the float32 graph from its MatMuls in 4 bits, which are written to `out`."""
     model = ir.load(graph)
-    quantize(model, rounded=rounded(model, graph.parent, WINDOWS[1:]))
+    quantize(model, rounded=in_4_bits(graph, WINDOWS[1:]))
     ir.save(model, out, external_data=f"{out.name}_data")
     return kl_divergence(run_chunks(graph, [IDS]), run_chunks(out, [IDS]))
 
@@ -65,16 +73,15 @@ def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(
     """Both from one float32 graph. Without the Hessian each weight is rounded by itself."""
     graph = exported("llama").bundle.all_logits_graph
     by_hessian = divergence_of_int4(graph, tmp_path / "hessian")
-    compensated = int4.round_by_hessian
-    monkeypatch.setattr(int4, "round_by_hessian", lambda m, h, size: compensated(m, np.zeros_like(h), size))
+    monkeypatch.setattr(int4, "Gptq", lambda hessian: Gptq(np.zeros_like(hessian)))
     by_itself = divergence_of_int4(graph, tmp_path / "nearest")
     assert 0 < by_hessian < 0.8 * by_itself
 
 
 def test_a_switch_opens_the_very_4_bit_matrix(exported: Export, tmp_path: Path) -> None:
     bundle = exported("llama").bundle
-    folder, weight = bundle.all_logits_graph.parent, "model.layers.1.mlp.down_proj.weight"
-    matrices = rounded(ir.load(bundle.all_logits_graph), folder, WINDOWS[:2])
+    weight = "model.layers.1.mlp.down_proj.weight"
+    matrices = in_4_bits(bundle.all_logits_graph, WINDOWS[:2])
     alone = ir.load(bundle.all_logits_graph)
     quantize(alone, set(alone.graph.initializers) - {weight}, rounded=matrices)
     ir.save(alone, tmp_path / "alone", external_data="alone_data")
@@ -97,7 +104,7 @@ def test_a_switch_opens_the_very_4_bit_matrix(exported: Export, tmp_path: Path) 
 def test_what_costs_most_per_weight_is_ranked_first(exported: Export) -> None:
     bundle = exported("llama").bundle
     folder = bundle.all_logits_graph.parent
-    matrices = rounded(ir.load(bundle.all_logits_graph), folder, WINDOWS[:2])
+    matrices = in_4_bits(bundle.all_logits_graph, WINDOWS[:2])
     found = sensitivity(ir.load(bundle.all_logits_graph), folder, WINDOWS[:1], rounded=matrices)
     rows = {row.weight: row for row in found.rows}
     assert set(found.ranking) == set(matrices)

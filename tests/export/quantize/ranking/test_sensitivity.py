@@ -79,6 +79,7 @@ def test_a_budget_below_what_the_embeddings_cost_keeps_them_too(exported: Export
 def test_int4_cannot_get_below_what_int8_embeddings_cost(exported: Export) -> None:
     bundle = exported("nano_gpt").bundle
     windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
-    int4 = rounded(ir.load(bundle.all_logits_graph), folder, windows)
+    found = rounded(ir.load(bundle.all_logits_graph), folder, windows)
+    int4 = {name: matrix.blocks for name, matrix in found.items()}
     with pytest.raises(QualityError, match=r"of \d+ matrices in int8, over --max-kl 1e-12 by \d"):
         sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12, precision="int4", rounded=int4)

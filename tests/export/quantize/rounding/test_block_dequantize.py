@@ -18,7 +18,7 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.export import export
 from pastkey.export.quantize.rounding.block_dequantize import dequantize_linear
 from pastkey.export.quantize.rounding.blocks import dequantize_blocks, quantize_blocks
-from pastkey.export.quantize.rounding.int4_blocks import dequantize, round_by_hessian
+from pastkey.export.quantize.rounding.int4_blocks import Gptq, dequantize
 from pastkey.runtime.engine.engine import Engine
 
 from ...decoders import Plain, llama
@@ -34,7 +34,7 @@ def test_the_operator_gives_the_matrix_transposed(columns: int, bits: int) -> No
         blocks = quantize_blocks(matrix, 16)
         expected = dequantize_blocks(blocks)
     else:
-        in_4_bits = round_by_hessian(matrix, np.eye(columns, dtype=np.float32), 16)
+        in_4_bits = Gptq(np.eye(columns, dtype=np.float32)).round(matrix, 16).blocks
         expected = dequantize(in_4_bits)
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="weights"), ir_version=10)
     node = dequantize_linear(model, "w", blocks if bits == 8 else in_4_bits)

@@ -17,6 +17,7 @@ from pastkey.export.quantize.rounding.blocks import (
     encode_scales,
     join,
     quantize_blocks,
+    round_trip,
 )
 
 Array = npt.NDArray[Any]
@@ -111,3 +112,33 @@ def test_joined_matrices_are_the_matrices_below_one_another() -> None:
     np.testing.assert_array_equal(
         dequantize_blocks(joined), np.concatenate([dequantize_blocks(one) for one in quantized])
     )
+
+
+def at_once(matrix: Array, block_size: int) -> tuple[Array, Array, Array]:
+    """Data, scale codes and row scales of the plain way: the whole matrix in each step."""
+    rows, columns = matrix.shape
+    blocks = -(-columns // block_size)
+    padded = np.zeros((rows, blocks * block_size), np.float32)
+    padded[:, :columns] = matrix
+    padded = padded.reshape(rows, blocks, block_size)
+    codes, row_scales = encode_scales(np.abs(padded).max(2) / np.float32(127))
+    scales = codes.astype(np.float32) * row_scales
+    data = np.clip(np.rint(padded / scales[:, :, None]), -127, 127) + 128
+    return data.astype(np.uint8), codes, row_scales
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("shape", "block_size"), [((1, 1), 16), ((64, 33), 32), ((200, 576), 32), ((129, 40), 16)])
+def test_rows_by_rows_every_bit_is_that_of_the_whole_matrix(
+    shape: tuple[int, int], block_size: int, transposed: bool
+) -> None:
+    matrix = (np.random.default_rng(0).standard_t(3, shape[:: -1 if transposed else 1]) * 0.02).astype(np.float32)
+    matrix[0] *= 1e-40
+    matrix = matrix.T if transposed else matrix
+    found = quantize_blocks(matrix, block_size)
+    for array, expected in zip(
+        (found.data, found.scale_codes, found.row_scales), at_once(matrix, block_size), strict=True
+    ):
+        np.testing.assert_array_equal(array, expected)
+    assert found.shape == found.data.shape
+    np.testing.assert_array_equal(round_trip(matrix, block_size), dequantize_blocks(found))

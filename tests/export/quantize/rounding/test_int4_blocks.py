@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from pastkey.export.quantize.rounding.blocks import join
-from pastkey.export.quantize.rounding.int4_blocks import dequantize, round_by_hessian
+from pastkey.export.quantize.rounding.int4_blocks import Gptq, dequantize
 
 from ...plain_loop import onnxruntime
 
@@ -39,7 +39,7 @@ def nearest(matrix: Array, block_size: int) -> Array:
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost(block_size: int) -> None:
     matrix, x = drawn(24, 96)
-    found = dequantize(round_by_hessian(matrix, x.T @ x, block_size))
+    found = dequantize(Gptq(x.T @ x).round(matrix, block_size).blocks)
     other = drawn(24, 96, seed=1)[1]
 
     def error(rounded: Array, rows: Array) -> float:
@@ -52,7 +52,7 @@ def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost
 
 def test_activations_whose_squares_overflow_leave_each_weight_by_itself() -> None:
     matrix, _ = drawn(5, 64)
-    found, alone = (round_by_hessian(matrix, h, 32) for h in (np.full((64, 64), np.inf), np.eye(64)))
+    found, alone = (Gptq(h).round(matrix, 32).blocks for h in (np.full((64, 64), np.inf), np.eye(64)))
     np.testing.assert_array_equal(dequantize(found), dequantize(alone))
 
 
@@ -60,7 +60,7 @@ def test_activations_whose_squares_overflow_leave_each_weight_by_itself() -> Non
 def test_onnxruntime_multiplies_by_what_dequantize_says(rows: int, columns: int, block_size: int) -> None:
     """Also where a row is padded, and where a row's zero points end in half a byte."""
     matrix, x = drawn(rows, columns)
-    found = round_by_hessian(matrix, x.T @ x, block_size)
+    found = Gptq(x.T @ x).round(matrix, block_size).blocks
     blocks = -(-columns // block_size)
     assert found.data.shape == (rows, blocks, block_size // 2)
     assert found.zeros.shape == (rows, -(-blocks // 2))
@@ -87,13 +87,13 @@ def test_onnxruntime_multiplies_by_what_dequantize_says(rows: int, columns: int,
 @pytest.mark.parametrize("number", [0.0, -3.5, 1e30, 1e-40])
 def test_a_matrix_of_equal_numbers_is_exact(number: float) -> None:
     matrix = np.full((2, 40), number, np.float32)
-    found = dequantize(round_by_hessian(matrix, np.eye(40, dtype=np.float32), 32))
+    found = dequantize(Gptq(np.eye(40, dtype=np.float32)).round(matrix, 32).blocks)
     np.testing.assert_allclose(found, matrix, rtol=1e-5, atol=1e-37)
 
 
 def test_channels_that_no_text_ever_reads_are_rounded_by_themselves() -> None:
     matrix, _ = drawn(4, 32)
-    found = dequantize(round_by_hessian(matrix, np.zeros((32, 32), np.float32), 32))
+    found = dequantize(Gptq(np.zeros((32, 32), np.float32)).round(matrix, 32).blocks)
     assert np.abs(found - matrix).max() <= (matrix.max(1) - matrix.min(1)).max() / 15
 
 
@@ -102,11 +102,20 @@ def test_a_matrix_that_is_not_finite_is_refused(number: float) -> None:
     matrix = np.ones((2, 16), np.float32)
     matrix[1, 2] = number
     with pytest.raises(ValueError, match="NaN or infinity"):
-        round_by_hessian(matrix, np.eye(16, dtype=np.float32), 16)
+        Gptq(np.eye(16, dtype=np.float32)).round(matrix, 16)
 
 
 def test_matrices_below_one_another_are_one() -> None:
-    parts = [round_by_hessian(drawn(rows, 48, rows)[0], np.eye(48, dtype=np.float32), 16) for rows in (3, 5)]
+    parts = [Gptq(np.eye(48, dtype=np.float32)).round(drawn(rows, 48, rows)[0], 16).blocks for rows in (3, 5)]
     joined = join(parts)
     assert (joined.bits, joined.block_size) == (4, 16)
     np.testing.assert_array_equal(dequantize(joined), np.concatenate([dequantize(part) for part in parts]))
+
+
+def test_the_error_is_that_of_the_products_on_the_text_and_of_damping() -> None:
+    matrix, x = drawn(24, 96)
+    hessian = x.T @ x
+    blocks, error = Gptq(hessian).round(matrix, 32)
+    wrong = (dequantize(blocks) - matrix).astype(np.float64)
+    damped = hessian + 0.2 * hessian.diagonal().mean() * np.eye(96)
+    assert error == pytest.approx(np.einsum("nk,kl,nl->", wrong, damped, wrong), rel=1e-4)

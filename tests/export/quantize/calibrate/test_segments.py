@@ -1,0 +1,57 @@
+"""Values captured segment by segment are those of the whole graph, and each is held for one segment only."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey.contract import names
+from pastkey.export.quantize.calibrate.activations import probing
+from pastkey.export.quantize.calibrate.segments import captured
+from pastkey.export.quantize.rounding.matrices import matmul_weight
+
+from ....shared import divided
+from ...conftest import Export
+
+WINDOWS = [np.random.default_rng(seed).integers(0, 37, size) for seed, size in enumerate((30, 30, 11))]
+
+
+def read_by_matmuls(model: ir.Model) -> list[str]:
+    """The activations that weights are multiplied with, made by nodes."""
+    read = [node.inputs[0] for node in model.graph if matmul_weight(node) is not None]
+    return list(dict.fromkeys(str(value.name) for value in read if value is not None and value.producer() is not None))
+
+
+@pytest.mark.parametrize(
+    "name", divided(["llama", "gpt2", "one_block_twice", "nano_gpt"], quick=["llama"], ci=["one_block_twice"])
+)
+def test_every_segmentation_gives_the_values_of_one_run(name: str, exported: Export) -> None:
+    graph = exported(name).bundle.all_logits_graph
+    files = sorted(graph.parent.iterdir())
+    wanted = [*read_by_matmuls(ir.load(graph)), names.LOGITS]
+    with probing(ir.load(graph), graph.parent, wanted) as probe:
+        whole = [probe(ids) for ids in WINDOWS]
+    runs: dict[int, list[dict[str, np.ndarray]]] = {}
+    for kept_bytes in (1, 25, 10**9):
+        captures = [dict[str, np.ndarray]() for _ in WINDOWS]
+        order, sizes = list[str](), list[int]()
+        for segment, rows in captured(
+            ir.load(graph), graph.parent, WINDOWS, dict.fromkeys(wanted, 10), kept_bytes=kept_bytes
+        ):
+            order += segment
+            sizes.append(len(segment))
+            for found, values in zip(captures, rows, strict=True):
+                assert set(values) == set(segment)
+                found.update(values)
+        assert sorted(order) == sorted(wanted)
+        assert max(sizes) <= max(kept_bytes // 10, 1)
+        runs[kept_bytes] = captures
+    assert sorted(graph.parent.iterdir()) == files
+    for one, few, all_at_once, packed in zip(*runs.values(), whole, strict=True):
+        for value in wanted:
+            np.testing.assert_array_equal(one[value], all_at_once[value])
+            np.testing.assert_array_equal(few[value], all_at_once[value])
+            # onnxruntime adds the terms of a packed weight's products in another order.
+            largest = np.abs(packed[value]).max()
+            np.testing.assert_allclose(one[value], packed[value], rtol=0, atol=1e-5 * largest)
