@@ -47,19 +47,19 @@ class BundlePredictor:
     def __init__(self, bundle: Bundle, **placement: Unpack[PlacementOptions]) -> None:
         """`placement`: where it runs, as for `load`. Raises Engine's errors."""
         self.name = str(bundle.path)
-        self._engine = Engine(bundle, graph="all_logits", **placement)
-        require_golden(self._engine, bundle)
+        self.engine = Engine(bundle, graph="all_logits", **placement)
+        require_golden(self.engine, bundle)
 
     def logits(self, ids: Ids) -> Logits:
         """Returns the logits (T, V) of a text (T,)."""
-        self._engine.reset()
-        logits: Logits = self._engine.forward(ids[None])[0]
+        self.engine.reset()
+        logits: Logits = self.engine.forward(ids[None])[0]
         return logits
 
     def cache(self, ids: Ids) -> Cache:
         """Returns the keys and values of every attention call on a text (T,)."""
         self.logits(ids)
-        return cached_layers(self._engine)
+        return cached_layers(self.engine)
 
     def greedy(self, prompt: Ids, count: int) -> list[int]:
         """Returns the `count` tokens of its greedy continuation of `prompt` (T,). EOS does not end it."""
@@ -70,7 +70,7 @@ class BundlePredictor:
         return agreeing_tokens(self._continue(prompt, len(tokens)), tokens)
 
     def _continue(self, prompt: Ids, count: int) -> Generation:
-        return Generation(self._engine, Request(prompt.tolist(), max_new_tokens=count, prompt_lookup=False))
+        return Generation(self.engine, Request(prompt.tolist(), max_new_tokens=count, prompt_lookup=False))
 
 
 def cached_layers(engine: Engine) -> Cache:
