@@ -56,6 +56,8 @@ PIECE_TOKENS = 32
 DECODED, DECODED_BY_ALL_LOGITS = 32, 8  # single tokens at each end, by the last-logits and by the all-logits graph
 CHUNKS = {7: 4, 64: 1}  # size of a chunk -> chunks at each end
 GREEDY_TOKENS = 32
+# Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
+SHORT_PREFILL, SHORT_DECODE = 64, 8
 BATCH_LENGTH = 40  # the longest row of the batch
 BATCH_STEPS = 4  # tokens decoded after it
 
@@ -141,6 +143,7 @@ def verify(
     module: nn.Module | None = None,
     *,
     layers: tuple[Layer, ...] = (),
+    short: Ids | None = None,
     progress: Progress = SILENT,
     **placement: Unpack[PlacementOptions],
 ) -> Verification:
@@ -151,6 +154,7 @@ def verify(
         module: The module that it was exported from. float32 is compared with it; int8 and int4 are measured against
             it. Without a module, the bundle is compared with its own uncached run.
         layers: The attention calls as messages name them. The text is longer than windows up to MAX_WINDOW.
+        short: A text (T,) of `short_texts`, for a quick proof: most of it is not decoded one by one.
         progress: Receives the progress of the verification.
         **placement: Where it runs, as for `load`.
 
@@ -167,10 +171,11 @@ def verify(
     quantized = PRECISIONS[manifest.precision].quantized
     source = None if module is None else ModulePredictor(module)
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
-    length = min(max(TOKENS, *windows, 0), manifest.context_length)
-    parts = _Parts(progress, length)
+    length = min(max(TOKENS, *windows, 0), manifest.context_length) if short is None else short.size
+    plan = _Plan.of(length) if short is None else _Plan.short(length)
+    parts = _Parts(progress, plan)
     # One graph is open at a time, since each session may hold all weights.
-    last = _run_last_logits(bundle, length, source, parts, placement)
+    last = _run_last_logits(bundle, plan, short, source, parts, placement)
     own = BundlePredictor(bundle, **placement)
 
     # int8 and int4 are compared with themselves: their distance from float32 is quality, not parity.
@@ -181,7 +186,7 @@ def verify(
         quality = _quality(source.logits(last.ids), expected if quantized else own.logits(last.ids))
     limits = Limits.of(manifest, quality.get("kl_divergence"))
     parts.next()
-    compared = _Compared(manifest, own.engine, last, reference, expected, limits, layers, source)
+    compared = _Compared(manifest, plan, own.engine, last, reference, expected, limits, layers, source)
     checks = []
     for check in _checks(compared, parts):
         checks.append(check)
@@ -195,11 +200,11 @@ def verify(
 class _Parts(Progress):
     """The parts of a verification, each with its own progress and as long as it has runs."""
 
-    def __init__(self, progress: Progress, length: int) -> None:
-        paths = _paths(length)
+    def __init__(self, progress: Progress, plan: _Plan) -> None:
+        paths = [*map(len, plan.paths.values())]
         self._progress, self._done = progress, 0
-        self._runs = [PIECE_TOKENS, *map(len, paths.values()), GREEDY_TOKENS, 4]  # by the last-logits graph
-        self._runs += [4, *map(len, paths.values()), 2 * BATCH_STEPS, 1, 4]  # the reference, and the checks
+        self._runs = [PIECE_TOKENS, *paths, plan.greedy, 4]  # the text, its paths and hidden states
+        self._runs += [4, *paths, 2 * BATCH_STEPS, 1, 4]  # the reference, and the checks
         self._total = sum(self._runs)
 
     def advance(self, done: int, total: int) -> None:
@@ -226,10 +231,37 @@ def _quality(fp32: Logits, quantized: Logits) -> dict[str, float]:
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
-def _paths(length: int) -> dict[str, list[int]]:
-    """The checks of one sequence of `length` tokens: name -> the tokens of each run by the last-logits graph."""
-    paths = {"prefill": [length], "decode": _sizes(length, 1, DECODED)}
-    return paths | {f"chunks_of_{size}": _sizes(length, size, ends) for size, ends in CHUNKS.items()}
+@dataclass(frozen=True)
+class _Plan:
+    """How a text is run.
+
+    Attributes:
+        paths: The checks of one sequence: name -> the tokens of each run.
+        decoded_by_all_logits: The tokens of each run of the check "decode" by the all-logits graph.
+        greedy: Tokens of the greedy continuation.
+    """
+
+    paths: dict[str, list[int]]
+    decoded_by_all_logits: list[int]
+    greedy: int
+
+    @classmethod
+    def of(cls, length: int) -> _Plan:
+        """For a text of `length` tokens."""
+        decode = _sizes(length, 1, DECODED)
+        return cls(_paths(length, decode), _sizes(length, 1, DECODED_BY_ALL_LOGITS), GREEDY_TOKENS)
+
+    @classmethod
+    def short(cls, length: int) -> _Plan:
+        """For a quick proof on a text of `length` tokens."""
+        at_once = min(SHORT_PREFILL, length - 1)
+        decode = [at_once] * (at_once > 0) + [1] * (length - at_once)
+        return cls(_paths(length, decode), decode, SHORT_DECODE)
+
+
+def _paths(length: int, decode: list[int]) -> dict[str, list[int]]:
+    chunks = {f"chunks_of_{size}": _sizes(length, size, ends) for size, ends in CHUNKS.items()}
+    return {"prefill": [length], "decode": decode, **chunks}
 
 
 def _sizes(length: int, size: int, ends: int) -> list[int]:
@@ -259,19 +291,25 @@ class _LastLogits:
 
 
 def _run_last_logits(
-    bundle: Bundle, length: int, source: ModulePredictor | None, parts: _Parts, placement: PlacementOptions
+    bundle: Bundle,
+    plan: _Plan,
+    short: Ids | None,
+    source: ModulePredictor | None,
+    parts: _Parts,
+    placement: PlacementOptions,
 ) -> _LastLogits:
-    """Opens the last-logits graph, generates the text and runs it by each path."""
+    """Opens the last-logits graph, generates the text unless it is given, and runs it by each path."""
     engine = Engine(bundle, graph="last_logits", **placement)
     require_golden(engine, bundle)
-    found = _LastLogits(_text(engine, length, parts), {}, [], [])
+    ids = _text(engine, sum(plan.paths["prefill"]), parts) if short is None else short
+    found = _LastLogits(ids, {}, [], [])
     parts.next()
-    for name, sizes in _paths(length).items():
+    for name, sizes in plan.paths.items():
         found.paths[name] = _run_parts(engine.prefill, engine, found.ids, sizes, parts)
         parts.next()
-    for token in Generation(engine, Request(found.prompt.tolist(), max_new_tokens=GREEDY_TOKENS)):
+    for token in Generation(engine, Request(found.prompt.tolist(), max_new_tokens=plan.greedy)):
         found.greedy.append(token)
-        parts.advance(len(found.greedy), GREEDY_TOKENS)
+        parts.advance(len(found.greedy), plan.greedy)
     parts.next()
     if bundle.manifest.hidden_size is not None:
         found.hidden.extend(_hidden(engine, found.ids, source))
@@ -285,11 +323,21 @@ def _text(engine: Engine, length: int, progress: Progress = SILENT) -> Ids:
     A model may repeat one token for ever. Attention over equal tokens has the same result whatever its weights.
     """
     beginning = min(RANDOM_TOKENS, -(-length // 2))
-    ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
     pieces = 1 if engine.manifest.static is not None else -(-(length - beginning) // PIECE_TOKENS) or 1
-    each = beginning + -(-(length - beginning) // pieces)
-    rows = self_generated_texts(engine, ids, pieces, each, progress)
+    rows = _continued(engine, beginning, beginning + -(-(length - beginning) // pieces), pieces, progress)
     return np.concatenate([rows[0][:beginning], *(row[beginning:] for row in rows)])[:length]
+
+
+def short_texts(engine: Engine, count: int, progress: Progress = SILENT) -> list[Ids]:
+    """Returns `count` texts for the proof of a quick export."""
+    length = min(SHORT_PREFILL + SHORT_DECODE, engine.manifest.context_length)
+    return _continued(engine, min(RANDOM_TOKENS, -(-length // 2)), length, count, progress)
+
+
+def _continued(engine: Engine, beginning: int, length: int, count: int, progress: Progress) -> list[Ids]:
+    """Returns `count` continuations, each (length,) with the same `beginning` of so many random ids."""
+    ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
+    return self_generated_texts(engine, ids, count, length, progress)
 
 
 def _run_parts(run: Callable[[Ids], Logits], engine: Engine, ids: Ids, sizes: list[int], progress: Progress) -> Logits:
@@ -319,6 +367,7 @@ class _Compared:
     """The runs of a bundle and its reference, on one text."""
 
     manifest: Manifest
+    plan: _Plan
     all_logits: Engine
     last: _LastLogits
     reference: Predictor
@@ -335,7 +384,7 @@ class _Compared:
 
 
 def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
-    for name, sizes in _paths(c.last.ids.size).items():
+    for name, sizes in c.plan.paths.items():
         if name == "decode":
             check, noise = _decode(c, sizes, progress)
             yield check
@@ -351,7 +400,7 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
 
 def _decode(c: _Compared, sizes: list[int], progress: Progress) -> tuple[Check, float]:
     """Compares single tokens. Returns also max |difference| of their logits."""
-    fewer = _sizes(c.last.ids.size, 1, DECODED_BY_ALL_LOGITS)
+    fewer = c.plan.decoded_by_all_logits
     logits = _run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, fewer, progress)
     singly, singly_by_last = np.repeat(fewer, fewer) == 1, np.array(sizes) == 1
     found, last = logits[singly], c.last.paths["decode"][singly_by_last]
