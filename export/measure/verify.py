@@ -53,8 +53,8 @@ RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest
 PIECE_TOKENS = 32
 # Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
 # tokens between them in one run. `docs/verification.md` has the faults that are found so.
-DECODED, DECODED_BY_ALL_LOGITS = 32, 8  # single tokens at each end, by the last-logits and by the all-logits graph
-CHUNKS = {7: 4, 64: 1}  # size of a chunk -> chunks at each end
+DECODED, DECODED_BY_ALL_LOGITS = (8, 40), (4, 12)  # single tokens at both ends, by the last- and all-logits graph
+CHUNKS = {7: (4, 4), 64: (1, 1)}  # size of a chunk -> chunks at both ends
 GREEDY_TOKENS = 32
 # Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
 SHORT_PREFILL, SHORT_DECODE = 64, 8
@@ -264,15 +264,16 @@ def _paths(length: int, decode: list[int]) -> dict[str, list[int]]:
     return {"prefill": [length], "decode": decode, **chunks}
 
 
-def _sizes(length: int, size: int, ends: int) -> list[int]:
-    """The tokens of each run: `ends` runs of `size` at the beginning and at the end of a text, and one between them.
+def _sizes(length: int, size: int, ends: tuple[int, int]) -> list[int]:
+    """The tokens of each run of a text: so many runs of `size` at its beginning and end, and one between them.
 
     A shorter text is run in parts of about `size`.
     """
-    between = length - 2 * ends * size
+    first, last = ends
+    between = length - (first + last) * size
     if between <= size:
         return [part.size for part in np.array_split(np.empty(length), -(-length // size))]
-    return [size] * ends + [between] + [size] * ends
+    return [size] * first + [between] + [size] * last
 
 
 @dataclass(frozen=True)
