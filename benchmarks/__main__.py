@@ -57,6 +57,7 @@ QUESTIONS = (
     Question("application", "application", "What do an event loop, other work and a second model feel?"),
     Question("one-graph", "alone", "What does a generation in one graph cost?"),
     Question("calibration", "accuracy", "What does calibration bring to int8 on a text?"),
+    Question("passes", "passes", "How often does an export read its weights?"),
     Question("pictures", "pictures.render", "Draws the pictures of README and docs from their tables."),
     Question("sensitivity-chart", "pictures.sensitivity", "Draws the cost of each matrix in int8 or int4."),
 )

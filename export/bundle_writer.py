@@ -23,6 +23,7 @@ from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.ort import RunError, onnxruntime
+from pastkey.runtime.settings import PlacementOptions
 
 from .compat.configs import write_configurations
 from .graft.probe.observe import Observation
@@ -30,6 +31,7 @@ from .graft.trace import GraphChoice
 from .graph.edit import IR_VERSION
 from .graph.write.save import count_operators, write_graphs
 from .measure.metrics import Ids
+from .measure.predictors import IN_PLACE
 from .measure.verify import Verification, verify
 from .progress import Progress
 from .settings import ExportConfig
@@ -106,7 +108,13 @@ class BundleWriter:
         try:
             layers = self.decoder.observation.layers
             verification = verify(
-                bundle, source.module, layers=layers, short=self.short, progress=self.progress, providers="cpu"
+                bundle,
+                source.module,
+                layers=layers,
+                short=self.short,
+                progress=self.progress,
+                providers="cpu",
+                **_in_place(precision),
             )
         except RunError as error:
             if isinstance(error, PastkeyError) and not isinstance(error, RunFailedError):
@@ -188,4 +196,10 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     like = "fp32" if exact else manifest.precision
     if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
-    return Golden.computed(Engine(bundle, providers="cpu"), rows, PRECISIONS[like].golden_limit)
+    engine = Engine(bundle, providers="cpu", **_in_place(manifest.precision))
+    return Golden.computed(engine, rows, PRECISIONS[like].golden_limit)
+
+
+def _in_place(precision: str) -> PlacementOptions:
+    """The placement of a session: float32 weights are not copied, and others are used as users open them."""
+    return {"session_options": IN_PLACE} if precision == "fp32" else {}

@@ -66,7 +66,7 @@ def evaluate(
         bundle: The bundle to measure.
         windows: At least one, each (T,) token ids, T >= 2 and within the context of both models.
         reference: The model that the bundle is compared with.
-        progress: Advances after each window, and after each continuation.
+        progress: Advances after each window, and within each continuation.
 
     Raises:
         NumericsError: Logits that are not finite.
@@ -74,22 +74,24 @@ def evaluate(
     """
     longest = max(ids.size for ids in windows)
     continued = windows[:GREEDY_PROMPTS] if reference is not None else []
-    parts = len(windows) + len(continued)
+    parts = GREEDY_TOKENS * (len(windows) + len(continued))
     sums = Sums()
     for number, ids in enumerate(windows, 1):
         sums.add(ids, bundle.logits(ids), None if reference is None else reference.logits(ids))
-        progress.advance(number, parts)
+        progress.advance(GREEDY_TOKENS * number, parts)
     figures: dict[str, float | None] = dict.fromkeys(
         ("kl_divergence", "top1_agreement", "greedy_agreement", "reference_perplexity")
     )
     if reference is not None:
         same = written = 0
-        for number, ids in enumerate(continued, len(windows) + 1):
-            prompt = ids[: min(GREEDY_PROMPT_TOKENS, ids.size // 2)]
-            tokens = bundle.greedy(prompt, min(GREEDY_TOKENS, longest - prompt.size + 1))
+        for number, ids in enumerate(continued, len(windows)):
+            prompt, tokens = ids[: min(GREEDY_PROMPT_TOKENS, ids.size // 2)], list[int]()
+            for token in bundle.greedy(prompt, min(GREEDY_TOKENS, longest - prompt.size + 1)):
+                tokens.append(token)
+                progress.advance(GREEDY_TOKENS * number + len(tokens), parts)
             same += reference.agreeing(prompt, tokens)
             written += len(tokens)
-            progress.advance(number, parts)
+        progress.advance(1, 1)
         figures = {
             "kl_divergence": sums.kl / sums.tokens,
             "top1_agreement": sums.same_top / sums.tokens,

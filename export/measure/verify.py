@@ -7,7 +7,7 @@ bundle's own uncached run. The checks run the code that ships: every figure come
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -49,9 +49,13 @@ RECORDED_KL_ALLOWANCE = 2
 MAX_COSINE_DISTANCE = 0.05
 TOKENS = 150  # length of the compared text, if the context has room for it
 MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or this many tokens beyond a window, if the window is at most MAX_WINDOW
-RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest
-CHUNK_SIZES = (7, 64)  # the check "decode" uses chunks of one token
-GREEDY_TOKENS = 64
+RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest, in pieces side by side
+PIECE_TOKENS = 32
+# Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
+# tokens between them in one run. `docs/verification.md` has the faults that are found so.
+DECODED, DECODED_BY_ALL_LOGITS = (8, 40), (4, 12)  # single tokens at both ends, by the last- and all-logits graph
+CHUNKS = {7: (4, 4), 64: (1, 1)}  # size of a chunk -> chunks at both ends
+GREEDY_TOKENS = 32
 # Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
 SHORT_PREFILL, SHORT_DECODE = 64, 8
 BATCH_LENGTH = 40  # the longest row of the batch
@@ -128,7 +132,7 @@ class Limits:
         recorded: float | None = manifest.parity.get(precision.name, {}).get("kl_divergence")
         cost = recorded if recorded is not None else measured_kl or 0.0
         fp32_kl = precision.max_kl
-        if recorded is not None and not manifest.quick:  # a short text says less of other texts
+        if recorded is not None:
             fp32_kl = min(fp32_kl, RECORDED_KL_ALLOWANCE * max(recorded, KL_FLOOR))
         return cls(precision.max_difference, max(precision.decode_kl * cost, 2 * KL_FLOOR), fp32_kl)
 
@@ -165,78 +169,58 @@ def verify(
     """
     manifest = bundle.manifest
     quantized = PRECISIONS[manifest.precision].quantized
-    hidden = manifest.hidden_size is not None
-    parts = _Parts(progress, _PARTS - (manifest.graph == "static") + hidden)
-    own, last_logits = BundlePredictor(bundle, **placement), Engine(bundle, graph="last_logits", **placement)
-    require_golden(last_logits, bundle)
+    source = None if module is None else ModulePredictor(module)
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
-    ids = short
-    if ids is None:
-        ids = _text(last_logits, min(max(TOKENS, *windows, 0), manifest.context_length), parts)
-    parts.next()
+    length = min(max(TOKENS, *windows, 0), manifest.context_length) if short is None else short.size
+    plan = _Plan.of(length) if short is None else _Plan.short(length)
+    parts = _Parts(progress, plan)
+    # One graph is open at a time, since each session may hold all weights.
+    last = _run_last_logits(bundle, plan, short, source, parts, placement)
+    own = BundlePredictor(bundle, **placement)
 
     # int8 and int4 are compared with themselves: their distance from float32 is quality, not parity.
-    source = None if module is None else ModulePredictor(module)
     reference = own if source is None or quantized else source
-    expected = reference.logits(ids)
+    expected = reference.logits(last.ids)
     quality = {}
     if source is not None and manifest.precision != "fp32":
-        quality = _quality(source.logits(ids), expected if quantized else own.logits(ids))
+        quality = _quality(source.logits(last.ids), expected if quantized else own.logits(last.ids))
     limits = Limits.of(manifest, quality.get("kl_divergence"))
-    all_logits = Engine(bundle, graph="all_logits", **placement)
-    require_golden(all_logits, bundle)
-    at_once = 0 if short is None else min(SHORT_PREFILL, len(ids) - 1)
-    greedy = GREEDY_TOKENS if short is None else SHORT_DECODE
-    compared = _Compared(
-        manifest, all_logits, last_logits, reference, ids, expected, limits, layers, source, at_once, greedy
-    )
     parts.next()
-
+    compared = _Compared(manifest, plan, own.engine, last, reference, expected, limits, layers, source)
     checks = []
     for check in _checks(compared, parts):
         checks.append(check)
-        if check.name != "hidden_states_float32":
-            parts.next()
+        parts.next()
     if quality and quantized:
         checks.append(_against_float32(manifest.precision, quality["kl_divergence"], limits))
-    return Verification("source" if reference is source else "own uncached run", len(ids), tuple(checks), quality)
-
-
-_PARTS = 2 + 4 + len(CHUNK_SIZES)  # the text, the reference, and the checks
+    parts.end()
+    return Verification("source" if reference is source else "own uncached run", length, tuple(checks), quality)
 
 
 class _Parts(Progress):
-    """The parts of a verification, each with its own progress."""
+    """The parts of a verification, each with its own progress and as long as it has runs."""
 
-    def __init__(self, progress: Progress, count: int) -> None:
-        self._progress, self._count, self._done = progress, count, 0
+    def __init__(self, progress: Progress, plan: _Plan) -> None:
+        paths = [*map(len, plan.paths.values())]
+        self._progress, self._done = progress, 0
+        self._runs = [PIECE_TOKENS, *paths, plan.greedy, 4]  # the text, its paths and hidden states
+        self._runs += [4, *paths, 2 * BATCH_STEPS, 1, 4]  # the reference, and the checks
+        self._total = sum(self._runs)
 
     def advance(self, done: int, total: int) -> None:
-        self._progress.advance(100 * self._done + 100 * done // total, 100 * self._count)
+        runs = self._runs[0] if self._runs else 0
+        self._progress.advance(100 * self._done + 100 * runs * done // total, 100 * self._total)
 
     def next(self) -> None:
         """Begins the next part."""
-        self._done += 1
+        if self._runs:
+            self._done += self._runs.pop(0)
         self.advance(0, 1)
 
-
-def _text(engine: Engine, length: int, progress: Progress = SILENT) -> Ids:
-    """Returns a text (T,): some random ids, and the bundle's continuation.
-
-    A model may repeat one token for ever. Attention over equal tokens has the same result whatever its weights.
-    """
-    return _texts(engine, length, 1, progress)[0]
-
-
-def short_texts(engine: Engine, count: int, progress: Progress = SILENT) -> list[Ids]:
-    """Returns `count` texts for the proof of a quick export."""
-    return _texts(engine, min(SHORT_PREFILL + SHORT_DECODE, engine.manifest.context_length), count, progress)
-
-
-def _texts(engine: Engine, length: int, count: int, progress: Progress) -> list[Ids]:
-    beginning = min(RANDOM_TOKENS, -(-length // 2))
-    ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
-    return self_generated_texts(engine, ids, count, length, progress)
+    def end(self) -> None:
+        """All parts are complete."""
+        self._done, self._runs = self._total, []
+        self.advance(0, 1)
 
 
 def _quality(fp32: Logits, quantized: Logits) -> dict[str, float]:
@@ -246,37 +230,168 @@ def _quality(fp32: Logits, quantized: Logits) -> dict[str, float]:
     }
 
 
+# --- runs ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Plan:
+    """How a text is run.
+
+    Attributes:
+        paths: The checks of one sequence: name -> the tokens of each run.
+        decoded_by_all_logits: The tokens of each run of the check "decode" by the all-logits graph.
+        greedy: Tokens of the greedy continuation.
+    """
+
+    paths: dict[str, list[int]]
+    decoded_by_all_logits: list[int]
+    greedy: int
+
+    @classmethod
+    def of(cls, length: int) -> _Plan:
+        """For a text of `length` tokens."""
+        decode = _sizes(length, 1, DECODED)
+        return cls(_paths(length, decode), _sizes(length, 1, DECODED_BY_ALL_LOGITS), GREEDY_TOKENS)
+
+    @classmethod
+    def short(cls, length: int) -> _Plan:
+        """For a quick proof on a text of `length` tokens."""
+        at_once = min(SHORT_PREFILL, length - 1)
+        decode = [at_once] * (at_once > 0) + [1] * (length - at_once)
+        return cls(_paths(length, decode), decode, SHORT_DECODE)
+
+
+def _paths(length: int, decode: list[int]) -> dict[str, list[int]]:
+    chunks = {f"chunks_of_{size}": _sizes(length, size, ends) for size, ends in CHUNKS.items()}
+    return {"prefill": [length], "decode": decode, **chunks}
+
+
+def _sizes(length: int, size: int, ends: tuple[int, int]) -> list[int]:
+    """The tokens of each run of a text: so many runs of `size` at its beginning and end, and one between them.
+
+    A shorter text is run in parts of about `size`.
+    """
+    first, last = ends
+    between = length - (first + last) * size
+    if between <= size:
+        return [part.size for part in np.array_split(np.empty(length), -(-length // size))]
+    return [size] * first + [between] + [size] * last
+
+
+@dataclass(frozen=True)
+class _LastLogits:
+    """What the last-logits graph computed. It is closed since."""
+
+    ids: Ids  # (T,), the text
+    paths: dict[str, Logits]  # check -> (N, V), after each run
+    greedy: list[int]  # the runtime's continuation of `prompt`
+    hidden: list[tuple[HiddenStates, HiddenStates]]  # expected and found, if the bundle has them
+
+    @property
+    def prompt(self) -> Ids:
+        """The beginning of the text that is continued greedily."""
+        return self.ids[: max(1, min(16, self.ids.size // 2))]
+
+
+def _run_last_logits(
+    bundle: Bundle,
+    plan: _Plan,
+    short: Ids | None,
+    source: ModulePredictor | None,
+    parts: _Parts,
+    placement: PlacementOptions,
+) -> _LastLogits:
+    """Opens the last-logits graph, generates the text unless it is given, and runs it by each path."""
+    engine = Engine(bundle, graph="last_logits", **placement)
+    require_golden(engine, bundle)
+    ids = _text(engine, sum(plan.paths["prefill"]), parts) if short is None else short
+    found = _LastLogits(ids, {}, [], [])
+    parts.next()
+    for name, sizes in plan.paths.items():
+        found.paths[name] = _run_parts(engine.prefill, engine, found.ids, sizes, parts)
+        parts.next()
+    for token in Generation(engine, Request(found.prompt.tolist(), max_new_tokens=plan.greedy)):
+        found.greedy.append(token)
+        parts.advance(len(found.greedy), plan.greedy)
+    parts.next()
+    if bundle.manifest.hidden_size is not None:
+        found.hidden.extend(_hidden(engine, found.ids, source))
+    parts.next()
+    return found
+
+
+def _text(engine: Engine, length: int, progress: Progress = SILENT) -> Ids:
+    """Returns a text (T,): some random ids, and continuations of them by the bundle, one after another.
+
+    A model may repeat one token for ever. Attention over equal tokens has the same result whatever its weights.
+    """
+    beginning = min(RANDOM_TOKENS, -(-length // 2))
+    pieces = 1 if engine.manifest.static is not None else -(-(length - beginning) // PIECE_TOKENS) or 1
+    rows = _continued(engine, beginning, beginning + -(-(length - beginning) // pieces), pieces, progress)
+    return np.concatenate([rows[0][:beginning], *(row[beginning:] for row in rows)])[:length]
+
+
+def short_texts(engine: Engine, count: int, progress: Progress = SILENT) -> list[Ids]:
+    """Returns `count` texts for the proof of a quick export."""
+    length = min(SHORT_PREFILL + SHORT_DECODE, engine.manifest.context_length)
+    return _continued(engine, min(RANDOM_TOKENS, -(-length // 2)), length, count, progress)
+
+
+def _continued(engine: Engine, beginning: int, length: int, count: int, progress: Progress) -> list[Ids]:
+    """Returns `count` continuations, each (length,) with the same `beginning` of so many random ids."""
+    ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
+    return self_generated_texts(engine, ids, count, length, progress)
+
+
+def _run_parts(run: Callable[[Ids], Logits], engine: Engine, ids: Ids, sizes: list[int], progress: Progress) -> Logits:
+    """Runs a text in parts of these sizes, from an empty cache. Returns all logits (N, V) that `run` returns."""
+    engine.reset()
+    logits = []
+    for part in np.split(ids, np.cumsum(sizes)[:-1]):
+        logits.append(np.atleast_2d(run(part)))
+        progress.advance(len(logits), len(sizes))
+    return np.concatenate(logits)
+
+
+def _hidden(engine: Engine, ids: Ids, source: ModulePredictor | None) -> Iterator[tuple[HiddenStates, HiddenStates]]:
+    """The last hidden states of one run, chunks and a batch: the source's, or for int8 and int4 those of one run."""
+
+    def alone(ids: Ids) -> HiddenStates:
+        quantized = PRECISIONS[engine.manifest.precision].quantized
+        return one_run(engine, ids) if quantized or source is None else source.hidden_states(ids)
+
+    longest = min(BATCH_LENGTH, ids.size)
+    return by_every_path(engine, ids, [longest, -(-longest // 2), 1], alone)
+
+
 # --- checks -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Compared:
-    """The graphs of a bundle and its reference, on one text."""
+    """The runs of a bundle and its reference, on one text."""
 
     manifest: Manifest
+    plan: _Plan
     all_logits: Engine
-    last_logits: Engine
+    last: _LastLogits
     reference: Predictor
-    ids: Ids  # (T,)
     expected: Logits  # (T, V), the reference's
     limits: Limits
     layers: tuple[Layer, ...]
     source: ModulePredictor | None
-    at_once: int  # tokens that run at once before the others are decoded
-    greedy: int  # tokens of the greedy continuation
 
     @functools.cached_property
     def rounding(self) -> float:
         """The limit that a module's own rounding allows, 0 for int8 and int4. Costs a copy in float64."""
         reference = self.reference
-        return ROUNDING_ALLOWANCE * reference.rounding(self.ids) if isinstance(reference, ModulePredictor) else 0.0
+        return ROUNDING_ALLOWANCE * reference.rounding(self.last.ids) if isinstance(reference, ModulePredictor) else 0.0
 
 
 def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
-    yield _prefill(c)
-    decoded, last = _decoded(c, progress)
-    noise = float(np.abs(decoded - c.expected).max())
-    yield _compare(c, "decode", c.expected, decoded, last, single=True)
-    for size in CHUNK_SIZES:
-        yield _chunked(c, size)
+    for name, sizes in c.plan.paths.items():
+        if name == "decode":
+            check, noise = _decode(c, sizes, progress)
+            yield check
+        else:
+            found = _run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, sizes, progress)
+            yield _compare(c, name, c.expected, found, c.expected[np.cumsum(sizes) - 1], c.last.paths[name])
     if c.manifest.graph != "static":  # it has one row
         yield _batch(c)
     yield _greedy(c, noise)
@@ -284,42 +399,15 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
         yield from _hidden_states(c)
 
 
-def _prefill(c: _Compared) -> Check:
-    """Runs all tokens at once, through both graphs."""
-    c.all_logits.reset()
-    logits = c.all_logits.forward(c.ids[None])[0]
-    c.last_logits.reset()
-    last = c.last_logits.forward(c.ids[None])[0, -1]
-    return _compare(c, "prefill", c.expected, logits, last)
-
-
-def _decoded(c: _Compared, progress: Progress) -> tuple[Logits, Logits]:
-    """Decodes token by token: logits (T, V), and (V,) of the last by the last-logits graph."""
-    logits = _by_token(c.all_logits, c.ids, c.at_once)
-    c.last_logits.reset()
-    if c.at_once:
-        c.last_logits.prefill(c.ids[: c.at_once])
-    for number, token in enumerate(c.ids[c.at_once :], 1 + c.at_once):
-        last = c.last_logits.decode(int(token))
-        progress.advance(number, len(c.ids))
-    return logits, last
-
-
-def _by_token(engine: Engine, ids: Ids, at_once: int = 0) -> Logits:
-    """Decodes ids (T,) token by token, after the first `at_once`: logits (T, V)."""
-    engine.reset()
-    first = [engine.forward(ids[None, :at_once])[0]] if at_once else []
-    return np.concatenate([*first, *(engine.forward(token[None, None])[0] for token in ids[at_once:])])
-
-
-def _chunked(c: _Compared, size: int) -> Check:
-    """Runs the prompt in chunks, through the all-logits graph and with `Engine.prefill`."""
-    c.all_logits.reset()
-    chunks = np.array_split(c.ids, -(-len(c.ids) // size))
-    logits = np.concatenate([c.all_logits.forward(chunk[None])[0] for chunk in chunks])
-    c.last_logits.reset()
-    last = c.last_logits.prefill(c.ids, chunk_size=size)
-    return _compare(c, f"chunks_of_{size}", c.expected, logits, last)
+def _decode(c: _Compared, sizes: list[int], progress: Progress) -> tuple[Check, float]:
+    """Compares single tokens. Returns also max |difference| of their logits."""
+    fewer = c.plan.decoded_by_all_logits
+    logits = _run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, fewer, progress)
+    singly, singly_by_last = np.repeat(fewer, fewer) == 1, np.array(sizes) == 1
+    found, last = logits[singly], c.last.paths["decode"][singly_by_last]
+    expected, expected_last = c.expected[singly], c.expected[np.cumsum(sizes) - 1][singly_by_last]
+    noise = max(float(np.abs(found - expected).max()), float(np.abs(last - expected_last).max()))
+    return _compare(c, "decode", expected, found, expected_last, last, single=True), noise
 
 
 def _batch(c: _Compared) -> Check:
@@ -330,7 +418,7 @@ def _batch(c: _Compared) -> Check:
     lengths = (
         sorted({longest, -(-longest // 2), 1}, reverse=True) if c.all_logits.graph.takes_padding else [longest] * 3
     )
-    texts = [np.roll(c.ids, -row)[: length + steps] for row, length in enumerate(lengths)]
+    texts = [np.roll(c.last.ids, -row)[: length + steps] for row, length in enumerate(lengths)]
     ids = np.zeros((len(lengths), longest), np.int64)
     mask = np.zeros_like(ids)
     for row, length in enumerate(lengths):
@@ -345,7 +433,7 @@ def _batch(c: _Compared) -> Check:
     for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         found.append(np.concatenate([together[0][row, :length], *(step[row] for step in together[1:])]))
         expected.append(_alone(c, text, length))
-    return _compare(c, "batch", np.concatenate(expected), np.concatenate(found), None, locate=False)
+    return _compare(c, "batch", np.concatenate(expected), np.concatenate(found), locate=False)
 
 
 def _alone(c: _Compared, text: Ids, length: int) -> Logits:
@@ -364,8 +452,7 @@ def _greedy(c: _Compared, noise: float) -> Check:
     `noise` is max |difference| of logits, decode against prefill: int8 and int4 may differ at a tie within a multiple
     of it.
     """
-    prompt = c.ids[: max(1, min(16, c.manifest.context_length // 2))].tolist()
-    found = list(Generation(c.last_logits, Request(prompt, max_new_tokens=c.greedy)))
+    prompt, found = c.last.prompt.tolist(), c.last.greedy
     # One uncached run over the whole continuation suffices: up to the first difference, it is the reference's own.
     logits = c.reference.logits(np.array([*prompt, *found[:-1]], np.int64))[len(prompt) - 1 :]
     for step, token in enumerate(found):
@@ -375,7 +462,9 @@ def _greedy(c: _Compared, noise: float) -> Check:
             allowed = c.limits.relative * float(np.abs(logits[step]).max())
             if c.limits.decode_kl is not None:
                 # Rounding differs from text to text: this continuation may be further from its decode.
-                decoded = _by_token(c.all_logits, np.array([*prompt, *found[:-1]], np.int64))[len(prompt) - 1 :]
+                text = np.array([*prompt, *found[:-1]], np.int64)
+                decoded = _run_parts(c.all_logits.all_logits, c.all_logits, text, [1] * text.size, SILENT)
+                decoded = decoded[len(prompt) - 1 :]
                 if kl_divergence(logits, decoded) <= c.limits.decode_kl:
                     noise = max(noise, float(np.abs(decoded - logits).max()))
                 allowed = TIE_ALLOWANCE * noise
@@ -385,23 +474,17 @@ def _greedy(c: _Compared, noise: float) -> Check:
 
 
 def _hidden_states(c: _Compared) -> Iterator[Check]:
-    """Compares one run, chunks and a batch with the source; for int8 and int4, with one run."""
-    quantized = c.limits.decode_kl is not None
-
-    def alone(ids: Ids) -> HiddenStates:
-        return one_run(c.last_logits, ids) if quantized or c.source is None else c.source.hidden_states(ids)
-
-    longest = min(BATCH_LENGTH, c.ids.size)
-    pairs = [*by_every_path(c.last_logits, c.ids, [longest, -(-longest // 2), 1], alone)]
+    """Compares the last hidden states of every path with the source's; for int8 and int4, with those of one run."""
+    quantized, pairs = c.limits.decode_kl is not None, c.last.hidden
     if quantized:
         yield _hidden_check("hidden_states", max(cosine_distance(*pair) for pair in pairs), MAX_COSINE_DISTANCE)
         if c.source is not None:
-            value = cosine_distance(c.source.hidden_states(c.ids), pairs[0][1])
+            value = cosine_distance(c.source.hidden_states(c.last.ids), pairs[0][1])
             yield _hidden_check("hidden_states_float32", value, MAX_COSINE_DISTANCE)
         return
     value, limit = max(relative_difference(*pair) for pair in pairs), c.limits.relative
     if value > limit and c.source is not None:
-        limit = max(limit, ROUNDING_ALLOWANCE * c.source.rounding(c.ids, hidden=True))
+        limit = max(limit, ROUNDING_ALLOWANCE * c.source.rounding(c.last.ids, hidden=True))
     yield _hidden_check("hidden_states", value, limit, "max_relative_difference")
 
 
@@ -427,20 +510,23 @@ def _compare(
     name: str,
     expected: Logits,
     found: Logits,
-    last: Logits | None,
+    expected_last: Logits | None = None,
+    last: Logits | None = None,
     *,
     single: bool = False,
     locate: bool = True,
 ) -> Check:
-    """`last` (V,): logits of the last position by the last-logits graph; `single`: tokens were decoded one by one."""
+    """`last` (N, V): logits by the last-logits graph; `single`: tokens were decoded one by one."""
     value = relative_difference(expected, found)
-    if last is not None:
-        value = max(value, relative_difference(expected[-1:], last[None]))
+    if expected_last is not None and last is not None:
+        value = max(value, relative_difference(expected_last, last))
     measure, limit = "max_relative_difference", c.limits.relative
     # int8 activations amplify last bits, which depend on the number of tokens in a run.
     if c.limits.decode_kl is not None and (single or value > limit):
         measure, limit = "mean_kl", c.limits.decode_kl
         value = kl_divergence(expected, found)
+        if expected_last is not None and last is not None:
+            value = max(value, kl_divergence(expected_last, last))
     if value > limit:
         limit = max(limit, c.rounding)
     ok = value <= limit
@@ -462,7 +548,7 @@ def _explained(c: _Compared, name: str, value: float, measure: str, limit: float
 def _first_layer(c: _Compared) -> str:
     """Returns the first attention call whose keys or values, cached by the check, differ from the uncached run's."""
     cached = cached_layers(c.all_logits)
-    for index, (expected, found) in enumerate(zip(c.reference.cache(c.ids), cached, strict=True)):
+    for index, (expected, found) in enumerate(zip(c.reference.cache(c.last.ids), cached, strict=True)):
         if any(
             relative_difference(a, b) > LAYER_ALLOWANCE * c.limits.relative
             for a, b in zip(expected, found, strict=True)

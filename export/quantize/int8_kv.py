@@ -23,15 +23,14 @@ from pastkey.runtime.providers.ort import RunError, onnxruntime
 from pastkey.values import parse_version
 
 from ..graph.edit import CONTRIB_DOMAIN, add_weight, replace_node
-from ..measure.metrics import Ids, kl_divergence
-from ..measure.predictors import BundlePredictor
+from ..measure.metrics import Ids, Logits, kl_divergence
 from ..measure.verify import KL_FLOOR
 from ..progress import SILENT, Progress
 from .calibrate.calibration import CalibrationText
 
 _MARGIN = 1.5  # over the largest number of the calibration text: clipping costs more than coarser steps
 _ALLOWED = 2  # times the KL divergence of the quantized bundle with a float32 cache
-_PROMPT = 16  # tokens that are prefilled before the others are decoded and measured
+_DECODED = 64  # last tokens of a window, or half of it, that are decoded and measured: the others are prefilled
 _K_SCALE = 12  # input index in GroupQueryAttention; v_scale follows
 
 
@@ -52,12 +51,13 @@ def add_int8_kv(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: P
     new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
     if manifest.graph != "fused" or manifest.context_length <= INT8_KV_FROM or not new:
         return {}
-    _write_int8_kv_graph(bundle, text.calibration_set)
-    reference = BundlePredictor(fp32)
-    expected = np.concatenate([reference.logits(ids)[_PROMPT:] for ids in text.held_out_set])
-    plain = kl_divergence(expected, _decoded(bundle, text, None))
+    _write_int8_kv_graph(bundle, text.calibration_set, progress)
+    ids = text.held_out_set[0]
+    prompt = ids.size - min(_DECODED, ids.size // 2)
+    expected = text.predicted_by(fp32).logits(ids)[prompt:]
+    plain = kl_divergence(expected, _decoded(bundle, ids, prompt, None, progress))
     try:
-        cost = kl_divergence(expected, _decoded(bundle, text, 1))
+        cost = kl_divergence(expected, _decoded(bundle, ids, prompt, 1, progress))
     except RunError as error:  # a form of attention for which the operator has no int8 cache
         progress.warn(f"without an int8 cache for long texts, which onnxruntime refuses here: {first_line(error)}")
         cost = np.inf
@@ -71,22 +71,22 @@ def add_int8_kv(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: P
     return {"int8_cache_kl": cost}
 
 
-def _decoded(bundle: Bundle, text: CalibrationText, int8_kv_from: int | None) -> np.ndarray:
-    """Returns the logits of all windows, decoded token by token after the prompts."""
-    engine, logits = Engine(bundle, int8_kv_from=int8_kv_from), list[np.ndarray]()
-    for ids in text.held_out_set:
-        engine.reset()
-        engine.prefill(ids[:_PROMPT])
-        logits += [engine.decode(int(token)) for token in ids[_PROMPT:]]
+def _decoded(bundle: Bundle, ids: Ids, prompt: int, int8_kv_from: int | None, progress: Progress) -> Logits:
+    """Returns the logits of the tokens behind the first `prompt` of `ids`, decoded one by one."""
+    engine, logits = Engine(bundle, int8_kv_from=int8_kv_from), list[Logits]()
+    engine.prefill(ids[:prompt])
+    for token in ids[prompt:]:
+        logits.append(engine.decode(int(token)))
+        progress.advance(len(logits), ids.size - prompt)
     return np.stack(logits)
 
 
-def _write_int8_kv_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
+def _write_int8_kv_graph(bundle: Bundle, windows: Sequence[Ids], progress: Progress) -> None:
     """Writes the graph beside the others of `bundle`, over the same weights; `windows` (T,) are calibration text.
 
     The graph's metadata also holds the scales, with which the runtime converts another graph's cache.
     """
-    scales = _scales(bundle, windows)
+    scales = _scales(bundle, windows, progress)
     model = ir.load(bundle.last_logits_graph)
     calls = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     for i, call in enumerate(calls):
@@ -116,13 +116,14 @@ def _write_int8_kv_graph(bundle: Bundle, windows: Sequence[Ids]) -> None:
     ir.save(model, bundle.path / names.INT8_KV_GRAPH)
 
 
-def _scales(bundle: Bundle, windows: Sequence[Ids]) -> list[np.ndarray]:
+def _scales(bundle: Bundle, windows: Sequence[Ids], progress: Progress) -> list[np.ndarray]:
     """Returns the scales of keys and values of each attention call in turn, (K * D,) float32."""
     engine = Engine(bundle)
     largest: list[np.ndarray] = []
-    for ids in windows:
+    for number, ids in enumerate(windows, 1):
         engine.reset()
         engine.prefill(ids)
+        progress.advance(number, len(windows))
         found = [np.abs(array[0]).max(1) for array in engine.cache.rows(engine.cache.length)]
         largest = found if not largest else [np.maximum(a, b) for a, b in zip(largest, found, strict=True)]
     smallest = float(np.finfo(np.float32).tiny)

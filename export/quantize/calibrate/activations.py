@@ -16,6 +16,7 @@ from pastkey.runtime.providers.ort import onnxruntime
 
 from ...graph.write.weights_file import INLINE_BYTES, remove_with_weights, save_with_weights
 from ...measure.metrics import Ids
+from ...measure.predictors import IN_PLACE
 
 _NO_INPUTS: Mapping[str, np.ndarray] = MappingProxyType({})
 
@@ -42,7 +43,7 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
     for value in extra:
         value.type = ir.TensorType(ir.DataType.FLOAT)
     model.graph.outputs.extend(extra)
-    probe = folder / "probe.onnx"
+    probe, session = folder / "probe.onnx", None
     try:
         changed = any(_is_large_and_in_memory(value) for value in model.graph.initializers.values())
         if changed:
@@ -51,9 +52,12 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
             ir.save(model, probe)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        for name, entry in IN_PLACE.items():
+            options.add_session_config_entry(name, entry)
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
         yield lambda ids, further=_NO_INPUTS: _run(session, wanted, ids, further)
     finally:
+        session = None  # closed, even if the caller still holds the function
         model.graph.outputs[:] = ends
         for value in extra:
             value.type = None

@@ -37,7 +37,7 @@ def test_a_greedy_continuation_is_told_by_one_run_of_a_module(exported: Export) 
         written.append(int(llama.torch_logits(written)[-1].argmax()))
     own = written[len(prompt) :]
     bundle = BundlePredictor(llama.bundle)
-    assert bundle.greedy(prompt, 8) == own
+    assert [*bundle.greedy(prompt, 8)] == own
     for predictor in (ModulePredictor(llama.module), bundle):
         assert predictor.agreeing(prompt, own) == 8
         assert predictor.agreeing(prompt, [*own[:3], (own[3] + 1) % 61, *own[4:]]) == 3
