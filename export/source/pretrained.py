@@ -197,7 +197,7 @@ def _transformers(source: object) -> Iterator[Any]:
         raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
 
 
-def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights]:
+def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights | None]:
     """Loads the model in float32; its large weights stay in their files. All of its weights must come from them."""
     keeping = kept_in_files if named is None else dequantized_to_disk
     with keeping() as stored:
@@ -234,7 +234,7 @@ def _load(library: Any, folder: Path, *, named: Path | None = None, **options: A
             "one of the two is another model's"
         )
     # transformers refuses its own float() on dequantized weights, although they are float32 or float16 now.
-    return torch.nn.Module.float(model).eval(), stored
+    return torch.nn.Module.float(model).eval(), stored if next(stored.parameters(model), None) else None
 
 
 def _require_tied(model: Any, source: Path) -> None:
