@@ -197,7 +197,7 @@ def _transformers(source: object) -> Iterator[Any]:
         raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
 
 
-def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights]:
+def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights | None]:
     """Loads the model in float32; its large weights stay in their files. All of its weights must come from them."""
     keeping = kept_in_files if named is None else dequantized_to_disk
     with keeping() as stored:
@@ -225,6 +225,7 @@ def _load(library: Any, folder: Path, *, named: Path | None = None, **options: A
             f"{source} has no weight {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
             f"{type(model).__name__} needs: the files are incomplete, or config.json is another model's"
         )
+    _require_tied(model, source)
     known = {_numberless(name) for name in model.state_dict()}
     beyond = [name for name in sorted(info["unexpected_keys"]) if _numberless(name) in known]
     if beyond:
@@ -233,7 +234,18 @@ def _load(library: Any, folder: Path, *, named: Path | None = None, **options: A
             "one of the two is another model's"
         )
     # transformers refuses its own float() on dequantized weights, although they are float32 or float16 now.
-    return torch.nn.Module.float(model).eval(), stored
+    return torch.nn.Module.float(model).eval(), stored if next(stored.parameters(model), None) else None
+
+
+def _require_tied(model: Any, source: Path) -> None:
+    """Raises InputError if embedding and output head are tied, and the files hold two that differ."""
+    ends = [end() for end in (model.get_input_embeddings, model.get_output_embeddings)]
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and None not in ends and ends[0].weight is not ends[1].weight:  # transformers 5 leaves them apart then
+        raise InputError(
+            f"{source} holds an output head beside the embedding, with other numbers, and its config.json ties the two "
+            "(tie_word_embeddings): one of the two is another model's, or config.json must say false there"
+        )
 
 
 def _refuse_recurrent(kind: type | None, name: object) -> None:

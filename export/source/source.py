@@ -17,6 +17,8 @@ from pastkey.files.folder import leads_out, read_text
 from pastkey.files.reading import reading
 from pastkey.values import is_int
 
+from ..graft.streamed import resident_bytes
+
 
 @dataclass(frozen=True)
 class Source:
@@ -34,6 +36,11 @@ class Source:
     revision: str = ""  # the commit on the Hub
     call: str = ""  # how the author calls the module, if that is not the contract
     warnings: tuple[str, ...] = ()  # sentences for the user
+
+    @property
+    def resident_bytes(self) -> int:
+        """The bytes of the module's parameters and buffers that are in memory; the others stay in their file."""
+        return resident_bytes(self.module)
 
 
 def context_of(name: object, longest: int, asked: int | None) -> int:

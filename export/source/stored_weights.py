@@ -18,6 +18,11 @@ from .gguf_header import read_gguf
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
 _SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
+# safetensors' types that torch has, the usual ones first.
+_DTYPES = (
+    "F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "BOOL", "U8", "I8",
+    "I16", "U16", "I32", "U32", "I64", "U64", "C64",
+)  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # Architectures' names for their sizes. Each is limited to what the files hold, times some slack for smaller dtypes.
 SIZES = {
@@ -80,11 +85,38 @@ def _check_safetensors(folder: Path) -> None:
                 f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
                 f"{index.name} names: fetch what is missing"
             )
+    headers = {}
     for file in sorted(folder.glob(f"*{_SAFETENSORS}")):
         try:
-            read_header(file)
+            headers[file.name] = read_header(file)
         except HeaderError as error:
             raise InputError(f"{file} is cut short or damaged, {error}: fetch it again") from None
+        unknown = next((t for t in headers[file.name].items() if t[1].dtype not in _DTYPES), None)
+        if unknown is not None:
+            raise InputError(
+                f"{file} holds {unknown[0]!r:.80} in {unknown[1].dtype!r:.20}, which is not a known type: expected "
+                f"{', '.join(_DTYPES[:3])} or another of safetensors; save the model in one of them"
+            )
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_shards(index, read_json(index)["weight_map"], headers)
+
+
+def _check_shards(index: Path, listed: Mapping[str, str], headers: Mapping[str, Mapping[str, object]]) -> None:
+    """Raises InputError unless each tensor is in the one file that the index names for it."""
+    for name, shard in listed.items():
+        if name not in headers[shard]:
+            raise InputError(
+                f"{index} says that {shard} holds {name!r:.80}, and it does not: that file is another model's; fetch "
+                "it again"
+            )
+    first: dict[str, str] = {}
+    for shard in sorted(set(listed.values())):
+        for name in headers[shard]:
+            if first.setdefault(name, shard) != shard:
+                raise InputError(
+                    f"{index.parent} has two tensors {name!r:.80}, in {first[name]} and in {shard}: one of the two "
+                    "files is another model's; fetch them again"
+                )
 
 
 def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -21,6 +21,11 @@ from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
+from pastkey.export.graft.probe.observe import natively, run_uncached
+from pastkey.export.graph.stored import stored_weights
+from pastkey.export.source import stored_tensors
+from pastkey.export.source.gguf_tensors import TemporaryWeights
+from pastkey.export.source.open import open_source
 from pastkey.runtime import load
 
 from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
@@ -91,7 +96,7 @@ def _write_tokenizer(writer: Any) -> None:
 
 def reference(file: Path) -> Any:
     """transformers' own model of the same dequantized weights."""
-    options = {"gguf_file": file.name, "dtype": torch.float32}
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32, "attn_implementation": "eager"}
     return transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
 
 
@@ -122,6 +127,25 @@ def test_the_bundle_writes_what_transformers_writes(tmp_path: Path, quantized: b
     original = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     for text in TEXTS:
         assert lm.tokenizer.encode(text) == original(text)["input_ids"]
+
+
+@pytest.mark.parametrize("room", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_large_weights_go_to_the_disk_if_it_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    def full(self: TemporaryWeights, array: object) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    if not room:
+        monkeypatch.setattr(TemporaryWeights, "add", full)
+    monkeypatch.setattr(stored_tensors, "LARGE", 1000)
+    file = write_gguf(tmp_path / "tiny.gguf", quantized=True)
+    module = open_source(file).module
+    weights = stored_weights(module)
+    assert len(list(weights.parameters(module)) if weights else []) == (2 + 7 * LAYERS if room else 0)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad(), natively(module):
+        assert torch.equal(run_uncached(module, ids).logits, reference(file).eval()(input_ids=ids).logits)
 
 
 # --- what cannot be read ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -37,6 +37,47 @@ def change(folder: Path, **entries: Any) -> Path:
 
 
 # --- bad folders --------------------------------------------------------------------------------------------------
+def shards(folder: Path) -> tuple[Path, dict[str, str], list[str]]:
+    """A folder in shards: its index, which tensor is in which of them, and their names."""
+    llama().save_pretrained(folder, max_shard_size="100KB")
+    index = folder / "model.safetensors.index.json"
+    listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    return index, listed, sorted(set(listed.values()))
+
+
+def test_a_shard_that_lacks_what_the_index_names(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    index, listed, (first, second, *_) = shards(tmp_path / "model")
+    shutil.copy(index.parent / first, index.parent / second)
+    lacking = next(name for name, shard in listed.items() if shard == second)
+    sentence = f"{index} says that {second} holds {lacking!r}, and it does not: that file is another model's; fetch it"
+    assert refusal(index.parent) == f"{sentence} again"
+
+
+def test_two_shards_with_a_tensor_of_one_name(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    index, listed, (first, second, *_) = shards(tmp_path / "model")
+    twice = next(name for name, shard in listed.items() if shard == first)
+    tensors = {f: safetensors.torch.load_file(index.parent / f) for f in (first, second)}
+    both = tensors[second] | {twice: tensors[first][twice]}
+    safetensors.torch.save_file(both, index.parent / second, metadata={"format": "pt"})
+    sentence = f"{index.parent} has two tensors {twice!r}, in {first} and in {second}: one of the two files is another"
+    assert refusal(index.parent) == f"{sentence} model's; fetch them again"
+
+
+def test_a_tensor_of_an_unknown_type(llama_folder: Path, refusal: Callable[..., str]) -> None:
+    file = llama_folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"X32"', 1))
+    assert "in 'X32', which is not a known type: expected F32, F16, BF16 or another of safetensors" in refusal(
+        file.parent
+    )
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 takes the embedding")
+def test_tied_weights_that_are_saved_twice_and_differ(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    folder = tmp_path / "model"
+    llama(tie_word_embeddings=False).save_pretrained(folder)
+    sentence = refusal(change(folder, tie_word_embeddings=True))
+    assert sentence.startswith(f"{folder} holds an output head beside the embedding, with other numbers")
 
 
 def test_weights_that_are_only_pickled_come_with_a_command_that_converts_them(

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from pastkey.errors import IntegrityError, ParityError
 from pastkey.export import export
+from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.observe import natively, observe, run_uncached
 from pastkey.export.graft.streamed import Streaming, in_float64, load, resident_bytes
 from pastkey.export.graft.trace import trace
@@ -30,8 +31,8 @@ from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
 from pastkey.export.source.stored_tensors import StoredTensor
 
-from ...shared import divided
-from ..families import CONTEXT, FAMILIES, build
+from ...shared import ROOT, divided
+from ..families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, build
 from ..tiny_llama import TRANSFORMERS_4, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
@@ -42,6 +43,10 @@ COMPUTED = {
     "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
     "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
     "solar_open",
+}  # fmt: skip
+# Families that are followed along the time axis, whose rules read weights.
+FOLLOWED = {
+    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_neo", "mpt", "openai-gpt", "xglm", "youtu",
 }  # fmt: skip
 
 
@@ -200,17 +205,17 @@ CASES = [
 def test_the_float32_bundle_is_that_of_loaded_weights(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if family not in transformers.CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    if family not in transformers.CONFIG_MAPPING or (TRANSFORMERS_4 and family in FROM_TRANSFORMERS_5):
+        pytest.skip(f"not with transformers {transformers.__version__}")
+    context = 80 if kind == "tied" else CONTEXT
     model = llama(tie_word_embeddings=True) if kind == "tied" else build(family)
     folder = saved(model, tmp_path / "model", kind)
-    found = [
-        name
-        for name, parameter, stored in parameters(open_source(folder).module)
-        if not stored and parameter.nbytes >= 1000
-    ]
+    module = open_source(folder, context_length=context).module
+    found = [name for name, parameter, stored in parameters(module) if not stored and parameter.nbytes >= 1000]
     assert bool(found) == (family in COMPUTED and not TRANSFORMERS_4)
-    options: dict[str, Any] = {"precision": "fp32", "context_length": 80 if kind == "tied" else CONTEXT}
+    in_contract(module, context, None, lambda sentence: None)
+    assert any(stored for *_, stored in parameters(module)) == (family not in FOLLOWED)
+    options: dict[str, Any] = {"precision": "fp32", "context_length": context}
     export(folder, tmp_path / "stored", **options)
     monkeypatch.setattr(stored_tensors, "LARGE", WHOLE)
     export(folder, tmp_path / "whole", **options)
@@ -244,4 +249,12 @@ def test_a_trace_that_reads_a_stored_weight_loads_all(
     monkeypatch.setattr(
         StoredWeights, "weight", lambda self, raw: None if len(getattr(raw, "shape", ())) == 2 else original(self, raw)
     )
-    export(saved_llama, tmp_path / "bundle", "fp32")
+    report = export(saved_llama, tmp_path / "bundle", "fp32")
+    assert any("reads a large weight, so that all are loaded" in sentence for sentence in report.warnings)
+
+
+def test_the_documentation_names_the_families_whose_weights_are_loaded() -> None:
+    page = (ROOT / "docs" / "sources-and-targets.md").read_text(encoding="utf-8")
+    for start, families in (("- experts that transformers merges:", COMPUTED), ("along the time axis:", FOLLOWED)):
+        listed = page.split(start)[1].split(";")[0]
+        assert {name.strip() for name in listed.split(",")} == families
