@@ -79,6 +79,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the finished steps of an export that was killed; leave them if this one fails",
+    )
     add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
     add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
     add(
@@ -189,7 +194,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _take_bundle(source: HubModel, config: ExportConfig, arguments: argparse.Namespace, progress: Progress) -> int:
     """Writes a bundle from the Hub as it is."""
-    ours = dataclasses.replace(config, force=False, network=True)
+    ours = dataclasses.replace(config, force=False, network=True, resume=False)
     changed = next((f.name for f in dataclasses.fields(config) if getattr(ours, f.name) != f.default), None)
     if changed is not None:
         raise InputError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,10 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.contract.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.files.folder import hub_id
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
 from pastkey.runtime import Engine
@@ -35,8 +35,9 @@ from .generation.write import write_generation
 from .graft.given_graph import GivenDecoder
 from .graft.probe.call import CONTRACT
 from .graft.probe.contract import in_contract
+from .graft.probe.observe import Observation
 from .graft.probe.positions import find_shift
-from .graft.trace import choose_graph, trace
+from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
 from .graph.float16 import LARGEST, to_float16
 from .graph.fuse import fuse, where_rotated
@@ -55,11 +56,13 @@ from .quantize.int8_kv import add_int8_kv
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
+from .quantize.search import Quantized
 from .resources import needs, parameters, require_files, require_room
-from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
-from .source.hub import HubModel
+from .settings import STATIC_CHUNK, ExportConfig, ExportOptions, split_factory
+from .source.hub import HubModel, find
 from .source.open import open_source
 from .source.source import Source, check_tokenizer
+from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Steps, identity, require_unchanged
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def export(
 ) -> Report:
     """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
-    A failed export leaves no files.
+    A failed export leaves no files. With `resume`, it leaves its finished steps, in a hidden folder beside `out`.
 
     Args:
         module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
@@ -132,16 +135,24 @@ def export_found(
 ) -> Report:
     """Exports as `export` does, also a model that was looked up on the Hub. `shown` is its `progress`."""
     started, progress = time.perf_counter(), Recorder(shown)
-    remove_leftovers(out)
+    if remove_leftovers(out, keep_steps=config.resume):
+        progress.say(f"removed the finished steps of an earlier export to {out}, from which --resume would have gone on")
     _refuse_early(module_or_path, out, config)
+    if config.resume and isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
+        module_or_path = find(module_or_path, progress, network=config.network)
+    before = identity(module_or_path, config)
     source = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
-    decoder = _graft(source, config.common, progress)
-    _require_masks(decoder, config)
-    _require_head(decoder, config)
-    with whole_folder(out, force=config.force) as folder:
+    source, observation, choice = _observe(source, config.common, progress)
+    _require_masks(source, observation, config)
+    with whole_folder(out, force=config.force, resume=config.resume) as folder:
+        steps = Steps(folder, config, before, progress)
+        decoder = _made_before(source, observation, folder, config, steps)
+        if decoder is None:
+            decoder = _graft(source, observation, choice, progress)
+        _require_head(decoder, config)
         writer = BundleWriter(decoder, config, progress)
-        artifacts = _make_artifacts(writer, folder, calibration)
+        artifacts = _make_artifacts(writer, folder, calibration, steps)
         last = artifacts[-1]
         if config.format == "ort":
             write_ort_format(last.bundle, progress)
@@ -149,6 +160,8 @@ def export_found(
         bundle = writer.configure(last.bundle, parity, last.quality)
         if config.generate:
             write_generation(bundle, progress)
+        require_unchanged(module_or_path, config, before)
+        steps.remove()
         bundle = writer.finish(bundle)
         writer.prove_on_target(bundle)
         if config.sensitivity is not None and last.sensitivity is not None:
@@ -176,28 +189,50 @@ class Artifact:
     sensitivity: Sensitivity | None = None
 
 
-def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] | None) -> list[Artifact]:
+def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] | None, steps: Steps) -> list[Artifact]:
     """Makes the float32 artifact, those derived from it, and static graphs. The last is the bundle in `folder`."""
     config, progress = writer.config, writer.progress
     precision = PRECISIONS[config.precision]
-    beside = folder if precision.name == "fp32" else folder / ".fp32"
-    fp32, weight_bytes = writer.write(writer.decoder.model, beside)
+    beside = _beside(folder, config)
+    known = steps.found(FP32)
+    if known is None:
+        fp32, weight_bytes = writer.write(writer.decoder.model, beside)
+    else:
+        fp32, weight_bytes = _written(beside, known)
     short = short_texts(Engine(fp32), _SHORT_TEXTS, progress) if config.quick else []
     if short:
         writer = dataclasses.replace(writer, short=short[0])
-    artifacts = [Artifact(fp32, weight_bytes, writer.verify(fp32))]
+    if known is None:
+        made = Artifact(fp32, weight_bytes, writer.verify(fp32))
+        record = {"hidden_size": writer.decoder.hidden_size, "verification": made.verification.to_json()}
+        steps.finish(FP32, _record(fp32, weight_bytes) | record, beside)
+    else:
+        made = Artifact(fp32, weight_bytes, Verification.from_json(known["verification"]))
+    artifacts = [made]
     if precision.name == "fp16":
         artifacts.append(_make_fp16(fp32, folder, writer))
     if precision.quantized:
-        text = _calibration_text(fp32, calibration, short, config, progress)
-        artifacts.append(_make_quantized(fp32, folder, writer, text, config.common, progress))
+        text = _calibration_text(fp32, calibration, short, steps, config, progress)
+        artifacts.append(_make_quantized(fp32, folder, writer, text, steps, config.common, progress))
     if config.static:
         artifacts.append(_make_static(artifacts[0], writer, config, progress))
         if precision.quantized:
             artifacts.append(_make_static_int8(artifacts[-1].bundle, folder, artifacts[1], writer, text, progress))
-    if beside != folder:
-        shutil.rmtree(beside)
     return artifacts
+
+
+def _beside(folder: Path, config: ExportConfig) -> Path:
+    """Returns the folder of the float32 bundle, which is the bundle itself if float32 is asked for."""
+    return folder if config.precision == "fp32" else folder / FP32_FOLDER
+
+
+def _record(bundle: Bundle, weight_bytes: int) -> dict[str, Any]:
+    return {"manifest": bundle.manifest.to_json(), "weight_bytes": weight_bytes}
+
+
+def _written(folder: Path, record: dict[str, Any]) -> tuple[Bundle, int]:
+    """Returns what `BundleWriter.write` returned, of a finished step's record."""
+    return Bundle(folder, parse_manifest(folder, record["manifest"])), record["weight_bytes"]
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -210,6 +245,8 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
     refuse_existing(out, force=config.force)
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
+    if config.resume and (isinstance(module_or_path, nn.Module) or split_factory(str(module_or_path)) is not None):
+        raise InputError("--resume is for a source in files, and this is a module, which Python makes: leave it out")
 
 
 def _open(
@@ -255,20 +292,40 @@ def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
-def _graft(source: Source, config: ExportConfig, progress: Progress) -> Decoder:
+def _observe(source: Source, config: ExportConfig, progress: Progress) -> tuple[Source, Observation, GraphChoice]:
+    """Returns the source with a module of the contract, what its runs showed, and the graph to make."""
     progress.stage(f"observe the attention calls of {source.name}")
     latents = config.graph != "fused"
     contracted = in_contract(source.module, source.context_length, config.call, progress.warn, latents=latents)
     source = dataclasses.replace(source, module=contracted.module, call=contracted.call)
     observation = contracted.observation
     check_tokenizer(source, observation.vocab_size, source.eos_token_ids if config.eos_tokens else ())
-    choice = choose_graph(config.graph, config.target, observation)
+    return source, observation, choose_graph(config.graph, config.target, observation)
+
+
+def _made_before(
+    source: Source, observation: Observation, folder: Path, config: ExportConfig, steps: Steps
+) -> Decoder | None:
+    """Returns the graph that a finished step wrote."""
+    known = steps.found(FP32)
+    if known is None:
+        return None
+    bundle, _ = _written(_beside(folder, config), known)
+    choice = GraphChoice(bundle.manifest.graph, bundle.manifest.graph_reason)
+    if isinstance(source.module, GivenDecoder):
+        _, observation = source.module.graph(choice.graph, observation)
+    model = ir.load(bundle.all_logits_graph)
+    width, shift = known["hidden_size"], bundle.manifest.shift
+    return Decoder(source, model, observation, choice, observation.padding, width, shift)
+
+
+def _graft(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> Decoder:
     made = f"the {choice.graph} graph of {len(observation.layers)} layers of"
     if isinstance(source.module, GivenDecoder):
         progress.stage(f"make {made} {source.name} ({choice.reason})")
         model, observation = source.module.graph(choice.graph, observation)
     else:
-        progress.stage(f"trace {made} {contracted.call or CONTRACT} ({choice.reason})")
+        progress.stage(f"trace {made} {source.call or CONTRACT} ({choice.reason})")
         model = trace(source.module, observation, choice.graph, source.context_length, progress.warn)
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
@@ -327,14 +384,14 @@ def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
 
 
 # --- static graphs ------------------------------------------------------------------------------------------------
-def _require_masks(decoder: Decoder, config: ExportConfig) -> None:
+def _require_masks(source: Source, observation: Observation, config: ExportConfig) -> None:
     """Raises ContractError if a mask cannot tell static graphs which columns of the past are holes."""
-    if config.static and not decoder.padding:
+    if config.static and not observation.padding:
         what = "its positions count every column of the cache"
-        if decoder.observation.states:
+        if observation.states:
             what = "it keeps rows beside the keys and values of attention"
         raise ContractError(
-            f"{decoder.source.name} cannot have the static graph, whose past has holes, since {what}: export with "
+            f"{source.name} cannot have the static graph, whose past has holes, since {what}: export with "
             "--graph standard, and for a target that takes it, such as cpu"
         )
 
@@ -380,14 +437,23 @@ _SHORT_TEXTS = 2  # windows of a quick export: one to measure on, and one for th
 
 
 def _calibration_text(
-    fp32: Bundle, calibration: list[int] | None, short: Sequence[Ids], config: ExportConfig, progress: Progress
+    fp32: Bundle,
+    calibration: list[int] | None,
+    short: Sequence[Ids],
+    steps: Steps,
+    config: ExportConfig,
+    progress: Progress,
 ) -> CalibrationText:
+    if (known := steps.found(TEXT)) is not None:
+        return CalibrationText.from_json(known)
     if config.quick:
         if calibration is None:
             return CalibrationText("own", tuple(short[1:]), tuple(short[:1]))
         return calibration_text(fp32, calibration, _SHORT_TEXTS, progress)
     progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
-    return calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
+    text = calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
+    steps.finish(TEXT, text.to_json())
+    return text
 
 
 def _make_quantized(
@@ -395,6 +461,7 @@ def _make_quantized(
     folder: Path,
     writer: BundleWriter,
     text: CalibrationText,
+    steps: Steps,
     config: ExportConfig,
     progress: Progress,
 ) -> Artifact:
@@ -402,7 +469,13 @@ def _make_quantized(
     precision = config.precision
     write = functools.partial(writer.write, folder=folder, precision=precision)
     make = make_quick if config.quick else _MAKERS[precision]
-    made = make(fp32, text, write, config, progress)
+    if (known := steps.found(QUANTIZED)) is not None:
+        made = Quantized(*_written(folder, known), known["quality"], None)
+    else:
+        made = make(fp32, text, write, config, progress)
+        record = _record(made.bundle, made.weight_bytes) | {"quality": made.quality}
+        if config.sensitivity is None:  # the table is not recorded
+            steps.finish(QUANTIZED, record, made.bundle.all_logits_graph.parent)
     verification = writer.verify(made.bundle)
     quality = made.quality
     if config.target == "cpu" and not config.quick:

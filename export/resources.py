@@ -39,8 +39,8 @@ def needs(weights: int, config: ExportConfig, *, resident_bytes: int) -> Needs:
     """Estimates an export of so many weights. `resident_bytes` of them are in memory, as those of a module in hand."""
     row = PRECISIONS[config.precision]
     disk = _BYTES_BY_MATRIX if config.measures_each_matrix else row.disk_bytes
-    if config.format == "ort":  # the weights a second time, when the float32 graph is gone
-        disk = max(disk, row.bits // 4)
+    if config.format == "ort":  # the weights a second time, beside the float32 graph
+        disk = max(disk, row.bits // 4 + (0 if row.name == "fp32" else 4))
     return Needs(weights, disk * weights, _BASE_BYTES + resident_bytes + row.memory_bytes * weights)
 
 

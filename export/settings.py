@@ -72,6 +72,8 @@ class ExportOptions(TypedDict, total=False):
     - `session_options` (None): Options of onnxruntime's session there, as for `pastkey.load`.
     - `allow_fallback` (False): Whether the CPU may run operators there that the provider does not support.
     - `chunk` (64): Tokens of a prefill run of the static graph.
+    - `resume` (False): Goes on from the finished steps of an export to the same folder that was killed, or that failed
+      with `resume`. An export that fails with it leaves its finished steps. For sources in files, not modules.
     - `quick` (False): Rounds weights to nearest, without calibration, and proves the bundle on a short text.
     - `shard_size` (None): Splits the weights of a graph into files smaller than this, in bytes or as "2GB": browsers
       and 32-bit devices read no larger ones.
@@ -98,6 +100,7 @@ class ExportOptions(TypedDict, total=False):
     session_options: Options | None
     allow_fallback: bool
     chunk: int | None
+    resume: bool
     quick: bool
     shard_size: int | str | None
 
@@ -131,6 +134,7 @@ class ExportConfig:
     session_options: Options | None = None
     allow_fallback: bool = False
     chunk: int | None = None  # None: STATIC_CHUNK
+    resume: bool = False
     quick: bool = False
     shard_size: int | str | None = None
 

@@ -84,11 +84,18 @@ def _names(source: str) -> tuple[str, str]:
         family = name.replace("/", "--")  # as in the cache of huggingface_hub; an id has no -- itself
         return family, family
     path = Path(source).resolve()
-    folder, patterns = (path, _READ) if path.is_dir() else (path.parent, (glob.escape(path.name), *_BESIDE_GGUF))
-    read = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
-    state = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in read]
+    state = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files_of(path).items()]
     family = f"{path.name[:80]}-{_hash(path)}"
     return family, f"{family}-{_hash(state)}"
+
+
+def files_of(source: Path) -> dict[str, Path]:
+    """Returns the files that an export reads of a folder, or of a file and its neighbours, by their relative names."""
+    folder, patterns = source, list(_READ)
+    if not source.is_dir():
+        folder, patterns = source.parent, [glob.escape(source.name), *_BESIDE_GGUF]
+    read = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    return {str(file.relative_to(folder)): file for file in read}
 
 
 def _hash(content: object) -> str:

@@ -102,6 +102,13 @@ class Verification:
         checks = {check.name: {k: v for k, v in asdict(check).items() if k != "name"} for check in self.checks}
         return {"ok": self.ok, "reference": self.reference, "tokens": self.tokens, "checks": checks} | self.quality
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Verification:
+        """The inverse of `to_json`."""
+        checks = tuple(Check(name, **check) for name, check in content["checks"].items())
+        quality = {key: value for key, value in content.items() if key not in ("ok", "reference", "tokens", "checks")}
+        return cls(content["reference"], content["tokens"], checks, quality)
+
     def require_ok(self, what: str) -> None:
         """Raises ParityError with the first check that failed."""
         failed = next((check for check in self.checks if not check.ok), None)

@@ -37,6 +37,7 @@ _MONOTONOUS = 0.9  # maximum share of one token: more is a repeated word, or a s
 _MEASURED = 2  # held-out windows
 # Relative to the largest logit. Smoothing rounds every weight again, by 6e-8; a wrong division changes everything.
 _MAX_CHANGE = 1e-4
+_SETS = ("calibration_set", "held_out_set")
 _SAMPLES = 512  # positions whose activations are used, spread over the text
 
 
@@ -52,6 +53,15 @@ class CalibrationText:
     def predicted_by(self, fp32: Bundle) -> RecordedPredictor:
         """Returns a float32 bundle as a reference, which runs each window once in an export."""
         return self._recorded.setdefault((fp32.path, fp32.manifest.graph), RecordedPredictor(fp32))
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: [ids.tolist() for ids in getattr(self, key)] for key in _SETS} | {"source": self.source}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> CalibrationText:
+        """The inverse of `to_json`."""
+        sets = {key: tuple(np.array(ids, np.int64) for ids in content[key]) for key in _SETS}
+        return cls(content["source"], **sets)
 
 
 def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int) -> list[int]:

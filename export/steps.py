@@ -1,0 +1,164 @@
+"""The finished steps of an export, from which `--resume` goes on after a kill or a failure.
+
+They are files of the unfinished folder, each step with a record in its STEPS. A record has the step's key: the sha256
+of the source's identity, pastkey's version, and the options that the step depends on. A step with another key, and all
+steps after it, are made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import pastkey
+from pastkey.contract import names
+from pastkey.errors import InputError, IntegrityError
+from pastkey.exported import files_of
+from pastkey.files.durable import STEPS, sync_tree, write_json
+from pastkey.files.folder import hub_id, read_json
+
+from .progress import Progress
+from .settings import ExportConfig, split_factory
+from .source.hub import HubModel
+
+FP32, TEXT, QUANTIZED = "fp32", "text", "quantized"  # the steps, in their order
+FP32_FOLDER = ".fp32"  # of the float32 bundle that others are made from
+_SHOWN = {FP32: "the float32 graph", TEXT: "the calibration text", QUANTIZED: "the quantized weights"}
+_EDGE = 1 << 20  # bytes at either end of a file that are hashed
+
+# Options that no step depends on, and those that only the steps from this one on depend on.
+_NO_STEP = ("force", "resume", "network", "format", "generate", "provider_options", "session_options", "allow_fallback")
+_FROM_TEXT, _FROM_QUANTIZED = ("precision", "calibration"), ("max_kl", "sensitivity", "shard_size")
+
+Identity = dict[str, Any]
+
+
+def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) -> Identity | None:
+    """Returns what tells a source from a changed one, with the files that options name.
+
+    None for a module and for a model on the Hub whose commit is not known yet.
+
+    Of each file: size, time of change, and the sha256 of its first and last megabyte.
+    """
+    if isinstance(source, nn.Module):
+        return None
+    if not isinstance(source, HubModel) and (split_factory(str(source)) or hub_id(str(source))) is not None:
+        return None
+    found: Identity = {}
+    if isinstance(source, HubModel):
+        found["commit"] = [source.name, source.revision]
+    else:
+        found |= {name: _state(file) for name, file in files_of(Path(source).resolve()).items()}
+    for option in ("tokenizer", "chat_template", "calibration"):
+        given = getattr(config, option)
+        path = None if given is None else Path(str(given).partition(".py:")[0])
+        if path is not None and path.exists():
+            found |= {f"--{option} {name}": _state(file) for name, file in files_of(path.resolve()).items()}
+    return found
+
+
+def _state(file: Path) -> list[Any]:
+    with file.open("rb") as opened:
+        status = os.fstat(opened.fileno())
+        digest = hashlib.sha256(opened.read(_EDGE))
+        if status.st_size > _EDGE:
+            opened.seek(max(_EDGE, status.st_size - _EDGE))
+            digest.update(opened.read(_EDGE))
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+def require_unchanged(source: nn.Module | str | Path | HubModel, config: ExportConfig, before: Identity | None) -> None:
+    """Raises IntegrityError if the source's files changed since `before`.
+
+    A checkpoint of pastkey may change: training goes on, and all of it is read at once.
+    """
+    if before is None or isinstance(source, (nn.Module, HubModel)) or (Path(source) / names.MANIFEST).exists():
+        return
+    after = identity(source, config) or {}
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise IntegrityError(
+            f"{source} changed while it was exported ({changed[0]}): export it again when nothing writes to it"
+        )
+
+
+class Steps:
+    """The finished steps of the export in a folder. Without an identity of the source there are none."""
+
+    def __init__(self, folder: Path, config: ExportConfig, source: Identity | None, progress: Progress) -> None:
+        """Removes everything from the folder that belongs to no step of this source and these options."""
+        self._folder, self._records, self._synced = folder, folder / STEPS, config.resume
+        self._keys = {} if source is None else _keys(config, source)
+        self._found: dict[str, dict[str, Any]] = {}
+        for name, key in self._keys.items():
+            record = self._read(name)
+            if record is None or record["key"] != key:
+                break
+            self._found[name] = record
+        self._remove_others()
+        if self._found:
+            progress.say(f"resumed: {', '.join(_SHOWN[name] for name in self._found)} of the export before")
+
+    def found(self, name: str) -> Any:
+        """Returns the content that a finished step was recorded with; None if the step is not finished."""
+        return self._found[name]["content"] if name in self._found else None
+
+    def finish(self, name: str, content: dict[str, Any], made: Path | None = None) -> None:
+        """Records a step, with the files below `made`."""
+        if name not in self._keys:
+            return
+        files = [] if made is None else [path for path in sorted(made.rglob("*")) if path.is_file()]
+        if made is not None and self._synced:  # otherwise a power cut may leave files that are shorter, as sizes show
+            sync_tree(made)
+        sizes = {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in files}
+        self._records.mkdir(exist_ok=True)
+        write_json(self._records / f"{name}.json", {"key": self._keys[name], "files": sizes, "content": content})
+
+    def remove(self) -> None:
+        """Removes the records, and what only they need, from the folder that is to be a bundle."""
+        shutil.rmtree(self._records, ignore_errors=True)
+        shutil.rmtree(self._folder / FP32_FOLDER, ignore_errors=True)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """Returns a record whose files are there."""
+        try:
+            record = read_json(self._records / f"{name}.json")
+            sizes = {name: (self._folder / name).stat().st_size for name in record["files"]}
+        except (OSError, InputError, IntegrityError, LookupError, TypeError):
+            return None
+        return record if sizes == record["files"] else None
+
+    def _remove_others(self) -> None:
+        kept = {self._records / f"{name}.json" for name in self._found}
+        kept |= {self._folder / name for record in self._found.values() for name in record["files"]}
+        for place, folders, files in os.walk(self._folder, topdown=False):
+            for file in files:
+                if Path(place, file) not in kept:
+                    Path(place, file).unlink()
+            for folder in folders:
+                with contextlib.suppress(OSError):  # one that is not empty
+                    Path(place, folder).rmdir()
+
+
+def _keys(config: ExportConfig, source: Identity) -> dict[str, str]:
+    """Returns the key of each step of an export."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
+    later = {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
+    if config.precision == "fp32":  # it is the bundle itself
+        options |= later
+    first = [pastkey.__version__, source, options, config.precision == "fp32"]
+    text = [*first, [later[name] for name in _FROM_TEXT]]
+    quantized = [*text, [later[name] for name in _FROM_QUANTIZED]]
+    return {name: _hash(key) for name, key in ((FP32, first), (TEXT, text), (QUANTIZED, quantized))}
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
