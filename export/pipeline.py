@@ -427,7 +427,7 @@ def _make_static_int8(
         made.bundle.manifest, graph=static.graph, graph_reason=static.graph_reason, static=static.static
     )
     bundle = dataclasses.replace(made.bundle, manifest=manifest)
-    quality = measured(fp32, bundle, text)
+    quality = measured(fp32, bundle, text, progress)
     return dataclasses.replace(made, bundle=bundle, quality=quality, verification=writer.verify(bundle))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
+from benchmarks import passes
 from benchmarks.__main__ import DRAWN, QUESTIONS, main, quoted, write_page
 from benchmarks.measure import ROOT, BenchmarkError, Spread, Table, interleaved, paired, rows_of
 from benchmarks.peers import scaling, side_by_side
@@ -30,6 +33,7 @@ from .export.decoders import llama
 from .runtime import conftest as decoder
 from .runtime.constraints import vocabularies
 
+counted_once = functools.cache(passes.counted)
 BY_NAME = {question.name: question for question in QUESTIONS}
 
 
@@ -39,6 +43,20 @@ def byte_level() -> Tokenizer:
     begin = (vocabularies.END, tokenizer.token_to_id(vocabularies.END))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     return tokenizer
+
+
+@pytest.mark.slow
+def test_an_export_reads_its_weights_seldom() -> None:
+    """Counts depend on no size: float32's are read 457 times, of which 255 make the own text."""
+    counts = counted_once("int8")
+    steps: Counter[str] = Counter()
+    for (step, reader), runs in counts.runs.items():
+        steps["torch" if reader == "torch" else step] += runs
+    assert steps["torch"] <= 21
+    assert steps["verify fp32"] <= 160
+    assert steps["verify int8"] <= 310
+    assert counts.most == 1
+    assert counts.in_place == counts.opened
 
 
 # --- the questions ------------------------------------------------------------------------------------------------
@@ -89,6 +107,7 @@ SLOW = {
     "peers": "--rounds 2 --threads 1 --only pastkey-int8 pastkey-int8-steps --work work --text text.txt",
     "scaling": "demo/int8 --threads 1 --rounds 1 --new-tokens 2 --sizes 1 --work work --charts demo",
     "demo": "demo --rounds 1 --count 1",
+    "passes": "",
     "one-graph": "demo/fp32 --lengths 8 --rounds 1 --new-tokens 4",
     "calibration": "demo/fp32 text.txt --windows 1 --length 16",
 }
@@ -104,13 +123,14 @@ def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page() -> None:
 def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "constrained":
         pytest.importorskip("llguidance")
-    folder: Path = request.getfixturevalue("exported" if name in SLOW and name != "peers" else "folder")
+    folder: Path = request.getfixturevalue("exported" if name in SLOW and name not in ("peers", "passes") else "folder")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(side_by_side, "prepare", lambda engine, *_: of_bundle(engine, folder / "tiny"))
     monkeypatch.setattr(side_by_side, "open_source", lambda _: Source(folder, "", "tiny"))
     monkeypatch.setattr(side_by_side, "SHAPES", (side_by_side.Shape(40, 4), side_by_side.Shape(60, 2)))
     monkeypatch.setattr(side_by_side, "LOADS", 1)
     monkeypatch.setattr(scaling, "SIZES", ((64, 1),))
+    monkeypatch.setattr(passes, "counted", counted_once)
     words = (QUICK | SLOW)[name].split()
     assert main([name, *words, "--json", "answer.json", "--page", "answer.md"]) == 0
     found = json.loads(Path("answer.json").read_text(encoding="utf-8"))

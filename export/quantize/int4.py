@@ -46,7 +46,7 @@ def make_int4(fp32: Bundle, text: CalibrationText, write: Write, config: ExportC
     The most sensitive matrices become int8. Raises InputError on NaN or infinity, and QualityError if the budget is
     missed with every projection in int8.
     """
-    return search(_Int4Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl)
+    return search(_Int4Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl, progress)
 
 
 class _Int4Mixtures:

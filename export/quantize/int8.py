@@ -23,7 +23,7 @@ def make_int8(fp32: Bundle, text: CalibrationText, write: Write, config: ExportC
     Writes temporary files beside the graph of `fp32`. Raises InputError on NaN or infinity, and QualityError if the
     budget is missed with all matrices but one in float32.
     """
-    return search(_Int8Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl)
+    return search(_Int8Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl, progress)
 
 
 class _Int8Mixtures:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from pastkey.contract.bundle import Bundle
 
+from ..progress import SILENT, Progress
 from .calibrate.calibration import CalibrationText, measured
 from .ranking.sensitivity import Sensitivity, missed
 
@@ -59,7 +60,14 @@ class Mixtures(Protocol):
         ...
 
 
-def search(mixtures: Mixtures, fp32: Bundle, text: CalibrationText, write: Write, max_kl: float | None) -> Quantized:
+def search(
+    mixtures: Mixtures,
+    fp32: Bundle,
+    text: CalibrationText,
+    write: Write,
+    max_kl: float | None,
+    progress: Progress = SILENT,
+) -> Quantized:
     """Writes and measures one mixture after another until the KL divergence from float32 is at most `max_kl` nats.
 
     The divergence is measured on held-out windows. One round usually suffices. If it misses the budget, the table says
@@ -69,7 +77,7 @@ def search(mixtures: Mixtures, fp32: Bundle, text: CalibrationText, write: Write
     raised, step = mixtures.start, 1
     while True:
         bundle, weight_bytes = write(mixtures.model(raised))
-        quality = measured(fp32, bundle, text)
+        quality = measured(fp32, bundle, text, progress)
         if max_kl is None or quality["kl_divergence"] <= max_kl:
             return Quantized(bundle, weight_bytes, quality | mixtures.quality(raised), mixtures.sensitivity)
         asked = mixtures.asked_for()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pastkey.errors import InputError, NumericsError
 from pastkey.export.measure.metrics import relative_difference
-from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor
+from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor, RecordedPredictor
 
 from ..conftest import Export
 from ..decoders import Plain
@@ -76,3 +76,17 @@ def test_a_module_that_has_no_float64_has_no_rounding() -> None:
             return super().logits(hidden.float())
 
     assert ModulePredictor(Single()).rounding(np.arange(12)) == 0
+
+
+def test_a_recorded_predictor_runs_each_text_once_and_then_closes_the_graph(
+    exported: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, ids = exported("llama").bundle, np.arange(30)
+    plain, recorded = BundlePredictor(bundle), RecordedPredictor(bundle)
+    first = recorded.logits(ids)
+    np.testing.assert_allclose(first, plain.logits(ids), rtol=0, atol=1e-5 * np.abs(first).max())
+    tokens = [*plain.greedy(ids[:8], 8)]
+    assert recorded.agreeing(ids[:8], tokens) == 8
+    assert recorded.agreeing(ids[:8], [*tokens[:3], (tokens[3] + 1) % 61, *tokens[4:]]) == 3
+    monkeypatch.setattr(RecordedPredictor, "_open", None)
+    assert recorded.logits(ids.copy()) is first

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +18,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ParityError
 from pastkey.export.graft.probe.observe import observe
+from pastkey.export.measure import verify as verifying
 from pastkey.export.measure.verify import (
     KL_FLOOR,
     Check,
@@ -26,6 +29,8 @@ from pastkey.export.measure.verify import (
 from pastkey.export.progress import Progress
 from pastkey.files.folder import file_record
 from pastkey.precisions import PRECISIONS
+from pastkey.runtime.providers import open as opening
+from pastkey.runtime.providers.inference import Session
 
 from ..conftest import Export, Exported
 from ..decoders import llama
@@ -111,6 +116,37 @@ def test_progress_goes_forward_from_the_text_to_the_last_check(exported: Export)
     verify(made.bundle, made.module, progress=seen)
     assert seen.parts == sorted(seen.parts)
     assert seen.parts[-1][0] == seen.parts[-1][1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_one_graph_is_open_at_a_time(precision: str, exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = weakref.WeakSet[Any]()
+
+    class Watched(Session):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            assert not live
+            super().__init__(*arguments, **options)
+            live.add(self)
+
+    made = exported("llama", precision)
+    monkeypatch.setattr(opening, "Session", Watched)
+    assert verify(made.bundle, made.module).ok
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "ends", "sizes"),
+    [
+        (150, 7, (4, 4), [7] * 4 + [94] + [7] * 4),
+        (150, 64, (1, 1), [50, 50, 50]),
+        (1040, 64, (1, 1), [64, 912, 64]),
+        (60, 1, (8, 40), [1] * 8 + [12] + [1] * 40),
+        (11, 1, (8, 40), [1] * 11),
+        (11, 7, (4, 4), [6, 5]),
+        (1, 64, (1, 1), [1]),
+    ],
+)
+def test_a_text_is_run_in_parts_at_both_ends(length: int, size: int, ends: tuple[int, int], sizes: list[int]) -> None:
+    assert verifying._sizes(length, size, ends) == sizes
 
 
 # --- limits -------------------------------------------------------------------------------------------------------

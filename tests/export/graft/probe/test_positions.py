@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pastkey.contract.bundle import CacheShift, KeyRotation, open_bundle
 from pastkey.export import export
 from pastkey.export.graft.attention import AttentionCall, intercept
-from pastkey.export.graft.probe.observe import observe
+from pastkey.export.graft.probe import positions
+from pastkey.export.graft.probe.observe import Uncached, observe, run_uncached
 from pastkey.export.graft.probe.positions import as_pairs, find_shift
 from pastkey.runtime import Engine
 
@@ -122,6 +123,18 @@ def test_angles_of_a_long_context_are_as_precise_as_its_positions_need() -> None
     expected = Turning.theta ** (-np.arange(4) / 4)
     # float32's own: half a unit of the last place of 8192.
     assert np.abs(np.array(found) - expected).max() * 8192 < 2e-3
+
+
+def test_four_runs_show_the_angles_of_a_long_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    first: list[int] = []
+
+    def run(module: nn.Module, ids: Tensor, position_ids: Tensor) -> Uncached:
+        first.append(int(position_ids[0, 0]))
+        return run_uncached(module, ids, position_ids)
+
+    monkeypatch.setattr(positions, "run_uncached", run)
+    assert len(shift_of(Turning(context=8192), 8192).rotations) == 1
+    assert first == [0, 1, 90, 8176]
 
 
 def test_without_positions_only_rows_go() -> None:

@@ -264,3 +264,14 @@ def test_an_assertion_may_put_numbers_into_its_words() -> None:
         return embedded(ids)
 
     assert heard(checked, LENGTH, VOCAB).answers
+
+
+def test_a_call_that_asks_nothing_is_run_once() -> None:
+    runs = []
+
+    def run(ids: Tensor) -> Tensor:
+        runs.append(ids)
+        return embedded(ids) @ OTHER
+
+    assert not heard(run, LENGTH, VOCAB).answers
+    assert len(runs) == 1
