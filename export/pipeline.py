@@ -136,7 +136,9 @@ def export_found(
     """Exports as `export` does, also a model that was looked up on the Hub. `shown` is its `progress`."""
     started, progress = time.perf_counter(), Recorder(shown)
     if remove_leftovers(out, keep_steps=config.resume):
-        progress.say(f"removed the finished steps of an earlier export to {out}, from which --resume would have gone on")
+        progress.say(
+            f"removed the finished steps of an earlier export to {out}, from which --resume would have gone on"
+        )
     _refuse_early(module_or_path, out, config)
     if config.resume and isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
         module_or_path = find(module_or_path, progress, network=config.network)

@@ -98,7 +98,8 @@ def test_an_export_without_resume_removes_the_steps_and_says_so(tmp_path: Path) 
     if sys.platform == "win32":  # it has no locks of folders
         return
     assert heard.said == [
-        f"removed the finished steps of an earlier export to {tmp_path / 'bundle'}: --resume goes on from them"
+        f"removed the finished steps of an earlier export to {tmp_path / 'bundle'}, from which --resume would have "
+        "gone on"
     ]
     assert not list(tmp_path.iterdir())
 

@@ -60,8 +60,8 @@ class CalibrationText:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CalibrationText:
         """The inverse of `to_json`."""
-        sets = {key: tuple(np.array(ids, np.int64) for ids in content[key]) for key in _SETS}
-        return cls(content["source"], **sets)
+        calibration, held_out = (tuple(np.array(ids, np.int64) for ids in content[key]) for key in _SETS)
+        return cls(content["source"], calibration, held_out)
 
 
 def read_calibration(file: str | Path, tokenizer: bytes | None, windows: int) -> list[int]:
