@@ -40,10 +40,14 @@ class _Buffer:
         return self.memory[: elements * self.dtype.itemsize].view(self.dtype)
 
 
+class WrittenError(RuntimeError):
+    """An operator writes into a weight that stays in its file."""
+
+
 class Streaming(TorchDispatchMode):
     """While open, operators compute with the stored weights in place of hollow memory.
 
-    An operator that writes into a stored weight is a RuntimeError.
+    Raises WrittenError for an operator that writes into a stored weight.
     """
 
     def __init__(self, weights: StoredWeights) -> None:
@@ -75,7 +79,7 @@ class Streaming(TorchDispatchMode):
             argument.alias_info is not None and argument.alias_info.is_write and _is_in(given, used)
             for argument, given in zip(func._schema.arguments, args, strict=False)
         ):
-            raise RuntimeError(f"{func} writes into a weight, which stays in its file")
+            raise WrittenError(f"{func} writes into a weight, which stays in its file")
         result = func(*args, **kwargs)
         if _is_in(result, used):  # it must keep its memory
             self._buffers = [buffer for buffer in self._buffers if buffer not in used]

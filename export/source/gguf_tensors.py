@@ -29,17 +29,16 @@ _ON_DISK = "/var/tmp"  # on many systems /tmp is in memory
 
 
 @contextlib.contextmanager
-def dequantized_to_disk() -> Iterator[StoredWeights]:
+def dequantized_to_disk(weights: StoredWeights) -> Iterator[None]:
     """While open, transformers puts large weights of the GGUF files that it opens into a temporary file.
 
     It has no name, so that nothing is left of it whatever ends the program.
     """
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    weights = StoredWeights()
     known = getattr(reader, "TENSOR_PROCESSORS", {})
     with replaced(reader, "TENSOR_PROCESSORS", _Processors(known, weights)), Streaming(weights):
-        yield weights
+        yield
 
 
 class _Processors(dict[str, Any]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from pastkey.files.reading import is_panic, read_bytes
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 from pastkey.values import is_int
 
+from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from ..quiet import quiet
 from ..resources import require_memory
@@ -199,16 +201,22 @@ def _transformers(source: object) -> Iterator[Any]:
 
 def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights | None]:
     """Loads the model in float32; its large weights stay in their files. All of its weights must come from them."""
-    keeping = kept_in_files if named is None else dequantized_to_disk
-    with keeping() as stored:
-        model, info = library.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            ignore_mismatched_sizes=True,  # reported below, with the sizes
-            output_loading_info=True,
-            **options,
-        )
+    read = functools.partial(
+        library.AutoModelForCausalLM.from_pretrained,
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        ignore_mismatched_sizes=True,  # reported below, with the sizes
+        output_loading_info=True,
+        **options,
+    )
+    stored = StoredWeights()
+    try:
+        with kept_in_files(stored) if named is None else dequantized_to_disk(stored):
+            model, info = read()
+    except WrittenError:  # some families change a weight after it was read, such as the embedding of padding
+        stored = StoredWeights()
+        model, info = read()
     source = named or folder
     for mismatch in sorted(info["mismatched_keys"]):
         # transformers 4 returns only the name, 5 also both shapes.

@@ -83,18 +83,17 @@ class StoredTensor:
 
 
 @contextlib.contextmanager
-def kept_in_files() -> Iterator[StoredWeights]:
+def kept_in_files(weights: StoredWeights) -> Iterator[None]:
     """While open, transformers leaves large weights in the safetensors files that it opens."""
     from transformers import modeling_utils
 
-    weights = StoredWeights()
     original = modeling_utils.safe_open
 
     def opened(file: Any, *args: Any, **options: Any) -> _Reader:
         return _Reader(original(file, *args, **options), Path(file), weights)
 
     with replaced(modeling_utils, "safe_open", opened), Streaming(weights):
-        yield weights
+        yield
 
 
 class _Reader:

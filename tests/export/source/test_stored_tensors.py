@@ -44,6 +44,7 @@ COMPUTED = {
     "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
     "solar_open",
 }  # fmt: skip
+CHANGED = {"youtu"}  # transformers sets the row of the padding to zero after it has read it
 # Families that are followed along the time axis, whose rules read weights.
 FOLLOWED = {
     "bloom", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_neo", "mpt", "openai-gpt", "xglm", "youtu",
@@ -78,8 +79,7 @@ def saved(model: Any, folder: Path, kind: str = "") -> Path:
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """Name, parameter, and whether it stays in its file."""
     weights = stored_weights(module)
-    assert weights is not None
-    hollow = {id(parameter) for parameter, _ in weights.parameters(module)}
+    hollow = {id(parameter) for parameter, _ in weights.parameters(module)} if weights is not None else set()
     yield from ((name, parameter, id(parameter) in hollow) for name, parameter in module.named_parameters())
 
 
@@ -212,7 +212,7 @@ def test_the_float32_bundle_is_that_of_loaded_weights(
     folder = saved(model, tmp_path / "model", kind)
     module = open_source(folder, context_length=context).module
     found = [name for name, parameter, stored in parameters(module) if not stored and parameter.nbytes >= 1000]
-    assert bool(found) == (family in COMPUTED and not TRANSFORMERS_4)
+    assert bool(found) == (family in COMPUTED and not TRANSFORMERS_4 or family in CHANGED)
     in_contract(module, context, None, lambda sentence: None)
     assert any(stored for *_, stored in parameters(module)) == (family not in FOLLOWED)
     options: dict[str, Any] = {"precision": "fp32", "context_length": context}
