@@ -23,7 +23,7 @@ from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.ort import RunError, onnxruntime
-from pastkey.runtime.settings import PlacementOptions
+from pastkey.runtime.settings import SessionSettings
 
 from .compat.configs import write_configurations
 from .graft.probe.observe import Observation
@@ -107,6 +107,7 @@ class BundleWriter:
         self.progress.stage(f"verify {precision}: prefill, decode, chunks, batch, greedy")
         try:
             layers = self.decoder.observation.layers
+            options = _session_options(precision)
             verification = verify(
                 bundle,
                 source.module,
@@ -114,7 +115,7 @@ class BundleWriter:
                 short=self.short,
                 progress=self.progress,
                 providers="cpu",
-                **_in_place(precision),
+                session_options=options,
             )
         except RunError as error:
             if isinstance(error, PastkeyError) and not isinstance(error, RunFailedError):
@@ -196,10 +197,10 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     like = "fp32" if exact else manifest.precision
     if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
-    engine = Engine(bundle, providers="cpu", **_in_place(manifest.precision))
+    engine = Engine(bundle, providers="cpu", session_options=_session_options(manifest.precision))
     return Golden.computed(engine, rows, PRECISIONS[like].golden_limit)
 
 
-def _in_place(precision: str) -> PlacementOptions:
-    """The placement of a session: float32 weights are not copied, and others are used as users open them."""
-    return {"session_options": IN_PLACE} if precision == "fp32" else {}
+def _session_options(precision: str) -> SessionSettings | None:
+    """Float32 weights are read where they are mapped; others are used as users open them."""
+    return IN_PLACE if precision == "fp32" else None

@@ -133,11 +133,10 @@ class _Graph:
         """Puts a node between an input of `node` and its value, which is the first input of the new one."""
         node.input[index] = self.add(node, kind, node.input[index], *others, **attributes)
 
-    def rename_result(self, result: str, new: str) -> onnx.NodeProto:
-        """The node that makes the graph's output, which gets another name."""
+    def rename_result(self, result: str, new: str) -> None:
+        """Gives a result of the graph another name."""
         node = next(node for node in self.model.graph.node if result in node.output)
         node.output[[*node.output].index(result)] = new
-        return node
 
     def tokens(self, before: onnx.NodeProto) -> str:
         """The number of new tokens, (1,) int64."""
