@@ -61,8 +61,8 @@ def calibration(bundle: Path, text: TextFile, *, windows: int = 4, length: int =
         starts = range(middle, min(middle + windows * length, len(ids)), length)
         parts = [np.array(ids[start : start + length]) for start in starts]
         chosen = calibration.calibration_text(copied, None, PRECISIONS["int8"].calibration_windows)
-        calibrated = calibration.calibrated(copied, chosen.calibration_set)
         folder, plain = copied.all_logits_graph.parent, ir.load(copied.all_logits_graph)
+        calibrated = ir.load(calibration.calibrated(copied, chosen.calibration_set, folder / "calibrated.onnx"))
 
         def logits(model: ir.Model) -> list[Any]:
             """(T, V) of each window."""

@@ -12,7 +12,7 @@ in 4 bits they add as much error as all others together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,41 +60,48 @@ class _Int4Mixtures:
         progress.stage("round to 4 bits by GPTQ")
         found = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
         self._rounded = {name: matrix.blocks for name, matrix in found.items()}
-        self._errors = {name: matrix.error for name, matrix in found.items()}
-        progress.stage("measure what each matrix costs in int4")
-        self.sensitivity: Sensitivity = sensitivity(
-            ir.load(self._graph),
-            self._graph.parent,
-            text.calibration_set[:_PROBED],
-            config.max_kl,
-            precision=self.precision,
-            rounded=self._rounded,
-            progress=progress,
-        )
-        self.start = max(in_int8(self.sensitivity), len(self.sensitivity.keep))
+        self.sensitivity: Sensitivity | None = None
+        self._ranking, kept = by_error(found), 0
+        if config.measures_each_matrix:
+            progress.stage("measure what each matrix costs in int4")
+            self.sensitivity = sensitivity(
+                ir.load(self._graph),
+                self._graph.parent,
+                text.calibration_set[:_PROBED],
+                config.max_kl,
+                precision=self.precision,
+                rounded=self._rounded,
+                progress=progress,
+            )
+            self._ranking, kept = self.sensitivity.ranking, len(self.sensitivity.keep)
+        self.start = max(in_int8([self._rounded[name].weights for name in self._ranking]), kept)
 
     def model(self, raised: int) -> ir.Model:
-        in_8_bits = self.sensitivity.worst(raised)
+        in_8_bits = self._ranking[:raised]
         model = ir.load(self._graph)
         in_4_bits = {name: matrix for name, matrix in self._rounded.items() if name not in in_8_bits}
         quantize(model, rounded=in_4_bits, form=self._form)
         return model
 
     def quality(self, raised: int) -> dict[str, Any]:
-        return {"int8_weights": list(self.sensitivity.worst(raised))}
+        return {"int8_weights": list(self._ranking[:raised])}
 
     def asked_for(self) -> int:
         return self.start
 
     def most(self) -> int:
-        return len(self.sensitivity.ranking)
+        return len(self._ranking)
 
 
-def in_int8(table: Sensitivity) -> int:
-    """Returns how many of the first in the ranking are always int8: as many as fit into their share of the weights."""
-    sizes = {row.weight: float(np.prod(row.shape)) for row in table.rows}
-    filled = np.cumsum([sizes[name] for name in table.ranking])
+def in_int8(sizes: Sequence[int]) -> int:
+    """Returns how many of the ranked matrices are always int8, by their weights: those that fit into their share."""
+    filled = np.cumsum(sizes)
     return int((filled <= _INT8_SHARE * filled[-1]).sum()) if len(filled) else 0
+
+
+def by_error(found: Mapping[str, Rounded]) -> tuple[str, ...]:
+    """Returns the names of the matrices, first those whose rounding changes their products most, per weight."""
+    return tuple(sorted(found, key=lambda name: -found[name].error / found[name].blocks.weights))
 
 
 def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT) -> dict[str, Rounded]:
@@ -108,19 +115,21 @@ def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Pro
         assert read is not None
         waiting.setdefault(tuple(sorted({_activation(node) for node in nodes})), []).append(read)
     sizes = {name: 4 * found[0].shape[1] ** 2 for names, found in waiting.items() for name in names}
-    total, done = sum(map(len, waiting.values())), dict[str, Rounded]()
-    hessians: dict[str, np.ndarray] = {}
-    for _, runs in captured(model, folder, windows, sizes, progress):
-        for values in runs:
+    segments = captured(model, folder, windows, sizes)
+    steps, total = 0, len(segments) * len(windows) + sum(map(len, waiting.values()))
+    done, hessians = dict[str, Rounded](), dict[str, np.ndarray]()
+    for segment in segments:
+        for values in segment:
             for name, rows in values.items():
                 square = rows.T @ rows
                 hessians[name] = square if name not in hessians else hessians[name] + square
+            progress.advance(steps := steps + 1, total)
         ready = [names for names in waiting if all(name in hessians for name in names)]
         given = ([waiting.pop(names) for names in ready], [[hessians[name] for name in names] for names in ready])
         with one_thread_each() as pool:
             for found in pool.map(_rounded, *given):
                 done |= found
-                progress.advance(len(done), total)
+                progress.advance(steps := steps + len(found), total)
         hessians = {name: hessian for name, hessian in hessians.items() if any(name in names for names in waiting)}
     return done
 

@@ -46,6 +46,11 @@ class Blocks:
         return rows, blocks, self.block_size * self.bits // 8
 
     @property
+    def weights(self) -> int:
+        """N * K."""
+        return len(self.scale_codes) * self.columns
+
+    @property
     def data(self) -> np.ndarray:
         """(N, blocks, block_size * bits / 8) uint8. int8 is rounded when it is asked for, so that few are in memory."""
         return self.make()

@@ -36,13 +36,12 @@ def test_every_segmentation_gives_the_values_of_one_run(name: str, exported: Exp
     for kept_bytes in (1, 25, 10**9):
         captures = [dict[str, np.ndarray]() for _ in WINDOWS]
         order, sizes = list[str](), list[int]()
-        for segment, rows in captured(
-            ir.load(graph), graph.parent, WINDOWS, dict.fromkeys(wanted, 10), kept_bytes=kept_bytes
-        ):
-            order += segment
-            sizes.append(len(segment))
-            for found, values in zip(captures, rows, strict=True):
-                assert set(values) == set(segment)
+        sizes_of = dict.fromkeys(wanted, 10)
+        for segment in captured(ir.load(graph), graph.parent, WINDOWS, sizes_of, kept_bytes=kept_bytes):
+            order += segment.wanted
+            sizes.append(len(segment.wanted))
+            for found, values in zip(captures, segment, strict=True):
+                assert set(values) == set(segment.wanted)
                 found.update(values)
         assert sorted(order) == sorted(wanted)
         assert max(sizes) <= max(kept_bytes // 10, 1)
