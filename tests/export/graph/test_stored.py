@@ -18,9 +18,12 @@ def test_a_view_of_hollow_memory_reads_that_view_of_the_stored_tensor(form: str)
     weights = StoredWeights()
     hollow, other = weights.hollow(InMemory(CONTENT)), weights.hollow(InMemory(-CONTENT))
     view = {
-        "whole": lambda t: t, "transposed": lambda t: t.T, "a part": lambda t: t[1:3, 2:], "reshaped": lambda t: t.view(3, 8),
+        "whole": lambda t: t,
+        "transposed": lambda t: t.T,
+        "a part": lambda t: t[1:3, 2:],
+        "reshaped": lambda t: t.view(3, 8),
         "of numpy": lambda t: t.numpy()[1:].T,
-    }[form]  # fmt: skip
+    }[form]
     found, negated = weights.weight(view(hollow)), weights.weight(view(other))
     assert found is not None
     assert negated is not None
