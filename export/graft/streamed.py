@@ -51,13 +51,13 @@ class Streaming(TorchDispatchMode):
     """
 
     def __init__(self, weights: StoredWeights) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._weights = weights
         self._buffers: list[_Buffer] = []  # as many as an operator reads stored weights
 
     def __exit__(self, *error: Any) -> None:
         self._buffers.clear()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,6 +116,7 @@ def load(module: nn.Module) -> None:
     if weights is not None:
         for parameter, stored in weights.parameters(module):
             parameter.data = read(stored)
+        weights.forget()
 
 
 def in_float64(module: nn.Module) -> nn.Module:

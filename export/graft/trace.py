@@ -158,24 +158,20 @@ def trace(
             f"{name_of(module)} made {calls[-1]} attention calls while traced and {len(layers)} when run: "
             "the calls must not depend on the input"
         )
-    weights = stored_weights(module)
-    simplify(exported.model, _reads_stored(weights))
+    weights = stored_weights(module) or StoredWeights()
+    simplify(exported.model, functools.partial(_reads_stored, weights))
     _require_float32(module, exported.model)
-    if weights is not None and not _bound(exported.model, weights):
+    if not weights.empty and not _bound(exported.model, weights):
         say(f"the trace of {name_of(module)} reads a large weight, so that all are loaded: it takes more memory")
         load(module)
         return trace(module, observation, graph, context_length)
     return exported.model
 
 
-def _reads_stored(weights: StoredWeights | None) -> Callable[[ir.Node], bool]:
+def _reads_stored(weights: StoredWeights, node: ir.Node) -> bool:
     """Whether a node computes with numbers that are not in memory. A transposed matrix is a view."""
-
-    def reads(node: ir.Node) -> bool:
-        given = [value.const_value for value in node.inputs if value is not None]
-        return node.op_type != "Transpose" and any(_stored(weights, tensor) is not None for tensor in given)
-
-    return (lambda node: False) if weights is None else reads
+    given = [value.const_value for value in node.inputs if value is not None]
+    return node.op_type != "Transpose" and any(_stored(weights, tensor) is not None for tensor in given)
 
 
 def _stored(weights: StoredWeights, tensor: ir.TensorProtocol | None) -> StoredWeight | None:
@@ -189,7 +185,7 @@ def _bound(model: ir.Model, weights: StoredWeights) -> bool:
         if stored is not None:
             stored.name = value.name
             value.const_value = stored
-        elif value.dtype == ir.DataType.FLOAT and np.isnan(weight(value)).any():
+        elif value.dtype == ir.DataType.FLOAT and (array := weight(value)) is not None and np.isnan(array).any():
             return False
     return True
 

@@ -70,6 +70,15 @@ class StoredWeights:
         region = self._regions.get(tensor.untyped_storage().data_ptr())
         return None if region is None else region.stored
 
+    def forget(self) -> None:
+        """Drops all regions: no tensor is hollow any more."""
+        self._regions.clear()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no tensor is hollow."""
+        return not self._regions
+
     def parameters(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Stored]]:
         """Yields each hollow parameter of the module once."""
         for parameter in module.parameters():
@@ -100,7 +109,7 @@ class StoredWeight(ir.LazyTensor):
         self.stored, self._view = stored, (shape, strides, offset)
         super().__init__(self._read, ir.DataType.FLOAT, ir.Shape(shape))
 
-    def _read(self) -> ir.Tensor:
+    def _read(self) -> ir.TensorProtocol:
         return ir.Tensor(torch.as_strided(read(self.stored), *self._view).numpy())
 
     def transposed(self) -> StoredWeight:
@@ -116,9 +125,8 @@ class StoredWeight(ir.LazyTensor):
         """Returns the elements at places (N,) of the flattened view."""
         shape, strides, offset = self._view
         index = np.unravel_index(places, shape)
-        return self.stored.elements(
-            torch.from_numpy(offset + sum(i * s for i, s in zip(index, strides, strict=True)))
-        ).numpy()
+        places = offset + sum(i * step for i, step in zip(index, strides, strict=True))
+        return np.asarray(self.stored.elements(torch.from_numpy(places)))
 
 
 def read(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,6 +137,6 @@ def read(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def stored_weights(module: nn.Module) -> StoredWeights | None:
-    """Returns the weights of the module that stay in their file."""
+    """Returns the weights of the module that stay in their file, None if there are none."""
     found = getattr(module, "stored", None)
-    return found if isinstance(found, StoredWeights) else None
+    return found if isinstance(found, StoredWeights) and not found.empty else None

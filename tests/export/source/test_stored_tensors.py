@@ -22,7 +22,7 @@ from pastkey.errors import IntegrityError, ParityError
 from pastkey.export import export
 from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.observe import natively, observe, run_uncached
-from pastkey.export.graft.streamed import Streaming, in_float64, load, resident_bytes
+from pastkey.export.graft.streamed import in_float64, load, resident_bytes
 from pastkey.export.graft.trace import trace
 from pastkey.export.graph.clean import clean
 from pastkey.export.graph.fuse import fuse
@@ -112,53 +112,6 @@ def test_logits_are_those_of_the_loaded_model_bit_by_bit(kind: str, tied: bool, 
     )
     with torch.no_grad():
         assert torch.equal(logits(module, ids), expected(input_ids=ids, use_cache=False).logits)
-
-
-class Elsewhere(nn.Module):
-    """Uses weights outside of their submodules, and parts and views of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(32, 48, bias=False), nn.Linear(48, 32)
-        self.table = nn.Embedding(16, 32)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.table.weight[ids] + self.second.weight.mean(1)
-        x = x @ self.first.weight[8:40].T.contiguous().T.reshape(32, 32) @ self.first.weight.T
-        x = nn.functional.linear(x, self.second.weight, self.second.bias) * self.second.weight.view(-1)[3]
-        q, k = torch.cat([self.first.weight, self.second.weight.T]).chunk(2)
-        return nn.functional.linear(x @ (q - k).T, torch.einsum("ij,kj->ik", self.table.weight, k))
-
-
-def test_weights_are_filled_wherever_they_are_used() -> None:
-    torch.manual_seed(0)
-    module = Elsewhere()
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        expected = module(ids)
-        held = {id(parameter): parameter.detach().clone() for parameter in module.parameters()}
-        weights = StoredWeights()
-        for parameter in module.parameters():
-            if parameter.dim() == 2:
-                parameter.data = weights.hollow(InMemory(held[id(parameter)]))
-        assert module(ids).isnan().any()
-        with Streaming(weights):
-            assert torch.equal(module(ids), expected)
-            with pytest.raises(RuntimeError, match="writes into a weight"):
-                module.first.weight.mul_(2)
-
-
-class InMemory:
-    """A stored tensor of a test."""
-
-    def __init__(self, content: torch.Tensor) -> None:
-        self.content, self.shape = content, tuple(content.shape)
-
-    def read_into(self, out: torch.Tensor) -> None:
-        out.copy_(self.content)
-
-    def elements(self, places: torch.Tensor) -> torch.Tensor:
-        return self.content.flatten()[places]
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(saved_llama: Path, tmp_path: Path) -> None:
