@@ -121,13 +121,15 @@ def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Pro
     for segment in segments:
         for values in segment:
             for name, rows in values.items():
-                square = rows.T @ rows
-                hessians[name] = square if name not in hessians else hessians[name] + square
+                if name in hessians:
+                    hessians[name] += rows.T @ rows
+                else:
+                    hessians[name] = rows.T @ rows
             progress.advance(steps := steps + 1, total)
         ready = [names for names in waiting if all(name in hessians for name in names)]
-        given = ([waiting.pop(names) for names in ready], [[hessians[name] for name in names] for names in ready])
+        of_ready = ([hessians[name] for name in names] for names in ready)
         with one_thread_each() as pool:
-            for found in pool.map(_rounded, *given):
+            for found in pool.map(_rounded, [waiting.pop(names) for names in ready], of_ready):
                 done |= found
                 progress.advance(steps := steps + len(found), total)
         hessians = {name: hessian for name, hessian in hessians.items() if any(name in names for names in waiting)}
