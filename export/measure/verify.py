@@ -53,7 +53,7 @@ RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest
 PIECE_TOKENS = 32
 # Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
 # tokens between them in one run. `docs/verification.md` has the faults that are found so.
-DECODED, DECODED_BY_ALL_LOGITS = (8, 40), (4, 12)  # single tokens at both ends, by the last- and all-logits graph
+DECODED, DECODED_BY_ALL_LOGITS = (24, 24), (8, 8)  # single tokens at both ends, by the last- and all-logits graph
 CHUNKS = {7: (4, 4), 64: (1, 1)}  # size of a chunk -> chunks at both ends
 GREEDY_TOKENS = 32
 # Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
