@@ -17,7 +17,7 @@ from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import IntegrityError, MissingFileError
-from pastkey.export import export, pipeline
+from pastkey.export import export, grafting, pipeline
 from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.export.progress import Progress
 from pastkey.export.settings import ExportConfig
@@ -75,7 +75,7 @@ def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
     def again(*_: object, **__: object) -> Any:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(pipeline, "trace", again)
+    monkeypatch.setattr(grafting, "trace", again)
     if step != FP32:
         monkeypatch.setattr(pipeline, "calibration_text", again)
     if step == QUANTIZED:

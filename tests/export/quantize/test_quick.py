@@ -69,7 +69,7 @@ def test_rounding_to_nearest_is_gptq_of_inputs_that_are_all_alike(exported: Expo
     for name, found in rounded_to_nearest(model).items():
         stored = model.graph.initializers[name].const_value
         assert stored is not None
-        matrix, alike = stored.numpy().T, np.eye(stored.shape[0], dtype=np.float32)
+        matrix, alike = stored.numpy().T, np.eye(len(stored.numpy()), dtype=np.float32)
         expected = int4_blocks.round_by_hessian(matrix, alike, found.block_size)
         np.testing.assert_array_equal(found.data, expected.data)
         np.testing.assert_array_equal(found.scale_codes, expected.scale_codes)
