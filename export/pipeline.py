@@ -22,7 +22,7 @@ from torch import nn
 
 from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
 from pastkey.errors import InputError, NumericsError
-from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.files.durable import refuse_existing, remove_leftovers, resumable_bytes, whole_folder
 from pastkey.files.folder import hub_id
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
@@ -247,12 +247,12 @@ def _open(
 ) -> Source:
     progress.stage("open the source")
 
-    said = False
+    said, written = False, resumable_bytes(out) if config.resume else 0
 
     def check(weights: int, allocated: int = 0) -> None:
         nonlocal said
         needed = needs(weights, config, resident_bytes=4 * weights)
-        require_room(out, needed, allocated=allocated)
+        require_room(out, needed, allocated=allocated, written=written)
         if not said:
             progress.say(str(needed))
         said = True

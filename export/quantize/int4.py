@@ -33,7 +33,7 @@ from .calibrate.activations import probing
 from .calibrate.calibration import CalibrationText
 from .ranking.sensitivity import Sensitivity, sensitivity
 from .rounding.blocks import Blocks, choose_block_size
-from .rounding.int4_blocks import round_by_hessian
+from .rounding.int4_blocks import round_by_hessian, round_to_nearest
 from .rounding.rewrite import embedding_weight, matmul_weight, not_finite, quantize
 from .search import Quantized, Write, search
 
@@ -131,24 +131,13 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def rounded_to_nearest(model: ir.Model, progress: Progress = SILENT) -> dict[str, Blocks]:
-    """Returns the 4-bit matrices of a float32 graph by initializer name, rounded to nearest."""
-    found, matmuls = {}, _matmuls(model)
-    for number, (name, nodes) in enumerate(matmuls.items(), 1):
-        found[name] = _rounded(nodes, None)
-        progress.advance(number, len(matmuls))
-    return found
-
-
-def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray] | None) -> Blocks:
-    """Rounds a weight that MatMuls share, by the sum of the Hessians of their inputs if there are any."""
+def _rounded(nodes: list[ir.Node], hessians: dict[str, np.ndarray]) -> Blocks:
+    """Rounds a weight that MatMuls share, by the sum of the Hessians of their inputs."""
     found = matmul_weight(nodes[0])
     assert found is not None
     matrix = found.matrix
     try:
-        hessian = None
-        if hessians is not None:
-            hessian = np.sum([hessians[_activation(node)] for node in nodes], axis=0)
+        hessian = np.sum([hessians[_activation(node)] for node in nodes], axis=0)
         return round_by_hessian(matrix, hessian, choose_block_size(matrix.shape[1]))
     except ValueError as error:
         raise not_finite(found.initializer, error) from None
@@ -174,3 +163,18 @@ def _matmuls(model: ir.Model) -> dict[str, list[ir.Node]]:
         else:
             found.setdefault(str(read.initializer.name), []).append(node)
     return {name: nodes for name, nodes in found.items() if name not in excluded}
+
+
+def rounded_to_nearest(model: ir.Model, progress: Progress = SILENT) -> dict[str, Blocks]:
+    """Returns the 4-bit matrices of a float32 graph by initializer name, each weight rounded by itself."""
+    found, matmuls = dict[str, Blocks](), _matmuls(model)
+    for name, nodes in matmuls.items():
+        read = matmul_weight(nodes[0])
+        assert read is not None
+        matrix = read.matrix
+        try:
+            found[name] = round_to_nearest(matrix, choose_block_size(matrix.shape[1]))
+        except ValueError as error:
+            raise not_finite(read.initializer, error) from None
+        progress.advance(len(found), len(matmuls))
+    return found

@@ -43,6 +43,23 @@ export(sys.argv[1], sys.argv[2])
 """
 
 
+KILLED_AT_A_STAGE = """
+import os, signal, sys
+from pastkey.export import export
+from pastkey.export.progress import Progress
+
+class Killing(Progress):
+    left = int(sys.argv[3])
+
+    def stage(self, name):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+export(sys.argv[1], sys.argv[2], progress=Killing())
+"""
+
+
 class Heard(Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -87,6 +104,21 @@ def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
     assert report.manifest.files == expected.manifest.files
     assert report.manifest.quality == expected.manifest.quality
     assert open_bundle(out, verify=True).manifest.parity == expected.manifest.parity
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL, and no locks of folders")
+@pytest.mark.parametrize("stage", range(1, 9))
+def test_a_kill_at_the_beginning_of_any_stage_leaves_nothing_half_written(
+    stage: int, checkpoint: Path, trained: Path, tmp_path: Path
+) -> None:
+    out, expected = tmp_path / "bundle", open_bundle(trained)
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_A_STAGE, checkpoint, out, str(stage)], check=False)
+    assert done.returncode < 0
+    assert not out.exists()
+    assert export(checkpoint, out, resume=True).manifest.files == expected.manifest.files
+    assert open_bundle(out, verify=True).manifest.quality == expected.manifest.quality
     assert not leftovers(tmp_path)
 
 

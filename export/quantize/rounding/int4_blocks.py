@@ -25,8 +25,8 @@ _ROWS_AT_ONCE = 128  # rows whose scales are searched together: they fit into a 
 _LAZY_COLUMNS = 64  # columns whose compensation by all later columns is one MatMul (GPTQ's lazy batch updates)
 
 
-def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray | None, block_size: int) -> Blocks:
-    """Rounds a matrix to 4 bits by GPTQ, or without a Hessian to nearest.
+def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray, block_size: int) -> Blocks:
+    """Rounds a matrix to 4 bits by GPTQ.
 
     Args:
         matrix: (N, K) float32.
@@ -39,18 +39,13 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray | None, block_size:
     if not np.isfinite(matrix).all():
         raise ValueError("NaN or infinity")
     rows, columns = matrix.shape
-    if (
-        hessian is not None and not np.isfinite(hessian).all()
-    ):  # squares of activations beyond 1e19 overflow float32: weight all alike
+    if not np.isfinite(hessian).all():  # squares of activations beyond 1e19 overflow float32: weight all alike
         hessian = np.eye(columns, dtype=np.float32)
     blocks = -(-columns // block_size)
+    order = np.argsort(-hessian.diagonal(), kind="stable")
+    factor = _compensation(hessian[np.ix_(order, order)])  # (K, K)
     importance = np.zeros(blocks * block_size, np.float32)
-    if hessian is None:
-        importance[:columns] = 1
-    else:
-        order = np.argsort(-hessian.diagonal(), kind="stable")
-        factor = _compensation(hessian[np.ix_(order, order)])  # (K, K)
-        importance[order] = 1 / np.square(factor.diagonal())
+    importance[order] = 1 / np.square(factor.diagonal())
     padded = np.zeros((rows, blocks * block_size), np.float32)
     padded[:, :columns] = matrix
     in_blocks = torch.from_numpy(padded.reshape(rows, blocks, block_size))
@@ -59,18 +54,14 @@ def round_by_hessian(matrix: np.ndarray, hessian: np.ndarray | None, block_size:
     scales, zeros = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     scale_codes, row_scales = encode_scales(scales, np.rint)
     scales = scale_codes.astype(np.float32) * row_scales
+    of_column = order // block_size
     numbers = np.repeat(zeros, block_size, 1)
-    if hessian is None:
-        steps = _centred(in_blocks, torch.from_numpy(scales), torch.from_numpy(zeros)).reshape(rows, -1)
-        numbers += steps.numpy()
-    else:
-        of_column = order // block_size
-        # Transposed, so that a column is contiguous.
-        left, of_scales, of_zeros = (
-            torch.from_numpy(np.ascontiguousarray(array.T))
-            for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
-        )
-        numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
+    # Transposed, so that a column is contiguous.
+    left, of_scales, of_zeros = (
+        torch.from_numpy(np.ascontiguousarray(array.T))
+        for array in (matrix[:, order], scales[:, of_column], zeros[:, of_column])
+    )
+    numbers[:, order] = _round(left, of_scales, of_zeros, torch.from_numpy(factor)).T
     return Blocks(_packed(numbers).reshape(rows, blocks, -1), scale_codes, row_scales, columns, _packed(zeros), BITS)
 
 
@@ -154,3 +145,23 @@ def _packed(numbers: np.ndarray) -> np.ndarray:
 def unpacked(packed: np.ndarray) -> np.ndarray:
     """Unpacks (N, n) uint8, two numbers in each, to (N, 2 n) numbers from 0 to 15."""
     return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
+
+
+# --- without a text -----------------------------------------------------------------------------------------------
+def round_to_nearest(matrix: np.ndarray, block_size: int) -> Blocks:
+    """Rounds each weight of a matrix (N, K) float32 to 4 bits by itself. Raises ValueError on NaN or infinity."""
+    if not np.isfinite(matrix).all():
+        raise ValueError("NaN or infinity")
+    rows, columns = matrix.shape
+    blocks = -(-columns // block_size)
+    padded = np.zeros((rows, blocks * block_size), np.float32)
+    padded[:, :columns] = matrix
+    in_blocks = torch.from_numpy(padded.reshape(rows, blocks, block_size))
+    alike = torch.from_numpy((np.arange(blocks * block_size) < columns).astype(np.float32).reshape(blocks, block_size))
+    found = [_scales_and_zeros(part, alike) for part in in_blocks.split(_ROWS_AT_ONCE)]
+    scales, zeros = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    scale_codes, row_scales = encode_scales(scales, np.rint)
+    exact = torch.from_numpy(scale_codes.astype(np.float32) * row_scales)
+    steps = _centred(in_blocks, exact, torch.from_numpy(zeros)).numpy()
+    data = _packed((steps + zeros[:, :, None]).reshape(rows, -1)).reshape(rows, blocks, -1)
+    return Blocks(data, scale_codes, row_scales, columns, _packed(zeros), BITS)

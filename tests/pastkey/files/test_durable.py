@@ -21,6 +21,7 @@ from pastkey.files.durable import (
     locked,
     refuse_existing,
     remove_leftovers,
+    resumable_bytes,
     sync_folder,
     sync_tree,
     whole_file,
@@ -307,8 +308,11 @@ def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path: Pat
         assert work == left
         raise ZeroDivisionError
     assert (left / STEPS).is_dir()
+    (left / "a").write_text("1234")
+    assert resumable_bytes(out) == 4
     with whole_folder(out, resume=True) as work:
         assert work == left
+        (work / "a").unlink()
         (work / STEPS).rmdir()
         (work / "file").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
