@@ -21,8 +21,8 @@ import onnx_ir as ir
 from torch import nn
 
 from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
-from pastkey.errors import ContractError, InputError, NumericsError
-from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.errors import InputError, NumericsError
+from pastkey.files.durable import refuse_existing, remove_leftovers, resumable_bytes, whole_folder
 from pastkey.files.folder import hub_id
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
@@ -30,20 +30,12 @@ from pastkey.runtime import Engine
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
-from .bundle_writer import BundleWriter, Decoder
+from .bundle_writer import BundleWriter
 from .generation.write import write_generation
-from .graft.given_graph import GivenDecoder
-from .graft.probe.call import CONTRACT
-from .graft.probe.contract import in_contract
-from .graft.probe.observe import Observation
-from .graft.probe.positions import find_shift
-from .graft.trace import GraphChoice, choose_graph, trace
-from .graph.clean import clean
+from .grafting import decoder_of, grafted, observed, require_head, require_masks
 from .graph.float16 import LARGEST, to_float16
-from .graph.fuse import fuse, where_rotated
 from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
-from .graph.write.output_head import hidden_size, output_head
 from .measure.metrics import Ids
 from .measure.verify import Verification, short_texts
 from .ort_format import write_ort_format
@@ -61,7 +53,7 @@ from .resources import needs, parameters, require_files, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions, split_factory
 from .source.hub import HubModel, find
 from .source.open import open_source
-from .source.source import Source, check_tokenizer
+from .source.source import Source
 from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Steps, identity, require_unchanged
 
 
@@ -145,14 +137,16 @@ def export_found(
     before = identity(module_or_path, config)
     source = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
-    source, observation, choice = _observe(source, config.common, progress)
-    _require_masks(source, observation, config)
+    source, observation, choice = observed(source, config.common, progress)
     with whole_folder(out, force=config.force, resume=config.resume) as folder:
         steps = Steps(folder, config, before, progress)
-        decoder = _made_before(source, observation, folder, config, steps)
-        if decoder is None:
-            decoder = _graft(source, observation, choice, progress)
-        _require_head(decoder, config)
+        if (known := steps.found(FP32)) is None:
+            decoder = grafted(source, observation, choice, progress)
+        else:
+            fp32, _ = _written(_beside(folder, config), known)
+            decoder = decoder_of(source, observation, fp32, known["hidden_size"])
+        require_masks(decoder, config)
+        require_head(decoder, config)
         writer = BundleWriter(decoder, config, progress)
         artifacts = _make_artifacts(writer, folder, calibration, steps)
         last = artifacts[-1]
@@ -256,12 +250,12 @@ def _open(
 ) -> Source:
     progress.stage("open the source")
 
-    said = False
+    said, written = False, resumable_bytes(out) if config.resume else 0
 
     def check(weights: int, allocated: int = 0) -> None:
         nonlocal said
         needed = needs(weights, config, resident_bytes=4 * weights)
-        require_room(out, needed, allocated=allocated)
+        require_room(out, needed, allocated=allocated, written=written)
         if not said:
             progress.say(str(needed))
         said = True
@@ -291,66 +285,6 @@ def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
     if config.calibration is None:
         return None
     return read_calibration(config.calibration, source.tokenizer, PRECISIONS[config.precision].calibration_windows)
-
-
-# --- the graph ----------------------------------------------------------------------------------------------------
-def _observe(source: Source, config: ExportConfig, progress: Progress) -> tuple[Source, Observation, GraphChoice]:
-    """Returns the source with a module of the contract, what its runs showed, and the graph to make."""
-    progress.stage(f"observe the attention calls of {source.name}")
-    latents = config.graph != "fused"
-    contracted = in_contract(source.module, source.context_length, config.call, progress.warn, latents=latents)
-    source = dataclasses.replace(source, module=contracted.module, call=contracted.call)
-    observation = contracted.observation
-    check_tokenizer(source, observation.vocab_size, source.eos_token_ids if config.eos_tokens else ())
-    return source, observation, choose_graph(config.graph, config.target, observation)
-
-
-def _made_before(
-    source: Source, observation: Observation, folder: Path, config: ExportConfig, steps: Steps
-) -> Decoder | None:
-    """Returns the graph that a finished step wrote."""
-    known = steps.found(FP32)
-    if known is None:
-        return None
-    bundle, _ = _written(_beside(folder, config), known)
-    choice = GraphChoice(bundle.manifest.graph, bundle.manifest.graph_reason)
-    if isinstance(source.module, GivenDecoder):
-        _, observation = source.module.graph(choice.graph, observation)
-    model = ir.load(bundle.all_logits_graph)
-    width, shift = known["hidden_size"], bundle.manifest.shift
-    return Decoder(source, model, observation, choice, observation.padding, width, shift)
-
-
-def _graft(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> Decoder:
-    made = f"the {choice.graph} graph of {len(observation.layers)} layers of"
-    if isinstance(source.module, GivenDecoder):
-        progress.stage(f"make {made} {source.name} ({choice.reason})")
-        model, observation = source.module.graph(choice.graph, observation)
-    else:
-        progress.stage(f"trace {made} {source.call or CONTRACT} ({choice.reason})")
-        model = trace(source.module, observation, choice.graph, source.context_length, progress.warn)
-    shift = find_shift(source.module, observation, source.context_length)
-    if choice.graph == "fused":
-        fuse(model, source.context_length)
-        choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
-    head = output_head(model)
-    width = None if head is None else hidden_size(head)
-    return Decoder(source, model, observation, choice, observation.padding, width, shift)
-
-
-def _require_head(decoder: Decoder, config: ExportConfig) -> None:
-    """Raises ContractError if the last hidden states are requested and the graph has no output head."""
-    if config.hidden_states and isinstance(decoder.source.module, GivenDecoder):
-        raise ContractError(
-            f"{decoder.source.name} is an ONNX graph, whose last hidden states cannot be compared: export without "
-            "--hidden-states, or the model from its safetensors"
-        )
-    if config.hidden_states and decoder.hidden_size is None:
-        raise ContractError(
-            f"{decoder.source.name} cannot give its last hidden states, since no one multiplication by a weight makes "
-            "its logits: export without --hidden-states"
-        )
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------
@@ -386,18 +320,6 @@ def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
 
 
 # --- static graphs ------------------------------------------------------------------------------------------------
-def _require_masks(source: Source, observation: Observation, config: ExportConfig) -> None:
-    """Raises ContractError if a mask cannot tell static graphs which columns of the past are holes."""
-    if config.static and not observation.padding:
-        what = "its positions count every column of the cache"
-        if observation.states:
-            what = "it keeps rows beside the keys and values of attention"
-        raise ContractError(
-            f"{source.name} cannot have the static graph, whose past has holes, since {what}: export with "
-            "--graph standard, and for a target that takes it, such as cpu"
-        )
-
-
 def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, progress: Progress) -> Artifact:
     """Adds the static graphs to a verified float32 bundle of the standard graph, and verifies them."""
     fp32 = made.bundle

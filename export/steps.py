@@ -20,8 +20,8 @@ from torch import nn
 
 import pastkey
 from pastkey.contract import names
+from pastkey.contract.source_files import source_files
 from pastkey.errors import InputError, IntegrityError
-from pastkey.exported import files_of
 from pastkey.files.durable import STEPS, sync_tree, write_json
 from pastkey.files.folder import hub_id, read_json
 
@@ -56,12 +56,12 @@ def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) ->
     if isinstance(source, HubModel):
         found["commit"] = [source.name, source.revision]
     else:
-        found |= {name: _state(file) for name, file in files_of(Path(source).resolve()).items()}
+        found |= {name: _state(file) for name, file in source_files(Path(source).resolve()).items()}
     for option in ("tokenizer", "chat_template", "calibration"):
         given = getattr(config, option)
         path = None if given is None else Path(str(given).partition(".py:")[0])
         if path is not None and path.exists():
-            found |= {f"--{option} {name}": _state(file) for name, file in files_of(path.resolve()).items()}
+            found |= {f"--{option} {name}": _state(file) for name, file in source_files(path.resolve()).items()}
     return found
 
 

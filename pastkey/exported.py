@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .command import say
-from .contract import names
 from .contract.bundle import open_bundle
+from .contract.source_files import source_files
 from .errors import InputError, IntegrityError, InUseError, MissingFileError, ResourceError
 from .files.durable import locked
 from .files.folder import hub_id, source_extra, user_cache_file
@@ -28,8 +28,6 @@ from .files.folder import hub_id, source_extra, user_cache_file
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from pastkey.__main__ import main; sys.exit(main())"
 )
-_READ = ("[!.]*", "onnx/*", "additional_chat_templates/*")  # of a folder
-_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
 
 
 def exported(source: str) -> str:
@@ -84,18 +82,9 @@ def _names(source: str) -> tuple[str, str]:
         family = name.replace("/", "--")  # as in the cache of huggingface_hub; an id has no -- itself
         return family, family
     path = Path(source).resolve()
-    state = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files_of(path).items()]
+    state = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in source_files(path).items()]
     family = f"{path.name[:80]}-{_hash(path)}"
     return family, f"{family}-{_hash(state)}"
-
-
-def files_of(source: Path) -> dict[str, Path]:
-    """Returns the files that an export reads of a folder, or of a file and its neighbours, by their relative names."""
-    folder, patterns = source, list(_READ)
-    if not source.is_dir():
-        folder, patterns = source.parent, [glob.escape(source.name), *_BESIDE_GGUF]
-    read = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
-    return {str(file.relative_to(folder)): file for file in read}
 
 
 def _hash(content: object) -> str:

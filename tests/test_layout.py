@@ -35,6 +35,7 @@ ELSEWHERE = {
     ),
     "export/graft/time_axis/program/traced.py": ("export/graft/probe/test_causes.py", "is told by the causes there"),
     "export/graft/probe/watched.py": ("export/graft/probe/test_causes.py", "is told by the causes there"),
+    "export/grafting.py": ("export/test_pipeline.py", "is the first half of the pipeline"),
     "export/graft/huggingface.py": ("export/graft/test_families.py", "is told by what the families compute"),
     "export/source/gguf_tensors.py": ("export/source/test_gguf.py", "is how the weights there are read"),
     "export/source/open.py": ("export/source/test_source.py", "is the dispatch to the sources there"),

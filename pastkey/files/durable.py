@@ -195,6 +195,12 @@ def _resumable(target: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def resumable_bytes(target: Path) -> int:
+    """Returns the bytes that `new_folder` with `resume` would go on with."""
+    left = _resumable(target)
+    return 0 if left is None else sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+
+
 def remove_leftovers(target: Path, *, keep_steps: bool = False) -> bool:
     """Removes what dead processes left beside `target`. Restores the old folder if one died while replacing it.
 

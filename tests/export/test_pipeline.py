@@ -21,7 +21,7 @@ from pastkey.errors import (
     InputError,
     ParityError,
 )
-from pastkey.export import bundle_writer, export, pipeline
+from pastkey.export import bundle_writer, export, grafting
 from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
 from pastkey.runtime import Engine
 
@@ -310,7 +310,7 @@ def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path:
 def test_unknown_choices_are_refused_before_any_work(
     settings: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "in_contract", None)
+    monkeypatch.setattr(grafting, "in_contract", None)
     with pytest.raises(InputError) as caught:
         export(Plain(), tmp_path / "bundle", **({"context_length": 8} | settings))
     assert sentence in str(caught.value)
@@ -340,7 +340,7 @@ def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(
             if node.op_type == "GroupQueryAttention":
                 node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", 1)
 
-    monkeypatch.setattr(pipeline, "fuse", spoil)
+    monkeypatch.setattr(grafting, "fuse", spoil)
     with pytest.raises(ParityError, match=r"onnxruntime cannot run the fp32 export of Decoder .*try --graph standard"):
         export(llama(), tmp_path / "bundle", precision="fp32", context_length=40)
     assert list(tmp_path.iterdir()) == []

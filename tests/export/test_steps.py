@@ -17,7 +17,7 @@ from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import IntegrityError, MissingFileError
-from pastkey.export import export, pipeline
+from pastkey.export import export, grafting, pipeline
 from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.export.progress import Progress
 from pastkey.export.settings import ExportConfig
@@ -40,6 +40,23 @@ def finish_and_die(self, name, *rest):
 
 Steps.finish = finish_and_die
 export(sys.argv[1], sys.argv[2])
+"""
+
+
+KILLED_AT_A_STAGE = """
+import os, signal, sys
+from pastkey.export import export
+from pastkey.export.progress import Progress
+
+class Killing(Progress):
+    left = int(sys.argv[3])
+
+    def stage(self, name):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+export(sys.argv[1], sys.argv[2], progress=Killing())
 """
 
 
@@ -75,7 +92,7 @@ def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
     def again(*_: object, **__: object) -> Any:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(pipeline, "trace", again)
+    monkeypatch.setattr(grafting, "trace", again)
     if step != FP32:
         monkeypatch.setattr(pipeline, "calibration_text", again)
     if step == QUANTIZED:
@@ -87,6 +104,21 @@ def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
     assert report.manifest.files == expected.manifest.files
     assert report.manifest.quality == expected.manifest.quality
     assert open_bundle(out, verify=True).manifest.parity == expected.manifest.parity
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL, and no locks of folders")
+@pytest.mark.parametrize("stage", range(1, 9))
+def test_a_kill_at_the_beginning_of_any_stage_leaves_nothing_half_written(
+    stage: int, checkpoint: Path, trained: Path, tmp_path: Path
+) -> None:
+    out, expected = tmp_path / "bundle", open_bundle(trained)
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_A_STAGE, checkpoint, out, str(stage)], check=False)
+    assert done.returncode < 0
+    assert not out.exists()
+    assert export(checkpoint, out, resume=True).manifest.files == expected.manifest.files
+    assert open_bundle(out, verify=True).manifest.quality == expected.manifest.quality
     assert not leftovers(tmp_path)
 
 

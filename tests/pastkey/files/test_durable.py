@@ -16,10 +16,12 @@ import pytest
 from pastkey.errors import ExistingFolderError, InputError, InUseError
 from pastkey.files import durable as module
 from pastkey.files.durable import (
+    STEPS,
     exchange,
     locked,
     refuse_existing,
     remove_leftovers,
+    resumable_bytes,
     sync_folder,
     sync_tree,
     whole_file,
@@ -296,3 +298,37 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="which is a file"), whole_folder(tmp_path / "file" / "out"):
         pass
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path: Path) -> None:
+    out, left = tmp_path / "out", tmp_path / ".out.0123abcd.partial"
+    (left / STEPS).mkdir(parents=True)
+    with contextlib.suppress(ZeroDivisionError), whole_folder(out, resume=True) as work:
+        assert work == left
+        raise ZeroDivisionError
+    assert (left / STEPS).is_dir()
+    (left / "a").write_text("1234")
+    assert resumable_bytes(out) == 4
+    with whole_folder(out, resume=True) as work:
+        assert work == left
+        (work / "a").unlink()
+        (work / STEPS).rmdir()
+        (work / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # One without steps is removed.
+    (tmp_path / ".other.00000000.partial").mkdir()
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "other", resume=True):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_a_living_process_fills_is_not_taken_over(tmp_path: Path) -> None:
+    left = tmp_path / ".out.0123abcd.partial"
+    (left / STEPS).mkdir(parents=True)
+    with locked(left), whole_folder(tmp_path / "out", resume=True) as work:
+        assert work != left
+    assert left.exists()
+    assert remove_leftovers(tmp_path / "other") is False
+    assert remove_leftovers(tmp_path / "out") is True
+    assert not left.exists()
