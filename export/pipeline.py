@@ -252,9 +252,9 @@ def _open(
 
     said, written = False, resumable_bytes(out) if config.resume else 0
 
-    def check(weights: int, allocated: int = 0) -> None:
+    def check(weights: int, resident_bytes: int, allocated: int = 0) -> None:
         nonlocal said
-        needed = needs(weights, config, resident_bytes=4 * weights)
+        needed = needs(weights, config, resident_bytes=resident_bytes)
         require_room(out, needed, allocated=allocated, written=written)
         if not said:
             progress.say(str(needed))
@@ -277,7 +277,7 @@ def _open(
         progress.warn(sentence)
     weights = parameters(source.module)
     require_files(source.module, config)
-    check(weights, allocated=4 * weights)
+    check(weights, source.resident_bytes, allocated=source.resident_bytes)
     return source
 
 

@@ -15,9 +15,6 @@ from pastkey.precisions import PRECISIONS
 
 from .settings import ExportConfig
 
-# Measured peaks in copies of the float32 weights (3.1 to 4.8), while the precision is unknown: the module, its trace
-# and the written arrays.
-_COPIES_IN_MEMORY = 5
 MAX_ORT_BYTES = 2**31  # a FlatBuffer's offsets have 32 bits and a sign
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
 _BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
@@ -61,20 +58,11 @@ def require_room(out: Path, needed: Needs, *, allocated: int = 0, written: int =
             f"exporting {needed.weights:,} weights to {out} takes about {_shown(needed.disk)} of disk and "
             f"{_shown(free)} are free: make room, or choose another place with --out"
         )
-    _require_memory(needed.weights, needed.memory - allocated)
-
-
-def require_memory(weights: int) -> None:
-    """Raises ResourceError if the machine has too little memory to export so many weights, in any precision."""
-    _require_memory(weights, _COPIES_IN_MEMORY * 4 * weights + _BASE_BYTES)
-
-
-def _require_memory(weights: int, needed: int) -> None:
-    free = available_memory()
-    if free is not None and needed > free:
+    memory, available = needed.memory - allocated, available_memory()
+    if available is not None and memory > available:
         raise ResourceError(
-            f"exporting {weights:,} weights takes about {_shown(needed)} of memory and {_shown(free)} are available: "
-            "end other programs, or export on a larger machine"
+            f"exporting {needed.weights:,} weights takes about {_shown(memory)} of memory and {_shown(available)} are "
+            "available: end other programs, or export on a larger machine"
         )
 
 

@@ -27,8 +27,7 @@ from pastkey.files.reading import read_bytes, reading, require_regular
 from pastkey.files.tokenizer_file import MOST_BYTES
 from pastkey.train.model import Decoder
 
-from ..resources import require_memory
-from .source import Source, context_of
+from .source import BeforeLoading, Source, allowed, context_of
 from .tokenizers.sentencepiece import SPACE, merges_by_score
 from .tokenizers.tokenizer import read_tokenizer
 
@@ -56,13 +55,15 @@ _SPECIALS = ("<unk>", "<s>", "</s>")  # ids 0 to 2
 _RESERVED = (*_SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)))  # ids 0 to 258
 
 
-def open_llama2c(path: Path, tokenizer: str | Path | None, context_length: int | None) -> Source:
+def open_llama2c(
+    path: Path, tokenizer: str | Path | None, context_length: int | None, before_loading: BeforeLoading = allowed
+) -> Source:
     """Opens the decoder in `path`, with the text of a llama2.c tokenizer .bin or a tokenizer.json, or ids only.
 
-    Raises MissingFileError or InputError.
+    Raises MissingFileError, InputError or ResourceError.
     """
     header, config = _read_header(path)
-    state = _read_weights(header, config)  # before a decoder of possibly invalid sizes is made
+    state = _read_weights(header, config, before_loading)  # before a decoder of possibly invalid sizes is made
     model = Decoder(config)
     model.load_state_dict(state)
     context = context_of(path, config.max_position_embeddings, context_length)
@@ -130,7 +131,7 @@ def _check_sizes(path: Path, sizes: dict[str, int]) -> None:
         )
 
 
-def _read_weights(header: _Header, config: ModelConfig) -> dict[str, Tensor]:
+def _read_weights(header: _Header, config: ModelConfig, before_loading: BeforeLoading) -> dict[str, Tensor]:
     """Returns the state of a Decoder. Raises InputError unless the file's size fits its header."""
     shapes = _shapes(config)
     order = [name for name in _ORDER[header.version] if name != _HEAD or not config.tie_word_embeddings]
@@ -141,7 +142,7 @@ def _read_weights(header: _Header, config: ModelConfig) -> dict[str, Tensor]:
             f"{header.path} has {found:,} bytes and its header asks for {expected:,}: it was cut short or altered, "
             "copy it again"
         )
-    require_memory(config.weights)
+    before_loading(config.weights, 4 * config.weights)
     values = torch.from_numpy(np.fromfile(header.path, "<f4", offset=header.size).astype(np.float32, copy=False))
     state: dict[str, Tensor] = {}
     for name, block in zip(order, values.split([prod(shapes[name]) for name in order]), strict=True):

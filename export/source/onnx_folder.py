@@ -5,7 +5,7 @@ Nothing in it needs transformers: the graph is the model, and config.json only n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from pastkey.values import is_int
 
 from ..graft.given_graph import GivenDecoder
 from ..graph.given import EXPORT_COMMAND, read_given
-from ..resources import require_memory
-from .source import Source, context_of, refuse_links
+from .source import BeforeLoading, Source, context_of, refuse_links
 from .stored_weights import SIZES
 from .tokenizers.tokenizer import read_tokenizer
 
@@ -69,7 +68,7 @@ def open_onnx(
     *,
     tokenizer: str | Path | None,
     context_length: int | None,
-    before_loading: Callable[[int], None],
+    before_loading: BeforeLoading,
 ) -> Source:
     """Opens a graph, with the configuration and tokenizer beside it or above it.
 
@@ -82,8 +81,7 @@ def open_onnx(
         )
     refuse_links(folder, _read_of(folder, path))
     given = read_given(path)
-    require_memory(given.weights)
-    before_loading(given.weights)
+    before_loading(given.weights, 4 * given.weights)
     content = read_json(folder / names.CONFIG)
     if content.get("is_encoder_decoder") is True:
         raise InputError(f"{folder} holds an encoder-decoder: only decoders can be exported")

@@ -20,14 +20,13 @@ from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
 
 from ..progress import SILENT, Progress
-from ..resources import require_memory
 from ..settings import SOURCES, split_factory
 from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
 from .onnx_folder import SUFFIX, find_graph, open_onnx
 from .pretrained import check_config, open_folder, open_gguf, open_model
-from .source import Source, checked_context, context_of, read_template, token_id, with_template
+from .source import BeforeLoading, Source, allowed, checked_context, context_of, read_template, token_id, with_template
 from .stored_weights import stored_bytes_per_weight
 from .tokenizers.tokenizer import read_tokenizer
 from .weights import load_weights
@@ -46,7 +45,7 @@ def open_source(
     revision: str = "",
     say: Callable[[str], None] = lambda stage: None,
     progress: Progress = SILENT,
-    before_loading: Callable[[int], None] = lambda weights: None,
+    before_loading: BeforeLoading = allowed,
 ) -> Source:
     """Opens the source of an export.
 
@@ -55,7 +54,7 @@ def open_source(
     `weights` is a file with a module's state dict, and `eos` (ids or names) replaces the source's own ids.
     `trust_remote_code` runs the Python code in a Hugging Face folder; `say` is called first. A str may be ORG/NAME on
     the Hub, which is fetched with `network`, or else taken from the cache, at commit `revision` or the newest.
-    `before_loading` receives the number of weights of a file, and may refuse to load so many.
+    `before_loading` may refuse to load the weights of a file.
     """
     template = None if chat_template is None else read_template(chat_template)  # first: loading takes long
     if template is not None and importlib.util.find_spec("jinja2") is not None:
@@ -101,13 +100,13 @@ def _open(
     context_length: int | None,
     trust_remote_code: bool,
     say: Callable[[str], None],
-    before_loading: Callable[[int], None],
+    before_loading: BeforeLoading,
 ) -> Source:
     path = Path(source)
     if not path.exists():
         raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}{hub_hint(str(source))}")
     if path.suffix == ".bin" and path.is_file():
-        return open_llama2c(path, tokenizer, context_length)
+        return open_llama2c(path, tokenizer, context_length, before_loading)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
     graph = path if path.suffix == SUFFIX and path.is_file() else None
@@ -139,7 +138,7 @@ def _open_hub(
     trust_remote_code: bool,
     say: Callable[[str], None],
     progress: Progress,
-    before_loading: Callable[[int], None],
+    before_loading: BeforeLoading,
 ) -> Source:
     if found.is_bundle:
         raise InputError(
@@ -149,8 +148,7 @@ def _open_hub(
     found.fetch_small(progress, code=trust_remote_code)
     check_config(found.folder, found, trust_remote_code=trust_remote_code)
     weights = sum(found.weights().values()) // stored_bytes_per_weight(read_json(found.folder / names.CONFIG))
-    require_memory(weights)
-    before_loading(weights)
+    before_loading(weights, 0)
     found.fetch_weights(progress)
     opened = open_folder(
         found.folder,

@@ -29,9 +29,8 @@ from pastkey.values import is_int
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from ..quiet import quiet
-from ..resources import require_memory
 from .gguf_tensors import dequantized_to_disk
-from .source import Source, context_of, refuse_links
+from .source import BeforeLoading, Source, context_of, refuse_links
 from .stored_tensors import kept_in_files
 from .stored_weights import (
     MOST_POSITIONS,
@@ -58,7 +57,7 @@ def open_folder(
     context_length: int | None,
     trust_remote_code: bool,
     say: Callable[[str], None],
-    before_loading: Callable[[int], None],
+    before_loading: BeforeLoading,
     name: str | None = None,
 ) -> Source:
     """Opens a folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError.
@@ -69,9 +68,8 @@ def open_folder(
     content = read_json(folder / names.CONFIG)
     check_weights(folder, content)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // stored_bytes_per_weight(content)
-    require_memory(weights)
     check_sizes(folder, content)
-    before_loading(weights)
+    before_loading(weights, 0)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
@@ -91,15 +89,14 @@ def open_gguf(
     *,
     tokenizer: str | Path | None,
     context_length: int | None,
-    before_loading: Callable[[int], None],
+    before_loading: BeforeLoading,
 ) -> Source:
     """Opens a GGUF file, which contains weights, configuration, tokenizer and chat template."""
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
     weights = check_gguf(file)
-    require_memory(weights)
-    before_loading(weights)
+    before_loading(weights, 0)
     with _transformers(file) as library:
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         model, stored = _load(library, file.parent, named=file, **options)

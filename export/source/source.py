@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,14 @@ class Source:
     def resident_bytes(self) -> int:
         """The bytes of the module's parameters and buffers that are in memory; the others stay in their file."""
         return resident_bytes(self.module)
+
+
+# Receives the number of weights in a file, and how many bytes of them will be in memory; may refuse to load so many.
+BeforeLoading = Callable[[int, int], None]
+
+
+def allowed(weights: int, resident_bytes: int) -> None:
+    """Allows any number of weights."""
 
 
 def context_of(name: object, longest: int, asked: int | None) -> int:

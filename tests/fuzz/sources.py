@@ -13,6 +13,7 @@ from pastkey.contract import names
 from pastkey.export.source import pretrained, stored_weights
 from pastkey.export.source.llama2c import open_llama2c
 from pastkey.export.source.onnx_folder import open_onnx
+from pastkey.export.source.source import allowed
 from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
 from pastkey.files.folder import read_json
@@ -79,7 +80,7 @@ def _in_onnx_folder(file: str) -> Callable[[bytes], object]:
         place.write_bytes(content)
         graph = _onnx_folder() / "model.onnx"
         try:
-            return open_onnx(graph, tokenizer=None, context_length=None, before_loading=lambda weights: None)
+            return open_onnx(graph, tokenizer=None, context_length=None, before_loading=allowed)
         finally:
             place.write_bytes(whole)
 

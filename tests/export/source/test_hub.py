@@ -309,15 +309,17 @@ def test_what_cannot_be_exported_is_refused_before_its_weights_are_fetched(
 
 
 def test_a_model_beyond_the_memory_is_refused_before_it_is_fetched(
-    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub,
 ) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     from pastkey.export.source.open import open_source
 
-    monkeypatch.setattr("pastkey.export.resources.available_memory", lambda: 600 << 20)
+    def refuse(weights: int, resident_bytes: int) -> None:
+        raise ResourceError(f"{weights} weights, {resident_bytes} bytes of them in memory")
+
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
-    with pytest.raises(ResourceError, match="exporting 800,000 weights takes about"):
-        open_source(NAME, network=True)
+    with pytest.raises(ResourceError, match="800000 weights, 0 bytes of them in memory"):
+        open_source(NAME, network=True, before_loading=refuse)
     assert not [line for line in hub.asked if "safetensors" in line]
 
 
