@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..graph.stored import Stored, StoredWeights, read, stored_weights
 
 
-@dataclass
+@dataclass(eq=False)
 class _Buffer:
     """Memory that one weight after the other is read into: new memory costs more than reading."""
 

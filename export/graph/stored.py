@@ -37,7 +37,10 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class _Region:
-    """Hollow memory. Its first and last number are NaN, so that code which reads it by mistake is noticed."""
+    """Hollow memory. Its first and last number are NaN, so that code which reads it by mistake is noticed.
+
+    No two regions have the same bits there, so that passes which compare contents keep them apart.
+    """
 
     stored: Stored
     memory: Tensor
@@ -59,7 +62,9 @@ class StoredWeights:
         """
         memory = mmap.mmap(-1, math.prod(stored.shape) * dtype.itemsize)
         tensor = torch.frombuffer(memory, dtype=dtype).view(stored.shape)
-        tensor.view(-1)[[0, -1]] = torch.nan
+        integers = {4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        ends = torch.tensor([torch.nan], dtype=dtype).view(integers) + len(self._regions)  # a NaN of its own
+        tensor.view(integers).view(-1)[[0, -1]] = ends
         self._regions[tensor.data_ptr()] = _Region(stored, tensor)
         return tensor
 
@@ -125,8 +130,8 @@ class StoredWeight(ir.LazyTensor):
         """Returns the elements at places (N,) of the flattened view."""
         shape, strides, offset = self._view
         index = np.unravel_index(places, shape)
-        places = offset + sum(i * step for i, step in zip(index, strides, strict=True))
-        return np.asarray(self.stored.elements(torch.from_numpy(places)))
+        flat = sum((i * step for i, step in zip(index, strides, strict=True)), start=np.full(len(places), offset))
+        return np.asarray(self.stored.elements(torch.from_numpy(flat)))
 
 
 def read(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -87,9 +87,11 @@ def kept_in_files(weights: StoredWeights) -> Iterator[None]:
     """While open, transformers leaves large weights in the safetensors files that it opens."""
     from transformers import modeling_utils
 
-    original = modeling_utils.safe_open
+    original = modeling_utils.safe_open  # type: ignore[attr-defined]  # it imports it
 
     def opened(file: Any, *args: Any, **options: Any) -> _Reader:
+        if "backend" in options:  # the mapping would count as the program's own memory
+            options["backend"] = "pread"
         return _Reader(original(file, *args, **options), Path(file), weights)
 
     with replaced(modeling_utils, "safe_open", opened), Streaming(weights):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,13 +20,14 @@ CONTENT = torch.arange(24.0).view(4, 6)
 def test_a_view_of_hollow_memory_reads_that_view_of_the_stored_tensor(form: str) -> None:
     weights = StoredWeights()
     hollow, other = weights.hollow(InMemory(CONTENT)), weights.hollow(InMemory(-CONTENT))
-    view = {
+    views: dict[str, Callable[[torch.Tensor], Any]] = {
         "whole": lambda t: t,
         "transposed": lambda t: t.T,
         "a part": lambda t: t[1:3, 2:],
         "reshaped": lambda t: t.view(3, 8),
         "of numpy": lambda t: t.numpy()[1:].T,
-    }[form]
+    }
+    view = views[form]
     found, negated = weights.weight(view(hollow)), weights.weight(view(other))
     assert found is not None
     assert negated is not None
@@ -43,3 +47,5 @@ def test_numbers_in_memory_are_not_stored() -> None:
     assert weights.of(CONTENT) is None
     assert weights.of(hollow.T) is weights.of(hollow)
     assert hollow.view(-1)[[0, -1]].isnan().all()  # so that reading them shows
+    other = weights.hollow(InMemory(CONTENT))
+    assert hollow.numpy().tobytes() != other.numpy().tobytes()  # so that no pass takes one for the other
