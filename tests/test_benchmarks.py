@@ -47,7 +47,7 @@ def byte_level() -> Tokenizer:
 
 @pytest.mark.slow
 def test_an_export_reads_its_weights_seldom() -> None:
-    """Counts depend on no size: float32's are read 457 times, of which 255 make the own text."""
+    """Counts depend on no size: float32's are read 441 times, of which 255 write the own text."""
     counts = counted_once("int8")
     steps: Counter[str] = Counter()
     for (step, reader), runs in counts.runs.items():

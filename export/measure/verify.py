@@ -7,7 +7,7 @@ bundle's own uncached run. The checks run the code that ships: every figure come
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Unpack
 
@@ -15,15 +15,24 @@ import numpy as np
 
 from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime import Engine, Generation, Request
-from pastkey.runtime.engine.golden import require_golden
+from pastkey.runtime import Engine
 from pastkey.runtime.settings import PlacementOptions
 
 from ..progress import SILENT, Progress
-from .hidden_states import by_every_path, one_run
-from .metrics import HiddenStates, Ids, Logits, cosine_distance, kl_divergence, relative_difference, top1_agreement
+from .metrics import Ids, Logits, cosine_distance, kl_divergence, relative_difference, top1_agreement
+from .paths import (
+    BATCH_LENGTH,
+    BATCH_STEPS,
+    BEYOND_WINDOW,
+    MAX_WINDOW,
+    TOKENS,
+    LastLogits,
+    Parts,
+    Plan,
+    run_last_logits,
+    run_parts,
+)
 from .predictors import BundlePredictor, ModulePredictor, Predictor, cached_layers
-from .texts import self_generated_texts
 from .verification import Check as Check
 from .verification import Verification as Verification
 
@@ -32,7 +41,7 @@ if TYPE_CHECKING:
 
     from ..graft.probe.observe import Layer
 
-# --- tolerances and sizes, in this one place ----------------------------------------------------------------------
+# --- tolerances, in this one place ----------------------------------------------------------------------
 # Tolerances that depend on the precision of the weights are in `pastkey/precisions.py`, relative to the largest logit.
 # A deep module's float32 results may be further than that from its float64 results in torch. Then the limit is this
 # many times the distance measured on the same text.
@@ -48,19 +57,6 @@ RECORDED_KL_ALLOWANCE = 2
 # Maximum 1 - cosine between the last hidden states of int8 or int4 and those of float32, and between those of chunks
 # and of one run. States of other channels or another layer are 0.1 and more apart.
 MAX_COSINE_DISTANCE = 0.05
-TOKENS = 150  # length of the compared text, if the context has room for it
-MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or this many tokens beyond a window, if the window is at most MAX_WINDOW
-RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest, in pieces side by side
-PIECE_TOKENS = 32
-# Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
-# tokens between them in one run. `docs/verification.md` has the faults that are found so.
-DECODED, DECODED_BY_ALL_LOGITS = (24, 24), (8, 8)  # single tokens at both ends, by the last- and all-logits graph
-CHUNKS = {7: (4, 4), 64: (1, 1)}  # size of a chunk -> chunks at both ends
-GREEDY_TOKENS = 32
-# Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
-SHORT_PREFILL, SHORT_DECODE = 64, 8
-BATCH_LENGTH = 40  # the longest row of the batch
-BATCH_STEPS = 4  # tokens decoded after it
 
 
 @dataclass(frozen=True)
@@ -126,10 +122,10 @@ def verify(
     source = None if module is None else ModulePredictor(module)
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
     length = min(max(TOKENS, *windows, 0), manifest.context_length) if short is None else short.size
-    plan = _Plan.of(length) if short is None else _Plan.short(length)
-    parts = _Parts(progress, plan)
+    plan = Plan.of(length) if short is None else Plan.short(length)
+    parts = Parts(progress, plan)
     # One graph is open at a time, since each session may hold all weights.
-    last = _run_last_logits(bundle, plan, short, source, parts, placement)
+    last = run_last_logits(bundle, plan, short, source, parts, placement)
     own = BundlePredictor(bundle, **placement)
 
     # int8 and int4 are compared with themselves: their distance from float32 is quality, not parity.
@@ -151,169 +147,11 @@ def verify(
     return Verification("source" if reference is source else "own uncached run", length, tuple(checks), quality)
 
 
-class _Parts(Progress):
-    """The parts of a verification, each with its own progress and as long as it has runs."""
-
-    def __init__(self, progress: Progress, plan: _Plan) -> None:
-        paths = [*map(len, plan.paths.values())]
-        self._progress, self._done = progress, 0
-        self._runs = [PIECE_TOKENS, *paths, plan.greedy, 4]  # the text, its paths and hidden states
-        self._runs += [4, *paths, 2 * BATCH_STEPS, 1, 4]  # the reference, and the checks
-        self._total = sum(self._runs)
-
-    def advance(self, done: int, total: int) -> None:
-        runs = self._runs[0] if self._runs else 0
-        self._progress.advance(100 * self._done + 100 * runs * done // total, 100 * self._total)
-
-    def next(self) -> None:
-        """Begins the next part."""
-        if self._runs:
-            self._done += self._runs.pop(0)
-        self.advance(0, 1)
-
-    def end(self) -> None:
-        """All parts are complete."""
-        self._done, self._runs = self._total, []
-        self.advance(0, 1)
-
-
 def _quality(fp32: Logits, quantized: Logits) -> dict[str, float]:
     return {
         "kl_divergence": kl_divergence(fp32, quantized),
         "top1_agreement": top1_agreement(fp32, quantized),
     }
-
-
-# --- runs ---------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Plan:
-    """How a text is run.
-
-    Attributes:
-        paths: The checks of one sequence: name -> the tokens of each run.
-        decoded_by_all_logits: The tokens of each run of the check "decode" by the all-logits graph.
-        greedy: Tokens of the greedy continuation.
-    """
-
-    paths: dict[str, list[int]]
-    decoded_by_all_logits: list[int]
-    greedy: int
-
-    @classmethod
-    def of(cls, length: int) -> _Plan:
-        """For a text of `length` tokens."""
-        decode = _sizes(length, 1, DECODED)
-        return cls(_paths(length, decode), _sizes(length, 1, DECODED_BY_ALL_LOGITS), GREEDY_TOKENS)
-
-    @classmethod
-    def short(cls, length: int) -> _Plan:
-        """For a quick proof on a text of `length` tokens."""
-        at_once = min(SHORT_PREFILL, length - 1)
-        decode = [at_once] * (at_once > 0) + [1] * (length - at_once)
-        return cls(_paths(length, decode), decode, SHORT_DECODE)
-
-
-def _paths(length: int, decode: list[int]) -> dict[str, list[int]]:
-    chunks = {f"chunks_of_{size}": _sizes(length, size, ends) for size, ends in CHUNKS.items()}
-    return {"prefill": [length], "decode": decode, **chunks}
-
-
-def _sizes(length: int, size: int, ends: tuple[int, int]) -> list[int]:
-    """The tokens of each run of a text: so many runs of `size` at its beginning and end, and one between them.
-
-    A shorter text is run in parts of about `size`.
-    """
-    first, last = ends
-    between = length - (first + last) * size
-    if between <= size:
-        return [part.size for part in np.array_split(np.empty(length), -(-length // size))]
-    return [size] * first + [between] + [size] * last
-
-
-@dataclass(frozen=True)
-class _LastLogits:
-    """What the last-logits graph computed. It is closed since."""
-
-    ids: Ids  # (T,), the text
-    paths: dict[str, Logits]  # check -> (N, V), after each run
-    greedy: list[int]  # the runtime's continuation of `prompt`
-    hidden: list[tuple[HiddenStates, HiddenStates]]  # expected and found, if the bundle has them
-
-    @property
-    def prompt(self) -> Ids:
-        """The beginning of the text that is continued greedily."""
-        return self.ids[: max(1, min(16, self.ids.size // 2))]
-
-
-def _run_last_logits(
-    bundle: Bundle,
-    plan: _Plan,
-    short: Ids | None,
-    source: ModulePredictor | None,
-    parts: _Parts,
-    placement: PlacementOptions,
-) -> _LastLogits:
-    """Opens the last-logits graph, generates the text unless it is given, and runs it by each path."""
-    engine = Engine(bundle, graph="last_logits", **placement)
-    require_golden(engine, bundle)
-    ids = _text(engine, sum(plan.paths["prefill"]), parts) if short is None else short
-    found = _LastLogits(ids, {}, [], [])
-    parts.next()
-    for name, sizes in plan.paths.items():
-        found.paths[name] = _run_parts(engine.prefill, engine, found.ids, sizes, parts)
-        parts.next()
-    for token in Generation(engine, Request(found.prompt.tolist(), max_new_tokens=plan.greedy)):
-        found.greedy.append(token)
-        parts.advance(len(found.greedy), plan.greedy)
-    parts.next()
-    if bundle.manifest.hidden_size is not None:
-        found.hidden.extend(_hidden(engine, found.ids, source))
-    parts.next()
-    return found
-
-
-def _text(engine: Engine, length: int, progress: Progress = SILENT) -> Ids:
-    """Returns a text (T,): some random ids, and continuations of them by the bundle, one after another.
-
-    A model may repeat one token for ever. Attention over equal tokens has the same result whatever its weights.
-    """
-    beginning = min(RANDOM_TOKENS, -(-length // 2))
-    pieces = 1 if engine.manifest.static is not None else -(-(length - beginning) // PIECE_TOKENS) or 1
-    rows = _continued(engine, beginning, beginning + -(-(length - beginning) // pieces), pieces, progress)
-    return np.concatenate([rows[0][:beginning], *(row[beginning:] for row in rows)])[:length]
-
-
-def short_texts(engine: Engine, count: int, progress: Progress = SILENT) -> list[Ids]:
-    """Returns `count` texts for the proof of a quick export."""
-    length = min(SHORT_PREFILL + SHORT_DECODE, engine.manifest.context_length)
-    return _continued(engine, min(RANDOM_TOKENS, -(-length // 2)), length, count, progress)
-
-
-def _continued(engine: Engine, beginning: int, length: int, count: int, progress: Progress) -> list[Ids]:
-    """Returns `count` continuations, each (length,) with the same `beginning` of so many random ids."""
-    ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
-    return self_generated_texts(engine, ids, count, length, progress)
-
-
-def _run_parts(run: Callable[[Ids], Logits], engine: Engine, ids: Ids, sizes: list[int], progress: Progress) -> Logits:
-    """Runs a text in parts of these sizes, from an empty cache. Returns all logits (N, V) that `run` returns."""
-    engine.reset()
-    logits = []
-    for part in np.split(ids, np.cumsum(sizes)[:-1]):
-        logits.append(np.atleast_2d(run(part)))
-        progress.advance(len(logits), len(sizes))
-    return np.concatenate(logits)
-
-
-def _hidden(engine: Engine, ids: Ids, source: ModulePredictor | None) -> Iterator[tuple[HiddenStates, HiddenStates]]:
-    """The last hidden states of one run, chunks and a batch: the source's, or for int8 and int4 those of one run."""
-
-    def alone(ids: Ids) -> HiddenStates:
-        quantized = PRECISIONS[engine.manifest.precision].quantized
-        return one_run(engine, ids) if quantized or source is None else source.hidden_states(ids)
-
-    longest = min(BATCH_LENGTH, ids.size)
-    return by_every_path(engine, ids, [longest, -(-longest // 2), 1], alone)
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
@@ -322,9 +160,9 @@ class _Compared:
     """The runs of a bundle and its reference, on one text."""
 
     manifest: Manifest
-    plan: _Plan
+    plan: Plan
     all_logits: Engine
-    last: _LastLogits
+    last: LastLogits
     reference: Predictor
     expected: Logits  # (T, V), the reference's
     limits: Limits
@@ -344,7 +182,7 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
             check, noise = _decode(c, sizes, progress)
             yield check
         else:
-            found = _run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, sizes, progress)
+            found = run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, sizes, progress)
             yield _compare(c, name, c.expected, found, c.expected[np.cumsum(sizes) - 1], c.last.paths[name])
     if c.manifest.graph != "static":  # it has one row
         yield _batch(c)
@@ -356,7 +194,7 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
 def _decode(c: _Compared, sizes: list[int], progress: Progress) -> tuple[Check, float]:
     """Compares single tokens. Returns also max |difference| of their logits."""
     fewer = c.plan.decoded_by_all_logits
-    logits = _run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, fewer, progress)
+    logits = run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, fewer, progress)
     singly, singly_by_last = np.repeat(fewer, fewer) == 1, np.array(sizes) == 1
     found, last = logits[singly], c.last.paths["decode"][singly_by_last]
     expected, expected_last = c.expected[singly], c.expected[np.cumsum(sizes) - 1][singly_by_last]
@@ -417,7 +255,7 @@ def _greedy(c: _Compared, noise: float) -> Check:
             if c.limits.decode_kl is not None:
                 # Rounding differs from text to text: this continuation may be further from its decode.
                 text = np.array([*prompt, *found[:-1]], np.int64)
-                decoded = _run_parts(c.all_logits.all_logits, c.all_logits, text, [1] * text.size, SILENT)
+                decoded = run_parts(c.all_logits.all_logits, c.all_logits, text, [1] * text.size, SILENT)
                 decoded = decoded[len(prompt) - 1 :]
                 if kl_divergence(logits, decoded) <= c.limits.decode_kl:
                     noise = max(noise, float(np.abs(decoded - logits).max()))

@@ -155,10 +155,10 @@ def test_the_manifest_records_what_was_measured(exported: Export) -> None:
 
 def test_the_quality_figures_are_those_of_the_two_models(exported: Export) -> None:
     from pastkey.export.measure.metrics import kl_divergence
-    from pastkey.export.measure.verify import _text
+    from pastkey.export.measure.paths import compared_text
 
     made = exported("llama", "int8")
-    ids = _text(Engine(made.bundle), 40).tolist()
+    ids = compared_text(Engine(made.bundle), 40).tolist()
     assert len(ids) == 40
     assert len(set(ids)) > 10
     found = kl_divergence(made.torch_logits(ids), run_chunks(made.bundle.all_logits_graph, [ids]))

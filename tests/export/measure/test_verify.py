@@ -18,7 +18,6 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import ParityError
 from pastkey.export.graft.probe.observe import observe
-from pastkey.export.measure import verify as verifying
 from pastkey.export.measure.verify import (
     KL_FLOOR,
     Check,
@@ -131,22 +130,6 @@ def test_one_graph_is_open_at_a_time(precision: str, exported: Export, monkeypat
     made = exported("llama", precision)
     monkeypatch.setattr(opening, "Session", Watched)
     assert verify(made.bundle, made.module).ok
-
-
-@pytest.mark.parametrize(
-    ("length", "size", "ends", "sizes"),
-    [
-        (150, 7, (4, 4), [7] * 4 + [94] + [7] * 4),
-        (150, 64, (1, 1), [50, 50, 50]),
-        (1040, 64, (1, 1), [64, 912, 64]),
-        (60, 1, (8, 40), [1] * 8 + [12] + [1] * 40),
-        (11, 1, (8, 40), [1] * 11),
-        (11, 7, (4, 4), [6, 5]),
-        (1, 64, (1, 1), [1]),
-    ],
-)
-def test_a_text_is_run_in_parts_at_both_ends(length: int, size: int, ends: tuple[int, int], sizes: list[int]) -> None:
-    assert verifying._sizes(length, size, ends) == sizes
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
