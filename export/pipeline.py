@@ -37,7 +37,8 @@ from .graph.float16 import LARGEST, to_float16
 from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
 from .measure.metrics import Ids
-from .measure.verify import Verification, short_texts
+from .measure.paths import short_texts
+from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
 from .quantize.calibrate.activations import probing

@@ -15,7 +15,8 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import IntegrityError, ParityError
 from pastkey.export import bundle_writer, export
-from pastkey.export.measure.verify import SHORT_DECODE, SHORT_PREFILL, verify
+from pastkey.export.measure.paths import SHORT_DECODE, SHORT_PREFILL
+from pastkey.export.measure.verify import verify
 from pastkey.export.quantize.int4 import rounded_to_nearest
 from pastkey.export.quantize.rounding import int4_blocks
 from pastkey.export.quantize.rounding.rewrite import quantize
