@@ -141,7 +141,7 @@ def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(
     """Stopped while the bundle's first files are there: the module waits in the verification until the signal comes."""
     module = tmp_path / "waits.py"
     waiting = "class Waits(Small):\n    def forward(self, input_ids, position_ids):\n        import glob, time\n"
-    waiting += "        while glob.glob('work/.bundle.*.partial'):\n            time.sleep(0.01)\n"
+    waiting += "        while glob.glob('work/.bundle.*.partial/.fp32/onnx/*.onnx'):\n            time.sleep(0.01)\n"
     module.write_text(FACTORY + waiting + "        return super().forward(input_ids, position_ids)\n")
     work = tmp_path / "work"
     work.mkdir()
