@@ -71,10 +71,10 @@ class Gptq:
         rounded, error = _round(left, of_scales, of_zeros, torch.from_numpy(self._factor))
         numbers[:, self._order] = rounded.T
         data = _packed(numbers).reshape(rows, blocks, -1)
-        found = Blocks(lambda: data, scale_codes, row_scales, columns, block_size, _packed(zeros), BITS)
+        stored = Blocks(lambda: data, scale_codes, row_scales, columns, block_size, _packed(zeros), BITS)
         weights = torch.from_numpy(np.ascontiguousarray(matrix))
         whole = float(torch.vdot((weights @ self._hessian).flatten(), weights.flatten()))
-        return Rounded(found, error / whole if 0 < whole < np.inf else 0.0)
+        return Rounded(stored, error / whole if 0 < whole < np.inf else 0.0)
 
 
 def dequantize(matrix: Blocks) -> np.ndarray:
