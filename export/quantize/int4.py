@@ -1,8 +1,9 @@
 """int4 from a verified float32 bundle: 4 bits for most projections, 8 bits for the most sensitive ones.
 
 1. GPTQ rounds every matrix except embeddings and the output head to 4 bits, on calibration text (`int4_blocks`).
-2. The sensitivity of each matrix is measured, with all others in float32 (`sensitivity`).
-3. The matrices with the highest sensitivity per weight are int8: one weight in 32, or more for `--max-kl` (`search`).
+2. Matrices are ranked by how much of their products on that text rounding loses, per weight. With `--sensitivity` or
+   `--max-kl`, each is measured instead, with all others in float32 (`sensitivity`).
+3. The first of the ranking are int8: one weight in 32, or more for `--max-kl` (`search`).
 
 Scales are not migrated as for int8: that makes activations easier to round and weights harder, which hurts 4 bits most.
 
@@ -41,7 +42,7 @@ _INT8_SHARE = 1 / 32  # of the weights that may be 4-bit
 
 
 def make_int4(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
-    """Rounds, measures each matrix, writes and measures; with `max_kl`, until the budget is met.
+    """Rounds, ranks, writes and measures; with `max_kl`, until the budget is met.
 
     The most sensitive matrices become int8. Raises InputError on NaN or infinity, and QualityError if the budget is
     missed with every projection in int8.
@@ -100,7 +101,7 @@ def in_int8(sizes: Sequence[int]) -> int:
 
 
 def by_error(found: Mapping[str, Rounded]) -> tuple[str, ...]:
-    """Returns the names of the matrices, first those whose rounding changes their products most, per weight."""
+    """Returns the names of the matrices, first those whose products lose most by rounding, per weight."""
     return tuple(sorted(found, key=lambda name: -found[name].error / found[name].blocks.weights))
 
 

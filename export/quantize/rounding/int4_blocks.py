@@ -31,7 +31,7 @@ class Rounded(NamedTuple):
     """A matrix W (N, K) in 4 bits, and how far its product with the text's activations is from the exact one."""
 
     blocks: Blocks
-    error: float  # tr(E H E^T), E = W - rounded W, H the damped Hessian
+    error: float  # tr(E H E^T) / tr(W H W^T), E = W - rounded W; the first H is damped
 
 
 class Gptq:
@@ -41,6 +41,7 @@ class Gptq:
         """`hessian`: (K, K) float32: X^T X over the activations X (T, K) that the matrices are multiplied with."""
         if not np.isfinite(hessian).all():  # squares of activations beyond 1e19 overflow float32: weight all alike
             hessian = np.eye(len(hessian), dtype=np.float32)
+        self._hessian = torch.from_numpy(np.asarray(hessian, np.float32))
         self._order = np.argsort(-hessian.diagonal(), kind="stable")
         self._factor = _compensation(hessian, self._order)  # (K, K)
 
@@ -59,7 +60,10 @@ class Gptq:
         )
         rounded, error = _round(left, of_scales, of_zeros, torch.from_numpy(self._factor))
         numbers[:, self._order] = rounded.T
-        return Rounded(grid.blocks(numbers, columns, block_size), error)
+        weights = torch.from_numpy(np.ascontiguousarray(matrix))
+        whole = float(torch.vdot((weights @ self._hessian).flatten(), weights.flatten()))
+        relative = error / whole if 0 < whole < np.inf else 0.0
+        return Rounded(grid.blocks(numbers, columns, block_size), relative)
 
 
 def round_to_nearest(matrix: np.ndarray, block_size: int) -> Blocks:

@@ -17,11 +17,11 @@ from pastkey.export import export
 from pastkey.export.measure.metrics import Ids, kl_divergence
 from pastkey.export.measure.verify import KL_FLOOR, verify
 from pastkey.export.quantize import int4
-from pastkey.export.quantize.int4 import in_int8, rounded
+from pastkey.export.quantize.int4 import by_error, in_int8, rounded
 from pastkey.export.quantize.ranking.sensitivity import sensitivity
 from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
 from pastkey.export.quantize.rounding.blocks import Blocks
-from pastkey.export.quantize.rounding.int4_blocks import Gptq
+from pastkey.export.quantize.rounding.int4_blocks import Gptq, Rounded
 from pastkey.export.quantize.rounding.matrices import matmul_weight
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
@@ -111,6 +111,15 @@ def test_what_costs_most_per_weight_is_ranked_first(exported: Export) -> None:
     worth = [rows[name].kl_divergence / rows[name].share for name in found.ranking]
     assert worth == sorted(worth, reverse=True)
     assert list(found.ranking) != [row.weight for row in found.rows if row.weight in matrices]
+
+
+def test_without_a_table_what_loses_most_of_its_products_per_weight_is_first() -> None:
+    def of(error: float, rows: int) -> Rounded:
+        codes, scales = np.ones((rows, 1), np.uint8), np.ones((rows, 1), np.float32)
+        return Rounded(Blocks(lambda: codes, codes, scales, 32, 32), error)
+
+    found = {"large": of(0.3, 100), "small": of(0.1, 10), "exact": of(0.0, 1)}
+    assert by_error(found) == ("small", "large", "exact")
 
 
 def test_one_weight_in_32_is_in_8_bits_at_most() -> None:

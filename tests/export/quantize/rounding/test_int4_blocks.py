@@ -112,10 +112,17 @@ def test_matrices_below_one_another_are_one() -> None:
     np.testing.assert_array_equal(dequantize(joined), np.concatenate([dequantize(part) for part in parts]))
 
 
-def test_the_error_is_that_of_the_products_on_the_text_and_of_damping() -> None:
+def test_the_error_is_that_of_the_products_on_the_text_and_of_damping_over_the_products() -> None:
     matrix, x = drawn(24, 96)
     hessian = x.T @ x
     blocks, error = Gptq(hessian).round(matrix, 32)
     wrong = (dequantize(blocks) - matrix).astype(np.float64)
     damped = hessian + 0.2 * hessian.diagonal().mean() * np.eye(96)
-    assert error == pytest.approx(np.einsum("nk,kl,nl->", wrong, damped, wrong), rel=1e-4)
+    cost, whole = (np.einsum("nk,kl,nl->", a, h, a) for a, h in ((wrong, damped), (matrix, hessian)))
+    assert error == pytest.approx(cost / whole, rel=1e-4)
+
+
+def test_a_layer_that_is_switched_off_has_no_error() -> None:
+    matrix, x = drawn(24, 96)
+    assert Gptq(np.zeros((96, 96), np.float32)).round(matrix, 32).error == 0
+    assert Gptq(x.T @ x).round(0 * matrix, 32).error == 0
