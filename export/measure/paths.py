@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pastkey.contract.bundle import Bundle
 from pastkey.precisions import PRECISIONS
@@ -26,7 +27,7 @@ PIECE_TOKENS = 32
 # Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
 # tokens between them in one run. `docs/verification.md` has the faults that are found so.
 DECODED, DECODED_BY_ALL_LOGITS = (24, 24), (8, 8)  # single tokens at both ends, by the last- and all-logits graph
-CHUNKS = {7: (4, 4), 64: (1, 1)}  # size of a chunk -> chunks at both ends
+CHUNKS = {7: (8, 8), 64: (1, 1)}  # size of a chunk -> chunks at both ends
 GREEDY_TOKENS = 32
 # Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
 SHORT_PREFILL, SHORT_DECODE = 64, 8
@@ -77,6 +78,11 @@ def sizes_of_runs(length: int, size: int, ends: tuple[int, int]) -> list[int]:
     if between <= size:
         return [part.size for part in np.array_split(np.empty(length), -(-length // size))]
     return [size] * first + [between] + [size] * last
+
+
+def at_ends(sizes: list[int]) -> npt.NDArray[np.bool_]:
+    """Whether each run is at an end of the text, and not the longer one between."""
+    return np.array(sizes) < 2 * min(sizes)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,10 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
             ir.save(model, probe)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        for name, entry in IN_PLACE.items():
-            options.add_session_config_entry(name, entry)
+        # Without prepacking, the kernel of quantized weights is another one, which does not quantize activations.
+        if all(node.op_type != "MatMulNBits" for node in model.graph.all_nodes()):
+            for name, entry in IN_PLACE.items():
+                options.add_session_config_entry(name, entry)
         session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
         yield lambda ids, further=_NO_INPUTS: _run(session, wanted, ids, further)
     finally:

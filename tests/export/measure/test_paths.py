@@ -13,6 +13,7 @@ from pastkey.export.measure.paths import (
     TOKENS,
     Parts,
     Plan,
+    at_ends,
     run_last_logits,
     short_texts,
     sizes_of_runs,
@@ -45,7 +46,14 @@ def test_each_path_takes_every_token_once(length: int) -> None:
         for sizes in (*plan.paths.values(), plan.decoded_by_all_logits):
             assert sum(sizes) == length
             assert min(sizes) >= 1
-        assert len(plan.paths["decode"]) <= 49 or length < TOKENS
+    assert len(Plan.of(length).paths["decode"]) <= 49
+
+
+def test_the_run_between_the_ends_is_told_from_them() -> None:
+    plan = Plan.of(TOKENS)
+    ends = {name: int(at_ends(sizes).sum()) for name, sizes in plan.paths.items()}
+    assert ends == {"prefill": 1, "decode": 48, "chunks_of_7": 16, "chunks_of_64": 3}
+    assert at_ends([6, 5]).all()
 
 
 def test_a_quick_proof_decodes_the_end_of_a_short_text(exported: Export) -> None:
