@@ -3,7 +3,7 @@
 1. GPTQ rounds every matrix except embeddings and the output head to 4 bits, on calibration text (`int4_blocks`).
 2. Matrices are ranked by how much of their products on that text rounding loses, per weight. With `--sensitivity` or
    `--max-kl`, each is measured instead, with all others in float32 (`sensitivity`).
-3. The first of the ranking are int8: one weight in 32, or more for `--max-kl` (`search`).
+3. The first of the ranking are int8: one weight in 24, or more for `--max-kl` (`search`).
 
 Scales are not migrated as for int8: that makes activations easier to round and weights harder, which hurts 4 bits most.
 
@@ -38,7 +38,7 @@ from .rounding.workers import one_thread_each
 from .search import Quantized, Write, search
 
 _PROBED = 1  # windows that sensitivity is measured on
-_INT8_SHARE = 1 / 32  # of the weights that may be 4-bit
+_INT8_SHARE = 1 / 24  # of the weights that may be 4-bit
 
 
 def make_int4(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
