@@ -135,8 +135,8 @@ def export_found(
     _refuse_early(module_or_path, out, config)
     if config.resume and isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
         module_or_path = find(module_or_path, progress, network=config.network)
-    before = identity(module_or_path, config)
     source = _open(module_or_path, out, config, progress)
+    before = identity(module_or_path, config)  # now that links out of its folder are refused
     calibration = _read_calibration(source, config)
     source, observation, choice = observed(source, config.common, progress)
     with whole_folder(out, force=config.force, resume=config.resume) as folder:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pastkey.contract.config import ModelConfig
 from pastkey.errors import InputError, MissingFileError
+from pastkey.files.memory import require_memory_for
 from pastkey.files.reading import read_bytes, reading, require_regular
 from pastkey.files.tokenizer_file import MOST_BYTES
 from pastkey.train.model import Decoder
@@ -143,6 +144,7 @@ def _read_weights(header: _Header, config: ModelConfig, before_loading: BeforeLo
             "copy it again"
         )
     before_loading(config.weights, 4 * config.weights)
+    require_memory_for(header.path, 4 * config.weights)
     values = torch.from_numpy(np.fromfile(header.path, "<f4", offset=header.size).astype(np.float32, copy=False))
     state: dict[str, Tensor] = {}
     for name, block in zip(order, values.split([prod(shapes[name]) for name in order]), strict=True):
