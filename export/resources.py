@@ -18,6 +18,7 @@ from .settings import ExportConfig
 MAX_ORT_BYTES = 2**31  # a FlatBuffer's offsets have 32 bits and a sign
 _BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
 _BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
+_BYTES_WHOLE = 12  # further memory per weight of what holds whole graphs: static ones, ORT's, matrices one by one
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ def needs(weights: int, config: ExportConfig, *, resident_bytes: int) -> Needs:
     disk = _BYTES_BY_MATRIX if config.measures_each_matrix else row.disk_bytes
     if config.format == "ort":  # the weights a second time, beside the float32 graph
         disk = max(disk, row.bits // 4 + (0 if row.name == "fp32" else 4))
-    return Needs(weights, disk * weights, _BASE_BYTES + resident_bytes + row.memory_bytes * weights)
+    memory = row.memory_bytes
+    if config.static or config.format == "ort" or config.measures_each_matrix:
+        memory += _BYTES_WHOLE
+    # Resident matrices are transposed in memory; those of a file when they are written.
+    return Needs(weights, disk * weights, _BASE_BYTES + 2 * resident_bytes + memory * weights)
 
 
 def parameters(module: nn.Module) -> int:
