@@ -25,7 +25,7 @@ def test_a_weight_that_is_shared_counts_once() -> None:
     [
         (ExportConfig("fp32"), 4),
         (ExportConfig("fp32", format="ort"), 8),
-        (ExportConfig("int8", format="ort"), 8),
+        (ExportConfig("int8", format="ort"), 10),
         (ExportConfig("int8", max_kl=0.1), 15),
     ],
 )
