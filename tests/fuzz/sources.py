@@ -104,7 +104,9 @@ SOURCES: Mapping[str, Target] = {
         json_bytes({"hidden_size": 8, "vocab_size": 270, "num_hidden_layers": 1, "eos": None}),
         mutate_json,
     ),
-    "weight_map": Target(_index, json_bytes({"weight_map": {"a": names.WEIGHTS, "b": names.WEIGHTS}}), mutate_json),
+    "weight_map": Target(
+        _index, json_bytes({"weight_map": dict.fromkeys(("weight", "bias"), names.WEIGHTS)}), mutate_json
+    ),
     "onnx_graph": Target(
         _in_onnx_folder("model.onnx"), lambda: (_onnx_folder() / "model.onnx").read_bytes(), mutate_bytes, native=True
     ),
