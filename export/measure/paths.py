@@ -26,8 +26,8 @@ RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest
 PIECE_TOKENS = 32
 # Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
 # tokens between them in one run. `docs/verification.md` has the faults that are found so.
-DECODED, DECODED_BY_ALL_LOGITS = (24, 24), (8, 8)  # single tokens at both ends, by the last- and all-logits graph
-CHUNKS = {7: (8, 8), 64: (1, 1)}  # size of a chunk -> chunks at both ends
+DECODED, DECODED_BY_ALL_LOGITS = 24, 8  # single tokens at each end, by the last- and the all-logits graph
+CHUNKS = {7: 8, 64: 1}  # size of a chunk -> chunks at each end
 GREEDY_TOKENS = 32
 # Of a quick export: the tokens that run at once, and those that are decoded after them, or in the greedy continuation.
 SHORT_PREFILL, SHORT_DECODE = 64, 8
@@ -68,16 +68,15 @@ def _paths(length: int, decode: list[int]) -> dict[str, list[int]]:
     return {"prefill": [length], "decode": decode, **chunks}
 
 
-def sizes_of_runs(length: int, size: int, ends: tuple[int, int]) -> list[int]:
-    """The tokens of each run of a text: so many runs of `size` at its beginning and end, and one between them.
+def sizes_of_runs(length: int, size: int, ends: int) -> list[int]:
+    """The tokens of each run of a text: `ends` runs of `size` at its beginning and at its end, and one between them.
 
     A shorter text is run in parts of about `size`.
     """
-    first, last = ends
-    between = length - (first + last) * size
+    between = length - 2 * ends * size
     if between <= size:
         return [part.size for part in np.array_split(np.empty(length), -(-length // size))]
-    return [size] * first + [between] + [size] * last
+    return [size] * ends + [between] + [size] * ends
 
 
 def at_ends(sizes: list[int]) -> npt.NDArray[np.bool_]:

@@ -31,16 +31,8 @@ _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}", re.ASCII)
 _OTHER_HUB_FORM = re.compile(
     rf"(?:https?:/+)?(?:huggingface|hf)\.co/({_HUB_NAME}/{_HUB_NAME})|({_HUB_NAME}/{_HUB_NAME})@"
 )
-_FILES = (
-    ".gguf",
-    ".bin",
-    ".onnx",
-    ".safetensors",
-    ".py",
-    ".ipynb",
-    ".zip",
-    ".json",
-)  # of sources and bundles, not of ids
+# Of sources and bundles, not of ids.
+_FILES = (".gguf", ".bin", ".onnx", ".safetensors", ".py", ".ipynb", ".zip", ".json")
 _HUB_PREFIXES = ("models--", "datasets--", "spaces--")  # of a repository's folder in Hugging Face's cache
 
 

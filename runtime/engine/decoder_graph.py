@@ -396,7 +396,7 @@ class DecoderGraph:
             what = "hidden states" if hidden else "logits"
             why = "the weights overflow at this precision: export with --precision fp32"
             if self.manifest.precision == "fp32":
-                why = "the source itself computes them, its weights are damaged or too large: fetch or train it again"
+                why = "the source itself computes them: its weights are damaged or too large"
             raise NumericsError(
                 f"the {what} at position {position} of row {row} are not finite (NaN or infinity): {why}"
             )

@@ -50,13 +50,8 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
             save_with_weights(model, probe)
         else:
             ir.save(model, probe)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         # Without prepacking, the kernel of quantized weights is another one, which does not quantize activations.
-        if all(node.op_type != "MatMulNBits" for node in model.graph.all_nodes()):
-            for name, entry in IN_PLACE.items():
-                options.add_session_config_entry(name, entry)
-        session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
+        session = open_probe(probe, in_place=all(node.op_type != "MatMulNBits" for node in model.graph.all_nodes()))
         yield lambda ids, further=_NO_INPUTS: _run(session, wanted, ids, further)
     finally:
         session = None  # closed, even if the caller still holds the function
@@ -64,6 +59,15 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
         for value in extra:
             value.type = None
         remove_with_weights(probe)
+
+
+def open_probe(graph: Path, *, in_place: bool = True) -> Any:
+    """Opens a graph on the CPU. `in_place`: float32 weights are used where the file is mapped."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, entry in IN_PLACE.items() if in_place else ():
+        options.add_session_config_entry(name, entry)
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
 def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from pastkey.runtime.providers.ort import onnxruntime
-
 from ...measure.metrics import Ids
-from .activations import window_feeds
+from .activations import open_probe, window_feeds
 
 KEPT_BYTES = 1 << 29  # what a segment's values may amount to in memory, unless one alone is larger
 _Values = dict[str, np.ndarray]
@@ -85,12 +83,7 @@ class Segment:
         path = self._folder / "segment.onnx"
         try:
             ir.save(ir.Model(part, ir_version=self._model.ir_version), path)
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            options.add_session_config_entry(
-                "session.disable_prepacking", "1"
-            )  # weights are used where they are mapped
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return open_probe(path)
         finally:
             path.unlink(missing_ok=True)
 

@@ -27,16 +27,16 @@ from ..conftest import Export
 @pytest.mark.parametrize(
     ("length", "size", "ends", "sizes"),
     [
-        (150, 7, (4, 4), [7] * 4 + [94] + [7] * 4),
-        (150, 64, (1, 1), [50, 50, 50]),
-        (1040, 64, (1, 1), [64, 912, 64]),
-        (60, 1, (8, 40), [1] * 8 + [12] + [1] * 40),
-        (11, 1, (8, 40), [1] * 11),
-        (11, 7, (4, 4), [6, 5]),
-        (1, 64, (1, 1), [1]),
+        (150, 7, 4, [7] * 4 + [94] + [7] * 4),
+        (150, 64, 1, [50, 50, 50]),
+        (1040, 64, 1, [64, 912, 64]),
+        (60, 1, 24, [1] * 24 + [12] + [1] * 24),
+        (11, 1, 24, [1] * 11),
+        (11, 7, 4, [6, 5]),
+        (1, 64, 1, [1]),
     ],
 )
-def test_a_text_is_run_in_parts_at_both_ends(length: int, size: int, ends: tuple[int, int], sizes: list[int]) -> None:
+def test_a_text_is_run_in_parts_at_both_ends(length: int, size: int, ends: int, sizes: list[int]) -> None:
     assert sizes_of_runs(length, size, ends) == sizes
 
 
