@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,7 +90,11 @@ def kept_in_files(weights: StoredWeights) -> Iterator[None]:
 
     original = modeling_utils.safe_open  # type: ignore[attr-defined]  # it imports it
 
-    def opened(file: Any, *args: Any, **options: Any) -> _Reader:
+    ours = threading.get_ident()
+
+    def opened(file: Any, *args: Any, **options: Any) -> Any:
+        if threading.get_ident() != ours:  # another thread loads a model of its own
+            return original(file, *args, **options)
         if "backend" in options:  # the mapping would count as the program's own memory
             options["backend"] = "pread"
         return _Reader(original(file, *args, **options), Path(file), weights)

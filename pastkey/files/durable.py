@@ -2,9 +2,9 @@
 
 An unfinished one is .NAME.xxxxxxxx.partial beside NAME, with a lock (flock) that the system releases when its process
 dies. The next process that writes NAME removes those that no living process holds, or goes on with a folder whose STEPS
-are finished. Linux and macOS exchange two names
-in one step, if the file system supports it. Elsewhere, two renames replace a folder: a kill in between leaves the old
-one as .NAME.xxxxxxxx.old, and the next process that writes NAME restores it.
+are finished. Linux and macOS exchange two names in one step, if the file system supports it. Elsewhere, two renames
+replace a folder: a kill in between leaves the old one as .NAME.xxxxxxxx.old, and the next process that writes NAME
+restores it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pastkey.export.graph.fuse import fuse
 from pastkey.export.graph.stored import StoredWeight, StoredWeights, stored_weights
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
-from pastkey.export.source.stored_tensors import StoredTensor
+from pastkey.export.source.stored_tensors import StoredTensor, kept_in_files
 
 from ...shared import ROOT, divided
 from ..families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, build
@@ -120,6 +121,18 @@ def test_a_file_that_changes_meanwhile_is_noticed(saved_llama: Path, tmp_path: P
     os.utime(folder / "model.safetensors", ns=(1, 1))
     with pytest.raises(IntegrityError, match=r"model\.safetensors was changed while it was exported"):
         logits(module, torch.arange(4)[None])
+
+
+def test_a_model_that_another_thread_loads_meanwhile_is_whole(saved_llama: Path) -> None:
+    weights = StoredWeights()
+
+    def load_another() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(saved_llama)
+
+    with kept_in_files(weights), ThreadPoolExecutor(1) as pool:
+        model = pool.submit(load_another).result()
+    assert weights.empty
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
