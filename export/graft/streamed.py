@@ -1,5 +1,7 @@
 """Runs a module whose large weights stay in their file: each operator gets those that it reads, one at a time.
 
+A weight in the module's own type is used where the file is mapped, and another one is read into a buffer.
+
 Every operator passes here, wherever the module uses a weight: in its own submodule or another, whole or as a view.
 Operators that only make views are left alone. The results are bit by bit those of the module with its weights in
 memory: the operators are the same, on tensors of the same layout.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,47 +64,54 @@ class Streaming(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.is_view:
+        if func.is_view or all(self._weights.of(tensor) is None for tensor in _tensors(args, kwargs)):
             return func(*args, **kwargs)
-        used: list[_Buffer] = []
+        used: list[Tensor] = []
 
         def with_numbers(tensor: Tensor) -> Tensor:
             stored = self._weights.of(tensor)
             if stored is None:
                 return tensor
-            content = self._filled(stored, tensor.dtype, used).content(torch.Size(stored.shape).numel())
-            return content.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            whole = stored.mapped(tensor.dtype)
+            used.append(self._filled(stored, tensor.dtype, used) if whole is None else whole)
+            start = used[-1].storage_offset() + tensor.storage_offset()
+            return used[-1].as_strided(tensor.shape, tensor.stride(), start)
 
         args, kwargs = tree_map_only(Tensor, with_numbers, (args, kwargs))
-        if not used:
-            return func(*args, **kwargs)
         if func._schema.is_mutable and any(
-            argument.alias_info is not None and argument.alias_info.is_write and _is_in(given, used)
+            argument.alias_info is not None and argument.alias_info.is_write and _is_in(tree_leaves(given), used)
             for argument, given in zip(func._schema.arguments, args, strict=False)
         ):
             raise WrittenError(f"{func} writes into a weight, which stays in its file")
         result = func(*args, **kwargs)
-        if _is_in(result, used):  # it must keep its memory
-            self._buffers = [buffer for buffer in self._buffers if buffer not in used]
+        if _is_in(tree_leaves(result), used):  # it must keep its memory
+            self._buffers.clear()
         return result
 
-    def _filled(self, stored: Stored, dtype: torch.dtype, used: list[_Buffer]) -> _Buffer:
-        """Returns a buffer that holds the stored tensor, and adds it to those that this operator uses."""
+    def _filled(self, stored: Stored, dtype: torch.dtype, used: list[Tensor]) -> Tensor:
+        """Returns the stored tensor (N,) in a buffer that this operator does not use yet for another."""
         held = next((b for b in self._buffers if b.stored is stored and b.dtype == dtype), None)
         if held is None:
-            held = next((b for b in self._buffers if not any(b is other for other in used)), None)
+            held = next((b for b in self._buffers if not _is_in([b.memory], used)), None)
             if held is None:
                 held = _Buffer(torch.empty(0, dtype=torch.uint8))
                 self._buffers.append(held)
             held.fill(stored, dtype)
-        used.append(held)
-        return held
+        return held.content(torch.Size(stored.shape).numel())
 
 
-def _is_in(value: Any, buffers: list[_Buffer]) -> bool:
-    """Whether a tensor in the value is a view of a buffer."""
-    starts = {buffer.memory.data_ptr() for buffer in buffers}
-    return any(isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in starts for leaf in tree_leaves(value))
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yields the tensors that an operator is given, by themselves or in lists."""
+    for given in (*args, *kwargs.values()):
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _is_in(values: Iterable[Any], others: Iterable[Tensor]) -> bool:
+    """Whether a tensor of the values shares memory with one of the others."""
+    known = {other.untyped_storage().data_ptr() for other in others}
+    return any(isinstance(value, Tensor) and value.untyped_storage().data_ptr() in known for value in values)
 
 
 def streaming(module: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -31,6 +31,9 @@ class Stored(Protocol):
         Raises IntegrityError if the file is not what it was.
         """
 
+    def mapped(self, dtype: torch.dtype) -> Tensor | None:
+        """Returns the content where the file is mapped, if it lies there in this type. It must not be written."""
+
     def elements(self, places: Tensor) -> Tensor:
         """Returns float32 elements (N,) at places (N,) of the flattened tensor."""
 

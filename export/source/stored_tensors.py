@@ -76,6 +76,9 @@ class StoredTensor:
     def read_into(self, out: Tensor) -> None:
         out.copy_(self._content().view(self.shape))
 
+    def mapped(self, dtype: torch.dtype) -> Tensor | None:
+        return self._content() if dtype == self.dtype else None
+
     def elements(self, places: Tensor) -> Tensor:
         return self._content()[places].float()
 

@@ -28,7 +28,8 @@ class Elsewhere(nn.Module):
         return nn.functional.linear(x @ (q - k).T, torch.einsum("ij,kj->ik", self.table.weight, k))
 
 
-def test_weights_are_filled_wherever_they_are_used() -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_weights_are_filled_wherever_they_are_used(mapped: bool) -> None:
     torch.manual_seed(0)
     module = Elsewhere()
     ids = torch.arange(12).view(2, 6)
@@ -38,7 +39,7 @@ def test_weights_are_filled_wherever_they_are_used() -> None:
         weights = StoredWeights()
         for parameter in module.parameters():
             if parameter.dim() == 2:
-                parameter.data = weights.hollow(InMemory(held[id(parameter)]))
+                parameter.data = weights.hollow(InMemory(held[id(parameter)], mapped=mapped))
         assert module(ids).isnan().any()
         with Streaming(weights):
             assert torch.equal(module(ids), expected)

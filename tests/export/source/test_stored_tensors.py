@@ -61,13 +61,18 @@ def every_matrix_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the tensors that were read."""
     found: list[tuple[int, ...]] = []
-    original = StoredTensor.read_into
+    read_into, mapped = StoredTensor.read_into, StoredTensor.mapped
 
-    def counted(self: StoredTensor, out: torch.Tensor) -> None:
+    def counted_read(self: StoredTensor, out: torch.Tensor) -> None:
         found.append(self.shape)
-        original(self, out)
+        read_into(self, out)
 
-    monkeypatch.setattr(StoredTensor, "read_into", counted)
+    def counted_mapped(self: StoredTensor, dtype: torch.dtype) -> torch.Tensor | None:
+        found.append(self.shape)
+        return mapped(self, dtype)
+
+    monkeypatch.setattr(StoredTensor, "read_into", counted_read)
+    monkeypatch.setattr(StoredTensor, "mapped", counted_mapped)
     return found
 
 
