@@ -7,7 +7,9 @@ same passes with only the rules that change no number.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -15,13 +17,23 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
+
+def _only_at(op_type: str, rule: Any) -> Any:
+    """Returns the rule, tried at these nodes alone: one with two outputs walks the whole graph for each node."""
+    tried = copy.copy(rule)
+    tried.try_rewrite = lambda model, graph, node, **options: (
+        rule.try_rewrite(model, graph, node, **options) if node.op_type == op_type else None
+    )
+    return tried
+
+
 _RULES = [
     rules.cast_cast_rule,
     rules.no_op_cast_rule,
     rules.no_op_expand_rule,
     rules.flatten_to_reshape_rule,  # before reshape_reshape_rule, which handles its output
     rules.reshape_reshape_rule,
-    rules.slice_split_rule,
+    _only_at("Slice", rules.slice_split_rule),
     rules.no_op_transpose_rule,
     rules.transpose_transpose_rule,
     rules.unsqueeze_unsqueeze_rule,

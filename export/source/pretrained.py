@@ -29,7 +29,7 @@ from pastkey.values import is_int
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from ..quiet import quiet
-from .gguf_tensors import dequantized_to_disk
+from .gguf_tensors import dequantized_to_disk, read_once
 from .source import BeforeLoading, Source, context_of, refuse_links
 from .stored_tensors import kept_in_files
 from .stored_weights import (
@@ -97,7 +97,7 @@ def open_gguf(
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
     weights = check_gguf(file)
     before_loading(weights, 0)
-    with _transformers(file) as library:
+    with _transformers(file) as library, read_once():
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         model, stored = _load(library, file.parent, named=file, **options)
         found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
