@@ -6,7 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from pastkey.contract.bundle import Bundle
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import ContractError
 
 from .bundle_writer import Decoder
@@ -35,13 +35,14 @@ def observed(source: Source, config: ExportConfig, progress: Progress) -> tuple[
     return source, observation, choose_graph(config.graph, config.target, observation)
 
 
-def decoder_of(source: Source, observation: Observation, bundle: Bundle, hidden_size: int | None) -> Decoder:
-    """Returns the decoder of a float32 bundle that was written before."""
-    choice = GraphChoice(bundle.manifest.graph, bundle.manifest.graph_reason)
+def decoder_of(
+    source: Source, observation: Observation, model: ir.Model, manifest: Manifest, hidden_size: int | None
+) -> Decoder:
+    """Returns the decoder of a float32 graph that was made before, with the manifest of its bundle."""
+    choice = GraphChoice(manifest.graph, manifest.graph_reason)
     if isinstance(source.module, GivenDecoder):
         _, observation = source.module.graph(choice.graph, observation)
-    model = ir.load(bundle.all_logits_graph)
-    return Decoder(source, model, observation, choice, observation.padding, hidden_size, bundle.manifest.shift)
+    return Decoder(source, model, observation, choice, observation.padding, hidden_size, manifest.shift)
 
 
 def grafted(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> Decoder:

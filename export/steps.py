@@ -1,8 +1,8 @@
 """The finished steps of an export, from which `--resume` goes on after a kill or a failure.
 
 They are files of the unfinished folder, each step with a record in its STEPS. A record has the step's key: the sha256
-of the source's identity, pastkey's version, and the options that the step depends on. A step with another key, and all
-steps after it, are made again.
+of the source's identity, the program, and the options that the step depends on. A step with another key, and all steps
+after it, are made again. Entries of the cache have keys of the same kind.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -24,18 +25,31 @@ from pastkey.contract.source_files import source_files
 from pastkey.errors import InputError, IntegrityError
 from pastkey.files.durable import STEPS, sync_tree, write_json
 from pastkey.files.folder import hub_id, read_json
+from pastkey.runtime.providers.ort import onnxruntime
 
+from .export_cache import ExportCache
 from .progress import Progress
 from .settings import ExportConfig, split_factory
 from .source.hub import HubModel
 
 FP32, TEXT, QUANTIZED = "fp32", "text", "quantized"  # the steps, in their order
+_GRAPH = "graph"  # what FP32 and an export to float32 have in common
 FP32_FOLDER = ".fp32"  # of the float32 bundle that others are made from
 _SHOWN = {FP32: "the float32 graph", TEXT: "the calibration text", QUANTIZED: "the quantized weights"}
 _EDGE = 1 << 20  # bytes at either end of a file that are hashed
 
 # Options that no step depends on, and those that only the steps from this one on depend on.
-_NO_STEP = ("force", "resume", "network", "format", "generate", "provider_options", "session_options", "allow_fallback")
+_NO_STEP = (
+    "force",
+    "resume",
+    "cache",
+    "network",
+    "format",
+    "generate",
+    "provider_options",
+    "session_options",
+    "allow_fallback",
+)
 _FROM_TEXT, _FROM_QUANTIZED = ("precision", "calibration"), ("max_kl", "sensitivity", "shard_size")
 
 Identity = dict[str, Any]
@@ -91,12 +105,20 @@ def require_unchanged(source: nn.Module | str | Path | HubModel, config: ExportC
 
 
 class Steps:
-    """The finished steps of the export in a folder. Without an identity of the source there are none."""
+    """The finished steps of the export in a folder. Without an identity of the source there are none.
+
+    Attributes:
+        cache: What earlier exports kept for this one.
+    """
 
     def __init__(self, folder: Path, config: ExportConfig, source: Identity | None, progress: Progress) -> None:
         """Removes everything from the folder that belongs to no step of this source and these options."""
         self._folder, self._records, self._synced = folder, folder / STEPS, config.resume
         self._keys = {} if source is None else _keys(config, source)
+        graph = self._keys.pop(_GRAPH, None)
+        # A text of --calibration is read from its own file.
+        text = self._keys.get(TEXT) if config.calibration is None else None
+        self.cache = ExportCache(progress, graph=graph, text=text) if config.cache else ExportCache(progress)
         self._found: dict[str, dict[str, Any]] = {}
         for name, key in self._keys.items():
             record = self._read(name)
@@ -149,15 +171,27 @@ class Steps:
 
 
 def _keys(config: ExportConfig, source: Identity) -> dict[str, str]:
-    """Returns the key of each step of an export."""
+    """Returns the key of the graph and of each step of an export."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
     later = {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
-    if config.precision == "fp32":  # it is the bundle itself
-        options |= later
-    first = [pastkey.__version__, source, options, config.precision == "fp32"]
+    graph = [_program(), source, options]
+    first = [*graph, later if config.precision == "fp32" else None]  # then the graph is the bundle itself
     text = [*first, [later[name] for name in _FROM_TEXT]]
     quantized = [*text, [later[name] for name in _FROM_QUANTIZED]]
-    return {name: _hash(key) for name, key in ((FP32, first), (TEXT, text), (QUANTIZED, quantized))}
+    return {name: _hash(key) for name, key in ((_GRAPH, graph), (FP32, first), (TEXT, text), (QUANTIZED, quantized))}
+
+
+def _program() -> list[str | None]:
+    """Returns what made a step: pastkey, its code (of one version while it is developed), and the libraries."""
+    code = _hash([file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.rglob("*.py"))])
+    libraries = [_version(name) for name in ("torch", "onnxscript", "transformers")]
+    return [pastkey.__version__, code, *libraries, onnxruntime.__version__]
+
+
+def _version(library: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(library)
+    return None
 
 
 def _hash(content: object) -> str:
