@@ -19,7 +19,6 @@ from torch import nn
 from pastkey.errors import InputError
 from pastkey.files.durable import write_whole
 from pastkey.files.folder import user_cache_file
-from pastkey.files.memory import shown_bytes
 
 from .graph.stored import Stored, StoredWeight, stored_weights
 from .progress import Progress
@@ -96,10 +95,8 @@ class ExportCache:
                     file.unlink(missing_ok=True)
         except (OSError, InputError):  # no room or no right to write, or another export removed a file meanwhile
             return
-        self._progress.say(
-            f"kept {what} for the next export of this source: {shown_bytes(size)} in {self._folder}; --no-cache keeps "
-            "nothing"
-        )
+        shown = f"{-(-size // 1000):,} KB in {self._folder}"
+        self._progress.say(f"kept {what} for the next export of this source: {shown}; --no-cache keeps nothing")
 
     def _say_taken(self, what: str) -> None:
         self._progress.say(f"took {what} from an earlier export, in {self._folder}; --no-cache makes it again")
@@ -110,21 +107,20 @@ def unbound(model: ir.Model, module: nn.Module) -> bytes | None:
 
     A stored weight is an external tensor whose location is JSON: the parameter, and the view of it as in StoredWeight.
     """
-    parameters = {id(stored): name for name, stored in _stored(module).items()}
-    initializers = model.graph.initializers.values()
-    bound = [(value, tensor) for value in initializers if isinstance(tensor := value.const_value, StoredWeight)]
-    others = sum(value.const_value.nbytes for value in initializers if value.const_value is not None)
-    others -= sum(tensor.nbytes for _, tensor in bound)
-    if not bound or others > MOST_BYTES:
+    names = {id(stored): name for name, stored in _stored(module).items()}
+    tensors = {value: value.const_value for value in model.graph.initializers.values()}
+    stored = {value: tensor for value, tensor in tensors.items() if isinstance(tensor, StoredWeight)}
+    others = sum(tensor.nbytes for value, tensor in tensors.items() if tensor is not None and value not in stored)
+    if not stored or others > MOST_BYTES or any(id(tensor.stored) not in names for tensor in stored.values()):
         return None
     try:
-        for value, tensor in bound:
-            place = json.dumps([parameters[id(tensor.stored)], *tensor.view])
+        for value, tensor in stored.items():
+            place = json.dumps([names[id(tensor.stored)], *tensor.view])
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(place, None, None, tensor.dtype, shape=shape, name=str(value.name))
         return ir.to_proto(model).SerializeToString()
     finally:
-        for value, tensor in bound:
+        for value, tensor in stored.items():
             value.const_value = tensor
 
 

@@ -56,7 +56,7 @@ from .settings import STATIC_CHUNK, ExportConfig, ExportOptions, split_factory
 from .source.hub import HubModel, find
 from .source.open import open_source
 from .source.source import Source
-from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Steps, identity, require_unchanged
+from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Identity, Steps, identity, require_unchanged
 
 
 @dataclass(frozen=True)
@@ -136,24 +136,22 @@ def export_found(
     _refuse_early(module_or_path, out, config)
     if isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
         module_or_path = find(module_or_path, progress, network=config.network)
-    source = _open(module_or_path, out, config, progress)
-    before = identity(module_or_path, config)  # now that links out of its folder are refused
+    source, before = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
     source, observation, choice = observed(source, config.common, progress)
     with whole_folder(out, force=config.force, resume=config.resume) as folder:
         steps = Steps(folder, config, before, progress)
-        proof = None
-        if (known := steps.found(FP32)) is not None:
-            fp32, _ = _written(_beside(folder, config), known)
-            model = ir.load(fp32.all_logits_graph)
-            decoder = decoder_of(source, observation, model, fp32.manifest, known["hidden_size"])
+        record, proof = steps.found(FP32), None
+        if record is not None:
+            model = ir.load(_written(_beside(folder, config), record)[0].all_logits_graph)
         elif (found := steps.cache.graph(source.module)) is not None:
-            model, known = found
-            fp32, _ = _written(folder, known)
-            decoder = decoder_of(source, observation, model, fp32.manifest, known["hidden_size"])
-            proof = Verification.from_json(known["verification"])
-        else:
+            model, record = found
+            proof = Verification.from_json(record["verification"])
+        if record is None:
             decoder = grafted(source, observation, choice, progress)
+        else:
+            manifest = parse_manifest(folder, record["manifest"])
+            decoder = decoder_of(source, observation, model, manifest, record["hidden_size"])
         require_masks(decoder, config)
         require_head(decoder, config)
         writer = BundleWriter(decoder, config, progress)
@@ -264,17 +262,19 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
 
 def _open(
     module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Progress
-) -> Source:
+) -> tuple[Source, Identity | None]:
+    """Returns the source, and its identity before its weights were read."""
     progress.stage("open the source")
 
-    said, written = False, resumable_bytes(out) if config.resume else 0
+    said, before, written = False, None, resumable_bytes(out) if config.resume else 0
 
     def check(weights: int, resident_bytes: int, allocated: int = 0) -> None:
-        nonlocal said
+        nonlocal said, before
         needed = needs(weights, config, resident_bytes=resident_bytes)
         require_room(out, needed, allocated=allocated, written=written)
         if not said:
             progress.say(str(needed))
+            before = identity(module_or_path, config)  # now that links out of its folder are refused
         said = True
 
     source = open_source(
@@ -295,7 +295,7 @@ def _open(
     weights = parameters(source.module)
     require_files(source.module, config)
     check(weights, source.resident_bytes, allocated=source.resident_bytes)
-    return source
+    return source, before
 
 
 def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
