@@ -118,18 +118,20 @@ def unbound(model: ir.Model, module: nn.Module) -> bytes | None:
             place = json.dumps([names[id(tensor.stored)], *tensor.view])
             shape = ir.Shape(tensor.shape.numpy())
             value.const_value = ir.ExternalTensor(place, None, None, tensor.dtype, shape=shape, name=str(value.name))
-        return ir.to_proto(model).SerializeToString()
+        graph: bytes = ir.to_proto(model).SerializeToString()
     finally:
         for value, tensor in stored.items():
             value.const_value = tensor
+    return graph
 
 
 def _bound(graph: bytes, module: nn.Module) -> ir.Model | None:
     """Returns the graph over the module's stored weights. None if one of them is not stored."""
-    model, stored = ir.from_proto(onnx.ModelProto.FromString(graph)), _stored(module)
+    model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(graph))
+    stored = _stored(module)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
-            parameter, shape, strides, offset = json.loads(value.const_value.location)
+            parameter, shape, strides, offset = json.loads(str(value.const_value.location))
             if parameter not in stored:  # such as a dequantized one that the disk had no room for
                 return None
             value.const_value = StoredWeight(stored[parameter], tuple(shape), tuple(strides), offset)
