@@ -140,7 +140,7 @@ def export_found(
     calibration = _read_calibration(source, config)
     source, observation, choice = observed(source, config.common, progress)
     with whole_folder(out, force=config.force, resume=config.resume) as folder:
-        steps = Steps(folder, config, before, progress)
+        steps = Steps(folder, config, before, progress, choice.graph)
         record, proof = steps.found(FP32), None
         if record is not None:
             model = ir.load(_written(_beside(folder, config), record)[0].all_logits_graph)
@@ -150,8 +150,8 @@ def export_found(
         if record is None:
             decoder = grafted(source, observation, choice, progress)
         else:
-            manifest = parse_manifest(folder, record["manifest"])
-            decoder = decoder_of(source, observation, model, manifest, record["hidden_size"])
+            shift = parse_manifest(folder, record["manifest"]).shift
+            decoder = decoder_of(source, observation, choice, model, record["hidden_size"], shift)
         require_masks(decoder, config)
         require_head(decoder, config)
         writer = BundleWriter(decoder, config, progress)

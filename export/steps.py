@@ -33,9 +33,9 @@ from .settings import ExportConfig, split_factory
 from .source.hub import HubModel
 
 FP32, TEXT, QUANTIZED = "fp32", "text", "quantized"  # the steps, in their order
-_GRAPH = "graph"  # what FP32 and an export to float32 have in common
 FP32_FOLDER = ".fp32"  # of the float32 bundle that others are made from
 _SHOWN = {FP32: "the float32 graph", TEXT: "the calibration text", QUANTIZED: "the quantized weights"}
+_OPTION = "--"  # before a file that an option names
 _EDGE = 1 << 20  # bytes at either end of a file that are hashed
 
 # Options that no step depends on, and those that only the steps from this one on depend on.
@@ -51,6 +51,8 @@ _NO_STEP = (
     "allow_fallback",
 )
 _FROM_TEXT, _FROM_QUANTIZED = ("precision", "calibration"), ("max_kl", "sensitivity", "shard_size")
+# Options, some of which name files, that the float32 graph and its proof do not depend on once its form is known.
+_NOT_OF_GRAPH = ("target", "chunk", "tokenizer", "chat_template", "eos")
 
 Identity = dict[str, Any]
 
@@ -75,7 +77,7 @@ def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) ->
         given = getattr(config, option)
         path = None if given is None else Path(str(given).partition(".py:")[0])
         if path is not None and path.exists():
-            found |= {f"--{option} {name}": _state(file) for name, file in source_files(path.resolve()).items()}
+            found |= {f"{_OPTION}{option} {name}": _state(file) for name, file in source_files(path.resolve()).items()}
     return found
 
 
@@ -111,14 +113,20 @@ class Steps:
         cache: What earlier exports kept for this one.
     """
 
-    def __init__(self, folder: Path, config: ExportConfig, source: Identity | None, progress: Progress) -> None:
-        """Removes everything from the folder that belongs to no step of this source and these options."""
+    def __init__(
+        self, folder: Path, config: ExportConfig, source: Identity | None, progress: Progress, graph: str = ""
+    ) -> None:
+        """Removes everything from the folder that belongs to no step of this source and these options.
+
+        `graph` is the form of the float32 graph.
+        """
         self._folder, self._records, self._synced = folder, folder / STEPS, config.resume
         self._keys = {} if source is None else _keys(config, source)
-        graph = self._keys.pop(_GRAPH, None)
-        # A text of --calibration is read from its own file.
-        text = self._keys.get(TEXT) if config.calibration is None else None
-        self.cache = ExportCache(progress, graph=graph, text=text) if config.cache else ExportCache(progress)
+        self.cache = ExportCache(progress)
+        if config.cache and source is not None:
+            # A text of --calibration is read from its own file.
+            text = self._keys[TEXT] if config.calibration is None else None
+            self.cache = ExportCache(progress, graph=_graph_key(config, source, graph), text=text)
         self._found: dict[str, dict[str, Any]] = {}
         for name, key in self._keys.items():
             record = self._read(name)
@@ -171,14 +179,26 @@ class Steps:
 
 
 def _keys(config: ExportConfig, source: Identity) -> dict[str, str]:
-    """Returns the key of the graph and of each step of an export."""
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
-    later = {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
-    graph = [_program(), source, options]
-    first = [*graph, later if config.precision == "fp32" else None]  # then the graph is the bundle itself
+    """Returns the key of each step of an export."""
+    options, later = _options(config)
+    first = [_program(), source, options, later if config.precision == "fp32" else None]  # then it is the bundle itself
     text = [*first, [later[name] for name in _FROM_TEXT]]
     quantized = [*text, [later[name] for name in _FROM_QUANTIZED]]
-    return {name: _hash(key) for name, key in ((_GRAPH, graph), (FP32, first), (TEXT, text), (QUANTIZED, quantized))}
+    return {name: _hash(key) for name, key in ((FP32, first), (TEXT, text), (QUANTIZED, quantized))}
+
+
+def _graph_key(config: ExportConfig, source: Identity, graph: str) -> str:
+    """Returns the key of the float32 graph and its proof, for every precision and target that it is made for."""
+    options, _ = _options(config)
+    own = {name: value for name, value in options.items() if name not in _NOT_OF_GRAPH}
+    files = {name: state for name, state in source.items() if not name.startswith(_OPTION)}
+    return _hash([_program(), files, own, graph])
+
+
+def _options(config: ExportConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options that the first step depends on, and those that only later ones do."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
+    return options, {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
 
 
 def _program() -> list[str | None]:

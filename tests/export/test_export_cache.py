@@ -56,7 +56,7 @@ def stored_bytes(folder: Path) -> int:
 def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(
     saved_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(saved_llama, tmp_path / "expected", cache=False)
+    export(saved_llama, tmp_path / "expected", target="webgpu", cache=False)
     assert not folder.exists()
     export(saved_llama, tmp_path / "fp32", "fp32", progress=(heard := Heard()))
     (graph,) = files(folder).values()
@@ -70,16 +70,16 @@ def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(
         raise AssertionError("made again")
 
     monkeypatch.setattr(grafting, "trace", again)
-    export(saved_llama, tmp_path / "int8", progress=(heard := Heard()))
+    export(saved_llama, tmp_path / "int8", target="webgpu", progress=(heard := Heard()))
     assert files(tmp_path / "int8") == files(tmp_path / "expected")
     assert f"took the float32 graph with its proof from an earlier export, in {folder}" in " ".join(heard.said)
     assert [stage for stage in heard.stages if "fp32" in stage] == ["write fp32 weights"]
     assert len(files(folder)) == 2
     # The text of the same precision, whatever follows.
     monkeypatch.setattr(pipeline, "calibration_text", again)
-    export(saved_llama, tmp_path / "bounded", max_kl=10)
+    export(saved_llama, tmp_path / "bounded", target="webgpu", max_kl=10)
     with pytest.raises(AssertionError, match="made again"):
-        export(saved_llama, tmp_path / "int4", "int4")
+        export(saved_llama, tmp_path / "int4", "int4", target="webgpu")
     with pytest.raises(AssertionError, match="made again"):
         export(saved_llama, tmp_path / "traced", cache=False)
     assert len(files(folder)) == 2
@@ -206,6 +206,7 @@ def cached(folder: Path, source: dict[str, Any] | None, config: ExportConfig) ->
         ({"precision": "int4"}, (True, False)),
         ({"precision": "fp32"}, (True, False)),
         ({"calibration": "other"}, (True, False)),
+        ({"target": "webgpu", "eos": 3, "chat_template": "other.jinja"}, (True, False)),
         ({"quick": True}, (False, False)),
         ({"context_length": 16}, (False, False)),
         ({"cache": False}, (False, False)),
