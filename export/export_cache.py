@@ -24,6 +24,9 @@ from .graph.stored import Stored, StoredWeight, stored_weights
 from .progress import Progress
 
 MOST_BYTES = 200_000_000  # of all entries
+_MOST_IN_MEMORY = (
+    20_000_000  # bytes of a graph's weights that stay in no file: experts that transformers merges are more
+)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _GRAPH, _TEXT = "the float32 graph with its proof", "the calibration text"
 
@@ -111,7 +114,7 @@ def unbound(model: ir.Model, module: nn.Module) -> bytes | None:
     tensors = {value: value.const_value for value in model.graph.initializers.values()}
     stored = {value: tensor for value, tensor in tensors.items() if isinstance(tensor, StoredWeight)}
     others = sum(tensor.nbytes for value, tensor in tensors.items() if tensor is not None and value not in stored)
-    if not stored or others > MOST_BYTES or any(id(tensor.stored) not in names for tensor in stored.values()):
+    if not stored or others > _MOST_IN_MEMORY or any(id(tensor.stored) not in names for tensor in stored.values()):
         return None
     try:
         for value, tensor in stored.items():
