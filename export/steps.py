@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import pastkey
@@ -35,21 +36,13 @@ from .source.hub import HubModel
 FP32, TEXT, QUANTIZED = "fp32", "text", "quantized"  # the steps, in their order
 FP32_FOLDER = ".fp32"  # of the float32 bundle that others are made from
 _SHOWN = {FP32: "the float32 graph", TEXT: "the calibration text", QUANTIZED: "the quantized weights"}
-_OPTION = "--"  # before a file that an option names
 _EDGE = 1 << 20  # bytes at either end of a file that are hashed
 
 # Options that no step depends on, and those that only the steps from this one on depend on.
 _NO_STEP = (
-    "force",
-    "resume",
-    "cache",
-    "network",
-    "format",
-    "generate",
-    "provider_options",
-    "session_options",
+    "force", "resume", "cache", "network", "format", "generate", "provider_options", "session_options",
     "allow_fallback",
-)
+)  # fmt: skip
 _FROM_TEXT, _FROM_QUANTIZED = ("precision", "calibration"), ("max_kl", "sensitivity", "shard_size")
 # Options, some of which name files, that the float32 graph and its proof do not depend on once its form is known.
 _NOT_OF_GRAPH = ("target", "chunk", "tokenizer", "chat_template", "eos")
@@ -77,7 +70,7 @@ def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) ->
         given = getattr(config, option)
         path = None if given is None else Path(str(given).partition(".py:")[0])
         if path is not None and path.exists():
-            found |= {f"{_OPTION}{option} {name}": _state(file) for name, file in source_files(path.resolve()).items()}
+            found |= {f"--{option} {name}": _state(file) for name, file in source_files(path.resolve()).items()}
     return found
 
 
@@ -191,7 +184,7 @@ def _graph_key(config: ExportConfig, source: Identity, graph: str) -> str:
     """Returns the key of the float32 graph and its proof, for every precision and target that it is made for."""
     options, _ = _options(config)
     own = {name: value for name, value in options.items() if name not in _NOT_OF_GRAPH}
-    files = {name: state for name, state in source.items() if not name.startswith(_OPTION)}
+    files = {name: state for name, state in source.items() if not name.startswith("--")}
     return _hash([_program(), files, own, graph])
 
 
@@ -201,17 +194,14 @@ def _options(config: ExportConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return options, {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
 
 
-def _program() -> list[str | None]:
-    """Returns what made a step: pastkey, its code (of one version while it is developed), and the libraries."""
+def _program() -> list[str]:
+    """Returns what makes the steps: pastkey, its code while a version is developed, and the libraries below it."""
     code = _hash([file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.rglob("*.py"))])
-    libraries = [_version(name) for name in ("torch", "onnxscript", "transformers")]
-    return [pastkey.__version__, code, *libraries, onnxruntime.__version__]
-
-
-def _version(library: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(library)
-    return None
+    found: list[str] = [pastkey.__version__, code, torch.__version__, onnxruntime.__version__]
+    for library in ("onnxscript", "transformers", "gguf"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(importlib.metadata.version(library))
+    return found
 
 
 def _hash(content: object) -> str:
